@@ -1,0 +1,210 @@
+"""The contract of the two graphs: every input, output and weight by name, dtype and axes.
+
+This is the only place where a tensor name is spelled. Names follow ONNX Runtime GenAI's where it has one. The module
+imports nothing outside the standard library, so that every other part of the project can import it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FORMAT = "tda-export"
+FORMAT_VERSION = 1
+
+PREFILL_FILE = "prefill.onnx"
+DECODE_FILE = "decode.onnx"
+WEIGHTS_FILE = "weights.bin"
+MANIFEST_FILE = "manifest.json"
+CALIBRATION_FILE = "calibration.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+GENERATION_CONFIG_FILE = "generation_config.json"
+
+FUNCTION_DOMAIN = "tda"
+INDEXED_FFN = "IndexedFFN"
+
+PADDING_INDEX = -1  # fills mask_indices up to a fixed size; such an entry contributes nothing
+
+INPUT_IDS = "input_ids"
+ATTENTION_MASK = "attention_mask"
+LOGITS = "logits"
+NUM_LOGITS = "num_logits"
+THRESHOLDS = "thresholds"
+STATS_DECAY = "stats_decay"
+PAST_STATS_WEIGHT = "past_stats_weight"
+PRESENT_STATS_WEIGHT = "present_stats_weight"
+
+# Rows of neuron statistics [2, F].
+SCORE_ROW = 0  # sum over tokens of the squared relative magnitude
+ACTIVATION_ROW = 1  # sum over tokens of the activation
+
+
+def past_key(layer: int) -> str:
+    return f"past_key_values.{layer}.key"
+
+
+def past_value(layer: int) -> str:
+    return f"past_key_values.{layer}.value"
+
+
+def present_key(layer: int) -> str:
+    return f"present.{layer}.key"
+
+
+def present_value(layer: int) -> str:
+    return f"present.{layer}.value"
+
+
+def past_neuron_stats(layer: int) -> str:
+    return f"past_neuron_stats.{layer}"
+
+
+def present_neuron_stats(layer: int) -> str:
+    return f"present_neuron_stats.{layer}"
+
+
+def mask_indices(layer: int) -> str:
+    return f"mask_indices.{layer}"
+
+
+def present_mask_indices(layer: int) -> str:
+    return f"present_mask_indices.{layer}"
+
+
+def tail_mean(layer: int) -> str:
+    return f"tail_mean.{layer}"
+
+
+def present_tail_mean(layer: int) -> str:
+    return f"present_tail_mean.{layer}"
+
+
+# Weights in weights.bin. FFN weights are neuron-major: row i is neuron i.
+EMBEDDING = "embedding"
+HEAD = "head"
+FINAL_NORM = "final_norm"
+COS_CACHE = "cos_cache"
+SIN_CACHE = "sin_cache"
+
+
+def attention_norm(layer: int) -> str:
+    return f"layers.{layer}.attention.norm"
+
+
+def qkv_weight(layer: int) -> str:
+    return f"layers.{layer}.attention.qkv"
+
+
+def qkv_bias(layer: int) -> str:
+    return f"layers.{layer}.attention.qkv.bias"
+
+
+def attention_out_weight(layer: int) -> str:
+    return f"layers.{layer}.attention.out"
+
+
+def attention_out_bias(layer: int) -> str:
+    return f"layers.{layer}.attention.out.bias"
+
+
+def ffn_norm(layer: int) -> str:
+    return f"layers.{layer}.ffn.norm"
+
+
+def ffn_weight(layer: int, part: str) -> str:
+    """Name the weight of `part`, one of gate, up, down."""
+    return f"layers.{layer}.ffn.{part}"
+
+
+def ffn_bias(layer: int, part: str) -> str:
+    return f"layers.{layer}.ffn.{part}.bias"
+
+
+def down_norms(layer: int) -> str:
+    """Squared length of each down column, float32 [F]: the weight of a neuron in the magnitude statistic."""
+    return f"layers.{layer}.ffn.down_squared_norms"
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes that appear in the contract, in elements, and the model's dtype (`float32` or `float16`)."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    hidden_size: int
+    ffn_size: int
+    vocab_size: int
+    max_positions: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class IoTensor:
+    """One graph input or output. Axes are sizes or symbols; a `default` input may be left out by the application."""
+
+    name: str
+    dtype: str
+    axes: tuple[int | str, ...]
+    default: bool = False
+
+
+def prefill_inputs(shape: ModelShape) -> list[IoTensor]:
+    """List the inputs of `prefill.onnx` in order."""
+    layers = range(shape.num_layers)
+    return [
+        *_token_inputs(),
+        *_kv_cache(shape, past_key, past_value, "past_sequence_length"),
+        *(
+            IoTensor(past_neuron_stats(i), "float32", (2, shape.ffn_size), default=True)
+            for i in layers
+        ),
+        IoTensor(PAST_STATS_WEIGHT, "float32", (1,), default=True),
+        IoTensor(STATS_DECAY, "float32", (1,), default=True),
+        IoTensor(THRESHOLDS, "float32", (shape.num_layers,), default=True),
+        IoTensor(NUM_LOGITS, "int64", (1,), default=True),
+    ]
+
+
+def prefill_outputs(shape: ModelShape) -> list[IoTensor]:
+    """List the outputs of `prefill.onnx` in order. Logits are declared [1, 1, V], as applications expect."""
+    layers = range(shape.num_layers)
+    return [
+        IoTensor(LOGITS, "float32", (1, 1, shape.vocab_size)),
+        *_kv_cache(shape, present_key, present_value, "total_sequence_length"),
+        *(IoTensor(present_neuron_stats(i), "float32", (2, shape.ffn_size)) for i in layers),
+        IoTensor(PRESENT_STATS_WEIGHT, "float32", (1,)),
+        *(IoTensor(present_mask_indices(i), "int32", (f"num_mask_indices_{i}",)) for i in layers),
+        *(IoTensor(present_tail_mean(i), shape.dtype, (shape.hidden_size,)) for i in layers),
+    ]
+
+
+def decode_inputs(shape: ModelShape) -> list[IoTensor]:
+    """List the inputs of `decode.onnx` in order."""
+    layers = range(shape.num_layers)
+    return [
+        *_token_inputs(),
+        *_kv_cache(shape, past_key, past_value, "past_sequence_length"),
+        *(IoTensor(mask_indices(i), "int32", (f"num_mask_indices_{i}",), default=True) for i in layers),
+        *(IoTensor(tail_mean(i), shape.dtype, (shape.hidden_size,), default=True) for i in layers),
+    ]
+
+
+def decode_outputs(shape: ModelShape) -> list[IoTensor]:
+    """List the outputs of `decode.onnx` in order."""
+    return [
+        IoTensor(LOGITS, "float32", (1, "sequence_length", shape.vocab_size)),
+        *_kv_cache(shape, present_key, present_value, "total_sequence_length"),
+    ]
+
+
+def _token_inputs() -> list[IoTensor]:
+    return [
+        IoTensor(INPUT_IDS, "int64", (1, "sequence_length")),
+        IoTensor(ATTENTION_MASK, "int64", (1, "total_sequence_length")),
+    ]
+
+
+def _kv_cache(shape: ModelShape, key, value, length: str) -> list[IoTensor]:  # type: ignore[no-untyped-def]
+    axes = (1, shape.num_kv_heads, length, shape.head_size)
+    return [IoTensor(name(i), shape.dtype, axes) for i in range(shape.num_layers) for name in (key, value)]

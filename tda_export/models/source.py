@@ -1,0 +1,188 @@
+"""Where a model comes from: a Hugging Face folder, a hub id, a GGUF file, or the built-in model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tda_export.errors import TdaError
+from tda_export.models.builtin import BUILTIN_MODELS, fetch_builtin
+from tda_export.models.families import read_spec
+from tda_export.models.fingerprint import fingerprint
+from tda_export.models.spec import DecoderSpec
+from tda_export.models.weights import StateDictWeights, Weights, open_safetensors
+
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on this machine. `name` is what the user asked for; `gguf` names a file of `folder` or is None."""
+
+    name: str
+    folder: Path
+    gguf: str | None = None
+
+    @cached_property
+    def config(self) -> Any:
+        """The transformers configuration."""
+        from transformers import AutoConfig
+
+        with _readable_errors(self):
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=False, **self._gguf_argument)
+
+    @cached_property
+    def spec(self) -> DecoderSpec:
+        """The architecture."""
+        return read_spec(self.config)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer (a fast one: the artifact carries its `tokenizer.json`)."""
+        from transformers import AutoTokenizer
+
+        with _readable_errors(self):
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, **self._gguf_argument)
+        if not tokenizer.is_fast:
+            raise TdaError(f"{self.name}: its tokenizer has no fast version (tokenizer.json), which artifacts need.")
+        return tokenizer
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """What `generation_config.json` says (stop tokens among it), with the configuration's values where it is silent."""
+        from transformers import GenerationConfig
+
+        try:
+            return dict(GenerationConfig.from_pretrained(self.folder).to_diff_dict())
+        except OSError:
+            return dict(GenerationConfig.from_model_config(self.config).to_diff_dict())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of architecture and weights (see `tda_export.models.fingerprint`)."""
+        files = [self.folder / self.gguf] if self.gguf else sorted(self.folder.glob("*.safetensors"))
+        return fingerprint(self.spec, files)
+
+    def weights(self) -> Weights:
+        """Open the checkpoint's weights for reading one tensor at a time."""
+        if self.gguf is None:
+            return open_safetensors(self.folder)
+        return StateDictWeights(self._dequantised.state_dict())
+
+    def reference(self, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+        """Load the model in PyTorch with transformers, in evaluation mode."""
+        if self.gguf is not None:
+            # The cached model is the source of `weights()`: hand out a converted copy, never move it itself.
+            if dtype == torch.float32 and device == "cpu":
+                return self._dequantised
+            import copy
+
+            return copy.deepcopy(self._dequantised).to(device=device, dtype=dtype).eval()
+        from transformers import AutoModelForCausalLM
+
+        open_safetensors(self.folder)  # refuses pickled weights, and names a missing shard
+        with _readable_errors(self):
+            model = AutoModelForCausalLM.from_pretrained(
+                self.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
+        return model.to(device).eval()
+
+    @cached_property
+    def _dequantised(self) -> Any:
+        from transformers import AutoModelForCausalLM, GgufConfig
+
+        with _readable_errors(self):
+            model = AutoModelForCausalLM.from_pretrained(
+                self.folder,
+                gguf_file=self.gguf,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+                trust_remote_code=False,
+            )
+        return model.eval()
+
+    @property
+    def _gguf_argument(self) -> dict[str, str]:
+        return {"gguf_file": self.gguf} if self.gguf else {}
+
+
+def resolve_model(model: str, *, notify: Callable[[str], None] = print) -> ModelSource:
+    """Find a model and bring it onto this machine if it is not there yet.
+
+    Args:
+        model: A Hugging Face folder, a `.gguf` file, `smollm2-135m`, or a hub id such as `org/name`.
+        notify: Called with one line of text when something is downloaded.
+
+    Returns:
+        The model, not yet loaded.
+
+    Raises:
+        TdaError: It is none of these, or a download failed.
+    """
+    quiet_transformers()
+    path = Path(model).expanduser()
+    if model in BUILTIN_MODELS:
+        file = fetch_builtin(model, notify=notify)
+        return ModelSource(model, file.parent, file.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise TdaError(f"{model}: no config.json there, so this is no Hugging Face model folder. {_way_out()}")
+        return ModelSource(model, path)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise TdaError(f"{model}: no such file. {_way_out()}")
+        if _magic(path) != b"GGUF":
+            raise TdaError(f"{model}: not a GGUF file. {_way_out()}")
+        return ModelSource(model, path.parent, path.name)
+    if path.exists():
+        raise TdaError(f"{model}: neither a model folder nor a .gguf file. {_way_out()}")
+    if model.count("/") > 1 or model.startswith((".", "/", "~")):
+        raise TdaError(f"{model}: no such folder. {_way_out()}")
+    return ModelSource(model, _download(model, notify))
+
+
+def quiet_transformers() -> None:
+    """Silence transformers' own progress bars and advice; warnings that matter are turned into our errors."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _magic(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(4)
+
+
+def _download(model: str, notify: Callable[[str], None]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES, local_files_only=True))
+    except Exception:  # not in the cache, or not a valid id: the download below says which
+        notify(f"Downloading {model} from the Hugging Face hub")
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TdaError(f"{model}: no such folder, and the hub did not deliver it ({reason}). {_way_out()}") from error
+
+
+def _way_out() -> str:
+    return f"Give a model folder, a .gguf file, a hub id (org/name) or {', '.join(BUILTIN_MODELS)}."
+
+
+@contextlib.contextmanager
+def _readable_errors(source: ModelSource) -> Iterator[None]:
+    """Turn what transformers raises on a damaged or foreign checkpoint into one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise TdaError(f"{source.name}: the model cannot be loaded ({reason}). {_way_out()}") from error

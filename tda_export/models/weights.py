@@ -1,0 +1,89 @@
+"""Checkpoint weights, read one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from tda_export.errors import TdaError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class Weights(Protocol):
+    """Named tensors of a checkpoint."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor without reading it."""
+        ...
+
+    def load(self, name: str) -> torch.Tensor:
+        """Read one tensor onto the CPU in the checkpoint's dtype."""
+        ...
+
+
+class SafetensorsWeights:
+    """The tensors of a folder's safetensors files, memory-mapped, read only when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = [safe_open(path, framework="pt") for path in self._paths(folder)]
+        self._owner = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+    @staticmethod
+    def _paths(folder: Path) -> list[Path]:
+        if not (folder / INDEX_FILE).exists():
+            return [folder / SINGLE_FILE]
+        shards = sorted(set(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if missing:
+            raise TdaError(f"{folder}: {INDEX_FILE} names {missing[0]}, which is not there. Download the model again.")
+        return [folder / shard for shard in shards]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._owner
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._owner[name].get_slice(name).get_shape())
+
+    def load(self, name: str) -> torch.Tensor:
+        return self._owner[name].get_tensor(name)
+
+
+class StateDictWeights:
+    """The tensors of a model that transformers has loaded (GGUF files, which it de-quantises)."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def load(self, name: str) -> torch.Tensor:
+        return self._tensors[name].detach().cpu()
+
+
+def open_safetensors(folder: Path) -> SafetensorsWeights:
+    """Open the safetensors files of a Hugging Face folder.
+
+    Raises:
+        TdaError: There are none (pickled `.bin` checkpoints are never read), or one is damaged.
+    """
+    if not (folder / SINGLE_FILE).is_file() and not (folder / INDEX_FILE).is_file():
+        raise TdaError(
+            f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE}. Only safetensors and GGUF weights are read; pickled .bin "
+            "files are not. Convert the model with transformers' save_pretrained()."
+        )
+    try:
+        return SafetensorsWeights(folder)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise TdaError(f"{folder}: the safetensors weights cannot be read ({error}). Download the model again.") from error
