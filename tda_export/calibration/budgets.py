@@ -1,0 +1,76 @@
+"""From curves and a budget to one threshold a layer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from tda_export.calibration.curves import CurveSums
+from tda_export.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be lost (`cett`) or must be saved (`sparsity`, a share of FFN bytes, allocated to layers): one of the two."""
+
+    cett: float | None = None
+    sparsity: float | None = None
+    allocation: Literal["uniform"] = "uniform"
+
+    def __post_init__(self) -> None:
+        if (self.cett is None) == (self.sparsity is None):
+            raise UsageError("A budget is either --cett or --sparsity. Give one of them.")
+        for name, value in (("CETT", self.cett), ("sparsity", self.sparsity)):
+            if value is not None and not 0 <= value < 1:
+                raise UsageError(f"{name} {value} is outside [0, 1). Give a fraction such as 0.2.")
+
+    def describe(self) -> dict[str, Any]:
+        """The budget as plain data, for manifests and provenance."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The chosen threshold of each layer, with what the curves expect of it (lists of L floats)."""
+
+    thresholds: list[float]
+    density: list[float]
+    cett: list[float]
+    recrossing: list[int]  # layers whose curve exceeds the CETT budget below the chosen threshold
+
+    @property
+    def sparsity(self) -> float:
+        """Expected share of FFN bytes that decode does not read."""
+        return 1.0 - sum(self.density) / len(self.density)
+
+
+def allocate(budget: Budget, curves: CurveSums, grid: torch.Tensor) -> Allocation:
+    """Choose the thresholds.
+
+    A CETT budget takes in each layer the largest grid threshold whose mean CETT is within it (the paper's rule; the
+    curve is not strictly monotone, since dropped vectors may cancel). A uniform sparsity takes in each layer the
+    threshold whose density is nearest to 1 - sparsity.
+
+    Args:
+        budget: What may be lost, or must be saved.
+        curves: From calibration.
+        grid: The thresholds, float32 [K].
+    """
+    cett, density = curves.mean_cett, curves.mean_density  # [L, K]
+    if budget.cett is not None:
+        within = cett <= budget.cett  # [L, K]; column 0 (nothing dropped) always is
+        chosen = len(grid) - 1 - within.flip(1).int().argmax(dim=1)  # [L], the last within
+        recrossing = [i for i, k in enumerate(chosen.tolist()) if not bool(within[i, : k + 1].all())]
+    else:
+        assert budget.sparsity is not None
+        chosen = (density - (1.0 - budget.sparsity)).abs().argmin(dim=1)
+        recrossing = []
+    rows = torch.arange(len(chosen))
+    return Allocation(
+        thresholds=grid[chosen].tolist(),
+        density=density[rows, chosen].tolist(),
+        cett=cett[rows, chosen].tolist(),
+        recrossing=recrossing,
+    )

@@ -1,0 +1,38 @@
+"""Read FFN activations out of a transformers model while it runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from tda_export.models.spec import DecoderSpec
+
+# (layer, h [T, F] in the model's dtype, W_down as transformers holds it [M, F])
+OnActivations = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+@contextlib.contextmanager
+def capture_activations(model: Any, spec: DecoderSpec, on_activations: OnActivations) -> Iterator[None]:
+    """Call `on_activations` for every layer of each forward pass of batch 1, while the block runs.
+
+    The input of the down projection is h, whatever comes before it in the family's FFN.
+    """
+
+    def hook(layer: int) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
+        def observe(down: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            on_activations(layer, arguments[0][0], down.weight)  # type: ignore[arg-type]
+
+        return observe
+
+    handles = [
+        model.get_submodule(spec.names.down.format(i=layer)).register_forward_pre_hook(hook(layer))
+        for layer in range(spec.num_layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

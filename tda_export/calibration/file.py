@@ -1,0 +1,65 @@
+"""calibration.safetensors: all curves, with what they were taken from, so that build can choose again without the model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from tda_export.calibration.curves import CurveSums
+from tda_export.errors import TdaError
+from tda_export.files import atomic_file
+
+FORMAT = "tda-export calibration"
+FORMAT_VERSION = 1
+METADATA_KEY = "tda_export"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The content of a calibration file. `provenance` is plain data: model, dataset, settings, budget, versions."""
+
+    grid: torch.Tensor  # float32 [K]
+    sums: CurveSums
+    provenance: dict[str, Any]
+
+    @property
+    def model_fingerprint(self) -> str:
+        return str(self.provenance["model"]["fingerprint"])
+
+
+def write_calibration(calibration: Calibration, path: Path) -> None:
+    """Write the file whole or not at all. Sums of float64, so that files of data halves still add exactly."""
+    tensors = {field.name: getattr(calibration.sums, field.name) for field in fields(CurveSums)}
+    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, **calibration.provenance}
+    with atomic_file(path) as part:
+        save_file({"grid": calibration.grid, **tensors}, part, metadata={METADATA_KEY: json.dumps(metadata)})
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Read and check a calibration file.
+
+    Raises:
+        TdaError: It does not exist, is no calibration file, is damaged, or was written by a newer version.
+    """
+    if not path.is_file():
+        raise TdaError(f"{path}: no such calibration file. Make one with 'tda-export calibrate MODEL -o {path}'.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            provenance = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            if provenance.pop("format", None) != FORMAT:
+                raise TdaError(f"{path}: a safetensors file, but not a calibration. Give one from 'tda-export calibrate'.")
+            version = provenance.pop("format_version")
+            if version > FORMAT_VERSION:
+                raise TdaError(
+                    f"{path}: calibration format {version}, and this tda-export reads up to {FORMAT_VERSION}. Update tda-export."
+                )
+            sums = CurveSums(*(file.get_tensor(field.name) for field in fields(CurveSums)))
+            return Calibration(file.get_tensor("grid"), sums, provenance)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise TdaError(f"{path}: not a readable calibration file ({error}). Run 'tda-export calibrate' again.") from error

@@ -1,0 +1,126 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tda_export.errors import TdaError, UsageError
+
+
+def check_output(path: Path, *, overwrite: bool, marker: str | None = None) -> None:
+    """Refuse an output that cannot or must not be written, before any long work.
+
+    Args:
+        path: The file or folder to create.
+        overwrite: Whether an existing output may be replaced.
+        marker: For a folder: a file that shows it to be an earlier output, so that no other folder is ever replaced.
+
+    Raises:
+        UsageError: It exists and `overwrite` is off, it is something else than an earlier output, or its parent
+            folder is missing or read-only.
+    """
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise UsageError(f"{path}: the folder {parent} does not exist. Create it first.")
+    if not os.access(parent, os.W_OK):
+        raise UsageError(f"{path}: the folder {parent} is not writable. Choose another output.")
+    if not (path.exists() or path.is_symlink()):
+        return
+    if not overwrite:
+        raise UsageError(f"{path} exists. Choose another output, or replace it with --overwrite.")
+    if marker is None and not path.is_file():
+        raise UsageError(f"{path} is not a file. Choose another output.")
+    if marker is not None and not (path / marker).is_file() and not (path.is_dir() and not any(path.iterdir())):
+        raise UsageError(f"{path} exists and is no artifact (no {marker} there), so it is not replaced. Choose another output.")
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling that is fsynced and renamed to `path` on success, and removed on any failure."""
+    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        _fsync(part)
+        part.chmod(0o666 & ~_umask())
+        part.replace(path)
+        _fsync(path.absolute().parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling folder that is fsynced and renamed to `path` on success, and removed on any failure.
+
+    An existing folder at `path` is replaced, and put back if the replacement fails.
+    """
+    parent = path.absolute().parent
+    part = Path(tempfile.mkdtemp(dir=parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        yield part
+        for file in part.iterdir():
+            _fsync(file)
+        part.chmod(0o777 & ~_umask())
+        _swap(part, path)
+        _fsync(parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def sha256(path: Path, advance: Callable[[int], None] = lambda size: None) -> str:
+    """Hash a file; `advance` is called with the bytes of each block."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            advance(len(block))
+    return digest.hexdigest()
+
+
+def _swap(part: Path, path: Path) -> None:
+    if not path.exists():
+        part.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=".old")) / path.name
+    path.rename(old)
+    try:
+        part.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    finally:
+        shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if path.is_file():  # some file systems cannot sync a folder; a file they must
+            raise
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _cannot_write(path: Path, error: OSError) -> TdaError:
+    reason = error.strerror or str(error)
+    return TdaError(f"{path}: could not be written ({reason}). Nothing was left behind; free some space or choose another output.")

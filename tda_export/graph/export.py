@@ -1,0 +1,132 @@
+"""Build an artifact: weights, graphs, tokenizer and manifest in one folder, whole or not at all."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+import tda_export
+from tda_export.calibration.budgets import Allocation, Budget
+from tda_export.errors import TdaError
+from tda_export.files import atomic_folder, sha256
+from tda_export.graph import contract
+from tda_export.graph.decoder import build_decode, build_prefill, model_shape
+from tda_export.graph.method import Method
+from tda_export.graph.weights_file import WeightTable, plan_weights, write_weights
+from tda_export.models.source import ModelSource
+from tda_export.progress import progress
+
+DTYPES = {"fp32": "float32", "fp16": "float16"}
+RECORDED_PACKAGES = ("onnx", "onnx-ir", "torch", "transformers")
+FFN_MATRICES = 3  # gate, up and down
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What to build. `thresholds` [L] are the defaults of the prefill graph; top-k methods carry zeros."""
+
+    source: ModelSource
+    dtype: str  # of DTYPES' values
+    method: Method
+    thresholds: list[float]
+    budget: Budget
+    allocation: Allocation | None = None
+    calibration_file: Path | None = None
+    calibration: dict[str, Any] | None = None  # provenance
+
+
+def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: Callable[[Path], None]) -> None:
+    """Write the artifact to a temporary sibling of `output`, check it there, and rename it.
+
+    Args:
+        request: Model, method, thresholds.
+        output: The artifact folder.
+        quiet: No progress.
+        check: Called with the finished temporary folder; what it raises means that nothing is left behind.
+
+    Raises:
+        TdaError: The checkpoint does not fit its configuration, the disk is full, or `check` failed.
+    """
+    source, spec = request.source, request.source.spec
+    plan = list(plan_weights(spec, source.weights(), request.dtype))
+    size = sum(int(np.prod(p.shape)) * np.dtype(p.dtype).itemsize for p in plan)
+    free = shutil.disk_usage(output.absolute().parent).free
+    if size > free:
+        raise TdaError(f"{output}: the weights take {size / 2**20:,.0f} MiB and the disk has {free / 2**20:,.0f} free.")
+    with atomic_folder(output) as folder:
+        with progress("Writing weights", size, quiet=quiet) as advance:
+            table, weights_sha256 = write_weights(plan, folder / contract.WEIGHTS_FILE, advance)
+        prefill = build_prefill(
+            spec, table, request.dtype, request.method, np.asarray(request.thresholds, np.float32)
+        )
+        decode = build_decode(spec, table, request.dtype)
+        ir.save(prefill, folder / contract.PREFILL_FILE)
+        ir.save(decode, folder / contract.DECODE_FILE)
+        source.tokenizer.save_pretrained(folder)
+        (folder / contract.GENERATION_CONFIG_FILE).write_text(json.dumps(source.generation_config, indent=2) + "\n")
+        if request.calibration_file:
+            shutil.copyfile(request.calibration_file, folder / contract.CALIBRATION_FILE)
+        known = {contract.WEIGHTS_FILE: weights_sha256}
+        manifest = _manifest(request, folder, table, {prefill.graph.name: prefill, decode.graph.name: decode}, known)
+        (folder / contract.MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        check(folder)
+
+
+def _manifest(
+    request: BuildRequest, folder: Path, table: WeightTable, graphs: dict[str | None, ir.Model], known: dict[str, str]
+) -> dict[str, Any]:
+    spec, shape = request.source.spec, model_shape(request.source.spec, request.dtype)
+    files = sorted(path for path in folder.iterdir() if path.name != contract.MANIFEST_FILE)
+    prefill, decode = graphs.values()
+    return {
+        "format": contract.FORMAT,
+        "format_version": contract.FORMAT_VERSION,
+        "versions": {"tda-export": tda_export.__version__}
+        | {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
+        "model": {
+            "name": request.source.name,
+            "architecture": spec.architecture,
+            "fingerprint": request.source.fingerprint,
+            "eos_token_ids": _eos_token_ids(request.source),
+            "ffn_matrices": FFN_MATRICES,
+        },
+        "shape": asdict(shape),
+        "method": asdict(request.method),
+        "budget": request.budget.describe(),
+        "thresholds": request.thresholds,
+        "expected": asdict(request.allocation) | {"sparsity": request.allocation.sparsity} if request.allocation else {},
+        "calibration": request.calibration or {},
+        "files": {
+            path.name: {"size": path.stat().st_size, "sha256": known.get(path.name) or sha256(path)} for path in files
+        },
+        "io": {
+            contract.PREFILL_FILE: _io(contract.prefill_inputs(shape), contract.prefill_outputs(shape)),
+            contract.DECODE_FILE: _io(contract.decode_inputs(shape), contract.decode_outputs(shape)),
+        },
+        "weights": {
+            name: {"dtype": np.dtype(tensor.dtype.numpy()).name, "shape": list(tensor.shape.numpy()), "offset": tensor.offset}
+            for name, tensor in table.items()
+        },
+        "graph_weights": {
+            contract.PREFILL_FILE: [name for name in table if name in prefill.graph.initializers],
+            contract.DECODE_FILE: [name for name in table if name in decode.graph.initializers],
+        },
+    }
+
+
+def _io(inputs: list[contract.IoTensor], outputs: list[contract.IoTensor]) -> dict[str, list[dict[str, Any]]]:
+    return {"inputs": [asdict(tensor) for tensor in inputs], "outputs": [asdict(tensor) for tensor in outputs]}
+
+
+def _eos_token_ids(source: ModelSource) -> list[int]:
+    eos = source.generation_config.get("eos_token_id", source.config.eos_token_id)
+    ids = set(eos) if isinstance(eos, list) else {eos}
+    return sorted(int(token) for token in ids | {source.tokenizer.eos_token_id} if token is not None)

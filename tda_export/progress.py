@@ -1,0 +1,53 @@
+"""Progress of long steps: a bar on a terminal, plain lines otherwise. Always on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+
+LINE_EVERY_SECONDS = 10.0
+
+Advance = Callable[[int], None]
+
+
+@contextlib.contextmanager
+def progress(description: str, total: int, *, quiet: bool = False) -> Iterator[Advance]:
+    """Show progress of a step while the block runs.
+
+    Args:
+        description: What is being done, a few words.
+        total: Units of the whole step.
+        quiet: Show nothing.
+
+    Yields:
+        A function to call with the number of units done since the last call.
+    """
+    console = Console(stderr=True)
+    if quiet:
+        yield lambda units: None
+    elif console.is_terminal:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(description, total=total)
+            yield lambda units: bar.advance(task, units)
+    else:
+        yield _lines(console, description, total)
+
+
+def _lines(console: Console, description: str, total: int) -> Advance:
+    done, last = 0, time.monotonic()
+
+    def advance(units: int) -> None:
+        nonlocal done, last
+        done += units
+        now = time.monotonic()
+        if now - last >= LINE_EVERY_SECONDS and done < total:
+            last = now
+            console.print(f"{description}: {done / total:.0%}", highlight=False)
+
+    return advance

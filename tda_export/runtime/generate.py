@@ -1,0 +1,126 @@
+"""Generate tokens: prefill the prompt, take its mask, decode with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from tda_export.errors import TdaError
+from tda_export.runtime.artifact import Artifact
+from tda_export.runtime.kv_cache import KvCache
+from tda_export.runtime.phases import DecodeStep, PromptMask, prefill
+from tda_export.runtime.sampling import Sampler
+from tda_export.runtime.session import Sessions
+from tda_export.runtime.text import TextStream
+
+MaskMode = Literal["tda", "dense"]
+
+
+@dataclass(frozen=True)
+class Token:
+    """A generated token and the text that it completes (empty inside a character of several tokens)."""
+
+    id: int
+    text: str
+
+
+@dataclass
+class Metrics:
+    """What a generation cost. Times in seconds, sizes in bytes, density and sparsity as fractions.
+
+    `density` is the share of neurons in the mask, `sparsity` the share of FFN bytes that decode did not read.
+    `decode_tokens_per_second` starts at the second token; the first comes from prefill.
+    """
+
+    provider: str
+    mask: MaskMode
+    prompt_tokens: int
+    new_tokens: int = 0
+    density: float = 1.0
+    sparsity: float = 0.0
+    time_to_first_token: float = 0.0
+    decode_seconds: float = 0.0
+    decode_tokens_per_second: float | None = None
+    ffn_bytes_per_token: int = 0
+    dense_ffn_bytes_per_token: int = 0
+    finish_reason: Literal["", "stop", "length", "context"] = ""
+
+
+class Generation:
+    """An iterator of tokens; `metrics` and `text` are current at every step."""
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        sessions: Sessions,
+        prompt: list[int],
+        *,
+        max_new_tokens: int,
+        mask: MaskMode,
+        sampler: Sampler,
+        stream: TextStream,
+        context: int,
+        thresholds: np.ndarray | None,
+    ) -> None:
+        self._artifact, self._sessions = artifact, sessions
+        self._prompt, self._max_new_tokens = prompt, max_new_tokens
+        self._sampler, self._stream, self._thresholds = sampler, stream, thresholds
+        self._cache = KvCache(artifact.shape, sessions.provider, context)
+        self.text = ""
+        self.metrics = Metrics(sessions.provider, mask, len(prompt))
+        self._tokens = self._run()
+
+    def __iter__(self) -> Iterator[Token]:
+        return self
+
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    def _run(self) -> Iterator[Token]:
+        metrics, started = self.metrics, time.perf_counter()
+        logits, mask = prefill(self._sessions, self._artifact.shape, self._prompt, self._cache, self._thresholds)
+        self._account(mask)
+        step = DecodeStep(self._sessions, self._cache, mask if metrics.mask == "tda" else None)
+        token = self._choose(logits)
+        metrics.time_to_first_token = time.perf_counter() - started
+        steps = 0
+        while True:
+            if token in self._artifact.eos_token_ids:
+                metrics.finish_reason = "stop"
+                return
+            metrics.new_tokens += 1
+            piece = self._stream.add(token)
+            self.text += piece
+            if metrics.new_tokens == self._max_new_tokens:
+                metrics.finish_reason = "length"
+            elif self._cache.length == self._cache.limit:
+                metrics.finish_reason = "context"
+            yield Token(token, piece)
+            if metrics.finish_reason:
+                return
+            started = time.perf_counter()
+            token = self._choose(step.run(token))
+            steps += 1
+            metrics.decode_seconds += time.perf_counter() - started
+            metrics.decode_tokens_per_second = steps / metrics.decode_seconds
+
+    def _choose(self, logits: np.ndarray) -> int:
+        if not np.isfinite(logits).all():
+            raise TdaError(
+                f"The model produced logits that are not finite at token {self._cache.length}. "
+                "float16 may overflow with this model: build it with --dtype fp32 and run it on the CPU."
+            )
+        return self._sampler(logits)
+
+    def _account(self, mask: PromptMask) -> None:
+        shape, metrics = self._artifact.shape, self.metrics
+        neurons = shape.num_layers * shape.ffn_size
+        kept = mask.kept if metrics.mask == "tda" else neurons
+        metrics.density = kept / neurons
+        metrics.sparsity = 1.0 - metrics.density
+        metrics.ffn_bytes_per_token = kept * self._artifact.bytes_per_neuron
+        metrics.dense_ffn_bytes_per_token = neurons * self._artifact.bytes_per_neuron

@@ -1,0 +1,118 @@
+"""The Python interface: load an artifact, generate from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tda_export.errors import TdaError, UsageError
+from tda_export.runtime.artifact import Artifact, open_artifact
+from tda_export.runtime.generate import Generation, MaskMode
+from tda_export.runtime.providers import choose_provider
+from tda_export.runtime.sampling import Sampling, make_sampler
+from tda_export.runtime.session import Sessions
+from tda_export.runtime.text import Text
+
+DEFAULT_NEW_TOKENS = 128
+
+
+class Model:
+    """An artifact with its sessions, ready to generate. Not safe for concurrent use of one Generation; make several."""
+
+    def __init__(self, artifact: Artifact, provider: str) -> None:
+        self.artifact = artifact
+        self.provider = provider
+        self.text = Text(artifact)
+        self.sessions = Sessions(artifact, provider)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        chat: bool = False,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        mask: MaskMode = "tda",
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        context: int | None = None,
+        thresholds: Sequence[float] | None = None,
+    ) -> Generation:
+        """Begin a generation; iterate over the result for its tokens.
+
+        Args:
+            prompt: Text, or token ids.
+            chat: Put the text into the model's chat template as a user's message.
+            max_new_tokens: Stop after this many.
+            mask: `tda` decodes with the prompt's mask, `dense` with every neuron.
+            sampling: Greedy by default.
+            context: The most tokens of prompt and answer together; None takes the model's maximum. Memory grows with
+                what is used, not with this.
+            thresholds: L scores in place of the artifact's thresholds: another budget, without another build.
+
+        Returns:
+            An iterator of `Token` with `metrics` and `text`.
+
+        Raises:
+            UsageError: An argument is out of range.
+            TdaError: The prompt is empty or does not fit into the context; while iterating, logits were not finite.
+        """
+        limit = self.artifact.shape.max_positions
+        if context is not None and not 1 < context <= limit:
+            raise UsageError(f"A context of {context} tokens is outside [2, {limit}], the model's maximum.")
+        if max_new_tokens < 1:
+            raise UsageError(f"{max_new_tokens} new tokens: give 1 or more.")
+        if mask not in ("tda", "dense"):
+            raise UsageError(f"Unknown mask {mask!r}. Use tda or dense.")
+        if thresholds is not None and len(thresholds) != self.artifact.shape.num_layers:
+            raise UsageError(f"{len(thresholds)} thresholds for {self.artifact.shape.num_layers} layers.")
+        tokens = self._tokens(prompt, chat)
+        context = context or limit
+        if len(tokens) >= context:
+            raise TdaError(
+                f"The prompt has {len(tokens)} tokens and the context {context}, which leaves no room for an answer. "
+                f"Shorten the prompt{'' if context == limit else ', or raise the context'}."
+            )
+        return Generation(
+            self.artifact,
+            self.sessions,
+            tokens,
+            max_new_tokens=max_new_tokens,
+            mask=mask,
+            sampler=make_sampler(sampling),
+            stream=self.text.stream(),
+            context=context,
+            thresholds=None if thresholds is None else np.asarray(thresholds, np.float32),
+        )
+
+    def _tokens(self, prompt: str | Sequence[int], chat: bool) -> list[int]:
+        if isinstance(prompt, str):
+            if chat:
+                rendered = self.text.chat([{"role": "user", "content": prompt}])
+                return self.text.encode(rendered, special_tokens=False)
+            tokens = self.text.encode(prompt)
+        elif chat:
+            raise UsageError("A chat prompt is text, not token ids.")
+        else:
+            tokens = [int(token) for token in prompt]
+            vocabulary = self.artifact.shape.vocab_size
+            if any(not 0 <= token < vocabulary for token in tokens):
+                raise UsageError(f"Token ids must lie in [0, {vocabulary}).")
+        if not tokens:
+            raise TdaError("The prompt is empty. Give some text.")
+        return tokens
+
+
+def load(folder: str | Path, *, provider: str = "auto") -> Model:
+    """Load an artifact.
+
+    Args:
+        folder: Made by `tda-export build`.
+        provider: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        TdaError: The artifact is damaged, or the provider cannot be used.
+        UsageError: The provider is unknown or does not fit the artifact.
+    """
+    artifact = open_artifact(folder)
+    return Model(artifact, choose_provider(provider, artifact.shape.dtype))

@@ -1,0 +1,71 @@
+"""Choose the next token from logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tda_export.errors import UsageError
+
+Sampler = Callable[[np.ndarray], int]  # logits float32 [V] -> token
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off; the same `seed` gives the same text."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UsageError(f"Temperature {self.temperature} is negative or not finite. Give 0 (greedy) or more.")
+        if self.top_k < 0:
+            raise UsageError(f"top-k {self.top_k} is negative. Give 0 (off) or more.")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top-p {self.top_p} is outside (0, 1]. Give 1 (off) or a share.")
+
+
+def make_sampler(sampling: Sampling) -> Sampler:
+    """Compose the steps that `sampling` asks for: temperature, then top-k, then top-p, then a draw."""
+    if sampling.temperature == 0:
+        return lambda logits: int(logits.argmax())
+    generator = np.random.default_rng(sampling.seed)
+
+    def sample(logits: np.ndarray) -> int:
+        scaled = logits.astype(np.float64) / sampling.temperature
+        scaled = keep_top_k(scaled, sampling.top_k)
+        probabilities = keep_top_p(softmax(scaled), sampling.top_p)
+        return int(generator.choice(len(probabilities), p=probabilities))
+
+    return sample
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Return exp(logits) normalised to sum 1, float64 [V]."""
+    exponentials = np.exp(logits - logits.max())
+    return exponentials / exponentials.sum()
+
+
+def keep_top_k(logits: np.ndarray, k: int) -> np.ndarray:
+    """Set all but the k largest logits to -inf; equal ones at the border are kept. k = 0 keeps all."""
+    if not 0 < k < len(logits):
+        return logits
+    border = np.partition(logits, -k)[-k]
+    return np.where(logits >= border, logits, -np.inf)
+
+
+def keep_top_p(probabilities: np.ndarray, p: float) -> np.ndarray:
+    """Keep the smallest set of likeliest tokens whose probabilities reach p (nucleus, arXiv 1904.09751), renormalised."""
+    if p >= 1:
+        return probabilities
+    order = np.argsort(-probabilities, kind="stable")
+    before = np.cumsum(probabilities[order]) - probabilities[order]
+    kept = np.zeros_like(probabilities)
+    chosen = order[before < p]
+    kept[chosen] = probabilities[chosen]
+    return kept / kept.sum()

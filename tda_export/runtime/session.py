@@ -1,0 +1,115 @@
+"""The two ONNX Runtime sessions of an artifact, with one copy of the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from tda_export.errors import TdaError
+from tda_export.graph import contract
+from tda_export.runtime.artifact import Artifact
+from tda_export.runtime.providers import CUDA, EXECUTION_PROVIDERS, provider_arguments
+
+ERRORS_ONLY = 3  # ONNX Runtime warns of every input that has a default
+
+
+class Sessions:
+    """Prefill and decode of one artifact on one provider.
+
+    On CUDA the weights are uploaded once and given to both sessions as initializers. On the CPU both map
+    weights.bin into memory; prepacking would copy every MatMul weight for each session, so it is off.
+    """
+
+    def __init__(self, artifact: Artifact, provider: str) -> None:
+        self.provider = provider
+        self._weights = _upload_weights(artifact) if provider == CUDA else {}
+        self.prefill = self._session(artifact, contract.PREFILL_FILE)
+        self.decode = self._session(artifact, contract.DECODE_FILE)
+
+    def _session(self, artifact: Artifact, file: str) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.log_severity_level = ERRORS_ONLY
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        for name in artifact.manifest["graph_weights"][file] if self._weights else ():
+            options.add_initializer(name, self._weights[name])
+        try:
+            session = ort.InferenceSession(
+                str(artifact.file(file)), options, providers=provider_arguments(self.provider)
+            )
+        except Exception as error:  # ONNX Runtime's exceptions share no narrower base
+            raise TdaError(
+                f"{artifact.file(file)}: ONNX Runtime {ort.__version__} cannot load it ({_first_line(error)}). "
+                "Run 'tda-export verify' on the artifact."
+            ) from error
+        if session.get_providers()[0] != EXECUTION_PROVIDERS[self.provider]:
+            raise TdaError(
+                "ONNX Runtime could not start CUDA (its CUDA or cuDNN libraries are missing). Install "
+                "'tda-export[cuda]', or use --provider cpu."
+            )
+        return session
+
+
+class Call:
+    """One run of a session with its inputs and outputs bound; may be run again with the same bindings."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+        self._outputs: list[str] = []
+
+    def feed(self, name: str, value: ort.OrtValue | np.ndarray) -> None:
+        """Bind an input: a value where it lies, or an array that is copied to the device."""
+        if isinstance(value, np.ndarray):
+            self._binding.bind_cpu_input(name, value)
+        else:
+            self._binding.bind_ortvalue_input(name, value)
+
+    def write_to(self, name: str, value: ort.OrtValue) -> None:
+        """Bind an output to memory that is there already."""
+        self._binding.bind_ortvalue_output(name, value)
+        self._outputs.append(name)
+
+    def allocate(self, name: str, device: str) -> None:
+        """Let the run allocate an output on `cpu` or `cuda`."""
+        self._binding.bind_output(name, device)
+        self._outputs.append(name)
+
+    def run(self) -> dict[str, ort.OrtValue]:
+        """Run and return the outputs by name."""
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # ONNX Runtime's exceptions share no narrower base
+            raise TdaError(f"ONNX Runtime failed ({_first_line(error)}). Run 'tda-export verify' on the artifact.") from error
+        return dict(zip(self._outputs, self._binding.get_outputs(), strict=True))
+
+
+def device_tensor(array: np.ndarray, provider: str) -> ort.OrtValue:
+    """Copy an array to the provider's memory."""
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), provider, 0)
+
+
+def empty_tensor(shape: tuple[int, ...], dtype: str, provider: str) -> ort.OrtValue:
+    """Allocate an array of zeros in the provider's memory."""
+    return device_tensor(np.zeros(shape, dtype), provider)
+
+
+def _upload_weights(artifact: Artifact) -> dict[str, Any]:
+    """Copy weights.bin to the GPU, tensor by tensor."""
+    shared = {}
+    for name, entry in artifact.manifest["weights"].items():
+        view = np.memmap(
+            artifact.file(contract.WEIGHTS_FILE),
+            dtype=entry["dtype"],
+            mode="r",
+            offset=entry["offset"],
+            shape=tuple(entry["shape"]),
+        )
+        # A value taken through DLPack counts as the user's own, which add_initializer asks for.
+        shared[name] = ort.OrtValue.from_dlpack(ort.OrtValue.ortvalue_from_numpy(view, CUDA, 0))
+    return shared
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

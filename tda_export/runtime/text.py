@@ -1,0 +1,84 @@
+"""Text in and out: tokenizer, chat template, and streaming without broken characters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from tda_export.errors import TdaError
+from tda_export.graph import contract
+from tda_export.runtime.artifact import Artifact
+
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+
+
+class Text:
+    """The tokenizer of an artifact."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        path = artifact.file(contract.TOKENIZER_FILE)
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise TdaError(f"{path}: not a readable tokenizer ({error}). Build the artifact again.") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._artifact = artifact
+
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Tokenize; `special_tokens` lets the tokenizer add its own (BOS), which a chat template spells out itself."""
+        return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
+
+    def stream(self) -> TextStream:
+        return TextStream(self._tokenizer)
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """Render messages with the model's chat template, up to where the assistant's answer begins.
+
+        Raises:
+            TdaError: The model has no chat template, or the template refuses the messages.
+        """
+        path = self._artifact.file(contract.CHAT_TEMPLATE_FILE)
+        if contract.CHAT_TEMPLATE_FILE not in self._artifact.manifest["files"]:
+            raise TdaError(f"{self._artifact.folder}: this model has no chat template. Leave --chat out.")
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+        try:
+            template = environment.from_string(path.read_text(encoding="utf-8"))
+            return template.render(messages=list(messages), add_generation_prompt=True, **self._special_tokens())
+        except TemplateError as error:
+            raise TdaError(f"{path}: the chat template cannot be rendered ({error}).") from error
+
+    def _special_tokens(self) -> dict[str, str]:
+        if TOKENIZER_CONFIG_FILE not in self._artifact.manifest["files"]:
+            return {}
+        config: dict[str, Any] = json.loads(self._artifact.file(TOKENIZER_CONFIG_FILE).read_text(encoding="utf-8"))
+        tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        return {
+            name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items() if token
+        }
+
+
+class TextStream:
+    """Turns tokens into text as they come, holding back bytes that do not form a character yet."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def add(self, token: int) -> str:
+        """Return the text that `token` completes, perhaps none."""
+        return self._stream.step(self._tokenizer, token) or ""
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
