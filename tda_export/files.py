@@ -37,7 +37,9 @@ def check_output(path: Path, *, overwrite: bool, marker: str | None = None) -> N
     if marker is None and not path.is_file():
         raise UsageError(f"{path} is not a file. Choose another output.")
     if marker is not None and not (path / marker).is_file() and not (path.is_dir() and not any(path.iterdir())):
-        raise UsageError(f"{path} exists and is no artifact (no {marker} there), so it is not replaced. Choose another output.")
+        raise UsageError(
+            f"{path} exists and is no artifact (no {marker} there), so it is not replaced. Choose another output."
+        )
 
 
 @contextlib.contextmanager
@@ -123,4 +125,6 @@ def _umask() -> int:
 
 def _cannot_write(path: Path, error: OSError) -> TdaError:
     reason = error.strerror or str(error)
-    return TdaError(f"{path}: could not be written ({reason}). Nothing was left behind; free some space or choose another output.")
+    return TdaError(
+        f"{path}: could not be written ({reason}). Nothing was left behind; free some space or choose another output."
+    )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from tda_export.calibration.curves import CurveSums
 from tda_export.errors import UsageError
+
+AllocationRule = Literal["uniform"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Budget:
 
     cett: float | None = None
     sparsity: float | None = None
-    allocation: Literal["uniform"] = "uniform"
+    allocation: AllocationRule = "uniform"
 
     def __post_init__(self) -> None:
         if (self.cett is None) == (self.sparsity is None):
@@ -28,7 +30,12 @@ class Budget:
 
     def describe(self) -> dict[str, Any]:
         """The budget as plain data, for manifests and provenance."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        if self.cett is not None:
+            return {"cett": self.cett}
+        return {"sparsity": self.sparsity, "allocation": self.allocation}
+
+    def __str__(self) -> str:
+        return f"CETT {self.cett}" if self.cett is not None else f"sparsity {self.sparsity}, {self.allocation}"
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,9 @@ def _open(dataset: str, text_column: str | None) -> tuple[Any, str]:
         files = sorted(builtin_folder().glob("*.txt")) if dataset == BUILTIN else [path]
         if text_column not in (None, "text"):
             raise UsageError(f"{dataset}: a text file has no columns. Leave --text-column out.")
-        stream = load_dataset("text", data_files=[str(file) for file in files], sample_by="document", split="train", streaming=True)
+        stream = load_dataset(
+            "text", data_files=[str(file) for file in files], sample_by="document", split="train", streaming=True
+        )
         # Documents are separated before they are shuffled.
         return IterableDataset.from_generator(_separated, gen_kwargs={"rows": stream}), "text"
     if suffix in FORMATS:

@@ -1,4 +1,4 @@
-"""calibration.safetensors: all curves, with what they were taken from, so that build can choose again without the model."""
+"""calibration.safetensors: all curves and their provenance, so that build can choose again without the model."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def read_calibration(path: Path) -> Calibration:
         with safe_open(path, framework="pt") as file:
             provenance = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
             if provenance.pop("format", None) != FORMAT:
-                raise TdaError(f"{path}: a safetensors file, but not a calibration. Give one from 'tda-export calibrate'.")
+                raise TdaError(f"{path}: not a calibration. Give a file from 'tda-export calibrate'.")
             version = provenance.pop("format_version")
             if version > FORMAT_VERSION:
                 raise TdaError(
-                    f"{path}: calibration format {version}, and this tda-export reads up to {FORMAT_VERSION}. Update tda-export."
+                    f"{path}: calibration format {version} is newer than {FORMAT_VERSION}, the latest that is known here. Update."
                 )
             sums = CurveSums(*(file.get_tensor(field.name) for field in fields(CurveSums)))
             return Calibration(file.get_tensor("grid"), sums, provenance)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise TdaError(f"{path}: not a readable calibration file ({error}). Run 'tda-export calibrate' again.") from error
+        raise TdaError(f"{path}: not a readable calibration ({error}). Run 'tda-export calibrate' again.") from error

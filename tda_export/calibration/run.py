@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -18,7 +17,9 @@ from tda_export.errors import UsageError
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
 from tda_export.progress import Advance
+from tda_export.versions import installed_versions
 
+CalibrationDtype = Literal["fp32", "fp16", "bf16"]
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "tokenizers")
 
@@ -32,7 +33,7 @@ class CalibrationSettings:
     prompt_tokens: int = 256
     continuation_tokens: int = 128
     seed: int = 0
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    dtype: CalibrationDtype = "fp32"
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -51,7 +52,11 @@ class CalibrationSettings:
 
 
 def accumulate_curves(
-    model: Any, spec: DecoderSpec, tokens: torch.Tensor, settings: CalibrationSettings, advance: Advance = lambda units: None
+    model: Any,
+    spec: DecoderSpec,
+    tokens: torch.Tensor,
+    settings: CalibrationSettings,
+    advance: Advance = lambda units: None,
 ) -> tuple[torch.Tensor, CurveSums]:
     """Run the sequences through the model and add up the curves.
 
@@ -91,12 +96,11 @@ def calibrate(
     """
     model = source.reference(dtype=TORCH_DTYPES[settings.dtype], device=settings.device)
     grid, sums = accumulate_curves(model, source.spec, corpus.tokens, settings, advance)
-    packages = {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
     provenance = {
         "model": {"name": source.name, "architecture": source.spec.architecture, "fingerprint": source.fingerprint},
         "dataset": corpus.describe(),
         "settings": asdict(settings),
         "budget": budget,
-        "versions": {"tda-export": tda_export.__version__, **packages},
+        "versions": {"tda-export": tda_export.__version__, **installed_versions(RECORDED_PACKAGES)},
     }
     return Calibration(grid, sums, provenance)

@@ -36,9 +36,7 @@ def token_positions(ops: Ops, input_ids: ir.Value, attention_mask: ir.Value) -> 
     scalar_length = ops.op("Squeeze", length, ops.constant([0], "int64"))
     steps = ops.op("Range", ops.constant(0, "int64"), scalar_length, ops.constant(1, "int64"))
     positions = ops.op("Add", steps, past)  # int64 [S]
-    counted = ops.op(
-        "And", ops.op("Greater", positions, ops.constant([0], "int64")), ops.op("Less", positions, total)
-    )
+    counted = ops.op("And", ops.op("Greater", positions, ops.constant([0], "int64")), ops.op("Less", positions, total))
     return Positions(
         last_index=ops.cast(ops.op("Sub", total, ops.constant([1], "int64")), "int32"),
         buffer_length=ops.cast(ops.op("Squeeze", buffer, ops.constant([0], "int64")), "int32"),

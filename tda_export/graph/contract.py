@@ -6,6 +6,7 @@ imports nothing outside the standard library, so that every other part of the pr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 FORMAT = "tda-export"
@@ -155,10 +156,7 @@ def prefill_inputs(shape: ModelShape) -> list[IoTensor]:
     return [
         *_token_inputs(),
         *_kv_cache(shape, past_key, past_value, "past_sequence_length"),
-        *(
-            IoTensor(past_neuron_stats(i), "float32", (2, shape.ffn_size), default=True)
-            for i in layers
-        ),
+        *(IoTensor(past_neuron_stats(i), "float32", (2, shape.ffn_size), default=True) for i in layers),
         IoTensor(PAST_STATS_WEIGHT, "float32", (1,), default=True),
         IoTensor(STATS_DECAY, "float32", (1,), default=True),
         IoTensor(THRESHOLDS, "float32", (shape.num_layers,), default=True),
@@ -205,6 +203,6 @@ def _token_inputs() -> list[IoTensor]:
     ]
 
 
-def _kv_cache(shape: ModelShape, key, value, length: str) -> list[IoTensor]:  # type: ignore[no-untyped-def]
+def _kv_cache(shape: ModelShape, key: Callable[[int], str], value: Callable[[int], str], length: str) -> list[IoTensor]:
     axes = (1, shape.num_kv_heads, length, shape.head_size)
     return [IoTensor(name(i), shape.dtype, axes) for i in range(shape.num_layers) for name in (key, value)]

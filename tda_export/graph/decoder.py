@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 import tda_export
 from tda_export.graph import contract
-from tda_export.graph.attention import attention, token_positions
+from tda_export.graph.attention import Positions, attention, token_positions
 from tda_export.graph.contract import IoTensor, ModelShape
 from tda_export.graph.ffn import dense_activations, dense_output, indexed_ffn, indexed_ffn_function
 from tda_export.graph.method import Method
@@ -55,9 +55,7 @@ def build_prefill(
     inputs = {tensor.name: io_value(tensor) for tensor in contract.prefill_inputs(shape)}
     outputs: dict[str, ir.Value] = {}
     positions = token_positions(ops, inputs[contract.INPUT_IDS], inputs[contract.ATTENTION_MASK])
-    stats = running_stats(
-        ops, positions.counted, inputs[contract.PAST_STATS_WEIGHT], inputs[contract.STATS_DECAY]
-    )
+    stats = running_stats(ops, positions.counted, inputs[contract.PAST_STATS_WEIGHT], inputs[contract.STATS_DECAY])
     outputs[contract.PRESENT_STATS_WEIGHT] = stats.present_weight
 
     def ffn(layer: int, x: ir.Value) -> tuple[ir.Value, ir.Value | None]:
@@ -79,7 +77,7 @@ def build_prefill(
     start = ops.op("Neg", inputs[contract.NUM_LOGITS])
     end, axis = ops.constant([np.iinfo(np.int64).max], "int64"), ops.constant([1], "int64")
     outputs[contract.LOGITS] = _logits(ops, spec, weights, ops.op("Slice", hidden, start, end, axis))
-    defaults = {
+    defaults: dict[str, np.ndarray] = {
         **{contract.past_neuron_stats(i): np.zeros((2, spec.ffn_size), np.float32) for i in range(spec.num_layers)},
         contract.PAST_STATS_WEIGHT: np.zeros(1, np.float32),
         contract.STATS_DECAY: np.ones(1, np.float32),
@@ -109,7 +107,13 @@ def build_decode(spec: DecoderSpec, weights: WeightTable, dtype: str) -> ir.Mode
         contract.tail_mean(i): nothing for i in range(spec.num_layers)
     }
     return _model(
-        "decode", ops, inputs, outputs, contract.decode_outputs(shape), defaults, functions=(indexed_ffn_function(spec),)
+        "decode",
+        ops,
+        inputs,
+        outputs,
+        contract.decode_outputs(shape),
+        defaults,
+        functions=(indexed_ffn_function(spec),),
     )
 
 
@@ -120,7 +124,7 @@ def _layers(
     dtype: str,
     inputs: dict[str, ir.Value],
     outputs: dict[str, ir.Value],
-    positions,  # type: ignore[no-untyped-def]
+    positions: Positions,
     ffn: Ffn,
 ) -> ir.Value:
     """Run embedding, layers and final norm; record the present keys and values; return the hidden state [1, S, M]."""

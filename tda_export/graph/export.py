@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from tda_export.graph.method import Method
 from tda_export.graph.weights_file import WeightTable, plan_weights, write_weights
 from tda_export.models.source import ModelSource
 from tda_export.progress import progress
+from tda_export.versions import installed_versions
 
 DTYPES = {"fp32": "float32", "fp16": "float16"}
 RECORDED_PACKAGES = ("onnx", "onnx-ir", "torch", "transformers")
@@ -64,9 +64,7 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
     with atomic_folder(output) as folder:
         with progress("Writing weights", size, quiet=quiet) as advance:
             table, weights_sha256 = write_weights(plan, folder / contract.WEIGHTS_FILE, advance)
-        prefill = build_prefill(
-            spec, table, request.dtype, request.method, np.asarray(request.thresholds, np.float32)
-        )
+        prefill = build_prefill(spec, table, request.dtype, request.method, np.asarray(request.thresholds, np.float32))
         decode = build_decode(spec, table, request.dtype)
         ir.save(prefill, folder / contract.PREFILL_FILE)
         ir.save(decode, folder / contract.DECODE_FILE)
@@ -89,8 +87,7 @@ def _manifest(
     return {
         "format": contract.FORMAT,
         "format_version": contract.FORMAT_VERSION,
-        "versions": {"tda-export": tda_export.__version__}
-        | {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
+        "versions": {"tda-export": tda_export.__version__} | installed_versions(RECORDED_PACKAGES),
         "model": {
             "name": request.source.name,
             "architecture": spec.architecture,
@@ -102,7 +99,9 @@ def _manifest(
         "method": asdict(request.method),
         "budget": request.budget.describe(),
         "thresholds": request.thresholds,
-        "expected": asdict(request.allocation) | {"sparsity": request.allocation.sparsity} if request.allocation else {},
+        "expected": asdict(request.allocation) | {"sparsity": request.allocation.sparsity}
+        if request.allocation
+        else {},
         "calibration": request.calibration or {},
         "files": {
             path.name: {"size": path.stat().st_size, "sha256": known.get(path.name) or sha256(path)} for path in files
@@ -112,7 +111,11 @@ def _manifest(
             contract.DECODE_FILE: _io(contract.decode_inputs(shape), contract.decode_outputs(shape)),
         },
         "weights": {
-            name: {"dtype": np.dtype(tensor.dtype.numpy()).name, "shape": list(tensor.shape.numpy()), "offset": tensor.offset}
+            name: {
+                "dtype": np.dtype(tensor.dtype.numpy()).name,
+                "shape": list(tensor.shape.numpy()),
+                "offset": tensor.offset,
+            }
             for name, tensor in table.items()
         },
         "graph_weights": {

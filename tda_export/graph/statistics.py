@@ -64,9 +64,7 @@ def layer_stats(
     usable = ops.op("And", stats.counted, ops.op("Greater", norms, ops.constant(0.0, "float32")))  # [S]
     # Where, not a product: an uncounted or all-zero token would turn 1/0 or inf * 0 into NaN.
     safe = ops.op("Where", usable, norms, ops.constant(1.0, "float32"))
-    token_weights = ops.op(
-        "Where", usable, ops.op("Reciprocal", safe), ops.constant(0.0, "float32")
-    )  # [S]
+    token_weights = ops.op("Where", usable, ops.op("Reciprocal", safe), ops.constant(0.0, "float32"))  # [S]
     scores = ops.op("MatMul", ops.op("Unsqueeze", token_weights, ops.constant([0], "int64")), squares)  # [1, F]
     if method.statistic == "magnitude":
         scores = ops.op("Mul", scores, column_weights)
@@ -76,7 +74,13 @@ def layer_stats(
 
 
 def select_mask(
-    ops: Ops, spec: DecoderSpec, method: Method, layer: int, present_stats: ir.Value, weight: ir.Value, thresholds: ir.Value
+    ops: Ops,
+    spec: DecoderSpec,
+    method: Method,
+    layer: int,
+    present_stats: ir.Value,
+    weight: ir.Value,
+    thresholds: ir.Value,
 ) -> tuple[ir.Value, ir.Value]:
     """Choose the mask from the statistics.
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -47,77 +48,64 @@ def plan_weights(spec: DecoderSpec, weights: Weights, dtype: str) -> Iterator[Pl
         TdaError: A tensor is missing or has another shape than the configuration says.
     """
     names, m, f = spec.names, spec.hidden_size, spec.ffn_size
-    attention_size = spec.num_heads * spec.head_size
+    heads = spec.num_heads * spec.head_size
+    kv_heads = spec.num_kv_heads * spec.head_size
 
-    def tensor(name: str, *shape: int) -> str:
-        if name not in weights:
-            raise TdaError(f"{name} is missing from the checkpoint. Download the model again.")
-        if weights.shape(name) != shape:
-            raise TdaError(
-                f"{name}: expected shape {list(shape)} by config.json, got {list(weights.shape(name))} in the checkpoint."
-            )
-        return name
+    def stored(target: str, *parts: tuple[str, tuple[int, ...]], transpose: bool = False) -> PlannedWeight:
+        """Plan one tensor from checkpoint tensors of the given shapes, joined along their first axis."""
+        for name, expected in parts:
+            _check_shape(weights, name, expected)
+        joined = (sum(expected[0] for _, expected in parts), *parts[0][1][1:])
+        load = partial(_load, weights, [name for name, _ in parts], transpose)
+        return PlannedWeight(target, joined[::-1] if transpose else joined, dtype, load)
 
-    def plain(target: str, name: str, *shape: int) -> PlannedWeight:
-        source = tensor(name, *shape)
-        return PlannedWeight(target, shape, dtype, lambda: weights.load(source))
-
-    def transposed(target: str, name: str, rows: int, columns: int) -> PlannedWeight:
-        source = tensor(name, rows, columns)
-        return PlannedWeight(target, (columns, rows), dtype, lambda: weights.load(source).T)
-
-    yield plain(contract.EMBEDDING, f"{names.embedding}.weight", spec.vocab_size, m)
+    yield stored(contract.EMBEDDING, (f"{names.embedding}.weight", (spec.vocab_size, m)))
     for function, name in (("cos", contract.COS_CACHE), ("sin", contract.SIN_CACHE)):
-        shape = (spec.max_positions, spec.head_size // 2)
-        yield PlannedWeight(
-            name, shape, dtype, lambda function=function: rope_table(spec.rope, spec.head_size, spec.max_positions, function)
-        )
-    for layer in range(spec.num_layers):
-        at = {field: template.format(i=layer) for field, template in vars(names).items()}
-        parts = [
-            (at["query"], attention_size),
-            (at["key"], spec.num_kv_heads * spec.head_size),
-            (at["value"], spec.num_kv_heads * spec.head_size),
-        ]
-        qkv = [tensor(f"{name}.weight", rows, m) for name, rows in parts]
-        yield plain(contract.attention_norm(layer), f"{at['attention_norm']}.weight", m)
-        yield PlannedWeight(
-            contract.qkv_weight(layer),
-            (m, spec.qkv_size),
-            dtype,
-            lambda qkv=qkv: torch.cat([weights.load(name) for name in qkv]).T,
-        )
+        table = partial(rope_table, spec.rope, spec.head_size, spec.max_positions, function)
+        yield PlannedWeight(name, (spec.max_positions, spec.head_size // 2), dtype, table)
+    for i in range(spec.num_layers):
+        at = {field: template.format(i=i) for field, template in vars(names).items()}
+        qkv = [(at["query"], heads), (at["key"], kv_heads), (at["value"], kv_heads)]
+        down = f"{at['down']}.weight"
+        yield stored(contract.attention_norm(i), (f"{at['attention_norm']}.weight", (m,)))
+        yield stored(contract.qkv_weight(i), *((f"{name}.weight", (rows, m)) for name, rows in qkv), transpose=True)
         if spec.qkv_bias:
-            biases = [tensor(f"{name}.bias", rows) for name, rows in parts]
-            yield PlannedWeight(
-                contract.qkv_bias(layer),
-                (spec.qkv_size,),
-                dtype,
-                lambda biases=biases: torch.cat([weights.load(name) for name in biases]),
-            )
-        yield transposed(contract.attention_out_weight(layer), f"{at['attention_out']}.weight", m, attention_size)
+            yield stored(contract.qkv_bias(i), *((f"{name}.bias", (rows,)) for name, rows in qkv))
+        yield stored(contract.attention_out_weight(i), (f"{at['attention_out']}.weight", (m, heads)), transpose=True)
         if spec.attention_out_bias:
-            yield plain(contract.attention_out_bias(layer), f"{at['attention_out']}.bias", m)
-        yield plain(contract.ffn_norm(layer), f"{at['ffn_norm']}.weight", m)
-        yield plain(contract.ffn_weight(layer, "gate"), f"{at['gate']}.weight", f, m)
-        yield plain(contract.ffn_weight(layer, "up"), f"{at['up']}.weight", f, m)
-        yield transposed(contract.ffn_weight(layer, "down"), f"{at['down']}.weight", m, f)
+            yield stored(contract.attention_out_bias(i), (f"{at['attention_out']}.bias", (m,)))
+        yield stored(contract.ffn_norm(i), (f"{at['ffn_norm']}.weight", (m,)))
+        for part in ("gate", "up"):
+            yield stored(contract.ffn_weight(i, part), (f"{at[part]}.weight", (f, m)))
+        yield stored(contract.ffn_weight(i, "down"), (down, (m, f)), transpose=True)
         if spec.ffn_bias:
-            yield plain(contract.ffn_bias(layer, "gate"), f"{at['gate']}.bias", f)
-            yield plain(contract.ffn_bias(layer, "up"), f"{at['up']}.bias", f)
-            yield plain(contract.ffn_bias(layer, "down"), f"{at['down']}.bias", m)
-        down = tensor(f"{at['down']}.weight", m, f)
-        yield PlannedWeight(
-            contract.down_norms(layer), (f,), "float32", lambda down=down: squared_column_norms(weights.load(down))
-        )
-    yield plain(contract.FINAL_NORM, f"{names.final_norm}.weight", m)
+            for part, size in (("gate", f), ("up", f), ("down", m)):
+                yield stored(contract.ffn_bias(i, part), (f"{at[part]}.bias", (size,)))
+        yield PlannedWeight(contract.down_norms(i), (f,), "float32", partial(_squared_column_norms, weights, down))
+    yield stored(contract.FINAL_NORM, (f"{names.final_norm}.weight", (m,)))
     if not spec.tied_head:
-        yield plain(contract.HEAD, f"{names.head}.weight", spec.vocab_size, m)
+        yield stored(contract.HEAD, (f"{names.head}.weight", (spec.vocab_size, m)))
 
 
-def squared_column_norms(down: torch.Tensor) -> torch.Tensor:
-    """Return ||W_down[:, i]||^2 for each neuron: [M, F] of any dtype to float32 [F]."""
-    return down.float().square().sum(dim=0)
+def _check_shape(weights: Weights, name: str, expected: tuple[int, ...]) -> None:
+    if name not in weights:
+        raise TdaError(f"{name} is missing from the checkpoint. Download the model again.")
+    if weights.shape(name) != expected:
+        raise TdaError(
+            f"{name}: config.json says shape {list(expected)}, the checkpoint has {list(weights.shape(name))}. "
+            "Download the model again."
+        )
+
+
+def _load(weights: Weights, names: list[str], transpose: bool) -> torch.Tensor:
+    tensors = [weights.load(name) for name in names]
+    joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    return joined.T if transpose else joined
+
+
+def _squared_column_norms(weights: Weights, down: str) -> torch.Tensor:
+    """||W_down[:, i]||^2 for each neuron: [M, F] of any dtype to float32 [F]."""
+    return weights.load(down).float().square().sum(dim=0)
 
 
 def write_weights(
@@ -142,7 +130,7 @@ def write_weights(
             content = planned.load().to(getattr(torch, planned.dtype)).contiguous()
             if tuple(content.shape) != planned.shape:
                 raise AssertionError(f"{planned.name}: planned {planned.shape}, made {tuple(content.shape)}")
-            raw = memoryview(content.view(torch.uint8).numpy().reshape(-1)) if content.dim() else memoryview(b"")
+            raw = content.reshape(-1).view(torch.uint8).numpy().data
             for piece in (padding, raw):
                 file.write(piece)
                 digest.update(piece)

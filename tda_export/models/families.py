@@ -77,7 +77,9 @@ def read_spec(config: Any) -> DecoderSpec:
             "Choose a model of one of these."
         )
     if getattr(config, "quantization_config", None) is not None and not _is_gguf(config):
-        raise TdaError("Quantised checkpoints are not supported: give the unquantised safetensors checkpoint or a GGUF.")
+        raise TdaError(
+            "Quantised checkpoints are not supported: give the unquantised safetensors checkpoint or a GGUF."
+        )
     if config.hidden_act not in ACTIVATIONS:
         raise TdaError(
             f"{architecture} with activation {config.hidden_act!r} is not supported; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,7 +56,7 @@ class ModelSource:
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
-        """What `generation_config.json` says (stop tokens among it), with the configuration's values where it is silent."""
+        """What `generation_config.json` says, stop tokens among it, or else the configuration."""
         from transformers import GenerationConfig
 
         try:
@@ -97,7 +98,8 @@ class ModelSource:
     def _dequantised(self) -> Any:
         from transformers import AutoModelForCausalLM, GgufConfig
 
-        with _readable_errors(self):
+        # The conversion draws a progress bar that nothing but this switches off; it takes a second.
+        with _readable_errors(self), contextlib.redirect_stderr(io.StringIO()):
             model = AutoModelForCausalLM.from_pretrained(
                 self.folder,
                 gguf_file=self.gguf,

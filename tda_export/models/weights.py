@@ -86,4 +86,6 @@ def open_safetensors(folder: Path) -> SafetensorsWeights:
     try:
         return SafetensorsWeights(folder)
     except (SafetensorError, OSError, ValueError) as error:
-        raise TdaError(f"{folder}: the safetensors weights cannot be read ({error}). Download the model again.") from error
+        raise TdaError(
+            f"{folder}: the safetensors weights cannot be read ({error}). Download the model again."
+        ) from error

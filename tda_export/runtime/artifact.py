@@ -61,7 +61,9 @@ def open_artifact(folder: str | Path) -> Artifact:
     folder = Path(folder)
     path = folder / contract.MANIFEST_FILE
     if not path.is_file():
-        raise TdaError(f"{folder}: no {contract.MANIFEST_FILE} there, so this is no artifact. Make one with 'tda-export build'.")
+        raise TdaError(
+            f"{folder}: no {contract.MANIFEST_FILE} there, so this is no artifact. Make one with 'tda-export build'."
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -71,13 +73,15 @@ def open_artifact(folder: str | Path) -> Artifact:
     version = manifest.get("format_version")
     if not isinstance(version, int) or version > contract.FORMAT_VERSION:
         raise TdaError(
-            f"{path}: artifact format {version}, and this tda-export reads up to {contract.FORMAT_VERSION}. Update tda-export."
+            f"{path}: artifact format {version} is not one that is known here (up to {contract.FORMAT_VERSION}). Update."
         )
     try:
         _check_files(folder, manifest["files"])
         shape = ModelShape(**manifest["shape"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise TdaError(f"{path}: incomplete manifest ({type(error).__name__}: {error}). Build the artifact again.") from error
+        raise TdaError(
+            f"{path}: incomplete manifest ({type(error).__name__}: {error}). Build the artifact again."
+        ) from error
     return Artifact(folder, manifest, shape)
 
 
@@ -85,7 +89,9 @@ def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     for name, entry in files.items():
         parts = PurePosixPath(name).parts
         if len(parts) != 1 or name in (".", "..") or "\\" in name or ":" in name:
-            raise TdaError(f"{folder}: the manifest names {name!r}, which is not a file of this folder. Do not use this artifact.")
+            raise TdaError(
+                f"{folder}: the manifest names {name!r}, which is not a file of this folder. Do not use this artifact."
+            )
         path = folder / name
         if path.is_symlink() and path.resolve().parent != folder.resolve():
             raise TdaError(f"{folder}: {name} is a link out of the folder. Do not use this artifact.")

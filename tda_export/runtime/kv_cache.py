@@ -38,6 +38,7 @@ class KvCache:
             self._present = self._allocate()
             self.mask = np.zeros((1, self.capacity), np.int64)
         self.mask[0, :total] = 1
+        self.mask[0, total:] = 0
         self._reserved = total
 
     def bind(self, call: Call) -> None:
@@ -47,6 +48,11 @@ class KvCache:
             call.feed(contract.past_value(layer), self._past[layer][1])
             call.write_to(contract.present_key(layer), self._present[layer][0])
             call.write_to(contract.present_value(layer), self._present[layer][1])
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from position `length` on."""
+        assert 0 <= length <= self.length
+        self.length = length
 
     def commit(self) -> None:
         """Record that the reserved tokens were written."""

@@ -17,9 +17,10 @@ CHUNK_TOKENS = 2048  # longer prompts are prefilled in pieces of this size
 
 @dataclass(frozen=True)
 class PromptMask:
-    """What prefill says about a prompt: decode's inputs by name, in the provider's memory, and how many neurons it keeps.
+    """What prefill says about a prompt, in the provider's memory.
 
-    `stats` are the running statistics, inputs of a further prefill.
+    `inputs` are decode's by name, `stats` a further prefill's (the running statistics), `kept` the number of neurons
+    in the mask over all layers.
     """
 
     inputs: dict[str, ort.OrtValue]

@@ -14,7 +14,7 @@ Sampler = Callable[[np.ndarray], int]  # logits float32 [V] -> token
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off; the same `seed` gives the same text."""
+    """How to sample: `temperature` 0 is greedy, `top_k` 0 and `top_p` 1 are off; a `seed` makes it repeatable."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -60,7 +60,7 @@ def keep_top_k(logits: np.ndarray, k: int) -> np.ndarray:
 
 
 def keep_top_p(probabilities: np.ndarray, p: float) -> np.ndarray:
-    """Keep the smallest set of likeliest tokens whose probabilities reach p (nucleus, arXiv 1904.09751), renormalised."""
+    """Keep the smallest set of likeliest tokens that reaches p, renormalised (nucleus sampling, arXiv 1904.09751)."""
     if p >= 1:
         return probabilities
     order = np.argsort(-probabilities, kind="stable")

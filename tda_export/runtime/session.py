@@ -81,7 +81,9 @@ class Call:
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base
-            raise TdaError(f"ONNX Runtime failed ({_first_line(error)}). Run 'tda-export verify' on the artifact.") from error
+            raise TdaError(
+                f"ONNX Runtime failed ({_first_line(error)}). Run 'tda-export verify' on the artifact."
+            ) from error
         return dict(zip(self._outputs, self._binding.get_outputs(), strict=True))
 
 

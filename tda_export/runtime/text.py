@@ -48,7 +48,9 @@ class Text:
         path = self._artifact.file(contract.CHAT_TEMPLATE_FILE)
         if contract.CHAT_TEMPLATE_FILE not in self._artifact.manifest["files"]:
             raise TdaError(f"{self._artifact.folder}: this model has no chat template. Leave --chat out.")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
@@ -63,9 +65,7 @@ class Text:
             return {}
         config: dict[str, Any] = json.loads(self._artifact.file(TOKENIZER_CONFIG_FILE).read_text(encoding="utf-8"))
         tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        return {
-            name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items() if token
-        }
+        return {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items() if token}
 
 
 class TextStream:

@@ -1,0 +1,139 @@
+"""`tda-export calibrate`: measure the CETT curves of a model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tda_export.cli.options import budget_options, json_option, model_argument, overwrite_option
+
+if TYPE_CHECKING:
+    from tda_export.calibration.budgets import AllocationRule
+    from tda_export.calibration.curves import Estimator
+    from tda_export.calibration.run import CalibrationDtype
+
+DEFAULT_BUDGET = {"cett": 0.2}  # the paper's
+
+
+@click.command()
+@model_argument
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="Calibration file to write (.safetensors).",
+)
+@click.option(
+    "--dataset",
+    default="builtin",
+    show_default=True,
+    help="builtin, a .txt, .jsonl, .csv or .parquet file, or a hub dataset (name or name:config:split).",
+)
+@click.option("--text-column", help="Column that holds the text.  [default: text]")
+@click.option(
+    "--estimator",
+    type=click.Choice(["prompt", "token"]),
+    default="prompt",
+    show_default=True,
+    help="prompt: mask from a prompt, CETT on its continuation. token: the paper's literal reading, per token.",
+)
+@budget_options
+@click.option("--sequences", type=click.IntRange(1), default=32, show_default=True, help="Token sequences to read.")
+@click.option(
+    "--prompt-tokens",
+    type=click.IntRange(2),
+    default=256,
+    show_default=True,
+    help="Tokens of a sequence that the mask is taken from.",
+)
+@click.option(
+    "--continuation-tokens",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="Tokens of a sequence that CETT is measured on.",
+)
+@click.option("--seed", default=0, show_default=True, help="Order of the documents.")
+@click.option("--device", default="cpu", show_default=True, help="Where PyTorch runs the model: cpu, cuda or cuda:N.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="Dtype of the model while calibrating; curves are float32.",
+)
+@overwrite_option
+@json_option
+def calibrate(
+    model: str,
+    output: Path,
+    dataset: str,
+    text_column: str | None,
+    estimator: Estimator,
+    cett: float | None,
+    sparsity: float | None,
+    allocation: AllocationRule,
+    sequences: int,
+    prompt_tokens: int,
+    continuation_tokens: int,
+    seed: int,
+    device: str,
+    dtype: CalibrationDtype,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Measure how much each layer of MODEL loses when neurons are dropped.
+
+    MODEL is a Hugging Face folder, a hub id, a .gguf file, or smollm2-135m. One pass over the data gives the whole
+    curve of every layer, so that build can choose any budget from the file.
+    """
+    from tda_export.calibration.budgets import allocate
+    from tda_export.calibration.corpus import load_corpus
+    from tda_export.calibration.file import write_calibration
+    from tda_export.calibration.run import CalibrationSettings
+    from tda_export.calibration.run import calibrate as run
+    from tda_export.cli.options import chosen_budget
+    from tda_export.cli.tables import print_allocation
+    from tda_export.files import check_output
+    from tda_export.models.source import resolve_model
+    from tda_export.progress import progress
+
+    settings = CalibrationSettings(estimator, sequences, prompt_tokens, continuation_tokens, seed, dtype, device)
+    budget = chosen_budget(cett, sparsity, allocation, DEFAULT_BUDGET)
+    check_output(output, overwrite=overwrite)
+    source = resolve_model(model, notify=lambda line: click.echo(line, err=True))
+    if settings.length > source.spec.max_positions:
+        raise click.UsageError(
+            f"{settings.length} tokens (prompt and continuation) are more than the {source.spec.max_positions} "
+            f"positions of {model}. Lower --prompt-tokens or --continuation-tokens."
+        )
+    corpus = load_corpus(
+        dataset, source.tokenizer, text_column=text_column, sequences=sequences, length=settings.length, seed=seed
+    )
+    found = corpus.tokens.shape[0]
+    if found < sequences:
+        click.echo(
+            f"{dataset} holds text for {found} sequences of {settings.length} tokens; calibrating on those.", err=True
+        )
+    with progress("Calibrating", found, quiet=as_json) as advance:
+        calibration = run(source, corpus, settings, budget.describe(), advance)
+    write_calibration(calibration, output)
+    chosen = allocate(budget, calibration.sums, calibration.grid)
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "output": str(output),
+                    **calibration.provenance,
+                    "allocation": asdict(chosen) | {"sparsity": chosen.sparsity},
+                }
+            )
+        )
+        return
+    print_allocation(chosen, f"{model}, {estimator} estimator, {budget}")
+    click.echo(f"FFN sparsity {chosen.sparsity:.3f} on {found} sequences; wrote {output}")

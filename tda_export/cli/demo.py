@@ -1,0 +1,100 @@
+"""`tda-export demo`: the whole pipeline on the built-in model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tda_export.cli.options import FOLDER
+
+if TYPE_CHECKING:
+    from tda_export.runtime.generate import MaskMode
+
+MODEL = "smollm2-135m"
+PROMPT = (
+    "Here is a note from a small museum. The clock in the entrance hall was built in 1871 by a watchmaker who had "
+    "never made anything larger than a pocket watch. He cast the wheels in the yard behind his shop, and neighbours "
+    "complained of the smoke for two years. When it was finished it lost eleven minutes a day, and nobody could say "
+    "why. His daughter, who kept the accounts, noticed that it lost more in summer than in winter, and proposed that "
+    "the pendulum rod was growing longer in the heat. They replaced the iron rod by one of seasoned fir, which hardly "
+    "changes its length, and since that day the clock has been right to half a minute a week. The daughter wrote the "
+    "repair into the account book under sundries, at a cost of nine pence. What does this story teach us about "
+    "solving problems?"
+)
+NEW_TOKENS = 64
+SECOND_BUDGET = 0.4
+
+
+@click.command()
+@click.option(
+    "--artifacts",
+    type=FOLDER,
+    default=Path("artifacts"),
+    show_default=True,
+    help="Folder of the results; what is there is used again.",
+)
+def demo(artifacts: Path) -> None:
+    """Calibrate, build, verify and generate on the built-in model, and show what it cost and kept."""
+    from tda_export.cli.build import build
+    from tda_export.cli.calibrate import calibrate
+    from tda_export.cli.generate import summary, thresholds_for
+    from tda_export.cli.tables import print_table
+    from tda_export.runtime import load
+    from tda_export.runtime.scoring import compare, continuation_logits
+
+    artifacts.mkdir(exist_ok=True)
+    calibration, artifact = artifacts / f"{MODEL}.calibration.safetensors", artifacts / MODEL
+    context = click.get_current_context()
+    if calibration.exists():
+        click.echo(f"Using {calibration}")
+    else:
+        click.echo(f"$ tda-export calibrate {MODEL} -o {calibration}")
+        context.invoke(calibrate, model=MODEL, output=calibration)
+    if artifact.exists():
+        click.echo(f"Using {artifact}")
+    else:
+        click.echo(f"$ tda-export build {MODEL} --calibration {calibration} -o {artifact}")
+        context.invoke(build, model=MODEL, calibration_file=calibration, output=artifact)
+
+    model = load(artifact)
+    budgets = {
+        "dense": None,
+        "tda, CETT 0.2": thresholds_for(model.artifact, 0.2, None, "uniform"),
+        f"tda, sparsity {SECOND_BUDGET}": thresholds_for(model.artifact, None, SECOND_BUDGET, "uniform"),
+    }
+    prompt = model.text.encode(model.text.chat([{"role": "user", "content": PROMPT}]), special_tokens=False)
+    rows: list[list[str]] = []
+    dense_tokens: list[int] = []
+    dense_logits = None
+    for name, thresholds in budgets.items():
+        mask: MaskMode = "dense" if thresholds is None else "tda"
+        click.secho(f"\n{name}", bold=True)
+        generation = model.generate(prompt, mask=mask, max_new_tokens=NEW_TOKENS, thresholds=thresholds)
+        tokens = []
+        for token in generation:
+            tokens.append(token.id)
+            click.echo(token.text, nl=False)
+        click.echo(f"\n{summary(generation.metrics)}")
+        dense_tokens = dense_tokens or tokens
+        logits = continuation_logits(model, prompt, dense_tokens, mask=mask, thresholds=thresholds)
+        dense_logits = logits if dense_logits is None else dense_logits
+        fidelity, metrics = compare(dense_logits, logits), generation.metrics
+        rate = metrics.decode_tokens_per_second
+        rows.append(
+            [
+                name,
+                f"{metrics.sparsity:.3f}",
+                f"{metrics.ffn_bytes_per_token / 2**20:.1f}",
+                f"{fidelity.kl:.3f}",
+                f"{fidelity.agreement:.2f}",
+                f"{rate:.1f}" if rate else "",
+            ]
+        )
+    click.echo()
+    columns = ["decode", "sparsity", "FFN MiB", "KL", "agreement", "tokens/s"]
+    print_table(
+        f"Cost a token, and KL (nats) and top-1 agreement to dense over its {len(dense_tokens)} tokens", columns, rows
+    )
+    click.echo("Stock ONNX Runtime gathers the rows of a mask, which costs more than it saves; see README, Limits.")

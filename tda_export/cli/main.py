@@ -1,0 +1,58 @@
+"""The `tda-export` command group, and how failures leave it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+import click
+
+from tda_export import __version__
+from tda_export.cli.build import build
+from tda_export.cli.calibrate import calibrate
+from tda_export.cli.demo import demo
+from tda_export.cli.generate import generate
+from tda_export.cli.verify import verify
+from tda_export.errors import TdaError, UsageError
+
+INTERRUPTED = 130  # 128 + SIGINT
+
+
+class ErrorMappingGroup(click.Group):
+    """Shows a TdaError as one line, with exit code 2 for usage and 1 for failure; 130 on Ctrl-C."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            raise click.UsageError(str(error)) from error
+        except TdaError as error:
+            raise click.ClickException(str(error)) from error
+        except BrokenPipeError:  # the reader of our output has left, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("Interrupted; nothing was left behind.", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+@click.group(cls=ErrorMappingGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="tda-export")
+def cli() -> None:
+    """Fast, training-free LLM generation in ONNX Runtime by dynamic activation (TDA).
+
+    calibrate measures which FFN neurons may be dropped, build writes the prefill and decode graphs,
+    verify checks them against transformers, and generate runs them.
+    """
+
+
+for command in (calibrate, build, verify, generate, demo):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run the command line. A termination request cleans up as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    cli()

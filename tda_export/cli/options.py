@@ -1,0 +1,61 @@
+"""Options and arguments that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from tda_export.calibration.budgets import AllocationRule, Budget
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+FOLDER = click.Path(path_type=Path)
+FRACTION = click.FloatRange(0, 1, max_open=True)
+
+model_argument = click.argument("model")
+artifact_argument = click.argument("artifact", type=FOLDER)
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+provider_option = click.option(
+    "--provider",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to run; auto takes CUDA for float16 artifacts where a GPU is.",
+)
+
+
+def budget_options(command: F) -> F:
+    """Add --cett, --sparsity and --allocation."""
+    for option in reversed(
+        (
+            click.option(
+                "--cett", type=FRACTION, help="Budget: mean CETT that each layer may lose (the paper's; 0.2 there)."
+            ),
+            click.option("--sparsity", type=FRACTION, help="Budget: share of FFN bytes that decode shall not read."),
+            click.option(
+                "--allocation",
+                type=click.Choice(["uniform"]),
+                default="uniform",
+                show_default=True,
+                help="How --sparsity is spread over the layers.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def chosen_budget(
+    cett: float | None, sparsity: float | None, allocation: AllocationRule, default: dict[str, Any]
+) -> Budget:
+    """Return the budget of the options, or `default` (plain data) when neither is given."""
+    from tda_export.calibration.budgets import Budget
+
+    if cett is None and sparsity is None:
+        return Budget(**default)
+    return Budget(cett, sparsity, allocation)

@@ -1,0 +1,70 @@
+"""Score a given continuation instead of choosing one: what a mask costs, measured on the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tda_export.graph import contract
+from tda_export.runtime.generate import MaskMode
+from tda_export.runtime.kv_cache import KvCache
+from tda_export.runtime.model import Model
+from tda_export.runtime.phases import prefill
+from tda_export.runtime.session import Call
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How close two distributions over next tokens are: mean KL divergence in nats, and share of equal top-1 tokens."""
+
+    kl: float
+    agreement: float
+
+
+def continuation_logits(
+    model: Model,
+    prompt: Sequence[int],
+    continuation: Sequence[int],
+    *,
+    mask: MaskMode,
+    thresholds: Sequence[float] | None = None,
+) -> np.ndarray:
+    """Compute the logits after each token of a continuation, whose context is dense and whose mask is the prompt's.
+
+    Args:
+        model: A loaded artifact.
+        prompt: P token ids, read densely by prefill.
+        continuation: C token ids, read by decode with the mask, all in one call.
+        mask: `tda` for the prompt's mask, `dense` for every neuron.
+        thresholds: In place of the artifact's own.
+
+    Returns:
+        float32 [C, V].
+    """
+    shape, sessions = model.artifact.shape, model.sessions
+    cache = KvCache(shape, model.provider, shape.max_positions)
+    override = None if thresholds is None else np.asarray(thresholds, np.float32)
+    _, chosen = prefill(sessions, shape, list(prompt), cache, override)
+    cache.reserve(len(continuation))
+    call = Call(sessions.decode)
+    call.feed(contract.INPUT_IDS, np.array([list(continuation)], np.int64))
+    call.feed(contract.ATTENTION_MASK, cache.mask)
+    cache.bind(call)
+    for name, value in (chosen.inputs if mask == "tda" else {}).items():
+        call.feed(name, value)
+    call.allocate(contract.LOGITS, "cpu")
+    return call.run()[contract.LOGITS].numpy()[0]  # [C, V]
+
+
+def compare(dense: np.ndarray, sparse: np.ndarray) -> Fidelity:
+    """Compare logits float32 [C, V] with the dense model's: KL(dense || sparse), mean over the C tokens."""
+    log_p, log_q = _log_softmax(dense), _log_softmax(sparse)
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    return Fidelity(float(kl.mean()), float((dense.argmax(axis=1) == sparse.argmax(axis=1)).mean()))
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
