@@ -15,7 +15,7 @@ AllocationRule = Literal["uniform"]
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be lost (`cett`) or must be saved (`sparsity`, a share of FFN bytes, allocated to layers): one of the two."""
+    """What each layer may lose (`cett`), or the share of FFN bytes to save (`sparsity`) and its rule for layers."""
 
     cett: float | None = None
     sparsity: float | None = None

@@ -46,8 +46,9 @@ def load_corpus(
 ) -> Corpus:
     """Draw token sequences from a dataset.
 
-    Every document gives at most one sequence, from its start; documents of more than 8 characters a token are first cut into pieces, and
-    shorter ones are joined until they fill a sequence. The order is shuffled by `seed`.
+    Every document gives at most one sequence, from its start; long documents (over 8 characters for each token of a
+    sequence) are first cut into pieces, and short ones are joined until they fill a sequence. No sequence is padded.
+    The order is shuffled by `seed`.
 
     Args:
         dataset: `builtin`, a .txt, .jsonl, .csv or .parquet file, or a hub dataset `name` or `name:config:split`.

@@ -57,7 +57,7 @@ def read_calibration(path: Path) -> Calibration:
             version = provenance.pop("format_version")
             if version > FORMAT_VERSION:
                 raise TdaError(
-                    f"{path}: calibration format {version} is newer than {FORMAT_VERSION}, the latest that is known here. Update."
+                    f"{path}: calibration format {version} is newer than this tda-export ({FORMAT_VERSION}). Update it."
                 )
             sums = CurveSums(*(file.get_tensor(field.name) for field in fields(CurveSums)))
             return Calibration(file.get_tensor("grid"), sums, provenance)

@@ -48,8 +48,8 @@ def indexed_ffn_function(spec: DecoderSpec) -> ir.Function:
     """Define `tda::IndexedFFN`: what any ONNX Runtime computes where no native kernel is registered.
 
     Inputs: x [1, S, M], mask_indices [K] int32 (-1 pads), W_gate, W_up, W_down [F, M], and with biases b_gate and b_up
-    [F]. Output: [1, S, M]. The body gathers the rows; a padded entry would gather the last row, so it gathers row 0 and its
-    activation is set to zero.
+    [F]. Output: [1, S, M]. The body gathers the rows; a padded entry would gather the last row, so it gathers row 0
+    and its activation is set to zero.
     """
     ops = Ops()
     names = ["x", "indices", "w_gate", "w_up", "w_down"] + (["b_gate", "b_up"] if spec.ffn_bias else [])

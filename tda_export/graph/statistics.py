@@ -97,9 +97,9 @@ def select_mask(
         threshold = ops.op("Gather", thresholds, ops.constant(layer, "int64"), axis=0)  # scalar
         keep = ops.op("Or", ops.op("GreaterOrEqual", scores, threshold), empty)  # [F]
     else:
-        best = ops.multi(
-            "TopK", scores, ops.constant([method.kept(spec.ffn_size)], "int64"), outputs=(False, True), sorted=0
-        )[0]  # int64 [K]
+        _, best = ops.multi(
+            "TopK", scores, ops.constant([method.kept(spec.ffn_size)], "int64"), outputs=(True, True), sorted=0
+        )  # int64 [K]
         none = ops.op("ConstantOfShape", ops.constant([spec.ffn_size], "int64"), value=ir.tensor([0.0]))
         ones = ops.op("ConstantOfShape", ops.constant([method.kept(spec.ffn_size)], "int64"), value=ir.tensor([1.0]))
         chosen = ops.op("ScatterElements", none, best, ones, axis=0)  # float32 [F]

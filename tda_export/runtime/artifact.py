@@ -73,7 +73,7 @@ def open_artifact(folder: str | Path) -> Artifact:
     version = manifest.get("format_version")
     if not isinstance(version, int) or version > contract.FORMAT_VERSION:
         raise TdaError(
-            f"{path}: artifact format {version} is not one that is known here (up to {contract.FORMAT_VERSION}). Update."
+            f"{path}: artifact format {version} is newer than this tda-export ({contract.FORMAT_VERSION}). Update it."
         )
     try:
         _check_files(folder, manifest["files"])

@@ -1,0 +1,55 @@
+"""Fixtures that several packages' tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from tda_export.cli.main import cli
+from tda_export.runtime.providers import cuda_problem
+from tests.tiny import save_tiny_model
+
+CALIBRATE_TINY = ("--sequences", "4", "--prompt-tokens", "32", "--continuation-tokens", "16")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    problem = cuda_problem()
+    for item in items:
+        if problem and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=problem))
+
+
+def run_cli(*arguments: object, **options: object) -> Result:
+    """Run `tda-export` in this process. The result has exit_code, stdout and stderr."""
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments], **options)  # type: ignore[arg-type]
+
+
+def run_ok(*arguments: object) -> Result:
+    """Run `tda-export` and require success."""
+    result = run_cli(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama in a Hugging Face folder."""
+    return save_tiny_model("llama", tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_calibration(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its calibration at sparsity 0.5 on the built-in text."""
+    path = tmp_path_factory.mktemp("calibrations") / "tiny.safetensors"
+    run_ok("calibrate", tiny_model, "-o", path, "--sparsity", "0.5", *CALIBRATE_TINY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_model: Path, tiny_calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its verified artifact. Session-wide: copy it before changing anything in it."""
+    path = tmp_path_factory.mktemp("artifacts") / "tiny"
+    run_ok("build", tiny_model, "--calibration", tiny_calibration, "-o", path)
+    return path
