@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from tda_export.bench.random_model import BYTE_VOCABULARY, byte_tokenizer
 
 SIZES = {
     "hidden_size": 64,
@@ -28,30 +28,6 @@ SIZES = {
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
 }
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of single bytes and three special tokens: 259 tokens, any text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL_TOKENS)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", unk_token="<|endoftext|>"
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
-
-
-VOCABULARY = len(SPECIAL_TOKENS) + 256
-
 FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "llama-tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
@@ -93,7 +69,7 @@ def save_tiny_model(name: str, folder: Path, *, seed: int = 0, **overrides: Any)
     Weights are drawn so large that every part matters to the logits: a wrong bias, norm or rotation shows.
     """
     config_class, model_class, features = FAMILIES[name]
-    settings = SIZES | {"vocab_size": VOCABULARY, "tie_word_embeddings": False} | features | overrides
+    settings = SIZES | {"vocab_size": BYTE_VOCABULARY, "tie_word_embeddings": False} | features | overrides
     if settings.get("head_dim", 0) is None:
         del settings["head_dim"]
     config = config_class(bos_token_id=1, eos_token_id=2, pad_token_id=0, **settings)

@@ -24,7 +24,7 @@ class Sessions:
 
     def __init__(self, artifact: Artifact, provider: str) -> None:
         self.provider = provider
-        self._weights = _upload_weights(artifact) if provider == CUDA else {}
+        self.shared_weights = _upload_weights(artifact) if provider == CUDA else {}
         self.prefill = self._session(artifact, contract.PREFILL_FILE)
         self.decode = self._session(artifact, contract.DECODE_FILE)
 
@@ -32,8 +32,8 @@ class Sessions:
         options = ort.SessionOptions()
         options.log_severity_level = ERRORS_ONLY
         options.add_session_config_entry("session.disable_prepacking", "1")
-        for name in artifact.manifest["graph_weights"][file] if self._weights else ():
-            options.add_initializer(name, self._weights[name])
+        for name in artifact.manifest["graph_weights"][file] if self.shared_weights else ():
+            options.add_initializer(name, self.shared_weights[name])
         try:
             session = ort.InferenceSession(
                 str(artifact.file(file)), options, providers=provider_arguments(self.provider)

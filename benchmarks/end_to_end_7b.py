@@ -1,0 +1,166 @@
+"""Build and run an artifact of LLaMA-2-7B's true shape with random weights on one GPU.
+
+    python benchmarks/end_to_end_7b.py FOLDER
+
+Calibrates, builds float16, verifies against transformers, loads and generates, and prints one JSON object: seconds
+and peak memory of the build, device memory of both sessions beside the size of the weights, tokens a second.
+Needs 30 GB of disk, 60 GB of GPU memory for the verification.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+NEW_TOKENS = 64
+PROMPT_TOKENS = 1024
+
+
+class PeakMemory:
+    """Samples this process's anonymous memory (pages that no file backs) while the block runs."""
+
+    def __enter__(self) -> PeakMemory:
+        self.peak, self._done = self._now(), threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.02):
+            self.peak = max(self.peak, self._now())
+
+    @staticmethod
+    def _now() -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon"):
+                return int(line.split()[1]) * 1024
+        return 0
+
+
+def gpu_memory() -> int:
+    """Bytes in use on the device, by everybody."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]) << 20
+
+
+def make(folder: Path) -> None:
+    import torch
+    from transformers import LlamaConfig
+
+    from tda_export.bench.random_model import write_random_model
+
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+    )
+    write_random_model(config, folder / "model", dtype=torch.float16)
+
+
+def calibrate(folder: Path) -> dict[str, Any]:
+    import torch
+
+    from tda_export.calibration.corpus import Corpus
+    from tda_export.calibration.file import write_calibration
+    from tda_export.calibration.run import CalibrationSettings
+    from tda_export.calibration.run import calibrate as run
+    from tda_export.models.source import resolve_model
+
+    settings = CalibrationSettings(sequences=8, dtype="fp16", device="cuda")
+    tokens = torch.randint(3, 32000, (settings.sequences, settings.length), generator=torch.Generator().manual_seed(0))
+    started = time.perf_counter()
+    source = resolve_model(str(folder / "model"))
+    calibration = run(source, Corpus(tokens, "random tokens", ""), settings, {"sparsity": 0.5}, lambda units: None)
+    write_calibration(calibration, folder / "calibration.safetensors")
+    return {"calibrate_seconds": time.perf_counter() - started, "calibrate_sequences": settings.sequences}
+
+
+def build(folder: Path) -> dict[str, Any]:
+    from click.testing import CliRunner
+
+    from tda_export.cli.main import cli
+
+    output = folder / "artifact"
+    arguments = ["build", str(folder / "model"), "--calibration", str(folder / "calibration.safetensors")]
+    started = time.perf_counter()
+    with PeakMemory() as memory:
+        result = CliRunner().invoke(cli, [*arguments, "--dtype", "fp16", "--no-verify", "--json", "-o", str(output)])
+    if result.exit_code:
+        raise SystemExit(result.output)
+    return {
+        "build_seconds": time.perf_counter() - started,
+        "build_peak_anonymous_bytes": memory.peak,
+        "weights_bytes": (output / "weights.bin").stat().st_size,
+    }
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    from tda_export.graph.verify import verify_artifact
+    from tda_export.models.source import resolve_model
+
+    started = time.perf_counter()
+    checks = verify_artifact(folder / "artifact", resolve_model, provider="cuda", quiet=True)
+    results = [asdict(check) | {"passed": check.passed} for check in checks]
+    return {"verify_seconds": time.perf_counter() - started, "verify": results}
+
+
+def run(folder: Path) -> dict[str, Any]:
+    import onnxruntime
+
+    from tda_export.runtime import load
+
+    before = gpu_memory()
+    started = time.perf_counter()
+    model = load(folder / "artifact", provider="cuda")
+    result: dict[str, Any] = {"load_seconds": time.perf_counter() - started, "loaded_bytes": gpu_memory() - before}
+    prompt = [3 + i * 7919 % 31997 for i in range(PROMPT_TOKENS)]
+    for mask in ("dense", "tda"):
+        for _ in range(2):  # the first warms up
+            generation = model.generate(prompt, mask=mask, max_new_tokens=NEW_TOKENS)  # type: ignore[arg-type]
+            tokens = [token.id for token in generation]
+        result[mask] = asdict(generation.metrics) | {"tokens": tokens[:8]}
+    result["used_bytes"] = gpu_memory() - before
+    return result | {"onnxruntime": onnxruntime.__version__, "python": platform.python_version()}
+
+
+STEPS = {"make": make, "calibrate": calibrate, "build": build, "verify": verify, "run": run}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--step", choices=STEPS, help="Run one step alone (each step runs in a process of its own).")
+    options = parser.parse_args()
+    if options.step:
+        print(json.dumps(STEPS[options.step](options.folder) or {}))
+        return
+    options.folder.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {}
+    for step in STEPS:
+        command = [sys.executable, __file__, str(options.folder), "--step", step]
+        result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        report |= json.loads(result.stdout.splitlines()[-1])
+        print(step, "done", file=sys.stderr)
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
