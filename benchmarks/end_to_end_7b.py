@@ -125,19 +125,32 @@ def verify(folder: Path) -> dict[str, Any]:
 def run(folder: Path) -> dict[str, Any]:
     import onnxruntime
 
-    from tda_export.runtime import load
+    from tda_export.graph.contract import DECODE_FILE, PREFILL_FILE
+    from tda_export.runtime import load, open_artifact
+    from tda_export.runtime.session import empty_tensor, open_session, upload_weights
 
     before = gpu_memory()
+    artifact = open_artifact(folder / "artifact")
+    memory: dict[str, int] = {}
+    empty_tensor((1,), "float16", "cuda")
+    memory["cuda_context"] = gpu_memory() - before
+    weights = upload_weights(artifact)
+    memory["with_weights"] = gpu_memory() - before
+    prefill = open_session(artifact, PREFILL_FILE, "cuda", weights)
+    memory["with_prefill_session"] = gpu_memory() - before
+    decode = open_session(artifact, DECODE_FILE, "cuda", weights)
+    memory["with_both_sessions"] = gpu_memory() - before
+    del prefill, decode, weights
     started = time.perf_counter()
     model = load(folder / "artifact", provider="cuda")
-    result: dict[str, Any] = {"load_seconds": time.perf_counter() - started, "loaded_bytes": gpu_memory() - before}
+    result: dict[str, Any] = {"load_seconds": time.perf_counter() - started, "device_bytes": memory}
     prompt = [3 + i * 7919 % 31997 for i in range(PROMPT_TOKENS)]
     for mask in ("dense", "tda"):
         for _ in range(2):  # the first warms up
             generation = model.generate(prompt, mask=mask, max_new_tokens=NEW_TOKENS)  # type: ignore[arg-type]
             tokens = [token.id for token in generation]
         result[mask] = asdict(generation.metrics) | {"tokens": tokens[:8]}
-    result["used_bytes"] = gpu_memory() - before
+        memory[f"after_{mask}_generation"] = gpu_memory() - before
     return result | {"onnxruntime": onnxruntime.__version__, "python": platform.python_version()}
 
 

@@ -268,7 +268,7 @@ class Comparison:
         self._add(name, float(np.abs(ours.astype(np.float32) - expected).max()) / scale, RELATIVE[self.shape.dtype])
 
     def _add(self, name: str, difference: float, allowed: float) -> None:
-        self.worst.setdefault(name, Worst()).add(difference, allowed)
+        self.worst.setdefault(name, Worst()).add(float(difference), float(allowed))
 
 
 def _scores_of(mask: PromptMask, layer: int) -> np.ndarray:

@@ -93,24 +93,20 @@ class DecodeStep:
     def __init__(self, sessions: Sessions, cache: KvCache, mask: PromptMask | None) -> None:
         self._sessions, self._cache, self._mask = sessions, cache, mask
         self._token = device_tensor(np.zeros((1, 1), np.int64), sessions.provider)
-        self._attended: ort.OrtValue | None = None
+        self._attended = device_tensor(cache.mask, sessions.provider)
         self._call: Call | None = None
 
     def run(self, token: int) -> np.ndarray:
         """Append `token` to the cache and return the next one's logits, float32 [V]."""
         cache = self._cache
-        before = cache.capacity
         cache.reserve(1)
-        grows = cache.capacity != before
-        if self._call is None or grows:
+        if self._call is None or self._attended.shape()[1] != cache.capacity:
             self._call = self._bind()
         else:
-            self._attended.update_inplace(cache.mask)  # type: ignore[union-attr]
+            self._attended.update_inplace(cache.mask)
         self._token.update_inplace(np.array([[token]], np.int64))
         outputs = self._call.run()
         cache.commit()
-        if grows:
-            self._call = None  # this call moved the past into the larger buffers; from now on both ends are those
         return outputs[contract.LOGITS].numpy()[0, -1]
 
     def _bind(self) -> Call:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnxruntime as ort
 
@@ -18,37 +16,44 @@ ERRORS_ONLY = 3  # ONNX Runtime warns of every input that has a default
 class Sessions:
     """Prefill and decode of one artifact on one provider.
 
-    On CUDA the weights are uploaded once and given to both sessions as initializers. On the CPU both map
-    weights.bin into memory; prepacking would copy every MatMul weight for each session, so it is off.
+    On CUDA the weights are uploaded once and given to both sessions as initializers. On the CPU both map weights.bin
+    into memory; prepacking would copy every MatMul weight for each session, so it is off.
     """
 
     def __init__(self, artifact: Artifact, provider: str) -> None:
         self.provider = provider
-        self.shared_weights = _upload_weights(artifact) if provider == CUDA else {}
-        self.prefill = self._session(artifact, contract.PREFILL_FILE)
-        self.decode = self._session(artifact, contract.DECODE_FILE)
+        self.shared_weights = upload_weights(artifact) if provider == CUDA else {}
+        self.prefill = open_session(artifact, contract.PREFILL_FILE, provider, self.shared_weights)
+        self.decode = open_session(artifact, contract.DECODE_FILE, provider, self.shared_weights)
 
-    def _session(self, artifact: Artifact, file: str) -> ort.InferenceSession:
-        options = ort.SessionOptions()
-        options.log_severity_level = ERRORS_ONLY
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        for name in artifact.manifest["graph_weights"][file] if self.shared_weights else ():
-            options.add_initializer(name, self.shared_weights[name])
-        try:
-            session = ort.InferenceSession(
-                str(artifact.file(file)), options, providers=provider_arguments(self.provider)
-            )
-        except Exception as error:  # ONNX Runtime's exceptions share no narrower base
-            raise TdaError(
-                f"{artifact.file(file)}: ONNX Runtime {ort.__version__} cannot load it ({_first_line(error)}). "
-                "Run 'tda-export verify' on the artifact."
-            ) from error
-        if session.get_providers()[0] != EXECUTION_PROVIDERS[self.provider]:
-            raise TdaError(
-                "ONNX Runtime could not start CUDA (its CUDA or cuDNN libraries are missing). Install "
-                "'tda-export[cuda]', or use --provider cpu."
-            )
-        return session
+
+def open_session(
+    artifact: Artifact, file: str, provider: str, shared_weights: dict[str, ort.OrtValue]
+) -> ort.InferenceSession:
+    """Open one graph; `shared_weights` (by name, on the device) take the place of its own copies.
+
+    Raises:
+        TdaError: ONNX Runtime cannot load the graph, or cannot start the provider.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    if shared_weights:
+        for name in artifact.manifest["graph_weights"][file]:
+            options.add_initializer(name, shared_weights[name])
+    try:
+        session = ort.InferenceSession(str(artifact.file(file)), options, providers=provider_arguments(provider))
+    except Exception as error:  # ONNX Runtime's exceptions share no narrower base
+        raise TdaError(
+            f"{artifact.file(file)}: ONNX Runtime {ort.__version__} cannot load it ({_first_line(error)}). "
+            "Run 'tda-export verify' on the artifact."
+        ) from error
+    if session.get_providers()[0] != EXECUTION_PROVIDERS[provider]:
+        raise TdaError(
+            "ONNX Runtime could not start CUDA (its CUDA or cuDNN libraries are missing). Install "
+            "'tda-export[cuda]', or use --provider cpu."
+        )
+    return session
 
 
 class Call:
@@ -97,8 +102,8 @@ def empty_tensor(shape: tuple[int, ...], dtype: str, provider: str) -> ort.OrtVa
     return device_tensor(np.zeros(shape, dtype), provider)
 
 
-def _upload_weights(artifact: Artifact) -> dict[str, Any]:
-    """Copy weights.bin to the GPU, tensor by tensor."""
+def upload_weights(artifact: Artifact) -> dict[str, ort.OrtValue]:
+    """Copy weights.bin to the GPU, tensor by tensor, for any number of sessions to share."""
     shared = {}
     for name, entry in artifact.manifest["weights"].items():
         view = np.memmap(

@@ -1,0 +1,136 @@
+"""The graphs keep the contract, and nothing spells its names but the contract module."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+import pytest
+
+import tda_export
+from tda_export.graph import contract
+from tda_export.runtime.artifact import open_artifact
+
+PACKAGE = Path(tda_export.__file__).parent
+GRAPHS = {
+    contract.PREFILL_FILE: (contract.prefill_inputs, contract.prefill_outputs),
+    contract.DECODE_FILE: (contract.decode_inputs, contract.decode_outputs),
+}
+ONNX_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int32": "tensor(int32)",
+    "int64": "tensor(int64)",
+}
+
+
+@pytest.mark.parametrize("file", GRAPHS)
+def test_graph_has_exactly_the_inputs_and_outputs_of_the_contract(file: str, tiny_artifact: Path) -> None:
+    artifact = open_artifact(tiny_artifact)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(str(tiny_artifact / file), options, providers=["CPUExecutionProvider"])
+    inputs, outputs = (part(artifact.shape) for part in GRAPHS[file])
+    needed = [tensor for tensor in inputs if not tensor.default]
+    defaulted = {tensor.name: tensor for tensor in inputs if tensor.default}
+    assert [(node.name, node.type) for node in session.get_inputs()] == [
+        (tensor.name, ONNX_TYPES[tensor.dtype]) for tensor in needed
+    ]
+    assert {node.name: node.type for node in session.get_overridable_initializers()} == {
+        name: ONNX_TYPES[tensor.dtype] for name, tensor in defaulted.items()
+    }
+    assert [(node.name, node.type, tuple(node.shape)) for node in session.get_outputs()] == [
+        (tensor.name, ONNX_TYPES[tensor.dtype], tensor.axes) for tensor in outputs
+    ]
+
+
+def test_manifest_repeats_the_contract(tiny_artifact: Path) -> None:
+    artifact = open_artifact(tiny_artifact)
+    for file, (inputs, outputs) in GRAPHS.items():
+        io = artifact.manifest["io"][file]
+        for listed, tensors in ((io["inputs"], inputs(artifact.shape)), (io["outputs"], outputs(artifact.shape))):
+            assert [entry["name"] for entry in listed] == [tensor.name for tensor in tensors]
+
+
+def external_tensors(path: Path) -> dict[str, tuple[int, int]]:
+    """Offset and length in weights.bin of each external initializer."""
+    model = onnx.load(path, load_external_data=False)
+    tensors = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            entry = {item.key: item.value for item in tensor.external_data}
+            assert entry["location"] == contract.WEIGHTS_FILE
+            tensors[tensor.name] = (int(entry["offset"]), int(entry["length"]))
+    return tensors
+
+
+def test_no_ffn_weight_is_stored_twice(tiny_artifact: Path) -> None:
+    artifact = open_artifact(tiny_artifact)
+    shape = artifact.shape
+    graphs = {file: external_tensors(tiny_artifact / file) for file in GRAPHS}
+    names = [contract.ffn_weight(i, part) for i in range(shape.num_layers) for part in ("gate", "up", "down")]
+    for name in names:
+        places = {tensors[name] for tensors in graphs.values()}
+        assert len(places) == 1, f"{name} lies at {places}"
+    every = {name: place for tensors in graphs.values() for name, place in tensors.items()}
+    ends = 0
+    for offset, length in sorted(every.values()):
+        assert offset >= ends, "two tensors overlap"
+        ends = offset + length
+    # The file holds those tensors and less than a page of padding for each: no room for a second copy.
+    assert (
+        0
+        <= (tiny_artifact / contract.WEIGHTS_FILE).stat().st_size - sum(n for _, n in every.values())
+        < 4096 * len(every)
+    )
+    for file in GRAPHS:  # and none is inside a graph file
+        largest = max(shape.hidden_size * shape.ffn_size, 1) * 4
+        model = onnx.load(tiny_artifact / file, load_external_data=False)
+        assert all(len(tensor.raw_data) < largest for tensor in model.graph.initializer)
+
+
+def test_manifest_places_weights_where_the_graphs_do(tiny_artifact: Path) -> None:
+    manifest = json.loads((tiny_artifact / contract.MANIFEST_FILE).read_text())
+    for file in GRAPHS:
+        tensors = external_tensors(tiny_artifact / file)
+        assert set(manifest["graph_weights"][file]) == set(tensors)
+        for name, (offset, _) in tensors.items():
+            assert manifest["weights"][name]["offset"] == offset
+
+
+def literals(path: Path) -> set[str]:
+    """Every string constant of a module that is not a docstring, f-string parts among them."""
+    tree = ast.parse(path.read_text())
+    documentation = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    return {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation
+    }
+
+
+def test_tensor_names_are_spelled_in_the_contract_module_only() -> None:
+    shape = contract.ModelShape(2, 1, 16, 8, 8, 8, 8, "float32")
+    spelled = {
+        tensor.name.split(".")[0]
+        for listed in (*GRAPHS[contract.PREFILL_FILE], *GRAPHS[contract.DECODE_FILE])
+        for tensor in listed(shape)
+    } - {"logits", "present", "thresholds"}  # also plain English words
+    spelled |= {"past_key_values.", "present.", "layers.", "cos_cache", "sin_cache"}
+    assert len(spelled) > 12
+    for path in PACKAGE.rglob("*.py"):
+        if path.name == "contract.py" or path.parts[-2] == "models":  # models holds the checkpoints' names
+            continue
+        for literal in literals(path):
+            # A sentence in a message may mention an option such as --mask; a name stands alone or begins a literal.
+            found = [name for name in spelled if literal == name or (literal.startswith(name) and name.endswith("."))]
+            assert not found, f"{path.name} spells {found} in {literal!r}"
