@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from tda_export.runtime.artifact import Artifact
     from tda_export.runtime.generate import MaskMode, Metrics
 
+FINISHED = {"stop": "end of text", "length": "as many as asked for", "context": "context full", "": "interrupted"}
+
 
 @click.command()
 @artifact_argument
@@ -122,7 +124,7 @@ def summary(metrics: Metrics) -> str:
     """Say in one paragraph what a generation cost."""
     rate = metrics.decode_tokens_per_second
     lines = [
-        f"{metrics.prompt_tokens} prompt tokens, {metrics.new_tokens} new ({metrics.finish_reason}), "
+        f"{metrics.prompt_tokens} prompt tokens, {metrics.new_tokens} new ({FINISHED[metrics.finish_reason]}), "
         f"{metrics.mask} on {metrics.provider}, FFN sparsity {metrics.sparsity:.3f}",
         f"{metrics.time_to_first_token:.3f} s to the first token, "
         + (f"{rate:.1f} tokens/s after it, " if rate else "")

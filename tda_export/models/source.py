@@ -165,13 +165,11 @@ def _magic(path: Path) -> bytes:
 def _download(model: str, notify: Callable[[str], None]) -> Path:
     from huggingface_hub import snapshot_download
 
+    notify(f"Looking for {model} on the Hugging Face hub")
     try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES, local_files_only=True))
-    except Exception:  # not in the cache, or not a valid id: the download below says which
-        notify(f"Downloading {model} from the Hugging Face hub")
-    try:
+        # Without a network this answers from the cache, if the model is there.
         return Path(snapshot_download(model, allow_patterns=HUB_FILES))
-    except Exception as error:
+    except Exception as error:  # the hub's many ways of saying no
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TdaError(f"{model}: no such folder, and the hub did not deliver it ({reason}). {_way_out()}") from error
 

@@ -38,3 +38,10 @@ def test_method_matches_transformers(method: Method, tiny_model: Path, tmp_path:
     artifact = build_tiny(source, tmp_path / "artifact", method=method)
     checks = verify_artifact(artifact, lambda name: source, provider="cpu", quiet=True)
     assert [check for check in checks if not check.passed] == []
+
+
+def test_float16_on_the_cpu(tiny_model: Path, tmp_path: Path) -> None:
+    source = resolve_model(str(tiny_model))
+    artifact = build_tiny(source, tmp_path / "artifact", dtype="float16")
+    checks = verify_artifact(artifact, lambda name: source, provider="cpu", quiet=True)
+    assert [check for check in checks if not check.passed] == []

@@ -1,0 +1,90 @@
+"""The whole pipeline on a real model, SmolLM2-135M in float32 on the CPU with stock ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tda_export.models.source import resolve_model
+from tda_export.runtime import Model, load
+from tests.conftest import run_ok
+
+pytestmark = pytest.mark.real_model
+
+MODEL = "smollm2-135m"
+PROMPT = "The history of the lighthouse began in the year"
+GREEDY_TOKENS = 64
+LARGEST_LOGIT_DIFFERENCE = 2e-3
+LOGIT_CHECKS = (
+    "prefill logits",
+    "decode with all neurons",
+    "decode with the prompt's mask",
+    "decode with every second neuron",
+)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibrated on four sequences of the built-in text and built; the results of both commands lie beside it."""
+    folder = tmp_path_factory.mktemp("real")
+    calibrated = run_ok("calibrate", MODEL, "-o", folder / "calibration.safetensors", "--sequences", 4, "--json")
+    (folder / "calibrated.json").write_text(calibrated.stdout)
+    built = run_ok(
+        "build", MODEL, "--calibration", folder / "calibration.safetensors", "-o", folder / "artifact", "--json"
+    )
+    (folder / "built.json").write_text(built.stdout)
+    return folder / "artifact"
+
+
+@pytest.fixture(scope="module")
+def model(artifact: Path) -> Model:
+    return load(artifact, provider="cpu")
+
+
+def test_numbers_are_those_of_transformers(artifact: Path) -> None:
+    checks = {check["name"]: check for check in json.loads((artifact.parent / "built.json").read_text())["checks"]}
+    assert all(check["passed"] for check in checks.values())
+    for name in LOGIT_CHECKS:
+        assert checks[name]["difference"] <= LARGEST_LOGIT_DIFFERENCE
+
+
+def test_paper_budget_leaves_the_last_layer_sparsest(artifact: Path) -> None:
+    allocation = json.loads((artifact.parent / "calibrated.json").read_text())["allocation"]
+    assert all(cett <= 0.2 for cett in allocation["cett"])
+    assert 0.1 < allocation["sparsity"] < 0.3
+    assert min(allocation["density"]) == allocation["density"][-1]
+
+
+def test_dense_greedy_text_is_that_of_transformers(model: Model) -> None:
+    tokens = model.text.encode(PROMPT)
+    ours = [token.id for token in model.generate(tokens, mask="dense", max_new_tokens=GREEDY_TOKENS)]
+    reference = resolve_model(MODEL).reference()
+    theirs = reference.generate(torch.tensor([tokens]), max_new_tokens=GREEDY_TOKENS, do_sample=False)[0, len(tokens) :]
+    assert ours == theirs.tolist()[: len(ours)]
+    assert len(ours) == GREEDY_TOKENS
+
+
+def test_mask_reads_fewer_bytes(model: Model) -> None:
+    generation = model.generate(PROMPT, max_new_tokens=8)
+    assert len(list(generation)) == 8
+    metrics = generation.metrics
+    assert 0 < metrics.sparsity < 1
+    assert metrics.ffn_bytes_per_token == pytest.approx((1 - metrics.sparsity) * metrics.dense_ffn_bytes_per_token)
+    assert metrics.dense_ffn_bytes_per_token == 30 * 3 * 576 * 1536 * 4
+
+
+def test_chat_answers_and_stops(model: Model) -> None:
+    generation = model.generate("What is the capital of France?", chat=True, mask="dense", max_new_tokens=64)
+    list(generation)
+    assert "Paris" in generation.text
+    assert generation.metrics.finish_reason == "stop"
+
+
+def test_another_budget_without_the_model(artifact: Path) -> None:
+    result = run_ok("generate", artifact, PROMPT, "--sparsity", 0.6, "--max-new-tokens", 4, "--json")
+    sparse = json.loads(result.stdout)["metrics"]["sparsity"]
+    result = run_ok("generate", artifact, PROMPT, "--max-new-tokens", 4, "--json")
+    assert sparse > json.loads(result.stdout)["metrics"]["sparsity"] + 0.2
