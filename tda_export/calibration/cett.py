@@ -42,7 +42,10 @@ def relative_magnitudes(h: torch.Tensor, down_norms: torch.Tensor) -> torch.Tens
         float32 [T, F]; rows of squares sum to 1, or are zero where every activation is zero.
     """
     magnitudes = h.float().abs() * down_norms  # [T, F]
-    return magnitudes / magnitudes.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    # Scale to 1 first: squares of very small or large activations leave float32.
+    largest = magnitudes.amax(dim=1, keepdim=True)
+    scaled = magnitudes / torch.where(largest > 0, largest, 1.0)
+    return scaled / scaled.norm(dim=1, keepdim=True).clamp_min(1.0)
 
 
 def neuron_scores(relative: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from tda_export.errors import TdaError, UsageError
 
 BUILTIN = "builtin"
-DOCUMENT_SEPARATOR = "\n<|document|>\n"  # a line of its own in a text file
+DOCUMENT_SEPARATOR = r"^<\|document\|>$"  # a line of its own in a text file
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 PIECE_CHARACTERS_PER_TOKEN = 8  # long documents are cut into pieces that surely hold one sequence
 SHUFFLE_BUFFER = 10_000
@@ -95,8 +96,8 @@ def _documents(dataset: str, text_column: str | None, seed: int) -> Iterator[str
     from datasets import disable_progress_bars
 
     disable_progress_bars()
-    rows, column = _open(dataset, text_column)
     try:
+        rows, column = _open(dataset, text_column)
         first = next(iter(rows), None)
         if first is None:
             raise TdaError(f"{dataset}: the dataset is empty. Give one that holds text.")
@@ -107,7 +108,7 @@ def _documents(dataset: str, text_column: str | None, seed: int) -> Iterator[str
         for row in rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER):
             if isinstance(row[column], str) and row[column].strip():
                 yield row[column]
-    except (TdaError, GeneratorExit):
+    except TdaError:
         raise
     except Exception as error:  # whatever a reader of damaged files raises
         raise TdaError(f"{dataset}: the dataset cannot be read ({_first_line(error)}).") from error
@@ -147,7 +148,7 @@ def _open(dataset: str, text_column: str | None) -> tuple[Any, str]:
 
 def _separated(rows: Any) -> Iterator[dict[str, str]]:
     for row in rows:
-        for document in row["text"].split(DOCUMENT_SEPARATOR):
+        for document in re.split(DOCUMENT_SEPARATOR, row["text"], flags=re.MULTILINE):
             if document.strip():
                 yield {"text": document.strip("\n")}
 

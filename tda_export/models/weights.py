@@ -40,7 +40,8 @@ class SafetensorsWeights:
     def _paths(folder: Path) -> list[Path]:
         if not (folder / INDEX_FILE).exists():
             return [folder / SINGLE_FILE]
-        shards = sorted(set(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()))
+        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        shards = sorted(set(index["weight_map"].values()))
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
             raise TdaError(f"{folder}: {INDEX_FILE} names {missing[0]}, which is not there. Download the model again.")
@@ -85,7 +86,7 @@ def open_safetensors(folder: Path) -> SafetensorsWeights:
         )
     try:
         return SafetensorsWeights(folder)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TdaError(
             f"{folder}: the safetensors weights cannot be read ({error}). Download the model again."
         ) from error

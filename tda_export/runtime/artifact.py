@@ -17,6 +17,13 @@ NEEDED_FILES = (
     contract.WEIGHTS_FILE,
     contract.TOKENIZER_FILE,
 )
+# What the runtime and verify read later.
+NEEDED_KEYS = {
+    "model": ("name", "fingerprint", "eos_token_ids", "ffn_matrices"),
+    "method": ("statistic",),
+    "weights": (contract.EMBEDDING,),
+    "graph_weights": (contract.PREFILL_FILE, contract.DECODE_FILE),
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,9 @@ def open_artifact(folder: str | Path) -> Artifact:
     try:
         _check_files(folder, manifest["files"])
         shape = ModelShape(**manifest["shape"])
+        missing = [f"{part}.{key}" for part, keys in NEEDED_KEYS.items() for key in keys if key not in manifest[part]]
+        if missing:
+            raise KeyError(missing[0])
     except (KeyError, TypeError, AttributeError) as error:
         raise TdaError(
             f"{path}: incomplete manifest ({type(error).__name__}: {error}). Build the artifact again."

@@ -1,0 +1,140 @@
+"""From constructed curves to thresholds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tda_export.calibration.budgets import Allocation, Budget, allocate
+from tda_export.calibration.curves import CurveSums
+from tda_export.errors import UsageError
+
+GRID = torch.tensor([0.0, 0.1, 0.2, 0.4, 0.8, 2.0])
+
+
+def curves(cett: list[list[float]], density: list[list[float]] | None = None) -> CurveSums:
+    """Make sums of 4 tokens and 2 sequences whose means are these; density falls evenly unless given."""
+    points = len(cett[0])
+    even = [1 - k / (points - 1) for k in range(points)]
+
+    def matrix(rows: list[list[float]]) -> torch.Tensor:
+        return torch.tensor(rows, dtype=torch.float64)
+
+    layers = len(cett)
+    nothing = torch.zeros(layers, 0, dtype=torch.float64)
+    return CurveSums(
+        ratio=matrix(cett) * 4,
+        ratio_tokens=torch.full((layers,), 4.0, dtype=torch.float64),
+        density=matrix(density or [even] * layers) * 2,
+        sequences=torch.tensor([2.0], dtype=torch.float64),
+        token_density=nothing,
+        score_square=nothing,
+        activation=nothing,
+        tokens=torch.tensor([8.0], dtype=torch.float64),
+    )
+
+
+RISING = [0.0, 0.1, 0.2, 0.5, 0.9, 1.0]
+CROSSING = [0.0, 0.3, 0.1, 0.15, 0.9, 1.0]  # above 0.2 and back
+
+
+def test_cett_takes_the_largest_threshold_within_the_budget() -> None:
+    allocation = allocate(Budget(cett=0.2), curves([RISING, CROSSING]), GRID)
+    assert allocation.thresholds == pytest.approx([0.2, 0.4])
+    assert allocation.cett == pytest.approx([0.2, 0.15])
+    assert allocation.density == pytest.approx([0.6, 0.4])
+    assert allocation.recrossing == [1]
+    assert allocation.sparsity == pytest.approx(0.5)
+
+
+def test_a_layer_that_exceeds_only_above_its_threshold_is_no_recrossing() -> None:
+    assert allocate(Budget(cett=0.12), curves([RISING, RISING]), GRID).recrossing == []
+
+
+def test_a_curve_that_never_exceeds_the_budget_gives_the_last_threshold() -> None:
+    allocation = allocate(Budget(cett=0.99), curves([[0.0] * 6]), GRID)
+    assert allocation.thresholds == [2.0]
+    assert allocation.density == [0.0]
+
+
+def test_cett_zero_drops_only_what_adds_nothing() -> None:
+    allocation = allocate(Budget(cett=0), curves([RISING, [0.0, 0.0, 0.0, 0.5, 0.9, 1.0]]), GRID)
+    assert allocation.thresholds == pytest.approx([0.0, 0.2])
+    assert allocation.cett == [0.0, 0.0]
+
+
+@settings(deadline=None)
+@given(data=st.data(), layers=st.integers(1, 4), points=st.integers(4, 12), budget=st.floats(0, 0.99))
+def test_allocation_is_that_of_a_search(data: st.DataObject, layers: int, points: int, budget: float) -> None:
+    inner = st.lists(st.floats(0, 1.5), min_size=points - 1, max_size=points - 1)
+    cett = [[0.0, *data.draw(inner)] for _ in range(layers)]
+    density = [[1.0, *sorted(data.draw(inner), reverse=True)] for _ in range(layers)]
+    grid = torch.linspace(0, 2, points)
+    sums = curves(cett, density)
+
+    by_cett = allocate(Budget(cett=budget), sums, grid)
+    for layer, curve in enumerate(sums.mean_cett.tolist()):
+        largest = max(k for k in range(points) if curve[k] <= budget)
+        assert by_cett.thresholds[layer] == float(grid[largest])
+        assert (layer in by_cett.recrossing) == any(value > budget for value in curve[:largest])
+
+    by_sparsity = allocate(Budget(sparsity=budget), sums, grid)
+    for layer, curve in enumerate(sums.mean_density.tolist()):
+        nearest = min(abs(value - (1 - budget)) for value in curve)
+        assert abs(by_sparsity.density[layer] - (1 - budget)) == pytest.approx(nearest)
+
+
+@pytest.mark.parametrize(("sparsity", "threshold"), [(0, 0.0), (0.2, 0.1), (0.29, 0.1), (0.31, 0.2), (0.99, 2.0)])
+def test_uniform_takes_the_nearest_density(sparsity: float, threshold: float) -> None:
+    allocation = allocate(Budget(sparsity=sparsity), curves([RISING, CROSSING]), GRID)
+    assert allocation.thresholds == pytest.approx([threshold] * 2)
+    assert allocation.recrossing == []
+
+
+def test_uniform_reports_the_density_and_cett_of_what_it_chose() -> None:
+    density = [[1.0, 0.9, 0.52, 0.4, 0.1, 0.0], [1.0, 0.55, 0.44, 0.2, 0.1, 0.0]]
+    allocation = allocate(Budget(sparsity=0.5), curves([RISING, CROSSING], density), GRID)
+    assert allocation.density == pytest.approx([0.52, 0.55])
+    assert allocation.cett == pytest.approx([0.2, 0.3])
+    assert allocation.sparsity == pytest.approx(1 - (0.52 + 0.55) / 2)
+
+
+def test_results_are_plain_numbers() -> None:
+    allocation = allocate(Budget(cett=0.2), curves([RISING]), GRID)
+    for field in dataclasses.fields(Allocation):
+        assert all(type(value) in (int, float) for value in getattr(allocation, field.name))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, r"^A budget is either --cett or --sparsity\. Give one of them\.$"),
+        ({"cett": 0.2, "sparsity": 0.5}, r"^A budget is either --cett or --sparsity\."),
+        ({"cett": -0.1}, r"^CETT -0\.1 is outside \[0, 1\)\. Give a fraction such as 0\.2\.$"),
+        ({"cett": 1}, r"^CETT 1 is outside \[0, 1\)"),
+        ({"sparsity": 50}, r"^sparsity 50 is outside \[0, 1\)"),
+        ({"sparsity": -1e-9}, r"^sparsity -1e-09 is outside"),
+        ({"sparsity": float("nan")}, r"^sparsity nan is outside"),
+    ],
+)
+def test_invalid_budgets_are_refused(arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Budget(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("budget", "description", "text"),
+    [
+        (Budget(cett=0.2), {"cett": 0.2}, "CETT 0.2"),
+        (Budget(cett=0), {"cett": 0}, "CETT 0"),
+        (Budget(sparsity=0.5), {"sparsity": 0.5, "allocation": "uniform"}, "sparsity 0.5, uniform"),
+    ],
+)
+def test_budget_describes_itself(budget: Budget, description: dict[str, object], text: str) -> None:
+    assert budget.describe() == description
+    assert str(budget) == text
+    assert Budget(**description) == budget  # type: ignore[arg-type]

@@ -1,0 +1,184 @@
+"""The calibration file: what is written is read, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tda_export.calibration import file as calibration_file
+from tda_export.calibration.cett import threshold_grid
+from tda_export.calibration.curves import CurveAccumulator, CurveSums
+from tda_export.calibration.file import (
+    FORMAT,
+    FORMAT_VERSION,
+    METADATA_KEY,
+    Calibration,
+    read_calibration,
+    write_calibration,
+)
+from tda_export.errors import TdaError
+
+PROVENANCE: dict[str, Any] = {
+    "model": {"name": "tiny", "architecture": "LlamaForCausalLM", "fingerprint": "f" * 64},
+    "dataset": {"name": "builtin — ‘text’", "sequences": 2},
+    "budget": {"cett": 0.2},
+    "settings": {"prompt_tokens": 4, "seed": 0},
+}
+
+
+@pytest.fixture(params=["prompt", "token"])
+def calibration(request: pytest.FixtureRequest) -> Calibration:
+    grid = threshold_grid(50)
+    accumulator = CurveAccumulator(2, 7, grid, request.param, prompt_tokens=4)
+    generator = torch.Generator().manual_seed(0)
+    for layer in range(2):
+        accumulator.add(layer, torch.randn(9, 7, generator=generator), torch.randn(3, 7, generator=generator))
+    return Calibration(grid, accumulator.sums, PROVENANCE)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "tiny.safetensors"
+
+
+def write_metadata(path: Path, metadata: str | None) -> None:
+    """Write a safetensors file with this text where a calibration has its provenance."""
+    save_file({"grid": torch.zeros(4)}, path, metadata=None if metadata is None else {METADATA_KEY: metadata})
+
+
+def test_round_trip(calibration: Calibration, path: Path) -> None:
+    write_calibration(calibration, path)
+    read = read_calibration(path)
+    assert read.provenance == PROVENANCE
+    assert read.model_fingerprint == "f" * 64
+    assert torch.equal(read.grid, calibration.grid)
+    for field in fields(CurveSums):
+        actual, expected = getattr(read.sums, field.name), getattr(calibration.sums, field.name)
+        assert torch.equal(actual, expected)
+        assert actual.dtype == expected.dtype
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_file_is_plain_data(calibration: Calibration, path: Path) -> None:
+    write_calibration(calibration, path)
+    with safe_open(path, framework="pt") as file:
+        metadata = json.loads(file.metadata()[METADATA_KEY])
+    assert metadata == {"format": FORMAT, "format_version": FORMAT_VERSION, **PROVENANCE}
+
+
+def test_writing_replaces_an_earlier_file(calibration: Calibration, path: Path) -> None:
+    path.write_text("earlier")
+    write_calibration(calibration, path)
+    assert read_calibration(path).provenance == PROVENANCE
+
+
+# What is not a calibration
+
+
+def test_missing_file(path: Path) -> None:
+    with pytest.raises(TdaError, match=r"tiny\.safetensors: no such calibration file\. Make one with 'tda-export cal"):
+        read_calibration(path)
+
+
+def test_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(TdaError, match="no such calibration file"):
+        read_calibration(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7, 8, 100, -1])
+def test_truncated_file(calibration: Calibration, path: Path, kept: int) -> None:
+    write_calibration(calibration, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(TdaError, match=r"not a readable calibration \(.+\)\. Run 'tda-export calibrate' again\.$"):
+        read_calibration(path)
+
+
+@pytest.mark.parametrize("metadata", [None, "{}", '{"format": "something else"}'])
+def test_other_safetensors_file(path: Path, metadata: str | None) -> None:
+    write_metadata(path, metadata)
+    with pytest.raises(TdaError, match=r"not a calibration\. Give a file from 'tda-export calibrate'\.$"):
+        read_calibration(path)
+
+
+@pytest.mark.parametrize("metadata", ["{", "[]", "3", "null", '"text"'])
+def test_damaged_provenance(path: Path, metadata: str) -> None:
+    write_metadata(path, metadata)
+    with pytest.raises(TdaError, match=r"not a (readable )?calibration"):
+        read_calibration(path)
+
+
+@pytest.mark.parametrize("version", [{}, {"format_version": "one"}, {"format_version": None}])
+def test_damaged_version(path: Path, version: dict[str, Any]) -> None:
+    write_metadata(path, json.dumps({"format": FORMAT, **version}))
+    with pytest.raises(TdaError, match="not a readable calibration"):
+        read_calibration(path)
+
+
+def test_newer_format(path: Path) -> None:
+    write_metadata(path, json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION + 1}))
+    message = (
+        rf"calibration format {FORMAT_VERSION + 1} is newer than this tda-export \({FORMAT_VERSION}\)\. Update it\.$"
+    )
+    with pytest.raises(TdaError, match=message):
+        read_calibration(path)
+
+
+@pytest.mark.parametrize("missing", ["grid", *(field.name for field in fields(CurveSums))])
+def test_missing_tensor(calibration: Calibration, path: Path, missing: str) -> None:
+    tensors = {field.name: getattr(calibration.sums, field.name) for field in fields(CurveSums)}
+    tensors["grid"] = calibration.grid
+    del tensors[missing]
+    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, **PROVENANCE}
+    save_file(tensors, path, metadata={METADATA_KEY: json.dumps(metadata)})
+    with pytest.raises(TdaError, match=rf"not a readable calibration \(.*{missing}"):
+        read_calibration(path)
+
+
+# Whole or not at all
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """Let no file grow over 4 KiB, which safetensors sees as it would see a full disk."""
+    resource = pytest.importorskip("resource")
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_full_disk_leaves_nothing(path: Path) -> None:
+    accumulator = CurveAccumulator(2, 7, threshold_grid(2000), "prompt", prompt_tokens=4)
+    with pytest.raises(TdaError, match=r"tiny\.safetensors: could not be written \(.*File too large"):
+        write_calibration(Calibration(threshold_grid(2000), accumulator.sums, PROVENANCE), path)
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [OSError(28, os.strerror(28)), KeyboardInterrupt()])
+def test_failed_writing_leaves_the_earlier_file(
+    calibration: Calibration, path: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half_written(tensors: object, part: Path, metadata: object) -> None:
+        part.write_bytes(b"half")
+        raise error
+
+    path.write_text("earlier")
+    monkeypatch.setattr(calibration_file, "save_file", half_written)
+    expected = TdaError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected, match="No space left on device" if expected is TdaError else None):
+        write_calibration(calibration, path)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert path.read_text() == "earlier"

@@ -1,0 +1,69 @@
+"""What tests of failing commands share: one clear line, and nothing left behind."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from tests.conftest import run_cli
+from tests.tiny import save_tiny_model
+
+FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+
+
+def build(model: Path, calibration: Path, output: Path, *options: object) -> Result:
+    return run_cli("build", model, "--calibration", calibration, "-o", output, *options)
+
+
+def assert_error(result: Result, code: int, *texts: str) -> str:
+    """Require one line "Error: …" that holds every text, `code`, and no traceback; return the line."""
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    return assert_error_text(result.stderr, result.exit_code, code, *texts)
+
+
+def assert_error_text(stderr: str, exit_code: int, code: int, *texts: str) -> str:
+    assert "Traceback" not in stderr
+    assert exit_code == code, stderr
+    before, _, message = stderr.rpartition("Error: ")
+    assert "Error: " not in before
+    assert message.count("\n") == 1, message  # one line, and it ends
+    for text in texts:
+        assert text in message
+    return message
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder, with the content of its files."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.fixture
+def outputs(tmp_path: Path) -> Iterator[Path]:
+    """A folder for outputs, in which a failing command must leave nothing that was not there before."""
+    folder = tmp_path / "outputs"
+    folder.mkdir()
+    yield folder
+    assert listing(folder) == {}
+
+
+@pytest.fixture
+def model_copy(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def artifact_copy(tiny_artifact: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_artifact, tmp_path / "artifact"))
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same architecture with other weights."""
+    return save_tiny_model("llama", tmp_path_factory.mktemp("models") / "other", seed=1)

@@ -1,0 +1,288 @@
+"""The commands from end to end on the tiny model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tda_export.graph import contract
+from tda_export.runtime import load
+from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
+
+PROMPT = "The sea is calm tonight"
+DENSE_FFN_BYTES = 3 * 96 * 3 * 64 * 4  # layers, neurons, matrices, hidden size, float32
+CHECKS = 10
+
+
+def result_of(*arguments: object) -> Any:
+    """Run with --json and require that standard output is JSON and nothing else."""
+    result = run_ok(*arguments, "--json")
+    assert result.stderr == ""
+    return json.loads(result.stdout)
+
+
+def generated(artifact: Path, *options: object) -> Any:
+    return result_of("generate", artifact, PROMPT, "--max-new-tokens", 24, *options)
+
+
+def test_calibrate(tiny_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "c.safetensors"
+    result = run_ok("calibrate", tiny_model, "-o", output, *CALIBRATE_TINY)
+    assert "prompt estimator, CETT 0.2" in result.stdout
+    assert f"on 4 sequences; wrote {output}" in result.stdout
+    assert output.is_file()
+
+
+def test_calibrate_json(tiny_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "c.safetensors"
+    result = result_of("calibrate", tiny_model, "-o", output, *CALIBRATE_TINY, "--sparsity", "0.4", "--seed", "3")
+    assert result["output"] == str(output)
+    assert result["model"]["name"] == str(tiny_model)
+    assert result["model"]["architecture"] == "LlamaForCausalLM"
+    assert (result["dataset"]["name"], result["dataset"]["sequences"]) == ("builtin", 4)
+    assert result["settings"] == {
+        "estimator": "prompt",
+        "sequences": 4,
+        "prompt_tokens": 32,
+        "continuation_tokens": 16,
+        "seed": 3,
+        "dtype": "fp32",
+        "device": "cpu",
+    }
+    assert result["budget"] == {"sparsity": 0.4, "allocation": "uniform"}
+    allocation = result["allocation"]
+    assert len(allocation["thresholds"]) == len(allocation["density"]) == len(allocation["cett"]) == 3
+    assert allocation["sparsity"] == pytest.approx(0.4, abs=0.01)
+    assert allocation["sparsity"] == pytest.approx(1 - sum(allocation["density"]) / 3)
+
+
+def test_calibration_is_repeatable(tiny_model: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run_ok("calibrate", tiny_model, "-o", tmp_path / name, *CALIBRATE_TINY)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_calibrate_overwrites(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "c").write_text("old")
+    run_ok("calibrate", tiny_model, "-o", tmp_path / "c", *CALIBRATE_TINY, "--overwrite")
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    assert (tmp_path / "c").stat().st_size > 1000
+
+
+def test_less_text_than_asked_for(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"body": "x" * 60}) + "\n" for _ in range(2)))
+    result = run_ok(
+        *("calibrate", tiny_model, "-o", tmp_path / "c", *CALIBRATE_TINY),
+        *("--dataset", tmp_path / "rows.jsonl", "--text-column", "body"),
+    )
+    assert "holds text for 2 sequences of 48 tokens; calibrating on those" in result.stderr
+    assert "on 2 sequences" in result.stdout
+
+
+def test_names_in_brackets_are_shown_as_they_are(tiny_model: Path, tmp_path: Path) -> None:
+    """Rich takes [v2] for markup."""
+    model = shutil.copytree(tiny_model, tmp_path / "tiny[v2]")
+    result = run_ok("calibrate", model, "-o", tmp_path / "c", *CALIBRATE_TINY)
+    assert f"{model}, prompt estimator" in result.stdout
+
+
+def test_build_json(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a"
+    result = result_of("build", tiny_model, "--calibration", tiny_calibration, "-o", output)
+    assert result["output"] == str(output)
+    assert result["bytes"] == sum(path.stat().st_size for path in output.iterdir())
+    assert result["budget"] == {"sparsity": 0.5, "allocation": "uniform"}  # the calibration's own
+    assert result["expected"]["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert len(result["checks"]) == CHECKS
+    assert all(check["passed"] for check in result["checks"])
+
+
+def test_build_says_what_it_did(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
+    arguments = ("build", tiny_model, "--calibration", tiny_calibration, "-o")
+    verified = run_ok(*arguments, tmp_path / "a")
+    assert "sparsity 0.5, uniform: expected FFN sparsity 0.50" in verified.stdout
+    assert "MiB, verified)" in verified.stdout
+    assert verified.stdout.count(" ok ") == CHECKS
+    unverified = run_ok(*arguments, tmp_path / "b", "--no-verify")
+    assert "MiB, not verified)" in unverified.stdout
+    assert "Verification" not in unverified.stdout
+
+
+def test_manifest(tiny_model: Path, tiny_artifact: Path) -> None:
+    manifest = json.loads((tiny_artifact / contract.MANIFEST_FILE).read_text())
+    assert (manifest["format"], manifest["format_version"]) == ("tda-export", 1)
+    assert manifest["model"]["name"] == str(tiny_model)
+    assert manifest["method"]["name"] == "tda"
+    assert manifest["budget"] == {"sparsity": 0.5, "allocation": "uniform"}
+    assert manifest["expected"]["sparsity"] == pytest.approx(0.5, abs=0.01)
+    on_disk = {path.name: path.stat().st_size for path in tiny_artifact.iterdir()}
+    del on_disk[contract.MANIFEST_FILE]
+    assert {name: entry["size"] for name, entry in manifest["files"].items()} == on_disk
+
+
+def test_another_budget_needs_no_calibration(
+    tiny_model: Path, tiny_calibration: Path, tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Build and generate choose from the same curves: a rebuilt artifact equals the old one run with its budget."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("calibrated again")
+
+    monkeypatch.setattr("tda_export.calibration.run.accumulate_curves", refuse)
+    sparsities = []
+    for budget in (("--sparsity", "0.2"), ("--cett", "0.2"), ("--sparsity", "0.7")):
+        output = tmp_path / "".join(budget)
+        built = result_of("build", tiny_model, "--calibration", tiny_calibration, *budget, "--no-verify", "-o", output)
+        assert list(built["budget"].values())[0] == float(budget[1])  # noqa: RUF015
+        rebuilt, overridden = generated(output), generated(tiny_artifact, *budget)
+        assert rebuilt["tokens"] == overridden["tokens"]
+        assert rebuilt["metrics"]["sparsity"] == overridden["metrics"]["sparsity"]
+        sparsities.append(rebuilt["metrics"]["sparsity"])
+    assert 0 < sparsities[0] < generated(tiny_artifact)["metrics"]["sparsity"] < sparsities[2] < 1
+
+
+def test_overwrite_replaces_an_artifact(
+    tiny_model: Path, tiny_calibration: Path, tiny_artifact: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "a"
+    shutil.copytree(tiny_artifact, output)
+    (output / "stale").touch()
+    arguments = ("build", tiny_model, "--calibration", tiny_calibration, "--sparsity", "0.2", "-o", output)
+    run_ok(*arguments, "--overwrite")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert not (output / "stale").exists()
+    assert json.loads((output / contract.MANIFEST_FILE).read_text())["budget"]["sparsity"] == 0.2
+
+
+def test_tail_mean(tiny_model: Path, tiny_calibration: Path, tiny_artifact: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a"
+    built = result_of("build", tiny_model, "--calibration", tiny_calibration, "--tail", "mean", "-o", output)
+    assert all(check["passed"] for check in built["checks"])
+    ours, zero = generated(output), generated(tiny_artifact)
+    assert ours["metrics"]["sparsity"] == zero["metrics"]["sparsity"]
+    assert ours["tokens"] != zero["tokens"]
+
+
+def test_float16(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a"
+    arguments = ("build", tiny_model, "--calibration", tiny_calibration, "--dtype", "fp16", "--provider", "cpu")
+    built = result_of(*arguments, "-o", output)
+    assert all(check["passed"] for check in built["checks"])
+    metrics = generated(output, "--provider", "cpu")["metrics"]
+    assert metrics["new_tokens"] == 24
+    assert metrics["dense_ffn_bytes_per_token"] == DENSE_FFN_BYTES // 2
+
+
+def test_griffin(tiny_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a"
+    built = result_of("build", tiny_model, "--method", "griffin", "--sparsity", "0.75", "-o", output)
+    assert built["budget"] == {"sparsity": 0.75, "allocation": "uniform"}
+    assert all(check["passed"] for check in built["checks"])
+    for prompt in (PROMPT, "x", "def f(a):"):  # every prompt keeps as many, save one token, of which nothing is known
+        metrics = result_of("generate", output, prompt, "--max-new-tokens", 2)["metrics"]
+        assert metrics["sparsity"] == (0.0 if len(prompt) == 1 else 0.75)
+
+
+def test_token_estimator(tiny_model: Path, tmp_path: Path) -> None:
+    """The paper's reading from end to end."""
+    calibration, output = tmp_path / "c", tmp_path / "a"
+    result = result_of("calibrate", tiny_model, "-o", calibration, *CALIBRATE_TINY, "--estimator", "token")
+    assert result["settings"]["estimator"] == "token"
+    assert all(0 < cett <= 0.2 for cett in result["allocation"]["cett"])
+    built = result_of("build", tiny_model, "--calibration", calibration, "-o", output)
+    assert built["budget"] == {"cett": 0.2}
+    assert all(check["passed"] for check in built["checks"])
+    assert 0 < generated(output)["metrics"]["sparsity"] < 1
+
+
+def test_verify(tiny_artifact: Path) -> None:
+    result = run_ok("verify", tiny_artifact)
+    assert result.stdout.count(" ok ") == CHECKS
+    checks = result_of("verify", tiny_artifact)["checks"]
+    assert len(checks) == CHECKS
+    for check in checks:
+        assert check["passed"]
+        assert check["problem"] is None
+        assert check["allowed"] is None or 0 <= check["difference"] <= check["allowed"]
+
+
+def test_verify_files_only(tiny_artifact: Path) -> None:
+    names = [check["name"] for check in result_of("verify", tiny_artifact, "--files-only")["checks"]]
+    assert names == [
+        "files match their hashes",
+        "prefill.onnx passes onnx.checker",
+        "decode.onnx passes onnx.checker",
+    ]
+
+
+def test_verify_against_a_moved_model(tiny_model: Path, tiny_artifact: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(tiny_model, tmp_path / "moved")
+    assert len(result_of("verify", tiny_artifact, "--against", moved)["checks"]) == CHECKS
+
+
+def test_generate(tiny_artifact: Path) -> None:
+    result = run_ok("generate", tiny_artifact, PROMPT, "--max-new-tokens", 24)
+    expected = load(tiny_artifact).generate(PROMPT, max_new_tokens=24)
+    list(expected)
+    assert result.stdout == expected.text + "\n"
+    assert f"{len(PROMPT)} prompt tokens, 24 new (as many as asked for), tda on cpu, FFN sparsity 0." in result.stderr
+    assert "s to the first token" in result.stderr
+    assert "MiB of FFN weights a token" in result.stderr
+
+
+def test_generate_json(tiny_artifact: Path) -> None:
+    result = generated(tiny_artifact)
+    generation = load(tiny_artifact).generate(PROMPT, max_new_tokens=24)
+    assert result["tokens"] == [token.id for token in generation]
+    assert result["text"] == generation.text
+    metrics = result["metrics"]
+    assert (metrics["mask"], metrics["provider"], metrics["finish_reason"]) == ("tda", "cpu", "length")
+    assert (metrics["prompt_tokens"], metrics["new_tokens"]) == (len(PROMPT), 24)
+    assert metrics["sparsity"] == 1 - metrics["density"] == generation.metrics.sparsity
+    assert metrics["ffn_bytes_per_token"] == round(metrics["density"] * DENSE_FFN_BYTES)
+    assert metrics["dense_ffn_bytes_per_token"] == DENSE_FFN_BYTES
+    assert metrics["decode_tokens_per_second"] == pytest.approx(23 / metrics["decode_seconds"])
+
+
+def test_generate_one_token(tiny_artifact: Path) -> None:
+    """There is no second token that a rate could start at."""
+    result = run_ok("generate", tiny_artifact, PROMPT, "--max-new-tokens", 1)
+    assert "1 new (as many as asked for)" in result.stderr
+    assert "tokens/s" not in result.stderr
+
+
+def test_prompt_from_standard_input(tiny_artifact: Path) -> None:
+    result = run_cli("generate", tiny_artifact, "--json", "--max-new-tokens", 24, input=PROMPT)
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["tokens"] == generated(tiny_artifact)["tokens"]
+
+
+def test_chat(tiny_artifact: Path) -> None:
+    rendered = f"<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
+    expected = result_of("generate", tiny_artifact, rendered, "--max-new-tokens", 24)
+    assert generated(tiny_artifact, "--chat")["tokens"] == expected["tokens"]
+    assert generated(tiny_artifact)["tokens"] != expected["tokens"]
+
+
+def test_dense(tiny_artifact: Path) -> None:
+    dense = generated(tiny_artifact, "--mask", "dense")
+    assert (dense["metrics"]["mask"], dense["metrics"]["sparsity"]) == ("dense", 0.0)
+    assert dense["metrics"]["ffn_bytes_per_token"] == DENSE_FFN_BYTES
+    assert dense["tokens"] != generated(tiny_artifact)["tokens"]
+    assert generated(tiny_artifact, "--sparsity", "0")["tokens"] == dense["tokens"]
+
+
+def test_sampling(tiny_artifact: Path) -> None:
+    options = ("--temperature", "1", "--top-k", "50", "--top-p", "0.9", "--seed")
+    one, again, other = (generated(tiny_artifact, *options, seed)["tokens"] for seed in (1, 1, 2))
+    assert one == again != other
+
+
+def test_context(tiny_artifact: Path) -> None:
+    result = generated(tiny_artifact, "--context", len(PROMPT) + 5)
+    assert len(result["tokens"]) == 5
+    assert result["metrics"]["finish_reason"] == "context"

@@ -1,0 +1,196 @@
+"""What fails half-way (a full disk, Ctrl-C, a check) leaves nothing behind, and what was there before as it was."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from tests.cli.conftest import FAILURE, INTERRUPTED, assert_error, assert_error_text, build, listing
+from tests.conftest import CALIBRATE_TINY, run_cli
+
+SMALL_FILES = 100_000  # bytes: less than the weights and the calibration of the tiny model
+LONG_CALIBRATION = 4000  # sequences of 48 tokens: some ten seconds
+
+
+# A full disk
+
+
+def full_disk(*arguments: object, **options: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def half_written(plan: object, path: Path, *arguments: object) -> None:
+    """Stand in for write_weights on a disk that fills up."""
+    path.write_bytes(bytes(1000))
+    full_disk()
+
+
+def test_disk_full_while_building(
+    outputs: Path, tiny_model: Path, tiny_calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tda_export.graph.export.write_weights", half_written)
+    result = build(tiny_model, tiny_calibration, outputs / "x")
+    assert_error(result, FAILURE, "x: could not be written (No space left on device)", "Nothing was left behind")
+
+
+def test_disk_full_while_replacing(
+    tiny_model: Path, tiny_calibration: Path, artifact_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = listing(artifact_copy.parent)
+    monkeypatch.setattr("tda_export.graph.export.write_weights", half_written)
+    result = build(tiny_model, tiny_calibration, artifact_copy, "--overwrite")
+    assert_error(result, FAILURE, "No space left on device")
+    assert listing(artifact_copy.parent) == before
+
+
+def test_disk_full_while_writing_the_tokenizer(
+    outputs: Path, tiny_model: Path, tiny_calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tokenizers raises a bare Exception: `Tokenizer.save("/dev/full")` is how this text was found."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", refuse)
+    result = build(tiny_model, tiny_calibration, outputs / "x")
+    assert_error(result, FAILURE, "No space left on device")
+
+
+def test_disk_known_to_be_too_small(
+    outputs: Path, tiny_model: Path, tiny_calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(outputs)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert_error(
+        build(tiny_model, tiny_calibration, outputs / "x"), FAILURE, "the weights take 1 MiB and the disk has 0"
+    )
+
+
+def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    """Start `tda-export` in a process of its own."""
+    command = [sys.executable, "-m", "tda_export", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def limit_files() -> None:
+    """Let writing past SMALL_FILES fail, as a full disk does, instead of ending the process."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILES, SMALL_FILES))
+
+
+@pytest.mark.parametrize("command", ["calibrate", "build"])
+def test_files_that_really_cannot_be_written(
+    command: str, outputs: Path, tiny_model: Path, tiny_calibration: Path
+) -> None:
+    options = {"calibrate": CALIBRATE_TINY, "build": ["--calibration", tiny_calibration]}[command]
+    process = start(command, tiny_model, "-o", outputs / "x", *options, preexec_fn=limit_files)
+    _, stderr = process.communicate(timeout=120)
+    assert_error_text(stderr, process.returncode, FAILURE, "x: could not be written", "File too large")
+
+
+# Ctrl-C
+
+
+def interrupt(*arguments: object, **options: object) -> None:
+    raise KeyboardInterrupt
+
+
+def interrupted_writing(plan: object, path: Path, *arguments: object) -> None:
+    """Stand in for write_weights when Ctrl-C comes half-way."""
+    path.write_bytes(bytes(1000))
+    raise KeyboardInterrupt
+
+
+def assert_interrupted(result: Result) -> None:
+    assert result.exit_code == INTERRUPTED, result.output
+    assert result.stderr.endswith("Interrupted; nothing was left behind.\n")
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "tda_export.calibration.corpus.load_corpus",
+        "tda_export.models.source.ModelSource.reference",
+        "tda_export.calibration.run.accumulate_curves",
+        "tda_export.calibration.file.save_file",
+    ],
+)
+def test_interrupted_calibration(outputs: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    monkeypatch.setattr(step, interrupt)
+    assert_interrupted(run_cli("calibrate", tiny_model, "-o", outputs / "x", *CALIBRATE_TINY))
+
+
+@pytest.mark.parametrize(
+    ("step", "stand_in"),
+    [
+        ("tda_export.graph.export.write_weights", interrupted_writing),
+        ("tda_export.graph.export.build_decode", interrupt),
+        ("tda_export.graph.verify.sha256", interrupt),
+        ("tda_export.graph.verify.Comparison.run", interrupt),
+    ],
+)
+@pytest.mark.parametrize("replacing", [False, True], ids=["new", "replacing"])
+def test_interrupted_build(
+    tiny_model: Path,
+    tiny_calibration: Path,
+    artifact_copy: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    stand_in: Callable[..., None],
+    replacing: bool,
+) -> None:
+    output = artifact_copy if replacing else artifact_copy.parent / "x"
+    before = listing(artifact_copy.parent)
+    monkeypatch.setattr(step, stand_in)
+    assert_interrupted(build(tiny_model, tiny_calibration, output, "--overwrite"))
+    assert listing(artifact_copy.parent) == before
+
+
+@pytest.mark.parametrize("step", ["Sessions.__init__", "Call.run"])
+def test_interrupted_generation(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    monkeypatch.setattr(f"tda_export.runtime.session.{step}", interrupt)
+    assert_interrupted(run_cli("generate", tiny_artifact, "Hi"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, 128 + signal.SIGTERM)])
+def test_signal_while_calibrating(
+    outputs: Path, tiny_model: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """A real signal to a real process, at a time when it surely calibrates: it says so on standard error first."""
+    (tmp_path / "long.jsonl").write_text((json.dumps({"text": "The sea is calm. " * 3}) + "\n") * LONG_CALIBRATION)
+    length = ["--prompt-tokens", "32", "--continuation-tokens", "16", "--sequences", LONG_CALIBRATION + 1]
+    process = start("calibrate", tiny_model, "-o", outputs / "x", "--dataset", tmp_path / "long.jsonl", *length)
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    assert "calibrating on those" in line, line + process.stderr.read()
+    time.sleep(0.3)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (code, "")
+    assert stderr == ("Interrupted; nothing was left behind.\n" if number == signal.SIGINT else "")
+
+
+# Verification
+
+
+def test_failed_verification_leaves_no_artifact(
+    outputs: Path, tiny_model: Path, tiny_calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tda_export.graph.verify.FLOAT32_LOGITS", 0.0)  # nothing is as exact as that
+    result = build(tiny_model, tiny_calibration, outputs / "x")
+    assert_error(result, FAILURE, "Verification failed (prefill logits, ", "x was not written")
+    assert "FAILED" in result.stdout

@@ -1,0 +1,207 @@
+"""Options and outputs that cannot be are refused with exit code 2, before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import FAILURE, USAGE, assert_error, build, listing
+from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
+
+
+@pytest.fixture(scope="session")
+def half_artifact(tiny_model: Path, tiny_calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny artifact in float16."""
+    path = tmp_path_factory.mktemp("artifacts") / "half"
+    run_ok("build", tiny_model, "--calibration", tiny_calibration, "--dtype", "fp16", "--no-verify", "-o", path)
+    return path
+
+
+# Options
+
+
+@pytest.mark.parametrize("option", ["--cett", "--sparsity"])
+@pytest.mark.parametrize("value", ["1.0", "-0.1", "x"])
+@pytest.mark.parametrize("command", ["calibrate", "build", "generate"])
+def test_budget_out_of_range(command: str, option: str, value: str, outputs: Path, tiny_model: Path) -> None:
+    output = [] if command == "generate" else ["-o", outputs / "x"]
+    result = run_cli(command, tiny_model, *output, option, value)
+    assert_error(result, USAGE, option, value)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--cett", "0.2", "--sparsity", "0.2"], "A budget is either --cett or --sparsity"),
+        (["--cett", "nan"], "CETT nan is outside [0, 1)"),
+        (["--sparsity", "nan"], "sparsity nan is outside [0, 1)"),
+    ],
+    ids=["two", "nan CETT", "nan sparsity"],
+)
+@pytest.mark.parametrize("command", ["calibrate", "build", "generate"])
+def test_impossible_budget(
+    command: str,
+    options: list[str],
+    text: str,
+    outputs: Path,
+    tiny_model: Path,
+    tiny_artifact: Path,
+    tiny_calibration: Path,
+) -> None:
+    arguments = {
+        "calibrate": [tiny_model, "-o", outputs / "x"],
+        "build": [tiny_model, "-o", outputs / "x", "--calibration", tiny_calibration],
+        "generate": [tiny_artifact, "Hi"],
+    }[command]
+    assert_error(run_cli(command, *arguments, *options), USAGE, text)
+
+
+def test_griffin_of_an_impossible_sparsity(outputs: Path, tiny_model: Path) -> None:
+    result = run_cli("build", tiny_model, "--method", "griffin", "--sparsity", "nan", "-o", outputs / "x")
+    assert_error(result, USAGE, "sparsity nan is outside [0, 1)")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--prompt-tokens", "1"], "--prompt-tokens"),
+        (["--continuation-tokens", "0"], "--continuation-tokens"),
+        (["--sequences", "0"], "--sequences"),
+        (["--estimator", "guess"], "'guess' is not one of"),
+        (["--dtype", "fp16"], "--dtype fp16 on the CPU is slow"),
+        (["--device", "tpu"], "--device tpu"),
+        (["--device", "cuda:99"], "--device cuda"),
+        (["--seed", "-1"], "-1"),
+        (["--prompt-tokens", "500"], "516 tokens (prompt and continuation) are more than the 512 positions"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_calibrate_options(outputs: Path, tiny_model: Path, options: list[str], text: str) -> None:
+    result = run_cli("calibrate", tiny_model, "-o", outputs / "x", *CALIBRATE_TINY, *options)
+    assert_error(result, USAGE, text)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--temperature", "-1"], "Temperature -1.0 is negative"),
+        (["--temperature", "nan"], "Temperature nan"),
+        (["--top-k", "-1"], "top-k -1 is negative"),
+        (["--top-p", "0"], "top-p 0.0 is outside"),
+        (["--seed", "-1", "--temperature", "1"], "-1"),
+        (["--max-new-tokens", "0"], "--max-new-tokens"),
+        (["--context", "0"], "A context of 0 tokens is outside [2, 512]"),
+        (["--context", "513"], "A context of 513 tokens is outside [2, 512]"),
+        (["--mask", "sparse"], "'sparse' is not one of"),
+        (["--provider", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
+        (["--provider", "cuda"], "this one is float32"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_generate_options(tiny_artifact: Path, options: list[str], text: str) -> None:
+    assert_error(run_cli("generate", tiny_artifact, "Hi", *options), USAGE, text)
+
+
+def test_griffin_without_sparsity(outputs: Path, tiny_model: Path) -> None:
+    result = run_cli("build", tiny_model, "--method", "griffin", "-o", outputs / "x")
+    assert_error(result, USAGE, "--method griffin takes --sparsity")
+
+
+@pytest.mark.parametrize("option", [["--cett", "0.2"], ["--tail", "mean"], ["--calibration", "x"]], ids=" ".join)
+def test_griffin_with_what_is_not_its_own(outputs: Path, tiny_model: Path, option: list[str]) -> None:
+    result = run_cli("build", tiny_model, "--method", "griffin", "--sparsity", "0.5", *option, "-o", outputs / "x")
+    assert_error(result, USAGE, "--method griffin takes --sparsity, and neither")
+
+
+def test_tda_without_calibration(outputs: Path, tiny_model: Path) -> None:
+    result = run_cli("build", tiny_model, "-o", outputs / "x")
+    assert_error(result, USAGE, "--method tda needs --calibration FILE", "tda-export calibrate")
+
+
+def test_no_output(tiny_model: Path) -> None:
+    assert_error(run_cli("build", tiny_model), USAGE, "'--output'")
+
+
+def test_verify_against_and_files_only(tiny_artifact: Path, tiny_model: Path) -> None:
+    result = run_cli("verify", tiny_artifact, "--files-only", "--against", tiny_model)
+    assert_error(result, USAGE, "--files-only compares with no model")
+
+
+@pytest.mark.parametrize("command", ["build", "verify"])
+def test_cuda_for_float32(
+    command: str, outputs: Path, tiny_model: Path, tiny_artifact: Path, tiny_calibration: Path
+) -> None:
+    arguments = {
+        "build": [tiny_model, "--calibration", tiny_calibration, "-o", outputs / "x"],
+        "verify": [tiny_artifact],
+    }[command]
+    assert_error(run_cli(command, *arguments, "--provider", "cuda"), USAGE, "float32", "--dtype fp16")
+
+
+@pytest.mark.parametrize("command", ["build", "generate", "verify"])
+def test_cuda_where_none_is(
+    command: str,
+    outputs: Path,
+    tiny_model: Path,
+    tiny_calibration: Path,
+    half_artifact: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tda_export.runtime.providers.cuda_problem", lambda: "no NVIDIA driver is installed here")
+    arguments = {
+        "build": [tiny_model, "--calibration", tiny_calibration, "--dtype", "fp16", "-o", outputs / "x"],
+        "generate": [half_artifact, "Hi"],
+        "verify": [half_artifact],
+    }[command]
+    result = run_cli(command, *arguments, "--provider", "cuda")
+    assert_error(result, FAILURE, "CUDA cannot be used: no NVIDIA driver is installed here. Use --provider cpu")
+
+
+# Outputs
+
+
+def test_calibration_that_exists(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("mine")
+    result = run_cli("calibrate", tiny_model, "-o", tmp_path / "x", *CALIBRATE_TINY)
+    assert_error(result, USAGE, "x exists", "--overwrite")
+    assert listing(tmp_path) == {"x": b"mine"}
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["", "overwrite"])
+def test_calibration_over_a_folder(tiny_model: Path, tmp_path: Path, overwrite: list[str]) -> None:
+    (tmp_path / "x").mkdir()
+    result = run_cli("calibrate", tiny_model, "-o", tmp_path / "x", *CALIBRATE_TINY, *overwrite)
+    assert_error(result, USAGE, "is a directory")
+
+
+def test_artifact_that_exists(tiny_model: Path, tiny_calibration: Path, artifact_copy: Path) -> None:
+    before = listing(artifact_copy.parent)
+    assert_error(build(tiny_model, tiny_calibration, artifact_copy), USAGE, "artifact exists", "--overwrite")
+    assert listing(artifact_copy.parent) == before
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["", "overwrite"])
+def test_artifact_over_a_file(tiny_model: Path, tiny_calibration: Path, tmp_path: Path, overwrite: list[str]) -> None:
+    (tmp_path / "x").write_text("mine")
+    assert_error(build(tiny_model, tiny_calibration, tmp_path / "x", *overwrite), USAGE, "x exists")
+    assert listing(tmp_path) == {"x": b"mine"}
+
+
+def test_artifact_over_a_foreign_folder(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "thesis.tex").write_text("mine")
+    result = build(tiny_model, tiny_calibration, tmp_path / "x", "--overwrite")
+    assert_error(result, USAGE, "is no artifact (no manifest.json there), so it is not replaced")
+    assert listing(tmp_path) == {"x": None, "x/thesis.tex": b"mine"}
+
+
+@pytest.mark.parametrize("command", ["calibrate", "build"])
+def test_output_in_a_missing_folder(command: str, outputs: Path, tiny_model: Path) -> None:
+    result = run_cli(command, tiny_model, "-o", outputs / "a" / "x")
+    assert_error(result, USAGE, "does not exist. Create it first")
+
+
+def test_demo_into_a_file(tmp_path: Path) -> None:
+    (tmp_path / "artifacts").touch()
+    assert_error(run_cli("demo", "--artifacts", tmp_path / "artifacts"), USAGE, "artifacts")

@@ -1,0 +1,253 @@
+"""Every way to name a model, and every way in which that fails."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tda_export.errors import TdaError
+from tda_export.models import source as source_module
+from tda_export.models.source import HUB_FILES, ModelSource, resolve_model
+
+WAY_OUT = r"Give a model folder, a \.gguf file, a hub id \(org/name\) or smollm2-135m\.$"
+
+
+@pytest.fixture
+def folder(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may damage."""
+    return shutil.copytree(tiny_model, tmp_path / "model")
+
+
+def no_notice(line: str) -> None:
+    raise AssertionError(f"unexpected notice: {line}")
+
+
+# A folder
+
+
+def test_folder(tiny_model: Path) -> None:
+    source = resolve_model(str(tiny_model), notify=no_notice)
+    assert source == ModelSource(str(tiny_model), tiny_model)
+    assert source.spec.architecture == "LlamaForCausalLM"
+    assert source.tokenizer("abc").input_ids == source.tokenizer.convert_tokens_to_ids(["a", "b", "c"])
+    assert source.generation_config["eos_token_id"] == 2
+    assert source.weights().shape("model.embed_tokens.weight") == (259, 64)
+
+
+def test_home_folder_is_expanded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert resolve_model("~/model", notify=no_notice).folder == folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reference_has_the_weights_of_the_checkpoint(tiny_model: Path, dtype: torch.dtype) -> None:
+    source = resolve_model(str(tiny_model))
+    model, weights = source.reference(dtype=dtype), source.weights()
+    assert not model.training
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == dtype
+        assert torch.equal(parameter, weights.load(name).to(dtype))
+
+
+def test_generation_config_falls_back_to_the_configuration(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+    assert resolve_model(str(folder)).generation_config["eos_token_id"] == 2
+
+
+def test_damaged_generation_config_is_no_missing_one(folder: Path) -> None:
+    """It may hold the stop tokens: to go on without them would let the model babble."""
+    (folder / "generation_config.json").write_text("{nope")
+    with pytest.raises(TdaError, match=r"generation_config\.json"):
+        _ = resolve_model(str(folder)).generation_config
+
+
+def test_folder_that_holds_no_model(tmp_path: Path) -> None:
+    message = (
+        rf"^{re.escape(str(tmp_path))}: no config\.json there, so this is no Hugging Face model folder\. {WAY_OUT}"
+    )
+    with pytest.raises(TdaError, match=message):
+        resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "../missing", "~/missing/here", "a/b/c"])
+def test_no_such_folder(name: str) -> None:
+    with pytest.raises(TdaError, match=rf"^{re.escape(name)}: no such folder\. {WAY_OUT}"):
+        resolve_model(name)
+
+
+def test_file_of_another_kind(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"anything")
+    with pytest.raises(TdaError, match=rf"model\.bin: neither a model folder nor a \.gguf file\. {WAY_OUT}"):
+        resolve_model(str(path))
+
+
+# A damaged folder: one line that names the model
+
+
+def set_config(folder: Path, **fields: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "config.json").write_text("{nope"),
+        lambda folder: (folder / "config.json").write_text("{}"),
+        lambda folder: set_config(folder, model_type="unheard-of"),
+        lambda folder: set_config(folder, num_attention_heads="four"),
+        lambda folder: set_config(folder, hidden_size=63, head_dim=None),
+        lambda folder: set_config(folder, rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}),
+    ],
+    ids=["no-json", "empty", "unknown-type", "wrong-type", "odd-size", "incomplete-rope"],
+)
+def test_damaged_configuration(damage: Callable[[Path], Any], folder: Path) -> None:
+    damage(folder)
+    with pytest.raises(TdaError, match=rf"^{folder}: the model cannot be loaded \(.+\)\. {WAY_OUT}") as caught:
+        _ = resolve_model(str(folder)).spec
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, "", "{nope", "{}"])
+def test_damaged_tokenizer(content: str | None, folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(TdaError, match=rf"^{folder}: the model cannot be loaded \(.+\)\. {WAY_OUT}") as caught:
+        _ = resolve_model(str(folder)).tokenizer
+    assert "\n" not in str(caught.value)
+
+
+def test_slow_tokenizer_is_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow:
+        is_fast = False
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *arguments, **options: Slow())
+    with pytest.raises(
+        TdaError, match=r"its tokenizer has no fast version \(tokenizer\.json\), which artifacts need\.$"
+    ):
+        _ = resolve_model(str(tiny_model)).tokenizer
+
+
+def test_reference_refuses_pickled_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    source = resolve_model(str(folder))
+    for load in (source.reference, source.weights):
+        with pytest.raises(TdaError, match=r"pickled \.bin files are not"):
+            load()
+
+
+def test_no_code_of_a_checkpoint_is_run(folder: Path) -> None:
+    (folder / "code.py").write_text("raise SystemExit('the code of the checkpoint ran')")
+    set_config(folder, model_type="foreign", auto_map={"AutoConfig": "code.Config"})
+    with pytest.raises(TdaError, match="the model cannot be loaded"):
+        _ = resolve_model(str(folder)).config
+
+
+# A GGUF file
+
+
+def test_missing_gguf(tmp_path: Path) -> None:
+    with pytest.raises(TdaError, match=rf"model\.gguf: no such file\. {WAY_OUT}"):
+        resolve_model(str(tmp_path / "model.gguf"))
+
+
+@pytest.mark.parametrize("content", [b"", b"GGU", b"PK\x03\x04 and more"])
+def test_file_that_is_no_gguf(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(TdaError, match=rf"model\.gguf: not a GGUF file\. {WAY_OUT}"):
+        resolve_model(str(tmp_path / "model.gguf"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"GGUF", b"GGUF" + struct.pack("<IQQ", 3, 5, 5), b"GGUF" + struct.pack("<IQQ", 3, 0, 0)],
+    ids=["magic-only", "header-only", "nothing-in-it"],
+)
+@pytest.mark.parametrize("part", ["config", "tokenizer", "weights"])
+def test_damaged_gguf(content: bytes, part: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    source = resolve_model(str(path), notify=no_notice)
+    assert (source.folder, source.gguf) == (tmp_path, "model.gguf")
+    with pytest.raises(TdaError, match=rf"model\.gguf: the model cannot be loaded \(.+\)\. {WAY_OUT}") as caught:
+        source.weights() if part == "weights" else getattr(source, part)
+    assert "\n" not in str(caught.value)
+
+
+# The hub
+
+
+class Hub:
+    """Stands in for `snapshot_download`: gives a folder, or fails."""
+
+    def __init__(self, answer: Path | Exception) -> None:
+        self.answer = answer
+        self.asked: list[str] = []
+
+    def __call__(self, model: str, *, allow_patterns: list[str]) -> str:
+        assert allow_patterns == HUB_FILES
+        self.asked.append(model)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return str(self.answer)
+
+
+def test_hub_model_is_fetched_with_one_notice(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(tiny_model)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    notices: list[str] = []
+    source = resolve_model("org/name", notify=notices.append)
+    assert source == ModelSource("org/name", tiny_model)
+    assert source.spec.num_layers == 3
+    assert notices == ["Looking for org/name on the Hugging Face hub"]
+    assert hub.asked == ["org/name"]
+
+
+@pytest.mark.parametrize("name", ["org/name", "gpt2", "smollm2-135M"])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError("401 Client Error.\n\nRepository Not Found\nfor url"), r"401 Client Error\."),
+        (ValueError(""), "ValueError"),
+    ],
+    ids=["lines", "silent"],
+)
+def test_hub_failure_is_one_line(name: str, error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Hub(error))
+    with pytest.raises(
+        TdaError, match=rf"^{name}: no such folder, and the hub did not deliver it \({reason}\)\. {WAY_OUT}"
+    ) as caught:
+        resolve_model(name, notify=lambda line: None)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_pickled_file_is_downloaded() -> None:
+    import fnmatch
+
+    for file in ("pytorch_model.bin", "model.pt", "weights.ckpt", "training_args.bin", "code.py"):
+        assert not any(fnmatch.fnmatch(file, pattern) for pattern in HUB_FILES)
+
+
+# The built-in model
+
+
+def test_builtin_name_is_a_gguf_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetched(name: str, *, notify: Callable[[str], None]) -> Path:
+        notify(f"fetching {name}")
+        return tmp_path / "file.gguf"
+
+    monkeypatch.setattr(source_module, "fetch_builtin", fetched)
+    notices: list[str] = []
+    source = resolve_model("smollm2-135m", notify=notices.append)
+    assert source == ModelSource("smollm2-135m", tmp_path, "file.gguf")
+    assert notices == ["fetching smollm2-135m"]

@@ -1,0 +1,237 @@
+"""Generation beside transformers, its ends, and what it reports."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tda_export.errors import TdaError
+from tda_export.graph import contract
+from tda_export.graph.reference import masked_ffn
+from tda_export.models.source import ModelSource
+from tda_export.runtime import Model, Sampling, Token, load
+from tda_export.runtime import generate as generate_module
+from tda_export.runtime.kv_cache import KvCache
+from tda_export.runtime.phases import DecodeStep, PromptMask, prefill
+from tests.runtime.conftest import PROMPT, edit_manifest
+
+PROMPTS = [PROMPT, "def add(a, b):\n    return", "In 1871 a watchmaker built a clock for the museum."]
+NEURONS = 3 * 96
+BYTES_PER_NEURON = 3 * 64 * 4  # gate, up and down rows of 64 float32
+
+
+def ids(model: Model, prompt: Any, **options: Any) -> list[int]:
+    return [token.id for token in model.generate(prompt, **options)]
+
+
+def prompt_mask(model: Model, prompt: str) -> tuple[PromptMask, list[torch.Tensor], list[torch.Tensor]]:
+    """A prompt's mask, and the same for the reference: L masks [F] of 0 and 1, L tails [M]."""
+    shape = model.artifact.shape
+    cache = KvCache(shape, model.provider, shape.max_positions)
+    _, mask = prefill(model.sessions, shape, model.text.encode(prompt), cache)
+    masks, tails = [], []
+    for layer in range(shape.num_layers):
+        kept = torch.zeros(shape.ffn_size)
+        kept[mask.inputs[contract.mask_indices(layer)].numpy()] = 1
+        masks.append(kept)
+        tails.append(torch.from_numpy(mask.inputs[contract.tail_mean(layer)].numpy()))
+    return mask, masks, tails
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=["sea", "code", "clock"])
+def test_dense_greedy_equals_transformers(model: Model, reference: Any, prompt: str) -> None:
+    tokens = torch.tensor([model.text.encode(prompt)])
+    with torch.inference_mode():
+        expected = reference.generate(
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=64, pad_token_id=0
+        )[0, tokens.shape[1] :].tolist()
+    if expected[-1] in model.artifact.eos_token_ids:
+        expected.pop()
+    assert len(expected) > 32  # or this compares little
+    assert ids(model, prompt, mask="dense", max_new_tokens=64) == expected
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=["sea", "code", "clock"])
+def test_masked_greedy_equals_masked_transformers(
+    model: Model, source: ModelSource, reference: Any, prompt: str
+) -> None:
+    """The slow reference: prefill dense, then every token with the prompt's neurons alone."""
+    _, masks, tails = prompt_mask(model, prompt)
+    expected: list[int] = []
+    with torch.inference_mode():
+        output = reference(torch.tensor([model.text.encode(prompt)]), use_cache=True)
+        with masked_ffn(reference, source.spec, masks, tails):
+            while len(expected) < 64 and (token := int(output.logits[0, -1].argmax())) not in (2,):
+                expected.append(token)
+                output = reference(torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True)
+    ours = ids(model, prompt, max_new_tokens=64)
+    assert ours == expected
+    assert ours != ids(model, prompt, mask="dense", max_new_tokens=64)  # the mask does something
+
+
+def test_iterating_gives_tokens(model: Model) -> None:
+    generation = model.generate(PROMPT, max_new_tokens=8)
+    assert (generation.text, generation.metrics.new_tokens) == ("", 0)
+    text = ""
+    for count, token in enumerate(generation, start=1):
+        assert isinstance(token, Token)
+        text += token.text
+        assert (generation.text, generation.metrics.new_tokens) == (text, count)
+    assert count == 8
+    assert list(generation) == []
+
+
+def test_generations_are_independent(model: Model) -> None:
+    """Two at once, token by token, equal one after the other."""
+    alone = [ids(model, prompt, max_new_tokens=40) for prompt in PROMPTS[:2]]
+    together = zip(*(model.generate(prompt, max_new_tokens=40) for prompt in PROMPTS[:2]), strict=True)
+    assert [[token.id for token in tokens] for tokens in zip(*together, strict=True)] == alone
+
+
+@pytest.mark.parametrize("prompt_tokens", [1, 30, 39])
+@pytest.mark.parametrize("mask", ["tda", "dense"])
+def test_stops_at_the_context(model: Model, prompt_tokens: int, mask: Any) -> None:
+    """`context` is the most tokens of prompt and answer together."""
+    generation = model.generate([50] * prompt_tokens, context=40, mask=mask, max_new_tokens=100)
+    tokens = [token.id for token in generation]
+    assert generation.metrics.finish_reason == "context"
+    assert prompt_tokens + len(tokens) == 40
+    assert tokens == ids(model, [50] * prompt_tokens, mask=mask, max_new_tokens=len(tokens))
+
+
+def test_stops_at_the_models_maximum(model: Model) -> None:
+    generation = model.generate([50] * 500, max_new_tokens=100)
+    assert len(list(generation)) == 12
+    assert generation.metrics.finish_reason == "context"
+
+
+@pytest.mark.parametrize("limit", [1, 7])
+def test_stops_at_the_length(model: Model, limit: int) -> None:
+    generation = model.generate(PROMPT, max_new_tokens=limit)
+    assert len(list(generation)) == limit
+    assert generation.metrics.finish_reason == "length"
+
+
+@pytest.mark.parametrize("position", [0, 5])
+def test_stops_at_any_end_token(model: Model, artifact_copy: Path, position: int) -> None:
+    tokens = ids(model, PROMPT, max_new_tokens=32)
+    end = tokens[position]
+    edit_manifest(artifact_copy, lambda manifest: manifest["model"].update(eos_token_ids=[258, end]))
+    generation = load(artifact_copy, provider="cpu").generate(PROMPT, max_new_tokens=32)
+    assert [token.id for token in generation] == tokens[: tokens.index(end)]
+    assert generation.metrics.finish_reason == "stop"
+    assert generation.metrics.new_tokens == tokens.index(end)
+
+
+def test_metrics_of_a_mask(model: Model) -> None:
+    mask, masks, _ = prompt_mask(model, PROMPT)
+    kept = sum(len(mask.inputs[contract.mask_indices(layer)].numpy()) for layer in range(3))
+    assert kept == sum(int(kept_in_layer.sum()) for kept_in_layer in masks)
+    generation = model.generate(PROMPT, max_new_tokens=3)
+    list(generation)
+    metrics = generation.metrics
+    assert 0 < kept < NEURONS
+    assert (metrics.provider, metrics.mask, metrics.finish_reason) == ("cpu", "tda", "length")
+    assert (metrics.prompt_tokens, metrics.new_tokens) == (len(PROMPT), 3)
+    assert metrics.density == kept / NEURONS
+    assert metrics.sparsity == 1 - metrics.density
+    assert metrics.ffn_bytes_per_token == kept * BYTES_PER_NEURON
+    assert metrics.dense_ffn_bytes_per_token == NEURONS * BYTES_PER_NEURON
+
+
+def test_metrics_of_dense(model: Model) -> None:
+    generation = model.generate(PROMPT, mask="dense", max_new_tokens=3)
+    list(generation)
+    metrics = generation.metrics
+    assert (metrics.mask, metrics.density, metrics.sparsity) == ("dense", 1.0, 0.0)
+    assert metrics.ffn_bytes_per_token == metrics.dense_ffn_bytes_per_token == NEURONS * BYTES_PER_NEURON
+
+
+def test_rate_starts_at_the_second_token(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that ticks once a reading: 1 s for prefill and for each step after it."""
+
+    class Clock:
+        ticks = itertools.count()
+
+        def perf_counter(self) -> float:
+            return float(next(self.ticks))
+
+    monkeypatch.setattr(generate_module, "time", Clock())
+    generation = model.generate(PROMPT, max_new_tokens=5)
+    seconds = []
+    for _ in generation:
+        seconds.append((generation.metrics.decode_seconds, generation.metrics.decode_tokens_per_second))
+    assert seconds == [(0.0, None), (1.0, 1.0), (2.0, 1.0), (3.0, 1.0), (4.0, 1.0)]
+    assert generation.metrics.time_to_first_token == 1.0
+
+
+def test_threshold_zero_is_dense(model: Model) -> None:
+    generation = model.generate(PROMPT, thresholds=[0.0] * 3, max_new_tokens=32)
+    assert [token.id for token in generation] == ids(model, PROMPT, mask="dense", max_new_tokens=32)
+    assert generation.metrics.density == 1.0
+
+
+def test_threshold_beyond_every_score_keeps_nothing(model: Model) -> None:
+    generation = model.generate(PROMPT, thresholds=[2.0] * 3, max_new_tokens=8)
+    assert len(list(generation)) == 8
+    metrics = generation.metrics
+    assert (metrics.density, metrics.sparsity, metrics.ffn_bytes_per_token) == (0.0, 1.0, 0)
+
+
+def test_thresholds_of_the_artifact_are_the_default(model: Model) -> None:
+    assert ids(model, PROMPT, thresholds=model.artifact.manifest["thresholds"]) == ids(model, PROMPT)
+
+
+def test_one_token_prompt_is_dense(model: Model) -> None:
+    generation = model.generate("T", max_new_tokens=16)
+    assert [token.id for token in generation] == ids(model, "T", mask="dense", max_new_tokens=16)
+    assert generation.metrics.density == 1.0
+
+
+def test_weight_that_is_not_a_number(artifact_copy: Path) -> None:
+    artifact = load(artifact_copy, provider="cpu").artifact
+    weights = np.memmap(
+        artifact.file(contract.WEIGHTS_FILE),
+        np.float32,
+        mode="r+",
+        offset=artifact.manifest["weights"][contract.HEAD]["offset"],
+        shape=(1,),
+    )
+    weights[0] = np.nan
+    weights.flush()
+    generation = load(artifact_copy, provider="cpu").generate(PROMPT)
+    with pytest.raises(TdaError, match=rf"logits that are not finite at token {len(PROMPT)}.*--dtype fp32"):
+        next(generation)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=0)], ids=["greedy", "sampled"])
+def test_logits_that_become_infinite(
+    model: Model, monkeypatch: pytest.MonkeyPatch, bad: float, sampling: Sampling
+) -> None:
+    steps = itertools.count(1)
+    run = DecodeStep.run
+
+    def overflowing(step: DecodeStep, token: int) -> np.ndarray:
+        logits = run(step, token)
+        if next(steps) == 3:
+            logits = logits.copy()
+            logits[7] = bad
+        return logits
+
+    monkeypatch.setattr(DecodeStep, "run", overflowing)
+    tokens: list[Token] = []
+
+    def consume(generation: Iterator[Token]) -> None:
+        tokens.extend(itertools.islice(generation, 3))
+        next(generation)
+
+    with pytest.raises(TdaError, match=rf"logits that are not finite at token {len(PROMPT) + 3}"):
+        consume(model.generate(PROMPT, sampling=sampling))
+    assert len(tokens) == 3  # what came before is the caller's

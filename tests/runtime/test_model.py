@@ -1,0 +1,96 @@
+"""The Python interface: prompts and arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tda_export.errors import TdaError, UsageError
+from tda_export.runtime import Model, Sampling, load
+from tests.runtime.conftest import PROMPT
+
+
+def ids(model: Model, prompt: Any, **options: Any) -> list[int]:
+    return [token.id for token in model.generate(prompt, max_new_tokens=16, **options)]
+
+
+def test_token_ids_are_a_prompt(model: Model) -> None:
+    tokens = model.text.encode(PROMPT)
+    assert ids(model, tokens) == ids(model, tuple(tokens)) == ids(model, np.array(tokens)) == ids(model, PROMPT)
+
+
+def test_chat_prompt_is_the_rendered_template(model: Model) -> None:
+    rendered = model.text.chat([{"role": "user", "content": PROMPT}])
+    assert rendered == f"<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
+    tokens = model.text.encode(rendered, special_tokens=False)
+    assert ids(model, PROMPT, chat=True) == ids(model, tokens)
+    assert ids(model, PROMPT, chat=True) != ids(model, PROMPT)
+
+
+def test_seed_repeats_a_generation(model: Model) -> None:
+    def sampled(seed: int) -> list[int]:
+        return ids(model, PROMPT, sampling=Sampling(temperature=1.0, seed=seed))
+
+    assert sampled(1) == sampled(1)
+    assert sampled(1) != sampled(2)
+
+
+@pytest.mark.parametrize("prompt", ["", [], np.array([], np.int64)], ids=["text", "list", "array"])
+def test_empty_prompt(model: Model, prompt: Any) -> None:
+    with pytest.raises(TdaError, match="The prompt is empty"):
+        model.generate(prompt)
+
+
+@pytest.mark.parametrize("length", [512, 600])
+def test_prompt_longer_than_the_model(model: Model, length: int) -> None:
+    with pytest.raises(TdaError, match=rf"The prompt has {length} tokens and the context 512.*Shorten the prompt\.$"):
+        model.generate("x" * length)
+
+
+def test_prompt_longer_than_the_context(model: Model) -> None:
+    with pytest.raises(TdaError, match=r"The prompt has 40 tokens and the context 40.*or raise the context\.$"):
+        model.generate("x" * 40, context=40)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"max_new_tokens": 0}, "0 new tokens: give 1 or more"),
+        ({"mask": "sparse"}, "Unknown mask 'sparse'. Use tda or dense"),
+        ({"context": 513}, r"A context of 513 tokens is outside \[2, 512\]"),
+        ({"context": 1}, r"A context of 1 tokens is outside \[2, 512\]"),
+        ({"context": 0}, r"A context of 0 tokens is outside \[2, 512\]"),
+        ({"thresholds": [0.1]}, "1 thresholds for 3 layers"),
+        ({"thresholds": []}, "0 thresholds for 3 layers"),
+    ],
+    ids=str,
+)
+def test_argument_out_of_range(model: Model, options: dict[str, Any], text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        model.generate(PROMPT, **options)
+
+
+def test_threshold_that_is_no_number(model: Model) -> None:
+    """No score reaches NaN, so it would silently drop every neuron."""
+    with pytest.raises(UsageError, match="nan"):
+        model.generate(PROMPT, thresholds=[0.1, float("nan"), 0.1])
+
+
+@pytest.mark.parametrize("token", [-1, 259])
+def test_token_outside_the_vocabulary(model: Model, token: int) -> None:
+    with pytest.raises(UsageError, match=r"Token ids must lie in \[0, 259\)"):
+        model.generate([5, token])
+
+
+def test_chat_of_token_ids(model: Model) -> None:
+    with pytest.raises(UsageError, match="A chat prompt is text"):
+        model.generate([5, 6], chat=True)
+
+
+def test_load_takes_text_and_paths(tiny_artifact: Path, model: Model) -> None:
+    loaded = load(str(tiny_artifact))
+    assert loaded.artifact == model.artifact
+    assert loaded.provider == "cpu"  # float32, whatever the machine has

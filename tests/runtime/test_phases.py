@@ -1,0 +1,120 @@
+"""Prefill in chunks, and decode with a mask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tda_export.bench.random_model import BYTE_VOCABULARY
+from tda_export.calibration.budgets import Budget
+from tda_export.graph import contract
+from tda_export.graph.export import BuildRequest, export_artifact
+from tda_export.graph.method import tda
+from tda_export.models.source import resolve_model
+from tda_export.runtime import Model, load
+from tda_export.runtime.kv_cache import KvCache
+from tda_export.runtime.phases import CHUNK_TOKENS, DecodeStep, PromptMask, prefill
+from tests.runtime.conftest import PROMPT
+from tests.tiny import save_tiny_model
+
+LOGITS = 1e-4  # float32 logits of size 1 to 10 after three layers
+PROMPTS = st.lists(st.integers(0, BYTE_VOCABULARY - 1), min_size=1, max_size=60)
+
+
+def read(model: Model, tokens: list[int], chunk: int, thresholds: list[float] | None = None) -> tuple:
+    cache = KvCache(model.artifact.shape, model.provider, model.artifact.shape.max_positions)
+    override = None if thresholds is None else np.array(thresholds, np.float32)
+    logits, mask = prefill(model.sessions, model.artifact.shape, tokens, cache, override, chunk=chunk)
+    assert cache.length == len(tokens)
+    return logits, mask
+
+
+def indices(mask: PromptMask, layer: int) -> list[int]:
+    return mask.inputs[contract.mask_indices(layer)].numpy().tolist()
+
+
+def scores(mask: PromptMask, layer: int) -> np.ndarray:
+    """sqrt of the mean over tokens of r^2, from the running statistics, float32 [F]."""
+    rows = mask.stats[contract.past_neuron_stats(layer)].numpy()
+    return np.sqrt(rows[contract.SCORE_ROW] / mask.stats[contract.PAST_STATS_WEIGHT].numpy())
+
+
+@given(PROMPTS, st.integers(1, 64))
+def test_chunks_change_nothing(model: Model, tokens: list[int], chunk: int) -> None:
+    logits, whole = read(model, tokens, len(tokens))
+    chunked_logits, chunked = read(model, tokens, chunk)
+    np.testing.assert_allclose(chunked_logits, logits, atol=LOGITS)
+    for layer in range(model.artifact.shape.num_layers):
+        if len(tokens) > 1:
+            np.testing.assert_allclose(scores(chunked, layer), scores(whole, layer), atol=1e-5)
+        # A neuron whose score is the threshold up to rounding may fall on either side.
+        threshold = model.artifact.manifest["thresholds"][layer]
+        for neuron in set(indices(whole, layer)) ^ set(indices(chunked, layer)):
+            assert abs(scores(whole, layer)[neuron] - threshold) < 1e-5
+
+
+@given(PROMPTS.filter(lambda tokens: len(tokens) > 1), st.lists(st.floats(0, 0.3), min_size=3, max_size=3))
+def test_mask_is_what_reaches_the_threshold(model: Model, tokens: list[int], thresholds: list[float]) -> None:
+    _, mask = read(model, tokens, CHUNK_TOKENS, thresholds)
+    kept = 0
+    for layer, threshold in enumerate(thresholds):
+        score = scores(mask, layer)
+        np.testing.assert_allclose(np.square(score).sum(), 1.0, rtol=1e-5)
+        expected = set(np.flatnonzero(score >= np.float32(threshold)).tolist())
+        ours = indices(mask, layer)
+        assert ours == sorted(set(ours))
+        kept += len(expected)
+        for neuron in set(ours) ^ (expected or {contract.PADDING_INDEX}):
+            assert abs(score[neuron] - threshold) < 1e-6
+    assert abs(mask.kept - kept) <= 3
+
+
+def test_one_token_keeps_every_neuron(model: Model) -> None:
+    """The first token of a sequence does not count, so nothing is known: dense is the only safe mask."""
+    shape = model.artifact.shape
+    _, mask = read(model, model.text.encode("T"), CHUNK_TOKENS)
+    assert mask.kept == shape.num_layers * shape.ffn_size
+    assert [indices(mask, layer) for layer in range(shape.num_layers)] == [list(range(shape.ffn_size))] * 3
+
+
+def test_empty_mask_is_one_padding_index(model: Model) -> None:
+    _, mask = read(model, model.text.encode(PROMPT), CHUNK_TOKENS, [2.0, 0.0, 2.0])
+    assert [indices(mask, 0), indices(mask, 2)] == [[contract.PADDING_INDEX]] * 2
+    assert mask.kept == model.artifact.shape.ffn_size
+
+
+def test_decode_step_equals_prefill(model: Model) -> None:
+    shape, tokens = model.artifact.shape, model.text.encode(PROMPT)
+    cache = KvCache(shape, "cpu", shape.max_positions)
+    prefill(model.sessions, shape, tokens[:5], cache)
+    step = DecodeStep(model.sessions, cache, None)
+    for position in range(5, len(tokens)):
+        expected, _ = read(model, tokens[: position + 1], CHUNK_TOKENS)
+        np.testing.assert_allclose(step.run(tokens[position]), expected, atol=LOGITS)
+
+
+def test_prompt_longer_than_a_chunk(tmp_path: Path) -> None:
+    """The driver's own way with long prompts, against transformers, which reads them at once."""
+    source = resolve_model(str(save_tiny_model("llama", tmp_path / "model", max_position_embeddings=4096)))
+    request = BuildRequest(source, "float32", tda(), [0.08] * 3, Budget(sparsity=0.5))
+    export_artifact(request, tmp_path / "artifact", quiet=True, check=lambda folder: None)
+    model = load(tmp_path / "artifact", provider="cpu")
+    tokens = torch.randint(
+        0, BYTE_VOCABULARY, (CHUNK_TOKENS + 300,), generator=torch.Generator().manual_seed(0)
+    ).tolist()
+
+    generation = model.generate(tokens, max_new_tokens=1)
+    (first,) = (token.id for token in generation)
+    with torch.inference_mode():
+        expected = source.reference()(torch.tensor([tokens])).logits[0, -1].numpy()
+    assert first == int(expected.argmax())
+    logits, chunked = read(model, tokens, CHUNK_TOKENS)
+    np.testing.assert_allclose(logits, expected, atol=2e-3)
+    _, whole = read(model, tokens, len(tokens))
+    assert [indices(chunked, layer) for layer in range(3)] == [indices(whole, layer) for layer in range(3)]
+    assert 0 < whole.kept < 3 * 96
+    assert generation.metrics.density == whole.kept / (3 * 96)

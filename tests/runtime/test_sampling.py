@@ -1,0 +1,157 @@
+"""Sampling beside slow, obvious references."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from tda_export.errors import UsageError
+from tda_export.runtime.sampling import Sampling, keep_top_k, keep_top_p, make_sampler, softmax
+
+LOGITS = hnp.arrays(np.float64, st.integers(1, 40), elements=st.floats(-80, 80, width=32))
+SHARES = 4096  # probabilities in whole 4096ths: their sums are exact, so that the border of a nucleus is too
+
+
+def slow_softmax(logits: list[float]) -> list[float]:
+    largest = max(logits)
+    total = math.fsum(math.exp(value - largest) for value in logits)
+    return [math.exp(value - largest) / total for value in logits]
+
+
+def slow_top_k(logits: list[float], k: int) -> list[float]:
+    if k == 0:
+        return logits
+    border = sorted(logits, reverse=True)[min(k, len(logits)) - 1]
+    return [value if value >= border else -math.inf for value in logits]
+
+
+def slow_top_p(probabilities: list[float], p: float) -> list[float]:
+    kept, mass = [0.0] * len(probabilities), 0.0
+    for token in sorted(range(len(probabilities)), key=lambda token: -probabilities[token]):
+        if mass >= p:
+            break
+        kept[token] = probabilities[token]
+        mass += probabilities[token]
+    return [probability / mass for probability in kept]
+
+
+@st.composite
+def exact_probabilities(draw: st.DrawFn) -> np.ndarray:
+    """Probabilities that are whole multiples of 1 / SHARES, many of them equal or zero."""
+    borders = sorted(draw(st.lists(st.integers(0, SHARES), max_size=20)))
+    return np.diff([0, *borders, SHARES]) / SHARES
+
+
+@given(LOGITS)
+def test_softmax(logits: np.ndarray) -> None:
+    np.testing.assert_allclose(softmax(logits), slow_softmax(logits.tolist()), rtol=1e-12, atol=1e-300)
+
+
+@pytest.mark.parametrize("offset", [-1e6, 1e6])
+def test_softmax_does_not_overflow(offset: float) -> None:
+    logits = np.array([0.0, 1.0, -2.0])
+    np.testing.assert_allclose(softmax(logits + offset), softmax(logits), rtol=1e-9)
+
+
+@given(LOGITS, st.integers(0, 50))
+def test_keep_top_k(logits: np.ndarray, k: int) -> None:
+    before = logits.copy()
+    assert keep_top_k(logits, k).tolist() == slow_top_k(logits.tolist(), k)
+    np.testing.assert_array_equal(logits, before)
+
+
+def test_keep_top_k_keeps_equal_logits_at_the_border() -> None:
+    assert keep_top_k(np.array([1.0, 3.0, 2.0, 2.0]), 2).tolist() == [-math.inf, 3.0, 2.0, 2.0]
+
+
+@given(exact_probabilities(), st.integers(1, SHARES).map(lambda share: share / SHARES))
+def test_keep_top_p(probabilities: np.ndarray, p: float) -> None:
+    kept = keep_top_p(probabilities, p)
+    np.testing.assert_allclose(kept, slow_top_p(probabilities.tolist(), p), rtol=1e-12, atol=0)
+
+
+@given(LOGITS, st.floats(1e-6, 1.0))
+def test_nucleus_is_the_smallest_that_reaches_p(logits: np.ndarray, p: float) -> None:
+    probabilities = softmax(logits)
+    kept = keep_top_p(probabilities, p) > 0
+    inside, outside = probabilities[kept], probabilities[~kept]
+    rounding = 1e-12
+    assert inside.sum() >= p - rounding
+    if p < 1:
+        assert inside.sum() - inside.min() < p + rounding
+    assert outside.max(initial=0.0) <= inside.min()
+
+
+def test_nucleus_is_never_empty() -> None:
+    assert keep_top_p(np.array([0.25, 0.75]), 1e-300).tolist() == [0.0, 1.0]
+
+
+@given(LOGITS)
+def test_greedy_takes_the_first_largest(logits: np.ndarray) -> None:
+    assert make_sampler(Sampling())(logits) == logits.tolist().index(max(logits))
+
+
+@given(
+    LOGITS,
+    st.floats(1e-3, 10),
+    st.integers(0, 50),
+    st.floats(0, 1, exclude_min=True, allow_subnormal=False),
+    st.integers(0, 2**32),
+)
+def test_sample_comes_from_what_was_kept(logits: np.ndarray, temperature: float, k: int, p: float, seed: int) -> None:
+    scaled = slow_top_k((logits / temperature).tolist(), k)
+    allowed = slow_top_p(slow_softmax(scaled), p)
+    token = make_sampler(Sampling(temperature, k, p, seed))(logits.astype(np.float32))
+    # A token at the very border may fall on either side by rounding; it then is as likely as the last one kept.
+    last = min(share for share in allowed if share > 0)
+    assert allowed[token] > 0 or math.isclose(softmax(np.array(scaled))[token], last, rel_tol=1e-9) or p > 1 - 1e-9
+
+
+def test_same_seed_same_tokens() -> None:
+    logits = np.linspace(0, 1, 100, dtype=np.float32)
+
+    def draws(seed: int | None) -> list[int]:
+        sample = make_sampler(Sampling(temperature=1.0, seed=seed))
+        return [sample(logits) for _ in range(50)]
+
+    assert draws(7) == draws(7)
+    assert draws(7) != draws(8)
+    assert draws(None) != draws(None)
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits, temperature, count = np.array([0.0, 1.0, 2.0, -1.0], np.float32), 1.5, 20_000
+    sample = make_sampler(Sampling(temperature, seed=0))
+    drawn = np.bincount([sample(logits) for _ in range(count)], minlength=4) / count
+    expected = np.array(slow_softmax((logits / temperature).tolist()))
+    standard_error = np.sqrt(expected * (1 - expected) / count)
+    assert (np.abs(drawn - expected) < 4 * standard_error).all()
+
+
+def test_top_k_of_one_is_greedy() -> None:
+    sample = make_sampler(Sampling(temperature=5.0, top_k=1))
+    assert {sample(np.array([0.0, 0.2, 0.1], np.float32)) for _ in range(50)} == {1}
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"temperature": -0.1}, "Temperature -0.1 is negative or not finite"),
+        ({"temperature": math.nan}, "Temperature nan is negative or not finite"),
+        ({"temperature": math.inf}, "Temperature inf is negative or not finite"),
+        ({"top_k": -1}, "top-k -1 is negative"),
+        ({"top_p": 0.0}, r"top-p 0.0 is outside \(0, 1\]"),
+        ({"top_p": 1.1}, r"top-p 1.1 is outside \(0, 1\]"),
+        ({"top_p": math.nan}, "top-p nan is outside"),
+        ({"seed": -1, "temperature": 1.0}, "[Ss]eed -1"),
+    ],
+    ids=str,
+)
+def test_arguments_out_of_range(options: dict[str, float], text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        make_sampler(Sampling(**options))  # type: ignore[arg-type]

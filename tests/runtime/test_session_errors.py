@@ -1,0 +1,52 @@
+"""Sessions: what ONNX Runtime refuses becomes one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from tda_export.errors import TdaError
+from tda_export.graph import contract
+from tda_export.runtime import Model, load
+from tda_export.runtime.kv_cache import KvCache
+from tda_export.runtime.session import Call, device_tensor
+from tests.runtime.conftest import edit_manifest
+
+
+@pytest.mark.parametrize("name", [contract.PREFILL_FILE, contract.DECODE_FILE])
+def test_damaged_graph(artifact_copy: Path, name: str) -> None:
+    path = artifact_copy / name
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(TdaError, match=rf"{name}: ONNX Runtime [\d.]+ cannot load it .*'tda-export verify'"):
+        load(artifact_copy, provider="cpu")
+
+
+def test_external_data_at_an_absolute_path(artifact_copy: Path) -> None:
+    """Refused even where the file is the artifact's own: another machine has another one there."""
+    path = artifact_copy / contract.DECODE_FILE
+    graph = onnx.load(path, load_external_data=False)
+    for tensor in graph.graph.initializer:
+        for item in tensor.external_data:
+            if item.key == "location":
+                item.value = str(artifact_copy / contract.WEIGHTS_FILE)
+    onnx.save(graph, path)
+    edit_manifest(artifact_copy, lambda manifest: manifest["files"][path.name].update(size=path.stat().st_size))
+    with pytest.raises(TdaError, match=r"decode.onnx: ONNX Runtime [\d.]+ cannot load it"):
+        load(artifact_copy, provider="cpu")
+
+
+def test_failing_run(model: Model) -> None:
+    shape = model.artifact.shape
+    cache = KvCache(shape, "cpu", shape.max_positions)
+    cache.reserve(1)
+    call = Call(model.sessions.decode)
+    call.feed(contract.INPUT_IDS, np.array([[5]], np.int64))
+    call.feed(contract.ATTENTION_MASK, cache.mask)
+    cache.bind(call)
+    call.feed(contract.mask_indices(0), device_tensor(np.array([shape.ffn_size], np.int32), "cpu"))
+    call.allocate(contract.LOGITS, "cpu")
+    with pytest.raises(TdaError, match=r"ONNX Runtime failed \(.*\). Run 'tda-export verify'"):
+        call.run()

@@ -1,0 +1,145 @@
+"""Tokenizer, streaming and chat templates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tda_export.bench.random_model import BYTE_VOCABULARY, CHAT_TEMPLATE, SPECIAL_TOKENS, byte_tokenizer
+from tda_export.errors import TdaError
+from tda_export.graph import contract
+from tda_export.runtime import Model, open_artifact
+from tda_export.runtime.text import TOKENIZER_CONFIG_FILE, Text
+from tests.runtime.conftest import edit_manifest
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+CONVERSATIONS = [
+    [{"role": "user", "content": "Hi"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Grüße, 世界 & <b>'quotes'</b> \"\n"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "{{ 1 + 1 }}"},
+    ],
+]
+TEMPLATES = {
+    "tiny": CHAT_TEMPLATE,
+    "special tokens": "{{ bos_token }}{{ messages[0]['content'] }}{{ eos_token }}",
+    "tojson": "{{ messages | tojson }} {{ messages | tojson(indent=2) }}",
+    "loop controls": "{% for m in messages %}{{ m.role }}{% break %}{% endfor %}",
+    "blocks are trimmed": "{% if messages %}\n    {% set x = 1 %}\n  body {{ x }}\n{% endif %}\n",
+    "no tools": "{% if tools is none %}no tools{% else %}{{ tools | length }} tools{% endif %}",
+    "no documents": "{% if documents is none %}no documents{% else %}documents{% endif %}",
+    "today": "{{ strftime_now('%Y') | length }}",
+}
+
+
+def with_template(folder: Path, template: str) -> Text:
+    """The text side of an artifact whose chat template was exchanged."""
+    artifact = open_artifact(folder)
+    (folder / contract.CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    return Text(artifact)
+
+
+def streamed(text: Text, tokens: list[int]) -> str:
+    stream = text.stream()
+    return "".join(stream.add(token) for token in tokens)
+
+
+@given(st.text().filter(lambda text: not any(token in text for token in SPECIAL_TOKENS)))
+@example("naïve 世界 👩‍👩‍👧 𝄞")
+@example(f"ends in a real {REPLACEMENT}")
+@example(" leading and trailing ")
+def test_streamed_pieces_are_the_text(model: Model, content: str) -> None:
+    tokens = model.text.encode(content)
+    assert len(tokens) == len(content.encode())  # one token a byte
+    # A real replacement character at the very end looks like an unfinished one.
+    assert streamed(model.text, tokens) == content.rstrip(REPLACEMENT)
+
+
+@given(st.lists(st.integers(0, BYTE_VOCABULARY - 1), max_size=40))
+def test_streamed_pieces_are_the_full_decode(model: Model, tokens: list[int]) -> None:
+    whole = byte_tokenizer().decode(tokens, skip_special_tokens=True)
+    pieces = streamed(model.text, tokens)
+    assert whole.startswith(pieces)
+    assert whole[len(pieces) :].strip(REPLACEMENT) == ""  # only an unfinished character is held back
+
+
+def test_a_character_comes_with_its_last_token(model: Model) -> None:
+    stream = model.text.stream()
+    assert [stream.add(token) for token in model.text.encode("a世b")] == ["a", "", "", "世", "b"]
+
+
+def test_special_tokens_have_no_text(model: Model) -> None:
+    tokens = model.text.encode("".join(SPECIAL_TOKENS))
+    assert tokens == [0, 1, 2]
+    assert streamed(model.text, tokens) == ""
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS, ids=["one message", "conversation"])
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_chat_equals_transformers(artifact_copy: Path, template: str, messages: list[dict[str, str]]) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = with_template(artifact_copy, template)
+    assert text.chat(messages) == expected
+    assert (
+        text.encode(text.chat(messages), special_tokens=False)
+        == tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids
+    )
+
+
+def test_special_tokens_may_be_objects(artifact_copy: Path) -> None:
+    text = with_template(artifact_copy, "{{ bos_token }}{{ eos_token }}")
+    (artifact_copy / TOKENIZER_CONFIG_FILE).write_text('{"bos_token": {"content": "<s>"}, "eos_token": null}')
+    assert text.chat([]) == "<s>"
+
+
+def test_no_template(artifact_copy: Path) -> None:
+    edit_manifest(artifact_copy, lambda manifest: manifest["files"].pop(contract.CHAT_TEMPLATE_FILE))
+    with pytest.raises(TdaError, match=r"this model has no chat template. Leave --chat out"):
+        Text(open_artifact(artifact_copy)).chat(CONVERSATIONS[0])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ messages[0].content.nothing() }}",
+        "{% for %}",
+        "{{ range(10 ** 9) }}",
+        "{{ messages + 1 }}",
+        "{{ 1 / 0 }}",
+        "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
+    ],
+)
+def test_template_that_fails(artifact_copy: Path, template: str) -> None:
+    text = with_template(artifact_copy, template)
+    with pytest.raises(TdaError, match="the chat template cannot be rendered"):
+        text.chat(CONVERSATIONS[0])
+
+
+def test_the_template_says_why(artifact_copy: Path) -> None:
+    text = with_template(artifact_copy, "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(TdaError, match=r"chat_template.jinja: .*\(roles must alternate\)"):
+        text.chat(CONVERSATIONS[0])
+
+
+def test_damaged_tokenizer(artifact_copy: Path) -> None:
+    artifact = open_artifact(artifact_copy)
+    artifact.file(contract.TOKENIZER_FILE).write_text("{}")
+    with pytest.raises(TdaError, match=r"tokenizer.json: not a readable tokenizer"):
+        Text(artifact)
+
+
+def test_text_that_is_not_unicode(model: Model) -> None:
+    """Python reads foreign bytes of an argument or of standard input as lone surrogates."""
+    with pytest.raises(TdaError, match="UTF-8"):
+        model.text.encode("caf\udce9")

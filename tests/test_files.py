@@ -1,0 +1,292 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from tda_export.errors import TdaError, UsageError
+from tda_export.files import atomic_file, atomic_folder, check_output, sha256
+
+Atomic = Callable[[Path], AbstractContextManager[Path]]
+MARKER = "manifest.json"
+
+
+def put(part: Path, content: str) -> None:
+    """Write `content` as a file, or into a folder."""
+    (part / "a" if part.is_dir() else part).write_text(content)
+
+
+def content(path: Path) -> str:
+    return (path / "a" if path.is_dir() else path).read_text()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(params=[atomic_file, atomic_folder], ids=["file", "folder"])
+def atomic(request: pytest.FixtureRequest) -> Atomic:
+    return request.param
+
+
+def fail_halfway(atomic: Atomic, path: Path, error: BaseException) -> None:
+    with atomic(path) as part:
+        put(part, "half")
+        raise error
+
+
+def full_disk() -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_appears_when_done(atomic: Atomic, tmp_path: Path) -> None:
+    with atomic(tmp_path / "x") as part:
+        put(part, "new")
+        assert part.parent == tmp_path  # the same file system, so that the rename is atomic
+        assert not (tmp_path / "x").exists()
+    assert names(tmp_path) == ["x"]
+    assert content(tmp_path / "x") == "new"
+
+
+def test_replaces(atomic: Atomic, tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        with atomic(tmp_path / "x") as part:
+            put(part, text)
+            assert not (tmp_path / "x").exists() or content(tmp_path / "x") == "old"
+    assert names(tmp_path) == ["x"]
+    assert content(tmp_path / "x") == "new"
+
+
+def test_replaced_folder_keeps_nothing_of_the_old(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "stale").touch()
+    with atomic_folder(tmp_path / "x") as part:
+        put(part, "new")
+    assert names(tmp_path / "x") == ["a"]
+
+
+def test_relative_path(atomic: Atomic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with atomic(Path("x")) as part:
+        put(part, "new")
+    assert names(tmp_path) == ["x"]
+
+
+def test_permissions_are_the_umasks(atomic: Atomic, tmp_path: Path) -> None:
+    """Temporary files are for their owner alone; results are for whom the umask lets read."""
+    before = os.umask(0o027)
+    try:
+        with atomic(tmp_path / "x") as part:
+            put(part, "new")
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    expected = 0o750 if (tmp_path / "x").is_dir() else 0o640
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == expected
+
+
+@pytest.mark.parametrize("existing", [False, True], ids=["new", "replaced"])
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("x"), KeyboardInterrupt(), SystemExit(143), TdaError("x")],
+    ids=lambda error: type(error).__name__,
+)
+def test_failure_leaves_nothing(atomic: Atomic, tmp_path: Path, error: BaseException, existing: bool) -> None:
+    if existing:
+        with atomic(tmp_path / "x") as part:
+            put(part, "old")
+    with pytest.raises(type(error)) as raised:
+        fail_halfway(atomic, tmp_path / "x", error)
+    assert raised.value is error
+    assert names(tmp_path) == (["x"] if existing else [])
+    assert not existing or content(tmp_path / "x") == "old"
+
+
+def test_full_disk(atomic: Atomic, tmp_path: Path) -> None:
+    with pytest.raises(TdaError, match=r"x: could not be written \(No space left on device\)\. Nothing was left"):
+        fail_halfway(atomic, tmp_path / "x", full_disk())
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("call", ["mkstemp", "mkdtemp"])
+def test_full_disk_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """A disk out of inodes refuses the temporary file itself."""
+
+    def refuse(**options: object) -> None:
+        raise full_disk()
+
+    monkeypatch.setattr(tempfile, call, refuse)
+    atomic = {"mkstemp": atomic_file, "mkdtemp": atomic_folder}[call]
+    with pytest.raises(TdaError, match="No space left on device"), atomic(tmp_path / "x"):
+        pass
+
+
+def test_parent_that_went_away(atomic: Atomic, tmp_path: Path) -> None:
+    """check_output saw it, and then the step took an hour."""
+    with pytest.raises(TdaError, match="No such file or directory"), atomic(tmp_path / "gone" / "x"):
+        pass
+
+
+def failing_renames(monkeypatch: pytest.MonkeyPatch, *failing: int) -> None:
+    """Let the renames of these numbers, from 1, fail."""
+    rename, count = Path.rename, 0
+
+    def maybe(path: Path, target: Path) -> Path:
+        nonlocal count
+        count += 1
+        if count in failing:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", maybe)
+
+
+@pytest.mark.parametrize("failing", [1, 2], ids=["moving the old away", "moving the new there"])
+def test_failed_rename_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    with atomic_folder(tmp_path / "x") as part:
+        put(part, "old")
+    failing_renames(monkeypatch, failing)
+    with pytest.raises(TdaError, match="busy"), atomic_folder(tmp_path / "x") as part:
+        put(part, "new")
+    assert content(tmp_path / "x") == "old"
+    assert names(tmp_path) == ["x"]
+
+
+def test_the_old_folder_is_never_deleted_before_the_new_one_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it cannot even be put back it stays beside, under another name."""
+    with atomic_folder(tmp_path / "x") as part:
+        put(part, "old")
+    failing_renames(monkeypatch, 2, 3)
+    with pytest.raises(TdaError), atomic_folder(tmp_path / "x") as part:
+        put(part, "new")
+    assert [path.read_text() for path in tmp_path.rglob("a")] == ["old"]
+
+
+def test_failed_rename_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").write_text("old")
+
+    def refuse(path: Path, target: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(TdaError, match="busy"), atomic_file(tmp_path / "x") as part:
+        put(part, "new")
+    assert names(tmp_path) == ["x"]
+    assert content(tmp_path / "x") == "old"
+
+
+def test_everything_is_synced_before_the_rename(
+    atomic: Atomic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut the name must not be there without the content."""
+    events: list[str] = []
+    fsync = os.fsync
+
+    def record_fsync(handle: int) -> None:
+        events.append("sync folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "sync file")
+        fsync(handle)
+
+    def recording(call: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+        def record(path: Path, target: Path) -> Path:
+            events.append("rename")
+            return call(path, target)
+
+        return record
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "rename", recording(Path.rename))
+    monkeypatch.setattr(Path, "replace", recording(Path.replace))
+    with atomic(tmp_path / "x") as part:
+        put(part, "new")
+    assert events[0] == "sync file"
+    assert events[-2:] == ["rename", "sync folder"]
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 22) - 1, 1 << 22, (1 << 22) + 1])
+def test_sha256(tmp_path: Path, size: int) -> None:
+    path, data = tmp_path / "x", bytes(range(256)) * (size // 256) + bytes(size % 256)
+    path.write_bytes(data)
+    blocks: list[int] = []
+    assert sha256(path, blocks.append) == sha256(path) == hashlib.sha256(data).hexdigest()
+    assert sum(blocks) == size
+
+
+def test_output_may_be_new(tmp_path: Path) -> None:
+    check_output(tmp_path / "x", overwrite=False)
+    check_output(tmp_path / "x", overwrite=False, marker=MARKER)
+
+
+def test_output_in_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"a/x: the folder .*/a does not exist. Create it first"):
+        check_output(tmp_path / "a" / "x", overwrite=False)
+
+
+def test_output_in_a_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    with pytest.raises(UsageError, match="does not exist"):
+        check_output(tmp_path / "a" / "x", overwrite=False)
+
+
+def test_output_in_a_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
+    with pytest.raises(UsageError, match=r"is not writable. Choose another output"):
+        check_output(tmp_path / "x", overwrite=True)
+
+
+@pytest.mark.parametrize("marker", [None, MARKER])
+@pytest.mark.parametrize(
+    "make", [Path.touch, Path.mkdir, lambda path: path.symlink_to("nowhere")], ids=["file", "folder", "dangling link"]
+)
+def test_output_that_exists(tmp_path: Path, make: Callable[[Path], None], marker: str | None) -> None:
+    make(tmp_path / "x")
+    with pytest.raises(UsageError, match=r"x exists. Choose another output, or replace it with --overwrite"):
+        check_output(tmp_path / "x", overwrite=False, marker=marker)
+
+
+def test_overwriting_an_earlier_output(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    check_output(tmp_path / "file", overwrite=True)
+    (tmp_path / "artifact").mkdir()
+    check_output(tmp_path / "artifact", overwrite=True, marker=MARKER)  # an empty folder is nobody's
+    (tmp_path / "artifact" / MARKER).touch()
+    check_output(tmp_path / "artifact", overwrite=True, marker=MARKER)
+
+
+def test_a_folder_is_not_overwritten_by_a_file(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    with pytest.raises(UsageError, match=r"x is not a file. Choose another output"):
+        check_output(tmp_path / "x", overwrite=True)
+
+
+def test_a_foreign_folder_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "thesis.tex").touch()
+    with pytest.raises(UsageError, match=r"is no artifact \(no manifest.json there\), so it is not replaced"):
+        check_output(tmp_path / "x", overwrite=True, marker=MARKER)
+
+
+def test_a_file_is_not_overwritten_by_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "x").touch()
+    with pytest.raises(UsageError, match="is no artifact"):
+        check_output(tmp_path / "x", overwrite=True, marker=MARKER)
+
+
+def test_overwriting_a_link_leaves_its_target(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "a").write_text("old")
+    (tmp_path / "x").symlink_to("target")
+    with atomic_folder(tmp_path / "x") as part:
+        put(part, "new")
+    assert (content(tmp_path / "x"), content(tmp_path / "target")) == ("new", "old")
+    assert names(tmp_path) == ["target", "x"]

@@ -1,0 +1,61 @@
+"""What an import may load: every check in a fresh interpreter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tda_export.cli.main import cli
+
+CONVERSION = ("torch", "transformers", "onnx", "onnx_ir", "datasets", "safetensors", "huggingface_hub")
+HEAVY = ("torch", "transformers", "onnxruntime", "numpy", "onnx", "onnx_ir", "datasets", "tokenizers", "jinja2")
+
+
+def loaded(code: str) -> set[str]:
+    """Run `code` in a fresh interpreter and return the top-level modules that it loaded."""
+    report = "import json, sys; print('\\n' + json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("module", ["tda_export.runtime", "tda_export.runtime.scoring"])
+def test_runtime_loads_no_conversion_packages(module: str) -> None:
+    modules = loaded(f"import {module}")
+    assert modules.isdisjoint(CONVERSION)
+    assert {"numpy", "onnxruntime", "tokenizers", "jinja2"} <= modules  # the check sees what is loaded
+
+
+def test_runtime_runs_without_conversion_packages(tiny_artifact: object) -> None:
+    """Even where none of them is installed: None in sys.modules makes an import fail."""
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({CONVERSION}))\n"
+        "from tda_export.runtime import load\n"
+        f"generation = load({str(tiny_artifact)!r}, provider='cpu').generate('Hi', chat=True, max_new_tokens=4)\n"
+        "assert len(list(generation)) == 4\n"
+        f"sys.modules = {{name: module for name, module in sys.modules.items() if name not in {CONVERSION}}}"
+    )
+    assert loaded(code).isdisjoint(CONVERSION)
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.commands)], ids=lambda words: " ".join(words))
+def test_help_is_light(command: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from tda_export.cli.main import cli\n"
+        f"try: cli({[*command, '--help']}, prog_name='tda-export')\n"
+        "except SystemExit as end: assert end.code == 0, end.code\n"
+        "else: raise AssertionError('it did not exit')"
+    )
+    assert loaded(code).isdisjoint(HEAVY)
+
+
+def test_bad_option_is_light() -> None:
+    code = (
+        "from tda_export.cli.main import cli\n"
+        "try: cli(['generate', 'x', '--provider', 'tpu'], prog_name='tda-export')\n"
+        "except SystemExit as end: assert end.code == 2, end.code"
+    )
+    assert loaded(code).isdisjoint(HEAVY)
