@@ -44,20 +44,24 @@ def check_output(path: Path, *, overwrite: bool, marker: str | None = None) -> N
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling that is fsynced and renamed to `path` on success, and removed on any failure."""
-    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    part = Path(name)
-    try:
-        yield part
-        _fsync(part)
-        part.chmod(0o666 & ~_umask())
-        part.replace(path)
-        _fsync(path.absolute().parent)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    finally:
-        part.unlink(missing_ok=True)
+    """Yield a temporary sibling that is fsynced and renamed to `path` on success, and removed on any failure.
+
+    Raises:
+        TdaError: The operating system refused to write.
+    """
+    parent = path.absolute().parent
+    with _readable_errors(path):
+        handle, name = tempfile.mkstemp(dir=parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        part = Path(name)
+        try:
+            yield part
+            _fsync(part)
+            part.chmod(0o666 & ~_umask())
+            part.replace(path)
+            _fsync(parent)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -65,20 +69,22 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling folder that is fsynced and renamed to `path` on success, and removed on any failure.
 
     An existing folder at `path` is replaced, and put back if the replacement fails.
+
+    Raises:
+        TdaError: The operating system refused to write.
     """
     parent = path.absolute().parent
-    part = Path(tempfile.mkdtemp(dir=parent, prefix=f".{path.name}.", suffix=".tmp"))
-    try:
-        yield part
-        for file in part.iterdir():
-            _fsync(file)
-        part.chmod(0o777 & ~_umask())
-        _swap(part, path)
-        _fsync(parent)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with _readable_errors(path):
+        part = Path(tempfile.mkdtemp(dir=parent, prefix=f".{path.name}.", suffix=".tmp"))
+        try:
+            yield part
+            for file in part.iterdir():
+                _fsync(file)
+            part.chmod(0o777 & ~_umask())
+            _swap(part, path)
+            _fsync(parent)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def sha256(path: Path, advance: Callable[[int], None] = lambda size: None) -> str:
@@ -95,15 +101,20 @@ def _swap(part: Path, path: Path) -> None:
     if not path.exists():
         part.rename(path)
         return
-    old = Path(tempfile.mkdtemp(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=".old")) / path.name
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
     path.rename(old)
     try:
         part.rename(path)
     except BaseException:
-        old.rename(path)
+        try:
+            old.rename(path)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}; the earlier one is now {old}") from error
         raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
+    if old.is_symlink():
+        old.unlink()
+    else:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:
@@ -123,8 +134,12 @@ def _umask() -> int:
     return mask
 
 
-def _cannot_write(path: Path, error: OSError) -> TdaError:
-    reason = error.strerror or str(error)
-    return TdaError(
-        f"{path}: could not be written ({reason}). Nothing was left behind; free some space or choose another output."
-    )
+@contextlib.contextmanager
+def _readable_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TdaError(
+            f"{path}: could not be written ({error.strerror or error}). Nothing was left behind; free some space or "
+            "choose another output."
+        ) from error

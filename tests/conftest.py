@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from hypothesis import settings
 
 from tda_export.cli.main import cli
 from tda_export.runtime.providers import cuda_problem
 from tests.tiny import save_tiny_model
+
+settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+settings.load_profile("untimed")
 
 CALIBRATE_TINY = ("--sequences", "4", "--prompt-tokens", "32", "--continuation-tokens", "16")
 

@@ -14,7 +14,7 @@ import torch
 from tda_export.errors import TdaError, UsageError
 
 BUILTIN = "builtin"
-DOCUMENT_SEPARATOR = r"^<\|document\|>$"  # a line of its own in a text file
+DOCUMENT_SEPARATOR = "\n<|document|>\n"  # a line of its own in a text file
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 PIECE_CHARACTERS_PER_TOKEN = 8  # long documents are cut into pieces that surely hold one sequence
 SHUFFLE_BUFFER = 10_000
@@ -105,6 +105,8 @@ def _documents(dataset: str, text_column: str | None, seed: int) -> Iterator[str
             raise UsageError(
                 f"{dataset}: no column {column!r}; the columns are {', '.join(first)}. Choose one with --text-column."
             )
+        if first[column] is not None and not isinstance(first[column], str):
+            raise UsageError(f"{dataset}: column {column!r} holds no text. Choose another with --text-column.")
         for row in rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER):
             if isinstance(row[column], str) and row[column].strip():
                 yield row[column]
@@ -147,8 +149,9 @@ def _open(dataset: str, text_column: str | None) -> tuple[Any, str]:
 
 
 def _separated(rows: Any) -> Iterator[dict[str, str]]:
+    separator = f"^{re.escape(DOCUMENT_SEPARATOR.strip())}$"
     for row in rows:
-        for document in re.split(DOCUMENT_SEPARATOR, row["text"], flags=re.MULTILINE):
+        for document in re.split(separator, row["text"], flags=re.MULTILINE):
             if document.strip():
                 yield {"text": document.strip("\n")}
 

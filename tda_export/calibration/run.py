@@ -41,14 +41,22 @@ class CalibrationSettings:
             raise UsageError("--prompt-tokens must be at least 2: the first token does not count.")
         if self.continuation_tokens < 1:
             raise UsageError("--continuation-tokens must be at least 1.")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise UsageError("--device cuda: PyTorch finds no CUDA GPU here. Use --device cpu.")
+        _check_device(self.device)
         if self.device == "cpu" and self.dtype == "fp16":
             raise UsageError("--dtype fp16 on the CPU is slow and imprecise. Use fp32, or --device cuda.")
 
     @property
     def length(self) -> int:
         return self.prompt_tokens + self.continuation_tokens
+
+
+def _check_device(device: str) -> None:
+    kind, _, number = device.partition(":")
+    if device != "cpu" and (kind != "cuda" or (":" in device and not number.isdecimal())):
+        raise UsageError(f"--device {device} is not known. Use cpu, cuda or cuda:N.")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count() or "no"
+        raise UsageError(f"--device {device}: PyTorch finds {found} CUDA GPU here. Use --device cpu.")
 
 
 def accumulate_curves(

@@ -58,7 +58,7 @@ DEFAULT_BUDGET = {"cett": 0.2}  # the paper's
     show_default=True,
     help="Tokens of a sequence that CETT is measured on.",
 )
-@click.option("--seed", default=0, show_default=True, help="Order of the documents.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Order of the documents.")
 @click.option("--device", default="cpu", show_default=True, help="Where PyTorch runs the model: cpu, cuda or cuda:N.")
 @click.option(
     "--dtype",

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tda_export.cli.options import FOLDER
-
 if TYPE_CHECKING:
     from tda_export.runtime.generate import MaskMode
 
@@ -30,7 +28,7 @@ SECOND_BUDGET = 0.4
 @click.command()
 @click.option(
     "--artifacts",
-    type=FOLDER,
+    type=click.Path(path_type=Path, file_okay=False),
     default=Path("artifacts"),
     show_default=True,
     help="Folder of the results; what is there is used again.",
@@ -44,7 +42,7 @@ def demo(artifacts: Path) -> None:
     from tda_export.runtime import load
     from tda_export.runtime.scoring import compare, continuation_logits
 
-    artifacts.mkdir(exist_ok=True)
+    artifacts.mkdir(parents=True, exist_ok=True)
     calibration, artifact = artifacts / f"{MODEL}.calibration.safetensors", artifacts / MODEL
     context = click.get_current_context()
     if calibration.exists():

@@ -70,14 +70,17 @@ def generate(
     --cett or --sparsity choose another budget from the artifact's own calibration, without another build. Text goes
     to standard output, what it cost to standard error.
     """
-    from tda_export.errors import UsageError
+    from tda_export.errors import TdaError, UsageError
     from tda_export.runtime import Sampling, load
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     if prompt is None:
         if sys.stdin.isatty():
             raise UsageError("No prompt. Give one as an argument or on standard input.")
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise TdaError("The prompt on standard input is not valid UTF-8 text. Convert it to UTF-8.") from error
     model = load(artifact, provider=provider)
     thresholds = None
     if cett is not None or sparsity is not None:

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 def print_table(title: str, columns: list[str], rows: list[list[Any]], footer: list[str] | None = None) -> None:
     """Print a table to standard output; the first column is text, the others are numbers."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(title)
     table = Table(show_footer=footer is not None)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", footer=footer[number] if footer else "")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False).print(table)
 
 
 def print_allocation(allocation: Allocation, title: str) -> None:
@@ -37,7 +37,7 @@ def print_allocation(allocation: Allocation, title: str) -> None:
     print_table(title, ["layer", "threshold", "density", "CETT"], rows, footer)
     if allocation.recrossing:
         names = ", ".join(map(str, allocation.recrossing))
-        Console(highlight=False).print(
+        Console(highlight=False, markup=False).print(
             f"The CETT curve crosses the budget more than once in layer {names}; the largest threshold within counts."
         )
 
@@ -56,4 +56,4 @@ def print_checks(checks: list[Check]) -> None:
     print_table("Verification", ["check", "largest difference", "allowed", "result"], rows)
     for check in checks:
         if check.problem:
-            Console(highlight=False, soft_wrap=True).print(f"{check.name}: {check.problem}")
+            Console(highlight=False, markup=False, soft_wrap=True).print(f"{check.name}: {check.problem}")

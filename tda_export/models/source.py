@@ -19,7 +19,7 @@ from tda_export.models.fingerprint import fingerprint
 from tda_export.models.spec import DecoderSpec
 from tda_export.models.weights import StateDictWeights, Weights, open_safetensors
 
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*"]
+HUB_FILES = ["*.json", "model*.safetensors", "*.model", "*.jinja", "tokenizer*"]
 GENERATION_CONFIG_FILE = "generation_config.json"
 
 
@@ -70,7 +70,7 @@ class ModelSource:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of architecture and weights (see `tda_export.models.fingerprint`)."""
-        files = [self.folder / self.gguf] if self.gguf else sorted(self.folder.glob("*.safetensors"))
+        files = [self.folder / self.gguf] if self.gguf else open_safetensors(self.folder).files
         return fingerprint(self.spec, files)
 
     def weights(self) -> Weights:

@@ -30,11 +30,12 @@ class Weights(Protocol):
 
 
 class SafetensorsWeights:
-    """The tensors of a folder's safetensors files, memory-mapped, read only when asked for."""
+    """The tensors of a folder's safetensors `files`, memory-mapped, read only when asked for."""
 
     def __init__(self, folder: Path) -> None:
-        self._files = [safe_open(path, framework="pt") for path in self._paths(folder)]
-        self._owner = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 (not a dict)
+        self.files = self._paths(folder)
+        opened = [safe_open(path, framework="pt") for path in self.files]
+        self._owner = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (not a dict)
 
     @staticmethod
     def _paths(folder: Path) -> list[Path]:

@@ -89,9 +89,7 @@ def open_artifact(folder: str | Path) -> Artifact:
         if missing:
             raise KeyError(missing[0])
     except (KeyError, TypeError, AttributeError) as error:
-        raise TdaError(
-            f"{path}: incomplete manifest ({type(error).__name__}: {error}). Build the artifact again."
-        ) from error
+        raise TdaError(f"{path}: incomplete manifest ({error}). Build the artifact again.") from error
     return Artifact(folder, manifest, shape)
 
 

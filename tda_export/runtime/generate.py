@@ -97,7 +97,7 @@ class Generation:
             self.text += piece
             if metrics.new_tokens == self._max_new_tokens:
                 metrics.finish_reason = "length"
-            elif self._cache.length == self._cache.limit:
+            elif self._cache.length + 1 == self._cache.limit:  # the new token is not in the cache yet
                 metrics.finish_reason = "context"
             yield Token(token, piece)
             if metrics.finish_reason:

@@ -66,6 +66,8 @@ class Model:
             raise UsageError(f"Unknown mask {mask!r}. Use tda or dense.")
         if thresholds is not None and len(thresholds) != self.artifact.shape.num_layers:
             raise UsageError(f"{len(thresholds)} thresholds for {self.artifact.shape.num_layers} layers.")
+        if thresholds is not None and not np.isfinite(thresholds).all():
+            raise UsageError("Thresholds must be finite: a score reaches neither nan nor inf.")
         tokens = self._tokens(prompt, chat)
         context = context or limit
         if len(tokens) >= context:

@@ -26,7 +26,7 @@ def choose_provider(requested: str, dtype: str) -> str:
         TdaError: CUDA was asked for where no GPU, or no CUDA build of ONNX Runtime, is.
     """
     if requested == "auto":
-        return CUDA if dtype in HALF and cuda_problem() is None else CPU
+        requested = CUDA if dtype in HALF and cuda_problem() is None else CPU
     if requested == CUDA:
         if dtype not in HALF:
             raise UsageError(

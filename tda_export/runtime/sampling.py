@@ -28,6 +28,8 @@ class Sampling:
             raise UsageError(f"top-k {self.top_k} is negative. Give 0 (off) or more.")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top-p {self.top_p} is outside (0, 1]. Give 1 (off) or a share.")
+        if self.seed is not None and self.seed < 0:
+            raise UsageError(f"Seed {self.seed} is negative. Give 0 or more.")
 
 
 def make_sampler(sampling: Sampling) -> Sampler:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tda_export.errors import TdaError
 from tda_export.graph import contract
 from tda_export.runtime.generate import MaskMode
 from tda_export.runtime.kv_cache import KvCache
@@ -42,8 +43,15 @@ def continuation_logits(
 
     Returns:
         float32 [C, V].
+
+    Raises:
+        TdaError: Prompt and continuation together are longer than the model's maximum.
     """
     shape, sessions = model.artifact.shape, model.sessions
+    if len(prompt) + len(continuation) > shape.max_positions:
+        raise TdaError(
+            f"{len(prompt)} and {len(continuation)} tokens are more than the model's {shape.max_positions} positions."
+        )
     cache = KvCache(shape, model.provider, shape.max_positions)
     override = None if thresholds is None else np.asarray(thresholds, np.float32)
     _, chosen = prefill(sessions, shape, list(prompt), cache, override)

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from jinja2 import nodes
 from jinja2.exceptions import TemplateError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -34,6 +37,10 @@ class Text:
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Tokenize; `special_tokens` lets the tokenizer add its own (BOS), which a chat template spells out itself."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # what Python makes of foreign bytes in an argument
+            raise TdaError("The prompt is not valid UTF-8 text. Convert it to UTF-8.") from error
         return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
 
     def stream(self) -> TextStream:
@@ -52,18 +59,26 @@ class Text:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        environment.add_extension(GenerationTag)
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
         try:
             template = environment.from_string(path.read_text(encoding="utf-8"))
-            return template.render(messages=list(messages), add_generation_prompt=True, **self._special_tokens())
-        except TemplateError as error:
-            raise TdaError(f"{path}: the chat template cannot be rendered ({error}).") from error
+            # The variables that transformers passes too: templates test them for none.
+            variables = {"tools": None, "documents": None, **self._special_tokens()}
+            return template.render(messages=list(messages), add_generation_prompt=True, **variables)
+        except Exception as error:  # a template is a program, and fails like one
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise TdaError(f"{path}: the chat template cannot be rendered ({reason}).") from error
 
     def _special_tokens(self) -> dict[str, str]:
         if TOKENIZER_CONFIG_FILE not in self._artifact.manifest["files"]:
             return {}
-        config: dict[str, Any] = json.loads(self._artifact.file(TOKENIZER_CONFIG_FILE).read_text(encoding="utf-8"))
+        path = self._artifact.file(TOKENIZER_CONFIG_FILE)
+        try:
+            config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise TdaError(f"{path}: not readable ({error}). Build the artifact again.") from error
         tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         return {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items() if token}
 
@@ -78,6 +93,16 @@ class TextStream:
     def add(self, token: int) -> str:
         """Return the text that `token` completes, perhaps none."""
         return self._stream.step(self._tokenizer, token) or ""
+
+
+class GenerationTag(Extension):
+    """`{% generation %}…{% endgeneration %}` marks answers for training; when generating it is just its content."""
+
+    tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _refuse(message: str) -> None:

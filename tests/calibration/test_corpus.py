@@ -305,6 +305,12 @@ def test_damaged_file(name: str, content: bytes, tmp_path: Path) -> None:
         load(tmp_path / name)
 
 
+def test_column_of_numbers(tmp_path: Path) -> None:
+    (tmp_path / "numbers.jsonl").write_text('{"text": 3}\n')
+    with pytest.raises(UsageError, match=r"numbers\.jsonl: column 'text' holds no text\. Choose another with"):
+        load(tmp_path / "numbers.jsonl")
+
+
 def test_text_files_have_no_columns(tmp_path: Path) -> None:
     path = write_documents(tmp_path / "documents.txt", ["abcd"])
     assert texts(load(path, text_column="text")) == ["abcd"]

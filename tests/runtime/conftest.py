@@ -9,14 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
 
 from tda_export.graph import contract
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.runtime import Model, load
-
-settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
-settings.load_profile("untimed")
 
 PROMPT = "The sea is calm tonight"
 

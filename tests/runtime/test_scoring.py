@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from tda_export.errors import TdaError
 from tda_export.graph import contract
 from tda_export.graph.reference import reference_logits
 from tda_export.models.source import ModelSource
@@ -104,3 +105,8 @@ def test_fidelity_of_masks(model: Model) -> None:
         for threshold in (0.03, 0.08, 2.0)
     ]
     assert 0 < losses[0] < losses[1] < losses[2]
+
+
+def test_continuation_past_the_maximum(model: Model) -> None:
+    with pytest.raises(TdaError, match="500 and 13 tokens are more than the model's 512 positions"):
+        continuation_logits(model, [5] * 500, [5] * 13, mask="dense")

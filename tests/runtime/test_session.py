@@ -1,17 +1,21 @@
-"""Sessions refuse graphs that reach outside the artifact."""
+"""Sessions: what ONNX Runtime refuses becomes one line, and graphs that reach outside are refused."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
 from tda_export.errors import TdaError
 from tda_export.graph import contract
+from tda_export.runtime import Model, load
 from tda_export.runtime.artifact import open_artifact
-from tda_export.runtime.session import open_session
+from tda_export.runtime.kv_cache import KvCache
+from tda_export.runtime.session import Call, device_tensor, open_session
+from tests.runtime.conftest import edit_manifest
 
 
 @pytest.mark.parametrize("location", ["../weights.bin", "link.bin"])
@@ -25,16 +29,43 @@ def test_weights_outside_the_folder_are_never_read(tiny_artifact: Path, tmp_path
             if entry.key == "location":
                 entry.value = location
     (folder / contract.DECODE_FILE).write_bytes(model.SerializeToString())
+    size = (folder / contract.DECODE_FILE).stat().st_size
+    edit_manifest(folder, lambda manifest: manifest["files"][contract.DECODE_FILE].update(size=size))
     with pytest.raises(TdaError, match=r"decode\.onnx: ONNX Runtime .* cannot load it .*escapes model directory"):
-        open_session(open_artifact_unchecked(folder), contract.DECODE_FILE, "cpu", {})
+        open_session(open_artifact(folder), contract.DECODE_FILE, "cpu", {})
 
 
-def open_artifact_unchecked(folder: Path):  # type: ignore[no-untyped-def]
-    """Open a folder whose decode graph was changed to another size."""
-    import json
+@pytest.mark.parametrize("name", [contract.PREFILL_FILE, contract.DECODE_FILE])
+def test_damaged_graph(artifact_copy: Path, name: str) -> None:
+    path = artifact_copy / name
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(TdaError, match=rf"{name}: ONNX Runtime [\d.]+ cannot load it .*'tda-export verify'"):
+        load(artifact_copy, provider="cpu")
 
-    path = folder / contract.MANIFEST_FILE
-    manifest = json.loads(path.read_text())
-    manifest["files"][contract.DECODE_FILE]["size"] = (folder / contract.DECODE_FILE).stat().st_size
-    path.write_text(json.dumps(manifest))
-    return open_artifact(folder)
+
+def test_external_data_at_an_absolute_path(artifact_copy: Path) -> None:
+    """Refused even where the file is the artifact's own: another machine has another one there."""
+    path = artifact_copy / contract.DECODE_FILE
+    graph = onnx.load(path, load_external_data=False)
+    for tensor in graph.graph.initializer:
+        for item in tensor.external_data:
+            if item.key == "location":
+                item.value = str(artifact_copy / contract.WEIGHTS_FILE)
+    onnx.save(graph, path)
+    edit_manifest(artifact_copy, lambda manifest: manifest["files"][path.name].update(size=path.stat().st_size))
+    with pytest.raises(TdaError, match=r"decode.onnx: ONNX Runtime [\d.]+ cannot load it"):
+        load(artifact_copy, provider="cpu")
+
+
+def test_failing_run(model: Model) -> None:
+    shape = model.artifact.shape
+    cache = KvCache(shape, "cpu", shape.max_positions)
+    cache.reserve(1)
+    call = Call(model.sessions.decode)
+    call.feed(contract.INPUT_IDS, np.array([[5]], np.int64))
+    call.feed(contract.ATTENTION_MASK, cache.mask)
+    cache.bind(call)
+    call.feed(contract.mask_indices(0), device_tensor(np.array([shape.ffn_size], np.int32), "cpu"))
+    call.allocate(contract.LOGITS, "cpu")
+    with pytest.raises(TdaError, match=r"ONNX Runtime failed \(.*\). Run 'tda-export verify'"):
+        call.run()

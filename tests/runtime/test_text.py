@@ -126,6 +126,18 @@ def test_template_that_fails(artifact_copy: Path, template: str) -> None:
         text.chat(CONVERSATIONS[0])
 
 
+def test_generation_marks_are_just_their_content(artifact_copy: Path) -> None:
+    text = with_template(artifact_copy, "{% generation %}{{ messages[0].role }}{% endgeneration %}!")
+    assert text.chat(CONVERSATIONS[0]) == f"{CONVERSATIONS[0][0]['role']}!"
+
+
+def test_damaged_tokenizer_config(artifact_copy: Path) -> None:
+    (artifact_copy / TOKENIZER_CONFIG_FILE).write_text("{nope")
+    edit_manifest(artifact_copy, lambda manifest: manifest["files"][TOKENIZER_CONFIG_FILE].update(size=5))
+    with pytest.raises(TdaError, match=r"tokenizer_config\.json: not readable"):
+        Text(open_artifact(artifact_copy)).chat(CONVERSATIONS[0])
+
+
 def test_the_template_says_why(artifact_copy: Path) -> None:
     text = with_template(artifact_copy, "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(TdaError, match=r"chat_template.jinja: .*\(roles must alternate\)"):
