@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -13,17 +14,18 @@ from pathlib import Path
 from tda_export.errors import TdaError, UsageError
 
 
-def check_output(path: Path, *, overwrite: bool, marker: str | None = None) -> None:
+def check_output(path: Path, *, overwrite: bool, what: str, is_earlier_output: Callable[[Path], bool]) -> None:
     """Refuse an output that cannot or must not be written, before any long work.
 
     Args:
         path: The file or folder to create.
-        overwrite: Whether an existing output may be replaced.
-        marker: For a folder: a file that shows it to be an earlier output, so that no other folder is ever replaced.
+        overwrite: Whether an earlier output may be replaced.
+        what: What is written, such as "an artifact".
+        is_earlier_output: Tells whether what is there was written by this command, so that nothing else is replaced.
 
     Raises:
-        UsageError: It exists and `overwrite` is off, it is something else than an earlier output, or its parent
-            folder is missing or read-only.
+        UsageError: It exists and `overwrite` is off or it is no earlier output, or its parent folder is missing or
+            read-only.
     """
     parent = path.absolute().parent
     if not parent.is_dir():
@@ -34,12 +36,8 @@ def check_output(path: Path, *, overwrite: bool, marker: str | None = None) -> N
         return
     if not overwrite:
         raise UsageError(f"{path} exists. Choose another output, or replace it with --overwrite.")
-    if marker is None and not path.is_file():
-        raise UsageError(f"{path} is not a file. Choose another output.")
-    if marker is not None and not (path / marker).is_file() and not (path.is_dir() and not any(path.iterdir())):
-        raise UsageError(
-            f"{path} exists and is no artifact (no {marker} there), so it is not replaced. Choose another output."
-        )
+    if not is_earlier_output(path):
+        raise UsageError(f"{path} exists and is not {what}, so it is not replaced. Choose another output.")
 
 
 @contextlib.contextmanager
@@ -139,7 +137,10 @@ def _readable_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        reason = error.strerror or str(error)
+        where = "" if error.filename is None or str(path.name) in str(error.filename) else f": {error.filename}"
+        way_out = "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Check the disk"
         raise TdaError(
-            f"{path}: could not be written ({error.strerror or error}). Nothing was left behind; free some space or "
-            "choose another output."
+            f"{path}: could not be written ({reason}{where}). Nothing was left behind. {way_out}, "
+            "or choose another output."
         ) from error

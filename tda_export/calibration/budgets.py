@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -24,6 +24,9 @@ class Budget:
     def __post_init__(self) -> None:
         if (self.cett is None) == (self.sparsity is None):
             raise UsageError("A budget is either --cett or --sparsity. Give one of them.")
+        if self.allocation not in get_args(AllocationRule):
+            known = ", ".join(get_args(AllocationRule))
+            raise UsageError(f"Allocation {self.allocation!r} is not known here. Use {known}, or update tda-export.")
         for name, value in (("CETT", self.cett), ("sparsity", self.sparsity)):
             if value is not None and not 0 <= value < 1:
                 raise UsageError(f"{name} {value} is outside [0, 1). Give a fraction such as 0.2.")

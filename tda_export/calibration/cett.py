@@ -13,6 +13,7 @@ import torch
 
 GRID_SMALLEST = 1e-6
 GRID_POINTS = 13_819  # consecutive thresholds differ by 0.1 %, so that a step moves density by under 0.5 point
+BLOCK_NEURONS = 64
 
 
 def threshold_grid(points: int = GRID_POINTS) -> torch.Tensor:
@@ -83,9 +84,8 @@ def tail_ratio_sums_by_neuron(
 ) -> tuple[torch.Tensor, int]:
     """Sum || tail || / || FFN(x_t) || over tokens that all drop the same neurons (the prompt estimator).
 
-    The neurons of each occupied bin form one partial down-projection; accumulated from the smallest score up they
-    are the tail of every threshold in turn. All bins together cost one down-projection. Tokens whose FFN output is
-    zero are left out.
+    Accumulated from the smallest score up, the partial down-projections of the bins are the tails of all thresholds.
+    Tokens whose FFN output is zero are left out.
 
     Args:
         h: Activations, float32 [T, F].
@@ -97,18 +97,41 @@ def tail_ratio_sums_by_neuron(
         The sums for every threshold, float64 [K], and how many tokens they hold; CETT(tau_k) is their quotient.
     """
     order = bins.argsort(stable=True)
-    occupied, sizes = torch.unique_consecutive(bins[order], return_counts=True)
-    h_sorted, down_sorted = h[:, order], down[order]
-    tail = torch.zeros(h.shape[0], down.shape[1], dtype=h.dtype, device=h.device)  # [T, M]
-    norms = torch.zeros(len(occupied) + 1, h.shape[0], dtype=h.dtype, device=h.device)  # [B + 1, T]
-    start = 0
-    for step, size in enumerate(sizes.tolist()):
-        tail.addmm_(h_sorted[:, start : start + size], down_sorted[start : start + size])
-        torch.linalg.vector_norm(tail, dim=1, out=norms[step + 1])
-        start += size
+    norms = tail_norms(h[:, order], down[order])  # [F + 1, T]
     used = norms[-1] > 0
-    ratios = (norms[:, used].double() / norms[-1, used].double()).sum(dim=1)  # [B + 1]
-    return ratios[_last_occupied(occupied, points)], int(used.sum())
+    ratios = (norms[:, used] / norms[-1, used]).sum(dim=1)  # [F + 1]
+    dropped = torch.bincount(bins, minlength=points).cumsum(0)  # [K]: threshold k drops the first dropped[k] neurons
+    return ratios[dropped], int(used.sum())
+
+
+def tail_norms(h: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """Compute || sum_{j < i} h_j(t) W_j || for every i: the norm of every tail of neurons in the given order.
+
+    Neurons are added block by block. With P the tail before a block and q_i the block's own partial sum,
+    ||P + q_i||^2 grows by h_i (2 W_i·P + 2 sum_{j < i in block} G_ij h_j + G_ii h_i), G = W W^T of the block: matrix
+    products of the block instead of a vector sum per neuron, which would write [F, T, M] numbers. In float64, since
+    the terms may cancel.
+
+    Args:
+        h: Activations, float [T, F], neurons in order.
+        down: W_down neuron-major, float [F, M], in the same order.
+
+    Returns:
+        float64 [F + 1, T]; row 0 is zero, the last is || FFN(x_t) ||.
+    """
+    neurons, tokens = down.shape[0], h.shape[0]
+    squares = torch.zeros(neurons + 1, tokens, dtype=torch.float64, device=h.device)
+    tail = torch.zeros(tokens, down.shape[1], dtype=torch.float64, device=h.device)  # [T, M]
+    for start in range(0, neurons, BLOCK_NEURONS):
+        block = slice(start, start + BLOCK_NEURONS)
+        rows, values = down[block].double(), h[:, block].T.double()  # [B, M], [B, T]
+        gram = rows @ rows.T  # [B, B]
+        inner = rows @ tail.T + gram.tril(-1) @ values  # [B, T]
+        growth = values * (2 * inner + gram.diagonal()[:, None] * values)
+        squares[start + 1 : start + 1 + len(rows)] = tail.square().sum(dim=1) + growth.cumsum(0)
+        tail += values.T @ rows
+    squares[-1] = tail.square().sum(dim=1)
+    return squares.clamp_min(0).sqrt()
 
 
 def tail_ratio_sums_by_token(
@@ -127,17 +150,14 @@ def tail_ratio_sums_by_token(
     """
     sums = torch.zeros(points, dtype=torch.float64, device=h.device)
     count = 0
+    thresholds = torch.arange(points, device=h.device)
     for token in range(h.shape[0]):
         occupied, place = torch.unique(bins[token], return_inverse=True)  # [B], [F]
         partial = torch.zeros(len(occupied) + 1, down.shape[1], dtype=h.dtype, device=h.device)  # [B + 1, M]
         partial.index_add_(0, place + 1, h[token, :, None] * down)
         norms = partial.cumsum(0).norm(dim=1).double()  # [B + 1]
         if norms[-1] > 0:
-            sums += (norms / norms[-1])[_last_occupied(occupied, points)]
+            # Thresholds between two occupied bins share the tail of the lower one.
+            sums += (norms / norms[-1])[torch.searchsorted(occupied, thresholds, right=True)]
             count += 1
     return sums, count
-
-
-def _last_occupied(occupied: torch.Tensor, points: int) -> torch.Tensor:
-    """For each threshold, the number of occupied bins it drops: thresholds between two bins share a tail. [K]"""
-    return torch.searchsorted(occupied, torch.arange(points, device=occupied.device), right=True)

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from tda_export.errors import TdaError, UsageError
+from tda_export.errors import TdaError, UsageError, first_line
 
 BUILTIN = "builtin"
 DOCUMENT_SEPARATOR = "\n<|document|>\n"  # a line of its own in a text file
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-PIECE_CHARACTERS_PER_TOKEN = 8  # long documents are cut into pieces that surely hold one sequence
-SHUFFLE_BUFFER = 10_000
+PIECE_CHARACTERS_PER_TOKEN = 8  # about twice what a token of English takes
+SHUFFLE_BUFFER = 1_000  # pieces
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ def load_corpus(
 ) -> Corpus:
     """Draw token sequences from a dataset.
 
-    Every document gives at most one sequence, from its start; long documents (over 8 characters for each token of a
-    sequence) are first cut into pieces, and short ones are joined until they fill a sequence. No sequence is padded.
-    The order is shuffled by `seed`.
+    Documents are cut into pieces that hold about two sequences, and the pieces shuffled by `seed`. A piece gives its
+    first sequence; if the dataset ends before there are enough, what is left of long pieces and the short ones are
+    joined, a blank line between them, into more. No sequence is padded.
 
     Args:
         dataset: `builtin`, a .txt, .jsonl, .csv or .parquet file, or a hub dataset `name` or `name:config:split`.
@@ -64,61 +64,68 @@ def load_corpus(
         TdaError: The dataset holds less text than one sequence.
     """
     prefix = list(tokenizer("").input_ids)
+    blank_line = tokenizer("\n\n", add_special_tokens=False).input_ids
+    size = length - len(prefix)
     windows: list[list[int]] = []
-    joined: list[int] = []
-    seen = 0
-    for text in _pieces(_documents(dataset, text_column, seed), length * PIECE_CHARACTERS_PER_TOKEN):
+    spare: list[list[int]] = []
+    for text in _documents(dataset, text_column, seed, length * PIECE_CHARACTERS_PER_TOKEN):
         tokens = tokenizer(text, add_special_tokens=False).input_ids
-        seen += len(tokens)
-        if len(prefix) + len(tokens) < length:
-            joined += tokens
-            tokens, joined = (joined, []) if len(prefix) + len(joined) >= length else ([], joined)
+        if len(tokens) >= size:
+            windows.append(tokens[:size])
+            tokens = tokens[size:]
         if tokens:
-            windows.append((prefix + tokens)[:length])
+            spare.append(tokens)
         if len(windows) == sequences:
             break
+    seen = size * len(windows) + sum(map(len, spare))
+    joined: list[int] = []
+    for tokens in spare:
+        if len(windows) == sequences:
+            break
+        joined += [*blank_line, *tokens] if joined else tokens
+        while len(joined) >= size and len(windows) < sequences:
+            windows.append(joined[:size])
+            joined = joined[size:]
     if not windows:
         raise TdaError(
             f"{dataset}: {seen} tokens of text, but one sequence takes {length} (prompt and continuation). "
             "Give a larger dataset, or lower --prompt-tokens or --continuation-tokens."
         )
-    stacked = torch.tensor(windows, dtype=torch.int64)  # [N, P + C]
+    stacked = torch.tensor([prefix + window for window in windows], dtype=torch.int64)  # [N, P + C]
     return Corpus(stacked, dataset, hashlib.sha256(stacked.numpy().tobytes()).hexdigest())
 
 
-def _pieces(documents: Iterator[str], characters: int) -> Iterator[str]:
-    for document in documents:
-        for start in range(0, len(document), characters):
-            yield document[start : start + characters]
-
-
-def _documents(dataset: str, text_column: str | None, seed: int) -> Iterator[str]:
-    from datasets import disable_progress_bars
+def _documents(dataset: str, text_column: str | None, seed: int, characters: int) -> Iterator[str]:
+    """Yield pieces of at most `characters`, shuffled."""
+    from datasets import IterableDataset, disable_progress_bars
 
     disable_progress_bars()
     try:
-        rows, column = _open(dataset, text_column)
-        first = next(iter(rows), None)
-        if first is None:
-            raise TdaError(f"{dataset}: the dataset is empty. Give one that holds text.")
-        if column not in first:
+        rows, column, separated = _open(dataset, text_column)
+        first = next(iter(rows), {})
+        if first and column not in first:
             raise UsageError(
                 f"{dataset}: no column {column!r}; the columns are {', '.join(first)}. Choose one with --text-column."
             )
-        if first[column] is not None and not isinstance(first[column], str):
+        if first and first[column] is not None and not isinstance(first[column], str):
             raise UsageError(f"{dataset}: column {column!r} holds no text. Choose another with --text-column.")
-        for row in rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER):
-            if isinstance(row[column], str) and row[column].strip():
-                yield row[column]
+        arguments = {"rows": rows, "column": column, "separated": separated, "characters": characters}
+        pieces = IterableDataset.from_generator(_pieces, gen_kwargs=arguments)
+        empty = True
+        for piece in pieces.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER):
+            empty = False
+            yield piece["text"]
+        if empty:
+            raise TdaError(f"{dataset}: the dataset is empty. Give one that holds text.")
     except TdaError:
         raise
     except Exception as error:  # whatever a reader of damaged files raises
-        raise TdaError(f"{dataset}: the dataset cannot be read ({_first_line(error)}).") from error
+        raise TdaError(f"{dataset}: the dataset cannot be read ({first_line(error)}).") from error
 
 
-def _open(dataset: str, text_column: str | None) -> tuple[Any, str]:
-    """Open a dataset as a stream of rows; return it and the name of its text column."""
-    from datasets import IterableDataset, load_dataset
+def _open(dataset: str, text_column: str | None) -> tuple[Any, str, bool]:
+    """Open a dataset as a stream of rows; return it, its text column, and whether separator lines count in it."""
+    from datasets import load_dataset
 
     path = Path(dataset).expanduser()
     suffix = path.suffix.lower()
@@ -126,35 +133,34 @@ def _open(dataset: str, text_column: str | None) -> tuple[Any, str]:
         files = sorted(builtin_folder().glob("*.txt")) if dataset == BUILTIN else [path]
         if text_column not in (None, "text"):
             raise UsageError(f"{dataset}: a text file has no columns. Leave --text-column out.")
-        stream = load_dataset(
-            "text", data_files=[str(file) for file in files], sample_by="document", split="train", streaming=True
-        )
-        # Documents are separated before they are shuffled.
-        return IterableDataset.from_generator(_separated, gen_kwargs={"rows": stream}), "text"
+        names = [str(file) for file in files]
+        return load_dataset("text", data_files=names, sample_by="document", split="train", streaming=True), "text", True
+    column = text_column or "text"
     if suffix in FORMATS:
         if not path.is_file():
             raise UsageError(f"{dataset}: no such file.")
-        return load_dataset(FORMATS[suffix], data_files=str(path), split="train", streaming=True), text_column or "text"
+        return load_dataset(FORMATS[suffix], data_files=str(path), split="train", streaming=True), column, False
     if path.exists():
         raise UsageError(f"{dataset}: not a .txt, .jsonl, .csv or .parquet file.")
     name, _, rest = dataset.partition(":")
     config, _, split = rest.partition(":")
     try:
-        return load_dataset(name, config or None, split=split or "train", streaming=True), text_column or "text"
+        return load_dataset(name, config or None, split=split or "train", streaming=True), column, False
     except Exception as error:  # the hub's many ways of saying no
         raise UsageError(
-            f"{dataset}: no such file, and no such dataset on the hub ({_first_line(error)}). Give 'builtin', a .txt, "
+            f"{dataset}: no such file, and no such dataset on the hub ({first_line(error)}). Give 'builtin', a .txt, "
             ".jsonl, .csv or .parquet file, or a hub dataset (name or name:config:split)."
         ) from error
 
 
-def _separated(rows: Any) -> Iterator[dict[str, str]]:
+def _pieces(rows: Any, column: str, separated: bool, characters: int) -> Iterator[dict[str, str]]:
     separator = f"^{re.escape(DOCUMENT_SEPARATOR.strip())}$"
     for row in rows:
-        for document in re.split(separator, row["text"], flags=re.MULTILINE):
-            if document.strip():
-                yield {"text": document.strip("\n")}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        text = row[column]
+        if not isinstance(text, str):
+            continue
+        for document in re.split(separator, text, flags=re.MULTILINE) if separated else [text]:
+            document = document.strip("\n")
+            for start in range(0, len(document), characters):
+                if piece := document[start : start + characters].strip():
+                    yield {"text": piece}

@@ -15,6 +15,7 @@ from tda_export.calibration.cett import (
     tail_ratio_sums_by_neuron,
     tail_ratio_sums_by_token,
 )
+from tda_export.errors import TdaError
 
 Estimator = Literal["prompt", "token"]
 
@@ -97,11 +98,16 @@ class CurveAccumulator:
             layer: Which layer.
             h: Activations, float [P + C, F]: prompt, then continuation.
             down: W_down, float [M, F].
+
+        Raises:
+            TdaError: An activation is not finite (float16 overflows with some models).
         """
         points, sums = len(self._grid), self.sums
         grid = self._grid.to(h.device)
         rows = down.detach().float().T.contiguous()  # [F, M], neuron-major
         h = h.float()[1:]  # [T, F]
+        if not h.isfinite().all():
+            raise TdaError(f"Layer {layer}: activations are not finite. Calibrate with --dtype bf16 or fp32.")
         split = self._prompt_tokens - 1
         relative = relative_magnitudes(h, rows.norm(dim=1))  # [T, F]
         bins = grid_bins(neuron_scores(relative[:split]), grid)  # [F]

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from tda_export.calibration.budgets import Budget, allocate
 from tda_export.calibration.curves import CurveSums
 from tda_export.errors import TdaError
 from tda_export.files import atomic_file
@@ -62,7 +63,28 @@ def read_calibration(path: Path) -> Calibration:
                 raise TdaError(
                     f"{path}: calibration format {version} is newer than this tda-export ({FORMAT_VERSION}). Update it."
                 )
+            _ = provenance["model"]["name"], provenance["model"]["fingerprint"]
+            Budget(**provenance["budget"])
             sums = CurveSums(*(file.get_tensor(field.name) for field in fields(CurveSums)))
             return Calibration(file.get_tensor("grid"), sums, provenance)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise TdaError(f"{path}: not a readable calibration ({error}). Run 'tda-export calibrate' again.") from error
+
+
+def thresholds_from(path: Path, budget: Budget) -> list[float]:
+    """Choose thresholds for a budget from a calibration file; an artifact carries its own.
+
+    Raises:
+        TdaError: The file cannot be read.
+    """
+    calibration = read_calibration(path)
+    return allocate(budget, calibration.sums, calibration.grid).thresholds
+
+
+def is_calibration(path: Path) -> bool:
+    """Tell whether a file is a calibration, of any version."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {})[METADATA_KEY])["format"] == FORMAT
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return False

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tda_export.cli.options import (
-    FOLDER,
+    PATH,
     budget_options,
     json_option,
     model_argument,
@@ -25,10 +25,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_argument
-@click.option("-o", "--output", type=FOLDER, required=True, help="Artifact folder to create.")
-@click.option(
-    "--calibration", "calibration_file", type=FOLDER, help="File from 'tda-export calibrate' (needed by tda)."
-)
+@click.option("-o", "--output", type=PATH, required=True, help="Artifact folder to create.")
+@click.option("--calibration", "calibration_file", type=PATH, help="File from 'tda-export calibrate' (needed by tda).")
 @click.option(
     "--dtype",
     type=click.Choice(["fp32", "fp16"]),
@@ -64,7 +62,7 @@ def build(
     tail: Tail,
     cett: float | None,
     sparsity: float | None,
-    allocation: AllocationRule,
+    allocation: AllocationRule | None,
     overwrite: bool,
     no_verify: bool,
     provider: str,
@@ -81,18 +79,20 @@ def build(
     from tda_export.cli.tables import print_checks
     from tda_export.errors import TdaError, UsageError
     from tda_export.files import check_output
-    from tda_export.graph import contract
     from tda_export.graph.export import DTYPES, BuildRequest, export_artifact
     from tda_export.graph.method import griffin, tda
     from tda_export.graph.verify import verify_artifact
     from tda_export.models.source import resolve_model
+    from tda_export.runtime.artifact import is_artifact
     from tda_export.runtime.providers import choose_provider
 
-    check_output(output, overwrite=overwrite, marker=contract.MANIFEST_FILE)
+    check_output(output, overwrite=overwrite, what="an artifact", is_earlier_output=is_artifact)
     choose_provider(provider, DTYPES[dtype])
     if method == "griffin":
-        if sparsity is None or cett is not None or calibration_file or tail != "zero":
-            raise UsageError("--method griffin takes --sparsity, and neither --cett, --calibration nor --tail.")
+        if sparsity is None or cett is not None or allocation or calibration_file or tail != "zero":
+            raise UsageError(
+                "--method griffin takes --sparsity, and neither --cett, --allocation, --calibration nor --tail."
+            )
         source = resolve_model(model, notify=lambda line: click.echo(line, err=True))
         budget = Budget(sparsity=sparsity)
         request = BuildRequest(source, DTYPES[dtype], griffin(sparsity), [0.0] * source.spec.num_layers, budget)

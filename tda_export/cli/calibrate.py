@@ -77,7 +77,7 @@ def calibrate(
     estimator: Estimator,
     cett: float | None,
     sparsity: float | None,
-    allocation: AllocationRule,
+    allocation: AllocationRule | None,
     sequences: int,
     prompt_tokens: int,
     continuation_tokens: int,
@@ -94,7 +94,7 @@ def calibrate(
     """
     from tda_export.calibration.budgets import allocate
     from tda_export.calibration.corpus import load_corpus
-    from tda_export.calibration.file import write_calibration
+    from tda_export.calibration.file import is_calibration, write_calibration
     from tda_export.calibration.run import CalibrationSettings
     from tda_export.calibration.run import calibrate as run
     from tda_export.cli.options import chosen_budget
@@ -105,7 +105,7 @@ def calibrate(
 
     settings = CalibrationSettings(estimator, sequences, prompt_tokens, continuation_tokens, seed, dtype, device)
     budget = chosen_budget(cett, sparsity, allocation, DEFAULT_BUDGET)
-    check_output(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite, what="a calibration", is_earlier_output=is_calibration)
     source = resolve_model(model, notify=lambda line: click.echo(line, err=True))
     if settings.length > source.spec.max_positions:
         raise click.UsageError(

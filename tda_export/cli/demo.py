@@ -35,10 +35,13 @@ SECOND_BUDGET = 0.4
 )
 def demo(artifacts: Path) -> None:
     """Calibrate, build, verify and generate on the built-in model, and show what it cost and kept."""
+    from tda_export.calibration.budgets import Budget
+    from tda_export.calibration.file import thresholds_from
     from tda_export.cli.build import build
     from tda_export.cli.calibrate import calibrate
-    from tda_export.cli.generate import summary, thresholds_for
+    from tda_export.cli.generate import summary
     from tda_export.cli.tables import print_table
+    from tda_export.graph import contract
     from tda_export.runtime import load
     from tda_export.runtime.scoring import compare, continuation_logits
 
@@ -57,10 +60,11 @@ def demo(artifacts: Path) -> None:
         context.invoke(build, model=MODEL, calibration_file=calibration, output=artifact)
 
     model = load(artifact)
+    calibrated = model.artifact.file(contract.CALIBRATION_FILE)
     budgets = {
         "dense": None,
-        "tda, CETT 0.2": thresholds_for(model.artifact, 0.2, None, "uniform"),
-        f"tda, sparsity {SECOND_BUDGET}": thresholds_for(model.artifact, None, SECOND_BUDGET, "uniform"),
+        "tda, CETT 0.2": thresholds_from(calibrated, Budget(cett=0.2)),
+        f"tda, sparsity {SECOND_BUDGET}": thresholds_from(calibrated, Budget(sparsity=SECOND_BUDGET)),
     }
     prompt = model.text.encode(model.text.chat([{"role": "user", "content": PROMPT}]), special_tokens=False)
     rows: list[list[str]] = []

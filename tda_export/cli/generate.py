@@ -14,7 +14,6 @@ from tda_export.cli.options import artifact_argument, budget_options, json_optio
 
 if TYPE_CHECKING:
     from tda_export.calibration.budgets import AllocationRule
-    from tda_export.runtime.artifact import Artifact
     from tda_export.runtime.generate import MaskMode, Metrics
 
 FINISHED = {"stop": "end of text", "length": "as many as asked for", "context": "context full", "": "interrupted"}
@@ -61,7 +60,7 @@ def generate(
     context: int | None,
     cett: float | None,
     sparsity: float | None,
-    allocation: AllocationRule,
+    allocation: AllocationRule | None,
     provider: str,
     as_json: bool,
 ) -> None:
@@ -73,18 +72,31 @@ def generate(
     from tda_export.errors import TdaError, UsageError
     from tda_export.runtime import Sampling, load
 
+    budget = None
+    if (cett, sparsity, allocation) != (None, None, None):
+        from tda_export.calibration.file import thresholds_from
+        from tda_export.cli.options import chosen_budget
+        from tda_export.graph import contract
+
+        if mask == "dense":
+            raise UsageError("--mask dense reads every neuron, so a budget means nothing. Leave one of them out.")
+        budget = chosen_budget(cett, sparsity, allocation, {})
     sampling = Sampling(temperature, top_k, top_p, seed)
     if prompt is None:
         if sys.stdin.isatty():
             raise UsageError("No prompt. Give one as an argument or on standard input.")
         try:
-            prompt = sys.stdin.read()
+            prompt = sys.stdin.read().removesuffix("\n")  # echo's own
         except UnicodeDecodeError as error:
             raise TdaError("The prompt on standard input is not valid UTF-8 text. Convert it to UTF-8.") from error
     model = load(artifact, provider=provider)
     thresholds = None
-    if cett is not None or sparsity is not None:
-        thresholds = thresholds_for(model.artifact, cett, sparsity, allocation)
+    if budget:
+        if contract.CALIBRATION_FILE not in model.artifact.manifest["files"]:
+            raise UsageError(
+                f"{artifact} carries no calibration, so its budget is fixed. Leave --cett and --sparsity out."
+            )
+        thresholds = thresholds_from(model.artifact.file(contract.CALIBRATION_FILE), budget)
     generation = model.generate(
         prompt,
         chat=chat,
@@ -94,33 +106,17 @@ def generate(
         context=context,
         thresholds=thresholds,
     )
-    tokens = []
+    tokens, shown = [], 0
     for token in generation:
         tokens.append(token.id)
+        shown += len(token.text)
         if not as_json:
             click.echo(token.text, nl=False)
     if as_json:
         click.echo(json.dumps({"text": generation.text, "tokens": tokens, "metrics": asdict(generation.metrics)}))
     else:
-        click.echo()
+        click.echo(generation.text[shown:])  # what an end of text left unfinished
         click.echo(summary(generation.metrics), err=True)
-
-
-def thresholds_for(
-    artifact: Artifact, cett: float | None, sparsity: float | None, allocation: AllocationRule
-) -> list[float]:
-    """Choose thresholds for a budget from the calibration that an artifact carries."""
-    from tda_export.calibration.budgets import Budget, allocate
-    from tda_export.calibration.file import read_calibration
-    from tda_export.errors import UsageError
-    from tda_export.graph import contract
-
-    if contract.CALIBRATION_FILE not in artifact.manifest["files"]:
-        raise UsageError(
-            f"{artifact.folder} carries no calibration, so its budget is fixed. Leave --cett and --sparsity out."
-        )
-    calibration = read_calibration(artifact.file(contract.CALIBRATION_FILE))
-    return allocate(Budget(cett, sparsity, allocation), calibration.sums, calibration.grid).thresholds
 
 
 def summary(metrics: Metrics) -> str:

@@ -18,6 +18,7 @@ from tda_export.cli.verify import verify
 from tda_export.errors import TdaError, UsageError
 
 INTERRUPTED = 130  # 128 + SIGINT
+OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")  # Python's and PyTorch's, which is not imported here
 
 
 class ErrorMappingGroup(click.Group):
@@ -33,9 +34,17 @@ class ErrorMappingGroup(click.Group):
         except BrokenPipeError:  # the reader of our output has left, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(1)
+        except OSError as error:  # a file or folder that cannot be read
+            raise click.ClickException(f"{error.filename or 'Input or output'}: {error.strerror or error}.") from error
         except KeyboardInterrupt:
-            click.echo("Interrupted; nothing was left behind.", err=True)
+            click.echo("Interrupted.", err=True)
             ctx.exit(INTERRUPTED)
+        except Exception as error:
+            if type(error).__name__ not in OUT_OF_MEMORY:
+                raise
+            raise click.ClickException(
+                "Out of memory. Use --provider cpu or --device cpu, a smaller dtype, or build with --no-verify."
+            ) from error
 
 
 @click.group(cls=ErrorMappingGroup, context_settings={"help_option_names": ["-h", "--help"]})

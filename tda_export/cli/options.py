@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-FOLDER = click.Path(path_type=Path)
+PATH = click.Path(path_type=Path)
 FRACTION = click.FloatRange(0, 1, max_open=True)
 
 model_argument = click.argument("model")
-artifact_argument = click.argument("artifact", type=FOLDER)
+artifact_argument = click.argument("artifact", type=PATH)
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 provider_option = click.option(
@@ -40,9 +40,7 @@ def budget_options(command: F) -> F:
             click.option(
                 "--allocation",
                 type=click.Choice(["uniform"]),
-                default="uniform",
-                show_default=True,
-                help="How --sparsity is spread over the layers.",
+                help="How --sparsity is spread over the layers.  [default: uniform]",
             ),
         )
     ):
@@ -51,11 +49,14 @@ def budget_options(command: F) -> F:
 
 
 def chosen_budget(
-    cett: float | None, sparsity: float | None, allocation: AllocationRule, default: dict[str, Any]
+    cett: float | None, sparsity: float | None, allocation: AllocationRule | None, default: dict[str, Any]
 ) -> Budget:
     """Return the budget of the options, or `default` (plain data) when neither is given."""
     from tda_export.calibration.budgets import Budget
+    from tda_export.errors import UsageError
 
+    if allocation is not None and sparsity is None:
+        raise UsageError("--allocation spreads a --sparsity over the layers. Give --sparsity, or leave it out.")
     if cett is None and sparsity is None:
         return Budget(**default)
-    return Budget(cett, sparsity, allocation)
+    return Budget(cett, sparsity, allocation or "uniform")

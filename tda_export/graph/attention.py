@@ -18,6 +18,7 @@ class Positions:
 
     last_index: ir.Value  # int32 [1]: total length - 1, GroupQueryAttention's seqlens_k
     buffer_length: ir.Value  # int32 scalar: T, the length of the attention mask
+    attended: ir.Value  # int64 [1]: how many of this call's S tokens are no padding
     counted: ir.Value  # bool [S]: tokens that count for statistics (not the sequence's first, not padding)
 
 
@@ -40,6 +41,7 @@ def token_positions(ops: Ops, input_ids: ir.Value, attention_mask: ir.Value) -> 
     return Positions(
         last_index=ops.cast(ops.op("Sub", total, ops.constant([1], "int64")), "int32"),
         buffer_length=ops.cast(ops.op("Squeeze", buffer, ops.constant([0], "int64")), "int32"),
+        attended=ops.op("Sub", total, past),
         counted=counted,
     )
 

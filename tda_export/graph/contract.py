@@ -23,6 +23,19 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 
 FUNCTION_DOMAIN = "tda"
 INDEXED_FFN = "IndexedFFN"
+# Its inputs by position. The last two belong to two-level decoding and are not in graphs of this version; biases are
+# left out where the model has none.
+INDEXED_FFN_INPUTS = (
+    "x",
+    "mask_indices",
+    "w_gate",
+    "w_up",
+    "w_down",
+    "b_gate",
+    "b_up",
+    "neuron_scale",
+    "token_threshold",
+)
 
 PADDING_INDEX = -1  # fills mask_indices up to a fixed size; such an entry contributes nothing
 
@@ -31,6 +44,7 @@ ATTENTION_MASK = "attention_mask"
 LOGITS = "logits"
 NUM_LOGITS = "num_logits"
 THRESHOLDS = "thresholds"
+TOKEN_THRESHOLDS = "token_thresholds"  # reserved: float32 [L] of two-level decoding, 0 is off
 STATS_DECAY = "stats_decay"
 PAST_STATS_WEIGHT = "past_stats_weight"
 PRESENT_STATS_WEIGHT = "present_stats_weight"
@@ -70,6 +84,11 @@ def mask_indices(layer: int) -> str:
 
 def present_mask_indices(layer: int) -> str:
     return f"present_mask_indices.{layer}"
+
+
+def neuron_scale(layer: int) -> str:
+    """Reserved: float32 [F] of two-level decoding."""
+    return f"neuron_scale.{layer}"
 
 
 def tail_mean(layer: int) -> str:
@@ -121,7 +140,7 @@ def ffn_bias(layer: int, part: str) -> str:
     return f"layers.{layer}.ffn.{part}.bias"
 
 
-def down_norms(layer: int) -> str:
+def down_squared_norms(layer: int) -> str:
     """Squared length of each down column, float32 [F]: the weight of a neuron in the magnitude statistic."""
     return f"layers.{layer}.ffn.down_squared_norms"
 

@@ -73,10 +73,13 @@ def build_prefill(
         return dense_output(ops, weights, layer, h), bias
 
     hidden = _layers(ops, spec, weights, dtype, inputs, outputs, positions, ffn)
-    # Keep the last num_logits positions; 0 keeps all, since a slice from -0 begins at the first.
-    start = ops.op("Neg", inputs[contract.NUM_LOGITS])
-    end, axis = ops.constant([np.iinfo(np.int64).max], "int64"), ops.constant([1], "int64")
-    outputs[contract.LOGITS] = _logits(ops, spec, weights, ops.op("Slice", hidden, start, end, axis))
+    # Keep the last num_logits positions before any right padding; 0 keeps all.
+    number, zero = inputs[contract.NUM_LOGITS], ops.constant([0], "int64")
+    every = ops.op("Equal", number, zero)
+    start = ops.op("Where", every, zero, ops.op("Max", ops.op("Sub", positions.attended, number), zero))
+    end = ops.op("Where", every, ops.constant([np.iinfo(np.int64).max], "int64"), positions.attended)
+    last = ops.op("Slice", hidden, start, end, ops.constant([1], "int64"))  # [1, num_logits, M]
+    outputs[contract.LOGITS] = _logits(ops, spec, weights, last)
     defaults: dict[str, np.ndarray] = {
         **{contract.past_neuron_stats(i): np.zeros((2, spec.ffn_size), np.float32) for i in range(spec.num_layers)},
         contract.PAST_STATS_WEIGHT: np.zeros(1, np.float32),

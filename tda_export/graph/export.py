@@ -79,12 +79,16 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
 
 
 def _save_tokenizer(source: ModelSource, folder: Path) -> None:
+    """Save the tokenizer and its default chat template; further templates come as a folder, which is left out."""
     try:
         source.tokenizer.save_pretrained(folder)
     except OSError:
         raise
     except Exception as error:  # tokenizers' way of reporting what the operating system said
         raise OSError(str(error)) from error
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
 
 
 def _manifest(

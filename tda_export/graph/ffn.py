@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from tda_export.graph import contract
@@ -47,16 +48,18 @@ def indexed_ffn(
 def indexed_ffn_function(spec: DecoderSpec) -> ir.Function:
     """Define `tda::IndexedFFN`: what any ONNX Runtime computes where no native kernel is registered.
 
-    Inputs: x [1, S, M], mask_indices [K] int32 (-1 pads), W_gate, W_up, W_down [F, M], and with biases b_gate and b_up
-    [F]. Output: [1, S, M]. The body gathers the rows; a padded entry would gather the last row, so it gathers row 0
-    and its activation is set to zero.
+    Inputs (`contract.INDEXED_FFN_INPUTS`): x [1, S, M], mask_indices [K] int32 (-1 pads), W_gate, W_up, W_down [F, M],
+    and with biases b_gate and b_up [F]. Output: [1, S, M]. The body gathers the rows. For a padded entry it gathers
+    row 0 and sets its activation to zero; an index below -1 becomes one past every row, which Gather refuses (on CUDA
+    it reads nothing).
     """
     ops = Ops()
-    names = ["x", "indices", "w_gate", "w_up", "w_down"] + (["b_gate", "b_up"] if spec.ffn_bias else [])
-    inputs = [ir.Value(name=name) for name in names]
+    inputs = [ir.Value(name=name) for name in contract.INDEXED_FFN_INPUTS[: 7 if spec.ffn_bias else 5]]
     x, indices, w_gate, w_up, w_down = inputs[:5]
-    rows = ops.op("Max", indices, ops.constant([0], "int32"))  # [K]
-    padded = ops.op("Less", indices, ops.constant([0], "int32"))  # [K]
+    padded = ops.op("Equal", indices, ops.constant([contract.PADDING_INDEX], "int32"))  # [K]
+    foreign = ops.op("Less", indices, ops.constant([contract.PADDING_INDEX], "int32"))  # [K]
+    past_every_row = ops.constant([np.iinfo(np.int32).max], "int32")
+    rows = ops.op("Where", padded, ops.constant([0], "int32"), ops.op("Where", foreign, past_every_row, indices))  # [K]
     gate = ops.transposed_matmul(x, ops.op("Gather", w_gate, rows, axis=0))  # [1, S, K]
     up = ops.transposed_matmul(x, ops.op("Gather", w_up, rows, axis=0))  # [1, S, K]
     if spec.ffn_bias:

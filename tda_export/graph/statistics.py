@@ -56,7 +56,7 @@ def layer_stats(
     activations = ops.op("Squeeze", ops.cast(h, "float32"), ops.constant([0], "int64"))  # [S, F]
     squares = ops.op("Mul", activations, activations)  # [S, F]
     if method.statistic == "magnitude":
-        column_weights = ops.weight(weights[contract.down_norms(layer)])  # [F]
+        column_weights = ops.weight(weights[contract.down_squared_norms(layer)])  # [F]
         column = ops.op("Unsqueeze", column_weights, ops.constant([1], "int64"))  # [F, 1]
         norms = ops.op("Squeeze", ops.op("MatMul", squares, column), ops.constant([1], "int64"))  # [S]
     else:

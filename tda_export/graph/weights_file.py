@@ -81,7 +81,9 @@ def plan_weights(spec: DecoderSpec, weights: Weights, dtype: str) -> Iterator[Pl
         if spec.ffn_bias:
             for part, size in (("gate", f), ("up", f), ("down", m)):
                 yield stored(contract.ffn_bias(i, part), (f"{at[part]}.bias", (size,)))
-        yield PlannedWeight(contract.down_norms(i), (f,), "float32", partial(_squared_column_norms, weights, down))
+        yield PlannedWeight(
+            contract.down_squared_norms(i), (f,), "float32", partial(_squared_column_norms, weights, down)
+        )
     yield stored(contract.FINAL_NORM, (f"{names.final_norm}.weight", (m,)))
     if not spec.tied_head:
         yield stored(contract.HEAD, (f"{names.head}.weight", (spec.vocab_size, m)))

@@ -57,6 +57,20 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def check_architecture(architecture: str) -> Family:
+    """Return the entry of a supported architecture.
+
+    Raises:
+        TdaError: It is not supported; the message names those that are.
+    """
+    if architecture not in FAMILIES:
+        raise TdaError(
+            f"Architecture {architecture} is not supported; supported are {', '.join(sorted(FAMILIES))}. "
+            "Choose a model of one of these."
+        )
+    return FAMILIES[architecture]
+
+
 def read_spec(config: Any) -> DecoderSpec:
     """Read a transformers configuration into a DecoderSpec.
 
@@ -70,12 +84,7 @@ def read_spec(config: Any) -> DecoderSpec:
         TdaError: The architecture, its activation, its rope scaling or its quantisation is not supported.
     """
     architecture = _architecture(config)
-    family = FAMILIES.get(architecture)
-    if family is None:
-        raise TdaError(
-            f"Architecture {architecture} is not supported; supported are {', '.join(sorted(FAMILIES))}. "
-            "Choose a model of one of these."
-        )
+    family = check_architecture(architecture)
     if getattr(config, "quantization_config", None) is not None and not _is_gguf(config):
         raise TdaError(
             "Quantised checkpoints are not supported: give the unquantised safetensors checkpoint or a GGUF."

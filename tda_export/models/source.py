@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,15 +13,17 @@ from typing import Any
 
 import torch
 
-from tda_export.errors import TdaError
+from tda_export.errors import TdaError, first_line
 from tda_export.models.builtin import BUILTIN_MODELS, fetch_builtin
-from tda_export.models.families import read_spec
+from tda_export.models.families import check_architecture, read_spec
 from tda_export.models.fingerprint import fingerprint
 from tda_export.models.spec import DecoderSpec
 from tda_export.models.weights import StateDictWeights, Weights, open_safetensors
 
-HUB_FILES = ["*.json", "model*.safetensors", "*.model", "*.jinja", "tokenizer*"]
+HUB_FILES = ["*.json", "model*.safetensors", "*.jinja", "tokenizer*"]
+HUB_IGNORED = ["*/*", "consolidated*"]  # other layouts of the same weights
 GENERATION_CONFIG_FILE = "generation_config.json"
+GGUF_ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,10 @@ class ModelSource:
     @cached_property
     def spec(self) -> DecoderSpec:
         """The architecture."""
+        if self.gguf:
+            self._refuse_rope_factors()
+        else:
+            self._refuse_foreign_architecture()
         config = self.config
         with _readable_errors(self):
             return read_spec(config)
@@ -88,29 +95,54 @@ class ModelSource:
             import copy
 
             return copy.deepcopy(self._dequantised).to(device=device, dtype=dtype).eval()
-        from transformers import AutoModelForCausalLM
-
         open_safetensors(self.folder)  # refuses pickled weights, and names a missing shard
-        with _readable_errors(self):
-            model = AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
-            )
-        return model.to(device).eval()
+        return self._load(dtype=dtype, use_safetensors=True).to(device)
 
     @cached_property
     def _dequantised(self) -> Any:
-        from transformers import AutoModelForCausalLM, GgufConfig
+        from transformers import GgufConfig
 
         # The conversion draws a progress bar that nothing but this switches off; it takes a second.
-        with _readable_errors(self), contextlib.redirect_stderr(io.StringIO()):
-            model = AutoModelForCausalLM.from_pretrained(
-                self.folder,
-                gguf_file=self.gguf,
-                dtype=torch.float32,
-                quantization_config=GgufConfig(dequantize=True),
-                trust_remote_code=False,
+        with contextlib.redirect_stderr(io.StringIO()):
+            return self._load(gguf_file=self.gguf, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
+
+    def _load(self, **options: Any) -> Any:
+        """Load the model, and refuse a checkpoint whose missing tensors transformers would draw at random."""
+        from transformers import AutoModelForCausalLM
+
+        with _readable_errors(self):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                self.folder, trust_remote_code=False, output_loading_info=True, **options
             )
+        for problem in ("missing_keys", "mismatched_keys", "conversion_errors"):
+            if names := sorted(map(str, report.get(problem) or ())):
+                raise TdaError(
+                    f"{self.name}: the checkpoint does not fit its configuration ({problem.replace('_', ' ')}: "
+                    f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}). Download the model again."
+                )
         return model.eval()
+
+    def _refuse_foreign_architecture(self) -> None:
+        """Name what is supported before transformers advises on its own."""
+        try:
+            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            architectures = config.get("architectures")
+        except (ValueError, AttributeError):
+            return  # a damaged file: transformers says what is wrong with it
+        if architectures:
+            check_architecture(str(architectures[0]))
+
+    def _refuse_rope_factors(self) -> None:
+        """Llama 3.1's rope scaling is a tensor in GGUF files, which transformers does not read."""
+        from gguf import GGUFReader
+
+        with _readable_errors(self):
+            tensors = {tensor.name for tensor in GGUFReader(self.folder / str(self.gguf)).tensors}
+        if GGUF_ROPE_FACTORS in tensors:
+            raise TdaError(
+                f"{self.name}: its rope scaling ({GGUF_ROPE_FACTORS}) is not read from GGUF files. "
+                "Give the safetensors checkpoint of this model."
+            )
 
     @property
     def _gguf_argument(self) -> dict[str, str]:
@@ -153,7 +185,7 @@ def resolve_model(model: str, *, notify: Callable[[str], None] = print) -> Model
 
 
 def quiet_transformers() -> None:
-    """Silence transformers' own progress bars and advice; warnings that matter are turned into our errors."""
+    """Silence transformers' own progress bars and advice; what matters of it (missing tensors) is an error here."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -171,10 +203,11 @@ def _download(model: str, notify: Callable[[str], None]) -> Path:
     notify(f"Looking for {model} on the Hugging Face hub")
     try:
         # Without a network this answers from the cache, if the model is there.
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
     except Exception as error:  # the hub's many ways of saying no
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TdaError(f"{model}: no such folder, and the hub did not deliver it ({reason}). {_way_out()}") from error
+        raise TdaError(
+            f"{model}: no such folder, and the hub did not deliver it ({first_line(error)}). {_way_out()}"
+        ) from error
 
 
 def _way_out() -> str:

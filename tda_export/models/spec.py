@@ -84,13 +84,3 @@ class DecoderSpec:
                 f"{self.architecture}: {self.num_heads} attention heads cannot share {self.num_kv_heads} key-value "
                 "heads evenly. Check config.json."
             )
-
-    @property
-    def qkv_size(self) -> int:
-        """Width of the packed query, key and value projection."""
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_size
-
-    @property
-    def ffn_weights_per_layer(self) -> int:
-        """Number of FFN weights of one layer (gate, up and down), biases left out."""
-        return 3 * self.hidden_size * self.ffn_size

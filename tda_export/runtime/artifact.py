@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,13 +18,7 @@ NEEDED_FILES = (
     contract.WEIGHTS_FILE,
     contract.TOKENIZER_FILE,
 )
-# What the runtime and verify read later.
-NEEDED_KEYS = {
-    "model": ("name", "fingerprint", "eos_token_ids", "ffn_matrices"),
-    "method": ("statistic",),
-    "weights": (contract.EMBEDDING,),
-    "graph_weights": (contract.PREFILL_FILE, contract.DECODE_FILE),
-}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "int32": 4, "int64": 8}
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ class Artifact:
     @property
     def bytes_per_neuron(self) -> int:
         """FFN weight bytes that one neuron of one layer takes."""
-        return self.ffn_matrices * self.shape.hidden_size * (4 if self.shape.dtype == "float32" else 2)
+        return self.ffn_matrices * self.shape.hidden_size * DTYPE_BYTES[self.shape.dtype]
 
     def file(self, name: str) -> Path:
         return self.folder / name
@@ -78,19 +73,54 @@ def open_artifact(folder: str | Path) -> Artifact:
     if not isinstance(manifest, dict) or manifest.get("format") != contract.FORMAT:
         raise TdaError(f"{path}: not a manifest of {contract.FORMAT}. Give a folder that 'tda-export build' made.")
     version = manifest.get("format_version")
-    if not isinstance(version, int) or version > contract.FORMAT_VERSION:
+    if not isinstance(version, int):
+        raise TdaError(f"{path}: no format version. Build the artifact again.")
+    if version > contract.FORMAT_VERSION:
         raise TdaError(
             f"{path}: artifact format {version} is newer than this tda-export ({contract.FORMAT_VERSION}). Update it."
         )
     try:
         _check_files(folder, manifest["files"])
         shape = ModelShape(**manifest["shape"])
-        missing = [f"{part}.{key}" for part, keys in NEEDED_KEYS.items() for key in keys if key not in manifest[part]]
-        if missing:
-            raise KeyError(missing[0])
-    except (KeyError, TypeError, AttributeError) as error:
+        _check_content(manifest, shape)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise TdaError(f"{path}: incomplete manifest ({error}). Build the artifact again.") from error
     return Artifact(folder, manifest, shape)
+
+
+def is_artifact(folder: Path) -> bool:
+    """Tell whether a folder is an artifact, of any version, and nothing else: no file but those of its manifest."""
+    try:
+        manifest = json.loads((folder / contract.MANIFEST_FILE).read_text(encoding="utf-8"))
+        known = {contract.MANIFEST_FILE, *manifest["files"]}
+        return manifest["format"] == contract.FORMAT and all(path.name in known for path in folder.iterdir())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _check_content(manifest: dict[str, Any], shape: ModelShape) -> None:
+    """Check the types of what the runtime and verify read later; what is wrong is named by a ValueError."""
+
+    def require(condition: bool, what: str) -> None:
+        if not condition:
+            raise ValueError(what)
+
+    for name, value in asdict(shape).items():
+        if name != "dtype":
+            require(type(value) is int and value > 0, f"shape.{name}")
+    require(shape.dtype in DTYPE_BYTES, "shape.dtype")
+    model = manifest["model"]
+    require(all(isinstance(model[key], str) for key in ("name", "fingerprint")), "model.name or model.fingerprint")
+    require(type(model["ffn_matrices"]) is int, "model.ffn_matrices")
+    eos = model["eos_token_ids"]
+    require(isinstance(eos, list) and all(type(token) is int for token in eos), "model.eos_token_ids")
+    require({"statistic", "selection"} <= manifest["method"].keys(), "method.statistic or method.selection")
+    weights, size = manifest["weights"], manifest["files"][contract.WEIGHTS_FILE]["size"]
+    for name, entry in weights.items():
+        length = math.prod(entry["shape"]) * DTYPE_BYTES[entry["dtype"]]
+        require(0 <= entry["offset"] <= size - length, f"weights.{name}")
+    for file in (contract.PREFILL_FILE, contract.DECODE_FILE):
+        require(set(manifest["graph_weights"][file]) <= weights.keys(), f"graph_weights.{file}")
 
 
 def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:

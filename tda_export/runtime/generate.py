@@ -91,14 +91,17 @@ class Generation:
         while True:
             if token in self._artifact.eos_token_ids:
                 metrics.finish_reason = "stop"
+                self.text += self._stream.finish()
                 return
             metrics.new_tokens += 1
             piece = self._stream.add(token)
-            self.text += piece
             if metrics.new_tokens == self._max_new_tokens:
                 metrics.finish_reason = "length"
             elif self._cache.length + 1 == self._cache.limit:  # the new token is not in the cache yet
                 metrics.finish_reason = "context"
+            if metrics.finish_reason:
+                piece += self._stream.finish()
+            self.text += piece
             yield Token(token, piece)
             if metrics.finish_reason:
                 return

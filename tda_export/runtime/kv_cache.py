@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tda_export.errors import TdaError
 from tda_export.graph import contract
 from tda_export.graph.contract import ModelShape
 from tda_export.runtime.session import Call, device_tensor, empty_tensor
@@ -31,7 +32,8 @@ class KvCache:
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more; they are attended to by the next call."""
         total = self.length + tokens
-        assert total <= self.limit, f"{total} tokens in a cache for {self.limit}"  # the driver checks first
+        if total > self.limit:
+            raise TdaError(f"{total} tokens do not fit into a context of {self.limit}. Shorten the prompt.")
         if total > self.capacity:
             self._grow(total)
         self.mask[0, :total] = 1

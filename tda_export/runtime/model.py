@@ -66,6 +66,8 @@ class Model:
             raise UsageError(f"Unknown mask {mask!r}. Use tda or dense.")
         if thresholds is not None and len(thresholds) != self.artifact.shape.num_layers:
             raise UsageError(f"{len(thresholds)} thresholds for {self.artifact.shape.num_layers} layers.")
+        if thresholds is not None and self.artifact.manifest["method"]["selection"] != "threshold":
+            raise UsageError(f"{self.artifact.folder} selects its neurons by rank, so it takes no other budget.")
         if thresholds is not None and not np.isfinite(thresholds).all():
             raise UsageError("Thresholds must be finite: a score reaches neither nan nor inf.")
         tokens = self._tokens(prompt, chat)
@@ -82,7 +84,7 @@ class Model:
             max_new_tokens=max_new_tokens,
             mask=mask,
             sampler=make_sampler(sampling),
-            stream=self.text.stream(),
+            stream=self.text.stream(tokens),
             context=context,
             thresholds=None if thresholds is None else np.asarray(thresholds, np.float32),
         )

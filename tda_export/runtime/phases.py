@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from tda_export.graph.contract import ModelShape
 from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.session import Call, Sessions, device_tensor
 
+EMPTY: Mapping[str, ort.OrtValue] = {}
 CHUNK_TOKENS = 2048  # longer prompts are prefilled in pieces of this size
 
 
@@ -28,10 +30,39 @@ class PromptMask:
     kept: int
 
 
+def bind_call(
+    session: ort.InferenceSession, cache: KvCache, tokens: Sequence[int], inputs: Mapping[str, ort.OrtValue] = EMPTY
+) -> Call:
+    """Bind a call that appends `tokens` to the cache and gives their logits; it is not run yet.
+
+    Args:
+        session: Of either graph.
+        cache: Room for the tokens is reserved; commit it after the run.
+        tokens: S token ids.
+        inputs: Further inputs by name.
+    """
+    cache.reserve(len(tokens))
+    call = Call(session)
+    call.feed(contract.INPUT_IDS, np.array([list(tokens)], np.int64))
+    call.feed(contract.ATTENTION_MASK, cache.mask)
+    cache.bind(call)
+    for name, value in inputs.items():
+        call.feed(name, value)
+    call.allocate(contract.LOGITS, "cpu")
+    return call
+
+
+def decode(sessions: Sessions, cache: KvCache, tokens: Sequence[int], mask: PromptMask | None) -> np.ndarray:
+    """Append given tokens with the decode graph, under a mask or with every neuron. Returns logits, float32 [S, V]."""
+    logits = bind_call(sessions.decode, cache, tokens, mask.inputs if mask else EMPTY).run()[contract.LOGITS]
+    cache.commit()
+    return logits.numpy()[0]
+
+
 def prefill(
     sessions: Sessions,
     shape: ModelShape,
-    tokens: list[int],
+    tokens: Sequence[int],
     cache: KvCache,
     thresholds: np.ndarray | None = None,
     *,
@@ -52,18 +83,11 @@ def prefill(
     """
     provider, layers = sessions.provider, range(shape.num_layers)
     stats: dict[str, ort.OrtValue] = {}
+    override: dict[str, ort.OrtValue] = {}
+    if thresholds is not None:
+        override[contract.THRESHOLDS] = device_tensor(thresholds.astype(np.float32), provider)
     for start in range(0, len(tokens), chunk):
-        piece = np.array([tokens[start : start + chunk]], np.int64)  # [1, S]
-        cache.reserve(piece.shape[1])
-        call = Call(sessions.prefill)
-        call.feed(contract.INPUT_IDS, piece)
-        call.feed(contract.ATTENTION_MASK, cache.mask)
-        cache.bind(call)
-        for name, value in stats.items():
-            call.feed(name, value)
-        if thresholds is not None:
-            call.feed(contract.THRESHOLDS, device_tensor(thresholds.astype(np.float32), provider))
-        call.allocate(contract.LOGITS, "cpu")
+        call = bind_call(sessions.prefill, cache, tokens[start : start + chunk], stats | override)
         call.allocate(contract.PRESENT_STATS_WEIGHT, provider)
         for layer in layers:
             call.allocate(contract.present_neuron_stats(layer), provider)

@@ -39,7 +39,8 @@ def make_sampler(sampling: Sampling) -> Sampler:
     generator = np.random.default_rng(sampling.seed)
 
     def sample(logits: np.ndarray) -> int:
-        scaled = logits.astype(np.float64) / sampling.temperature
+        # Shifted first: the largest stays finite at any temperature.
+        scaled = (logits - logits.max()).astype(np.float64) / sampling.temperature
         scaled = keep_top_k(scaled, sampling.top_k)
         probabilities = keep_top_p(softmax(scaled), sampling.top_p)
         return int(generator.choice(len(probabilities), p=probabilities))

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from tda_export.errors import TdaError
-from tda_export.graph import contract
 from tda_export.runtime.generate import MaskMode
 from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.model import Model
-from tda_export.runtime.phases import prefill
-from tda_export.runtime.session import Call
+from tda_export.runtime.phases import decode, prefill
 
 
 @dataclass(frozen=True)
@@ -54,16 +52,8 @@ def continuation_logits(
         )
     cache = KvCache(shape, model.provider, shape.max_positions)
     override = None if thresholds is None else np.asarray(thresholds, np.float32)
-    _, chosen = prefill(sessions, shape, list(prompt), cache, override)
-    cache.reserve(len(continuation))
-    call = Call(sessions.decode)
-    call.feed(contract.INPUT_IDS, np.array([list(continuation)], np.int64))
-    call.feed(contract.ATTENTION_MASK, cache.mask)
-    cache.bind(call)
-    for name, value in (chosen.inputs if mask == "tda" else {}).items():
-        call.feed(name, value)
-    call.allocate(contract.LOGITS, "cpu")
-    return call.run()[contract.LOGITS].numpy()[0]  # [C, V]
+    _, chosen = prefill(sessions, shape, prompt, cache, override)
+    return decode(sessions, cache, continuation, chosen if mask == "tda" else None)
 
 
 def compare(dense: np.ndarray, sparse: np.ndarray) -> Fidelity:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnxruntime as ort
 
-from tda_export.errors import TdaError
+from tda_export.errors import TdaError, first_line
 from tda_export.graph import contract
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.providers import CUDA, EXECUTION_PROVIDERS, provider_arguments
@@ -45,7 +45,7 @@ def open_session(
         session = ort.InferenceSession(str(artifact.file(file)), options, providers=provider_arguments(provider))
     except Exception as error:  # ONNX Runtime's exceptions share no narrower base
         raise TdaError(
-            f"{artifact.file(file)}: ONNX Runtime {ort.__version__} cannot load it ({_first_line(error)}). "
+            f"{artifact.file(file)}: ONNX Runtime {ort.__version__} cannot load it ({first_line(error)}). "
             "Run 'tda-export verify' on the artifact."
         ) from error
     if session.get_providers()[0] != EXECUTION_PROVIDERS[provider]:
@@ -87,7 +87,7 @@ class Call:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base
             raise TdaError(
-                f"ONNX Runtime failed ({_first_line(error)}). Run 'tda-export verify' on the artifact."
+                f"ONNX Runtime failed ({first_line(error)}). Run 'tda-export verify' on the artifact."
             ) from error
         return dict(zip(self._outputs, self._binding.get_outputs(), strict=True))
 
@@ -116,7 +116,3 @@ def upload_weights(artifact: Artifact) -> dict[str, ort.OrtValue]:
         # A value taken through DLPack counts as the user's own, which add_initializer asks for.
         shared[name] = ort.OrtValue.from_dlpack(ort.OrtValue.ortvalue_from_numpy(view, CUDA, 0))
     return shared
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -20,6 +20,7 @@ from tda_export.graph import contract
 from tda_export.runtime.artifact import Artifact
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+CONTEXT_TOKENS = 8  # of the prompt, decoded before the first new token
 
 
 class Text:
@@ -43,8 +44,9 @@ class Text:
             raise TdaError("The prompt is not valid UTF-8 text. Convert it to UTF-8.") from error
         return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
 
-    def stream(self) -> TextStream:
-        return TextStream(self._tokenizer)
+    def stream(self, prompt: Sequence[int]) -> TextStream:
+        """Begin to decode what follows a prompt of token ids."""
+        return TextStream(self._tokenizer, prompt)
 
     def chat(self, messages: Sequence[dict[str, str]]) -> str:
         """Render messages with the model's chat template, up to where the assistant's answer begins.
@@ -84,14 +86,31 @@ class Text:
 
 
 class TextStream:
-    """Turns tokens into text as they come, holding back bytes that do not form a character yet."""
+    """Turns tokens into text as they come, holding back bytes that do not form a character yet.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    The stream begins inside the prompt, whose text is not repeated: some tokenizers drop the space before the first
+    token that they decode.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
+        self._tokens = list(prompt[-CONTEXT_TOKENS:])
+        self._emitted = "".join(self._step(token) for token in self._tokens)
 
     def add(self, token: int) -> str:
         """Return the text that `token` completes, perhaps none."""
+        self._tokens.append(token)
+        piece = self._step(token)
+        self._emitted += piece
+        return piece
+
+    def finish(self) -> str:
+        """Return what was held back: an unfinished character, as the tokenizer shows it."""
+        whole = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        return whole[len(self._emitted) :] if whole.startswith(self._emitted) else ""
+
+    def _step(self, token: int) -> str:
         return self._stream.step(self._tokenizer, token) or ""
 
 

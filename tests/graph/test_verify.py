@@ -14,7 +14,8 @@ import pytest
 from tda_export.errors import TdaError
 from tda_export.files import sha256
 from tda_export.graph import contract
-from tda_export.graph.verify import Check, Worst, verify_artifact
+from tda_export.graph.parity import Check, Worst
+from tda_export.graph.verify import verify_artifact
 from tda_export.models.source import ModelSource, resolve_model
 from tests.tiny import save_tiny_model
 
@@ -72,7 +73,7 @@ def test_wrong_weight_fails_every_logit_check(artifact: Path, source: ModelSourc
 
 
 def test_wrong_statistic_fails_the_score_check_alone(artifact: Path, source: ModelSource) -> None:
-    weights = json.loads((artifact / contract.MANIFEST_FILE).read_text())["weights"][contract.down_norms(1)]
+    weights = json.loads((artifact / contract.MANIFEST_FILE).read_text())["weights"][contract.down_squared_norms(1)]
     with (artifact / contract.WEIGHTS_FILE).open("r+b") as file:  # scale the first half of the neurons only
         file.seek(weights["offset"])
         half = np.frombuffer(file.read(48 * 4), np.float32) * 1.2

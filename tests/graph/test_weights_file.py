@@ -58,7 +58,7 @@ def test_tensors_lie_where_the_table_says(model_folder: Path, tmp_path: Path, dt
     biases = np.concatenate([original(f"self_attn.{part}_proj.bias") for part in "qkv"])
     np.testing.assert_array_equal(stored(contract.qkv_bias(1)), biases)
     squares = (weights.load("model.layers.1.mlp.down_proj.weight") ** 2).sum(dim=0)
-    np.testing.assert_allclose(stored(contract.down_norms(1)), squares, rtol=1e-6)
+    np.testing.assert_allclose(stored(contract.down_squared_norms(1)), squares, rtol=1e-6)
 
 
 def test_missing_tensor(model_folder: Path) -> None:

@@ -1,0 +1,202 @@
+"""Compare an artifact's graphs with transformers, and keep the largest differences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tda_export.graph import contract
+from tda_export.graph.method import Method
+from tda_export.graph.reference import reference_logits, reference_scores
+from tda_export.models.source import ModelSource
+from tda_export.models.spec import DecoderSpec
+from tda_export.progress import Advance
+from tda_export.runtime.artifact import Artifact
+from tda_export.runtime.kv_cache import KvCache
+from tda_export.runtime.phases import PromptMask, bind_call, decode, prefill
+from tda_export.runtime.providers import CUDA
+from tda_export.runtime.session import Sessions, device_tensor
+from tda_export.runtime.text import Text
+
+PROMPTS = (
+    "The lighthouse keeper wrote down the height of every tide for forty years. When the harbour was dredged, the "
+    "engineers asked for his notebooks, because no instrument had watched the water for half as long.",
+    "def mean(values):\n    # The sum over the count; an empty list has no mean.\n    if not values:\n"
+    "        raise ValueError('no values')\n    return sum(values) / len(values)\n",
+)
+CONTINUATION_TOKENS = 8
+CHUNK = 7  # tokens of a chunk in the chunked-prefill check
+FLOAT32_LOGITS = 2e-3  # largest absolute difference of float32 logits
+HALF_FACTOR = 2.0  # float16 may be this many times as far from float32 as transformers' own float16
+RELATIVE = {"float32": 1e-3, "float16": 2e-2}  # scores, keys and values, relative to the largest
+TINY = 1e-30  # guards a division by a threshold of zero
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: its largest difference over all prompts, and what is allowed; file checks have a `problem`."""
+
+    name: str
+    difference: float | None = None
+    allowed: float | None = None
+    problem: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        if self.problem is not None:
+            return False
+        # Not '>': a NaN must fail.
+        return self.difference is None or self.allowed is None or self.difference <= self.allowed
+
+
+@dataclass
+class Worst:
+    """The largest difference of one check so far, and what is allowed for it."""
+
+    difference: float = 0.0
+    allowed: float = 0.0
+
+    def add(self, difference: float, allowed: float) -> None:
+        # Keep the comparison that is worst relative to what it is allowed; NaN is worse than anything.
+        if np.isnan(difference) or difference * self.allowed >= self.difference * allowed or not self.allowed:
+            self.difference, self.allowed = difference, allowed
+
+
+class Comparison:
+    """The artifact's graphs beside transformers in float32 (and, for float16 artifacts, in float16 too)."""
+
+    def __init__(self, artifact: Artifact, source: ModelSource, provider: str, advance: Advance) -> None:
+        self.artifact, self.shape, self.advance = artifact, artifact.shape, advance
+        self.spec: DecoderSpec = source.spec
+        device = "cuda" if provider == CUDA and torch.cuda.is_available() else "cpu"
+        self.reference = source.reference(device=device)
+        self.half = source.reference(dtype=torch.float16, device=device) if self.shape.dtype == "float16" else None
+        self.sessions = Sessions(artifact, provider)
+        self.provider = provider
+        self.worst: dict[str, Worst] = {}
+        advance(1)
+
+    def run(self) -> list[Check]:
+        """Compare on every prompt and return the largest differences."""
+        text = Text(self.artifact)
+        for prompt in PROMPTS:
+            tokens = text.encode(prompt)[: self.shape.max_positions]
+            split = max(len(tokens) - CONTINUATION_TOKENS, len(tokens) // 2)
+            self._compare(tokens[:split], tokens[split:])
+        return [Check(name, worst.difference, worst.allowed) for name, worst in self.worst.items()]
+
+    def _compare(self, prompt: list[int], continuation: list[int]) -> None:
+        cache = KvCache(self.shape, self.provider, self.shape.max_positions)
+        logits = self._all_prompt_logits(prompt)
+        dense, dense_continuation = reference_logits(self.reference, self.spec, prompt, continuation)
+        half = reference_logits(self.half, self.spec, prompt, continuation) if self.half else (None, None)
+        self._logits("prefill logits", logits, dense, half[0])
+
+        _, mask = prefill(self.sessions, self.shape, prompt, cache)
+        self._scores(prompt, mask)
+        self.advance(1)
+
+        start = cache.length
+        every = self._decode(continuation, cache, None)
+        self._logits("decode with all neurons", every, dense_continuation, half[1])
+        masks, tails = self._deployed_mask(mask)
+        cache.truncate(start)
+        masked = self._decode(continuation, cache, mask)
+        _, expected = reference_logits(self.reference, self.spec, prompt, continuation, masks, tails)
+        half_masked = (
+            reference_logits(self.half, self.spec, prompt, continuation, masks, tails)[1] if self.half else None
+        )
+        self._logits("decode with the prompt's mask", masked, expected, half_masked)
+        self._halved(prompt, continuation, cache, start)
+        self.advance(1)
+
+        cache.truncate(start)
+        self._chunked(prompt, cache, mask)
+        self.advance(1)
+
+    def _halved(self, prompt: list[int], continuation: list[int], cache: KvCache, start: int) -> None:
+        """Decode with every second neuron and padding, whatever the artifact's own mask is."""
+        kept = torch.zeros(self.shape.ffn_size)
+        kept[::2] = 1
+        padded = np.append(np.arange(0, self.shape.ffn_size, 2), [contract.PADDING_INDEX] * 3).astype(np.int32)
+        indices = device_tensor(padded, self.provider)
+        layers = range(self.shape.num_layers)
+        mask = PromptMask({contract.mask_indices(i): indices for i in layers}, {}, 0)
+        masks, tails = [kept] * len(layers), [torch.zeros(self.shape.hidden_size)] * len(layers)
+        cache.truncate(start)
+        halved = self._decode(continuation, cache, mask)
+        _, expected = reference_logits(self.reference, self.spec, prompt, continuation, masks, tails)
+        half = reference_logits(self.half, self.spec, prompt, continuation, masks, tails)[1] if self.half else None
+        self._logits("decode with every second neuron", halved, expected, half)
+
+    def _chunked(self, prompt: list[int], cache: KvCache, mask: PromptMask) -> None:
+        pieces = KvCache(self.shape, self.provider, self.shape.max_positions)
+        _, chunked = prefill(self.sessions, self.shape, prompt, pieces, chunk=CHUNK)
+        for layer in range(self.shape.num_layers):
+            for whole, parts in zip(cache.keys_and_values(layer), pieces.keys_and_values(layer), strict=True):
+                self._relative("keys and values after chunked prefill", parts, whole)
+            scores, kept = _scores_of(mask, layer), _indices_of(mask, layer)
+            border = min((float(scores[i]) for i in kept), default=float(scores.max()))
+            self._same_mask("mask after chunked prefill", _indices_of(chunked, layer), kept, scores, border)
+
+    def _all_prompt_logits(self, prompt: list[int]) -> np.ndarray:
+        cache = KvCache(self.shape, self.provider, self.shape.max_positions)
+        every = {contract.NUM_LOGITS: device_tensor(np.zeros(1, np.int64), "cpu")}
+        return bind_call(self.sessions.prefill, cache, prompt, every).run()[contract.LOGITS].numpy()[0]  # [P, V]
+
+    def _decode(self, continuation: list[int], cache: KvCache, mask: PromptMask | None) -> np.ndarray:
+        """Decode the continuation: its first token alone (S = 1), the others in one call. Returns [C, V]."""
+        pieces = [piece for piece in (continuation[:1], continuation[1:]) if piece]
+        return np.concatenate([decode(self.sessions, cache, piece, mask) for piece in pieces])
+
+    def _deployed_mask(self, mask: PromptMask) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        masks, tails = [], []
+        for layer in range(self.shape.num_layers):
+            kept = torch.zeros(self.shape.ffn_size)
+            kept[sorted(_indices_of(mask, layer))] = 1
+            masks.append(kept)
+            tails.append(torch.from_numpy(mask.inputs[contract.tail_mean(layer)].numpy().astype(np.float32)))
+        return masks, tails
+
+    def _scores(self, prompt: list[int], mask: PromptMask) -> None:
+        """Compare scores with transformers', and the mask with the selection that the manifest describes."""
+        method, thresholds = self.artifact.manifest["method"], self.artifact.manifest["thresholds"]
+        expected = reference_scores(self.reference, self.spec, prompt, magnitude=method["statistic"] == "magnitude")
+        for layer, tensor in enumerate(expected):
+            scores = tensor.numpy()
+            self._relative("neuron scores", _scores_of(mask, layer), scores)
+            if method["selection"] == "threshold":
+                border = thresholds[layer]
+            else:
+                kept = Method(**method).kept(self.shape.ffn_size)
+                border = float(np.sort(scores)[-kept])
+            selected = set(np.flatnonzero(scores >= border).tolist())
+            self._same_mask("selection of the mask", selected, _indices_of(mask, layer), scores, border)
+
+    def _same_mask(self, name: str, one: set[int], other: set[int], scores: np.ndarray, border: float) -> None:
+        """Masks may differ only in neurons whose scores stand at the border of the mask, within rounding."""
+        distances = [abs(float(scores[i]) - border) / max(border, TINY) for i in one ^ other]
+        self._add(name, max(distances, default=0.0), RELATIVE[self.shape.dtype])
+
+    def _logits(self, name: str, ours: np.ndarray, expected: torch.Tensor, half: torch.Tensor | None) -> None:
+        allowed = FLOAT32_LOGITS if half is None else HALF_FACTOR * float((half - expected).abs().max())
+        self._add(name, float(np.abs(ours - expected.numpy()).max()), allowed)
+
+    def _relative(self, name: str, ours: np.ndarray, expected: np.ndarray) -> None:
+        scale = float(np.abs(expected).max()) or 1.0
+        self._add(name, float(np.abs(ours.astype(np.float32) - expected).max()) / scale, RELATIVE[self.shape.dtype])
+
+    def _add(self, name: str, difference: float, allowed: float) -> None:
+        self.worst.setdefault(name, Worst()).add(float(difference), float(allowed))
+
+
+def _scores_of(mask: PromptMask, layer: int) -> np.ndarray:
+    stats: Any = mask.stats[contract.past_neuron_stats(layer)].numpy()
+    return np.sqrt(stats[contract.SCORE_ROW] / mask.stats[contract.PAST_STATS_WEIGHT].numpy())
+
+
+def _indices_of(mask: PromptMask, layer: int) -> set[int]:
+    return {int(i) for i in mask.inputs[contract.mask_indices(layer)].numpy() if i != contract.PADDING_INDEX}
