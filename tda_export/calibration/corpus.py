@@ -102,7 +102,7 @@ def _documents(dataset: str, text_column: str | None, seed: int, characters: int
     disable_progress_bars()
     try:
         rows, column, separated = _open(dataset, text_column)
-        first = next(iter(rows), {})
+        first: dict[str, Any] = next(iter(rows), {})
         if first and column not in first:
             raise UsageError(
                 f"{dataset}: no column {column!r}; the columns are {', '.join(first)}. Choose one with --text-column."

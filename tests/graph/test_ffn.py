@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -20,20 +21,22 @@ from tda_export.models.families import read_spec
 SPEC = read_spec(LlamaConfig(architectures=["LlamaForCausalLM"]))
 
 
-def session(biases: bool) -> ort.InferenceSession:
+def session(
+    biases: bool, element: ir.DataType = ir.DataType.FLOAT, providers: Sequence[str] = ("CPUExecutionProvider",)
+) -> ort.InferenceSession:
     """A model of one IndexedFFN node whose weights are inputs."""
     spec = dataclasses.replace(SPEC, ffn_bias=biases)
-    names = ["x", "indices", "w_gate", "w_up", "w_down", *(["b_gate", "b_up"] if biases else [])]
+    names = contract.INDEXED_FFN_INPUTS[: 7 if biases else 5]
     inputs = [
-        ir.Value(name=name, type=ir.TensorType(ir.DataType.INT32 if name == "indices" else ir.DataType.FLOAT))
+        ir.Value(name=name, type=ir.TensorType(ir.DataType.INT32 if name == "mask_indices" else element))
         for name in names
     ]
     node = ir.node(contract.INDEXED_FFN, inputs, {"activation": spec.activation}, domain=contract.FUNCTION_DOMAIN)
-    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
+    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(element)
     imports = {"": OPSET, MICROSOFT: 1, contract.FUNCTION_DOMAIN: 1}
     graph = ir.Graph(inputs, node.outputs, nodes=[node], opset_imports=imports, name="ffn")
     model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, functions=(indexed_ffn_function(spec),)))
-    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model.SerializeToString(), providers=list(providers))
 
 
 SESSIONS = {biases: session(biases) for biases in (False, True)}
@@ -68,15 +71,17 @@ def test_function_is_the_sum_over_its_indices(
     kept = data.draw(st.lists(st.integers(0, neurons - 1), unique=True))
     padding = data.draw(st.integers(0 if kept else 1, 3))
     indices = np.array(sorted(kept) + [contract.PADDING_INDEX] * padding, np.int32)
-    feeds = {"x": x, "indices": indices, "w_gate": gate, "w_up": up, "w_down": down}
+    feeds = {"x": x, "mask_indices": indices, "w_gate": gate, "w_up": up, "w_down": down}
     feeds |= {"b_gate": b_gate, "b_up": b_up} if biases else {}
     (y,) = SESSIONS[biases].run(None, feeds)
     expected = reference(*(a.astype(np.float64) for a in (x,)), indices, gate, up, down, b_gate, b_up)
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_index_past_the_last_neuron_is_an_error() -> None:
+@pytest.mark.parametrize("index", [4, 100, -2, -7])
+def test_index_that_is_no_neuron_is_an_error(index: int) -> None:
     weights = np.ones((3, 4, 2), np.float32)
     feeds = dict(zip(("w_gate", "w_up", "w_down"), weights, strict=True))
+    feeds |= {"x": np.ones((1, 1, 2), np.float32), "mask_indices": np.array([0, index], np.int32)}
     with pytest.raises(Exception, match="out of data bounds"):
-        SESSIONS[False].run(None, feeds | {"x": np.ones((1, 1, 2), np.float32), "indices": np.array([4], np.int32)})
+        SESSIONS[False].run(None, feeds)

@@ -72,7 +72,7 @@ def test_wrong_weight_fails_every_logit_check(artifact: Path, source: ModelSourc
     }
 
 
-def test_wrong_statistic_fails_the_score_check_alone(artifact: Path, source: ModelSource) -> None:
+def test_wrong_statistic_fails_scores_and_selection_alone(artifact: Path, source: ModelSource) -> None:
     weights = json.loads((artifact / contract.MANIFEST_FILE).read_text())["weights"][contract.down_squared_norms(1)]
     with (artifact / contract.WEIGHTS_FILE).open("r+b") as file:  # scale the first half of the neurons only
         file.seek(weights["offset"])
@@ -80,7 +80,15 @@ def test_wrong_statistic_fails_the_score_check_alone(artifact: Path, source: Mod
         file.seek(weights["offset"])
         file.write(half.astype(np.float32).tobytes())
     rehash(artifact)
-    assert failed(artifact, source) == {"neuron scores"}
+    assert failed(artifact, source) == {"neuron scores", "selection of the mask"}
+
+
+def test_graph_with_other_thresholds_than_the_manifest(artifact: Path, source: ModelSource) -> None:
+    path = artifact / contract.MANIFEST_FILE
+    manifest = json.loads(path.read_text())
+    manifest["thresholds"][1] *= 1.5
+    path.write_text(json.dumps(manifest))
+    assert failed(artifact, source) == {"selection of the mask"}
 
 
 def test_graph_with_weights_outside(artifact: Path, source: ModelSource) -> None:
