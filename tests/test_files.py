@@ -17,7 +17,11 @@ from tda_export.errors import TdaError, UsageError
 from tda_export.files import atomic_file, atomic_folder, check_output, sha256
 
 Atomic = Callable[[Path], AbstractContextManager[Path]]
-MARKER = "manifest.json"
+
+
+def check(path: Path, *, overwrite: bool, earlier: bool = True) -> None:
+    """check_output of a command that takes whatever is there for its own earlier output, or for none."""
+    check_output(path, overwrite=overwrite, what="an artifact", is_earlier_output=lambda found: earlier)
 
 
 def put(part: Path, content: str) -> None:
@@ -44,8 +48,12 @@ def fail_halfway(atomic: Atomic, path: Path, error: BaseException) -> None:
         raise error
 
 
+def os_error(number: int, filename: str | None = None) -> OSError:
+    return OSError(number, os.strerror(number), filename)
+
+
 def full_disk() -> OSError:
-    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return os_error(errno.ENOSPC)
 
 
 def test_appears_when_done(atomic: Atomic, tmp_path: Path) -> None:
@@ -111,10 +119,29 @@ def test_failure_leaves_nothing(atomic: Atomic, tmp_path: Path, error: BaseExcep
     assert not existing or content(tmp_path / "x") == "old"
 
 
-def test_full_disk(atomic: Atomic, tmp_path: Path) -> None:
-    with pytest.raises(TdaError, match=r"x: could not be written \(No space left on device\)\. Nothing was left"):
-        fail_halfway(atomic, tmp_path / "x", full_disk())
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (full_disk(), "(No space left on device). Nothing was left behind. Free some space, or"),
+        (os_error(errno.EDQUOT), "(Disk quota exceeded). Nothing was left behind. Free some space, or"),
+        (os_error(errno.EIO), "(Input/output error). Nothing was left behind. Check the disk, or"),
+        (os_error(errno.EACCES, "/other/file"), "(Permission denied: /other/file). Nothing was left behind. Check"),
+        (OSError("a library's own words"), "(a library's own words). Nothing was left behind. Check the disk, or"),
+    ],
+    ids=["full", "quota", "damaged", "another file", "no number"],
+)
+def test_the_operating_system_refuses(atomic: Atomic, tmp_path: Path, error: OSError, text: str) -> None:
+    with pytest.raises(TdaError) as raised:
+        fail_halfway(atomic, tmp_path / "x", error)
+    assert str(raised.value).startswith(f"{tmp_path / 'x'}: could not be written {text}")
+    assert str(raised.value).endswith("or choose another output.")
     assert names(tmp_path) == []
+
+
+def test_the_temporary_name_is_not_shown(atomic: Atomic, tmp_path: Path) -> None:
+    """Only a file that is not the output, under its temporary name, says anything to the user."""
+    with pytest.raises(TdaError, match=r"could not be written \(Permission denied\)"), atomic(tmp_path / "x") as part:
+        raise os_error(errno.EACCES, str(part))
 
 
 @pytest.mark.parametrize("call", ["mkstemp", "mkdtemp"])
@@ -222,64 +249,64 @@ def test_sha256(tmp_path: Path, size: int) -> None:
     assert sum(blocks) == size
 
 
-def test_output_may_be_new(tmp_path: Path) -> None:
-    check_output(tmp_path / "x", overwrite=False)
-    check_output(tmp_path / "x", overwrite=False, marker=MARKER)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_output_may_be_new(tmp_path: Path, overwrite: bool) -> None:
+    check(tmp_path / "x", overwrite=overwrite, earlier=False)
 
 
 def test_output_in_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"a/x: the folder .*/a does not exist. Create it first"):
-        check_output(tmp_path / "a" / "x", overwrite=False)
+        check(tmp_path / "a" / "x", overwrite=False)
 
 
 def test_output_in_a_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "a").touch()
     with pytest.raises(UsageError, match="does not exist"):
-        check_output(tmp_path / "a" / "x", overwrite=False)
+        check(tmp_path / "a" / "x", overwrite=False)
 
 
 def test_output_in_a_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
     with pytest.raises(UsageError, match=r"is not writable. Choose another output"):
-        check_output(tmp_path / "x", overwrite=True)
+        check(tmp_path / "x", overwrite=True)
 
 
-@pytest.mark.parametrize("marker", [None, MARKER])
-@pytest.mark.parametrize(
+EXISTING = pytest.mark.parametrize(
     "make", [Path.touch, Path.mkdir, lambda path: path.symlink_to("nowhere")], ids=["file", "folder", "dangling link"]
 )
-def test_output_that_exists(tmp_path: Path, make: Callable[[Path], None], marker: str | None) -> None:
+
+
+@EXISTING
+@pytest.mark.parametrize("earlier", [False, True])
+def test_output_that_exists(tmp_path: Path, make: Callable[[Path], None], earlier: bool) -> None:
     make(tmp_path / "x")
     with pytest.raises(UsageError, match=r"x exists. Choose another output, or replace it with --overwrite"):
-        check_output(tmp_path / "x", overwrite=False, marker=marker)
+        check(tmp_path / "x", overwrite=False, earlier=earlier)
 
 
-def test_overwriting_an_earlier_output(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    check_output(tmp_path / "file", overwrite=True)
-    (tmp_path / "artifact").mkdir()
-    check_output(tmp_path / "artifact", overwrite=True, marker=MARKER)  # an empty folder is nobody's
-    (tmp_path / "artifact" / MARKER).touch()
-    check_output(tmp_path / "artifact", overwrite=True, marker=MARKER)
+@EXISTING
+def test_overwriting_an_earlier_output(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "x")
+    check(tmp_path / "x", overwrite=True, earlier=True)
 
 
-def test_a_folder_is_not_overwritten_by_a_file(tmp_path: Path) -> None:
-    (tmp_path / "x").mkdir()
-    with pytest.raises(UsageError, match=r"x is not a file. Choose another output"):
-        check_output(tmp_path / "x", overwrite=True)
+@EXISTING
+def test_only_an_earlier_output_is_overwritten(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "x")
+    with pytest.raises(UsageError, match=r"x exists and is not an artifact, so it is not replaced. Choose another"):
+        check(tmp_path / "x", overwrite=True, earlier=False)
 
 
-def test_a_foreign_folder_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "thesis.tex").touch()
-    with pytest.raises(UsageError, match=r"is no artifact \(no manifest.json there\), so it is not replaced"):
-        check_output(tmp_path / "x", overwrite=True, marker=MARKER)
-
-
-def test_a_file_is_not_overwritten_by_a_folder(tmp_path: Path) -> None:
+def test_the_earlier_output_is_asked_for_by_its_path(tmp_path: Path) -> None:
     (tmp_path / "x").touch()
-    with pytest.raises(UsageError, match="is no artifact"):
-        check_output(tmp_path / "x", overwrite=True, marker=MARKER)
+    asked: list[Path] = []
+    check_output(
+        tmp_path / "x",
+        overwrite=True,
+        what="a calibration",
+        is_earlier_output=lambda path: asked.append(path) is None,
+    )
+    assert asked == [tmp_path / "x"]
 
 
 def test_overwriting_a_link_leaves_its_target(tmp_path: Path) -> None:

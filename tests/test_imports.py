@@ -40,6 +40,25 @@ def test_runtime_runs_without_conversion_packages(tiny_artifact: object) -> None
     assert loaded(code).isdisjoint(CONVERSION)
 
 
+def test_generate_runs_without_conversion_packages(tiny_artifact: object) -> None:
+    """The command too, and so do its failures: it names PyTorch's exceptions without importing it."""
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({CONVERSION}))\n"
+        "from tda_export.cli.main import cli\n"
+        "def run(*arguments):\n"
+        "    try: cli(['generate', *arguments], prog_name='tda-export')\n"
+        "    except SystemExit as end: return end.code\n"
+        f"assert run({str(tiny_artifact)!r}, 'Hi', '--max-new-tokens', '4') == 0\n"
+        "assert run('nowhere', 'Hi') == 1\n"
+        "import tda_export.runtime.model as model\n"
+        "def refuse(*arguments): raise MemoryError\n"
+        "model.Sessions = refuse\n"
+        f"assert run({str(tiny_artifact)!r}, 'Hi') == 1\n"
+        f"sys.modules = {{name: module for name, module in sys.modules.items() if name not in {CONVERSION}}}"
+    )
+    assert loaded(code).isdisjoint(CONVERSION)
+
+
 @pytest.mark.parametrize("command", [[], *([name] for name in cli.commands)], ids=lambda words: " ".join(words))
 def test_help_is_light(command: list[str]) -> None:
     code = (

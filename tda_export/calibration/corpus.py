@@ -68,16 +68,20 @@ def load_corpus(
     size = length - len(prefix)
     windows: list[list[int]] = []
     spare: list[list[int]] = []
-    for text in _documents(dataset, text_column, seed, length * PIECE_CHARACTERS_PER_TOKEN):
+    spared = 0
+    pieces = _documents(dataset, text_column, seed, length * PIECE_CHARACTERS_PER_TOKEN)
+    for number, text in enumerate(pieces):
         tokens = tokenizer(text, add_special_tokens=False).input_ids
         if len(tokens) >= size:
             windows.append(tokens[:size])
             tokens = tokens[size:]
         if tokens:
             spare.append(tokens)
-        if len(windows) == sequences:
+            spared += len(tokens)
+        # A large dataset of short pieces is not read to its end.
+        if len(windows) == sequences or (number > SHUFFLE_BUFFER and len(windows) + spared // size >= sequences):
             break
-    seen = size * len(windows) + sum(map(len, spare))
+    seen = size * len(windows) + spared
     joined: list[int] = []
     for tokens in spare:
         if len(windows) == sequences:

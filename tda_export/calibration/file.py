@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from tda_export.calibration.budgets import Budget, allocate
 from tda_export.calibration.curves import CurveSums
-from tda_export.errors import TdaError
+from tda_export.errors import TdaError, UsageError
 from tda_export.files import atomic_file
 
 FORMAT = "tda-export calibration"
@@ -64,11 +64,18 @@ def read_calibration(path: Path) -> Calibration:
                     f"{path}: calibration format {version} is newer than this tda-export ({FORMAT_VERSION}). Update it."
                 )
             _ = provenance["model"]["name"], provenance["model"]["fingerprint"]
-            Budget(**provenance["budget"])
+            _check_budget(provenance["budget"])
             sums = CurveSums(*(file.get_tensor(field.name) for field in fields(CurveSums)))
             return Calibration(file.get_tensor("grid"), sums, provenance)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise TdaError(f"{path}: not a readable calibration ({error}). Run 'tda-export calibrate' again.") from error
+
+
+def _check_budget(budget: dict[str, Any]) -> None:
+    try:
+        Budget(**budget)
+    except UsageError as error:  # whoever gives the file did not choose the budget in it
+        raise ValueError(str(error)) from error
 
 
 def thresholds_from(path: Path, budget: Budget) -> list[float]:

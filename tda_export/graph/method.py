@@ -35,9 +35,14 @@ class Method:
             raise UsageError(f"Method {self.name}: a density belongs to top-k selection, and only to it.")
 
     def kept(self, ffn_size: int) -> int:
-        """Return how many neurons top-k keeps, at least one."""
+        """Return how many neurons top-k keeps."""
         assert self.density is not None
-        return max(1, round(self.density * ffn_size))
+        return kept_neurons(self.density, ffn_size)
+
+
+def kept_neurons(density: float, ffn_size: int) -> int:
+    """Return how many of F neurons a density stands for, at least one."""
+    return max(1, round(density * ffn_size))
 
 
 def tda(tail: Tail = "zero") -> Method:

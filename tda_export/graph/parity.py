@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tda_export.graph import contract
-from tda_export.graph.method import Method
+from tda_export.graph.method import kept_neurons
 from tda_export.graph.reference import reference_logits, reference_scores
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
@@ -171,7 +171,7 @@ class Comparison:
             if method["selection"] == "threshold":
                 border = thresholds[layer]
             else:
-                kept = Method(**method).kept(self.shape.ffn_size)
+                kept = kept_neurons(method["density"], self.shape.ffn_size)
                 border = float(np.sort(scores)[-kept])
             selected = set(np.flatnonzero(scores >= border).tolist())
             self._same_mask("selection of the mask", selected, _indices_of(mask, layer), scores, border)

@@ -23,6 +23,11 @@ from tda_export.models.weights import StateDictWeights, Weights, open_safetensor
 HUB_FILES = ["*.json", "model*.safetensors", "*.jinja", "tokenizer*"]
 HUB_IGNORED = ["*/*", "consolidated*"]  # other layouts of the same weights
 GENERATION_CONFIG_FILE = "generation_config.json"
+LOADING_PROBLEMS = {
+    "missing_keys": "missing",
+    "mismatched_keys": "of another shape",
+    "conversion_errors": "not converted",
+}
 GGUF_ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -112,13 +117,16 @@ class ModelSource:
 
         with _readable_errors(self):
             model, report = AutoModelForCausalLM.from_pretrained(
-                self.folder, trust_remote_code=False, output_loading_info=True, **options
+                self.folder, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
-        for problem in ("missing_keys", "mismatched_keys", "conversion_errors"):
-            if names := sorted(map(str, report.get(problem) or ())):
+        for problem, meaning in LOADING_PROBLEMS.items():
+            # A mismatch comes with both shapes, a missing tensor as its name alone.
+            found = sorted(key if isinstance(key, str) else str(key[0]) for key in report.get(problem) or ())
+            if found:
+                more = f" and {len(found) - 1} more" if len(found) > 1 else ""
                 raise TdaError(
-                    f"{self.name}: the checkpoint does not fit its configuration ({problem.replace('_', ' ')}: "
-                    f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}). Download the model again."
+                    f"{self.name}: the checkpoint does not fit its configuration ({meaning}: {found[0]}{more}). "
+                    "Download the model again."
                 )
         return model.eval()
 
@@ -129,6 +137,8 @@ class ModelSource:
             architectures = config.get("architectures")
         except (ValueError, AttributeError):
             return  # a damaged file: transformers says what is wrong with it
+        if architectures and not isinstance(architectures, list):
+            raise TdaError(f"{self.name}: architectures in config.json is no list. Download the model again.")
         if architectures:
             check_architecture(str(architectures[0]))
 

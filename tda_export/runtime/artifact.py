@@ -68,7 +68,7 @@ def open_artifact(folder: str | Path) -> Artifact:
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TdaError(f"{path}: not readable ({error}). Build the artifact again.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != contract.FORMAT:
         raise TdaError(f"{path}: not a manifest of {contract.FORMAT}. Give a folder that 'tda-export build' made.")
@@ -93,34 +93,49 @@ def is_artifact(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / contract.MANIFEST_FILE).read_text(encoding="utf-8"))
         known = {contract.MANIFEST_FILE, *manifest["files"]}
-        return manifest["format"] == contract.FORMAT and all(path.name in known for path in folder.iterdir())
-    except (OSError, ValueError, KeyError, TypeError):
+        return manifest["format"] == contract.FORMAT and all(
+            path.name in known and path.is_file() for path in folder.iterdir()
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
 def _check_content(manifest: dict[str, Any], shape: ModelShape) -> None:
-    """Check the types of what the runtime and verify read later; what is wrong is named by a ValueError."""
-
-    def require(condition: bool, what: str) -> None:
-        if not condition:
-            raise ValueError(what)
-
+    """Check what the runtime and verify read later; what is missing or wrong is named by a KeyError or ValueError."""
     for name, value in asdict(shape).items():
         if name != "dtype":
-            require(type(value) is int and value > 0, f"shape.{name}")
-    require(shape.dtype in DTYPE_BYTES, "shape.dtype")
-    model = manifest["model"]
-    require(all(isinstance(model[key], str) for key in ("name", "fingerprint")), "model.name or model.fingerprint")
-    require(type(model["ffn_matrices"]) is int, "model.ffn_matrices")
+            _require(type(value) is int and value > 0, f"shape.{name}")
+    _require(shape.dtype in ("float32", "float16"), "shape.dtype")
+    model, method, thresholds = manifest["model"], manifest["method"], manifest["thresholds"]
+    _require(all(isinstance(model[key], str) for key in ("name", "fingerprint")), "model.name or model.fingerprint")
+    _require(type(model["ffn_matrices"]) is int, "model.ffn_matrices")
     eos = model["eos_token_ids"]
-    require(isinstance(eos, list) and all(type(token) is int for token in eos), "model.eos_token_ids")
-    require({"statistic", "selection"} <= manifest["method"].keys(), "method.statistic or method.selection")
+    _require(isinstance(eos, list) and all(type(token) is int for token in eos), "model.eos_token_ids")
+    _require(method.get("statistic") in ("magnitude", "activation"), "method.statistic")
+    _require(method.get("selection") in ("threshold", "topk"), "method.selection")
+    density = method.get("density")
+    _require(method["selection"] == "threshold" or (isinstance(density, float) and 0 < density <= 1), "method.density")
+    _require(len(thresholds) == shape.num_layers and all(map(math.isfinite, thresholds)), "thresholds")
+    _check_weights(manifest, shape)
+
+
+def _check_weights(manifest: dict[str, Any], shape: ModelShape) -> None:
     weights, size = manifest["weights"], manifest["files"][contract.WEIGHTS_FILE]["size"]
     for name, entry in weights.items():
-        length = math.prod(entry["shape"]) * DTYPE_BYTES[entry["dtype"]]
-        require(0 <= entry["offset"] <= size - length, f"weights.{name}")
+        numbers = [entry["offset"], *entry["shape"]]
+        _require(all(type(number) is int and number >= 0 for number in numbers), f"weights.{name}")
+        _require(entry["offset"] + math.prod(entry["shape"]) * DTYPE_BYTES[entry["dtype"]] <= size, f"weights.{name}")
     for file in (contract.PREFILL_FILE, contract.DECODE_FILE):
-        require(set(manifest["graph_weights"][file]) <= weights.keys(), f"graph_weights.{file}")
+        _require(set(manifest["graph_weights"][file]) <= weights.keys(), f"graph_weights.{file}")
+    _require(weights[contract.EMBEDDING]["shape"] == [shape.vocab_size, shape.hidden_size], "shape.vocab_size")
+    last = contract.ffn_weight(shape.num_layers - 1, "up")
+    _require(last in weights and contract.ffn_weight(shape.num_layers, "up") not in weights, "shape.num_layers")
+    _require(weights[last]["shape"] == [shape.ffn_size, shape.hidden_size], "shape.ffn_size")
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(what)
 
 
 def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
@@ -135,6 +150,8 @@ def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
             raise TdaError(f"{folder}: {name} is a link out of the folder. Do not use this artifact.")
         if not path.is_file():
             raise TdaError(f"{folder}: {name} is missing. Build the artifact again.")
+        if not isinstance(entry["sha256"], str):
+            raise ValueError(f"files.{name}.sha256")
         if path.stat().st_size != entry["size"]:
             raise TdaError(
                 f"{path}: {path.stat().st_size} bytes, and the manifest says {entry['size']}: truncated or altered. "

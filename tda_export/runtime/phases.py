@@ -131,7 +131,7 @@ class DecodeStep:
         self._token.update_inplace(np.array([[token]], np.int64))
         outputs = self._call.run()
         cache.commit()
-        return outputs[contract.LOGITS].numpy()[0, -1]
+        return outputs[contract.LOGITS].numpy()[0, -1].copy()  # the next run writes to the same memory
 
     def _bind(self) -> Call:
         call = Call(self._sessions.prefill if self._mask is None else self._sessions.decode)

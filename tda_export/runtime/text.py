@@ -20,7 +20,6 @@ from tda_export.graph import contract
 from tda_export.runtime.artifact import Artifact
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-CONTEXT_TOKENS = 8  # of the prompt, decoded before the first new token
 
 
 class Text:
@@ -88,15 +87,16 @@ class Text:
 class TextStream:
     """Turns tokens into text as they come, holding back bytes that do not form a character yet.
 
-    The stream begins inside the prompt, whose text is not repeated: some tokenizers drop the space before the first
-    token that they decode.
+    The stream begins with the prompt, whose text is not repeated: some tokenizers drop the space before the first
+    token that they decode, and some need the bytes before.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
-        self._tokens = list(prompt[-CONTEXT_TOKENS:])
-        self._emitted = "".join(self._step(token) for token in self._tokens)
+        self._tokens = list(prompt)
+        self._prompt_length = len(prompt)
+        self._emitted = "".join(self._step(token) for token in prompt)
 
     def add(self, token: int) -> str:
         """Return the text that `token` completes, perhaps none."""
@@ -106,7 +106,9 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """Return what was held back: an unfinished character, as the tokenizer shows it."""
+        """Return what was held back of the new tokens: an unfinished character, as the tokenizer shows it."""
+        if len(self._tokens) == self._prompt_length:
+            return ""
         whole = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
         return whole[len(self._emitted) :] if whole.startswith(self._emitted) else ""
 

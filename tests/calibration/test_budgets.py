@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -119,9 +120,15 @@ def test_results_are_plain_numbers() -> None:
         ({"sparsity": 50}, r"^sparsity 50 is outside \[0, 1\)"),
         ({"sparsity": -1e-9}, r"^sparsity -1e-09 is outside"),
         ({"sparsity": float("nan")}, r"^sparsity nan is outside"),
+        (
+            {"sparsity": 0.5, "allocation": "greedy"},
+            r"^Allocation 'greedy' is not known here\. Use uniform, or update tda-export\.$",
+        ),
+        ({"cett": 0.2, "allocation": ""}, r"^Allocation '' is not known here"),
+        ({"cett": 0.2, "allocation": None}, r"^Allocation None is not known here"),
     ],
 )
-def test_invalid_budgets_are_refused(arguments: dict[str, float], message: str) -> None:
+def test_invalid_budgets_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Budget(**arguments)
 

@@ -10,12 +10,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tda_export.calibration.cett import (
+    BLOCK_NEURONS,
     GRID_POINTS,
     GRID_SMALLEST,
     grid_bins,
     kept_share,
     neuron_scores,
     relative_magnitudes,
+    tail_norms,
     tail_ratio_sums_by_neuron,
     tail_ratio_sums_by_token,
     threshold_grid,
@@ -78,6 +80,16 @@ def slow_tail_ratio_sums(
                 ratio += norm(token, [i for i in everyone if float(scores[token, i]) < tau]) / output
         sums.append(ratio)
     return sums, sum(output > 0 for output in outputs)
+
+
+def slow_tail_norms(h: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """Add one neuron's vector after another, and take the norm after each. Returns float64 [F + 1, T]."""
+    tail = torch.zeros(h.shape[0], down.shape[1], dtype=torch.float64)  # [T, M]
+    norms = [tail.norm(dim=1)]
+    for i in range(h.shape[1]):
+        tail = tail + h[:, i, None].double() * down[i].double()
+        norms.append(tail.norm(dim=1))
+    return torch.stack(norms)
 
 
 def assert_same_curve(fast: tuple[torch.Tensor, int], slow: tuple[list[float], int]) -> None:
@@ -192,6 +204,73 @@ def test_bins_of_a_strided_view_are_those_of_its_values() -> None:
     grid = threshold_grid(20)
     scores = random_scores((6, 4), grid, seed=0)
     assert torch.equal(grid_bins(scores.T, grid), grid_bins(scores.T.clone(), grid))
+
+
+# Tails
+
+# Around the boundaries of one and of two blocks, and below.
+around_blocks = st.integers(1, 12) | st.sampled_from([BLOCK_NEURONS * b + d for b in (1, 2) for d in (-1, 0, 1)])
+
+
+def test_blocks_are_of_64_neurons() -> None:
+    assert BLOCK_NEURONS == 64
+
+
+@settings(deadline=None, max_examples=60)
+@given(tokens=st.integers(1, 4), neurons=around_blocks, hidden=st.integers(4, 8), seed=seeds)
+@example(tokens=2, neurons=1, hidden=4, seed=0)
+@example(tokens=2, neurons=63, hidden=4, seed=0)
+@example(tokens=2, neurons=64, hidden=4, seed=0)
+@example(tokens=2, neurons=65, hidden=4, seed=0)
+@example(tokens=2, neurons=128, hidden=4, seed=0)
+@example(tokens=2, neurons=129, hidden=4, seed=0)
+def test_tail_norms_are_those_of_adding_one_by_one(tokens: int, neurons: int, hidden: int, seed: int) -> None:
+    h, down = random_layer((tokens, neurons, hidden), seed)
+    fast, slow = tail_norms(h, down), slow_tail_norms(h, down)
+    assert fast.dtype == torch.float64
+    assert fast.shape == (neurons + 1, tokens)
+    assert bool((fast[0] == 0).all())
+    # Differences of squares lose half of the digits where a tail nearly cancels.
+    largest = float(slow.max()) or 1.0
+    torch.testing.assert_close(fast.square() / largest**2, slow.square() / largest**2, rtol=0, atol=1e-12)
+    torch.testing.assert_close(fast[-1], slow[-1], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("neurons", [2, BLOCK_NEURONS - 2, BLOCK_NEURONS, BLOCK_NEURONS + 2, 2 * BLOCK_NEURONS])
+def test_tails_that_cancel_are_zero_and_never_nan(neurons: int) -> None:
+    """Every second neuron takes back what the one before it gave."""
+    vectors = torch.randn(neurons // 2, 5, generator=generator_of(0))
+    down = torch.stack([vectors, -vectors], dim=1).reshape(neurons, 5)  # [F, M]
+    norms = tail_norms(torch.full((3, neurons), 7.0), down)
+    assert bool(norms.isfinite().all())
+    assert float(norms[2::2].max()) <= 1e-7 * float(norms.max())
+    assert float(norms[-1].max()) <= 1e-14 * float(norms.max())
+    assert bool((norms[1::2] > 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_tail_norms_are_of_float64_whatever_comes(dtype: torch.dtype) -> None:
+    h, down = random_layer((3, BLOCK_NEURONS + 1, 4), seed=1)
+    h, down = (100 * h).to(dtype), (100 * down).to(dtype)  # the squares overflow float16
+    torch.testing.assert_close(tail_norms(h, down), slow_tail_norms(h, down), rtol=1e-9, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=40)
+@given(tokens=st.integers(1, 4), neurons=around_blocks, points=points_of_grid, seed=seeds)
+@example(tokens=3, neurons=64, points=24, seed=0)
+@example(tokens=3, neurons=65, points=24, seed=0)
+@example(tokens=3, neurons=129, points=24, seed=0)
+def test_curve_by_neuron_is_exact_across_blocks(tokens: int, neurons: int, points: int, seed: int) -> None:
+    h, down = random_layer((tokens, neurons, 6), seed)
+    grid = threshold_grid(points)
+    scores = random_scores((neurons,), grid, seed + 1)
+    sums, count = tail_ratio_sums_by_neuron(h, down, grid_bins(scores, grid), points)
+    used = h.any(dim=1)
+    vectors = h[used, :, None].double() * down.double()  # [T, F, M]
+    outputs = vectors.sum(dim=1).norm(dim=1)
+    slow = torch.stack([(vectors[:, scores < tau].sum(dim=1).norm(dim=1) / outputs).sum() for tau in grid])  # [K]
+    assert count == int(used.sum())
+    assert float((sums - slow).abs().max()) <= 1e-9 * max(float(slow.max()), 1.0)
 
 
 # Curves

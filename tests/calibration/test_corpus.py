@@ -6,7 +6,6 @@ import gc
 import hashlib
 import json
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from tda_export.calibration import corpus as corpus_module
 from tda_export.calibration.corpus import (
     BUILTIN,
     PIECE_CHARACTERS_PER_TOKEN,
+    SHUFFLE_BUFFER,
     Corpus,
     builtin_folder,
     load_corpus,
@@ -51,6 +51,25 @@ def load(dataset: object, **options: Any) -> Corpus:
 
 def texts(corpus: Corpus) -> list[str]:
     return [TOKENIZER.decode(row) for row in corpus.tokens]
+
+
+class Recorder:
+    """A byte tokenizer that keeps the texts it is given."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        self.texts.append(text)
+        return TOKENIZER(text, **options)
+
+
+def pieces(dataset: object, **options: Any) -> list[str]:
+    """The pieces of a dataset in their shuffled order, all of them unless `sequences` says otherwise."""
+    recorder = Recorder()
+    load(dataset, tokenizer=recorder, **({"sequences": 10_000} | options))
+    assert recorder.texts[:2] == ["", "\n\n"]  # what begins a sequence, and what joins two pieces
+    return recorder.texts[2:]
 
 
 def write_documents(path: Path, documents: list[str]) -> Path:
@@ -118,18 +137,19 @@ def write_format(folder: Path, suffix: str, column: str, rows: list[str | None])
 
 
 ROWS: list[str | None] = ["first", None, 'sécond, with "quotes"', "   ", "third\nof two lines"]
+DOCUMENTS = ["first", 'sécond, with "quotes"', "third\nof two lines"]  # ROWS without the blank ones
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".TXT", ".jsonl", ".csv", ".parquet"])
 def test_every_format_gives_the_same_documents(suffix: str, tmp_path: Path) -> None:
-    corpus = load(write_format(tmp_path, suffix.lower(), "text", ROWS).rename(tmp_path / f"named{suffix}"))
-    assert sorted(texts(corpus)) == ["firs", "séc", "thir"]  # é is two bytes
+    path = write_format(tmp_path, suffix.lower(), "text", ROWS).rename(tmp_path / f"named{suffix}")
+    assert sorted(pieces(path, length=8)) == DOCUMENTS
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_text_column_is_chosen_by_name(suffix: str, tmp_path: Path) -> None:
     path = write_format(tmp_path, suffix, "body", ROWS)
-    assert sorted(texts(load(path, text_column="body"))) == ["firs", "séc", "thir"]
+    assert sorted(pieces(path, text_column="body", length=8)) == DOCUMENTS
     message = rf"data\{suffix}: no column 'text'; the columns are number, body\. Choose one with --text-column\.$"
     with pytest.raises(UsageError, match=message):
         load(path)
@@ -140,7 +160,7 @@ def test_text_column_is_chosen_by_name(suffix: str, tmp_path: Path) -> None:
 def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write_documents(tmp_path / "notes.txt", ["a document"])
-    assert texts(load("~/notes.txt")) == ["a do"]
+    assert pieces("~/notes.txt") == ["a document"]
 
 
 @pytest.mark.parametrize(
@@ -157,61 +177,105 @@ def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_separators_never_get_into_a_document(text: str, tmp_path: Path) -> None:
     path = tmp_path / "documents.txt"
     path.write_bytes(text.encode())
-    assert sorted(texts(load(path, length=3))) == ["aaa", "bbb"]
+    assert sorted(pieces(path)) == ["aaaa", "bbbb"]
 
 
 def test_a_marker_within_a_line_is_text(tmp_path: Path) -> None:
     (tmp_path / "quoted.txt").write_text(f"see {MARKER} here")
-    assert texts(load(tmp_path / "quoted.txt", length=10)) == ["see <|docu"]
+    assert pieces(tmp_path / "quoted.txt") == [f"see {MARKER} here"]
+
+
+# Pieces
+
+
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=6), length=st.integers(1, 6), seed=st.integers(0, 9))
+def test_documents_are_cut_into_pieces_of_eight_characters_a_token(
+    sizes: list[int], length: int, seed: int, tmp_path: Path
+) -> None:
+    """Every document is one letter, so that a piece shows which document it came from."""
+    documents = [letter * size for letter, size in zip(ALPHABET, sizes, strict=False)]
+    path = write_documents(tmp_path / "letters.txt", [*documents, "z" * length])  # enough for one sequence
+    limit = PIECE_CHARACTERS_PER_TOKEN * length
+    expected = [d[i : i + limit] for d in [*documents, "z" * length] for i in range(0, len(d), limit)]
+    assert sorted(pieces(path, length=length, seed=seed)) == sorted(expected)
+
+
+def test_pieces_of_a_long_document_are_shuffled_among_the_others(tmp_path: Path) -> None:
+    """A book must not fill the corpus alone: it is cut before the shuffle."""
+    assert SHUFFLE_BUFFER == 1_000
+    limit = 4 * PIECE_CHARACTERS_PER_TOKEN
+    path = write_documents(tmp_path / "books.txt", [letter * (20 * limit) for letter in "ab"])
+    order = "".join(piece[0] for piece in pieces(path))
+    assert sorted(order) == ["a"] * 20 + ["b"] * 20
+    assert set(order[:20]) == {"a", "b"}
+
+
+def test_shuffling_reaches_as_far_as_the_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_documents(tmp_path / "letters.txt", [letter * 4 for letter in ALPHABET])
+    in_order = [letter * 4 for letter in ALPHABET]
+    assert pieces(path) != in_order
+    monkeypatch.setattr(corpus_module, "SHUFFLE_BUFFER", 1)
+    assert pieces(path) == in_order
+
+
+def test_surroundings_of_documents_and_pieces_are_stripped(tmp_path: Path) -> None:
+    limit = 4 * PIECE_CHARACTERS_PER_TOKEN
+    rows = ["\n\n  indented\n  again \t\n\n", "a" * (limit - 3) + "   \n" + "b" * 5]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    assert sorted(pieces(path)) == ["a" * (limit - 3), "bbbbb", "indented\n  again"]
 
 
 # Sequences
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def slow_sequences(texts_in_order: list[str], size: int, sequences: int) -> list[str]:
+    """The sequences of pieces in this order: the starts of long ones, then cuts of all that is left in one string."""
+    starts = [text[:size] for text in texts_in_order if len(text) >= size]
+    left = ""
+    for text in texts_in_order:
+        if rest := text[size:] if len(text) >= size else text:
+            left += ("\n\n" if len(left) % size else "") + rest  # no blank line where a sequence begins
+    return (starts + [left[i : i + size] for i in range(0, len(left) - size + 1, size)])[:sequences]
+
+
+@settings(deadline=None, max_examples=150)
 @given(
-    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=len(ALPHABET)),
-    length=st.integers(1, 6),
-    sequences=st.integers(1, 8),
-    seed=st.integers(0, 100),
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=len(ALPHABET)),
+    length=st.integers(1, 12),
+    sequences=st.integers(1, 12),
 )
-def test_sequences_are_cut_and_joined_as_documented(
-    sizes: list[int], length: int, sequences: int, seed: int, tmp_path: Path
-) -> None:
-    """Every document is one letter, so that each run of letters in a sequence shows which document it came from."""
-    path = write_documents(tmp_path / "letters.txt", [a * n for a, n in zip(ALPHABET, sizes, strict=False)])
-    size_of = dict(zip(ALPHABET, sizes, strict=False))
-    limit = PIECE_CHARACTERS_PER_TOKEN * length
-    pieces = {a: [min(limit, n - start) for start in range(0, n, limit)] for a, n in size_of.items()}
-    if sum(sizes) < length:
-        with pytest.raises(TdaError, match="tokens of text"):
-            load(path, length=length, sequences=sequences, seed=seed)
-        return
-
-    corpus = load(path, length=length, sequences=sequences, seed=seed)
+def test_sequences_are_cut_and_joined_as_documented(sizes: list[int], length: int, sequences: int) -> None:
+    documents = [letter * size for letter, size in zip(ALPHABET, sizes, strict=False)]
+    expected = slow_sequences(documents, length, sequences)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_module, "_documents", lambda *arguments: iter(documents))
+        if not expected:
+            with pytest.raises(TdaError, match=rf"^letters: {sum(sizes)} tokens of text, but one sequence takes"):
+                load("letters", length=length, sequences=sequences)
+            return
+        corpus = load("letters", length=length, sequences=sequences)
     assert corpus.tokens.dtype == torch.int64
-    assert corpus.tokens.shape[1] == length
-    whole = sum(piece >= length for sizes_of_pieces in pieces.values() for piece in sizes_of_pieces)
-    short = sum(piece for sizes_of_pieces in pieces.values() for piece in sizes_of_pieces if piece < length)
-    assert min(sequences, whole) <= len(corpus.tokens) <= min(sequences, whole + short // length)
-    for text in texts(corpus):
-        runs = [(letter, len(list(run))) for letter, run in groupby(text)]
-        if len(runs) == 1 and max(pieces[runs[0][0]]) >= length:
-            continue  # the start of a piece that is long enough
-        *joined, (last, part) = runs
-        assert all(pieces[letter][-1] == count for letter, count in joined)  # whole short documents
-        assert part <= pieces[last][-1] < length
+    assert corpus.tokens.shape == (len(expected), length)  # nothing is padded
+    assert texts(corpus) == expected
 
 
-def test_each_document_gives_one_sequence_unless_it_is_long(tmp_path: Path) -> None:
+def test_no_more_is_read_than_is_needed(tmp_path: Path) -> None:
+    path = write_documents(tmp_path / "letters.txt", [letter * 4 for letter in ALPHABET])
+    assert len(pieces(path, sequences=3)) == 3
+
+
+def test_each_piece_gives_one_sequence_while_there_are_enough(tmp_path: Path) -> None:
     limit = 4 * PIECE_CHARACTERS_PER_TOKEN
     path = write_documents(tmp_path / "documents.txt", ["a" * limit, "b" * (2 * limit), "c" * (limit + 3)])
-    assert sorted(texts(load(path))) == ["aaaa", "bbbb", "bbbb", "cccc"]
+    assert sorted(texts(load(path, sequences=4))) == ["aaaa", "bbbb", "bbbb", "cccc"]
 
 
-def test_short_documents_are_joined(tmp_path: Path) -> None:
-    path = write_documents(tmp_path / "short.txt", ["ab"] * 5)
-    assert texts(load(path)) == ["abab", "abab"]  # the fifth fills no sequence, and nothing is padded
+def test_short_documents_are_joined_by_a_blank_line(tmp_path: Path) -> None:
+    path = write_documents(tmp_path / "short.txt", ["ab"] * 4)
+    assert texts(load(path, length=6)) == ["ab\n\nab", "ab\n\nab"]
+    assert texts(load(path, length=5)) == ["ab\n\na", "b\n\nab"]  # the fourth fills no sequence
 
 
 def test_a_token_before_every_text_begins_each_sequence(tmp_path: Path) -> None:
@@ -222,9 +286,10 @@ def test_a_token_before_every_text_begins_each_sequence(tmp_path: Path) -> None:
     )
     path = write_documents(tmp_path / "documents.txt", ["abcdef", "gh", "ij", "kl"])
     corpus = load(path, tokenizer=tokenizer)
+    assert len(corpus.tokens) > 3
     assert corpus.tokens[:, 0].tolist() == [begin] * len(corpus.tokens)
-    assert (corpus.tokens[:, 1:] != begin).all()
-    assert len(corpus.tokens) == 2
+    assert (corpus.tokens[:, 1:] != begin).all()  # neither a later piece nor the blank line brings another
+    assert tokenizer.decode(corpus.tokens[0, 1:]) == "abc"
 
 
 # The seed
@@ -258,12 +323,12 @@ def test_description_is_provenance(tmp_path: Path) -> None:
 def test_too_little_text(tmp_path: Path) -> None:
     path = write_documents(tmp_path / "little.txt", ["abc", "de"])
     message = (
-        r"little\.txt: 5 tokens of text, but one sequence takes 6 \(prompt and continuation\)\. "
+        r"little\.txt: 5 tokens of text, but one sequence takes 8 \(prompt and continuation\)\. "
         r"Give a larger dataset, or lower --prompt-tokens or --continuation-tokens\.$"
     )
     with pytest.raises(TdaError, match=message):
-        load(path, length=6)
-    assert len(load(path, length=5).tokens) == 1
+        load(path, length=8)
+    assert sorted(texts(load(path, length=7))[0]) == sorted("abc\n\nde")
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
@@ -274,9 +339,18 @@ def test_missing_file(suffix: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("empty.txt", ""), ("blank.txt", " \n\n"), ("newline.jsonl", "\n"), ("header.csv", "text,b\n")],
+    [
+        ("empty.txt", ""),
+        ("blank.txt", " \n\n"),
+        ("markers.txt", f"{MARKER}\n \n{MARKER}\n"),
+        ("newline.jsonl", "\n"),
+        ("null.jsonl", '{"text": null}\n'),
+        ("blank.jsonl", '{"text": " "}\n{"text": null}\n{"text": ""}\n'),
+        ("header.csv", "text,b\n"),
+        ("blank.csv", 'text,b\n" ",1\n'),
+    ],
 )
-def test_dataset_without_rows(name: str, content: str, tmp_path: Path) -> None:
+def test_dataset_without_text(name: str, content: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(TdaError, match=rf"{name}: the dataset is empty\. Give one that holds text\.$"):
         load(tmp_path / name)
@@ -305,10 +379,27 @@ def test_damaged_file(name: str, content: bytes, tmp_path: Path) -> None:
         load(tmp_path / name)
 
 
-def test_column_of_numbers(tmp_path: Path) -> None:
-    (tmp_path / "numbers.jsonl").write_text('{"text": 3}\n')
-    with pytest.raises(UsageError, match=r"numbers\.jsonl: column 'text' holds no text\. Choose another with"):
-        load(tmp_path / "numbers.jsonl")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("numbers.jsonl", '{"text": 3}\n'),
+        ("lists.jsonl", '{"text": ["a", "b"]}\n'),
+        ("objects.jsonl", '{"text": {"a": "b"}}\n'),
+        ("numbers.csv", "text,b\n3,a\n"),
+    ],
+)
+def test_column_that_holds_no_text(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    message = rf"{name}: column 'text' holds no text\. Choose another with --text-column\.$"
+    with pytest.raises(UsageError, match=message):
+        load(tmp_path / name)
+
+
+def test_parquet_column_of_numbers_is_refused_and_another_is_taken(tmp_path: Path) -> None:
+    path = write_format(tmp_path, ".parquet", "text", ["abcd"])
+    with pytest.raises(UsageError, match=r"data\.parquet: column 'number' holds no text\. Choose another with"):
+        load(path, text_column="number")
+    assert texts(load(path)) == ["abcd"]
 
 
 def test_text_files_have_no_columns(tmp_path: Path) -> None:
@@ -341,7 +432,7 @@ def test_unknown_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
         load("no-such/dataset")
 
 
-@pytest.mark.parametrize(("error", "reason"), [("first\nsecond", "first"), ("", "ValueError"), ("x" * 999, "x" * 200)])
+@pytest.mark.parametrize(("error", "reason"), [("first\nsecond", "first"), ("", "ValueError"), ("x" * 999, "x" * 300)])
 def test_hub_errors_are_one_short_line(error: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object, **options: object) -> None:
         raise ValueError(error)

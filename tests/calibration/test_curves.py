@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tda_export.calibration.cett import threshold_grid
 from tda_export.calibration.curves import CurveAccumulator, CurveSums, Estimator
 from tda_export.calibration.run import CalibrationSettings, accumulate_curves
+from tda_export.errors import TdaError
 from tda_export.models.source import ModelSource, resolve_model
 from tests.tiny import save_tiny_model
 
@@ -230,6 +231,33 @@ def test_a_continuation_without_output_is_left_out() -> None:
     assert float(sums.mean_cett[0, -1]) == 1
     h[4:] = 0
     assert add_one("prompt", h, prompt=4).mean_cett.isfinite().all()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("token", [1, 3, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_activations_that_are_not_finite_are_refused(
+    estimator: Estimator, value: float, token: int, dtype: torch.dtype
+) -> None:
+    """Float16 overflows with some models; their curves would be of nothing."""
+    accumulator = CurveAccumulator(3, 5, threshold_grid(30), estimator, 4)
+    h = torch.ones(8, 5, dtype=dtype)
+    accumulator.add(1, h, torch.eye(5, dtype=dtype))
+    before = [getattr(accumulator.sums, field.name).clone() for field in fields(CurveSums)]
+    h[token, 2] = value
+    message = r"^Layer 2: activations are not finite\. Calibrate with --dtype bf16 or fp32\.$"
+    with pytest.raises(TdaError, match=message):
+        accumulator.add(2, h, torch.eye(5, dtype=dtype))
+    for field, sums in zip(fields(CurveSums), before, strict=True):
+        assert torch.equal(getattr(accumulator.sums, field.name), sums)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_first_token_may_overflow(value: float) -> None:
+    h = torch.ones(6, 3)
+    h[0] = value
+    assert changed_fields(add_one("prompt", torch.ones(6, 3), prompt=3), add_one("prompt", h, prompt=3)) == set()
 
 
 def test_sequences_are_counted_once_not_for_every_layer() -> None:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tda_export.calibration import file as calibration_file
+from tda_export.calibration.budgets import Budget, allocate
 from tda_export.calibration.cett import threshold_grid
 from tda_export.calibration.curves import CurveAccumulator, CurveSums
 from tda_export.calibration.file import (
@@ -23,7 +24,9 @@ from tda_export.calibration.file import (
     FORMAT_VERSION,
     METADATA_KEY,
     Calibration,
+    is_calibration,
     read_calibration,
+    thresholds_from,
     write_calibration,
 )
 from tda_export.errors import TdaError
@@ -142,6 +145,80 @@ def test_missing_tensor(calibration: Calibration, path: Path, missing: str) -> N
     save_file(tensors, path, metadata={METADATA_KEY: json.dumps(metadata)})
     with pytest.raises(TdaError, match=rf"not a readable calibration \(.*{missing}"):
         read_calibration(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": None},
+        {"model": "tiny"},
+        {"model": {"name": "tiny"}},
+        {"model": {"fingerprint": "f" * 64}},
+        {"budget": None},
+        {"budget": 0.2},
+        {"budget": {"cett": "much"}},
+        {"budget": {"cett": 0.2, "unheard-of": 1}},
+        {"budget": {}},
+        {"budget": {"cett": 5}},
+        {"budget": {"sparsity": 0.5, "allocation": "unheard-of"}},
+    ],
+    ids=str,
+)
+def test_damaged_record_names_the_file(calibration: Calibration, path: Path, change: dict[str, Any]) -> None:
+    write_calibration(Calibration(calibration.grid, calibration.sums, PROVENANCE | change), path)
+    with pytest.raises(TdaError, match=r"tiny\.safetensors: not a readable calibration \(.+\)\. Run 'tda-export cal"):
+        read_calibration(path)
+
+
+@pytest.mark.parametrize("missing", ["model", "budget"])
+def test_record_without_what_build_needs(calibration: Calibration, path: Path, missing: str) -> None:
+    provenance = {name: value for name, value in PROVENANCE.items() if name != missing}
+    write_calibration(Calibration(calibration.grid, calibration.sums, provenance), path)
+    with pytest.raises(TdaError, match=rf"tiny\.safetensors: not a readable calibration \('{missing}'\)"):
+        read_calibration(path)
+
+
+# What a build asks of a file
+
+
+@pytest.mark.parametrize("budget", [Budget(cett=0.2), Budget(sparsity=0.5)], ids=str)
+def test_thresholds_of_a_file_are_those_of_its_curves(calibration: Calibration, path: Path, budget: Budget) -> None:
+    write_calibration(calibration, path)
+    thresholds = thresholds_from(path, budget)
+    assert thresholds == allocate(budget, calibration.sums, calibration.grid).thresholds
+    assert len(thresholds) == 2
+    assert set(thresholds) <= set(calibration.grid.tolist())
+
+
+def test_thresholds_of_a_missing_file(path: Path) -> None:
+    with pytest.raises(TdaError, match=r"tiny\.safetensors: no such calibration file"):
+        thresholds_from(path, Budget(cett=0.2))
+
+
+def test_a_calibration_is_told_by_its_content(calibration: Calibration, path: Path) -> None:
+    write_calibration(calibration, path)
+    assert is_calibration(path)
+    assert is_calibration(path.rename(path.with_suffix(".other")))
+
+
+@pytest.mark.parametrize("version", [0, FORMAT_VERSION, FORMAT_VERSION + 1, None])
+def test_a_calibration_of_any_version_is_one(path: Path, version: int | None) -> None:
+    write_metadata(path, json.dumps({"format": FORMAT, "format_version": version}))
+    assert is_calibration(path)
+
+
+@pytest.mark.parametrize("metadata", [None, "", "{", "[]", "3", "null", '"text"', "{}", '{"format": "another"}'])
+def test_other_safetensors_is_no_calibration(path: Path, metadata: str | None) -> None:
+    write_metadata(path, metadata)
+    assert not is_calibration(path)
+
+
+def test_other_files_are_no_calibration(path: Path) -> None:
+    assert not is_calibration(path)  # not there
+    assert not is_calibration(path.parent)
+    for content in (b"", b"text", bytes(100)):
+        path.write_bytes(content)
+        assert not is_calibration(path)
 
 
 # Whole or not at all

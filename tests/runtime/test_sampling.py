@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,6 +132,29 @@ def test_draws_follow_the_distribution() -> None:
     expected = np.array(slow_softmax((logits / temperature).tolist()))
     standard_error = np.sqrt(expected * (1 - expected) / count)
     assert (np.abs(drawn - expected) < 4 * standard_error).all()
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-308, 1e-30, 1e-6])
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 2, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 3e38], ids=["logits", "logits as large as float32 holds"])
+def test_almost_no_temperature_is_greedy(temperature: float, options: dict[str, Any], scale: float) -> None:
+    logits = (np.array([0.5, 1.0, -1.0, 0.25]) * scale).astype(np.float32)
+    sample = make_sampler(Sampling(temperature, seed=0, **options))
+    with np.errstate(over="ignore"):  # the others become -inf: that is what they are
+        assert {sample(logits) for _ in range(20)} == {1}
+
+
+@pytest.mark.parametrize("temperature", [1e-308, 1e-30])
+def test_almost_no_temperature_draws_among_equals(temperature: float) -> None:
+    sample = make_sampler(Sampling(temperature, seed=0))
+    with np.errstate(over="ignore"):
+        assert {sample(np.array([1.0, 0.5, 1.0], np.float32)) for _ in range(50)} == {0, 2}
+
+
+@pytest.mark.parametrize("temperature", [1e6, 1.7e308])
+def test_any_high_temperature_is_nearly_uniform(temperature: float) -> None:
+    sample = make_sampler(Sampling(temperature, seed=0))
+    assert {sample(np.array([8.0, 0.0, -8.0], np.float32)) for _ in range(100)} == {0, 1, 2}
 
 
 def test_top_k_of_one_is_greedy() -> None:

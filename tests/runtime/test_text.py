@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tda_export.bench.random_model import BYTE_VOCABULARY, CHAT_TEMPLATE, SPECIAL_TOKENS, byte_tokenizer
 from tda_export.errors import TdaError
 from tda_export.graph import contract
 from tda_export.runtime import Model, open_artifact
-from tda_export.runtime.text import TOKENIZER_CONFIG_FILE, Text
+from tda_export.runtime.text import TOKENIZER_CONFIG_FILE, Text, TextStream
 from tests.runtime.conftest import edit_manifest
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -44,39 +46,119 @@ def with_template(folder: Path, template: str) -> Text:
     return Text(artifact)
 
 
-def streamed(text: Text, tokens: list[int]) -> str:
-    stream = text.stream()
-    return "".join(stream.add(token) for token in tokens)
+def pieces_of(stream: TextStream, tokens: list[int]) -> list[str]:
+    """The text of every token, and what was held back to the end."""
+    return [*(stream.add(token) for token in tokens), stream.finish()]
 
 
-@given(st.text().filter(lambda text: not any(token in text for token in SPECIAL_TOKENS)))
+def streamed(text: Text, tokens: list[int], prompt: Sequence[int] = ()) -> str:
+    return "".join(pieces_of(text.stream(prompt), tokens))
+
+
+PLAIN = st.text().filter(lambda text: not any(token in text for token in SPECIAL_TOKENS))
+TOKENS = st.lists(st.integers(0, BYTE_VOCABULARY - 1), max_size=40)
+
+
+@given(PLAIN)
 @example("naïve 世界 👩‍👩‍👧 𝄞")
 @example(f"ends in a real {REPLACEMENT}")
 @example(" leading and trailing ")
 def test_streamed_pieces_are_the_text(model: Model, content: str) -> None:
     tokens = model.text.encode(content)
     assert len(tokens) == len(content.encode())  # one token a byte
-    # A real replacement character at the very end looks like an unfinished one.
-    assert streamed(model.text, tokens) == content.rstrip(REPLACEMENT)
+    assert streamed(model.text, tokens) == content
 
 
-@given(st.lists(st.integers(0, BYTE_VOCABULARY - 1), max_size=40))
+@given(PLAIN, PLAIN)
+@example("世界世界世界", "世界")  # the stream begins inside a character of the prompt
+@example("👩‍👩‍👧", "👩‍👩‍👧")
+def test_the_prompts_text_is_not_repeated(model: Model, prompt: str, content: str) -> None:
+    assert streamed(model.text, model.text.encode(content), model.text.encode(prompt)) == content
+
+
+@given(TOKENS)
 def test_streamed_pieces_are_the_full_decode(model: Model, tokens: list[int]) -> None:
     whole = byte_tokenizer().decode(tokens, skip_special_tokens=True)
-    pieces = streamed(model.text, tokens)
-    assert whole.startswith(pieces)
-    assert whole[len(pieces) :].strip(REPLACEMENT) == ""  # only an unfinished character is held back
+    *pieces, held_back = pieces_of(model.text.stream([]), tokens)
+    assert "".join(pieces) + held_back == whole
+    assert held_back.strip(REPLACEMENT) == ""  # only an unfinished character is held back
 
 
 def test_a_character_comes_with_its_last_token(model: Model) -> None:
-    stream = model.text.stream()
-    assert [stream.add(token) for token in model.text.encode("a世b")] == ["a", "", "", "世", "b"]
+    stream = model.text.stream([])
+    assert pieces_of(stream, model.text.encode("a世b")) == ["a", "", "", "世", "b", ""]
+
+
+@pytest.mark.parametrize(("missing", "held_back"), [(0, ""), (1, REPLACEMENT), (2, REPLACEMENT), (3, "")])
+def test_finish_returns_an_unfinished_character(model: Model, missing: int, held_back: str) -> None:
+    tokens = model.text.encode("a世")
+    stream = model.text.stream(model.text.encode("prompt"))
+    assert "".join(stream.add(token) for token in tokens[: 4 - missing]) == ("a世" if missing == 0 else "a")
+    assert stream.finish() == held_back
+
+
+def test_finish_of_nothing(model: Model) -> None:
+    assert model.text.stream([]).finish() == ""
+    assert model.text.stream(model.text.encode("prompt")).finish() == ""
 
 
 def test_special_tokens_have_no_text(model: Model) -> None:
     tokens = model.text.encode("".join(SPECIAL_TOKENS))
     assert tokens == [0, 1, 2]
     assert streamed(model.text, tokens) == ""
+
+
+WORDS = ["<s>", "▁The", "▁sea", "▁is", "▁calm", "ly", ".", "▁"]
+
+
+@pytest.fixture
+def words(artifact_copy: Path) -> Text:
+    """A Metaspace tokenizer, as Llama 2's: its decoder drops the space before the first token it is given."""
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="▁"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(["<s>"])
+    artifact = open_artifact(artifact_copy)
+    tokenizer.save(str(artifact.file(contract.TOKENIZER_FILE)))
+    return Text(artifact)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "pieces"),
+    [
+        ([1, 2], [3, 4, 5, 6], [" is", " calm", "ly", ".", ""]),
+        ([0, 1, 2], [3, 4], [" is", " calm", ""]),
+        ([0, 1, *[2] * 20], [3, 4], [" is", " calm", ""]),  # longer than what the stream begins with
+        ([1, 2, 0], [3, 4], [" is", " calm", ""]),
+        ([0, 1, 2, 3, 4], [5, 6], ["ly", ".", ""]),
+        ([0], [1, 2], ["The", " sea", ""]),  # the text begins here
+        ([], [1, 2], ["The", " sea", ""]),
+    ],
+    ids=["words", "special first", "long", "special last", "inside a word", "nothing but special", "nothing"],
+)
+def test_the_space_after_the_prompt(words: Text, prompt: list[int], tokens: list[int], pieces: list[str]) -> None:
+    assert pieces_of(words.stream(prompt), tokens) == pieces
+
+
+def test_bytes_of_characters_stay_together_across_the_prompt(artifact_copy: Path) -> None:
+    """A byte-fallback tokenizer, as Llama 2's, shows a run of bytes that begins inside a character as nothing but �."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"<unk>": 256, "<s>": 257}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens(["<s>"])
+    artifact = open_artifact(artifact_copy)
+    tokenizer.save(str(artifact.file(contract.TOKENIZER_FILE)))
+    prompt, new = [257, *"世界世界世界".encode()], "是的,世界a"
+    assert "".join(pieces_of(Text(artifact).stream(prompt), list(new.encode()))) == new
+
+
+def test_prompt_and_pieces_make_the_whole_text(words: Text) -> None:
+    tokens = words.encode("The sea is calm The sea is calm The sea is calm")
+    assert len(tokens) == 12
+    for split in range(1, len(tokens)):
+        assert " ".join(["The sea is calm"] * 3).endswith(streamed(words, tokens[split:], tokens[:split]))
+        assert streamed(words, tokens[split:], tokens[:split]).startswith(" ")
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS, ids=["one message", "conversation"])
