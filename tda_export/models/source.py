@@ -29,6 +29,7 @@ LOADING_PROBLEMS = {
     "conversion_errors": "not converted",
 }
 GGUF_ROPE_FACTORS = "rope_freqs.weight"
+GGUF_HEADER_BYTES = 64 << 20  # more than the largest vocabulary takes
 
 
 @dataclass(frozen=True)
@@ -144,11 +145,9 @@ class ModelSource:
 
     def _refuse_rope_factors(self) -> None:
         """Llama 3.1's rope scaling is a tensor in GGUF files, which transformers does not read."""
-        from gguf import GGUFReader
-
-        with _readable_errors(self):
-            tensors = {tensor.name for tensor in GGUFReader(self.folder / str(self.gguf)).tensors}
-        if GGUF_ROPE_FACTORS in tensors:
+        with (self.folder / str(self.gguf)).open("rb") as file:
+            header = file.read(GGUF_HEADER_BYTES)  # tensor names stand before the tensors
+        if GGUF_ROPE_FACTORS.encode() in header:
             raise TdaError(
                 f"{self.name}: its rope scaling ({GGUF_ROPE_FACTORS}) is not read from GGUF files. "
                 "Give the safetensors checkpoint of this model."
