@@ -121,13 +121,15 @@ def verify(folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     checks = verify_artifact(folder / "artifact", resolve_model, provider="cuda", quiet=True)
     results = [asdict(check) | {"passed": check.passed} for check in checks]
+    if not all(check.passed for check in checks):
+        raise SystemExit(f"Verification failed, so nothing is timed: {results}")
     return {"verify_seconds": time.perf_counter() - started, "verify": results}
 
 
 def run(folder: Path) -> dict[str, Any]:
     import onnxruntime
 
-    from tda_export.graph.contract import DECODE_FILE, PREFILL_FILE
+    from tda_export.graph.contract import DECODE_FILE, PREFILL_FILE, WEIGHTS_FILE
     from tda_export.runtime import load, open_artifact
     from tda_export.runtime.session import empty_tensor, open_session, upload_weights
 
@@ -142,6 +144,8 @@ def run(folder: Path) -> dict[str, Any]:
     memory["with_prefill_session"] = gpu_memory() - before
     decode = open_session(artifact, DECODE_FILE, "cuda", weights)
     memory["with_both_sessions"] = gpu_memory() - before
+    weights_bytes = artifact.file(WEIGHTS_FILE).stat().st_size
+    assert memory["with_both_sessions"] - memory["with_weights"] < 0.1 * weights_bytes, "a session copied the weights"
     del prefill, decode, weights
     started = time.perf_counter()
     model = load(folder / "artifact", provider="cuda")

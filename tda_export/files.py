@@ -34,9 +34,11 @@ def check_output(path: Path, *, overwrite: bool, what: str, is_earlier_output: C
         raise UsageError(f"{path}: the folder {parent} is not writable. Choose another output.")
     if not (path.exists() or path.is_symlink()):
         return
+    replaceable = is_earlier_output(path)
     if not overwrite:
-        raise UsageError(f"{path} exists. Choose another output, or replace it with --overwrite.")
-    if not is_earlier_output(path):
+        way_out = ", or replace it with --overwrite" if replaceable else ""
+        raise UsageError(f"{path} exists. Choose another output{way_out}.")
+    if not replaceable:
         raise UsageError(f"{path} exists and is not {what}, so it is not replaced. Choose another output.")
 
 
@@ -116,14 +118,15 @@ def _swap(part: Path, path: Path) -> None:
 
 
 def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     except OSError:
-        if path.is_file():  # some file systems cannot sync a folder; a file they must
+        if path.is_file():  # some systems cannot sync a folder; a file they must
             raise
-    finally:
-        os.close(handle)
 
 
 def _umask() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,14 @@ def test_another_budget_without_the_model(artifact: Path) -> None:
     sparse = json.loads(result.stdout)["metrics"]["sparsity"]
     result = run_ok("generate", artifact, PROMPT, "--max-new-tokens", 4, "--json")
     assert sparse > json.loads(result.stdout)["metrics"]["sparsity"] + 0.2
+
+
+def test_demo_uses_what_is_there_and_compares_two_budgets(artifact: Path, tmp_path: Path) -> None:
+    shutil.copy(artifact.parent / "calibration.safetensors", tmp_path / f"{MODEL}.calibration.safetensors")
+    (tmp_path / MODEL).symlink_to(artifact)
+    result = run_ok("demo", "--artifacts", tmp_path)
+    assert f"Using {tmp_path / MODEL}" in result.stdout
+    rows = [line.split("│")[1:4] for line in result.stdout.splitlines() if line.startswith("│")]
+    names, sparsities = [row[0].strip() for row in rows], [float(row[1]) for row in rows]
+    assert names == ["dense", "tda, CETT 0.2", "tda, sparsity 0.4"]
+    assert sparsities[0] == 0 < sparsities[1] < sparsities[2]

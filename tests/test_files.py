@@ -280,7 +280,8 @@ EXISTING = pytest.mark.parametrize(
 @pytest.mark.parametrize("earlier", [False, True])
 def test_output_that_exists(tmp_path: Path, make: Callable[[Path], None], earlier: bool) -> None:
     make(tmp_path / "x")
-    with pytest.raises(UsageError, match=r"x exists. Choose another output, or replace it with --overwrite"):
+    advice = ", or replace it with --overwrite" if earlier else ""
+    with pytest.raises(UsageError, match=rf"x exists\. Choose another output{advice}\.$"):
         check(tmp_path / "x", overwrite=False, earlier=earlier)
 
 

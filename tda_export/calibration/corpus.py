@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,14 +125,17 @@ def _documents(dataset: str, text_column: str | None, seed: int, characters: int
     except TdaError:
         raise
     except Exception as error:  # whatever a reader of damaged files raises
-        raise TdaError(f"{dataset}: the dataset cannot be read ({first_line(error)}).") from error
+        raise TdaError(
+            f"{dataset}: the dataset cannot be read ({first_line(error)}). Check that it is UTF-8 text and that every "
+            f"row has the column {text_column or 'text'!r}."
+        ) from error
 
 
 def _open(dataset: str, text_column: str | None) -> tuple[Any, str, bool]:
     """Open a dataset as a stream of rows; return it, its text column, and whether separator lines count in it."""
     from datasets import load_dataset
 
-    path = Path(dataset).expanduser()
+    path = Path(os.path.expanduser(dataset))
     suffix = path.suffix.lower()
     if dataset == BUILTIN or (suffix == ".txt" and path.is_file()):
         files = sorted(builtin_folder().glob("*.txt")) if dataset == BUILTIN else [path]

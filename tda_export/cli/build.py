@@ -86,7 +86,7 @@ def build(
     from tda_export.runtime.artifact import is_artifact
     from tda_export.runtime.providers import choose_provider
 
-    check_output(output, overwrite=overwrite, what="an artifact", is_earlier_output=is_artifact)
+    check_output(output, overwrite=overwrite, what="an artifact without other files", is_earlier_output=is_artifact)
     choose_provider(provider, DTYPES[dtype])
     if method == "griffin":
         if sparsity is None or cett is not None or allocation or calibration_file or tail != "zero":

@@ -32,7 +32,7 @@ DEFAULT_BUDGET = {"cett": 0.2}  # the paper's
     "--dataset",
     default="builtin",
     show_default=True,
-    help="builtin, a .txt, .jsonl, .csv or .parquet file, or a hub dataset (name or name:config:split).",
+    help="builtin, a .txt, .jsonl, .json, .csv or .parquet file, or a hub dataset (name or name:config:split).",
 )
 @click.option("--text-column", help="Column that holds the text.  [default: text]")
 @click.option(
@@ -99,6 +99,7 @@ def calibrate(
     from tda_export.calibration.run import calibrate as run
     from tda_export.cli.options import chosen_budget
     from tda_export.cli.tables import print_allocation
+    from tda_export.errors import UsageError
     from tda_export.files import check_output
     from tda_export.models.source import resolve_model
     from tda_export.progress import progress
@@ -108,7 +109,7 @@ def calibrate(
     check_output(output, overwrite=overwrite, what="a calibration", is_earlier_output=is_calibration)
     source = resolve_model(model, notify=lambda line: click.echo(line, err=True))
     if settings.length > source.spec.max_positions:
-        raise click.UsageError(
+        raise UsageError(
             f"{settings.length} tokens (prompt and continuation) are more than the {source.spec.max_positions} "
             f"positions of {model}. Lower --prompt-tokens or --continuation-tokens."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from tda_export.graph import contract
 from tda_export.graph.method import kept_neurons
-from tda_export.graph.reference import reference_logits, reference_scores
+from tda_export.graph.reference import reference_logits, reference_scores, reference_tails
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
 from tda_export.progress import Advance
@@ -54,15 +55,21 @@ class Check:
 
 @dataclass
 class Worst:
-    """The largest difference of one check so far, and what is allowed for it."""
+    """The comparison of one check that is worst relative to what it is allowed; anything not finite is worse."""
 
     difference: float = 0.0
     allowed: float = 0.0
+    excess: float = -1.0
 
     def add(self, difference: float, allowed: float) -> None:
-        # Keep the comparison that is worst relative to what it is allowed; NaN is worse than anything.
-        if np.isnan(difference) or difference * self.allowed >= self.difference * allowed or not self.allowed:
-            self.difference, self.allowed = difference, allowed
+        if not math.isfinite(allowed):
+            difference = math.nan  # no allowance, no pass: the reference itself overflowed
+        if math.isnan(difference) or (difference > 0 and not allowed):
+            excess = math.inf
+        else:
+            excess = difference / allowed if difference else 0.0
+        if excess > self.excess:
+            self.difference, self.allowed, self.excess = difference, allowed, excess
 
 
 class Comparison:
@@ -103,6 +110,9 @@ class Comparison:
         every = self._decode(continuation, cache, None)
         self._logits("decode with all neurons", every, dense_continuation, half[1])
         masks, tails = self._deployed_mask(mask)
+        if self.artifact.manifest["method"].get("tail") == "mean":
+            for tail, reference in zip(tails, reference_tails(self.reference, self.spec, prompt, masks), strict=True):
+                self._relative("tail mean", tail.numpy(), reference.numpy())
         cache.truncate(start)
         masked = self._decode(continuation, cache, mask)
         _, expected = reference_logits(self.reference, self.spec, prompt, continuation, masks, tails)

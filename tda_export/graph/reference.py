@@ -75,3 +75,22 @@ def reference_scores(model: Any, spec: DecoderSpec, prompt: Sequence[int], *, ma
     with torch.inference_mode(), capture_activations(model, spec, score):
         model.base_model(torch.tensor([list(prompt)], device=model.device), use_cache=False)
     return [scores[layer] for layer in range(spec.num_layers)]
+
+
+def reference_tails(
+    model: Any, spec: DecoderSpec, prompt: Sequence[int], masks: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Compute what the neurons outside each mask contribute to a prompt on average, its first token left out.
+
+    Returns:
+        L tensors, float32 [M]: W_down[:, D] · mean(h_D).
+    """
+    tails: dict[int, torch.Tensor] = {}
+
+    def average(layer: int, h: torch.Tensor, down: torch.Tensor) -> None:
+        mean = h[1:].float().mean(dim=0)  # [F]
+        tails[layer] = (down.float() @ (mean * (1 - masks[layer].to(mean)))).cpu()
+
+    with torch.inference_mode(), capture_activations(model, spec, average):
+        model.base_model(torch.tensor([list(prompt)], device=model.device), use_cache=False)
+    return [tails[layer] for layer in range(spec.num_layers)]

@@ -32,6 +32,7 @@ def verify_artifact(
         TdaError: The artifact cannot be opened at all, or the reference is not its model.
     """
     artifact = open_artifact(folder)
+    chosen = choose_provider(provider, artifact.shape.dtype)
     checks = [_hashes(artifact, quiet), *_graphs(artifact)]
     if source is None or not all(check.passed for check in checks):
         return checks  # numbers from altered files would only add noise
@@ -42,7 +43,7 @@ def verify_artifact(
             "Give its own model with --against."
         )
     with progress("Comparing with transformers", 3 * len(PROMPTS) + 1, quiet=quiet) as advance:
-        return checks + Comparison(artifact, model, choose_provider(provider, artifact.shape.dtype), advance).run()
+        return checks + Comparison(artifact, model, chosen, advance).run()
 
 
 def _hashes(artifact: Artifact, quiet: bool) -> Check:

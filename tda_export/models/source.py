@@ -172,7 +172,10 @@ def resolve_model(model: str, *, notify: Callable[[str], None] = print) -> Model
         TdaError: It is none of these, or a download failed.
     """
     quiet_transformers()
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError as error:  # the home of a user who does not exist
+        raise TdaError(f"{model}: no such folder. {_way_out()}") from error
     if model in BUILTIN_MODELS:
         file = fetch_builtin(model, notify=notify)
         return ModelSource(model, file.parent, file.name)

@@ -89,8 +89,10 @@ def open_artifact(folder: str | Path) -> Artifact:
 
 
 def is_artifact(folder: Path) -> bool:
-    """Tell whether a folder is an artifact, of any version, and nothing else: no file but those of its manifest."""
+    """Tell whether a folder is empty, or an artifact, of any version, that holds no file but its manifest's."""
     try:
+        if folder.is_dir() and not any(folder.iterdir()):
+            return True
         manifest = json.loads((folder / contract.MANIFEST_FILE).read_text(encoding="utf-8"))
         known = {contract.MANIFEST_FILE, *manifest["files"]}
         return manifest["format"] == contract.FORMAT and all(

@@ -92,9 +92,8 @@ class Model:
     def _tokens(self, prompt: str | Sequence[int], chat: bool) -> list[int]:
         if isinstance(prompt, str):
             if chat:
-                rendered = self.text.chat([{"role": "user", "content": prompt}])
-                return self.text.encode(rendered, special_tokens=False)
-            tokens = self.text.encode(prompt)
+                prompt = self.text.chat([{"role": "user", "content": prompt}])
+            tokens = self.text.encode(prompt, special_tokens=not chat)
         elif chat:
             raise UsageError("A chat prompt is text, not token ids.")
         else:

@@ -48,7 +48,8 @@ def continuation_logits(
     shape, sessions = model.artifact.shape, model.sessions
     if len(prompt) + len(continuation) > shape.max_positions:
         raise TdaError(
-            f"{len(prompt)} and {len(continuation)} tokens are more than the model's {shape.max_positions} positions."
+            f"{len(prompt)} and {len(continuation)} tokens are more than the model's {shape.max_positions} positions. "
+            "Shorten one of them."
         )
     cache = KvCache(shape, model.provider, shape.max_positions)
     override = None if thresholds is None else np.asarray(thresholds, np.float32)

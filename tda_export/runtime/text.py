@@ -13,13 +13,13 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from tda_export.errors import TdaError
 from tda_export.graph import contract
 from tda_export.runtime.artifact import Artifact
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+REPLACEMENT_CHARACTER = "\ufffd"  # what a decoder makes of bytes that are no character
 
 
 class Text:
@@ -87,33 +87,34 @@ class Text:
 class TextStream:
     """Turns tokens into text as they come, holding back bytes that do not form a character yet.
 
-    The stream begins with the prompt, whose text is not repeated: some tokenizers drop the space before the first
-    token that they decode, and some need the bytes before.
+    Tokens are decoded together with those of the piece before, whose text is cut off again: some tokenizers drop the
+    space before the first token that they decode. The stream begins with the prompt.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._tokens = list(prompt)
-        self._prompt_length = len(prompt)
-        self._emitted = "".join(self._step(token) for token in prompt)
+        self._before = list(prompt)  # tokens whose text is known: the prompt's, then those of the last piece
+        self._pending: list[int] = []  # tokens whose text is held back
 
     def add(self, token: int) -> str:
         """Return the text that `token` completes, perhaps none."""
-        self._tokens.append(token)
-        piece = self._step(token)
-        self._emitted += piece
+        self._pending.append(token)
+        piece = self._new_text()
+        if not piece or piece.endswith(REPLACEMENT_CHARACTER):
+            return ""
+        self._before, self._pending = self._pending, []
         return piece
 
     def finish(self) -> str:
-        """Return what was held back of the new tokens: an unfinished character, as the tokenizer shows it."""
-        if len(self._tokens) == self._prompt_length:
-            return ""
-        whole = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        return whole[len(self._emitted) :] if whole.startswith(self._emitted) else ""
+        """Return what was held back: an unfinished character, as the tokenizer shows it."""
+        piece = self._new_text() if self._pending else ""
+        self._before, self._pending = self._before + self._pending, []
+        return piece
 
-    def _step(self, token: int) -> str:
-        return self._stream.step(self._tokenizer, token) or ""
+    def _new_text(self) -> str:
+        known = self._tokenizer.decode(self._before, skip_special_tokens=True)
+        whole = self._tokenizer.decode(self._before + self._pending, skip_special_tokens=True)
+        return whole[len(known) :]
 
 
 class GenerationTag(Extension):

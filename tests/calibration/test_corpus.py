@@ -375,7 +375,7 @@ def test_file_of_no_bytes(suffix: str, tmp_path: Path) -> None:
 )
 def test_damaged_file(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(TdaError, match=rf"{name}: the dataset cannot be read \(.+\)\.$"):
+    with pytest.raises(TdaError, match=rf"{name}: the dataset cannot be read \(.+\)\. Check that it is UTF-8"):
         load(tmp_path / name)
 
 

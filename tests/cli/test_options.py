@@ -179,7 +179,7 @@ def test_cuda_where_none_is(
 def test_calibration_that_exists(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "x").write_text("mine")
     result = run_cli("calibrate", tiny_model, "-o", tmp_path / "x", *CALIBRATE_TINY)
-    assert_error(result, USAGE, "x exists", "--overwrite")
+    assert_error(result, USAGE, "x exists. Choose another output.")
     assert listing(tmp_path) == {"x": b"mine"}
 
 
@@ -204,6 +204,13 @@ def test_calibration_over_a_models_weights(model_copy: Path) -> None:
     assert listing(model_copy) == before
 
 
+def test_artifact_into_an_empty_folder(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    assert_error(build(tiny_model, tiny_calibration, tmp_path / "x"), USAGE, "replace it with --overwrite")
+    assert build(tiny_model, tiny_calibration, tmp_path / "x", "--overwrite", "--no-verify").exit_code == 0
+    assert (tmp_path / "x" / contract.MANIFEST_FILE).is_file()
+
+
 @pytest.mark.parametrize("content", [b"", b"mine", bytes(100)], ids=["empty", "text", "zeros"])
 def test_calibration_over_a_foreign_file(tiny_model: Path, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
@@ -226,14 +233,13 @@ def test_artifact_over_a_file(
 @pytest.mark.parametrize(
     "files",
     [
-        {},
         {"thesis.tex": "mine"},
         {contract.MANIFEST_FILE: '{"name": "a browser extension"}', "src/main.js": "mine"},
         {contract.MANIFEST_FILE: '{"files": {}}'},
         {contract.MANIFEST_FILE: "[]"},
         {contract.MANIFEST_FILE: "{"},
     ],
-    ids=["empty", "no manifest", "another manifest", "no format", "a list", "not JSON"],
+    ids=["no manifest", "another manifest", "no format", "a list", "not JSON"],
 )
 def test_artifact_over_a_foreign_folder(
     tiny_model: Path, tiny_calibration: Path, tmp_path: Path, files: dict[str, str]
@@ -242,10 +248,13 @@ def test_artifact_over_a_foreign_folder(
         path = tmp_path / "x" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
-    (tmp_path / "x").mkdir(exist_ok=True)
     before = listing(tmp_path)
     result = build(tiny_model, tiny_calibration, tmp_path / "x", "--overwrite")
-    assert_error(result, USAGE, "x exists and is not an artifact, so it is not replaced. Choose another output")
+    assert_error(
+        result,
+        USAGE,
+        "x exists and is not an artifact without other files, so it is not replaced. Choose another output",
+    )
     assert listing(tmp_path) == before
 
 
@@ -258,7 +267,7 @@ def test_artifact_over_one_that_holds_more(
     (artifact_copy / name).write_text("mine")
     before = listing(artifact_copy.parent)
     result = build(tiny_model, tiny_calibration, artifact_copy, "--overwrite")
-    assert_error(result, USAGE, "is not an artifact, so it is not replaced")
+    assert_error(result, USAGE, "is not an artifact without other files, so it is not replaced")
     assert listing(artifact_copy.parent) == before
 
 

@@ -23,7 +23,7 @@ def test_family_matches_transformers_in_float16(family: str, tmp_path: Path) -> 
     source = resolve_model(str(save_tiny_model(family, tmp_path / "model")))
     artifact = build_tiny(source, tmp_path / "artifact", dtype="float16")
     checks = verify_artifact(artifact, lambda name: source, provider="cuda", quiet=True)
-    assert len(checks) == 11
+    assert len(checks) == 12
     assert [check for check in checks if not check.passed] == []
 
 

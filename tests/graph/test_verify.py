@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from tda_export.errors import TdaError
@@ -17,6 +18,7 @@ from tda_export.graph import contract
 from tda_export.graph.parity import Check, Worst
 from tda_export.graph.verify import verify_artifact
 from tda_export.models.source import ModelSource, resolve_model
+from tests.graph.test_parity import build_tiny
 from tests.tiny import save_tiny_model
 
 
@@ -117,12 +119,44 @@ def test_another_model_is_refused(artifact: Path, tmp_path: Path) -> None:
         verify_artifact(artifact, lambda name: other, provider="cpu", quiet=True)
 
 
-def test_worst_keeps_what_is_worst_for_its_allowance() -> None:
-    worst = Worst()
-    for difference, allowed in ((0.5, 1.0), (0.2, 0.1), (3.0, 4.0)):
-        worst.add(difference, allowed)
-    assert (worst.difference, worst.allowed) == (0.2, 0.1)
-    worst.add(math.nan, 1.0)
-    worst.add(0.1, 0.01)
-    assert math.isnan(worst.difference)
-    assert not Check("x", worst.difference, worst.allowed).passed
+@pytest.mark.parametrize(
+    ("comparisons", "worst"),
+    [
+        ([(0.5, 1.0), (0.2, 0.1), (3.0, 4.0)], (0.2, 0.1)),
+        ([(0.1, 0.0), (0.01, 1.0)], (0.1, 0.0)),
+        ([(0.0, 0.0), (0.5, 1.0)], (0.5, 1.0)),
+        ([(0.0, 1.0), (0.0, 2.0)], (0.0, 1.0)),
+    ],
+)
+def test_worst_keeps_what_is_worst_for_its_allowance(
+    comparisons: list[tuple[float, float]], worst: tuple[float, float]
+) -> None:
+    kept = Worst()
+    for comparison in comparisons:
+        kept.add(*comparison)
+    assert (kept.difference, kept.allowed) == worst
+
+
+@pytest.mark.parametrize(
+    "bad", [(math.nan, 1.0), (math.inf, 1.0), (5.0, math.inf), (0.0, math.nan), (math.nan, math.nan)]
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_not_finite_never_passes(bad: tuple[float, float], first: bool) -> None:
+    kept = Worst()
+    for comparison in (bad, (0.1, 1.0)) if first else ((0.1, 1.0), bad):
+        kept.add(*comparison)
+    assert not Check("x", kept.difference, kept.allowed).passed
+
+
+def test_wrong_tail_mean_fails_alone(tmp_path: Path, source: ModelSource) -> None:
+    """The graph divides the sums by their number; an artifact whose tail is scaled is no mean."""
+    folder = build_tiny(source, tmp_path / "artifact")
+    model = ir.load(folder / contract.PREFILL_FILE)
+    output = next(value for value in model.graph.outputs if value.name == contract.present_tail_mean(1))
+    node = output.producer()
+    twice = ir.node("Add", [node.inputs[0], node.inputs[0]])
+    model.graph.insert_before(node, twice)
+    node.replace_input_with(0, twice.outputs[0])
+    ir.save(model, folder / contract.PREFILL_FILE)
+    rehash(folder)
+    assert failed(folder, source) == {"tail mean"}

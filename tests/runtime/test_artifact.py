@@ -328,7 +328,11 @@ def test_a_foreign_manifest_is_none(tmp_path: Path, content: str) -> None:
     assert not is_artifact(tmp_path)
 
 
-@pytest.mark.parametrize("make", [lambda path: None, Path.mkdir, Path.touch], ids=["missing", "empty folder", "file"])
+@pytest.mark.parametrize("make", [lambda path: None, Path.touch], ids=["missing", "file"])
 def test_what_is_no_artifact_at_all(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "x")
     assert not is_artifact(tmp_path / "x")
+
+
+def test_an_empty_folder_may_become_one(tmp_path: Path) -> None:
+    assert is_artifact(tmp_path)

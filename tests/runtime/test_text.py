@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -140,17 +140,44 @@ def test_the_space_after_the_prompt(words: Text, prompt: list[int], tokens: list
     assert pieces_of(words.stream(prompt), tokens) == pieces
 
 
-def test_bytes_of_characters_stay_together_across_the_prompt(artifact_copy: Path) -> None:
-    """A byte-fallback tokenizer, as Llama 2's, shows a run of bytes that begins inside a character as nothing but �."""
-    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"<unk>": 256, "<s>": 257}
+@pytest.fixture
+def byte_fallback(artifact_copy: Path) -> Text:
+    """A tokenizer of bytes as Llama 2's: its decoder shows a run of bytes that is no text as nothing but �."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"<unk>": 256, "<s>": 257, "▁a": 258}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
     tokenizer.add_special_tokens(["<s>"])
     artifact = open_artifact(artifact_copy)
     tokenizer.save(str(artifact.file(contract.TOKENIZER_FILE)))
+    return Text(artifact)
+
+
+def test_bytes_of_characters_stay_together_across_the_prompt(byte_fallback: Text) -> None:
     prompt, new = [257, *"世界世界世界".encode()], "是的,世界a"
-    assert "".join(pieces_of(Text(artifact).stream(prompt), list(new.encode()))) == new
+    assert "".join(pieces_of(byte_fallback.stream(prompt), list(new.encode()))) == new
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        ([*"👍".encode(), 0xF0, 0x9F], "👍"),  # ends inside a character
+        ([0x0A, 0xE6, 258], "\n"),  # a word follows half a character
+        ([*"👍".encode(), 0xF0, 0x9F, 258, 258], "👍"),
+    ],
+)
+def test_broken_characters_lose_no_text(byte_fallback: Text, tokens: list[int], text: str) -> None:
+    shown = "".join(pieces_of(byte_fallback.stream([257, 258]), tokens))
+    assert shown.startswith(text)
+    assert "�" in shown
+    assert shown.count(" a") == tokens.count(258)
+
+
+@given(tokens=st.lists(st.one_of(st.integers(0, 255), st.just(258)), max_size=40))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_tokens_can_be_streamed(byte_fallback: Text, tokens: list[int]) -> None:
+    shown = "".join(pieces_of(byte_fallback.stream([257, 258]), tokens))
+    assert shown.count(" a") >= tokens.count(258)
 
 
 def test_prompt_and_pieces_make_the_whole_text(words: Text) -> None:
