@@ -88,6 +88,11 @@ def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
+def heed_interrupts() -> None:
+    """A test run in the background of a shell, as by nohup, ignores SIGINT, and so would what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def limit_files() -> None:
     """Let writing past SMALL_FILES fail, as a full disk does, instead of ending the process."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -269,7 +274,8 @@ def test_signal_while_calibrating(
     """A real signal to a real process, at a time when it surely calibrates: it says so on standard error first."""
     (tmp_path / "long.jsonl").write_text((json.dumps({"text": "x" * 48}) + "\n") * LONG_CALIBRATION)
     length = ["--prompt-tokens", "32", "--continuation-tokens", "16", "--sequences", LONG_CALIBRATION + 1]
-    process = start("calibrate", tiny_model, "-o", outputs / "x", "--dataset", tmp_path / "long.jsonl", *length)
+    arguments = [tiny_model, "-o", outputs / "x", "--dataset", tmp_path / "long.jsonl", *length]
+    process = start("calibrate", *arguments, preexec_fn=heed_interrupts)
     assert process.stderr is not None
     line = process.stderr.readline()
     assert "calibrating on those" in line, line + process.stderr.read()
