@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from dataclasses import fields
@@ -224,23 +226,27 @@ def test_other_files_are_no_calibration(path: Path) -> None:
 # Whole or not at all
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk() -> Iterator[None]:
-    """Let no file grow over 4 KiB, which safetensors sees as it would see a full disk."""
-    resource = pytest.importorskip("resource")
+    """Let no file grow over 4 KiB, which safetensors sees as it would see a full disk.
+
+    Only around the call itself: pytest's own output may go to a file.
+    """
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-@pytest.mark.usefixtures("full_disk")
 def test_full_disk_leaves_nothing(path: Path) -> None:
     accumulator = CurveAccumulator(2, 7, threshold_grid(2000), "prompt", prompt_tokens=4)
-    with pytest.raises(TdaError, match=r"tiny\.safetensors: could not be written \(.*File too large"):
-        write_calibration(Calibration(threshold_grid(2000), accumulator.sums, PROVENANCE), path)
+    calibration = Calibration(threshold_grid(2000), accumulator.sums, PROVENANCE)
+    with pytest.raises(TdaError, match=r"tiny\.safetensors: could not be written \(.*File too large"), full_disk():
+        write_calibration(calibration, path)
     assert list(path.parent.iterdir()) == []
 
 
