@@ -261,6 +261,14 @@ def test_interrupted_build(
     assert listing(artifact_copy.parent) == before
 
 
+@pytest.mark.parametrize("step", ["verify.sha256", "parity.Comparison.run"])
+def test_interrupted_verification(artifact_copy: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    before = listing(artifact_copy.parent)
+    monkeypatch.setattr(f"tda_export.graph.{step}", interrupt)
+    assert_interrupted(run_cli("verify", artifact_copy))
+    assert listing(artifact_copy.parent) == before
+
+
 @pytest.mark.parametrize("step", ["Sessions.__init__", "Call.run"])
 def test_interrupted_generation(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     monkeypatch.setattr(f"tda_export.runtime.session.{step}", interrupt)

