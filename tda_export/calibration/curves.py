@@ -30,7 +30,8 @@ class CurveSums:
     `density` [L, K]: sum over sequences of the share of neurons in the mask of the prompt, of `sequences` [1].
     `token_density` [L, K]: with the token estimator, the sum over tokens of the share with r_i(t) >= tau, of the same
     tokens as `score_square`; [L, 0] with the prompt estimator.
-    `score_square` [L, F]: sum over tokens of r_i(t)^2, and `activation` [L, F]: of h_i(t), of `tokens` [1] tokens.
+    `score_square` [L, F]: sum over tokens of r_i(t)^2, `activation` [L, F]: of h_i(t), and `up_square` [L, F]: of
+    (up_i · x_t)^2, each of `tokens` [1] tokens.
     """
 
     ratio: torch.Tensor
@@ -40,6 +41,7 @@ class CurveSums:
     token_density: torch.Tensor
     score_square: torch.Tensor
     activation: torch.Tensor
+    up_square: torch.Tensor
     tokens: torch.Tensor
 
     def merge(self, other: CurveSums) -> CurveSums:
@@ -66,6 +68,11 @@ class CurveSums:
         """Mean activation of each neuron over all of the data, float64 [L, F]."""
         return self.activation / self.tokens
 
+    @property
+    def up_rms(self) -> torch.Tensor:
+        """Root mean square of each neuron's up product over all of the data, float64 [L, F]."""
+        return (self.up_square / self.tokens).sqrt()
+
 
 class CurveAccumulator:
     """Adds one layer of one sequence after another to the sums."""
@@ -83,6 +90,7 @@ class CurveAccumulator:
             token_density=zeros(layers, points if estimator == "token" else 0),
             score_square=zeros(layers, neurons),
             activation=zeros(layers, neurons),
+            up_square=zeros(layers, neurons),
             tokens=zeros(1),
         )
         self._grid = grid
@@ -125,3 +133,7 @@ class CurveAccumulator:
         if layer == 0:
             sums.sequences[0] += 1
             sums.tokens[0] += len(h)
+
+    def add_up(self, layer: int, up: torch.Tensor) -> None:
+        """Add the up products [P + C, F] of the sequence that `add` is given."""
+        self.sums.up_square[layer] += up[1:].double().square().sum(dim=0).cpu()

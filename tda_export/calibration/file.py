@@ -17,7 +17,7 @@ from tda_export.errors import TdaError, UsageError
 from tda_export.files import atomic_file
 
 FORMAT = "tda-export calibration"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: up_square
 METADATA_KEY = "tda_export"
 
 
@@ -62,6 +62,11 @@ def read_calibration(path: Path) -> Calibration:
             if version > FORMAT_VERSION:
                 raise TdaError(
                     f"{path}: calibration format {version} is newer than this tda-export ({FORMAT_VERSION}). Update it."
+                )
+            if version < FORMAT_VERSION:
+                raise TdaError(
+                    f"{path}: calibration format {version} is older than this tda-export's ({FORMAT_VERSION}). "
+                    "Run 'tda-export calibrate' again."
                 )
             _ = provenance["model"]["name"], provenance["model"]["fingerprint"]
             _check_budget(provenance["budget"])

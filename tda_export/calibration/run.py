@@ -80,7 +80,7 @@ def accumulate_curves(
     """
     grid = threshold_grid()
     accumulator = CurveAccumulator(spec.num_layers, spec.ffn_size, grid, settings.estimator, settings.prompt_tokens)
-    with torch.inference_mode(), capture_activations(model, spec, accumulator.add):
+    with torch.inference_mode(), capture_activations(model, spec, accumulator.add, accumulator.add_up):
         for sequence in tokens:
             model.base_model(sequence[None].to(model.device), use_cache=False)  # [1, P + C]
             advance(1)

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 @click.option("--calibration", "calibration_file", type=PATH, help="File from 'tda-export calibrate' (needed by tda).")
 @click.option(
     "--dtype",
-    type=click.Choice(["fp32", "fp16"]),
+    type=click.Choice(["fp32", "fp16", "bf16"]),
     default="fp32",
     show_default=True,
-    help="Dtype of weights and arithmetic; CUDA needs fp16.",
+    help="Dtype of weights and arithmetic; CUDA needs fp16 or bf16.",
 )
 @click.option(
     "--method",
@@ -79,7 +79,8 @@ def build(
     from tda_export.cli.tables import print_checks
     from tda_export.errors import TdaError, UsageError
     from tda_export.files import check_output
-    from tda_export.graph.export import DTYPES, BuildRequest, export_artifact
+    from tda_export.graph.contract import DTYPES
+    from tda_export.graph.export import BuildRequest, export_artifact
     from tda_export.graph.method import griffin, tda
     from tda_export.graph.verify import verify_artifact
     from tda_export.models.source import resolve_model
@@ -114,12 +115,13 @@ def build(
         request = BuildRequest(
             source,
             DTYPES[dtype],
-            tda(tail),
+            tda(tail, two_levels=True),
             chosen.thresholds,
             budget,
             chosen,
             calibration_file,
             calibration.provenance,
+            calibration.sums.up_rms.float(),
         )
     checks = []
 

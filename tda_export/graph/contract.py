@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 FORMAT = "tda-export"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: greedy_tokens, token_thresholds, the spec in the manifest, linear weights [out, in]
 
 PREFILL_FILE = "prefill.onnx"
 DECODE_FILE = "decode.onnx"
@@ -21,30 +21,58 @@ TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_CONFIG_FILE = "generation_config.json"
 
+# Model-local functions, which the native library has kernels for.
 FUNCTION_DOMAIN = "tda"
 INDEXED_FFN = "IndexedFFN"
-# Its inputs by position. The last two belong to two-level decoding and are not in graphs of this version; biases are
-# left out where the model has none.
+NEURON_STATS = "NeuronStats"
+SELECT_MASK = "SelectMask"
+TAIL_MEAN = "TailMean"
+GREEDY_TOKEN = "GreedyToken"
+
+
+class FfnInput:
+    """The inputs of IndexedFFN; a part is gate, up or down."""
+
+    X = "x"  # [.., M]
+    MASK_INDICES = "mask_indices"  # int32 [K]
+    NEURON_SCALE = "neuron_scale"  # float32 [F]
+    TOKEN_THRESHOLDS = "token_thresholds"  # float32 [L]
+
+    @staticmethod
+    def weight(part: str) -> str:
+        """Neuron-major weights, [F, M]."""
+        return f"w_{part}"
+
+    @staticmethod
+    def bias(part: str) -> str:
+        """[F], of down [M]."""
+        return f"b_{part}"
+
+
+FFN_PARTS = ("gate", "up", "down")
+# IndexedFFN's inputs by position. Those that a model does not have stay empty. Attributes: `activation`, `gated` (1
+# where there are gates), and `layer`, the entry of token_thresholds that counts.
 INDEXED_FFN_INPUTS = (
-    "x",
-    "mask_indices",
-    "w_gate",
-    "w_up",
-    "w_down",
-    "b_gate",
-    "b_up",
-    "neuron_scale",
-    "token_threshold",
+    FfnInput.X,
+    FfnInput.MASK_INDICES,
+    *(FfnInput.weight(part) for part in FFN_PARTS),
+    *(FfnInput.bias(part) for part in FFN_PARTS),
+    FfnInput.NEURON_SCALE,
+    FfnInput.TOKEN_THRESHOLDS,
 )
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}
 
 PADDING_INDEX = -1  # fills mask_indices up to a fixed size; such an entry contributes nothing
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 LOGITS = "logits"
+GREEDY_TOKENS = "greedy_tokens"  # -1 where the logits are not finite
 NUM_LOGITS = "num_logits"
 THRESHOLDS = "thresholds"
-TOKEN_THRESHOLDS = "token_thresholds"  # reserved: float32 [L] of two-level decoding, 0 is off
+TOKEN_THRESHOLDS = "token_thresholds"  # of two-level decoding; 0 is off
 STATS_DECAY = "stats_decay"
 PAST_STATS_WEIGHT = "past_stats_weight"
 PRESENT_STATS_WEIGHT = "present_stats_weight"
@@ -84,11 +112,6 @@ def mask_indices(layer: int) -> str:
 
 def present_mask_indices(layer: int) -> str:
     return f"present_mask_indices.{layer}"
-
-
-def neuron_scale(layer: int) -> str:
-    """Reserved: float32 [F] of two-level decoding."""
-    return f"neuron_scale.{layer}"
 
 
 def tail_mean(layer: int) -> str:
@@ -140,6 +163,16 @@ def ffn_bias(layer: int, part: str) -> str:
     return f"layers.{layer}.ffn.{part}.bias"
 
 
+def neuron_scale(layer: int) -> str:
+    """What turns a neuron's activated gate into an estimate of its output's length, float32 [F]."""
+    return f"layers.{layer}.ffn.neuron_scale"
+
+
+def transposed(name: str) -> str:
+    """A weight as the plain dense graph has it; it is in no artifact."""
+    return f"{name}.transposed"
+
+
 def down_squared_norms(layer: int) -> str:
     """Squared length of each down column, float32 [F]: the weight of a neuron in the magnitude statistic."""
     return f"layers.{layer}.ffn.down_squared_norms"
@@ -147,7 +180,7 @@ def down_squared_norms(layer: int) -> str:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that appear in the contract, in elements, and the model's dtype (`float32` or `float16`)."""
+    """The sizes that appear in the contract, in elements, and the model's dtype (a value of `DTYPES`)."""
 
     num_layers: int
     num_kv_heads: int
@@ -196,14 +229,16 @@ def prefill_outputs(shape: ModelShape) -> list[IoTensor]:
     ]
 
 
-def decode_inputs(shape: ModelShape) -> list[IoTensor]:
-    """List the inputs of `decode.onnx` in order."""
+def decode_inputs(shape: ModelShape, *, two_levels: bool) -> list[IoTensor]:
+    """List the inputs of `decode.onnx` in order; token thresholds belong to two-level methods."""
     layers = range(shape.num_layers)
+    second_level = [IoTensor(TOKEN_THRESHOLDS, "float32", (shape.num_layers,), default=True)] if two_levels else []
     return [
         *_token_inputs(),
         *_kv_cache(shape, past_key, past_value, "past_sequence_length"),
         *(IoTensor(mask_indices(i), "int32", (f"num_mask_indices_{i}",), default=True) for i in layers),
         *(IoTensor(tail_mean(i), shape.dtype, (shape.hidden_size,), default=True) for i in layers),
+        *second_level,
     ]
 
 
@@ -211,8 +246,20 @@ def decode_outputs(shape: ModelShape) -> list[IoTensor]:
     """List the outputs of `decode.onnx` in order."""
     return [
         IoTensor(LOGITS, "float32", (1, "sequence_length", shape.vocab_size)),
+        IoTensor(GREEDY_TOKENS, "int64", (1, "sequence_length")),
         *_kv_cache(shape, present_key, present_value, "total_sequence_length"),
     ]
+
+
+def dense_inputs(shape: ModelShape) -> list[IoTensor]:
+    """List the inputs of the plain dense graph, which `bench` derives as a baseline; it is in no artifact."""
+    return [*_token_inputs(), *_kv_cache(shape, past_key, past_value, "past_sequence_length")]
+
+
+def dense_outputs(shape: ModelShape) -> list[IoTensor]:
+    """List the outputs of the plain dense graph. It has a prompt's logits for its last token only."""
+    logits = IoTensor(LOGITS, "float32", (1, 1, shape.vocab_size))
+    return [logits, *_kv_cache(shape, present_key, present_value, "total_sequence_length")]
 
 
 def _token_inputs() -> list[IoTensor]:

@@ -11,36 +11,45 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 import tda_export
 from tda_export.calibration.budgets import Allocation, Budget
 from tda_export.errors import TdaError
 from tda_export.files import atomic_folder, sha256
 from tda_export.graph import contract
-from tda_export.graph.decoder import build_decode, build_prefill, model_shape
+from tda_export.graph.decode import build_decode
+from tda_export.graph.decoder import model_shape
 from tda_export.graph.method import Method
+from tda_export.graph.prefill import build_prefill
 from tda_export.graph.weights_file import WeightTable, plan_weights, write_weights
 from tda_export.models.source import ModelSource
 from tda_export.progress import progress
 from tda_export.versions import installed_versions
 
-DTYPES = {"fp32": "float32", "fp16": "float16"}
 RECORDED_PACKAGES = ("onnx", "onnx-ir", "torch", "transformers")
 FFN_MATRICES = 3  # gate, up and down
 
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build. `thresholds` [L] are the defaults of the prefill graph; top-k methods carry zeros."""
+    """What to build. `thresholds` [L] are the defaults of the prefill graph; top-k methods carry zeros.
+
+    `up_rms`, float [L, F], comes from calibration and belongs to two-level methods.
+    """
 
     source: ModelSource
-    dtype: str  # of DTYPES' values
+    dtype: str  # a value of contract.DTYPES
     method: Method
     thresholds: list[float]
     budget: Budget
     allocation: Allocation | None = None
     calibration_file: Path | None = None
     calibration: dict[str, Any] | None = None  # provenance
+    up_rms: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        assert self.method.two_levels == (self.up_rms is not None), "a two-level method needs up_rms"
 
 
 def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: Callable[[Path], None]) -> None:
@@ -56,8 +65,8 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
         TdaError: The checkpoint does not fit its configuration, the disk is full, or `check` failed.
     """
     source, spec = request.source, request.source.spec
-    plan = list(plan_weights(spec, source.weights(), request.dtype))
-    size = sum(int(np.prod(p.shape)) * np.dtype(p.dtype).itemsize for p in plan)
+    plan = list(plan_weights(spec, source.weights(), request.dtype, request.up_rms))
+    size = sum(int(np.prod(p.shape)) * contract.DTYPE_BYTES[p.dtype] for p in plan)
     free = shutil.disk_usage(output.absolute().parent).free
     if size > free:
         raise TdaError(f"{output}: the weights take {size / 2**20:,.0f} MiB and the disk has {free / 2**20:,.0f} free.")
@@ -65,7 +74,7 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
         with progress("Writing weights", size, quiet=quiet) as advance:
             table, weights_sha256 = write_weights(plan, folder / contract.WEIGHTS_FILE, advance)
         prefill = build_prefill(spec, table, request.dtype, request.method, np.asarray(request.thresholds, np.float32))
-        decode = build_decode(spec, table, request.dtype)
+        decode = build_decode(spec, table, request.dtype, request.method)
         ir.save(prefill, folder / contract.PREFILL_FILE)
         ir.save(decode, folder / contract.DECODE_FILE)
         _save_tokenizer(source, folder)
@@ -109,6 +118,7 @@ def _manifest(
             "ffn_matrices": FFN_MATRICES,
         },
         "shape": asdict(shape),
+        "spec": asdict(spec),
         "method": asdict(request.method),
         "budget": request.budget.describe(),
         "thresholds": request.thresholds,
@@ -121,7 +131,9 @@ def _manifest(
         },
         "io": {
             contract.PREFILL_FILE: _io(contract.prefill_inputs(shape), contract.prefill_outputs(shape)),
-            contract.DECODE_FILE: _io(contract.decode_inputs(shape), contract.decode_outputs(shape)),
+            contract.DECODE_FILE: _io(
+                contract.decode_inputs(shape, two_levels=request.method.two_levels), contract.decode_outputs(shape)
+            ),
         },
         "weights": {
             name: {

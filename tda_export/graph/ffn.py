@@ -2,20 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
 from tda_export.graph import contract
+from tda_export.graph.contract import FfnInput
 from tda_export.graph.ops import MICROSOFT, OPSET, Ops
 from tda_export.graph.weights_file import WeightTable
-from tda_export.models.spec import DecoderSpec
+from tda_export.models.spec import Activation, DecoderSpec
 
 
-def activate(ops: Ops, activation: str, x: ir.Value) -> ir.Value:
-    """Apply the activation function named in the spec."""
+@dataclass(frozen=True)
+class FfnForm:
+    """What an FFN is made of: act(gate · x) * (up · x) when `gated`, otherwise act(up · x), summed over down rows.
+
+    `bias` adds b_gate and b_up to the two products. `two_levels` skips, token by token, neurons whose activation's
+    estimate is under a threshold.
+    """
+
+    activation: Activation
+    gated: bool = True
+    bias: bool = False
+    two_levels: bool = False
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The inputs of IndexedFFN that this form has, in the order of `contract.INDEXED_FFN_INPUTS`."""
+        absent = {FfnInput.bias("down")}
+        if not self.gated:
+            absent |= {FfnInput.weight("gate"), FfnInput.bias("gate")}
+        if not self.bias:
+            absent |= {FfnInput.bias("gate"), FfnInput.bias("up")}
+        if not self.two_levels:
+            absent |= {FfnInput.NEURON_SCALE, FfnInput.TOKEN_THRESHOLDS}
+        return tuple(name for name in contract.INDEXED_FFN_INPUTS if name not in absent)
+
+
+def ffn_form(spec: DecoderSpec, *, two_levels: bool = False) -> FfnForm:
+    """Return the form of a decoder's FFN."""
+    return FfnForm(spec.activation, gated=True, bias=spec.ffn_bias, two_levels=two_levels)
+
+
+def activate(ops: Ops, activation: Activation, x: ir.Value) -> ir.Value:
+    """Apply an activation function."""
     if activation == "silu":
         return ops.op("Mul", x, ops.op("Sigmoid", x))
-    raise AssertionError(f"no graph for activation {activation!r}")  # read_spec admits none other
+    if activation == "relu":
+        return ops.op("Relu", x)
+    return ops.op("Gelu", x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def dense_activations(ops: Ops, spec: DecoderSpec, weights: WeightTable, layer: int, x: ir.Value) -> ir.Value:
@@ -33,47 +69,75 @@ def dense_output(ops: Ops, weights: WeightTable, layer: int, h: ir.Value) -> ir.
     return ops.op("MatMul", h, ops.weight(weights[contract.ffn_weight(layer, "down")]))
 
 
-def indexed_ffn(
-    ops: Ops, spec: DecoderSpec, weights: WeightTable, layer: int, x: ir.Value, mask_indices: ir.Value
-) -> ir.Value:
-    """Add the node that computes the FFN of x [1, S, M] from the rows in `mask_indices` alone, without output bias."""
-    inputs = [ops.weight(weights[contract.ffn_weight(layer, part)]) for part in ("gate", "up", "down")]
-    if spec.ffn_bias:
-        inputs += [ops.weight(weights[contract.ffn_bias(layer, part)]) for part in ("gate", "up")]
+def indexed_ffn(ops: Ops, form: FfnForm, layer: int, inputs: dict[str, ir.Value]) -> ir.Value:
+    """Add the node that computes the FFN of x [1, S, M] from the rows in mask_indices alone.
+
+    Args:
+        ops: The graph.
+        form: What the FFN is made of.
+        layer: Whose entry of token_thresholds counts.
+        inputs: By the names of `form.inputs`, and `b_down` if the output has a bias.
+
+    Returns:
+        y [1, S, M].
+    """
+    positions = [inputs.get(name) for name in contract.INDEXED_FFN_INPUTS]
+    while positions[-1] is None:
+        positions.pop()
     return ops.op(
-        contract.INDEXED_FFN, x, mask_indices, *inputs, domain=contract.FUNCTION_DOMAIN, activation=spec.activation
+        contract.INDEXED_FFN,
+        *positions,
+        domain=contract.FUNCTION_DOMAIN,
+        activation=form.activation,
+        gated=int(form.gated),
+        layer=layer,
     )
 
 
-def indexed_ffn_function(spec: DecoderSpec) -> ir.Function:
+def indexed_ffn_function(form: FfnForm, *, down_bias: bool = False) -> ir.Function:
     """Define `tda::IndexedFFN`: what any ONNX Runtime computes where no native kernel is registered.
 
-    Inputs (`contract.INDEXED_FFN_INPUTS`): x [1, S, M], mask_indices [K] int32 (-1 pads), W_gate, W_up, W_down [F, M],
-    and with biases b_gate and b_up [F]. Output: [1, S, M]. The body gathers the rows. For a padded entry it gathers
-    row 0 and sets its activation to zero; an index below -1 becomes one past every row, which Gather refuses (on CUDA
-    it reads nothing).
+    The inputs are those of `contract.INDEXED_FFN_INPUTS`, by position; those that the form has not are left empty. The
+    body gathers the rows. For a padded entry it gathers row 0 and sets its activation to zero; an index below -1
+    becomes one past every row, which Gather refuses (on CUDA it reads nothing).
     """
     ops = Ops()
-    inputs = [ir.Value(name=name) for name in contract.INDEXED_FFN_INPUTS[: 7 if spec.ffn_bias else 5]]
-    x, indices, w_gate, w_up, w_down = inputs[:5]
+    inputs = {name: ir.Value(name=name) for name in contract.INDEXED_FFN_INPUTS}
+    x, indices = inputs[FfnInput.X], inputs[FfnInput.MASK_INDICES]
     padded = ops.op("Equal", indices, ops.constant([contract.PADDING_INDEX], "int32"))  # [K]
     foreign = ops.op("Less", indices, ops.constant([contract.PADDING_INDEX], "int32"))  # [K]
     past_every_row = ops.constant([np.iinfo(np.int32).max], "int32")
     rows = ops.op("Where", padded, ops.constant([0], "int32"), ops.op("Where", foreign, past_every_row, indices))  # [K]
-    gate = ops.transposed_matmul(x, ops.op("Gather", w_gate, rows, axis=0))  # [1, S, K]
-    up = ops.transposed_matmul(x, ops.op("Gather", w_up, rows, axis=0))  # [1, S, K]
-    if spec.ffn_bias:
-        gate = ops.op("Add", gate, ops.op("Gather", inputs[5], rows, axis=0))
-        up = ops.op("Add", up, ops.op("Gather", inputs[6], rows, axis=0))
-    h = ops.op("Mul", activate(ops, spec.activation, gate), up)
+
+    def product(part: str) -> ir.Value:
+        y = ops.transposed_matmul(x, ops.op("Gather", inputs[FfnInput.weight(part)], rows, axis=0))  # [1, S, K]
+        return ops.op("Add", y, ops.op("Gather", inputs[FfnInput.bias(part)], rows, axis=0)) if form.bias else y
+
+    activated = activate(ops, form.activation, product("gate" if form.gated else "up"))  # [1, S, K]
+    h = ops.op("Mul", activated, product("up")) if form.gated else activated
+    dropped = padded
+    if form.two_levels:
+        layer = ops.op("Constant", value_int=ir.RefAttr("value_int", "layer", ir.AttributeType.INT))
+        threshold = ops.op("Gather", inputs[FfnInput.TOKEN_THRESHOLDS], layer, axis=0)  # float32 scalar
+        scale = ops.op("Gather", inputs[FfnInput.NEURON_SCALE], rows, axis=0)  # float32 [K]
+        estimate = ops.op("Mul", ops.op("Abs", ops.cast(activated, "float32")), scale)  # float32 [1, S, K]
+        dropped = ops.op("Or", padded, ops.op("Less", estimate, threshold))  # [1, S, K]
     zero = ops.op("CastLike", ops.constant(0.0, "float32"), h)
-    h = ops.op("Where", padded, zero, h)  # [1, S, K]
-    y = ops.op("MatMul", h, ops.op("Gather", w_down, rows, axis=0))  # [1, S, M]
+    h = ops.op("Where", dropped, zero, h)  # [1, S, K]
+    y = ops.op("MatMul", h, ops.op("Gather", inputs[FfnInput.weight("down")], rows, axis=0))  # [1, S, M]
+    if down_bias:
+        y = ops.op("Add", y, inputs[FfnInput.bias("down")])
     y.name = "y"
-    graph = ir.Graph(inputs, [y], nodes=ops.tape.nodes, opset_imports={"": OPSET, MICROSOFT: 1}, name="IndexedFFN")
+    graph = ir.Graph(
+        list(inputs.values()), [y], nodes=ops.tape.nodes, opset_imports={"": OPSET, MICROSOFT: 1}, name="IndexedFFN"
+    )
     return ir.Function(
         contract.FUNCTION_DOMAIN,
         contract.INDEXED_FFN,
         graph=graph,
-        attributes=[ir.AttrString("activation", spec.activation)],
+        attributes=[
+            ir.AttrString("activation", form.activation),
+            ir.AttrInt64("gated", int(form.gated)),
+            ir.AttrInt64("layer", 0),
+        ],
     )

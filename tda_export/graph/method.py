@@ -17,11 +17,12 @@ Tail = Literal["zero", "mean"]
 
 @dataclass(frozen=True)
 class Method:
-    """Choices of the prefill graph.
+    """Choices of the prefill graph, and whether decode has a second level.
 
     `statistic`: `magnitude` scores by |h_i| * ||W_down[:, i]|| / ||m|| (TDA), `activation` by |h_i| / ||h|| (Griffin,
     arXiv 2404.01365). `selection`: `threshold` keeps scores of at least the layer's threshold, `topk` the
     `density` * F best. `tail`: `mean` replaces dropped neurons by their mean over the prompt, `zero` drops them.
+    `two_levels`: decode takes a threshold for each layer, under which a neuron of the mask is skipped for a token.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Method:
     selection: Selection
     tail: Tail = "zero"
     density: float | None = None
+    two_levels: bool = False
 
     def __post_init__(self) -> None:
         if (self.selection == "topk") != (self.density is not None):
@@ -45,9 +47,9 @@ def kept_neurons(density: float, ffn_size: int) -> int:
     return max(1, round(density * ffn_size))
 
 
-def tda(tail: Tail = "zero") -> Method:
+def tda(tail: Tail = "zero", *, two_levels: bool = False) -> Method:
     """TDA: score by output magnitude, keep what reaches the calibrated threshold (arXiv 2408.11393)."""
-    return Method("tda", "magnitude", "threshold", tail)
+    return Method("tda", "magnitude", "threshold", tail, two_levels=two_levels)
 
 
 def griffin(sparsity: float) -> Method:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
@@ -18,6 +19,7 @@ MICROSOFT = "com.microsoft"  # ONNX Runtime's contributed operators
 DTYPES = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
     "int32": ir.DataType.INT32,
     "int64": ir.DataType.INT64,
 }
@@ -73,6 +75,11 @@ class Ops:
     def transposed_matmul(self, x: ir.Value, weight: ir.Value) -> ir.Value:
         """Multiply x [.., M] by weight [N, M] transposed, without a transposed copy of the weight."""
         return self.op("FusedMatMul", x, weight, domain=MICROSOFT, transB=1)
+
+
+def to_numpy(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Convert an array to a model's dtype, bfloat16 included."""
+    return array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
 
 def io_value(tensor: IoTensor) -> ir.Value:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import torch
 
 from tda_export.graph import contract
 from tda_export.graph.method import kept_neurons
-from tda_export.graph.reference import reference_logits, reference_scores, reference_tails
+from tda_export.graph.reference import SecondLevel, reference_logits, reference_scores, reference_tails
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
 from tda_export.progress import Advance
 from tda_export.runtime.artifact import Artifact
+from tda_export.runtime.decode_step import DecodeStep
 from tda_export.runtime.kv_cache import KvCache
-from tda_export.runtime.phases import PromptMask, bind_call, decode, prefill
+from tda_export.runtime.phases import EMPTY, PromptMask, bind_call, decode, prefill
 from tda_export.runtime.providers import CUDA
-from tda_export.runtime.session import Sessions, device_tensor
+from tda_export.runtime.session import Sessions, device_tensor, map_weight
 from tda_export.runtime.text import Text
 
 PROMPTS = (
@@ -31,8 +34,8 @@ PROMPTS = (
 CONTINUATION_TOKENS = 8
 CHUNK = 7  # tokens of a chunk in the chunked-prefill check
 FLOAT32_LOGITS = 2e-3  # largest absolute difference of float32 logits
-HALF_FACTOR = 2.0  # float16 may be this many times as far from float32 as transformers' own float16
-RELATIVE = {"float32": 1e-3, "float16": 2e-2}  # scores, keys and values, relative to the largest
+HALF_FACTOR = 2.0  # half precision may be this many times as far from float32 as transformers in the same dtype
+RELATIVE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}  # scores, keys and values, relative to the largest
 TINY = 1e-30  # guards a division by a threshold of zero
 
 
@@ -73,14 +76,15 @@ class Worst:
 
 
 class Comparison:
-    """The artifact's graphs beside transformers in float32 (and, for float16 artifacts, in float16 too)."""
+    """The artifact's graphs beside transformers in float32 (and, for half precision, in the artifact's dtype too)."""
 
     def __init__(self, artifact: Artifact, source: ModelSource, provider: str, advance: Advance) -> None:
         self.artifact, self.shape, self.advance = artifact, artifact.shape, advance
         self.spec: DecoderSpec = source.spec
         device = "cuda" if provider == CUDA and torch.cuda.is_available() else "cpu"
         self.reference = source.reference(device=device)
-        self.half = source.reference(dtype=torch.float16, device=device) if self.shape.dtype == "float16" else None
+        half = self.shape.dtype if self.shape.dtype != "float32" else None
+        self.half = source.reference(dtype=getattr(torch, half), device=device) if half else None
         self.sessions = Sessions(artifact, provider)
         self.provider = provider
         self.worst: dict[str, Worst] = {}
@@ -96,36 +100,66 @@ class Comparison:
         return [Check(name, worst.difference, worst.allowed) for name, worst in self.worst.items()]
 
     def _compare(self, prompt: list[int], continuation: list[int]) -> None:
-        cache = KvCache(self.shape, self.provider, self.shape.max_positions)
         logits = self._all_prompt_logits(prompt)
         dense, dense_continuation = reference_logits(self.reference, self.spec, prompt, continuation)
         half = reference_logits(self.half, self.spec, prompt, continuation) if self.half else (None, None)
         self._logits("prefill logits", logits, dense, half[0])
 
-        _, mask = prefill(self.sessions, self.shape, prompt, cache)
+        step = DecodeStep(self.sessions, self.shape, len(prompt) + len(continuation))
+        step.capture()
+        cache = step.cache
+        _, mask = prefill(self.sessions, self.shape, prompt, cache, into=step.fixed_inputs)
         self._scores(prompt, mask)
         self.advance(1)
 
         start = cache.length
-        every = self._decode(continuation, cache, None)
-        self._logits("decode with all neurons", every, dense_continuation, half[1])
         masks, tails = self._deployed_mask(mask)
         if self.artifact.manifest["method"].get("tail") == "mean":
             for tail, reference in zip(tails, reference_tails(self.reference, self.spec, prompt, masks), strict=True):
                 self._relative("tail mean", tail.numpy(), reference.numpy())
-        cache.truncate(start)
         masked = self._decode(continuation, cache, mask)
         _, expected = reference_logits(self.reference, self.spec, prompt, continuation, masks, tails)
         half_masked = (
             reference_logits(self.half, self.spec, prompt, continuation, masks, tails)[1] if self.half else None
         )
         self._logits("decode with the prompt's mask", masked, expected, half_masked)
-        self._halved(prompt, continuation, cache, start)
+        cache.truncate(start)
+        step.use(mask)
+        one_by_one = np.stack([step.logits(token) for token in continuation])
+        self._logits("decode token by token", one_by_one, expected, half_masked)
+        if self.artifact.manifest["method"]["two_levels"]:
+            cache.truncate(start)
+            self._second_level(prompt, continuation, cache, mask, (masks, tails))
         self.advance(1)
 
         cache.truncate(start)
         self._chunked(prompt, cache, mask)
+        step.use(None)  # writes over the mask's memory, so it comes after everything with the mask
+        cache.truncate(start)
+        every = self._decode(continuation, cache, None)
+        self._logits("decode with all neurons", every, dense_continuation, half[1])
+        self._halved(prompt, continuation, cache, start)
         self.advance(1)
+
+    def _second_level(
+        self,
+        prompt: list[int],
+        continuation: list[int],
+        cache: KvCache,
+        mask: PromptMask,
+        masking: tuple[list[torch.Tensor], list[torch.Tensor]],
+    ) -> None:
+        """Decode under the prompt's mask and a token threshold that about half of the neurons reach."""
+        layers = range(self.shape.num_layers)
+        scales = [torch.from_numpy(map_weight(self.artifact, contract.neuron_scale(i)).copy()) for i in layers]
+        level = SecondLevel(scales, [])
+        _, expected = reference_logits(self.reference, self.spec, prompt, continuation, *masking, level)
+        half = None
+        if self.half:
+            half = reference_logits(self.half, self.spec, prompt, continuation, *masking, level)[1]
+        thresholds = device_tensor(np.array(level.thresholds, np.float32), self.provider)
+        skipping = self._decode(continuation, cache, mask, {contract.TOKEN_THRESHOLDS: thresholds})
+        self._logits("decode with token thresholds", skipping, expected, half)
 
     def _halved(self, prompt: list[int], continuation: list[int], cache: KvCache, start: int) -> None:
         """Decode with every second neuron and padding, whatever the artifact's own mask is."""
@@ -134,7 +168,7 @@ class Comparison:
         padded = np.append(np.arange(0, self.shape.ffn_size, 2), [contract.PADDING_INDEX] * 3).astype(np.int32)
         indices = device_tensor(padded, self.provider)
         layers = range(self.shape.num_layers)
-        mask = PromptMask({contract.mask_indices(i): indices for i in layers}, {}, 0)
+        mask = PromptMask({contract.mask_indices(i): indices for i in layers}, {})
         masks, tails = [kept] * len(layers), [torch.zeros(self.shape.hidden_size)] * len(layers)
         cache.truncate(start)
         halved = self._decode(continuation, cache, mask)
@@ -143,24 +177,33 @@ class Comparison:
         self._logits("decode with every second neuron", halved, expected, half)
 
     def _chunked(self, prompt: list[int], cache: KvCache, mask: PromptMask) -> None:
-        pieces = KvCache(self.shape, self.provider, self.shape.max_positions)
+        pieces = KvCache(self.shape, self.provider, len(prompt))
         _, chunked = prefill(self.sessions, self.shape, prompt, pieces, chunk=CHUNK)
         for layer in range(self.shape.num_layers):
             for whole, parts in zip(cache.keys_and_values(layer), pieces.keys_and_values(layer), strict=True):
-                self._relative("keys and values after chunked prefill", parts, whole)
+                rows = slice(0, cache.length)
+                self._relative(
+                    "keys and values after chunked prefill", to_host(parts)[:, :, rows], to_host(whole)[:, :, rows]
+                )
             scores, kept = _scores_of(mask, layer), _indices_of(mask, layer)
             border = min((float(scores[i]) for i in kept), default=float(scores.max()))
             self._same_mask("mask after chunked prefill", _indices_of(chunked, layer), kept, scores, border)
 
     def _all_prompt_logits(self, prompt: list[int]) -> np.ndarray:
-        cache = KvCache(self.shape, self.provider, self.shape.max_positions)
+        cache = KvCache(self.shape, self.provider, len(prompt))
         every = {contract.NUM_LOGITS: device_tensor(np.zeros(1, np.int64), "cpu")}
         return bind_call(self.sessions.prefill, cache, prompt, every).run()[contract.LOGITS].numpy()[0]  # [P, V]
 
-    def _decode(self, continuation: list[int], cache: KvCache, mask: PromptMask | None) -> np.ndarray:
+    def _decode(
+        self,
+        continuation: list[int],
+        cache: KvCache,
+        mask: PromptMask | None,
+        inputs: Mapping[str, ort.OrtValue] = EMPTY,
+    ) -> np.ndarray:
         """Decode the continuation: its first token alone (S = 1), the others in one call. Returns [C, V]."""
         pieces = [piece for piece in (continuation[:1], continuation[1:]) if piece]
-        return np.concatenate([decode(self.sessions, cache, piece, mask) for piece in pieces])
+        return np.concatenate([decode(self.sessions, cache, piece, mask, inputs) for piece in pieces])
 
     def _deployed_mask(self, mask: PromptMask) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         masks, tails = [], []
@@ -168,7 +211,7 @@ class Comparison:
             kept = torch.zeros(self.shape.ffn_size)
             kept[sorted(_indices_of(mask, layer))] = 1
             masks.append(kept)
-            tails.append(torch.from_numpy(mask.inputs[contract.tail_mean(layer)].numpy().astype(np.float32)))
+            tails.append(torch.from_numpy(to_host(mask.inputs[contract.tail_mean(layer)])))
         return masks, tails
 
     def _scores(self, prompt: list[int], mask: PromptMask) -> None:
@@ -209,4 +252,10 @@ def _scores_of(mask: PromptMask, layer: int) -> np.ndarray:
 
 
 def _indices_of(mask: PromptMask, layer: int) -> set[int]:
-    return {int(i) for i in mask.inputs[contract.mask_indices(layer)].numpy() if i != contract.PADDING_INDEX}
+    return set(mask.indices(layer).tolist())
+
+
+def to_host(value: ort.OrtValue) -> np.ndarray:
+    """Copy a value of any dtype and device to the host as float32."""
+    tensor: torch.Tensor = torch.from_dlpack(value)
+    return tensor.float().cpu().numpy().copy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +13,43 @@ from tda_export.calibration.capture import capture_activations
 from tda_export.calibration.cett import neuron_scores, relative_magnitudes
 from tda_export.models.spec import DecoderSpec
 
+ACTIVATIONS = {"silu": torch.nn.functional.silu}
+
+
+@dataclass(frozen=True)
+class SecondLevel:
+    """Two-level decoding: a neuron is skipped for a token where |act(gate_i · x)| * scales_i < threshold.
+
+    `scales` are L tensors [F], `thresholds` L numbers. Where `thresholds` is empty, each layer's is chosen when it
+    first runs and appended: one that no estimate comes close to, near the median, so that rounding decides nothing.
+    """
+
+    scales: Sequence[torch.Tensor]
+    thresholds: list[float]
+
+    def keep(self, layer: int, activated: torch.Tensor) -> torch.Tensor:
+        """Say which neurons of each token are kept, given act(gate · x) [.., F]."""
+        estimates = activated.float().abs() * self.scales[layer].to(activated.device)
+        if layer == len(self.thresholds):
+            self.thresholds.append(threshold_in_a_gap(estimates))
+        return estimates >= self.thresholds[layer]
+
+
+def threshold_in_a_gap(estimates: torch.Tensor) -> float:
+    """Return the middle of the widest gap between neighbours around the median of estimates of any shape."""
+    ordered = estimates.flatten().sort().values
+    middle = ordered[int(0.4 * len(ordered)) : int(0.6 * len(ordered)) + 2]
+    widest = int(middle.diff().argmax())
+    return float(middle[widest : widest + 2].mean())
+
 
 @contextlib.contextmanager
 def masked_ffn(
-    model: Any, spec: DecoderSpec, masks: Sequence[torch.Tensor], tails: Sequence[torch.Tensor]
+    model: Any,
+    spec: DecoderSpec,
+    masks: Sequence[torch.Tensor],
+    tails: Sequence[torch.Tensor],
+    second_level: SecondLevel | None = None,
 ) -> Iterator[None]:
     """Drop neurons of every layer while the block runs: FFN(x) = W_down (h * mask) + tail + bias.
 
@@ -24,13 +58,30 @@ def masked_ffn(
         spec: Its architecture.
         masks: L tensors [F], 1 for kept neurons and 0 for dropped ones.
         tails: L tensors [M], added to the output.
+        second_level: Drops further neurons, token by token.
     """
     handles = []
-    for layer, (mask, tail) in enumerate(zip(masks, tails, strict=True)):
+
+    def drop(layer: int, mask: torch.Tensor) -> None:
         down = model.get_submodule(spec.names.down.format(i=layer))
-        mask, tail = mask.to(down.weight), tail.to(down.weight)
-        handles.append(down.register_forward_pre_hook(lambda module, inputs, mask=mask: (inputs[0] * mask,)))
-        handles.append(down.register_forward_hook(lambda module, inputs, output, tail=tail: output + tail))
+        mask = mask.to(down.weight)
+        gates: list[torch.Tensor] = []
+
+        def mask_input(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+            h = inputs[0] * mask
+            return (
+                h if second_level is None else h * second_level.keep(layer, ACTIVATIONS[spec.activation](gates.pop())),
+            )
+
+        handles.append(down.register_forward_pre_hook(mask_input))
+        if second_level is not None:
+            gate = model.get_submodule(spec.names.gate.format(i=layer))
+            handles.append(gate.register_forward_hook(lambda module, inputs, output: gates.append(output)))
+        tail = tails[layer].to(down.weight)
+        handles.append(down.register_forward_hook(lambda module, inputs, output: output + tail))
+
+    for layer, mask in enumerate(masks):
+        drop(layer, mask)
     try:
         yield
     finally:
@@ -45,8 +96,11 @@ def reference_logits(
     continuation: Sequence[int] = (),
     masks: Sequence[torch.Tensor] | None = None,
     tails: Sequence[torch.Tensor] | None = None,
+    second_level: SecondLevel | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a prompt densely and its continuation, given token by token, with a mask if there is one.
+    """Run a prompt densely and its continuation, with a mask if there is one.
+
+    The continuation is given token by token, and with a second level in one call, whose estimates choose thresholds.
 
     Returns:
         Logits of the prompt's tokens, float32 [P, V], and of the continuation's, float32 [C, V], on the CPU.
@@ -54,9 +108,11 @@ def reference_logits(
     with torch.inference_mode():
         output = model(torch.tensor([list(prompt)], device=model.device), use_cache=True)
         dense, cache, rows = output.logits[0].float().cpu(), output.past_key_values, []
-        with masked_ffn(model, spec, masks, tails or []) if masks is not None else contextlib.nullcontext():
-            for token in continuation:
-                output = model(torch.tensor([[token]], device=model.device), past_key_values=cache, use_cache=True)
+        masking = masked_ffn(model, spec, masks, tails or [], second_level) if masks is not None else None
+        pieces = [[token] for token in continuation] if second_level is None else [list(continuation)]
+        with masking or contextlib.nullcontext():
+            for piece in pieces:
+                output = model(torch.tensor([piece], device=model.device), past_key_values=cache, use_cache=True)
                 rows.append(output.logits[0].float().cpu())
     return dense, torch.cat(rows) if rows else dense[:0]
 

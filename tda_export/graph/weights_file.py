@@ -33,16 +33,19 @@ class PlannedWeight:
     load: Callable[[], torch.Tensor]
 
 
-def plan_weights(spec: DecoderSpec, weights: Weights, dtype: str) -> Iterator[PlannedWeight]:
+def plan_weights(
+    spec: DecoderSpec, weights: Weights, dtype: str, up_rms: torch.Tensor | None = None
+) -> Iterator[PlannedWeight]:
     """List the tensors of weights.bin in file order, checking each shape against the spec.
 
-    Linear layers are stored as MatMul wants them, [in, out], with Q, K and V packed; FFN weights are neuron-major
+    Linear layers are stored as checkpoints have them, [out, in], with Q, K and V packed; FFN weights are neuron-major
     [F, M]; a tied head is not stored a second time.
 
     Args:
         spec: The architecture.
         weights: The checkpoint.
-        dtype: `float32` or `float16`, of everything but the statistics' constants.
+        dtype: A value of `contract.DTYPES`, of everything but the constants of statistics and estimates.
+        up_rms: float [L, F], root mean square of each neuron's up product; two-level methods need it.
 
     Raises:
         TdaError: A tensor is missing or has another shape than the configuration says.
@@ -68,10 +71,10 @@ def plan_weights(spec: DecoderSpec, weights: Weights, dtype: str) -> Iterator[Pl
         qkv = [(at["query"], heads), (at["key"], kv_heads), (at["value"], kv_heads)]
         down = f"{at['down']}.weight"
         yield stored(contract.attention_norm(i), (f"{at['attention_norm']}.weight", (m,)))
-        yield stored(contract.qkv_weight(i), *((f"{name}.weight", (rows, m)) for name, rows in qkv), transpose=True)
+        yield stored(contract.qkv_weight(i), *((f"{name}.weight", (rows, m)) for name, rows in qkv))
         if spec.qkv_bias:
             yield stored(contract.qkv_bias(i), *((f"{name}.bias", (rows,)) for name, rows in qkv))
-        yield stored(contract.attention_out_weight(i), (f"{at['attention_out']}.weight", (m, heads)), transpose=True)
+        yield stored(contract.attention_out_weight(i), (f"{at['attention_out']}.weight", (m, heads)))
         if spec.attention_out_bias:
             yield stored(contract.attention_out_bias(i), (f"{at['attention_out']}.bias", (m,)))
         yield stored(contract.ffn_norm(i), (f"{at['ffn_norm']}.weight", (m,)))
@@ -81,9 +84,10 @@ def plan_weights(spec: DecoderSpec, weights: Weights, dtype: str) -> Iterator[Pl
         if spec.ffn_bias:
             for part, size in (("gate", f), ("up", f), ("down", m)):
                 yield stored(contract.ffn_bias(i, part), (f"{at[part]}.bias", (size,)))
-        yield PlannedWeight(
-            contract.down_squared_norms(i), (f,), "float32", partial(_squared_column_norms, weights, down)
-        )
+        squared_norms = partial(_squared_column_norms, weights, down)
+        yield PlannedWeight(contract.down_squared_norms(i), (f,), "float32", squared_norms)
+        if up_rms is not None:
+            yield PlannedWeight(contract.neuron_scale(i), (f,), "float32", partial(_scale, squared_norms, up_rms[i]))
     yield stored(contract.FINAL_NORM, (f"{names.final_norm}.weight", (m,)))
     if not spec.tied_head:
         yield stored(contract.HEAD, (f"{names.head}.weight", (spec.vocab_size, m)))
@@ -108,6 +112,11 @@ def _load(weights: Weights, names: list[str], transpose: bool) -> torch.Tensor:
 def _squared_column_norms(weights: Weights, down: str) -> torch.Tensor:
     """||W_down[:, i]||^2 for each neuron: [M, F] of any dtype to float32 [F]."""
     return weights.load(down).float().square().sum(dim=0)
+
+
+def _scale(squared_norms: Callable[[], torch.Tensor], up_rms: torch.Tensor) -> torch.Tensor:
+    """RMS(up_i · x) ||W_down[:, i]||: times |act(gate_i · x)| the length to expect of neuron i's output."""
+    return squared_norms().sqrt() * up_rms
 
 
 def write_weights(

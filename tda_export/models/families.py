@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tda_export.errors import TdaError
-from tda_export.models.spec import DecoderSpec, RopeSpec
+from tda_export.models.spec import Activation, DecoderSpec, RopeSpec
 
-ACTIVATIONS = {"silu": "silu", "swish": "silu"}
+ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu"}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from tda_export.errors import TdaError
 
 HEAD_SIZE_MULTIPLE = 16  # ONNX Runtime's GroupQueryAttention fails or is silently slow on other head sizes
 
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 RopeScaling = Literal["default", "linear", "llama3"]
 
 
@@ -62,7 +63,7 @@ class DecoderSpec:
     num_kv_heads: int
     head_size: int
     ffn_size: int
-    activation: str
+    activation: Activation
     norm_epsilon: float
     rope: RopeSpec
     max_positions: int

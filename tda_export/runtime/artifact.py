@@ -10,7 +10,7 @@ from typing import Any
 
 from tda_export.errors import TdaError
 from tda_export.graph import contract
-from tda_export.graph.contract import ModelShape
+from tda_export.graph.contract import DTYPE_BYTES, DTYPES, ModelShape
 
 NEEDED_FILES = (
     contract.PREFILL_FILE,
@@ -18,7 +18,6 @@ NEEDED_FILES = (
     contract.WEIGHTS_FILE,
     contract.TOKENIZER_FILE,
 )
-DTYPE_BYTES = {"float32": 4, "float16": 2, "int32": 4, "int64": 8}
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,11 @@ def open_artifact(folder: str | Path) -> Artifact:
         raise TdaError(
             f"{path}: artifact format {version} is newer than this tda-export ({contract.FORMAT_VERSION}). Update it."
         )
+    if version < contract.FORMAT_VERSION:
+        raise TdaError(
+            f"{path}: artifact format {version} is older than this tda-export's ({contract.FORMAT_VERSION}). "
+            "Build the artifact again."
+        )
     try:
         _check_files(folder, manifest["files"])
         shape = ModelShape(**manifest["shape"])
@@ -107,7 +111,7 @@ def _check_content(manifest: dict[str, Any], shape: ModelShape) -> None:
     for name, value in asdict(shape).items():
         if name != "dtype":
             _require(type(value) is int and value > 0, f"shape.{name}")
-    _require(shape.dtype in ("float32", "float16"), "shape.dtype")
+    _require(shape.dtype in DTYPES.values(), "shape.dtype")
     model, method, thresholds = manifest["model"], manifest["method"], manifest["thresholds"]
     _require(all(isinstance(model[key], str) for key in ("name", "fingerprint")), "model.name or model.fingerprint")
     _require(type(model["ffn_matrices"]) is int, "model.ffn_matrices")
@@ -116,6 +120,8 @@ def _check_content(manifest: dict[str, Any], shape: ModelShape) -> None:
     _require(method.get("statistic") in ("magnitude", "activation"), "method.statistic")
     _require(method.get("selection") in ("threshold", "topk"), "method.selection")
     density = method.get("density")
+    _require(type(method["two_levels"]) is bool, "method.two_levels")
+    _require(isinstance(manifest["spec"], dict), "spec")
     _require(method["selection"] == "threshold" or (isinstance(density, float) and 0 < density <= 1), "method.density")
     _require(len(thresholds) == shape.num_layers and all(map(math.isfinite, thresholds)), "thresholds")
     _check_weights(manifest, shape)

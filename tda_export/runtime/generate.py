@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,8 +12,8 @@ import numpy as np
 
 from tda_export.errors import TdaError
 from tda_export.runtime.artifact import Artifact
-from tda_export.runtime.kv_cache import KvCache
-from tda_export.runtime.phases import DecodeStep, PromptMask, prefill
+from tda_export.runtime.decode_step import DecodeStep
+from tda_export.runtime.phases import PromptMask, prefill
 from tda_export.runtime.sampling import Sampler
 from tda_export.runtime.session import Sessions
 from tda_export.runtime.text import TextStream
@@ -61,15 +62,16 @@ class Generation:
         *,
         max_new_tokens: int,
         mask: MaskMode,
-        sampler: Sampler,
+        sampler: Sampler | None,
         stream: TextStream,
         context: int,
         thresholds: np.ndarray | None,
+        borrow_step: Callable[[int], AbstractContextManager[DecodeStep]],
     ) -> None:
         self._artifact, self._sessions = artifact, sessions
         self._prompt, self._max_new_tokens = prompt, max_new_tokens
         self._sampler, self._stream, self._thresholds = sampler, stream, thresholds
-        self._cache = KvCache(artifact.shape, sessions.provider, context)
+        self._capacity, self._borrow_step = min(context, len(prompt) + max_new_tokens), borrow_step
         self.text = ""
         self.metrics = Metrics(sessions.provider, mask, len(prompt))
         self._tokens = self._run()
@@ -81,12 +83,24 @@ class Generation:
         return next(self._tokens)
 
     def _run(self) -> Iterator[Token]:
+        with self._borrow_step(self._capacity) as step:
+            step.capture()
+            yield from self._generate(step)
+
+    def _generate(self, step: DecodeStep) -> Iterator[Token]:
         metrics, started = self.metrics, time.perf_counter()
-        logits, mask = prefill(self._sessions, self._artifact.shape, self._prompt, self._cache, self._thresholds)
-        self._account(mask)
-        step = DecodeStep(self._sessions, self._cache, mask if metrics.mask == "tda" else None)
+        logits, mask = prefill(
+            self._sessions,
+            self._artifact.shape,
+            self._prompt,
+            step.cache,
+            self._thresholds,
+            into=step.fixed_inputs,
+        )
+        step.use(mask if metrics.mask == "tda" else None)
         token = self._choose(logits)
         metrics.time_to_first_token = time.perf_counter() - started
+        self._account(mask)
         steps = 0
         while True:
             if token in self._artifact.eos_token_ids:
@@ -97,7 +111,7 @@ class Generation:
             piece = self._stream.add(token)
             if metrics.new_tokens == self._max_new_tokens:
                 metrics.finish_reason = "length"
-            elif self._cache.length + 1 == self._cache.limit:  # the new token is not in the cache yet
+            elif step.cache.length + 1 == self._capacity:  # the new token is not in the cache yet
                 metrics.finish_reason = "context"
             if metrics.finish_reason:
                 piece += self._stream.finish()
@@ -106,23 +120,35 @@ class Generation:
             if metrics.finish_reason:
                 return
             started = time.perf_counter()
-            token = self._choose(step.run(token))
+            token = self._next(step, token)
             steps += 1
             metrics.decode_seconds += time.perf_counter() - started
             metrics.decode_tokens_per_second = steps / metrics.decode_seconds
 
+    def _next(self, step: DecodeStep, token: int) -> int:
+        if self._sampler is not None:
+            return self._choose(step.logits(token))
+        chosen = step.greedy(token)
+        if chosen < 0:
+            raise self._not_finite()
+        return chosen
+
     def _choose(self, logits: np.ndarray) -> int:
         if not np.isfinite(logits).all():
-            raise TdaError(
-                f"The model produced logits that are not finite at token {self._cache.length}. "
-                "float16 may overflow with this model: build it with --dtype fp32 and run it on the CPU."
-            )
-        return self._sampler(logits)
+            raise self._not_finite()
+        return int(logits.argmax()) if self._sampler is None else self._sampler(logits)
+
+    def _not_finite(self) -> TdaError:
+        position = self.metrics.prompt_tokens + self.metrics.new_tokens
+        return TdaError(
+            f"The model produced logits that are not finite at token {position}. "
+            "float16 may overflow with this model: build it with --dtype bf16, or with fp32 and run it on the CPU."
+        )
 
     def _account(self, mask: PromptMask) -> None:
         shape, metrics = self._artifact.shape, self.metrics
         neurons = shape.num_layers * shape.ffn_size
-        kept = mask.kept if metrics.mask == "tda" else neurons
+        kept = mask.count(shape.num_layers) if metrics.mask == "tda" else neurons
         metrics.density = kept / neurons
         metrics.sparsity = 1.0 - metrics.density
         metrics.ffn_bytes_per_token = kept * self._artifact.bytes_per_neuron

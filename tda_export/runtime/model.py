@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from tda_export.errors import TdaError, UsageError
 from tda_export.runtime.artifact import Artifact, open_artifact
+from tda_export.runtime.decode_step import DecodeStep
 from tda_export.runtime.generate import Generation, MaskMode
 from tda_export.runtime.providers import choose_provider
 from tda_export.runtime.sampling import Sampling, make_sampler
@@ -16,6 +19,7 @@ from tda_export.runtime.session import Sessions
 from tda_export.runtime.text import Text
 
 DEFAULT_NEW_TOKENS = 128
+CAPACITY_STEP = 2048  # tokens
 
 
 class Model:
@@ -26,6 +30,29 @@ class Model:
         self.provider = provider
         self.text = Text(artifact)
         self.sessions = Sessions(artifact, provider)
+        self._idle: DecodeStep | None = None
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def borrow_step(self, tokens: int) -> Iterator[DecodeStep]:
+        """Lend a decode step with room for `tokens`: the one left over from before where it fits, or a new one."""
+        with self._lock:
+            step, self._idle = self._idle, None
+        if step is None or step.cache.capacity < tokens:
+            step = DecodeStep(self.sessions, self.artifact.shape, self._capacity(tokens))
+        step.cache.truncate(0)
+        try:
+            yield step
+        finally:
+            with self._lock:
+                if self._idle is None or self._idle.cache.capacity < step.cache.capacity:
+                    self._idle = step
+
+    def _capacity(self, tokens: int) -> int:
+        """Round up where a new size would mean a new capture."""
+        if not self.sessions.captures:
+            return tokens
+        return min(-(-tokens // CAPACITY_STEP) * CAPACITY_STEP, self.artifact.shape.max_positions)
 
     def generate(
         self,
@@ -46,8 +73,7 @@ class Model:
             max_new_tokens: Stop after this many.
             mask: `tda` decodes with the prompt's mask, `dense` with every neuron.
             sampling: Greedy by default.
-            context: The most tokens of prompt and answer together; None takes the model's maximum. Memory grows with
-                what is used, not with this.
+            context: The most tokens of prompt and answer together; None takes the model's maximum.
             thresholds: L scores in place of the artifact's thresholds: another budget, without another build.
 
         Returns:
@@ -87,6 +113,7 @@ class Model:
             stream=self.text.stream(tokens),
             context=context,
             thresholds=None if thresholds is None else np.asarray(thresholds, np.float32),
+            borrow_step=self.borrow_step,
         )
 
     def _tokens(self, prompt: str | Sequence[int], chat: bool) -> list[int]:

@@ -1,4 +1,4 @@
-"""The two phases as plain calls: prefill reads a prompt and returns its mask, a decode step appends one token."""
+"""The two phases as plain calls: prefill reads a prompt and returns its mask, decode appends given tokens."""
 
 from __future__ import annotations
 
@@ -21,13 +21,21 @@ CHUNK_TOKENS = 2048  # longer prompts are prefilled in pieces of this size
 class PromptMask:
     """What prefill says about a prompt, in the provider's memory.
 
-    `inputs` are decode's by name, `stats` a further prefill's (the running statistics), `kept` the number of neurons
-    in the mask over all layers.
+    `inputs` are decode's by name (mask indices may be padded with -1), `stats` a further prefill's (the running
+    statistics).
     """
 
     inputs: dict[str, ort.OrtValue]
     stats: dict[str, ort.OrtValue]
-    kept: int
+
+    def indices(self, layer: int) -> np.ndarray:
+        """Copy the neurons of a layer's mask to the host, int32 [K], without padding."""
+        indices: np.ndarray = self.inputs[contract.mask_indices(layer)].numpy()
+        return indices[indices != contract.PADDING_INDEX]
+
+    def count(self, layers: int) -> int:
+        """Return how many neurons the masks of all layers hold."""
+        return sum(len(self.indices(layer)) for layer in range(layers))
 
 
 def bind_call(
@@ -52,9 +60,16 @@ def bind_call(
     return call
 
 
-def decode(sessions: Sessions, cache: KvCache, tokens: Sequence[int], mask: PromptMask | None) -> np.ndarray:
+def decode(
+    sessions: Sessions,
+    cache: KvCache,
+    tokens: Sequence[int],
+    mask: PromptMask | None,
+    inputs: Mapping[str, ort.OrtValue] = EMPTY,
+) -> np.ndarray:
     """Append given tokens with the decode graph, under a mask or with every neuron. Returns logits, float32 [S, V]."""
-    logits = bind_call(sessions.decode, cache, tokens, mask.inputs if mask else EMPTY).run()[contract.LOGITS]
+    call = bind_call(sessions.decode, cache, tokens, {**(mask.inputs if mask else EMPTY), **inputs})
+    logits = call.run()[contract.LOGITS]
     cache.commit()
     return logits.numpy()[0]
 
@@ -66,6 +81,7 @@ def prefill(
     cache: KvCache,
     thresholds: np.ndarray | None = None,
     *,
+    into: Mapping[str, ort.OrtValue] = EMPTY,
     chunk: int = CHUNK_TOKENS,
 ) -> tuple[np.ndarray, PromptMask]:
     """Read a prompt, in chunks that carry the running statistics.
@@ -76,12 +92,15 @@ def prefill(
         tokens: The prompt, at least one token; the cache has room for it.
         cache: Past keys and values; the prompt is appended.
         thresholds: float32 [L] in place of the artifact's own, or None.
+        into: Memory for masks and tail means, by the names of decode's inputs, as `DecodeStep.fixed_inputs` holds it.
         chunk: Tokens of one call at most.
 
     Returns:
         The last token's logits, float32 [V], and the mask of the whole prompt.
     """
     provider, layers = sessions.provider, range(shape.num_layers)
+    produced = {contract.mask_indices(i): contract.present_mask_indices(i) for i in layers}
+    produced |= {contract.tail_mean(i): contract.present_tail_mean(i) for i in layers}
     stats: dict[str, ort.OrtValue] = {}
     override: dict[str, ort.OrtValue] = {}
     if thresholds is not None:
@@ -91,55 +110,17 @@ def prefill(
         call.allocate(contract.PRESENT_STATS_WEIGHT, provider)
         for layer in layers:
             call.allocate(contract.present_neuron_stats(layer), provider)
-            call.allocate(contract.present_mask_indices(layer), provider)
-            call.allocate(contract.present_tail_mean(layer), provider)
+        for name, output in produced.items():
+            if name in into:
+                call.write_to(output, into[name])
+            else:
+                call.allocate(output, provider)
         outputs = call.run()
         cache.commit()
         stats = {contract.PAST_STATS_WEIGHT: outputs[contract.PRESENT_STATS_WEIGHT]} | {
             contract.past_neuron_stats(i): outputs[contract.present_neuron_stats(i)] for i in layers
         }
-    indices = {contract.mask_indices(i): outputs[contract.present_mask_indices(i)] for i in layers}
-    kept = sum(value.shape()[0] for value in indices.values())
     # An empty input is more than some kernels take: one padding index means the same.
     nothing = device_tensor(np.array([contract.PADDING_INDEX], np.int32), provider)
-    inputs = {name: value if value.shape()[0] else nothing for name, value in indices.items()} | {
-        contract.tail_mean(i): outputs[contract.present_tail_mean(i)] for i in layers
-    }
-    return outputs[contract.LOGITS].numpy()[0, -1], PromptMask(inputs, stats, kept)
-
-
-class DecodeStep:
-    """Decodes one token at a time with a prompt's mask, or densely with the prefill graph (`mask` None).
-
-    Everything but the token and the attention mask is bound once; a grown cache is bound anew.
-    """
-
-    def __init__(self, sessions: Sessions, cache: KvCache, mask: PromptMask | None) -> None:
-        self._sessions, self._cache, self._mask = sessions, cache, mask
-        self._token = device_tensor(np.zeros((1, 1), np.int64), sessions.provider)
-        self._attended = device_tensor(cache.mask, sessions.provider)
-        self._call: Call | None = None
-
-    def run(self, token: int) -> np.ndarray:
-        """Append `token` to the cache and return the next one's logits, float32 [V]."""
-        cache = self._cache
-        cache.reserve(1)
-        if self._call is None or self._attended.shape()[1] != cache.capacity:
-            self._call = self._bind()
-        else:
-            self._attended.update_inplace(cache.mask)
-        self._token.update_inplace(np.array([[token]], np.int64))
-        outputs = self._call.run()
-        cache.commit()
-        return outputs[contract.LOGITS].numpy()[0, -1].copy()  # the next run writes to the same memory
-
-    def _bind(self) -> Call:
-        call = Call(self._sessions.prefill if self._mask is None else self._sessions.decode)
-        self._attended = device_tensor(self._cache.mask, self._sessions.provider)
-        call.feed(contract.INPUT_IDS, self._token)
-        call.feed(contract.ATTENTION_MASK, self._attended)
-        self._cache.bind(call)
-        for name, value in (self._mask.inputs if self._mask else {}).items():
-            call.feed(name, value)
-        call.allocate(contract.LOGITS, "cpu")
-        return call
+    inputs = {name: outputs[output] if outputs[output].shape()[0] else nothing for name, output in produced.items()}
+    return outputs[contract.LOGITS].numpy()[0, -1], PromptMask(inputs, stats)

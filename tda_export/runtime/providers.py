@@ -30,7 +30,8 @@ def choose_provider(requested: str, dtype: str) -> str:
     if requested == CUDA:
         if dtype not in HALF:
             raise UsageError(
-                "CUDA runs float16 artifacts; this one is float32. Build it with --dtype fp16, or use --provider cpu."
+                "CUDA runs float16 and bfloat16 artifacts; this one is float32. Build it with --dtype fp16, or use "
+                "--provider cpu."
             )
         if problem := cuda_problem():
             raise TdaError(f"CUDA cannot be used: {problem}. Use --provider cpu.")
@@ -56,8 +57,8 @@ def cuda_problem() -> str | None:
     return None
 
 
-def provider_arguments(provider: str) -> list[tuple[str, dict[str, str]]]:
-    """Return the `providers` argument of an InferenceSession."""
+def provider_arguments(provider: str, *, capture: bool = False) -> list[tuple[str, dict[str, str]]]:
+    """Return the `providers` argument of an InferenceSession; `capture` turns CUDA graphs on."""
     if provider == CPU:
         return [(EXECUTION_PROVIDERS[CPU], {})]
     with contextlib.redirect_stdout(io.StringIO()):  # it prints advice about libraries that the system may well have
@@ -66,5 +67,6 @@ def provider_arguments(provider: str) -> list[tuple[str, dict[str, str]]]:
         "use_tf32": "0",  # scores are compared with thresholds: keep their full float32 precision
         "enable_skip_layer_norm_strict_mode": "1",  # accumulate norms in float32, as PyTorch does
         "arena_extend_strategy": "kSameAsRequested",
+        "enable_cuda_graph": "1" if capture else "0",
     }
     return [(EXECUTION_PROVIDERS[CUDA], options), (EXECUTION_PROVIDERS[CPU], {})]

@@ -32,10 +32,10 @@ class Sampling:
             raise UsageError(f"Seed {self.seed} is negative. Give 0 or more.")
 
 
-def make_sampler(sampling: Sampling) -> Sampler:
-    """Compose the steps that `sampling` asks for: temperature, then top-k, then top-p, then a draw."""
+def make_sampler(sampling: Sampling) -> Sampler | None:
+    """Compose the steps that `sampling` asks for: temperature, then top-k, then top-p, then a draw; None is greedy."""
     if sampling.temperature == 0:
-        return lambda logits: int(logits.argmax())
+        return None
     generator = np.random.default_rng(sampling.seed)
 
     def sample(logits: np.ndarray) -> int:

@@ -51,7 +51,7 @@ def continuation_logits(
             f"{len(prompt)} and {len(continuation)} tokens are more than the model's {shape.max_positions} positions. "
             "Shorten one of them."
         )
-    cache = KvCache(shape, model.provider, shape.max_positions)
+    cache = KvCache(shape, model.provider, len(prompt) + len(continuation))
     override = None if thresholds is None else np.asarray(thresholds, np.float32)
     _, chosen = prefill(sessions, shape, prompt, cache, override)
     return decode(sessions, cache, continuation, chosen if mask == "tda" else None)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import onnxruntime as ort
 
 from tda_export.errors import TdaError, first_line
 from tda_export.graph import contract
+from tda_export.native.library import native_problem, register_native, warn_once
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.providers import CUDA, EXECUTION_PROVIDERS, provider_arguments
 
 ERRORS_ONLY = 3  # ONNX Runtime warns of every input that has a default
+ONNX_TYPES = {"float32": 1, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16}
+STORAGE = {"bfloat16": "uint16"}  # numpy has no bfloat16: its bits stand for it
+GRAPH_ID = "gpu_graph_id"  # a run option: which captured graph to replay
+NO_GRAPH = "-1"
 
 
 class Sessions:
     """Prefill and decode of one artifact on one provider.
+
+    `native` says whether the native kernels are in use: on CUDA in both sessions, on the CPU in decode (prefill's
+    operators have kernels for CUDA alone, and their function bodies are as fast on the CPU). Without them, which is
+    said once on standard error, the function bodies run. With them decode on CUDA is captured as a CUDA graph.
 
     On CUDA the weights are uploaded once and given to both sessions as initializers. On the CPU both map weights.bin
     into memory; prepacking would copy every MatMul weight for each session, so it is off.
@@ -22,15 +33,54 @@ class Sessions:
 
     def __init__(self, artifact: Artifact, provider: str) -> None:
         self.provider = provider
+        problem = _native_problem(artifact, provider)
+        self.native = problem is None
+        if problem:
+            warn_once(problem)
+        self.captures = self.native and provider == CUDA
         self.shared_weights = upload_weights(artifact) if provider == CUDA else {}
-        self.prefill = open_session(artifact, contract.PREFILL_FILE, provider, self.shared_weights)
-        self.decode = open_session(artifact, contract.DECODE_FILE, provider, self.shared_weights)
+        self.prefill = open_session(
+            artifact, contract.PREFILL_FILE, provider, self.shared_weights, native=self.captures
+        )
+        self.decode = open_session(
+            artifact,
+            contract.DECODE_FILE,
+            provider,
+            self.shared_weights,
+            native=self.native,
+            capture=self.captures,
+        )
+        self._graph_ids = itertools.count(1)
+
+    def next_graph_id(self) -> str:
+        """Return a number for another captured graph of the decode session."""
+        return str(next(self._graph_ids))
+
+
+def _native_problem(artifact: Artifact, provider: str) -> str | None:
+    if provider != CUDA and artifact.shape.dtype != "float32":
+        return f"on the CPU they compute in float32 alone, and this artifact is {artifact.shape.dtype}"
+    return native_problem()
 
 
 def open_session(
-    artifact: Artifact, file: str, provider: str, shared_weights: dict[str, ort.OrtValue]
+    artifact: Artifact,
+    file: str,
+    provider: str,
+    shared_weights: dict[str, ort.OrtValue],
+    *,
+    native: bool = False,
+    capture: bool = False,
 ) -> ort.InferenceSession:
-    """Open one graph; `shared_weights` (by name, on the device) take the place of its own copies.
+    """Open one graph.
+
+    Args:
+        artifact: Whose graph it is.
+        file: One of the graphs' file names.
+        provider: `cpu` or `cuda`.
+        shared_weights: By name, on the device; they take the place of the session's own copies.
+        native: Register the native kernels.
+        capture: Capture runs as CUDA graphs, except those that say `NO_GRAPH`.
 
     Raises:
         TdaError: ONNX Runtime cannot load the graph, or cannot start the provider.
@@ -38,11 +88,15 @@ def open_session(
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     options.add_session_config_entry("session.disable_prepacking", "1")
+    if native:
+        register_native(options)
     if shared_weights:
         for name in artifact.manifest["graph_weights"][file]:
             options.add_initializer(name, shared_weights[name])
     try:
-        session = ort.InferenceSession(str(artifact.file(file)), options, providers=provider_arguments(provider))
+        session = ort.InferenceSession(
+            str(artifact.file(file)), options, providers=provider_arguments(provider, capture=capture)
+        )
     except Exception as error:  # ONNX Runtime's exceptions share no narrower base
         raise TdaError(
             f"{artifact.file(file)}: ONNX Runtime {ort.__version__} cannot load it ({first_line(error)}). "
@@ -57,12 +111,18 @@ def open_session(
 
 
 class Call:
-    """One run of a session with its inputs and outputs bound; may be run again with the same bindings."""
+    """One run of a session with its inputs and outputs bound; may be run again with the same bindings.
 
-    def __init__(self, session: ort.InferenceSession) -> None:
+    In a session that captures, `graph_id` names the captured graph: the first run captures, with several runs of its
+    own, and needs every input and output bound to memory on the device.
+    """
+
+    def __init__(self, session: ort.InferenceSession, graph_id: str = NO_GRAPH) -> None:
         self._session = session
         self._binding = session.io_binding()
         self._outputs: list[str] = []
+        self._options = ort.RunOptions()
+        self._options.add_run_config_entry(GRAPH_ID, graph_id)
 
     def feed(self, name: str, value: ort.OrtValue | np.ndarray) -> None:
         """Bind an input: a value where it lies, or an array that is copied to the device."""
@@ -83,36 +143,50 @@ class Call:
 
     def run(self) -> dict[str, ort.OrtValue]:
         """Run and return the outputs by name."""
+        self.run_only()
+        return dict(zip(self._outputs, self._binding.get_outputs(), strict=True))
+
+    def run_only(self) -> None:
+        """Run, for outputs that are bound to memory which the caller holds."""
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base
             raise TdaError(
                 f"ONNX Runtime failed ({first_line(error)}). Run 'tda-export verify' on the artifact."
             ) from error
-        return dict(zip(self._outputs, self._binding.get_outputs(), strict=True))
 
 
-def device_tensor(array: np.ndarray, provider: str) -> ort.OrtValue:
-    """Copy an array to the provider's memory."""
-    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), provider, 0)
+def device_tensor(array: np.ndarray, provider: str, dtype: str | None = None) -> ort.OrtValue:
+    """Copy an array to the provider's memory; for `dtype` bfloat16 the array holds its bits, uint16."""
+    array = np.ascontiguousarray(array)
+    if dtype != "bfloat16":
+        return ort.OrtValue.ortvalue_from_numpy(array, provider, 0)
+    value = ort.OrtValue.ortvalue_from_shape_and_type(array.shape, ONNX_TYPES[dtype], provider, 0)
+    value.update_inplace(array)
+    return value
 
 
 def empty_tensor(shape: tuple[int, ...], dtype: str, provider: str) -> ort.OrtValue:
     """Allocate an array of zeros in the provider's memory."""
-    return device_tensor(np.zeros(shape, dtype), provider)
+    return device_tensor(np.zeros(shape, STORAGE.get(dtype, dtype)), provider, dtype)
 
 
 def upload_weights(artifact: Artifact) -> dict[str, ort.OrtValue]:
     """Copy weights.bin to the GPU, tensor by tensor, for any number of sessions to share."""
-    shared = {}
-    for name, entry in artifact.manifest["weights"].items():
-        view = np.memmap(
-            artifact.file(contract.WEIGHTS_FILE),
-            dtype=entry["dtype"],
-            mode="r",
-            offset=entry["offset"],
-            shape=tuple(entry["shape"]),
-        )
-        # A value taken through DLPack counts as the user's own, which add_initializer asks for.
-        shared[name] = ort.OrtValue.from_dlpack(ort.OrtValue.ortvalue_from_numpy(view, CUDA, 0))
-    return shared
+    # A value taken through DLPack counts as the user's own, which add_initializer asks for.
+    return {
+        name: ort.OrtValue.from_dlpack(device_tensor(map_weight(artifact, name), CUDA, entry["dtype"]))
+        for name, entry in artifact.manifest["weights"].items()
+    }
+
+
+def map_weight(artifact: Artifact, name: str) -> np.ndarray:
+    """Map one tensor of weights.bin into memory; bfloat16 as its bits, uint16."""
+    entry = artifact.manifest["weights"][name]
+    return np.memmap(
+        artifact.file(contract.WEIGHTS_FILE),
+        dtype=STORAGE.get(entry["dtype"], entry["dtype"]),
+        mode="r",
+        offset=entry["offset"],
+        shape=tuple(entry["shape"]),
+    )

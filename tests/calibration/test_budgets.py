@@ -35,6 +35,7 @@ def curves(cett: list[list[float]], density: list[list[float]] | None = None) ->
         token_density=nothing,
         score_square=nothing,
         activation=nothing,
+        up_square=nothing,
         tokens=torch.tensor([8.0], dtype=torch.float64),
     )
 

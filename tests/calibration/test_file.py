@@ -138,6 +138,12 @@ def test_newer_format(path: Path) -> None:
         read_calibration(path)
 
 
+def test_older_format(path: Path) -> None:
+    write_metadata(path, json.dumps({"format": FORMAT, "format_version": 1}))
+    with pytest.raises(TdaError, match=r"format 1 is older than .*\(2\)\. Run 'tda-export calibrate' again"):
+        read_calibration(path)
+
+
 @pytest.mark.parametrize("missing", ["grid", *(field.name for field in fields(CurveSums))])
 def test_missing_tensor(calibration: Calibration, path: Path, missing: str) -> None:
     tensors = {field.name: getattr(calibration.sums, field.name) for field in fields(CurveSums)}

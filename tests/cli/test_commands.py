@@ -24,11 +24,13 @@ CHECK_NAMES = [
     "prefill logits",
     "neuron scores",
     "selection of the mask",
-    "decode with all neurons",
     "decode with the prompt's mask",
-    "decode with every second neuron",
+    "decode token by token",
+    "decode with token thresholds",
     "keys and values after chunked prefill",
     "mask after chunked prefill",
+    "decode with all neurons",
+    "decode with every second neuron",
 ]
 CHECKS = len(CHECK_NAMES)
 
@@ -129,7 +131,7 @@ def test_build_says_what_it_did(tiny_model: Path, tiny_calibration: Path, tmp_pa
 
 def test_manifest(tiny_model: Path, tiny_artifact: Path) -> None:
     manifest = json.loads((tiny_artifact / contract.MANIFEST_FILE).read_text())
-    assert (manifest["format"], manifest["format_version"]) == ("tda-export", 1)
+    assert (manifest["format"], manifest["format_version"]) == ("tda-export", contract.FORMAT_VERSION)
     assert manifest["model"]["name"] == str(tiny_model)
     assert manifest["method"]["name"] == "tda"
     assert manifest["budget"] == {"sparsity": 0.5, "allocation": "uniform"}
@@ -185,9 +187,10 @@ def test_tail_mean(tiny_model: Path, tiny_calibration: Path, tiny_artifact: Path
 def test_float16(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
     output = tmp_path / "a"
     arguments = ("build", tiny_model, "--calibration", tiny_calibration, "--dtype", "fp16", "--provider", "cpu")
-    built = result_of(*arguments, "-o", output)
+    built = json.loads(run_ok(*arguments, "-o", output, "--json").stdout)
     assert all(check["passed"] for check in built["checks"])
-    metrics = generated(output, "--provider", "cpu")["metrics"]
+    slow = run_ok("generate", output, PROMPT, "--max-new-tokens", 24, "--provider", "cpu", "--json")
+    metrics = json.loads(slow.stdout)["metrics"]
     assert metrics["new_tokens"] == 24
     assert metrics["dense_ffn_bytes_per_token"] == DENSE_FFN_BYTES // 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tda_export.runtime.artifact import open_artifact
 PACKAGE = Path(tda_export.__file__).parent
 GRAPHS = {
     contract.PREFILL_FILE: (contract.prefill_inputs, contract.prefill_outputs),
-    contract.DECODE_FILE: (contract.decode_inputs, contract.decode_outputs),
+    contract.DECODE_FILE: (functools.partial(contract.decode_inputs, two_levels=True), contract.decode_outputs),
 }
 ONNX_TYPES = {
     "float32": "tensor(float)",

@@ -1,56 +1,89 @@
-"""float16 on CUDA: every family against transformers, and the driver's device paths."""
+"""Half precision on CUDA: every family against transformers, and the driver's device paths."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
+from tda_export.graph.ffn import FfnForm
 from tda_export.graph.verify import verify_artifact
 from tda_export.models.source import resolve_model
-from tda_export.runtime import load
-from tests.graph.test_ffn import session
+from tda_export.runtime import Model, load
+from tda_export.runtime.scoring import continuation_logits
+from tests.ffn_model import ffn_session, random_feeds, run
 from tests.graph.test_parity import build_tiny
+from tests.runtime.conftest import without_native_kernels
 from tests.tiny import FAMILIES, save_tiny_model
 
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family_matches_transformers_in_float16(family: str, tmp_path: Path) -> None:
+def test_family_matches_transformers(family: str, dtype: str, tmp_path: Path) -> None:
     source = resolve_model(str(save_tiny_model(family, tmp_path / "model")))
-    artifact = build_tiny(source, tmp_path / "artifact", dtype="float16")
+    artifact = build_tiny(source, tmp_path / "artifact", dtype=dtype)
     checks = verify_artifact(artifact, lambda name: source, provider="cuda", quiet=True)
-    assert len(checks) == 12
+    assert len(checks) == 14
     assert [check for check in checks if not check.passed] == []
 
 
-@pytest.mark.parametrize("mask", ["tda", "dense"])
-def test_growing_cache_changes_nothing(
-    mask: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+GENERATIONS = [("tda", 100), ("dense", 100), ("tda", 30)]
+
+
+def test_one_capture_serves_every_prompt(tiny_model: Path, tmp_path: Path) -> None:
+    """Prompts and masks one after another give what each gives alone in a fresh model, in this thread and another."""
     artifact = build_tiny(resolve_model(str(tiny_model)), tmp_path / "artifact", dtype="float16")
     model = load(artifact)
-    assert model.provider == "cuda"
-    prompt = list(range(3, 53))
-    whole = [token.id for token in model.generate(prompt, mask=mask, max_new_tokens=100)]  # type: ignore[arg-type]
-    monkeypatch.setattr("tda_export.runtime.kv_cache.FIRST_CAPACITY", 16)
-    grown = [token.id for token in model.generate(prompt, mask=mask, max_new_tokens=100)]  # type: ignore[arg-type]
-    assert grown == whole
+    assert model.sessions.captures
+
+    def generate(model: Model, number: int) -> list[int]:
+        mask, count = GENERATIONS[number % len(GENERATIONS)]
+        prompt = list(range(3 + number, 53 + 2 * number))
+        return [token.id for token in model.generate(prompt, mask=mask, max_new_tokens=count)]  # type: ignore[arg-type]
+
+    alone = [generate(load(artifact), number) for number in range(len(GENERATIONS))]
+    first = [generate(model, number) for number in range(len(GENERATIONS))]
+    step = model._idle
+    with ThreadPoolExecutor(1) as other:
+        elsewhere = list(other.map(lambda number: generate(model, number), range(len(GENERATIONS))))
+    again = [generate(model, number) for number in range(len(GENERATIONS))]
+    assert first == elsewhere == again == alone
+    assert model._idle is step
+    assert model.sessions.next_graph_id() == "2"  # one graph so far
 
 
-def test_indices_that_are_no_neurons_are_ignored() -> None:
+def test_two_generations_at_once(tiny_model: Path, tmp_path: Path) -> None:
+    artifact = build_tiny(resolve_model(str(tiny_model)), tmp_path / "artifact", dtype="float16")
+    model = load(artifact)
+    prompts = [list(range(3, 50)), list(range(60, 160))]
+    alone = [[token.id for token in model.generate(prompt, max_new_tokens=60)] for prompt in prompts]
+    both = [model.generate(prompt, max_new_tokens=60) for prompt in prompts]
+    mixed = list(zip(*both, strict=True))
+    assert [[token.id for token in column] for column in zip(*mixed, strict=True)] == alone
+    with ThreadPoolExecutor(2) as threads:
+        parallel = list(threads.map(lambda p: [t.id for t in model.generate(p, max_new_tokens=60)], prompts * 4))
+    assert parallel == alone * 4
+
+
+def test_native_and_stock_agree(tiny_model: Path, tmp_path: Path) -> None:
+    artifact = build_tiny(resolve_model(str(tiny_model)), tmp_path / "artifact", dtype="float16")
+    prompt, continuation = list(range(3, 50)), list(range(60, 80))
+    native = continuation_logits(load(artifact), prompt, continuation, mask="tda")
+    with without_native_kernels():
+        stock = continuation_logits(load(artifact), prompt, continuation, mask="tda")
+    np.testing.assert_allclose(native, stock, atol=0.05)
+
+
+def test_indices_that_are_no_neurons_are_ignored_by_the_function_too() -> None:
     rng = np.random.default_rng(0)
-    x, (gate, up, down) = rng.standard_normal((1, 1, 16)), rng.standard_normal((3, 8, 16))
-    feeds = {
-        name: value.astype(np.float16) for name, value in (("x", x), ("w_gate", gate), ("w_up", up), ("w_down", down))
-    }
-    call = session(biases=False, element=ir.DataType.FLOAT16, providers=["CUDAExecutionProvider"])
-    (expected,) = call.run(None, feeds | {"mask_indices": np.array([0, 5], np.int32)})
-    (y,) = call.run(None, feeds | {"mask_indices": np.array([0, -7, 8, 5, -1, 2**30], np.int32)})
-    np.testing.assert_allclose(y, expected, rtol=1e-2, atol=1e-3)
+    feeds = random_feeds(rng, tokens=1, hidden=16, neurons=8, indices=np.array([0, 5]), dtype="float16", threshold=0.0)
+    session = ffn_session(FfnForm("silu"), dtype="float16", native=False)
+    foreign = {"mask_indices": np.array([0, -7, 8, 5, -1, 2**30], np.int32)}
+    np.testing.assert_allclose(run(session, feeds | foreign), run(session, feeds), rtol=1e-2, atol=1e-3)
 
 
 def test_both_sessions_use_the_same_weights(tiny_model: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from tda_export.calibration.budgets import Budget
 from tda_export.graph.export import BuildRequest, export_artifact
@@ -17,8 +18,10 @@ THRESHOLD = 0.08  # about half of 96 neurons score more than this
 
 
 def build_tiny(source: ModelSource, output: Path, *, method: Method | None = None, dtype: str = "float32") -> Path:
-    method = method or tda("mean")
-    request = BuildRequest(source, dtype, method, [THRESHOLD] * source.spec.num_layers, Budget(sparsity=0.5))
+    method = method or tda("mean", two_levels=True)
+    spec = source.spec
+    up_rms = torch.ones(spec.num_layers, spec.ffn_size) if method.two_levels else None
+    request = BuildRequest(source, dtype, method, [THRESHOLD] * spec.num_layers, Budget(sparsity=0.5), up_rms=up_rms)
     export_artifact(request, output, quiet=True, check=lambda folder: None)
     return output
 
@@ -28,7 +31,7 @@ def test_family_matches_transformers(family: str, tmp_path: Path) -> None:
     source = resolve_model(str(save_tiny_model(family, tmp_path / "model")))
     artifact = build_tiny(source, tmp_path / "artifact")
     checks = verify_artifact(artifact, lambda name: source, provider="cpu", quiet=True)
-    assert len(checks) == 12
+    assert len(checks) == 14
     assert [check for check in checks if not check.passed] == []
 
 

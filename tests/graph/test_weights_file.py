@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tda_export.errors import TdaError
 from tda_export.graph import contract
+from tda_export.graph.ops import to_numpy
 from tda_export.graph.weights_file import ALIGNMENT, plan_weights, write_weights
 from tda_export.models.source import resolve_model
 from tests.tiny import save_tiny_model
@@ -29,13 +30,14 @@ def change_weight(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_tensors_lie_where_the_table_says(model_folder: Path, tmp_path: Path, dtype: str) -> None:
     source = resolve_model(str(model_folder))
     weights = source.weights()
+    up_rms = torch.rand(source.spec.num_layers, source.spec.ffn_size)
     advanced: list[int] = []
     table, digest = write_weights(
-        list(plan_weights(source.spec, weights, dtype)), tmp_path / "weights.bin", advanced.append
+        list(plan_weights(source.spec, weights, dtype, up_rms)), tmp_path / "weights.bin", advanced.append
     )
     content = (tmp_path / "weights.bin").read_bytes()
     assert len(digest) == 64
@@ -49,16 +51,17 @@ def test_tensors_lie_where_the_table_says(model_folder: Path, tmp_path: Path, dt
         ).reshape(tensor.shape.numpy())
 
     def original(name: str) -> np.ndarray:
-        return weights.load(f"model.layers.1.{name}").to(getattr(torch, dtype)).numpy()
+        return to_numpy(weights.load(f"model.layers.1.{name}").numpy(), dtype)
 
     np.testing.assert_array_equal(stored(contract.ffn_weight(1, "gate")), original("mlp.gate_proj.weight"))
     np.testing.assert_array_equal(stored(contract.ffn_weight(1, "down")), original("mlp.down_proj.weight").T)
-    packed = np.concatenate([original(f"self_attn.{part}_proj.weight") for part in "qkv"]).T
+    packed = np.concatenate([original(f"self_attn.{part}_proj.weight") for part in "qkv"])
     np.testing.assert_array_equal(stored(contract.qkv_weight(1)), packed)
     biases = np.concatenate([original(f"self_attn.{part}_proj.bias") for part in "qkv"])
     np.testing.assert_array_equal(stored(contract.qkv_bias(1)), biases)
     squares = (weights.load("model.layers.1.mlp.down_proj.weight") ** 2).sum(dim=0)
     np.testing.assert_allclose(stored(contract.down_squared_norms(1)), squares, rtol=1e-6)
+    np.testing.assert_allclose(stored(contract.neuron_scale(1)), squares.sqrt() * up_rms[1], rtol=1e-6)
 
 
 def test_missing_tensor(model_folder: Path) -> None:

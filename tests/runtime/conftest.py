@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from tda_export.graph import contract
 from tda_export.models.source import ModelSource, resolve_model
+from tda_export.native.library import SWITCH, native_problem
 from tda_export.runtime import Model, load
 
 PROMPT = "The sea is calm tonight"
@@ -25,10 +27,23 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
     path.write_text(json.dumps(manifest), encoding="utf-8")
 
 
-@pytest.fixture(scope="session")
-def model(tiny_artifact: Path) -> Model:
+@contextlib.contextmanager
+def without_native_kernels() -> Iterator[None]:
+    """Run as where the library was not built."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SWITCH, "0")
+        native_problem.cache_clear()
+        yield
+    native_problem.cache_clear()
+
+
+@pytest.fixture(scope="session", params=["native", "stock"])
+def model(tiny_artifact: Path, request: pytest.FixtureRequest) -> Model:
     """The tiny artifact on the CPU. A Model keeps nothing of a generation, so tests may share it."""
-    return load(tiny_artifact, provider="cpu")
+    with without_native_kernels() if request.param == "stock" else contextlib.nullcontext():
+        loaded = load(tiny_artifact, provider="cpu")
+    assert loaded.sessions.native == (request.param == "native")
+    return loaded
 
 
 @pytest.fixture(scope="session")

@@ -63,7 +63,15 @@ def test_foreign_manifest(artifact_copy: Path, content: object) -> None:
 @pytest.mark.parametrize("version", [contract.FORMAT_VERSION + 1, 99])
 def test_newer_format(artifact_copy: Path, version: int) -> None:
     edit_manifest(artifact_copy, lambda manifest: manifest.update(format_version=version))
-    with pytest.raises(TdaError, match=rf"format {version} is newer than this tda-export \(1\). Update it"):
+    with pytest.raises(
+        TdaError, match=rf"format {version} is newer than this tda-export \({contract.FORMAT_VERSION}\). Update it"
+    ):
+        open_artifact(artifact_copy)
+
+
+def test_older_format(artifact_copy: Path) -> None:
+    edit_manifest(artifact_copy, lambda manifest: manifest.update(format_version=1))
+    with pytest.raises(TdaError, match=r"format 1 is older than this tda-export's \(2\). Build the artifact again"):
         open_artifact(artifact_copy)
 
 
@@ -118,7 +126,7 @@ def test_malformed_shape(artifact_copy: Path, name: str, value: object) -> None:
         open_artifact(artifact_copy)
 
 
-@pytest.mark.parametrize("value", ["float64", "bfloat16", "", None, 4], ids=str)
+@pytest.mark.parametrize("value", ["float64", "int8", "", None, 4], ids=str)
 def test_unknown_dtype(artifact_copy: Path, value: object) -> None:
     edit_manifest(artifact_copy, lambda manifest: manifest["shape"].update(dtype=value))
     with pytest.raises(TdaError, match=r"incomplete manifest \(shape\.dtype\)"):

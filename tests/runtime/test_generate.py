@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +16,11 @@ from tda_export.errors import TdaError
 from tda_export.graph import contract
 from tda_export.graph.reference import masked_ffn
 from tda_export.models.source import ModelSource
-from tda_export.runtime import Model, Sampling, Token, load
+from tda_export.runtime import Model, Sampling, Token, load, open_artifact
 from tda_export.runtime import generate as generate_module
 from tda_export.runtime.kv_cache import KvCache
-from tda_export.runtime.phases import DecodeStep, PromptMask, prefill
-from tests.runtime.conftest import PROMPT, edit_manifest
+from tda_export.runtime.phases import PromptMask, prefill
+from tests.runtime.conftest import PROMPT, edit_manifest, without_native_kernels
 
 PROMPTS = [PROMPT, "def add(a, b):\n    return", "In 1871 a watchmaker built a clock for the museum."]
 NEURONS = 3 * 96
@@ -227,26 +228,26 @@ def test_weight_that_is_not_a_number(artifact_copy: Path) -> None:
     weights[0] = np.nan
     weights.flush()
     generation = load(artifact_copy, provider="cpu").generate(PROMPT)
-    with pytest.raises(TdaError, match=rf"logits that are not finite at token {len(PROMPT)}.*--dtype fp32"):
+    with pytest.raises(
+        TdaError, match=rf"logits that are not finite at token {len(PROMPT)}.*--dtype bf16, or with fp32"
+    ):
         next(generation)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=0)], ids=["greedy", "sampled"])
-def test_logits_that_become_infinite(
-    model: Model, monkeypatch: pytest.MonkeyPatch, bad: float, sampling: Sampling
-) -> None:
-    steps = itertools.count(1)
-    run = DecodeStep.run
-
-    def overflowing(step: DecodeStep, token: int) -> np.ndarray:
-        logits = run(step, token)
-        if next(steps) == 3:
-            logits = logits.copy()
-            logits[7] = bad
-        return logits
-
-    monkeypatch.setattr(DecodeStep, "run", overflowing)
+@pytest.mark.parametrize("native", [True, False], ids=["native", "stock"])
+def test_logits_that_become_infinite(artifact_copy: Path, bad: float, sampling: Sampling, native: bool) -> None:
+    """The rotation of one position is spoiled, so the token that is read there spoils its logits."""
+    artifact = open_artifact(artifact_copy)
+    entry = artifact.manifest["weights"][contract.COS_CACHE]
+    rows = np.memmap(
+        artifact.file(contract.WEIGHTS_FILE), np.float32, mode="r+", offset=entry["offset"], shape=tuple(entry["shape"])
+    )
+    rows[len(PROMPT) + 2] = bad  # of the third token that decode reads
+    rows.flush()
+    with contextlib.nullcontext() if native else without_native_kernels():
+        model = load(artifact_copy, provider="cpu")
     tokens: list[Token] = []
 
     def consume(generation: Iterator[Token]) -> None:

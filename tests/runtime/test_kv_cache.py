@@ -1,4 +1,4 @@
-"""The KV cache: its growth does not show in what is generated."""
+"""The KV cache: what fits, what does not, and what is forgotten."""
 
 from __future__ import annotations
 
@@ -8,62 +8,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tda_export.errors import TdaError
-from tda_export.runtime import Model, kv_cache
-from tda_export.runtime.generate import MaskMode
+from tda_export.runtime import Model
 from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.phases import prefill
 from tests.runtime.conftest import PROMPT
 
-SMALL = 16  # tokens of a first buffer that a generation outgrows several times
 
-
-@pytest.mark.parametrize("mask", ["tda", "dense"])
-def test_growth_changes_nothing(model: Model, monkeypatch: pytest.MonkeyPatch, mask: MaskMode) -> None:
-    roomy = [token.id for token in model.generate(PROMPT, mask=mask, max_new_tokens=200)]
-    capacities = []
-    reserve = KvCache.reserve
-
-    def recording(cache: KvCache, tokens: int) -> None:
-        reserve(cache, tokens)
-        capacities.append(cache.capacity)
-
-    monkeypatch.setattr(kv_cache, "FIRST_CAPACITY", SMALL)
-    monkeypatch.setattr(KvCache, "reserve", recording)
-    grown = [token.id for token in model.generate(PROMPT, mask=mask, max_new_tokens=200)]
-    assert sorted(set(capacities)) == [32, 64, 128, 256]  # the prompt alone takes 24
-    assert grown == roomy
-
-
-def test_growth_keeps_keys_and_values(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape, tokens = model.artifact.shape, model.text.encode(PROMPT * 4)
-    roomy = KvCache(shape, "cpu", shape.max_positions)
-    prefill(model.sessions, shape, tokens, roomy, chunk=7)
-    monkeypatch.setattr(kv_cache, "FIRST_CAPACITY", SMALL)
-    grown = KvCache(shape, "cpu", shape.max_positions)
-    prefill(model.sessions, shape, tokens, grown, chunk=7)
-    assert (roomy.capacity, grown.capacity) == (512, 128)
-    for layer in range(shape.num_layers):
-        for expected, ours in zip(roomy.keys_and_values(layer), grown.keys_and_values(layer), strict=True):
-            assert expected.shape == (shape.num_kv_heads, len(tokens), shape.head_size)
-            np.testing.assert_allclose(ours, expected, atol=1e-5)
-
-
-@given(limit=st.integers(2, 600), pieces=st.lists(st.integers(1, 60), max_size=12))
-def test_reserve(model: Model, limit: int, pieces: list[int]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kv_cache, "FIRST_CAPACITY", SMALL)
-        cache = KvCache(model.artifact.shape, "cpu", limit)
-        total = 0
-        for piece in pieces:
-            if total + piece > limit:
-                break
-            cache.reserve(piece)
-            cache.commit()
-            total += piece
-            assert cache.length == total <= cache.capacity <= limit
-            assert cache.capacity in (limit, SMALL) or cache.capacity < 2 * total  # never more than it needs
-            assert cache.mask.shape == (1, cache.capacity)
-            assert cache.mask[0].tolist() == [1] * total + [0] * (cache.capacity - total)
+@given(capacity=st.integers(2, 600), pieces=st.lists(st.integers(1, 60), max_size=12))
+def test_reserve(model: Model, capacity: int, pieces: list[int]) -> None:
+    cache = KvCache(model.artifact.shape, "cpu", capacity)
+    total = 0
+    for piece in pieces:
+        if total + piece > capacity:
+            break
+        cache.reserve(piece)
+        cache.commit()
+        total += piece
+        assert cache.length == total
+        assert cache.mask.tolist() == [[1] * total + [0] * (capacity - total)]
 
 
 @pytest.mark.parametrize(("first", "second", "total"), [(11, None, 11), (10, 1, 11), (4, 100, 104)])

@@ -19,8 +19,9 @@ from tda_export.graph.method import tda
 from tda_export.graph.reference import reference_logits
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.runtime import Model, load
+from tda_export.runtime.decode_step import DecodeStep
 from tda_export.runtime.kv_cache import KvCache
-from tda_export.runtime.phases import CHUNK_TOKENS, DecodeStep, PromptMask, bind_call, decode, prefill
+from tda_export.runtime.phases import CHUNK_TOKENS, PromptMask, bind_call, decode, prefill
 from tda_export.runtime.session import device_tensor
 from tests.runtime.conftest import PROMPT
 from tests.tiny import save_tiny_model
@@ -74,31 +75,65 @@ def test_mask_is_what_reaches_the_threshold(model: Model, tokens: list[int], thr
         kept += len(expected)
         for neuron in set(ours) ^ (expected or {contract.PADDING_INDEX}):
             assert abs(score[neuron] - threshold) < 1e-6
-    assert abs(mask.kept - kept) <= 3
+    assert abs(mask.count(3) - kept) <= 3
 
 
 def test_one_token_keeps_every_neuron(model: Model) -> None:
     """The first token of a sequence does not count, so nothing is known: dense is the only safe mask."""
     shape = model.artifact.shape
     _, mask = read(model, model.text.encode("T"), CHUNK_TOKENS)
-    assert mask.kept == shape.num_layers * shape.ffn_size
+    assert mask.count(3) == shape.num_layers * shape.ffn_size
     assert [indices(mask, layer) for layer in range(shape.num_layers)] == [list(range(shape.ffn_size))] * 3
 
 
 def test_empty_mask_is_one_padding_index(model: Model) -> None:
     _, mask = read(model, model.text.encode(PROMPT), CHUNK_TOKENS, [2.0, 0.0, 2.0])
     assert [indices(mask, 0), indices(mask, 2)] == [[contract.PADDING_INDEX]] * 2
-    assert mask.kept == model.artifact.shape.ffn_size
+    assert mask.count(3) == model.artifact.shape.ffn_size
 
 
 def test_decode_step_equals_prefill(model: Model) -> None:
     shape, tokens = model.artifact.shape, model.text.encode(PROMPT)
-    cache = KvCache(shape, "cpu", shape.max_positions)
-    prefill(model.sessions, shape, tokens[:5], cache)
-    step = DecodeStep(model.sessions, cache, None)
+    step = DecodeStep(model.sessions, shape, len(tokens))
+    prefill(model.sessions, shape, tokens[:5], step.cache)
     for position in range(5, len(tokens)):
         expected, _ = read(model, tokens[: position + 1], CHUNK_TOKENS)
-        np.testing.assert_allclose(step.run(tokens[position]), expected, atol=LOGITS)
+        np.testing.assert_allclose(step.logits(tokens[position]), expected, atol=LOGITS)
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "dense"])
+def test_greedy_steps_feed_themselves(model: Model, masked: bool) -> None:
+    """The token that a step chooses is where the next one reads it, whether or not it is given again."""
+    shape, prompt = model.artifact.shape, model.text.encode(PROMPT)
+    chosen = []
+    for fed in (True, False):
+        step = DecodeStep(model.sessions, shape, len(prompt) + 20)
+        logits, mask = prefill(model.sessions, shape, prompt, step.cache)
+        step.use(mask if masked else None)
+        tokens = [int(logits.argmax())]
+        for number in range(19):
+            tokens.append(step.greedy(tokens[-1] if fed or not number else None))
+        chosen.append(tokens)
+    step.cache.truncate(len(prompt))
+    expected = [chosen[0][0], *(int(step.logits(token).argmax()) for token in chosen[0][:-1])]
+    assert chosen == [expected, expected]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.02, 1e9])
+def test_token_thresholds(model: Model, threshold: float) -> None:
+    """Off at 0, and above every estimate as if every neuron were dropped."""
+    shape, prompt = model.artifact.shape, model.text.encode(PROMPT)
+    step = DecodeStep(model.sessions, shape, len(prompt) + 1, np.full(shape.num_layers, threshold))
+    _, mask = prefill(model.sessions, shape, prompt, step.cache)
+    step.use(mask)
+    logits = step.logits(7)
+    step.cache.truncate(len(prompt))
+    one_level = decode(model.sessions, step.cache, [7], mask)[0]
+    step.cache.truncate(len(prompt))
+    nothing = {contract.mask_indices(i): device_tensor(np.array([-1], np.int32), "cpu") for i in range(3)}
+    dropped = decode(model.sessions, step.cache, [7], PromptMask(nothing, {}))[0]
+    differences = np.abs(logits - one_level).max(), np.abs(logits - dropped).max()
+    assert (differences[0] < LOGITS, differences[1] < LOGITS) == (threshold == 0.0, threshold == 1e9)
 
 
 def reference_mask(model: Model, mask: PromptMask) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -131,14 +166,15 @@ def test_decode_equals_transformers(model: Model, source: ModelSource, reference
 
 def test_decode_step_equals_decode(model: Model) -> None:
     shape, prompt, continuation = model.artifact.shape, model.text.encode(PROMPT), model.text.encode(" and")
-    cache = KvCache(shape, "cpu", shape.max_positions)
+    step = DecodeStep(model.sessions, shape, shape.max_positions)
+    cache = step.cache
     _, mask = prefill(model.sessions, shape, prompt, cache)
     together = decode(model.sessions, cache, continuation, mask)
     cache.truncate(len(prompt))
     dense = decode(model.sessions, cache, continuation, None)
     cache.truncate(len(prompt))
-    step = DecodeStep(model.sessions, cache, mask)
-    one_by_one = [step.run(token).copy() for token in continuation]  # the next run writes to the same memory
+    step.use(mask)
+    one_by_one = [step.logits(token) for token in continuation]
     np.testing.assert_allclose(np.stack(one_by_one), together, atol=LOGITS)
     assert np.abs(dense - together).max() > 100 * LOGITS  # the mask does something
 
@@ -197,5 +233,5 @@ def test_prompt_longer_than_a_chunk(tmp_path: Path) -> None:
     np.testing.assert_allclose(logits, expected, atol=2e-3)
     _, whole = read(model, tokens, len(tokens))
     assert [indices(chunked, layer) for layer in range(3)] == [indices(whole, layer) for layer in range(3)]
-    assert 0 < whole.kept < 3 * 96
-    assert generation.metrics.density == whole.kept / (3 * 96)
+    assert 0 < whole.count(3) < 3 * 96
+    assert generation.metrics.density == whole.count(3) / (3 * 96)

@@ -1,0 +1,74 @@
+"""The plain dense graph: the baseline that `bench` compares with, as ONNX Runtime GenAI's builder would emit it.
+
+Weights are stored [in, out] for MatMul. It holds no statistics, no mask and no operator of this project.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from tda_export.graph import contract
+from tda_export.graph.attention import attention_lengths
+from tda_export.graph.decoder import GraphBuilder, model_shape
+from tda_export.graph.ffn import activate
+from tda_export.graph.weights_file import WeightTable
+from tda_export.models.spec import DecoderSpec
+
+
+def transposed_weights(spec: DecoderSpec) -> dict[str, str]:
+    """Name the tensors that the dense graph has transposed, [in, out] in place of [out, in]: new name to old."""
+    names = [contract.EMBEDDING if spec.tied_head else contract.HEAD]
+    for i in range(spec.num_layers):
+        names += [contract.qkv_weight(i), contract.attention_out_weight(i)]
+        names += [contract.ffn_weight(i, part) for part in ("gate", "up")]
+    return {contract.transposed(name): name for name in names}
+
+
+def dense_weight_table(spec: DecoderSpec, weights: WeightTable) -> WeightTable:
+    """Add the transposed tensors to those of weights.bin.
+
+    Each refers to the bytes of the original, which have the same number: the session must be given the transposed
+    values as initializers.
+    """
+    table = dict(weights)
+    for name, original in transposed_weights(spec).items():
+        tensor = weights[original]
+        table[name] = ir.ExternalTensor(
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=ir.Shape(tuple(tensor.shape.numpy())[::-1]),
+            name=name,
+            base_dir=tensor.base_dir,
+        )
+    return table
+
+
+class DenseGraphBuilder(GraphBuilder):
+    """Multiplies by weights stored [in, out]."""
+
+    def linear(self, x: ir.Value, name: str) -> ir.Value:
+        return self.ops.op("MatMul", x, self.weight(contract.transposed(name)))
+
+
+def build_dense(spec: DecoderSpec, weights: WeightTable, dtype: str) -> ir.Model:
+    """Build the graph; `weights` come from `dense_weight_table`."""
+    shape = model_shape(spec, dtype)
+    graph = DenseGraphBuilder(spec, weights, dtype, contract.dense_inputs(shape))
+    ops = graph.ops
+
+    def biased(y: ir.Value, layer: int, part: str) -> ir.Value:
+        return ops.op("Add", y, graph.weight(contract.ffn_bias(layer, part))) if spec.ffn_bias else y
+
+    def ffn(layer: int, x: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+        gate, up = (biased(graph.linear(x, contract.ffn_weight(layer, part)), layer, part) for part in ("gate", "up"))
+        h = ops.op("Mul", activate(ops, spec.activation, gate), up)
+        return biased(ops.op("MatMul", h, graph.weight(contract.ffn_weight(layer, "down"))), layer, "down"), None
+
+    hidden = graph.layers(attention_lengths(ops, graph.inputs[contract.ATTENTION_MASK]), ffn)
+    # Of a prompt the last position alone, as GenAI does.
+    end = ops.constant([2**63 - 1], "int64")
+    last = ops.op("Slice", hidden, ops.constant([-1], "int64"), end, ops.constant([1], "int64"))  # [1, 1, M]
+    graph.outputs[contract.LOGITS] = graph.logits(last)
+    return graph.model("dense", contract.dense_outputs(shape), {})

@@ -1,0 +1,72 @@
+"""The prefill graph: reads a prompt densely, and says which neurons matter for it."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from tda_export.graph import contract
+from tda_export.graph.attention import attention_lengths, call_tokens
+from tda_export.graph.decoder import GraphBuilder, model_shape
+from tda_export.graph.ffn import dense_activations, dense_output
+from tda_export.graph.method import Method
+from tda_export.graph.statistics import (
+    mask_and_tail,
+    neuron_stats,
+    present_stats_weight,
+    statistics_functions,
+)
+from tda_export.graph.weights_file import WeightTable
+from tda_export.models.spec import DecoderSpec
+
+
+def build_prefill(
+    spec: DecoderSpec, weights: WeightTable, dtype: str, method: Method, thresholds: np.ndarray
+) -> ir.Model:
+    """Build the graph that reads a prompt densely and reports the mask.
+
+    Args:
+        spec: The architecture.
+        weights: The tensors of weights.bin.
+        dtype: A value of `contract.DTYPES`.
+        method: Statistic, selection and tail.
+        thresholds: float32 [L], the default of the `thresholds` input.
+
+    Returns:
+        The model with the inputs and outputs of `contract.prefill_inputs` and `contract.prefill_outputs`.
+    """
+    shape = model_shape(spec, dtype)
+    graph = GraphBuilder(spec, weights, dtype, contract.prefill_inputs(shape))
+    ops, inputs, outputs = graph.ops, graph.inputs, graph.outputs
+    lengths = attention_lengths(ops, inputs[contract.ATTENTION_MASK])
+    tokens = call_tokens(ops, inputs[contract.INPUT_IDS], lengths)
+    weight = present_stats_weight(ops, tokens.counted, inputs[contract.PAST_STATS_WEIGHT], inputs[contract.STATS_DECAY])
+    outputs[contract.PRESENT_STATS_WEIGHT] = weight
+
+    def ffn(layer: int, x: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+        h = dense_activations(ops, spec, weights, layer, x)
+        past = inputs[contract.past_neuron_stats(layer)]
+        stats = neuron_stats(graph, method, layer, h, tokens.counted, past, inputs[contract.STATS_DECAY])
+        outputs[contract.present_neuron_stats(layer)] = stats
+        indices, tail = mask_and_tail(graph, method, layer, stats, weight, inputs[contract.THRESHOLDS])
+        outputs[contract.present_mask_indices(layer)] = indices
+        outputs[contract.present_tail_mean(layer)] = tail
+        bias = graph.weight(contract.ffn_bias(layer, "down")) if spec.ffn_bias else None
+        return dense_output(ops, weights, layer, h), bias
+
+    hidden = graph.layers(lengths, ffn)
+    # Keep the last num_logits positions before any right padding; 0 keeps all.
+    number, zero = inputs[contract.NUM_LOGITS], ops.constant([0], "int64")
+    every = ops.op("Equal", number, zero)
+    start = ops.op("Where", every, zero, ops.op("Max", ops.op("Sub", tokens.attended, number), zero))
+    end = ops.op("Where", every, ops.constant([np.iinfo(np.int64).max], "int64"), tokens.attended)
+    last = ops.op("Slice", hidden, start, end, ops.constant([1], "int64"))  # [1, num_logits, M]
+    outputs[contract.LOGITS] = graph.logits(last)
+    defaults: dict[str, np.ndarray] = {
+        **{contract.past_neuron_stats(i): np.zeros((2, spec.ffn_size), np.float32) for i in range(spec.num_layers)},
+        contract.PAST_STATS_WEIGHT: np.zeros(1, np.float32),
+        contract.STATS_DECAY: np.ones(1, np.float32),
+        contract.THRESHOLDS: np.asarray(thresholds, np.float32),
+        contract.NUM_LOGITS: np.ones(1, np.int64),
+    }
+    return graph.model("prefill", contract.prefill_outputs(shape), defaults, statistics_functions(method))

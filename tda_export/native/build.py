@@ -1,0 +1,91 @@
+"""Compile the native library: C++ with the system's compiler, the device sources embedded as text.
+
+    python -m tda_export.native.build
+
+The package's build does this by itself (hatch_build.py). Needs no CUDA and no header of ONNX Runtime. This module
+imports nothing outside the standard library, since it runs before the package's dependencies are there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+LIBRARY = FOLDER / "libtda_ort.so"
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
+WARNINGS = ("-Wall", "-Wextra", "-Wno-missing-field-initializers", "-Wno-psabi")
+COMPILERS = ("c++", "g++", "clang++")
+LITERAL_LIMIT = 8000  # characters of one string literal; compilers are only required to take so many
+
+
+class BuildError(Exception):
+    """The library could not be compiled; the text says why."""
+
+
+def find_compiler() -> str:
+    """Return the C++ compiler: `$CXX`, or the first of the usual names.
+
+    Raises:
+        BuildError: There is none.
+    """
+    for name in filter(None, (os.environ.get("CXX"), *COMPILERS)):
+        if found := shutil.which(name):
+            return found
+    raise BuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++)")
+
+
+def device_sources() -> dict[str, str]:
+    """Return the text of each device/*.cu with the common part before it, by name."""
+    common = (FOLDER / "device" / "common.cuh").read_text(encoding="utf-8")
+    return {path.stem: common + path.read_text(encoding="utf-8") for path in sorted((FOLDER / "device").glob("*.cu"))}
+
+
+def embed_sources(folder: Path) -> None:
+    """Write `device_sources.h`, which holds the device sources as string literals."""
+    entries = []
+    for name, text in device_sources().items():
+        pieces = [text[at : at + LITERAL_LIMIT] for at in range(0, len(text), LITERAL_LIMIT)]
+        entries.append(f'{{"{name}", ' + "\n".join(f'R"TDA({piece})TDA"' for piece in pieces) + "},\n")
+    (folder / "device_sources.h").write_text(
+        "struct EmbeddedSource {\n  const char* name;\n  const char* text;\n};\n"
+        f"static const EmbeddedSource kDeviceSources[] = {{\n{''.join(entries)}}};\n",
+        encoding="utf-8",
+    )
+
+
+def build(output: Path = LIBRARY, extra_flags: tuple[str, ...] = ()) -> Path:
+    """Compile the library to `output`, whole or not at all.
+
+    Raises:
+        BuildError: There is no compiler, or it failed.
+    """
+    if sys.platform == "win32":
+        raise BuildError("the native library is not built on Windows")
+    compiler = find_compiler()
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".build-") as name:
+        folder = Path(name)
+        embed_sources(folder)
+        part = folder / output.name
+        sources = [str(path) for path in sorted(FOLDER.glob("*.cc"))]
+        command = [compiler, *FLAGS, *WARNINGS, *extra_flags, f"-I{FOLDER}", f"-I{folder}", *sources, "-o", str(part)]
+        done = subprocess.run(
+            [*command, *(["-ldl"] if sys.platform == "linux" else [])], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise BuildError(f"{compiler} failed:\n{done.stderr.strip()}")
+        if done.stderr:
+            print(done.stderr, file=sys.stderr)
+        part.replace(output)
+    return output
+
+
+if __name__ == "__main__":
+    try:
+        print(build())
+    except BuildError as error:
+        sys.exit(str(error))

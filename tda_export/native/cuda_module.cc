@@ -1,0 +1,90 @@
+#include "cuda_module.h"
+
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "device_sources.h"
+#include "kernel_cache.h"
+#include "nvrtc.h"
+
+namespace tda {
+namespace {
+
+constexpr int kFirstWithEarlyStart = 90;  // compute capability
+
+// The name under which code is kept: everything that it depends on.
+std::string CacheName(const std::string& name, const std::string& source, const std::vector<std::string>& defines,
+                      int capability) {
+  const CudaDriver& driver = CudaDriver::Get();
+  int driver_version = 0;
+  driver.Check(driver.DriverGetVersion(&driver_version), "read the driver's version");
+  std::string everything = source;
+  for (const std::string& define : defines) everything += '\n' + define;
+  return name + "-sm_" + std::to_string(capability) + "-driver_" + std::to_string(driver_version) + "-" +
+         TextHash(everything) + ".bin";
+}
+
+}  // namespace
+
+std::string DeviceSource(const std::string& name) {
+  for (const EmbeddedSource& source : kDeviceSources) {
+    if (name == source.name) return source.text;
+  }
+  Fail("there is no device source ", name);
+}
+
+CudaModule::CudaModule(const std::string& name, const std::vector<std::string>& defines)
+    : device_(CudaDevice::Current()) {
+  const CudaDriver& driver = CudaDriver::Get();
+  const std::string source = DeviceSource(name);
+  const std::string cache_name = CacheName(name, source, defines, device_.capability);
+  auto load = [&](const std::string& code) {
+    return driver.LibraryLoadData(&library_, code.data(), nullptr, nullptr, 0, nullptr, nullptr, 0);
+  };
+  const std::string cached = LoadCachedCode(cache_name);
+  if (!cached.empty() && load(cached) == 0) return;
+  const std::string code = CompileDeviceCode(name + ".cu", source, defines, device_.capability);
+  driver.Check(load(code), "load the kernels");
+  StoreCachedCode(cache_name, code);
+}
+
+const CudaModule& CudaModule::Get(const std::string& name, const std::vector<std::string>& defines) {
+  static std::mutex mutex;
+  static std::map<std::string, std::unique_ptr<CudaModule>> modules;
+  std::string key = name + "@" + std::to_string(CudaDevice::Current().device);
+  for (const std::string& define : defines) key += " " + define;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::unique_ptr<CudaModule>& module = modules[key];
+  if (module == nullptr) module.reset(new CudaModule(name, defines));
+  return *module;
+}
+
+CudaKernel CudaModule::Kernel(const char* name, int threads) const {
+  const CudaDriver& driver = CudaDriver::Get();
+  CudaKernel kernel;
+  CuFunction handle = nullptr;
+  driver.Check(driver.LibraryGetKernel(&handle, library_, name), "find a kernel");
+  // Loads it now: a first launch inside a capture may not.
+  driver.Check(driver.KernelGetFunction(&kernel.function, handle), "load a kernel");
+  int blocks = 0;
+  driver.Check(driver.OccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel.function, threads, 0),
+               "measure a kernel");
+  kernel.resident_blocks = blocks * device_.multiprocessors;
+  kernel.overlaps = device_.capability >= kFirstWithEarlyStart;
+  return kernel;
+}
+
+void CudaKernel::Launch(void* stream, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned threads,
+                        const void* arguments) const {
+  const CudaDriver& driver = CudaDriver::Get();
+  CuLaunchAttribute early = {};
+  early.id = kProgrammaticStreamSerialization;
+  early.value.programmatic_stream_serialization_allowed = 1;
+  CuLaunchConfig config = {grid_x, grid_y, grid_z, threads, 1, 1, 0, static_cast<CuStream>(stream), &early,
+                           overlaps ? 1u : 0u};
+  void* parameters[] = {const_cast<void*>(arguments)};
+  driver.Check(driver.LaunchKernelEx(&config, function, parameters, nullptr), "start a kernel");
+}
+
+}  // namespace tda

@@ -1,0 +1,41 @@
+// Device code of this library on a GPU: compiled once for each GPU kind, kept on disk, loaded once a process.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cuda_driver.h"
+
+namespace tda {
+
+// One kernel, ready to be launched.
+struct CudaKernel {
+  CuFunction function = nullptr;
+  int resident_blocks = 0;  // how many blocks the whole GPU holds at once
+
+  // Launch on a stream; `arguments` is the kernel's one parameter. The kernel may begin before the one ahead of it has
+  // ended, and waits for that itself (device/common.cuh).
+  void Launch(void* stream, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned threads,
+              const void* arguments) const;
+
+  bool overlaps = false;  // the GPU can begin kernels early
+};
+
+class CudaModule {
+ public:
+  // Return the module of a device source (device/<name>.cu) for the current device. Modules stay loaded.
+  static const CudaModule& Get(const std::string& name, const std::vector<std::string>& defines);
+
+  CudaKernel Kernel(const char* name, int threads) const;
+
+ private:
+  CudaModule(const std::string& name, const std::vector<std::string>& defines);
+
+  CudaDevice device_;
+  CuLibrary library_ = nullptr;
+};
+
+// The source of device/<name>.cu with what it includes.
+std::string DeviceSource(const std::string& name);
+
+}  // namespace tda

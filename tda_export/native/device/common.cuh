@@ -1,0 +1,98 @@
+// What all device code shares: elements of 16 bits, wide loads, and the order of dependent launches.
+//
+// Compiled by NVRTC on the user's GPU, so nothing is included. TDA_BF16 says what an element is.
+
+typedef unsigned short Element;  // float16 or bfloat16, as bits
+
+static __device__ __forceinline__ float ToFloat(Element bits) {
+#if TDA_BF16
+  return __uint_as_float(static_cast<unsigned>(bits) << 16);
+#else
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+#endif
+}
+
+static __device__ __forceinline__ Element FromFloat(float value) {
+  Element bits;
+#if TDA_BF16
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#else
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#endif
+  return bits;
+}
+
+// Elements that a thread loads at once: 8 (16 bytes) where rows allow it, otherwise 1.
+template <int kWidth>
+struct Pack;
+
+template <>
+struct Pack<8> {
+  uint4 bits;
+
+  __device__ __forceinline__ void ToFloats(float* values) const {
+    const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      values[2 * i] = ToFloat(static_cast<Element>(words[i] & 0xffffu));
+      values[2 * i + 1] = ToFloat(static_cast<Element>(words[i] >> 16));
+    }
+  }
+};
+
+template <>
+struct Pack<1> {
+  Element bits;
+
+  __device__ __forceinline__ void ToFloats(float* values) const { values[0] = ToFloat(bits); }
+};
+
+// Load weights: each is read once, so it should push nothing out of the first-level cache.
+template <int kWidth>
+static __device__ __forceinline__ Pack<kWidth> LoadWeights(const Element* address) {
+  Pack<kWidth> pack;
+  if constexpr (kWidth == 8) {
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(pack.bits.x), "=r"(pack.bits.y), "=r"(pack.bits.z), "=r"(pack.bits.w)
+                 : "l"(address));
+  } else {
+    pack.bits = *address;
+  }
+  return pack;
+}
+
+// Load what an earlier kernel of the stream has written.
+template <int kWidth>
+static __device__ __forceinline__ Pack<kWidth> Load(const Element* address) {
+  Pack<kWidth> pack;
+  if constexpr (kWidth == 8) {
+    pack.bits = *reinterpret_cast<const uint4*>(address);
+  } else {
+    pack.bits = *address;
+  }
+  return pack;
+}
+
+static __device__ __forceinline__ float WarpSum(float value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+// A kernel launched with the programmatic attribute starts before the kernel ahead of it in the stream has ended.
+// Nothing that an earlier kernel wrote may be read before this returns.
+static __device__ __forceinline__ void WaitForEarlierKernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Let the next kernel of the stream start where it fits. Called only after WaitForEarlierKernels, so that what the next
+// kernel reads before its own wait can have been written by no kernel but this one.
+static __device__ __forceinline__ void LetNextKernelStart() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}

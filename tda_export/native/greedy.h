@@ -1,0 +1,10 @@
+#pragma once
+
+#include "op.h"
+
+namespace tda {
+
+OpDefinition GreedyTokenOnCpu();
+OpDefinition GreedyTokenOnCuda();
+
+}  // namespace tda

@@ -1,0 +1,338 @@
+// tda::IndexedFFN on the CPU, float32: rows are read where they lie, each once for a tile of tokens.
+//
+// The neurons of the mask are cut into chunks for ONNX Runtime's thread pool. A chunk computes its activations and adds
+// its neurons' outputs into a partial result of its own; the partial results are added in order at the end, so that the
+// result does not depend on which thread ran what.
+//
+// A chunk goes through its neurons in blocks: gates of the block, then up rows of those that are still needed, then down
+// rows. Within each of the three, kRows rows are read at once while those of the next groups are asked for: rows of a
+// mask lie apart, and one row alone is too short for the processor to see ahead. This reads at the memory's bandwidth.
+#include "indexed_ffn_cpu.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <thread>
+
+#include "indexed_ffn.h"
+
+#define TDA_INLINE inline __attribute__((always_inline))
+
+namespace tda {
+namespace {
+
+constexpr int64_t kTokenTile = 16;
+constexpr int64_t kChunkBytes = 64 << 10;  // of weights, at least, so that handing out work costs little
+constexpr int64_t kChunksPerThread = 4;    // evens out threads that are slowed down by others
+constexpr int kBlock = 32;                 // neurons
+constexpr int kRows = 4;                   // read at once
+constexpr int kGroupsAhead = 2;            // groups of kRows rows that are asked for early
+
+// A processor's vector of kLanes floats, and the same at any address.
+template <int kLanes>
+struct VectorOf;
+template <>
+struct VectorOf<4> {
+  typedef float Type __attribute__((vector_size(16)));
+  typedef float Unaligned __attribute__((vector_size(16), aligned(4)));
+};
+template <>
+struct VectorOf<8> {
+  typedef float Type __attribute__((vector_size(32)));
+  typedef float Unaligned __attribute__((vector_size(32), aligned(4)));
+};
+template <>
+struct VectorOf<16> {
+  typedef float Type __attribute__((vector_size(64)));
+  typedef float Unaligned __attribute__((vector_size(64), aligned(4)));
+};
+
+template <int kLanes>
+struct Lanes {
+  using Vector = typename VectorOf<kLanes>::Type;
+  using Unaligned = typename VectorOf<kLanes>::Unaligned;
+
+  static TDA_INLINE Vector Load(const float* address) { return *reinterpret_cast<const Unaligned*>(address); }
+  static TDA_INLINE void Store(float* address, Vector vector) { *reinterpret_cast<Unaligned*>(address) = vector; }
+  static TDA_INLINE float Sum(Vector vector) {
+    float sum = 0;
+    for (int lane = 0; lane < kLanes; ++lane) sum += vector[lane];
+    return sum;
+  }
+};
+
+// Compute x . row for kCount rows at once.
+template <int kLanes, int kCount>
+TDA_INLINE void Dots(const float* x, const float* const* rows, const float* const* ahead, int64_t size, float* products) {
+  using V = Lanes<kLanes>;
+  typename V::Vector even[kCount] = {}, odd[kCount] = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
+    const typename V::Vector x0 = V::Load(x + i), x1 = V::Load(x + i + kLanes);
+    for (int r = 0; r < kCount; ++r) {
+      __builtin_prefetch(ahead[r] + i);
+      even[r] += x0 * V::Load(rows[r] + i);
+      odd[r] += x1 * V::Load(rows[r] + i + kLanes);
+    }
+  }
+  for (int r = 0; r < kCount; ++r) products[r] = V::Sum(even[r] + odd[r]);
+  for (; i < size; ++i) {
+    for (int r = 0; r < kCount; ++r) products[r] += x[i] * rows[r][i];
+  }
+}
+
+// Add scale * row for kCount rows to y.
+template <int kLanes, int kCount>
+TDA_INLINE void AddScaled(float* y, const float* const* rows, const float* const* ahead, int64_t size,
+                          const float* scales) {
+  using V = Lanes<kLanes>;
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
+    typename V::Vector y0 = V::Load(y + i), y1 = V::Load(y + i + kLanes);
+    for (int r = 0; r < kCount; ++r) {
+      __builtin_prefetch(ahead[r] + i);
+      y0 += scales[r] * V::Load(rows[r] + i);
+      y1 += scales[r] * V::Load(rows[r] + i + kLanes);
+    }
+    V::Store(y + i, y0);
+    V::Store(y + i + kLanes, y1);
+  }
+  for (; i < size; ++i) {
+    for (int r = 0; r < kCount; ++r) y[i] += scales[r] * rows[r][i];
+  }
+}
+
+float Activate(Activation activation, float value) {
+  switch (activation) {
+    case Activation::kSilu:
+      return value / (1.0f + std::exp(-value));
+    case Activation::kGelu:
+      return 0.5f * value * (1.0f + std::erf(value * 0.70710678f));
+    case Activation::kGeluTanh:
+      return 0.5f * value * (1.0f + std::tanh(0.79788456f * (value + 0.044715f * value * value * value)));
+    case Activation::kRelu:
+      return std::max(value, 0.0f);
+  }
+  return 0.0f;
+}
+
+// What the chunks of one tile of tokens share.
+struct Tile {
+  Activation activation;
+  int64_t hidden;
+  int64_t tokens;
+  const float* x;          // [tokens, hidden]
+  const int32_t* mask;     // valid indices alone
+  const float* gate;       // [F, hidden] or null
+  const float* up;         // [F, hidden]
+  const float* down;       // [F, hidden]
+  const float* gate_bias;  // [F] or null
+  const float* up_bias;    // [F] or null
+  const float* scale;      // [F] or null
+  float threshold;         // 0 is off
+};
+
+// Up to kBlock rows of one matrix, and what is read after them.
+struct RowList {
+  const float* matrix;
+  const int32_t* neurons;
+  int count;
+  const float* next_matrix;  // null where nothing follows
+  const int32_t* next_neurons;
+  int next_count;
+  int64_t hidden;
+
+  TDA_INLINE const float* Row(int i) const { return matrix + neurons[i] * hidden; }
+
+  // The row that is read `i` rows after the first, in this list or the next; a row of this one where there is none.
+  TDA_INLINE const float* Ahead(int i) const {
+    if (i < count) return Row(i);
+    if (next_matrix != nullptr && i - count < next_count) return next_matrix + next_neurons[i - count] * hidden;
+    return Row(count - 1);
+  }
+};
+
+// Visit the rows of a list in groups: dots with every token of x into values [tokens, kBlock], or, with kAdd, sums with
+// the values as scales into y [tokens, hidden].
+template <int kLanes, int kCount, bool kAdd>
+TDA_INLINE void VisitGroup(const RowList& list, int first, int64_t tokens, const float* x, float* y, float* values) {
+  const float* rows[kCount];
+  const float* ahead[kCount];
+  for (int r = 0; r < kCount; ++r) {
+    rows[r] = list.Row(first + r);
+    ahead[r] = list.Ahead(first + r + kGroupsAhead * kRows);
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* own = values + t * kBlock + first;
+    if (kAdd) {
+      AddScaled<kLanes, kCount>(y + t * list.hidden, rows, ahead, list.hidden, own);
+    } else {
+      Dots<kLanes, kCount>(x + t * list.hidden, rows, ahead, list.hidden, own);
+    }
+  }
+}
+
+template <int kLanes, bool kAdd>
+TDA_INLINE void VisitRows(const RowList& list, int64_t tokens, const float* x, float* y, float* values) {
+  int i = 0;
+  for (; i + kRows <= list.count; i += kRows) VisitGroup<kLanes, kRows, kAdd>(list, i, tokens, x, y, values);
+  for (; i < list.count; ++i) VisitGroup<kLanes, 1, kAdd>(list, i, tokens, x, y, values);
+}
+
+// Apply the activation function to products [tokens, kBlock] and drop what the threshold drops. Neurons that no token
+// needs leave the list. Returns how many are left.
+int ActivateAndDrop(const Tile& tile, const float* bias, int32_t* neurons, int count, float* values) {
+  int kept = 0;
+  for (int i = 0; i < count; ++i) {
+    const int32_t neuron = neurons[i];
+    bool needed = false;
+    for (int64_t t = 0; t < tile.tokens; ++t) {
+      float h = Activate(tile.activation, values[t * kBlock + i] + (bias == nullptr ? 0.0f : bias[neuron]));
+      if (tile.threshold > 0.0f && std::fabs(h) * tile.scale[neuron] < tile.threshold) h = 0.0f;
+      values[t * kBlock + kept] = h;  // kept <= i: nothing that is still to be read
+      needed = needed || h != 0.0f;
+    }
+    neurons[kept] = neuron;
+    kept += needed;
+  }
+  return kept;
+}
+
+// Add the outputs of the neurons mask[begin, end) to y [tokens, hidden].
+template <int kLanes>
+TDA_INLINE void AddNeuronsOf(const Tile& tile, int64_t begin, int64_t end, float* y) {
+  int32_t neurons[kBlock];
+  float h[kTokenTile * kBlock], up[kTokenTile * kBlock];
+  const float* first_matrix = tile.gate != nullptr ? tile.gate : tile.up;
+  for (int64_t start = begin; start < end; start += kBlock) {
+    int count = static_cast<int>(std::min<int64_t>(kBlock, end - start));
+    std::copy_n(tile.mask + start, count, neurons);
+    const int next_count = static_cast<int>(std::min<int64_t>(kBlock, end - start - count));
+    const float* second_matrix = tile.gate != nullptr ? tile.up : tile.down;
+    const RowList first = {first_matrix, neurons, count, second_matrix, neurons, count, tile.hidden};
+    VisitRows<kLanes, false>(first, tile.tokens, tile.x, y, h);
+    count = ActivateAndDrop(tile, tile.gate != nullptr ? tile.gate_bias : tile.up_bias, neurons, count, h);
+    if (count == 0) continue;
+    if (tile.gate != nullptr) {
+      const RowList second = {tile.up, neurons, count, tile.down, neurons, count, tile.hidden};
+      VisitRows<kLanes, false>(second, tile.tokens, tile.x, y, up);
+      for (int64_t t = 0; t < tile.tokens; ++t) {
+        for (int i = 0; i < count; ++i) {
+          const float bias = tile.up_bias == nullptr ? 0.0f : tile.up_bias[neurons[i]];
+          h[t * kBlock + i] *= up[t * kBlock + i] + bias;
+        }
+      }
+    }
+    const RowList last = {tile.down,    neurons, count, first_matrix, tile.mask + start + kBlock, next_count,
+                          tile.hidden};
+    VisitRows<kLanes, true>(last, tile.tokens, tile.x, y, h);
+  }
+}
+
+// Compiled for several instruction sets; the processor's own is chosen when the library is loaded.
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(TDA_ONE_TARGET)
+__attribute__((target("arch=x86-64-v4"))) void AddNeurons(const Tile& tile, int64_t begin, int64_t end, float* y) {
+  AddNeuronsOf<16>(tile, begin, end, y);
+}
+__attribute__((target("arch=x86-64-v3"))) void AddNeurons(const Tile& tile, int64_t begin, int64_t end, float* y) {
+  AddNeuronsOf<8>(tile, begin, end, y);
+}
+__attribute__((target("default"))) void AddNeurons(const Tile& tile, int64_t begin, int64_t end, float* y) {
+  AddNeuronsOf<4>(tile, begin, end, y);
+}
+#else
+void AddNeurons(const Tile& tile, int64_t begin, int64_t end, float* y) { AddNeuronsOf<4>(tile, begin, end, y); }
+#endif
+
+class IndexedFfnCpu : public Kernel {
+ public:
+  explicit IndexedFfnCpu(const KernelInfo& info)
+      : allocator_(info),
+        activation_(ParseActivation(info.String("activation"))),
+        layer_(info.Int("layer")),
+        most_chunks_(kChunksPerThread * std::max(1u, std::thread::hardware_concurrency())) {}
+
+  void Compute(const KernelContext& context) override {
+    const IndexedFfnArguments call(context, layer_);
+    const int64_t hidden = call.hidden;
+    float* y = context.OutputLike(0, call.x).As<float>();
+    if (call.tokens == 0) return;
+
+    const int64_t tile_tokens = std::min(call.tokens, kTokenTile);
+    const int64_t matrices = call.gate.present ? 3 : 2;
+    const int64_t bytes = call.indices * hidden * matrices * int64_t{sizeof(float)} * tile_tokens;
+    const int64_t chunks = std::clamp<int64_t>(bytes / kChunkBytes, 1, most_chunks_);
+    const int64_t partial_floats = tile_tokens * hidden;
+    const Scratch scratch(context, allocator_, (chunks * partial_floats + call.indices) * sizeof(float), false);
+    float* partial = scratch.As<float>();  // [chunks, tile_tokens, hidden]
+    int32_t* mask = reinterpret_cast<int32_t*>(partial + chunks * partial_floats);
+    const int64_t kept = KeepValid(call, mask);
+
+    for (int64_t start = 0; start < call.tokens; start += tile_tokens) {
+      const Tile tile = MakeTile(call, mask, start, std::min(tile_tokens, call.tokens - start));
+      const int64_t floats = tile.tokens * hidden;
+      context.ParallelFor(chunks, [&](size_t chunk) {
+        float* own = partial + chunk * partial_floats;
+        std::memset(own, 0, floats * sizeof(float));
+        const int64_t first = static_cast<int64_t>(chunk) * kept / chunks;
+        AddNeurons(tile, first, static_cast<int64_t>(chunk + 1) * kept / chunks, own);
+      });
+      float* out = y + start * hidden;
+      for (int64_t t = 0; t < tile.tokens; ++t) {
+        if (call.down_bias.present) {
+          std::memcpy(out + t * hidden, call.down_bias.data, hidden * sizeof(float));
+        } else {
+          std::memset(out + t * hidden, 0, hidden * sizeof(float));
+        }
+      }
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const float* part = partial + chunk * partial_floats;
+        for (int64_t i = 0; i < floats; ++i) out[i] += part[i];
+      }
+    }
+  }
+
+ private:
+  // Copy the indices that are neurons to `mask`, and return how many there are.
+  static int64_t KeepValid(const IndexedFfnArguments& call, int32_t* mask) {
+    const int32_t* given = call.mask_indices.As<const int32_t>();
+    int64_t kept = 0;
+    for (int64_t k = 0; k < call.indices; ++k) {
+      if (given[k] >= call.neurons || given[k] < -1) {
+        Fail("mask_indices[", k, "] is ", given[k], ", out of bounds: expected -1 (padding) or 0 to ",
+             call.neurons - 1);
+      }
+      if (given[k] >= 0) mask[kept++] = given[k];
+    }
+    return kept;
+  }
+
+  Tile MakeTile(const IndexedFfnArguments& call, const int32_t* mask, int64_t start, int64_t tokens) const {
+    const float threshold = call.token_thresholds.present ? call.token_thresholds.As<const float>()[layer_] : 0.0f;
+    return {activation_,
+            call.hidden,
+            tokens,
+            call.x.As<const float>() + start * call.hidden,
+            mask,
+            call.gate.As<const float>(),
+            call.up.As<const float>(),
+            call.down.As<const float>(),
+            call.gate_bias.As<const float>(),
+            call.up_bias.As<const float>(),
+            call.neuron_scale.As<const float>(),
+            threshold};
+  }
+
+  const Allocator allocator_;
+  const Activation activation_;
+  const int64_t layer_;
+  const int64_t most_chunks_;
+};
+
+}  // namespace
+
+OpDefinition IndexedFfnOnCpu() {
+  return OpDefinition("IndexedFFN", nullptr, IndexedFfnInputs(kFloat), {{kFloat}}, Create<IndexedFfnCpu>);
+}
+
+}  // namespace tda

@@ -1,0 +1,45 @@
+"""Find the native library in the installed package, and register it with a session's options."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+
+import onnxruntime as ort
+
+from tda_export.errors import TdaError, first_line
+from tda_export.native.build import LIBRARY
+
+SWITCH = "TDA_EXPORT_NATIVE"  # 0 leaves the library out
+
+
+@functools.cache
+def native_problem() -> str | None:
+    """Say why the native kernels cannot be used here, or None where they can. Tried once a process."""
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH}=0 leaves them out"
+    if not LIBRARY.is_file():
+        return "the library was not built with the package (needs Linux or macOS and a C++ compiler)"
+    try:
+        ort.SessionOptions().register_custom_ops_library(str(LIBRARY))
+    except Exception as error:  # ONNX Runtime's exceptions share no narrower base
+        return f"the library cannot be loaded ({first_line(error)})"
+    return None
+
+
+def register_native(options: ort.SessionOptions) -> None:
+    """Let sessions made with `options` use the native kernels.
+
+    Raises:
+        TdaError: They cannot be used here (`native_problem`).
+    """
+    if problem := native_problem():
+        raise TdaError(f"The native kernels cannot be used: {problem}.")
+    options.register_custom_ops_library(str(LIBRARY))
+
+
+@functools.cache
+def warn_once(problem: str) -> None:
+    """Say on standard error that the slower function body runs, once for each reason."""
+    print(f"tda-export runs without its native kernels, which is slower: {problem}.", file=sys.stderr)

@@ -1,0 +1,106 @@
+#include "ort.h"
+
+namespace tda {
+
+void Check(const OrtApi* api, OrtStatus* status) {
+  if (status == nullptr) return;
+  const std::string message = api->GetErrorMessage(status);
+  api->ReleaseStatus(status);
+  throw Error(message);
+}
+
+int64_t Tensor::Count() const {
+  int64_t count = 1;
+  for (size_t axis = 0; axis < rank; ++axis) count *= sizes[axis];
+  return count;
+}
+
+std::string Tensor::Shape() const {
+  std::ostringstream text;
+  text << '[';
+  for (size_t axis = 0; axis < rank; ++axis) text << (axis ? ", " : "") << sizes[axis];
+  text << ']';
+  return text.str();
+}
+
+int64_t KernelInfo::Int(const char* attribute) const {
+  int64_t value = 0;
+  Check(api_, api_->KernelInfoGetAttribute_int64(info_, attribute, &value));
+  return value;
+}
+
+std::string KernelInfo::String(const char* attribute) const {
+  size_t size = 0;  // with the terminating zero
+  Check(api_, api_->KernelInfoGetAttribute_string(info_, attribute, nullptr, &size));
+  std::string value(size, '\0');
+  Check(api_, api_->KernelInfoGetAttribute_string(info_, attribute, value.data(), &size));
+  value.resize(size - 1);
+  return value;
+}
+
+Allocator::Allocator(const KernelInfo& info) : api_(info.api()) {
+  Check(api_, api_->KernelInfoGetAllocator(info.get(), 0, &allocator_));
+}
+
+Allocator::~Allocator() { api_->ReleaseAllocator(allocator_); }
+
+Tensor KernelContext::Input(size_t index) const {
+  size_t count = 0;
+  Check(api_, api_->KernelContext_GetInputCount(context_, &count));
+  if (index >= count) return Tensor();
+  const OrtValue* value = nullptr;
+  Check(api_, api_->KernelContext_GetInput(context_, index, &value));
+  return Describe(const_cast<OrtValue*>(value));
+}
+
+Tensor KernelContext::Output(size_t index, std::initializer_list<int64_t> sizes) const {
+  return Allocate(index, sizes.begin(), sizes.size());
+}
+
+Tensor KernelContext::OutputLike(size_t index, const Tensor& other) const {
+  return Allocate(index, other.sizes, other.rank);
+}
+
+void* KernelContext::CudaStream() const {
+  void* stream = nullptr;
+  Check(api_, api_->KernelContext_GetGPUComputeStream(context_, &stream));
+  return stream;
+}
+
+Tensor KernelContext::Allocate(size_t index, const int64_t* sizes, size_t rank) const {
+  OrtValue* value = nullptr;
+  Check(api_, api_->KernelContext_GetOutput(context_, index, sizes, rank, &value));
+  return Describe(value);
+}
+
+Tensor KernelContext::Describe(OrtValue* value) const {
+  Tensor tensor;
+  if (value == nullptr) return tensor;
+  tensor.present = true;
+  OrtTensorTypeAndShapeInfo* info = nullptr;
+  Check(api_, api_->GetTensorTypeAndShape(value, &info));
+  OrtStatus* status = api_->GetTensorElementType(info, &tensor.type);
+  if (status == nullptr) status = api_->GetDimensionsCount(info, &tensor.rank);
+  const bool too_many = status == nullptr && tensor.rank > Tensor::kMaxRank;
+  if (status == nullptr && !too_many) status = api_->GetDimensions(info, tensor.sizes, tensor.rank);
+  api_->ReleaseTensorTypeAndShapeInfo(info);
+  Check(api_, status);
+  if (too_many) Fail("a tensor of ", tensor.rank, " axes; at most ", Tensor::kMaxRank, " are expected");
+  Check(api_, api_->GetTensorMutableData(value, &tensor.data));
+  return tensor;
+}
+
+Scratch::Scratch(const KernelContext& context, const Allocator& allocator, size_t bytes, bool cuda)
+    : allocator_(allocator.get()) {
+  if (cuda) {
+    const OrtMemoryInfo* memory = allocator_->Info(allocator_);
+    Check(context.api(), context.api()->KernelContext_GetScratchBuffer(context.get(), memory, bytes, &memory_));
+  } else {
+    memory_ = allocator_->Alloc(allocator_, bytes);
+  }
+  if (memory_ == nullptr) Fail("no memory for ", bytes, " bytes of scratch space");
+}
+
+Scratch::~Scratch() { allocator_->Free(allocator_, memory_); }
+
+}  // namespace tda

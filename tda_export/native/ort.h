@@ -1,0 +1,124 @@
+// Thin C++ over ONNX Runtime's C ABI: tensors, scratch memory, errors. Throws Error; op.cc turns that into a status.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "ort_abi.h"
+
+namespace tda {
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Throw an Error whose text is the parts, one after another.
+template <class... Parts>
+[[noreturn]] void Fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw Error(text.str());
+}
+
+// Throw what a status says, if it says something.
+void Check(const OrtApi* api, OrtStatus* status);
+
+// A tensor of a kernel call, in the memory of the kernel's provider.
+struct Tensor {
+  static constexpr size_t kMaxRank = 8;
+
+  bool present = false;  // false where an optional input was left out
+  void* data = nullptr;  // an empty tensor may have none
+  int type = 0;
+  size_t rank = 0;
+  int64_t sizes[kMaxRank] = {};
+
+  int64_t Count() const;
+  std::string Shape() const;  // such as [1, 2, 576]
+
+  template <class T>
+  T* As() const {
+    return static_cast<T*>(data);
+  }
+};
+
+class KernelInfo {
+ public:
+  KernelInfo(const OrtApi* api, const OrtKernelInfo* info) : api_(api), info_(info) {}
+
+  int64_t Int(const char* attribute) const;
+  std::string String(const char* attribute) const;
+  const OrtApi* api() const { return api_; }
+  const OrtKernelInfo* get() const { return info_; }
+
+ private:
+  const OrtApi* api_;
+  const OrtKernelInfo* info_;
+};
+
+// The allocator of the kernel's provider: an arena of ONNX Runtime's, so that memory is taken from what is there.
+class Allocator {
+ public:
+  explicit Allocator(const KernelInfo& info);
+  ~Allocator();
+  Allocator(const Allocator&) = delete;
+  Allocator& operator=(const Allocator&) = delete;
+
+  OrtAllocator* get() const { return allocator_; }
+
+ private:
+  const OrtApi* api_;
+  OrtAllocator* allocator_ = nullptr;
+};
+
+class KernelContext {
+ public:
+  KernelContext(const OrtApi* api, OrtKernelContext* context) : api_(api), context_(context) {}
+
+  // Return an input, which is not present where an optional one was left out.
+  Tensor Input(size_t index) const;
+  Tensor Output(size_t index, std::initializer_list<int64_t> sizes) const;
+  Tensor OutputLike(size_t index, const Tensor& other) const;
+  void* CudaStream() const;
+
+  // Call work(task) for every task in [0, tasks) on ONNX Runtime's own thread pool.
+  template <class Work>
+  void ParallelFor(size_t tasks, const Work& work) const {
+    auto call = [](void* user, size_t task) { (*static_cast<const Work*>(user))(task); };
+    Check(api_, api_->KernelContext_ParallelFor(context_, call, tasks, 0, const_cast<Work*>(&work)));
+  }
+
+  const OrtApi* api() const { return api_; }
+  OrtKernelContext* get() const { return context_; }
+
+ private:
+  Tensor Describe(OrtValue* value) const;
+  Tensor Allocate(size_t index, const int64_t* sizes, size_t rank) const;
+
+  const OrtApi* api_;
+  OrtKernelContext* context_;
+};
+
+// Memory for one call, returned to the arena at the end of the call. On CUDA the arena hands it out again only to later
+// work of the same stream, so that concurrent calls share nothing.
+class Scratch {
+ public:
+  Scratch(const KernelContext& context, const Allocator& allocator, size_t bytes, bool cuda);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  template <class T>
+  T* As(size_t byte_offset = 0) const {
+    return reinterpret_cast<T*>(static_cast<char*>(memory_) + byte_offset);
+  }
+
+ private:
+  OrtAllocator* allocator_;
+  void* memory_ = nullptr;
+};
+
+}  // namespace tda

@@ -1,0 +1,134 @@
+// The part of ONNX Runtime's C ABI that this library uses, declared here because no package ships the header.
+//
+// OrtApi is a table of function pointers that only ever grows at its end, so an entry keeps its position for good; the
+// positions are checked below. Every function returns null on success, except the Release* ones.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+extern "C" {
+
+struct OrtStatus;
+struct OrtSessionOptions;
+struct OrtCustomOpDomain;
+struct OrtValue;
+struct OrtTensorTypeAndShapeInfo;
+struct OrtKernelInfo;
+struct OrtKernelContext;
+struct OrtMemoryInfo;
+
+struct OrtAllocator {
+  uint32_t version;
+  void* (*Alloc)(OrtAllocator* self, size_t bytes);
+  void (*Free)(OrtAllocator* self, void* memory);
+  const OrtMemoryInfo* (*Info)(const OrtAllocator* self);
+};
+
+struct OrtApi {
+  OrtStatus* (*CreateStatus)(int code, const char* message);  // 0
+  void* unused_1;
+  const char* (*GetErrorMessage)(const OrtStatus* status);  // 2
+  void* unused_3[23];
+  OrtStatus* (*CreateCustomOpDomain)(const char* name, OrtCustomOpDomain** domain);             // 26
+  OrtStatus* (*CustomOpDomain_Add)(OrtCustomOpDomain* domain, const struct OrtCustomOp* op);    // 27
+  OrtStatus* (*AddCustomOpDomain)(OrtSessionOptions* options, OrtCustomOpDomain* domain);       // 28
+  void* unused_29[22];
+  OrtStatus* (*GetTensorMutableData)(OrtValue* value, void** data);  // 51
+  void* unused_52[8];
+  OrtStatus* (*GetTensorElementType)(const OrtTensorTypeAndShapeInfo* info, int* type);              // 60
+  OrtStatus* (*GetDimensionsCount)(const OrtTensorTypeAndShapeInfo* info, size_t* count);            // 61
+  OrtStatus* (*GetDimensions)(const OrtTensorTypeAndShapeInfo* info, int64_t* sizes, size_t count);  // 62
+  void* unused_63[2];
+  OrtStatus* (*GetTensorTypeAndShape)(const OrtValue* value, OrtTensorTypeAndShapeInfo** info);  // 65
+  void* unused_66[20];
+  OrtStatus* (*KernelInfoGetAttribute_int64)(const OrtKernelInfo* info, const char* name, int64_t* value);  // 86
+  OrtStatus* (*KernelInfoGetAttribute_string)(const OrtKernelInfo* info, const char* name, char* text,
+                                              size_t* size);                                              // 87
+  OrtStatus* (*KernelContext_GetInputCount)(const OrtKernelContext* context, size_t* count);              // 88
+  void* unused_89;
+  OrtStatus* (*KernelContext_GetInput)(const OrtKernelContext* context, size_t index, const OrtValue** value);  // 90
+  OrtStatus* (*KernelContext_GetOutput)(OrtKernelContext* context, size_t index, const int64_t* sizes, size_t count,
+                                        OrtValue** value);  // 91
+  void* unused_92;
+  void (*ReleaseStatus)(OrtStatus* status);  // 93
+  void* unused_94[5];
+  void (*ReleaseTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo* info);  // 99
+  void* unused_100[32];
+  void (*ReleaseAllocator)(OrtAllocator* allocator);  // 132
+  void* unused_133[60];
+  OrtStatus* (*KernelContext_GetGPUComputeStream)(const OrtKernelContext* context, void** stream);  // 193
+  void* unused_194[80];
+  OrtStatus* (*KernelContext_ParallelFor)(const OrtKernelContext* context, void (*work)(void* user, size_t task),
+                                          size_t tasks, size_t batches, void* user);  // 274
+  void* unused_275[2];
+  OrtStatus* (*KernelContext_GetScratchBuffer)(const OrtKernelContext* context, const OrtMemoryInfo* memory,
+                                               size_t bytes, void** buffer);                              // 277
+  OrtStatus* (*KernelInfoGetAllocator)(const OrtKernelInfo* info, int memory_type, OrtAllocator** out);  // 278
+};
+
+struct OrtApiBase {
+  const OrtApi* (*GetApi)(uint32_t version);
+  const char* (*GetVersionString)();
+};
+
+// An operator's description. With version 16 ONNX Runtime reads no field after KernelComputeV2.
+struct OrtCustomOp {
+  uint32_t version;
+  void* (*CreateKernel)(const OrtCustomOp*, const OrtApi*, const OrtKernelInfo*);
+  const char* (*GetName)(const OrtCustomOp*);
+  const char* (*GetExecutionProviderType)(const OrtCustomOp*);  // null is the CPU
+  int (*GetInputType)(const OrtCustomOp*, size_t index);
+  size_t (*GetInputTypeCount)(const OrtCustomOp*);
+  int (*GetOutputType)(const OrtCustomOp*, size_t index);
+  size_t (*GetOutputTypeCount)(const OrtCustomOp*);
+  void (*KernelCompute)(void* kernel, OrtKernelContext*);
+  void (*KernelDestroy)(void* kernel);
+  int (*GetInputCharacteristic)(const OrtCustomOp*, size_t index);  // 0 required, 1 optional
+  int (*GetOutputCharacteristic)(const OrtCustomOp*, size_t index);
+  int (*GetInputMemoryType)(const OrtCustomOp*, size_t index);  // 0 is the provider's own memory
+  int (*GetVariadicInputMinArity)(const OrtCustomOp*);
+  int (*GetVariadicInputHomogeneity)(const OrtCustomOp*);
+  int (*GetVariadicOutputMinArity)(const OrtCustomOp*);
+  int (*GetVariadicOutputHomogeneity)(const OrtCustomOp*);
+  OrtStatus* (*CreateKernelV2)(const OrtCustomOp*, const OrtApi*, const OrtKernelInfo*, void** kernel);
+  OrtStatus* (*KernelComputeV2)(void* kernel, OrtKernelContext*);
+  void* later_versions[7];
+};
+
+}  // extern "C"
+
+namespace tda {
+
+constexpr uint32_t kOrtApiVersion = 16;
+constexpr const char* kCudaProvider = "CUDAExecutionProvider";
+
+// ONNX Runtime's error codes.
+constexpr int kOrtFail = 1;
+
+// ONNX element types.
+enum ElementType : int { kFloat = 1, kInt32 = 6, kInt64 = 7, kBool = 9, kHalf = 10, kBfloat16 = 16 };
+
+#define TDA_CHECK_SLOT(function, slot) \
+  static_assert(offsetof(OrtApi, function) == (slot) * sizeof(void*), #function " is not where the ABI has it")
+TDA_CHECK_SLOT(GetErrorMessage, 2);
+TDA_CHECK_SLOT(CreateCustomOpDomain, 26);
+TDA_CHECK_SLOT(AddCustomOpDomain, 28);
+TDA_CHECK_SLOT(GetTensorMutableData, 51);
+TDA_CHECK_SLOT(GetTensorElementType, 60);
+TDA_CHECK_SLOT(GetTensorTypeAndShape, 65);
+TDA_CHECK_SLOT(KernelInfoGetAttribute_int64, 86);
+TDA_CHECK_SLOT(KernelContext_GetInput, 90);
+TDA_CHECK_SLOT(ReleaseStatus, 93);
+TDA_CHECK_SLOT(ReleaseTensorTypeAndShapeInfo, 99);
+TDA_CHECK_SLOT(ReleaseAllocator, 132);
+TDA_CHECK_SLOT(KernelContext_GetGPUComputeStream, 193);
+TDA_CHECK_SLOT(KernelContext_ParallelFor, 274);
+TDA_CHECK_SLOT(KernelContext_GetScratchBuffer, 277);
+TDA_CHECK_SLOT(KernelInfoGetAllocator, 278);
+#undef TDA_CHECK_SLOT
+
+static_assert(offsetof(OrtCustomOp, KernelCompute) == 8 * sizeof(void*), "OrtCustomOp has another layout");
+static_assert(offsetof(OrtCustomOp, CreateKernelV2) == 17 * sizeof(void*), "OrtCustomOp has another layout");
+
+}  // namespace tda
