@@ -122,6 +122,11 @@ def present_tail_mean(layer: int) -> str:
     return f"present_tail_mean.{layer}"
 
 
+def ffn_input(layer: int) -> str:
+    """What goes into a layer's FFN; an output of derived graphs that measure."""
+    return f"ffn_input.{layer}"
+
+
 # Weights in weights.bin. FFN weights are neuron-major: row i is neuron i.
 EMBEDDING = "embedding"
 HEAD = "head"
@@ -242,12 +247,15 @@ def decode_inputs(shape: ModelShape, *, two_levels: bool) -> list[IoTensor]:
     ]
 
 
-def decode_outputs(shape: ModelShape) -> list[IoTensor]:
-    """List the outputs of `decode.onnx` in order."""
+def decode_outputs(shape: ModelShape, *, ffn_inputs: bool = False) -> list[IoTensor]:
+    """List the outputs of `decode.onnx` in order; `ffn_inputs` are in no artifact."""
+    axes = (1, "sequence_length", shape.hidden_size)
+    probes = [IoTensor(ffn_input(i), shape.dtype, axes) for i in range(shape.num_layers)] if ffn_inputs else []
     return [
         IoTensor(LOGITS, "float32", (1, "sequence_length", shape.vocab_size)),
         IoTensor(GREEDY_TOKENS, "int64", (1, "sequence_length")),
         *_kv_cache(shape, present_key, present_value, "total_sequence_length"),
+        *probes,
     ]
 
 

@@ -17,7 +17,9 @@ from tda_export.graph.weights_file import WeightTable
 from tda_export.models.spec import DecoderSpec
 
 
-def build_decode(spec: DecoderSpec, weights: WeightTable, dtype: str, method: Method) -> ir.Model:
+def build_decode(
+    spec: DecoderSpec, weights: WeightTable, dtype: str, method: Method, *, ffn_inputs: bool = False
+) -> ir.Model:
     """Build the graph that computes only the neurons in `mask_indices`; by default all of them.
 
     Args:
@@ -25,6 +27,7 @@ def build_decode(spec: DecoderSpec, weights: WeightTable, dtype: str, method: Me
         weights: The tensors of weights.bin.
         dtype: A value of `contract.DTYPES`.
         method: With `two_levels` the graph takes token thresholds.
+        ffn_inputs: Give the input of each layer's FFN as a further output, for measurements.
 
     Returns:
         The model with the inputs and outputs of `contract.decode_inputs` and `contract.decode_outputs`.
@@ -34,6 +37,7 @@ def build_decode(spec: DecoderSpec, weights: WeightTable, dtype: str, method: Me
     inputs, outputs = graph.inputs, graph.outputs
 
     def ffn(layer: int, x: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+        outputs[contract.ffn_input(layer)] = x
         arguments = {FfnInput.X: x, FfnInput.MASK_INDICES: inputs[contract.mask_indices(layer)]}
         for part in contract.FFN_PARTS:
             arguments[FfnInput.weight(part)] = graph.weight(contract.ffn_weight(layer, part))
@@ -54,4 +58,5 @@ def build_decode(spec: DecoderSpec, weights: WeightTable, dtype: str, method: Me
     if method.two_levels:
         defaults[contract.TOKEN_THRESHOLDS] = np.zeros(spec.num_layers, np.float32)
     functions = (indexed_ffn_function(form, down_bias=spec.ffn_bias), greedy_token_function())
-    return graph.model("decode", contract.decode_outputs(shape), defaults, functions)
+    declared = contract.decode_outputs(shape, ffn_inputs=ffn_inputs)
+    return graph.model("decode", declared, defaults, functions)

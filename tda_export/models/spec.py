@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tda_export.errors import TdaError
 
@@ -85,3 +85,19 @@ class DecoderSpec:
                 f"{self.architecture}: {self.num_heads} attention heads cannot share {self.num_kv_heads} key-value "
                 "heads evenly. Check config.json."
             )
+
+
+def spec_from_dict(content: dict[str, Any]) -> DecoderSpec:
+    """Read a spec back from plain data, as a manifest keeps it.
+
+    Raises:
+        TdaError: It is no spec of this version.
+    """
+    try:
+        fields = dict(content)
+        fields["rope"] = RopeSpec(**fields["rope"])
+        fields["names"] = CheckpointNames(**fields["names"])
+        fields["sliding_windows"] = tuple(fields["sliding_windows"])
+        return DecoderSpec(**fields)
+    except (KeyError, TypeError) as error:
+        raise TdaError(f"The manifest's spec is incomplete ({error}). Build the artifact again.") from error

@@ -6,7 +6,8 @@
 //
 // A chunk goes through its neurons in blocks: gates of the block, then up rows of those that are still needed, then down
 // rows. Within each of the three, kRows rows are read at once while those of the next groups are asked for: rows of a
-// mask lie apart, and one row alone is too short for the processor to see ahead. This reads at the memory's bandwidth.
+// mask lie apart, and one row alone is too short for the processor to see ahead. Where neurons lie side by side it does
+// see ahead, and one neuron after another is the faster way. Both read at about the memory's bandwidth.
 #include "indexed_ffn_cpu.h"
 
 #include <algorithm>
@@ -61,7 +62,7 @@ struct Lanes {
   }
 };
 
-// Compute x . row for kCount rows at once.
+// Compute x . row for kCount rows at once, asking for the rows `ahead` meanwhile unless that is null.
 template <int kLanes, int kCount>
 TDA_INLINE void Dots(const float* x, const float* const* rows, const float* const* ahead, int64_t size, float* products) {
   using V = Lanes<kLanes>;
@@ -70,7 +71,7 @@ TDA_INLINE void Dots(const float* x, const float* const* rows, const float* cons
   for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
     const typename V::Vector x0 = V::Load(x + i), x1 = V::Load(x + i + kLanes);
     for (int r = 0; r < kCount; ++r) {
-      __builtin_prefetch(ahead[r] + i);
+      if (ahead != nullptr) __builtin_prefetch(ahead[r] + i);
       even[r] += x0 * V::Load(rows[r] + i);
       odd[r] += x1 * V::Load(rows[r] + i + kLanes);
     }
@@ -81,7 +82,7 @@ TDA_INLINE void Dots(const float* x, const float* const* rows, const float* cons
   }
 }
 
-// Add scale * row for kCount rows to y.
+// Add scale * row for kCount rows to y, with rows ahead as above.
 template <int kLanes, int kCount>
 TDA_INLINE void AddScaled(float* y, const float* const* rows, const float* const* ahead, int64_t size,
                           const float* scales) {
@@ -90,7 +91,7 @@ TDA_INLINE void AddScaled(float* y, const float* const* rows, const float* const
   for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
     typename V::Vector y0 = V::Load(y + i), y1 = V::Load(y + i + kLanes);
     for (int r = 0; r < kCount; ++r) {
-      __builtin_prefetch(ahead[r] + i);
+      if (ahead != nullptr) __builtin_prefetch(ahead[r] + i);
       y0 += scales[r] * V::Load(rows[r] + i);
       y1 += scales[r] * V::Load(rows[r] + i + kLanes);
     }
@@ -198,34 +199,69 @@ int ActivateAndDrop(const Tile& tile, const float* bias, int32_t* neurons, int c
   return kept;
 }
 
+// Add the outputs of neurons that lie side by side, one after another.
+template <int kLanes>
+TDA_INLINE void AddSideBySide(const Tile& tile, int64_t begin, int64_t end, float* y) {
+  const int64_t hidden = tile.hidden;
+  const float* bias = tile.gate != nullptr ? tile.gate_bias : tile.up_bias;
+  for (int64_t k = begin; k < end; ++k) {
+    const int32_t neuron = tile.mask[k];
+    const float* gate = tile.gate != nullptr ? tile.gate + neuron * hidden : nullptr;
+    const float* up = tile.up + neuron * hidden;
+    const float* down = tile.down + neuron * hidden;
+    for (int64_t t = 0; t < tile.tokens; ++t) {
+      const float* x = tile.x + t * hidden;
+      float h, product;
+      Dots<kLanes, 1>(x, gate != nullptr ? &gate : &up, nullptr, hidden, &h);
+      h = Activate(tile.activation, h + (bias == nullptr ? 0.0f : bias[neuron]));
+      if (h == 0.0f || (tile.threshold > 0.0f && std::fabs(h) * tile.scale[neuron] < tile.threshold)) continue;
+      if (gate != nullptr) {
+        Dots<kLanes, 1>(x, &up, nullptr, hidden, &product);
+        h *= product + (tile.up_bias == nullptr ? 0.0f : tile.up_bias[neuron]);
+      }
+      AddScaled<kLanes, 1>(y + t * hidden, &down, nullptr, hidden, &h);
+    }
+  }
+}
+
+// Add the outputs of a block of at most kBlock neurons, and ask early for those that follow it up to `end`.
+template <int kLanes>
+TDA_INLINE void AddBlock(const Tile& tile, int64_t start, int64_t stop, int64_t end, float* y) {
+  int32_t neurons[kBlock];
+  float h[kTokenTile * kBlock], up[kTokenTile * kBlock];
+  int count = static_cast<int>(stop - start);
+  std::copy_n(tile.mask + start, count, neurons);
+  const float* first_matrix = tile.gate != nullptr ? tile.gate : tile.up;
+  const float* second_matrix = tile.gate != nullptr ? tile.up : tile.down;
+  const RowList first = {first_matrix, neurons, count, second_matrix, neurons, count, tile.hidden};
+  VisitRows<kLanes, false>(first, tile.tokens, tile.x, y, h);
+  count = ActivateAndDrop(tile, tile.gate != nullptr ? tile.gate_bias : tile.up_bias, neurons, count, h);
+  if (count == 0) return;
+  if (tile.gate != nullptr) {
+    const RowList second = {tile.up, neurons, count, tile.down, neurons, count, tile.hidden};
+    VisitRows<kLanes, false>(second, tile.tokens, tile.x, y, up);
+    for (int64_t t = 0; t < tile.tokens; ++t) {
+      for (int i = 0; i < count; ++i) {
+        const float bias = tile.up_bias == nullptr ? 0.0f : tile.up_bias[neurons[i]];
+        h[t * kBlock + i] *= up[t * kBlock + i] + bias;
+      }
+    }
+  }
+  const int next_count = static_cast<int>(std::min<int64_t>(kBlock, end - stop));
+  const RowList last = {tile.down, neurons, count, first_matrix, tile.mask + stop, next_count, tile.hidden};
+  VisitRows<kLanes, true>(last, tile.tokens, tile.x, y, h);
+}
+
 // Add the outputs of the neurons mask[begin, end) to y [tokens, hidden].
 template <int kLanes>
 TDA_INLINE void AddNeuronsOf(const Tile& tile, int64_t begin, int64_t end, float* y) {
-  int32_t neurons[kBlock];
-  float h[kTokenTile * kBlock], up[kTokenTile * kBlock];
-  const float* first_matrix = tile.gate != nullptr ? tile.gate : tile.up;
   for (int64_t start = begin; start < end; start += kBlock) {
-    int count = static_cast<int>(std::min<int64_t>(kBlock, end - start));
-    std::copy_n(tile.mask + start, count, neurons);
-    const int next_count = static_cast<int>(std::min<int64_t>(kBlock, end - start - count));
-    const float* second_matrix = tile.gate != nullptr ? tile.up : tile.down;
-    const RowList first = {first_matrix, neurons, count, second_matrix, neurons, count, tile.hidden};
-    VisitRows<kLanes, false>(first, tile.tokens, tile.x, y, h);
-    count = ActivateAndDrop(tile, tile.gate != nullptr ? tile.gate_bias : tile.up_bias, neurons, count, h);
-    if (count == 0) continue;
-    if (tile.gate != nullptr) {
-      const RowList second = {tile.up, neurons, count, tile.down, neurons, count, tile.hidden};
-      VisitRows<kLanes, false>(second, tile.tokens, tile.x, y, up);
-      for (int64_t t = 0; t < tile.tokens; ++t) {
-        for (int i = 0; i < count; ++i) {
-          const float bias = tile.up_bias == nullptr ? 0.0f : tile.up_bias[neurons[i]];
-          h[t * kBlock + i] *= up[t * kBlock + i] + bias;
-        }
-      }
+    const int64_t stop = std::min<int64_t>(start + kBlock, end);
+    if (tile.mask[stop - 1] - tile.mask[start] == stop - 1 - start) {
+      AddSideBySide<kLanes>(tile, start, stop, y);
+    } else {
+      AddBlock<kLanes>(tile, start, stop, end, y);
     }
-    const RowList last = {tile.down,    neurons, count, first_matrix, tile.mask + start + kBlock, next_count,
-                          tile.hidden};
-    VisitRows<kLanes, true>(last, tile.tokens, tile.x, y, h);
   }
 }
 

@@ -28,7 +28,8 @@ class Sessions:
     said once on standard error, the function bodies run. With them decode on CUDA is captured as a CUDA graph.
 
     On CUDA the weights are uploaded once and given to both sessions as initializers. On the CPU both map weights.bin
-    into memory; prepacking would copy every MatMul weight for each session, so it is off.
+    into memory. Decode also packs the weights of attention and head for its products, a copy that makes it faster;
+    prefill does not, and FFN weights are never copied.
     """
 
     def __init__(self, artifact: Artifact, provider: str) -> None:
@@ -40,17 +41,28 @@ class Sessions:
         self.captures = self.native and provider == CUDA
         self.shared_weights = upload_weights(artifact) if provider == CUDA else {}
         self.prefill = open_session(
-            artifact, contract.PREFILL_FILE, provider, self.shared_weights, native=self.captures
+            artifact,
+            contract.PREFILL_FILE,
+            provider,
+            self.weights_of(artifact, contract.PREFILL_FILE),
+            native=self.captures,
         )
         self.decode = open_session(
             artifact,
             contract.DECODE_FILE,
             provider,
-            self.shared_weights,
+            self.weights_of(artifact, contract.DECODE_FILE),
             native=self.native,
             capture=self.captures,
+            prepack=True,
         )
         self._graph_ids = itertools.count(1)
+
+    def weights_of(self, artifact: Artifact, file: str) -> dict[str, ort.OrtValue]:
+        """Return the shared weights that a graph reads."""
+        if not self.shared_weights:
+            return {}
+        return {name: self.shared_weights[name] for name in artifact.manifest["graph_weights"][file]}
 
     def next_graph_id(self) -> str:
         """Return a number for another captured graph of the decode session."""
@@ -65,41 +77,43 @@ def _native_problem(artifact: Artifact, provider: str) -> str | None:
 
 def open_session(
     artifact: Artifact,
-    file: str,
+    graph: str | bytes,
     provider: str,
-    shared_weights: dict[str, ort.OrtValue],
+    weights: dict[str, ort.OrtValue],
     *,
     native: bool = False,
     capture: bool = False,
+    prepack: bool = False,
 ) -> ort.InferenceSession:
     """Open one graph.
 
     Args:
         artifact: Whose graph it is.
-        file: One of the graphs' file names.
+        graph: One of the graphs' file names, or a model derived from the artifact, which refers to its weights.bin.
         provider: `cpu` or `cuda`.
-        shared_weights: By name, on the device; they take the place of the session's own copies.
+        weights: By name; they take the place of what the graph refers to.
         native: Register the native kernels.
         capture: Capture runs as CUDA graphs, except those that say `NO_GRAPH`.
+        prepack: Let ONNX Runtime copy constant weights of products into the layout that its kernels like best.
 
     Raises:
         TdaError: ONNX Runtime cannot load the graph, or cannot start the provider.
     """
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact.folder))
     if native:
         register_native(options)
-    if shared_weights:
-        for name in artifact.manifest["graph_weights"][file]:
-            options.add_initializer(name, shared_weights[name])
+    for name, value in weights.items():
+        options.add_initializer(name, value)
+    place = artifact.file(graph) if isinstance(graph, str) else artifact.folder
+    model = str(place) if isinstance(graph, str) else graph
     try:
-        session = ort.InferenceSession(
-            str(artifact.file(file)), options, providers=provider_arguments(provider, capture=capture)
-        )
+        session = ort.InferenceSession(model, options, providers=provider_arguments(provider, capture=capture))
     except Exception as error:  # ONNX Runtime's exceptions share no narrower base
         raise TdaError(
-            f"{artifact.file(file)}: ONNX Runtime {ort.__version__} cannot load it ({first_line(error)}). "
+            f"{place}: ONNX Runtime {ort.__version__} cannot load it ({first_line(error)}). "
             "Run 'tda-export verify' on the artifact."
         ) from error
     if session.get_providers()[0] != EXECUTION_PROVIDERS[provider]:
@@ -171,11 +185,17 @@ def empty_tensor(shape: tuple[int, ...], dtype: str, provider: str) -> ort.OrtVa
     return device_tensor(np.zeros(shape, STORAGE.get(dtype, dtype)), provider, dtype)
 
 
+def initializer(array: np.ndarray, provider: str, dtype: str) -> ort.OrtValue:
+    """Copy an array to where sessions can share it as an initializer."""
+    value = device_tensor(array, provider, dtype)
+    # On a device a value taken through DLPack counts as the user's own, which add_initializer asks for.
+    return ort.OrtValue.from_dlpack(value) if provider == CUDA else value
+
+
 def upload_weights(artifact: Artifact) -> dict[str, ort.OrtValue]:
     """Copy weights.bin to the GPU, tensor by tensor, for any number of sessions to share."""
-    # A value taken through DLPack counts as the user's own, which add_initializer asks for.
     return {
-        name: ort.OrtValue.from_dlpack(device_tensor(map_weight(artifact, name), CUDA, entry["dtype"]))
+        name: initializer(map_weight(artifact, name), CUDA, entry["dtype"])
         for name, entry in artifact.manifest["weights"].items()
     }
 

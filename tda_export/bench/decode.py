@@ -1,0 +1,288 @@
+"""Compare ways of generating from one artifact, in one run: plain dense, dense by the native kernel, TDA, Griffin.
+
+The prompt's mask is cut at exactly the sparsity that was asked for, by rank, so that methods read equally many bytes.
+Logits are compared with slower ways to compute them before anything is timed, and methods take turns.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+import tda_export
+from tda_export.bench.bandwidth import copy_bandwidth
+from tda_export.bench.runners import BodyLogits, DenseRunner, Runner, SparseRunner, ffn_inputs, griffin_sessions
+from tda_export.bench.timing import Spread, speedup, take_turns
+from tda_export.errors import TdaError, UsageError
+from tda_export.graph import contract
+from tda_export.graph.derive import artifact_method
+from tda_export.graph.method import griffin, kept_neurons
+from tda_export.runtime.artifact import Artifact
+from tda_export.runtime.kv_cache import KvCache
+from tda_export.runtime.phases import prefill
+from tda_export.runtime.providers import CUDA
+from tda_export.runtime.session import STORAGE, Sessions, map_weight
+
+METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin")
+DEFAULT_METHODS = ("dense", "dense_native", "tda", "griffin")
+TOKENS_A_ROUND = 16
+PREFILLS = 5
+PROBED_TOKENS = 16
+# Largest difference of logits, relative to the largest logit, between two ways to compute them.
+TOLERANCES = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 2e-1}
+GATE_SHARE = 1.4  # of the kept bytes: with two levels, density of the mask and of up and down rows (1.4 p, 0.8 p)
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What to compare. Lengths in tokens, sparsity as the share of FFN bytes that is not read."""
+
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    sparsity: float = 0.5
+    prompt_tokens: int = 1024
+    new_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.methods if name not in METHODS]:
+            raise UsageError(f"Unknown method {unknown[0]!r}. Use {', '.join(METHODS)}.")
+        if len(set(self.methods)) < len(self.methods):
+            raise UsageError("A method is named twice.")
+        if not 0 <= self.sparsity < 1:
+            raise UsageError(f"Sparsity {self.sparsity} is outside [0, 1).")
+        if self.prompt_tokens < 2 or self.new_tokens < TOKENS_A_ROUND:
+            raise UsageError(f"Give a prompt of 2 tokens or more, and {TOKENS_A_ROUND} new ones or more.")
+
+
+def run_bench(
+    artifact: Artifact,
+    provider: str,
+    settings: BenchSettings,
+    prompt: Sequence[int],
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measure, and return plain data: each method by name with `ms_per_token` and more, and `speedup`.
+
+    Args:
+        artifact: On disk.
+        provider: `cpu` or `cuda`.
+        settings: What to compare.
+        prompt: `settings.prompt_tokens` token ids.
+        say: Told what is being done.
+
+    Raises:
+        TdaError: The lengths do not fit the model, or a method's logits are not what they should be.
+    """
+    capacity = settings.prompt_tokens + settings.new_tokens
+    if capacity > artifact.shape.max_positions:
+        raise TdaError(
+            f"{settings.prompt_tokens} and {settings.new_tokens} tokens are more than the model's "
+            f"{artifact.shape.max_positions} positions. Shorten one of them."
+        )
+    say("Loading")
+    sessions = Sessions(artifact, provider)
+    bench = _Bench(artifact, sessions, settings, list(prompt), capacity)
+    say("Checking logits")
+    bench.check()
+    say("Measuring")
+    return bench.measure()
+
+
+class _Bench:
+    def __init__(
+        self, artifact: Artifact, sessions: Sessions, settings: BenchSettings, prompt: list[int], capacity: int
+    ) -> None:
+        self.artifact, self.sessions, self.settings, self.prompt = artifact, sessions, settings, prompt
+        self.capacity = capacity
+        self.runners: dict[str, Runner] = {}
+        self.token_thresholds: np.ndarray | None = None
+        self.up_down_density = 1.0
+        for name in settings.methods:
+            self.runners[name] = getattr(self, f"_make_{name}")()
+
+    def _make_dense(self) -> Runner:
+        return DenseRunner(self.artifact, self.sessions, self.capacity)
+
+    def _make_dense_native(self) -> Runner:
+        return SparseRunner(self.artifact, self.sessions, self.capacity, masked=False)
+
+    def _make_tda(self) -> Runner:
+        runner = SparseRunner(self.artifact, self.sessions, self.capacity)
+        runner.thresholds = self._thresholds(1.0 - self.settings.sparsity)
+        return runner
+
+    def _make_griffin(self) -> Runner:
+        sessions = griffin_sessions(self.artifact, self.sessions, griffin(self.settings.sparsity))
+        return SparseRunner(self.artifact, sessions, self.capacity)
+
+    def _make_two_levels(self) -> Runner:
+        if not artifact_method(self.artifact).two_levels:
+            raise UsageError(f"{self.artifact.folder} has no second level. Leave two_levels out.")
+        kept = 1.0 - self.settings.sparsity
+        mask_density = min(1.0, GATE_SHARE * kept)
+        runner = SparseRunner(self.artifact, self.sessions, self.capacity)
+        runner.thresholds = self._thresholds(mask_density)
+        runner.prefill(self.prompt)
+        assert runner.mask is not None
+        wanted = (3.0 * kept - mask_density) / 2.0
+        self.token_thresholds, self.up_down_density = self._token_thresholds(runner, wanted)
+        runner.use_token_thresholds(self.token_thresholds)
+        return runner
+
+    def _thresholds(self, density: float) -> np.ndarray:
+        """Find the scores between the last neuron that is kept and the next, float32 [L]."""
+        shape = self.artifact.shape
+        cache = KvCache(shape, self.sessions.provider, len(self.prompt))
+        _, mask = prefill(self.sessions, shape, self.prompt, cache)
+        weight = mask.stats[contract.PAST_STATS_WEIGHT].numpy()
+        kept = kept_neurons(density, shape.ffn_size)
+        borders = []
+        for layer in range(shape.num_layers):
+            stats = mask.stats[contract.past_neuron_stats(layer)].numpy()
+            scores = np.sort(np.sqrt(stats[contract.SCORE_ROW] / weight))[::-1]
+            borders.append(0.0 if kept == len(scores) else (scores[kept - 1] + scores[kept]) / 2)
+        return np.array(borders, np.float32)
+
+    def _token_thresholds(self, runner: SparseRunner, wanted: float) -> tuple[np.ndarray, float]:
+        """Choose thresholds that leave `wanted` of all up and down rows on some tokens; count on others what is left."""
+        assert runner.mask is not None
+        tokens = [int(runner._next or 0), *(runner.step() for _ in range(2 * PROBED_TOKENS - 1))]
+        inputs = ffn_inputs(self.artifact, self.sessions, self.prompt, tokens)
+        thresholds, left = [], 0
+        for layer, x in enumerate(inputs):
+            kept = runner.mask.indices(layer)
+            gates = _as_float32(self.artifact, contract.ffn_weight(layer, "gate"))[kept] @ x.T  # [K, tokens]
+            scale = map_weight(self.artifact, contract.neuron_scale(layer))[kept]
+            estimates = np.abs(gates / (1.0 + np.exp(-gates))) * scale[:, None]
+            dropped = 1.0 - wanted * self.artifact.shape.ffn_size / len(kept)
+            thresholds.append(np.quantile(estimates[:, :PROBED_TOKENS], max(dropped, 0.0)))
+            left += int((estimates[:, PROBED_TOKENS:] >= thresholds[-1]).sum())
+        neurons = self.artifact.shape.num_layers * self.artifact.shape.ffn_size
+        return np.array(thresholds, np.float32), left / PROBED_TOKENS / neurons
+
+    def check(self) -> None:
+        """Compare each method's logits after the prompt and one token with another way to compute them."""
+        token = self.prompt[-1]
+        found = {}
+        for name, runner in self.runners.items():
+            runner.prefill(self.prompt)
+            found[name] = runner.logits(token)
+        if {"dense", "dense_native"} <= found.keys():
+            self._compare("dense_native", found["dense_native"], found["dense"])
+        body = BodyLogits(self.artifact, self.sessions, self.capacity)
+        for name in ("tda", "two_levels"):
+            if name in found:
+                runner = self.runners[name]
+                assert isinstance(runner, SparseRunner)
+                level = self.token_thresholds if name == "two_levels" else None
+                self._compare(name, found[name], body.after(self.prompt, token, runner.thresholds, level))
+
+    def _compare(self, name: str, logits: np.ndarray, expected: np.ndarray) -> None:
+        error = float(np.abs(logits - expected).max() / np.abs(expected).max())
+        if not error <= TOLERANCES[self.artifact.shape.dtype]:
+            raise TdaError(f"{name}: its logits are {error:.1e} from the reference, so nothing is timed.")
+
+    def measure(self) -> dict[str, Any]:
+        settings, runners = self.settings, self.runners
+        rounds = settings.new_tokens // TOKENS_A_ROUND
+        prefills = take_turns({name: partial(runners[name].prefill, self.prompt) for name in runners}, 1 + PREFILLS)
+        decodes = take_turns({name: partial(_steps, runners[name]) for name in runners}, rounds)
+        bandwidth = copy_bandwidth(self.sessions.provider)
+        result: dict[str, Any] = {
+            "device": device_name(self.sessions.provider),
+            "provider": self.sessions.provider,
+            "versions": {"tda-export": tda_export.__version__, "onnxruntime": ort.__version__},
+            "model": self.artifact.name,
+            "dtype": self.artifact.shape.dtype,
+            "native": self.sessions.native,
+            "prompt_tokens": settings.prompt_tokens,
+            "new_tokens": rounds * TOKENS_A_ROUND,
+            "copy_gb_per_second": bandwidth,
+        }
+        for name in runners:
+            times = Spread.of([1e3 * seconds / TOKENS_A_ROUND for seconds in decodes[name]])
+            firsts = Spread.of([1e3 * seconds for seconds in prefills[name][1:]])
+            ffn, other = self._bytes(name)
+            result[name] = {
+                "ms_per_token": times.median,
+                "ms_per_token_range": [times.smallest, times.largest],
+                "prefill_ms": firsts.median,
+                "prefill_ms_range": [firsts.smallest, firsts.largest],
+                "sparsity": 1.0 - ffn / self._dense_ffn_bytes,
+                "ffn_bytes_per_token": ffn,
+                "bytes_per_token": ffn + other,
+                "gb_per_second": (ffn + other) / times.median / 1e6,
+                "share_of_copy_bandwidth": (ffn + other) / times.median / 1e6 / bandwidth,
+            }
+        baseline = next((name for name in ("dense", "dense_native") if name in runners), None)
+        for name in runners:
+            if baseline and name != baseline:
+                ratio = speedup(decodes[baseline], decodes[name])
+                result[name]["speedup"] = ratio.median
+                result[name]["speedup_range"] = [ratio.smallest, ratio.largest]
+        if "speedup" in result.get("tda", {}):
+            result["speedup"] = result["tda"]["speedup"]
+        return result
+
+    @property
+    def _dense_ffn_bytes(self) -> int:
+        shape = self.artifact.shape
+        return shape.num_layers * shape.ffn_size * self.artifact.bytes_per_neuron
+
+    def _bytes(self, name: str) -> tuple[int, int]:
+        """Bytes that one token reads: FFN weights, and other weights with the keys and values of a middling context."""
+        artifact, shape = self.artifact, self.artifact.shape
+        runner, neurons = self.runners[name], shape.num_layers * shape.ffn_size
+        ffn = self._dense_ffn_bytes
+        if isinstance(runner, SparseRunner) and runner.mask is not None:
+            ffn = runner.mask.count(shape.num_layers) * artifact.bytes_per_neuron
+            if name == "two_levels":
+                gates, others = ffn / artifact.ffn_matrices, self.up_down_density * self._dense_ffn_bytes
+                ffn = round(gates + others * (artifact.ffn_matrices - 1) / artifact.ffn_matrices)
+        weights = artifact.manifest["weights"]
+        sizes = {
+            key: int(np.prod(item["shape"])) * contract.DTYPE_BYTES[item["dtype"]] for key, item in weights.items()
+        }
+        skipped = {contract.COS_CACHE, contract.SIN_CACHE}
+        skipped |= {contract.EMBEDDING} if contract.HEAD in weights else set()  # one row of it is read
+        for layer in range(shape.num_layers):
+            skipped |= {contract.ffn_weight(layer, part) for part in contract.FFN_PARTS}
+            skipped |= {contract.down_squared_norms(layer), contract.neuron_scale(layer)}
+        context = self.settings.prompt_tokens + self.settings.new_tokens / 2
+        row = shape.num_kv_heads * shape.head_size * contract.DTYPE_BYTES[shape.dtype]
+        cache = round(2 * shape.num_layers * context * row)
+        assert neurons > 0
+        return ffn, sum(size for key, size in sizes.items() if key not in skipped) + cache
+
+
+def device_name(provider: str) -> str:
+    """Name the processor or the GPU."""
+    if provider == CUDA:
+        import ctypes
+
+        driver = ctypes.CDLL("libcuda.so.1")
+        name = ctypes.create_string_buffer(100)
+        device = ctypes.c_int()
+        if not driver.cuInit(0) and not driver.cuDeviceGet(ctypes.byref(device), 0):
+            driver.cuDeviceGetName(name, len(name), device)
+        return name.value.decode() or "unknown GPU"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{platform.processor() or platform.machine()}, {cores} cores"
+
+
+def _steps(runner: Runner) -> None:
+    for _ in range(TOKENS_A_ROUND):
+        runner.step()
+
+
+def _as_float32(artifact: Artifact, name: str) -> np.ndarray:
+    array = map_weight(artifact, name)
+    if artifact.shape.dtype in STORAGE:  # bfloat16: the upper half of a float32
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32)

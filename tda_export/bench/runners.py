@@ -1,0 +1,202 @@
+"""A runner is one way of generating from an artifact: prefill a prompt, then one greedy token after another."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from tda_export.graph import contract
+from tda_export.graph.dense import transposed_weights
+from tda_export.graph.derive import artifact_spec, derived_dense, derived_prefill, derived_probe
+from tda_export.graph.method import Method
+from tda_export.runtime.artifact import Artifact
+from tda_export.runtime.decode_step import DecodeStep
+from tda_export.runtime.kv_cache import KvCache
+from tda_export.runtime.phases import EMPTY, PromptMask, bind_call, prefill
+from tda_export.runtime.providers import CUDA
+from tda_export.runtime.session import (
+    Call,
+    Sessions,
+    device_tensor,
+    empty_tensor,
+    initializer,
+    map_weight,
+    open_session,
+)
+
+
+class Runner(Protocol):
+    """Prefill a prompt, then step; `logits` are those after a given token, float32 [V]."""
+
+    def prefill(self, prompt: Sequence[int]) -> None: ...
+
+    def step(self) -> int: ...
+
+    def logits(self, token: int) -> np.ndarray: ...
+
+
+class SparseRunner:
+    """The artifact's decode graph: with every neuron, or with the mask of the prompt."""
+
+    def __init__(self, artifact: Artifact, sessions: Sessions, capacity: int, *, masked: bool = True) -> None:
+        self._artifact, self._sessions, self._masked = artifact, sessions, masked
+        self.thresholds: np.ndarray | None = None  # in place of the artifact's own
+        self.mask: PromptMask | None = None
+        self._capacity = capacity
+        self._make_step(None)
+
+    def _make_step(self, token_thresholds: np.ndarray | None) -> None:
+        self._step = DecodeStep(self._sessions, self._artifact.shape, self._capacity, token_thresholds)
+        self._step.capture()
+
+    def use_token_thresholds(self, thresholds: np.ndarray) -> None:
+        """Turn the second level on, float32 [L]."""
+        self._make_step(thresholds)
+
+    def prefill(self, prompt: Sequence[int]) -> None:
+        step = self._step
+        step.cache.truncate(0)
+        logits, mask = prefill(
+            self._sessions, self._artifact.shape, prompt, step.cache, self.thresholds, into=step.fixed_inputs
+        )
+        step.use(mask if self._masked else None)
+        self.mask = mask if self._masked else None
+        self._next: int | None = int(logits.argmax())
+
+    def step(self) -> int:
+        token, self._next = self._step.greedy(self._next), None
+        return token
+
+    def logits(self, token: int) -> np.ndarray:
+        logits = self._step.logits(token)
+        self._step.cache.truncate(self._step.cache.length - 1)
+        return logits
+
+
+class DenseRunner:
+    """The plain dense graph, captured on CUDA, with the settings that ONNX Runtime does best with."""
+
+    def __init__(self, artifact: Artifact, sessions: Sessions, capacity: int) -> None:
+        provider, shape = sessions.provider, artifact.shape
+        spec = artifact_spec(artifact)
+        weights = dict(sessions.shared_weights)
+        for name, original in transposed_weights(spec).items():
+            array = np.ascontiguousarray(map_weight(artifact, original).T)
+            dtype = artifact.manifest["weights"][original]["dtype"]
+            weights[name] = initializer(array, provider, dtype)
+        model = derived_dense(artifact)
+        names = _initializer_names(model)
+        self._weights = {name: value for name, value in weights.items() if name in names}
+        captures = provider == CUDA
+        self._session = open_session(artifact, model, provider, self._weights, capture=captures, prepack=True)
+        self._cache = KvCache(shape, provider, capacity)
+        self._token = device_tensor(np.zeros((1, 1), np.int64), provider)
+        self._attended = device_tensor(self._cache.mask, provider)
+        self._logits = empty_tensor((1, 1, shape.vocab_size), "float32", provider)
+        self._call = Call(self._session, "1") if captures else Call(self._session)
+        self._call.feed(contract.INPUT_IDS, self._token)
+        self._call.feed(contract.ATTENTION_MASK, self._attended)
+        self._cache.bind(self._call)
+        self._call.write_to(contract.LOGITS, self._logits)
+        self._run(0)  # captures
+        self._cache.truncate(0)
+
+    def prefill(self, prompt: Sequence[int]) -> None:
+        self._cache.truncate(0)
+        logits = bind_call(self._session, self._cache, prompt).run()[contract.LOGITS].numpy()
+        self._cache.commit()
+        self._next = int(logits[0, -1].argmax())
+
+    def step(self) -> int:
+        self._next = int(self._run(self._next).argmax())
+        return self._next
+
+    def logits(self, token: int) -> np.ndarray:
+        logits = self._run(token).copy()
+        self._cache.truncate(self._cache.length - 1)
+        return logits
+
+    def _run(self, token: int) -> np.ndarray:
+        self._cache.reserve(1)
+        self._attended.update_inplace(self._cache.mask)
+        self._token.update_inplace(np.array([[token]], np.int64))
+        self._call.run_only()
+        self._cache.commit()
+        logits: np.ndarray = self._logits.numpy()[0, -1]
+        return logits
+
+
+class BodyLogits:
+    """What the function body computes under a prompt's mask: the slow way to the same logits, to check against."""
+
+    def __init__(self, artifact: Artifact, sessions: Sessions, capacity: int) -> None:
+        self._artifact, self._capacity = artifact, capacity
+        self._sessions = copy.copy(sessions)
+        weights = sessions.weights_of(artifact, contract.DECODE_FILE)
+        self._sessions.decode = open_session(artifact, contract.DECODE_FILE, sessions.provider, weights)
+
+    def after(
+        self,
+        prompt: Sequence[int],
+        token: int,
+        thresholds: np.ndarray | None,
+        token_thresholds: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Read a prompt, then one token under its mask; float32 [V]."""
+        sessions, shape = self._sessions, self._artifact.shape
+        cache = KvCache(shape, sessions.provider, self._capacity)
+        _, mask = prefill(sessions, shape, prompt, cache, thresholds)
+        inputs = dict(mask.inputs)
+        for layer in range(shape.num_layers):  # unpadded: the body gathers a row for every entry
+            kept = mask.indices(layer)
+            if len(kept):
+                inputs[contract.mask_indices(layer)] = device_tensor(kept, sessions.provider)
+        if token_thresholds is not None:
+            inputs[contract.TOKEN_THRESHOLDS] = device_tensor(token_thresholds, sessions.provider)
+        return bind_call(sessions.decode, cache, [token], inputs).run()[contract.LOGITS].numpy()[0, -1]
+
+
+def griffin_sessions(artifact: Artifact, sessions: Sessions, method: Method) -> Sessions:
+    """Return sessions whose prefill chooses masks by another method; decode and weights are the same."""
+    model = derived_prefill(artifact, method)
+    names = _initializer_names(model)
+    weights = {name: value for name, value in sessions.shared_weights.items() if name in names}
+    other = copy.copy(sessions)
+    other.prefill = open_session(artifact, model, sessions.provider, weights, native=sessions.captures)
+    return other
+
+
+def ffn_inputs(
+    artifact: Artifact, sessions: Sessions, prompt: Sequence[int], tokens: Sequence[int]
+) -> list[np.ndarray]:
+    """Read a prompt and then given tokens densely, and return what goes into every FFN for them: L arrays [S, M].
+
+    Half precision comes back as float32 too.
+    """
+    provider, shape = sessions.provider, artifact.shape
+    model = derived_probe(artifact)
+    names = _initializer_names(model)
+    weights = {name: value for name, value in sessions.shared_weights.items() if name in names}
+    session = open_session(artifact, model, provider, weights, native=sessions.native)
+    cache = KvCache(shape, provider, len(prompt) + len(tokens))
+    prefill(sessions, shape, prompt, cache)
+    call = bind_call(session, cache, tokens, EMPTY)
+    for layer in range(shape.num_layers):
+        call.allocate(contract.ffn_input(layer), provider)
+    outputs = call.run()
+    import torch
+
+    return [
+        torch.from_dlpack(outputs[contract.ffn_input(layer)])[0].float().cpu().numpy()
+        for layer in range(shape.num_layers)
+    ]
+
+
+def _initializer_names(model: bytes) -> set[str]:
+    import onnx
+
+    graph = onnx.load_model_from_string(model).graph
+    return {tensor.name for tensor in graph.initializer}

@@ -1,0 +1,68 @@
+"""Graphs of other methods, derived from an artifact: they refer to its weights.bin and differ in their nodes alone."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+from tda_export.graph import contract
+from tda_export.graph.decode import build_decode
+from tda_export.graph.dense import build_dense, dense_weight_table
+from tda_export.graph.method import Method
+from tda_export.graph.ops import DTYPES
+from tda_export.graph.prefill import build_prefill
+from tda_export.graph.weights_file import WeightTable
+from tda_export.models.spec import DecoderSpec, spec_from_dict
+from tda_export.runtime.artifact import Artifact
+
+
+def artifact_spec(artifact: Artifact) -> DecoderSpec:
+    """Read the architecture out of an artifact's manifest."""
+    return spec_from_dict(artifact.manifest["spec"])
+
+
+def artifact_method(artifact: Artifact) -> Method:
+    """Read the method out of an artifact's manifest."""
+    return Method(**artifact.manifest["method"])
+
+
+def weight_table(artifact: Artifact) -> WeightTable:
+    """List the tensors of an artifact's weights.bin as the graph builder takes them."""
+    table: WeightTable = {}
+    for name, entry in artifact.manifest["weights"].items():
+        size = math.prod(entry["shape"]) * contract.DTYPE_BYTES[entry["dtype"]]
+        table[name] = ir.ExternalTensor(
+            contract.WEIGHTS_FILE,
+            entry["offset"],
+            size,
+            DTYPES[entry["dtype"]],
+            shape=ir.Shape(entry["shape"]),
+            name=name,
+            base_dir=artifact.folder,
+        )
+    return table
+
+
+def derived_prefill(artifact: Artifact, method: Method) -> bytes:
+    """Build the prefill graph of another method."""
+    spec, thresholds = artifact_spec(artifact), np.asarray(artifact.manifest["thresholds"], np.float32)
+    return _serialised(build_prefill(spec, weight_table(artifact), artifact.shape.dtype, method, thresholds))
+
+
+def derived_dense(artifact: Artifact) -> bytes:
+    """Build the plain dense graph; its session must be given the transposed weights (`graph/dense.py`)."""
+    spec = artifact_spec(artifact)
+    return _serialised(build_dense(spec, dense_weight_table(spec, weight_table(artifact)), artifact.shape.dtype))
+
+
+def derived_probe(artifact: Artifact) -> bytes:
+    """Build the decode graph with the inputs of every FFN among its outputs."""
+    spec, method = artifact_spec(artifact), artifact_method(artifact)
+    return _serialised(build_decode(spec, weight_table(artifact), artifact.shape.dtype, method, ffn_inputs=True))
+
+
+def _serialised(model: ir.Model) -> bytes:
+    serialised: bytes = ir.to_proto(model).SerializeToString()
+    return serialised
