@@ -150,7 +150,7 @@ class _Bench:
         return np.array(borders, np.float32)
 
     def _token_thresholds(self, runner: SparseRunner, wanted: float) -> tuple[np.ndarray, float]:
-        """Choose thresholds that leave `wanted` of all up and down rows on some tokens; count on others what is left."""
+        """Choose thresholds that leave `wanted` of all up and down rows on some tokens; count on others what stays."""
         assert runner.mask is not None
         tokens = [int(runner._next or 0), *(runner.step() for _ in range(2 * PROBED_TOKENS - 1))]
         inputs = ffn_inputs(self.artifact, self.sessions, self.prompt, tokens)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from tda_export import __version__
+from tda_export.cli.bench import bench
 from tda_export.cli.build import build
 from tda_export.cli.calibrate import calibrate
 from tda_export.cli.demo import demo
@@ -53,11 +54,11 @@ def cli() -> None:
     """Fast, training-free LLM generation in ONNX Runtime by dynamic activation (TDA).
 
     calibrate measures which FFN neurons may be dropped, build writes the prefill and decode graphs,
-    verify checks them against transformers, and generate runs them.
+    verify checks them against transformers, generate runs them, and bench compares their speed.
     """
 
 
-for command in (calibrate, build, verify, generate, demo):
+for command in (calibrate, build, verify, generate, bench, demo):
     cli.add_command(command)
 
 

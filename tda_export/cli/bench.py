@@ -1,0 +1,129 @@
+"""`tda-export bench`: compare ways of generating, in one run."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tda_export.cli.options import FRACTION, PATH, json_option, provider_option
+
+METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin")  # those of tda_export.bench.decode
+
+
+@click.command()
+@click.argument("artifact", type=PATH, required=False)
+@click.option(
+    "--shape", help="Bench random weights of a true shape instead: a name such as llama-2-7b, or a config.json."
+)
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    type=click.Choice(METHODS),
+    help="What to compare; may be given several times.  [default: dense, dense_native, tda, griffin]",
+)
+@click.option(
+    "--sparsity", type=FRACTION, default=0.5, show_default=True, help="Share of FFN bytes that a mask shall not read."
+)
+@click.option("--prompt-tokens", type=click.IntRange(2), default=1024, show_default=True, help="Length of the prompt.")
+@click.option("--new-tokens", type=click.IntRange(16), default=256, show_default=True, help="Tokens to decode.")
+@click.option(
+    "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of --shape.  [default: fp16 on CUDA, fp32 on the CPU]"
+)
+@provider_option
+@json_option
+def bench(
+    artifact: Path | None,
+    shape: str | None,
+    methods: tuple[str, ...],
+    sparsity: float,
+    prompt_tokens: int,
+    new_tokens: int,
+    dtype: str | None,
+    provider: str,
+    as_json: bool,
+) -> None:
+    """Compare ways of generating from ARTIFACT, side by side in one run.
+
+    dense is the plain graph with ONNX Runtime's own operators, dense_native the decode graph with every neuron, tda and
+    griffin the same with a prompt's mask, two_levels with a token threshold too. All masks read exactly the same number
+    of bytes. Logits are checked before anything is timed; times are medians over rounds of 16 tokens, and the speed-up
+    is that of the same round.
+    """
+    from tda_export.bench.decode import DEFAULT_METHODS, BenchSettings
+    from tda_export.errors import UsageError
+    from tda_export.graph.contract import DTYPES
+    from tda_export.runtime.artifact import open_artifact
+    from tda_export.runtime.providers import choose_provider, cuda_problem
+
+    if (artifact is None) == (shape is None):
+        raise UsageError("Give an ARTIFACT, or a --shape to bench with random weights.")
+    if dtype and artifact:
+        raise UsageError("--dtype belongs to --shape; an artifact has its own.")
+    settings = BenchSettings(methods or DEFAULT_METHODS, sparsity, prompt_tokens, new_tokens)
+    if artifact:
+        opened = open_artifact(artifact)
+        result = _run(opened, choose_provider(provider, opened.shape.dtype), settings, as_json)
+    else:
+        from tda_export.bench.artifact import build_random_artifact
+        from tda_export.bench.shapes import random_source
+
+        assert shape is not None
+        on_gpu = provider == "cuda" or (provider == "auto" and cuda_problem() is None)
+        chosen = DTYPES[dtype or ("fp16" if on_gpu else "fp32")]
+        resolved = choose_provider(provider, chosen)
+        source = random_source(shape)
+        with tempfile.TemporaryDirectory(prefix="tda-export-bench-") as folder:
+            opened = build_random_artifact(source, Path(folder) / "artifact", chosen, sparsity, quiet=as_json)
+            result = _run(opened, resolved, settings, as_json)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        _print(result, settings.methods)
+
+
+def _run(artifact: Any, provider: str, settings: Any, as_json: bool) -> dict[str, Any]:
+    from itertools import cycle, islice
+
+    from tda_export.bench.decode import run_bench
+    from tda_export.calibration.corpus import builtin_folder
+    from tda_export.runtime.text import Text
+
+    files = sorted(builtin_folder().glob("*.txt"))
+    tokens = Text(artifact).encode("\n\n".join(file.read_text(encoding="utf-8") for file in files))
+    prompt = list(islice(cycle(tokens), settings.prompt_tokens))
+    return run_bench(
+        artifact, provider, settings, prompt, lambda line: None if as_json else click.echo(f"{line}…", err=True)
+    )
+
+
+def _print(result: dict[str, Any], methods: tuple[str, ...]) -> None:
+    from tda_export.cli.tables import print_table
+
+    rows = []
+    for name in methods:
+        row = result[name]
+        low, high = row["ms_per_token_range"]
+        rows.append(
+            [
+                name,
+                f"{row['sparsity']:.3f}",
+                f"{row['ms_per_token']:.2f} ({low:.2f} to {high:.2f})",
+                f"{row['speedup']:.2f}" if "speedup" in row else "",
+                f"{row['prefill_ms']:.1f}",
+                f"{row['ffn_bytes_per_token'] / 2**20:,.0f}",
+                f"{row['gb_per_second']:,.0f}",
+                f"{row['share_of_copy_bandwidth']:.2f}",
+            ]
+        )
+    columns = ["decode", "sparsity", "ms a token", "speed-up", "prefill, ms", "FFN MiB", "GB/s", "of copy"]
+    title = (
+        f"{result['model']} in {result['dtype']} on {result['device']}, {result['prompt_tokens']} + "
+        f"{result['new_tokens']} tokens, {'native kernels' if result['native'] else 'no native kernels'}, "
+        f"copy {result['copy_gb_per_second']:,.0f} GB/s"
+    )
+    print_table(title, columns, rows)
