@@ -6,18 +6,18 @@ from pathlib import Path
 
 import torch
 
-from tda_export.bench.shapes import RandomSource
 from tda_export.calibration.budgets import Budget
 from tda_export.graph.export import BuildRequest, export_artifact
 from tda_export.graph.method import tda
+from tda_export.models.source import ModelSource
 from tda_export.runtime.artifact import Artifact, open_artifact
 
 
-def build_random_artifact(source: RandomSource, folder: Path, dtype: str, sparsity: float, *, quiet: bool) -> Artifact:
+def build_random_artifact(source: ModelSource, folder: Path, dtype: str, sparsity: float, *, quiet: bool) -> Artifact:
     """Build a two-level TDA artifact with tail mean; thresholds are the measurement's own business.
 
     Args:
-        source: The shape.
+        source: A model with random weights.
         folder: The artifact to create.
         dtype: A value of `contract.DTYPES`.
         sparsity: For the record.

@@ -84,7 +84,7 @@ class DenseRunner:
         spec = artifact_spec(artifact)
         weights = dict(sessions.shared_weights)
         for name, original in transposed_weights(spec).items():
-            array = np.ascontiguousarray(map_weight(artifact, original).T)
+            array = _transposed(map_weight(artifact, original))
             dtype = artifact.manifest["weights"][original]["dtype"]
             weights[name] = initializer(array, provider, dtype)
         model = derived_dense(artifact)
@@ -166,6 +166,7 @@ def griffin_sessions(artifact: Artifact, sessions: Sessions, method: Method) -> 
     weights = {name: value for name, value in sessions.shared_weights.items() if name in names}
     other = copy.copy(sessions)
     other.prefill = open_session(artifact, model, sessions.provider, weights, native=sessions.captures)
+    other.pads_masks = sessions.captures and method.selection == "threshold"
     return other
 
 
@@ -193,6 +194,13 @@ def ffn_inputs(
         torch.from_dlpack(outputs[contract.ffn_input(layer)])[0].float().cpu().numpy()
         for layer in range(shape.num_layers)
     ]
+
+
+def _transposed(array: np.ndarray) -> np.ndarray:
+    import torch
+
+    tensor: torch.Tensor = torch.from_numpy(array).T.contiguous()  # faster than numpy's
+    return tensor.numpy()
 
 
 def _initializer_names(model: bytes) -> set[str]:

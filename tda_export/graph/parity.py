@@ -35,6 +35,7 @@ CONTINUATION_TOKENS = 8
 CHUNK = 7  # tokens of a chunk in the chunked-prefill check
 FLOAT32_LOGITS = 2e-3  # largest absolute difference of float32 logits
 HALF_FACTOR = 2.0  # half precision may be this many times as far from float32 as transformers in the same dtype
+SECOND_LEVEL_FACTOR = 5.0  # the same where rounding decides which neurons near a threshold are skipped
 RELATIVE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}  # scores, keys and values, relative to the largest
 TINY = 1e-30  # guards a division by a threshold of zero
 
@@ -159,7 +160,7 @@ class Comparison:
             half = reference_logits(self.half, self.spec, prompt, continuation, *masking, level)[1]
         thresholds = device_tensor(np.array(level.thresholds, np.float32), self.provider)
         skipping = self._decode(continuation, cache, mask, {contract.TOKEN_THRESHOLDS: thresholds})
-        self._logits("decode with token thresholds", skipping, expected, half)
+        self._logits("decode with token thresholds", skipping, expected, half, SECOND_LEVEL_FACTOR)
 
     def _halved(self, prompt: list[int], continuation: list[int], cache: KvCache, start: int) -> None:
         """Decode with every second neuron and padding, whatever the artifact's own mask is."""
@@ -234,8 +235,15 @@ class Comparison:
         distances = [abs(float(scores[i]) - border) / max(border, TINY) for i in one ^ other]
         self._add(name, max(distances, default=0.0), RELATIVE[self.shape.dtype])
 
-    def _logits(self, name: str, ours: np.ndarray, expected: torch.Tensor, half: torch.Tensor | None) -> None:
-        allowed = FLOAT32_LOGITS if half is None else HALF_FACTOR * float((half - expected).abs().max())
+    def _logits(
+        self,
+        name: str,
+        ours: np.ndarray,
+        expected: torch.Tensor,
+        half: torch.Tensor | None,
+        factor: float = HALF_FACTOR,
+    ) -> None:
+        allowed = FLOAT32_LOGITS if half is None else factor * float((half - expected).abs().max())
         self._add(name, float(np.abs(ours - expected.numpy()).max()), allowed)
 
     def _relative(self, name: str, ours: np.ndarray, expected: np.ndarray) -> None:

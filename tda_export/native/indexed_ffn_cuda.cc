@@ -27,12 +27,13 @@ class IndexedFfnCuda : public Kernel {
         "TDA_ACTIVATION=" + std::to_string(static_cast<int>(ParseActivation(info.String("activation")))),
         "TDA_GATED=" + std::to_string(gated_),
     };
-    const CudaModule& module = CudaModule::Get("indexed_ffn", defines);
+    auto kernel = [&](const std::string& name) {
+      return CudaModule::Get("indexed_ffn", defines).Kernel(name.c_str(), kThreads);
+    };
     for (const bool tile : {false, true}) {
       for (const bool wide : {false, true}) {
         const std::string suffix = std::string(tile ? "_4" : "_1") + (wide ? "_8" : "_1");
-        kernels_[tile][wide].activations = module.Kernel(("Activations" + suffix).c_str(), kThreads);
-        kernels_[tile][wide].down_sums = module.Kernel(("DownSums" + suffix).c_str(), kThreads);
+        kernels_[tile][wide] = {kernel("Activations" + suffix), kernel("DownSums" + suffix)};
       }
     }
   }

@@ -14,6 +14,11 @@ constexpr int64_t kTokensOfGroup = 16;  // at least, so that adding up the group
 
 std::vector<std::string> Defines(ElementType type) { return {"TDA_BF16=" + std::to_string(type == kBfloat16)}; }
 
+CudaKernel StatisticsKernel(ElementType type, const std::string& name, int64_t threads) {
+  const std::vector<std::string> defines = Defines(type);
+  return CudaModule::Get("statistics", defines).Kernel(name.c_str(), static_cast<int>(threads));
+}
+
 void Expect(bool holds, const char* name, const Tensor& tensor, const char* expected) {
   if (!holds) Fail(name, ": expected shape ", expected, ", got ", tensor.Shape());
 }
@@ -35,11 +40,10 @@ template <ElementType kType>
 class NeuronStats : public Kernel {
  public:
   explicit NeuronStats(const KernelInfo& info) : allocator_(info) {
-    const CudaModule& module = CudaModule::Get("statistics", Defines(kType));
     for (const bool wide : {false, true}) {
       const std::string suffix = wide ? "_8" : "_1";
-      token_weights_[wide] = module.Kernel(("TokenWeights" + suffix).c_str(), kThreads);
-      column_sums_[wide] = module.Kernel(("ColumnSums" + suffix).c_str(), kThreads);
+      token_weights_[wide] = StatisticsKernel(kType, "TokenWeights" + suffix, kThreads);
+      column_sums_[wide] = StatisticsKernel(kType, "ColumnSums" + suffix, kThreads);
     }
   }
 
@@ -98,7 +102,7 @@ class SelectMask : public Kernel {
  public:
   explicit SelectMask(const KernelInfo& info)
       : layer_(info.Int("layer")),
-        select_(CudaModule::Get("statistics", Defines(kHalf)).Kernel("SelectMask", kSelectThreads)) {}
+        select_(StatisticsKernel(kHalf, "SelectMask", kSelectThreads)) {}
 
   void Compute(const KernelContext& context) override {
     const Tensor stats = context.Input(0), weight = context.Input(1), thresholds = context.Input(2);
@@ -137,13 +141,12 @@ class TailMean : public Kernel {
  public:
   explicit TailMean(const KernelInfo& info)
       : allocator_(info),
-        activations_(CudaModule::Get("statistics", Defines(kType)).Kernel("TailActivations", kThreads)) {
+        activations_(StatisticsKernel(kType, "TailActivations", kThreads)) {
     // As for ReLU, rows of zero activations are not read.
     std::vector<std::string> defines = Defines(kType);
     defines.insert(defines.end(), {"TDA_ACTIVATION=3", "TDA_GATED=1"});
-    const CudaModule& module = CudaModule::Get("indexed_ffn", defines);
-    down_sums_[false] = module.Kernel("DownSums_1_1", kThreads);
-    down_sums_[true] = module.Kernel("DownSums_1_8", kThreads);
+    down_sums_[false] = CudaModule::Get("indexed_ffn", defines).Kernel("DownSums_1_1", kThreads);
+    down_sums_[true] = CudaModule::Get("indexed_ffn", defines).Kernel("DownSums_1_8", kThreads);
   }
 
   void Compute(const KernelContext& context) override {

@@ -51,7 +51,7 @@ class DecodeStep:
             self.use(None)
 
     def use(self, mask: PromptMask | None) -> None:
-        """Decode with a mask from now on, or with every neuron."""
+        """Decode with a mask from now on, or with every neuron; tail means lie in `fixed_inputs` already."""
         if not self._sessions.captures:
             if mask is None and not self._sessions.native:
                 self._greedy = False
@@ -60,15 +60,16 @@ class DecodeStep:
                 self._greedy = True
                 self._call = self._bind(mask.inputs if mask else {})
             return
-        if mask is not None:
-            first = contract.mask_indices(0)
-            assert mask.inputs[first].data_ptr() == self.fixed_inputs[first].data_ptr(), (
-                "prefill writes to fixed_inputs"
-            )
-            return
         for layer in range(self._shape.num_layers):
-            self.fixed_inputs[contract.mask_indices(layer)].update_inplace(self._every_neuron())
-            self.fixed_inputs[contract.tail_mean(layer)].update_inplace(self._no_tail())
+            fixed = self.fixed_inputs[contract.mask_indices(layer)]
+            if mask is None:
+                fixed.update_inplace(self._every_neuron())
+                self.fixed_inputs[contract.tail_mean(layer)].update_inplace(self._no_tail())
+            elif mask.inputs[contract.mask_indices(layer)].data_ptr() != fixed.data_ptr():
+                padded = np.full(self._shape.ffn_size, contract.PADDING_INDEX, np.int32)
+                indices = mask.indices(layer)
+                padded[: len(indices)] = indices
+                fixed.update_inplace(padded)
 
     def greedy(self, token: int | None = None) -> int:
         """Append `token` (None: the one chosen last) and return the likeliest next one, -1 if logits are not finite."""

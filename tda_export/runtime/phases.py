@@ -14,6 +14,7 @@ from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.session import Call, Sessions, device_tensor
 
 EMPTY: Mapping[str, ort.OrtValue] = {}
+INDEX_TYPE = "tensor(int32)"
 CHUNK_TOKENS = 2048  # longer prompts are prefilled in pieces of this size
 
 
@@ -101,6 +102,8 @@ def prefill(
     provider, layers = sessions.provider, range(shape.num_layers)
     produced = {contract.mask_indices(i): contract.present_mask_indices(i) for i in layers}
     produced |= {contract.tail_mean(i): contract.present_tail_mean(i) for i in layers}
+    if not sessions.pads_masks:  # their size is known only once they are chosen
+        into = {name: value for name, value in into.items() if value.data_type() != INDEX_TYPE}
     stats: dict[str, ort.OrtValue] = {}
     override: dict[str, ort.OrtValue] = {}
     if thresholds is not None:

@@ -39,6 +39,8 @@ class Sessions:
         if problem:
             warn_once(problem)
         self.captures = self.native and provider == CUDA
+        # The kernel that selects by threshold pads masks to all neurons, so that buffers keep their size.
+        self.pads_masks = self.captures and artifact.manifest["method"]["selection"] == "threshold"
         self.shared_weights = upload_weights(artifact) if provider == CUDA else {}
         self.prefill = open_session(
             artifact,
