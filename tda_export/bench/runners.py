@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+import onnxruntime as ort
 
 from tda_export.graph import contract
 from tda_export.graph.dense import transposed_weights
 from tda_export.graph.derive import artifact_spec, derived_dense, derived_prefill, derived_probe
+from tda_export.graph.greedy import greedy_model
 from tda_export.graph.method import Method
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.decode_step import DecodeStep
@@ -18,6 +21,7 @@ from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.phases import EMPTY, PromptMask, bind_call, prefill
 from tda_export.runtime.providers import CUDA
 from tda_export.runtime.session import (
+    NO_GRAPH,
     Call,
     Sessions,
     device_tensor,
@@ -59,9 +63,7 @@ class SparseRunner:
     def prefill(self, prompt: Sequence[int]) -> None:
         step = self._step
         step.cache.truncate(0)
-        logits, mask = prefill(
-            self._sessions, self._artifact.shape, prompt, step.cache, self.thresholds, into=step.fixed_inputs
-        )
+        logits, mask = step.read(prompt, self.thresholds)
         step.use(mask if self._masked else None)
         self.mask = mask if self._masked else None
         self._next: int | None = int(logits.argmax())
@@ -96,37 +98,56 @@ class DenseRunner:
         self._token = device_tensor(np.zeros((1, 1), np.int64), provider)
         self._attended = device_tensor(self._cache.mask, provider)
         self._logits = empty_tensor((1, 1, shape.vocab_size), "float32", provider)
-        self._call = Call(self._session, "1") if captures else Call(self._session)
+        self._call = self._bound(self._logits, "1" if captures else NO_GRAPH)
         self._call.feed(contract.INPUT_IDS, self._token)
         self._call.feed(contract.ATTENTION_MASK, self._attended)
-        self._cache.bind(self._call)
-        self._call.write_to(contract.LOGITS, self._logits)
+        self._prompt_logits = empty_tensor((1, 1, shape.vocab_size), "float32", "cpu")
+        self._prompt_call = self._bound(self._prompt_logits, NO_GRAPH)
+        # The next token is chosen on the device, as the other runners and other stacks do; not a part of the graph.
+        choose = open_session(
+            artifact, greedy_model(shape.vocab_size), provider, {}, native=sessions.native, capture=captures
+        )
+        self._choose = Call(choose, "1" if captures else NO_GRAPH)
+        self._choose.feed(contract.LOGITS, self._logits)
+        self._choose.write_to(contract.GREEDY_TOKENS, self._token)
         self._run(0)  # captures
+        self._choose.run_only()
         self._cache.truncate(0)
+
+    def _bound(self, logits: ort.OrtValue, graph_id: str) -> Call:
+        call = Call(self._session, graph_id)
+        self._cache.bind(call)
+        call.write_to(contract.LOGITS, logits)
+        return call
 
     def prefill(self, prompt: Sequence[int]) -> None:
         self._cache.truncate(0)
-        logits = bind_call(self._session, self._cache, prompt).run()[contract.LOGITS].numpy()
+        self._cache.reserve(len(prompt))
+        self._prompt_call.feed(contract.INPUT_IDS, np.array([list(prompt)], np.int64))
+        self._prompt_call.feed(contract.ATTENTION_MASK, self._cache.mask)
+        self._prompt_call.run_only()
         self._cache.commit()
-        self._next = int(logits[0, -1].argmax())
+        self._next: int | None = int(self._prompt_logits.numpy()[0, -1].argmax())
 
     def step(self) -> int:
-        self._next = int(self._run(self._next).argmax())
-        return self._next
+        self._run(self._next)
+        self._next = None
+        self._choose.run_only()
+        return int(self._token.numpy()[0, 0])
 
     def logits(self, token: int) -> np.ndarray:
-        logits = self._run(token).copy()
+        self._run(token)
         self._cache.truncate(self._cache.length - 1)
+        logits: np.ndarray = self._logits.numpy()[0, -1].copy()
         return logits
 
-    def _run(self, token: int) -> np.ndarray:
+    def _run(self, token: int | None) -> None:
         self._cache.reserve(1)
         self._attended.update_inplace(self._cache.mask)
-        self._token.update_inplace(np.array([[token]], np.int64))
+        if token is not None:
+            self._token.update_inplace(np.array([[token]], np.int64))
         self._call.run_only()
         self._cache.commit()
-        logits: np.ndarray = self._logits.numpy()[0, -1]
-        return logits
 
 
 class BodyLogits:
@@ -199,7 +220,9 @@ def ffn_inputs(
 def _transposed(array: np.ndarray) -> np.ndarray:
     import torch
 
-    tensor: torch.Tensor = torch.from_numpy(array).T.contiguous()  # faster than numpy's
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an array that may not be written to
+        tensor: torch.Tensor = torch.from_numpy(array).T.contiguous()  # faster than numpy's
     return tensor.numpy()
 
 

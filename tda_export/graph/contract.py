@@ -28,6 +28,9 @@ NEURON_STATS = "NeuronStats"
 SELECT_MASK = "SelectMask"
 TAIL_MEAN = "TailMean"
 GREEDY_TOKEN = "GreedyToken"
+LINEAR = "Linear"
+ADD_NORM = "AddNorm"
+ADD_BIAS_NORM = "AddBiasNorm"
 
 
 class FfnInput:
@@ -51,7 +54,8 @@ class FfnInput:
 
 FFN_PARTS = ("gate", "up", "down")
 # IndexedFFN's inputs by position. Those that a model does not have stay empty. Attributes: `activation`, `gated` (1
-# where there are gates), and `layer`, the entry of token_thresholds that counts.
+# where there are gates), `layer`, the entry of token_thresholds that counts, and `early` (of this and other functions):
+# 1 where all inputs but activations are inputs of the graph or constants, so that a kernel may read them early.
 INDEXED_FFN_INPUTS = (
     FfnInput.X,
     FfnInput.MASK_INDICES,

@@ -11,6 +11,7 @@ from tda_export.graph.contract import FfnInput
 from tda_export.graph.decoder import GraphBuilder, model_shape
 from tda_export.graph.ffn import ffn_form, indexed_ffn, indexed_ffn_function
 from tda_export.graph.greedy import greedy_token_function, greedy_tokens
+from tda_export.graph.linear import HalfGraphBuilder, linear_functions
 from tda_export.graph.method import Method
 from tda_export.graph.ops import to_numpy
 from tda_export.graph.weights_file import WeightTable
@@ -33,7 +34,9 @@ def build_decode(
         The model with the inputs and outputs of `contract.decode_inputs` and `contract.decode_outputs`.
     """
     shape, form = model_shape(spec, dtype), ffn_form(spec, two_levels=method.two_levels)
-    graph = GraphBuilder(spec, weights, dtype, contract.decode_inputs(shape, two_levels=method.two_levels))
+    half = dtype != "float32"
+    declared_inputs = contract.decode_inputs(shape, two_levels=method.two_levels)
+    graph = (HalfGraphBuilder if half else GraphBuilder)(spec, weights, dtype, declared_inputs)
     inputs, outputs = graph.inputs, graph.outputs
 
     def ffn(layer: int, x: ir.Value) -> tuple[ir.Value, ir.Value | None]:
@@ -57,6 +60,8 @@ def build_decode(
     }
     if method.two_levels:
         defaults[contract.TOKEN_THRESHOLDS] = np.zeros(spec.num_layers, np.float32)
-    functions = (indexed_ffn_function(form, down_bias=spec.ffn_bias), greedy_token_function())
+    functions = [indexed_ffn_function(form, down_bias=spec.ffn_bias), greedy_token_function()]
+    if half:
+        functions += linear_functions()
     declared = contract.decode_outputs(shape, ffn_inputs=ffn_inputs)
     return graph.model("decode", declared, defaults, functions)

@@ -56,11 +56,11 @@ class GraphBuilder:
             attended, key, value = attention(ops, spec, self.weights, layer, normed, past, lengths, self.linear)
             self.outputs[contract.present_key(layer)], self.outputs[contract.present_value(layer)] = key, value
             bias = self.weight(contract.attention_out_bias(layer)) if spec.attention_out_bias else None
-            normed, residual = self._add_and_norm(contract.ffn_norm(layer), attended, residual, bias)
+            normed, residual = self.add_and_norm(contract.ffn_norm(layer), attended, residual, bias)
             y, bias = ffn(layer, normed)
             last = layer == spec.num_layers - 1
             norm = contract.FINAL_NORM if last else contract.attention_norm(layer + 1)
-            normed, residual = self._add_and_norm(norm, y, residual, bias)
+            normed, residual = self.add_and_norm(norm, y, residual, bias)
         return normed
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:
@@ -82,7 +82,7 @@ class GraphBuilder:
         normed = ops.op("Div", x32, root)
         return ops.op("Mul", normed if self.dtype == "float32" else ops.cast(normed, self.dtype), weight)
 
-    def _add_and_norm(
+    def add_and_norm(
         self, norm: str, x: ir.Value, residual: ir.Value, bias: ir.Value | None
     ) -> tuple[ir.Value, ir.Value]:
         """Return the norm of x + residual + bias, and that sum, in one node."""

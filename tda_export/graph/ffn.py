@@ -91,6 +91,7 @@ def indexed_ffn(ops: Ops, form: FfnForm, layer: int, inputs: dict[str, ir.Value]
         activation=form.activation,
         gated=int(form.gated),
         layer=layer,
+        early=1,
     )
 
 
@@ -139,5 +140,6 @@ def indexed_ffn_function(form: FfnForm, *, down_bias: bool = False) -> ir.Functi
             ir.AttrString("activation", form.activation),
             ir.AttrInt64("gated", int(form.gated)),
             ir.AttrInt64("layer", 0),
+            ir.AttrInt64("early", 0),
         ],
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from tda_export.graph import contract
-from tda_export.graph.ops import OPSET, Ops
+from tda_export.graph.ops import IR_VERSION, OPSET, Ops
 
 NOT_FINITE = -1
 
@@ -13,6 +13,22 @@ NOT_FINITE = -1
 def greedy_tokens(ops: Ops, logits: ir.Value) -> ir.Value:
     """Add the node that chooses tokens, int64 [1, S], from logits, float32 [1, S, V]."""
     return ops.op(contract.GREEDY_TOKEN, logits, domain=contract.FUNCTION_DOMAIN)
+
+
+def greedy_model(vocabulary: int) -> bytes:
+    """Build a model of one such node, to choose tokens from another graph's logits; input and output are named so."""
+    axes = ir.Shape([1, 1, vocabulary])
+    logits = ir.Value(name=contract.LOGITS, shape=axes, type=ir.TensorType(ir.DataType.FLOAT))
+    ops = Ops()
+    tokens = greedy_tokens(ops, logits)
+    tokens.name, tokens.shape = contract.GREEDY_TOKENS, ir.Shape([1, 1])
+    tokens.type = ir.TensorType(ir.DataType.INT64)
+    imports = {"": OPSET, contract.FUNCTION_DOMAIN: 1}
+    graph = ir.Graph([logits], [tokens], nodes=ops.tape.nodes, opset_imports=imports, name="greedy")
+    serialised: bytes = ir.to_proto(
+        ir.Model(graph, ir_version=IR_VERSION, functions=[greedy_token_function()])
+    ).SerializeToString()
+    return serialised
 
 
 def greedy_token_function() -> ir.Function:

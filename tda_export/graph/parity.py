@@ -109,7 +109,7 @@ class Comparison:
         step = DecodeStep(self.sessions, self.shape, len(prompt) + len(continuation))
         step.capture()
         cache = step.cache
-        _, mask = prefill(self.sessions, self.shape, prompt, cache, into=step.fixed_inputs)
+        _, mask = step.read(prompt)
         self._scores(prompt, mask)
         self.advance(1)
 

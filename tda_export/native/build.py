@@ -40,8 +40,8 @@ def find_compiler() -> str:
 
 
 def device_sources() -> dict[str, str]:
-    """Return the text of each device/*.cu with the common part before it, by name."""
-    common = (FOLDER / "device" / "common.cuh").read_text(encoding="utf-8")
+    """Return the text of each device/*.cu with what all of them share (*.cuh) before it, by name."""
+    common = "".join(path.read_text(encoding="utf-8") for path in sorted((FOLDER / "device").glob("*.cuh")))
     return {path.stem: common + path.read_text(encoding="utf-8") for path in sorted((FOLDER / "device").glob("*.cu"))}
 
 

@@ -12,6 +12,7 @@ namespace tda {
 namespace {
 
 constexpr int kFirstWithEarlyStart = 90;  // compute capability
+constexpr int kFirstWithBfloat16 = 80;
 
 // The name under which code is kept: everything that it depends on.
 std::string CacheName(const std::string& name, const std::string& source, const std::vector<std::string>& defines,
@@ -32,6 +33,14 @@ std::string DeviceSource(const std::string& name) {
     if (name == source.name) return source.text;
   }
   Fail("there is no device source ", name);
+}
+
+void RequireDtype(ElementType type) {
+  const int capability = CudaDevice::Current().capability;
+  if (type == kBfloat16 && capability < kFirstWithBfloat16) {
+    Fail("bfloat16 needs a GPU of compute capability 8.0 or newer, this one has ", capability / 10, ".",
+         capability % 10, "; build the artifact with --dtype fp16");
+  }
 }
 
 CudaModule::CudaModule(const std::string& name, const std::vector<std::string>& defines)

@@ -38,4 +38,7 @@ class CudaModule {
 // The source of device/<name>.cu with what it includes.
 std::string DeviceSource(const std::string& name);
 
+// Refuse elements that the current GPU cannot compute with.
+void RequireDtype(ElementType type);
+
 }  // namespace tda

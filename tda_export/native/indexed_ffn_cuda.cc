@@ -15,12 +15,8 @@ template <ElementType kType>
 class IndexedFfnCuda : public Kernel {
  public:
   explicit IndexedFfnCuda(const KernelInfo& info)
-      : allocator_(info), layer_(info.Int("layer")), gated_(info.Int("gated") != 0) {
-    const int capability = CudaDevice::Current().capability;
-    if (kType == kBfloat16 && capability < 80) {
-      Fail("bfloat16 needs a GPU of compute capability 8.0 or newer, this one has ", capability / 10.0,
-           "; build the artifact with --dtype fp16");
-    }
+      : allocator_(info), layer_(info.Int("layer")), gated_(info.Flag("gated")), early_(info.Flag("early")) {
+    RequireDtype(kType);
     // Compiled here, when the session is made, and not when it first runs.
     const std::vector<std::string> defines = {
         "TDA_BF16=" + std::to_string(kType == kBfloat16),
@@ -67,6 +63,7 @@ class IndexedFfnCuda : public Kernel {
     arguments.hidden = static_cast<int>(call.hidden);
     arguments.neurons = static_cast<int>(call.neurons);
     arguments.indices = static_cast<int>(call.indices);
+    arguments.early = early_;
     layout.Place(scratch, arguments);
     void* stream = context.CudaStream();
     kernels.activations.Launch(stream, blocks, layout.tiles, 1, kThreads, &arguments);
@@ -81,6 +78,7 @@ class IndexedFfnCuda : public Kernel {
   const Allocator allocator_;
   const int64_t layer_;
   const bool gated_;
+  const bool early_;
   Kernels kernels_[2][2];  // by tile of tokens and wide loads
 };
 

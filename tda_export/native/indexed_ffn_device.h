@@ -32,6 +32,7 @@ struct FfnArguments {
   unsigned* arrived;
   void* y;
   int tokens, hidden, neurons, indices, counters;
+  int early;
 };
 
 constexpr int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -29,6 +29,20 @@ int64_t KernelInfo::Int(const char* attribute) const {
   return value;
 }
 
+bool KernelInfo::Flag(const char* attribute) const {
+  int64_t value = 0;
+  OrtStatus* missing = api_->KernelInfoGetAttribute_int64(info_, attribute, &value);
+  if (missing == nullptr) return value != 0;
+  api_->ReleaseStatus(missing);
+  return false;
+}
+
+float KernelInfo::Float(const char* attribute) const {
+  float value = 0;
+  Check(api_, api_->KernelInfoGetAttribute_float(info_, attribute, &value));
+  return value;
+}
+
 std::string KernelInfo::String(const char* attribute) const {
   size_t size = 0;  // with the terminating zero
   Check(api_, api_->KernelInfoGetAttribute_string(info_, attribute, nullptr, &size));

@@ -50,6 +50,8 @@ class KernelInfo {
   KernelInfo(const OrtApi* api, const OrtKernelInfo* info) : api_(api), info_(info) {}
 
   int64_t Int(const char* attribute) const;
+  bool Flag(const char* attribute) const;  // false where the node does not have it
+  float Float(const char* attribute) const;
   std::string String(const char* attribute) const;
   const OrtApi* api() const { return api_; }
   const OrtKernelInfo* get() const { return info_; }

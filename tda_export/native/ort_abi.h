@@ -41,7 +41,8 @@ struct OrtApi {
   OrtStatus* (*GetDimensions)(const OrtTensorTypeAndShapeInfo* info, int64_t* sizes, size_t count);  // 62
   void* unused_63[2];
   OrtStatus* (*GetTensorTypeAndShape)(const OrtValue* value, OrtTensorTypeAndShapeInfo** info);  // 65
-  void* unused_66[20];
+  void* unused_66[19];
+  OrtStatus* (*KernelInfoGetAttribute_float)(const OrtKernelInfo* info, const char* name, float* value);    // 85
   OrtStatus* (*KernelInfoGetAttribute_int64)(const OrtKernelInfo* info, const char* name, int64_t* value);  // 86
   OrtStatus* (*KernelInfoGetAttribute_string)(const OrtKernelInfo* info, const char* name, char* text,
                                               size_t* size);                                              // 87
@@ -117,6 +118,7 @@ TDA_CHECK_SLOT(AddCustomOpDomain, 28);
 TDA_CHECK_SLOT(GetTensorMutableData, 51);
 TDA_CHECK_SLOT(GetTensorElementType, 60);
 TDA_CHECK_SLOT(GetTensorTypeAndShape, 65);
+TDA_CHECK_SLOT(KernelInfoGetAttribute_float, 85);
 TDA_CHECK_SLOT(KernelInfoGetAttribute_int64, 86);
 TDA_CHECK_SLOT(KernelContext_GetInput, 90);
 TDA_CHECK_SLOT(ReleaseStatus, 93);

@@ -2,6 +2,7 @@
 #include "greedy.h"
 #include "indexed_ffn_cpu.h"
 #include "indexed_ffn_cuda.h"
+#include "linear_cuda.h"
 #include "op.h"
 #include "statistics_cuda.h"
 
@@ -11,6 +12,7 @@ namespace {
 const std::vector<OpDefinition>& Definitions() {
   static const std::vector<OpDefinition> definitions = [] {
     std::vector<OpDefinition> all = StatisticsOnCuda();
+    for (const OpDefinition& definition : LinearOnCuda()) all.push_back(definition);
     for (const OpDefinition& definition : {IndexedFfnOnCpu(), IndexedFfnOnCuda(kHalf), IndexedFfnOnCuda(kBfloat16),
                                            GreedyTokenOnCpu(), GreedyTokenOnCuda()}) {
       all.push_back(definition);

@@ -10,6 +10,7 @@ namespace tda {
 namespace {
 
 constexpr int64_t kSelectThreads = 1024;
+constexpr int64_t kTokensOfBlock = 4;
 constexpr int64_t kTokensOfGroup = 16;  // at least, so that adding up the groups costs little
 
 std::vector<std::string> Defines(ElementType type) { return {"TDA_BF16=" + std::to_string(type == kBfloat16)}; }
@@ -31,15 +32,15 @@ struct StatsArguments {
   const float* squared_norms;
   float* token_weights;
   float* partial;
-  unsigned* arrived;
   float* present;
-  int tokens, neurons, counters;
+  int tokens, neurons, groups;
 };
 
 template <ElementType kType>
 class NeuronStats : public Kernel {
  public:
-  explicit NeuronStats(const KernelInfo& info) : allocator_(info) {
+  explicit NeuronStats(const KernelInfo& info)
+      : allocator_(info), present_stats_(StatisticsKernel(kType, "PresentStats", kThreads)) {
     for (const bool wide : {false, true}) {
       const std::string suffix = wide ? "_8" : "_1";
       token_weights_[wide] = StatisticsKernel(kType, "TokenWeights" + suffix, kThreads);
@@ -64,7 +65,7 @@ class NeuronStats : public Kernel {
                                                CeilDivide(tokens, kTokensOfGroup));
     const size_t weight_bytes = Aligned(tokens * sizeof(float));
     const size_t partial_bytes = Aligned(groups * 2 * neurons * sizeof(float));
-    const Scratch scratch(context, allocator_, weight_bytes + partial_bytes + column_blocks * sizeof(unsigned), true);
+    const Scratch scratch(context, allocator_, weight_bytes + partial_bytes, true);
     StatsArguments arguments = {};
     arguments.h = h.data;
     arguments.counted = counted.As<const bool>();
@@ -73,19 +74,20 @@ class NeuronStats : public Kernel {
     arguments.squared_norms = squared_norms.As<const float>();
     arguments.token_weights = scratch.As<float>();
     arguments.partial = scratch.As<float>(weight_bytes);
-    arguments.arrived = scratch.As<unsigned>(weight_bytes + partial_bytes);
     arguments.present = present.As<float>();
     arguments.tokens = static_cast<int>(tokens);
     arguments.neurons = static_cast<int>(neurons);
-    arguments.counters = static_cast<int>(column_blocks);
+    arguments.groups = static_cast<int>(groups);
     void* stream = context.CudaStream();
-    token_weights_[wide].Launch(stream, tokens, 1, 1, kThreads, &arguments);
+    token_weights_[wide].Launch(stream, CeilDivide(tokens, kTokensOfBlock), 1, 1, kThreads, &arguments);
     column_sums_[wide].Launch(stream, column_blocks, groups, 1, kThreads, &arguments);
+    present_stats_.Launch(stream, CeilDivide(2 * neurons, kThreads), 1, 1, kThreads, &arguments);
   }
 
  private:
   const Allocator allocator_;
   CudaKernel token_weights_[2], column_sums_[2];  // by wide loads
+  const CudaKernel present_stats_;
 };
 
 struct MaskArguments {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -10,7 +11,7 @@ import onnxruntime as ort
 from tda_export.graph import contract
 from tda_export.graph.contract import ModelShape
 from tda_export.runtime.kv_cache import KvCache
-from tda_export.runtime.phases import PromptMask
+from tda_export.runtime.phases import CHUNK_TOKENS, Prefill, PromptMask
 from tda_export.runtime.session import STORAGE, Call, Sessions, device_tensor, empty_tensor
 
 
@@ -49,6 +50,13 @@ class DecodeStep:
             self._call = self._bind(self.fixed_inputs, sessions.next_graph_id())
         else:
             self.use(None)
+        self._prefill = Prefill(sessions, shape, self.cache, self.fixed_inputs)
+
+    def read(
+        self, tokens: Sequence[int], thresholds: np.ndarray | None = None, *, chunk: int = CHUNK_TOKENS
+    ) -> tuple[np.ndarray, PromptMask]:
+        """Prefill a prompt (see `Prefill.read`)."""
+        return self._prefill.read(tokens, thresholds, chunk=chunk)
 
     def use(self, mask: PromptMask | None) -> None:
         """Decode with a mask from now on, or with every neuron; tail means lie in `fixed_inputs` already."""

@@ -13,7 +13,7 @@ import numpy as np
 from tda_export.errors import TdaError
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.decode_step import DecodeStep
-from tda_export.runtime.phases import PromptMask, prefill
+from tda_export.runtime.phases import PromptMask
 from tda_export.runtime.sampling import Sampler
 from tda_export.runtime.session import Sessions
 from tda_export.runtime.text import TextStream
@@ -89,14 +89,7 @@ class Generation:
 
     def _generate(self, step: DecodeStep) -> Iterator[Token]:
         metrics, started = self.metrics, time.perf_counter()
-        logits, mask = prefill(
-            self._sessions,
-            self._artifact.shape,
-            self._prompt,
-            step.cache,
-            self._thresholds,
-            into=step.fixed_inputs,
-        )
+        logits, mask = step.read(self._prompt, self._thresholds)
         step.use(mask if metrics.mask == "tda" else None)
         token = self._choose(logits)
         metrics.time_to_first_token = time.perf_counter() - started

@@ -11,7 +11,7 @@ import onnxruntime as ort
 from tda_export.graph import contract
 from tda_export.graph.contract import ModelShape
 from tda_export.runtime.kv_cache import KvCache
-from tda_export.runtime.session import Call, Sessions, device_tensor
+from tda_export.runtime.session import Call, Sessions, device_tensor, empty_tensor
 
 EMPTY: Mapping[str, ort.OrtValue] = {}
 INDEX_TYPE = "tensor(int32)"
@@ -75,6 +75,96 @@ def decode(
     return logits.numpy()[0]
 
 
+class Prefill:
+    """Reads prompts into one cache. Everything but the tokens is bound once.
+
+    The running statistics lie in buffers of their own, which each call updates in place: the first call of a prompt
+    lets what was there decay to nothing, the calls after it add to it.
+    """
+
+    def __init__(
+        self, sessions: Sessions, shape: ModelShape, cache: KvCache, into: Mapping[str, ort.OrtValue] = EMPTY
+    ) -> None:
+        """Bind the prefill graph.
+
+        Args:
+            sessions: Of the artifact.
+            shape: Its sizes.
+            cache: Past keys and values; prompts are appended.
+            into: Memory for masks and tail means, by the names of decode's inputs (`DecodeStep.fixed_inputs`).
+        """
+        provider, layers = sessions.provider, range(shape.num_layers)
+        self._sessions, self._cache = sessions, cache
+        self._logits = empty_tensor((1, 1, shape.vocab_size), "float32", "cpu")
+        self._decay = device_tensor(np.zeros(1, np.float32), provider)
+        self._thresholds = empty_tensor((shape.num_layers,), "float32", provider)
+        self._stats = {contract.PAST_STATS_WEIGHT: empty_tensor((1,), "float32", provider)} | {
+            contract.past_neuron_stats(i): empty_tensor((2, shape.ffn_size), "float32", provider) for i in layers
+        }
+        produced = {contract.mask_indices(i): contract.present_mask_indices(i) for i in layers}
+        produced |= {contract.tail_mean(i): contract.present_tail_mean(i) for i in layers}
+        if not sessions.pads_masks:  # their size is known only once they are chosen
+            into = {name: value for name, value in into.items() if value.data_type() != INDEX_TYPE}
+        self._into = {name: into[name] for name in produced if name in into}
+        self._allocated = {name: output for name, output in produced.items() if name not in into}
+        self._written = {produced[name]: value for name, value in self._into.items()}
+        self._written |= {contract.PRESENT_STATS_WEIGHT: self._stats[contract.PAST_STATS_WEIGHT]}
+        for layer in layers:
+            self._written[contract.present_neuron_stats(layer)] = self._stats[contract.past_neuron_stats(layer)]
+        self._calls: dict[bool, Call] = {}  # by whether thresholds are given
+        # An empty input is more than some kernels take: one padding index means the same.
+        self._nothing = device_tensor(np.array([contract.PADDING_INDEX], np.int32), provider)
+
+    def _bound(self, given: bool) -> Call:
+        if given not in self._calls:
+            call = self._calls[given] = Call(self._sessions.prefill)
+            self._cache.bind(call)
+            call.feed(contract.STATS_DECAY, self._decay)
+            call.write_to(contract.LOGITS, self._logits)
+            for name, value in self._stats.items():
+                call.feed(name, value)
+            for name, value in self._written.items():
+                call.write_to(name, value)
+            if given:
+                call.feed(contract.THRESHOLDS, self._thresholds)
+        return self._calls[given]
+
+    def read(
+        self, tokens: Sequence[int], thresholds: np.ndarray | None = None, *, chunk: int = CHUNK_TOKENS
+    ) -> tuple[np.ndarray, PromptMask]:
+        """Append a prompt to the cache, in chunks that carry the running statistics.
+
+        Args:
+            tokens: The prompt, at least one token; the cache has room for it.
+            thresholds: float32 [L] in place of the artifact's own, or None.
+            chunk: Tokens of one call at most.
+
+        Returns:
+            The last token's logits, float32 [V], and the mask of the whole prompt. What of the mask lies in memory of
+            this object (its statistics, and all of it that `into` holds) is written over by the next prompt.
+        """
+        if thresholds is not None:
+            self._thresholds.update_inplace(np.asarray(thresholds, np.float32))
+        call = self._bound(thresholds is not None)
+        outputs: Mapping[str, ort.OrtValue] = EMPTY
+        for start in range(0, len(tokens), chunk):
+            piece = tokens[start : start + chunk]
+            self._cache.reserve(len(piece))
+            call.feed(contract.INPUT_IDS, np.array([list(piece)], np.int64))
+            call.feed(contract.ATTENTION_MASK, self._cache.mask)
+            self._decay.update_inplace(np.array([1.0 if start else 0.0], np.float32))
+            for output in self._allocated.values():  # anew: their sizes differ from call to call
+                call.allocate(output, self._sessions.provider)
+            if self._allocated:
+                outputs = call.run()
+            else:
+                call.run_only()
+            self._cache.commit()
+        allocated = {name: outputs[output] for name, output in self._allocated.items()}
+        inputs = {name: value if value.shape()[0] else self._nothing for name, value in allocated.items()}
+        return self._logits.numpy()[0, 0].copy(), PromptMask(self._into | inputs, self._stats)
+
+
 def prefill(
     sessions: Sessions,
     shape: ModelShape,
@@ -82,48 +172,7 @@ def prefill(
     cache: KvCache,
     thresholds: np.ndarray | None = None,
     *,
-    into: Mapping[str, ort.OrtValue] = EMPTY,
     chunk: int = CHUNK_TOKENS,
 ) -> tuple[np.ndarray, PromptMask]:
-    """Read a prompt, in chunks that carry the running statistics.
-
-    Args:
-        sessions: Of the artifact.
-        shape: Its sizes.
-        tokens: The prompt, at least one token; the cache has room for it.
-        cache: Past keys and values; the prompt is appended.
-        thresholds: float32 [L] in place of the artifact's own, or None.
-        into: Memory for masks and tail means, by the names of decode's inputs, as `DecodeStep.fixed_inputs` holds it.
-        chunk: Tokens of one call at most.
-
-    Returns:
-        The last token's logits, float32 [V], and the mask of the whole prompt.
-    """
-    provider, layers = sessions.provider, range(shape.num_layers)
-    produced = {contract.mask_indices(i): contract.present_mask_indices(i) for i in layers}
-    produced |= {contract.tail_mean(i): contract.present_tail_mean(i) for i in layers}
-    if not sessions.pads_masks:  # their size is known only once they are chosen
-        into = {name: value for name, value in into.items() if value.data_type() != INDEX_TYPE}
-    stats: dict[str, ort.OrtValue] = {}
-    override: dict[str, ort.OrtValue] = {}
-    if thresholds is not None:
-        override[contract.THRESHOLDS] = device_tensor(thresholds.astype(np.float32), provider)
-    for start in range(0, len(tokens), chunk):
-        call = bind_call(sessions.prefill, cache, tokens[start : start + chunk], stats | override)
-        call.allocate(contract.PRESENT_STATS_WEIGHT, provider)
-        for layer in layers:
-            call.allocate(contract.present_neuron_stats(layer), provider)
-        for name, output in produced.items():
-            if name in into:
-                call.write_to(output, into[name])
-            else:
-                call.allocate(output, provider)
-        outputs = call.run()
-        cache.commit()
-        stats = {contract.PAST_STATS_WEIGHT: outputs[contract.PRESENT_STATS_WEIGHT]} | {
-            contract.past_neuron_stats(i): outputs[contract.present_neuron_stats(i)] for i in layers
-        }
-    # An empty input is more than some kernels take: one padding index means the same.
-    nothing = device_tensor(np.array([contract.PADDING_INDEX], np.int32), provider)
-    inputs = {name: outputs[output] if outputs[output].shape()[0] else nothing for name, output in produced.items()}
-    return outputs[contract.LOGITS].numpy()[0, -1], PromptMask(inputs, stats)
+    """Read one prompt into a cache (see `Prefill`)."""
+    return Prefill(sessions, shape, cache).read(tokens, thresholds, chunk=chunk)

@@ -153,9 +153,10 @@ class Call:
         self._outputs.append(name)
 
     def allocate(self, name: str, device: str) -> None:
-        """Let the run allocate an output on `cpu` or `cuda`."""
+        """Let the next run allocate an output on `cpu` or `cuda`; later runs write to the same memory."""
         self._binding.bind_output(name, device)
-        self._outputs.append(name)
+        if name not in self._outputs:
+            self._outputs.append(name)
 
     def run(self) -> dict[str, ort.OrtValue]:
         """Run and return the outputs by name."""

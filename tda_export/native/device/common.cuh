@@ -75,6 +75,21 @@ static __device__ __forceinline__ Pack<kWidth> Load(const Element* address) {
   return pack;
 }
 
+// Round and store what a thread has computed.
+template <int kWidth>
+static __device__ __forceinline__ void Store(Element* address, const float* values) {
+  if constexpr (kWidth == 8) {
+    unsigned words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      words[i] = FromFloat(values[2 * i]) | static_cast<unsigned>(FromFloat(values[2 * i + 1])) << 16;
+    }
+    *reinterpret_cast<uint4*>(address) = make_uint4(words[0], words[1], words[2], words[3]);
+  } else {
+    *address = FromFloat(values[0]);
+  }
+}
+
 static __device__ __forceinline__ float WarpSum(float value) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_xor_sync(0xffffffffu, value, offset);
@@ -96,3 +111,15 @@ static __device__ __forceinline__ void LetNextKernelStart() {
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
+
+// Waits for earlier kernels when it is first called, and then lets the next one start.
+struct Gate {
+  mutable bool passed = false;
+
+  __device__ __forceinline__ void operator()() const {
+    if (passed) return;
+    passed = true;
+    WaitForEarlierKernels();
+    LetNextKernelStart();
+  }
+};

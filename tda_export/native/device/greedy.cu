@@ -1,9 +1,5 @@
 // tda::GreedyToken on CUDA: the index of the largest logit of each token, -1 where one of them is not finite.
 
-constexpr int kWarp = 32;
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
-
 struct GreedyArguments {
   const float* logits;  // [tokens, vocabulary]
   float* best;          // [tokens, blocks]: the largest logit of each block's share, NaN where one is not finite

@@ -4,10 +4,6 @@
 // [F, M]. Everything is accumulated in float32, in an order that depends on sizes alone, so that equal calls give equal
 // results.
 
-constexpr int kWarp = 32;
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
-constexpr int kLoads = 16;        // loads that a warp of the first kernel has under way at once
 constexpr int kRowLoads = 8;      // the same of the second: one of each row
 constexpr int kRowsTogether = 4;  // neighbours in mask_indices that go to the same warp of the second kernel
 
@@ -21,61 +17,6 @@ static __device__ __forceinline__ float Activate(float value) {
 #else
   return fmaxf(value, 0.0f);
 #endif
-}
-
-// Add weights . x of one load to the sums of every token.
-template <int kTokens, int kWidth>
-static __device__ __forceinline__ void MultiplyAdd(const Pack<kWidth>& weights, const Element* x, int hidden,
-                                                   int tokens, float* sums) {
-  float w[kWidth];
-  weights.ToFloats(w);
-#pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    if (t > 0 && t >= tokens) break;
-    float v[kWidth];
-    Load<kWidth>(x + static_cast<size_t>(t) * hidden).ToFloats(v);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) sums[t] = fmaf(w[i], v[i], sums[t]);
-  }
-}
-
-// Compute the products of kRows rows with every token, by one warp.
-template <int kTokens, int kWidth, int kRows>
-static __device__ __forceinline__ void Products(const Element* const (&rows)[kRows], const Element* x, int hidden,
-                                                int tokens, int lane, float (&sums)[kRows][kTokens]) {
-  constexpr int kBatch = kLoads / kRows;
-  constexpr int kStep = kWarp * kWidth;  // elements that a warp loads at once
-#pragma unroll
-  for (int r = 0; r < kRows; ++r)
-#pragma unroll
-    for (int t = 0; t < kTokens; ++t) sums[r][t] = 0.0f;
-  int column = lane * kWidth;
-  const int last_batch = hidden - kBatch * kStep;  // where a whole batch fits for the last time
-#pragma unroll 1
-  for (; column - lane * kWidth <= last_batch; column += kBatch * kStep) {
-    Pack<kWidth> weights[kRows][kBatch];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) weights[r][b] = LoadWeights<kWidth>(rows[r] + column + b * kStep);
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b)
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        MultiplyAdd<kTokens, kWidth>(weights[r][b], x + column + b * kStep, hidden, tokens, sums[r]);
-      }
-  }
-#pragma unroll 4
-  for (; column < hidden; column += kStep) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      MultiplyAdd<kTokens, kWidth>(LoadWeights<kWidth>(rows[r] + column), x + column, hidden, tokens, sums[r]);
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < kRows; ++r)
-#pragma unroll
-    for (int t = 0; t < kTokens; ++t) sums[r][t] = WarpSum(sums[r][t]);
 }
 
 struct FfnArguments {
@@ -94,6 +35,7 @@ struct FfnArguments {
   unsigned* arrived;          // [counters], one for each tile and slice: groups that are done
   Element* y;                 // [tokens, M]
   int tokens, hidden, neurons, indices, counters;
+  int early;  // 1: no kernel that may still run writes indices, weights, scales or thresholds
 };
 
 static __device__ __forceinline__ int NeuronAt(const FfnArguments& a, int k) {
@@ -111,13 +53,8 @@ static __device__ __forceinline__ void Activations(const FfnArguments& a) {
   const int tokens = min(kTokens, a.tokens - first_token);
   const Element* x = a.x + static_cast<size_t>(first_token) * a.hidden;
 
-  WaitForEarlierKernels();
-  LetNextKernelStart();
-  // The second kernel counts arrivals from zero.
-  for (int i = (blockIdx.y * gridDim.x + blockIdx.x) * kThreads + threadIdx.x; i < a.counters;
-       i += gridDim.x * gridDim.y * kThreads) {
-    a.arrived[i] = 0;
-  }
+  Gate ready;
+  if (!a.early) ready();
   const float threshold = a.threshold == nullptr ? 0.0f : *a.threshold;
   int next = NeuronAt(a, warp);
   for (int k = warp; k < a.indices; k += warps) {
@@ -135,7 +72,7 @@ static __device__ __forceinline__ void Activations(const FfnArguments& a) {
       if (threshold > 0.0f || TDA_ACTIVATION == 3) {  // the gate decides whether the up row is read
         float gate[1][kTokens];
         const Element* const rows[1] = {a.gate + row};
-        Products<kTokens, kWidth, 1>(rows, x, a.hidden, tokens, lane, gate);
+        Products<kTokens, kWidth, 1>(rows, x, a.hidden, tokens, lane, gate, ready);
         needed = false;
 #pragma unroll
         for (int t = 0; t < kTokens; ++t) {
@@ -145,12 +82,12 @@ static __device__ __forceinline__ void Activations(const FfnArguments& a) {
         }
         if (needed) {
           const Element* const up_rows[1] = {a.up + row};
-          Products<kTokens, kWidth, 1>(up_rows, x, a.hidden, tokens, lane, up);
+          Products<kTokens, kWidth, 1>(up_rows, x, a.hidden, tokens, lane, up, ready);
         }
       } else {
         float both[2][kTokens];
         const Element* const rows[2] = {a.gate + row, a.up + row};
-        Products<kTokens, kWidth, 2>(rows, x, a.hidden, tokens, lane, both);
+        Products<kTokens, kWidth, 2>(rows, x, a.hidden, tokens, lane, both, ready);
 #pragma unroll
         for (int t = 0; t < kTokens; ++t) {
           h[t] = Activate(both[0][t] + gate_bias);
@@ -164,7 +101,7 @@ static __device__ __forceinline__ void Activations(const FfnArguments& a) {
 #else
       float up[1][kTokens];
       const Element* const rows[1] = {a.up + row};
-      Products<kTokens, kWidth, 1>(rows, x, a.hidden, tokens, lane, up);
+      Products<kTokens, kWidth, 1>(rows, x, a.hidden, tokens, lane, up, ready);
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
         h[t] = Activate(up[0][t] + up_bias);
@@ -172,12 +109,19 @@ static __device__ __forceinline__ void Activations(const FfnArguments& a) {
       }
 #endif
     }
+    ready();  // h may lie where an earlier kernel still reads
     if (lane == 0) {
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
         if (t < tokens) a.h[static_cast<size_t>(first_token + t) * a.indices + k] = h[t];
       }
     }
+  }
+  ready();
+  // The second kernel counts arrivals from zero.
+  for (int i = (blockIdx.y * gridDim.x + blockIdx.x) * kThreads + threadIdx.x; i < a.counters;
+       i += gridDim.x * gridDim.y * kThreads) {
+    a.arrived[i] = 0;
   }
 }
 

@@ -2,9 +2,6 @@
 //
 // TDA_BF16 says what an element is. All sums are float32, in an order that depends on sizes alone.
 
-constexpr int kWarp = 32;
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
 constexpr int kSelectThreads = 1024;
 constexpr float kTiny = 1e-30f;  // guards divisions whose numerator is zero too
 
@@ -18,94 +15,91 @@ struct StatsArguments {
   const float* squared_norms;  // [neurons] or null
   float* token_weights;        // [tokens]: 1 / ||m(t)||^2, or 0 where a token does not count
   float* partial;              // [groups, 2, neurons]
-  unsigned* arrived;           // [column blocks]: how many groups are done
   float* present;              // [2, neurons]
-  int tokens, neurons, counters;
+  int tokens, neurons, groups;
 };
 
-// One block a token: the squared length of its magnitudes.
+constexpr int kTokensOfBlock = 4;  // share one read of the squared norms
+
+// One block for kTokensOfBlock tokens: the squared length of their magnitudes.
 template <int kWidth>
 static __device__ __forceinline__ void TokenWeights(const StatsArguments& a) {
-  __shared__ float sums[kWarps];
+  __shared__ float parts[kTokensOfBlock][kWarps];
+  const int first = blockIdx.x * kTokensOfBlock;
   WaitForEarlierKernels();
   LetNextKernelStart();
-  for (int i = blockIdx.x * kThreads + threadIdx.x; i < a.counters; i += gridDim.x * kThreads) a.arrived[i] = 0;
-  const Element* h = a.h + static_cast<size_t>(blockIdx.x) * a.neurons;
-  float sum = 0.0f;
-#pragma unroll 4
+  float sums[kTokensOfBlock] = {};
+#pragma unroll 2
   for (int at = threadIdx.x * kWidth; at < a.neurons; at += kThreads * kWidth) {
-    float values[kWidth];
-    Load<kWidth>(h + at).ToFloats(values);
+    float norms[kWidth];
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      sum += Square(values[i]) * (a.squared_norms == nullptr ? 1.0f : a.squared_norms[at + i]);
+    for (int i = 0; i < kWidth; ++i) norms[i] = a.squared_norms == nullptr ? 1.0f : a.squared_norms[at + i];
+#pragma unroll
+    for (int t = 0; t < kTokensOfBlock; ++t) {
+      // The last block may look at the last token more than once.
+      const int token = min(first + t, a.tokens - 1);
+      float values[kWidth];
+      Load<kWidth>(a.h + static_cast<size_t>(token) * a.neurons + at).ToFloats(values);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) sums[t] += Square(values[i]) * norms[i];
     }
   }
-  sum = WarpSum(sum);
-  if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = sum;
+#pragma unroll
+  for (int t = 0; t < kTokensOfBlock; ++t) {
+    const float sum = WarpSum(sums[t]);
+    if (threadIdx.x % kWarp == 0) parts[t][threadIdx.x / kWarp] = sum;
+  }
   __syncthreads();
-  if (threadIdx.x != 0) return;
+  const int token = first + threadIdx.x;
+  if (threadIdx.x >= kTokensOfBlock || token >= a.tokens) return;
   float norm = 0.0f;
-  for (int w = 0; w < kWarps; ++w) norm += sums[w];
-  a.token_weights[blockIdx.x] = a.counted[blockIdx.x] && norm > 0.0f ? 1.0f / norm : 0.0f;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) norm += parts[threadIdx.x][w];
+  a.token_weights[token] = a.counted[token] && norm > 0.0f ? 1.0f / norm : 0.0f;
 }
 
-// A thread sums kWidth columns (blockIdx.x) over a group of tokens (blockIdx.y); the last group to arrive adds them up.
+// A thread sums kWidth columns (blockIdx.x) over a group of tokens (blockIdx.y).
 template <int kWidth>
 static __device__ __forceinline__ void ColumnSums(const StatsArguments& a) {
-  __shared__ bool last;
   const int column = (blockIdx.x * kThreads + threadIdx.x) * kWidth;
-  const bool inside = column < a.neurons;
-  const int first = static_cast<int>(static_cast<long long>(a.tokens) * blockIdx.y / gridDim.y);
-  const int end = static_cast<int>(static_cast<long long>(a.tokens) * (blockIdx.y + 1) / gridDim.y);
+  const int first = static_cast<int>(static_cast<long long>(a.tokens) * blockIdx.y / a.groups);
+  const int end = static_cast<int>(static_cast<long long>(a.tokens) * (blockIdx.y + 1) / a.groups);
   float scores[kWidth] = {}, sums[kWidth] = {};
   WaitForEarlierKernels();
   LetNextKernelStart();
-  if (inside) {
+  if (column >= a.neurons) return;
 #pragma unroll 8
-    for (int t = first; t < end; ++t) {
-      float values[kWidth];
-      Load<kWidth>(a.h + static_cast<size_t>(t) * a.neurons + column).ToFloats(values);
-      const float weight = a.token_weights[t];
-      const bool counts = a.counted[t];
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        // Chosen, not multiplied: a token that does not count may hold anything.
-        scores[i] += weight > 0.0f ? weight * Square(values[i]) : 0.0f;
-        sums[i] += counts ? values[i] : 0.0f;
-      }
-    }
-    float* partial = a.partial + static_cast<size_t>(blockIdx.y) * 2 * a.neurons + column;
+  for (int t = first; t < end; ++t) {
+    float values[kWidth];
+    Load<kWidth>(a.h + static_cast<size_t>(t) * a.neurons + column).ToFloats(values);
+    const float weight = a.token_weights[t];
+    const bool counts = a.counted[t];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      partial[i] = scores[i];
-      partial[a.neurons + i] = sums[i];
+      // Chosen, not multiplied: a token that does not count may hold anything.
+      scores[i] += weight > 0.0f ? weight * Square(values[i]) : 0.0f;
+      sums[i] += counts ? values[i] : 0.0f;
     }
   }
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(&a.arrived[blockIdx.x], 1u) == gridDim.y - 1;
-  __syncthreads();
-  if (!last || !inside) return;
-  __threadfence();
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) scores[i] = sums[i] = 0.0f;
-#pragma unroll 4
-  for (int group = 0; group < gridDim.y; ++group) {
-    const float* partial = a.partial + static_cast<size_t>(group) * 2 * a.neurons + column;
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      scores[i] += __ldcg(partial + i);
-      sums[i] += __ldcg(partial + a.neurons + i);
-    }
-  }
-  const float decay = *a.decay;
+  float* partial = a.partial + static_cast<size_t>(blockIdx.y) * 2 * a.neurons + column;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
-    const float score = a.squared_norms == nullptr ? scores[i] : scores[i] * a.squared_norms[column + i];
-    a.present[column + i] = decay * a.past[column + i] + score;
-    a.present[a.neurons + column + i] = decay * a.past[a.neurons + column + i] + sums[i];
+    partial[i] = scores[i];
+    partial[a.neurons + i] = sums[i];
   }
+}
+
+// One thread adds up the groups of one number of the result.
+extern "C" __global__ void __launch_bounds__(kThreads) PresentStats(StatsArguments a) {
+  WaitForEarlierKernels();
+  LetNextKernelStart();
+  const int at = blockIdx.x * kThreads + threadIdx.x;
+  if (at >= 2 * a.neurons) return;
+  float sum = 0.0f;
+#pragma unroll 16
+  for (int group = 0; group < a.groups; ++group) sum += a.partial[static_cast<size_t>(group) * 2 * a.neurons + at];
+  if (a.squared_norms != nullptr && at < a.neurons) sum *= a.squared_norms[at];
+  a.present[at] = *a.decay * a.past[at] + sum;
 }
 
 struct MaskArguments {
@@ -117,49 +111,64 @@ struct MaskArguments {
   int neurons;
 };
 
-// One block: every thread looks at a run of neurons, and the runs are put together by a prefix sum.
+constexpr int kSelectWarps = kSelectThreads / kWarp;
+constexpr int kRounds = 12;  // neurons of a thread that are looked at together
+
+// One block. A thread looks at every kSelectThreads-th neuron, so that a warp's 32 lie side by side and one vote puts them
+// in order; the votes of all warps and rounds are added up in order by the first warp.
 extern "C" __global__ void __launch_bounds__(kSelectThreads) SelectMask(MaskArguments a) {
-  __shared__ int before_warp[kSelectThreads / kWarp];
+  __shared__ int before[kRounds * kSelectWarps];  // kept before each vote
   __shared__ int total;
   WaitForEarlierKernels();
-  LetNextKernelStart();
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const float weight = *a.weight;
   const float safe_weight = fmaxf(weight, kTiny);
   const float threshold = *a.threshold;
-  const int run = (a.neurons + kSelectThreads - 1) / kSelectThreads;
-  const int first = min(threadIdx.x * run, a.neurons);
-  const int end = min(first + run, a.neurons);
-  int kept = 0;
-  for (int i = first; i < end; ++i) {
-    const bool keep = weight <= 0.0f || __fsqrt_rn(__fdiv_rn(a.stats[i], safe_weight)) >= threshold;
-    a.keep[i] = keep;
-    kept += keep;
-  }
-  int up_to = kept;  // kept by this thread and those before it in the warp
+  int start = 0;  // kept so far
+  for (int base = 0; base < a.neurons; base += kRounds * kSelectThreads) {
+    float scores[kRounds];
+    unsigned votes[kRounds];
 #pragma unroll
-  for (int offset = 1; offset < kWarp; offset <<= 1) {
-    const int other = __shfl_up_sync(0xffffffffu, up_to, offset);
-    if (lane >= offset) up_to += other;
-  }
-  if (lane == kWarp - 1) before_warp[warp] = up_to;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    int sum = 0;
-    for (int w = 0; w < kSelectThreads / kWarp; ++w) {
-      const int own = before_warp[w];
-      before_warp[w] = sum;
-      sum += own;
+    for (int r = 0; r < kRounds; ++r) {
+      const int i = base + r * kSelectThreads + threadIdx.x;
+      scores[r] = i < a.neurons ? a.stats[i] : 0.0f;
     }
-    total = sum;
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      const int i = base + r * kSelectThreads + threadIdx.x;
+      const bool reaches = __fsqrt_rn(__fdiv_rn(scores[r], safe_weight)) >= threshold;
+      const bool keep = i < a.neurons && (weight <= 0.0f || reaches);
+      if (i < a.neurons) a.keep[i] = keep;
+      votes[r] = __ballot_sync(0xffffffffu, keep);
+      if (lane == 0) before[r * kSelectWarps + warp] = __popc(votes[r]);
+    }
+    __syncthreads();
+    if (warp == 0) {
+      int carried = start;
+      for (int r = 0; r < kRounds; ++r) {
+        const int own = before[r * kSelectWarps + lane];
+        int up_to = own;
+#pragma unroll
+        for (int offset = 1; offset < kWarp; offset <<= 1) {
+          const int other = __shfl_up_sync(0xffffffffu, up_to, offset);
+          if (lane >= offset) up_to += other;
+        }
+        before[r * kSelectWarps + lane] = carried + up_to - own;
+        carried += __shfl_sync(0xffffffffu, up_to, kWarp - 1);
+      }
+      if (lane == 0) total = carried;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      const int i = base + r * kSelectThreads + threadIdx.x;
+      if (votes[r] >> lane & 1u) a.indices[before[r * kSelectWarps + warp] + __popc(votes[r] & ((1u << lane) - 1u))] = i;
+    }
+    start = total;
+    __syncthreads();
   }
-  __syncthreads();
-  int place = before_warp[warp] + up_to - kept;
-  for (int i = first; i < end; ++i) {
-    if (a.keep[i]) a.indices[place++] = i;
-  }
-  for (int i = total + threadIdx.x; i < a.neurons; i += kSelectThreads) a.indices[i] = -1;
+  for (int i = start + threadIdx.x; i < a.neurons; i += kSelectThreads) a.indices[i] = -1;
 }
 
 struct TailArguments {

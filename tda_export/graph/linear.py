@@ -1,0 +1,74 @@
+"""What stands between the FFNs of decode, as functions: products for few tokens, and norms of a sum.
+
+Their bodies are ONNX Runtime's own operators. The native kernels in their place read weights while the kernel before
+them is still at work, which its own operators on CUDA cannot.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from tda_export.graph import contract
+from tda_export.graph.decoder import GraphBuilder
+from tda_export.graph.ops import MICROSOFT, OPSET, Ops
+
+
+class HalfGraphBuilder(GraphBuilder):
+    """Builds products and norms as functions; for half precision, which runs on CUDA."""
+
+    def linear(self, x: ir.Value, name: str) -> ir.Value:
+        return self.ops.op(contract.LINEAR, x, self.weight(name), domain=contract.FUNCTION_DOMAIN, early=1)
+
+    def add_and_norm(
+        self, norm: str, x: ir.Value, residual: ir.Value, bias: ir.Value | None
+    ) -> tuple[ir.Value, ir.Value]:
+        normed, total = self.ops.multi(
+            contract.ADD_NORM if bias is None else contract.ADD_BIAS_NORM,
+            x,
+            residual,
+            self.weight(norm),
+            *([] if bias is None else [bias]),
+            outputs=(True, True),
+            domain=contract.FUNCTION_DOMAIN,
+            epsilon=self.spec.norm_epsilon,
+            early=1,
+        )
+        return normed, total
+
+
+def linear_functions() -> list[ir.Function]:
+    """Define `tda::Linear`, `tda::AddNorm` and `tda::AddBiasNorm`."""
+    return [_linear_function(), _add_norm_function(biased=False), _add_norm_function(biased=True)]
+
+
+def _linear_function() -> ir.Function:
+    """x [.., in] times weight [out, in] transposed."""
+    ops = Ops()
+    x, weight = ir.Value(name="x"), ir.Value(name="weight")
+    y = ops.transposed_matmul(x, weight)
+    return _function(contract.LINEAR, ops, [x, weight], [y], [ir.AttrInt64("early", 0)])
+
+
+def _add_norm_function(*, biased: bool) -> ir.Function:
+    """RMS norm of x + residual (+ bias), times weight; and that sum."""
+    ops = Ops()
+    inputs = [ir.Value(name=name) for name in ("x", "residual", "weight", "bias")[: 4 if biased else 3]]
+    outputs = ops.multi(
+        "SkipSimplifiedLayerNormalization",
+        *inputs,
+        outputs=(True, False, False, True),
+        domain=MICROSOFT,
+        epsilon=ir.RefAttr("epsilon", "epsilon", ir.AttributeType.FLOAT),
+    )
+    attributes = [ir.AttrFloat32("epsilon", 1e-6), ir.AttrInt64("early", 0)]
+    return _function(contract.ADD_BIAS_NORM if biased else contract.ADD_NORM, ops, inputs, outputs, attributes)
+
+
+def _function(
+    name: str, ops: Ops, inputs: list[ir.Value], outputs: list[ir.Value], attributes: list[ir.Attr]
+) -> ir.Function:
+    for number, value in enumerate(outputs):
+        value.name = f"output_{number}"
+    imports = {"": OPSET, MICROSOFT: 1}
+    graph = ir.Graph(inputs, outputs, nodes=ops.tape.nodes, opset_imports=imports, name=name)
+    return ir.Function(contract.FUNCTION_DOMAIN, name, graph=graph, attributes=attributes)

@@ -1,0 +1,140 @@
+// tda::Linear and tda::AddNorm on CUDA: what stands between the FFNs of decode, for few tokens at a time.
+
+struct LinearArguments {
+  const Element* x;       // [tokens, inputs]
+  const Element* weight;  // [outputs, inputs]
+  Element* y;             // [tokens, outputs]
+  int tokens, inputs, outputs;
+  int early;  // 1: no kernel that may still run writes the weight
+};
+
+constexpr int kRowsAtOnce = 2;  // of a warp
+
+// One warp multiplies two rows after two others with a tile of tokens (blockIdx.y).
+template <int kTokens, int kWidth>
+static __device__ __forceinline__ void Linear(const LinearArguments& a) {
+  const int lane = threadIdx.x % kWarp;
+  const int warp = (blockIdx.x * kThreads + threadIdx.x) / kWarp;
+  const int warps = gridDim.x * kThreads / kWarp;
+  const int first_token = blockIdx.y * kTokens;
+  const int tokens = min(kTokens, a.tokens - first_token);
+  const Element* x = a.x + static_cast<size_t>(first_token) * a.inputs;
+  Gate ready;
+  if (!a.early) ready();
+  for (int row = warp * kRowsAtOnce; row < a.outputs; row += warps * kRowsAtOnce) {
+    // An odd number of rows: the last one is multiplied twice and stored once.
+    const int second = min(row + 1, a.outputs - 1);
+    const Element* const rows[kRowsAtOnce] = {a.weight + static_cast<size_t>(row) * a.inputs,
+                                              a.weight + static_cast<size_t>(second) * a.inputs};
+    float sums[kRowsAtOnce][kTokens];
+    Products<kTokens, kWidth, kRowsAtOnce>(rows, x, a.inputs, tokens, lane, sums, ready);
+    if (lane != 0) continue;
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      if (t >= tokens) break;
+      Element* y = a.y + static_cast<size_t>(first_token + t) * a.outputs;
+      y[row] = FromFloat(sums[0][t]);
+      if (second != row) y[second] = FromFloat(sums[1][t]);
+    }
+  }
+  ready();
+}
+
+struct AddNormArguments {
+  const Element* x;         // [tokens, hidden]
+  const Element* residual;  // [tokens, hidden]
+  const Element* bias;      // [hidden] or null
+  const Element* weight;    // [hidden]
+  Element* normed;          // [tokens, hidden]
+  Element* sum;             // [tokens, hidden]
+  int hidden;
+  float epsilon;
+  int early;  // 1: no kernel that may still run writes weight or bias
+};
+
+constexpr int kNormThreads = 512;
+constexpr int kHeld = 2;  // packs of a row that a thread keeps in registers; the rest of a longer row is read again
+
+// Round x + residual + bias, as the model's dtype has it; store it and return the squares' sum.
+template <int kWidth>
+static __device__ __forceinline__ float AddPack(const AddNormArguments& a, size_t row, int at, const float* bias,
+                                                float* sums) {
+  float y[kWidth], r[kWidth], square = 0.0f;
+  Load<kWidth>(a.x + row + at).ToFloats(y);
+  Load<kWidth>(a.residual + row + at).ToFloats(r);
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    sums[i] = ToFloat(FromFloat(y[i] + r[i] + bias[i]));
+    square += sums[i] * sums[i];
+  }
+  Store<kWidth>(a.sum + row + at, sums);
+  return square;
+}
+
+// RMS norm (arXiv 1910.07467) of x + residual + bias, and that sum: one block a token.
+template <int kWidth>
+static __device__ __forceinline__ void AddNorm(const AddNormArguments& a) {
+  __shared__ float squares[kNormThreads / kWarp];
+  const size_t row = static_cast<size_t>(blockIdx.x) * a.hidden;
+  const int stride = kNormThreads * kWidth;
+  const int first = threadIdx.x * kWidth;
+  Gate ready;
+  if (!a.early) ready();
+  Pack<kWidth> weights[kHeld];
+  float bias[kHeld][kWidth] = {}, held[kHeld][kWidth];
+#pragma unroll
+  for (int p = 0; p < kHeld; ++p) {
+    if (first + p * stride >= a.hidden) break;
+    weights[p] = Load<kWidth>(a.weight + first + p * stride);
+    if (a.bias != nullptr) Load<kWidth>(a.bias + first + p * stride).ToFloats(bias[p]);
+  }
+  ready();
+  float square = 0.0f;
+#pragma unroll
+  for (int p = 0; p < kHeld; ++p) {
+    if (first + p * stride >= a.hidden) break;
+    square += AddPack<kWidth>(a, row, first + p * stride, bias[p], held[p]);
+  }
+  for (int at = first + kHeld * stride; at < a.hidden; at += stride) {
+    float more[kWidth] = {}, sums[kWidth];
+    if (a.bias != nullptr) Load<kWidth>(a.bias + at).ToFloats(more);
+    square += AddPack<kWidth>(a, row, at, more, sums);
+  }
+  square = WarpSum(square);
+  if (threadIdx.x % kWarp == 0) squares[threadIdx.x / kWarp] = square;
+  __syncthreads();
+  float total = 0.0f;
+#pragma unroll
+  for (int w = 0; w < kNormThreads / kWarp; ++w) total += squares[w];
+  const float scale = rsqrtf(total / a.hidden + a.epsilon);
+#pragma unroll
+  for (int p = 0; p < kHeld; ++p) {
+    if (first + p * stride >= a.hidden) break;
+    float w[kWidth];
+    weights[p].ToFloats(w);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) w[i] *= held[p][i] * scale;
+    Store<kWidth>(a.normed + row + first + p * stride, w);
+  }
+  for (int at = first + kHeld * stride; at < a.hidden; at += stride) {
+    float sums[kWidth], w[kWidth];
+    Load<kWidth>(a.sum + row + at).ToFloats(sums);  // this thread's own
+    Load<kWidth>(a.weight + at).ToFloats(w);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) w[i] *= sums[i] * scale;
+    Store<kWidth>(a.normed + row + at, w);
+  }
+}
+
+#define TDA_LINEAR(tokens, width)                                                                                \
+  extern "C" __global__ void __launch_bounds__(kThreads, tokens == 1 ? 2 : 1)                                   \
+      Linear_##tokens##_##width(LinearArguments arguments) {                                                    \
+    Linear<tokens, width>(arguments);                                                                           \
+  }
+
+TDA_LINEAR(1, 8)
+TDA_LINEAR(4, 8)
+TDA_LINEAR(1, 1)
+TDA_LINEAR(4, 1)
+extern "C" __global__ void __launch_bounds__(kNormThreads) AddNorm_8(AddNormArguments a) { AddNorm<8>(a); }
+extern "C" __global__ void __launch_bounds__(kNormThreads) AddNorm_1(AddNormArguments a) { AddNorm<1>(a); }

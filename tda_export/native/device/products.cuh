@@ -1,0 +1,66 @@
+// Products of weight rows with activations, the heart of every kernel that reads weights: one warp a row.
+
+constexpr int kWarp = 32;
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kLoads = 16;  // loads that a warp has under way at once
+
+// Add weights . x of one load to the sums of every token.
+template <int kTokens, int kWidth>
+static __device__ __forceinline__ void MultiplyAdd(const Pack<kWidth>& weights, const Element* x, int hidden,
+                                                   int tokens, float* sums) {
+  float w[kWidth];
+  weights.ToFloats(w);
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    if (t > 0 && t >= tokens) break;
+    float v[kWidth];
+    Load<kWidth>(x + static_cast<size_t>(t) * hidden).ToFloats(v);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) sums[t] = fmaf(w[i], v[i], sums[t]);
+  }
+}
+
+// Compute the products of kRows rows with every token, by one warp. `ready` is called when the first loads of weights are
+// under way and before x is read: weights are there from the start, x may still be on its way from an earlier kernel.
+template <int kTokens, int kWidth, int kRows, class Ready>
+static __device__ __forceinline__ void Products(const Element* const (&rows)[kRows], const Element* x, int hidden,
+                                                int tokens, int lane, float (&sums)[kRows][kTokens],
+                                                const Ready& ready) {
+  constexpr int kBatch = kLoads / kRows;
+  constexpr int kStep = kWarp * kWidth;  // elements that a warp loads at once
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) sums[r][t] = 0.0f;
+  int column = lane * kWidth;
+  const int last_batch = hidden - kBatch * kStep;  // where a whole batch fits for the last time
+#pragma unroll 1
+  for (; column - lane * kWidth <= last_batch; column += kBatch * kStep) {
+    Pack<kWidth> weights[kRows][kBatch];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) weights[r][b] = LoadWeights<kWidth>(rows[r] + column + b * kStep);
+    ready();
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b)
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        MultiplyAdd<kTokens, kWidth>(weights[r][b], x + column + b * kStep, hidden, tokens, sums[r]);
+      }
+  }
+  ready();
+#pragma unroll 4
+  for (; column < hidden; column += kStep) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      MultiplyAdd<kTokens, kWidth>(LoadWeights<kWidth>(rows[r] + column), x + column, hidden, tokens, sums[r]);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) sums[r][t] = WarpSum(sums[r][t]);
+}
+

@@ -1,0 +1,11 @@
+#pragma once
+
+#include "op.h"
+
+namespace tda {
+
+// tda::Linear, tda::AddNorm and tda::AddBiasNorm for kHalf and kBfloat16: what stands between the FFNs of decode. There
+// are no kernels for the CPU; float32 graphs have ONNX Runtime's own operators in their place.
+std::vector<OpDefinition> LinearOnCuda();
+
+}  // namespace tda
