@@ -62,19 +62,19 @@ def ffn_session(
 
 def run(session: ort.InferenceSession, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
     """Run with numpy arrays of any dtype that numpy has with ml_dtypes."""
-    values = {name: _ort_value(feeds[name]) for name in (item.name for item in session.get_inputs())}
+    values = {name: ort_value(feeds[name]) for name in (item.name for item in session.get_inputs())}
     (y,) = session.run_with_ort_values(["y"], values)
-    return _array(y)
+    return array_of(y)
 
 
-def _ort_value(array: np.ndarray) -> Any:
+def ort_value(array: np.ndarray) -> Any:
     array = np.asarray(array, order="C")
     if array.dtype == ml_dtypes.bfloat16:
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), int(ir.DataType.BFLOAT16))
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def _array(value: Any) -> np.ndarray:
+def array_of(value: Any) -> np.ndarray:
     if value.data_type() != "tensor(bfloat16)":
         return value.numpy()
     import ctypes

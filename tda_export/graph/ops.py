@@ -22,6 +22,7 @@ DTYPES = {
     "bfloat16": ir.DataType.BFLOAT16,
     "int32": ir.DataType.INT32,
     "int64": ir.DataType.INT64,
+    "bool": ir.DataType.BOOL,
 }
 
 

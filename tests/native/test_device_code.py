@@ -1,0 +1,72 @@
+"""Device code compiles for every kind of GPU, on a machine that has none."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import itertools
+import platform
+import sys
+from pathlib import Path
+
+import pytest
+
+from tda_export.native.build import LIBRARY, device_sources
+
+ACTIVATIONS = range(4)
+DEFINES = {
+    "indexed_ffn": [
+        f"TDA_BF16={bf16} TDA_ACTIVATION={activation} TDA_GATED={1 - bf16}"
+        for bf16, activation in itertools.product((0, 1), ACTIVATIONS)
+    ],
+    "statistics": ["TDA_BF16=0", "TDA_BF16=1"],
+    "linear": ["TDA_BF16=0", "TDA_BF16=1"],
+    "greedy": ["TDA_BF16=0"],
+}
+CASES = [(name, defines, 90) for name, all_defines in DEFINES.items() for defines in all_defines]
+CASES += [
+    (name, all_defines[0], capability) for name, all_defines in DEFINES.items() for capability in (75, 80, 89, 120)
+]
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="NVRTC is on x86-64 Linux"
+)
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    files = importlib.metadata.files("nvidia-cuda-nvrtc") or []
+    (nvrtc,) = [file for file in files if Path(file).name.startswith("libnvrtc.so")]
+    ctypes.CDLL(str(nvrtc.locate()))  # found by its name from now on
+    opened = ctypes.CDLL(str(LIBRARY))
+    opened.TdaCompileCheck.restype = ctypes.c_char_p
+    return opened
+
+
+def compile_check(library: ctypes.CDLL, name: str, defines: str, capability: int) -> str:
+    return library.TdaCompileCheck(name.encode(), defines.encode(), capability).decode()
+
+
+def test_every_source_is_covered() -> None:
+    assert set(device_sources()) == set(DEFINES)
+
+
+@pytest.mark.parametrize(("name", "defines", "capability"), CASES)
+def test_it_compiles(library: ctypes.CDLL, name: str, defines: str, capability: int) -> None:
+    assert compile_check(library, name, defines, capability) == ""
+
+
+def test_a_gpu_newer_than_the_compiler_gets_ptx(library: ctypes.CDLL) -> None:
+    assert compile_check(library, "greedy", "TDA_BF16=0", 999) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "defines", "capability", "message"),
+    [
+        ("nothing", "", 90, "there is no device source nothing"),
+        ("greedy", "TDA_BF16=0", 30, "this NVRTC compiles for no GPU as old as compute capability 3"),
+        ("indexed_ffn", "TDA_BF16=0", 90, "NVRTC could not compile the kernels (NVRTC_ERROR_COMPILATION): "),
+    ],
+)
+def test_what_cannot_be_compiled(library: ctypes.CDLL, name: str, defines: str, capability: int, message: str) -> None:
+    assert compile_check(library, name, defines, capability).startswith(message)

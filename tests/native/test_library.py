@@ -1,0 +1,138 @@
+"""Building, finding and refusing the native library, and running without it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnxruntime as ort
+import pytest
+
+from tda_export.errors import TdaError
+from tda_export.native import build as build_module
+from tda_export.native import library
+from tda_export.native.build import BuildError, build, find_compiler
+from tests.conftest import run_ok
+from tests.runtime.conftest import without_native_kernels
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def fresh_answers() -> Iterator[None]:
+    """What is known of the library holds for a process; each test asks anew."""
+    library.native_problem.cache_clear()
+    library.warn_once.cache_clear()
+    yield
+    library.native_problem.cache_clear()
+    library.warn_once.cache_clear()
+
+
+def test_it_was_built_with_the_package() -> None:
+    assert library.native_problem() is None
+    library.register_native(ort.SessionOptions())
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a library"], ids=["missing", "empty", "garbage"])
+def test_library_that_cannot_be_loaded(content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "libtda_ort.so"
+    if content is not None:
+        path.write_bytes(content)
+    monkeypatch.setattr(library, "LIBRARY", path)
+    expected = "was not built with the package" if content is None else "cannot be loaded"
+    assert expected in str(library.native_problem())
+    with pytest.raises(TdaError, match=f"The native kernels cannot be used: .*{expected}"):
+        library.register_native(ort.SessionOptions())
+
+
+def test_library_of_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "other.cc"
+    source.write_text("int nothing() { return 0; }\n")
+    path = tmp_path / "libtda_ort.so"
+    subprocess.run([find_compiler(), "-shared", "-fPIC", str(source), "-o", str(path)], check=True)
+    monkeypatch.setattr(library, "LIBRARY", path)
+    assert "cannot be loaded" in str(library.native_problem())
+
+
+def test_it_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for problem in ("one reason", "one reason", "another"):
+        library.warn_once(problem)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "tda-export runs without its native kernels, which is slower: one reason.",
+        "tda-export runs without its native kernels, which is slower: another.",
+    ]
+
+
+def test_generation_without_it(tiny_artifact: Path) -> None:
+    native = run_ok("generate", tiny_artifact, "Hello", "--max-new-tokens", 16)
+    assert "native kernels" not in native.stderr
+    with without_native_kernels():
+        stock = run_ok("generate", tiny_artifact, "Hello", "--max-new-tokens", 16)
+    assert "runs without its native kernels, which is slower: TDA_EXPORT_NATIVE=0 leaves them out" in stock.stderr
+    assert stock.stdout == native.stdout
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(BuildError, match=r"no C\+\+ compiler found \(looked for \$CXX, c\+\+, g\+\+, clang\+\+\)"):
+        build(tmp_path / "libtda_ort.so")
+
+
+def test_compiler_that_fails_leaves_the_old_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "broken-c++"
+    compiler.write_text("#!/bin/sh\necho out of registers >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    output = tmp_path / "libtda_ort.so"
+    output.write_bytes(b"old")
+    with pytest.raises(BuildError, match=r"broken-c\+\+ failed:\nout of registers"):
+        build(output)
+    assert output.read_bytes() == b"old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken-c++", "libtda_ort.so"]
+
+
+def test_windows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(BuildError, match="not built on Windows"):
+        build(tmp_path / "libtda_ort.so")
+
+
+def test_device_sources_hold_no_end_of_literal() -> None:
+    for text in build_module.device_sources().values():
+        assert ')TDA"' not in text
+
+
+SANITIZED = """
+import sys
+from pathlib import Path
+import pytest
+import tda_export.native.library as library
+library.LIBRARY = Path(sys.argv[1])
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/native/test_indexed_ffn.py",
+                      "tests/native/test_functions.py", "-k", "float32 or cpu or shapes"]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the sanitizers' runtimes as GCC on Linux names them")
+def test_cpu_kernels_under_sanitizers(tmp_path: Path) -> None:
+    """The kernels' own tests, with a library that checks addresses and undefined behaviour."""
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-DTDA_ONE_TARGET")
+    checked = build(tmp_path / "libtda_ort.so", flags)
+    runtimes = [
+        subprocess.run([find_compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(map(str.strip, runtimes)),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself ends with memory that it never gave back
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SANITIZED, str(checked)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout
