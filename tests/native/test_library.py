@@ -113,7 +113,7 @@ from pathlib import Path
 import pytest
 import tda_export.native.library as library
 library.LIBRARY = Path(sys.argv[1])
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/native/test_indexed_ffn.py",
+sys.exit(pytest.main(["-q", "-s", "-p", "no:cacheprovider", "tests/native/test_indexed_ffn.py",
                       "tests/native/test_functions.py", "-k", "float32 or cpu or shapes"]))
 """
 
