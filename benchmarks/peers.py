@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-HF_TOKENS = 128  # transformers is slower by factors, and as steady
+HF_TOKENS = 64  # transformers is slower by factors, and as steady
 ROUND = 16  # tokens, as tda-export bench takes them
 LARGEST_ERROR = 5e-2  # of logits, relative to the largest
 FIRST_TOKENS = 5  # repetitions
@@ -67,6 +67,15 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
     config = random_source(options.shape).config
     config.architectures = [options.architecture or type(config).__name__.replace("Config", "ForCausalLM")]
     write_random_model(config, options.folder / "model", dtype=torch.float16)
+    return {}
+
+
+def build(options: argparse.Namespace) -> dict[str, Any]:
+    from tda_export.bench.artifact import build_random_artifact
+    from tda_export.models.source import resolve_model
+
+    source = resolve_model(str(options.folder / "model"))
+    build_random_artifact(source, options.folder / "artifact", "float16", options.sparsity, quiet=True)
     return {}
 
 
@@ -164,16 +173,11 @@ def vocabulary(options: argparse.Namespace) -> int:
 
 
 def ours(options: argparse.Namespace) -> dict[str, Any]:
-    from tda_export.bench.artifact import build_random_artifact
     from tda_export.bench.decode import BenchSettings, run_bench
-    from tda_export.models.source import resolve_model
     from tda_export.runtime import load, open_artifact
     from tda_export.runtime.scoring import continuation_logits
 
     folder, prompt = options.folder / "artifact", prompt_of(options)
-    if not folder.exists():
-        source = resolve_model(str(options.folder / "model"))
-        build_random_artifact(source, folder, "float16", options.sparsity, quiet=True)
     model = load(folder, provider="cuda")
     error = check("ours", continuation_logits(model, prompt[:-1], prompt[-1:], mask="dense")[0], options)
     del model
@@ -185,9 +189,10 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
 
 STEPS = {
     "make": make,
+    "genai_build": genai_build,
+    "build": build,
     "transformers_eager": lambda options: transformers(options, compiled=False),
     "transformers_compiled": lambda options: transformers(options, compiled=True),
-    "genai_build": genai_build,
     "genai": genai,
     "ours": ours,
 }

@@ -94,15 +94,17 @@ class DenseRunner:
         self._weights = {name: value for name, value in weights.items() if name in names}
         captures = provider == CUDA
         self._session = open_session(artifact, model, provider, self._weights, capture=captures, prepack=True)
+        # A session that captures is slower at what it does not capture.
+        prompts = open_session(artifact, model, provider, self._weights) if captures else self._session
         self._cache = KvCache(shape, provider, capacity)
         self._token = device_tensor(np.zeros((1, 1), np.int64), provider)
         self._attended = device_tensor(self._cache.mask, provider)
         self._logits = empty_tensor((1, 1, shape.vocab_size), "float32", provider)
-        self._call = self._bound(self._logits, "1" if captures else NO_GRAPH)
+        self._call = self._bound(self._session, self._logits, "1" if captures else NO_GRAPH)
         self._call.feed(contract.INPUT_IDS, self._token)
         self._call.feed(contract.ATTENTION_MASK, self._attended)
         self._prompt_logits = empty_tensor((1, 1, shape.vocab_size), "float32", "cpu")
-        self._prompt_call = self._bound(self._prompt_logits, NO_GRAPH)
+        self._prompt_call = self._bound(prompts, self._prompt_logits, NO_GRAPH)
         # The next token is chosen on the device, as the other runners and other stacks do; not a part of the graph.
         choose = open_session(
             artifact, greedy_model(shape.vocab_size), provider, {}, native=sessions.native, capture=captures
@@ -114,8 +116,8 @@ class DenseRunner:
         self._choose.run_only()
         self._cache.truncate(0)
 
-    def _bound(self, logits: ort.OrtValue, graph_id: str) -> Call:
-        call = Call(self._session, graph_id)
+    def _bound(self, session: ort.InferenceSession, logits: ort.OrtValue, graph_id: str) -> Call:
+        call = Call(session, graph_id)
         self._cache.bind(call)
         call.write_to(contract.LOGITS, logits)
         return call

@@ -1,8 +1,6 @@
 // tda::NeuronStats, tda::SelectMask and tda::TailMean on CUDA (device/statistics.cu).
 #include "statistics_cuda.h"
 
-#include <algorithm>
-
 #include "cuda_module.h"
 #include "indexed_ffn_device.h"
 
@@ -10,8 +8,8 @@ namespace tda {
 namespace {
 
 constexpr int64_t kSelectThreads = 1024;
-constexpr int64_t kTokensOfBlock = 4;
-constexpr int64_t kTokensOfGroup = 16;  // at least, so that adding up the groups costs little
+constexpr int64_t kGroupThreads = 1024;
+constexpr int64_t kGroupTokens = 8;
 
 std::vector<std::string> Defines(ElementType type) { return {"TDA_BF16=" + std::to_string(type == kBfloat16)}; }
 
@@ -30,7 +28,6 @@ struct StatsArguments {
   const float* past;
   const float* decay;
   const float* squared_norms;
-  float* token_weights;
   float* partial;
   float* present;
   int tokens, neurons, groups;
@@ -42,9 +39,7 @@ class NeuronStats : public Kernel {
   explicit NeuronStats(const KernelInfo& info)
       : allocator_(info), present_stats_(StatisticsKernel(kType, "PresentStats", kThreads)) {
     for (const bool wide : {false, true}) {
-      const std::string suffix = wide ? "_8" : "_1";
-      token_weights_[wide] = StatisticsKernel(kType, "TokenWeights" + suffix, kThreads);
-      column_sums_[wide] = StatisticsKernel(kType, "ColumnSums" + suffix, kThreads);
+      group_sums_[wide] = StatisticsKernel(kType, wide ? "GroupSums_8" : "GroupSums_1", kGroupThreads);
     }
   }
 
@@ -60,33 +55,27 @@ class NeuronStats : public Kernel {
     const Tensor present = context.OutputLike(0, past);
 
     const bool wide = neurons % kWide == 0 && SuitsWideLoads(h);
-    const int64_t column_blocks = CeilDivide(neurons, kThreads * (wide ? kWide : 1));
-    const int64_t groups = std::clamp<int64_t>(column_sums_[wide].resident_blocks / column_blocks, 1,
-                                               CeilDivide(tokens, kTokensOfGroup));
-    const size_t weight_bytes = Aligned(tokens * sizeof(float));
-    const size_t partial_bytes = Aligned(groups * 2 * neurons * sizeof(float));
-    const Scratch scratch(context, allocator_, weight_bytes + partial_bytes, true);
+    const int64_t groups = CeilDivide(tokens, kGroupTokens);
+    const Scratch scratch(context, allocator_, groups * 2 * neurons * sizeof(float), true);
     StatsArguments arguments = {};
     arguments.h = h.data;
     arguments.counted = counted.As<const bool>();
     arguments.past = past.As<const float>();
     arguments.decay = decay.As<const float>();
     arguments.squared_norms = squared_norms.As<const float>();
-    arguments.token_weights = scratch.As<float>();
-    arguments.partial = scratch.As<float>(weight_bytes);
+    arguments.partial = scratch.As<float>();
     arguments.present = present.As<float>();
     arguments.tokens = static_cast<int>(tokens);
     arguments.neurons = static_cast<int>(neurons);
     arguments.groups = static_cast<int>(groups);
     void* stream = context.CudaStream();
-    token_weights_[wide].Launch(stream, CeilDivide(tokens, kTokensOfBlock), 1, 1, kThreads, &arguments);
-    column_sums_[wide].Launch(stream, column_blocks, groups, 1, kThreads, &arguments);
+    group_sums_[wide].Launch(stream, groups, 1, 1, kGroupThreads, &arguments);
     present_stats_.Launch(stream, CeilDivide(2 * neurons, kThreads), 1, 1, kThreads, &arguments);
   }
 
  private:
   const Allocator allocator_;
-  CudaKernel token_weights_[2], column_sums_[2];  // by wide loads
+  CudaKernel group_sums_[2];  // by wide loads
   const CudaKernel present_stats_;
 };
 

@@ -13,79 +13,80 @@ struct StatsArguments {
   const float* past;           // [2, neurons]
   const float* decay;          // [1]
   const float* squared_norms;  // [neurons] or null
-  float* token_weights;        // [tokens]: 1 / ||m(t)||^2, or 0 where a token does not count
   float* partial;              // [groups, 2, neurons]
   float* present;              // [2, neurons]
   int tokens, neurons, groups;
 };
 
-constexpr int kTokensOfBlock = 4;  // share one read of the squared norms
+constexpr int kGroupThreads = 1024;
+constexpr int kGroupWarps = kGroupThreads / kWarp;
+constexpr int kGroupTokens = 8;  // of one block
 
-// One block for kTokensOfBlock tokens: the squared length of their magnitudes.
+// One block sums kGroupTokens tokens. It reads them twice, first for the length of each token's magnitudes, then for the
+// sums that these lengths weigh; the second time they come from the cache.
 template <int kWidth>
-static __device__ __forceinline__ void TokenWeights(const StatsArguments& a) {
-  __shared__ float parts[kTokensOfBlock][kWarps];
-  const int first = blockIdx.x * kTokensOfBlock;
+static __device__ __forceinline__ void GroupSums(const StatsArguments& a) {
+  __shared__ float parts[kGroupTokens][kGroupWarps];
+  __shared__ float token_weights[kGroupTokens];  // 1 / ||m(t)||^2, or 0 where a token does not count
+  __shared__ bool counts[kGroupTokens];
+  const int first = blockIdx.x * kGroupTokens;
+  const int tokens = min(kGroupTokens, a.tokens - first);
+  const Element* h = a.h + static_cast<size_t>(first) * a.neurons;
   WaitForEarlierKernels();
   LetNextKernelStart();
-  float sums[kTokensOfBlock] = {};
-#pragma unroll 2
-  for (int at = threadIdx.x * kWidth; at < a.neurons; at += kThreads * kWidth) {
+  float lengths[kGroupTokens] = {};
+  for (int at = threadIdx.x * kWidth; at < a.neurons; at += kGroupThreads * kWidth) {
+    Pack<kWidth> packs[kGroupTokens];
+#pragma unroll
+    for (int t = 0; t < kGroupTokens; ++t) {
+      packs[t] = Load<kWidth>(h + static_cast<size_t>(min(t, tokens - 1)) * a.neurons + at);
+    }
     float norms[kWidth];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) norms[i] = a.squared_norms == nullptr ? 1.0f : a.squared_norms[at + i];
 #pragma unroll
-    for (int t = 0; t < kTokensOfBlock; ++t) {
-      // The last block may look at the last token more than once.
-      const int token = min(first + t, a.tokens - 1);
+    for (int t = 0; t < kGroupTokens; ++t) {
       float values[kWidth];
-      Load<kWidth>(a.h + static_cast<size_t>(token) * a.neurons + at).ToFloats(values);
+      packs[t].ToFloats(values);
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) sums[t] += Square(values[i]) * norms[i];
+      for (int i = 0; i < kWidth; ++i) lengths[t] += Square(values[i]) * norms[i];
     }
   }
 #pragma unroll
-  for (int t = 0; t < kTokensOfBlock; ++t) {
-    const float sum = WarpSum(sums[t]);
-    if (threadIdx.x % kWarp == 0) parts[t][threadIdx.x / kWarp] = sum;
+  for (int t = 0; t < kGroupTokens; ++t) {
+    const float length = WarpSum(lengths[t]);
+    if (threadIdx.x % kWarp == 0) parts[t][threadIdx.x / kWarp] = length;
   }
   __syncthreads();
-  const int token = first + threadIdx.x;
-  if (threadIdx.x >= kTokensOfBlock || token >= a.tokens) return;
-  float norm = 0.0f;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) norm += parts[threadIdx.x][w];
-  a.token_weights[token] = a.counted[token] && norm > 0.0f ? 1.0f / norm : 0.0f;
-}
-
-// A thread sums kWidth columns (blockIdx.x) over a group of tokens (blockIdx.y).
-template <int kWidth>
-static __device__ __forceinline__ void ColumnSums(const StatsArguments& a) {
-  const int column = (blockIdx.x * kThreads + threadIdx.x) * kWidth;
-  const int first = static_cast<int>(static_cast<long long>(a.tokens) * blockIdx.y / a.groups);
-  const int end = static_cast<int>(static_cast<long long>(a.tokens) * (blockIdx.y + 1) / a.groups);
-  float scores[kWidth] = {}, sums[kWidth] = {};
-  WaitForEarlierKernels();
-  LetNextKernelStart();
-  if (column >= a.neurons) return;
-#pragma unroll 8
-  for (int t = first; t < end; ++t) {
-    float values[kWidth];
-    Load<kWidth>(a.h + static_cast<size_t>(t) * a.neurons + column).ToFloats(values);
-    const float weight = a.token_weights[t];
-    const bool counts = a.counted[t];
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      // Chosen, not multiplied: a token that does not count may hold anything.
-      scores[i] += weight > 0.0f ? weight * Square(values[i]) : 0.0f;
-      sums[i] += counts ? values[i] : 0.0f;
+  if (threadIdx.x / kWarp < kGroupTokens) {
+    const int t = threadIdx.x / kWarp;  // one warp a token
+    const float length = WarpSum(parts[t][threadIdx.x % kWarp]);
+    if (threadIdx.x % kWarp == 0) {
+      counts[t] = t < tokens && a.counted[first + min(t, tokens - 1)];
+      token_weights[t] = counts[t] && length > 0.0f ? 1.0f / length : 0.0f;
     }
   }
-  float* partial = a.partial + static_cast<size_t>(blockIdx.y) * 2 * a.neurons + column;
+  __syncthreads();
+  for (int at = threadIdx.x * kWidth; at < a.neurons; at += kGroupThreads * kWidth) {
+    float scores[kWidth] = {}, sums[kWidth] = {};
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    partial[i] = scores[i];
-    partial[a.neurons + i] = sums[i];
+    for (int t = 0; t < kGroupTokens; ++t) {
+      float values[kWidth];
+      Load<kWidth>(h + static_cast<size_t>(min(t, tokens - 1)) * a.neurons + at).ToFloats(values);
+      const float weight = token_weights[t];
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        // Chosen, not multiplied: a token that does not count may hold anything.
+        scores[i] += weight > 0.0f ? weight * Square(values[i]) : 0.0f;
+        sums[i] += counts[t] ? values[i] : 0.0f;
+      }
+    }
+    float* partial = a.partial + static_cast<size_t>(blockIdx.x) * 2 * a.neurons + at;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      partial[i] = scores[i];
+      partial[a.neurons + i] = sums[i];
+    }
   }
 }
 
@@ -192,7 +193,5 @@ extern "C" __global__ void __launch_bounds__(kThreads) TailActivations(TailArgum
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads) TokenWeights_8(StatsArguments a) { TokenWeights<8>(a); }
-extern "C" __global__ void __launch_bounds__(kThreads) TokenWeights_1(StatsArguments a) { TokenWeights<1>(a); }
-extern "C" __global__ void __launch_bounds__(kThreads) ColumnSums_8(StatsArguments a) { ColumnSums<8>(a); }
-extern "C" __global__ void __launch_bounds__(kThreads) ColumnSums_1(StatsArguments a) { ColumnSums<1>(a); }
+extern "C" __global__ void __launch_bounds__(kGroupThreads, 1) GroupSums_8(StatsArguments a) { GroupSums<8>(a); }
+extern "C" __global__ void __launch_bounds__(kGroupThreads, 1) GroupSums_1(StatsArguments a) { GroupSums<1>(a); }

@@ -1,0 +1,74 @@
+"""Run every CUDA kernel at awkward shapes, for a checker to watch:
+
+compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.native.every_kernel
+compute-sanitizer --tool racecheck --error-exitcode 1 python -m tests.native.every_kernel
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tda_export.graph import contract
+from tda_export.graph.ffn import FfnForm
+from tests.ffn_model import NUMPY_DTYPES, ffn_session, random_feeds, run
+from tests.native.test_functions import CUDA
+from tests.native.test_functions import run as run_function
+
+FORMS = [
+    FfnForm("silu", two_levels=True),
+    FfnForm("relu", gated=False, bias=True),
+    FfnForm("gelu_tanh", bias=True),
+]
+
+
+def ffn(rng: np.random.Generator, dtype: str) -> None:
+    for form in FORMS:
+        session = ffn_session(form, down_bias=True, layer=1, dtype=dtype)
+        for hidden, neurons, tokens in ((577, 33, 1), (264, 50, 5), (1024, 700, 1), (8, 9, 4)):
+            foreign = [-7, neurons, 2**30, -(2**31), -1, -1]
+            for indices in (np.append(np.arange(0, neurons, 2), foreign), np.array([], np.int32), np.array([-1])):
+                for threshold in (0.0, 0.3):
+                    feeds = random_feeds(
+                        rng,
+                        tokens=tokens,
+                        hidden=hidden,
+                        neurons=neurons,
+                        indices=indices,
+                        dtype=dtype,
+                        threshold=threshold,
+                    )
+                    assert np.isfinite(run(session, feeds).astype(np.float32)).all()
+
+
+def functions(rng: np.random.Generator, dtype: str) -> None:
+    def draw(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(NUMPY_DTYPES[dtype])
+
+    floats = rng.random((2, 3001)).astype(np.float32)
+    for neurons, tokens in ((96, 5), (3001, 19), (2056, 1)):
+        feeds = {"h": draw(1, tokens, neurons), "counted": rng.random(tokens) < 0.5}
+        feeds |= {
+            "past_stats": floats[:, :neurons],
+            "decay": np.ones(1, np.float32),
+            "squared_norms": floats[0, :neurons],
+        }
+        run_function(contract.NEURON_STATS, feeds, ("float32",), CUDA, True)
+        feeds = {"stats": floats[:, :neurons], "weight": np.ones(1, np.float32)}
+        mask = feeds | {"thresholds": np.full(2, 0.7, np.float32)}
+        _, keep = run_function(contract.SELECT_MASK, mask, ("int32", "bool"), CUDA, True, layer=1)
+        run_function(contract.TAIL_MEAN, feeds | {"keep": keep, "w_down": draw(neurons, 577)}, (dtype,), CUDA, True)
+    for inputs, outputs, tokens in ((577, 33, 1), (264, 1025, 5), (4096, 40, 1)):
+        feeds = {"x": draw(1, tokens, inputs), "weight": draw(outputs, inputs)}
+        run_function(contract.LINEAR, feeds, (dtype,), CUDA, True, early=1)
+    for hidden in (577, 4096, 8200):
+        feeds = {"x": draw(1, 3, hidden), "residual": draw(1, 3, hidden), "weight": draw(hidden), "bias": draw(hidden)}
+        run_function(contract.ADD_BIAS_NORM, feeds, (dtype, dtype), CUDA, True, epsilon=1e-5, early=1)
+    run_function(contract.GREEDY_TOKEN, {"logits": floats[None, :, :777]}, ("int64",), CUDA, True)
+
+
+if __name__ == "__main__":
+    for dtype in ("float16", "bfloat16"):
+        generator = np.random.default_rng(0)
+        ffn(generator, dtype)
+        functions(generator, dtype)
+        print(f"every kernel ran in {dtype}")
