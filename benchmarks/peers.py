@@ -209,22 +209,24 @@ def main() -> None:
     parser.add_argument(
         "--step", choices=STEPS, action="append", help="run this step alone; may be given several times"
     )
+    parser.add_argument("--only", choices=STEPS, help=argparse.SUPPRESS)  # in this process
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    if options.step and len(options.step) == 1:
-        print(json.dumps(STEPS[options.step[0]](options)))
+    if options.only:
+        print(json.dumps(STEPS[options.only](options)))
         return
     report: dict[str, Any] = {"python": platform.python_version()}
     for step in options.step or STEPS:
         started = time.perf_counter()
-        arguments = [word for word in sys.argv[1:] if word not in ("--step", *STEPS)]
-        command = [sys.executable, __file__, *arguments, "--step", step]
+        arguments = [word for word in sys.argv[1:] if word != "--step" and word not in STEPS]
+        command = [sys.executable, __file__, *arguments, "--only", step]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             report[step] = "failed"  # its own error is above; the others are measured all the same
         elif content := json.loads(done.stdout.splitlines()[-1]):
             report[step] = content
         print(f"{step}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        (options.folder / "report.json").write_text(json.dumps(report, indent=1))  # so far
     if isinstance(report.get("genai"), dict) and isinstance(report.get("ours"), dict):
         baseline = report["genai"]["ms_per_token"]
         for name in ("dense", "dense_native", "tda", "two_levels"):
