@@ -18,7 +18,8 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 # Pinned versions. torch comes first and alone, so that the pinned build is taken and not a newer one.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(wildcard tda_export/native/*.cc tda_export/native/*.h) \
+		$(wildcard tda_export/native/device/*) tda_export/native/build.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"

@@ -1,7 +1,8 @@
-"""The whole pipeline on a real model, SmolLM2-135M in float32 on the CPU with stock ONNX Runtime."""
+"""The whole pipeline on a real model, SmolLM2-135M in float32 on the CPU, with the native kernels and without."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from tda_export.models.source import resolve_model
 from tda_export.runtime import Model, load
 from tests.conftest import run_ok
+from tests.runtime.conftest import without_native_kernels
 
 pytestmark = pytest.mark.real_model
 
@@ -24,6 +26,8 @@ LOGIT_CHECKS = (
     "decode with all neurons",
     "decode with the prompt's mask",
     "decode with every second neuron",
+    "decode token by token",
+    "decode with token thresholds",
 )
 
 
@@ -40,9 +44,10 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "artifact"
 
 
-@pytest.fixture(scope="module")
-def model(artifact: Path) -> Model:
-    return load(artifact, provider="cpu")
+@pytest.fixture(scope="module", params=["native", "stock"])
+def model(artifact: Path, request: pytest.FixtureRequest) -> Model:
+    with without_native_kernels() if request.param == "stock" else contextlib.nullcontext():
+        return load(artifact, provider="cpu")
 
 
 def test_numbers_are_those_of_transformers(artifact: Path) -> None:

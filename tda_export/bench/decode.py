@@ -115,6 +115,7 @@ class _Bench:
         return SparseRunner(self.artifact, self.sessions, self.capacity, masked=False)
 
     def _make_tda(self) -> Runner:
+        self._require_thresholds("tda")
         runner = SparseRunner(self.artifact, self.sessions, self.capacity)
         runner.thresholds = self._thresholds(1.0 - self.settings.sparsity)
         return runner
@@ -123,7 +124,16 @@ class _Bench:
         sessions = griffin_sessions(self.artifact, self.sessions, griffin(self.settings.sparsity))
         return SparseRunner(self.artifact, sessions, self.capacity)
 
+    def _require_thresholds(self, name: str) -> None:
+        method = artifact_method(self.artifact)
+        if method.selection != "threshold":
+            raise UsageError(
+                f"{self.artifact.folder} was built with --method {method.name}, which {name} cannot be benched from. "
+                "Give an artifact of --method tda."
+            )
+
     def _make_two_levels(self) -> Runner:
+        self._require_thresholds("two_levels")
         if not artifact_method(self.artifact).two_levels:
             raise UsageError(f"{self.artifact.folder} has no second level. Leave two_levels out.")
         kept = 1.0 - self.settings.sparsity
@@ -154,7 +164,7 @@ class _Bench:
     def _token_thresholds(self, runner: SparseRunner, wanted: float) -> tuple[np.ndarray, float]:
         """Choose thresholds that leave `wanted` of all up and down rows on some tokens; count on others what stays."""
         assert runner.mask is not None
-        tokens = [int(runner._next or 0), *(runner.step() for _ in range(2 * PROBED_TOKENS - 1))]
+        tokens = [runner.step() for _ in range(2 * PROBED_TOKENS)]
         inputs = ffn_inputs(self.artifact, self.sessions, self.prompt, tokens)
         thresholds, left = [], 0
         for layer, x in enumerate(inputs):
@@ -241,8 +251,7 @@ class _Bench:
     def _bytes(self, name: str) -> tuple[int, int]:
         """Bytes that one token reads: FFN weights, and other weights with the keys and values of a middling context."""
         artifact, shape = self.artifact, self.artifact.shape
-        runner, neurons = self.runners[name], shape.num_layers * shape.ffn_size
-        ffn = self._dense_ffn_bytes
+        runner, ffn = self.runners[name], self._dense_ffn_bytes
         if isinstance(runner, SparseRunner) and runner.mask is not None:
             ffn = runner.mask.count(shape.num_layers) * artifact.bytes_per_neuron
             if name == "two_levels":
@@ -260,7 +269,6 @@ class _Bench:
         context = self.settings.prompt_tokens + self.settings.new_tokens / 2
         row = shape.num_kv_heads * shape.head_size * contract.DTYPE_BYTES[shape.dtype]
         cache = round(2 * shape.num_layers * context * row)
-        assert neurons > 0
         return ffn, sum(size for key, size in sizes.items() if key not in skipped) + cache
 
 

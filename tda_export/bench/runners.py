@@ -49,6 +49,7 @@ class SparseRunner:
         self._artifact, self._sessions, self._masked = artifact, sessions, masked
         self.thresholds: np.ndarray | None = None  # in place of the artifact's own
         self.mask: PromptMask | None = None
+        self.second_level = False
         self._capacity = capacity
         self._make_step(None)
 
@@ -58,6 +59,7 @@ class SparseRunner:
 
     def use_token_thresholds(self, thresholds: np.ndarray) -> None:
         """Turn the second level on, float32 [L]."""
+        self.second_level = True
         self._make_step(thresholds)
 
     def prefill(self, prompt: Sequence[int]) -> None:

@@ -111,19 +111,22 @@ def _print(result: dict[str, Any], methods: tuple[str, ...]) -> None:
         rows.append(
             [
                 name,
-                f"{row['sparsity']:.3f}",
-                f"{row['ms_per_token']:.2f} ({low:.2f} to {high:.2f})",
+                f"{row['ms_per_token']:.2f}",
+                f"{low:.2f}-{high:.2f}",
                 f"{row['speedup']:.2f}" if "speedup" in row else "",
                 f"{row['prefill_ms']:.1f}",
                 f"{row['ffn_bytes_per_token'] / 2**20:,.0f}",
-                f"{row['gb_per_second']:,.0f}",
                 f"{row['share_of_copy_bandwidth']:.2f}",
             ]
         )
-    columns = ["decode", "sparsity", "ms a token", "speed-up", "prefill, ms", "FFN MiB", "GB/s", "of copy"]
-    title = (
+    columns = ["decode", "ms", "from-to", "faster", "prefill", "FFN MiB", "of copy"]
+    click.echo(
         f"{result['model']} in {result['dtype']} on {result['device']}, {result['prompt_tokens']} + "
         f"{result['new_tokens']} tokens, {'native kernels' if result['native'] else 'no native kernels'}, "
         f"copy {result['copy_gb_per_second']:,.0f} GB/s"
+    )
+    title = (
+        "Milliseconds a token and of prefill, times faster than the first dense row, FFN bytes that a token reads, and "
+        "the bandwidth of a whole step beside a copy's"
     )
     print_table(title, columns, rows)

@@ -99,4 +99,5 @@ def demo(artifacts: Path) -> None:
     print_table(
         f"Cost a token, and KL (nats) and top-1 agreement to dense over its {len(dense_tokens)} tokens", columns, rows
     )
-    click.echo("Stock ONNX Runtime gathers the rows of a mask, which costs more than it saves; see README, Limits.")
+    if not model.sessions.native:
+        click.echo("Without native kernels the rows of a mask are gathered, which costs more than it saves.")

@@ -62,7 +62,7 @@ struct Lanes {
   }
 };
 
-// Compute x . row for kCount rows at once, asking for the rows `ahead` meanwhile unless that is null.
+// Compute x . row for kCount rows at once, asking for the rows `ahead` meanwhile.
 template <int kLanes, int kCount>
 TDA_INLINE void Dots(const float* x, const float* const* rows, const float* const* ahead, int64_t size, float* products) {
   using V = Lanes<kLanes>;
@@ -71,7 +71,7 @@ TDA_INLINE void Dots(const float* x, const float* const* rows, const float* cons
   for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
     const typename V::Vector x0 = V::Load(x + i), x1 = V::Load(x + i + kLanes);
     for (int r = 0; r < kCount; ++r) {
-      if (ahead != nullptr) __builtin_prefetch(ahead[r] + i);
+      __builtin_prefetch(ahead[r] + i);
       even[r] += x0 * V::Load(rows[r] + i);
       odd[r] += x1 * V::Load(rows[r] + i + kLanes);
     }
@@ -91,7 +91,7 @@ TDA_INLINE void AddScaled(float* y, const float* const* rows, const float* const
   for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
     typename V::Vector y0 = V::Load(y + i), y1 = V::Load(y + i + kLanes);
     for (int r = 0; r < kCount; ++r) {
-      if (ahead != nullptr) __builtin_prefetch(ahead[r] + i);
+      __builtin_prefetch(ahead[r] + i);
       y0 += scales[r] * V::Load(rows[r] + i);
       y1 += scales[r] * V::Load(rows[r] + i + kLanes);
     }
@@ -209,17 +209,18 @@ TDA_INLINE void AddSideBySide(const Tile& tile, int64_t begin, int64_t end, floa
     const float* gate = tile.gate != nullptr ? tile.gate + neuron * hidden : nullptr;
     const float* up = tile.up + neuron * hidden;
     const float* down = tile.down + neuron * hidden;
+    const float* next = (gate != nullptr ? gate : up) + (k + 1 < end ? hidden : 0);
     for (int64_t t = 0; t < tile.tokens; ++t) {
       const float* x = tile.x + t * hidden;
       float h, product;
-      Dots<kLanes, 1>(x, gate != nullptr ? &gate : &up, nullptr, hidden, &h);
+      Dots<kLanes, 1>(x, gate != nullptr ? &gate : &up, gate != nullptr ? &up : &down, hidden, &h);
       h = Activate(tile.activation, h + (bias == nullptr ? 0.0f : bias[neuron]));
       if (h == 0.0f || (tile.threshold > 0.0f && std::fabs(h) * tile.scale[neuron] < tile.threshold)) continue;
       if (gate != nullptr) {
-        Dots<kLanes, 1>(x, &up, nullptr, hidden, &product);
+        Dots<kLanes, 1>(x, &up, &down, hidden, &product);
         h *= product + (tile.up_bias == nullptr ? 0.0f : tile.up_bias[neuron]);
       }
-      AddScaled<kLanes, 1>(y + t * hidden, &down, nullptr, hidden, &h);
+      AddScaled<kLanes, 1>(y + t * hidden, &down, &next, hidden, &h);
     }
   }
 }

@@ -18,6 +18,7 @@ ONNX_TYPES = {"float32": 1, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 1
 STORAGE = {"bfloat16": "uint16"}  # numpy has no bfloat16: its bits stand for it
 GRAPH_ID = "gpu_graph_id"  # a run option: which captured graph to replay
 NO_GRAPH = "-1"
+KERNEL_ERROR = f"{contract.FUNCTION_DOMAIN}::"  # how the native library begins its errors
 
 
 class Sessions:
@@ -34,31 +35,39 @@ class Sessions:
 
     def __init__(self, artifact: Artifact, provider: str) -> None:
         self.provider = provider
+        self.shared_weights = upload_weights(artifact) if provider == CUDA else {}
+        self._graph_ids = itertools.count(1)
         problem = _native_problem(artifact, provider)
-        self.native = problem is None
-        if problem:
-            warn_once(problem)
-        self.captures = self.native and provider == CUDA
+        if problem is None:
+            try:
+                self._open(artifact, native=True)
+                return
+            except TdaError as error:
+                if KERNEL_ERROR not in str(error):  # not the kernels' own, such as a compiler that is missing
+                    raise
+                problem = str(error)
+        warn_once(problem)
+        self._open(artifact, native=False)
+
+    def _open(self, artifact: Artifact, *, native: bool) -> None:
+        provider = self.provider
+        self.native = native
+        self.captures = native and provider == CUDA
         # The kernel that selects by threshold pads masks to all neurons, so that buffers keep their size.
         self.pads_masks = self.captures and artifact.manifest["method"]["selection"] == "threshold"
-        self.shared_weights = upload_weights(artifact) if provider == CUDA else {}
+        prefill, decode = contract.PREFILL_FILE, contract.DECODE_FILE
         self.prefill = open_session(
-            artifact,
-            contract.PREFILL_FILE,
-            provider,
-            self.weights_of(artifact, contract.PREFILL_FILE),
-            native=self.captures,
+            artifact, prefill, provider, self.weights_of(artifact, prefill), native=self.captures
         )
         self.decode = open_session(
             artifact,
-            contract.DECODE_FILE,
+            decode,
             provider,
-            self.weights_of(artifact, contract.DECODE_FILE),
-            native=self.native,
+            self.weights_of(artifact, decode),
+            native=native,
             capture=self.captures,
             prepack=True,
         )
-        self._graph_ids = itertools.count(1)
 
     def weights_of(self, artifact: Artifact, file: str) -> dict[str, ort.OrtValue]:
         """Return the shared weights that a graph reads."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnxruntime as ort
 import pytest
@@ -15,6 +16,8 @@ from tda_export.errors import TdaError
 from tda_export.native import build as build_module
 from tda_export.native import library
 from tda_export.native.build import BuildError, build, find_compiler
+from tda_export.runtime import load
+from tda_export.runtime import session as session_module
 from tests.conftest import run_ok
 from tests.runtime.conftest import without_native_kernels
 
@@ -74,6 +77,24 @@ def test_generation_without_it(tiny_artifact: Path) -> None:
         stock = run_ok("generate", tiny_artifact, "Hello", "--max-new-tokens", 16)
     assert "runs without its native kernels, which is slower: TDA_EXPORT_NATIVE=0 leaves them out" in stock.stderr
     assert stock.stdout == native.stdout
+
+
+def test_kernels_that_cannot_be_made(
+    tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where NVRTC is missing: the session is refused with the kernel's own words, and the body runs."""
+    original = session_module.open_session
+
+    def refuse_native(*arguments: Any, native: bool = False, **options: Any) -> ort.InferenceSession:
+        if native:
+            raise TdaError("decode.onnx: cannot load it (tda::IndexedFFN: NVRTC cannot be opened).")
+        return original(*arguments, native=native, **options)
+
+    monkeypatch.setattr(session_module, "open_session", refuse_native)
+    model = load(tiny_artifact, provider="cpu")
+    assert not model.sessions.native
+    assert len(list(model.generate("Hello", max_new_tokens=4))) == 4
+    assert capsys.readouterr().err.count("tda::IndexedFFN: NVRTC cannot be opened") == 1
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
