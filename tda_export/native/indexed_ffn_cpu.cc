@@ -27,6 +27,7 @@ constexpr int64_t kChunkBytes = 64 << 10;  // of weights, at least, so that hand
 constexpr int64_t kChunksPerThread = 4;    // evens out threads that are slowed down by others
 constexpr int kBlock = 32;                 // neurons
 constexpr int kRows = 4;                   // read at once
+constexpr int kLineFloats = 16;            // of a cache line
 constexpr int kGroupsAhead = 2;            // groups of kRows rows that are asked for early
 
 // A processor's vector of kLanes floats, and the same at any address.
@@ -56,11 +57,20 @@ struct Lanes {
   static TDA_INLINE Vector Load(const float* address) { return *reinterpret_cast<const Unaligned*>(address); }
   static TDA_INLINE void Store(float* address, Vector vector) { *reinterpret_cast<Unaligned*>(address) = vector; }
   static TDA_INLINE float Sum(Vector vector) {
-    float sum = 0;
-    for (int lane = 0; lane < kLanes; ++lane) sum += vector[lane];
-    return sum;
+    float lanes[kLanes];
+    __builtin_memcpy(lanes, &vector, sizeof(vector));
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+      for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    }
+    return lanes[0];
   }
 };
+
+// Ask for the cache lines of kCount floats.
+template <int kCount>
+TDA_INLINE void Prefetch(const float* address) {
+  for (int i = 0; i < kCount; i += kLineFloats) __builtin_prefetch(address + i);
+}
 
 // Compute x . row for kCount rows at once, asking for the rows `ahead` meanwhile.
 template <int kLanes, int kCount>
@@ -71,7 +81,7 @@ TDA_INLINE void Dots(const float* x, const float* const* rows, const float* cons
   for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
     const typename V::Vector x0 = V::Load(x + i), x1 = V::Load(x + i + kLanes);
     for (int r = 0; r < kCount; ++r) {
-      __builtin_prefetch(ahead[r] + i);
+      Prefetch<2 * kLanes>(ahead[r] + i);
       even[r] += x0 * V::Load(rows[r] + i);
       odd[r] += x1 * V::Load(rows[r] + i + kLanes);
     }
@@ -91,7 +101,7 @@ TDA_INLINE void AddScaled(float* y, const float* const* rows, const float* const
   for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
     typename V::Vector y0 = V::Load(y + i), y1 = V::Load(y + i + kLanes);
     for (int r = 0; r < kCount; ++r) {
-      __builtin_prefetch(ahead[r] + i);
+      Prefetch<2 * kLanes>(ahead[r] + i);
       y0 += scales[r] * V::Load(rows[r] + i);
       y1 += scales[r] * V::Load(rows[r] + i + kLanes);
     }
