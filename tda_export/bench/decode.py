@@ -18,11 +18,11 @@ import onnxruntime as ort
 
 import tda_export
 from tda_export.bench.bandwidth import copy_bandwidth
-from tda_export.bench.runners import BodyLogits, DenseRunner, Runner, SparseRunner, ffn_inputs, griffin_sessions
+from tda_export.bench.runners import BodyLogits, DenseRunner, Runner, SparseRunner, ffn_inputs
 from tda_export.bench.timing import Spread, speedup, take_turns
 from tda_export.errors import TdaError, UsageError
 from tda_export.graph import contract
-from tda_export.graph.derive import artifact_method
+from tda_export.graph.derive import artifact_method, derived_sessions
 from tda_export.graph.method import griffin, kept_neurons
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.kv_cache import KvCache
@@ -121,7 +121,7 @@ class _Bench:
         return runner
 
     def _make_griffin(self) -> Runner:
-        sessions = griffin_sessions(self.artifact, self.sessions, griffin(self.settings.sparsity))
+        sessions = derived_sessions(self.artifact, self.sessions, griffin(self.settings.sparsity))
         return SparseRunner(self.artifact, sessions, self.capacity)
 
     def _require_thresholds(self, name: str) -> None:

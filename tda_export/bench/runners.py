@@ -12,9 +12,8 @@ import onnxruntime as ort
 
 from tda_export.graph import contract
 from tda_export.graph.dense import transposed_weights
-from tda_export.graph.derive import artifact_spec, derived_dense, derived_prefill, derived_probe
+from tda_export.graph.derive import artifact_spec, derived_dense, derived_probe, initializer_names
 from tda_export.graph.greedy import greedy_model
-from tda_export.graph.method import Method
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.decode_step import DecodeStep
 from tda_export.runtime.kv_cache import KvCache
@@ -92,7 +91,7 @@ class DenseRunner:
             dtype = artifact.manifest["weights"][original]["dtype"]
             weights[name] = initializer(array, provider, dtype)
         model = derived_dense(artifact)
-        names = _initializer_names(model)
+        names = initializer_names(model)
         self._weights = {name: value for name, value in weights.items() if name in names}
         captures = provider == CUDA
         self._session = open_session(artifact, model, provider, self._weights, capture=captures, prepack=True)
@@ -184,17 +183,6 @@ class BodyLogits:
         return bind_call(sessions.decode, cache, [token], inputs).run()[contract.LOGITS].numpy()[0, -1]
 
 
-def griffin_sessions(artifact: Artifact, sessions: Sessions, method: Method) -> Sessions:
-    """Return sessions whose prefill chooses masks by another method; decode and weights are the same."""
-    model = derived_prefill(artifact, method)
-    names = _initializer_names(model)
-    weights = {name: value for name, value in sessions.shared_weights.items() if name in names}
-    other = copy.copy(sessions)
-    other.prefill = open_session(artifact, model, sessions.provider, weights, native=sessions.captures)
-    other.pads_masks = sessions.captures and method.selection == "threshold"
-    return other
-
-
 def ffn_inputs(
     artifact: Artifact, sessions: Sessions, prompt: Sequence[int], tokens: Sequence[int]
 ) -> list[np.ndarray]:
@@ -204,7 +192,7 @@ def ffn_inputs(
     """
     provider, shape = sessions.provider, artifact.shape
     model = derived_probe(artifact)
-    names = _initializer_names(model)
+    names = initializer_names(model)
     weights = {name: value for name, value in sessions.shared_weights.items() if name in names}
     session = open_session(artifact, model, provider, weights, native=sessions.native)
     cache = KvCache(shape, provider, len(prompt) + len(tokens))
@@ -228,10 +216,3 @@ def _transposed(array: np.ndarray) -> np.ndarray:
         warnings.simplefilter("ignore")  # of an array that may not be written to
         tensor: torch.Tensor = torch.from_numpy(array).T.contiguous()  # faster than numpy's
     return tensor.numpy()
-
-
-def _initializer_names(model: bytes) -> set[str]:
-    import onnx
-
-    graph = onnx.load_model_from_string(model).graph
-    return {tensor.name for tensor in graph.initializer}

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tda_export.cli.options import artifact_argument, budget_options, json_option, provider_option
+from tda_export.cli.options import (
+    artifact_argument,
+    budget_options,
+    budget_thresholds,
+    chosen_budget,
+    json_option,
+    provider_option,
+)
 
 if TYPE_CHECKING:
     from tda_export.calibration.budgets import AllocationRule
@@ -74,10 +81,6 @@ def generate(
 
     budget = None
     if (cett, sparsity, allocation) != (None, None, None):
-        from tda_export.calibration.file import thresholds_from
-        from tda_export.cli.options import chosen_budget
-        from tda_export.graph import contract
-
         if mask == "dense":
             raise UsageError("--mask dense reads every neuron, so a budget means nothing. Leave one of them out.")
         budget = chosen_budget(cett, sparsity, allocation, {})
@@ -92,11 +95,7 @@ def generate(
     model = load(artifact, provider=provider)
     thresholds = None
     if budget:
-        if contract.CALIBRATION_FILE not in model.artifact.manifest["files"]:
-            raise UsageError(
-                f"{artifact} carries no calibration, so its budget is fixed. Leave --cett and --sparsity out."
-            )
-        thresholds = thresholds_from(model.artifact.file(contract.CALIBRATION_FILE), budget)
+        thresholds = budget_thresholds(model.artifact, budget)
     generation = model.generate(
         prompt,
         chat=chat,

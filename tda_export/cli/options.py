@@ -10,6 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from tda_export.calibration.budgets import AllocationRule, Budget
+    from tda_export.runtime.artifact import Artifact
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -60,3 +61,16 @@ def chosen_budget(
     if cett is None and sparsity is None:
         return Budget(**default)
     return Budget(cett, sparsity, allocation or "uniform")
+
+
+def budget_thresholds(artifact: Artifact, budget: Budget) -> list[float]:
+    """Choose thresholds for a budget from an artifact's own calibration."""
+    from tda_export.calibration.file import thresholds_from
+    from tda_export.errors import UsageError
+    from tda_export.graph import contract
+
+    if contract.CALIBRATION_FILE not in artifact.manifest["files"]:
+        raise UsageError(
+            f"{artifact.folder} carries no calibration, so its budget is fixed. Leave --cett and --sparsity out."
+        )
+    return thresholds_from(artifact.file(contract.CALIBRATION_FILE), budget)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -16,6 +17,7 @@ from tda_export.graph.prefill import build_prefill
 from tda_export.graph.weights_file import WeightTable
 from tda_export.models.spec import DecoderSpec, spec_from_dict
 from tda_export.runtime.artifact import Artifact
+from tda_export.runtime.session import Sessions, open_session
 
 
 def artifact_spec(artifact: Artifact) -> DecoderSpec:
@@ -51,6 +53,17 @@ def derived_prefill(artifact: Artifact, method: Method) -> bytes:
     return _serialised(build_prefill(spec, weight_table(artifact), artifact.shape.dtype, method, thresholds))
 
 
+def derived_sessions(artifact: Artifact, sessions: Sessions, method: Method) -> Sessions:
+    """Return sessions whose prefill chooses masks by another method; decode and weights are the same."""
+    model = derived_prefill(artifact, method)
+    names = initializer_names(model)
+    weights = {name: value for name, value in sessions.shared_weights.items() if name in names}
+    other = copy.copy(sessions)
+    other.prefill = open_session(artifact, model, sessions.provider, weights, native=sessions.captures)
+    other.pads_masks = sessions.captures and method.selection == "threshold"
+    return other
+
+
 def derived_dense(artifact: Artifact) -> bytes:
     """Build the plain dense graph; its session must be given the transposed weights (`graph/dense.py`)."""
     spec = artifact_spec(artifact)
@@ -61,6 +74,14 @@ def derived_probe(artifact: Artifact) -> bytes:
     """Build the decode graph with the inputs of every FFN among its outputs."""
     spec, method = artifact_spec(artifact), artifact_method(artifact)
     return _serialised(build_decode(spec, weight_table(artifact), artifact.shape.dtype, method, ffn_inputs=True))
+
+
+def initializer_names(model: bytes) -> set[str]:
+    """Name the weights that a serialised graph reads."""
+    import onnx
+
+    graph = onnx.load_model_from_string(model).graph
+    return {tensor.name for tensor in graph.initializer}
 
 
 def _serialised(model: ir.Model) -> bytes:

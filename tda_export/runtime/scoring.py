@@ -59,11 +59,12 @@ def continuation_logits(
 
 def compare(dense: np.ndarray, sparse: np.ndarray) -> Fidelity:
     """Compare logits float32 [C, V] with the dense model's: KL(dense || sparse), mean over the C tokens."""
-    log_p, log_q = _log_softmax(dense), _log_softmax(sparse)
+    log_p, log_q = log_softmax(dense), log_softmax(sparse)
     kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
     return Fidelity(float(kl.mean()), float((dense.argmax(axis=1) == sparse.argmax(axis=1)).mean()))
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Return log-probabilities of logits [C, V], float64 [C, V]."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))

@@ -1,0 +1,1 @@
+"""What a method keeps of the dense model, measured on text."""

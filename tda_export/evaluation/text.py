@@ -1,0 +1,195 @@
+"""Quality on a text by the strict protocol: dense prompt, its mask, and every token of the continuation sparse.
+
+A text is cut into windows of P + C + 1 tokens. Prefill reads P of them densely and chooses the mask; decode reads the
+next C under it, so that each of C predictions (of tokens P + 1 to P + C) comes from a sparse step. The same tokens are
+then read with every neuron, over the same dense context.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tda_export.errors import TdaError, UsageError
+from tda_export.runtime.artifact import Artifact
+from tda_export.runtime.kv_cache import KvCache
+from tda_export.runtime.phases import decode, prefill
+from tda_export.runtime.scoring import compare, log_softmax
+from tda_export.runtime.session import Sessions
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """How many windows, and their lengths in tokens (prompt P, continuation C)."""
+
+    prompts: int = 32
+    prompt_tokens: int = 384
+    continuation_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        if self.prompts < 2 or self.prompt_tokens < 2 or self.continuation_tokens < 1:
+            raise UsageError("Give 2 prompts or more, of 2 tokens or more, and 1 token of continuation or more.")
+
+    @property
+    def window(self) -> int:
+        """Tokens of a window: one more than are read, since the last is only predicted."""
+        return self.prompt_tokens + self.continuation_tokens + 1
+
+
+@dataclass(frozen=True)
+class TextQuality:
+    """Means over windows, with standard errors over windows (they are the independent draws, their tokens are not).
+
+    KL is KL(dense || sparse) in nats a token, perplexities are exp of the mean negative log-likelihood a token,
+    agreement is the share of equal top-1 tokens, density the share of neurons in the mask, `ffn_bytes` what a token
+    reads of the FFN weights.
+    """
+
+    prompts: int
+    kl: float
+    kl_stderr: float
+    perplexity: float
+    perplexity_stderr: float
+    dense_perplexity: float
+    dense_perplexity_stderr: float
+    agreement: float
+    agreement_stderr: float
+    density: float
+    ffn_bytes: float
+    dense_ffn_bytes: int
+
+
+@dataclass(frozen=True)
+class WindowQuality:
+    """Of one window: mean KL, mean negative log-likelihoods (nats a token), agreement and density."""
+
+    kl: float
+    nll: float
+    dense_nll: float
+    agreement: float
+    density: float
+
+
+def cut_windows(tokens: Sequence[int], prefix: Sequence[int], settings: TextSettings) -> list[list[int]]:
+    """Cut a text into windows that do not overlap and lie evenly spread over it.
+
+    Args:
+        tokens: Of the whole text.
+        prefix: What the tokenizer puts before a text (BOS); each window begins with it and counts it.
+        settings: Number and lengths.
+
+    Raises:
+        TdaError: The text is too short for that many windows.
+    """
+    size = settings.window - len(prefix)
+    if size < 1:
+        raise TdaError(f"A window of {settings.window} tokens has no room for text. Raise --prompt-tokens.")
+    there = len(tokens) // size
+    if there < settings.prompts:
+        raise TdaError(
+            f"The text has {len(tokens)} tokens: {there} of {settings.prompts} windows of {settings.window}. "
+            "Give a longer text, or lower --prompts, --prompt-tokens or --continuation-tokens."
+        )
+    starts = [window * there // settings.prompts * size for window in range(settings.prompts)]
+    return [[*prefix, *tokens[start : start + size]] for start in starts]
+
+
+def evaluate_text(
+    artifact: Artifact,
+    sessions: Sessions,
+    windows: Sequence[Sequence[int]],
+    settings: TextSettings,
+    thresholds: Sequence[float] | None = None,
+    *,
+    masked: bool = True,
+    advance: Callable[[int], None] = lambda windows: None,
+) -> TextQuality:
+    """Measure a method on windows of a text.
+
+    Args:
+        artifact: On disk.
+        sessions: Its own, or with the prefill of another method (`graph.derive.derived_sessions`).
+        windows: N windows of `settings.window` token ids.
+        settings: The lengths.
+        thresholds: L scores in place of the artifact's own, or None.
+        masked: False decodes with every neuron, through the same graph.
+        advance: Told of every window that is done.
+
+    Raises:
+        TdaError: A window is longer than the model's maximum, or logits are not finite.
+    """
+    if settings.window > artifact.shape.max_positions:
+        raise TdaError(
+            f"{settings.prompt_tokens} and {settings.continuation_tokens} tokens are more than the model's "
+            f"{artifact.shape.max_positions} positions. Shorten one of them."
+        )
+    override = None if thresholds is None else np.asarray(thresholds, np.float32)
+    measured = []
+    for window in windows:
+        measured.append(_measure(artifact, sessions, window, settings, override, masked))
+        advance(1)
+    return summarise(measured, artifact)
+
+
+def _measure(
+    artifact: Artifact,
+    sessions: Sessions,
+    window: Sequence[int],
+    settings: TextSettings,
+    thresholds: np.ndarray | None,
+    masked: bool,
+) -> WindowQuality:
+    shape, length = artifact.shape, settings.prompt_tokens
+    prompt, read, predicted = window[:length], window[length:-1], window[length + 1 :]
+    cache = KvCache(shape, sessions.provider, settings.window)
+    _, mask = prefill(sessions, shape, prompt, cache, thresholds)
+    sparse = decode(sessions, cache, read, mask if masked else None)
+    cache.truncate(length)  # the context of the dense reading is the dense prompt again
+    dense = decode(sessions, cache, read, None)
+    if not (np.isfinite(sparse).all() and np.isfinite(dense).all()):
+        raise TdaError(f"{artifact.folder}: the logits are not finite. Build the artifact in another dtype.")
+    fidelity = compare(dense, sparse)
+    neurons = shape.num_layers * shape.ffn_size
+    return WindowQuality(
+        kl=fidelity.kl,
+        nll=_nll(sparse, predicted),
+        dense_nll=_nll(dense, predicted),
+        agreement=fidelity.agreement,
+        density=mask.count(shape.num_layers) / neurons if masked else 1.0,
+    )
+
+
+def _nll(logits: np.ndarray, predicted: Sequence[int]) -> float:
+    return float(-log_softmax(logits)[np.arange(len(predicted)), list(predicted)].mean())
+
+
+def summarise(measured: Sequence[WindowQuality], artifact: Artifact) -> TextQuality:
+    """Average over windows; the standard error of exp(mean) is exp(mean) times that of the mean (delta method)."""
+    kl, kl_error = _mean([window.kl for window in measured])
+    nll, nll_error = _mean([window.nll for window in measured])
+    dense_nll, dense_error = _mean([window.dense_nll for window in measured])
+    agreement, agreement_error = _mean([window.agreement for window in measured])
+    density, _ = _mean([window.density for window in measured])
+    dense_bytes = artifact.shape.num_layers * artifact.shape.ffn_size * artifact.bytes_per_neuron
+    return TextQuality(
+        prompts=len(measured),
+        kl=kl,
+        kl_stderr=kl_error,
+        perplexity=math.exp(nll),
+        perplexity_stderr=math.exp(nll) * nll_error,
+        dense_perplexity=math.exp(dense_nll),
+        dense_perplexity_stderr=math.exp(dense_nll) * dense_error,
+        agreement=agreement,
+        agreement_stderr=agreement_error,
+        density=density,
+        ffn_bytes=density * dense_bytes,
+        dense_ffn_bytes=dense_bytes,
+    )
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and its standard error."""
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))

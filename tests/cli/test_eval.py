@@ -1,0 +1,107 @@
+"""`tda-export eval`: what it prints, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tda_export.graph import contract
+from tests.cli.conftest import FAILURE, USAGE, assert_error
+from tests.conftest import run_cli, run_ok
+from tests.runtime.conftest import edit_manifest
+
+SMALL = ("--prompts", 2, "--prompt-tokens", 16, "--continuation-tokens", 4)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "harbour.txt"
+    path.write_text("The boats come home at dusk, and the gulls come with them. " * 20, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "method", "budget", "density"),
+    [
+        ([], "tda", {"sparsity": 0.5, "allocation": "uniform"}, None),
+        (["--cett", 0], "tda", {"cett": 0.0}, 1.0),
+        (["--method", "griffin", "--sparsity", 0.75], "griffin", {"sparsity": 0.75}, 0.25),
+        (["--method", "dense"], "dense", {}, 1.0),
+    ],
+)
+def test_json(
+    tiny_artifact: Path, text: Path, options: list[object], method: str, budget: dict[str, float], density: float | None
+) -> None:
+    result = json.loads(run_ok("eval", tiny_artifact, "--text", text, "--json", *SMALL, *options).stdout)
+    assert (result["method"], result["budget"], result["prompts"]) == (method, budget, 2)
+    if density is None:
+        assert 0.0 < result["density"] < 1.0
+    else:
+        assert result["density"] == pytest.approx(density, abs=0.01)
+    assert result["ffn_bytes"] == pytest.approx(result["density"] * result["dense_ffn_bytes"])
+    if result["density"] == 1.0:
+        assert result["perplexity"] == pytest.approx(result["dense_perplexity"], rel=1e-4)
+    else:
+        assert result["kl"] > 0.0
+    assert {"kl_stderr", "agreement"} <= result.keys()
+
+
+def test_summary_names_text_method_and_budget(tiny_artifact: Path, text: Path) -> None:
+    printed = run_ok("eval", tiny_artifact, "--text", text, "--sparsity", 0.25, *SMALL).stdout
+    assert "tda (sparsity 0.25, allocation uniform) on harbour.txt, 2 prompts of 16 + 4 tokens" in printed
+    for line in ("KL to dense", "perplexity", "dense perplexity", "top-1 agreement", "FFN bytes a token"):
+        assert f"\n{line}" in printed
+
+
+def test_missing_text(tiny_artifact: Path, tmp_path: Path) -> None:
+    result = run_cli("eval", tiny_artifact, "--text", tmp_path / "nowhere.txt")
+    assert_error(result, USAGE, "nowhere.txt: no such file", "--text")
+
+
+def test_text_that_is_not_utf8(tiny_artifact: Path, text: Path) -> None:
+    text.write_bytes(b"caf\xe9 " * 500)
+    assert_error(run_cli("eval", tiny_artifact, "--text", text), FAILURE, "not valid UTF-8", "Convert")
+
+
+def test_text_too_short(tiny_artifact: Path, text: Path) -> None:
+    result = run_cli("eval", tiny_artifact, "--text", text, "--prompts", 1000, *SMALL[2:])
+    assert_error(result, FAILURE, "of 1000 windows of 21", "--prompts")
+
+
+def test_lengths_that_do_not_fit_the_model(tiny_artifact: Path, text: Path) -> None:
+    text.write_text(text.read_text() * 20)
+    result = run_cli("eval", tiny_artifact, "--text", text, "--prompts", 2, "--prompt-tokens", 600)
+    assert_error(result, FAILURE, "more than the model's", "Shorten")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--method", "griffin"], "griffin takes --sparsity"),
+        (["--method", "griffin", "--cett", 0.2], "griffin takes --sparsity"),
+        (["--method", "griffin", "--sparsity", 0.5, "--allocation", "uniform"], "griffin takes --sparsity"),
+        (["--method", "dense", "--sparsity", 0.5], "dense reads every neuron"),
+        (["--allocation", "uniform"], "Give --sparsity"),
+        (["--cett", 0.2, "--sparsity", 0.5], "Give one of them"),
+        (["--prompts", 1], "--prompts"),
+    ],
+)
+def test_options_that_do_not_go_together(tiny_artifact: Path, text: Path, options: list[object], words: str) -> None:
+    result = run_cli("eval", tiny_artifact, "--text", text, *options)
+    assert_error(result, USAGE, words)
+
+
+def test_tda_of_an_artifact_that_selects_by_rank(tiny_model: Path, text: Path, tmp_path: Path) -> None:
+    artifact = tmp_path / "griffin"
+    run_ok("build", tiny_model, "--method", "griffin", "--sparsity", 0.5, "--no-verify", "-o", artifact)
+    assert_error(run_cli("eval", artifact, "--text", text), USAGE, "built with --method griffin")
+    printed = run_ok("eval", artifact, "--text", text, "--method", "griffin", "--sparsity", 0.5, "--json", *SMALL)
+    assert json.loads(printed.stdout)["density"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_budget_without_calibration(artifact_copy: Path, text: Path) -> None:
+    edit_manifest(artifact_copy, lambda manifest: manifest["files"].pop(contract.CALIBRATION_FILE))
+    result = run_cli("eval", artifact_copy, "--text", text, "--sparsity", 0.5, *SMALL)
+    assert_error(result, USAGE, "carries no calibration")
