@@ -60,6 +60,8 @@ class BenchSettings:
             raise UsageError(f"Sparsity {self.sparsity} is outside [0, 1).")
         if self.prompt_tokens < 2 or self.new_tokens < TOKENS_A_ROUND:
             raise UsageError(f"Give a prompt of 2 tokens or more, and {TOKENS_A_ROUND} new ones or more.")
+        if "two_levels" in self.methods and self.new_tokens < 2 * PROBED_TOKENS:
+            raise UsageError(f"two_levels needs {2 * PROBED_TOKENS} new tokens or more, to choose its thresholds on.")
 
 
 def run_bench(
@@ -185,15 +187,16 @@ class _Bench:
         for name, runner in self.runners.items():
             runner.prefill(self.prompt)
             found[name] = runner.logits(token)
-        if {"dense", "dense_native"} <= found.keys():
-            self._compare("dense_native", found["dense_native"], found["dense"])
         body = BodyLogits(self.artifact, self.sessions, self.capacity)
-        for name in ("tda", "two_levels"):
-            if name in found:
-                runner = self.runners[name]
-                assert isinstance(runner, SparseRunner)
+        for name, logits in found.items():
+            runner = self.runners[name]
+            if name == "dense_native" and "dense" in found:
+                self._compare(name, logits, found["dense"])
+            elif isinstance(runner, SparseRunner):
                 level = self.token_thresholds if name == "two_levels" else None
-                self._compare(name, found[name], body.after(self.prompt, token, runner.thresholds, level))
+                self._compare(name, logits, body.after(runner, self.prompt, token, level))
+            elif not np.isfinite(logits).all():
+                raise TdaError(f"{name}: its logits are not finite, so nothing is timed.")
 
     def _compare(self, name: str, logits: np.ndarray, expected: np.ndarray) -> None:
         error = float(np.abs(logits - expected).max() / np.abs(expected).max())

@@ -45,7 +45,7 @@ class SparseRunner:
     """The artifact's decode graph: with every neuron, or with the mask of the prompt."""
 
     def __init__(self, artifact: Artifact, sessions: Sessions, capacity: int, *, masked: bool = True) -> None:
-        self._artifact, self._sessions, self._masked = artifact, sessions, masked
+        self._artifact, self.sessions, self.masked = artifact, sessions, masked
         self.thresholds: np.ndarray | None = None  # in place of the artifact's own
         self.mask: PromptMask | None = None
         self.second_level = False
@@ -53,7 +53,7 @@ class SparseRunner:
         self._make_step(None)
 
     def _make_step(self, token_thresholds: np.ndarray | None) -> None:
-        self._step = DecodeStep(self._sessions, self._artifact.shape, self._capacity, token_thresholds)
+        self._step = DecodeStep(self.sessions, self._artifact.shape, self._capacity, token_thresholds)
         self._step.capture()
 
     def use_token_thresholds(self, thresholds: np.ndarray) -> None:
@@ -65,8 +65,8 @@ class SparseRunner:
         step = self._step
         step.cache.truncate(0)
         logits, mask = step.read(prompt, self.thresholds)
-        step.use(mask if self._masked else None)
-        self.mask = mask if self._masked else None
+        step.use(mask if self.masked else None)
+        self.mask = mask if self.masked else None
         self._next: int | None = int(logits.argmax())
 
     def step(self) -> int:
@@ -164,18 +164,18 @@ class BodyLogits:
 
     def after(
         self,
+        runner: SparseRunner,
         prompt: Sequence[int],
         token: int,
-        thresholds: np.ndarray | None,
         token_thresholds: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Read a prompt, then one token under its mask; float32 [V]."""
+        """Read a prompt, then one token under the mask that `runner` would have; float32 [V]."""
         sessions, shape = self._sessions, self._artifact.shape
         cache = KvCache(shape, sessions.provider, self._capacity)
-        _, mask = prefill(sessions, shape, prompt, cache, thresholds)
-        inputs = dict(mask.inputs)
-        for layer in range(shape.num_layers):  # unpadded: the body gathers a row for every entry
-            kept = mask.indices(layer)
+        _, mask = prefill(runner.sessions, shape, prompt, cache, runner.thresholds)
+        inputs = dict(mask.inputs) if runner.masked else {}
+        for layer in range(shape.num_layers if runner.masked else 0):
+            kept = mask.indices(layer)  # unpadded: the body gathers a row for every entry
             if len(kept):
                 inputs[contract.mask_indices(layer)] = device_tensor(kept, sessions.provider)
         if token_thresholds is not None:

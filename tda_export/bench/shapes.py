@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tda_export.bench.random_model import byte_tokenizer
-from tda_export.errors import UsageError
+from tda_export.errors import UsageError, first_line
 from tda_export.models.families import read_spec
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
@@ -123,7 +123,10 @@ class RandomSource(ModelSource):
 
         fields = dict(self.fields)
         model_type = fields.pop("model_type")
-        return AutoConfig.for_model(model_type, **fields)
+        try:
+            return AutoConfig.for_model(model_type, **fields)
+        except Exception as error:  # transformers' many ways of saying no
+            raise UsageError(f"{self.name}: not a usable config.json ({first_line(error)}).") from error
 
     @cached_property
     def spec(self) -> DecoderSpec:

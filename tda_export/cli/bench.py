@@ -126,7 +126,7 @@ def _print(result: dict[str, Any], methods: tuple[str, ...]) -> None:
         f"copy {result['copy_gb_per_second']:,.0f} GB/s"
     )
     title = (
-        "Milliseconds a token and of prefill, times faster than the first dense row, FFN bytes that a token reads, and "
+        "Milliseconds a token and of prefill, times faster than dense, FFN bytes that a token reads, and "
         "the bandwidth of a whole step beside a copy's"
     )
     print_table(title, columns, rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,16 @@ from tda_export.graph.contract import ModelShape
 from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.phases import CHUNK_TOKENS, Prefill, PromptMask
 from tda_export.runtime.session import STORAGE, Call, Sessions, device_tensor, empty_tensor
+
+
+class _CapturedHere(threading.local):
+    """The steps that this thread has captured. They go with it, as ONNX Runtime's captures do; its id comes again."""
+
+    def __init__(self) -> None:
+        self.steps: weakref.WeakSet[DecodeStep] = weakref.WeakSet()
+
+
+_captured = _CapturedHere()
 
 
 class DecodeStep:
@@ -41,7 +52,6 @@ class DecodeStep:
         self._token = device_tensor(np.zeros((1, 1), np.int64), provider)
         self._attended = device_tensor(self.cache.mask, provider)
         self._logits = empty_tensor((1, 1, shape.vocab_size), "float32", provider)
-        self._captured_by: set[int] = set()
         self._greedy = True  # the call writes the next token itself
         if sessions.captures:
             indices = {contract.mask_indices(i): device_tensor(self._every_neuron(), provider) for i in layers}
@@ -97,13 +107,13 @@ class DecodeStep:
     def _run(self, token: int | None) -> None:
         self.cache.reserve(1)
         self._attended.update_inplace(self.cache.mask)
-        if self._sessions.captures and threading.get_ident() not in self._captured_by:
+        if self._sessions.captures and self not in _captured.steps:
             # A capture runs the step several times, each with the token that the one before chose: what it leaves at
             # the new token's place is written over by the run that counts.
             held = self._token.numpy().copy()
             self._call.run_only()
             self._token.update_inplace(held)
-            self._captured_by.add(threading.get_ident())
+            _captured.steps.add(self)
         if token is not None:
             self._token.update_inplace(np.array([[token]], np.int64))
         self._call.run_only()
@@ -111,7 +121,7 @@ class DecodeStep:
 
     def capture(self) -> None:
         """Capture the step for this thread before its first prompt, so that no token waits for it."""
-        if self._sessions.captures and threading.get_ident() not in self._captured_by:
+        if self._sessions.captures and self not in _captured.steps:
             assert self.cache.length == 0
             self._run(0)
             self.cache.truncate(0)

@@ -111,6 +111,7 @@ class Prefill:
         self._written |= {contract.PRESENT_STATS_WEIGHT: self._stats[contract.PAST_STATS_WEIGHT]}
         for layer in layers:
             self._written[contract.present_neuron_stats(layer)] = self._stats[contract.past_neuron_stats(layer)]
+        self._spoiled = False  # numbers that are not finite lie in the statistics, which no decay clears
         self._calls: dict[bool, Call] = {}  # by whether thresholds are given
         # An empty input is more than some kernels take: one padding index means the same.
         self._nothing = device_tensor(np.array([contract.PADDING_INDEX], np.int32), provider)
@@ -146,6 +147,9 @@ class Prefill:
         if thresholds is not None:
             self._thresholds.update_inplace(np.asarray(thresholds, np.float32))
         call = self._bound(thresholds is not None)
+        if self._spoiled:
+            for value in self._stats.values():
+                value.update_inplace(np.zeros(value.shape(), np.float32))
         outputs: Mapping[str, ort.OrtValue] = EMPTY
         for start in range(0, len(tokens), chunk):
             piece = tokens[start : start + chunk]
@@ -162,7 +166,9 @@ class Prefill:
             self._cache.commit()
         allocated = {name: outputs[output] for name, output in self._allocated.items()}
         inputs = {name: value if value.shape()[0] else self._nothing for name, value in allocated.items()}
-        return self._logits.numpy()[0, 0].copy(), PromptMask(self._into | inputs, self._stats)
+        logits = self._logits.numpy()[0, 0].copy()
+        self._spoiled = not bool(np.isfinite(logits).all())
+        return logits, PromptMask(self._into | inputs, self._stats)
 
 
 def prefill(

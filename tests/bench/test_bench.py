@@ -254,3 +254,27 @@ def test_speedup_compares_the_same_rounds() -> None:
 
 def test_copy_bandwidth_is_that_of_a_computer() -> None:
     assert 0.1 < copy_bandwidth("cpu") < 10_000
+
+
+@pytest.mark.parametrize("method", ["dense_native", "tda", "two_levels", "griffin"])
+def test_wrong_logits_of_any_method_are_not_timed(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    nothing = np.full(artifact.shape.vocab_size, np.nan, np.float32)
+    monkeypatch.setattr(SparseRunner, "logits", lambda self, token: nothing)
+    with pytest.raises(TdaError, match=f"{method}: its logits are nan from the reference"):
+        run_bench(artifact, "cpu", BenchSettings((method,), 0.5, 64, 32), PROMPT)
+
+
+def test_two_levels_need_tokens_to_choose_thresholds_on() -> None:
+    with pytest.raises(UsageError, match="two_levels needs 32 new tokens or more"):
+        BenchSettings(("two_levels",), 0.5, 64, 31)
+
+
+@pytest.mark.parametrize("config", [{"model_type": "nosuch"}, SMALL | {"hidden_size": "x"}])
+def test_config_that_transformers_refuses(tmp_path: Path, config: dict[str, Any]) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    result = run_cli("bench", "--shape", path, *SHORT)
+    assert result.exit_code == 2, result.output
+    assert "not a usable config.json" in result.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,6 +55,21 @@ def test_one_capture_serves_every_prompt(tiny_model: Path, tmp_path: Path) -> No
     assert first == elsewhere == again == alone
     assert model._idle is step
     assert model.sessions.next_graph_id() == "2"  # one graph so far
+
+
+def test_threads_that_come_and_go(tiny_model: Path, tmp_path: Path) -> None:
+    """A thread may get the id of one that has ended, but not what that one captured."""
+    model = load(build_tiny(resolve_model(str(tiny_model)), tmp_path / "artifact", dtype="float16"))
+    prompt = list(range(3, 60))
+    expected = [token.id for token in model.generate(prompt, max_new_tokens=20)]
+    found: list[list[int]] = []
+    for _ in range(4):
+        thread = threading.Thread(
+            target=lambda: found.append([token.id for token in model.generate(prompt, max_new_tokens=20)])
+        )
+        thread.start()
+        thread.join()
+    assert found == [expected] * 4
 
 
 def test_two_generations_at_once(tiny_model: Path, tmp_path: Path) -> None:

@@ -234,18 +234,39 @@ def test_weight_that_is_not_a_number(artifact_copy: Path) -> None:
         next(generation)
 
 
+def spoil_rotation(folder: Path, position: int, bad: float) -> None:
+    artifact = open_artifact(folder)
+    entry = artifact.manifest["weights"][contract.COS_CACHE]
+    rows = np.memmap(
+        artifact.file(contract.WEIGHTS_FILE), np.float32, mode="r+", offset=entry["offset"], shape=tuple(entry["shape"])
+    )
+    rows[position] = bad
+    rows.flush()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("native", [True, False], ids=["native", "stock"])
+def test_a_prompt_that_is_not_finite_leaves_nothing_behind(artifact_copy: Path, bad: float, native: bool) -> None:
+    """Statistics decay to nothing before each prompt, but no decay clears what is not a number."""
+    spoil_rotation(artifact_copy, 30, bad)  # which a short prompt never reaches
+    with contextlib.nullcontext() if native else without_native_kernels():
+        model = load(artifact_copy, provider="cpu")
+    short = list(range(5, 25))
+    before = model.generate(short, max_new_tokens=5)
+    tokens = [token.id for token in before]
+    with pytest.raises(TdaError, match="not finite"):
+        next(model.generate(list(range(5, 45))))
+    after = model.generate(short, max_new_tokens=5)
+    assert [token.id for token in after] == tokens
+    assert after.metrics.sparsity == before.metrics.sparsity
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=0)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("native", [True, False], ids=["native", "stock"])
 def test_logits_that_become_infinite(artifact_copy: Path, bad: float, sampling: Sampling, native: bool) -> None:
     """The rotation of one position is spoiled, so the token that is read there spoils its logits."""
-    artifact = open_artifact(artifact_copy)
-    entry = artifact.manifest["weights"][contract.COS_CACHE]
-    rows = np.memmap(
-        artifact.file(contract.WEIGHTS_FILE), np.float32, mode="r+", offset=entry["offset"], shape=tuple(entry["shape"])
-    )
-    rows[len(PROMPT) + 2] = bad  # of the third token that decode reads
-    rows.flush()
+    spoil_rotation(artifact_copy, len(PROMPT) + 2, bad)  # of the third token that decode reads
     with contextlib.nullcontext() if native else without_native_kernels():
         model = load(artifact_copy, provider="cpu")
     tokens: list[Token] = []
