@@ -19,6 +19,8 @@ FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "libtda_ort.so"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
 WARNINGS = ("-Wall", "-Wextra", "-Wno-missing-field-initializers", "-Wno-psabi")
+# On Linux the library stays loaded once it is: its kernels, and CUDA modules, are kept for the whole process.
+LINUX_FLAGS = ("-ldl", "-Wl,-z,nodelete")
 COMPILERS = ("c++", "g++", "clang++")
 LITERAL_LIMIT = 8000  # characters of one string literal; compilers are only required to take so many
 
@@ -62,26 +64,32 @@ def build(output: Path = LIBRARY, extra_flags: tuple[str, ...] = ()) -> Path:
     """Compile the library to `output`, whole or not at all.
 
     Raises:
-        BuildError: There is no compiler, or it failed.
+        BuildError: There is no compiler, it failed, or the folder cannot be written to.
     """
     if sys.platform == "win32":
         raise BuildError("the native library is not built on Windows")
     compiler = find_compiler()
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".build-") as name:
-        folder = Path(name)
-        embed_sources(folder)
-        part = folder / output.name
-        sources = [str(path) for path in sorted(FOLDER.glob("*.cc"))]
-        command = [compiler, *FLAGS, *WARNINGS, *extra_flags, f"-I{FOLDER}", f"-I{folder}", *sources, "-o", str(part)]
-        done = subprocess.run(
-            [*command, *(["-ldl"] if sys.platform == "linux" else [])], capture_output=True, text=True
-        )
-        if done.returncode:
-            raise BuildError(f"{compiler} failed:\n{done.stderr.strip()}")
-        if done.stderr:
-            print(done.stderr, file=sys.stderr)
-        part.replace(output)
+    try:
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".build-") as name:
+            part = _compile(compiler, Path(name), extra_flags)
+            part.replace(output)
+    except OSError as error:  # a folder that cannot be written to, a compiler that does not start
+        raise BuildError(f"{error.filename or output}: {error.strerror or error}") from error
     return output
+
+
+def _compile(compiler: str, folder: Path, extra_flags: tuple[str, ...]) -> Path:
+    embed_sources(folder)
+    part = folder / LIBRARY.name
+    sources = [str(path) for path in sorted(FOLDER.glob("*.cc"))]
+    command = [compiler, *FLAGS, *WARNINGS, *extra_flags, f"-I{FOLDER}", f"-I{folder}", *sources, "-o", str(part)]
+    command += LINUX_FLAGS if sys.platform == "linux" else ()
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"{compiler} failed:\n{done.stderr.strip()}")
+    if done.stderr:
+        print(done.stderr, file=sys.stderr)
+    return part
 
 
 if __name__ == "__main__":

@@ -46,10 +46,11 @@ class Linear : public Kernel {
     if (x.rank == 0 || x.sizes[x.rank - 1] != inputs) {
       Fail("x: expected shape [.., ", inputs, "], got ", x.Shape());
     }
+    if (inputs == 0) Fail("weight: a product of no inputs, shape ", weight.Shape());
     Tensor shape = x;
     shape.sizes[shape.rank - 1] = outputs;
     const Tensor y = context.OutputLike(0, shape);
-    const int64_t tokens = inputs == 0 ? 0 : x.Count() / inputs;
+    const int64_t tokens = x.Count() / inputs;
     if (tokens == 0 || outputs == 0) return;
     const bool wide = inputs % kWide == 0 && SuitsWideLoads(x) && SuitsWideLoads(weight);
     const CudaKernel& kernel = kernels_[tokens > 1][wide];

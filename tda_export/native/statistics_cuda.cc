@@ -142,7 +142,7 @@ class TailMean : public Kernel {
 
   void Compute(const KernelContext& context) override {
     const Tensor stats = context.Input(0), weight = context.Input(1), keep = context.Input(2), down = context.Input(3);
-    Expect(down.rank == 2, "w_down", down, "[neurons, hidden size]");
+    Expect(down.rank == 2 && down.sizes[0] > 0 && down.sizes[1] > 0, "w_down", down, "[neurons, hidden size]");
     const int64_t neurons = down.sizes[0], hidden = down.sizes[1];
     Expect(stats.rank == 2 && stats.sizes[0] == 2 && stats.sizes[1] == neurons, "stats", stats, "[2, neurons]");
     Expect(weight.Count() == 1, "weight", weight, "[1]");

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
@@ -52,7 +52,39 @@ class Metrics:
 
 
 class Generation:
-    """An iterator of tokens; `metrics` and `text` are current at every step."""
+    """An iterator of tokens; `metrics` and `text` are current at every step.
+
+    One that is not read to its end gives its decode step (and KV cache) back when it is closed or dropped.
+    """
+
+    def __init__(self, decoding: Decoding) -> None:
+        self._decoding = decoding
+        # Its frame holds the decoding and not this object: were it a cycle, dropping this object would free nothing.
+        self._tokens = decoding.tokens()
+
+    @property
+    def metrics(self) -> Metrics:
+        """What it cost so far."""
+        return self._decoding.metrics
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return self._decoding.text
+
+    def __iter__(self) -> Iterator[Token]:
+        return self
+
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    def close(self) -> None:
+        """End it here. The model's decode step is free for the next generation; no more tokens come."""
+        self._tokens.close()
+
+
+class Decoding:
+    """What a generation is made of: prompt, limits and sampler, and the text and metrics so far."""
 
     def __init__(
         self,
@@ -74,15 +106,9 @@ class Generation:
         self._capacity, self._borrow_step = min(context, len(prompt) + max_new_tokens), borrow_step
         self.text = ""
         self.metrics = Metrics(sessions.provider, mask, len(prompt))
-        self._tokens = self._run()
 
-    def __iter__(self) -> Iterator[Token]:
-        return self
-
-    def __next__(self) -> Token:
-        return next(self._tokens)
-
-    def _run(self) -> Iterator[Token]:
+    def tokens(self) -> Generator[Token, None, None]:
+        """Read the prompt, then yield the answer token by token, on a step borrowed meanwhile."""
         with self._borrow_step(self._capacity) as step:
             step.capture()
             yield from self._generate(step)

@@ -12,7 +12,7 @@ import numpy as np
 from tda_export.errors import TdaError, UsageError
 from tda_export.runtime.artifact import Artifact, open_artifact
 from tda_export.runtime.decode_step import DecodeStep
-from tda_export.runtime.generate import Generation, MaskMode
+from tda_export.runtime.generate import Decoding, Generation, MaskMode
 from tda_export.runtime.providers import choose_provider
 from tda_export.runtime.sampling import Sampling, make_sampler
 from tda_export.runtime.session import Sessions
@@ -77,7 +77,7 @@ class Model:
             thresholds: L scores in place of the artifact's thresholds: another budget, without another build.
 
         Returns:
-            An iterator of `Token` with `metrics` and `text`.
+            An iterator of `Token` with `metrics` and `text`; `close()` ends it early.
 
         Raises:
             UsageError: An argument is out of range.
@@ -103,7 +103,7 @@ class Model:
                 f"The prompt has {len(tokens)} tokens and the context {context}, which leaves no room for an answer. "
                 f"Shorten the prompt{'' if context == limit else ', or raise the context'}."
             )
-        return Generation(
+        decoding = Decoding(
             self.artifact,
             self.sessions,
             tokens,
@@ -115,6 +115,7 @@ class Model:
             thresholds=None if thresholds is None else np.asarray(thresholds, np.float32),
             borrow_step=self.borrow_step,
         )
+        return Generation(decoding)
 
     def _tokens(self, prompt: str | Sequence[int], chat: bool) -> list[int]:
         if isinstance(prompt, str):

@@ -230,6 +230,7 @@ def test_add_norm(provider: str, native: bool, dtype: str, hidden: int, tokens: 
     ("name", "feeds", "outputs", "message"),
     [
         (contract.LINEAR, {"x": (1, 3), "weight": (4, 2)}, 1, r"x: expected shape \[.., 2\], got \[1, 3\]"),
+        (contract.LINEAR, {"x": (1, 0), "weight": (4, 0)}, 1, r"weight: a product of no inputs, shape \[4, 0\]"),
         (contract.LINEAR, {"x": (1, 3), "weight": (3,)}, 1, r"weight: expected shape \[outputs, inputs\], got \[3\]"),
         (contract.ADD_NORM, {"x": (1, 3), "residual": (1, 3), "weight": (2,)}, 2, r"x: expected shape \[.., 2\]"),
         (contract.ADD_NORM, {"x": (1, 2), "residual": (2, 2), "weight": (2,)}, 2, r"residual: expected shape \[1, 2\]"),

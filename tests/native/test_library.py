@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 from tda_export.errors import TdaError
 from tda_export.native import build as build_module
 from tda_export.native import library
-from tda_export.native.build import BuildError, build, find_compiler
+from tda_export.native.build import LIBRARY, BuildError, build, find_compiler
 from tda_export.runtime import load
 from tda_export.runtime import session as session_module
 from tests.conftest import run_ok
@@ -117,6 +118,32 @@ def test_compiler_that_fails_leaves_the_old_library(monkeypatch: pytest.MonkeyPa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken-c++", "libtda_ort.so"]
 
 
+def test_compiler_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/no/such/interpreter\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(BuildError, match=r"c\+\+: No such file or directory"):
+        build(tmp_path / "library.so")
+    assert list(tmp_path.iterdir()) == [compiler]
+
+
+def test_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"nowhere.*No such file or directory"):
+        build(tmp_path / "nowhere" / "library.so")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads an ELF file")
+def test_it_stays_loaded() -> None:
+    """The flag NODELETE (8) of the dynamic section's entry FLAGS_1: sessions come and go, kernels stay."""
+    content = LIBRARY.read_bytes()
+    (headers,), (size, count) = struct.unpack_from("<Q", content, 32), struct.unpack_from("<HH", content, 54)
+    segments = [struct.unpack_from("<II6Q", content, headers + i * size) for i in range(count)]
+    ((_, _, start, _, _, length, *_),) = [segment for segment in segments if segment[0] == 2]  # PT_DYNAMIC
+    entries = dict(struct.iter_unpack("<QQ", content[start : start + length]))
+    assert entries[0x6FFFFFFB] & 8
+
+
 def test_windows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(BuildError, match="not built on Windows"):
@@ -129,6 +156,7 @@ def test_device_sources_hold_no_end_of_literal() -> None:
 
 
 SANITIZED = """
+import struct
 import sys
 from pathlib import Path
 import pytest

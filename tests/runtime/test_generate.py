@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -232,6 +233,25 @@ def test_weight_that_is_not_a_number(artifact_copy: Path) -> None:
         TdaError, match=rf"logits that are not finite at token {len(PROMPT)}.*--dtype bf16, or with fp32"
     ):
         next(generation)
+
+
+@pytest.mark.parametrize("close", [True, False], ids=["closed", "dropped"])
+def test_a_generation_left_half_way_gives_its_step_back(tiny_artifact: Path, close: bool) -> None:
+    """At once, and not when Python next looks for cycles: a KV cache hangs on it."""
+    model = load(tiny_artifact, provider="cpu")
+    gc.disable()
+    try:
+        generation = model.generate(PROMPT)
+        next(generation)
+        assert model._idle is None
+        if close:
+            generation.close()
+            assert list(generation) == []
+        else:
+            del generation
+        assert model._idle is not None
+    finally:
+        gc.enable()
 
 
 def spoil_rotation(folder: Path, position: int, bad: float) -> None:
