@@ -11,6 +11,7 @@ from tda_export.calibration.curves import CurveSums
 from tda_export.errors import UsageError
 
 AllocationRule = Literal["uniform"]
+TRUNCATION_LARGEST_SPARSITY = 1 / 3  # all that reading no down row saves
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,16 @@ class Allocation:
         return 1.0 - sum(self.density) / len(self.density)
 
 
+@dataclass(frozen=True)
+class TruncationAllocation(Allocation):
+    """Of threshold truncation: `density` is the share of down rows that are read, of gate and up all are."""
+
+    @property
+    def sparsity(self) -> float:
+        """Expected share of FFN bytes that decode does not read."""
+        return super().sparsity / 3
+
+
 def allocate(budget: Budget, curves: CurveSums, grid: torch.Tensor) -> Allocation:
     """Choose the thresholds.
 
@@ -68,14 +79,50 @@ def allocate(budget: Budget, curves: CurveSums, grid: torch.Tensor) -> Allocatio
         curves: From calibration.
         grid: The thresholds, float32 [K].
     """
-    cett, density = curves.mean_cett, curves.mean_density  # [L, K]
-    if budget.cett is not None:
-        within = cett <= budget.cett  # [L, K]; column 0 (nothing dropped) always is
+    return _choose(budget.cett, budget.sparsity, curves.mean_cett, curves.mean_density, grid)
+
+
+def allocate_truncation(budget: Budget, curves: CurveSums, grid: torch.Tensor) -> TruncationAllocation:
+    """Choose thresholds of r_i(t) for threshold truncation, from the curves of the token estimator.
+
+    Truncation reads every gate row and up row, and the share d of down rows: (2 + d) / 3 of the FFN's bytes. So a
+    sparsity p asks for d = 1 - 3 p.
+
+    Args:
+        budget: As `allocate` takes it.
+        curves: Of a calibration with the token estimator.
+        grid: The thresholds, float32 [K].
+
+    Raises:
+        UsageError: The curves are the prompt estimator's, or the sparsity is more than 1/3.
+    """
+    if curves.token_density.shape[1] == 0:
+        raise UsageError(
+            "Threshold truncation drops neurons token by token, and this calibration is of prompts. Calibrate with "
+            "'tda-export calibrate --estimator token'."
+        )
+    if budget.sparsity is not None and budget.sparsity > TRUNCATION_LARGEST_SPARSITY:
+        raise UsageError(
+            f"Threshold truncation reads every gate and up row, so it saves at most 1/3 of the FFN's bytes, and "
+            f"sparsity {budget.sparsity} is more. Give --sparsity up to 0.333, or another method."
+        )
+    dropped = None if budget.sparsity is None else min(3.0 * budget.sparsity, 1.0)
+    density = curves.token_density / curves.tokens  # [L, K]
+    chosen = _choose(budget.cett, dropped, curves.mean_cett, density, grid)
+    return TruncationAllocation(chosen.thresholds, chosen.density, chosen.cett, chosen.recrossing)
+
+
+def _choose(
+    budget_cett: float | None, dropped: float | None, cett: torch.Tensor, density: torch.Tensor, grid: torch.Tensor
+) -> Allocation:
+    """Choose from curves [L, K] by a CETT or, uniformly, by the share of neurons to drop; one of them is None."""
+    if budget_cett is not None:
+        within = cett <= budget_cett  # [L, K]; column 0 (nothing dropped) always is
         chosen = len(grid) - 1 - within.flip(1).int().argmax(dim=1)  # [L], the last within
         recrossing = [i for i, k in enumerate(chosen.tolist()) if not bool(within[i, : k + 1].all())]
     else:
-        assert budget.sparsity is not None
-        chosen = (density - (1.0 - budget.sparsity)).abs().argmin(dim=1)
+        assert dropped is not None
+        chosen = (density - (1.0 - dropped)).abs().argmin(dim=1)
         recrossing = []
     rows = torch.arange(len(chosen))
     return Allocation(

@@ -126,6 +126,9 @@ def present_tail_mean(layer: int) -> str:
     return f"present_tail_mean.{layer}"
 
 
+KEPT_NEURONS = "kept_neurons"  # of threshold truncation, by layer and token
+
+
 def ffn_input(layer: int) -> str:
     """What goes into a layer's FFN; an output of derived graphs that measure."""
     return f"ffn_input.{layer}"
@@ -260,6 +263,24 @@ def decode_outputs(shape: ModelShape, *, ffn_inputs: bool = False) -> list[IoTen
         IoTensor(GREEDY_TOKENS, "int64", (1, "sequence_length")),
         *_kv_cache(shape, present_key, present_value, "total_sequence_length"),
         *probes,
+    ]
+
+
+def truncation_inputs(shape: ModelShape) -> list[IoTensor]:
+    """List the inputs of the threshold-truncation graph, which `eval` derives as a baseline; it is in no artifact."""
+    return [
+        *_token_inputs(),
+        *_kv_cache(shape, past_key, past_value, "past_sequence_length"),
+        IoTensor(THRESHOLDS, "float32", (shape.num_layers,), default=True),
+    ]
+
+
+def truncation_outputs(shape: ModelShape) -> list[IoTensor]:
+    """List the outputs of the threshold-truncation graph."""
+    return [
+        IoTensor(LOGITS, "float32", (1, "sequence_length", shape.vocab_size)),
+        *_kv_cache(shape, present_key, present_value, "total_sequence_length"),
+        IoTensor(KEPT_NEURONS, "int64", (shape.num_layers, "sequence_length")),
     ]
 
 

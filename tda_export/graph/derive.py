@@ -14,6 +14,7 @@ from tda_export.graph.dense import build_dense, dense_weight_table
 from tda_export.graph.method import Method
 from tda_export.graph.ops import DTYPES
 from tda_export.graph.prefill import build_prefill
+from tda_export.graph.truncation import build_truncation
 from tda_export.graph.weights_file import WeightTable
 from tda_export.models.spec import DecoderSpec, spec_from_dict
 from tda_export.runtime.artifact import Artifact
@@ -74,6 +75,27 @@ def derived_probe(artifact: Artifact) -> bytes:
     """Build the decode graph with the inputs of every FFN among its outputs."""
     spec, method = artifact_spec(artifact), artifact_method(artifact)
     return _serialised(build_decode(spec, weight_table(artifact), artifact.shape.dtype, method, ffn_inputs=True))
+
+
+def derived_truncation(artifact: Artifact) -> bytes:
+    """Build the threshold-truncation graph."""
+    return _serialised(build_truncation(artifact_spec(artifact), weight_table(artifact), artifact.shape.dtype))
+
+
+def truncation_sessions(artifact: Artifact, sessions: Sessions) -> Sessions:
+    """Return sessions whose decode truncates by threshold; prefill and weights are the same.
+
+    Decode takes no mask. Without thresholds it keeps every neuron, so that it is its own dense reference.
+    """
+    model = derived_truncation(artifact)
+    names = initializer_names(model)
+    weights = {name: value for name, value in sessions.shared_weights.items() if name in names}
+    other = copy.copy(sessions)
+    other.decode = open_session(
+        artifact, model, sessions.provider, weights, native=sessions.native, capture=False, prepack=True
+    )
+    other.captures = False
+    return other
 
 
 def initializer_names(model: bytes) -> set[str]:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tda_export.calibration.budgets import Allocation, Budget, allocate
+from tda_export.calibration.budgets import Allocation, Budget, allocate, allocate_truncation
 from tda_export.calibration.curves import CurveSums
 from tda_export.errors import UsageError
 
@@ -146,3 +146,41 @@ def test_budget_describes_itself(budget: Budget, description: dict[str, object],
     assert budget.describe() == description
     assert str(budget) == text
     assert Budget(**description) == budget  # type: ignore[arg-type]
+
+
+TOKEN_DENSITY = torch.tensor([[1.0, 0.9, 0.6, 0.4, 0.1, 0.0]] * 2, dtype=torch.float64)
+
+
+def token_curves() -> CurveSums:
+    """Of the token estimator: 8 tokens, and a density of prompts that is another."""
+    return dataclasses.replace(curves([RISING, CROSSING]), token_density=TOKEN_DENSITY * 8)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "threshold", "density"),
+    [(0.0, 0.0, 1.0), (0.2, 0.4, 0.4), (0.3, 0.8, 0.1), (1 / 3, 2.0, 0.0)],
+)
+def test_truncation_saves_a_third_of_what_it_drops(sparsity: float, threshold: float, density: float) -> None:
+    allocation = allocate_truncation(Budget(sparsity=sparsity), token_curves(), GRID)
+    assert allocation.thresholds == pytest.approx([threshold] * 2)
+    assert allocation.density == pytest.approx([density] * 2)
+    assert allocation.sparsity == pytest.approx(sparsity)
+    assert allocation.recrossing == []
+
+
+def test_truncation_by_cett_takes_the_curve_of_tokens() -> None:
+    allocation = allocate_truncation(Budget(cett=0.2), token_curves(), GRID)
+    assert allocation.thresholds == pytest.approx([0.2, 0.4])
+    assert allocation.density == pytest.approx([0.6, 0.4])
+    assert allocation.recrossing == [1]
+    assert allocation.sparsity == pytest.approx(0.5 / 3)
+
+
+def test_truncation_refuses_more_than_a_third() -> None:
+    with pytest.raises(UsageError, match=r"saves at most 1/3 .* sparsity 0.34 is more. Give --sparsity up to 0.333"):
+        allocate_truncation(Budget(sparsity=0.34), token_curves(), GRID)
+
+
+def test_truncation_refuses_curves_of_prompts() -> None:
+    with pytest.raises(UsageError, match="Calibrate with 'tda-export calibrate --estimator token'"):
+        allocate_truncation(Budget(cett=0.2), curves([RISING]), GRID)

@@ -1,0 +1,65 @@
+"""Threshold truncation (TT): the decode graph of the baseline that drops each token's own small neurons.
+
+Sources: ReLU^2 Wins, arXiv 2402.03804, section 3; the TT baseline of TDA, arXiv 2408.11393. A neuron is known to be
+small only once its gate and up products are, so every gate row and up row is read, and a down row where the neuron is
+kept: with d the share of kept neurons, (2 + d) / 3 of the FFN's bytes. Stock operators alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from tda_export.graph import contract
+from tda_export.graph.attention import attention_lengths
+from tda_export.graph.decoder import GraphBuilder, model_shape
+from tda_export.graph.ffn import dense_activations, dense_output
+from tda_export.graph.linear import HalfGraphBuilder, linear_functions
+from tda_export.graph.ops import Ops
+from tda_export.graph.weights_file import WeightTable
+from tda_export.models.spec import DecoderSpec
+
+TINY = 1e-30  # guards the division of a token without any activation
+
+
+def build_truncation(spec: DecoderSpec, weights: WeightTable, dtype: str) -> ir.Model:
+    """Build the graph that keeps, for every token, the neurons with r_i(t) >= the layer's threshold.
+
+    Args:
+        spec: The architecture.
+        weights: The tensors of weights.bin, squared lengths of down columns among them.
+        dtype: A value of `contract.DTYPES`.
+
+    Returns:
+        The model with the inputs and outputs of `contract.truncation_inputs` and `contract.truncation_outputs`. The
+        default thresholds are 0 and keep every neuron. `kept_neurons` int64 [L, S] counts the kept ones.
+    """
+    shape, half = model_shape(spec, dtype), dtype != "float32"
+    graph = (HalfGraphBuilder if half else GraphBuilder)(spec, weights, dtype, contract.truncation_inputs(shape))
+    ops, inputs, outputs = graph.ops, graph.inputs, graph.outputs
+    kept: list[ir.Value] = []
+
+    def ffn(layer: int, x: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+        h = dense_activations(ops, spec, weights, layer, x)  # [1, S, F]
+        relative = _relative_magnitudes(ops, h, graph.weight(contract.down_squared_norms(layer)))
+        threshold = ops.op("Gather", inputs[contract.THRESHOLDS], ops.constant(layer, "int64"), axis=0)  # scalar
+        keep = ops.op("GreaterOrEqual", relative, threshold)  # bool [1, S, F]
+        kept.append(ops.op("ReduceSum", ops.cast(keep, "int64"), ops.constant([2], "int64"), keepdims=0))  # [1, S]
+        zero = ops.op("CastLike", ops.constant(0.0, "float32"), h)
+        y = dense_output(ops, weights, layer, ops.op("Where", keep, h, zero))
+        return y, graph.weight(contract.ffn_bias(layer, "down")) if spec.ffn_bias else None
+
+    hidden = graph.layers(attention_lengths(ops, inputs[contract.ATTENTION_MASK]), ffn)
+    outputs[contract.LOGITS] = graph.logits(hidden)
+    outputs[contract.KEPT_NEURONS] = ops.op("Concat", *kept, axis=0)  # [L, S]
+    defaults = {contract.THRESHOLDS: np.zeros(spec.num_layers, np.float32)}
+    functions = linear_functions() if half else []
+    return graph.model("truncation", contract.truncation_outputs(shape), defaults, functions)
+
+
+def _relative_magnitudes(ops: Ops, h: ir.Value, squared_norms: ir.Value) -> ir.Value:
+    """Compute r_i(t) = m_i(t) / ||m(t)||, float32 [1, S, F], as prefill's statistics do."""
+    h32 = ops.cast(h, "float32")
+    squares = ops.op("Mul", ops.op("Mul", h32, h32), squared_norms)  # m_i(t)^2
+    total = ops.op("ReduceSum", squares, ops.constant([2], "int64"), keepdims=1)  # [1, S, 1]
+    return ops.op("Sqrt", ops.op("Div", squares, ops.op("Max", total, ops.constant(TINY, "float32"))))

@@ -1,0 +1,5 @@
+"""The tiny artifact, loaded."""
+
+from tests.runtime.conftest import model
+
+__all__ = ["model"]
