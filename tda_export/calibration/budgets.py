@@ -42,6 +42,17 @@ class Budget:
         return f"CETT {self.cett}" if self.cett is not None else f"sparsity {self.sparsity}, {self.allocation}"
 
 
+def make_budget(cett: float | None, sparsity: float | None, allocation: AllocationRule | None) -> Budget:
+    """Return a budget of options, of which None is not given.
+
+    Raises:
+        UsageError: Both or none of CETT and sparsity are given, one is out of range, or the rule has nothing to spread.
+    """
+    if allocation is not None and sparsity is None:
+        raise UsageError("--allocation spreads a --sparsity over the layers. Give --sparsity, or leave it out.")
+    return Budget(cett, sparsity, allocation or "uniform")
+
+
 @dataclass(frozen=True)
 class Allocation:
     """The chosen threshold of each layer, with what the curves expect of it (lists of L floats)."""

@@ -13,8 +13,6 @@ from tda_export.cli.options import (
     PATH,
     artifact_argument,
     budget_options,
-    budget_thresholds,
-    chosen_budget,
     json_option,
     provider_option,
 )
@@ -66,63 +64,35 @@ def evaluate(
     Strict protocol: the prompt is read densely and gives the mask, every token after it is decoded under the mask.
     Standard errors are over the prompts.
     """
-    from tda_export.errors import UsageError
+    from tda_export.evaluation.setting import Request, check_request, open_setting
     from tda_export.evaluation.text import TextSettings, cut_windows, evaluate_text
-    from tda_export.graph.derive import artifact_method, derived_sessions
-    from tda_export.graph.method import griffin
     from tda_export.progress import progress
     from tda_export.runtime.artifact import open_artifact
     from tda_export.runtime.providers import choose_provider
     from tda_export.runtime.session import Sessions
     from tda_export.runtime.text import Text
 
-    given = (cett, sparsity, allocation) != (None, None, None)
-    if method == "dense" and given:
-        raise UsageError("--method dense reads every neuron, so a budget means nothing. Leave one of them out.")
-    if method == "griffin" and (sparsity is None or cett is not None or allocation is not None):
-        raise UsageError("--method griffin takes --sparsity, and no other budget.")
     opened = open_artifact(artifact)
-    own = artifact_method(opened)
-    if method == "tda" and own.selection != "threshold":
-        raise UsageError(
-            f"{artifact} was built with --method {own.name}, so tda cannot be measured with it. "
-            "Give an artifact of --method tda."
-        )
-    budget = chosen_budget(cett, sparsity, allocation, {}) if given and method == "tda" else None
+    check_request(opened, Request(method, sparsity, cett, allocation))
     settings = TextSettings(prompts, prompt_tokens, continuation_tokens)
     text = Text(opened)
     windows = cut_windows(text.encode(_read(text_file), special_tokens=False), text.encode(""), settings)
-    thresholds = budget_thresholds(opened, budget) if budget else None
     sessions = Sessions(opened, choose_provider(provider, opened.shape.dtype))
-    if method == "griffin":
-        assert sparsity is not None
-        sessions = derived_sessions(opened, sessions, griffin(sparsity))
+    setting = open_setting(opened, sessions, method, sparsity=sparsity, cett=cett, allocation=allocation)
     with progress("Evaluating", len(windows), quiet=as_json) as advance:
-        quality = evaluate_text(
-            opened, sessions, windows, settings, thresholds, masked=method != "dense", advance=advance
-        )
+        quality = evaluate_text(opened, setting, windows, settings, advance=advance)
     result = {
         "model": opened.manifest["model"]["name"],
         "dtype": opened.shape.dtype,
         "provider": sessions.provider,
         "method": method,
-        "budget": _budget(method, budget, sparsity, opened.manifest),
+        "budget": setting.budget,
         "text": text_file.name,
         "prompt_tokens": prompt_tokens,
         "continuation_tokens": continuation_tokens,
         **asdict(quality),
     }
     click.echo(json.dumps(result) if as_json else _summary(result))
-
-
-def _budget(method: str, budget: Any, sparsity: float | None, manifest: dict[str, Any]) -> dict[str, Any]:
-    """What was asked for, as plain data."""
-    if method == "dense":
-        return {}
-    if method == "griffin":
-        return {"sparsity": sparsity}
-    described: dict[str, Any] = budget.describe() if budget else manifest["budget"]
-    return described
 
 
 def _read(path: Path) -> str:

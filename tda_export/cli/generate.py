@@ -13,7 +13,6 @@ import click
 from tda_export.cli.options import (
     artifact_argument,
     budget_options,
-    budget_thresholds,
     chosen_budget,
     json_option,
     provider_option,
@@ -95,7 +94,9 @@ def generate(
     model = load(artifact, provider=provider)
     thresholds = None
     if budget:
-        thresholds = budget_thresholds(model.artifact, budget)
+        from tda_export.evaluation.setting import artifact_thresholds
+
+        thresholds = artifact_thresholds(model.artifact, budget)
     generation = model.generate(
         prompt,
         chat=chat,

@@ -10,7 +10,6 @@ import click
 
 if TYPE_CHECKING:
     from tda_export.calibration.budgets import AllocationRule, Budget
-    from tda_export.runtime.artifact import Artifact
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -53,24 +52,8 @@ def chosen_budget(
     cett: float | None, sparsity: float | None, allocation: AllocationRule | None, default: dict[str, Any]
 ) -> Budget:
     """Return the budget of the options, or `default` (plain data) when neither is given."""
-    from tda_export.calibration.budgets import Budget
-    from tda_export.errors import UsageError
+    from tda_export.calibration.budgets import Budget, make_budget
 
-    if allocation is not None and sparsity is None:
-        raise UsageError("--allocation spreads a --sparsity over the layers. Give --sparsity, or leave it out.")
-    if cett is None and sparsity is None:
+    if (cett, sparsity, allocation) == (None, None, None):
         return Budget(**default)
-    return Budget(cett, sparsity, allocation or "uniform")
-
-
-def budget_thresholds(artifact: Artifact, budget: Budget) -> list[float]:
-    """Choose thresholds for a budget from an artifact's own calibration."""
-    from tda_export.calibration.file import thresholds_from
-    from tda_export.errors import UsageError
-    from tda_export.graph import contract
-
-    if contract.CALIBRATION_FILE not in artifact.manifest["files"]:
-        raise UsageError(
-            f"{artifact.folder} carries no calibration, so its budget is fixed. Leave --cett and --sparsity out."
-        )
-    return thresholds_from(artifact.file(contract.CALIBRATION_FILE), budget)
+    return make_budget(cett, sparsity, allocation)

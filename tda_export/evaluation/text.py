@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from tda_export.errors import TdaError, UsageError
+from tda_export.evaluation.setting import Setting
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.kv_cache import KvCache
-from tda_export.runtime.phases import decode, prefill
+from tda_export.runtime.phases import decode
 from tda_export.runtime.scoring import compare, log_softmax
-from tda_export.runtime.session import Sessions
 
 
 @dataclass(frozen=True)
@@ -99,23 +99,19 @@ def cut_windows(tokens: Sequence[int], prefix: Sequence[int], settings: TextSett
 
 def evaluate_text(
     artifact: Artifact,
-    sessions: Sessions,
+    setting: Setting,
     windows: Sequence[Sequence[int]],
     settings: TextSettings,
-    thresholds: Sequence[float] | None = None,
     *,
-    masked: bool = True,
     advance: Callable[[int], None] = lambda windows: None,
 ) -> TextQuality:
     """Measure a method on windows of a text.
 
     Args:
         artifact: On disk.
-        sessions: Its own, or with the prefill of another method (`graph.derive.derived_sessions`).
+        setting: The method (`open_setting`).
         windows: N windows of `settings.window` token ids.
         settings: The lengths.
-        thresholds: L scores in place of the artifact's own, or None.
-        masked: False decodes with every neuron, through the same graph.
         advance: Told of every window that is done.
 
     Raises:
@@ -126,39 +122,30 @@ def evaluate_text(
             f"{settings.prompt_tokens} and {settings.continuation_tokens} tokens are more than the model's "
             f"{artifact.shape.max_positions} positions. Shorten one of them."
         )
-    override = None if thresholds is None else np.asarray(thresholds, np.float32)
     measured = []
     for window in windows:
-        measured.append(_measure(artifact, sessions, window, settings, override, masked))
+        measured.append(_measure(artifact, setting, window, settings))
         advance(1)
     return summarise(measured, artifact)
 
 
-def _measure(
-    artifact: Artifact,
-    sessions: Sessions,
-    window: Sequence[int],
-    settings: TextSettings,
-    thresholds: np.ndarray | None,
-    masked: bool,
-) -> WindowQuality:
-    shape, length = artifact.shape, settings.prompt_tokens
+def _measure(artifact: Artifact, setting: Setting, window: Sequence[int], settings: TextSettings) -> WindowQuality:
+    length = settings.prompt_tokens
     prompt, read, predicted = window[:length], window[length:-1], window[length + 1 :]
-    cache = KvCache(shape, sessions.provider, settings.window)
-    _, mask = prefill(sessions, shape, prompt, cache, thresholds)
-    sparse = decode(sessions, cache, read, mask if masked else None)
+    cache = KvCache(artifact.shape, setting.sessions.provider, settings.window)
+    _, mask = setting.read(prompt, cache)
+    sparse = setting.decode(cache, read, mask)
     cache.truncate(length)  # the context of the dense reading is the dense prompt again
-    dense = decode(sessions, cache, read, None)
+    dense = decode(setting.sessions, cache, read, None)
     if not (np.isfinite(sparse).all() and np.isfinite(dense).all()):
         raise TdaError(f"{artifact.folder}: the logits are not finite. Build the artifact in another dtype.")
     fidelity = compare(dense, sparse)
-    neurons = shape.num_layers * shape.ffn_size
     return WindowQuality(
         kl=fidelity.kl,
         nll=_nll(sparse, predicted),
         dense_nll=_nll(dense, predicted),
         agreement=fidelity.agreement,
-        density=mask.count(shape.num_layers) / neurons if masked else 1.0,
+        density=setting.density(mask),
     )
 
 

@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tda_export.errors import TdaError, UsageError
+from tda_export.evaluation.setting import open_setting
 from tda_export.evaluation.text import TextSettings, WindowQuality, cut_windows, evaluate_text, summarise
-from tda_export.graph.derive import derived_sessions
-from tda_export.graph.method import griffin
 from tda_export.models.source import ModelSource
 from tda_export.runtime import Model
 from tda_export.runtime.scoring import compare, continuation_logits
@@ -71,14 +70,13 @@ def test_quality_is_that_of_the_continuation_alone(
     sparsity: float | None,
 ) -> None:
     """The artifact's own mask, and Griffin's: each window read by itself, and averaged by hand."""
-    sessions = model.sessions
-    if sparsity is not None:
-        sessions = derived_sessions(model.artifact, sessions, griffin(sparsity))
-    quality = evaluate_text(model.artifact, sessions, windows, SETTINGS)
+    method = "tda" if sparsity is None else "griffin"
+    setting = open_setting(model.artifact, model.sessions, method, sparsity=sparsity)
+    quality = evaluate_text(model.artifact, setting, windows, SETTINGS)
     kls, losses, dense_losses, agreements = [], [], [], []
     for window in windows:
         prompt, read, predicted = window[:24], window[24:31], window[25:32]
-        kept, model.sessions = model.sessions, sessions
+        kept, model.sessions = model.sessions, setting.sessions
         sparse = continuation_logits(model, prompt, read, mask="tda")
         model.sessions = kept
         dense = continuation_logits(model, prompt, read, mask="dense")
@@ -104,7 +102,7 @@ def test_dense_perplexity_is_that_of_transformers(
     source: ModelSource,
     windows: list[list[int]],
 ) -> None:
-    quality = evaluate_text(model.artifact, model.sessions, windows, SETTINGS, masked=False)
+    quality = evaluate_text(model.artifact, open_setting(model.artifact, model.sessions, "dense"), windows, SETTINGS)
     losses = []
     with torch.inference_mode():
         for window in windows:
@@ -117,8 +115,8 @@ def test_dense_perplexity_is_that_of_transformers(
 
 
 def test_thresholds_replace_the_artifacts_own(model: Model, windows: list[list[int]]) -> None:
-    layers = model.artifact.shape.num_layers
-    everything = evaluate_text(model.artifact, model.sessions, windows, SETTINGS, [0.0] * layers)
+    setting = open_setting(model.artifact, model.sessions, "tda", cett=0.0)
+    everything = evaluate_text(model.artifact, setting, windows, SETTINGS)
     assert everything.density == 1.0
     assert everything.kl == pytest.approx(0.0, abs=1e-6)
 
@@ -126,7 +124,7 @@ def test_thresholds_replace_the_artifacts_own(model: Model, windows: list[list[i
 def test_windows_longer_than_the_model_are_refused(model: Model) -> None:
     settings = TextSettings(2, model.artifact.shape.max_positions, 1)
     with pytest.raises(TdaError, match="more than the model's"):
-        evaluate_text(model.artifact, model.sessions, [], settings)
+        evaluate_text(model.artifact, open_setting(model.artifact, model.sessions, "tda"), [], settings)
 
 
 def test_standard_errors_are_over_windows(model: Model) -> None:
