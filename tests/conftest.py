@@ -57,3 +57,14 @@ def tiny_artifact(tiny_model: Path, tiny_calibration: Path, tmp_path_factory: py
     path = tmp_path_factory.mktemp("artifacts") / "tiny"
     run_ok("build", tiny_model, "--calibration", tiny_calibration, "-o", path)
     return path
+
+
+@pytest.fixture(scope="session")
+def token_artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its artifact with a calibration of the token estimator, which threshold truncation needs."""
+    folder = tmp_path_factory.mktemp("token")
+    sequences = ("--sequences", "2", "--prompt-tokens", "24", "--continuation-tokens", "8")
+    run_ok("calibrate", tiny_model, "-o", folder / "calibration.safetensors", "--estimator", "token", *sequences)
+    calibration = ("--calibration", folder / "calibration.safetensors")
+    run_ok("build", tiny_model, *calibration, "--no-verify", "-o", folder / "artifact")
+    return folder / "artifact"

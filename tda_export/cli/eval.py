@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 @click.option("--text", "text_file", type=PATH, required=True, help="A UTF-8 text file that calibration has not seen.")
 @click.option(
     "--method",
-    type=click.Choice(["tda", "griffin", "dense"]),
+    type=click.Choice(["tda", "griffin", "tt", "dense"]),
     default="tda",
     show_default=True,
     help="tda: the artifact's thresholds, or those of a budget. griffin: the same number of neurons in every layer by "
-    "Griffin's score; takes --sparsity. dense: every neuron.",
+    "Griffin's score; takes --sparsity. tt: every token drops its own small neurons, saving their down rows alone; "
+    "takes --cett or --sparsity up to 1/3, and a calibration with --estimator token. dense: every neuron.",
 )
 @budget_options
 @click.option("--prompts", type=click.IntRange(2), default=32, show_default=True, help="Windows of the text.")

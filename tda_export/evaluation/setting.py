@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from tda_export.calibration.budgets import AllocationRule, Budget, make_budget
-from tda_export.calibration.file import thresholds_from
-from tda_export.errors import UsageError
+from tda_export.calibration.budgets import AllocationRule, Budget, allocate_truncation, make_budget
+from tda_export.calibration.file import read_calibration, thresholds_from
+from tda_export.errors import TdaError, UsageError
 from tda_export.graph import contract
-from tda_export.graph.derive import artifact_method, derived_sessions
+from tda_export.graph.derive import artifact_method, derived_sessions, truncation_sessions
 from tda_export.graph.method import griffin
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.kv_cache import KvCache
-from tda_export.runtime.phases import PromptMask, decode, prefill
-from tda_export.runtime.session import Sessions
+from tda_export.runtime.phases import PromptMask, bind_call, decode, prefill
+from tda_export.runtime.session import Sessions, device_tensor
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,42 @@ class Setting:
         """Return the share of neurons that decode reads under a mask."""
         layers = self.shape.num_layers
         return mask.count(layers) / (layers * self.shape.ffn_size) if self.masked else 1.0
+
+    def decode_counted(self, cache: KvCache, tokens: Sequence[int], mask: PromptMask) -> tuple[np.ndarray, float]:
+        """Do as `decode`, and say what share of neurons its tokens kept on average."""
+        return self.decode(cache, tokens, mask), self.density(mask)
+
+    def ffn_share(self, density: float) -> float:
+        """Return the share of the FFN's bytes that a token reads when it keeps that share of neurons."""
+        return density
+
+
+@dataclass(frozen=True)
+class TruncationSetting(Setting):
+    """Threshold truncation: each token drops the neurons with r_i(t) under `thresholds`, and no mask matters.
+
+    Decode is the graph of `graph/truncation.py`. It reads every gate row and up row, and the down rows of kept
+    neurons.
+    """
+
+    def decode(self, cache: KvCache, tokens: Sequence[int], mask: PromptMask) -> np.ndarray:
+        return self.decode_counted(cache, tokens, mask)[0]
+
+    def density(self, mask: PromptMask) -> float:
+        raise TdaError("Threshold truncation keeps other neurons for every token. Count them with decode_counted.")
+
+    def decode_counted(self, cache: KvCache, tokens: Sequence[int], mask: PromptMask) -> tuple[np.ndarray, float]:
+        assert self.thresholds is not None
+        thresholds = device_tensor(self.thresholds, self.sessions.provider)
+        call = bind_call(self.sessions.decode, cache, tokens, {contract.THRESHOLDS: thresholds})
+        call.allocate(contract.KEPT_NEURONS, "cpu")
+        outputs = call.run()
+        cache.commit()
+        kept = outputs[contract.KEPT_NEURONS].numpy()  # int64 [L, S]
+        return outputs[contract.LOGITS].numpy()[0], float(kept.mean()) / self.shape.ffn_size
+
+    def ffn_share(self, density: float) -> float:
+        return (2.0 + density) / 3.0
 
 
 def check_request(artifact: Artifact, request: Request) -> None:
@@ -130,6 +166,22 @@ def artifact_thresholds(artifact: Artifact, budget: Budget) -> list[float]:
     return thresholds_from(artifact.file(contract.CALIBRATION_FILE), budget)
 
 
+def truncation_thresholds(artifact: Artifact, budget: Budget) -> list[float]:
+    """Choose L thresholds of r_i(t) for threshold truncation from an artifact's own calibration.
+
+    Raises:
+        UsageError: It carries none or that of the prompt estimator, or the budget is more than truncation saves.
+        TdaError: It cannot be read.
+    """
+    if contract.CALIBRATION_FILE not in artifact.manifest["files"]:
+        raise UsageError(
+            f"{artifact.folder} carries no calibration, which --method tt takes its thresholds from. Calibrate with "
+            "'tda-export calibrate --estimator token', and build with that."
+        )
+    calibration = read_calibration(artifact.file(contract.CALIBRATION_FILE))
+    return allocate_truncation(budget, calibration.sums, calibration.grid).thresholds
+
+
 def _check_tda(artifact: Artifact, request: Request) -> None:
     own = artifact_method(artifact)
     if own.selection != "threshold":
@@ -138,18 +190,18 @@ def _check_tda(artifact: Artifact, request: Request) -> None:
             "Give an artifact of --method tda."
         )
     if request.has_budget:
-        _tda_budget(request)
+        _budget(request)
 
 
 def _open_tda(artifact: Artifact, sessions: Sessions, request: Request) -> Setting:
     if not request.has_budget:
         return Setting("tda", artifact.shape, sessions, budget=dict(artifact.manifest["budget"]))
-    budget = _tda_budget(request)
+    budget = _budget(request)
     thresholds = np.asarray(artifact_thresholds(artifact, budget), np.float32)  # [L]
     return Setting("tda", artifact.shape, sessions, thresholds, budget=budget.describe())
 
 
-def _tda_budget(request: Request) -> Budget:
+def _budget(request: Request) -> Budget:
     return make_budget(request.cett, request.sparsity, request.allocation)
 
 
@@ -165,6 +217,19 @@ def _open_griffin(artifact: Artifact, sessions: Sessions, request: Request) -> S
     return Setting("griffin", artifact.shape, derived, budget={"sparsity": request.sparsity})
 
 
+def _check_tt(artifact: Artifact, request: Request) -> None:
+    if not request.has_budget:
+        raise UsageError("--method tt takes a budget of its own. Give --cett, or --sparsity up to 0.333.")
+    truncation_thresholds(artifact, _budget(request))
+
+
+def _open_tt(artifact: Artifact, sessions: Sessions, request: Request) -> Setting:
+    budget = _budget(request)
+    thresholds = np.asarray(truncation_thresholds(artifact, budget), np.float32)  # [L]
+    derived = truncation_sessions(artifact, sessions)
+    return TruncationSetting("tt", artifact.shape, derived, thresholds, budget=budget.describe())
+
+
 def _check_dense(artifact: Artifact, request: Request) -> None:
     if request.has_budget:
         raise UsageError("--method dense reads every neuron, so a budget means nothing. Leave one of them out.")
@@ -177,5 +242,6 @@ def _open_dense(artifact: Artifact, sessions: Sessions, request: Request) -> Set
 METHODS = {
     "tda": MethodEntry(_check_tda, _open_tda),
     "griffin": MethodEntry(_check_griffin, _open_griffin),
+    "tt": MethodEntry(_check_tt, _open_tt),
     "dense": MethodEntry(_check_dense, _open_dense),
 }

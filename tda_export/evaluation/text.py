@@ -44,8 +44,8 @@ class TextQuality:
     """Means over windows, with standard errors over windows (they are the independent draws, their tokens are not).
 
     KL is KL(dense || sparse) in nats a token, perplexities are exp of the mean negative log-likelihood a token,
-    agreement is the share of equal top-1 tokens, density the share of neurons in the mask, `ffn_bytes` what a token
-    reads of the FFN weights.
+    agreement is the share of equal top-1 tokens, density the share of neurons that are kept (of the mask, or by a
+    token), `ffn_bytes` what a token reads of the FFN weights.
     """
 
     prompts: int
@@ -64,13 +64,14 @@ class TextQuality:
 
 @dataclass(frozen=True)
 class WindowQuality:
-    """Of one window: mean KL, mean negative log-likelihoods (nats a token), agreement and density."""
+    """Of one window: mean KL, mean negative log-likelihoods (nats a token), agreement, density, share of FFN bytes."""
 
     kl: float
     nll: float
     dense_nll: float
     agreement: float
     density: float
+    ffn_share: float
 
 
 def cut_windows(tokens: Sequence[int], prefix: Sequence[int], settings: TextSettings) -> list[list[int]]:
@@ -126,7 +127,7 @@ def evaluate_text(
     for window in windows:
         measured.append(_measure(artifact, setting, window, settings))
         advance(1)
-    return summarise(measured, artifact)
+    return summarise(measured, artifact.shape.num_layers * artifact.shape.ffn_size * artifact.bytes_per_neuron)
 
 
 def _measure(artifact: Artifact, setting: Setting, window: Sequence[int], settings: TextSettings) -> WindowQuality:
@@ -134,18 +135,26 @@ def _measure(artifact: Artifact, setting: Setting, window: Sequence[int], settin
     prompt, read, predicted = window[:length], window[length:-1], window[length + 1 :]
     cache = KvCache(artifact.shape, setting.sessions.provider, settings.window)
     _, mask = setting.read(prompt, cache)
-    sparse = setting.decode(cache, read, mask)
+    sparse, density = setting.decode_counted(cache, read, mask)
     cache.truncate(length)  # the context of the dense reading is the dense prompt again
     dense = decode(setting.sessions, cache, read, None)
     if not (np.isfinite(sparse).all() and np.isfinite(dense).all()):
         raise TdaError(f"{artifact.folder}: the logits are not finite. Build the artifact in another dtype.")
+    return window_quality(dense, sparse, predicted, density, setting.ffn_share(density))
+
+
+def window_quality(
+    dense: np.ndarray, sparse: np.ndarray, predicted: Sequence[int], density: float, ffn_share: float
+) -> WindowQuality:
+    """Compare the logits of a window's continuation, float32 [C, V], at the C tokens that were to be predicted."""
     fidelity = compare(dense, sparse)
     return WindowQuality(
         kl=fidelity.kl,
         nll=_nll(sparse, predicted),
         dense_nll=_nll(dense, predicted),
         agreement=fidelity.agreement,
-        density=setting.density(mask),
+        density=density,
+        ffn_share=ffn_share,
     )
 
 
@@ -153,14 +162,14 @@ def _nll(logits: np.ndarray, predicted: Sequence[int]) -> float:
     return float(-log_softmax(logits)[np.arange(len(predicted)), list(predicted)].mean())
 
 
-def summarise(measured: Sequence[WindowQuality], artifact: Artifact) -> TextQuality:
+def summarise(measured: Sequence[WindowQuality], dense_ffn_bytes: int) -> TextQuality:
     """Average over windows; the standard error of exp(mean) is exp(mean) times that of the mean (delta method)."""
     kl, kl_error = _mean([window.kl for window in measured])
     nll, nll_error = _mean([window.nll for window in measured])
     dense_nll, dense_error = _mean([window.dense_nll for window in measured])
     agreement, agreement_error = _mean([window.agreement for window in measured])
     density, _ = _mean([window.density for window in measured])
-    dense_bytes = artifact.shape.num_layers * artifact.shape.ffn_size * artifact.bytes_per_neuron
+    share, _ = _mean([window.ffn_share for window in measured])
     return TextQuality(
         prompts=len(measured),
         kl=kl,
@@ -172,8 +181,8 @@ def summarise(measured: Sequence[WindowQuality], artifact: Artifact) -> TextQual
         agreement=agreement,
         agreement_stderr=agreement_error,
         density=density,
-        ffn_bytes=density * dense_bytes,
-        dense_ffn_bytes=dense_bytes,
+        ffn_bytes=share * dense_ffn_bytes,
+        dense_ffn_bytes=dense_ffn_bytes,
     )
 
 

@@ -79,6 +79,8 @@ def test_lengths_that_do_not_fit_the_model(tiny_artifact: Path, text: Path) -> N
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--method", "tt"], "tt takes a budget of its own"),
+        (["--method", "tt", "--sparsity", 0.2], "calibrate --estimator token"),
         (["--method", "griffin"], "griffin takes --sparsity"),
         (["--method", "griffin", "--cett", 0.2], "griffin takes --sparsity"),
         (["--method", "griffin", "--sparsity", 0.5, "--allocation", "uniform"], "griffin takes --sparsity"),
@@ -105,3 +107,27 @@ def test_budget_without_calibration(artifact_copy: Path, text: Path) -> None:
     edit_manifest(artifact_copy, lambda manifest: manifest["files"].pop(contract.CALIBRATION_FILE))
     result = run_cli("eval", artifact_copy, "--text", text, "--sparsity", 0.5, *SMALL)
     assert_error(result, USAGE, "carries no calibration")
+
+
+@pytest.mark.parametrize("budget", [("--sparsity", 0.2), ("--cett", 0.3)])
+def test_truncation_reads_every_gate_and_up_row(token_artifact: Path, text: Path, budget: tuple[str, float]) -> None:
+    result = json.loads(
+        run_ok("eval", token_artifact, "--text", text, "--method", "tt", "--json", *SMALL, *budget).stdout
+    )
+    assert (result["method"], 0.0 < result["density"] < 1.0) == ("tt", True)
+    assert result["budget"][budget[0][2:]] == budget[1]
+    assert result["ffn_bytes"] == pytest.approx((2 + result["density"]) / 3 * result["dense_ffn_bytes"])
+    assert result["kl"] > 0.0
+    if budget[0] == "--sparsity":
+        assert result["density"] == pytest.approx(0.4, abs=0.1)
+
+
+def test_truncation_beyond_a_third(token_artifact: Path, text: Path) -> None:
+    result = run_cli("eval", token_artifact, "--text", text, "--method", "tt", "--sparsity", 0.4)
+    assert_error(result, USAGE, "saves at most 1/3", "Give --sparsity up to 0.333")
+
+
+def test_truncation_without_calibration(artifact_copy: Path, text: Path) -> None:
+    edit_manifest(artifact_copy, lambda manifest: manifest["files"].pop(contract.CALIBRATION_FILE))
+    result = run_cli("eval", artifact_copy, "--text", text, "--method", "tt", "--cett", 0.2)
+    assert_error(result, USAGE, "carries no calibration", "calibrate --estimator token")

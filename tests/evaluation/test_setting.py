@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tda_export.errors import UsageError
+from tda_export.errors import TdaError, UsageError
 from tda_export.evaluation.setting import METHODS, Request, check_request, open_setting
-from tda_export.runtime import Model
+from tda_export.runtime import Model, load
 from tda_export.runtime.kv_cache import KvCache
+from tda_export.runtime.phases import decode
 from tda_export.runtime.scoring import continuation_logits
 
 PROMPT, READ = list(range(5, 29)), [40, 41, 42]
@@ -61,3 +63,33 @@ def test_budget_chooses_thresholds(model: Model) -> None:
     assert setting.density(setting.read(PROMPT, cache)[1]) == 1.0
     assert setting.budget == {"cett": 0.0}
     assert open_setting(model.artifact, model.sessions, "tda").budget == model.artifact.manifest["budget"]
+
+
+def test_truncation_counts_the_neurons_of_each_token(token_artifact: Path) -> None:
+    model = load(token_artifact, provider="cpu")
+    setting = open_setting(model.artifact, model.sessions, "tt", sparsity=0.2)
+    cache = KvCache(model.artifact.shape, "cpu", len(PROMPT) + len(READ))
+    _, mask = setting.read(PROMPT, cache)
+    logits, density = setting.decode_counted(cache, READ, mask)
+    assert cache.length == len(PROMPT) + len(READ)
+    densities = []
+    cache.truncate(len(PROMPT))
+    for token, expected in zip(READ, logits, strict=True):
+        step, kept = setting.decode_counted(cache, [token], mask)
+        densities.append(kept)
+        np.testing.assert_allclose(step[0], expected, atol=1e-4)
+    assert density == pytest.approx(np.mean(densities))
+    assert setting.ffn_share(density) == pytest.approx((2 + density) / 3)
+    with pytest.raises(TdaError, match="decode_counted"):
+        setting.density(mask)
+
+
+def test_truncation_of_nothing_is_dense(token_artifact: Path) -> None:
+    model = load(token_artifact, provider="cpu")
+    setting = open_setting(model.artifact, model.sessions, "tt", cett=0.0)
+    cache = KvCache(model.artifact.shape, "cpu", len(PROMPT) + len(READ))
+    _, mask = setting.read(PROMPT, cache)
+    logits, density = setting.decode_counted(cache, READ, mask)
+    assert density == 1.0
+    cache.truncate(len(PROMPT))
+    assert np.array_equal(decode(setting.sessions, cache, READ, None), logits)

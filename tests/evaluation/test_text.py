@@ -127,12 +127,13 @@ def test_windows_longer_than_the_model_are_refused(model: Model) -> None:
         evaluate_text(model.artifact, open_setting(model.artifact, model.sessions, "tda"), [], settings)
 
 
-def test_standard_errors_are_over_windows(model: Model) -> None:
-    measured = [WindowQuality(0.1, 1.0, 0.5, 0.8, 0.25), WindowQuality(0.3, 2.0, 0.5, 0.6, 0.75)]
-    quality = summarise(measured, model.artifact)
+def test_standard_errors_are_over_windows() -> None:
+    measured = [WindowQuality(0.1, 1.0, 0.5, 0.8, 0.25, 0.6), WindowQuality(0.3, 2.0, 0.5, 0.6, 0.75, 0.8)]
+    quality = summarise(measured, 1000)
     assert quality.kl == pytest.approx(0.2)
     assert quality.kl_stderr == pytest.approx(0.1)
     assert quality.perplexity == pytest.approx(math.exp(1.5))
     assert quality.perplexity_stderr == pytest.approx(math.exp(1.5) * 0.5)
     assert quality.dense_perplexity_stderr == 0.0
     assert quality.density == pytest.approx(0.5)
+    assert (quality.ffn_bytes, quality.dense_ffn_bytes) == (pytest.approx(700), 1000)
