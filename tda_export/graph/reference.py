@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,14 @@ import torch
 
 from tda_export.calibration.capture import capture_activations
 from tda_export.calibration.cett import neuron_scores, relative_magnitudes
-from tda_export.models.spec import DecoderSpec
+from tda_export.models.spec import Activation, DecoderSpec
 
-ACTIVATIONS = {"silu": torch.nn.functional.silu}
+ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+    "relu": torch.nn.functional.relu,
+}
 
 
 @dataclass(frozen=True)

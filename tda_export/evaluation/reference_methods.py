@@ -1,0 +1,231 @@
+"""Other people's token-level methods in PyTorch, for comparison tables: every row is computed, the kept ones count.
+
+A method says, for every token and layer, which rows of gate, up and down it reads. A neuron contributes where all
+three of its rows are read; the rows give the bytes. Nothing is faster for it: quality and bytes are what is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from tda_export.errors import TdaError, UsageError
+from tda_export.evaluation.text import TextQuality, TextSettings, WindowQuality, summarise, window_quality
+from tda_export.graph.method import kept_neurons
+from tda_export.graph.reference import ACTIVATIONS
+from tda_export.models.spec import DecoderSpec
+
+CATS_LARGEST_SPARSITY = 2 / 3  # all that reading no up and down row saves
+
+
+class Rows(NamedTuple):
+    """The rows that each token reads of each matrix, bool [T, F]."""
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+
+
+class ReferenceMethod(Protocol):
+    """What a method decides. `extra_bytes` is what a token reads besides the FFN's rows, in all layers."""
+
+    @property
+    def extra_bytes(self) -> int: ...
+
+    def keep(self, layer: int, x: torch.Tensor, activated: torch.Tensor, up: torch.Tensor) -> Rows:
+        """Choose rows from x [T, M], act(gate · x) [T, F] and up · x [T, F]; only what the method has read counts."""
+        ...
+
+
+@dataclass
+class RowCount:
+    """Rows read so far, of each matrix, summed over tokens and layers."""
+
+    read: list[int] = field(default_factory=lambda: [0, 0, 0])  # gate, up, down
+    seen: int = 0  # rows of one matrix that dense reads
+
+    def add(self, rows: Rows) -> None:
+        """Count the rows of one layer."""
+        self.read = [count + int(mask.sum()) for count, mask in zip(self.read, rows, strict=True)]
+        self.seen += rows.gate.numel()
+
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """Shares of gate, up and down rows that a token read on average."""
+        gate, up, down = (count / self.seen for count in self.read)
+        return gate, up, down
+
+    @property
+    def ffn_share(self) -> float:
+        """Share of the FFN's bytes: the mean of the three."""
+        return sum(self.shares) / 3
+
+
+@contextlib.contextmanager
+def sparse_ffn(model: Any, spec: DecoderSpec, method: ReferenceMethod) -> Iterator[RowCount]:
+    """Let a method decide what each token computes while the block runs, and count the rows.
+
+    Args:
+        model: A transformers model; calls are of batch 1.
+        spec: Its architecture, with a gated FFN.
+        method: The method.
+
+    Yields:
+        The count, which grows with each call of the model.
+    """
+    count, handles = RowCount(), []
+    act = ACTIVATIONS[spec.activation]
+
+    def patch(layer: int) -> None:
+        gate, up, down = (
+            model.get_submodule(name.format(i=layer)) for name in (spec.names.gate, spec.names.up, spec.names.down)
+        )
+        seen: dict[str, torch.Tensor] = {}
+
+        def see_gate(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            seen.update(x=inputs[0][0], activated=act(output[0]))
+
+        def see_up(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            seen.update(up=output[0])
+
+        def drop(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            h = inputs[0]  # [1, T, F]
+            rows = Rows(*(mask.expand(h.shape[1:]) for mask in method.keep(layer, **seen)))
+            count.add(rows)
+            return (h * (rows.gate & rows.up & rows.down),)
+
+        handles.append(gate.register_forward_hook(see_gate))
+        handles.append(up.register_forward_hook(see_up))
+        handles.append(down.register_forward_pre_hook(drop))
+
+    for layer in range(spec.num_layers):
+        patch(layer)
+    try:
+        yield count
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class StaticMethod:
+    """The same neurons for every prompt and token: `masks` bool [L, F]."""
+
+    masks: torch.Tensor
+    extra_bytes: int = 0
+
+    def keep(self, layer: int, x: torch.Tensor, activated: torch.Tensor, up: torch.Tensor) -> Rows:
+        mask = self.masks[layer]
+        return Rows(mask, mask, mask)
+
+
+def static_method(prior_scores: torch.Tensor, sparsity: float) -> StaticMethod:
+    """Keep each layer's neurons of the largest prior scores, float [L, F] (`CurveSums.prior_scores`).
+
+    All three rows of the others stay unread, so the density is 1 - `sparsity`.
+    """
+    best = prior_scores.topk(kept_neurons(1.0 - sparsity, prior_scores.shape[1]), dim=1).indices  # [L, K]
+    return StaticMethod(torch.zeros_like(prior_scores, dtype=torch.bool).scatter(1, best, True))
+
+
+@dataclass(frozen=True)
+class CatsMethod:
+    """CATS: a token keeps the neurons with |act(gate_i · x)| >= its layer's threshold, L floats.
+
+    Every gate row is read, up and down rows of kept neurons: (1 + 2 d) / 3 of the bytes. Source: arXiv 2404.08763,
+    section 4.
+    """
+
+    thresholds: Sequence[float]
+    extra_bytes: int = 0
+
+    def keep(self, layer: int, x: torch.Tensor, activated: torch.Tensor, up: torch.Tensor) -> Rows:
+        mask = activated.abs() >= self.thresholds[layer]
+        return Rows(torch.ones_like(mask), mask, mask)
+
+
+def cats_threshold(activated: torch.Tensor, sparsity: float) -> float:
+    """Choose a layer's threshold, the quantile of |act(gate_i · x)| that leaves the density which the sparsity needs.
+
+    Args:
+        activated: act(gate · x) of a calibration text, float [T, F].
+        sparsity: Share of FFN bytes that is not read, p; the density is 1 - 3 p / 2.
+
+    Raises:
+        UsageError: The sparsity is more than 2/3.
+    """
+    if sparsity > CATS_LARGEST_SPARSITY:
+        raise UsageError(
+            f"CATS reads every gate row, so it saves at most 2/3 of the FFN's bytes, and sparsity {sparsity} is more. "
+            "Give a sparsity up to 0.666."
+        )
+    sizes = activated.abs().flatten()
+    dropped = round(1.5 * sparsity * sizes.numel())
+    if dropped >= sizes.numel():
+        return float("inf")
+    return float(sizes.kthvalue(dropped + 1).values)
+
+
+def measure_methods(
+    model: Any,
+    spec: DecoderSpec,
+    windows: Sequence[Sequence[int]],
+    settings: TextSettings,
+    methods: Mapping[Any, ReferenceMethod],
+    advance: Callable[[int], None] = lambda windows: None,
+) -> dict[Any, TextQuality]:
+    """Measure methods on windows of a text by the protocol of `evaluation/text.py`.
+
+    The prompt is read densely; then its continuation in one call, densely and by every method, over the same keys and
+    values. `density` of the results is the share of down rows; `ffn_bytes` holds a method's `extra_bytes`.
+
+    Args:
+        model: A transformers model in evaluation mode.
+        spec: Its architecture.
+        windows: N windows of `settings.window` token ids (`cut_windows`).
+        settings: The lengths.
+        methods: By any key.
+        advance: Told of every window that is done.
+
+    Raises:
+        TdaError: A window is longer than the model's maximum, or logits are not finite.
+    """
+    if settings.window > spec.max_positions:
+        raise TdaError(
+            f"{settings.prompt_tokens} and {settings.continuation_tokens} tokens are more than the model's "
+            f"{spec.max_positions} positions. Shorten one of them."
+        )
+    down = model.get_submodule(spec.names.down.format(i=0)).weight
+    dense_bytes = 3 * spec.num_layers * spec.ffn_size * spec.hidden_size * down.element_size()
+    measured: dict[Any, list[WindowQuality]] = {key: [] for key in methods}
+    for window in windows:
+        prompt, read = window[: settings.prompt_tokens], window[settings.prompt_tokens : -1]
+        predicted = window[settings.prompt_tokens + 1 :]
+        with torch.inference_mode():
+            cache = model.base_model(_ids(model, prompt), use_cache=True).past_key_values
+            dense = _continue(model, cache, read)
+            for key, method in methods.items():
+                with sparse_ffn(model, spec, method) as count:
+                    sparse = _continue(model, cache, read)
+                share = count.ffn_share + method.extra_bytes / dense_bytes
+                quality = window_quality(dense.numpy(), sparse.numpy(), predicted, count.shares[2], share)
+                measured[key].append(quality)
+        advance(1)
+    return {key: summarise(qualities, dense_bytes) for key, qualities in measured.items()}
+
+
+def _ids(model: Any, tokens: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([list(tokens)], device=model.device)
+
+
+def _continue(model: Any, cache: Any, tokens: Sequence[int]) -> torch.Tensor:
+    """Read S tokens after a cache, which stays as it is. Returns logits, float32 [S, V]."""
+    logits = model(_ids(model, tokens), past_key_values=copy.deepcopy(cache), use_cache=True).logits[0].float().cpu()
+    if not logits.isfinite().all():
+        raise TdaError("The logits are not finite. Load the model in another dtype.")
+    return logits
