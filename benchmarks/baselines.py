@@ -18,48 +18,31 @@ reach one is left out, and why is said on standard error. About ten minutes for 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import torch
-
-from tda_export.calibration.cett import neuron_scores
 from tda_export.calibration.corpus import BUILTIN, load_corpus
 from tda_export.errors import TdaError, UsageError
-from tda_export.evaluation.predictor import (
-    Predictor,
-    PredictorMethod,
-    PredictorSettings,
-    predictor_density,
-    train_predictor,
-)
-from tda_export.evaluation.reference_data import ffn_inputs, layer_activations
-from tda_export.evaluation.reference_methods import (
-    CatsMethod,
-    ReferenceMethod,
-    cats_threshold,
-    measure_methods,
-    static_method,
-)
+from tda_export.evaluation.predictor import PredictorSettings
+from tda_export.evaluation.reference_data import ffn_inputs
+from tda_export.evaluation.reference_fit import MethodName, Wanted, check_wanted, fit_methods
+from tda_export.evaluation.reference_methods import ReferenceMethod, measure_methods
 from tda_export.evaluation.text import TextQuality, TextSettings, cut_windows
-from tda_export.graph.method import kept_neurons
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.progress import progress
 
-METHODS = ("static", "cats", "dejavu")
 CALIBRATION_LENGTH = 384  # tokens of a sequence, as calibrate's defaults have it
-
-Key = tuple[str, float]  # method, sparsity
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure static masks, CATS and Deja Vu's predictors on a text.")
     parser.add_argument("text", type=Path)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=get_args(MethodName), default=list(get_args(MethodName)))
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.3, 0.5, 0.7])
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=384)
@@ -70,32 +53,25 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=5, help="Of their training.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="Print one JSON object a line, and no progress.")
-    options = parser.parse_args(given)
-    for sparsity in options.sparsity:
-        if not 0 <= sparsity < 1:
-            raise UsageError(f"Sparsity {sparsity} is outside [0, 1). Give fractions such as 0.5.")
-    return options
+    return parser.parse_args(given)
 
 
-def reachable(source: ModelSource, options: argparse.Namespace) -> list[Key]:
+def reachable(source: ModelSource, settings: PredictorSettings, options: argparse.Namespace) -> list[Wanted]:
     """List what can be measured; say why the rest cannot."""
-    keys: list[Key] = []
-    for method in options.methods:
-        for sparsity in options.sparsity:
-            try:
-                if method == "cats":
-                    cats_threshold(torch.zeros(1, 1), sparsity)
-                if method == "dejavu":
-                    predictor_density(source.spec, sparsity, options.rank)
-                keys.append((method, sparsity))
-            except UsageError as error:
-                print(f"{method} at sparsity {sparsity} is left out: {error}", file=sys.stderr)
-    return keys
+    wanted: list[Wanted] = []
+    for one in itertools.starmap(Wanted, itertools.product(options.methods, options.sparsity)):
+        try:
+            check_wanted(one, source.spec, settings)
+            wanted.append(one)
+        except UsageError as error:
+            print(f"{one.method} at sparsity {one.sparsity} is left out: {error}", file=sys.stderr)
+    return wanted
 
 
-def fit(model: Any, source: ModelSource, keys: list[Key], options: argparse.Namespace) -> dict[Key, ReferenceMethod]:
-    """Fit every method to the calibration text, layer by layer."""
-    spec = source.spec
+def fit(
+    model: Any, source: ModelSource, wanted: list[Wanted], settings: PredictorSettings, options: argparse.Namespace
+) -> dict[Wanted, ReferenceMethod]:
+    """Read the calibration text and fit the methods to it."""
     corpus = load_corpus(
         options.dataset,
         source.tokenizer,
@@ -105,38 +81,19 @@ def fit(model: Any, source: ModelSource, keys: list[Key], options: argparse.Name
         seed=options.seed,
     )
     with progress("Reading the calibration text", len(corpus.tokens), quiet=options.json) as advance:
-        inputs = ffn_inputs(model, spec, corpus.tokens, advance)
-    settings = PredictorSettings(rank=options.rank, epochs=options.epochs, seed=options.seed)
-    predicted = {key: predictor_density(spec, key[1], options.rank) for key in keys if key[0] == "dejavu"}
-    prior: list[torch.Tensor] = []
-    thresholds: dict[Key, list[float]] = {key: [] for key in keys if key[0] == "cats"}
-    predictors: dict[Key, list[Predictor]] = {key: [] for key in predicted}
-    epochs = spec.num_layers * len(predicted) * options.epochs
-    with progress("Training predictors", max(epochs, 1), quiet=options.json or not epochs) as advance:
-        for layer, x in enumerate(inputs):
-            activations = layer_activations(model, spec, layer, x)
-            prior.append(neuron_scores(activations.relative))
-            for key, chosen in thresholds.items():
-                chosen.append(cats_threshold(activations.activated, key[1]))
-            for key, density in predicted.items():
-                predictors[key].append(train_predictor(x, activations.relative, density, settings, advance))
-    methods: dict[Key, ReferenceMethod] = {
-        key: static_method(torch.stack(prior), key[1]) for key in keys if key[0] == "static"
-    }
-    methods |= {key: CatsMethod(chosen) for key, chosen in thresholds.items()}
-    for key, density in predicted.items():
-        methods[key] = PredictorMethod(predictors[key], kept_neurons(density, spec.ffn_size))
-    return methods
+        inputs = ffn_inputs(model, source.spec, corpus.tokens, advance)
+    with progress("Fitting", len(inputs), quiet=options.json) as advance:
+        return fit_methods(model, source.spec, inputs, wanted, settings, advance)
 
 
-def row(key: Key, method: ReferenceMethod, quality: TextQuality, options: argparse.Namespace) -> dict[str, Any]:
+def row(one: Wanted, method: ReferenceMethod, quality: TextQuality, options: argparse.Namespace) -> dict[str, Any]:
     """One result, with the keys of `tda-export eval --json`."""
     return {
         "model": options.model,
         "dtype": "float32",
         "provider": "pytorch",
-        "method": key[0],
-        "budget": {"sparsity": key[1]},
+        "method": one.method,
+        "budget": {"sparsity": one.sparsity},
         "text": options.text.name,
         "prompt_tokens": options.prompt_tokens,
         "continuation_tokens": options.continuation_tokens,
@@ -161,16 +118,23 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     if not options.text.is_file():
         raise UsageError(f"{options.text}: no such file. Give a UTF-8 text file.")
     settings = TextSettings(options.prompts, options.prompt_tokens, options.continuation_tokens)
+    try:
+        text = options.text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TdaError(f"{options.text}: not valid UTF-8 text. Convert it to UTF-8.") from error
     source = resolve_model(options.model, notify=lambda notice: print(notice, file=sys.stderr))
     tokenizer = source.tokenizer
-    tokens = tokenizer(options.text.read_text(encoding="utf-8"), add_special_tokens=False).input_ids
+    tokens = tokenizer(text, add_special_tokens=False).input_ids
     windows = cut_windows(tokens, tokenizer("").input_ids, settings)
-    keys = reachable(source, options)
+    training = PredictorSettings(rank=options.rank, epochs=options.epochs, seed=options.seed)
+    wanted = reachable(source, training, options)
+    if not wanted:
+        raise UsageError("Nothing is left to measure. Give another --sparsity.")
     model = source.reference()
-    methods = fit(model, source, keys, options)
+    methods = fit(model, source, wanted, training, options)
     with progress("Evaluating", len(windows), quiet=options.json) as advance:
         qualities = measure_methods(model, source.spec, windows, settings, methods, advance)
-    return [row(key, methods[key], qualities[key], options) for key in keys]
+    return [row(one, methods[one], qualities[one], options) for one in wanted]
 
 
 def main() -> int:
@@ -184,9 +148,8 @@ def main() -> int:
         for result in results:
             print(json.dumps(result))
         return 0
-    if results:
-        first = results[0]
-        print(f"dense perplexity {first['dense_perplexity']:.3f} ± {first['dense_perplexity_stderr']:.3f}")
+    first = results[0]
+    print(f"dense perplexity {first['dense_perplexity']:.3f} ± {first['dense_perplexity_stderr']:.3f}")
     print("method  sparsity FFN bytes predictor density   KL (nats a token)   perplexity          top-1 agreement")
     for result in results:
         print(line(result))

@@ -9,7 +9,7 @@ and inputs are standardised while training, which is then folded into the matric
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +77,6 @@ def train_predictor(
     relative: torch.Tensor,
     density: float,
     settings: PredictorSettings,
-    advance: Callable[[int], None] = lambda epochs: None,
 ) -> Predictor:
     """Train one layer's predictor by binary cross-entropy: is a neuron among the token's `density` F largest r_i(t)?
 
@@ -88,7 +87,6 @@ def train_predictor(
         relative: r_i(t), float32 [T, F].
         density: Share of neurons that a token keeps.
         settings: Rank, epochs, and so on.
-        advance: Told of every epoch.
     """
     tokens, neurons = relative.shape
     generator = torch.Generator().manual_seed(settings.seed)
@@ -110,7 +108,6 @@ def train_predictor(
             loss.backward()
             optimiser.step()
             schedule.step()
-        advance(1)
     with torch.no_grad():
         folded = first / deviation[:, None]  # (x - mean) / deviation · A = x · folded - mean · folded
         return Predictor(folded, second.detach().clone(), bias - mean @ folded @ second)

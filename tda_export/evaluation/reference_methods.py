@@ -149,12 +149,8 @@ class CatsMethod:
         return Rows(torch.ones_like(mask), mask, mask)
 
 
-def cats_threshold(activated: torch.Tensor, sparsity: float) -> float:
-    """Choose a layer's threshold, the quantile of |act(gate_i · x)| that leaves the density which the sparsity needs.
-
-    Args:
-        activated: act(gate · x) of a calibration text, float [T, F].
-        sparsity: Share of FFN bytes that is not read, p; the density is 1 - 3 p / 2.
+def cats_density(sparsity: float) -> float:
+    """Return the density at which CATS leaves a share p of the FFN's bytes unread, 1 - 3 p / 2.
 
     Raises:
         UsageError: The sparsity is more than 2/3.
@@ -164,8 +160,21 @@ def cats_threshold(activated: torch.Tensor, sparsity: float) -> float:
             f"CATS reads every gate row, so it saves at most 2/3 of the FFN's bytes, and sparsity {sparsity} is more. "
             "Give a sparsity up to 0.666."
         )
+    return 1.0 - 1.5 * sparsity
+
+
+def cats_threshold(activated: torch.Tensor, sparsity: float) -> float:
+    """Choose a layer's threshold, the quantile of |act(gate_i · x)| that leaves the density which the sparsity needs.
+
+    Args:
+        activated: act(gate · x) of a calibration text, float [T, F].
+        sparsity: Share of FFN bytes that is not read, up to 2/3.
+
+    Raises:
+        UsageError: The sparsity is more.
+    """
     sizes = activated.abs().flatten()
-    dropped = round(1.5 * sparsity * sizes.numel())
+    dropped = round((1.0 - cats_density(sparsity)) * sizes.numel())
     if dropped >= sizes.numel():
         return float("inf")
     return float(sizes.kthvalue(dropped + 1).values)
