@@ -55,10 +55,10 @@ class Scorer:
         self._cache = KvCache(setting.shape, setting.sessions.provider, 1)
         self._reader: Prefill | None = None
 
-    @property
-    def density(self) -> float | None:
-        """Mean share of neurons in the masks so far; None before the first."""
-        return float(np.mean(self._densities)) if self._densities else None
+    def take_density(self) -> float | None:
+        """Return the mean share of neurons in the masks since this was asked last; None if there were none."""
+        densities, self._densities = self._densities, []
+        return float(np.mean(densities)) if densities else None
 
     def reserve(self, tokens: int) -> None:
         """Make room for so many tokens that are fed: n + m - 1."""
