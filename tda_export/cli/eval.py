@@ -1,4 +1,4 @@
-"""`tda-export eval`: what a method keeps of the dense model, on a text."""
+"""`tda-export eval`: what a method keeps of the dense model, on a text or on tasks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
+from tda_export.cli.eval_tasks import DATA_VARIABLE, evaluate_tasks
 from tda_export.cli.options import (
     PATH,
     artifact_argument,
@@ -20,10 +22,15 @@ from tda_export.cli.options import (
 if TYPE_CHECKING:
     from tda_export.calibration.budgets import AllocationRule
 
+TEXT_OPTIONS = ("prompts", "prompt_tokens", "continuation_tokens")
+TASK_OPTIONS = ("data", "limit", "protocol", "reference")
+
 
 @click.command("eval")
+@click.pass_context
 @artifact_argument
-@click.option("--text", "text_file", type=PATH, required=True, help="A UTF-8 text file that calibration has not seen.")
+@click.option("--text", "text_file", type=PATH, help="A UTF-8 text file that calibration has not seen.")
+@click.option("--tasks", help="Tasks of lm-evaluation-harness in place of a text, with commas between; all for all.")
 @click.option(
     "--method",
     type=click.Choice(["tda", "griffin", "tt", "dense"]),
@@ -34,22 +41,40 @@ if TYPE_CHECKING:
     "takes --cett or --sparsity up to 1/3, and a calibration with --estimator token. dense: every neuron.",
 )
 @budget_options
-@click.option("--prompts", type=click.IntRange(2), default=32, show_default=True, help="Windows of the text.")
 @click.option(
-    "--prompt-tokens", type=click.IntRange(2), default=384, show_default=True, help="Length of a window's prompt."
+    "--prompts", type=click.IntRange(2), default=32, show_default=True, help="With --text: windows of the text."
+)
+@click.option(
+    "--prompt-tokens",
+    type=click.IntRange(2),
+    default=384,
+    show_default=True,
+    help="With --text: length of a window's prompt.",
 )
 @click.option(
     "--continuation-tokens",
     type=click.IntRange(1),
     default=128,
     show_default=True,
-    help="Tokens that are decoded and scored after it.",
+    help="With --text: tokens that are decoded and scored after it.",
 )
+@click.option("--data", type=PATH, envvar=DATA_VARIABLE, help="With --tasks: the folder that eval-data wrote.")
+@click.option("--limit", type=click.IntRange(2), help="With --tasks: the most questions of a task.  [default: all]")
+@click.option(
+    "--protocol",
+    type=click.Choice(["strict", "griffin"]),
+    default="strict",
+    show_default=True,
+    help="With --tasks. strict: every scored token comes from a sparse step. griffin: only an answer's last one.",
+)
+@click.option("--reference", metavar="MODEL", help="With --tasks: also run MODEL in transformers, densely.")
 @provider_option
 @json_option
 def evaluate(
+    context: click.Context,
     artifact: Path,
-    text_file: Path,
+    text_file: Path | None,
+    tasks: str | None,
     method: str,
     cett: float | None,
     sparsity: float | None,
@@ -57,13 +82,18 @@ def evaluate(
     prompts: int,
     prompt_tokens: int,
     continuation_tokens: int,
+    data: Path | None,
+    limit: int | None,
+    protocol: str,
+    reference: str | None,
     provider: str,
     as_json: bool,
 ) -> None:
-    """Measure what a method keeps of the dense model on a text: KL, perplexity, agreement, and the bytes it reads.
+    """Measure what a method keeps of the dense model.
 
+    On a text: KL, perplexity, agreement, and the bytes it reads. On tasks: accuracy or the likelihood of the answers.
     Strict protocol: the prompt is read densely and gives the mask, every token after it is decoded under the mask.
-    Standard errors are over the prompts.
+    Standard errors are over the prompts or the questions.
     """
     from tda_export.evaluation.setting import Request, check_request, open_setting
     from tda_export.evaluation.text import TextSettings, cut_windows, evaluate_text
@@ -73,6 +103,21 @@ def evaluate(
     from tda_export.runtime.session import Sessions
     from tda_export.runtime.text import Text
 
+    _refuse_foreign_options(context, text_file, tasks)
+    if tasks is not None:
+        evaluate_tasks(
+            artifact,
+            Request(method, sparsity, cett, allocation),
+            tasks=tasks,
+            limit=limit,
+            protocol=protocol,
+            data=data,
+            reference=reference,
+            provider=provider,
+            as_json=as_json,
+        )
+        return
+    assert text_file is not None
     opened = open_artifact(artifact)
     check_request(opened, Request(method, sparsity, cett, allocation))
     settings = TextSettings(prompts, prompt_tokens, continuation_tokens)
@@ -94,6 +139,17 @@ def evaluate(
         **asdict(quality),
     }
     click.echo(json.dumps(result) if as_json else _summary(result))
+
+
+def _refuse_foreign_options(context: click.Context, text_file: Path | None, tasks: str | None) -> None:
+    from tda_export.errors import UsageError
+
+    if (text_file is None) == (tasks is None):
+        raise UsageError("eval measures on a text or on tasks. Give --text or --tasks, and one of them.")
+    given, foreign = ("--tasks", TEXT_OPTIONS) if text_file is None else ("--text", TASK_OPTIONS)
+    for name in foreign:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise UsageError(f"--{name.replace('_', '-')} means nothing with {given}. Leave one of them out.")
 
 
 def _read(path: Path) -> str:

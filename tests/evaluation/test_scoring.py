@@ -1,0 +1,121 @@
+"""Log-likelihoods by both protocols, beside a slow reference that scores every token by itself."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tda_export.errors import TdaError, UsageError
+from tda_export.evaluation.scoring import DECODE_TOKENS, Scorer
+from tda_export.evaluation.setting import Setting, open_setting
+from tda_export.runtime import Model
+from tda_export.runtime.kv_cache import KvCache
+from tda_export.runtime.phases import decode, prefill
+from tda_export.runtime.scoring import log_softmax
+
+FLOAT32 = 1e-3
+TOKENS = st.lists(st.integers(3, 250), min_size=1, max_size=12)
+
+
+@pytest.fixture(scope="module", params=["tda", "griffin", "dense"])
+def setting(model: Model, request: pytest.FixtureRequest) -> Setting:
+    sparsity = None if request.param == "dense" else 0.5
+    return open_setting(model.artifact, model.sessions, request.param, sparsity=sparsity)
+
+
+def slow_score(setting: Setting, read: list[int], sparse: list[int], predicted: list[int]) -> tuple[float, bool]:
+    """Score each prediction in a cache of its own: `read` densely, then `sparse` under its mask, token by token."""
+    total, greedy = 0.0, True
+    for index, token in enumerate(predicted):
+        fed = sparse[: index + 1]
+        cache = KvCache(setting.shape, "cpu", len(read) + len(fed))
+        mask = prefill(setting.sessions, setting.shape, read, cache, setting.thresholds)[1] if read else None
+        for one in fed:
+            logits = decode(setting.sessions, cache, [one], mask if setting.masked else None)
+        total += float(log_softmax(logits)[0, token])
+        greedy &= int(logits.argmax()) == token
+    return total, greedy
+
+
+@settings(max_examples=15)
+@given(context=TOKENS, continuation=TOKENS)
+def test_strict_scores_every_token_under_the_mask_of_the_context(
+    setting: Setting, context: list[int], continuation: list[int]
+) -> None:
+    fed = [context[-1], *continuation[:-1]]
+    expected = slow_score(setting, context[:-1], fed, continuation)
+    (score,) = Scorer(setting).score(context, [continuation])
+    assert score.loglikelihood == pytest.approx(expected[0], abs=FLOAT32)
+    assert score.greedy == expected[1]
+
+
+@settings(max_examples=15)
+@given(context=TOKENS, continuation=TOKENS)
+def test_griffin_scores_the_last_step_alone_under_a_mask(
+    setting: Setting, context: list[int], continuation: list[int]
+) -> None:
+    dense = Setting("dense", setting.shape, setting.sessions, masked=False)
+    fed = [*context, *continuation[:-1]]
+    before, _ = slow_score(dense, context[:-1], [context[-1], *continuation[:-2]], continuation[:-1])
+    last, _ = slow_score(setting, fed[:-1], fed[-1:], continuation[-1:])
+    (score,) = Scorer(setting, "griffin").score(context, [continuation])
+    assert score.loglikelihood == pytest.approx(before + last, abs=FLOAT32)
+
+
+@settings(max_examples=15)
+@given(context=TOKENS, continuations=st.lists(TOKENS, min_size=1, max_size=4), data=st.data())
+def test_sharing_a_prefill_changes_nothing(
+    setting: Setting, context: list[int], continuations: list[list[int]], data: st.DataObject
+) -> None:
+    """Among them continuations that differ in their last token alone, and equal ones."""
+    protocol = data.draw(st.sampled_from(["strict", "griffin"]))
+    continuations = [*continuations, [*continuations[0][:-1], 77], continuations[0]]
+    together = Scorer(setting, protocol).score(context, continuations)
+    for continuation, shared in zip(continuations, together, strict=True):
+        (alone,) = Scorer(setting, protocol).score(context, [continuation])
+        assert shared.loglikelihood == pytest.approx(alone.loglikelihood, abs=FLOAT32)
+        assert shared.greedy == alone.greedy
+
+
+def test_contexts_do_not_touch_each_other(setting: Setting) -> None:
+    scorer = Scorer(setting)
+    long, short = list(range(5, 205)), [9, 8, 7]
+    first = scorer.score(short, [[1, 2]])
+    scorer.score(long, [[3] * 300])  # the cache grows, and calls are cut into pieces
+    assert scorer.score(short, [[1, 2]])[0].loglikelihood == pytest.approx(first[0].loglikelihood, abs=FLOAT32)
+
+
+def test_long_continuations_are_decoded_in_pieces(model: Model, reference: torch.nn.Module) -> None:
+    tokens = np.random.default_rng(0).integers(3, 250, 2 * DECODE_TOKENS + 40).tolist()
+    context, continuation = tokens[:20], tokens[20:]
+    dense = open_setting(model.artifact, model.sessions, "dense")
+    with torch.inference_mode():
+        log = torch.log_softmax(reference(torch.tensor([tokens[:-1]])).logits[0, 19:].float(), dim=-1)
+    expected = log[torch.arange(len(continuation)), torch.tensor(continuation)].sum().item()
+    for protocol in ("strict", "griffin"):
+        (score,) = Scorer(dense, protocol).score(context, [continuation])
+        assert score.loglikelihood == pytest.approx(expected, abs=FLOAT32 * math.sqrt(len(continuation)))
+
+
+def test_density_is_that_of_the_masks(setting: Setting) -> None:
+    scorer = Scorer(setting)
+    assert scorer.take_density() is None
+    scorer.score(list(range(5, 45)), [[1], [2]])
+    assert scorer.take_density() == pytest.approx(1.0 if setting.method == "dense" else 0.5, abs=0.2)
+    assert scorer.take_density() is None
+
+
+def test_unknown_protocol(setting: Setting) -> None:
+    with pytest.raises(UsageError, match=r"^Protocol 'loose' is not known\. Use strict or griffin\.$"):
+        Scorer(setting, "loose")
+
+
+def test_logits_that_are_not_finite(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Setting, "decode", lambda *arguments: np.full((1, setting.shape.vocab_size), np.nan))
+    with pytest.raises(TdaError, match=r"^The logits are not finite\. Build the artifact in another dtype\.$"):
+        Scorer(setting).score([5, 6], [[7]])
