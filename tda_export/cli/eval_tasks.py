@@ -52,19 +52,24 @@ def evaluate_tasks(
         "budget": lm.scorer.setting.budget,
         "protocol": protocol,
         "limit": limit,
-        "tasks": _plain(run_tasks(lm, names, data, limit)),
+        "tasks": _plain(run_tasks(lm, names, data, limit, notify=_say)),
     }
     if reference is not None:
-        source = resolve_model(reference, notify=lambda line: click.echo(line, err=True))
+        source = resolve_model(reference, notify=_say)
         device = _device(result["provider"])
         dtype = result["dtype"] if device == "cuda" else "float32"
+        model = reference_model(source, dtype=dtype, device=device)
         result["reference"] = {
             "model": source.name,
             "dtype": dtype,
             "device": device,
-            "tasks": _plain(run_tasks(reference_model(source, dtype=dtype, device=device), names, data, limit)),
+            "tasks": _plain(run_tasks(model, names, data, limit, notify=_say)),
         }
     click.echo(json.dumps(result) if as_json else _summary(result))
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
 
 
 def _device(provider: str) -> str:

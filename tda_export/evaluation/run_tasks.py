@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,14 @@ def check_data(folder: Path, tasks: Sequence[str]) -> None:
             raise TdaError(f"{path}: not there. Write the folder with 'tda-export eval-data FOLDER'.")
 
 
-def run_tasks(lm: LM, tasks: Sequence[str], data: Path, limit: int | None = None) -> dict[str, TaskResult]:
+def run_tasks(
+    lm: LM,
+    tasks: Sequence[str],
+    data: Path,
+    limit: int | None = None,
+    *,
+    notify: Callable[[str], None] = lambda line: None,
+) -> dict[str, TaskResult]:
     """Run tasks one after another.
 
     Args:
@@ -77,6 +84,7 @@ def run_tasks(lm: LM, tasks: Sequence[str], data: Path, limit: int | None = None
         tasks: Names, of `TASK_NAMES`.
         data: What `eval-data` wrote.
         limit: The most questions of a task; its first ones.
+        notify: Told of each task that begins.
 
     Raises:
         TdaError: A task's data are not there, or the model fails.
@@ -85,7 +93,8 @@ def run_tasks(lm: LM, tasks: Sequence[str], data: Path, limit: int | None = None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every task that reads its own data
     manager = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False, metadata={"data": str(data)})
     results = {}
-    for task in tasks:
+    for number, task in enumerate(tasks, 1):
+        notify(f"{task} ({number} of {len(tasks)})")
         began = time.monotonic()
         found = simple_evaluate(
             model=lm, tasks=[task], limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=1

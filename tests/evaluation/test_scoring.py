@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tda_export.errors import TdaError, UsageError
-from tda_export.evaluation.scoring import DECODE_TOKENS, Scorer
+from tda_export.evaluation.scoring import DECODE_TOKENS, Scorer, token_log_probabilities
 from tda_export.evaluation.setting import Setting, open_setting
 from tda_export.runtime import Model
 from tda_export.runtime.kv_cache import KvCache
@@ -100,6 +100,22 @@ def test_long_continuations_are_decoded_in_pieces(model: Model, reference: torch
     for protocol in ("strict", "griffin"):
         (score,) = Scorer(dense, protocol).score(context, [continuation])
         assert score.loglikelihood == pytest.approx(expected, abs=FLOAT32 * math.sqrt(len(continuation)))
+
+
+def test_token_log_probabilities_are_those_of_the_whole_distribution() -> None:
+    generator = np.random.default_rng(0)
+    logits = generator.normal(0.0, 8.0, (5, 50_000)).astype(np.float32)
+    tokens = generator.integers(0, 50_000, (3, 5))
+    expected = log_softmax(logits)[np.arange(5), tokens]
+    np.testing.assert_allclose(token_log_probabilities(logits, tokens), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_logit_that_is_not_finite(bad: float) -> None:
+    logits = np.zeros((2, 5), np.float32)
+    logits[1, 3] = bad
+    with pytest.raises(TdaError, match="not finite"):
+        token_log_probabilities(logits, np.zeros((1, 2), np.int64))
 
 
 def test_density_is_that_of_the_masks(setting: Setting) -> None:
