@@ -34,11 +34,19 @@ def report(source: Path, output: Path, result_files: tuple[Path, ...], provider:
     From a calibration file: curves, allocation, and KL where it was measured. From an artifact's folder also how its
     neurons behave, measured with its own graphs.
     """
+    from tda_export.errors import TdaError, UsageError
     from tda_export.files import atomic_file, check_output
     from tda_export.report.build import artifact_page, calibration_page
     from tda_export.report.page import is_report, render
     from tda_export.report.results import read_result
 
+    if not source.exists():
+        raise TdaError(
+            f"{source}: no such calibration file or artifact. Make one with 'tda-export calibrate' or "
+            "'tda-export build'."
+        )
+    if provider != "auto" and not source.is_dir():
+        raise UsageError(f"{source} is a calibration file, which has no graphs to run. Leave --provider out.")
     check_output(output, overwrite=overwrite, what="a report", is_earlier_output=is_report)
     results = [read_result(path) for path in result_files]
     page = artifact_page(source, results, provider) if source.is_dir() else calibration_page(source, results)

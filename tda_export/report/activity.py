@@ -97,7 +97,7 @@ def activate(name: str, x: np.ndarray) -> np.ndarray:
     if name == "silu":
         return x / (1 + np.exp(-np.clip(x, -80, None)))
     if name == "gelu_tanh":
-        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     if name == "gelu":
         return (0.5 * x * (1 + np.vectorize(math.erf, otypes=[np.float32])(x / math.sqrt(2)))).astype(x.dtype)
     raise ValueError(f"Activation {name!r} is not known here.")

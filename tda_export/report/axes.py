@@ -68,7 +68,7 @@ def around(label: str, values: Iterable[float], *, log: bool = False, zero: bool
     else:
         low = min(low, 0.0) if zero else low
         if high - low < 1e-12 * max(abs(high), 1e-300):
-            high = low + (abs(low) or 1.0)
+            low, high = (0.0 if zero else low - (abs(low) or 1.0) / 2), high + (abs(high) or 1.0) / 2
         steps = _linear_ticks(low - (high - low), high + (high - low))
     below = [value for value in steps if value <= low + 1e-9 * (high - low)]
     above = [value for value in steps if value >= high - 1e-9 * (high - low)]

@@ -38,7 +38,7 @@ def element(name: str, *children: object, **attributes: object) -> Markup:
 
 def number(value: float) -> str:
     """Write a coordinate: two decimals, no zeros at the end."""
-    return f"{value:.2f}".rstrip("0").rstrip(".")
+    return f"{round(value, 2) + 0.0:.2f}".rstrip("0").rstrip(".")
 
 
 def shorten(text: object, characters: int) -> str:

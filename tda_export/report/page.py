@@ -13,7 +13,7 @@ from tda_export.report.colours import css_variables
 from tda_export.report.markup import clean
 
 TEMPLATE = "page.html.jinja"
-GENERATOR = '<meta name="generator" content="tda-export report">'  # what tells a report from other files
+GENERATOR = '<meta name="generator" content="tda-export report"/>'  # what tells a report from other files
 
 
 @dataclass(frozen=True)
