@@ -76,18 +76,20 @@ class Reader:
         """Compute r [S, F] of a layer from what goes into its FFN, float32 [S, M]."""
 
         def product(part: str) -> np.ndarray:
-            y = x @ self._weight(contract.ffn_weight(layer, part)).T  # [S, F]
-            return y + self._weight(contract.ffn_bias(layer, part)) if self._spec.ffn_bias else y
+            y = x @ float32_weight(self.artifact, contract.ffn_weight(layer, part)).T  # [S, F]
+            return y + float32_weight(self.artifact, contract.ffn_bias(layer, part)) if self._spec.ffn_bias else y
 
         h = activate(self._spec.activation, product("gate")) * product("up")  # [S, F]
-        down = self._weight(contract.ffn_weight(layer, "down"))  # [F, M]
+        down = float32_weight(self.artifact, contract.ffn_weight(layer, "down"))  # [F, M]
         return relative(np.abs(h) * np.linalg.norm(down, axis=1))
 
-    def _weight(self, name: str) -> np.ndarray:
-        array = map_weight(self.artifact, name)
-        if self.artifact.manifest["weights"][name]["dtype"] == "bfloat16":
-            array = (array.astype(np.uint32) << 16).view(np.float32)  # bfloat16 is the upper half of float32
-        return array.astype(np.float32, copy=False)
+
+def float32_weight(artifact: Artifact, name: str) -> np.ndarray:
+    """Read a tensor of weights.bin as float32, of its own shape."""
+    array = map_weight(artifact, name)
+    if artifact.manifest["weights"][name]["dtype"] == "bfloat16":
+        array = (array.astype(np.uint32) << 16).view(np.float32)  # bfloat16 is the upper half of float32
+    return array.astype(np.float32, copy=False)
 
 
 def activate(name: str, x: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -119,7 +120,14 @@ def similarity_section(reader: Reader, text: Text, advance: Advance) -> Section:
         scores.append(reader.scores(tokens))
         advance(1)
     found = similarity(np.stack(scores))
-    lowest = np.floor(found.cosine.min() * 20) / 20
+    charts = []
+    for title, values in (
+        ("Cosine similarity of the neuron scores", found.cosine),
+        (f"Jaccard overlap of the 50 % of neurons with the largest scores ({CHANCE:.2f} by chance)", found.jaccard),
+    ):
+        low, high = colour_range(values)
+        chart = matrix_chart(title, values, labels, low=low, high=high)
+        charts.append(Figure(chart, f"{title}. Colours go from {low:.2f} to {high:.2f}."))
     rows = [
         [number + 1, prompt.label, prompt.text if prompt.text is not None else f"{length} random tokens"]
         for number, prompt in enumerate(SIMILARITY_PROMPTS)
@@ -130,16 +138,7 @@ def similarity_section(reader: Reader, text: Text, advance: Advance) -> Section:
             "Neuron scores of thirteen prompts, compared pair by pair and averaged over layers. The sentences are this "
             "report's own, not those of the paper (arXiv 2408.11393, Table 5 and Figure 11)."
         ],
-        [
-            Figure(
-                matrix_chart("Cosine similarity of scores", found.cosine, labels, low=min(lowest, 0.95), high=1.0),
-                "Cosine similarity of the neuron scores.",
-            ),
-            Figure(
-                matrix_chart("Jaccard overlap", found.jaccard, labels, low=CHANCE, high=1.0),
-                f"Jaccard overlap of the 50 % of neurons with the largest scores ({CHANCE:.2f} by chance).",
-            ),
-        ],
+        charts,
         [Table("The prompts", ("number", "label", "text"), rows, folded=True, texts=3)],
     )
 
@@ -153,7 +152,7 @@ def uncertainty_section(reader: Reader, texts: dict[str, list[int]], advance: Ad
     overlap = overlap_by_layer(np.stack(scores))  # [L, pairs]
     layers = list(range(len(overlap)))
     series = Series(
-        "mean over pairs of texts; band: least and most",
+        "mean (band: least and most)",
         layers,
         overlap.mean(axis=1).tolist(),
         band=(overlap.min(axis=1).tolist(), overlap.max(axis=1).tolist()),
@@ -184,6 +183,13 @@ def uncertainty_texts(text: Text, limit: int) -> dict[str, list[int]]:
     files = sorted(builtin_folder().glob("*.txt"))
     tokens = min(UNCERTAINTY_TOKENS, limit)
     return {file.stem: text.encode(file.read_text(encoding="utf-8")[: 8 * tokens])[:tokens] for file in files}
+
+
+def colour_range(values: np.ndarray) -> tuple[float, float]:
+    """Return the least and the largest similarity of different prompts [N, N], to the next 0.05 outside them."""
+    others = values[~np.eye(len(values), dtype=bool)]
+    low, high = math.floor(others.min() * 20) / 20, math.ceil(others.max() * 20) / 20
+    return (low, high) if low < high else (low - 0.05, high)
 
 
 def random_tokens(artifact: Artifact, count: int, seed: int) -> list[int]:

@@ -66,7 +66,7 @@ def line_chart(
     for value, text in references:
         start, end = plot.at(x.low, value), plot.at(x.high, value)
         parts.append(line(start, end, class_="reference"))
-        parts.append(element("text", text, x=end[0] - 4, y=end[1] - 4, class_="note", text_anchor="end"))
+        parts.append(element("text", text, x=end[0] - 4, y=end[1] - 4, class_="note halo", text_anchor="end"))
     for one in series:
         parts += _series(plot, one)
     if ramp:

@@ -112,8 +112,8 @@ def allocation_chart(density: Sequence[float], second: Sequence[float] | None = 
         density: L shares of neurons in the mask: of all three matrices, or of the gate alone where there is a second.
         second: With two levels, L shares of neurons whose up and down rows are read; or None.
     """
-    series = [Series("mask" if second is None else "in the mask (gate rows read)", [], density, style=0)]
+    series = [Series("mask" if second is None else "mask (gate rows)", [], density, style=0)]
     if second is not None:
-        series.append(Series("above the token threshold (up and down rows read)", [], second, style=1))
+        series.append(Series("above token threshold (up, down rows)", [], second, style=1))
     mean = float(np.mean(density)) if second is None else None
     return bar_chart("Density by layer", series, "layer", Axis(DENSITY, 0.0, 1.0), mean=mean)

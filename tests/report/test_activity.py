@@ -11,13 +11,16 @@ import torch
 
 from tda_export.calibration.capture import capture_activations
 from tda_export.calibration.cett import relative_magnitudes
+from tda_export.graph import contract
 from tda_export.graph.reference import reference_scores
 from tda_export.models.source import resolve_model
 from tda_export.report.activity import (
     Reader,
+    _float32,
     activate,
     cosine,
     first_quarter,
+    float32_weight,
     inertia,
     jaccard,
     overlap_by_layer,
@@ -27,7 +30,8 @@ from tda_export.report.activity import (
 )
 from tda_export.report.activity_sections import activity_section, activity_steps, brightness, random_tokens
 from tda_export.report.texts import SIMILARITY_PROMPTS, shuffled
-from tda_export.runtime.artifact import open_artifact
+from tda_export.runtime.artifact import Artifact, open_artifact
+from tda_export.runtime.session import device_tensor
 from tda_export.runtime.text import Text
 from tests.conftest import run_ok
 from tests.tiny import save_tiny_model
@@ -194,3 +198,35 @@ def test_activity_section(tiny_artifact: Path, kind: type[Text], cases: int) -> 
     assert len(section.figures) == 4
     assert str(section.figures[1].chart).count("<image") == 2 * cases
     assert ("begins every sequence" in section.paragraphs[2]) == (kind is Prefixed)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_weights_of_any_dtype(tmp_path: Path, dtype: str) -> None:
+    values = torch.tensor([[1.0, -2.5], [0.3, 1e-4]]).to(getattr(torch, dtype))
+    (tmp_path / contract.WEIGHTS_FILE).write_bytes(values.view(torch.uint8).numpy().tobytes())
+    weights = {"w": {"dtype": dtype, "offset": 0, "shape": [2, 2]}}
+    found = float32_weight(Artifact(tmp_path, {"weights": weights}, None), "w")  # type: ignore[arg-type]
+    assert found.dtype == np.float32
+    assert (found == values.float().numpy()).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_reader_on_a_gpu(tiny_model: Path, tiny_calibration: Path, tmp_path: Path, dtype: str) -> None:
+    path = tmp_path / dtype
+    run_ok("build", tiny_model, "--calibration", tiny_calibration, "-o", path, "--dtype", dtype, "--no-verify")
+    source, reader = resolve_model(str(tiny_model)), Reader(open_artifact(path), "cuda")
+    tolerance = {"fp16": 1e-2, "bf16": 5e-2}[dtype]
+    found = reader.relative_magnitudes(TOKENS, [1])[0]
+    assert found == pytest.approx(transformers_magnitudes(tiny_model, TOKENS)[1], abs=tolerance)
+    expected = torch.stack(reference_scores(source.reference(), source.spec, TOKENS, magnitude=True)).numpy()
+    assert reader.scores(TOKENS) == pytest.approx(expected, abs=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_values_of_any_dtype(dtype: str) -> None:
+    values = np.array([[1.0, -2.5, 0.0]], np.float32)
+    bits = (values.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else values.astype(dtype)
+    found = _float32(device_tensor(bits, "cpu", dtype))
+    assert found.dtype == np.float32
+    assert (found == values).all()
