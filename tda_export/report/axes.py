@@ -52,7 +52,7 @@ class Axis:
 
 
 def around(label: str, values: Iterable[float], *, log: bool = False, zero: bool = False) -> Axis:
-    """Make an axis that holds all values with a little room: its ends are ticks.
+    """Make an axis that holds all values with a little room, from one round number to another.
 
     Args:
         label: Quantity and unit.
@@ -63,24 +63,39 @@ def around(label: str, values: Iterable[float], *, log: bool = False, zero: bool
     kept = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
     low, high = (min(kept), max(kept)) if kept else (0.1, 1.0)
     if log:
-        low, high = low / 1.15, high * 1.15
-        steps = _log_ticks(low / 10, high * 10)
-    else:
-        low = min(low, 0.0) if zero else low
-        if high - low < 1e-12 * max(abs(high), 1e-300):
-            low, high = (0.0 if zero else low - (abs(low) or 1.0) / 2), high + (abs(high) or 1.0) / 2
-        steps = _linear_ticks(low - (high - low), high + (high - low))
-    below = [value for value in steps if value <= low + 1e-9 * (high - low)]
-    above = [value for value in steps if value >= high - 1e-9 * (high - low)]
-    return Axis(label, max(below), min(above), log)
+        return Axis(label, _round_log(low / 1.15, up=False), _round_log(high * 1.15, up=True), log)
+    low = min(low, 0.0) if zero else low
+    if high - low < 1e-9 * max(abs(high), abs(low), 1e-300):
+        room = (abs(high) or 1.0) / 2
+        low, high = (low if zero else low - room), high + room
+    for _ in range(2):  # a wider range may have wider steps
+        step = _step(low, high)
+        low, high = _multiple(math.floor(low / step + 1e-9), step), _multiple(math.ceil(high / step - 1e-9), step)
+    return Axis(label, low, high)
+
+
+def _round_log(value: float, *, up: bool) -> float:
+    """Return the next of 1, 2, 5 times a power of ten that is at least (up) or at most `value`."""
+    power = math.floor(math.log10(value))
+    candidates = [factor * 10.0**exponent for exponent in (power - 1, power, power + 1) for factor in (1, 2, 5)]
+    candidates.append(10.0 ** (power + 2))
+    return min(c for c in candidates if c >= value) if up else max(c for c in candidates if c <= value)
+
+
+def _step(low: float, high: float) -> float:
+    rough = (high - low) / TICKS
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(factor * power for factor in (1, 2, 2.5, 5, 10, 20) if factor * power >= rough * (1 - 1e-9))
+
+
+def _multiple(count: int, step: float) -> float:
+    """Return count steps without the noise of the last binary digits."""
+    return round(count * step, 12 - math.floor(math.log10(step)))
 
 
 def _linear_ticks(low: float, high: float) -> list[float]:
-    rough = (high - low) / TICKS
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(index * step, 12 - math.floor(math.log10(step))) for index in range(first, last + 1)]
+    step = _step(low, high)
+    return [_multiple(count, step) for count in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tda_export.calibration.budgets import Budget
 from tda_export.calibration.file import Calibration, read_calibration
 from tda_export.errors import TdaError
 from tda_export.graph import contract
@@ -46,11 +45,11 @@ def calibration_page(path: Path, results: Sequence[Result]) -> Page:
     """
     calibration = read_calibration(path)
     thresholds = calibration_thresholds(calibration)
-    curves, budget = curves_of(calibration), Budget(**calibration.provenance["budget"])
+    curves = curves_of(calibration)
     sections = [
         calibration_summary(calibration),
         curves_section(curves, thresholds),
-        allocation_section(curves, thresholds, str(budget)),
+        allocation_section(curves, thresholds, calibration.provenance["budget"]),
         sensitivity_section(calibration),
         *([methods_section(results)] if results else []),
     ]
@@ -94,8 +93,7 @@ def _calibration_sections(artifact: Artifact, calibration: Calibration) -> list[
     thresholds = manifest["thresholds"] if manifest["method"]["selection"] == "threshold" else None
     sections = [curves_section(curves, thresholds)]
     if thresholds is not None:
-        budget = ", ".join(f"{name} {value}" for name, value in manifest["budget"].items())
-        sections.append(allocation_section(curves, thresholds, budget))
+        sections.append(allocation_section(curves, thresholds, manifest["budget"]))
     return [*sections, sensitivity_section(calibration)]
 
 

@@ -98,10 +98,11 @@ def curves_section(curves: Curves, thresholds: Sequence[float] | None) -> Sectio
 
 
 def allocation_section(
-    curves: Curves, thresholds: Sequence[float], budget: str, second: Sequence[float] | None = None
+    curves: Curves, thresholds: Sequence[float], budget: dict[str, Any], second: Sequence[float] | None = None
 ) -> Section:
     """Show what was chosen for each layer; `second` is the density of up and down rows where there are two levels."""
     density, cett = curves.at(thresholds)
+    asked = ", ".join(f"{name} {value}" for name, value in budget.items())
     rows: list[list[object]] = [
         [layer, f"{threshold:.6f}", f"{density[layer]:.3f}", f"{cett[layer]:.3f}"]
         for layer, threshold in enumerate(thresholds)
@@ -111,7 +112,7 @@ def allocation_section(
     columns = ["layer", "threshold", "density", "CETT", *(["density of up and down"] if second is not None else [])]
     return Section(
         "Allocation",
-        [f"Budget: {budget}. Mean density {density.mean():.3f}, mean CETT {cett.mean():.3f} on the calibration data."],
+        [f"Budget: {asked}. Mean density {density.mean():.3f}, mean CETT {cett.mean():.3f} on the calibration data."],
         [Figure(allocation_chart(density.tolist(), second), "Density that was chosen for each layer.")],
         [Table("Thresholds, layer by layer", columns, rows, folded=True)],
     )
