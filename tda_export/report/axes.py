@@ -47,6 +47,8 @@ class Axis:
     def ticks(self) -> list[float]:
         """Return round values within the range, ascending."""
         candidates = _log_ticks(self.low, self.high) if self.log else _linear_ticks(self.low, self.high)
+        if self.log:
+            return [value for value in candidates if self.low * (1 - 1e-9) <= value <= self.high * (1 + 1e-9)]
         slack = 1e-9 * (self.high - self.low)
         return [value for value in candidates if self.low - slack <= value <= self.high + slack]
 
