@@ -108,11 +108,11 @@ def prediction_scatter(sparsity: np.ndarray, predicted: np.ndarray, measured: np
 def methods_chart(results: Sequence[Result]) -> Markup | None:
     """Draw KL against the share of FFN bytes read, one line for each method, with bars of one standard error.
 
-    Results without loss (dense) have no place on a logarithmic axis. None where nothing is left.
+    Results without loss (dense, but for rounding) have no place on a logarithmic axis. None where nothing is left.
     """
     lines: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda one: one.share):
-        if result.kl > 0:
+        if not result.lossless:
             lines.setdefault(result.line, []).append(result)
     if not lines:
         return None

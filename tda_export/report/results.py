@@ -23,6 +23,7 @@ NUMBERS = (
     "ffn_bytes",
     "dense_ffn_bytes",
 )
+LOSSLESS = 1e-6  # KL in nats under which a difference is rounding, as between two dense graphs
 TEXTS = ("model", "method", "text")
 
 
@@ -49,6 +50,11 @@ class Result:
     def group(self) -> tuple[str, str, int, int]:
         """What results of one chart share: model, text and lengths."""
         return self.model, self.text, self.prompt_tokens, self.continuation_tokens
+
+    @property
+    def lossless(self) -> bool:
+        """Whether it differs from dense by no more than rounding."""
+        return self.kl < LOSSLESS
 
     @property
     def share(self) -> float:

@@ -154,12 +154,12 @@ def methods_section(results: Sequence[Result]) -> Section:
                 f"{model} on {text}, prompts of {prompt} tokens and {continuation} decoded. Bars: one standard error."
             )
             figures.append(Figure(chart, caption))
-        lossless = lossless or any(one.kl <= 0 for one in group)
+        lossless = lossless or any(one.lossless for one in group)
         rows += [
             [
                 model,
                 text,
-                f"{prompt} + {continuation}",
+                f"{prompt}\u00a0+\u00a0{continuation}",
                 one.line,
                 one.budget_text,
                 f"{one.share:.3f}",
@@ -191,7 +191,9 @@ def methods_section(results: Sequence[Result]) -> Section:
         ["KL(dense || sparse) of the tokens decoded after a prompt, against the FFN weight bytes that a token reads."],
         figures,
         [Table("All results", columns, rows, texts=5)],
-        ["Results without loss (KL 0, as dense has) have no place on a logarithmic axis."] if lossless else [],
+        ["Results without loss (KL of 0 but for rounding, as dense has) have no place on a logarithmic axis."]
+        if lossless
+        else [],
     )
 
 
