@@ -1,0 +1,56 @@
+"""`tda-export report`: a calibration or an artifact as one page of charts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tda_export.cli.options import PATH, overwrite_option, provider_option
+
+
+@click.command()
+@click.argument("source", metavar="CALIBRATION|ARTIFACT", type=PATH)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="HTML file to write.",
+)
+@click.option(
+    "--results",
+    "result_files",
+    type=PATH,
+    multiple=True,
+    metavar="FILE.json",
+    help="Output of eval --json, to compare methods. May be given many times.",
+)
+@provider_option
+@overwrite_option
+def report(source: Path, output: Path, result_files: tuple[Path, ...], provider: str, overwrite: bool) -> None:
+    """Draw what a calibration or an artifact holds as one HTML file that needs nothing else.
+
+    From a calibration file: curves, allocation, and KL where it was measured. From an artifact's folder also how its
+    neurons behave, measured with its own graphs.
+    """
+    from tda_export.errors import TdaError, UsageError
+    from tda_export.files import atomic_file, check_output
+    from tda_export.report.build import artifact_page, calibration_page
+    from tda_export.report.page import is_report, render
+    from tda_export.report.results import read_result
+
+    if not source.exists():
+        raise TdaError(
+            f"{source}: no such calibration file or artifact. Make one with 'tda-export calibrate' or "
+            "'tda-export build'."
+        )
+    if provider != "auto" and not source.is_dir():
+        raise UsageError(f"{source} is a calibration file, which has no graphs to run. Leave --provider out.")
+    check_output(output, overwrite=overwrite, what="a report", is_earlier_output=is_report)
+    results = [read_result(path) for path in result_files]
+    page = artifact_page(source, results, provider) if source.is_dir() else calibration_page(source, results)
+    html = render(page)
+    with atomic_file(output) as part:
+        part.write_text(html, encoding="utf-8")
+    click.echo(f"Wrote {output} ({len(html.encode()) / 2**20:.1f} MiB)")

@@ -1,0 +1,109 @@
+"""Put a report together: which sections a calibration and an artifact have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tda_export.calibration.file import Calibration, read_calibration
+from tda_export.errors import TdaError
+from tda_export.graph import contract
+from tda_export.progress import progress
+from tda_export.report.activity import Reader
+from tda_export.report.activity_sections import (
+    activity_section,
+    activity_steps,
+    similarity_section,
+    uncertainty_section,
+    uncertainty_texts,
+)
+from tda_export.report.page import Page, Section
+from tda_export.report.results import Result
+from tda_export.report.sections import (
+    allocation_section,
+    artifact_summary,
+    calibration_summary,
+    calibration_thresholds,
+    curves_of,
+    curves_section,
+    methods_section,
+    sensitivity_section,
+)
+from tda_export.report.texts import SIMILARITY_PROMPTS
+from tda_export.runtime.artifact import Artifact, open_artifact
+from tda_export.runtime.providers import choose_provider
+from tda_export.runtime.text import Text
+
+LONGEST = 128  # tokens of the longest of the report's own texts, with room for tokenizers that make more of them
+
+
+def calibration_page(path: Path, results: Sequence[Result]) -> Page:
+    """Report on a calibration file.
+
+    Raises:
+        TdaError: It cannot be read.
+    """
+    calibration = read_calibration(path)
+    thresholds = calibration_thresholds(calibration)
+    curves = curves_of(calibration)
+    sections = [
+        calibration_summary(calibration),
+        curves_section(curves, thresholds),
+        allocation_section(curves, thresholds, calibration.provenance["budget"]),
+        sensitivity_section(calibration),
+        *([methods_section(results)] if results else []),
+    ]
+    name = calibration.provenance["model"]["name"]
+    return Page(f"{name}: calibration", path.name, sections)
+
+
+def artifact_page(folder: Path, results: Sequence[Result], provider: str) -> Page:
+    """Report on an artifact, whose graphs are run for it; shows progress.
+
+    Args:
+        folder: The artifact.
+        results: Of `tda-export eval`.
+        provider: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        UsageError: The provider cannot run it.
+        TdaError: It cannot be opened, read or run, or its model takes too few tokens.
+    """
+    artifact = open_artifact(folder)
+    chosen = choose_provider(provider, artifact.shape.dtype)
+    if artifact.shape.max_positions < LONGEST:
+        raise TdaError(
+            f"{folder}: the model takes {artifact.shape.max_positions} tokens, and the report's own texts up to "
+            f"{LONGEST}. Report on its calibration file instead."
+        )
+    calibration = None
+    if contract.CALIBRATION_FILE in artifact.manifest["files"]:
+        calibration = read_calibration(artifact.file(contract.CALIBRATION_FILE))
+    sections = [artifact_summary(artifact)]
+    if calibration is not None:
+        sections += _calibration_sections(artifact, calibration)
+    if results:
+        sections.append(methods_section(results))
+    sections += _activity_sections(artifact, chosen)
+    return Page(f"{artifact.name}: artifact", folder.resolve().name, sections)
+
+
+def _calibration_sections(artifact: Artifact, calibration: Calibration) -> list[Section]:
+    curves, manifest = curves_of(calibration), artifact.manifest
+    thresholds = manifest["thresholds"] if manifest["method"]["selection"] == "threshold" else None
+    sections = [curves_section(curves, thresholds)]
+    if thresholds is not None:
+        sections.append(allocation_section(curves, thresholds, manifest["budget"]))
+    return [*sections, sensitivity_section(calibration)]
+
+
+def _activity_sections(artifact: Artifact, provider: str) -> list[Section]:
+    text = Text(artifact)
+    texts = uncertainty_texts(text, artifact.shape.max_positions)
+    reader = Reader(artifact, provider)
+    with progress("Reading single tokens", activity_steps(bool(text.encode("")))) as advance:
+        sections = [activity_section(reader, text, advance)]
+    with progress("Reading prompts", len(SIMILARITY_PROMPTS) + len(texts)) as advance:
+        sections.append(similarity_section(reader, text, advance))
+        sections.append(uncertainty_section(reader, texts, advance))
+    return sections

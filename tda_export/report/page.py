@@ -1,0 +1,85 @@
+"""The page: sections of text, charts and tables, put into one HTML file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from tda_export.report.colours import css_variables
+from tda_export.report.markup import clean
+
+TEMPLATE = "page.html.jinja"
+GENERATOR = '<meta name="generator" content="tda-export report"/>'  # what tells a report from other files
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with its caption; `wide` takes the page's full width."""
+
+    chart: Markup
+    caption: str
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells. Texts on the left, numbers (given as numbers or written with units) on the right.
+
+    `folded` hides it behind its caption.
+    """
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    folded: bool = False
+    texts: int = 1  # leading columns that are text
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with what is under it, in this order: paragraphs, figures, tables, notes."""
+
+    title: str
+    paragraphs: Sequence[str] = ()
+    figures: Sequence[Figure] = ()
+    tables: Sequence[Table] = ()
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Page:
+    """A whole report."""
+
+    title: str
+    subtitle: str
+    sections: Sequence[Section] = field(default_factory=list)
+
+
+def render(page: Page) -> str:
+    """Write the page as HTML that asks for nothing outside itself. All text is escaped; charts are markup already."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: value if isinstance(value, Markup) else clean(value),
+    )
+    colours = {
+        mode: Markup("".join(f"--{name}:{colour};" for name, colour in names.items()))
+        for mode, names in css_variables().items()
+    }
+    return environment.get_template(TEMPLATE).render(page=page, colours=colours, generator=Markup(GENERATOR))
+
+
+def is_report(path: Path) -> bool:
+    """Tell whether a file is a report."""
+    try:
+        with path.open("rb") as file:
+            return GENERATOR.encode() in file.read(1000)
+    except OSError:
+        return False

@@ -1,0 +1,222 @@
+"""`tda-export report`: one page from a calibration or an artifact, and how it refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tda_export.calibration.file import METADATA_KEY
+from tda_export.files import sha256
+from tda_export.graph import contract
+from tests.cli.conftest import FAILURE, USAGE, assert_error, listing
+from tests.conftest import run_cli, run_ok
+from tests.report.test_results import CONTENT
+from tests.runtime.conftest import edit_manifest
+
+MARKUP = "<script>alert('x')</script>"
+
+
+def parse(path: Path) -> ET.Element:
+    html = path.read_text(encoding="utf-8")
+    outside = r"<(script|link|iframe)\b|@import|url\(|https?:"
+    assert not re.search(outside, html.replace("http://www.w3.org/2000/svg", ""))
+    return ET.fromstring(html.removeprefix("<!DOCTYPE html>"))
+
+
+def headings(root: ET.Element) -> list[str]:
+    return [heading.text or "" for heading in root.iter("h2")]
+
+
+def text_of(root: ET.Element) -> str:
+    return " ".join("".join(root.itertext()).split())
+
+
+def write_result(folder: Path, name: str, **changes: Any) -> Path:
+    path = folder / name
+    path.write_text(json.dumps(CONTENT | changes))
+    return path
+
+
+def renamed(calibration: Path, path: Path, name: str) -> Path:
+    """A copy of a calibration for a model of another name."""
+    with safe_open(calibration, framework="pt") as file:
+        metadata = json.loads(file.metadata()[METADATA_KEY])
+    metadata["model"]["name"] = name
+    save_file(load_file(calibration), path, metadata={METADATA_KEY: json.dumps(metadata)})
+    return path
+
+
+def test_calibration(tiny_calibration: Path, tmp_path: Path) -> None:
+    output = tmp_path / "report.html"
+    assert run_ok("report", tiny_calibration, "-o", output).stdout.startswith(f"Wrote {output} (")
+    root = parse(output)
+    assert headings(root) == ["Summary", "Curves", "Allocation", "Sensitivity of layers"]
+    text = text_of(root)
+    with safe_open(tiny_calibration, framework="pt") as file:
+        metadata = json.loads(file.metadata()[METADATA_KEY])
+    assert metadata["model"]["fingerprint"] in text
+    assert metadata["dataset"]["tokens_sha256"] in text
+    assert "sparsity 0.5" in text
+    assert "carries no measurements of KL" in text
+
+
+def test_artifact(tiny_artifact: Path, tmp_path: Path) -> None:
+    output = tmp_path / "report.html"
+    result = run_ok("report", tiny_artifact, "-o", output, "--results", write_result(tmp_path, "r.json"))
+    root = parse(output)
+    assert headings(root) == [
+        "Summary",
+        "Curves",
+        "Allocation",
+        "Sensitivity of layers",
+        "Quality against FFN bytes",
+        "Neuron activity",
+        "Similarity of prompts",
+        "History-related uncertainty",
+    ]
+    assert sha256(tiny_artifact / contract.DECODE_FILE) in text_of(root)
+    assert output.stat().st_size < 3_000_000
+    assert "Traceback" not in result.stderr
+
+
+def test_artifact_without_thresholds_and_calibration(tiny_model: Path, tmp_path: Path) -> None:
+    """Griffin's takes its neurons by number."""
+    artifact, output = tmp_path / "griffin", tmp_path / "report.html"
+    run_ok("build", tiny_model, "--method", "griffin", "--sparsity", 0.5, "-o", artifact, "--no-verify")
+    run_ok("report", artifact, "-o", output)
+    assert headings(parse(output)) == [
+        "Summary",
+        "Neuron activity",
+        "Similarity of prompts",
+        "History-related uncertainty",
+    ]
+
+
+def test_results(tiny_calibration: Path, tmp_path: Path) -> None:
+    files = [
+        write_result(tmp_path, "a.json", kl=0.3),
+        write_result(tmp_path, "b.json", kl=0.1, ffn_bytes=80.0),
+        write_result(tmp_path, "c.json", prompt_tokens=64, text=MARKUP, model=MARKUP, budget={MARKUP: MARKUP}),
+        write_result(tmp_path, "d.json", method="dense", budget={}, kl=0.0),
+    ]
+    output = tmp_path / "report.html"
+    run_ok("report", tiny_calibration, "-o", output, *(word for file in files for word in ("--results", file)))
+    root = parse(output)
+    assert headings(root)[-1] == "Quality against FFN bytes"
+    captions = [caption.text or "" for caption in root.iter("figcaption")]
+    assert sum("Bars: one standard error" in caption for caption in captions) == 2  # one chart for each text and length
+    assert "0.3000 ± 0.0100" in text_of(root)
+    assert "no place on a logarithmic axis" in text_of(root)
+
+
+def test_names_are_escaped(tiny_calibration: Path, tmp_path: Path) -> None:
+    calibration = renamed(tiny_calibration, tmp_path / "<b>&.safetensors", f"{MARKUP}\x00")
+    output = tmp_path / "report.html"
+    run_ok("report", calibration, "-o", output)
+    root = parse(output)
+    assert root.findtext(".//h1") == f"{MARKUP}\ufffd: calibration"
+    assert "<b>&.safetensors" in text_of(root)
+
+
+def test_same_input_gives_the_same_page(tiny_calibration: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run_ok("report", tiny_calibration, "-o", tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+# Refusals
+
+
+def test_existing_output(tiny_calibration: Path, tmp_path: Path) -> None:
+    output = tmp_path / "report.html"
+    run_ok("report", tiny_calibration, "-o", output)
+    assert_error(run_cli("report", tiny_calibration, "-o", output), USAGE, "report.html exists", "--overwrite")
+    before = output.read_bytes()
+    run_ok("report", tiny_calibration, "-o", output, "--overwrite", "--results", write_result(tmp_path, "r.json"))
+    assert output.read_bytes() != before
+
+
+def test_foreign_output_is_kept(tiny_calibration: Path, tmp_path: Path) -> None:
+    output = tmp_path / "letter.html"
+    output.write_text("<p>Dear all</p>")
+    result = run_cli("report", tiny_calibration, "-o", output, "--overwrite")
+    assert_error(result, USAGE, "letter.html exists and is not a report, so it is not replaced")
+    assert output.read_text() == "<p>Dear all</p>"
+
+
+def test_missing_source(outputs: Path) -> None:
+    result = run_cli("report", outputs / "nowhere", "-o", outputs / "x.html")
+    assert_error(result, FAILURE, "nowhere: no such calibration file or artifact", "tda-export calibrate")
+
+
+def test_folder_that_is_no_artifact(outputs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    assert_error(run_cli("report", folder, "-o", outputs / "x.html"), FAILURE, "no manifest.json there")
+
+
+def test_file_that_is_no_calibration(outputs: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"no")
+    assert_error(
+        run_cli("report", path, "-o", outputs / "x.html"), FAILURE, "x.safetensors: not a readable calibration"
+    )
+
+
+def test_missing_folder_of_output(tiny_calibration: Path, tmp_path: Path) -> None:
+    result = run_cli("report", tiny_calibration, "-o", tmp_path / "no" / "x.html")
+    assert_error(result, USAGE, "does not exist. Create it first.")
+
+
+def test_bad_results(tiny_calibration: Path, outputs: Path, tmp_path: Path) -> None:
+    output = outputs / "x.html"
+    missing = run_cli("report", tiny_calibration, "-o", output, "--results", tmp_path / "nowhere.json")
+    assert_error(missing, USAGE, "nowhere.json: no such file", "--results")
+    bad = write_result(tmp_path, "bad.json", kl="much")
+    result = run_cli("report", tiny_calibration, "-o", output, "--results", bad)
+    assert_error(result, FAILURE, "bad.json: not a result, 'kl' is not there or no number", "eval --json")
+
+
+def test_model_of_few_positions(artifact_copy: Path, outputs: Path) -> None:
+    edit_manifest(artifact_copy, lambda manifest: manifest["shape"].update(max_positions=64))
+    result = run_cli("report", artifact_copy, "-o", outputs / "x.html")
+    assert_error(result, FAILURE, "the model takes 64 tokens", "calibration file instead")
+
+
+def test_provider_that_cannot_run_it(tiny_artifact: Path, outputs: Path) -> None:
+    result = run_cli("report", tiny_artifact, "-o", outputs / "x.html", "--provider", "cuda")
+    assert_error(result, USAGE, "this one is float32")
+
+
+def test_provider_without_an_artifact(tiny_calibration: Path, outputs: Path) -> None:
+    result = run_cli("report", tiny_calibration, "-o", outputs / "x.html", "--provider", "cpu")
+    assert_error(result, USAGE, "--provider", "no graphs to run")
+
+
+def test_disk_full(tiny_calibration: Path, outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    result = run_cli("report", tiny_calibration, "-o", outputs / "x.html")
+    assert_error(result, FAILURE, "x.html: could not be written (No space left on device)")
+
+
+def test_failure_keeps_the_earlier_report(artifact_copy: Path, tiny_calibration: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "reports"
+    folder.mkdir()
+    run_ok("report", tiny_calibration, "-o", folder / "x.html")
+    before = listing(folder)
+    (artifact_copy / contract.PREFILL_FILE).write_bytes(bytes((artifact_copy / contract.PREFILL_FILE).stat().st_size))
+    result = run_cli("report", artifact_copy, "-o", folder / "x.html", "--overwrite")
+    assert_error(result, FAILURE, "ONNX Runtime", "cannot load it")
+    assert listing(folder) == before

@@ -1,0 +1,188 @@
+"""Charts: well-formed, and every point where its data says."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from tda_export.report.axes import Axis
+from tda_export.report.charts import bar_chart, line_chart
+from tda_export.report.curves import Curves, allocation_chart, curve_chart, trade_chart
+from tda_export.report.drawing import Series
+from tda_export.report.quality import methods_chart, prediction_chart, prediction_scatter, sensitivity_chart
+from tests.report.svg import by_class, centre, corners, parse, reader
+from tests.report.test_results import result
+
+X, Y = Axis("share (%)", 0.0, 1.0), Axis("KL (nats)", 0.001, 1.0, log=True)
+MARKUP = "<script>alert('x')</script> & \"quotes\""
+
+
+def test_points_lie_where_the_ticks_say() -> None:
+    xs, ys = [0.1, 0.45, 0.9], [0.5, 0.02, 0.003]
+    root = parse(line_chart("title", [Series("a", xs, ys), Series("b", xs, ys[::-1], style=1)], X, Y))
+    x, y = reader(root, "x"), reader(root, "y", log=True)
+    marks = [centre(mark) for mark in by_class(root, "mark")][2:]  # two are the legend's
+    assert [x(place) for place, _ in marks] == pytest.approx([*xs, *xs], abs=1e-3)
+    assert [y(place) for _, place in marks] == pytest.approx([*ys, *ys[::-1]], rel=1e-2)
+    line = by_class(root, "line", "polyline")[0]
+    assert np.array(corners(line)) == pytest.approx(np.array(marks[:3]), abs=0.02)
+
+
+def test_error_bars_reach_one_standard_error_each_way() -> None:
+    one = Series("a", [0.5], [0.1], errors=[0.05])
+    root = parse(line_chart("title", [one], X, Y))
+    y = reader(root, "y", log=True)
+    bar = by_class(root, "error")[0]
+    assert [y(float(bar.get(end, ""))) for end in ("y1", "y2")] == pytest.approx([0.05, 0.15], rel=1e-2)
+
+
+def test_error_bars_stop_at_the_axis() -> None:
+    root = parse(line_chart("title", [Series("a", [0.5], [0.1], errors=[0.2])], X, Y))
+    y = reader(root, "y", log=True)
+    assert y(float(by_class(root, "error")[0].get("y1", ""))) == pytest.approx(Y.low, rel=1e-2)
+
+
+def test_band() -> None:
+    linear = Axis("y", 0.0, 1.0)
+    root = parse(line_chart("t", [Series("a", [0, 1], [0.5, 0.6], band=([0.2, 0.3], [0.7, 0.8]))], X, linear))
+    x, y = reader(root, "x"), reader(root, "y")
+    edge = [(x(place[0]), y(place[1])) for place in corners(by_class(root, "band")[0])]
+    assert np.array(edge) == pytest.approx(np.array([(0, 0.7), (1, 0.8), (1, 0.3), (0, 0.2)]), abs=1e-3)
+
+
+def test_what_has_no_place_is_left_out() -> None:
+    one = Series("", [0.1, 0.2, math.nan, 0.4], [0.0, math.inf, 0.1, 0.1])
+    root = parse(line_chart("title", [one], X, Y))
+    assert len(by_class(root, "mark")) == 1
+    assert not by_class(root, "line", "polyline")
+
+
+def test_texts_are_escaped_and_long_ones_cut() -> None:
+    names = [Series(MARKUP * 3, [0.1], [0.1], names=[MARKUP]), Series("\x00\ud800", [0.1], [0.1])]
+    chart = line_chart(MARKUP, names, Axis(MARKUP, 0, 1), Axis(MARKUP, 0, 1), references=[(0.5, MARKUP)])
+    assert "<script" not in chart
+    root = parse(chart)
+    assert root.get("aria-label") == MARKUP
+    legends = [element.text or "" for element in by_class(root, "legend")]
+    assert len(legends[0]) == 40
+    assert legends[1] == "\ufffd\ufffd"
+
+
+def test_legend_rows_do_not_overlap_the_plot() -> None:
+    many = [Series(f"a method with a long name {i}", [0.1], [0.1], style=i) for i in range(8)]
+    root = parse(line_chart("title", many, X, Y))
+    legends = by_class(root, "legend")
+    assert len(legends) == 8
+    top = min(float(line.get("y1", "")) for line in by_class(root, "axis"))
+    assert max(float(text.get("y", "")) for text in legends) < top
+    width = float(root.get("viewBox", "").split()[2])
+    assert all(float(text.get("x", "")) + 6.6 * len(text.text or "") < width for text in legends)
+    places = [(text.get("x"), text.get("y")) for text in legends]
+    assert len(set(places)) == 8
+
+
+def test_bars() -> None:
+    root = parse(bar_chart("t", [Series("a", [], [0.25, math.nan, 1.0]), Series("b", [], [0.5])], "layer", X, mean=0.5))
+    y = reader(root, "y")
+    bars = by_class(root, "bar")
+    assert [y(float(bar.get("y", ""))) for bar in bars] == pytest.approx([0.25, 1.0, 0.5], abs=1e-3)
+    x = reader(root, "x")
+    middle = [x(float(bar.get("x", "")) + float(bar.get("width", "")) / 2) for bar in bars]
+    assert [round(value) for value in middle] == [0, 2, 0]
+    assert by_class(root, "reference")
+
+
+@pytest.fixture
+def curves() -> Curves:
+    grid = np.concatenate([[0.0], np.geomspace(1e-4, 1, 400), [2.0]]).astype(np.float32)
+    density = np.stack([1 / (1 + (grid / middle) ** 3) for middle in (0.01, 0.02)])
+    density[:, -1] = 0.0
+    return Curves(grid, 1 - density, density)
+
+
+def test_curves_at_thresholds(curves: Curves) -> None:
+    density, cett = curves.at([float(curves.grid[50]), float(curves.grid[80])])
+    assert density.tolist() == [curves.density[0, 50], curves.density[1, 80]]
+    assert cett.tolist() == [curves.cett[0, 50], curves.cett[1, 80]]
+    assert curves.at([0.0, 9.0])[0].tolist() == [1.0, 0.0]  # every neuron, and none
+
+
+def test_curve_chart_marks_the_chosen_thresholds(curves: Curves) -> None:
+    chosen = [float(curves.grid[200]), float(curves.grid[230])]
+    root = parse(curve_chart(curves, curves.density, Axis("density", 0.0, 1.0), "t", chosen))
+    x, y = reader(root, "x", log=True), reader(root, "y")
+    places = [centre(mark) for mark in by_class(root, "mark")]
+    assert [x(place) for place, _ in places] == pytest.approx(chosen, rel=1e-2)
+    assert [y(place) for _, place in places] == pytest.approx(curves.at(chosen)[0].tolist(), abs=1e-3)
+    lines = by_class(root, "line", "polyline")
+    assert len(lines) == 2
+    for line, layer in zip(lines, (0, 1), strict=True):
+        for place in corners(line)[::20]:
+            assert y(place[1]) == pytest.approx(1 / (1 + (x(place[0]) / (0.01, 0.02)[layer]) ** 3), abs=0.02)
+
+
+def test_trade_chart(curves: Curves) -> None:
+    root = parse(trade_chart(curves, None))
+    x, y = reader(root, "x"), reader(root, "y")
+    for line in by_class(root, "line", "polyline"):
+        assert all(y(place[1]) == pytest.approx(1 - x(place[0]), abs=1e-3) for place in corners(line))
+
+
+def test_curves_without_any_drop_are_drawn() -> None:
+    """A model whose scores all lie outside the grid, and a single layer."""
+    flat = Curves(np.array([0.0, 0.1, 1.0, 2.0], np.float32), np.zeros((1, 4)), np.ones((1, 4)))
+    parse(curve_chart(flat, flat.cett, Axis("y", 0, 1), "t", [0.0]))
+    parse(trade_chart(flat, [0.0]))
+
+
+def test_allocation_with_a_second_level() -> None:
+    root = parse(allocation_chart([0.5, 0.6], [0.3, 0.2]))
+    y = reader(root, "y")
+    assert [y(float(bar.get("y", ""))) for bar in by_class(root, "bar")] == pytest.approx(
+        [0.5, 0.6, 0.3, 0.2], abs=1e-3
+    )
+    assert len(by_class(root, "legend")) == 2
+    assert not by_class(parse(allocation_chart([0.5, 0.6])), "legend")
+
+
+def test_sensitivity() -> None:
+    kl, share = np.array([[0.1, 0.01, 0.0], [0.2, 0.05, 0.02]]), np.array([[0.2, 0.5, 1.0]] * 2)
+    root = parse(sensitivity_chart(kl, share))
+    x, y = reader(root, "x"), reader(root, "y", log=True)
+    lines = [[(x(place[0]), y(place[1])) for place in corners(line)] for line in by_class(root, "line", "polyline")]
+    assert np.array(lines[0]) == pytest.approx(np.array([(0.2, 0.1), (0.5, 0.01)]), rel=2e-2)  # no KL of 0
+    assert np.array(lines[1]) == pytest.approx(np.array([(0.2, 0.2), (0.5, 0.05), (1.0, 0.02)]), rel=2e-2)
+
+
+def test_prediction() -> None:
+    sparsity, predicted = np.array([0.5, 0.25]), np.array([0.3, 0.05])
+    measured = np.array([[0.4, 0.06], [0.5, 0.04]])
+    root = parse(prediction_chart(sparsity, predicted, measured))
+    x, y = reader(root, "x"), reader(root, "y", log=True)
+    lines = [[(x(place[0]), y(place[1])) for place in corners(line)] for line in by_class(root, "line", "polyline")]
+    expected = [[(0.25, row[1]), (0.5, row[0])] for row in (predicted, *measured)]
+    assert np.array(lines) == pytest.approx(np.array(expected), rel=2e-2)
+
+    root = parse(prediction_scatter(sparsity, predicted, measured))
+    x, y = reader(root, "x", log=True), reader(root, "y", log=True)
+    marks = [centre(mark) for mark in by_class(root, "mark")][2:]
+    assert [x(place) for place, _ in marks] == pytest.approx([0.3, 0.05, 0.3, 0.05], rel=2e-2)
+    assert [y(place) for _, place in marks] == pytest.approx(measured.ravel().tolist(), rel=2e-2)
+    diagonal = by_class(root, "reference")[0]
+    for end in "12":
+        place = x(float(diagonal.get(f"x{end}", ""))), y(float(diagonal.get(f"y{end}", "")))
+        assert place[0] == pytest.approx(place[1], rel=1e-2)
+
+
+def test_methods() -> None:
+    points = [result(method="griffin", kl=0.2, ffn_bytes=50.0), result(kl=0.1, ffn_bytes=25.0)]
+    chart = methods_chart([*points, result(method="dense", kl=0.0, ffn_bytes=100.0)])
+    assert chart is not None
+    root = parse(chart)
+    assert [text.text for text in by_class(root, "legend")] == ["griffin", "tda (uniform)"]
+    x, y = reader(root, "x"), reader(root, "y", log=True)
+    marks = [centre(mark) for mark in by_class(root, "mark")][2:]
+    assert np.array([(x(a), y(b)) for a, b in marks]) == pytest.approx(np.array([(0.5, 0.2), (0.25, 0.1)]), rel=2e-2)
+    assert methods_chart([result(kl=0.0), result(kl=3e-9)]) is None  # it would stretch the axis
