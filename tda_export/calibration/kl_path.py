@@ -1,0 +1,207 @@
+"""Allocation by KL: a path of settings from nearly dense to sparse, along which every layer's bytes have one price.
+
+The path starts with every neuron and lowers the budget of FFN bytes step by step. At each step one batch of sequences
+gives the price of each layer's mask and token threshold (`marginals.price`); densities whose price is high grow and the
+others shrink, and all are scaled to the step's budget. So a single sweep gives the allocation of every budget, and
+takes the interaction of layers into account, which single-layer sensitivities do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tda_export.calibration.dense import Blended, DenseSequence
+from tda_export.calibration.marginals import (
+    BAND,
+    Densities,
+    EstimateHistogram,
+    Level,
+    Neighbours,
+    price,
+    score_thresholds,
+)
+from tda_export.calibration.masked import choose_masking, down_weights, masked_kl, two_level_ffn
+from tda_export.models.spec import DecoderSpec
+
+FIRST_SHARE, LAST_SHARE = 0.95, 0.2  # of FFN bytes
+WARM_UP = 4  # steps at the first share, while prices settle
+STEPS = 26  # steps from the first share to the last
+RATE = 0.35  # of the logarithm of densities, for each unit of the logarithm of prices
+MEMORY = 0.7  # weight of earlier prices beside a step's
+HISTOGRAM_MEMORY = 0.5
+WIDEST = 5.0  # a price counts as at most this many times the median, and at least this part of it
+SMALLEST_DENSITY = 0.005
+
+
+@dataclass
+class PathState:
+    """Where a sweep is: all that the next step needs, and the densities of every step so far ([steps, L])."""
+
+    step: int
+    densities: Densities
+    token_thresholds: torch.Tensor  # float32 [L]
+    histogram: EstimateHistogram
+    prices: torch.Tensor  # float32 [2, L], relative, averaged; empty before the first step
+    mask_densities: list[torch.Tensor]
+    token_densities: list[torch.Tensor]
+
+
+def share_of_step(step: int) -> float:
+    """Return the share of FFN bytes that a step aims at."""
+    progress = min(max(step - WARM_UP, 0) / (STEPS - 1), 1.0)
+    return FIRST_SHARE * math.exp(progress * math.log(LAST_SHARE / FIRST_SHARE))
+
+
+class PathSearch:
+    """The sweep over a batch of sequences at a time."""
+
+    def __init__(
+        self,
+        model: Any,
+        spec: DecoderSpec,
+        sequences: list[DenseSequence],
+        blended: list[Blended],
+        scale: torch.Tensor,
+        batch: int,
+        seed: int,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            model: A transformers model in evaluation mode, whose weights need no gradient.
+            spec: Its architecture.
+            sequences: What the allocation is fitted on.
+            blended: Their statistics with the prior.
+            scale: Neuron scales, float32 [L, F].
+            batch: Sequences of one step.
+            seed: Their order.
+        """
+        self._model, self._spec, self._scale = model, spec, scale
+        self._sequences, self._blended = sequences, blended
+        self._down = down_weights(model, spec)
+        self._batch = min(batch, len(sequences))
+        generator = torch.Generator().manual_seed(seed)
+        needed = (WARM_UP + STEPS + 1) * self._batch
+        order: list[int] = []
+        while len(order) < needed:
+            order += torch.randperm(len(sequences), generator=generator).tolist()
+        self._order = order
+
+    def start(self) -> PathState:
+        """Return the state before the first step: every layer alike, with token thresholds from one batch."""
+        layers, device = self._spec.num_layers, self._scale.device
+        share = FIRST_SHARE
+        densities = Densities(
+            torch.full((layers,), min(1.0, share + 0.02), device=device), torch.full((layers,), share - 0.01).to(device)
+        )
+        state = PathState(0, densities, torch.zeros(layers, device=device), self._histogram(), torch.empty(0), [], [])
+        level = Level(score_thresholds(self._blended, densities.mask), state.token_thresholds)
+        collect_estimates(self._model, self._spec, *self._draw(0), level, self._scale, self._down, state.histogram)
+        state.token_thresholds = state.histogram.thresholds(densities.token)
+        return state
+
+    def _histogram(self) -> EstimateHistogram:
+        return EstimateHistogram(self._spec.num_layers, self._scale.device)
+
+    def _draw(self, step: int) -> tuple[list[DenseSequence], list[Blended]]:
+        indices = self._order[step * self._batch : (step + 1) * self._batch]
+        return [self._sequences[i] for i in indices], [self._blended[i] for i in indices]
+
+    def advance(self, state: PathState) -> None:
+        """Take one step: price the present densities, and move them to the step's budget."""
+        densities = state.densities
+        level = Level(score_thresholds(self._blended, densities.mask), state.token_thresholds)
+        wider = Densities((densities.mask * (1 + BAND)).clamp_max(1.0), densities.token * (1 + BAND))
+        narrower = Densities(densities.mask * (1 - BAND), densities.token * (1 - BAND))
+        neighbours = Neighbours(
+            *(
+                Level(score_thresholds(self._blended, side.mask), state.histogram.thresholds(side.token))
+                for side in (wider, narrower)
+            )
+        )
+        state.histogram.fade(HISTOGRAM_MEMORY)
+        found = price(
+            self._model,
+            self._spec,
+            *self._draw(state.step),
+            level,
+            neighbours,
+            self._scale,
+            self._down,
+            state.histogram,
+        )
+        prices = torch.stack([found.mask, found.token])
+        prices = prices / prices.clamp_min(0).mean().clamp_min(1e-12)
+        state.prices = prices if not len(state.prices) else MEMORY * state.prices + (1 - MEMORY) * prices
+        state.densities = move(densities, state.prices, share_of_step(state.step))
+        state.token_thresholds = state.histogram.thresholds(state.densities.token)
+        state.mask_densities.append(state.densities.mask)
+        state.token_densities.append(state.densities.token)
+        state.step += 1
+
+
+def move(densities: Densities, prices: torch.Tensor, share: float) -> Densities:
+    """Move densities by their prices, and scale them to a share of FFN bytes.
+
+    Args:
+        densities: Now.
+        prices: Of mask and token thresholds, float32 [2, L].
+        share: Of FFN bytes, in (0, 1].
+    """
+    typical = prices.clamp_min(0).median().clamp_min(1e-12)
+    push = torch.exp(RATE * (prices / typical).clamp(1 / WIDEST, WIDEST).log())  # [2, L]
+    return scale_to(Densities(densities.mask * push[0], densities.token * push[1]), share)
+
+
+def scale_to(densities: Densities, share: float) -> Densities:
+    """Multiply all densities by one factor, within their bounds, such that they read a share of the FFN's bytes."""
+
+    def scaled(factor: float) -> Densities:
+        mask = (densities.mask * factor).clamp(SMALLEST_DENSITY, 1.0)
+        return Densities(mask, torch.minimum((densities.token * factor).clamp_min(SMALLEST_DENSITY), mask))
+
+    low, high = 1e-3, 1e3
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        if scaled(middle).ffn_share() > share:
+            high = middle
+        else:
+            low = middle
+    return scaled(math.sqrt(low * high))
+
+
+def densities_at(state: PathState, share: float) -> Densities:
+    """Return the path's densities at a share of FFN bytes, smoothed over the three nearest steps."""
+    steps = range(WARM_UP, len(state.mask_densities))
+    nearest = sorted(steps, key=lambda step: abs(math.log(share_of_step(step) / share)))[:3]
+    mask = torch.stack([state.mask_densities[step] for step in nearest]).log().mean(dim=0).exp()
+    token = torch.stack([state.token_densities[step] for step in nearest]).log().mean(dim=0).exp()
+    return scale_to(Densities(mask, token), share)
+
+
+def collect_estimates(
+    model: Any,
+    spec: DecoderSpec,
+    sequences: list[DenseSequence],
+    blended: list[Blended],
+    level: Level,
+    scale: torch.Tensor,
+    down: list[torch.Tensor],
+    histogram: EstimateHistogram,
+    advance: Callable[[int], None] = lambda units: None,
+) -> None:
+    """Run sequences at a setting and add the estimates of their masks' neurons to a histogram."""
+    for sequence, statistics in zip(sequences, blended, strict=True):
+        masking = choose_masking(down, statistics, level.score_square, level.token, scale)
+
+        def add(layer: int, run: Any, masking: Any = masking) -> None:
+            histogram.add(layer, run.estimates, masking.keep[layer])
+
+        with torch.no_grad(), two_level_ffn(model, spec, masking, add):
+            masked_kl(model, sequence)
+        advance(1)

@@ -1,0 +1,203 @@
+"""The second part of a calibration: the KL path, found on half of the sequences and measured on both halves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tda_export.calibration.curves import CurveSums
+from tda_export.calibration.dense import Blended, DenseSequence, blend, read_dense
+from tda_export.calibration.kl_path import (
+    STEPS,
+    WARM_UP,
+    PathSearch,
+    PathState,
+    collect_estimates,
+    densities_at,
+)
+from tda_export.calibration.kl_table import SHARES, KlTable
+from tda_export.calibration.marginals import EstimateHistogram, Level, score_thresholds
+from tda_export.calibration.masked import LayerRun, choose_masking, down_weights, masked_kl, two_level_ffn
+from tda_export.models.spec import DecoderSpec
+from tda_export.progress import Advance
+
+BATCHES = 8  # a step takes an eighth of the sequences
+SETTLING_SEQUENCES = 12  # that the token thresholds of a measured setting are chosen on
+SENSITIVITY_SEQUENCES = 2  # that each layer alone is measured on, for every setting
+TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class KlPlan:
+    """How many sequences each part reads: N in all, the first `fitted` of them fit the path."""
+
+    sequences: int
+
+    @property
+    def fitted(self) -> int:
+        """Sequences that the path is fitted on; the others are held out."""
+        return max(1, self.sequences // 2)
+
+    @property
+    def batch(self) -> int:
+        """Sequences of one step of the path."""
+        return max(2, self.sequences // BATCHES)
+
+    @property
+    def path_units(self) -> int:
+        """Passes over a sequence that the path takes; one with its backward pass counts two."""
+        return (WARM_UP + STEPS) * min(self.batch, self.fitted) * 2
+
+    def measuring_units(self, layers: int) -> int:
+        """Passes over a sequence that measuring takes."""
+        settling = min(SETTLING_SEQUENCES, self.fitted)
+        return len(SHARES) * (settling + self.sequences + layers * min(SENSITIVITY_SEQUENCES, self.sequences))
+
+    def units(self, layers: int) -> int:
+        """All passes over a sequence."""
+        return self.sequences + self.path_units + self.measuring_units(layers)
+
+
+def neuron_scales(model: Any, spec: DecoderSpec, sums: CurveSums) -> torch.Tensor:
+    """Compute c_i = RMS(up_i · x) ||W_down[:, i]||, float32 [L, F], on the model's device."""
+    norms = torch.stack([weight.float().norm(dim=0) for weight in down_weights(model, spec)])
+    return sums.up_rms.float().to(norms.device) * norms
+
+
+def find_path(
+    model: Any,
+    spec: DecoderSpec,
+    tokens: torch.Tensor,
+    prompt_tokens: int,
+    scale: torch.Tensor,
+    *,
+    prior_tokens: float,
+    seed: int,
+    advance: Advance,
+    resume: PathState | None = None,
+    save: Callable[[PathState], None] = lambda state: None,
+) -> KlTable:
+    """Find the KL path and measure it.
+
+    Args:
+        model: A transformers model in evaluation mode.
+        spec: Its architecture.
+        tokens: int64 [N, P + C]; even ones fit the path, odd ones are held out.
+        prompt_tokens: P.
+        scale: Neuron scales, float32 [L, F] (`neuron_scales`).
+        prior_tokens: The pseudo-count of the prior.
+        seed: Order of the sequences.
+        advance: Told of passes over a sequence (`KlPlan.units`).
+        resume: The state of a sweep that was interrupted.
+        save: Given the state after every step.
+    """
+    model.requires_grad_(False)
+    plan = KlPlan(len(tokens))
+    tokens = torch.cat([tokens[::2], tokens[1::2]]) if plan.sequences > 1 else tokens
+    sequences = read_dense(model, spec, tokens, prompt_tokens, advance)
+    blended = blend(sequences, prior_tokens)
+    fitted = (len(tokens) + 1) // 2
+    search = PathSearch(model, spec, sequences[:fitted], blended[:fitted], scale, plan.batch, seed)
+    state = resume or search.start()
+    advance(state.step * min(plan.batch, fitted) * 2)
+    while state.step < WARM_UP + STEPS:
+        search.advance(state)
+        save(state)
+        advance(min(plan.batch, fitted) * 2)
+    measuring = _Measuring(model, spec, sequences, blended, fitted, scale, advance)
+    rows = [measuring.measure(state, share) for share in SHARES]
+    columns = [torch.stack([row[i] for row in rows]).float().cpu() for i in range(len(rows[0]))]
+    return KlTable(*columns, torch.tensor([float(prior_tokens)]))
+
+
+class _Measuring:
+    def __init__(
+        self,
+        model: Any,
+        spec: DecoderSpec,
+        sequences: list[DenseSequence],
+        blended: list[Blended],
+        fitted: int,
+        scale: torch.Tensor,
+        advance: Advance,
+    ) -> None:
+        self._model, self._spec, self._scale, self._advance = model, spec, scale, advance
+        self._sequences, self._blended, self._fitted = sequences, blended, fitted
+        self._down = down_weights(model, spec)
+
+    def measure(self, state: PathState, share: float) -> tuple[torch.Tensor, ...]:
+        """Measure the path at a share of FFN bytes; return a row of each tensor of `KlTable`."""
+        spec, device = self._spec, self._scale.device
+        densities = densities_at(state, share)
+        level = self._settle(state, densities.token, score_thresholds(self._blended, densities.mask))
+        kls: list[list[float]] = [[], []]
+        density = torch.zeros(2, spec.num_layers, device=device)
+        cett = torch.zeros(spec.num_layers, device=device)
+        for number, (sequence, statistics) in enumerate(zip(self._sequences, self._blended, strict=True)):
+            masking = choose_masking(self._down, statistics, level.score_square, level.token, self._scale)
+
+            def observe(layer: int, run: LayerRun, masking: Any = masking) -> None:
+                density[0, layer] += masking.keep[layer].float().mean()
+                density[1, layer] += run.survivors.float().mean()
+                whole = run.h @ self._down[layer].T  # [T, M]
+                kept = run.used[0] @ self._down[layer].T + masking.tail[layer].to(run.used.dtype)
+                lost = (whole - kept).float().norm(dim=1) / whole.float().norm(dim=1).clamp_min(TINY)
+                cett[layer] += lost.mean()
+
+            with torch.no_grad(), two_level_ffn(self._model, spec, masking, observe):
+                kls[int(number >= self._fitted)].append(float(masked_kl(self._model, sequence)))
+            self._advance(1)
+        count = len(self._sequences)
+        density, cett = density / count, cett / count
+        measured = ((density[0] + 2 * density[1]) / 3).mean()
+        halves = [torch.tensor(half if half else kls[0], dtype=torch.float64) for half in kls]
+        errors = [half.std() / math.sqrt(len(half)) if len(half) > 1 else half.new_zeros(()) for half in halves]
+        return (
+            measured,
+            torch.stack([half.mean() for half in halves]),
+            torch.stack(errors),
+            level.score_square.sqrt(),
+            level.token,
+            density[0],
+            density[1],
+            cett,
+            self._sensitivities(level),
+        )
+
+    def _settle(self, state: PathState, token_density: torch.Tensor, score_square: torch.Tensor) -> Level:
+        """Choose token thresholds for a density, on what a run at the path's own thresholds sees."""
+        device, layers = self._scale.device, self._spec.num_layers
+        number = min(SETTLING_SEQUENCES, self._fitted)
+        histogram = EstimateHistogram(layers, device)
+        thresholds = state.histogram.thresholds(token_density)
+        collect_estimates(
+            self._model,
+            self._spec,
+            self._sequences[:number],
+            self._blended[:number],
+            Level(score_square, thresholds),
+            self._scale,
+            self._down,
+            histogram,
+            self._advance,
+        )
+        return Level(score_square, histogram.thresholds(token_density))
+
+    def _sensitivities(self, level: Level) -> torch.Tensor:
+        """Measure the KL of masking each layer alone, [L], on sequences that the path was not fitted on if possible."""
+        number = min(SENSITIVITY_SEQUENCES, len(self._sequences))
+        found = torch.zeros(self._spec.num_layers)
+        for sequence, statistics in zip(self._sequences[-number:], self._blended[-number:], strict=True):
+            masking = choose_masking(self._down, statistics, level.score_square, level.token, self._scale)
+            for layer in range(self._spec.num_layers):
+                with (
+                    torch.no_grad(),
+                    two_level_ffn(self._model, self._spec, masking, layers=range(layer, layer + 1)),
+                ):
+                    found[layer] += float(masked_kl(self._model, sequence)) / number
+                self._advance(1)
+        return found

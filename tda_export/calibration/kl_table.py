@@ -1,0 +1,119 @@
+"""What settings of the KL path cost, measured: the part of a calibration that a build chooses an allocation from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+
+from tda_export.errors import UsageError
+
+SHARES = (0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # of FFN bytes, at which the path is measured
+FITTED, HELD_OUT = 0, 1  # halves of the sequences
+
+
+@dataclass(frozen=True)
+class KlTable:
+    """A settings of the path, from dense to sparse, L layers. All float32 on the CPU.
+
+    `share` [A]: measured share of FFN bytes that a token reads. `kl` [A, 2]: KL(dense || sparse) of all layers together,
+    nats a token, on the sequences that the path was fitted on and on those that it never saw; `kl_stderr` [A, 2] over
+    sequences. `thresholds` [A, L] of neuron scores, `token_thresholds` [A, L] of gate estimates. `mask_density` and
+    `token_density` [A, L]: shares of neurons in the mask, and of those that a token does not skip. `cett` [A, L]: mean
+    CETT of all that was dropped. `sensitivity` [A, L]: KL when the one layer alone is masked. `prior_tokens` [1]: the
+    pseudo-count of the prior that scores were blended with.
+    """
+
+    share: torch.Tensor
+    kl: torch.Tensor
+    kl_stderr: torch.Tensor
+    thresholds: torch.Tensor
+    token_thresholds: torch.Tensor
+    mask_density: torch.Tensor
+    token_density: torch.Tensor
+    cett: torch.Tensor
+    sensitivity: torch.Tensor
+    prior_tokens: torch.Tensor
+
+    @property
+    def predicted_kl(self) -> list[float]:
+        """KL on sequences that the path never saw, made to rise from setting to setting, [A]."""
+        return torch.cummax(self.kl[:, HELD_OUT], dim=0).values.tolist()
+
+
+@dataclass(frozen=True)
+class KlSetting:
+    """A point of the path: lists of L floats as in `KlTable`, and its expected share of FFN bytes and KL."""
+
+    share: float
+    kl: float
+    thresholds: list[float]
+    token_thresholds: list[float]
+    mask_density: list[float]
+    token_density: list[float]
+    cett: list[float]
+
+
+def setting_at(table: KlTable, share: float) -> KlSetting:
+    """Interpolate the path at a share of FFN bytes.
+
+    Between two measured settings logarithms of thresholds and of KL are linear in the share; between dense and the
+    first setting the thresholds and KL themselves are.
+
+    Args:
+        table: From calibration.
+        share: Of FFN bytes, in (0, 1].
+
+    Raises:
+        UsageError: The share is below the sparsest setting that was measured.
+    """
+    shares = [1.0, *table.share.tolist()]
+    if share < shares[-1]:
+        raise UsageError(
+            f"Sparsity {1 - share:.3g} is more than the calibration measured ({1 - shares[-1]:.3f}). "
+            "Give a lower --sparsity."
+        )
+    after = next(i for i in range(1, len(shares)) if shares[i] <= share)
+    width = shares[after - 1] - shares[after]
+    weight = (shares[after - 1] - share) / width if width > 0 else 1.0  # of the sparser one
+    named = {"kl": torch.tensor(table.predicted_kl)} | {
+        name: getattr(table, name)
+        for name in ("thresholds", "token_thresholds", "mask_density", "token_density", "cett")
+    }
+
+    def between(name: str) -> torch.Tensor:
+        sparser = named[name][after - 1]
+        if after == 1:
+            dense = torch.ones_like(sparser) if name.endswith("density") else torch.zeros_like(sparser)
+            return dense + weight * (sparser - dense)
+        denser = named[name][after - 2]
+        if name in ("kl", "thresholds", "token_thresholds") and bool((denser > 0).all() and (sparser > 0).all()):
+            return torch.exp((1 - weight) * denser.log() + weight * sparser.log())
+        return torch.where(
+            (denser > 0) & (sparser > 0) & torch.tensor(name.endswith("thresholds")),
+            torch.exp((1 - weight) * denser.clamp_min(1e-30).log() + weight * sparser.clamp_min(1e-30).log()),
+            (1 - weight) * denser + weight * sparser,
+        )
+
+    return KlSetting(share, float(between("kl")), *(between(f.name).tolist() for f in fields(KlSetting)[2:]))
+
+
+def sparsest_within(table: KlTable, max_kl: float) -> KlSetting:
+    """Return the sparsest point of the path whose predicted KL is at most `max_kl`, nats a token.
+
+    Raises:
+        UsageError: `max_kl` is not positive.
+    """
+    if not max_kl > 0:
+        raise UsageError(f"--max-kl {max_kl}: give a positive number of nats a token, such as 0.1.")
+    shares, kls = [1.0, *table.share.tolist()], [0.0, *table.predicted_kl]
+    if kls[-1] <= max_kl:
+        return setting_at(table, shares[-1])
+    after = next(i for i, kl in enumerate(kls) if kl > max_kl)
+    low, high = kls[after - 1], kls[after]
+    if after == 1:
+        weight = max_kl / high
+    else:
+        weight = math.log(max_kl / low) / math.log(high / low)
+    return setting_at(table, shares[after - 1] - weight * (shares[after - 1] - shares[after]))

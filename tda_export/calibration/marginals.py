@@ -1,0 +1,169 @@
+"""What dropping a little more would cost: the slope of the KL divergence in every density, from one backward pass.
+
+With y = W_down (h * kept) the gradient of KL with respect to the kept activations says of each neuron and token what
+its absence costs, to first order: - (dKL / d used_i(t)) h_i(t). Summed over the neurons that the next higher threshold
+would drop (a band), and divided by the bytes that they read, it is the price of that layer's threshold. At the best
+allocation of a byte budget all prices are equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tda_export.calibration.dense import Blended, DenseSequence
+from tda_export.calibration.masked import LayerRun, Masking, choose_masking, masked_kl, two_level_ffn
+from tda_export.models.spec import DecoderSpec
+
+BAND = 0.08  # neurons on either side of a threshold whose price counts, as a share of those that are kept
+TINY = 1e-9  # guards the price of an empty band
+BINS = 4096
+SMALLEST, LARGEST = 1e-12, 1e6  # of estimates; bins are 1 % wide
+
+
+@dataclass(frozen=True)
+class Densities:
+    """Shares of neurons by layer, float32 [L]: in the mask (gate rows read), and surviving a token (up and down rows)."""
+
+    mask: torch.Tensor
+    token: torch.Tensor
+
+    def ffn_share(self) -> float:
+        """Return the share of FFN bytes read: (gate + up + down) / 3."""
+        return float(((self.mask + 2 * self.token) / 3).mean())
+
+
+class EstimateHistogram:
+    """How the estimates of a mask's neurons spread, by layer, so that a token threshold can be chosen for a density."""
+
+    def __init__(self, layers: int, device: torch.device) -> None:
+        self.edges = torch.logspace(-12, 6, BINS - 1, device=device)
+        self.counts = torch.zeros(layers, BINS, dtype=torch.float64, device=device)
+        self.total = torch.zeros(layers, dtype=torch.float64, device=device)  # neurons and tokens, masked or not
+
+    def add(self, layer: int, estimates: torch.Tensor, keep: torch.Tensor) -> None:
+        """Add the estimates [T, F] of the neurons in a mask [F]."""
+        bins = torch.searchsorted(self.edges, estimates[:, keep].contiguous(), right=True)
+        self.counts[layer] += torch.bincount(bins.reshape(-1), minlength=BINS)
+        self.total[layer] += estimates.numel()
+
+    def fade(self, weight: float) -> None:
+        """Let what was added so far count less."""
+        self.counts *= weight
+        self.total *= weight
+
+    def thresholds(self, density: torch.Tensor) -> torch.Tensor:
+        """Choose the thresholds [L] that the given shares [L] of all neurons reach; 0 where the mask holds no more."""
+        reached = self.counts.flip(1).cumsum(1).flip(1) / self.total.clamp_min(1)[:, None]  # [L, BINS], descending
+        enough = reached >= density.double()[:, None]  # a prefix of each row
+        index = (enough.sum(dim=1) - 1).clamp_min(0)
+        chosen = torch.cat([self.edges.new_zeros(1), self.edges])[index]
+        return torch.where(index > 0, chosen, torch.zeros_like(chosen)).float()
+
+
+def score_thresholds(blended: list[Blended], density: torch.Tensor) -> torch.Tensor:
+    """Choose the squared score thresholds [L] that the given shares [L] of neurons reach, over all prompts."""
+    scores = torch.stack([one.score_square for one in blended], dim=1).flatten(1).sort(dim=1).values  # [L, N * F]
+    count = scores.shape[1]
+    index = ((1.0 - density.double().to(scores.device)) * count).long().clamp(0, count - 1)
+    chosen = scores.gather(1, index[:, None])[:, 0]
+    return torch.where(density.to(scores.device) >= 1.0, torch.zeros_like(chosen), chosen)
+
+
+@dataclass(frozen=True)
+class Level:
+    """The thresholds of a setting, float32 [L] each: of squared scores, and of the gate's estimates."""
+
+    score_square: torch.Tensor
+    token: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Prices:
+    """The cost of bytes, in nats for the whole of one layer's FFN: `mask` and `token`, float32 [L] (they may be noisy
+    and even negative), at `kl` nats a token and the measured `densities`."""
+
+    mask: torch.Tensor
+    token: torch.Tensor
+    kl: float
+    densities: Densities
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The thresholds a band below and above a setting's: fewer and more neurons are dropped."""
+
+    lower: Level
+    upper: Level
+
+
+def price(
+    model: Any,
+    spec: DecoderSpec,
+    sequences: list[DenseSequence],
+    blended: list[Blended],
+    level: Level,
+    neighbours: Neighbours,
+    scale: torch.Tensor,
+    down: list[torch.Tensor],
+    histogram: EstimateHistogram,
+) -> Prices:
+    """Price both densities of every layer at a setting, with one forward and one backward pass for each sequence.
+
+    Args:
+        model: A transformers model whose weights need no gradient.
+        spec: Its architecture.
+        sequences: The batch.
+        blended: Their statistics.
+        level: The setting.
+        neighbours: Of the setting, `BAND` away in density.
+        scale: Neuron scales, float32 [L, F].
+        down: W_down of every layer.
+        histogram: Estimates are added to it.
+    """
+    layers, device = spec.num_layers, scale.device
+    cost, size = torch.zeros(2, layers, device=device), torch.zeros(2, layers, device=device)
+    mask, token = torch.zeros(layers, device=device), torch.zeros(layers, device=device)
+    kls = []
+    for sequence, statistics in zip(sequences, blended, strict=True):
+        masking = choose_masking(down, statistics, level.score_square, level.token, scale)
+        runs: dict[int, LayerRun] = {}
+        with torch.enable_grad(), two_level_ffn(model, spec, masking, runs.__setitem__):
+            kl = masked_kl(model, sequence)
+            kl.backward()
+        kls.append(float(kl))
+        for layer, run in runs.items():
+            keep, survivors = masking.keep[layer], run.survivors
+            histogram.add(layer, run.estimates, keep)
+            mask[layer] += keep.float().mean()
+            token[layer] += survivors.float().mean()
+            band = _bands(layer, run, statistics, masking, neighbours)
+            cost[:, layer] += torch.stack(band[:2])
+            size[:, layer] += torch.stack(band[2:])
+    number = len(sequences)
+    prices = cost / (size + TINY)
+    return Prices(prices[0], prices[1], sum(kls) / number, Densities(mask / number, token / number))
+
+
+def _bands(
+    layer: int, run: LayerRun, statistics: Blended, masking: Masking, neighbours: Neighbours
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the KL that the bands of mask and token threshold hold, and the share of a layer's FFN that they read."""
+    assert run.used.grad is not None
+    gradient, h, keep = run.used.grad[0].float(), run.h.float(), masking.keep[layer]
+    neurons, tokens = h.shape[1], h.shape[0]
+    # The prompt's threshold: in or out of the mask for all tokens; outside, the tail mean stands for the neuron.
+    scores = statistics.score_square[layer]
+    at_edge = (scores >= neighbours.lower.score_square[layer]) & (scores < neighbours.upper.score_square[layer])
+    above = run.estimates >= masking.token_thresholds[layer]
+    change = torch.where(above, h, torch.zeros_like(h)) - statistics.mean_activation[layer]
+    mask_cost = -((gradient * change).sum(dim=0) * at_edge).sum()
+    mask_size = (at_edge.sum() + 2.0 * (above & at_edge).sum() / tokens) / (3.0 * neurons)
+    # The token's threshold: neurons of the mask that it passes or skips by little.
+    lower, upper = neighbours.lower.token[layer], neighbours.upper.token[layer]
+    at_edge = keep & (run.estimates >= lower) & (run.estimates < upper)
+    token_cost = -(gradient * h * at_edge).sum()
+    token_size = 2.0 * at_edge.sum() / (3.0 * tokens * neurons)
+    return mask_cost, token_cost, mask_size, token_size

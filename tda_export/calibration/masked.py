@@ -1,0 +1,129 @@
+"""A transformers model whose FFNs drop neurons as decode does, seen from inside."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tda_export.calibration.dense import Blended, DenseSequence
+from tda_export.models.spec import DecoderSpec
+
+ACTIVATIONS = {"silu": torch.nn.functional.silu}
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What the layers of a sequence drop.
+
+    `keep`: the prompt's mask, bool [L, F]. `tail`: what stands for the neurons outside it, [L, M]. A neuron of the mask
+    is skipped for a token where |act(gate_i · x)| * `scale` (float32 [L, F]) is under `token_thresholds`, float32 [L].
+    """
+
+    keep: torch.Tensor
+    tail: torch.Tensor
+    scale: torch.Tensor
+    token_thresholds: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """What one layer did with T tokens: all activations h [T, F], the gate's estimates float32 [T, F], which neurons
+    survived both levels bool [T, F], and the activations that went into the down projection [1, T, F], which autograd
+    may have a gradient for."""
+
+    h: torch.Tensor
+    estimates: torch.Tensor
+    survivors: torch.Tensor
+    used: torch.Tensor
+
+
+Observe = Callable[[int, LayerRun], None]
+
+
+@contextlib.contextmanager
+def two_level_ffn(
+    model: Any, spec: DecoderSpec, masking: Masking, observe: Observe | None = None, layers: range | None = None
+) -> Iterator[None]:
+    """Decode under a mask and token thresholds while the block runs.
+
+    Args:
+        model: A transformers model.
+        spec: Its architecture.
+        masking: What to drop.
+        observe: Told what each layer did.
+        layers: Those that drop anything; all by default.
+    """
+    handles = []
+
+    def patch(layer: int) -> None:
+        gates: list[torch.Tensor] = []
+
+        def estimate(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+            gates.append(ACTIVATIONS[spec.activation](output.detach()).float().abs()[0] * masking.scale[layer])
+
+        def drop(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+            h, estimates = inputs[0], gates.pop()
+            survivors = masking.keep[layer] & (estimates >= masking.token_thresholds[layer])
+            used = h * survivors
+            if observe is not None:
+                if torch.is_grad_enabled():
+                    if not used.requires_grad:
+                        used.requires_grad_()
+                    used.retain_grad()
+                observe(layer, LayerRun(h.detach()[0], estimates, survivors, used))
+            return (used,)
+
+        def add_tail(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            return output + masking.tail[layer].to(output.dtype)
+
+        gate = model.get_submodule(spec.names.gate.format(i=layer))
+        down = model.get_submodule(spec.names.down.format(i=layer))
+        handles.append(gate.register_forward_hook(estimate))
+        handles.append(down.register_forward_pre_hook(drop))
+        handles.append(down.register_forward_hook(add_tail))
+
+    for layer in layers if layers is not None else range(spec.num_layers):
+        patch(layer)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def down_weights(model: Any, spec: DecoderSpec) -> list[torch.Tensor]:
+    """Return W_down of every layer as transformers holds it, [M, F]."""
+    return [model.get_submodule(spec.names.down.format(i=layer)).weight.detach() for layer in range(spec.num_layers)]
+
+
+def choose_masking(
+    down: list[torch.Tensor],
+    blended: Blended,
+    thresholds_square: torch.Tensor,
+    token_thresholds: torch.Tensor,
+    scale: torch.Tensor,
+) -> Masking:
+    """Choose a prompt's mask and tail mean as prefill does.
+
+    Args:
+        down: W_down of every layer, [M, F].
+        blended: The prompt's statistics.
+        thresholds_square: Squares of the score thresholds, float32 [L].
+        token_thresholds: float32 [L].
+        scale: Neuron scales, float32 [L, F].
+    """
+    keep = blended.score_square >= thresholds_square[:, None]
+    means = blended.mean_activation * ~keep
+    tail = torch.stack([w.float() @ mean for w, mean in zip(down, means, strict=True)])
+    return Masking(keep, tail, scale, token_thresholds)
+
+
+def masked_kl(model: Any, sequence: DenseSequence) -> torch.Tensor:
+    """Run a continuation as the model is patched now; return the mean KL(dense || masked), nats a token, a scalar."""
+    logits = model(sequence.continuation, past_key_values=sequence.cache(), use_cache=True).logits[0]
+    log_q, log_p = logits.float().log_softmax(dim=-1), sequence.log_probs.float()
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean()
