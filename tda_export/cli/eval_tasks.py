@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 from dataclasses import asdict
@@ -51,6 +52,7 @@ def evaluate_tasks(
         "method": request.method,
         "budget": lm.scorer.setting.budget,
         "protocol": protocol,
+        "lm_eval": importlib.metadata.version("lm_eval"),
         "limit": limit,
         "tasks": _plain(run_tasks(lm, names, data, limit, notify=_say)),
     }

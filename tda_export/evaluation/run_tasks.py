@@ -84,7 +84,7 @@ def run_tasks(
         tasks: Names, of `TASK_NAMES`.
         data: What `eval-data` wrote.
         limit: The most questions of a task; its first ones.
-        notify: Told of each task that begins.
+        notify: Told of each task that begins, and of its results.
 
     Raises:
         TdaError: A task's data are not there, or the model fails.
@@ -105,6 +105,8 @@ def run_tasks(
             seconds=time.monotonic() - began,
             density=lm.scorer.take_density() if isinstance(lm, TdaLM) else None,
         )
+        means = ", ".join(f"{name} {metric.value:.4f}" for name, metric in results[task].metrics.items())
+        notify(f"{task}: {means} ({results[task].seconds:.0f} s)")  # a long run that is ended later has said this
     return results
 
 

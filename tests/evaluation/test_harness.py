@@ -142,6 +142,11 @@ def test_sampling_is_refused(tiny_artifact: Path) -> None:
         make(tiny_artifact).generate_until(instances("generate_until", [("a", options)]), disable_tqdm=True)
 
 
+def test_what_lm_evals_command_adds_is_ignored(tiny_artifact: Path) -> None:
+    lm = make(tiny_artifact, device="cuda", batch_size=1, max_batch_size=64)
+    assert lm.scorer.setting.sessions.provider == "cpu"
+
+
 def test_chat_template(tiny_artifact: Path) -> None:
     lm = make(tiny_artifact)
     message = [{"role": "user", "content": "Hi"}]

@@ -129,7 +129,10 @@ def test_the_right_answer_is_the_likeliest(data: Path, lm: TdaLM, monkeypatch: p
 
 def test_limit_and_density(data: Path, tiny_artifact: Path) -> None:
     sparse = TdaLM(str(tiny_artifact), sparsity=0.5, provider="cpu")
-    found = run_tasks(sparse, ["piqa", "gsm8k"], data, limit=2)
+    said: list[str] = []
+    found = run_tasks(sparse, ["piqa", "gsm8k"], data, limit=2, notify=said.append)
+    assert [line.split(":")[0] for line in said] == ["piqa (1 of 2)", "piqa", "gsm8k (2 of 2)", "gsm8k"]
+    assert "acc 0." in said[1] or "acc 1." in said[1]
     assert [found[task].questions for task in found] == [2, 2]
     for result in found.values():
         assert result.density is not None
