@@ -55,7 +55,7 @@ class Scorer:
         self._reader: Prefill | None = None
 
     def take_density(self) -> float | None:
-        """Return the mean share of neurons in the masks since this was asked last; None if there were none."""
+        """Return the mean share of kept neurons, of masks or tokens, since this was asked last; None if none were."""
         densities, self._densities = self._densities, []
         return float(np.mean(densities)) if densities else None
 
@@ -109,7 +109,8 @@ class Scorer:
         if not tokens:
             return None
         _, mask = self.setting.read(tokens, self._cache, self._reader)
-        self._densities.append(self.setting.density(mask))
+        if not self.setting.per_token:
+            self._densities.append(self.setting.density(mask))
         return mask
 
     def _decode(
@@ -120,7 +121,11 @@ class Scorer:
         targets = np.asarray(predicted)  # [N, S]
         for start in range(0, len(tokens), DECODE_TOKENS):
             piece = tokens[start : start + DECODE_TOKENS]
-            logits = self.setting.decode(self._cache, piece, mask)  # [C, V]
+            if mask is not None and self.setting.per_token:
+                logits, density = self.setting.decode_counted(self._cache, piece, mask)  # [C, V]
+                self._densities += [density] * len(piece)
+            else:
+                logits = self.setting.decode(self._cache, piece, mask)
             wanted = targets[:, start : start + len(piece)]  # [N, C]
             sums += token_log_probabilities(logits, wanted).sum(axis=1)
             greedy &= (wanted == logits.argmax(axis=1)).all(axis=1)

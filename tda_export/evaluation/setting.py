@@ -91,6 +91,11 @@ class Setting:
         layers = self.shape.num_layers
         return mask.count(layers) / (layers * self.shape.ffn_size) if self.masked else 1.0
 
+    @property
+    def per_token(self) -> bool:
+        """Whether every token keeps neurons of its own, so that `density` is known only of decoded ones."""
+        return False
+
     def decode_counted(self, cache: KvCache, tokens: Sequence[int], mask: PromptMask) -> tuple[np.ndarray, float]:
         """Do as `decode`, and say what share of neurons its tokens kept on average."""
         return self.decode(cache, tokens, mask), self.density(mask)
@@ -112,6 +117,10 @@ class TruncationSetting(Setting):
         return (
             decode(self.sessions, cache, tokens, None) if mask is None else self.decode_counted(cache, tokens, mask)[0]
         )
+
+    @property
+    def per_token(self) -> bool:
+        return True
 
     def density(self, mask: PromptMask) -> float:
         raise TdaError("Threshold truncation keeps other neurons for every token. Count them with decode_counted.")

@@ -57,6 +57,14 @@ def test_protocol_and_budget_reach_the_model(tiny_artifact: Path, data: Path) ->
     assert len(found) == 4
 
 
+def test_truncation_on_tasks(token_artifact: Path, data: Path) -> None:
+    options = ("--tasks", "piqa,gsm8k", "--data", data, "--method", "tt", "--sparsity", 0.2, "--json")
+    result = json.loads(run_ok("eval", token_artifact, *options).stdout)
+    assert result["method"] == "tt"
+    for task in ("piqa", "gsm8k"):
+        assert 0.2 < result["tasks"][task]["density"] < 0.6
+
+
 def test_data_from_the_environment(tiny_artifact: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TDA_EXPORT_EVAL_DATA", str(data))
     assert "copa" in run_ok("eval", tiny_artifact, "--tasks", "copa").stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tda_export.errors import TdaError, UsageError
 from tda_export.evaluation.scoring import DECODE_TOKENS, Scorer, token_log_probabilities
 from tda_export.evaluation.setting import Setting, open_setting
-from tda_export.runtime import Model
+from tda_export.runtime import Model, load
 from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.phases import decode, prefill
 from tda_export.runtime.scoring import log_softmax
@@ -124,6 +125,31 @@ def test_density_is_that_of_the_masks(setting: Setting) -> None:
     scorer.score(list(range(5, 45)), [[1], [2]])
     assert scorer.take_density() == pytest.approx(1.0 if setting.method == "dense" else 0.5, abs=0.2)
     assert scorer.take_density() is None
+
+
+def test_truncation_scores_and_counts_each_token(token_artifact: Path) -> None:
+    loaded = load(token_artifact, provider="cpu")
+    setting = open_setting(loaded.artifact, loaded.sessions, "tt", sparsity=0.25)
+    context, continuations = list(range(5, 30)), [[40, 41, 42], [60]]
+    cache = KvCache(setting.shape, "cpu", 40)
+    sums, densities = [], []
+    for continuation in continuations:
+        cache.truncate(0)
+        _, mask = setting.read(context[:-1], cache)
+        sums.append(0.0)
+        for fed, predicted in zip([context[-1], *continuation], continuation, strict=False):
+            logits, density = setting.decode_counted(cache, [fed], mask)
+            sums[-1] += float(log_softmax(logits)[0, predicted])
+            densities.append(density)
+    scorer = Scorer(setting)
+    assert [score.loglikelihood for score in scorer.score(context, continuations)] == pytest.approx(sums, abs=FLOAT32)
+    assert scorer.take_density() == pytest.approx(np.mean(densities))
+    assert scorer.take_density() is None
+    dense = Scorer(open_setting(loaded.artifact, loaded.sessions, "dense"))
+    unread = scorer.score([5], [[6]])  # nothing that a context would give: dense, as for other methods
+    assert unread[0].loglikelihood == pytest.approx(dense.score([5], [[6]])[0].loglikelihood, abs=FLOAT32)
+    with pytest.raises(UsageError, match="does not generate"):
+        setting.open_step(8)
 
 
 def test_unknown_protocol(setting: Setting) -> None:
