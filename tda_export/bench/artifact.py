@@ -27,6 +27,8 @@ def build_random_artifact(source: ModelSource, folder: Path, dtype: str, sparsit
     # Up rows of random weights have length 1, so their products with a normalised x have a root mean square of 1.
     up_rms = torch.ones(spec.num_layers, spec.ffn_size)
     method, thresholds = tda("mean", two_levels=True), [0.0] * spec.num_layers
-    request = BuildRequest(source, dtype, method, thresholds, Budget(sparsity=sparsity), up_rms=up_rms)
+    request = BuildRequest(
+        source, dtype, method, thresholds, Budget(sparsity=sparsity, allocation="uniform"), up_rms=up_rms
+    )
     export_artifact(request, folder, quiet=quiet, check=lambda folder: None)
     return open_artifact(folder)

@@ -146,7 +146,7 @@ class _Bench:
         assert runner.mask is not None
         wanted = (3.0 * kept - mask_density) / 2.0
         self.token_thresholds, self.up_down_density = self._token_thresholds(runner, wanted)
-        runner.use_token_thresholds(self.token_thresholds)
+        runner.token_thresholds = self.token_thresholds
         return runner
 
     def _thresholds(self, density: float) -> np.ndarray:

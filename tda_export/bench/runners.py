@@ -48,24 +48,20 @@ class SparseRunner:
         self._artifact, self.sessions, self.masked = artifact, sessions, masked
         self.thresholds: np.ndarray | None = None  # in place of the artifact's own
         self.mask: PromptMask | None = None
-        self.second_level = False
-        self._capacity = capacity
-        self._make_step(None)
-
-    def _make_step(self, token_thresholds: np.ndarray | None) -> None:
-        self._step = DecodeStep(self.sessions, self._artifact.shape, self._capacity, token_thresholds)
+        self.token_thresholds: np.ndarray | None = None  # float32 [L], of the second level
+        self._step = DecodeStep(self.sessions, self._artifact.shape, capacity)
         self._step.capture()
 
-    def use_token_thresholds(self, thresholds: np.ndarray) -> None:
-        """Turn the second level on, float32 [L]."""
-        self.second_level = True
-        self._make_step(thresholds)
+    @property
+    def second_level(self) -> bool:
+        """Whether neurons of the mask are skipped token by token."""
+        return self.token_thresholds is not None
 
     def prefill(self, prompt: Sequence[int]) -> None:
         step = self._step
         step.cache.truncate(0)
         logits, mask = step.read(prompt, self.thresholds)
-        step.use(mask if self.masked else None)
+        step.use(mask if self.masked else None, self.token_thresholds)
         self.mask = mask if self.masked else None
         self._next: int | None = int(logits.argmax())
 

@@ -1,71 +1,105 @@
-"""From curves and a budget to one threshold a layer."""
+"""From a calibration and a budget to the thresholds of each layer."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
 
 from tda_export.calibration.curves import CurveSums
+from tda_export.calibration.kl_table import KlSetting, KlTable, setting_at, sparsest_within
 from tda_export.errors import UsageError
 
-AllocationRule = Literal["uniform"]
+AllocationRule = Literal["kl", "uniform"]
 TRUNCATION_LARGEST_SPARSITY = 1 / 3  # all that reading no down row saves
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What each layer may lose (`cett`), or the share of FFN bytes to save (`sparsity`) and its rule for layers."""
+    """What may be lost or must be saved; exactly one of three.
+
+    `cett`: the mean CETT that each layer may lose (the paper's). `sparsity`: the share of FFN bytes to save, and
+    `allocation`, how it is spread: `kl` by the calibration's KL path (mask and token thresholds), `uniform` the same
+    share of neurons in every layer (mask alone). `max_kl`: the sparsest point of the KL path whose predicted KL to
+    dense stays within it, nats a token.
+    """
 
     cett: float | None = None
     sparsity: float | None = None
-    allocation: AllocationRule = "uniform"
+    allocation: AllocationRule = "kl"
+    max_kl: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.cett is None) == (self.sparsity is None):
-            raise UsageError("A budget is either --cett or --sparsity. Give one of them.")
+        if sum(value is not None for value in (self.cett, self.sparsity, self.max_kl)) != 1:
+            raise UsageError("A budget is one of --cett, --sparsity and --max-kl. Give one of them.")
         if self.allocation not in get_args(AllocationRule):
             known = ", ".join(get_args(AllocationRule))
             raise UsageError(f"Allocation {self.allocation!r} is not known here. Use {known}, or update tda-export.")
         for name, value in (("CETT", self.cett), ("sparsity", self.sparsity)):
             if value is not None and not 0 <= value < 1:
                 raise UsageError(f"{name} {value} is outside [0, 1). Give a fraction such as 0.2.")
+        if self.max_kl is not None and not 0 < self.max_kl < float("inf"):
+            raise UsageError(f"--max-kl {self.max_kl}: give a positive number of nats a token, such as 0.1.")
+
+    @property
+    def by_kl(self) -> bool:
+        """Whether the KL path answers it, with both levels and the prior."""
+        return self.max_kl is not None or (self.sparsity is not None and self.allocation == "kl")
 
     def describe(self) -> dict[str, Any]:
         """The budget as plain data, for manifests and provenance."""
         if self.cett is not None:
             return {"cett": self.cett}
+        if self.max_kl is not None:
+            return {"max_kl": self.max_kl}
         return {"sparsity": self.sparsity, "allocation": self.allocation}
 
     def __str__(self) -> str:
-        return f"CETT {self.cett}" if self.cett is not None else f"sparsity {self.sparsity}, {self.allocation}"
+        if self.cett is not None:
+            return f"CETT {self.cett}"
+        return f"KL {self.max_kl}" if self.max_kl is not None else f"sparsity {self.sparsity}, {self.allocation}"
 
 
-def make_budget(cett: float | None, sparsity: float | None, allocation: AllocationRule | None) -> Budget:
+def make_budget(
+    cett: float | None, sparsity: float | None, allocation: AllocationRule | None, max_kl: float | None = None
+) -> Budget:
     """Return a budget of options, of which None is not given.
 
     Raises:
-        UsageError: Both or none of CETT and sparsity are given, one is out of range, or the rule has nothing to spread.
+        UsageError: None or several are given, one is out of range, or the rule has nothing to spread.
     """
     if allocation is not None and sparsity is None:
         raise UsageError("--allocation spreads a --sparsity over the layers. Give --sparsity, or leave it out.")
-    return Budget(cett, sparsity, allocation or "uniform")
+    return Budget(cett, sparsity, allocation or "kl", max_kl)
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """The chosen threshold of each layer, with what the curves expect of it (lists of L floats)."""
+    """The chosen thresholds of each layer, with what the calibration expects of them (lists of L floats).
+
+    `density` is the share of neurons in the mask. With the second level, `token_thresholds` are of gate estimates and
+    `token_density` is the share of neurons that a token does not skip; both are empty without it. `kl` is the predicted
+    KL to dense in nats a token, where the calibration measured it. `prior_tokens` is the pseudo-count of the prior that
+    the thresholds are meant for, and `tail_mean` whether dropped neurons are replaced by their mean.
+    """
 
     thresholds: list[float]
     density: list[float]
     cett: list[float]
     recrossing: list[int]  # layers whose curve exceeds the CETT budget below the chosen threshold
+    token_thresholds: list[float] = field(default_factory=list)
+    token_density: list[float] = field(default_factory=list)
+    kl: float | None = None
+    prior_tokens: float = 0.0
+    tail_mean: bool = False
 
     @property
     def sparsity(self) -> float:
         """Expected share of FFN bytes that decode does not read."""
-        return 1.0 - sum(self.density) / len(self.density)
+        mask = sum(self.density) / len(self.density)
+        token = sum(self.token_density) / len(self.token_density) if self.token_density else mask
+        return 1.0 - (mask + 2.0 * token) / 3.0
 
 
 @dataclass(frozen=True)
@@ -78,19 +112,47 @@ class TruncationAllocation(Allocation):
         return super().sparsity / 3
 
 
-def allocate(budget: Budget, curves: CurveSums, grid: torch.Tensor) -> Allocation:
+def allocate(budget: Budget, curves: CurveSums, grid: torch.Tensor, table: KlTable | None = None) -> Allocation:
     """Choose the thresholds.
 
     A CETT budget takes in each layer the largest grid threshold whose mean CETT is within it (the paper's rule; the
     curve is not strictly monotone, since dropped vectors may cancel). A uniform sparsity takes in each layer the
-    threshold whose density is nearest to 1 - sparsity.
+    threshold whose density is nearest to 1 - sparsity. Other budgets take a point of the KL path.
 
     Args:
         budget: What may be lost, or must be saved.
         curves: From calibration.
         grid: The thresholds, float32 [K].
+        table: The measured KL path, if the calibration has one.
+
+    Raises:
+        UsageError: The budget needs a KL path, and there is none or it is not sparse enough.
     """
-    return _choose(budget.cett, budget.sparsity, curves.mean_cett, curves.mean_density, grid)
+    if not budget.by_kl:
+        return _choose(budget.cett, budget.sparsity, curves.mean_cett, curves.mean_density, grid)
+    if table is None:
+        raise UsageError(
+            "This calibration holds CETT curves alone. Calibrate without --curves-only, or give --cett, or --sparsity "
+            "with --allocation uniform."
+        )
+    if budget.max_kl is not None:
+        return _of_path(sparsest_within(table, budget.max_kl), table)
+    assert budget.sparsity is not None
+    return _of_path(setting_at(table, 1.0 - budget.sparsity), table)
+
+
+def _of_path(setting: KlSetting, table: KlTable) -> Allocation:
+    return Allocation(
+        thresholds=setting.thresholds,
+        density=setting.mask_density,
+        cett=setting.cett,
+        recrossing=[],
+        token_thresholds=setting.token_thresholds,
+        token_density=setting.token_density,
+        kl=setting.kl,
+        prior_tokens=float(table.prior_tokens),
+        tail_mean=True,
+    )
 
 
 def allocate_truncation(budget: Budget, curves: CurveSums, grid: torch.Tensor) -> TruncationAllocation:

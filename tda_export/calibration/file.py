@@ -11,23 +11,33 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tda_export.calibration.budgets import Budget, allocate
+from tda_export.calibration.budgets import Allocation, Budget, allocate
 from tda_export.calibration.curves import CurveSums
+from tda_export.calibration.kl_table import KlTable
 from tda_export.errors import TdaError, UsageError
 from tda_export.files import atomic_file
 
 FORMAT = "tda-export calibration"
-FORMAT_VERSION = 2  # 2: up_square
+FORMAT_VERSION = 3  # 3: the KL path; 2: up_square
 METADATA_KEY = "tda_export"
+KL = "kl_path."  # begins the names of its tensors
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The content of a calibration file. `provenance` is plain data: model, dataset, settings, budget, versions."""
+    """The content of a calibration file. `provenance` is plain data: model, dataset, settings, budget, versions.
+
+    `kl` is the measured KL path, None where only curves were calibrated.
+    """
 
     grid: torch.Tensor  # float32 [K]
     sums: CurveSums
     provenance: dict[str, Any]
+    kl: KlTable | None = None
+
+    def allocate(self, budget: Budget) -> Allocation:
+        """Choose the thresholds for a budget (`budgets.allocate`)."""
+        return allocate(budget, self.sums, self.grid, self.kl)
 
     @property
     def model_fingerprint(self) -> str:
@@ -37,6 +47,8 @@ class Calibration:
 def write_calibration(calibration: Calibration, path: Path) -> None:
     """Write the file whole or not at all. Sums of float64, so that files of data halves still add exactly."""
     tensors = {field.name: getattr(calibration.sums, field.name) for field in fields(CurveSums)}
+    if calibration.kl is not None:
+        tensors |= {KL + field.name: getattr(calibration.kl, field.name) for field in fields(KlTable)}
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, **calibration.provenance}
     with atomic_file(path) as part:
         try:
@@ -71,7 +83,11 @@ def read_calibration(path: Path) -> Calibration:
             _ = provenance["model"]["name"], provenance["model"]["fingerprint"]
             _check_budget(provenance["budget"])
             sums = CurveSums(*(file.get_tensor(field.name) for field in fields(CurveSums)))
-            return Calibration(file.get_tensor("grid"), sums, provenance)
+            names = {KL + field.name for field in fields(KlTable)}
+            table = None
+            if names & set(file.keys()):
+                table = KlTable(*(file.get_tensor(KL + field.name) for field in fields(KlTable)))
+            return Calibration(file.get_tensor("grid"), sums, provenance, table)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise TdaError(f"{path}: not a readable calibration ({error}). Run 'tda-export calibrate' again.") from error
 
@@ -83,14 +99,14 @@ def _check_budget(budget: dict[str, Any]) -> None:
         raise ValueError(str(error)) from error
 
 
-def thresholds_from(path: Path, budget: Budget) -> list[float]:
+def allocation_from(path: Path, budget: Budget) -> Allocation:
     """Choose thresholds for a budget from a calibration file; an artifact carries its own.
 
     Raises:
         TdaError: The file cannot be read.
+        UsageError: The budget asks for more than the calibration holds.
     """
-    calibration = read_calibration(path)
-    return allocate(budget, calibration.sums, calibration.grid).thresholds
+    return read_calibration(path).allocate(budget)
 
 
 def is_calibration(path: Path) -> bool:

@@ -17,10 +17,10 @@ FITTED, HELD_OUT = 0, 1  # halves of the sequences
 class KlTable:
     """A settings of the path, from dense to sparse, L layers. All float32 on the CPU.
 
-    `share` [A]: measured share of FFN bytes that a token reads. `kl` [A, 2]: KL(dense || sparse) of all layers together,
-    nats a token, on the sequences that the path was fitted on and on those that it never saw; `kl_stderr` [A, 2] over
-    sequences. `thresholds` [A, L] of neuron scores, `token_thresholds` [A, L] of gate estimates. `mask_density` and
-    `token_density` [A, L]: shares of neurons in the mask, and of those that a token does not skip. `cett` [A, L]: mean
+    `share` [A]: measured share of FFN bytes that a token reads. `kl` [A, 2]: KL(dense || sparse) of all layers
+    together, nats a token, on the sequences that the path was fitted on and on those that it never saw; `kl_stderr`
+    [A, 2] over sequences. `thresholds` [A, L] of neuron scores, `token_thresholds` [A, L] of gate estimates.
+    `mask_density` and `token_density` [A, L]: shares of neurons in the mask, and not skipped by a token. `cett` [A, L]: mean
     CETT of all that was dropped. `sensitivity` [A, L]: KL when the one layer alone is masked. `prior_tokens` [1]: the
     pseudo-count of the prior that scores were blended with.
     """
@@ -112,8 +112,5 @@ def sparsest_within(table: KlTable, max_kl: float) -> KlSetting:
         return setting_at(table, shares[-1])
     after = next(i for i, kl in enumerate(kls) if kl > max_kl)
     low, high = kls[after - 1], kls[after]
-    if after == 1:
-        weight = max_kl / high
-    else:
-        weight = math.log(max_kl / low) / math.log(high / low)
+    weight = max_kl / high if after == 1 else math.log(max_kl / low) / math.log(high / low)
     return setting_at(table, shares[after - 1] - weight * (shares[after - 1] - shares[after]))

@@ -25,7 +25,7 @@ SMALLEST, LARGEST = 1e-12, 1e6  # of estimates; bins are 1 % wide
 
 @dataclass(frozen=True)
 class Densities:
-    """Shares of neurons by layer, float32 [L]: in the mask (gate rows read), and surviving a token (up and down rows)."""
+    """Shares of neurons, float32 [L]: in the mask (gate rows read), and not skipped by a token (the other rows)."""
 
     mask: torch.Tensor
     token: torch.Tensor
@@ -133,7 +133,7 @@ def price(
         with torch.enable_grad(), two_level_ffn(model, spec, masking, runs.__setitem__):
             kl = masked_kl(model, sequence)
             kl.backward()
-        kls.append(float(kl))
+        kls.append(float(kl.detach()))
         for layer, run in runs.items():
             keep, survivors = masking.keep[layer], run.survivors
             histogram.add(layer, run.estimates, keep)

@@ -1,8 +1,11 @@
-"""The calibration run: one forward pass a sequence gives the curves of every layer."""
+"""The calibration run: one forward pass a sequence gives the curves of every layer, and a sweep the KL path."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,6 +16,8 @@ from tda_export.calibration.cett import threshold_grid
 from tda_export.calibration.corpus import Corpus
 from tda_export.calibration.curves import CurveAccumulator, CurveSums, Estimator
 from tda_export.calibration.file import Calibration
+from tda_export.calibration.kl_run import KlPlan, find_path, neuron_scales
+from tda_export.calibration.resume import PartialFile
 from tda_export.errors import UsageError
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
@@ -29,12 +34,14 @@ class CalibrationSettings:
     """How to calibrate. Lengths in tokens; a sequence is `prompt_tokens` and then `continuation_tokens`."""
 
     estimator: Estimator = "prompt"
-    sequences: int = 32
+    sequences: int = 64
     prompt_tokens: int = 256
     continuation_tokens: int = 128
     seed: int = 0
     dtype: CalibrationDtype = "fp32"
     device: str = "cpu"
+    curves_only: bool = False
+    prior_tokens: int = 64
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 2:
@@ -88,7 +95,13 @@ def accumulate_curves(
 
 
 def calibrate(
-    source: ModelSource, corpus: Corpus, settings: CalibrationSettings, budget: dict[str, Any], advance: Advance
+    source: ModelSource,
+    corpus: Corpus,
+    settings: CalibrationSettings,
+    budget: dict[str, Any],
+    *,
+    show: Callable[[str, int], AbstractContextManager[Advance]],
+    output: Path | None = None,
 ) -> Calibration:
     """Calibrate a model on a corpus.
 
@@ -97,18 +110,41 @@ def calibrate(
         corpus: Sequences of `settings.length` tokens.
         settings: How.
         budget: The budget that was asked for, as plain data; build takes it as its default.
-        advance: Called with 1 after each sequence.
+        show: Opens the progress of a step, given its description and its units.
+        output: The file to come; what an interrupted run left beside it is used again (`resume.PartialFile`).
 
     Returns:
-        Curves and provenance, ready to be written.
+        Curves, KL path and provenance, ready to be written.
     """
-    model = source.reference(dtype=TORCH_DTYPES[settings.dtype], device=settings.device)
-    grid, sums = accumulate_curves(model, source.spec, corpus.tokens, settings, advance)
-    provenance = {
+    about = {
         "model": {"name": source.name, "architecture": source.spec.architecture, "fingerprint": source.fingerprint},
         "dataset": corpus.describe(),
         "settings": asdict(settings),
-        "budget": budget,
-        "versions": {"tda-export": tda_export.__version__, **installed_versions(RECORDED_PACKAGES)},
     }
-    return Calibration(grid, sums, provenance)
+    versions = {"tda-export": tda_export.__version__, **installed_versions(RECORDED_PACKAGES)}
+    partial = None if output is None or settings.curves_only else PartialFile(output, about | {"versions": versions})
+    earlier = partial.load(settings.device) if partial else None
+    model = source.reference(dtype=TORCH_DTYPES[settings.dtype], device=settings.device)
+    sums, state = earlier or (None, None)
+    if sums is None:
+        with show("Calibrating", len(corpus.tokens)) as advance:
+            sums = accumulate_curves(model, source.spec, corpus.tokens, settings, advance)[1]
+    table = None
+    if not settings.curves_only:
+        if partial:
+            partial.save(sums, state)
+        with show("Allocating", KlPlan(len(corpus.tokens)).units(source.spec.num_layers)) as advance:
+            table = find_path(
+                model,
+                source.spec,
+                corpus.tokens,
+                settings.prompt_tokens,
+                neuron_scales(model, source.spec, sums),
+                prior_tokens=settings.prior_tokens,
+                seed=settings.seed,
+                advance=advance,
+                resume=state,
+                save=(lambda state: partial.save(sums, state)) if partial else lambda state: None,
+            )
+    provenance = {**about, "budget": budget, "versions": versions}
+    return Calibration(threshold_grid(), sums, provenance, table)

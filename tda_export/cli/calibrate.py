@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from tda_export.calibration.curves import Estimator
     from tda_export.calibration.run import CalibrationDtype
 
-DEFAULT_BUDGET = {"cett": 0.2}  # the paper's
+DEFAULT_BUDGET = {"sparsity": 0.5, "allocation": "kl"}
+CURVES_BUDGET = {"cett": 0.2}  # the paper's
 
 
 @click.command()
@@ -43,7 +45,19 @@ DEFAULT_BUDGET = {"cett": 0.2}  # the paper's
     help="prompt: mask from a prompt, CETT on its continuation. token: the paper's literal reading, per token.",
 )
 @budget_options
-@click.option("--sequences", type=click.IntRange(1), default=32, show_default=True, help="Token sequences to read.")
+@click.option(
+    "--curves-only",
+    is_flag=True,
+    help="Measure CETT curves alone, a few times faster; build then takes --cett, or --allocation uniform.",
+)
+@click.option(
+    "--prior-tokens",
+    type=click.IntRange(0),
+    default=64,
+    show_default=True,
+    help="Tokens that what is known of all texts counts for beside a prompt's own, so that short prompts lean on it.",
+)
+@click.option("--sequences", type=click.IntRange(1), default=64, show_default=True, help="Token sequences to read.")
 @click.option(
     "--prompt-tokens",
     type=click.IntRange(2),
@@ -78,6 +92,9 @@ def calibrate(
     cett: float | None,
     sparsity: float | None,
     allocation: AllocationRule | None,
+    max_kl: float | None,
+    curves_only: bool,
+    prior_tokens: int,
     sequences: int,
     prompt_tokens: int,
     continuation_tokens: int,
@@ -87,14 +104,16 @@ def calibrate(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Measure how much each layer of MODEL loses when neurons are dropped.
+    """Measure what MODEL loses when neurons are dropped.
 
-    MODEL is a Hugging Face folder, a hub id, a .gguf file, or smollm2-135m. One pass over the data gives the whole
-    curve of every layer, so that build can choose any budget from the file.
+    MODEL is a Hugging Face folder, a hub id, a .gguf file, or smollm2-135m. One pass over the data gives the CETT
+    curves of every layer; a sweep from dense to sparse then finds where bytes are worth most by KL, at the cost of
+    about twenty forward passes for each sequence. Build can choose any budget from the file. A run that was
+    interrupted goes on where it was when it is started again.
     """
-    from tda_export.calibration.budgets import allocate
     from tda_export.calibration.corpus import load_corpus
     from tda_export.calibration.file import is_calibration, write_calibration
+    from tda_export.calibration.resume import PartialFile
     from tda_export.calibration.run import CalibrationSettings
     from tda_export.calibration.run import calibrate as run
     from tda_export.cli.options import chosen_budget
@@ -104,8 +123,15 @@ def calibrate(
     from tda_export.models.source import resolve_model
     from tda_export.progress import progress
 
-    settings = CalibrationSettings(estimator, sequences, prompt_tokens, continuation_tokens, seed, dtype, device)
-    budget = chosen_budget(cett, sparsity, allocation, DEFAULT_BUDGET)
+    settings = CalibrationSettings(
+        estimator, sequences, prompt_tokens, continuation_tokens, seed, dtype, device, curves_only, prior_tokens
+    )
+    default = CURVES_BUDGET if curves_only else DEFAULT_BUDGET
+    budget = chosen_budget(cett, sparsity, allocation, max_kl, default)
+    if curves_only and budget.by_kl:
+        raise UsageError(
+            "--curves-only leaves out what this budget needs. Give --cett, or --sparsity with --allocation uniform."
+        )
     check_output(output, overwrite=overwrite, what="a calibration", is_earlier_output=is_calibration)
     source = resolve_model(model, notify=lambda line: click.echo(line, err=True))
     if settings.length > source.spec.max_positions:
@@ -121,10 +147,11 @@ def calibrate(
         click.echo(
             f"{dataset} holds text for {found} sequences of {settings.length} tokens; calibrating on those.", err=True
         )
-    with progress("Calibrating", found, quiet=as_json) as advance:
-        calibration = run(source, corpus, settings, budget.describe(), advance)
+    show = partial(progress, quiet=as_json)
+    calibration = run(source, corpus, settings, budget.describe(), show=show, output=output)
     write_calibration(calibration, output)
-    chosen = allocate(budget, calibration.sums, calibration.grid)
+    PartialFile(output, {}).remove()
+    chosen = calibration.allocate(budget)
     if as_json:
         click.echo(
             json.dumps(

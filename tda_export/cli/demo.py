@@ -22,7 +22,7 @@ PROMPT = (
     "solving problems?"
 )
 NEW_TOKENS = 64
-SECOND_BUDGET = 0.4
+SECOND_BUDGET = 0.1  # nats a token
 
 
 @click.command()
@@ -36,12 +36,11 @@ SECOND_BUDGET = 0.4
 def demo(artifacts: Path) -> None:
     """Calibrate, build, verify and generate on the built-in model, and show what it cost and kept."""
     from tda_export.calibration.budgets import Budget
-    from tda_export.calibration.file import thresholds_from
     from tda_export.cli.build import build
     from tda_export.cli.calibrate import calibrate
     from tda_export.cli.generate import summary
     from tda_export.cli.tables import print_table
-    from tda_export.graph import contract
+    from tda_export.evaluation.methods import budget_deployment
     from tda_export.runtime import load
     from tda_export.runtime.scoring import compare, continuation_logits
 
@@ -60,27 +59,26 @@ def demo(artifacts: Path) -> None:
         context.invoke(build, model=MODEL, calibration_file=calibration, output=artifact)
 
     model = load(artifact)
-    calibrated = model.artifact.file(contract.CALIBRATION_FILE)
     budgets = {
         "dense": None,
-        "tda, CETT 0.2": thresholds_from(calibrated, Budget(cett=0.2)),
-        f"tda, sparsity {SECOND_BUDGET}": thresholds_from(calibrated, Budget(sparsity=SECOND_BUDGET)),
+        f"tda, sparsity {model.artifact.manifest['budget']['sparsity']}": model.artifact.deployment,
+        f"tda, KL {SECOND_BUDGET}": budget_deployment(model.artifact, Budget(max_kl=SECOND_BUDGET)),
     }
     prompt = model.text.encode(model.text.chat([{"role": "user", "content": PROMPT}]), special_tokens=False)
     rows: list[list[str]] = []
     dense_tokens: list[int] = []
     dense_logits = None
-    for name, thresholds in budgets.items():
-        mask: MaskMode = "dense" if thresholds is None else "tda"
+    for name, deployment in budgets.items():
+        mask: MaskMode = "dense" if deployment is None else "tda"
         click.secho(f"\n{name}", bold=True)
-        generation = model.generate(prompt, mask=mask, max_new_tokens=NEW_TOKENS, thresholds=thresholds)
+        generation = model.generate(prompt, mask=mask, max_new_tokens=NEW_TOKENS, deployment=deployment)
         tokens = []
         for token in generation:
             tokens.append(token.id)
             click.echo(token.text, nl=False)
         click.echo(f"\n{summary(generation.metrics)}")
         dense_tokens = dense_tokens or tokens
-        logits = continuation_logits(model, prompt, dense_tokens, mask=mask, thresholds=thresholds)
+        logits = continuation_logits(model, prompt, dense_tokens, mask=mask, deployment=deployment)
         dense_logits = logits if dense_logits is None else dense_logits
         fidelity, metrics = compare(dense_logits, logits), generation.metrics
         rate = metrics.decode_tokens_per_second

@@ -15,8 +15,10 @@ from tda_export.cli.options import (
     PATH,
     artifact_argument,
     budget_options,
+    chosen_refresh,
     json_option,
     provider_option,
+    refresh_option,
 )
 
 if TYPE_CHECKING:
@@ -33,14 +35,17 @@ TASK_OPTIONS = ("data", "limit", "protocol", "reference")
 @click.option("--tasks", help="Tasks of lm-evaluation-harness in place of a text, with commas between; all for all.")
 @click.option(
     "--method",
-    type=click.Choice(["tda", "griffin", "tt", "dense"]),
+    type=click.Choice(["tda", "paper", "griffin", "tt", "dense"]),
     default="tda",
     show_default=True,
-    help="tda: the artifact's thresholds, or those of a budget. griffin: the same number of neurons in every layer by "
-    "Griffin's score; takes --sparsity. tt: every token drops its own small neurons, saving their down rows alone; "
-    "takes --cett or --sparsity up to 1/3, and a calibration with --estimator token. dense: every neuron.",
+    help="tda: the artifact's thresholds, or those of a budget. paper: exactly the paper's (equal CETT of tokens, "
+    "0.2 unless --cett; the mask alone). griffin: the same number of neurons in every layer by Griffin's score; takes "
+    "--sparsity. tt: every token drops its own small neurons, saving their down rows alone; takes --cett or --sparsity "
+    "up to 1/3. paper and tt take a calibration with --estimator token. dense: every neuron.",
 )
 @budget_options
+@refresh_option
+@click.option("--calibration", type=PATH, help="Choose the budget from this file in place of the artifact's own.")
 @click.option(
     "--prompts", type=click.IntRange(2), default=32, show_default=True, help="With --text: windows of the text."
 )
@@ -79,6 +84,9 @@ def evaluate(
     cett: float | None,
     sparsity: float | None,
     allocation: AllocationRule | None,
+    max_kl: float | None,
+    refresh: int | None,
+    calibration: Path | None,
     prompts: int,
     prompt_tokens: int,
     continuation_tokens: int,
@@ -95,7 +103,7 @@ def evaluate(
     Strict protocol: the prompt is read densely and gives the mask, every token after it is decoded under the mask.
     Standard errors are over the prompts or the questions.
     """
-    from tda_export.evaluation.setting import Request, check_request, open_setting
+    from tda_export.evaluation.methods import Request, check_request, open_setting
     from tda_export.evaluation.text import TextSettings, cut_windows, evaluate_text
     from tda_export.progress import progress
     from tda_export.runtime.artifact import open_artifact
@@ -104,10 +112,13 @@ def evaluate(
     from tda_export.runtime.text import Text
 
     _refuse_foreign_options(context, text_file, tasks)
+    opened = open_artifact(artifact)
+    chosen = chosen_refresh(opened, refresh)
+    request = Request(method, sparsity, cett, allocation, max_kl, chosen, calibration)
     if tasks is not None:
         evaluate_tasks(
             artifact,
-            Request(method, sparsity, cett, allocation),
+            request,
             tasks=tasks,
             limit=limit,
             protocol=protocol,
@@ -118,13 +129,12 @@ def evaluate(
         )
         return
     assert text_file is not None
-    opened = open_artifact(artifact)
-    check_request(opened, Request(method, sparsity, cett, allocation))
+    check_request(opened, request)
     settings = TextSettings(prompts, prompt_tokens, continuation_tokens)
     text = Text(opened)
     windows = cut_windows(text.encode(_read(text_file), special_tokens=False), text.encode(""), settings)
     sessions = Sessions(opened, choose_provider(provider, opened.shape.dtype))
-    setting = open_setting(opened, sessions, method, sparsity=sparsity, cett=cett, allocation=allocation)
+    setting = open_setting(opened, sessions, request)
     with progress("Evaluating", len(windows), quiet=as_json) as advance:
         quality = evaluate_text(opened, setting, windows, settings, advance=advance)
     result = {
@@ -174,6 +184,11 @@ def _summary(result: dict[str, Any]) -> str:
             f"dense perplexity    {result['dense_perplexity']:.3f} ± {result['dense_perplexity_stderr']:.3f}",
             f"top-1 agreement     {result['agreement']:.4f} ± {result['agreement_stderr']:.4f}",
             f"FFN bytes a token   {result['ffn_bytes'] / 2**20:,.1f} of {result['dense_ffn_bytes'] / 2**20:,.1f} MiB "
-            f"(density {result['density']:.3f})",
+            f"(density {result['density']:.3f})"
+            + (
+                f", {result['refresh_ffn_bytes'] / 2**20:,.1f} of them to refresh"
+                if result["refresh_ffn_bytes"]
+                else ""
+            ),
         ]
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from tda_export.evaluation.setting import Request
+    from tda_export.evaluation.methods import Request
 
 DATA_VARIABLE = "TDA_EXPORT_EVAL_DATA"  # as in evaluation/tasks/offline.py
 
@@ -44,7 +44,7 @@ def evaluate_tasks(
 
     names = chosen_tasks([name.strip() for name in tasks.split(",") if name.strip()])
     check_data(data, names)
-    lm = TdaLM(str(artifact), **asdict(request), protocol=protocol, provider=provider)
+    lm = TdaLM.of(artifact, request, protocol=protocol, provider=provider)
     result: dict[str, Any] = {
         "model": lm.artifact.manifest["model"]["name"],
         "dtype": lm.artifact.shape.dtype,

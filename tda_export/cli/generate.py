@@ -14,8 +14,10 @@ from tda_export.cli.options import (
     artifact_argument,
     budget_options,
     chosen_budget,
+    chosen_refresh,
     json_option,
     provider_option,
+    refresh_option,
 )
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ FINISHED = {"stop": "end of text", "length": "as many as asked for", "context": 
 @click.option("--seed", type=int, help="Make sampling repeatable.")
 @click.option("--context", type=int, help="Most tokens of prompt and answer.  [default: the model's maximum]")
 @budget_options
+@refresh_option
 @provider_option
 @json_option
 def generate(
@@ -67,22 +70,25 @@ def generate(
     cett: float | None,
     sparsity: float | None,
     allocation: AllocationRule | None,
+    max_kl: float | None,
+    refresh: int | None,
     provider: str,
     as_json: bool,
 ) -> None:
     """Generate text from PROMPT (or standard input) with ARTIFACT.
 
-    --cett or --sparsity choose another budget from the artifact's own calibration, without another build. Text goes
-    to standard output, what it cost to standard error.
+    --sparsity, --max-kl or --cett choose another budget from the artifact's own calibration, without another
+    build. Text goes to standard output, what it cost to standard error.
     """
     from tda_export.errors import TdaError, UsageError
     from tda_export.runtime import Sampling, load
 
     budget = None
-    if (cett, sparsity, allocation) != (None, None, None):
-        if mask == "dense":
-            raise UsageError("--mask dense reads every neuron, so a budget means nothing. Leave one of them out.")
-        budget = chosen_budget(cett, sparsity, allocation, {})
+    given = (cett, sparsity, allocation, max_kl) != (None, None, None, None)
+    if mask == "dense" and (given or refresh is not None):
+        raise UsageError("--mask dense reads every neuron, so a budget means nothing. Leave one of them out.")
+    if given:
+        budget = chosen_budget(cett, sparsity, allocation, max_kl, {})
     sampling = Sampling(temperature, top_k, top_p, seed)
     if prompt is None:
         if sys.stdin.isatty():
@@ -92,11 +98,14 @@ def generate(
         except UnicodeDecodeError as error:
             raise TdaError("The prompt on standard input is not valid UTF-8 text. Convert it to UTF-8.") from error
     model = load(artifact, provider=provider)
-    thresholds = None
+    deployment = model.artifact.deployment
     if budget:
-        from tda_export.evaluation.setting import artifact_thresholds
+        from tda_export.evaluation.methods import budget_deployment
 
-        thresholds = artifact_thresholds(model.artifact, budget)
+        deployment = budget_deployment(model.artifact, budget)
+    chosen = chosen_refresh(model.artifact, refresh)
+    if chosen is not None:
+        deployment = deployment.with_refresh(chosen)
     generation = model.generate(
         prompt,
         chat=chat,
@@ -104,7 +113,7 @@ def generate(
         mask=mask,
         sampling=sampling,
         context=context,
-        thresholds=thresholds,
+        deployment=deployment,
     )
     tokens, shown = [], 0
     for token in generation:
@@ -124,7 +133,8 @@ def summary(metrics: Metrics) -> str:
     rate = metrics.decode_tokens_per_second
     lines = [
         f"{metrics.prompt_tokens} prompt tokens, {metrics.new_tokens} new ({FINISHED[metrics.finish_reason]}), "
-        f"{metrics.mask} on {metrics.provider}, FFN sparsity {metrics.sparsity:.3f}",
+        f"{metrics.mask} on {metrics.provider}, FFN sparsity {metrics.sparsity:.3f}"
+        + (f", {metrics.refreshes} refreshes" if metrics.refreshes else ""),
         f"{metrics.time_to_first_token:.3f} s to the first token, "
         + (f"{rate:.1f} tokens/s after it, " if rate else "")
         + f"{metrics.ffn_bytes_per_token / 2**20:,.1f} of {metrics.dense_ffn_bytes_per_token / 2**20:,.1f} MiB of "

@@ -10,6 +10,8 @@ import click
 
 if TYPE_CHECKING:
     from tda_export.calibration.budgets import AllocationRule, Budget
+    from tda_export.runtime.artifact import Artifact
+    from tda_export.runtime.deployment import Refresh
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -29,8 +31,25 @@ provider_option = click.option(
 )
 
 
+def refresh_option(command: F) -> F:
+    """Add --refresh."""
+    return click.option(
+        "--refresh",
+        type=click.IntRange(0),
+        help="Read the last N tokens again densely after every N, which renews the mask; 0 never.  [default: the "
+        "artifact's own]",
+    )(command)
+
+
+def chosen_refresh(artifact: Artifact, tokens: int | None) -> Refresh | None:
+    """Return the refresh of the option, with the artifact's own decay; None when it is not given."""
+    from tda_export.runtime.deployment import Refresh
+
+    return None if tokens is None else Refresh(tokens, artifact.deployment.refresh.decay)
+
+
 def budget_options(command: F) -> F:
-    """Add --cett, --sparsity and --allocation."""
+    """Add --cett, --sparsity, --allocation and --max-kl."""
     for option in reversed(
         (
             click.option(
@@ -39,8 +58,14 @@ def budget_options(command: F) -> F:
             click.option("--sparsity", type=FRACTION, help="Budget: share of FFN bytes that decode shall not read."),
             click.option(
                 "--allocation",
-                type=click.Choice(["uniform"]),
-                help="How --sparsity is spread over the layers.  [default: uniform]",
+                type=click.Choice(["kl", "uniform"]),
+                help="How --sparsity is spread. kl: where bytes are worth most, over masks and token thresholds of "
+                "all layers. uniform: the same share of neurons in every layer's mask.  [default: kl]",
+            ),
+            click.option(
+                "--max-kl",
+                type=float,
+                help="Budget: the sparsest setting whose predicted KL to dense stays within it, nats a token.",
             ),
         )
     ):
@@ -49,11 +74,15 @@ def budget_options(command: F) -> F:
 
 
 def chosen_budget(
-    cett: float | None, sparsity: float | None, allocation: AllocationRule | None, default: dict[str, Any]
+    cett: float | None,
+    sparsity: float | None,
+    allocation: AllocationRule | None,
+    max_kl: float | None,
+    default: dict[str, Any],
 ) -> Budget:
-    """Return the budget of the options, or `default` (plain data) when neither is given."""
+    """Return the budget of the options, or `default` (plain data) when none is given."""
     from tda_export.calibration.budgets import Budget, make_budget
 
-    if (cett, sparsity, allocation) == (None, None, None):
+    if (cett, sparsity, allocation, max_kl) == (None, None, None, None):
         return Budget(**default)
-    return make_budget(cett, sparsity, allocation)
+    return make_budget(cett, sparsity, allocation, max_kl)

@@ -25,16 +25,24 @@ def print_table(title: str, columns: list[str], rows: list[list[Any]], footer: l
 
 
 def print_allocation(allocation: Allocation, title: str) -> None:
-    """Print threshold, density and CETT of each layer, and the totals."""
+    """Print thresholds, densities and CETT of each layer, and the totals."""
     layers = len(allocation.thresholds)
-    rows = [
-        [str(layer), f"{threshold:.6f}", f"{density:.3f}", f"{cett:.3f}"]
-        for layer, (threshold, density, cett) in enumerate(
-            zip(allocation.thresholds, allocation.density, allocation.cett, strict=True)
+    columns: dict[str, tuple[list[str], str]] = {
+        "threshold": ([f"{value:.6f}" for value in allocation.thresholds], ""),
+        "density": (
+            [f"{value:.3f}" for value in allocation.density],
+            f"{sum(allocation.density) / layers:.3f}",
+        ),
+    }
+    if allocation.token_density:
+        columns["token threshold"] = ([f"{value:.6f}" for value in allocation.token_thresholds], "")
+        columns["up/down density"] = (
+            [f"{value:.3f}" for value in allocation.token_density],
+            f"{sum(allocation.token_density) / layers:.3f}",
         )
-    ]
-    footer = ["all", "", f"{1 - allocation.sparsity:.3f}", f"{sum(allocation.cett) / layers:.3f}"]
-    print_table(title, ["layer", "threshold", "density", "CETT"], rows, footer)
+    columns["CETT"] = ([f"{value:.3f}" for value in allocation.cett], f"{sum(allocation.cett) / layers:.3f}")
+    rows = [[str(layer), *(values[layer] for values, _ in columns.values())] for layer in range(layers)]
+    print_table(title, ["layer", *columns], rows, ["all", *(total for _, total in columns.values())])
     if allocation.recrossing:
         names = ", ".join(map(str, allocation.recrossing))
         Console(highlight=False, markup=False).print(

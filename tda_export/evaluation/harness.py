@@ -12,6 +12,7 @@ models. With method `dense` the results are those of its `hf` model on the same 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postproce
 
 from tda_export.calibration.budgets import AllocationRule
 from tda_export.errors import TdaError, UsageError
+from tda_export.evaluation.methods import Request, check_request, open_setting
 from tda_export.evaluation.scoring import Score, Scorer
-from tda_export.evaluation.setting import Request, check_request, open_setting
 from tda_export.progress import progress
 from tda_export.runtime.artifact import open_artifact
 from tda_export.runtime.decode_step import DecodeStep
+from tda_export.runtime.deployment import Refresh
 from tda_export.runtime.providers import choose_provider
 from tda_export.runtime.session import Sessions
 from tda_export.runtime.text import Text
@@ -47,6 +49,9 @@ class TdaLM(TemplateLM):
         sparsity: float | None = None,
         cett: float | None = None,
         allocation: AllocationRule | None = None,
+        max_kl: float | None = None,
+        refresh: int | None = None,
+        calibration: str | None = None,
         protocol: str = "strict",
         provider: str = "auto",
         max_length: int | None = None,
@@ -58,10 +63,13 @@ class TdaLM(TemplateLM):
 
         Args:
             artifact: Its folder.
-            method: A key of `evaluation.setting.METHODS`.
-            sparsity: Budget, as for `open_setting`; so are `cett` and `allocation`.
+            method: A key of `evaluation.methods.METHODS`.
+            sparsity: Budget, as in `evaluation.methods.Request`; so are `cett`, `allocation` and `max_kl`.
             cett: Budget.
             allocation: Budget.
+            max_kl: Budget.
+            refresh: Tokens between refreshes while generating; by default the artifact's own.
+            calibration: A calibration file in place of the artifact's own.
             protocol: `strict` or `griffin`.
             provider: `auto`, `cpu` or `cuda`.
             max_length: The most tokens that the model is fed, at least 2; by default the model's maximum.
@@ -79,13 +87,30 @@ class TdaLM(TemplateLM):
             raise UsageError(
                 f"A length of {max_length} tokens is outside [2, {opened.shape.max_positions}], the model's maximum."
             )
-        check_request(opened, Request(method, sparsity, cett, allocation))
+        request = Request(
+            method,
+            sparsity,
+            cett,
+            allocation,
+            max_kl,
+            None if refresh is None else Refresh(refresh, opened.deployment.refresh.decay),
+            None if calibration is None else Path(calibration),
+        )
+        check_request(opened, request)
         self.artifact, self.text = opened, Text(opened)
         self.max_length = max_length or opened.shape.max_positions
         sessions = Sessions(opened, choose_provider(provider, opened.shape.dtype))
-        setting = open_setting(opened, sessions, method, sparsity=sparsity, cett=cett, allocation=allocation)
-        self.scorer = Scorer(setting, protocol)
+        self.setting = open_setting(opened, sessions, request)
+        self.scorer = Scorer(self.setting, protocol)
         self._step: DecodeStep | None = None
+
+    @classmethod
+    def of(cls, artifact: Path, request: Request, *, protocol: str, provider: str) -> TdaLM:
+        """Open an artifact for a request."""
+        refresh = None if request.refresh is None else request.refresh.tokens
+        calibration = None if request.calibration is None else str(request.calibration)
+        arguments = asdict(request) | {"refresh": refresh, "calibration": calibration}
+        return cls(str(artifact), **arguments, protocol=protocol, provider=provider)
 
     # Text
 
@@ -214,6 +239,7 @@ class TdaLM(TemplateLM):
         stream, text = self.text.stream(tokens), ""
         step = self._borrow_step(len(tokens) + limit)
         token = self._first(step, tokens)
+        refresh, stale = self.setting.deployment.refresh, list[int]()
         for count in range(1, limit + 1):
             if token in self.artifact.eos_token_ids or token == self.eot_token_id:
                 break
@@ -222,23 +248,34 @@ class TdaLM(TemplateLM):
             text += stream.add(token)
             if any(stop in text for stop in stops) or count == limit:
                 break
-            token = step.greedy(token)
+            stale.append(token)
+            if len(stale) == refresh.tokens and self.setting.masked:
+                token, stale = self._reread(step, stale), []
+            else:
+                token = step.greedy(token)
         return str(postprocess_generated_text(text + stream.finish(), stops, None))
 
     def _first(self, step: DecodeStep, tokens: list[int]) -> int:
         """Read a prompt by the protocol, and return the first new token."""
-        setting = self.scorer.setting
+        setting, how = self.setting, self.setting.deployment
         prompt = tokens if self.scorer.protocol == "griffin" else tokens[:-1]
-        logits, mask = step.read(prompt, setting.thresholds) if prompt else (None, None)
-        step.use(mask if setting.masked else None)
+        logits, mask = step.read(prompt, how.thresholds, prior=how.prior) if prompt else (None, None)
+        setting.use(step, mask)
         if logits is None or len(prompt) < len(tokens):
             return step.greedy(tokens[-1])
+        return int(logits.argmax()) if np.isfinite(logits).all() else -1
+
+    def _reread(self, step: DecodeStep, tokens: list[int]) -> int:
+        """Refresh, and return the next token, -1 if logits are not finite."""
+        how = self.setting.deployment
+        logits, mask = step.reread(tokens, how.thresholds, how.refresh.decay)
+        self.setting.use(step, mask)
         return int(logits.argmax()) if np.isfinite(logits).all() else -1
 
     def _borrow_step(self, tokens: int) -> DecodeStep:
         """Return a step with room for so many tokens; a larger one is bound (and on CUDA captured) only if it must."""
         if self._step is None or self._step.cache.capacity < tokens:
-            self._step = self.scorer.setting.open_step(tokens)
+            self._step = self.setting.open_step(tokens)
             self._step.capture()
         self._step.cache.truncate(0)
         return self._step

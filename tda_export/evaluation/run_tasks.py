@@ -34,12 +34,12 @@ class Metric:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Of one task: questions asked, metrics by name, seconds, and the mean share of neurons in the masks (if any)."""
+    """Of one task: questions asked, metrics by name, seconds, and the mean share of FFN bytes read (if sparse)."""
 
     questions: int
     metrics: dict[str, Metric]
     seconds: float
-    density: float | None
+    ffn_share: float | None
 
 
 def chosen_tasks(names: Sequence[str]) -> list[str]:
@@ -103,7 +103,7 @@ def run_tasks(
             questions=int(found["n-samples"][task]["effective"]),
             metrics=_metrics(found["results"][task]),
             seconds=time.monotonic() - began,
-            density=lm.scorer.take_density() if isinstance(lm, TdaLM) else None,
+            ffn_share=lm.scorer.take_ffn_share() if isinstance(lm, TdaLM) else None,
         )
         means = ", ".join(f"{name} {metric.value:.4f}" for name, metric in results[task].metrics.items())
         notify(f"{task}: {means} ({results[task].seconds:.0f} s)")  # a long run that is ended later has said this

@@ -8,8 +8,9 @@ A context has n tokens and a continuation m, so the model is fed n + m - 1 token
 - `griffin`: as Griffin's published code scores (arXiv 2404.01365): all that is fed but its last token is read densely
   and gives the mask, and the last step alone is sparse. For m = 1 both are the same.
 
-A context of one token (BOS or EOS in place of an empty one) leaves nothing that a mask could come from: it keeps every
-neuron, as a prompt without counted tokens does, and is scored densely.
+Answers are short, so nothing is refreshed while they are scored. A context of one token (BOS or EOS in place of an
+empty one) leaves nothing that a mask could come from: it keeps every neuron, as a prompt without counted tokens does,
+and is scored densely.
 """
 
 from __future__ import annotations
@@ -49,15 +50,15 @@ class Scorer:
         """
         if protocol not in get_args(Protocol):
             raise UsageError(f"Protocol {protocol!r} is not known. Use {' or '.join(get_args(Protocol))}.")
-        self.setting, self.protocol = setting, protocol
-        self._densities: list[float] = []
+        self.setting, self.protocol = setting.without_refresh(), protocol
+        self._shares: list[float] = []
         self._cache = KvCache(setting.shape, setting.sessions.provider, 1)
         self._reader: Prefill | None = None
 
-    def take_density(self) -> float | None:
-        """Return the mean share of kept neurons, of masks or tokens, since this was asked last; None if none were."""
-        densities, self._densities = self._densities, []
-        return float(np.mean(densities)) if densities else None
+    def take_ffn_share(self) -> float | None:
+        """Return the mean share of FFN bytes read since this was asked last; None if nothing was decoded sparsely."""
+        shares, self._shares = self._shares, []
+        return float(np.mean(shares)) if shares else None
 
     def reserve(self, tokens: int) -> None:
         """Make room for so many tokens that are fed: n + m - 1."""
@@ -110,7 +111,7 @@ class Scorer:
             return None
         _, mask = self.setting.read(tokens, self._cache, self._reader)
         if not self.setting.per_token:
-            self._densities.append(self.setting.density(mask))
+            self._shares.append(self.setting.density(mask))
         return mask
 
     def _decode(
@@ -122,8 +123,9 @@ class Scorer:
         for start in range(0, len(tokens), DECODE_TOKENS):
             piece = tokens[start : start + DECODE_TOKENS]
             if mask is not None and self.setting.per_token:
-                logits, density = self.setting.decode_counted(self._cache, piece, mask)  # [C, V]
-                self._densities += [density] * len(piece)
+                counted = self.setting.decode_counted(self._cache, piece, mask)  # [C, V]
+                logits = counted.logits
+                self._shares += [counted.sparse_share] * len(piece)
             else:
                 logits = self.setting.decode(self._cache, piece, mask)
             wanted = targets[:, start : start + len(piece)]  # [N, C]

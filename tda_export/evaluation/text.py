@@ -45,7 +45,7 @@ class TextQuality:
 
     KL is KL(dense || sparse) in nats a token, perplexities are exp of the mean negative log-likelihood a token,
     agreement is the share of equal top-1 tokens, density the share of neurons that are kept (of the mask, or by a
-    token), `ffn_bytes` what a token reads of the FFN weights.
+    token), `ffn_bytes` what a token reads of the FFN weights on average, `refresh_ffn_bytes` of it for refreshes.
     """
 
     prompts: int
@@ -59,12 +59,14 @@ class TextQuality:
     agreement_stderr: float
     density: float
     ffn_bytes: float
+    refresh_ffn_bytes: float
     dense_ffn_bytes: int
 
 
 @dataclass(frozen=True)
 class WindowQuality:
-    """Of one window: mean KL, mean negative log-likelihoods (nats a token), agreement, density, share of FFN bytes."""
+    """Of one window: mean KL, mean negative log-likelihoods (nats a token), agreement, density, the share of FFN bytes
+    that a token read on average, and the part of it that refreshes read."""
 
     kl: float
     nll: float
@@ -72,6 +74,7 @@ class WindowQuality:
     agreement: float
     density: float
     ffn_share: float
+    refresh_share: float = 0.0
 
 
 def cut_windows(tokens: Sequence[int], prefix: Sequence[int], settings: TextSettings) -> list[list[int]]:
@@ -134,17 +137,24 @@ def _measure(artifact: Artifact, setting: Setting, window: Sequence[int], settin
     length = settings.prompt_tokens
     prompt, read, predicted = window[:length], window[length:-1], window[length + 1 :]
     cache = KvCache(artifact.shape, setting.sessions.provider, settings.window)
-    _, mask = setting.read(prompt, cache)
-    sparse, density = setting.decode_counted(cache, read, mask)
+    reader = setting.open_reader(cache)
+    _, mask = setting.read(prompt, cache, reader)
+    counted = setting.decode_counted(cache, read, mask, reader)
+    sparse = counted.logits
     cache.truncate(length)  # the context of the dense reading is the dense prompt again
     dense = decode(setting.sessions, cache, read, None)
     if not (np.isfinite(sparse).all() and np.isfinite(dense).all()):
         raise TdaError(f"{artifact.folder}: the logits are not finite. Build the artifact in another dtype.")
-    return window_quality(dense, sparse, predicted, density, setting.ffn_share(density))
+    return window_quality(dense, sparse, predicted, counted.density, counted.ffn_share, counted.refresh_share)
 
 
 def window_quality(
-    dense: np.ndarray, sparse: np.ndarray, predicted: Sequence[int], density: float, ffn_share: float
+    dense: np.ndarray,
+    sparse: np.ndarray,
+    predicted: Sequence[int],
+    density: float,
+    ffn_share: float,
+    refresh_share: float = 0.0,
 ) -> WindowQuality:
     """Compare the logits of a window's continuation, float32 [C, V], at the C tokens that were to be predicted."""
     fidelity = compare(dense, sparse)
@@ -155,6 +165,7 @@ def window_quality(
         agreement=fidelity.agreement,
         density=density,
         ffn_share=ffn_share,
+        refresh_share=refresh_share,
     )
 
 
@@ -170,6 +181,7 @@ def summarise(measured: Sequence[WindowQuality], dense_ffn_bytes: int) -> TextQu
     agreement, agreement_error = _mean([window.agreement for window in measured])
     density, _ = _mean([window.density for window in measured])
     share, _ = _mean([window.ffn_share for window in measured])
+    refresh, _ = _mean([window.refresh_share for window in measured])
     return TextQuality(
         prompts=len(measured),
         kl=kl,
@@ -182,6 +194,7 @@ def summarise(measured: Sequence[WindowQuality], dense_ffn_bytes: int) -> TextQu
         agreement_stderr=agreement_error,
         density=density,
         ffn_bytes=share * dense_ffn_bytes,
+        refresh_ffn_bytes=refresh * dense_ffn_bytes,
         dense_ffn_bytes=dense_ffn_bytes,
     )
 

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 FORMAT = "tda-export"
-FORMAT_VERSION = 2  # 2: greedy_tokens, token_thresholds, the spec in the manifest, linear weights [out, in]
+# 2: greedy_tokens, token_thresholds, the spec in the manifest, linear weights [out, in].
+# 3: token thresholds, prior and refresh as calibrated.
+FORMAT_VERSION = 3
 
 PREFILL_FILE = "prefill.onnx"
 DECODE_FILE = "decode.onnx"
@@ -76,7 +78,7 @@ LOGITS = "logits"
 GREEDY_TOKENS = "greedy_tokens"  # -1 where the logits are not finite
 NUM_LOGITS = "num_logits"
 THRESHOLDS = "thresholds"
-TOKEN_THRESHOLDS = "token_thresholds"  # of two-level decoding; 0 is off
+TOKEN_THRESHOLDS = "token_thresholds"  # of two-level decoding; 0 is off, by default as calibrated
 STATS_DECAY = "stats_decay"
 PAST_STATS_WEIGHT = "past_stats_weight"
 PRESENT_STATS_WEIGHT = "present_stats_weight"
@@ -126,7 +128,7 @@ def present_tail_mean(layer: int) -> str:
     return f"present_tail_mean.{layer}"
 
 
-KEPT_NEURONS = "kept_neurons"  # of threshold truncation, by layer and token
+KEPT_NEURONS = "kept_neurons"  # by layer and token; an output of derived graphs that measure
 
 
 def ffn_input(layer: int) -> str:
@@ -254,10 +256,12 @@ def decode_inputs(shape: ModelShape, *, two_levels: bool) -> list[IoTensor]:
     ]
 
 
-def decode_outputs(shape: ModelShape, *, ffn_inputs: bool = False) -> list[IoTensor]:
-    """List the outputs of `decode.onnx` in order; `ffn_inputs` are in no artifact."""
+def decode_outputs(shape: ModelShape, *, ffn_inputs: bool = False, counted: bool = False) -> list[IoTensor]:
+    """List the outputs of `decode.onnx` in order; `ffn_inputs` and counts are in no artifact."""
     axes = (1, "sequence_length", shape.hidden_size)
     probes = [IoTensor(ffn_input(i), shape.dtype, axes) for i in range(shape.num_layers)] if ffn_inputs else []
+    if counted:
+        probes.append(IoTensor(KEPT_NEURONS, "int64", (shape.num_layers, "sequence_length")))
     return [
         IoTensor(LOGITS, "float32", (1, "sequence_length", shape.vocab_size)),
         IoTensor(GREEDY_TOKENS, "int64", (1, "sequence_length")),

@@ -9,7 +9,7 @@ from tda_export.graph import contract
 from tda_export.graph.attention import attention_lengths
 from tda_export.graph.contract import FfnInput
 from tda_export.graph.decoder import GraphBuilder, model_shape
-from tda_export.graph.ffn import ffn_form, indexed_ffn, indexed_ffn_function
+from tda_export.graph.ffn import FfnForm, activate, ffn_form, indexed_ffn, indexed_ffn_function
 from tda_export.graph.greedy import greedy_token_function, greedy_tokens
 from tda_export.graph.linear import HalfGraphBuilder, linear_functions
 from tda_export.graph.method import Method
@@ -19,16 +19,26 @@ from tda_export.models.spec import DecoderSpec
 
 
 def build_decode(
-    spec: DecoderSpec, weights: WeightTable, dtype: str, method: Method, *, ffn_inputs: bool = False
+    spec: DecoderSpec,
+    weights: WeightTable,
+    dtype: str,
+    method: Method,
+    token_thresholds: np.ndarray | None = None,
+    *,
+    ffn_inputs: bool = False,
+    counted: bool = False,
 ) -> ir.Model:
-    """Build the graph that computes only the neurons in `mask_indices`; by default all of them.
+    """Build the graph that computes only the neurons in `mask_indices`; by default all that token thresholds let pass.
 
     Args:
         spec: The architecture.
         weights: The tensors of weights.bin.
         dtype: A value of `contract.DTYPES`.
         method: With `two_levels` the graph takes token thresholds.
+        token_thresholds: float32 [L], the default of the input of that name; None is off.
         ffn_inputs: Give the input of each layer's FFN as a further output, for measurements.
+        counted: Give the number of neurons that each layer computes for each token, int64 [L, S], as a further output;
+            for two-level methods.
 
     Returns:
         The model with the inputs and outputs of `contract.decode_inputs` and `contract.decode_outputs`.
@@ -38,6 +48,7 @@ def build_decode(
     declared_inputs = contract.decode_inputs(shape, two_levels=method.two_levels)
     graph = (HalfGraphBuilder if half else GraphBuilder)(spec, weights, dtype, declared_inputs)
     inputs, outputs = graph.inputs, graph.outputs
+    kept: list[ir.Value] = []
 
     def ffn(layer: int, x: ir.Value) -> tuple[ir.Value, ir.Value | None]:
         outputs[contract.ffn_input(layer)] = x
@@ -49,6 +60,8 @@ def build_decode(
         if method.two_levels:
             arguments[FfnInput.NEURON_SCALE] = graph.weight(contract.neuron_scale(layer))
             arguments[FfnInput.TOKEN_THRESHOLDS] = inputs[contract.TOKEN_THRESHOLDS]
+        if counted:
+            kept.append(_survivors(graph, form, layer, arguments))
         return indexed_ffn(graph.ops, form, layer, arguments), inputs[contract.tail_mean(layer)]
 
     hidden = graph.layers(attention_lengths(graph.ops, inputs[contract.ATTENTION_MASK]), ffn)
@@ -59,9 +72,32 @@ def build_decode(
         contract.tail_mean(i): nothing for i in range(spec.num_layers)
     }
     if method.two_levels:
-        defaults[contract.TOKEN_THRESHOLDS] = np.zeros(spec.num_layers, np.float32)
+        off = np.zeros(spec.num_layers, np.float32)
+        defaults[contract.TOKEN_THRESHOLDS] = off if token_thresholds is None else np.asarray(token_thresholds, "f4")
+    if counted:
+        outputs[contract.KEPT_NEURONS] = graph.ops.op("Concat", *kept, axis=0)  # [L, S]
     functions = [indexed_ffn_function(form, down_bias=spec.ffn_bias), greedy_token_function()]
     if half:
         functions += linear_functions()
-    declared = contract.decode_outputs(shape, ffn_inputs=ffn_inputs)
+    declared = contract.decode_outputs(shape, ffn_inputs=ffn_inputs, counted=counted)
     return graph.model("decode", declared, defaults, functions)
+
+
+def _survivors(graph: GraphBuilder, form: FfnForm, layer: int, arguments: dict[str, ir.Value]) -> ir.Value:
+    """Count the neurons of the mask that each token does not skip, int64 [1, S], from the gate rows of all neurons."""
+    ops, size = graph.ops, graph.spec.ffn_size
+    gate = ops.transposed_matmul(arguments[FfnInput.X], arguments[FfnInput.weight("gate")])  # [1, S, F]
+    if form.bias:
+        gate = ops.op("Add", gate, arguments[FfnInput.bias("gate")])
+    activated = ops.cast(activate(ops, form.activation, gate), "float32")
+    estimate = ops.op("Mul", ops.op("Abs", activated), arguments[FfnInput.NEURON_SCALE])
+    threshold = ops.op("Gather", arguments[FfnInput.TOKEN_THRESHOLDS], ops.constant(layer, "int64"), axis=0)
+    passes = ops.op("GreaterOrEqual", estimate, threshold)  # bool [1, S, F]
+    indices = arguments[FfnInput.MASK_INDICES]
+    padded = ops.op("Less", indices, ops.constant([0], "int32"))
+    places = ops.op("Where", padded, ops.constant([size], "int32"), indices)  # padding falls behind the last neuron
+    ones = ops.op("ConstantOfShape", ops.op("Shape", indices), value=ir.tensor([1.0]))
+    marks = ops.op("ScatterElements", ops.constant(np.zeros(size + 1).tolist(), "float32"), places, ones, axis=0)
+    inside = ops.op("Slice", marks, ops.constant([0], "int64"), ops.constant([size], "int64"))  # [F]
+    kept = ops.op("And", passes, ops.op("Greater", inside, ops.constant(0.5, "float32")))
+    return ops.op("ReduceSum", ops.cast(kept, "int64"), ops.constant([2], "int64"), keepdims=0)  # [1, S]

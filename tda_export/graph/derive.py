@@ -77,6 +77,22 @@ def derived_probe(artifact: Artifact) -> bytes:
     return _serialised(build_decode(spec, weight_table(artifact), artifact.shape.dtype, method, ffn_inputs=True))
 
 
+def derived_counting(artifact: Artifact) -> bytes:
+    """Build the decode graph that also counts the neurons which each token computes."""
+    spec, method = artifact_spec(artifact), artifact_method(artifact)
+    return _serialised(build_decode(spec, weight_table(artifact), artifact.shape.dtype, method, counted=True))
+
+
+def counting_sessions(artifact: Artifact, sessions: Sessions) -> Sessions:
+    """Return sessions whose decode also counts; weights are the same."""
+    model = derived_counting(artifact)
+    names = initializer_names(model)
+    weights = {name: value for name, value in sessions.shared_weights.items() if name in names}
+    other = copy.copy(sessions)
+    other.decode = open_session(artifact, model, sessions.provider, weights, native=sessions.native)
+    return other
+
+
 def derived_truncation(artifact: Artifact) -> bytes:
     """Build the threshold-truncation graph."""
     return _serialised(build_truncation(artifact_spec(artifact), weight_table(artifact), artifact.shape.dtype))
@@ -94,7 +110,8 @@ def truncation_sessions(artifact: Artifact, sessions: Sessions) -> Sessions:
     other.decode = open_session(
         artifact, model, sessions.provider, weights, native=sessions.native, capture=False, prepack=True
     )
-    other.captures = False
+    other.captures = other.two_levels = False
+    other.dense_inputs = {}
     return other
 
 

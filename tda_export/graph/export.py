@@ -21,10 +21,11 @@ from tda_export.graph import contract
 from tda_export.graph.decode import build_decode
 from tda_export.graph.decoder import model_shape
 from tda_export.graph.method import Method
-from tda_export.graph.prefill import build_prefill
+from tda_export.graph.prefill import Prior, build_prefill
 from tda_export.graph.weights_file import WeightTable, plan_weights, write_weights
 from tda_export.models.source import ModelSource
 from tda_export.progress import progress
+from tda_export.runtime.deployment import NO_REFRESH, Refresh
 from tda_export.versions import installed_versions
 
 RECORDED_PACKAGES = ("onnx", "onnx-ir", "torch", "transformers")
@@ -35,7 +36,8 @@ FFN_MATRICES = 3  # gate, up and down
 class BuildRequest:
     """What to build. `thresholds` [L] are the defaults of the prefill graph; top-k methods carry zeros.
 
-    `up_rms`, float [L, F], comes from calibration and belongs to two-level methods.
+    `up_rms`, float [L, F], comes from calibration and belongs to two-level methods; their token thresholds are the
+    allocation's. `prior` is what the statistics of a prompt begin with.
     """
 
     source: ModelSource
@@ -47,9 +49,25 @@ class BuildRequest:
     calibration_file: Path | None = None
     calibration: dict[str, Any] | None = None  # provenance
     up_rms: torch.Tensor | None = None
+    prior: Prior | None = None
+    refresh: Refresh = NO_REFRESH
 
     def __post_init__(self) -> None:
         assert self.method.two_levels == (self.up_rms is not None), "a two-level method needs up_rms"
+
+    @property
+    def token_thresholds(self) -> list[float]:
+        """Defaults of the decode graph, [L]; 0 is off."""
+        chosen = self.allocation.token_thresholds if self.allocation else []
+        return chosen or [0.0] * self.source.spec.num_layers
+
+    @property
+    def survivors(self) -> list[float]:
+        """Expected share of a mask's neurons that a token does not skip, [L]."""
+        if self.allocation is None or not self.allocation.token_density:
+            return [1.0] * self.source.spec.num_layers
+        pairs = zip(self.allocation.token_density, self.allocation.density, strict=True)
+        return [token / mask if mask else 1.0 for token, mask in pairs]
 
 
 def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: Callable[[Path], None]) -> None:
@@ -73,8 +91,9 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
     with atomic_folder(output) as folder:
         with progress("Writing weights", size, quiet=quiet) as advance:
             table, weights_sha256 = write_weights(plan, folder / contract.WEIGHTS_FILE, advance)
-        prefill = build_prefill(spec, table, request.dtype, request.method, np.asarray(request.thresholds, np.float32))
-        decode = build_decode(spec, table, request.dtype, request.method)
+        thresholds = np.asarray(request.thresholds, np.float32)
+        prefill = build_prefill(spec, table, request.dtype, request.method, thresholds, request.prior)
+        decode = build_decode(spec, table, request.dtype, request.method, np.asarray(request.token_thresholds, "f4"))
         ir.save(prefill, folder / contract.PREFILL_FILE)
         ir.save(decode, folder / contract.DECODE_FILE)
         _save_tokenizer(source, folder)
@@ -122,6 +141,10 @@ def _manifest(
         "method": asdict(request.method),
         "budget": request.budget.describe(),
         "thresholds": request.thresholds,
+        "token_thresholds": request.token_thresholds,
+        "survivors": request.survivors,
+        "prior_tokens": request.prior.tokens if request.prior else 0.0,
+        "refresh": asdict(request.refresh),
         "expected": asdict(request.allocation) | {"sparsity": request.allocation.sparsity}
         if request.allocation
         else {},

@@ -11,8 +11,10 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
+from tda_export.calibration.file import read_calibration
 from tda_export.graph import contract
 from tda_export.graph.method import kept_neurons
+from tda_export.graph.prefill import calibrated_prior
 from tda_export.graph.reference import SecondLevel, reference_logits, reference_scores, reference_tails
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
@@ -109,7 +111,7 @@ class Comparison:
         step = DecodeStep(self.sessions, self.shape, len(prompt) + len(continuation))
         step.capture()
         cache = step.cache
-        _, mask = step.read(prompt)
+        _, mask = step.read(prompt, prior=False)  # transformers knows no prior
         self._scores(prompt, mask)
         self.advance(1)
 
@@ -140,6 +142,8 @@ class Comparison:
         every = self._decode(continuation, cache, None)
         self._logits("decode with all neurons", every, dense_continuation, half[1])
         self._halved(prompt, continuation, cache, start)
+        if self.artifact.manifest["prior_tokens"]:
+            self._prior(prompt, mask)
         self.advance(1)
 
     def _second_level(
@@ -179,7 +183,7 @@ class Comparison:
 
     def _chunked(self, prompt: list[int], cache: KvCache, mask: PromptMask) -> None:
         pieces = KvCache(self.shape, self.provider, len(prompt))
-        _, chunked = prefill(self.sessions, self.shape, prompt, pieces, chunk=CHUNK)
+        _, chunked = prefill(self.sessions, self.shape, prompt, pieces, prior=False, chunk=CHUNK)
         for layer in range(self.shape.num_layers):
             for whole, parts in zip(cache.keys_and_values(layer), pieces.keys_and_values(layer), strict=True):
                 rows = slice(0, cache.length)
@@ -189,6 +193,17 @@ class Comparison:
             scores, kept = _scores_of(mask, layer), _indices_of(mask, layer)
             border = min((float(scores[i]) for i in kept), default=float(scores.max()))
             self._same_mask("mask after chunked prefill", _indices_of(chunked, layer), kept, scores, border)
+
+    def _prior(self, prompt: list[int], mask: PromptMask) -> None:
+        """Compare what the statistics begin with by default with the calibration that the artifact carries."""
+        calibration = read_calibration(self.artifact.file(contract.CALIBRATION_FILE))
+        prior = calibrated_prior(calibration.sums, self.artifact.manifest["prior_tokens"])
+        cache = KvCache(self.shape, self.provider, len(prompt))
+        stats = [mask.stats[contract.past_neuron_stats(i)].numpy() for i in range(self.shape.num_layers)]
+        _, blended = prefill(self.sessions, self.shape, prompt, cache)
+        for layer, own in enumerate(stats):
+            found = blended.stats[contract.past_neuron_stats(layer)].numpy()
+            self._relative("statistics with the prior", found, own + prior.stats[layer])
 
     def _all_prompt_logits(self, prompt: list[int]) -> np.ndarray:
         cache = KvCache(self.shape, self.provider, len(prompt))
@@ -202,7 +217,11 @@ class Comparison:
         mask: PromptMask | None,
         inputs: Mapping[str, ort.OrtValue] = EMPTY,
     ) -> np.ndarray:
-        """Decode the continuation: its first token alone (S = 1), the others in one call. Returns [C, V]."""
+        """Decode the continuation: its first token alone (S = 1), the others in one call. Returns [C, V].
+
+        Without thresholds among `inputs` no neuron of the mask is skipped.
+        """
+        inputs = {**self.sessions.dense_inputs, **inputs}
         pieces = [piece for piece in (continuation[:1], continuation[1:]) if piece]
         return np.concatenate([decode(self.sessions, cache, piece, mask, inputs) for piece in pieces])
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
+import torch
 
+from tda_export.calibration.curves import CurveSums
 from tda_export.graph import contract
 from tda_export.graph.attention import attention_lengths, call_tokens
 from tda_export.graph.decoder import GraphBuilder, model_shape
@@ -20,8 +24,27 @@ from tda_export.graph.weights_file import WeightTable
 from tda_export.models.spec import DecoderSpec
 
 
+@dataclass(frozen=True)
+class Prior:
+    """What statistics of all texts count for beside a prompt's own: sums over `tokens` tokens, float32 [L, 2, F]."""
+
+    stats: np.ndarray
+    tokens: float
+
+
+def calibrated_prior(sums: CurveSums, tokens: float) -> Prior:
+    """Scale the statistics of a calibration's data to a prior that counts for `tokens` tokens."""
+    stats = torch.stack([sums.score_square, sums.activation], dim=1) / sums.tokens * tokens  # [L, 2, F]
+    return Prior(stats.float().numpy(), float(tokens))
+
+
 def build_prefill(
-    spec: DecoderSpec, weights: WeightTable, dtype: str, method: Method, thresholds: np.ndarray
+    spec: DecoderSpec,
+    weights: WeightTable,
+    dtype: str,
+    method: Method,
+    thresholds: np.ndarray,
+    prior: Prior | None = None,
 ) -> ir.Model:
     """Build the graph that reads a prompt densely and reports the mask.
 
@@ -31,6 +54,7 @@ def build_prefill(
         dtype: A value of `contract.DTYPES`.
         method: Statistic, selection and tail.
         thresholds: float32 [L], the default of the `thresholds` input.
+        prior: What statistics begin with by default; None is nothing.
 
     Returns:
         The model with the inputs and outputs of `contract.prefill_inputs` and `contract.prefill_outputs`.
@@ -62,9 +86,10 @@ def build_prefill(
     end = ops.op("Where", every, ops.constant([np.iinfo(np.int64).max], "int64"), tokens.attended)
     last = ops.op("Slice", hidden, start, end, ops.constant([1], "int64"))  # [1, num_logits, M]
     outputs[contract.LOGITS] = graph.logits(last)
+    prior = prior or Prior(np.zeros((spec.num_layers, 2, spec.ffn_size), np.float32), 0.0)
     defaults: dict[str, np.ndarray] = {
-        **{contract.past_neuron_stats(i): np.zeros((2, spec.ffn_size), np.float32) for i in range(spec.num_layers)},
-        contract.PAST_STATS_WEIGHT: np.zeros(1, np.float32),
+        **{contract.past_neuron_stats(i): prior.stats[i] for i in range(spec.num_layers)},
+        contract.PAST_STATS_WEIGHT: np.array([prior.tokens], np.float32),
         contract.STATS_DECAY: np.ones(1, np.float32),
         contract.THRESHOLDS: np.asarray(thresholds, np.float32),
         contract.NUM_LOGITS: np.ones(1, np.int64),

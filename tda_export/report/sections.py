@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tda_export
-from tda_export.calibration.budgets import Budget, allocate
+from tda_export.calibration.budgets import Budget
 from tda_export.calibration.file import Calibration
 from tda_export.report.axes import Axis
 from tda_export.report.curves import (
@@ -33,8 +33,7 @@ MIB = 2**20
 
 def calibration_thresholds(calibration: Calibration) -> list[float]:
     """Choose the thresholds of the budget that a calibration was made with."""
-    budget = Budget(**calibration.provenance["budget"])
-    return allocate(budget, calibration.sums, calibration.grid).thresholds
+    return calibration.allocate(Budget(**calibration.provenance["budget"])).thresholds
 
 
 def curves_of(calibration: Calibration) -> Curves:

@@ -8,9 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tda_export.errors import TdaError
+import numpy as np
+
+from tda_export.errors import TdaError, UsageError
 from tda_export.graph import contract
 from tda_export.graph.contract import DTYPE_BYTES, DTYPES, ModelShape
+from tda_export.runtime.deployment import Deployment, Refresh
 
 NEEDED_FILES = (
     contract.PREFILL_FILE,
@@ -47,6 +50,19 @@ class Artifact:
     def bytes_per_neuron(self) -> int:
         """FFN weight bytes that one neuron of one layer takes."""
         return self.ffn_matrices * self.shape.hidden_size * DTYPE_BYTES[self.shape.dtype]
+
+    @property
+    def deployment(self) -> Deployment:
+        """How decode drops neurons unless it is told otherwise."""
+        manifest = self.manifest
+        by_rank = manifest["method"]["selection"] != "threshold"
+        thresholds = None if by_rank else np.asarray(manifest["thresholds"], np.float32)
+        return Deployment(
+            thresholds,
+            np.asarray(manifest["token_thresholds"], np.float32),
+            refresh=Refresh(**manifest["refresh"]),
+            survivors=np.asarray(manifest["survivors"], np.float32),
+        )
 
     def file(self, name: str) -> Path:
         return self.folder / name
@@ -87,7 +103,7 @@ def open_artifact(folder: str | Path) -> Artifact:
         _check_files(folder, manifest["files"])
         shape = ModelShape(**manifest["shape"])
         _check_content(manifest, shape)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, UsageError) as error:
         raise TdaError(f"{path}: incomplete manifest ({error}). Build the artifact again.") from error
     return Artifact(folder, manifest, shape)
 
@@ -124,6 +140,10 @@ def _check_content(manifest: dict[str, Any], shape: ModelShape) -> None:
     _require(isinstance(manifest["spec"], dict), "spec")
     _require(method["selection"] == "threshold" or (isinstance(density, float) and 0 < density <= 1), "method.density")
     _require(len(thresholds) == shape.num_layers and all(map(math.isfinite, thresholds)), "thresholds")
+    for name in ("token_thresholds", "survivors"):
+        values = manifest[name]
+        _require(len(values) == shape.num_layers and all(map(math.isfinite, values)), name)
+    Refresh(**manifest["refresh"])
     _check_weights(manifest, shape)
 
 

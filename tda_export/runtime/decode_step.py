@@ -39,16 +39,14 @@ class DecodeStep:
     function body would gather every row.
     """
 
-    def __init__(
-        self, sessions: Sessions, shape: ModelShape, capacity: int, token_thresholds: np.ndarray | None = None
-    ) -> None:
+    def __init__(self, sessions: Sessions, shape: ModelShape, capacity: int) -> None:
         self.cache = KvCache(shape, sessions.provider, capacity)
         self.fixed_inputs: dict[str, ort.OrtValue] = {}
         self._sessions, self._shape = sessions, shape
         self._second_level: dict[str, ort.OrtValue] = {}
         provider, layers = sessions.provider, range(shape.num_layers)
-        if token_thresholds is not None:
-            self._second_level[contract.TOKEN_THRESHOLDS] = device_tensor(token_thresholds.astype(np.float32), provider)
+        if sessions.two_levels:
+            self._second_level[contract.TOKEN_THRESHOLDS] = empty_tensor((shape.num_layers,), "float32", provider)
         self._token = device_tensor(np.zeros((1, 1), np.int64), provider)
         self._attended = device_tensor(self.cache.mask, provider)
         self._logits = empty_tensor((1, 1, shape.vocab_size), "float32", provider)
@@ -63,31 +61,69 @@ class DecodeStep:
         self._prefill = Prefill(sessions, shape, self.cache, self.fixed_inputs)
 
     def read(
-        self, tokens: Sequence[int], thresholds: np.ndarray | None = None, *, chunk: int = CHUNK_TOKENS
+        self,
+        tokens: Sequence[int],
+        thresholds: np.ndarray | None = None,
+        *,
+        prior: bool = True,
+        decay: float | None = None,
+        chunk: int = CHUNK_TOKENS,
     ) -> tuple[np.ndarray, PromptMask]:
         """Prefill a prompt (see `Prefill.read`)."""
-        return self._prefill.read(tokens, thresholds, chunk=chunk)
+        return self._prefill.read(tokens, thresholds, prior=prior, decay=decay, chunk=chunk)
 
-    def use(self, mask: PromptMask | None) -> None:
-        """Decode with a mask from now on, or with every neuron; tail means lie in `fixed_inputs` already."""
+    def reread(
+        self, tokens: Sequence[int], thresholds: np.ndarray | None, decay: float
+    ) -> tuple[np.ndarray, PromptMask]:
+        """Refresh: read the last tokens densely, which replaces the keys and values that sparse steps left.
+
+        Args:
+            tokens: The newest n tokens, of which all but the last are in the cache.
+            thresholds: As for `read`.
+            decay: How much the statistics so far count beside these tokens.
+
+        Returns:
+            As `read`, with the mask of all that the statistics hold.
+        """
+        self.cache.truncate(self.cache.length - (len(tokens) - 1))
+        return self.read(tokens, thresholds, decay=decay)
+
+    def use(
+        self, mask: PromptMask | None, token_thresholds: np.ndarray | None = None, *, tail_mean: bool = True
+    ) -> None:
+        """Decode with a mask from now on, or with every neuron.
+
+        Args:
+            mask: Of `read`; None keeps every neuron.
+            token_thresholds: float32 [L]; None skips no neuron of the mask.
+            tail_mean: Put the mask's tail mean in place of the neurons outside it; otherwise nothing.
+        """
+        layers = range(self._shape.num_layers)
+        if self._second_level:
+            off = token_thresholds is None or mask is None
+            values = np.zeros(len(layers), np.float32) if off else np.asarray(token_thresholds, np.float32)
+            self._second_level[contract.TOKEN_THRESHOLDS].update_inplace(values)
         if not self._sessions.captures:
             if mask is None and not self._sessions.native:
                 self._greedy = False
                 self._call = self._bind_prefill()
             else:
                 self._greedy = True
+                if mask is not None and not tail_mean:
+                    mask = mask.without_tail()
                 self._call = self._bind(mask.inputs if mask else {})
             return
-        for layer in range(self._shape.num_layers):
+        for layer in layers:
             fixed = self.fixed_inputs[contract.mask_indices(layer)]
             if mask is None:
                 fixed.update_inplace(self._every_neuron())
-                self.fixed_inputs[contract.tail_mean(layer)].update_inplace(self._no_tail())
             elif mask.inputs[contract.mask_indices(layer)].data_ptr() != fixed.data_ptr():
                 padded = np.full(self._shape.ffn_size, contract.PADDING_INDEX, np.int32)
                 indices = mask.indices(layer)
                 padded[: len(indices)] = indices
                 fixed.update_inplace(padded)
+            if mask is None or not tail_mean:
+                self.fixed_inputs[contract.tail_mean(layer)].update_inplace(self._no_tail())
 
     def greedy(self, token: int | None = None) -> int:
         """Append `token` (None: the one chosen last) and return the likeliest next one, -1 if logits are not finite."""

@@ -13,6 +13,7 @@ import numpy as np
 from tda_export.errors import TdaError
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.decode_step import DecodeStep
+from tda_export.runtime.deployment import Deployment
 from tda_export.runtime.phases import PromptMask
 from tda_export.runtime.sampling import Sampler
 from tda_export.runtime.session import Sessions
@@ -33,7 +34,9 @@ class Token:
 class Metrics:
     """What a generation cost. Times in seconds, sizes in bytes, density and sparsity as fractions.
 
-    `density` is the share of neurons in the mask, `sparsity` the share of FFN bytes that decode did not read.
+    `density` is the share of neurons in the mask that is in use. `sparsity` is the share of FFN bytes that decoding has
+    not read so far, refreshes included; with token thresholds, whose skipped rows are not counted while decoding, it is
+    the calibration's expectation for the mask. `refreshes` counts tokens that came from reading the last ones densely.
     `decode_tokens_per_second` starts at the second token; the first comes from prefill.
     """
 
@@ -43,6 +46,7 @@ class Metrics:
     new_tokens: int = 0
     density: float = 1.0
     sparsity: float = 0.0
+    refreshes: int = 0
     time_to_first_token: float = 0.0
     decode_seconds: float = 0.0
     decode_tokens_per_second: float | None = None
@@ -97,12 +101,14 @@ class Decoding:
         sampler: Sampler | None,
         stream: TextStream,
         context: int,
-        thresholds: np.ndarray | None,
+        deployment: Deployment,
         borrow_step: Callable[[int], AbstractContextManager[DecodeStep]],
     ) -> None:
         self._artifact, self._sessions = artifact, sessions
         self._prompt, self._max_new_tokens = prompt, max_new_tokens
-        self._sampler, self._stream, self._thresholds = sampler, stream, thresholds
+        self._sampler, self._stream, self._deployment = sampler, stream, deployment
+        self._shares: list[float] = []  # of FFN bytes, by token that was decoded
+        self._sparse_share = 1.0
         self._capacity, self._borrow_step = min(context, len(prompt) + max_new_tokens), borrow_step
         self.text = ""
         self.metrics = Metrics(sessions.provider, mask, len(prompt))
@@ -114,12 +120,12 @@ class Decoding:
             yield from self._generate(step)
 
     def _generate(self, step: DecodeStep) -> Iterator[Token]:
-        metrics, started = self.metrics, time.perf_counter()
-        logits, mask = step.read(self._prompt, self._thresholds)
-        step.use(mask if metrics.mask == "tda" else None)
+        metrics, started, how = self.metrics, time.perf_counter(), self._deployment
+        logits, mask = step.read(self._prompt, how.thresholds, prior=how.prior)
+        self._use(step, mask)
         token = self._choose(logits)
         metrics.time_to_first_token = time.perf_counter() - started
-        self._account(mask)
+        stale: list[int] = []  # tokens whose keys and values sparse steps have left in the cache
         steps = 0
         while True:
             if token in self._artifact.eos_token_ids:
@@ -139,7 +145,17 @@ class Decoding:
             if metrics.finish_reason:
                 return
             started = time.perf_counter()
-            token = self._next(step, token)
+            stale.append(token)
+            if metrics.mask == "tda" and len(stale) == how.refresh.tokens:
+                logits, mask = step.reread(stale, how.thresholds, how.refresh.decay)
+                self._use(step, mask)
+                token, stale = self._choose(logits), []
+                metrics.refreshes += 1
+                self._shares.append(1.0)
+            else:
+                token = self._next(step, token)
+                self._shares.append(self._sparse_share)
+            self._account()
             steps += 1
             metrics.decode_seconds += time.perf_counter() - started
             metrics.decode_tokens_per_second = steps / metrics.decode_seconds
@@ -164,11 +180,20 @@ class Decoding:
             "float16 may overflow with this model: build it with --dtype bf16, or with fp32 and run it on the CPU."
         )
 
-    def _account(self, mask: PromptMask) -> None:
+    def _use(self, step: DecodeStep, mask: PromptMask) -> None:
+        """Decode with a mask from now on, or densely, and note what a step reads."""
+        shape, metrics, how = self._artifact.shape, self.metrics, self._deployment
+        if metrics.mask == "dense":
+            step.use(None)
+        else:
+            step.use(mask, how.token_thresholds, tail_mean=how.tail_mean)
+            densities = mask.densities(shape.num_layers, shape.ffn_size)
+            metrics.density, self._sparse_share = float(densities.mean()), how.ffn_share(densities)
+        self._account()
+
+    def _account(self) -> None:
         shape, metrics = self._artifact.shape, self.metrics
-        neurons = shape.num_layers * shape.ffn_size
-        kept = mask.count(shape.num_layers) if metrics.mask == "tda" else neurons
-        metrics.density = kept / neurons
-        metrics.sparsity = 1.0 - metrics.density
-        metrics.ffn_bytes_per_token = kept * self._artifact.bytes_per_neuron
-        metrics.dense_ffn_bytes_per_token = neurons * self._artifact.bytes_per_neuron
+        share = sum(self._shares) / len(self._shares) if self._shares else self._sparse_share
+        dense = shape.num_layers * shape.ffn_size * self._artifact.bytes_per_neuron
+        metrics.sparsity = 1.0 - share
+        metrics.ffn_bytes_per_token, metrics.dense_ffn_bytes_per_token = round(share * dense), dense

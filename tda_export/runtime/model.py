@@ -12,6 +12,7 @@ import numpy as np
 from tda_export.errors import TdaError, UsageError
 from tda_export.runtime.artifact import Artifact, open_artifact
 from tda_export.runtime.decode_step import DecodeStep
+from tda_export.runtime.deployment import Deployment
 from tda_export.runtime.generate import Decoding, Generation, MaskMode
 from tda_export.runtime.providers import choose_provider
 from tda_export.runtime.sampling import Sampling, make_sampler
@@ -63,7 +64,7 @@ class Model:
         mask: MaskMode = "tda",
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         context: int | None = None,
-        thresholds: Sequence[float] | None = None,
+        deployment: Deployment | None = None,
     ) -> Generation:
         """Begin a generation; iterate over the result for its tokens.
 
@@ -74,7 +75,8 @@ class Model:
             mask: `tda` decodes with the prompt's mask, `dense` with every neuron.
             sampling: Greedy by default.
             context: The most tokens of prompt and answer together; None takes the model's maximum.
-            thresholds: L scores in place of the artifact's thresholds: another budget, without another build.
+            deployment: Other thresholds or another refresh than the artifact's own: another budget, without another
+                build.
 
         Returns:
             An iterator of `Token` with `metrics` and `text`; `close()` ends it early.
@@ -90,12 +92,8 @@ class Model:
             raise UsageError(f"{max_new_tokens} new tokens: give 1 or more.")
         if mask not in ("tda", "dense"):
             raise UsageError(f"Unknown mask {mask!r}. Use tda or dense.")
-        if thresholds is not None and len(thresholds) != self.artifact.shape.num_layers:
-            raise UsageError(f"{len(thresholds)} thresholds for {self.artifact.shape.num_layers} layers.")
-        if thresholds is not None and self.artifact.manifest["method"]["selection"] != "threshold":
-            raise UsageError(f"{self.artifact.folder} selects its neurons by rank, so it takes no other budget.")
-        if thresholds is not None and not np.isfinite(thresholds).all():
-            raise UsageError("Thresholds must be finite: a score reaches neither nan nor inf.")
+        how = deployment or self.artifact.deployment
+        self._check(how)
         tokens = self._tokens(prompt, chat)
         context = context or limit
         if len(tokens) >= context:
@@ -112,10 +110,22 @@ class Model:
             sampler=make_sampler(sampling),
             stream=self.text.stream(tokens),
             context=context,
-            thresholds=None if thresholds is None else np.asarray(thresholds, np.float32),
+            deployment=how,
             borrow_step=self.borrow_step,
         )
         return Generation(decoding)
+
+    def _check(self, deployment: Deployment) -> None:
+        layers, thresholds = self.artifact.shape.num_layers, deployment.thresholds
+        if thresholds is not None and self.artifact.manifest["method"]["selection"] != "threshold":
+            raise UsageError(f"{self.artifact.folder} selects its neurons by rank, so it takes no other budget.")
+        for values in (thresholds, deployment.token_thresholds):
+            if values is not None and len(values) != layers:
+                raise UsageError(f"{len(values)} thresholds for {layers} layers.")
+            if values is not None and not np.isfinite(values).all():
+                raise UsageError("Thresholds must be finite: a score reaches neither nan nor inf.")
+        if deployment.token_thresholds.any() and not self.sessions.two_levels:
+            raise UsageError(f"{self.artifact.folder} has no second level, so it takes no token thresholds.")
 
     def _tokens(self, prompt: str | Sequence[int], chat: bool) -> list[int]:
         if isinstance(prompt, str):

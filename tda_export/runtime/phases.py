@@ -38,6 +38,15 @@ class PromptMask:
         """Return how many neurons the masks of all layers hold."""
         return sum(len(self.indices(layer)) for layer in range(layers))
 
+    def densities(self, layers: int, ffn_size: int) -> np.ndarray:
+        """Return the share of each layer's neurons that the mask holds, float64 [L]."""
+        return np.array([len(self.indices(layer)) / ffn_size for layer in range(layers)])
+
+    def without_tail(self) -> PromptMask:
+        """Return the same mask with nothing in place of the neurons outside it."""
+        indices = {name: value for name, value in self.inputs.items() if value.data_type() == INDEX_TYPE}
+        return PromptMask(indices, self.stats)
+
 
 def bind_call(
     session: ort.InferenceSession, cache: KvCache, tokens: Sequence[int], inputs: Mapping[str, ort.OrtValue] = EMPTY
@@ -68,8 +77,19 @@ def decode(
     mask: PromptMask | None,
     inputs: Mapping[str, ort.OrtValue] = EMPTY,
 ) -> np.ndarray:
-    """Append given tokens with the decode graph, under a mask or with every neuron. Returns logits, float32 [S, V]."""
-    call = bind_call(sessions.decode, cache, tokens, {**(mask.inputs if mask else EMPTY), **inputs})
+    """Append given tokens with the decode graph, under a mask or with every neuron.
+
+    Args:
+        sessions: Of the artifact.
+        cache: The tokens before; the new ones are appended.
+        tokens: S token ids.
+        mask: The prompt's; None decodes densely.
+        inputs: Further inputs by name. Under a mask, token thresholds are the artifact's own unless given here.
+
+    Returns:
+        Logits, float32 [S, V].
+    """
+    call = bind_call(sessions.decode, cache, tokens, {**(mask.inputs if mask else sessions.dense_inputs), **inputs})
     logits = call.run()[contract.LOGITS]
     cache.commit()
     return logits.numpy()[0]
@@ -79,7 +99,7 @@ class Prefill:
     """Reads prompts into one cache. Everything but the tokens is bound once.
 
     The running statistics lie in buffers of their own, which each call updates in place: the first call of a prompt
-    lets what was there decay to nothing, the calls after it add to it.
+    begins with the artifact's prior or with nothing, the calls after it add to what is there.
     """
 
     def __init__(
@@ -112,32 +132,41 @@ class Prefill:
         for layer in layers:
             self._written[contract.present_neuron_stats(layer)] = self._stats[contract.past_neuron_stats(layer)]
         self._spoiled = False  # numbers that are not finite lie in the statistics, which no decay clears
-        self._calls: dict[bool, Call] = {}  # by whether thresholds are given
+        self._calls: dict[tuple[bool, bool], Call] = {}  # by whether thresholds and past statistics are given
         # An empty input is more than some kernels take: one padding index means the same.
         self._nothing = device_tensor(np.array([contract.PADDING_INDEX], np.int32), provider)
 
-    def _bound(self, given: bool) -> Call:
-        if given not in self._calls:
-            call = self._calls[given] = Call(self._sessions.prefill)
+    def _bound(self, given: bool, past: bool) -> Call:
+        if (given, past) not in self._calls:
+            call = self._calls[given, past] = Call(self._sessions.prefill)
             self._cache.bind(call)
             call.feed(contract.STATS_DECAY, self._decay)
             call.write_to(contract.LOGITS, self._logits)
-            for name, value in self._stats.items():
-                call.feed(name, value)
+            if past:  # otherwise the defaults count, which are the prior
+                for name, value in self._stats.items():
+                    call.feed(name, value)
             for name, value in self._written.items():
                 call.write_to(name, value)
             if given:
                 call.feed(contract.THRESHOLDS, self._thresholds)
-        return self._calls[given]
+        return self._calls[given, past]
 
     def read(
-        self, tokens: Sequence[int], thresholds: np.ndarray | None = None, *, chunk: int = CHUNK_TOKENS
+        self,
+        tokens: Sequence[int],
+        thresholds: np.ndarray | None = None,
+        *,
+        prior: bool = True,
+        decay: float | None = None,
+        chunk: int = CHUNK_TOKENS,
     ) -> tuple[np.ndarray, PromptMask]:
         """Append a prompt to the cache, in chunks that carry the running statistics.
 
         Args:
             tokens: The prompt, at least one token; the cache has room for it.
             thresholds: float32 [L] in place of the artifact's own, or None.
+            prior: Begin the statistics with the artifact's prior (where it has none, with nothing).
+            decay: Go on with the statistics of the last call, times this, instead of beginning anew.
             chunk: Tokens of one call at most.
 
         Returns:
@@ -146,17 +175,21 @@ class Prefill:
         """
         if thresholds is not None:
             self._thresholds.update_inplace(np.asarray(thresholds, np.float32))
-        call = self._bound(thresholds is not None)
+        given = thresholds is not None
+        call = self._bound(given, past=decay is not None or not prior)
         if self._spoiled:
             for value in self._stats.values():
                 value.update_inplace(np.zeros(value.shape(), np.float32))
         outputs: Mapping[str, ort.OrtValue] = EMPTY
+        first = decay if decay is not None else float(prior)
         for start in range(0, len(tokens), chunk):
             piece = tokens[start : start + chunk]
+            if start:
+                call = self._bound(given, past=True)
             self._cache.reserve(len(piece))
             call.feed(contract.INPUT_IDS, np.array([list(piece)], np.int64))
             call.feed(contract.ATTENTION_MASK, self._cache.mask)
-            self._decay.update_inplace(np.array([1.0 if start else 0.0], np.float32))
+            self._decay.update_inplace(np.array([1.0 if start else first], np.float32))
             for output in self._allocated.values():  # anew: their sizes differ from call to call
                 call.allocate(output, self._sessions.provider)
             if self._allocated:
@@ -178,7 +211,8 @@ def prefill(
     cache: KvCache,
     thresholds: np.ndarray | None = None,
     *,
+    prior: bool = True,
     chunk: int = CHUNK_TOKENS,
 ) -> tuple[np.ndarray, PromptMask]:
     """Read one prompt into a cache (see `Prefill`)."""
-    return Prefill(sessions, shape, cache).read(tokens, thresholds, chunk=chunk)
+    return Prefill(sessions, shape, cache).read(tokens, thresholds, prior=prior, chunk=chunk)

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from tda_export.errors import TdaError
+from tda_export.graph import contract
+from tda_export.runtime.deployment import Deployment
 from tda_export.runtime.generate import MaskMode
 from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.model import Model
 from tda_export.runtime.phases import decode, prefill
+from tda_export.runtime.session import device_tensor
 
 
 @dataclass(frozen=True)
@@ -28,16 +31,16 @@ def continuation_logits(
     continuation: Sequence[int],
     *,
     mask: MaskMode,
-    thresholds: Sequence[float] | None = None,
+    deployment: Deployment | None = None,
 ) -> np.ndarray:
     """Compute the logits after each token of a continuation, whose context is dense and whose mask is the prompt's.
 
     Args:
         model: A loaded artifact.
         prompt: P token ids, read densely by prefill.
-        continuation: C token ids, read by decode with the mask, all in one call.
+        continuation: C token ids, read by decode with the mask, all in one call, without refreshes.
         mask: `tda` for the prompt's mask, `dense` for every neuron.
-        thresholds: In place of the artifact's own.
+        deployment: In place of the artifact's own.
 
     Returns:
         float32 [C, V].
@@ -51,10 +54,16 @@ def continuation_logits(
             f"{len(prompt)} and {len(continuation)} tokens are more than the model's {shape.max_positions} positions. "
             "Shorten one of them."
         )
+    how = deployment or model.artifact.deployment
     cache = KvCache(shape, model.provider, len(prompt) + len(continuation))
-    override = None if thresholds is None else np.asarray(thresholds, np.float32)
-    _, chosen = prefill(sessions, shape, prompt, cache, override)
-    return decode(sessions, cache, continuation, chosen if mask == "tda" else None)
+    _, chosen = prefill(sessions, shape, prompt, cache, how.thresholds, prior=how.prior)
+    if mask == "dense":
+        return decode(sessions, cache, continuation, None)
+    given = chosen if how.tail_mean else chosen.without_tail()
+    inputs = {}
+    if sessions.two_levels:
+        inputs[contract.TOKEN_THRESHOLDS] = device_tensor(how.token_thresholds, sessions.provider)
+    return decode(sessions, cache, continuation, given, inputs)
 
 
 def compare(dense: np.ndarray, sparse: np.ndarray) -> Fidelity:

@@ -37,6 +37,10 @@ class Sessions:
         self.provider = provider
         self.shared_weights = upload_weights(artifact) if provider == CUDA else {}
         self._graph_ids = itertools.count(1)
+        self.two_levels: bool = artifact.manifest["method"]["two_levels"]
+        off = np.zeros(artifact.shape.num_layers, np.float32)
+        # What decode is given to keep every neuron; its defaults are the artifact's own token thresholds.
+        self.dense_inputs = {contract.TOKEN_THRESHOLDS: device_tensor(off, provider)} if self.two_levels else {}
         problem = _native_problem(artifact, provider)
         if problem is None:
             try:

@@ -1,0 +1,92 @@
+"""A calibration that was interrupted goes on where it was: its sums and the state of its sweep, in a file beside it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from tda_export.calibration.curves import CurveSums
+from tda_export.calibration.kl_path import PathState
+from tda_export.calibration.marginals import Densities, EstimateHistogram
+from tda_export.files import atomic_file
+
+SUFFIX = ".partial"
+KEY = "tda_export_partial"
+
+
+class PartialFile:
+    """The file of one calibration. It is used again only for the same model, data, settings and version (`key`)."""
+
+    def __init__(self, output: Path, key: dict[str, Any]) -> None:
+        """Name the file beside `output`.
+
+        Args:
+            output: The calibration file to come.
+            key: Plain data that says what is calibrated.
+        """
+        self.path = output.with_name(output.name + SUFFIX)
+        self._key = json.dumps(key, sort_keys=True)
+
+    def save(self, sums: CurveSums, state: PathState | None = None) -> None:
+        """Write what there is so far, whole or not at all."""
+        tensors = {field.name: getattr(sums, field.name) for field in fields(CurveSums)}
+        if state is not None:
+            tensors |= _state_tensors(state)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with atomic_file(self.path) as part:
+            try:
+                save_file(tensors, part, metadata={KEY: self._key})
+            except SafetensorError as error:  # its way of reporting what the operating system said
+                raise OSError(str(error)) from error
+
+    def load(self, device: torch.device | str) -> tuple[CurveSums, PathState | None] | None:
+        """Read what an earlier run left, if it was of the same calibration; None otherwise."""
+        try:
+            with safe_open(self.path, framework="pt", device=str(device)) as file:
+                if (file.metadata() or {}).get(KEY) != self._key:
+                    return None
+                sums = CurveSums(*(file.get_tensor(field.name).cpu() for field in fields(CurveSums)))
+                names = set(file.keys())
+                state = _state({name: file.get_tensor(name) for name in names}) if "path.step" in names else None
+                return sums, state
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+            return None  # missing, damaged or of another kind: begin anew
+
+    def remove(self) -> None:
+        """Delete the file, if there is one."""
+        self.path.unlink(missing_ok=True)
+
+
+def _state_tensors(state: PathState) -> dict[str, torch.Tensor]:
+    return {
+        "path.step": torch.tensor([state.step]),
+        "path.mask": state.densities.mask,
+        "path.token": state.densities.token,
+        "path.token_thresholds": state.token_thresholds,
+        "path.prices": state.prices,
+        "path.counts": state.histogram.counts,
+        "path.total": state.histogram.total,
+        "path.mask_densities": torch.stack(state.mask_densities),
+        "path.token_densities": torch.stack(state.token_densities),
+    }
+
+
+def _state(tensors: dict[str, torch.Tensor]) -> PathState:
+    counts = tensors["path.counts"]
+    histogram = EstimateHistogram(len(counts), counts.device)
+    histogram.counts, histogram.total = counts, tensors["path.total"]
+    return PathState(
+        int(tensors["path.step"]),
+        Densities(tensors["path.mask"], tensors["path.token"]),
+        tensors["path.token_thresholds"],
+        histogram,
+        tensors["path.prices"],
+        list(tensors["path.mask_densities"]),
+        list(tensors["path.token_densities"]),
+    )

@@ -1,0 +1,68 @@
+"""How decode drops neurons: everything that a driver decides beside the prompt itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from tda_export.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """Every `tokens` generated tokens, prefill reads them again: 0 never.
+
+    That replaces their keys and values by dense ones and chooses the mask anew. What the statistics held before counts
+    `decay` times as much afterwards.
+    """
+
+    tokens: int = 0
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.tokens == 1 or self.tokens < 0:
+            raise UsageError(f"A refresh after every {self.tokens} tokens: give 2 or more, or 0 for none.")
+        if not 0 <= self.decay <= 1:
+            raise UsageError(f"A decay of {self.decay} is outside [0, 1].")
+
+    def ffn_share(self, sparse: float) -> float:
+        """Return the mean share of FFN bytes that a token reads, where sparse steps read `sparse` and others all."""
+        return sparse if not self.tokens else sparse + (1.0 - sparse) / self.tokens
+
+
+NO_REFRESH = Refresh()
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Thresholds and what they were calibrated with.
+
+    `thresholds`: of neuron scores, float32 [L]; None where prefill selects by rank. `token_thresholds`: of gate
+    estimates, float32 [L], 0 is off. `prior`: statistics of a prompt begin with the artifact's prior instead of
+    nothing. `tail_mean`: dropped neurons are replaced by their mean over the prompt, if the artifact computes it.
+    `survivors`: float32 [L] or [1], the share of a mask's neurons that a token is expected not to skip, which says how
+    many bytes are read.
+    """
+
+    thresholds: np.ndarray | None
+    token_thresholds: np.ndarray
+    prior: bool = True
+    tail_mean: bool = True
+    refresh: Refresh = NO_REFRESH
+    survivors: np.ndarray = field(default_factory=lambda: np.ones(1, np.float32))
+
+    def with_refresh(self, refresh: Refresh) -> Deployment:
+        """Return the same with another refresh."""
+        return replace(self, refresh=refresh)
+
+    def ffn_share(self, mask_density: np.ndarray) -> float:
+        """Return the share of FFN bytes that a sparse step reads under masks of the given densities, [L]."""
+        return float((mask_density * (1.0 + 2.0 * self.survivors) / 3.0).mean())
+
+
+def one_level(thresholds: Any, layers: int) -> Deployment:
+    """Return a deployment of prompt masks alone: no prior, no tail mean, no token thresholds."""
+    chosen = None if thresholds is None else np.asarray(thresholds, np.float32)
+    return Deployment(chosen, np.zeros(layers, np.float32), prior=False, tail_mean=False)
