@@ -132,7 +132,7 @@ class _Measuring:
         """Measure the path at a share of FFN bytes; return a row of each tensor of `KlTable`."""
         spec, device = self._spec, self._scale.device
         densities = densities_at(state, share)
-        level = self._settle(state, densities.token, score_thresholds(self._blended, densities.mask))
+        level = self._settle(state, densities.token, score_thresholds(self._blended[: self._fitted], densities.mask))
         kls: list[list[float]] = [[], []]
         density = torch.zeros(2, spec.num_layers, device=device)
         cett = torch.zeros(spec.num_layers, device=device)
