@@ -20,6 +20,7 @@ from tda_export.models.spec import DecoderSpec
 BAND = 0.08  # neurons on either side of a threshold whose price counts, as a share of those that are kept
 TINY = 1e-9  # guards the price of an empty band
 BINS = 4096
+GRADIENT_SCALE = 4096.0  # keeps gradients of a model in float16 from underflowing; other dtypes do not notice
 SMALLEST, LARGEST = 1e-12, 1e6  # of estimates; bins are 1 % wide
 
 
@@ -132,8 +133,8 @@ def price(
         runs: dict[int, LayerRun] = {}
         with torch.enable_grad(), two_level_ffn(model, spec, masking, runs.__setitem__):
             kl = masked_kl(model, sequence)
-            kl.backward()
-        kls.append(float(kl))
+            (kl * GRADIENT_SCALE).backward()
+        kls.append(float(kl.detach()))
         for layer, run in runs.items():
             keep, survivors = masking.keep[layer], run.survivors
             histogram.add(layer, run.estimates, keep)
@@ -152,7 +153,7 @@ def _bands(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the KL that the bands of mask and token threshold hold, and the share of a layer's FFN that they read."""
     assert run.used.grad is not None
-    gradient, h, keep = run.used.grad[0].float(), run.h.float(), masking.keep[layer]
+    gradient, h, keep = run.used.grad[0].float() / GRADIENT_SCALE, run.h.float(), masking.keep[layer]
     neurons, tokens = h.shape[1], h.shape[0]
     # The prompt's threshold: in or out of the mask for all tokens; outside, the tail mean stands for the neuron.
     scores = statistics.score_square[layer]
