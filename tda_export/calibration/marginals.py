@@ -18,7 +18,6 @@ from tda_export.calibration.masked import LayerRun, Masking, choose_masking, mas
 from tda_export.models.spec import DecoderSpec
 
 BAND = 0.08  # neurons on either side of a threshold whose price counts, as a share of those that are kept
-TINY = 1e-9  # guards the price of an empty band
 BINS = 4096
 GRADIENT_SCALE = 4096.0  # keeps gradients of a model in float16 from underflowing; other dtypes do not notice
 SMALLEST, LARGEST = 1e-12, 1e6  # of estimates; bins are 1 % wide
@@ -84,7 +83,7 @@ class Level:
 @dataclass(frozen=True)
 class Prices:
     """The cost of bytes, in nats for the whole of one layer's FFN: `mask` and `token`, float32 [L] (they may be noisy
-    and even negative), at `kl` nats a token and the measured `densities`."""
+    and even negative; nan where a band was empty), at `kl` nats a token and the measured `densities`."""
 
     mask: torch.Tensor
     token: torch.Tensor
@@ -144,7 +143,7 @@ def price(
             cost[:, layer] += torch.stack(band[:2])
             size[:, layer] += torch.stack(band[2:])
     number = len(sequences)
-    prices = cost / (size + TINY)
+    prices = torch.where(size > 0, cost / size, torch.nan)
     return Prices(prices[0], prices[1], sum(kls) / number, Densities(mask / number, token / number))
 
 
