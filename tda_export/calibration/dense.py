@@ -16,7 +16,7 @@ from tda_export.progress import Advance
 
 @dataclass(frozen=True)
 class NeuronSums:
-    """Sums over `tokens` tokens, float32 [L, F]: of r_i(t)^2 and of h_i(t), as prefill's running statistics hold them."""
+    """Sums over `tokens` tokens, float32 [L, F]: of r_i(t)^2 and of h_i(t), as prefill's statistics hold them."""
 
     score_square: torch.Tensor
     activation: torch.Tensor
@@ -89,8 +89,8 @@ def _read(model: Any, spec: DecoderSpec, tokens: torch.Tensor, prompt_tokens: in
     return DenseSequence(
         continuation=tokens[None, prompt_tokens:],
         log_probs=logits.float().log_softmax(dim=-1).half(),
-        prompt=NeuronSums(*sums["prompt"], prompt_tokens - 1),
-        rest=NeuronSums(*sums["rest"], len(tokens) - prompt_tokens),
+        prompt=NeuronSums(sums["prompt"][0], sums["prompt"][1], prompt_tokens - 1),
+        rest=NeuronSums(sums["rest"][0], sums["rest"][1], len(tokens) - prompt_tokens),
         _cache=kept,
     )
 

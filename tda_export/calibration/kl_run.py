@@ -110,7 +110,7 @@ def find_path(
     measuring = _Measuring(model, spec, sequences, blended, plan.fitted, scale, advance)
     rows = [measuring.measure(state, share) for share in SHARES]
     columns = [torch.stack([row[i] for row in rows]).float().cpu() for i in range(len(rows[0]))]
-    return KlTable(*columns, torch.tensor([float(prior_tokens)]))
+    return KlTable(*[*columns, torch.tensor([float(prior_tokens)])])
 
 
 class _Measuring:

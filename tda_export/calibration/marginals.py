@@ -8,6 +8,7 @@ allocation of a byte budget all prices are equal.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,8 @@ SMALLEST, LARGEST = 1e-12, 1e6  # of estimates; bins are 1 % wide
 
 @dataclass(frozen=True)
 class Densities:
-    """Shares of neurons by layer, float32 [L]: in the mask (gate rows read), and surviving a token (up and down rows)."""
+    """Shares of neurons, float32 [L]: those in the mask (gate rows read), and those that a token does not skip (up and
+    down rows read)."""
 
     mask: torch.Tensor
     token: torch.Tensor
@@ -39,7 +41,7 @@ class EstimateHistogram:
     """How the estimates of a mask's neurons spread, by layer, so that a token threshold can be chosen for a density."""
 
     def __init__(self, layers: int, device: torch.device) -> None:
-        self.edges = torch.logspace(-12, 6, BINS - 1, device=device)
+        self.edges = torch.logspace(math.log10(SMALLEST), math.log10(LARGEST), BINS - 1, device=device)
         self.counts = torch.zeros(layers, BINS, dtype=torch.float64, device=device)
         self.total = torch.zeros(layers, dtype=torch.float64, device=device)  # neurons and tokens, masked or not
 
