@@ -306,12 +306,12 @@ def test_prices_of_half_precision_models(kl_case: KlCase, tmp_path: Path, dtype:
 
 
 def test_small_gradients_survive_float16(tmp_path: Path) -> None:
-    """Down projections so small that the gradients of activations underflow float16 unless the loss is scaled."""
+    """Weights so small that the gradients of activations underflow float16 unless the loss is scaled."""
     case = make_case(tmp_path, dtype=torch.float16)
     full = make_case(tmp_path)
     for one in (full, case):
-        for weight in one.down:
-            weight *= 2.0**-13
+        for weight in (*one.down, one.model.lm_head.weight):
+            weight *= 2.0**-10
     blended = ranked(full)
     level = Level(torch.full((3,), 48.0), torch.zeros(3))
     neighbours = Neighbours(Level(torch.zeros(3), torch.zeros(3)), Level(torch.full((3,), 96.0), torch.zeros(3)))
