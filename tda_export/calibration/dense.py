@@ -112,7 +112,7 @@ def blend(sequences: list[DenseSequence], prior_tokens: float) -> list[Blended]:
         sequences: N of them. Of one alone, or without prior tokens, the prior is left out.
         prior_tokens: n0, the number of tokens that the prior counts for (its pseudo-count).
     """
-    # In float64: the others are a difference, which float32 would leave below zero where one prompt holds it all.
+    # In float64: the others are a difference, which float32 would round away where one prompt holds most of a sum.
     whole = [sequence.prompt.double().plus(sequence.rest) for sequence in sequences]
     total = whole[0]
     for sums in whole[1:]:
@@ -123,6 +123,6 @@ def blend(sequences: list[DenseSequence], prior_tokens: float) -> list[Blended]:
         if prior_tokens and len(sequences) > 1:
             others = total.plus(own, -1.0)
             sums = sums.plus(others, prior_tokens / others.tokens)
-        score_square = (sums.score_square / sums.tokens).clamp_min(0)
-        blended.append(Blended(score_square.float(), (sums.activation / sums.tokens).float()))
+        score_square, mean_activation = sums.score_square / sums.tokens, sums.activation / sums.tokens
+        blended.append(Blended(score_square.float(), mean_activation.float()))
     return blended

@@ -118,17 +118,12 @@ def test_without_others_or_prior_tokens_a_prompt_stands_alone(number: int, prior
         torch.testing.assert_close(found.mean_activation, sequence.prompt.activation / sequence.prompt.tokens)
 
 
-def test_neurons_that_one_continuation_alone_uses_never_get_a_negative_score() -> None:
-    generator = torch.Generator().manual_seed(0)
-    nothing = torch.zeros(2, 500)
-    sequences = [
-        sequence_of(
-            NeuronSums(nothing, nothing, 3), NeuronSums(torch.rand(2, 500, generator=generator) * 10**i, nothing, 4)
-        )
-        for i in range(-6, 6)
-    ]
-    for found in blend(sequences, 8.0):
-        assert found.score_square.min() >= 0
+def test_small_scores_of_others_survive_a_large_one_of_the_prompt_s_own() -> None:
+    nothing = torch.zeros(1, 1)
+    small = [sequence_of(NeuronSums(torch.full((1, 1), 1e-8), nothing, 2), NeuronSums(nothing, nothing, 2))] * 3
+    large = sequence_of(NeuronSums(nothing, nothing, 2), NeuronSums(torch.ones(1, 1), nothing, 2))
+    found = blend([*small, large], 4.0)[-1]
+    torch.testing.assert_close(found.score_square, torch.full((1, 1), 4 * 3e-8 / 12 / 6))
 
 
 def test_continuations_have_their_length(kl_case: KlCase) -> None:
