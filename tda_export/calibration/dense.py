@@ -16,11 +16,15 @@ from tda_export.progress import Advance
 
 @dataclass(frozen=True)
 class NeuronSums:
-    """Sums over `tokens` tokens, float32 [L, F]: of r_i(t)^2 and of h_i(t), as prefill's running statistics are."""
+    """Sums over `tokens` tokens, float32 [L, F]: of r_i(t)^2 and of h_i(t), as prefill's statistics hold them."""
 
     score_square: torch.Tensor
     activation: torch.Tensor
     tokens: int
+
+    def double(self) -> NeuronSums:
+        """Return the same sums in float64."""
+        return NeuronSums(self.score_square.double(), self.activation.double(), self.tokens)
 
     def plus(self, other: NeuronSums, weight: float = 1.0) -> NeuronSums:
         """Add other sums times a weight; the tokens that they stand for are not rounded."""
@@ -108,15 +112,17 @@ def blend(sequences: list[DenseSequence], prior_tokens: float) -> list[Blended]:
         sequences: N of them. Of one alone, or without prior tokens, the prior is left out.
         prior_tokens: n0, the number of tokens that the prior counts for (its pseudo-count).
     """
-    whole = [sequence.prompt.plus(sequence.rest) for sequence in sequences]
+    # In float64: the others are a difference, which float32 would round away where one prompt holds most of a sum.
+    whole = [sequence.prompt.double().plus(sequence.rest) for sequence in sequences]
     total = whole[0]
     for sums in whole[1:]:
         total = total.plus(sums)
     blended = []
     for sequence, own in zip(sequences, whole, strict=True):
-        sums = sequence.prompt
+        sums = sequence.prompt.double()
         if prior_tokens and len(sequences) > 1:
             others = total.plus(own, -1.0)
             sums = sums.plus(others, prior_tokens / others.tokens)
-        blended.append(Blended(sums.score_square / sums.tokens, sums.activation / sums.tokens))
+        score_square, mean_activation = sums.score_square / sums.tokens, sums.activation / sums.tokens
+        blended.append(Blended(score_square.float(), mean_activation.float()))
     return blended

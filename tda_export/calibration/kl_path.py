@@ -135,14 +135,29 @@ class PathSearch:
             self._down,
             state.histogram,
         )
-        prices = torch.stack([found.mask, found.token])
-        prices = prices / prices.clamp_min(0).mean().clamp_min(1e-12)
-        state.prices = prices if not len(state.prices) else MEMORY * state.prices + (1 - MEMORY) * prices
+        state.prices = remember(state.prices, torch.stack([found.mask, found.token]))
         state.densities = move(densities, state.prices, share_of_step(state.step))
         state.token_thresholds = state.histogram.thresholds(state.densities.token)
         state.mask_densities.append(state.densities.mask)
         state.token_densities.append(state.densities.token)
         state.step += 1
+
+
+def remember(earlier: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """Average a step's prices, relative to their mean, with earlier ones.
+
+    A price that is not known (its band was empty, or float16 overflowed) stays as it was, at first the mean. So do all
+    where none is positive. A negative one is noise: it counts by at most `WIDEST` times the mean.
+
+    Args:
+        earlier: float32 [2, L], or empty.
+        found: Prices of a step, float32 [2, L].
+    """
+    known = found.isfinite()
+    mean = torch.where(known, found, 0.0).clamp_min(0).sum() / known.sum().clamp_min(1)
+    before = earlier if len(earlier) else torch.ones_like(found)
+    relative = torch.where(known & (mean > 0), (found / mean).clamp_min(-WIDEST), before)
+    return MEMORY * earlier + (1 - MEMORY) * relative if len(earlier) else relative
 
 
 def move(densities: Densities, prices: torch.Tensor, share: float) -> Densities:
@@ -153,7 +168,8 @@ def move(densities: Densities, prices: torch.Tensor, share: float) -> Densities:
         prices: Of mask and token thresholds, float32 [2, L].
         share: Of FFN bytes, in (0, 1].
     """
-    typical = prices.clamp_min(0).median().clamp_min(1e-12)
+    positive = prices.clamp_min(0)
+    typical = torch.where(positive.median() > 0, positive.median(), positive.mean()).clamp_min(1e-12)
     push = torch.exp(RATE * (prices / typical).clamp(1 / WIDEST, WIDEST).log())  # [2, L]
     return scale_to(Densities(densities.mask * push[0], densities.token * push[1]), share)
 

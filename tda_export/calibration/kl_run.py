@@ -33,14 +33,14 @@ TINY = 1e-30
 
 @dataclass(frozen=True)
 class KlPlan:
-    """How many sequences each part reads: N in all, the first `fitted` of them fit the path."""
+    """How many sequences each part reads: N in all, of which `fitted` fit the path."""
 
     sequences: int
 
     @property
     def fitted(self) -> int:
         """Sequences that the path is fitted on; the others are held out."""
-        return max(1, self.sequences // 2)
+        return (self.sequences + 1) // 2
 
     @property
     def batch(self) -> int:
@@ -100,15 +100,14 @@ def find_path(
     tokens = torch.cat([tokens[::2], tokens[1::2]]) if plan.sequences > 1 else tokens
     sequences = read_dense(model, spec, tokens, prompt_tokens, advance)
     blended = blend(sequences, prior_tokens)
-    fitted = (len(tokens) + 1) // 2
-    search = PathSearch(model, spec, sequences[:fitted], blended[:fitted], scale, plan.batch, seed)
+    search = PathSearch(model, spec, sequences[: plan.fitted], blended[: plan.fitted], scale, plan.batch, seed)
     state = resume or search.start()
-    advance(state.step * min(plan.batch, fitted) * 2)
+    advance(state.step * min(plan.batch, plan.fitted) * 2)
     while state.step < WARM_UP + STEPS:
         search.advance(state)
         save(state)
-        advance(min(plan.batch, fitted) * 2)
-    measuring = _Measuring(model, spec, sequences, blended, fitted, scale, advance)
+        advance(min(plan.batch, plan.fitted) * 2)
+    measuring = _Measuring(model, spec, sequences, blended, plan.fitted, scale, advance)
     rows = [measuring.measure(state, share) for share in SHARES]
     columns = [torch.stack([row[i] for row in rows]).float().cpu() for i in range(len(rows[0]))]
     return KlTable(*[*columns, torch.tensor([float(prior_tokens)])])
@@ -133,7 +132,7 @@ class _Measuring:
         """Measure the path at a share of FFN bytes; return a row of each tensor of `KlTable`."""
         spec, device = self._spec, self._scale.device
         densities = densities_at(state, share)
-        level = self._settle(state, densities.token, score_thresholds(self._blended, densities.mask))
+        level = self._settle(state, densities.token, score_thresholds(self._blended[: self._fitted], densities.mask))
         kls: list[list[float]] = [[], []]
         density = torch.zeros(2, spec.num_layers, device=device)
         cett = torch.zeros(spec.num_layers, device=device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -17,10 +17,10 @@ FITTED, HELD_OUT = 0, 1  # halves of the sequences
 class KlTable:
     """A settings of the path, from dense to sparse, L layers. All float32 on the CPU.
 
-    `share` [A]: measured share of FFN bytes that a token reads. `kl` [A, 2]: KL(dense || sparse) of all layers
-    together, nats a token, on the sequences that the path was fitted on and on those that it never saw; `kl_stderr`
-    [A, 2] over sequences. `thresholds` [A, L] of neuron scores, `token_thresholds` [A, L] of gate estimates.
-    `mask_density` and `token_density` [A, L]: shares of neurons in the mask, and not skipped by a token. `cett` [A, L]: mean
+    `share` [A]: measured share of FFN bytes that a token reads. `kl` [A, 2]: KL(dense || sparse) of all layers masked,
+    nats a token, on the sequences that the path was fitted on and on those that it never saw; `kl_stderr` [A, 2] over
+    sequences. `thresholds` [A, L] of neuron scores, `token_thresholds` [A, L] of gate estimates. `mask_density` and
+    `token_density` [A, L]: shares of neurons in the mask, and of those that a token does not skip. `cett` [A, L]: mean
     CETT of all that was dropped. `sensitivity` [A, L]: KL when the one layer alone is masked. `prior_tokens` [1]: the
     pseudo-count of the prior that scores were blended with.
     """
@@ -38,8 +38,8 @@ class KlTable:
 
     @property
     def predicted_kl(self) -> list[float]:
-        """KL on sequences that the path never saw, made to rise from setting to setting, [A]."""
-        return torch.cummax(self.kl[:, HELD_OUT], dim=0).values.tolist()
+        """KL on sequences that the path never saw, made to rise from setting to setting, [A], from 0."""
+        return torch.cummax(self.kl[:, HELD_OUT].clamp_min(0), dim=0).values.tolist()
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def setting_at(table: KlTable, share: float) -> KlSetting:
     """Interpolate the path at a share of FFN bytes.
 
     Between two measured settings logarithms of thresholds and of KL are linear in the share; between dense and the
-    first setting the thresholds and KL themselves are.
+    first setting, and where one of them is 0, the thresholds and KL themselves are.
 
     Args:
         table: From calibration.
@@ -70,31 +70,31 @@ def setting_at(table: KlTable, share: float) -> KlSetting:
     """
     shares = [1.0, *table.share.tolist()]
     if share < shares[-1]:
+        most = math.floor(1000 * (1 - shares[-1])) / 1000  # rounded down, so that it may be asked for
         raise UsageError(
-            f"Sparsity {1 - share:.3g} is more than the calibration measured ({1 - shares[-1]:.3f}). "
-            "Give a lower --sparsity."
+            f"Sparsity {1 - share:.3g} is more than the calibration measured ({most:.3f}). Give a lower --sparsity."
         )
     after = next(i for i in range(1, len(shares)) if shares[i] <= share)
     width = shares[after - 1] - shares[after]
     weight = (shares[after - 1] - share) / width if width > 0 else 1.0  # of the sparser one
-    named = {"kl": torch.tensor(table.predicted_kl)} | {
-        name: getattr(table, name)
+    named = {"kl": torch.tensor(table.predicted_kl, dtype=torch.float64)} | {
+        name: getattr(table, name).double()
         for name in ("thresholds", "token_thresholds", "mask_density", "token_density", "cett")
     }
 
     def between(name: str) -> torch.Tensor:
         sparser = named[name][after - 1]
+        if weight == 1:
+            return sparser
         if after == 1:
             dense = torch.ones_like(sparser) if name.endswith("density") else torch.zeros_like(sparser)
             return dense + weight * (sparser - dense)
         denser = named[name][after - 2]
-        if name in ("kl", "thresholds", "token_thresholds") and bool((denser > 0).all() and (sparser > 0).all()):
-            return torch.exp((1 - weight) * denser.log() + weight * sparser.log())
-        return torch.where(
-            (denser > 0) & (sparser > 0) & torch.tensor(name.endswith("thresholds")),
-            torch.exp((1 - weight) * denser.clamp_min(1e-30).log() + weight * sparser.clamp_min(1e-30).log()),
-            (1 - weight) * denser + weight * sparser,
-        )
+        linear = (1 - weight) * denser + weight * sparser
+        if name not in ("kl", "thresholds", "token_thresholds"):
+            return linear
+        logarithmic = torch.exp((1 - weight) * denser.log() + weight * sparser.log())
+        return torch.where((denser > 0) & (sparser > 0), logarithmic, linear)
 
     return KlSetting(share, float(between("kl")), *(between(f.name).tolist() for f in fields(KlSetting)[2:]))
 
@@ -112,5 +112,7 @@ def sparsest_within(table: KlTable, max_kl: float) -> KlSetting:
         return setting_at(table, shares[-1])
     after = next(i for i, kl in enumerate(kls) if kl > max_kl)
     low, high = kls[after - 1], kls[after]
-    weight = max_kl / high if after == 1 else math.log(max_kl / low) / math.log(high / low)
-    return setting_at(table, shares[after - 1] - weight * (shares[after - 1] - shares[after]))
+    # As `setting_at` interpolates.
+    weight = math.log(max_kl / low) / math.log(high / low) if low > 0 else max_kl / high
+    setting = setting_at(table, max(shares[after], shares[after - 1] - weight * (shares[after - 1] - shares[after])))
+    return replace(setting, kl=min(setting.kl, max_kl))  # rounding

@@ -8,6 +8,7 @@ allocation of a byte budget all prices are equal.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +19,15 @@ from tda_export.calibration.masked import LayerRun, Masking, choose_masking, mas
 from tda_export.models.spec import DecoderSpec
 
 BAND = 0.08  # neurons on either side of a threshold whose price counts, as a share of those that are kept
-TINY = 1e-9  # guards the price of an empty band
 BINS = 4096
+GRADIENT_SCALE = 4096.0  # keeps gradients of a model in float16 from underflowing; other dtypes do not notice
 SMALLEST, LARGEST = 1e-12, 1e6  # of estimates; bins are 1 % wide
 
 
 @dataclass(frozen=True)
 class Densities:
-    """Shares of neurons, float32 [L]: in the mask (gate rows read), and not skipped by a token (the other rows)."""
+    """Shares of neurons, float32 [L]: those in the mask (gate rows read), and those that a token does not skip (up and
+    down rows read)."""
 
     mask: torch.Tensor
     token: torch.Tensor
@@ -39,7 +41,7 @@ class EstimateHistogram:
     """How the estimates of a mask's neurons spread, by layer, so that a token threshold can be chosen for a density."""
 
     def __init__(self, layers: int, device: torch.device) -> None:
-        self.edges = torch.logspace(-12, 6, BINS - 1, device=device)
+        self.edges = torch.logspace(math.log10(SMALLEST), math.log10(LARGEST), BINS - 1, device=device)
         self.counts = torch.zeros(layers, BINS, dtype=torch.float64, device=device)
         self.total = torch.zeros(layers, dtype=torch.float64, device=device)  # neurons and tokens, masked or not
 
@@ -83,7 +85,7 @@ class Level:
 @dataclass(frozen=True)
 class Prices:
     """The cost of bytes, in nats for the whole of one layer's FFN: `mask` and `token`, float32 [L] (they may be noisy
-    and even negative), at `kl` nats a token and the measured `densities`."""
+    and even negative; nan where a band was empty), at `kl` nats a token and the measured `densities`."""
 
     mask: torch.Tensor
     token: torch.Tensor
@@ -132,7 +134,7 @@ def price(
         runs: dict[int, LayerRun] = {}
         with torch.enable_grad(), two_level_ffn(model, spec, masking, runs.__setitem__):
             kl = masked_kl(model, sequence)
-            kl.backward()
+            (kl * GRADIENT_SCALE).backward()
         kls.append(float(kl.detach()))
         for layer, run in runs.items():
             keep, survivors = masking.keep[layer], run.survivors
@@ -143,7 +145,7 @@ def price(
             cost[:, layer] += torch.stack(band[:2])
             size[:, layer] += torch.stack(band[2:])
     number = len(sequences)
-    prices = cost / (size + TINY)
+    prices = torch.where(size > 0, cost / size, torch.nan)
     return Prices(prices[0], prices[1], sum(kls) / number, Densities(mask / number, token / number))
 
 
@@ -152,7 +154,7 @@ def _bands(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the KL that the bands of mask and token threshold hold, and the share of a layer's FFN that they read."""
     assert run.used.grad is not None
-    gradient, h, keep = run.used.grad[0].float(), run.h.float(), masking.keep[layer]
+    gradient, h, keep = run.used.grad[0].float() / GRADIENT_SCALE, run.h.float(), masking.keep[layer]
     neurons, tokens = h.shape[1], h.shape[0]
     # The prompt's threshold: in or out of the mask for all tokens; outside, the tail mean stands for the neuron.
     scores = statistics.score_square[layer]

@@ -125,5 +125,7 @@ def choose_masking(
 def masked_kl(model: Any, sequence: DenseSequence) -> torch.Tensor:
     """Run a continuation as the model is patched now; return the mean KL(dense || masked), nats a token, a scalar."""
     logits = model(sequence.continuation, past_key_values=sequence.cache(), use_cache=True).logits[0]
-    log_q, log_p = logits.float().log_softmax(dim=-1), sequence.log_probs.float()
+    log_q = logits.float().log_softmax(dim=-1)
+    # float16 rounded the probabilities: unless they add up to 1 again, small divergences are noise and may be negative.
+    log_p = sequence.log_probs.float().log_softmax(dim=-1)
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean()

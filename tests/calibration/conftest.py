@@ -1,4 +1,4 @@
-"""What tests of datasets share."""
+"""What tests of datasets and of calibration by KL share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import gc
 from collections.abc import Iterator
 
 import pytest
+
+from tests.calibration.kl_case import KlCase, make_case
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -15,3 +17,9 @@ def _no_sleep() -> Iterator[None]:
         patch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
         yield
         gc.collect()
+
+
+@pytest.fixture(scope="session")
+def kl_case(tmp_path_factory: pytest.TempPathFactory) -> KlCase:
+    """A small random Llama with grouped heads that has read four sequences. Copy the model before changing it."""
+    return make_case(tmp_path_factory.mktemp("kl"))
