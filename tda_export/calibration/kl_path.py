@@ -28,13 +28,14 @@ from tda_export.calibration.marginals import (
 from tda_export.calibration.masked import choose_masking, down_weights, masked_kl, two_level_ffn
 from tda_export.models.spec import DecoderSpec
 
-FIRST_SHARE, LAST_SHARE = 0.95, 0.2  # of FFN bytes
-WARM_UP = 4  # steps at the first share, while prices settle
+FIRST_SHARE, LAST_SHARE = 0.85, 0.19  # of FFN bytes
+FIRST_MASK = 0.97  # the first share's mask density; prices nearer to dense are noise
+WARM_UP = 6  # steps at the first share, while prices settle
 STEPS = 26  # steps from the first share to the last
-RATE = 0.35  # of the logarithm of densities, for each unit of the logarithm of prices
-MEMORY = 0.7  # weight of earlier prices beside a step's
+RATE = 0.3  # of the logarithm of densities, for a price above the typical one by as much as that
+MEMORY = 0.8  # weight of earlier prices beside a step's
 HISTOGRAM_MEMORY = 0.5
-WIDEST = 5.0  # a price counts as at most this many times the median, and at least this part of it
+WIDEST = 3.0  # a price counts as at most this many times the typical one
 SMALLEST_DENSITY = 0.005
 
 
@@ -95,9 +96,9 @@ class PathSearch:
     def start(self) -> PathState:
         """Return the state before the first step: every layer alike, with token thresholds from one batch."""
         layers, device = self._spec.num_layers, self._scale.device
-        share = FIRST_SHARE
         densities = Densities(
-            torch.full((layers,), min(1.0, share + 0.02), device=device), torch.full((layers,), share - 0.01).to(device)
+            torch.full((layers,), FIRST_MASK, device=device),
+            torch.full((layers,), (3 * FIRST_SHARE - FIRST_MASK) / 2, device=device),
         )
         state = PathState(0, densities, torch.zeros(layers, device=device), self._histogram(), torch.empty(0), [], [])
         level = Level(score_thresholds(self._blended, densities.mask), state.token_thresholds)
@@ -170,7 +171,8 @@ def move(densities: Densities, prices: torch.Tensor, share: float) -> Densities:
     """
     positive = prices.clamp_min(0)
     typical = torch.where(positive.median() > 0, positive.median(), positive.mean()).clamp_min(1e-12)
-    push = torch.exp(RATE * (prices / typical).clamp(1 / WIDEST, WIDEST).log())  # [2, L]
+    # Linear in the price, as exponentiated gradient is, so that its noise averages out over steps.
+    push = torch.exp(RATE * ((prices / typical).clamp(-1.0, WIDEST) - 1.0))  # [2, L]
     return scale_to(Densities(densities.mask * push[0], densities.token * push[1]), share)
 
 
