@@ -86,20 +86,23 @@ class MethodEntry:
 def budget_deployment(artifact: Artifact, budget: Budget, calibration: Path | None = None) -> Deployment:
     """Choose how decode drops neurons for a budget, from an artifact's own calibration or another of the same model.
 
+    Refreshes stay the artifact's own.
+
     Raises:
         UsageError: There is none, it is of another model, or the artifact was not built for what the budget needs.
         TdaError: It cannot be read.
     """
     allocation = _calibration(artifact, calibration).allocate(budget)
     if not allocation.token_thresholds:
-        return one_level(allocation.thresholds, artifact.shape.num_layers)
+        deployment = one_level(allocation.thresholds, artifact.shape.num_layers)
+        return deployment.with_refresh(artifact.deployment.refresh)
     method = artifact_method(artifact)
     if allocation.prior_tokens != artifact.manifest["prior_tokens"] or method.tail != "mean" or not method.two_levels:
         raise UsageError(
             f"{artifact.folder} was built without the prior and the tail mean that an allocation by KL is calibrated "
             "with. Build it again with --allocation kl, or ask for --allocation uniform."
         )
-    return path_deployment(allocation)
+    return path_deployment(allocation).with_refresh(artifact.deployment.refresh)
 
 
 def path_deployment(allocation: Allocation) -> Deployment:
