@@ -14,6 +14,7 @@ from tda_export.calibration.capture import capture_activations
 from tda_export.calibration.cett import neuron_scores, threshold_grid
 from tda_export.calibration.curves import CurveAccumulator
 from tda_export.errors import TdaError, UsageError
+from tda_export.evaluation.methods import Request, open_setting
 from tda_export.evaluation.reference_data import ffn_inputs, layer_activations
 from tda_export.evaluation.reference_methods import (
     CatsMethod,
@@ -24,7 +25,6 @@ from tda_export.evaluation.reference_methods import (
     sparse_ffn,
     static_method,
 )
-from tda_export.evaluation.methods import Request, open_setting
 from tda_export.evaluation.text import TextSettings, evaluate_text
 from tda_export.graph.reference import ACTIVATIONS
 from tda_export.models.source import ModelSource, resolve_model
