@@ -6,7 +6,7 @@ A new method is a row of `METHODS`: how it checks its budget, and how it is open
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -94,8 +94,10 @@ def budget_deployment(artifact: Artifact, budget: Budget, calibration: Path | No
     """
     allocation = _calibration(artifact, calibration).allocate(budget)
     if not allocation.token_thresholds:
+        # A tail mean that was asked for stays; the one that comes with an allocation by KL goes with it.
+        tail_mean = not Budget(**artifact.manifest["budget"]).by_kl
         deployment = one_level(allocation.thresholds, artifact.shape.num_layers)
-        return deployment.with_refresh(artifact.deployment.refresh)
+        return replace(deployment, tail_mean=tail_mean, refresh=artifact.deployment.refresh)
     method = artifact_method(artifact)
     if allocation.prior_tokens != artifact.manifest["prior_tokens"] or method.tail != "mean" or not method.two_levels:
         raise UsageError(
@@ -126,8 +128,8 @@ def _calibration(artifact: Artifact, other: Path | None) -> Calibration:
         return calibration
     if contract.CALIBRATION_FILE not in artifact.manifest["files"]:
         raise UsageError(
-            f"{artifact.folder} carries no calibration, so its budget is fixed. Give another with --calibration, or "
-            "leave the budget out."
+            f"{artifact.folder} carries no calibration, so its budget is fixed. Leave the budget out; eval also takes "
+            "another file with --calibration."
         )
     return read_calibration(artifact.file(contract.CALIBRATION_FILE))
 

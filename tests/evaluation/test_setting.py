@@ -29,7 +29,7 @@ from tda_export.runtime.session import device_tensor
 from tests.runtime.conftest import reference_mask, second_level
 
 PROMPT, READ = list(range(5, 29)), [40, 41, 42]
-KL_BUDGETS = [Request(sparsity=0.4), Request(max_kl=1.0)]
+KL_BUDGETS = [Request(sparsity=0.4), Request(max_kl=0.05)]
 
 
 def with_manifest(artifact: Artifact, **changes: Any) -> Artifact:
@@ -107,7 +107,9 @@ def test_budget_of_a_calibration_of_another_model(model: Model) -> None:
 def test_budget_without_a_calibration(model: Model, tiny_calibration: Path) -> None:
     files = {name: entry for name, entry in model.artifact.manifest["files"].items() if "calibration" not in name}
     artifact = with_manifest(model.artifact, files=files)
-    with pytest.raises(UsageError, match=r"carries no calibration, so its budget is fixed\. Give another with --cal"):
+    with pytest.raises(
+        UsageError, match=r"carries no calibration, so its budget is fixed\. Leave the budget out; eval also takes"
+    ):
         budget_deployment(artifact, Budget(sparsity=0.5))
     budget = Budget(sparsity=0.4)
     other, own = budget_deployment(artifact, budget, tiny_calibration), budget_deployment(model.artifact, budget)
@@ -146,6 +148,17 @@ def test_a_step_decodes_as_the_setting_does(model: Model, request_: Request) -> 
     cache = KvCache(setting.shape, "cpu", len(PROMPT) + len(READ))
     _, mask = setting.read(PROMPT, cache)
     np.testing.assert_allclose(setting.decode(cache, READ, mask), logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("built", "tail"), [({"cett": 0.2}, True), ({"max_kl": 0.1}, False), ({"sparsity": 0.5}, False)]
+)
+def test_budget_without_the_path_keeps_a_tail_that_was_asked_for(
+    model: Model, built: dict[str, float], tail: bool
+) -> None:
+    """The tail mean of an artifact that was built by KL belongs to the path."""
+    how = budget_deployment(with_manifest(model.artifact, budget=built), Budget(cett=0.1))
+    assert (how.tail_mean, how.prior) == (tail, False)
 
 
 def test_budget_chooses_thresholds(model: Model) -> None:
