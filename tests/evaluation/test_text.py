@@ -70,7 +70,7 @@ def test_lengths_out_of_range(lengths: tuple[int, int, int]) -> None:
     [
         Request(),
         Request(sparsity=0.5, allocation="uniform"),
-        Request(max_kl=1.0),
+        Request(max_kl=0.05),
         Request("griffin", sparsity=0.5),
     ],
     ids=["own", "uniform", "max-kl", "griffin"],
