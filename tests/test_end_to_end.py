@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tda_export.calibration.budgets import Budget
+from tda_export.calibration.file import allocation_from
 from tda_export.models.source import resolve_model
 from tda_export.runtime import Model, load
 from tests.conftest import run_ok
@@ -33,9 +35,10 @@ LOGIT_CHECKS = (
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Calibrated on four sequences of the built-in text and built; the results of both commands lie beside it."""
+    """Calibrated on four short sequences of the built-in text and built; both commands' results lie beside it."""
     folder = tmp_path_factory.mktemp("real")
-    calibrated = run_ok("calibrate", MODEL, "-o", folder / "calibration.safetensors", "--sequences", 4, "--json")
+    short = ("--sequences", 4, "--prompt-tokens", 96, "--continuation-tokens", 32)
+    calibrated = run_ok("calibrate", MODEL, "-o", folder / "calibration.safetensors", *short, "--json")
     (folder / "calibrated.json").write_text(calibrated.stdout)
     built = run_ok(
         "build", MODEL, "--calibration", folder / "calibration.safetensors", "-o", folder / "artifact", "--json"
@@ -58,10 +61,20 @@ def test_numbers_are_those_of_transformers(artifact: Path) -> None:
 
 
 def test_paper_budget_leaves_the_last_layer_sparsest(artifact: Path) -> None:
+    allocation = allocation_from(artifact.parent / "calibration.safetensors", Budget(cett=0.2))
+    assert all(cett <= 0.2 for cett in allocation.cett)
+    assert 0.1 < allocation.sparsity < 0.3
+    assert min(allocation.density) == allocation.density[-1]
+
+
+def test_kl_of_the_path_rises(artifact: Path) -> None:
     allocation = json.loads((artifact.parent / "calibrated.json").read_text())["allocation"]
-    assert all(cett <= 0.2 for cett in allocation["cett"])
-    assert 0.1 < allocation["sparsity"] < 0.3
-    assert min(allocation["density"]) == allocation["density"][-1]
+    assert allocation["sparsity"] == pytest.approx(0.5, abs=0.01)
+    path = artifact.parent / "calibration.safetensors"
+    kls = [allocation_from(path, Budget(sparsity=sparsity)).kl for sparsity in (0.2, 0.35, 0.5, 0.65)]
+    assert kls == sorted(kls)
+    assert kls[2] == pytest.approx(allocation["kl"])
+    assert 0 < kls[0] < kls[-1]
 
 
 def test_dense_greedy_text_is_that_of_transformers(model: Model) -> None:
@@ -90,10 +103,10 @@ def test_chat_answers_and_stops(model: Model) -> None:
 
 
 def test_another_budget_without_the_model(artifact: Path) -> None:
-    result = run_ok("generate", artifact, PROMPT, "--sparsity", 0.6, "--max-new-tokens", 4, "--json")
+    result = run_ok("generate", artifact, PROMPT, "--sparsity", 0.75, "--max-new-tokens", 4, "--json")
     sparse = json.loads(result.stdout)["metrics"]["sparsity"]
     result = run_ok("generate", artifact, PROMPT, "--max-new-tokens", 4, "--json")
-    assert sparse > json.loads(result.stdout)["metrics"]["sparsity"] + 0.2
+    assert sparse > json.loads(result.stdout)["metrics"]["sparsity"] + 0.1
 
 
 def test_demo_uses_what_is_there_and_compares_two_budgets(artifact: Path, tmp_path: Path) -> None:
@@ -103,5 +116,5 @@ def test_demo_uses_what_is_there_and_compares_two_budgets(artifact: Path, tmp_pa
     assert f"Using {tmp_path / MODEL}" in result.stdout
     rows = [line.split("│")[1:4] for line in result.stdout.splitlines() if line.startswith("│")]
     names, sparsities = [row[0].strip() for row in rows], [float(row[1]) for row in rows]
-    assert names == ["dense", "tda, CETT 0.2", "tda, sparsity 0.4"]
-    assert sparsities[0] == 0 < sparsities[1] < sparsities[2]
+    assert names == ["dense", "tda, sparsity 0.5, kl", "tda, KL 0.1"]
+    assert sparsities[0] == 0 < sparsities[2] < sparsities[1] < 1

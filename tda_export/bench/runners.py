@@ -165,11 +165,14 @@ class BodyLogits:
         token: int,
         token_thresholds: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Read a prompt, then one token under the mask that `runner` would have; float32 [V]."""
+        """Read a prompt, then one token under the mask that `runner` would have; float32 [V].
+
+        Without thresholds no neuron of the mask is skipped, whatever the artifact's own are.
+        """
         sessions, shape = self._sessions, self._artifact.shape
         cache = KvCache(shape, sessions.provider, self._capacity)
         _, mask = prefill(runner.sessions, shape, prompt, cache, runner.thresholds)
-        inputs = dict(mask.inputs) if runner.masked else {}
+        inputs = sessions.dense_inputs | (mask.inputs if runner.masked else {})
         for layer in range(shape.num_layers if runner.masked else 0):
             kept = mask.indices(layer)  # unpadded: the body gathers a row for every entry
             if len(kept):

@@ -61,7 +61,7 @@ def demo(artifacts: Path) -> None:
     model = load(artifact)
     budgets = {
         "dense": None,
-        f"tda, sparsity {model.artifact.manifest['budget']['sparsity']}": model.artifact.deployment,
+        f"tda, {Budget(**model.artifact.manifest['budget'])}": model.artifact.deployment,
         f"tda, KL {SECOND_BUDGET}": budget_deployment(model.artifact, Budget(max_kl=SECOND_BUDGET)),
     }
     prompt = model.text.encode(model.text.chat([{"role": "user", "content": PROMPT}]), special_tokens=False)

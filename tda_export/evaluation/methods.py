@@ -6,7 +6,7 @@ A new method is a row of `METHODS`: how it checks its budget, and how it is open
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -86,20 +86,25 @@ class MethodEntry:
 def budget_deployment(artifact: Artifact, budget: Budget, calibration: Path | None = None) -> Deployment:
     """Choose how decode drops neurons for a budget, from an artifact's own calibration or another of the same model.
 
+    Refreshes stay the artifact's own.
+
     Raises:
         UsageError: There is none, it is of another model, or the artifact was not built for what the budget needs.
         TdaError: It cannot be read.
     """
     allocation = _calibration(artifact, calibration).allocate(budget)
     if not allocation.token_thresholds:
-        return one_level(allocation.thresholds, artifact.shape.num_layers)
+        # A tail mean that was asked for stays; the one that comes with an allocation by KL goes with it.
+        tail_mean = not Budget(**artifact.manifest["budget"]).by_kl
+        deployment = one_level(allocation.thresholds, artifact.shape.num_layers)
+        return replace(deployment, tail_mean=tail_mean, refresh=artifact.deployment.refresh)
     method = artifact_method(artifact)
     if allocation.prior_tokens != artifact.manifest["prior_tokens"] or method.tail != "mean" or not method.two_levels:
         raise UsageError(
             f"{artifact.folder} was built without the prior and the tail mean that an allocation by KL is calibrated "
             "with. Build it again with --allocation kl, or ask for --allocation uniform."
         )
-    return path_deployment(allocation)
+    return path_deployment(allocation).with_refresh(artifact.deployment.refresh)
 
 
 def path_deployment(allocation: Allocation) -> Deployment:
@@ -123,8 +128,8 @@ def _calibration(artifact: Artifact, other: Path | None) -> Calibration:
         return calibration
     if contract.CALIBRATION_FILE not in artifact.manifest["files"]:
         raise UsageError(
-            f"{artifact.folder} carries no calibration, so its budget is fixed. Give another with --calibration, or "
-            "leave the budget out."
+            f"{artifact.folder} carries no calibration, so its budget is fixed. Leave the budget out; eval also takes "
+            "another file with --calibration."
         )
     return read_calibration(artifact.file(contract.CALIBRATION_FILE))
 

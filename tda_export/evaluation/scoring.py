@@ -9,8 +9,7 @@ A context has n tokens and a continuation m, so the model is fed n + m - 1 token
   and gives the mask, and the last step alone is sparse. For m = 1 both are the same.
 
 Answers are short, so nothing is refreshed while they are scored. A context of one token (BOS or EOS in place of an
-empty one) leaves nothing that a mask could come from: it keeps every neuron, as a prompt without counted tokens does,
-and is scored densely.
+empty one) leaves prefill nothing to read, so that there is no mask: it is scored densely.
 """
 
 from __future__ import annotations

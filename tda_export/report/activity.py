@@ -61,10 +61,11 @@ class Reader:
     def scores(self, tokens: Sequence[int]) -> np.ndarray:
         """Read a prompt as it is deployed and return the neuron scores of all layers, float32 [L, F].
 
-        They are those of the artifact's method; the first token is not in them.
+        They are those of the artifact's method; neither the first token is in them nor the artifact's prior, which all
+        prompts share.
         """
         cache = KvCache(self.shape, self.provider, len(tokens))
-        _, mask = prefill(self._sessions, self.shape, tokens, cache)
+        _, mask = prefill(self._sessions, self.shape, tokens, cache, prior=False)
         weight = max(float(mask.stats[contract.PAST_STATS_WEIGHT].numpy()[0]), 1.0)
         sums = [
             mask.stats[contract.past_neuron_stats(layer)].numpy()[contract.SCORE_ROW]

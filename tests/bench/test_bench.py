@@ -117,6 +117,13 @@ def test_json(artifact: Artifact) -> None:
     assert result["two_levels"]["sparsity"] == pytest.approx(0.5, abs=0.15)  # thresholds meet other tokens
 
 
+def test_token_thresholds_of_the_artifact_do_not_count(tiny_artifact: Path) -> None:
+    """Every method brings its own, and what it is checked against has none but those."""
+    assert open_artifact(tiny_artifact).deployment.token_thresholds.all()
+    methods = ("--method", "tda", "--method", "griffin", "--method", "dense_native")
+    run_ok("bench", tiny_artifact, *methods, "--prompt-tokens", 24, "--new-tokens", 16, "--provider", "cpu", "--json")
+
+
 def test_table(artifact: Artifact) -> None:
     shown = run_ok("bench", artifact.folder, *SHORT)
     for name in ("dense", "dense_native", "tda", "griffin"):

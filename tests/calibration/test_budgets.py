@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tda_export.calibration.budgets import Allocation, Budget, allocate, allocate_truncation
+from tda_export.calibration.budgets import Allocation, Budget, allocate, allocate_truncation, make_budget
 from tda_export.calibration.curves import CurveSums
+from tda_export.calibration.kl_table import KlTable, setting_at, sparsest_within
 from tda_export.errors import UsageError
 
 GRID = torch.tensor([0.0, 0.1, 0.2, 0.4, 0.8, 2.0])
@@ -38,6 +40,10 @@ def curves(cett: list[list[float]], density: list[list[float]] | None = None) ->
         up_square=nothing,
         tokens=torch.tensor([8.0], dtype=torch.float64),
     )
+
+
+def uniform(sparsity: float) -> Budget:
+    return Budget(sparsity=sparsity, allocation="uniform")
 
 
 RISING = [0.0, 0.1, 0.2, 0.5, 0.9, 1.0]
@@ -84,7 +90,7 @@ def test_allocation_is_that_of_a_search(data: st.DataObject, layers: int, points
         assert by_cett.thresholds[layer] == float(grid[largest])
         assert (layer in by_cett.recrossing) == any(value > budget for value in curve[:largest])
 
-    by_sparsity = allocate(Budget(sparsity=budget), sums, grid)
+    by_sparsity = allocate(uniform(budget), sums, grid)
     for layer, curve in enumerate(sums.mean_density.tolist()):
         nearest = min(abs(value - (1 - budget)) for value in curve)
         assert abs(by_sparsity.density[layer] - (1 - budget)) == pytest.approx(nearest)
@@ -92,14 +98,14 @@ def test_allocation_is_that_of_a_search(data: st.DataObject, layers: int, points
 
 @pytest.mark.parametrize(("sparsity", "threshold"), [(0, 0.0), (0.2, 0.1), (0.29, 0.1), (0.31, 0.2), (0.99, 2.0)])
 def test_uniform_takes_the_nearest_density(sparsity: float, threshold: float) -> None:
-    allocation = allocate(Budget(sparsity=sparsity), curves([RISING, CROSSING]), GRID)
+    allocation = allocate(uniform(sparsity), curves([RISING, CROSSING]), GRID)
     assert allocation.thresholds == pytest.approx([threshold] * 2)
     assert allocation.recrossing == []
 
 
 def test_uniform_reports_the_density_and_cett_of_what_it_chose() -> None:
     density = [[1.0, 0.9, 0.52, 0.4, 0.1, 0.0], [1.0, 0.55, 0.44, 0.2, 0.1, 0.0]]
-    allocation = allocate(Budget(sparsity=0.5), curves([RISING, CROSSING], density), GRID)
+    allocation = allocate(uniform(0.5), curves([RISING, CROSSING], density), GRID)
     assert allocation.density == pytest.approx([0.52, 0.55])
     assert allocation.cett == pytest.approx([0.2, 0.3])
     assert allocation.sparsity == pytest.approx(1 - (0.52 + 0.55) / 2)
@@ -107,15 +113,27 @@ def test_uniform_reports_the_density_and_cett_of_what_it_chose() -> None:
 
 def test_results_are_plain_numbers() -> None:
     allocation = allocate(Budget(cett=0.2), curves([RISING]), GRID)
+    assert json.loads(json.dumps(dataclasses.asdict(allocation))) == dataclasses.asdict(allocation)
     for field in dataclasses.fields(Allocation):
-        assert all(type(value) in (int, float) for value in getattr(allocation, field.name))
+        value = getattr(allocation, field.name)
+        assert value is None or all(
+            type(one) in (int, float, bool) for one in (value if type(value) is list else [value])
+        )
+    assert (allocation.token_thresholds, allocation.token_density, allocation.kl) == ([], [], None)
+    assert (allocation.prior_tokens, allocation.tail_mean) == (0.0, False)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, r"^A budget is either --cett or --sparsity\. Give one of them\.$"),
-        ({"cett": 0.2, "sparsity": 0.5}, r"^A budget is either --cett or --sparsity\."),
+        ({}, r"^A budget is one of --cett, --sparsity and --max-kl\. Give one of them\.$"),
+        ({"cett": 0.2, "sparsity": 0.5}, r"^A budget is one of --cett, --sparsity and --max-kl\."),
+        ({"max_kl": 0.1, "sparsity": 0.5}, r"^A budget is one of"),
+        ({"max_kl": 0.1, "cett": 0.5}, r"^A budget is one of"),
+        ({"max_kl": 0.0}, r"^--max-kl 0\.0: give a positive number of nats a token, such as 0\.1\.$"),
+        ({"max_kl": -0.1}, r"^--max-kl -0\.1: give"),
+        ({"max_kl": float("nan")}, r"^--max-kl nan: give"),
+        ({"max_kl": float("inf")}, r"^--max-kl inf: give"),
         ({"cett": -0.1}, r"^CETT -0\.1 is outside \[0, 1\)\. Give a fraction such as 0\.2\.$"),
         ({"cett": 1}, r"^CETT 1 is outside \[0, 1\)"),
         ({"sparsity": 50}, r"^sparsity 50 is outside \[0, 1\)"),
@@ -123,7 +141,7 @@ def test_results_are_plain_numbers() -> None:
         ({"sparsity": float("nan")}, r"^sparsity nan is outside"),
         (
             {"sparsity": 0.5, "allocation": "greedy"},
-            r"^Allocation 'greedy' is not known here\. Use uniform, or update tda-export\.$",
+            r"^Allocation 'greedy' is not known here\. Use kl, uniform, or update tda-export\.$",
         ),
         ({"cett": 0.2, "allocation": ""}, r"^Allocation '' is not known here"),
         ({"cett": 0.2, "allocation": None}, r"^Allocation None is not known here"),
@@ -139,12 +157,15 @@ def test_invalid_budgets_are_refused(arguments: dict[str, Any], message: str) ->
     [
         (Budget(cett=0.2), {"cett": 0.2}, "CETT 0.2"),
         (Budget(cett=0), {"cett": 0}, "CETT 0"),
-        (Budget(sparsity=0.5), {"sparsity": 0.5, "allocation": "uniform"}, "sparsity 0.5, uniform"),
+        (uniform(0.5), {"sparsity": 0.5, "allocation": "uniform"}, "sparsity 0.5, uniform"),
+        (Budget(sparsity=0.5), {"sparsity": 0.5, "allocation": "kl"}, "sparsity 0.5, kl"),
+        (Budget(max_kl=0.1), {"max_kl": 0.1}, "KL 0.1"),
     ],
 )
 def test_budget_describes_itself(budget: Budget, description: dict[str, object], text: str) -> None:
     assert budget.describe() == description
     assert str(budget) == text
+    assert budget.by_kl == ("kl" in text.lower())
     assert Budget(**description) == budget  # type: ignore[arg-type]
 
 
@@ -184,3 +205,85 @@ def test_truncation_refuses_more_than_a_third() -> None:
 def test_truncation_refuses_curves_of_prompts() -> None:
     with pytest.raises(UsageError, match="Calibrate with 'tda-export calibrate --estimator token'"):
         allocate_truncation(Budget(cett=0.2), curves([RISING]), GRID)
+
+
+# By KL
+
+
+def path_table() -> KlTable:
+    """A path of two layers: dense, then three settings."""
+    shares = torch.tensor([0.8, 0.5, 0.3])
+    rows = torch.stack([shares, shares / 2], dim=1)  # [A, L]
+    return KlTable(
+        share=shares,
+        kl=torch.tensor([[0.01, 0.02], [0.1, 0.2], [0.5, 1.0]]),
+        kl_stderr=torch.zeros(3, 2),
+        thresholds=0.05 / rows,
+        token_thresholds=0.1 / rows,
+        mask_density=rows + 0.1,
+        token_density=rows,
+        cett=1 - rows,
+        sensitivity=rows,
+        prior_tokens=torch.tensor([64.0]),
+    )
+
+
+@pytest.mark.parametrize("budget", [Budget(sparsity=0.5), Budget(sparsity=0.35), Budget(max_kl=0.2), Budget(max_kl=9)])
+def test_budget_by_kl_is_a_point_of_the_path(budget: Budget) -> None:
+    table = path_table()
+    if budget.sparsity is not None:
+        expected = setting_at(table, 1 - budget.sparsity)
+    else:
+        expected = sparsest_within(table, budget.max_kl or 0.0)
+    allocation = allocate(budget, curves([RISING, CROSSING]), GRID, table)
+    assert allocation.thresholds == expected.thresholds
+    assert allocation.token_thresholds == expected.token_thresholds
+    assert (allocation.density, allocation.token_density) == (expected.mask_density, expected.token_density)
+    assert (allocation.cett, allocation.kl, allocation.recrossing) == (expected.cett, expected.kl, [])
+    assert (allocation.prior_tokens, allocation.tail_mean) == (64.0, True)
+    mask, token = sum(expected.mask_density) / 2, sum(expected.token_density) / 2
+    assert allocation.sparsity == pytest.approx(1 - (mask + 2 * token) / 3)
+    assert json.loads(json.dumps(dataclasses.asdict(allocation))) == dataclasses.asdict(allocation)
+
+
+@pytest.mark.parametrize("budget", [Budget(cett=0.2), uniform(0.5)])
+def test_other_budgets_do_not_look_at_the_path(budget: Budget) -> None:
+    sums = curves([RISING, CROSSING])
+    assert allocate(budget, sums, GRID, path_table()) == allocate(budget, sums, GRID)
+
+
+@pytest.mark.parametrize("budget", [Budget(sparsity=0.5), Budget(max_kl=0.1)])
+def test_budget_by_kl_without_a_path_is_refused(budget: Budget) -> None:
+    message = (
+        r"^This calibration holds CETT curves alone\. Calibrate without --curves-only, or give --cett, or --sparsity"
+    )
+    with pytest.raises(UsageError, match=message):
+        allocate(budget, curves([RISING]), GRID)
+
+
+def test_sparsity_beyond_the_path_is_refused() -> None:
+    with pytest.raises(
+        UsageError, match=r"^Sparsity 0\.9 is more than the calibration measured \(0\.700\)\. Give a lower"
+    ):
+        allocate(Budget(sparsity=0.9), curves([RISING, RISING]), GRID, path_table())
+
+
+@pytest.mark.parametrize(
+    ("options", "budget"),
+    [
+        ((0.2, None, None, None), Budget(cett=0.2)),
+        ((None, 0.5, None, None), Budget(sparsity=0.5)),
+        ((None, 0.5, "uniform", None), uniform(0.5)),
+        ((None, None, None, 0.1), Budget(max_kl=0.1)),
+    ],
+)
+def test_budget_of_options(options: tuple[Any, ...], budget: Budget) -> None:
+    assert make_budget(*options) == budget
+
+
+@pytest.mark.parametrize("options", [(None, None, "kl", None), (0.2, None, "kl", None), (None, None, "uniform", 0.1)])
+def test_an_allocation_of_nothing_is_refused(options: tuple[Any, ...]) -> None:
+    with pytest.raises(
+        UsageError, match=r"^--allocation spreads a --sparsity over the layers\. Give --sparsity, or leave"
+    ):
+        make_budget(*options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import resource
@@ -24,14 +25,16 @@ from tda_export.calibration.curves import CurveAccumulator, CurveSums
 from tda_export.calibration.file import (
     FORMAT,
     FORMAT_VERSION,
+    KL,
     METADATA_KEY,
     Calibration,
+    allocation_from,
     is_calibration,
     read_calibration,
-    thresholds_from,
     write_calibration,
 )
-from tda_export.errors import TdaError
+from tda_export.calibration.kl_table import KlTable
+from tda_export.errors import TdaError, UsageError
 
 PROVENANCE: dict[str, Any] = {
     "model": {"name": "tiny", "architecture": "LlamaForCausalLM", "fingerprint": "f" * 64},
@@ -51,6 +54,12 @@ def calibration(request: pytest.FixtureRequest) -> Calibration:
     return Calibration(grid, accumulator.sums, PROVENANCE)
 
 
+def kl_table() -> KlTable:
+    """A path of two settings and two layers; no two numbers are equal."""
+    values = torch.rand(8, 2, 2, generator=torch.Generator().manual_seed(1)) + 0.1
+    return KlTable(torch.tensor([0.7, 0.4]), values[0].sort(dim=0).values, *values[1:], torch.tensor([64.0]))
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "tiny.safetensors"
@@ -66,12 +75,34 @@ def test_round_trip(calibration: Calibration, path: Path) -> None:
     read = read_calibration(path)
     assert read.provenance == PROVENANCE
     assert read.model_fingerprint == "f" * 64
+    assert read.kl is None
     assert torch.equal(read.grid, calibration.grid)
     for field in fields(CurveSums):
         actual, expected = getattr(read.sums, field.name), getattr(calibration.sums, field.name)
         assert torch.equal(actual, expected)
         assert actual.dtype == expected.dtype
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_round_trip_of_the_path(calibration: Calibration, path: Path) -> None:
+    table = kl_table()
+    write_calibration(dataclasses.replace(calibration, kl=table), path)
+    read = read_calibration(path)
+    assert read.kl is not None
+    for field in fields(KlTable):
+        assert torch.equal(getattr(read.kl, field.name), getattr(table, field.name)), field.name
+    assert torch.equal(read.sums.ratio, calibration.sums.ratio)
+
+
+@pytest.mark.parametrize("missing", [field.name for field in fields(KlTable)])
+def test_a_path_without_all_of_it(calibration: Calibration, path: Path, missing: str) -> None:
+    write_calibration(dataclasses.replace(calibration, kl=kl_table()), path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name != KL + missing}  # noqa: SIM118
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(TdaError, match=rf"not a readable calibration \(.*{missing}"):
+        read_calibration(path)
 
 
 def test_file_is_plain_data(calibration: Calibration, path: Path) -> None:
@@ -140,7 +171,7 @@ def test_newer_format(path: Path) -> None:
 
 def test_older_format(path: Path) -> None:
     write_metadata(path, json.dumps({"format": FORMAT, "format_version": 1}))
-    with pytest.raises(TdaError, match=r"format 1 is older than .*\(2\)\. Run 'tda-export calibrate' again"):
+    with pytest.raises(TdaError, match=r"format 1 is older than .*\(3\)\. Run 'tda-export calibrate' again"):
         read_calibration(path)
 
 
@@ -189,10 +220,10 @@ def test_record_without_what_build_needs(calibration: Calibration, path: Path, m
 # What a build asks of a file
 
 
-@pytest.mark.parametrize("budget", [Budget(cett=0.2), Budget(sparsity=0.5)], ids=str)
+@pytest.mark.parametrize("budget", [Budget(cett=0.2), Budget(sparsity=0.5, allocation="uniform")], ids=str)
 def test_thresholds_of_a_file_are_those_of_its_curves(calibration: Calibration, path: Path, budget: Budget) -> None:
     write_calibration(calibration, path)
-    thresholds = thresholds_from(path, budget)
+    thresholds = allocation_from(path, budget).thresholds
     assert thresholds == allocate(budget, calibration.sums, calibration.grid).thresholds
     assert len(thresholds) == 2
     assert set(thresholds) <= set(calibration.grid.tolist())
@@ -200,7 +231,18 @@ def test_thresholds_of_a_file_are_those_of_its_curves(calibration: Calibration, 
 
 def test_thresholds_of_a_missing_file(path: Path) -> None:
     with pytest.raises(TdaError, match=r"tiny\.safetensors: no such calibration file"):
-        thresholds_from(path, Budget(cett=0.2))
+        allocation_from(path, Budget(cett=0.2))
+
+
+@pytest.mark.parametrize("budget", [Budget(sparsity=0.4), Budget(max_kl=0.3)], ids=str)
+def test_budget_by_kl_of_a_file(calibration: Calibration, path: Path, budget: Budget) -> None:
+    write_calibration(dataclasses.replace(calibration, kl=kl_table()), path)
+    expected = allocate(budget, calibration.sums, calibration.grid, kl_table())
+    assert allocation_from(path, budget) == read_calibration(path).allocate(budget) == expected
+    assert expected.token_thresholds
+    write_calibration(calibration, path)
+    with pytest.raises(UsageError, match="holds CETT curves alone"):
+        allocation_from(path, budget)
 
 
 def test_a_calibration_is_told_by_its_content(calibration: Calibration, path: Path) -> None:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import tda_export
+from tda_export.calibration import kl_run
 from tda_export.calibration.corpus import Corpus
+from tda_export.calibration.curves import CurveSums
+from tda_export.calibration.file import Calibration
+from tda_export.calibration.kl_path import STEPS, WARM_UP, PathSearch, PathState
+from tda_export.calibration.kl_table import KlTable
+from tda_export.calibration.resume import PartialFile
 from tda_export.calibration.run import CalibrationSettings, calibrate
 from tda_export.errors import UsageError
-from tda_export.models.source import resolve_model
+from tda_export.models.source import ModelSource, resolve_model
 
 
 @pytest.mark.parametrize(
@@ -62,21 +73,238 @@ def test_smallest_settings_are_allowed() -> None:
     assert CalibrationSettings(prompt_tokens=2, continuation_tokens=1).length == 3
 
 
+class Shown:
+    """Stands in for progress bars: what was shown, of how many units, and how many came."""
+
+    def __init__(self) -> None:
+        self.bars: list[list[Any]] = []
+
+    @contextlib.contextmanager
+    def __call__(self, description: str, units: int) -> Iterator[Any]:
+        bar = [description, units, 0]
+        self.bars.append(bar)
+
+        def advance(count: int) -> None:
+            bar[2] += count
+
+        yield advance
+
+
+CORPUS = Corpus(torch.arange(5, 77).reshape(6, 12), "some.txt", "0" * 64)
+SETTINGS = CalibrationSettings(prompt_tokens=8, continuation_tokens=4, sequences=6)
+BUDGET = {"sparsity": 0.5, "allocation": "kl"}
+
+
+def equal(one: Calibration, other: Calibration) -> bool:
+    assert one.kl is not None
+    assert other.kl is not None
+    pairs = [(one.grid, other.grid)]
+    pairs += [(getattr(one.sums, field.name), getattr(other.sums, field.name)) for field in fields(CurveSums)]
+    pairs += [(getattr(one.kl, field.name), getattr(other.kl, field.name)) for field in fields(KlTable)]
+    return all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: Path) -> ModelSource:
+    return resolve_model(str(tiny_model))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny: ModelSource) -> Calibration:
+    return calibrate(tiny, CORPUS, SETTINGS, BUDGET, show=Shown())
+
+
+@pytest.mark.parametrize("curves_only", [True, False], ids=["curves", "path"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_calibration_records_where_it_came_from(tiny_model: Any, dtype: Any) -> None:
-    source = resolve_model(str(tiny_model))
-    corpus = Corpus(torch.arange(24).reshape(2, 12), "some.txt", "0" * 64)
-    settings = CalibrationSettings(prompt_tokens=8, continuation_tokens=4, sequences=2, dtype=dtype)
-    steps: list[int] = []
-    calibration = calibrate(source, corpus, settings, {"cett": 0.2}, steps.append)
-    assert steps == [1, 1]
-    assert calibration.model_fingerprint == source.fingerprint
+def test_calibration_records_where_it_came_from(tiny: ModelSource, dtype: Any, curves_only: bool) -> None:
+    settings = dataclasses.replace(SETTINGS, dtype=dtype, curves_only=curves_only, prior_tokens=16)
+    shown = Shown()
+    calibration = calibrate(tiny, CORPUS, settings, {"cett": 0.2}, show=shown)
+    assert [bar[0] for bar in shown.bars] == ["Calibrating"] + ["Allocating"] * (not curves_only)
+    assert shown.bars[0] == ["Calibrating", 6, 6]
+    assert all(units == came for _, units, came in shown.bars)
+    assert calibration.model_fingerprint == tiny.fingerprint
     provenance = calibration.provenance
     assert provenance["model"]["architecture"] == "LlamaForCausalLM"
-    assert provenance["dataset"] == {"name": "some.txt", "sequences": 2, "tokens_sha256": "0" * 64}
+    assert provenance["dataset"] == {"name": "some.txt", "sequences": 6, "tokens_sha256": "0" * 64}
     assert provenance["settings"] == asdict(settings)
     assert provenance["budget"] == {"cett": 0.2}
     assert provenance["versions"]["tda-export"] == tda_export.__version__
     assert "torch" in provenance["versions"]
     assert calibration.sums.mean_cett.isfinite().all()
-    assert calibration.sums.sequences.tolist() == [2]
+    assert calibration.sums.sequences.tolist() == [6]
+    assert (calibration.kl is None) == curves_only
+    if calibration.kl is not None:
+        assert calibration.kl.prior_tokens.tolist() == [16.0]
+        assert all(getattr(calibration.kl, field.name).isfinite().all() for field in fields(KlTable))
+
+
+# An interrupted run
+
+
+class Interruption(Exception):
+    """Where a test ends a run."""
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, call: int, *, after: bool) -> None:
+    """Raise at the given call of a method, before or after it does its work."""
+    calls, original = itertools.count(), getattr(owner, method)
+
+    def interrupted(*arguments: Any) -> Any:
+        due = next(calls) == call
+        if due and not after:
+            raise Interruption
+        result = original(*arguments)
+        if due:
+            raise Interruption
+        return result
+
+    monkeypatch.setattr(owner, method, interrupted)
+
+
+def steps_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Record at which steps the sweep is."""
+    steps, original = list[int](), PathSearch.advance
+
+    def recorded(self: PathSearch, state: PathState) -> Any:
+        steps.append(state.step)
+        return original(self, state)
+
+    monkeypatch.setattr(PathSearch, "advance", recorded)
+    return steps
+
+
+@pytest.mark.parametrize("step", [0, 1, 9, 23])
+@pytest.mark.parametrize(
+    ("owner", "method", "after", "lost"),
+    [(PathSearch, "advance", False, 0), (PathSearch, "advance", True, 1), (PartialFile, "save", True, 0)],
+    ids=["before a step", "before its state is kept", "after its state is kept"],
+)
+def test_an_interrupted_run_goes_on_where_it_was(
+    tiny: ModelSource,
+    uninterrupted: Calibration,
+    tmp_path: Path,
+    step: int,
+    owner: type,
+    method: str,
+    after: bool,
+    lost: int,
+) -> None:
+    output = tmp_path / "calibration.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, owner, method, step, after=after)
+        with pytest.raises(Interruption):
+            calibrate(tiny, CORPUS, SETTINGS, BUDGET, show=Shown(), output=output)
+    partial = tmp_path / "calibration.safetensors.partial"
+    assert [path.name for path in tmp_path.iterdir()] == [partial.name]
+    with pytest.MonkeyPatch.context() as patch:
+        steps, shown = steps_of(patch), Shown()
+        calibration = calibrate(tiny, CORPUS, SETTINGS, BUDGET, show=shown, output=output)
+    assert steps == list(range(step, WARM_UP + STEPS))  # the first save is of the curves
+    assert [bar[0] for bar in shown.bars] == ["Allocating"]
+    assert shown.bars[0][1] == shown.bars[0][2]
+    assert equal(calibration, uninterrupted)
+
+
+def test_an_interruption_of_measuring_repeats_no_step(
+    tiny: ModelSource, uninterrupted: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "calibration.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, kl_run._Measuring, "measure", 2, after=True)
+        with pytest.raises(Interruption):
+            calibrate(tiny, CORPUS, SETTINGS, BUDGET, show=Shown(), output=output)
+    steps = steps_of(monkeypatch)
+    assert equal(calibrate(tiny, CORPUS, SETTINGS, BUDGET, show=Shown(), output=output), uninterrupted)
+    assert steps == []
+
+
+def leave_partial(source: ModelSource, output: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, PathSearch, "advance", 5, after=False)
+        with pytest.raises(Interruption):
+            calibrate(source, CORPUS, SETTINGS, BUDGET, show=Shown(), output=output)
+
+
+@pytest.mark.parametrize(
+    ("settings", "corpus"),
+    [
+        (dataclasses.replace(SETTINGS, seed=1), CORPUS),
+        (dataclasses.replace(SETTINGS, prior_tokens=0), CORPUS),
+        (SETTINGS, Corpus(CORPUS.tokens.flip(0), "some.txt", "1" * 64)),
+    ],
+    ids=["seed", "prior", "data"],
+)
+def test_what_another_calibration_left_is_not_used(
+    tiny: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: CalibrationSettings, corpus: Corpus
+) -> None:
+    output = tmp_path / "calibration.safetensors"
+    leave_partial(tiny, output)
+    steps, shown = steps_of(monkeypatch), Shown()
+    calibration = calibrate(tiny, corpus, settings, BUDGET, show=shown, output=output)
+    assert [bar[0] for bar in shown.bars] == ["Calibrating", "Allocating"]
+    assert steps[0] == 0
+    assert equal(calibration, calibrate(tiny, corpus, settings, BUDGET, show=Shown()))
+
+
+def test_what_another_version_left_is_not_used(
+    tiny: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "calibration.safetensors"
+    leave_partial(tiny, output)
+    monkeypatch.setattr(tda_export, "__version__", "99.0")
+    steps = steps_of(monkeypatch)
+    calibrate(tiny, CORPUS, SETTINGS, BUDGET, show=Shown(), output=output)
+    assert steps[0] == 0
+
+
+def test_another_budget_goes_on_all_the_same(
+    tiny: ModelSource, uninterrupted: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path does not depend on it."""
+    output = tmp_path / "calibration.safetensors"
+    leave_partial(tiny, output)
+    steps = steps_of(monkeypatch)
+    calibration = calibrate(tiny, CORPUS, SETTINGS, {"max_kl": 0.5}, show=Shown(), output=output)
+    assert steps[0] == 5
+    assert equal(calibration, uninterrupted)
+    assert calibration.provenance["budget"] == {"max_kl": 0.5}
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "folder"])
+def test_a_damaged_partial_file_is_not_used(
+    tiny: ModelSource, uninterrupted: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    output = tmp_path / "calibration.safetensors"
+    leave_partial(tiny, output)
+    partial = PartialFile(output, {}).path
+    content = {"cut": partial.read_bytes()[:-100], "empty": b"", "text": b"text"}
+    partial.write_bytes(content.get(damage, b""))
+    if damage == "folder":
+        partial.unlink()
+        partial.mkdir()
+        assert PartialFile(output, {}).load("cpu") is None
+        return
+    steps = steps_of(monkeypatch)
+    assert equal(calibrate(tiny, CORPUS, SETTINGS, BUDGET, show=Shown(), output=output), uninterrupted)
+    assert steps[0] == 0
+
+
+def test_curves_alone_leave_nothing(tiny: ModelSource, tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, curves_only=True)
+    calibrate(tiny, CORPUS, settings, {"cett": 0.2}, show=Shown(), output=tmp_path / "calibration.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_removing_a_partial_file_twice(tmp_path: Path, uninterrupted: Calibration) -> None:
+    partial = PartialFile(tmp_path / "x", {"a": 1})
+    partial.save(uninterrupted.sums)
+    loaded = partial.load("cpu")
+    assert loaded is not None
+    assert torch.equal(loaded[0].ratio, uninterrupted.sums.ratio)
+    assert loaded[1] is None
+    assert PartialFile(tmp_path / "x", {"a": 2}).load("cpu") is None
+    partial.remove()
+    partial.remove()
+    assert partial.load("cpu") is None
+    assert list(tmp_path.iterdir()) == []

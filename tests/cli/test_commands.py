@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tda_export.bench.random_model import CHAT_TEMPLATE, byte_tokenizer
+from tda_export.calibration.file import read_calibration
 from tda_export.graph import contract
 from tda_export.runtime import load
 from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
@@ -24,6 +25,7 @@ CHECK_NAMES = [
     "prefill logits",
     "neuron scores",
     "selection of the mask",
+    "tail mean",
     "decode with the prompt's mask",
     "decode token by token",
     "decode with token thresholds",
@@ -31,8 +33,10 @@ CHECK_NAMES = [
     "mask after chunked prefill",
     "decode with all neurons",
     "decode with every second neuron",
+    "statistics with the prior",
 ]
 CHECKS = len(CHECK_NAMES)
+ONE_LEVEL_CHECKS = [name for name in CHECK_NAMES if name not in ("tail mean", "statistics with the prior")]
 
 
 def result_of(*arguments: object) -> Any:
@@ -49,14 +53,16 @@ def generated(artifact: Path, *options: object) -> Any:
 def test_calibrate(tiny_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "c.safetensors"
     result = run_ok("calibrate", tiny_model, "-o", output, *CALIBRATE_TINY)
-    assert "prompt estimator, CETT 0.2" in result.stdout
+    assert "prompt estimator, sparsity 0.5, kl" in result.stdout
+    assert "up/down density" in result.stdout
     assert f"on 4 sequences; wrote {output}" in result.stdout
     assert output.is_file()
 
 
 def test_calibrate_json(tiny_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "c.safetensors"
-    result = result_of("calibrate", tiny_model, "-o", output, *CALIBRATE_TINY, "--sparsity", "0.4", "--seed", "3")
+    options = ("--sparsity", "0.4", "--seed", "3", "--prior-tokens", "32")
+    result = result_of("calibrate", tiny_model, "-o", output, *CALIBRATE_TINY, *options)
     assert result["output"] == str(output)
     assert result["model"]["name"] == str(tiny_model)
     assert result["model"]["architecture"] == "LlamaForCausalLM"
@@ -69,12 +75,51 @@ def test_calibrate_json(tiny_model: Path, tmp_path: Path) -> None:
         "seed": 3,
         "dtype": "fp32",
         "device": "cpu",
+        "curves_only": False,
+        "prior_tokens": 32,
     }
-    assert result["budget"] == {"sparsity": 0.4, "allocation": "uniform"}
+    assert result["budget"] == {"sparsity": 0.4, "allocation": "kl"}
     allocation = result["allocation"]
     assert len(allocation["thresholds"]) == len(allocation["density"]) == len(allocation["cett"]) == 3
+    assert len(allocation["token_thresholds"]) == len(allocation["token_density"]) == 3
     assert allocation["sparsity"] == pytest.approx(0.4, abs=0.01)
+    read = sum(allocation["density"]) + 2 * sum(allocation["token_density"])
+    assert allocation["sparsity"] == pytest.approx(1 - read / 9)
+    assert allocation["kl"] > 0
+    assert (allocation["prior_tokens"], allocation["tail_mean"]) == (32.0, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "budget"),
+    [
+        ([], {"cett": 0.2}),
+        (["--cett", "0.3"], {"cett": 0.3}),
+        (["--sparsity", "0.4", "--allocation", "uniform"], {"sparsity": 0.4, "allocation": "uniform"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_curves_only(tiny_model: Path, tmp_path: Path, options: list[str], budget: dict[str, Any]) -> None:
+    """Builds take one-level budgets from it, without prior and tail mean."""
+    output = tmp_path / "c.safetensors"
+    result = result_of("calibrate", tiny_model, "-o", output, *CALIBRATE_TINY, "--curves-only", *options)
+    assert result["settings"]["curves_only"]
+    assert result["budget"] == budget
+    allocation = result["allocation"]
+    assert (allocation["token_thresholds"], allocation["kl"]) == ([], None)
     assert allocation["sparsity"] == pytest.approx(1 - sum(allocation["density"]) / 3)
+    assert read_calibration(output).kl is None
+    built = result_of("build", tiny_model, "--calibration", output, "-o", tmp_path / "a")
+    assert [check["name"] for check in built["checks"]] == ONE_LEVEL_CHECKS
+    assert built["budget"] == budget
+    manifest = json.loads((tmp_path / "a" / contract.MANIFEST_FILE).read_text())
+    assert (manifest["method"]["tail"], manifest["prior_tokens"]) == ("zero", 0.0)
+    assert (manifest["token_thresholds"], manifest["survivors"]) == ([0.0] * 3, [1.0] * 3)
+
+
+def test_calibrate_by_max_kl(tiny_model: Path, tmp_path: Path) -> None:
+    result = result_of("calibrate", tiny_model, "-o", tmp_path / "c", *CALIBRATE_TINY, "--max-kl", "0.5")
+    assert result["budget"] == {"max_kl": 0.5}
+    assert 0 < result["allocation"]["kl"] <= 0.5 * (1 + 1e-6)
 
 
 def test_calibration_is_repeatable(tiny_model: Path, tmp_path: Path) -> None:
@@ -85,7 +130,7 @@ def test_calibration_is_repeatable(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_calibrate_overwrites_a_calibration(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_calibration, tmp_path / "c")
-    run_ok("calibrate", tiny_model, "-o", tmp_path / "c", *CALIBRATE_TINY, "--overwrite")
+    run_ok("calibrate", tiny_model, "-o", tmp_path / "c", *CALIBRATE_TINY, "--cett", "0.2", "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
     assert (tmp_path / "c").read_bytes() != tiny_calibration.read_bytes()  # another budget
 
@@ -112,7 +157,8 @@ def test_build_json(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) ->
     result = result_of("build", tiny_model, "--calibration", tiny_calibration, "-o", output)
     assert result["output"] == str(output)
     assert result["bytes"] == sum(path.stat().st_size for path in output.iterdir())
-    assert result["budget"] == {"sparsity": 0.5, "allocation": "uniform"}  # the calibration's own
+    assert result["budget"] == {"sparsity": 0.5, "allocation": "kl"}  # the calibration's own
+    assert result["expected"]["kl"] > 0
     assert result["expected"]["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert [check["name"] for check in result["checks"]] == CHECK_NAMES
     assert all(check["passed"] for check in result["checks"])
@@ -121,7 +167,7 @@ def test_build_json(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) ->
 def test_build_says_what_it_did(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
     arguments = ("build", tiny_model, "--calibration", tiny_calibration, "-o")
     verified = run_ok(*arguments, tmp_path / "a")
-    assert "sparsity 0.5, uniform: expected FFN sparsity 0.50" in verified.stdout
+    assert "sparsity 0.5, kl: expected FFN sparsity 0.500, predicted KL " in verified.stdout
     assert "MiB, verified)" in verified.stdout
     assert verified.stdout.count(" ok ") == CHECKS
     unverified = run_ok(*arguments, tmp_path / "b", "--no-verify")
@@ -134,8 +180,18 @@ def test_manifest(tiny_model: Path, tiny_artifact: Path) -> None:
     assert (manifest["format"], manifest["format_version"]) == ("tda-export", contract.FORMAT_VERSION)
     assert manifest["model"]["name"] == str(tiny_model)
     assert manifest["method"]["name"] == "tda"
-    assert manifest["budget"] == {"sparsity": 0.5, "allocation": "uniform"}
-    assert manifest["expected"]["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert manifest["budget"] == {"sparsity": 0.5, "allocation": "kl"}
+    expected = manifest["expected"]
+    assert expected["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert (manifest["thresholds"], manifest["token_thresholds"]) == (
+        expected["thresholds"],
+        expected["token_thresholds"],
+    )
+    assert manifest["survivors"] == pytest.approx(
+        [token / mask for token, mask in zip(expected["token_density"], expected["density"], strict=True)]
+    )
+    assert (manifest["prior_tokens"], manifest["method"]["tail"]) == (64.0, "mean")
+    assert manifest["refresh"] == {"tokens": 0, "decay": 1.0}
     on_disk = {path.name: path.stat().st_size for path in tiny_artifact.iterdir()}
     del on_disk[contract.MANIFEST_FILE]
     assert {name: entry["size"] for name, entry in manifest["files"].items()} == on_disk
@@ -151,7 +207,16 @@ def test_another_budget_needs_no_calibration(
 
     monkeypatch.setattr("tda_export.calibration.run.accumulate_curves", refuse)
     sparsities = []
-    for budget in (("--sparsity", "0.2"), ("--cett", "0.2"), ("--sparsity", "0.7")):
+    uniform = ("--allocation", "uniform")
+    budgets = (
+        ("--sparsity", "0.2"),
+        ("--sparsity", "0.7"),
+        ("--sparsity", "0.2", *uniform),
+        ("--sparsity", "0.7", *uniform),
+        ("--cett", "0.2"),
+        ("--max-kl", "0.05"),
+    )
+    for budget in budgets:
         output = tmp_path / "".join(budget)
         built = result_of("build", tiny_model, "--calibration", tiny_calibration, *budget, "--no-verify", "-o", output)
         assert list(built["budget"].values())[0] == float(budget[1])  # noqa: RUF015
@@ -159,7 +224,54 @@ def test_another_budget_needs_no_calibration(
         assert rebuilt["tokens"] == overridden["tokens"]
         assert rebuilt["metrics"]["sparsity"] == overridden["metrics"]["sparsity"]
         sparsities.append(rebuilt["metrics"]["sparsity"])
-    assert 0 < sparsities[0] < generated(tiny_artifact)["metrics"]["sparsity"] < sparsities[2] < 1
+    own = generated(tiny_artifact)["metrics"]["sparsity"]
+    assert 0 < sparsities[0] < own < sparsities[1] < 1
+    assert 0 < sparsities[2] < own < sparsities[3] < 1
+
+
+def test_build_by_max_kl(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
+    def built(max_kl: float) -> Any:
+        output = tmp_path / str(max_kl)
+        arguments = ("build", tiny_model, "--calibration", tiny_calibration, "--max-kl", max_kl, "-o", output)
+        return result_of(*arguments)
+
+    strict, loose = built(0.02), built(0.06)
+    assert (strict["budget"], loose["budget"]) == ({"max_kl": 0.02}, {"max_kl": 0.06})
+    assert strict["expected"]["kl"] == pytest.approx(0.02)
+    assert loose["expected"]["kl"] == pytest.approx(0.06)
+    assert strict["expected"]["sparsity"] < loose["expected"]["sparsity"]
+    assert [check["name"] for check in loose["checks"]] == CHECK_NAMES
+    assert all(check["passed"] for check in [*strict["checks"], *loose["checks"]])
+
+
+def test_build_with_refresh(tiny_model: Path, tiny_calibration: Path, tiny_artifact: Path, tmp_path: Path) -> None:
+    """It is the default of generate and eval there, of another budget too, and 0 turns it off."""
+    output = tmp_path / "a"
+    arguments = ("build", tiny_model, "--calibration", tiny_calibration, "--refresh", 5, "--no-verify", "-o", output)
+    run_ok(*arguments)
+    manifest = json.loads((output / contract.MANIFEST_FILE).read_text())
+    assert manifest["refresh"] == {"tokens": 5, "decay": 1.0}
+    for budget in ((), ("--sparsity", "0.3"), ("--cett", "0.2")):
+        own, given = generated(output, *budget), generated(tiny_artifact, "--refresh", 5, *budget)
+        assert own["tokens"] == given["tokens"]
+        assert own["metrics"]["refreshes"] == given["metrics"]["refreshes"] == 4
+        off = generated(output, "--refresh", 0, *budget)
+        assert off["tokens"] == generated(tiny_artifact, *budget)["tokens"] != own["tokens"]
+        assert off["metrics"]["refreshes"] == 0
+        assert off["metrics"]["sparsity"] > own["metrics"]["sparsity"]
+    dense = generated(output, "--mask", "dense")
+    assert (dense["metrics"]["refreshes"], dense["metrics"]["sparsity"]) == (0, 0.0)
+
+
+def test_generate_says_how_often_it_refreshed(tiny_artifact: Path) -> None:
+    result = run_ok("generate", tiny_artifact, PROMPT, "--max-new-tokens", 24, "--refresh", 8)
+    assert ", 2 refreshes\n" in result.stderr
+    assert "refreshes" not in run_ok("generate", tiny_artifact, PROMPT, "--max-new-tokens", 24).stderr
+
+
+def test_generate_by_max_kl(tiny_artifact: Path) -> None:
+    strict, loose = generated(tiny_artifact, "--max-kl", 0.02), generated(tiny_artifact, "--max-kl", 0.06)
+    assert 0 < strict["metrics"]["sparsity"] < loose["metrics"]["sparsity"] < 1
 
 
 def test_overwrite_replaces_an_artifact(
@@ -175,13 +287,18 @@ def test_overwrite_replaces_an_artifact(
     assert json.loads((output / contract.MANIFEST_FILE).read_text())["budget"]["sparsity"] == 0.2
 
 
-def test_tail_mean(tiny_model: Path, tiny_calibration: Path, tiny_artifact: Path, tmp_path: Path) -> None:
-    output = tmp_path / "a"
-    built = result_of("build", tiny_model, "--calibration", tiny_calibration, "--tail", "mean", "-o", output)
-    assert all(check["passed"] for check in built["checks"])
-    ours, zero = generated(output), generated(tiny_artifact)
-    assert ours["metrics"]["sparsity"] == zero["metrics"]["sparsity"]
-    assert ours["tokens"] != zero["tokens"]
+def test_tail_mean(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
+    """Of a budget that does not bring it; another budget of that kind leaves it."""
+    arguments = ("build", tiny_model, "--calibration", tiny_calibration, "--sparsity", "0.5", "--allocation", "uniform")
+    for tail in ("mean", "zero"):
+        built = result_of(*arguments, "--tail", tail, "-o", tmp_path / tail)
+        names = [check["name"] for check in built["checks"]]
+        assert names == [name for name in CHECK_NAMES[:-1] if tail == "mean" or name != "tail mean"]
+        assert all(check["passed"] for check in built["checks"])
+    for budget in ((), ("--cett", "0.3")):
+        ours, zero = generated(tmp_path / "mean", *budget), generated(tmp_path / "zero", *budget)
+        assert ours["metrics"]["sparsity"] == zero["metrics"]["sparsity"]
+        assert ours["tokens"] != zero["tokens"]
 
 
 def test_float16(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
@@ -208,7 +325,9 @@ def test_griffin(tiny_model: Path, tmp_path: Path) -> None:
 def test_token_estimator(tiny_model: Path, tmp_path: Path) -> None:
     """The paper's reading from end to end."""
     calibration, output = tmp_path / "c", tmp_path / "a"
-    result = result_of("calibrate", tiny_model, "-o", calibration, *CALIBRATE_TINY, "--estimator", "token")
+    result = result_of(
+        "calibrate", tiny_model, "-o", calibration, *CALIBRATE_TINY, "--estimator", "token", "--cett", 0.2
+    )
     assert result["settings"]["estimator"] == "token"
     assert all(0 < cett <= 0.2 for cett in result["allocation"]["cett"])
     built = result_of("build", tiny_model, "--calibration", calibration, "-o", output)
@@ -283,8 +402,8 @@ def test_generate_json(tiny_artifact: Path) -> None:
     metrics = result["metrics"]
     assert (metrics["mask"], metrics["provider"], metrics["finish_reason"]) == ("tda", "cpu", "length")
     assert (metrics["prompt_tokens"], metrics["new_tokens"]) == (len(PROMPT), 24)
-    assert metrics["sparsity"] == 1 - metrics["density"] == generation.metrics.sparsity
-    assert metrics["ffn_bytes_per_token"] == round(metrics["density"] * DENSE_FFN_BYTES)
+    assert 1 - metrics["density"] < metrics["sparsity"] == generation.metrics.sparsity
+    assert metrics["ffn_bytes_per_token"] == round((1 - metrics["sparsity"]) * DENSE_FFN_BYTES)
     assert metrics["dense_ffn_bytes_per_token"] == DENSE_FFN_BYTES
     assert metrics["decode_tokens_per_second"] == pytest.approx(23 / metrics["decode_seconds"])
 

@@ -221,7 +221,9 @@ def test_verify_where_the_model_is_gone(artifact_copy: Path) -> None:
     assert_error(result, FAILURE, "is not to be had", "/nowhere/model", "--against MODEL or --files-only")
 
 
-BUDGETS = pytest.mark.parametrize("budget", [["--cett", "0.2"], ["--sparsity", "0.3"]], ids=" ".join)
+BUDGETS = pytest.mark.parametrize(
+    "budget", [["--cett", "0.2"], ["--sparsity", "0.3"], ["--max-kl", "0.1"]], ids=" ".join
+)
 
 
 @BUDGETS
@@ -234,7 +236,7 @@ def test_budget_of_a_griffin_artifact(griffin_artifact: Path, budget: list[str])
 def test_budget_of_an_artifact_without_calibration(artifact_copy: Path, budget: list[str]) -> None:
     edit_manifest(artifact_copy, lambda manifest: manifest["files"].pop(contract.CALIBRATION_FILE))
     result = run_cli("generate", artifact_copy, "Hi", *budget)
-    assert_error(result, USAGE, "carries no calibration, so its budget is fixed. Leave --cett and --sparsity out")
+    assert_error(result, USAGE, "carries no calibration, so its budget is fixed. Leave the budget out")
 
 
 @BUDGETS

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tda_export.graph import contract
 from tests.cli.conftest import FAILURE, USAGE, assert_error
-from tests.conftest import run_cli, run_ok
+from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
 from tests.runtime.conftest import edit_manifest
 
 SMALL = ("--prompts", 2, "--prompt-tokens", 16, "--continuation-tokens", 4)
@@ -25,7 +26,9 @@ def text(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "method", "budget", "density"),
     [
-        ([], "tda", {"sparsity": 0.5, "allocation": "uniform"}, None),
+        ([], "tda", {"sparsity": 0.5, "allocation": "kl"}, None),
+        (["--sparsity", 0.5, "--allocation", "uniform"], "tda", {"sparsity": 0.5, "allocation": "uniform"}, None),
+        (["--max-kl", 0.05], "tda", {"max_kl": 0.05}, None),
         (["--cett", 0], "tda", {"cett": 0.0}, 1.0),
         (["--method", "griffin", "--sparsity", 0.75], "griffin", {"sparsity": 0.75}, 0.25),
         (["--method", "dense"], "dense", {}, 1.0),
@@ -40,7 +43,12 @@ def test_json(
         assert 0.0 < result["density"] < 1.0
     else:
         assert result["density"] == pytest.approx(density, abs=0.01)
-    assert result["ffn_bytes"] == pytest.approx(result["density"] * result["dense_ffn_bytes"])
+    share = result["ffn_bytes"] / result["dense_ffn_bytes"]
+    if budget.get("allocation") == "kl" or "max_kl" in budget:
+        assert result["density"] / 3 < share < result["density"]
+    else:
+        assert share == pytest.approx(result["density"])
+    assert result["refresh_ffn_bytes"] == 0.0
     if result["density"] == 1.0:
         assert result["perplexity"] == pytest.approx(result["dense_perplexity"], rel=1e-4)
     else:
@@ -50,9 +58,52 @@ def test_json(
 
 def test_summary_names_text_method_and_budget(tiny_artifact: Path, text: Path) -> None:
     printed = run_ok("eval", tiny_artifact, "--text", text, "--sparsity", 0.25, *SMALL).stdout
-    assert "tda (sparsity 0.25, allocation uniform) on harbour.txt, 2 prompts of 16 + 4 tokens" in printed
+    assert "tda (sparsity 0.25, allocation kl) on harbour.txt, 2 prompts of 16 + 4 tokens" in printed
     for line in ("KL to dense", "perplexity", "dense perplexity", "top-1 agreement", "FFN bytes a token"):
         assert f"\n{line}" in printed
+
+
+def test_refreshes_are_told_apart(tiny_artifact: Path, text: Path) -> None:
+    def measured(*options: object) -> Any:
+        return json.loads(run_ok("eval", tiny_artifact, "--text", text, *SMALL, *options, "--json").stdout)
+
+    plain, refreshed = measured(), measured("--refresh", 2)
+    assert refreshed["budget"] == {**plain["budget"], "refresh": 2}
+    assert refreshed["kl"] < plain["kl"]  # of four tokens, two are dense
+    sparse = refreshed["ffn_bytes"] - refreshed["refresh_ffn_bytes"]
+    assert refreshed["refresh_ffn_bytes"] == pytest.approx((refreshed["dense_ffn_bytes"] - sparse) / 2)
+    printed = run_ok("eval", tiny_artifact, "--text", text, *SMALL, "--refresh", 2).stdout
+    assert "MiB (density 0." in printed
+    assert "of them to refresh" in printed
+    assert "of them to refresh" not in run_ok("eval", tiny_artifact, "--text", text, *SMALL).stdout
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["file", "own"])
+def test_paper(tiny_artifact: Path, token_artifact: Path, text: Path, beside: bool) -> None:
+    """One level, by the CETT of tokens: the mask is all that saves bytes."""
+    given = ("--calibration", token_artifact / contract.CALIBRATION_FILE) if beside else ()
+    artifact = tiny_artifact if beside else token_artifact
+    for options, cett in (((), 0.2), (("--cett", 0.4), 0.4)):
+        printed = run_ok("eval", artifact, "--text", text, "--method", "paper", *given, *options, *SMALL, "--json")
+        result = json.loads(printed.stdout)
+        assert (result["method"], result["budget"]) == ("paper", {"cett": cett})
+        assert result["ffn_bytes"] == pytest.approx(result["density"] * result["dense_ffn_bytes"])
+        assert result["density"] < 1.0
+
+
+def test_budget_from_another_calibration(tiny_artifact: Path, token_artifact: Path, text: Path) -> None:
+    def measured(*options: object) -> Any:
+        return json.loads(run_ok("eval", tiny_artifact, "--text", text, *SMALL, *options, "--json").stdout)
+
+    cett = ("--cett", 0.3)
+    other = measured(*cett, "--calibration", token_artifact / contract.CALIBRATION_FILE)
+    assert other["density"] != measured(*cett)["density"]
+
+
+def test_calibration_of_another_model(tiny_artifact: Path, other_model: Path, text: Path, tmp_path: Path) -> None:
+    run_ok("calibrate", other_model, "-o", tmp_path / "c", *CALIBRATE_TINY, "--curves-only")
+    options = ("--text", text, *SMALL, "--cett", 0.2, "--calibration", tmp_path / "c")
+    assert_error(run_cli("eval", tiny_artifact, *options), USAGE, "was calibrated on another model", "--calibration")
 
 
 def test_missing_text(tiny_artifact: Path, tmp_path: Path) -> None:
@@ -88,6 +139,16 @@ def test_lengths_that_do_not_fit_the_model(tiny_artifact: Path, text: Path) -> N
         (["--allocation", "uniform"], "Give --sparsity"),
         (["--cett", 0.2, "--sparsity", 0.5], "Give one of them"),
         (["--prompts", 1], "--prompts"),
+        (["--max-kl", 0.1, "--sparsity", 0.5], "Give one of them"),
+        (["--max-kl", 0], "--max-kl 0.0: give a positive number"),
+        (["--refresh", 1], "A refresh after every 1 tokens: give 2 or more"),
+        (["--refresh", -1], "--refresh"),
+        (["--calibration", "x"], "--calibration is what a budget is chosen from"),
+        (["--method", "paper"], "paper takes thresholds of single tokens"),
+        (["--method", "paper", "--sparsity", 0.5], "paper takes --cett (0.2 unless given)"),
+        (["--method", "dense", "--refresh", 4], "dense reads every neuron"),
+        (["--method", "griffin", "--sparsity", 0.5, "--refresh", 4], "griffin takes --sparsity"),
+        (["--method", "tt", "--cett", 0.2, "--refresh", 4], "tt takes --cett or --sparsity, and nothing else"),
     ],
 )
 def test_options_that_do_not_go_together(tiny_artifact: Path, text: Path, options: list[object], words: str) -> None:
@@ -130,4 +191,4 @@ def test_truncation_beyond_a_third(token_artifact: Path, text: Path) -> None:
 def test_truncation_without_calibration(artifact_copy: Path, text: Path) -> None:
     edit_manifest(artifact_copy, lambda manifest: manifest["files"].pop(contract.CALIBRATION_FILE))
     result = run_cli("eval", artifact_copy, "--text", text, "--method", "tt", "--cett", 0.2)
-    assert_error(result, USAGE, "carries no calibration", "calibrate --estimator token")
+    assert_error(result, USAGE, "carries no calibration", "--calibration")

@@ -25,11 +25,11 @@ def test_json(tiny_artifact: Path, data: Path) -> None:
         run_ok("eval", tiny_artifact, "--tasks", "piqa, gsm8k", "--data", data, "--limit", 2, "--json").stdout
     )
     assert (result["method"], result["protocol"], result["limit"]) == ("tda", "strict", 2)
-    assert result["budget"] == {"sparsity": 0.5, "allocation": "uniform"}
+    assert result["budget"] == {"sparsity": 0.5, "allocation": "kl"}
     assert list(result["tasks"]) == ["piqa", "gsm8k"]
     piqa = result["tasks"]["piqa"]
     assert piqa["questions"] == 2
-    assert 0.0 < piqa["density"] < 1.0
+    assert 0.0 < piqa["ffn_share"] < 1.0
     assert piqa["metrics"]["acc"].keys() == {"value", "stderr"}
     assert "reference" not in result
 
@@ -53,8 +53,16 @@ def test_protocol_and_budget_reach_the_model(tiny_artifact: Path, data: Path) ->
         return value
 
     griffin = ("--method", "griffin", "--sparsity", 0.5)
-    found = {bits(), bits("--sparsity", 0.75), bits("--protocol", "griffin"), bits(*griffin)}
-    assert len(found) == 4
+    found = {
+        bits(),
+        bits("--sparsity", 0.75),
+        bits("--max-kl", 2.0),
+        bits("--sparsity", 0.5, "--allocation", "uniform"),
+        bits("--protocol", "griffin"),
+        bits(*griffin),
+    }
+    assert len(found) == 6
+    assert bits("--refresh", 4) == bits()  # nothing is refreshed while answers are scored
 
 
 def test_truncation_on_tasks(token_artifact: Path, data: Path) -> None:
@@ -62,7 +70,7 @@ def test_truncation_on_tasks(token_artifact: Path, data: Path) -> None:
     result = json.loads(run_ok("eval", token_artifact, *options).stdout)
     assert result["method"] == "tt"
     for task in ("piqa", "gsm8k"):
-        assert 0.2 < result["tasks"][task]["density"] < 0.6
+        assert (2 + 0.2) / 3 < result["tasks"][task]["ffn_share"] < (2 + 0.6) / 3
 
 
 def test_data_from_the_environment(tiny_artifact: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

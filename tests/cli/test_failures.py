@@ -21,7 +21,7 @@ import torch
 from click.testing import Result
 
 from tests.cli.conftest import FAILURE, INTERRUPTED, assert_error, assert_error_text, build, listing
-from tests.conftest import CALIBRATE_TINY, run_cli
+from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
 
 SMALL_FILES = 100_000  # bytes: less than the weights and the calibration of the tiny model
 LONG_CALIBRATION = 4000  # sequences of 48 tokens: some ten seconds
@@ -99,14 +99,18 @@ def limit_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILES, SMALL_FILES))
 
 
-@pytest.mark.parametrize("command", ["calibrate", "build"])
+@pytest.mark.parametrize(
+    ("command", "more", "name"),
+    [("calibrate", ["--curves-only"], "x"), ("calibrate", [], "x.partial"), ("build", [], "x")],
+    ids=["curves", "path", "build"],
+)
 def test_files_that_really_cannot_be_written(
-    command: str, outputs: Path, tiny_model: Path, tiny_calibration: Path
+    command: str, more: list[str], name: str, outputs: Path, tiny_model: Path, tiny_calibration: Path
 ) -> None:
-    options = {"calibrate": CALIBRATE_TINY, "build": ["--calibration", tiny_calibration]}[command]
+    options = [*{"calibrate": CALIBRATE_TINY, "build": ["--calibration", tiny_calibration]}[command], *more]
     process = start(command, tiny_model, "-o", outputs / "x", *options, preexec_fn=limit_files)
     _, stderr = process.communicate(timeout=120)
-    assert_error_text(stderr, process.returncode, FAILURE, "x: could not be written", "File too large")
+    assert_error_text(stderr, process.returncode, FAILURE, f"{name}: could not be written", "File too large")
 
 
 # What the operating system, or memory, refuses anywhere else
@@ -227,12 +231,35 @@ def assert_interrupted(result: Result) -> None:
         "tda_export.calibration.corpus.load_corpus",
         "tda_export.models.source.ModelSource.reference",
         "tda_export.calibration.run.accumulate_curves",
-        "tda_export.calibration.file.save_file",
+        "tda_export.calibration.resume.save_file",
     ],
 )
 def test_interrupted_calibration(outputs: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     monkeypatch.setattr(step, interrupt)
     assert_interrupted(run_cli("calibrate", tiny_model, "-o", outputs / "x", *CALIBRATE_TINY))
+
+
+def test_interrupted_calibration_of_curves(outputs: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tda_export.calibration.file.save_file", interrupt)
+    assert_interrupted(run_cli("calibrate", tiny_model, "-o", outputs / "x", *CALIBRATE_TINY, "--curves-only"))
+
+
+@pytest.mark.parametrize(
+    "step", ["tda_export.calibration.run.find_path", "tda_export.calibration.file.save_file"], ids=["path", "writing"]
+)
+def test_interrupted_calibration_goes_on(tmp_path: Path, tiny_model: Path, step: str) -> None:
+    """What it leaves is the partial file alone, which the next run uses and removes."""
+    arguments = ("calibrate", tiny_model, *CALIBRATE_TINY, "-o")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, interrupt)
+        assert_interrupted(run_cli(*arguments, tmp_path / "x"))
+    assert [path.name for path in tmp_path.iterdir()] == ["x.partial"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tda_export.calibration.run.accumulate_curves", interrupt)  # not needed again
+        run_ok(*arguments, tmp_path / "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    run_ok(*arguments, tmp_path / "y")
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
 
 
 @pytest.mark.parametrize(

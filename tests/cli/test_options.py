@@ -34,13 +34,25 @@ def test_budget_out_of_range(command: str, option: str, value: str, outputs: Pat
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--cett", "0.2", "--sparsity", "0.2"], "A budget is either --cett or --sparsity"),
+        (["--cett", "0.2", "--sparsity", "0.2"], "A budget is one of --cett, --sparsity and --max-kl"),
+        (["--max-kl", "0.1", "--sparsity", "0.2"], "A budget is one of --cett, --sparsity and --max-kl"),
+        (["--max-kl", "-1"], "--max-kl -1.0: give a positive number of nats"),
+        (["--max-kl", "nan"], "--max-kl nan: give a positive number of nats"),
         (["--allocation", "uniform"], "--allocation spreads a --sparsity over the layers. Give --sparsity"),
         (["--cett", "0.2", "--allocation", "uniform"], "--allocation spreads a --sparsity over the layers"),
         (["--cett", "nan"], "CETT nan is outside [0, 1)"),
         (["--sparsity", "nan"], "sparsity nan is outside [0, 1)"),
     ],
-    ids=["two", "allocation alone", "allocation of CETT", "nan CETT", "nan sparsity"],
+    ids=[
+        "two",
+        "KL too",
+        "negative KL",
+        "nan KL",
+        "allocation alone",
+        "allocation of CETT",
+        "nan CETT",
+        "nan sparsity",
+    ],
 )
 @pytest.mark.parametrize("command", ["calibrate", "build", "generate"])
 def test_impossible_budget(
@@ -61,7 +73,9 @@ def test_impossible_budget(
 
 
 @pytest.mark.parametrize(
-    "budget", [["--cett", "0.2"], ["--sparsity", "0"], ["--allocation", "uniform"]], ids=lambda words: " ".join(words)
+    "budget",
+    [["--cett", "0.2"], ["--sparsity", "0"], ["--allocation", "uniform"], ["--max-kl", "0.1"], ["--refresh", "4"]],
+    ids=lambda words: " ".join(words),
 )
 def test_budget_of_dense_decoding(tiny_artifact: Path, budget: list[str]) -> None:
     result = run_cli("generate", tiny_artifact, "Hi", "--mask", "dense", *budget)
@@ -84,6 +98,9 @@ def test_griffin_of_an_impossible_sparsity(outputs: Path, tiny_model: Path) -> N
         (["--device", "tpu"], "--device tpu"),
         (["--device", "cuda:99"], "--device cuda"),
         (["--seed", "-1"], "-1"),
+        (["--prior-tokens", "-1"], "--prior-tokens"),
+        (["--curves-only", "--sparsity", "0.5"], "--curves-only leaves out what this budget needs. Give --cett"),
+        (["--curves-only", "--max-kl", "0.5"], "--curves-only leaves out what this budget needs. Give --cett"),
         (["--prompt-tokens", "500"], "516 tokens (prompt and continuation) are more than the 512 positions"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -105,6 +122,9 @@ def test_calibrate_options(outputs: Path, tiny_model: Path, options: list[str], 
         (["--context", "0"], "A context of 0 tokens is outside [2, 512]"),
         (["--context", "513"], "A context of 513 tokens is outside [2, 512]"),
         (["--mask", "sparse"], "'sparse' is not one of"),
+        (["--refresh", "1"], "A refresh after every 1 tokens: give 2 or more, or 0 for none"),
+        (["--refresh", "-1"], "--refresh"),
+        (["--sparsity", "0.95"], "is more than the calibration measured"),
         (["--provider", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
         (["--provider", "cuda"], "this one is float32"),
     ],
@@ -121,7 +141,14 @@ def test_griffin_without_sparsity(outputs: Path, tiny_model: Path) -> None:
 
 @pytest.mark.parametrize(
     "option",
-    [["--cett", "0.2"], ["--tail", "mean"], ["--calibration", "x"], ["--allocation", "uniform"]],
+    [
+        ["--cett", "0.2"],
+        ["--tail", "mean"],
+        ["--calibration", "x"],
+        ["--allocation", "uniform"],
+        ["--max-kl", "0.1"],
+        ["--refresh", "4"],
+    ],
     ids=" ".join,
 )
 def test_griffin_with_what_is_not_its_own(outputs: Path, tiny_model: Path, option: list[str]) -> None:
@@ -132,6 +159,34 @@ def test_griffin_with_what_is_not_its_own(outputs: Path, tiny_model: Path, optio
 def test_tda_without_calibration(outputs: Path, tiny_model: Path) -> None:
     result = run_cli("build", tiny_model, "-o", outputs / "x")
     assert_error(result, USAGE, "--method tda needs --calibration FILE", "tda-export calibrate")
+
+
+@pytest.mark.parametrize("budget", [[], ["--sparsity", "0.3"], ["--max-kl", "0.3"]], ids=" ".join)
+def test_tail_of_nothing_by_kl(outputs: Path, tiny_model: Path, tiny_calibration: Path, budget: list[str]) -> None:
+    result = build(tiny_model, tiny_calibration, outputs / "x", *budget, "--tail", "zero")
+    assert_error(result, USAGE, "--tail zero: a budget by KL is calibrated with the tail mean. Leave --tail out")
+
+
+def test_build_with_a_refresh_of_every_token(outputs: Path, tiny_model: Path, tiny_calibration: Path) -> None:
+    result = build(tiny_model, tiny_calibration, outputs / "x", "--refresh", 1)
+    assert_error(result, USAGE, "A refresh after every 1 tokens: give 2 or more")
+
+
+@pytest.mark.parametrize("budget", [["--sparsity", "0.3"], ["--max-kl", "0.3"]], ids=" ".join)
+def test_budget_by_kl_of_curves_alone(outputs: Path, tiny_model: Path, tmp_path: Path, budget: list[str]) -> None:
+    run_ok("calibrate", tiny_model, "-o", tmp_path / "c", *CALIBRATE_TINY, "--curves-only")
+    result = build(tiny_model, tmp_path / "c", outputs / "x", *budget)
+    assert_error(result, USAGE, "This calibration holds CETT curves alone. Calibrate without --curves-only")
+
+
+@pytest.mark.parametrize("budget", [["--sparsity", "0.3"], ["--max-kl", "0.3"]], ids=" ".join)
+def test_budget_by_kl_of_an_artifact_without_a_prior(
+    tiny_model: Path, tiny_calibration: Path, tmp_path: Path, budget: list[str]
+) -> None:
+    output = tmp_path / "a"
+    assert build(tiny_model, tiny_calibration, output, "--cett", 0.2, "--no-verify").exit_code == 0
+    result = run_cli("generate", output, "Hi", *budget)
+    assert_error(result, USAGE, "was built without the prior and the tail mean", "--allocation kl")
 
 
 def test_no_output(tiny_model: Path) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from tda_export.errors import TdaError, UsageError
 from tda_export.evaluation.harness import TdaLM
+from tda_export.evaluation.methods import Request
 from tda_export.models.source import ModelSource
+from tda_export.runtime import load
+from tda_export.runtime.deployment import Refresh
 
 LOG = 1e-3
 PAIRS = [
@@ -95,11 +100,69 @@ def test_methods_and_protocols_differ(tiny_artifact: Path) -> None:
         for arguments in (
             {"method": "dense"},
             {"sparsity": 0.5},
+            {"sparsity": 0.5, "allocation": "uniform"},
+            {"max_kl": 2.0},
             {"sparsity": 0.5, "protocol": "griffin"},
             {"method": "griffin", "sparsity": 0.5},
         )
     ]
-    assert len({round(result, 4) for result in results}) == 4
+    assert len({round(result, 4) for result in results}) == 6
+
+
+@pytest.mark.parametrize("refresh", [None, 0, 3])
+@pytest.mark.parametrize("method", ["own", "uniform"])
+def test_griffin_generations_are_those_of_the_driver(tiny_artifact: Path, method: str, refresh: int | None) -> None:
+    """There the first new token is dense, as in use; refreshes and token thresholds are the driver's too."""
+    lm = make(
+        tiny_artifact,
+        protocol="griffin",
+        refresh=refresh,
+        **{} if method == "own" else {"sparsity": 0.5, "allocation": "uniform"},
+    )
+    options = {"until": ["\0"], "max_gen_toks": 14, "do_sample": False}
+    (found,) = lm.generate_until(instances("generate_until", [("The boats come home", options)]), disable_tqdm=True)
+    driver = load(tiny_artifact, provider="cpu")
+    generation = driver.generate("The boats come home", max_new_tokens=14, deployment=lm.setting.deployment)
+    list(generation)
+    assert generation.metrics.refreshes == (4 if refresh else 0)
+    assert found == generation.text
+
+
+@pytest.mark.parametrize("refresh", [2, 5])
+def test_strict_generations_with_refreshes_equal_a_loop(tiny_artifact: Path, refresh: int) -> None:
+    """Beside a step by hand; scoring is not refreshed."""
+    lm = make(tiny_artifact, refresh=refresh)
+    how, tokens, new = lm.setting.deployment, lm.text.encode("The boats come home"), list[int]()
+    step = lm.setting.open_step(len(tokens) + 12)
+    _, mask = step.read(tokens[:-1], how.thresholds, prior=how.prior)
+    lm.setting.use(step, mask)
+    new.append(step.greedy(tokens[-1]))
+    while len(new) < 12:
+        if len(new) % refresh == 0:
+            logits, mask = step.reread(new[-refresh:], how.thresholds, how.refresh.decay)
+            lm.setting.use(step, mask)
+            new.append(int(logits.argmax()))
+        else:
+            new.append(step.greedy(new[-1]))
+    options = {"until": ["\0"], "max_gen_toks": 12, "do_sample": False}
+    (found,) = lm.generate_until(instances("generate_until", [("The boats come home", options)]), disable_tqdm=True)
+    stream = lm.text.stream(tokens)
+    assert found == "".join(stream.add(token) for token in new) + stream.finish()
+    requests = instances("loglikelihood", PAIRS[:3])
+    plain = make(tiny_artifact).loglikelihood(requests, disable_tqdm=True)
+    assert lm.loglikelihood(requests, disable_tqdm=True) == plain
+
+
+def test_a_request_becomes_arguments(tiny_artifact: Path, tiny_calibration: Path) -> None:
+    request = Request(max_kl=2.0, refresh=Refresh(4), calibration=tiny_calibration)
+    lm = TdaLM.of(tiny_artifact, request, protocol="griffin", provider="cpu")
+    expected = make(tiny_artifact, max_kl=2.0, refresh=4, calibration=str(tiny_calibration), protocol="griffin")
+    assert lm.setting.budget == expected.setting.budget == {"max_kl": 2.0, "refresh": 4}
+    assert lm.scorer.protocol == "griffin"
+    for ours, theirs in zip(
+        dataclasses.astuple(lm.setting.deployment), dataclasses.astuple(expected.setting.deployment), strict=True
+    ):
+        assert np.array_equal(ours, theirs)
 
 
 def test_results_are_kept_where_lm_eval_asks(tiny_artifact: Path) -> None:
@@ -123,6 +186,9 @@ def test_results_are_kept_where_lm_eval_asks(tiny_artifact: Path) -> None:
         ({"max_length": 1}, r"A length of 1 tokens is outside \[2, 512\]"),
         ({"max_length": 513}, r"A length of 513 tokens is outside \[2, 512\]"),
         ({"method": "griffin"}, "griffin takes --sparsity"),
+        ({"refresh": 1}, "A refresh after every 1 tokens"),
+        ({"max_kl": 0.0}, "--max-kl 0.0: give a positive number"),
+        ({"calibration": "x"}, "--calibration is what a budget is chosen from"),
     ],
 )
 def test_arguments_that_are_refused(tiny_artifact: Path, arguments: dict[str, Any], words: str) -> None:

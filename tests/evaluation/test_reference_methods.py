@@ -14,6 +14,7 @@ from tda_export.calibration.capture import capture_activations
 from tda_export.calibration.cett import neuron_scores, threshold_grid
 from tda_export.calibration.curves import CurveAccumulator
 from tda_export.errors import TdaError, UsageError
+from tda_export.evaluation.methods import Request, open_setting
 from tda_export.evaluation.reference_data import ffn_inputs, layer_activations
 from tda_export.evaluation.reference_methods import (
     CatsMethod,
@@ -24,7 +25,6 @@ from tda_export.evaluation.reference_methods import (
     sparse_ffn,
     static_method,
 )
-from tda_export.evaluation.setting import open_setting
 from tda_export.evaluation.text import TextSettings, evaluate_text
 from tda_export.graph.reference import ACTIVATIONS
 from tda_export.models.source import ModelSource, resolve_model
@@ -191,7 +191,9 @@ def test_measures_by_the_protocol_of_eval(
     static = static_method(torch.rand(LAYERS, NEURONS, generator=torch.Generator().manual_seed(3)), 0.5)
     every = StaticMethod(torch.ones(LAYERS, NEURONS, dtype=torch.bool), extra_bytes=1000)
     results = measure_methods(reference, source.spec, windows, SETTINGS, {"half": static, "all": every})
-    expected = evaluate_text(model.artifact, open_setting(model.artifact, model.sessions, "dense"), windows, SETTINGS)
+    expected = evaluate_text(
+        model.artifact, open_setting(model.artifact, model.sessions, Request("dense")), windows, SETTINGS
+    )
     half, dense = results["half"], results["all"]
     assert dense.perplexity == dense.dense_perplexity == half.dense_perplexity
     assert dense.dense_perplexity == pytest.approx(expected.dense_perplexity, rel=1e-4)

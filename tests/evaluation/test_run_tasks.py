@@ -109,7 +109,7 @@ def test_results_are_those_of_transformers(data: Path, lm: TdaLM, source: ModelS
         assert found[task].metrics.keys() == expected[task].metrics.keys() != set()
         for name, metric in found[task].metrics.items():
             assert metric.value == pytest.approx(expected[task].metrics[name].value, rel=1e-3)
-        assert expected[task].density is None
+        assert expected[task].ffn_share is None
 
 
 def test_the_right_answer_is_the_likeliest(data: Path, lm: TdaLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_the_right_answer_is_the_likeliest(data: Path, lm: TdaLM, monkeypatch: p
     assert found["qasper"].metrics["bits_per_byte"].value == 0.0
 
 
-def test_limit_and_density(data: Path, tiny_artifact: Path) -> None:
+def test_limit_and_ffn_share(data: Path, tiny_artifact: Path) -> None:
     sparse = TdaLM(str(tiny_artifact), sparsity=0.5, provider="cpu")
     said: list[str] = []
     found = run_tasks(sparse, ["piqa", "gsm8k"], data, limit=2, notify=said.append)
@@ -135,8 +135,8 @@ def test_limit_and_density(data: Path, tiny_artifact: Path) -> None:
     assert "acc 0." in said[1] or "acc 1." in said[1]
     assert [found[task].questions for task in found] == [2, 2]
     for result in found.values():
-        assert result.density is not None
-        assert 0.0 < result.density < 1.0
+        assert result.ffn_share is not None
+        assert 0.0 < result.ffn_share < 1.0
 
 
 def test_gold_likelihoods_by_hand() -> None:

@@ -12,32 +12,53 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tda_export.errors import TdaError, UsageError
+from tda_export.evaluation.methods import Request, open_setting
 from tda_export.evaluation.scoring import DECODE_TOKENS, Scorer, token_log_probabilities
-from tda_export.evaluation.setting import Setting, open_setting
+from tda_export.evaluation.setting import Counted, Setting
+from tda_export.graph import contract
 from tda_export.runtime import Model, load
+from tda_export.runtime.deployment import Refresh, one_level
 from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.phases import decode, prefill
 from tda_export.runtime.scoring import log_softmax
+from tda_export.runtime.session import device_tensor
 
 FLOAT32 = 1e-3
 TOKENS = st.lists(st.integers(3, 250), min_size=1, max_size=12)
 
 
-@pytest.fixture(scope="module", params=["tda", "griffin", "dense"])
+@pytest.fixture(scope="module", params=["tda", "uniform", "griffin", "dense"])
 def setting(model: Model, request: pytest.FixtureRequest) -> Setting:
-    sparsity = None if request.param == "dense" else 0.5
-    return open_setting(model.artifact, model.sessions, request.param, sparsity=sparsity)
+    requests = {
+        "tda": Request("tda", sparsity=0.5, refresh=Refresh(2)),
+        "uniform": Request("tda", sparsity=0.5, allocation="uniform"),
+        "griffin": Request("griffin", sparsity=0.5),
+        "dense": Request("dense"),
+    }
+    return open_setting(model.artifact, model.sessions, requests[request.param])
 
 
 def slow_score(setting: Setting, read: list[int], sparse: list[int], predicted: list[int]) -> tuple[float, bool]:
-    """Score each prediction in a cache of its own: `read` densely, then `sparse` under its mask, token by token."""
+    """Score each prediction in a cache of its own: `read` densely, then `sparse` under its mask, token by token.
+
+    Nothing is refreshed. A mask of one token is that of the prior, or every neuron.
+    """
+    how, inputs = (
+        setting.deployment,
+        {contract.TOKEN_THRESHOLDS: device_tensor(setting.deployment.token_thresholds, "cpu")},
+    )
     total, greedy = 0.0, True
     for index, token in enumerate(predicted):
         fed = sparse[: index + 1]
         cache = KvCache(setting.shape, "cpu", len(read) + len(fed))
-        mask = prefill(setting.sessions, setting.shape, read, cache, setting.thresholds)[1] if read else None
+        mask = (
+            prefill(setting.sessions, setting.shape, read, cache, how.thresholds, prior=how.prior)[1] if read else None
+        )
+        mask = mask if setting.masked else None
+        if mask is not None and not how.tail_mean:
+            mask = mask.without_tail()
         for one in fed:
-            logits = decode(setting.sessions, cache, [one], mask if setting.masked else None)
+            logits = decode(setting.sessions, cache, [one], mask, inputs if mask else {})
         total += float(log_softmax(logits)[0, token])
         greedy &= int(logits.argmax()) == token
     return total, greedy
@@ -60,7 +81,7 @@ def test_strict_scores_every_token_under_the_mask_of_the_context(
 def test_griffin_scores_the_last_step_alone_under_a_mask(
     setting: Setting, context: list[int], continuation: list[int]
 ) -> None:
-    dense = Setting("dense", setting.shape, setting.sessions, masked=False)
+    dense = Setting("dense", setting.shape, setting.sessions, one_level(None, 3), masked=False)
     fed = [*context, *continuation[:-1]]
     before, _ = slow_score(dense, context[:-1], [context[-1], *continuation[:-2]], continuation[:-1])
     last, _ = slow_score(setting, fed[:-1], fed[-1:], continuation[-1:])
@@ -94,7 +115,7 @@ def test_contexts_do_not_touch_each_other(setting: Setting) -> None:
 def test_long_continuations_are_decoded_in_pieces(model: Model, reference: torch.nn.Module) -> None:
     tokens = np.random.default_rng(0).integers(3, 250, 2 * DECODE_TOKENS + 40).tolist()
     context, continuation = tokens[:20], tokens[20:]
-    dense = open_setting(model.artifact, model.sessions, "dense")
+    dense = open_setting(model.artifact, model.sessions, Request("dense"))
     with torch.inference_mode():
         log = torch.log_softmax(reference(torch.tensor([tokens[:-1]])).logits[0, 19:].float(), dim=-1)
     expected = log[torch.arange(len(continuation)), torch.tensor(continuation)].sum().item()
@@ -119,33 +140,38 @@ def test_one_logit_that_is_not_finite(bad: float) -> None:
         token_log_probabilities(logits, np.zeros((1, 2), np.int64))
 
 
-def test_density_is_that_of_the_masks(setting: Setting) -> None:
-    scorer = Scorer(setting)
-    assert scorer.take_density() is None
-    scorer.score(list(range(5, 45)), [[1], [2]])
-    assert scorer.take_density() == pytest.approx(1.0 if setting.method == "dense" else 0.5, abs=0.2)
-    assert scorer.take_density() is None
+def test_ffn_share_is_that_of_the_masks_and_of_what_tokens_keep(setting: Setting) -> None:
+    scorer, context = Scorer(setting), list(range(5, 45))
+    assert scorer.take_ffn_share() is None
+    scorer.score(context, [[1], [2]])
+    share = scorer.take_ffn_share()
+    assert share == pytest.approx(1.0 if setting.method == "dense" else 0.5, abs=0.2)
+    cache = KvCache(setting.shape, "cpu", len(context))
+    _, mask = setting.read(context[:-1], cache)
+    assert share == pytest.approx(setting.without_refresh().decode_counted(cache, context[-1:], mask).ffn_share)
+    assert (share < setting.density(mask)) == (setting.counting is not None)
+    assert scorer.take_ffn_share() is None
 
 
 def test_truncation_scores_and_counts_each_token(token_artifact: Path) -> None:
     loaded = load(token_artifact, provider="cpu")
-    setting = open_setting(loaded.artifact, loaded.sessions, "tt", sparsity=0.25)
+    setting = open_setting(loaded.artifact, loaded.sessions, Request("tt", sparsity=0.25))
     context, continuations = list(range(5, 30)), [[40, 41, 42], [60]]
     cache = KvCache(setting.shape, "cpu", 40)
-    sums, densities = [], []
+    sums, shares = [], []
     for continuation in continuations:
         cache.truncate(0)
         _, mask = setting.read(context[:-1], cache)
         sums.append(0.0)
         for fed, predicted in zip([context[-1], *continuation], continuation, strict=False):
-            logits, density = setting.decode_counted(cache, [fed], mask)
-            sums[-1] += float(log_softmax(logits)[0, predicted])
-            densities.append(density)
+            counted = setting.decode_counted(cache, [fed], mask)
+            sums[-1] += float(log_softmax(counted.logits)[0, predicted])
+            shares.append(counted.ffn_share)
     scorer = Scorer(setting)
     assert [score.loglikelihood for score in scorer.score(context, continuations)] == pytest.approx(sums, abs=FLOAT32)
-    assert scorer.take_density() == pytest.approx(np.mean(densities))
-    assert scorer.take_density() is None
-    dense = Scorer(open_setting(loaded.artifact, loaded.sessions, "dense"))
+    assert scorer.take_ffn_share() == pytest.approx(np.mean(shares))
+    assert scorer.take_ffn_share() is None
+    dense = Scorer(open_setting(loaded.artifact, loaded.sessions, Request("dense")))
     unread = scorer.score([5], [[6]])  # nothing that a context would give: dense, as for other methods
     assert unread[0].loglikelihood == pytest.approx(dense.score([5], [[6]])[0].loglikelihood, abs=FLOAT32)
     with pytest.raises(UsageError, match="does not generate"):
@@ -158,6 +184,8 @@ def test_unknown_protocol(setting: Setting) -> None:
 
 
 def test_logits_that_are_not_finite(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Setting, "decode", lambda *arguments: np.full((1, setting.shape.vocab_size), np.nan))
+    logits = np.full((1, setting.shape.vocab_size), np.nan)
+    monkeypatch.setattr(Setting, "decode", lambda *arguments: logits)
+    monkeypatch.setattr(Setting, "decode_counted", lambda *arguments: Counted(logits, 0.5, 0.5, 0.5))
     with pytest.raises(TdaError, match=r"^The logits are not finite\. Build the artifact in another dtype\.$"):
         Scorer(setting).score([5, 6], [[7]])

@@ -9,12 +9,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from tda_export.graph import contract
+from tda_export.graph.reference import SecondLevel
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.native.library import SWITCH, native_problem
 from tda_export.runtime import Model, load
+from tda_export.runtime.deployment import Deployment
+from tda_export.runtime.phases import PromptMask
+from tda_export.runtime.session import map_weight
 
 PROMPT = "The sea is calm tonight"
 
@@ -25,6 +31,29 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
     manifest = json.loads(path.read_text(encoding="utf-8"))
     change(manifest)
     path.write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def mask_alone(model: Model) -> Deployment:
+    """The artifact's own thresholds and prior, without token thresholds."""
+    layers = model.artifact.shape.num_layers
+    return Deployment(model.artifact.deployment.thresholds, np.zeros(layers, np.float32))
+
+
+def second_level(model: Model, thresholds: np.ndarray) -> SecondLevel:
+    """Token thresholds [L] as the reference takes them."""
+    scales = [map_weight(model.artifact, contract.neuron_scale(layer)) for layer in range(len(thresholds))]
+    return SecondLevel([torch.from_numpy(scale.copy()) for scale in scales], thresholds.tolist())
+
+
+def reference_mask(model: Model, mask: PromptMask) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """A prompt's mask as the reference takes it: L tensors [F] of 0 and 1, L tails [M]."""
+    masks, tails = [], []
+    for layer in range(model.artifact.shape.num_layers):
+        kept = torch.zeros(model.artifact.shape.ffn_size)
+        kept[mask.indices(layer)] = 1
+        masks.append(kept)
+        tails.append(torch.from_numpy(mask.inputs[contract.tail_mean(layer)].numpy()))
+    return masks, tails
 
 
 @contextlib.contextmanager

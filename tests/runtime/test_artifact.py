@@ -71,7 +71,7 @@ def test_newer_format(artifact_copy: Path, version: int) -> None:
 
 def test_older_format(artifact_copy: Path) -> None:
     edit_manifest(artifact_copy, lambda manifest: manifest.update(format_version=1))
-    with pytest.raises(TdaError, match=r"format 1 is older than this tda-export's \(2\). Build the artifact again"):
+    with pytest.raises(TdaError, match=r"format 1 is older than this tda-export's \(3\). Build the artifact again"):
         open_artifact(artifact_copy)
 
 
@@ -170,6 +170,14 @@ def test_incomplete_method(artifact_copy: Path, key: str) -> None:
         (lambda manifest: manifest.update(thresholds=["a", "a", "a"]), "must be real number"),
         (lambda manifest: manifest["files"]["tokenizer.json"].pop("sha256"), "sha256"),
         (lambda manifest: manifest["files"]["tokenizer.json"].update(sha256=5), r"files\.tokenizer\.json\.sha256"),
+        *(
+            (lambda manifest, key=key, value=value: manifest.update({key: value}), key)
+            for key in ("token_thresholds", "survivors")
+            for value in ([0.1], [0.1, float("inf"), 0.1])
+        ),
+        *((lambda manifest, key=key: manifest.pop(key), key) for key in ("token_thresholds", "survivors", "refresh")),
+        (lambda manifest: manifest.update(refresh={"tokens": 1}), "A refresh after every 1 tokens"),
+        (lambda manifest: manifest.update(refresh={"colour": 1}), "colour"),
         (lambda manifest: manifest["method"].update(selection="topk"), r"method\.density"),
         (lambda manifest: manifest["shape"].update(ffn_size=200), r"shape\.ffn_size"),
         (lambda manifest: manifest["shape"].update(num_layers=4), r"(thresholds|shape\.num_layers)"),

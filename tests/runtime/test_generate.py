@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import itertools
 from collections.abc import Iterator
@@ -13,15 +14,24 @@ import numpy as np
 import pytest
 import torch
 
+from tda_export.calibration.file import read_calibration
 from tda_export.errors import TdaError
 from tda_export.graph import contract
 from tda_export.graph.reference import masked_ffn
 from tda_export.models.source import ModelSource
 from tda_export.runtime import Model, Sampling, Token, load, open_artifact
 from tda_export.runtime import generate as generate_module
+from tda_export.runtime.deployment import Deployment, one_level
 from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.phases import PromptMask, prefill
-from tests.runtime.conftest import PROMPT, edit_manifest, without_native_kernels
+from tests.runtime.conftest import (
+    PROMPT,
+    edit_manifest,
+    mask_alone,
+    reference_mask,
+    second_level,
+    without_native_kernels,
+)
 
 PROMPTS = [PROMPT, "def add(a, b):\n    return", "In 1871 a watchmaker built a clock for the museum."]
 NEURONS = 3 * 96
@@ -32,18 +42,11 @@ def ids(model: Model, prompt: Any, **options: Any) -> list[int]:
     return [token.id for token in model.generate(prompt, **options)]
 
 
-def prompt_mask(model: Model, prompt: str) -> tuple[PromptMask, list[torch.Tensor], list[torch.Tensor]]:
-    """A prompt's mask, and the same for the reference: L masks [F] of 0 and 1, L tails [M]."""
+def prompt_mask(model: Model, prompt: str) -> PromptMask:
+    """The mask that a prompt gives."""
     shape = model.artifact.shape
     cache = KvCache(shape, model.provider, shape.max_positions)
-    _, mask = prefill(model.sessions, shape, model.text.encode(prompt), cache)
-    masks, tails = [], []
-    for layer in range(shape.num_layers):
-        kept = torch.zeros(shape.ffn_size)
-        kept[mask.inputs[contract.mask_indices(layer)].numpy()] = 1
-        masks.append(kept)
-        tails.append(torch.from_numpy(mask.inputs[contract.tail_mean(layer)].numpy()))
-    return mask, masks, tails
+    return prefill(model.sessions, shape, model.text.encode(prompt), cache)[1]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["sea", "code", "clock"])
@@ -59,22 +62,28 @@ def test_dense_greedy_equals_transformers(model: Model, reference: Any, prompt: 
     assert ids(model, prompt, mask="dense", max_new_tokens=64) == expected
 
 
+@pytest.mark.parametrize("levels", [1, 2], ids="levels={}".format)
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["sea", "code", "clock"])
 def test_masked_greedy_equals_masked_transformers(
-    model: Model, source: ModelSource, reference: Any, prompt: str
+    model: Model, source: ModelSource, reference: Any, prompt: str, levels: int
 ) -> None:
-    """The slow reference: prefill dense, then every token with the prompt's neurons alone."""
-    _, masks, tails = prompt_mask(model, prompt)
+    """The slow reference: prefill dense, then every token with the prompt's neurons alone, or what it keeps of them."""
+    masks, tails = reference_mask(model, prompt_mask(model, prompt))
+    own = model.artifact.deployment
+    assert own.token_thresholds.all()
+    level = second_level(model, own.token_thresholds) if levels == 2 else None
     expected: list[int] = []
     with torch.inference_mode():
         output = reference(torch.tensor([model.text.encode(prompt)]), use_cache=True)
-        with masked_ffn(reference, source.spec, masks, tails):
+        with masked_ffn(reference, source.spec, masks, tails, level):
             while len(expected) < 64 and (token := int(output.logits[0, -1].argmax())) not in (2,):
                 expected.append(token)
                 output = reference(torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True)
-    ours = ids(model, prompt, max_new_tokens=64)
+    chosen = {1: mask_alone(model), 2: None}
+    ours = ids(model, prompt, max_new_tokens=64, deployment=chosen[levels])
     assert ours == expected
     assert ours != ids(model, prompt, mask="dense", max_new_tokens=64)  # the mask does something
+    assert ours != ids(model, prompt, max_new_tokens=64, deployment=chosen[3 - levels])  # so do token thresholds
 
 
 def test_iterating_gives_tokens(model: Model) -> None:
@@ -153,19 +162,32 @@ def test_text_is_the_decode_of_all_tokens(
 
 
 def test_metrics_of_a_mask(model: Model) -> None:
-    mask, masks, _ = prompt_mask(model, PROMPT)
+    mask = prompt_mask(model, PROMPT)
     kept = sum(len(mask.inputs[contract.mask_indices(layer)].numpy()) for layer in range(3))
-    assert kept == sum(int(kept_in_layer.sum()) for kept_in_layer in masks)
-    generation = model.generate(PROMPT, max_new_tokens=3)
+    generation = model.generate(PROMPT, max_new_tokens=3, deployment=mask_alone(model))
     list(generation)
     metrics = generation.metrics
     assert 0 < kept < NEURONS
     assert (metrics.provider, metrics.mask, metrics.finish_reason) == ("cpu", "tda", "length")
     assert (metrics.prompt_tokens, metrics.new_tokens) == (len(PROMPT), 3)
-    assert metrics.density == kept / NEURONS
-    assert metrics.sparsity == 1 - metrics.density
+    assert metrics.density == pytest.approx(kept / NEURONS)
+    assert metrics.sparsity == pytest.approx(1 - metrics.density)
+    assert metrics.refreshes == 0
     assert metrics.ffn_bytes_per_token == kept * BYTES_PER_NEURON
     assert metrics.dense_ffn_bytes_per_token == NEURONS * BYTES_PER_NEURON
+
+
+def test_metrics_expect_of_token_thresholds_what_the_calibration_does(model: Model) -> None:
+    """A token reads the gate rows of its mask, and of them the up and down rows of the share that survives."""
+    mask, survivors = prompt_mask(model, PROMPT), model.artifact.manifest["survivors"]
+    assert all(0 < share < 1 for share in survivors)
+    read = sum(len(mask.indices(layer)) * (1 + 2 * survivors[layer]) * 64 * 4 for layer in range(3))
+    generation = model.generate(PROMPT, max_new_tokens=3)
+    list(generation)
+    metrics = generation.metrics
+    assert metrics.density == pytest.approx(mask.count(3) / NEURONS)
+    assert metrics.ffn_bytes_per_token == pytest.approx(read, abs=1)
+    assert metrics.sparsity == pytest.approx(1 - read / (NEURONS * BYTES_PER_NEURON))
 
 
 def test_metrics_of_dense(model: Model) -> None:
@@ -195,26 +217,46 @@ def test_rate_starts_at_the_second_token(model: Model, monkeypatch: pytest.Monke
 
 
 def test_threshold_zero_is_dense(model: Model) -> None:
-    generation = model.generate(PROMPT, thresholds=[0.0] * 3, max_new_tokens=32)
+    generation = model.generate(PROMPT, deployment=one_level([0.0] * 3, 3), max_new_tokens=32)
     assert [token.id for token in generation] == ids(model, PROMPT, mask="dense", max_new_tokens=32)
     assert generation.metrics.density == 1.0
 
 
 def test_threshold_beyond_every_score_keeps_nothing(model: Model) -> None:
-    generation = model.generate(PROMPT, thresholds=[2.0] * 3, max_new_tokens=8)
+    generation = model.generate(PROMPT, deployment=one_level([2.0] * 3, 3), max_new_tokens=8)
     assert len(list(generation)) == 8
     metrics = generation.metrics
     assert (metrics.density, metrics.sparsity, metrics.ffn_bytes_per_token) == (0.0, 1.0, 0)
 
 
-def test_thresholds_of_the_artifact_are_the_default(model: Model) -> None:
-    assert ids(model, PROMPT, thresholds=model.artifact.manifest["thresholds"]) == ids(model, PROMPT)
+def test_deployment_of_the_artifact_is_the_default(model: Model) -> None:
+    manifest = model.artifact.manifest
+    own = Deployment(
+        np.asarray(manifest["thresholds"], np.float32),
+        np.asarray(manifest["token_thresholds"], np.float32),
+        survivors=np.asarray(manifest["survivors"], np.float32),
+    )
+    ours, default = (model.generate(PROMPT, max_new_tokens=24, deployment=how) for how in (own, None))
+    assert [token.id for token in ours] == [token.id for token in default]
+    assert ours.metrics.sparsity == default.metrics.sparsity
 
 
-def test_one_token_prompt_is_dense(model: Model) -> None:
-    generation = model.generate("T", max_new_tokens=16)
+def test_one_token_prompt_is_dense_without_a_prior(model: Model) -> None:
+    how = dataclasses.replace(model.artifact.deployment, prior=False, token_thresholds=np.zeros(3, np.float32))
+    generation = model.generate("T", max_new_tokens=16, deployment=how)
     assert [token.id for token in generation] == ids(model, "T", mask="dense", max_new_tokens=16)
     assert generation.metrics.density == 1.0
+
+
+def test_one_token_prompt_leans_on_the_prior(model: Model) -> None:
+    """Its mask is that of the calibration's statistics."""
+    calibration = read_calibration(model.artifact.file(contract.CALIBRATION_FILE))
+    scores = (calibration.sums.score_square / calibration.sums.tokens).sqrt()  # [L, F]
+    expected = int((scores >= torch.tensor(model.artifact.manifest["thresholds"])[:, None]).sum())
+    generation = model.generate("T", max_new_tokens=16)
+    assert [token.id for token in generation] != ids(model, "T", mask="dense", max_new_tokens=16)
+    assert generation.metrics.density == pytest.approx(expected / NEURONS)
+    assert 0 < expected < NEURONS
 
 
 def test_weight_that_is_not_a_number(artifact_copy: Path) -> None:

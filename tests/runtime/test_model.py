@@ -10,6 +10,7 @@ import pytest
 
 from tda_export.errors import TdaError, UsageError
 from tda_export.runtime import Model, Sampling, load
+from tda_export.runtime.deployment import Deployment, Refresh, one_level
 from tests.runtime.conftest import PROMPT, edit_manifest
 
 
@@ -63,10 +64,12 @@ def test_prompt_longer_than_the_context(model: Model) -> None:
         ({"context": 513}, r"A context of 513 tokens is outside \[2, 512\]"),
         ({"context": 1}, r"A context of 1 tokens is outside \[2, 512\]"),
         ({"context": 0}, r"A context of 0 tokens is outside \[2, 512\]"),
-        ({"thresholds": [0.1]}, "1 thresholds for 3 layers"),
-        ({"thresholds": []}, "0 thresholds for 3 layers"),
+        ({"deployment": one_level([0.1], 3)}, "1 thresholds for 3 layers"),
+        ({"deployment": one_level([], 3)}, "0 thresholds for 3 layers"),
+        ({"deployment": one_level([0.1] * 3, 2)}, "2 thresholds for 3 layers"),
+        ({"deployment": Deployment(None, np.full(4, 0.1))}, "4 thresholds for 3 layers"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_argument_out_of_range(model: Model, options: dict[str, Any], text: str) -> None:
     with pytest.raises(UsageError, match=text):
@@ -75,15 +78,46 @@ def test_argument_out_of_range(model: Model, options: dict[str, Any], text: str)
 
 def test_threshold_that_is_no_number(model: Model) -> None:
     """No score reaches NaN, so it would silently drop every neuron."""
-    with pytest.raises(UsageError, match="nan"):
-        model.generate(PROMPT, thresholds=[0.1, float("nan"), 0.1])
+    bad = [0.1, float("nan"), 0.1]
+    for how in (one_level(bad, 3), Deployment(None, np.array(bad, np.float32))):
+        with pytest.raises(UsageError, match=r"^Thresholds must be finite: a score reaches neither nan nor inf\.$"):
+            model.generate(PROMPT, deployment=how)
+
+
+def test_token_thresholds_of_a_graph_without_a_second_level(artifact_copy: Path) -> None:
+    edit_manifest(artifact_copy, lambda manifest: manifest["method"].update(two_levels=False))
+    loaded = load(artifact_copy, provider="cpu")
+    with pytest.raises(UsageError, match="has no second level, so it takes no token thresholds"):
+        loaded.generate(PROMPT, deployment=Deployment(None, np.full(3, 0.1, np.float32)))
+
+
+@pytest.mark.parametrize(
+    ("refresh", "text"),
+    [
+        ({"tokens": 1}, r"^A refresh after every 1 tokens: give 2 or more, or 0 for none\.$"),
+        ({"tokens": -2}, "A refresh after every -2 tokens"),
+        ({"tokens": 8, "decay": 1.1}, r"^A decay of 1\.1 is outside \[0, 1\]\.$"),
+        ({"decay": -0.1}, "A decay of -0.1"),
+        ({"decay": float("nan")}, "A decay of nan"),
+    ],
+    ids=str,
+)
+def test_refresh_out_of_range(refresh: dict[str, Any], text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        Refresh(**refresh)
+
+
+@pytest.mark.parametrize(("tokens", "share"), [(0, 0.4), (2, 0.7), (4, 0.55), (60, 0.41)])
+def test_share_of_refreshes(tokens: int, share: float) -> None:
+    """Of N tokens, one is read densely."""
+    assert Refresh(tokens).ffn_share(0.4) == pytest.approx(share)
 
 
 def test_thresholds_for_top_k_selection(artifact_copy: Path) -> None:
     """Its graph reads no thresholds, so they would silently do nothing."""
     edit_manifest(artifact_copy, lambda manifest: manifest["method"].update(selection="topk", density=0.5))
     with pytest.raises(UsageError, match="selects its neurons by rank, so it takes no other budget"):
-        load(artifact_copy, provider="cpu").generate(PROMPT, thresholds=[0.1] * 3)
+        load(artifact_copy, provider="cpu").generate(PROMPT, deployment=one_level([0.1] * 3, 3))
 
 
 @pytest.mark.parametrize("token", [-1, 259])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,19 @@ from tda_export.runtime.decode_step import DecodeStep
 from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.phases import CHUNK_TOKENS, PromptMask, bind_call, decode, prefill
 from tda_export.runtime.session import device_tensor
-from tests.runtime.conftest import PROMPT
+from tests.runtime.conftest import PROMPT, reference_mask, second_level
 from tests.tiny import save_tiny_model
 
 LOGITS = 1e-4  # float32 logits of size 1 to 10 after three layers
 PROMPTS = st.lists(st.integers(0, BYTE_VOCABULARY - 1), min_size=1, max_size=60)
 
 
-def read(model: Model, tokens: list[int], chunk: int, thresholds: list[float] | None = None) -> tuple:
+def read(
+    model: Model, tokens: list[int], chunk: int, thresholds: list[float] | None = None, *, prior: bool = True
+) -> tuple:
     cache = KvCache(model.artifact.shape, model.provider, model.artifact.shape.max_positions)
     override = None if thresholds is None else np.array(thresholds, np.float32)
-    logits, mask = prefill(model.sessions, model.artifact.shape, tokens, cache, override, chunk=chunk)
+    logits, mask = prefill(model.sessions, model.artifact.shape, tokens, cache, override, prior=prior, chunk=chunk)
     assert cache.length == len(tokens)
     return logits, mask
 
@@ -48,13 +51,14 @@ def scores(mask: PromptMask, layer: int) -> np.ndarray:
     return np.sqrt(rows[contract.SCORE_ROW] / mask.stats[contract.PAST_STATS_WEIGHT].numpy())
 
 
-@given(PROMPTS, st.integers(1, 64))
-def test_chunks_change_nothing(model: Model, tokens: list[int], chunk: int) -> None:
-    logits, whole = read(model, tokens, len(tokens))
-    chunked_logits, chunked = read(model, tokens, chunk)
+@given(PROMPTS, st.integers(1, 64), st.booleans())
+def test_chunks_change_nothing(model: Model, tokens: list[int], chunk: int, prior: bool) -> None:
+    """The first chunk begins with the prior, the others with what the one before left."""
+    logits, whole = read(model, tokens, len(tokens), prior=prior)
+    chunked_logits, chunked = read(model, tokens, chunk, prior=prior)
     np.testing.assert_allclose(chunked_logits, logits, atol=LOGITS)
     for layer in range(model.artifact.shape.num_layers):
-        if len(tokens) > 1:
+        if len(tokens) > 1 or prior:
             np.testing.assert_allclose(scores(chunked, layer), scores(whole, layer), atol=1e-5)
         # A neuron whose score is the threshold up to rounding may fall on either side.
         threshold = model.artifact.manifest["thresholds"][layer]
@@ -79,9 +83,9 @@ def test_mask_is_what_reaches_the_threshold(model: Model, tokens: list[int], thr
 
 
 def test_one_token_keeps_every_neuron(model: Model) -> None:
-    """The first token of a sequence does not count, so nothing is known: dense is the only safe mask."""
+    """The first token of a sequence does not count, so without a prior dense is the only safe mask."""
     shape = model.artifact.shape
-    _, mask = read(model, model.text.encode("T"), CHUNK_TOKENS)
+    _, mask = read(model, model.text.encode("T"), CHUNK_TOKENS, prior=False)
     assert mask.count(3) == shape.num_layers * shape.ffn_size
     assert [indices(mask, layer) for layer in range(shape.num_layers)] == [list(range(shape.ffn_size))] * 3
 
@@ -121,44 +125,85 @@ def test_greedy_steps_feed_themselves(model: Model, masked: bool) -> None:
 
 @pytest.mark.parametrize("threshold", [0.0, 0.02, 1e9])
 def test_token_thresholds(model: Model, threshold: float) -> None:
-    """Off at 0, and above every estimate as if every neuron were dropped."""
+    """Off at 0, and above every estimate as if every neuron were dropped; with `decode` too."""
     shape, prompt = model.artifact.shape, model.text.encode(PROMPT)
-    step = DecodeStep(model.sessions, shape, len(prompt) + 1, np.full(shape.num_layers, threshold))
+    step = DecodeStep(model.sessions, shape, len(prompt) + 1)
     _, mask = prefill(model.sessions, shape, prompt, step.cache)
-    step.use(mask)
+    step.use(mask, np.full(shape.num_layers, threshold, np.float32))
     logits = step.logits(7)
-    step.cache.truncate(len(prompt))
-    one_level = decode(model.sessions, step.cache, [7], mask)[0]
-    step.cache.truncate(len(prompt))
-    nothing = {contract.mask_indices(i): device_tensor(np.array([-1], np.int32), "cpu") for i in range(3)}
-    dropped = decode(model.sessions, step.cache, [7], PromptMask(nothing, {}))[0]
+
+    def again(mask: PromptMask, inputs: Mapping[str, Any]) -> np.ndarray:
+        step.cache.truncate(len(prompt))
+        return decode(model.sessions, step.cache, [7], mask, inputs)[0]
+
+    given = device_tensor(np.full(shape.num_layers, threshold, np.float32), "cpu")
+    np.testing.assert_allclose(again(mask, {contract.TOKEN_THRESHOLDS: given}), logits, atol=LOGITS)
+    one_level = again(mask, model.sessions.dense_inputs)
+    padding = device_tensor(np.array([-1], np.int32), "cpu")
+    tails = {contract.tail_mean(i): mask.inputs[contract.tail_mean(i)] for i in range(3)}
+    dropped = again(PromptMask({contract.mask_indices(i): padding for i in range(3)} | tails, {}), {})
     differences = np.abs(logits - one_level).max(), np.abs(logits - dropped).max()
     assert (differences[0] < LOGITS, differences[1] < LOGITS) == (threshold == 0.0, threshold == 1e9)
 
 
-def reference_mask(model: Model, mask: PromptMask) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """A prompt's mask as the reference takes it: L tensors [F] of 0 and 1, L tails [M]."""
-    masks, tails = [], []
-    for layer in range(model.artifact.shape.num_layers):
-        kept = torch.zeros(model.artifact.shape.ffn_size)
-        kept[indices(mask, layer)] = 1
-        masks.append(kept)
-        tails.append(torch.from_numpy(mask.inputs[contract.tail_mean(layer)].numpy()))
-    return masks, tails
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "dense"])
+def test_token_thresholds_of_the_step_are_taken_back(model: Model, masked: bool) -> None:
+    """A step is lent to one generation after another: thresholds of the one before do not stay."""
+    shape, prompt = model.artifact.shape, model.text.encode(PROMPT)
+    step = DecodeStep(model.sessions, shape, len(prompt) + 1)
+    _, mask = prefill(model.sessions, shape, prompt, step.cache)
+    step.use(mask, np.full(shape.num_layers, 1e9, np.float32))
+    step.logits(7)
+    step.cache.truncate(len(prompt))
+    step.use(mask if masked else None)
+    logits = step.logits(7)
+    step.cache.truncate(len(prompt))
+    expected = decode(model.sessions, step.cache, [7], mask if masked else None, model.sessions.dense_inputs)[0]
+    np.testing.assert_allclose(logits, expected, atol=LOGITS)
+
+
+def test_default_token_thresholds_are_the_artifacts_own(model: Model) -> None:
+    shape, prompt = model.artifact.shape, model.text.encode(PROMPT)
+    own = model.artifact.deployment.token_thresholds
+    cache = KvCache(shape, "cpu", len(prompt) + 2)
+    _, mask = prefill(model.sessions, shape, prompt, cache)
+    default = decode(model.sessions, cache, [7, 8], mask)
+    cache.truncate(len(prompt))
+    given = decode(model.sessions, cache, [7, 8], mask, {contract.TOKEN_THRESHOLDS: device_tensor(own, "cpu")})
+    cache.truncate(len(prompt))
+    off = decode(model.sessions, cache, [7, 8], mask, model.sessions.dense_inputs)
+    assert np.array_equal(default, given)
+    assert np.abs(default - off).max() > 100 * LOGITS
+
+
+@pytest.mark.parametrize("tail", [True, False], ids=["mean", "nothing"])
+def test_tail_mean_can_be_left_out(model: Model, source: ModelSource, reference: Any, tail: bool) -> None:
+    shape, prompt, continuation = model.artifact.shape, model.text.encode(PROMPT), model.text.encode(" and")
+    step = DecodeStep(model.sessions, shape, len(prompt) + len(continuation))
+    _, mask = step.read(prompt)
+    masks, tails = reference_mask(model, mask)
+    assert all(bool(values.any()) for values in tails)
+    chosen = tails if tail else [torch.zeros_like(values) for values in tails]
+    _, expected = reference_logits(reference, source.spec, prompt, continuation, masks, chosen)
+    step.use(mask, tail_mean=tail)
+    logits = np.stack([step.logits(token) for token in continuation])
+    np.testing.assert_allclose(logits, expected.numpy(), atol=LOGITS)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5], ids="S={}".format)
-@pytest.mark.parametrize("masked", [True, False], ids=["masked", "dense"])
-def test_decode_equals_transformers(model: Model, source: ModelSource, reference: Any, size: int, masked: bool) -> None:
+@pytest.mark.parametrize("how", ["masked", "two levels", "dense"])
+def test_decode_equals_transformers(model: Model, source: ModelSource, reference: Any, size: int, how: str) -> None:
     """Given tokens, S in a call, the last call with what is left over."""
     shape, prompt = model.artifact.shape, model.text.encode(PROMPT)
     continuation = model.text.encode(" and the boats")
     cache = KvCache(shape, "cpu", shape.max_positions)
     _, mask = prefill(model.sessions, shape, prompt, cache)
-    masks, tails = reference_mask(model, mask) if masked else (None, None)
-    _, expected = reference_logits(reference, source.spec, prompt, continuation, masks, tails)
+    masks, tails = (None, None) if how == "dense" else reference_mask(model, mask)
+    level = second_level(model, model.artifact.deployment.token_thresholds) if how == "two levels" else None
+    _, expected = reference_logits(reference, source.spec, prompt, continuation, masks, tails, level)
+    inputs = model.sessions.dense_inputs if how == "masked" else {}
     pieces = [continuation[start : start + size] for start in range(0, len(continuation), size)]
-    logits = [decode(model.sessions, cache, piece, mask if masked else None) for piece in pieces]
+    logits = [decode(model.sessions, cache, piece, None if how == "dense" else mask, inputs) for piece in pieces]
     assert [rows.shape for rows in logits] == [(len(piece), shape.vocab_size) for piece in pieces]
     assert cache.length == len(prompt) + len(continuation)
     np.testing.assert_allclose(np.concatenate(logits), expected.numpy(), atol=LOGITS)
@@ -169,7 +214,7 @@ def test_decode_step_equals_decode(model: Model) -> None:
     step = DecodeStep(model.sessions, shape, shape.max_positions)
     cache = step.cache
     _, mask = prefill(model.sessions, shape, prompt, cache)
-    together = decode(model.sessions, cache, continuation, mask)
+    together = decode(model.sessions, cache, continuation, mask, model.sessions.dense_inputs)
     cache.truncate(len(prompt))
     dense = decode(model.sessions, cache, continuation, None)
     cache.truncate(len(prompt))

@@ -7,20 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tda_export.errors import TdaError
-from tda_export.graph import contract
 from tda_export.graph.reference import reference_logits
 from tda_export.models.source import ModelSource
 from tda_export.runtime import Model
+from tda_export.runtime.deployment import one_level
 from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.phases import prefill
 from tda_export.runtime.scoring import Fidelity, compare, continuation_logits
-from tests.runtime.conftest import PROMPT
+from tests.runtime.conftest import PROMPT, mask_alone, reference_mask, second_level
 
 CONTINUATION = " and the boats are home."
 LOGITS = 1e-4  # float32 logits of size 1 to 10 after three layers
@@ -78,18 +77,16 @@ def test_dense_logits_equal_prefill(model: Model) -> None:
     np.testing.assert_allclose(logits, np.stack(expected), atol=LOGITS)
 
 
-def test_masked_logits_equal_transformers(model: Model, source: ModelSource, reference: Any) -> None:
+@pytest.mark.parametrize("levels", [1, 2], ids="levels={}".format)
+def test_masked_logits_equal_transformers(model: Model, source: ModelSource, reference: Any, levels: int) -> None:
     shape = model.artifact.shape
     prompt, continuation = model.text.encode(PROMPT), model.text.encode(CONTINUATION)
     _, mask = prefill(model.sessions, shape, prompt, KvCache(shape, model.provider, shape.max_positions))
-    masks = []
-    for layer in range(shape.num_layers):
-        kept = torch.zeros(shape.ffn_size)
-        kept[mask.inputs[contract.mask_indices(layer)].numpy()] = 1
-        masks.append(kept)
-    tails = [torch.zeros(shape.hidden_size)] * shape.num_layers
-    _, expected = reference_logits(reference, source.spec, prompt, continuation, masks, tails)
-    logits = continuation_logits(model, prompt, continuation, mask="tda")
+    masks, tails = reference_mask(model, mask)
+    level = second_level(model, model.artifact.deployment.token_thresholds) if levels == 2 else None
+    _, expected = reference_logits(reference, source.spec, prompt, continuation, masks, tails, level)
+    how = mask_alone(model) if levels == 1 else None
+    logits = continuation_logits(model, prompt, continuation, mask="tda", deployment=how)
     np.testing.assert_allclose(logits, expected.numpy(), atol=LOGITS)
 
 
@@ -98,11 +95,11 @@ def test_fidelity_of_masks(model: Model) -> None:
     dense = continuation_logits(model, prompt, continuation, mask="dense")
     again = continuation_logits(model, prompt, continuation, mask="dense")
     assert compare(dense, again) == Fidelity(0.0, 1.0)
-    everything = continuation_logits(model, prompt, continuation, mask="tda", thresholds=[0.0] * 3)
+    everything = continuation_logits(model, prompt, continuation, mask="tda", deployment=one_level([0.0] * 3, 3))
     assert compare(dense, everything).kl == pytest.approx(0.0, abs=1e-8)
     losses = [
-        compare(dense, continuation_logits(model, prompt, continuation, mask="tda", thresholds=[threshold] * 3)).kl
-        for threshold in (0.03, 0.08, 2.0)
+        compare(dense, continuation_logits(model, prompt, continuation, mask="tda", deployment=how)).kl
+        for how in (one_level([threshold] * 3, 3) for threshold in (0.03, 0.08, 2.0))
     ]
     assert 0 < losses[0] < losses[1] < losses[2]
 
