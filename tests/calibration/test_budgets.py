@@ -263,7 +263,7 @@ def test_budget_by_kl_without_a_path_is_refused(budget: Budget) -> None:
 
 def test_sparsity_beyond_the_path_is_refused() -> None:
     with pytest.raises(
-        UsageError, match=r"^Sparsity 0\.9 is more than the calibration measured \(0\.700\)\. Give a lower"
+        UsageError, match=r"^Sparsity 0\.9 is more than the calibration measured \(0\.699\)\. Give a lower"
     ):
         allocate(Budget(sparsity=0.9), curves([RISING, RISING]), GRID, path_table())
 

@@ -124,8 +124,7 @@ def test_prices_that_say_nothing_move_nothing(prices: list[float]) -> None:
 def test_few_positive_prices_keep_their_order() -> None:
     densities = Densities(torch.full((4,), 0.5), torch.full((4,), 0.4))
     moved = move(densities, torch.tensor([[-1.0, 0.0, 1.0, 2.0]] * 2), 0.4)
-    assert moved.mask[0] == moved.mask[1]
-    assert moved.mask[1] < moved.mask[2] < moved.mask[3]
+    assert moved.mask[0] < moved.mask[1] < moved.mask[2] < moved.mask[3]
 
 
 def test_prices_are_averaged_relative_to_their_mean() -> None:
@@ -155,7 +154,7 @@ def test_a_step_without_a_positive_price_says_nothing(found: list[list[float]]) 
 def test_a_very_negative_price_is_forgotten_soon() -> None:
     prices = remember(torch.empty(0), torch.tensor([[1.0, -1e9], [1.0, 1.0]]))
     assert prices.min() == -WIDEST
-    for _ in range(6):
+    for _ in range(8):
         prices = remember(prices, torch.ones(2, 2))
     assert prices.min() > 0
 
