@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from tda_export.calibration.budgets import Budget
 from tda_export.calibration.file import Calibration, read_calibration
 from tda_export.errors import TdaError
 from tda_export.graph import contract
@@ -22,8 +23,8 @@ from tda_export.report.results import Result
 from tda_export.report.sections import (
     allocation_section,
     artifact_summary,
+    calibrated_allocation,
     calibration_summary,
-    calibration_thresholds,
     curves_of,
     curves_section,
     methods_section,
@@ -44,12 +45,12 @@ def calibration_page(path: Path, results: Sequence[Result]) -> Page:
         TdaError: It cannot be read.
     """
     calibration = read_calibration(path)
-    thresholds = calibration_thresholds(calibration)
+    allocation = calibrated_allocation(calibration)
     curves = curves_of(calibration)
     sections = [
         calibration_summary(calibration),
-        curves_section(curves, thresholds),
-        allocation_section(curves, thresholds, calibration.provenance["budget"]),
+        curves_section(curves, allocation.thresholds),
+        allocation_section(allocation, calibration.provenance["budget"]),
         sensitivity_section(calibration),
         *([methods_section(results)] if results else []),
     ]
@@ -93,7 +94,8 @@ def _calibration_sections(artifact: Artifact, calibration: Calibration) -> list[
     thresholds = manifest["thresholds"] if manifest["method"]["selection"] == "threshold" else None
     sections = [curves_section(curves, thresholds)]
     if thresholds is not None:
-        sections.append(allocation_section(curves, thresholds, manifest["budget"]))
+        allocation = calibration.allocate(Budget(**manifest["budget"]))
+        sections.append(allocation_section(allocation, manifest["budget"]))
     return [*sections, sensitivity_section(calibration)]
 
 

@@ -38,8 +38,17 @@ class QualityData:
 
 
 def quality_data(calibration: Calibration) -> QualityData | None:
-    """Take the KL measurements out of a calibration; None where it has none, as all have of this format."""
-    return None
+    """Take the KL measurements out of a calibration; None where only curves were calibrated."""
+    table = calibration.kl
+    if table is None:
+        return None
+    return QualityData(
+        layer_kl=table.sensitivity.T.numpy(),
+        layer_share=((table.mask_density + 2 * table.token_density) / 3).T.numpy(),
+        sparsity=1 - table.share.numpy(),
+        predicted=table.sensitivity.sum(dim=1).numpy(),
+        measured=table.kl.T.numpy(),
+    )
 
 
 def sensitivity_chart(layer_kl: np.ndarray, layer_share: np.ndarray) -> Markup:

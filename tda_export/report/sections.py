@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tda_export
-from tda_export.calibration.budgets import Budget
+from tda_export.calibration.budgets import Allocation, Budget
 from tda_export.calibration.file import Calibration
 from tda_export.report.axes import Axis
 from tda_export.report.curves import (
@@ -31,9 +31,9 @@ from tda_export.runtime.artifact import Artifact
 MIB = 2**20
 
 
-def calibration_thresholds(calibration: Calibration) -> list[float]:
+def calibrated_allocation(calibration: Calibration) -> Allocation:
     """Choose the thresholds of the budget that a calibration was made with."""
-    return calibration.allocate(Budget(**calibration.provenance["budget"])).thresholds
+    return calibration.allocate(Budget(**calibration.provenance["budget"]))
 
 
 def curves_of(calibration: Calibration) -> Curves:
@@ -96,23 +96,29 @@ def curves_section(curves: Curves, thresholds: Sequence[float] | None) -> Sectio
     )
 
 
-def allocation_section(
-    curves: Curves, thresholds: Sequence[float], budget: dict[str, Any], second: Sequence[float] | None = None
-) -> Section:
-    """Show what was chosen for each layer; `second` is the density of up and down rows where there are two levels."""
-    density, cett = curves.at(thresholds)
+def allocation_section(allocation: Allocation, budget: dict[str, Any]) -> Section:
+    """Show what was chosen for each layer, at both levels where there are two."""
+    second = allocation.token_density or None
+    density = allocation.density
     asked = ", ".join(f"{name} {value}" for name, value in budget.items())
     rows: list[list[object]] = [
-        [layer, f"{threshold:.6f}", f"{density[layer]:.3f}", f"{cett[layer]:.3f}"]
-        for layer, threshold in enumerate(thresholds)
+        [layer, f"{threshold:.6f}", f"{density[layer]:.3f}", f"{allocation.cett[layer]:.3f}"]
+        for layer, threshold in enumerate(allocation.thresholds)
     ]
     if second is not None:
         rows = [[*row, f"{second[layer]:.3f}"] for layer, row in enumerate(rows)]
     columns = ["layer", "threshold", "density", "CETT", *(["density of up and down"] if second is not None else [])]
+    layers = len(density)
+    notes = [
+        f"Budget: {asked}. Mean density {sum(density) / layers:.3f}, FFN sparsity {allocation.sparsity:.3f}, mean CETT "
+        f"{sum(allocation.cett) / layers:.3f} on the calibration data."
+    ]
+    if allocation.kl is not None:
+        notes.append(f"Predicted KL to dense: {allocation.kl:.3f} nats a token.")
     return Section(
         "Allocation",
-        [f"Budget: {asked}. Mean density {density.mean():.3f}, mean CETT {cett.mean():.3f} on the calibration data."],
-        [Figure(allocation_chart(density.tolist(), second), "Density that was chosen for each layer.")],
+        notes,
+        [Figure(allocation_chart(density, second), "Density that was chosen for each layer.")],
         [Table("Thresholds, layer by layer", columns, rows, folded=True)],
     )
 
@@ -125,8 +131,9 @@ def sensitivity_section(calibration: Calibration) -> Section:
     return Section(
         title,
         [
-            "The KL of masking one layer alone says how much it matters. Their sum predicts the KL of masking all "
-            "layers together, which was measured on two halves of the sequences."
+            "The KL of masking one layer alone, at the settings of the KL path, says how much it matters. Beside their "
+            "sum stands the KL of masking all layers together: on the half of the sequences that the path was "
+            "fitted on, and on the other half, which it never saw and which predictions are taken from."
         ],
         [
             Figure(

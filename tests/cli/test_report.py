@@ -18,7 +18,7 @@ from tda_export.calibration.file import METADATA_KEY
 from tda_export.files import sha256
 from tda_export.graph import contract
 from tests.cli.conftest import FAILURE, USAGE, assert_error, listing
-from tests.conftest import run_cli, run_ok
+from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
 from tests.report.test_results import CONTENT
 from tests.runtime.conftest import edit_manifest
 
@@ -66,7 +66,16 @@ def test_calibration(tiny_calibration: Path, tmp_path: Path) -> None:
     assert metadata["model"]["fingerprint"] in text
     assert metadata["dataset"]["tokens_sha256"] in text
     assert "sparsity 0.5" in text
-    assert "carries no measurements of KL" in text
+    assert "carries no measurements of KL" not in text
+    assert "Predicted KL to dense:" in text
+
+
+def test_curves_alone(tiny_model: Path, tmp_path: Path) -> None:
+    calibration = tmp_path / "curves.safetensors"
+    run_ok("calibrate", tiny_model, "-o", calibration, *CALIBRATE_TINY, "--curves-only")
+    output = tmp_path / "report.html"
+    run_ok("report", calibration, "-o", output)
+    assert "carries no measurements of KL" in text_of(parse(output))
 
 
 def test_artifact(tiny_artifact: Path, tmp_path: Path) -> None:
