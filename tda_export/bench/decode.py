@@ -230,7 +230,7 @@ class _Bench:
                 "ms_per_token_range": [times.smallest, times.largest],
                 "prefill_ms": firsts.median,
                 "prefill_ms_range": [firsts.smallest, firsts.largest],
-                "sparsity": 1.0 - ffn / self._dense_ffn_bytes,
+                "sparsity": 1.0 - ffn / self.artifact.dense_ffn_bytes,
                 "ffn_bytes_per_token": ffn,
                 "bytes_per_token": ffn + other,
                 "gb_per_second": (ffn + other) / times.median / 1e6,
@@ -246,19 +246,14 @@ class _Bench:
             result["speedup"] = result["tda"]["speedup"]
         return result
 
-    @property
-    def _dense_ffn_bytes(self) -> int:
-        shape = self.artifact.shape
-        return shape.num_layers * shape.ffn_size * self.artifact.bytes_per_neuron
-
     def _bytes(self, name: str) -> tuple[int, int]:
         """Bytes that one token reads: FFN weights, and other weights with the keys and values of a middling context."""
         artifact, shape = self.artifact, self.artifact.shape
-        runner, ffn = self.runners[name], self._dense_ffn_bytes
+        runner, ffn = self.runners[name], self.artifact.dense_ffn_bytes
         if isinstance(runner, SparseRunner) and runner.mask is not None:
             ffn = runner.mask.count(shape.num_layers) * artifact.bytes_per_neuron
             if name == "two_levels":
-                gates, others = ffn / artifact.ffn_matrices, self.up_down_density * self._dense_ffn_bytes
+                gates, others = ffn / artifact.ffn_matrices, self.up_down_density * self.artifact.dense_ffn_bytes
                 ffn = round(gates + others * (artifact.ffn_matrices - 1) / artifact.ffn_matrices)
         weights = artifact.manifest["weights"]
         sizes = {

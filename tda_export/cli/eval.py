@@ -24,7 +24,7 @@ from tda_export.cli.options import (
 if TYPE_CHECKING:
     from tda_export.calibration.budgets import AllocationRule
 
-TEXT_OPTIONS = ("prompts", "prompt_tokens", "continuation_tokens")
+TEXT_OPTIONS = ("prompts", "prompt_tokens", "continuation_tokens", "free")
 TASK_OPTIONS = ("data", "limit", "protocol", "reference")
 
 
@@ -63,6 +63,13 @@ TASK_OPTIONS = ("data", "limit", "protocol", "reference")
     show_default=True,
     help="With --text: tokens that are decoded and scored after it.",
 )
+@click.option(
+    "--free",
+    type=click.IntRange(2),
+    metavar="TOKENS",
+    help="With --text: write so many tokens after each prompt, beside the dense model: after how many they differ, and "
+    "how KL grows along the dense model's text.",
+)
 @click.option("--data", type=PATH, envvar=DATA_VARIABLE, help="With --tasks: the folder that eval-data wrote.")
 @click.option("--limit", type=click.IntRange(2), help="With --tasks: the most questions of a task.  [default: all]")
 @click.option(
@@ -90,6 +97,7 @@ def evaluate(
     prompts: int,
     prompt_tokens: int,
     continuation_tokens: int,
+    free: int | None,
     data: Path | None,
     limit: int | None,
     protocol: str,
@@ -103,6 +111,7 @@ def evaluate(
     Strict protocol: the prompt is read densely and gives the mask, every token after it is decoded under the mask.
     Standard errors are over the prompts or the questions.
     """
+    from tda_export.evaluation.free import evaluate_free
     from tda_export.evaluation.methods import Request, check_request, open_setting
     from tda_export.evaluation.text import TextSettings, cut_windows, evaluate_text
     from tda_export.progress import progress
@@ -130,13 +139,11 @@ def evaluate(
         return
     assert text_file is not None
     check_request(opened, request)
-    settings = TextSettings(prompts, prompt_tokens, continuation_tokens)
+    settings = TextSettings(prompts, prompt_tokens, continuation_tokens if free is None else 1)
     text = Text(opened)
     windows = cut_windows(text.encode(_read(text_file), special_tokens=False), text.encode(""), settings)
     sessions = Sessions(opened, choose_provider(provider, opened.shape.dtype))
     setting = open_setting(opened, sessions, request)
-    with progress("Evaluating", len(windows), quiet=as_json) as advance:
-        quality = evaluate_text(opened, setting, windows, settings, advance=advance)
     result = {
         "model": opened.manifest["model"]["name"],
         "dtype": opened.shape.dtype,
@@ -145,10 +152,15 @@ def evaluate(
         "budget": setting.budget,
         "text": text_file.name,
         "prompt_tokens": prompt_tokens,
-        "continuation_tokens": continuation_tokens,
-        **asdict(quality),
     }
-    click.echo(json.dumps(result) if as_json else _summary(result))
+    with progress("Evaluating", len(windows), quiet=as_json) as advance:
+        if free is None:
+            quality = evaluate_text(opened, setting, windows, settings, advance=advance)
+            result |= {"continuation_tokens": continuation_tokens, **asdict(quality)}
+        else:
+            starts = [window[:prompt_tokens] for window in windows]
+            result |= asdict(evaluate_free(opened, setting, starts, free, advance=advance))
+    click.echo(json.dumps(result) if as_json else (_summary if free is None else _free_summary)(result))
 
 
 def _refuse_foreign_options(context: click.Context, text_file: Path | None, tasks: str | None) -> None:
@@ -160,6 +172,11 @@ def _refuse_foreign_options(context: click.Context, text_file: Path | None, task
     for name in foreign:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise UsageError(f"--{name.replace('_', '-')} means nothing with {given}. Leave one of them out.")
+    given_free, given_length = (
+        context.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in ("free", "continuation_tokens")
+    )
+    if given_free and given_length:
+        raise UsageError("--continuation-tokens means nothing with --free. Leave one of them out.")
 
 
 def _read(path: Path) -> str:
@@ -173,22 +190,45 @@ def _read(path: Path) -> str:
         raise TdaError(f"{path}: not valid UTF-8 text. Convert it to UTF-8.") from error
 
 
-def _summary(result: dict[str, Any]) -> str:
+def _title(result: dict[str, Any], new_tokens: int) -> str:
     budget = ", ".join(f"{name} {value}" for name, value in result["budget"].items())
+    return (
+        f"{result['model']}, {result['method']}{f' ({budget})' if budget else ''} on {result['text']}, "
+        f"{result['prompts']} prompts of {result['prompt_tokens']} + {new_tokens} tokens"
+    )
+
+
+def _bytes_read(result: dict[str, Any]) -> str:
+    of_them = f", {result['refresh_ffn_bytes'] / 2**20:,.1f} of them to refresh" if result["refresh_ffn_bytes"] else ""
+    density = f" (density {result['density']:.3f})" if "density" in result else ""
+    return f"{result['ffn_bytes'] / 2**20:,.1f} of {result['dense_ffn_bytes'] / 2**20:,.1f} MiB{density}{of_them}"
+
+
+def _summary(result: dict[str, Any]) -> str:
     return "\n".join(
         [
-            f"{result['model']}, {result['method']}{f' ({budget})' if budget else ''} on {result['text']}, "
-            f"{result['prompts']} prompts of {result['prompt_tokens']} + {result['continuation_tokens']} tokens",
+            _title(result, result["continuation_tokens"]),
             f"KL to dense         {result['kl']:.4f} ± {result['kl_stderr']:.4f} nats a token",
             f"perplexity          {result['perplexity']:.3f} ± {result['perplexity_stderr']:.3f}",
             f"dense perplexity    {result['dense_perplexity']:.3f} ± {result['dense_perplexity_stderr']:.3f}",
             f"top-1 agreement     {result['agreement']:.4f} ± {result['agreement_stderr']:.4f}",
-            f"FFN bytes a token   {result['ffn_bytes'] / 2**20:,.1f} of {result['dense_ffn_bytes'] / 2**20:,.1f} MiB "
-            f"(density {result['density']:.3f})"
-            + (
-                f", {result['refresh_ffn_bytes'] / 2**20:,.1f} of them to refresh"
-                if result["refresh_ffn_bytes"]
-                else ""
-            ),
+            f"FFN bytes a token   {_bytes_read(result)}",
+        ]
+    )
+
+
+def _free_summary(result: dict[str, Any]) -> str:
+    block, last = result["block_tokens"], result["new_tokens"] - 1
+    return "\n".join(
+        [
+            _title(result, result["new_tokens"]),
+            f"same text as dense  {result['divergence']:.1f} ± {result['divergence_stderr']:.1f} tokens (median "
+            f"{result['divergence_median']:g}; all of them for {result['identical']:.0%} of the prompts)",
+            "KL to dense, nats a token, along the dense model's text",
+            *[
+                f"  tokens {start * block + 1:>4} to {min((start + 1) * block, last):>4}  {kl:.4f} ± {error:.4f}"
+                for start, (kl, error) in enumerate(zip(result["kl"], result["kl_stderr"], strict=True))
+            ],
+            f"FFN bytes a token   {_bytes_read(result)}",
         ]
     )

@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -24,6 +23,7 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postproce
 
 from tda_export.calibration.budgets import AllocationRule
 from tda_export.errors import TdaError, UsageError
+from tda_export.evaluation.greedy import greedy_tokens, likeliest
 from tda_export.evaluation.methods import Request, check_request, open_setting
 from tda_export.evaluation.scoring import Score, Scorer
 from tda_export.progress import progress
@@ -238,9 +238,7 @@ class TdaLM(TemplateLM):
         stops = [stop for stop in options["until"] if stop]
         stream, text = self.text.stream(tokens), ""
         step = self._borrow_step(len(tokens) + limit)
-        token = self._first(step, tokens)
-        refresh, stale = self.setting.deployment.refresh, list[int]()
-        for count in range(1, limit + 1):
+        for count, token in enumerate(greedy_tokens(self.setting, step, self._first(step, tokens)), 1):
             if token in self.artifact.eos_token_ids or token == self.eot_token_id:
                 break
             if token < 0:
@@ -248,11 +246,6 @@ class TdaLM(TemplateLM):
             text += stream.add(token)
             if any(stop in text for stop in stops) or count == limit:
                 break
-            stale.append(token)
-            if len(stale) == refresh.tokens and self.setting.masked:
-                token, stale = self._reread(step, stale), []
-            else:
-                token = step.greedy(token)
         return str(postprocess_generated_text(text + stream.finish(), stops, None))
 
     def _first(self, step: DecodeStep, tokens: list[int]) -> int:
@@ -263,14 +256,7 @@ class TdaLM(TemplateLM):
         setting.use(step, mask)
         if logits is None or len(prompt) < len(tokens):
             return step.greedy(tokens[-1])
-        return int(logits.argmax()) if np.isfinite(logits).all() else -1
-
-    def _reread(self, step: DecodeStep, tokens: list[int]) -> int:
-        """Refresh, and return the next token, -1 if logits are not finite."""
-        how = self.setting.deployment
-        logits, mask = step.reread(tokens, how.thresholds, how.refresh.decay)
-        self.setting.use(step, mask)
-        return int(logits.argmax()) if np.isfinite(logits).all() else -1
+        return likeliest(logits)
 
     def _borrow_step(self, tokens: int) -> DecodeStep:
         """Return a step with room for so many tokens; a larger one is bound (and on CUDA captured) only if it must."""

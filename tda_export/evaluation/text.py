@@ -130,7 +130,7 @@ def evaluate_text(
     for window in windows:
         measured.append(_measure(artifact, setting, window, settings))
         advance(1)
-    return summarise(measured, artifact.shape.num_layers * artifact.shape.ffn_size * artifact.bytes_per_neuron)
+    return summarise(measured, artifact.dense_ffn_bytes)
 
 
 def _measure(artifact: Artifact, setting: Setting, window: Sequence[int], settings: TextSettings) -> WindowQuality:

@@ -52,6 +52,11 @@ class Artifact:
         return self.ffn_matrices * self.shape.hidden_size * DTYPE_BYTES[self.shape.dtype]
 
     @property
+    def dense_ffn_bytes(self) -> int:
+        """FFN weight bytes of all layers, which a dense step reads for a token."""
+        return self.shape.num_layers * self.shape.ffn_size * self.bytes_per_neuron
+
+    @property
     def deployment(self) -> Deployment:
         """How decode drops neurons unless it is told otherwise."""
         manifest = self.manifest

@@ -192,8 +192,7 @@ class Decoding:
         self._account()
 
     def _account(self) -> None:
-        shape, metrics = self._artifact.shape, self.metrics
+        metrics, dense = self.metrics, self._artifact.dense_ffn_bytes
         share = sum(self._shares) / len(self._shares) if self._shares else self._sparse_share
-        dense = shape.num_layers * shape.ffn_size * self._artifact.bytes_per_neuron
         metrics.sparsity = 1.0 - share
         metrics.ffn_bytes_per_token, metrics.dense_ffn_bytes_per_token = round(share * dense), dense

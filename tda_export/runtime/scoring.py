@@ -68,9 +68,15 @@ def continuation_logits(
 
 def compare(dense: np.ndarray, sparse: np.ndarray) -> Fidelity:
     """Compare logits float32 [C, V] with the dense model's: KL(dense || sparse), mean over the C tokens."""
+    agreement = (dense.argmax(axis=1) == sparse.argmax(axis=1)).mean()
+    return Fidelity(float(token_kl(dense, sparse).mean()), float(agreement))
+
+
+def token_kl(dense: np.ndarray, sparse: np.ndarray) -> np.ndarray:
+    """Return KL(dense || sparse) of each of C tokens from logits float32 [C, V], in nats, float64 [C]."""
     log_p, log_q = log_softmax(dense), log_softmax(sparse)
-    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
-    return Fidelity(float(kl.mean()), float((dense.argmax(axis=1) == sparse.argmax(axis=1)).mean()))
+    kl: np.ndarray = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    return kl
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

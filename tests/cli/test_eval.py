@@ -192,3 +192,17 @@ def test_truncation_without_calibration(artifact_copy: Path, text: Path) -> None
     edit_manifest(artifact_copy, lambda manifest: manifest["files"].pop(contract.CALIBRATION_FILE))
     result = run_cli("eval", artifact_copy, "--text", text, "--method", "tt", "--cett", 0.2)
     assert_error(result, USAGE, "carries no calibration", "--calibration")
+
+
+def test_free_generation(tiny_artifact: Path, text: Path) -> None:
+    options = ("--text", text, "--prompts", 2, "--prompt-tokens", 16, "--free", 70, "--sparsity", 0.7, "--refresh", 8)
+    result = json.loads(run_ok("eval", tiny_artifact, *options, "--json").stdout)
+    assert (result["prompts"], result["prompt_tokens"], result["new_tokens"]) == (2, 16, 70)
+    assert 0 <= result["divergence"] <= 70
+    assert len(result["kl"]) == len(result["kl_stderr"]) == 2
+    assert 0.0 < result["refresh_ffn_bytes"] < result["ffn_bytes"] < result["dense_ffn_bytes"]
+    printed = run_ok("eval", tiny_artifact, *options).stdout
+    assert "2 prompts of 16 + 70 tokens" in printed
+    assert f"same text as dense  {result['divergence']:.1f} ±" in printed
+    assert f"  tokens   65 to   69  {result['kl'][1]:.4f} ±" in printed
+    assert "of them to refresh" in printed

@@ -86,6 +86,8 @@ def test_data_from_the_environment(tiny_artifact: Path, data: Path, monkeypatch:
         ([], "Give --text or --tasks"),
         (["--text", "x", "--tasks", "piqa"], "Give --text or --tasks"),
         (["--tasks", "piqa", "--prompts", 3], "--prompts means nothing with --tasks"),
+        (["--tasks", "piqa", "--free", 3], "--free means nothing with --tasks"),
+        (["--text", "x", "--free", 3, "--continuation-tokens", 3], "--continuation-tokens means nothing with --free"),
         (["--text", "x", "--limit", 3], "--limit means nothing with --text"),
         (["--tasks", "piqa"], "--tasks needs --data FOLDER"),
         (["--tasks", "pica", "--data", "x"], "Task 'pica' is not known"),

@@ -1,0 +1,156 @@
+"""Free generation: how long a method writes what the dense model writes, and how it drifts from it as a text grows.
+
+Both write greedily after a dense prompt, as in use, through ends of text. The divergence length is the number of new
+tokens before the first that differs. Drift is measured along the dense model's own text, so that every method is judged
+on the same tokens: decode reads it under the method, with its refreshes, and KL(dense || sparse) is averaged over
+blocks of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tda_export.errors import TdaError, UsageError
+from tda_export.evaluation.greedy import greedy_tokens, likeliest
+from tda_export.evaluation.setting import Setting
+from tda_export.runtime.artifact import Artifact
+from tda_export.runtime.decode_step import DecodeStep
+from tda_export.runtime.kv_cache import KvCache
+from tda_export.runtime.phases import Prefill, decode
+from tda_export.runtime.scoring import token_kl
+
+BLOCK_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class FreeQuality:
+    """Means over prompts, with standard errors over prompts.
+
+    `divergence`: tokens before the first that differs, `new_tokens` where none does; `identical`: the share of prompts
+    where none does. `kl`: nats a token, of each block of `block_tokens` tokens of the dense model's text.
+    `ffn_bytes`: what a token of it read of the FFN weights on average, `refresh_ffn_bytes` of it for refreshes.
+    """
+
+    prompts: int
+    new_tokens: int
+    divergence: float
+    divergence_stderr: float
+    divergence_median: float
+    identical: float
+    block_tokens: int
+    kl: list[float]
+    kl_stderr: list[float]
+    ffn_bytes: float
+    refresh_ffn_bytes: float
+    dense_ffn_bytes: int
+
+
+@dataclass(frozen=True)
+class FreeText:
+    """Of one prompt: divergence length in tokens, KL of each block, and shares of FFN bytes (see `Counted`)."""
+
+    divergence: int
+    kl: np.ndarray  # float64 [blocks]
+    ffn_share: float
+    refresh_share: float
+
+
+def evaluate_free(
+    artifact: Artifact,
+    setting: Setting,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    *,
+    advance: Callable[[int], None] = lambda prompts: None,
+) -> FreeQuality:
+    """Let a method and the dense model write on after prompts.
+
+    Args:
+        artifact: On disk.
+        setting: The method (`open_setting`), one that generates.
+        prompts: N >= 2 of them, token ids.
+        new_tokens: How many to write after each, at least 2.
+        advance: Told of every prompt that is done.
+
+    Raises:
+        UsageError: The method does not generate, or the numbers are out of range.
+        TdaError: A prompt and its new tokens are more than the model's maximum, or logits are not finite.
+    """
+    if new_tokens < 2 or len(prompts) < 2:
+        raise UsageError("Free generation takes 2 prompts or more, and 2 new tokens or more.")
+    longest = max(len(prompt) for prompt in prompts) + new_tokens
+    if longest > artifact.shape.max_positions:
+        raise TdaError(
+            f"{longest - new_tokens} and {new_tokens} tokens are more than the model's "
+            f"{artifact.shape.max_positions} positions. Shorten one of them."
+        )
+    step = setting.open_step(longest)
+    step.capture()
+    cache = KvCache(artifact.shape, setting.sessions.provider, longest)
+    reader = setting.open_reader(cache)
+    measured = []
+    for prompt in prompts:
+        dense = _write(artifact, setting, step, prompt, new_tokens, masked=False)
+        sparse = _write(artifact, setting, step, prompt, new_tokens, masked=True)
+        equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(dense, sparse, strict=True))
+        measured.append(_drift(setting, cache, reader, prompt, dense, divergence=len(list(equal))))
+        advance(1)
+    return _summarise(measured, new_tokens, artifact.dense_ffn_bytes)
+
+
+def _write(
+    artifact: Artifact, setting: Setting, step: DecodeStep, prompt: Sequence[int], count: int, *, masked: bool
+) -> list[int]:
+    how = setting.deployment
+    step.cache.truncate(0)
+    logits, mask = step.read(prompt, how.thresholds, prior=how.prior)
+    if masked:
+        setting.use(step, mask)
+        tokens = list(itertools.islice(greedy_tokens(setting, step, likeliest(logits)), count))
+    else:
+        step.use(None)
+        tokens = [likeliest(logits)]
+        while len(tokens) < count:
+            tokens.append(step.greedy(tokens[-1]))
+    if min(tokens) < 0:
+        raise TdaError(f"{artifact.folder}: the logits are not finite. Build the artifact in another dtype.")
+    return tokens
+
+
+def _drift(
+    setting: Setting, cache: KvCache, reader: Prefill, prompt: Sequence[int], text: Sequence[int], *, divergence: int
+) -> FreeText:
+    """Read the dense model's text under the method and densely; its last token has nothing after it to predict."""
+    read = text[:-1]
+    cache.truncate(0)
+    _, mask = setting.read(prompt, cache, reader)
+    counted = setting.decode_counted(cache, read, mask, reader)
+    cache.truncate(len(prompt))
+    kl = token_kl(decode(setting.sessions, cache, read, None), counted.logits)
+    blocks = [kl[start : start + BLOCK_TOKENS].mean() for start in range(0, len(kl), BLOCK_TOKENS)]
+    return FreeText(divergence, np.array(blocks), counted.ffn_share, counted.refresh_share)
+
+
+def _summarise(measured: Sequence[FreeText], new_tokens: int, dense_ffn_bytes: int) -> FreeQuality:
+    lengths = np.array([text.divergence for text in measured], np.float64)
+    blocks = np.stack([text.kl for text in measured])
+    root = math.sqrt(len(measured))
+    return FreeQuality(
+        prompts=len(measured),
+        new_tokens=new_tokens,
+        divergence=float(lengths.mean()),
+        divergence_stderr=float(lengths.std(ddof=1) / root),
+        divergence_median=float(np.median(lengths)),
+        identical=float((lengths == new_tokens).mean()),
+        block_tokens=BLOCK_TOKENS,
+        kl=blocks.mean(axis=0).tolist(),
+        kl_stderr=(blocks.std(axis=0, ddof=1) / root).tolist(),
+        ffn_bytes=float(np.mean([text.ffn_share for text in measured])) * dense_ffn_bytes,
+        refresh_ffn_bytes=float(np.mean([text.refresh_share for text in measured])) * dense_ffn_bytes,
+        dense_ffn_bytes=dense_ffn_bytes,
+    )

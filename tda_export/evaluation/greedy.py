@@ -1,0 +1,40 @@
+"""Greedy decoding as a method does it, one token after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from tda_export.evaluation.setting import Setting
+from tda_export.runtime.decode_step import DecodeStep
+
+
+def greedy_tokens(setting: Setting, step: DecodeStep, token: int) -> Iterator[int]:
+    """Write on from a token, with the method's refreshes; there is no end.
+
+    Args:
+        setting: The method.
+        step: Its step (`Setting.open_step`), which has read the context and uses its mask.
+        token: The first new one, which the step has not read.
+
+    Yields:
+        `token`, and the likeliest token after all before it, -1 where logits are not finite. Nothing is computed
+        before it is asked for.
+    """
+    how, stale = setting.deployment, list[int]()
+    while True:
+        yield token
+        stale.append(token)
+        if setting.masked and len(stale) == how.refresh.tokens:
+            logits, mask = step.reread(stale, how.thresholds, how.refresh.decay)
+            setting.use(step, mask)
+            token = likeliest(logits)
+            stale.clear()
+        else:
+            token = step.greedy(token)
+
+
+def likeliest(logits: np.ndarray) -> int:
+    """Return the likeliest token of logits [V], -1 if they are not finite."""
+    return int(logits.argmax()) if np.isfinite(logits).all() else -1
