@@ -14,7 +14,7 @@ DENSE = {"model": {"type": "llama", "decoder": {"filename": "prefill.onnx"}}}
 
 
 def with_library(name: str) -> dict:
-    """Let decode use tda-export's native kernels. GenAI takes a library only from the artifact's folder: copy it there."""
+    """Let decode use the native kernels of tda-export. GenAI takes a library from the artifact's folder alone."""
     return {"model": {"decoder": {"pipeline": [{"decode": {"session_options": {"custom_ops_library": name}}}]}}}
 
 

@@ -13,7 +13,7 @@ export async function load(folder) {
   const [manifest, tokenizer, config] = await Promise.all(
     ["manifest.json", "tokenizer.json", "tokenizer_config.json"].map(async (name) => JSON.parse(await read(name))),
   );
-  if (manifest.shape.dtype !== "float32") throw new Error(`${folder}: built with --dtype fp32 it would run here`);
+  if (manifest.shape.dtype !== "float32") throw new Error(`${folder} is not float32: build it with --dtype fp32`);
   // This package feeds no input that has a default, so it takes the decode graph in which none has.
   const [prefill, decode] = await Promise.all(
     ["prefill.onnx", "decode_explicit.onnx"].map((name) =>

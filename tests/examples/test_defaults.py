@@ -83,9 +83,7 @@ def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
         np.testing.assert_array_equal(value, other[name], err_msg=name)
 
 
-def test_prefill_without_statistics_and_thresholds(
-    plain: PlainArtifact, prefilled: dict[str, np.ndarray]
-) -> None:
+def test_prefill_without_statistics_and_thresholds(plain: PlainArtifact, prefilled: dict[str, np.ndarray]) -> None:
     tokens = plain.manifest["prior_tokens"]
     assert tokens > 0
     prior = calibrated_prior(read_calibration(plain.folder / contract.CALIBRATION_FILE).sums, tokens)

@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 
 from tda_export.graph import contract
+from tests.examples.applications import run
 
 SCRIPT = """
 import sys
@@ -34,6 +35,12 @@ for turn in range(turns):
 @pytest.fixture
 def config(tiny_artifact: Path) -> dict[str, Any]:
     return json.loads((tiny_artifact / contract.GENAI_CONFIG_FILE).read_text())
+
+
+def test_library_is_that_of_the_installed_onnxruntime() -> None:
+    """GenAI asks for the package `onnxruntime`; installed without it, it takes the same files from onnxruntime-gpu."""
+    code = "import os, onnxruntime_genai; print(os.environ['ORT_LIB_PATH'])"
+    assert Path(run(sys.executable, "-c", code).strip()).is_relative_to(Path(ort.__file__).parent)
 
 
 def test_stages_list_every_output_of_their_graphs(config: dict[str, Any], tiny_artifact: Path) -> None:

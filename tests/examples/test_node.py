@@ -38,7 +38,7 @@ def test_chat_answers_every_line(tiny_artifact: Path, applications: Applications
 
 
 def test_chat_says_how_it_is_used(applications: Applications) -> None:
-    with pytest.raises(AssertionError, match="Usage: node chat.mjs ARTIFACT"):
+    with pytest.raises(AssertionError, match="Usage: node chat"):
         run("node", "chat.mjs", folder=applications.node_folder)
 
 

@@ -66,6 +66,25 @@ def test_other_methods_run_too(name: str, griffin_artifact: Path, applications: 
     assert applications.named(name)(griffin_artifact, PROMPT, "tda", 16) == expected
 
 
+@pytest.mark.parametrize("name", ["genai", "minimal"])
+def test_float16(
+    name: str, tiny_model: Path, tiny_calibration: Path, applications: Applications, tmp_path: Path
+) -> None:
+    path, half = tmp_path / "artifact", ("--dtype", "fp16", "--no-verify")
+    run_ok("build", tiny_model, "--calibration", tiny_calibration, *half, "-o", path)
+    assert applications.named(name)(path, PROMPT, "tda", 16) == ours(path, PROMPT, "tda", 16)
+
+
+@pytest.mark.node
+def test_node_refuses_other_dtypes(
+    tiny_model: Path, tiny_calibration: Path, applications: Applications, tmp_path: Path
+) -> None:
+    path, half = tmp_path / "artifact", ("--dtype", "fp16", "--no-verify")
+    run_ok("build", tiny_model, "--calibration", tiny_calibration, *half, "-o", path)
+    with pytest.raises(AssertionError, match="build it with --dtype fp32"):
+        applications.node(path, PROMPT, "tda", 16)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_empty_masks(name: str, empty_artifact: Path, applications: Applications) -> None:
     expected = ours(empty_artifact, PROMPT, "tda", 16)
