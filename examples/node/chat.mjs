@@ -29,3 +29,4 @@ for await (const line of lines) {
   process.stdout.write("\n");
   lines.prompt();
 }
+process.stdout.write("\n");
