@@ -17,12 +17,14 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Pinned versions. torch comes first and alone, so that the pinned build is taken and not a newer one.
+# Pinned versions. torch comes first and alone, so that the pinned build is taken and not a newer one. GenAI, for tests,
+# comes without the onnxruntime that it asks for: it would overwrite the files of onnxruntime-gpu, which serve it too.
 $(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(wildcard tda_export/native/*.cc tda_export/native/*.h) \
 		$(wildcard tda_export/native/device/*) tda_export/native/build.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps onnxruntime-genai
 	touch $(INSTALLED)
 
 clean:

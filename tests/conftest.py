@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import settings
 
 from tda_export.cli.main import cli
 from tda_export.runtime.providers import cuda_problem
+from tests.examples.applications import Applications, node_problem
 from tests.tiny import save_tiny_model
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
@@ -19,10 +22,10 @@ CALIBRATE_TINY = ("--sequences", "4", "--prompt-tokens", "32", "--continuation-t
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    problem = cuda_problem()
-    for item in items:
-        if problem and item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason=problem))
+    for marker, problem in (("gpu", cuda_problem()), ("node", node_problem())):
+        for item in items:
+            if problem and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=problem))
 
 
 def run_cli(*arguments: object, **options: object) -> Result:
@@ -35,6 +38,14 @@ def run_ok(*arguments: object) -> Result:
     result = run_cli(*arguments)
     assert result.exit_code == 0, result.output
     return result
+
+
+@pytest.fixture(scope="session")
+def applications(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Applications]:
+    """The examples, installed below a temporary folder, which goes afterwards: Node's packages are large."""
+    folder = tmp_path_factory.mktemp("applications")
+    yield Applications(folder)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

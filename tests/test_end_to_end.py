@@ -14,7 +14,10 @@ from tda_export.calibration.budgets import Budget
 from tda_export.calibration.file import allocation_from
 from tda_export.models.source import resolve_model
 from tda_export.runtime import Model, load
+from tda_export.runtime.generate import MaskMode
 from tests.conftest import run_ok
+from tests.examples.applications import Applications, ours, run
+from tests.examples.test_same_tokens import NAMES
 from tests.runtime.conftest import without_native_kernels
 
 pytestmark = pytest.mark.real_model
@@ -100,6 +103,26 @@ def test_chat_answers_and_stops(model: Model) -> None:
     list(generation)
     assert "Paris" in generation.text
     assert generation.metrics.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("mask", ["tda", "dense"])
+@pytest.mark.parametrize("name", NAMES)
+def test_other_applications_give_the_same_tokens(
+    name: str, mask: MaskMode, artifact: Path, applications: Applications
+) -> None:
+    expected = ours(artifact, PROMPT, mask, GREEDY_TOKENS)
+    assert len(expected) == GREEDY_TOKENS
+    assert applications.named(name)(artifact, PROMPT, mask, GREEDY_TOKENS) == expected
+
+
+@pytest.mark.node
+def test_chat_in_node(artifact: Path, applications: Applications) -> None:
+    question = "What is the capital of France?"
+    printed = run("node", "chat.mjs", artifact, "--dense", folder=applications.node_folder, text=f"{question}\n")
+    generation = load(artifact, provider="cpu").generate(question, chat=True, mask="dense", max_new_tokens=256)
+    list(generation)
+    assert generation.metrics.finish_reason == "stop"
+    assert f"> {generation.text}\n" in printed
 
 
 def test_another_budget_without_the_model(artifact: Path) -> None:

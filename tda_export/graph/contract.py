@@ -7,7 +7,7 @@ imports nothing outside the standard library, so that every other part of the pr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 FORMAT = "tda-export"
 # 2: greedy_tokens, token_thresholds, the spec in the manifest, linear weights [out, in].
@@ -16,12 +16,15 @@ FORMAT_VERSION = 3
 
 PREFILL_FILE = "prefill.onnx"
 DECODE_FILE = "decode.onnx"
+EXPLICIT_DECODE_FILE = "decode_explicit.onnx"  # decode without defaults: some bindings cannot feed an input with one
+GRAPH_FILES = (PREFILL_FILE, DECODE_FILE, EXPLICIT_DECODE_FILE)
 WEIGHTS_FILE = "weights.bin"
 MANIFEST_FILE = "manifest.json"
 CALIBRATION_FILE = "calibration.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_CONFIG_FILE = "generation_config.json"
+GENAI_CONFIG_FILE = "genai_config.json"
 
 # Model-local functions, which the native library has kernels for.
 FUNCTION_DOMAIN = "tda"
@@ -243,17 +246,21 @@ def prefill_outputs(shape: ModelShape) -> list[IoTensor]:
     ]
 
 
-def decode_inputs(shape: ModelShape, *, two_levels: bool) -> list[IoTensor]:
-    """List the inputs of `decode.onnx` in order; token thresholds belong to two-level methods."""
+def decode_inputs(shape: ModelShape, *, two_levels: bool, explicit: bool = False) -> list[IoTensor]:
+    """List the inputs of `decode.onnx` in order; token thresholds belong to two-level methods.
+
+    `explicit` lists those of `decode_explicit.onnx`, where none has a default.
+    """
     layers = range(shape.num_layers)
     second_level = [IoTensor(TOKEN_THRESHOLDS, "float32", (shape.num_layers,), default=True)] if two_levels else []
-    return [
+    inputs = [
         *_token_inputs(),
         *_kv_cache(shape, past_key, past_value, "past_sequence_length"),
         *(IoTensor(mask_indices(i), "int32", (f"num_mask_indices_{i}",), default=True) for i in layers),
         *(IoTensor(tail_mean(i), shape.dtype, (shape.hidden_size,), default=True) for i in layers),
         *second_level,
     ]
+    return [replace(tensor, default=False) for tensor in inputs] if explicit else inputs
 
 
 def decode_outputs(shape: ModelShape, *, ffn_inputs: bool = False, counted: bool = False) -> list[IoTensor]:

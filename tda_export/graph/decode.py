@@ -25,6 +25,7 @@ def build_decode(
     method: Method,
     token_thresholds: np.ndarray | None = None,
     *,
+    explicit: bool = False,
     ffn_inputs: bool = False,
     counted: bool = False,
 ) -> ir.Model:
@@ -36,6 +37,7 @@ def build_decode(
         dtype: A value of `contract.DTYPES`.
         method: With `two_levels` the graph takes token thresholds.
         token_thresholds: float32 [L], the default of the input of that name; None is off.
+        explicit: Let no input have a default.
         ffn_inputs: Give the input of each layer's FFN as a further output, for measurements.
         counted: Give the number of neurons that each layer computes for each token, int64 [L, S], as a further output;
             for two-level methods.
@@ -45,7 +47,7 @@ def build_decode(
     """
     shape, form = model_shape(spec, dtype), ffn_form(spec, two_levels=method.two_levels)
     half = dtype != "float32"
-    declared_inputs = contract.decode_inputs(shape, two_levels=method.two_levels)
+    declared_inputs = contract.decode_inputs(shape, two_levels=method.two_levels, explicit=explicit)
     graph = (HalfGraphBuilder if half else GraphBuilder)(spec, weights, dtype, declared_inputs)
     inputs, outputs = graph.inputs, graph.outputs
     kept: list[ir.Value] = []
@@ -80,7 +82,7 @@ def build_decode(
     if half:
         functions += linear_functions()
     declared = contract.decode_outputs(shape, ffn_inputs=ffn_inputs, counted=counted)
-    return graph.model("decode", declared, defaults, functions)
+    return graph.model("decode", declared, {} if explicit else defaults, functions)
 
 
 def _survivors(graph: GraphBuilder, form: FfnForm, layer: int, arguments: dict[str, ir.Value]) -> ir.Value:

@@ -20,6 +20,7 @@ from tda_export.files import atomic_folder, sha256
 from tda_export.graph import contract
 from tda_export.graph.decode import build_decode
 from tda_export.graph.decoder import model_shape
+from tda_export.graph.genai import genai_config
 from tda_export.graph.method import Method
 from tda_export.graph.prefill import Prior, build_prefill
 from tda_export.graph.weights_file import WeightTable, plan_weights, write_weights
@@ -94,16 +95,22 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
         thresholds = np.asarray(request.thresholds, np.float32)
         prefill = build_prefill(spec, table, request.dtype, request.method, thresholds, request.prior)
         decode = build_decode(spec, table, request.dtype, request.method, np.asarray(request.token_thresholds, "f4"))
-        ir.save(prefill, folder / contract.PREFILL_FILE)
-        ir.save(decode, folder / contract.DECODE_FILE)
+        explicit = build_decode(spec, table, request.dtype, request.method, explicit=True)
+        graphs = dict(zip(contract.GRAPH_FILES, (prefill, decode, explicit), strict=True))
+        for name, graph in graphs.items():
+            ir.save(graph, folder / name)
         _save_tokenizer(source, folder)
-        (folder / contract.GENERATION_CONFIG_FILE).write_text(json.dumps(source.generation_config, indent=2) + "\n")
+        _write_json(folder / contract.GENERATION_CONFIG_FILE, source.generation_config)
+        _write_json(folder / contract.GENAI_CONFIG_FILE, genai_config(request.source, request.dtype))
         if request.calibration_file:
             shutil.copyfile(request.calibration_file, folder / contract.CALIBRATION_FILE)
         known = {contract.WEIGHTS_FILE: weights_sha256}
-        manifest = _manifest(request, folder, table, {prefill.graph.name: prefill, decode.graph.name: decode}, known)
-        (folder / contract.MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        _write_json(folder / contract.MANIFEST_FILE, _manifest(request, folder, table, graphs, known))
         check(folder)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _save_tokenizer(source: ModelSource, folder: Path) -> None:
@@ -120,11 +127,11 @@ def _save_tokenizer(source: ModelSource, folder: Path) -> None:
 
 
 def _manifest(
-    request: BuildRequest, folder: Path, table: WeightTable, graphs: dict[str | None, ir.Model], known: dict[str, str]
+    request: BuildRequest, folder: Path, table: WeightTable, graphs: dict[str, ir.Model], known: dict[str, str]
 ) -> dict[str, Any]:
     spec, shape = request.source.spec, model_shape(request.source.spec, request.dtype)
     files = sorted(path for path in folder.iterdir() if path.name != contract.MANIFEST_FILE)
-    prefill, decode = graphs.values()
+    two_levels = request.method.two_levels
     return {
         "format": contract.FORMAT,
         "format_version": contract.FORMAT_VERSION,
@@ -133,7 +140,7 @@ def _manifest(
             "name": request.source.name,
             "architecture": spec.architecture,
             "fingerprint": request.source.fingerprint,
-            "eos_token_ids": _eos_token_ids(request.source),
+            "eos_token_ids": request.source.eos_token_ids,
             "ffn_matrices": FFN_MATRICES,
         },
         "shape": asdict(shape),
@@ -155,7 +162,10 @@ def _manifest(
         "io": {
             contract.PREFILL_FILE: _io(contract.prefill_inputs(shape), contract.prefill_outputs(shape)),
             contract.DECODE_FILE: _io(
-                contract.decode_inputs(shape, two_levels=request.method.two_levels), contract.decode_outputs(shape)
+                contract.decode_inputs(shape, two_levels=two_levels), contract.decode_outputs(shape)
+            ),
+            contract.EXPLICIT_DECODE_FILE: _io(
+                contract.decode_inputs(shape, two_levels=two_levels, explicit=True), contract.decode_outputs(shape)
             ),
         },
         "weights": {
@@ -167,17 +177,10 @@ def _manifest(
             for name, tensor in table.items()
         },
         "graph_weights": {
-            contract.PREFILL_FILE: [name for name in table if name in prefill.graph.initializers],
-            contract.DECODE_FILE: [name for name in table if name in decode.graph.initializers],
+            file: [name for name in table if name in model.graph.initializers] for file, model in graphs.items()
         },
     }
 
 
 def _io(inputs: list[contract.IoTensor], outputs: list[contract.IoTensor]) -> dict[str, list[dict[str, Any]]]:
     return {"inputs": [asdict(tensor) for tensor in inputs], "outputs": [asdict(tensor) for tensor in outputs]}
-
-
-def _eos_token_ids(source: ModelSource) -> list[int]:
-    eos = source.generation_config.get("eos_token_id", source.config.eos_token_id)
-    ids = set(eos) if isinstance(eos, list) else {eos}
-    return sorted(int(token) for token in ids | {source.tokenizer.eos_token_id} if token is not None)

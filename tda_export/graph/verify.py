@@ -59,7 +59,7 @@ def _hashes(artifact: Artifact, quiet: bool) -> Check:
 
 def _graphs(artifact: Artifact) -> list[Check]:
     checks = []
-    for file in (contract.PREFILL_FILE, contract.DECODE_FILE):
+    for file in (name for name in contract.GRAPH_FILES if name in artifact.manifest["files"]):
         problem = None
         try:
             onnx.checker.check_model(str(artifact.file(file)))

@@ -81,6 +81,13 @@ class ModelSource:
         return dict(GenerationConfig.from_model_config(self.config).to_diff_dict())
 
     @cached_property
+    def eos_token_ids(self) -> list[int]:
+        """Tokens that end a generation: the generation configuration's and the tokenizer's."""
+        eos = self.generation_config.get("eos_token_id", self.config.eos_token_id)
+        ids = set(eos) if isinstance(eos, list) else {eos}
+        return sorted(int(token) for token in ids | {self.tokenizer.eos_token_id} if token is not None)
+
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of architecture and weights (see `tda_export.models.fingerprint`)."""
         files = [self.folder / self.gguf] if self.gguf else open_safetensors(self.folder).files

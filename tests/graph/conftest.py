@@ -1,5 +1,5 @@
-"""The tiny artifact, loaded."""
+"""The tiny artifact, loaded, and copies of it."""
 
-from tests.runtime.conftest import model
+from tests.runtime.conftest import artifact_copy, model
 
-__all__ = ["model"]
+__all__ = ["artifact_copy", "model"]

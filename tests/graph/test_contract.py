@@ -19,6 +19,10 @@ PACKAGE = Path(tda_export.__file__).parent
 GRAPHS = {
     contract.PREFILL_FILE: (contract.prefill_inputs, contract.prefill_outputs),
     contract.DECODE_FILE: (functools.partial(contract.decode_inputs, two_levels=True), contract.decode_outputs),
+    contract.EXPLICIT_DECODE_FILE: (
+        functools.partial(contract.decode_inputs, two_levels=True, explicit=True),
+        contract.decode_outputs,
+    ),
 }
 ONNX_TYPES = {
     "float32": "tensor(float)",

@@ -31,7 +31,7 @@ def test_family_matches_transformers(family: str, tmp_path: Path) -> None:
     source = resolve_model(str(save_tiny_model(family, tmp_path / "model")))
     artifact = build_tiny(source, tmp_path / "artifact")
     checks = verify_artifact(artifact, lambda name: source, provider="cpu", quiet=True)
-    assert len(checks) == 14
+    assert len(checks) == 15
     assert [check for check in checks if not check.passed] == []
 
 

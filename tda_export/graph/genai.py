@@ -1,0 +1,100 @@
+"""The configuration with which ONNX Runtime GenAI runs an artifact: a pipeline of prefill and decode.
+
+Prefill runs for the prompt alone, decode for the tokens after it. What decode needs of prefill is forwarded under
+decode's names, since GenAI drops a prompt stage's other outputs after the first token. Nothing here names a native
+library: an artifact is data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tda_export.graph import contract
+from tda_export.graph.decoder import model_shape
+from tda_export.models.source import ModelSource
+
+PIPELINE = "decoder-pipeline"
+ERRORS_ONLY = 3  # ONNX Runtime warns of every input that has a default
+
+
+def genai_config(source: ModelSource, dtype: str) -> dict[str, Any]:
+    """Return what genai_config.json says (written for GenAI 0.18).
+
+    Args:
+        source: The model.
+        dtype: A value of `contract.DTYPES`.
+
+    Returns:
+        Plain data. Every output of both graphs is listed, which GenAI needs. Statistics, thresholds and token
+        thresholds are not: their defaults count.
+    """
+    shape = model_shape(source.spec, dtype)
+    tokenizer, eos = source.tokenizer, source.eos_token_ids
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": eos or None,
+        "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(eos), None),
+    }
+    forwarded = {
+        present(layer): given(layer)
+        for present, given in (
+            (contract.present_mask_indices, contract.mask_indices),
+            (contract.present_tail_mean, contract.tail_mean),
+        )
+        for layer in range(shape.num_layers)
+    }
+    caches = [tensor.name for tensor in contract.dense_inputs(shape)]  # tokens, attention mask, keys and values
+    prefill = {
+        "filename": contract.PREFILL_FILE,
+        "inputs": caches,
+        "outputs": [tensor.name for tensor in contract.prefill_outputs(shape)],
+        "output_names_forwarder": forwarded,
+        "run_on_token_gen": False,
+    }
+    decode = {
+        "filename": contract.DECODE_FILE,
+        "inputs": [*caches, *forwarded.values()],
+        "outputs": [tensor.name for tensor in contract.decode_outputs(shape)],
+        "run_on_prompt": False,
+    }
+    return {
+        "model": {
+            "type": PIPELINE,
+            **{name: value for name, value in special.items() if value is not None},
+            "context_length": shape.max_positions,
+            "vocab_size": shape.vocab_size,
+            "decoder": {
+                "head_size": shape.head_size,
+                "hidden_size": shape.hidden_size,
+                "num_attention_heads": source.spec.num_heads,
+                "num_hidden_layers": shape.num_layers,
+                "num_key_value_heads": shape.num_kv_heads,
+                "session_options": {"log_severity_level": ERRORS_ONLY, "provider_options": []},
+                "inputs": {  # the names of these two are GenAI's keys for them as well
+                    contract.INPUT_IDS: contract.INPUT_IDS,
+                    contract.ATTENTION_MASK: contract.ATTENTION_MASK,
+                    "past_key_names": _pattern(contract.past_key),
+                    "past_value_names": _pattern(contract.past_value),
+                },
+                "outputs": {
+                    "logits": contract.LOGITS,
+                    "present_key_names": _pattern(contract.present_key),
+                    "present_value_names": _pattern(contract.present_value),
+                },
+                "pipeline": [{"prefill": prefill, "decode": decode}],
+            },
+        },
+        "search": {
+            "batch_size": 1,
+            "do_sample": False,
+            "max_length": shape.max_positions,
+            "num_beams": 1,
+            "past_present_share_buffer": False,
+        },
+    }
+
+
+def _pattern(name: Callable[[int], str]) -> str:
+    """Write a name by layer as GenAI does."""
+    return name(0).replace(".0.", ".%d.")

@@ -1,0 +1,114 @@
+"""The examples as other people would run them: each in a process of its own, from prompt to token ids."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import onnxruntime
+from tokenizers import Tokenizer
+
+from tda_export.graph import contract
+from tda_export.native.build import FOLDER as NATIVE_SOURCES
+from tda_export.native.build import find_compiler
+from tda_export.runtime import load
+from tda_export.runtime.generate import MaskMode
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NODE_IDS = """
+import { load } from "./artifact.mjs";
+const [folder, prompt, dense, count] = process.argv.slice(1);
+const artifact = await load(folder);
+const tokens = [];
+const options = { dense: dense === "dense", maxNewTokens: Number(count) };
+for await (const token of artifact.generate(artifact.encode(prompt), options)) tokens.push(token);
+console.log(tokens.join(" "));
+"""
+# What a clean environment of an example does not have; None in sys.modules makes an import fail.
+FOREIGN = ("tda_export", "torch", "transformers", "onnx", "onnx_ir", "onnxruntime_genai")
+
+Application = Callable[[Path, str, MaskMode, int], list[int]]
+
+
+def run(*command: object, folder: Path | None = None, text: str | None = None) -> str:
+    """Run a command and return what it printed; what went wrong is in the failure."""
+    words = [str(word) for word in command]
+    done = subprocess.run(words, cwd=folder, input=text, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def ids(printed: str) -> list[int]:
+    return [int(word) for word in printed.split()]
+
+
+def node_problem() -> str | None:
+    """Say what the Node example lacks here, or None. Where CI runs it must not lack anything."""
+    missing = [name for name in ("node", "npm") if shutil.which(name) is None]
+    return f"{' and '.join(missing)} not found" if missing and not os.environ.get("CI") else None
+
+
+def ours(artifact: Path, prompt: str, mask: MaskMode, count: int) -> list[int]:
+    """The package's own driver."""
+    return [token.id for token in load(artifact, provider="cpu").generate(prompt, mask=mask, max_new_tokens=count)]
+
+
+def genai(artifact: Path, prompt: str, mask: MaskMode, count: int, *options: object) -> list[int]:
+    options = (*options, "--mask", mask, "--max-new-tokens", count, "--ids")
+    return ids(run(sys.executable, EXAMPLES / "genai_generate.py", artifact, prompt, *options))
+
+
+def minimal(artifact: Path, prompt: str, mask: MaskMode, count: int) -> list[int]:
+    """The script in an interpreter that cannot import what it claims not to need."""
+    words = [str(artifact), prompt, "--mask", mask, "--max-new-tokens", str(count), "--ids"]
+    code = (
+        f"import sys, runpy; sys.modules.update(dict.fromkeys({FOREIGN})); sys.argv[1:] = {words!r}\n"
+        f"runpy.run_path({str(EXAMPLES / 'python_minimal.py')!r}, run_name='__main__')"
+    )
+    return ids(run(sys.executable, "-I", "-c", code))
+
+
+class Applications:
+    """The examples that are installed or compiled first, when they are first asked for, below a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @cached_property
+    def node_folder(self) -> Path:
+        """The Node example with its packages, as `npm ci` installs them."""
+        ignored = shutil.ignore_patterns("node_modules")
+        folder = Path(shutil.copytree(EXAMPLES / "node", self._folder / "node", ignore=ignored))
+        run("npm", "ci", "--no-audit", "--no-fund", folder=folder)
+        return folder
+
+    @cached_property
+    def cpp_program(self) -> Path:
+        """The C++ example, compiled against the project's ABI declaration and linked to the library of this Python."""
+        library = next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))
+        (self._folder / "libonnxruntime.so.1").symlink_to(library)  # the name that it has in a release
+        program = self._folder / "generate"
+        headers = [f"-I{Path(__file__).parent}", f"-I{NATIVE_SOURCES}"]
+        flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", *headers]
+        link = [self._folder / "libonnxruntime.so.1", f"-Wl,-rpath,{self._folder}"]
+        run(find_compiler(), *flags, EXAMPLES / "cpp" / "generate.cc", *link, "-o", program)
+        return program
+
+    def node(self, artifact: Path, prompt: str, mask: MaskMode, count: int) -> list[int]:
+        command = ("node", "--input-type=module", "-e", NODE_IDS, artifact, prompt, mask, count)
+        return ids(run(*command, folder=self.node_folder))
+
+    def cpp(self, artifact: Path, prompt: str, mask: MaskMode, count: int, *options: object) -> list[int]:
+        """It takes token ids; tokenizing is the caller's part."""
+        tokens = Tokenizer.from_file(str(artifact / contract.TOKENIZER_FILE)).encode(prompt).ids
+        dense = ["--dense"] if mask == "dense" else []
+        return ids(run(self.cpp_program, artifact, *dense, "--max-new-tokens", count, *options, *tokens))
+
+    def named(self, name: str) -> Application:
+        """An application of APPLICATIONS."""
+        return {"genai": genai, "minimal": minimal, "node": self.node, "cpp": self.cpp}[name]

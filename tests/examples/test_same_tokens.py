@@ -1,0 +1,122 @@
+"""One artifact, one prompt, the same greedy tokens in every application."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tda_export.calibration.budgets import Budget
+from tda_export.graph import contract
+from tda_export.graph.export import BuildRequest, export_artifact
+from tda_export.graph.method import tda
+from tda_export.models.source import resolve_model
+from tda_export.native.library import LIBRARY
+from tda_export.runtime.generate import MaskMode
+from tests.conftest import run_ok
+from tests.examples.applications import EXAMPLES, Applications, genai, ours
+from tests.runtime.conftest import edit_manifest
+
+PROMPT = "The sea is calm tonight"
+TOKENS = 64
+NAMES = ["genai", "minimal", pytest.param("node", marks=pytest.mark.node), "cpp"]
+
+
+@pytest.fixture(scope="module")
+def griffin_artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One level, top-k, no tail mean: decode takes no token thresholds."""
+    path = tmp_path_factory.mktemp("griffin") / "artifact"
+    run_ok("build", tiny_model, "--method", "griffin", "--sparsity", "0.5", "--no-verify", "-o", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def empty_artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thresholds that no score reaches: the masks hold no neuron."""
+    path, source = tmp_path_factory.mktemp("empty") / "artifact", resolve_model(str(tiny_model))
+    request = BuildRequest(source, "float32", tda(), [10.0] * source.spec.num_layers, Budget(sparsity=0.5))
+    export_artifact(request, path, quiet=True, check=lambda folder: None)
+    return path
+
+
+def test_minimal_driver_is_short() -> None:
+    assert len((EXAMPLES / "python_minimal.py").read_text().splitlines()) < 80
+
+
+def test_dense_and_masked_tokens_differ(tiny_artifact: Path) -> None:
+    """Otherwise equal tokens would say nothing about masks."""
+    assert ours(tiny_artifact, PROMPT, "tda", TOKENS) != ours(tiny_artifact, PROMPT, "dense", TOKENS)
+
+
+@pytest.mark.parametrize("mask", ["tda", "dense"])
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_are_those_of_our_driver(
+    name: str, mask: MaskMode, tiny_artifact: Path, applications: Applications
+) -> None:
+    expected = ours(tiny_artifact, PROMPT, mask, TOKENS)
+    assert len(expected) == TOKENS
+    assert applications.named(name)(tiny_artifact, PROMPT, mask, TOKENS) == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_methods_run_too(name: str, griffin_artifact: Path, applications: Applications) -> None:
+    expected = ours(griffin_artifact, PROMPT, "tda", 16)
+    assert applications.named(name)(griffin_artifact, PROMPT, "tda", 16) == expected
+
+
+@pytest.mark.parametrize("name", ["genai", "minimal"])
+def test_float16(
+    name: str, tiny_model: Path, tiny_calibration: Path, applications: Applications, tmp_path: Path
+) -> None:
+    path, half = tmp_path / "artifact", ("--dtype", "fp16", "--no-verify")
+    run_ok("build", tiny_model, "--calibration", tiny_calibration, *half, "-o", path)
+    assert applications.named(name)(path, PROMPT, "tda", 16) == ours(path, PROMPT, "tda", 16)
+
+
+@pytest.mark.node
+def test_node_refuses_other_dtypes(
+    tiny_model: Path, tiny_calibration: Path, applications: Applications, tmp_path: Path
+) -> None:
+    path, half = tmp_path / "artifact", ("--dtype", "fp16", "--no-verify")
+    run_ok("build", tiny_model, "--calibration", tiny_calibration, *half, "-o", path)
+    with pytest.raises(AssertionError, match="build it with --dtype fp32"):
+        applications.node(path, PROMPT, "tda", 16)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_empty_masks(name: str, empty_artifact: Path, applications: Applications) -> None:
+    expected = ours(empty_artifact, PROMPT, "tda", 16)
+    assert applications.named(name)(empty_artifact, PROMPT, "tda", 16) == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_answer_ends_at_a_stop_token(
+    name: str, tiny_artifact: Path, applications: Applications, tmp_path: Path
+) -> None:
+    tokens = ours(tiny_artifact, PROMPT, "tda", 16)
+    stop = next(token for token in tokens[8:] if token not in tokens[:8])
+    folder = Path(shutil.copytree(tiny_artifact, tmp_path / "artifact"))
+    edit_manifest(folder, lambda manifest: manifest["model"].update(eos_token_ids=[2, stop]))
+    config = json.loads((folder / contract.GENAI_CONFIG_FILE).read_text())
+    config["model"]["eos_token_id"] = [2, stop]
+    (folder / contract.GENAI_CONFIG_FILE).write_text(json.dumps(config))
+    if name == "cpp":  # it reads no JSON
+        answer = applications.cpp(folder, PROMPT, "tda", 16, "--eos", stop)
+    else:
+        answer = applications.named(name)(folder, PROMPT, "tda", 16)
+    assert answer == tokens[: tokens.index(stop)]
+
+
+def test_native_kernels_in_genai(tiny_artifact: Path, tmp_path: Path) -> None:
+    """GenAI takes a library only from the folder of its configuration."""
+    folder = Path(shutil.copytree(tiny_artifact, tmp_path / "artifact"))
+    shutil.copy(LIBRARY, folder)
+    tokens = genai(folder, PROMPT, "tda", TOKENS, "--library", LIBRARY.name)
+    assert tokens == ours(tiny_artifact, PROMPT, "tda", TOKENS)
+
+
+def test_native_kernels_in_cpp(tiny_artifact: Path, applications: Applications) -> None:
+    tokens = applications.cpp(tiny_artifact, PROMPT, "tda", TOKENS, "--library", LIBRARY)
+    assert tokens == ours(tiny_artifact, PROMPT, "tda", TOKENS)

@@ -1,0 +1,124 @@
+"""docs/artifact-format.md says what the contract says: no more names, no fewer, with their dtypes and axes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tda_export.graph import contract
+from tests.graph.test_manifest_schema import SCHEMA
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "artifact-format.md").read_text(encoding="utf-8")
+# Sizes that tell apart what an axis is.
+SHAPE = contract.ModelShape(17, 3, 5, 7, 11, 13, 19, "float16")
+AXES = {1: "1", 2: "2", 17: "L", 3: "KV", 5: "D", 7: "M", 11: "F", 13: "V"} | {
+    "sequence_length": "S",
+    "past_sequence_length": "P",
+    "total_sequence_length": "T",
+    "num_mask_indices_0": "K",
+}
+TABLES = {
+    contract.PREFILL_FILE: (contract.prefill_inputs(SHAPE), contract.prefill_outputs(SHAPE)),
+    contract.DECODE_FILE: (contract.decode_inputs(SHAPE, two_levels=True), contract.decode_outputs(SHAPE)),
+}
+
+
+def by_layer(name: str) -> str:
+    return name.replace(".0.", ".{i}.").replace(".0", ".{i}")
+
+
+def rows(tensors: Sequence[contract.IoTensor]) -> list[tuple[str, ...]]:
+    """The table of a list of tensors, one row for all layers."""
+    wanted = [tensor for tensor in tensors if not re.search(r"\.[1-9]", tensor.name)]
+    return [
+        (
+            f"`{by_layer(tensor.name)}`{'*' if tensor.default else ''}",
+            "model" if tensor.dtype == SHAPE.dtype else tensor.dtype,
+            f"[{', '.join(AXES[axis] for axis in tensor.axes)}]",
+        )
+        for tensor in wanted
+    ]
+
+
+def written_tables(file: str) -> list[list[tuple[str, ...]]]:
+    """The tables of a section: name, dtype and axes of each row."""
+    section = DOCUMENT.split(f"\n### {file}\n")[1].split("\n#")[0]
+    tables: list[list[tuple[str, ...]]] = []
+    for line in section.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if cells and cells[0] in ("input", "output"):
+            tables.append([])
+        elif cells and not cells[0].startswith("-"):
+            tables[-1].append(tuple(cells[:3]))
+    return tables
+
+
+@pytest.mark.parametrize("file", TABLES)
+def test_tables_are_the_contract(file: str) -> None:
+    assert written_tables(file) == [rows(tensors) for tensors in TABLES[file]]
+
+
+def schema_names(schema: object) -> set[str]:
+    """Every property and choice of the manifest's schema."""
+    if isinstance(schema, list):
+        return set().union(*map(schema_names, schema)) if schema else set()
+    if not isinstance(schema, dict):
+        return set()
+    names = set(schema.get("properties", {})) | {value for value in schema.get("enum", []) if isinstance(value, str)}
+    return names.union(*map(schema_names, schema.values())) if schema else names
+
+
+def weight_names() -> set[str]:
+    attention = (contract.attention_norm, contract.qkv_weight, contract.qkv_bias)
+    rest = (contract.attention_out_weight, contract.attention_out_bias, contract.ffn_norm)
+    names = {name(0) for name in (*attention, *rest, contract.down_squared_norms, contract.neuron_scale)}
+    names |= {name(0, part) for name in (contract.ffn_weight, contract.ffn_bias) for part in contract.FFN_PARTS}
+    plain = {contract.EMBEDDING, contract.HEAD, contract.FINAL_NORM, contract.COS_CACHE, contract.SIN_CACHE}
+    return plain | {by_layer(name) for name in names}
+
+
+def tensor_names() -> set[str]:
+    return {by_layer(tensor.name) for lists in TABLES.values() for tensors in lists for tensor in tensors}
+
+
+QUOTED = set(re.findall(r"`([^`\n]+)`", DOCUMENT))
+
+
+def test_every_weight_and_file_appears() -> None:
+    assert weight_names() <= QUOTED
+    files = {getattr(contract, name) for name in dir(contract) if name.endswith("_FILE")}
+    assert len(files) == 10
+    assert files <= QUOTED
+
+
+def test_every_property_of_the_manifest_appears() -> None:
+    missing = set(SCHEMA["properties"]) - QUOTED
+    assert not missing
+    for part in ("model", "shape", "method", "refresh"):
+        properties = set(SCHEMA["properties"][part]["properties"]) - QUOTED
+        assert not properties, part
+
+
+def test_every_name_exists() -> None:
+    """A quoted word with an underscore, or with a layer, is a name of the contract or of a file of the artifact."""
+    elsewhere = {"bind_cpu_input", "bind_ortvalue_input", "past_present_share_buffer"}  # ONNX Runtime's, GenAI's
+    known = tensor_names() | weight_names() | schema_names(SCHEMA) | {contract.FfnInput.NEURON_SCALE} | elsewhere
+    names = {word for word in QUOTED if re.fullmatch(r"[a-z_.{}]+", word) and ("_" in word or "{i}" in word)}
+    files = {word for word in names if re.search(r"\.(onnx|json|jinja|bin|safetensors)$", word)}
+    assert len(names - files) > 40
+    assert names - files <= known
+
+
+def test_tiny_artifact_has_no_other_weights(tiny_artifact: Path) -> None:
+    manifest = json.loads((tiny_artifact / contract.MANIFEST_FILE).read_text())
+    assert {by_layer(name) for name in manifest["weights"] if not re.search(r"\.[1-9]", name)} <= weight_names()
+    assert set(manifest["files"]) | {contract.MANIFEST_FILE} <= QUOTED
+
+
+def test_versions_are_those_of_the_contract() -> None:
+    assert DOCUMENT.startswith(f"# Artifact format {contract.FORMAT_VERSION}\n")
+    assert f"\n- {contract.FORMAT_VERSION}: " in DOCUMENT
