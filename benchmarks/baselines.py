@@ -113,28 +113,40 @@ def line(result: dict[str, Any]) -> str:
     )
 
 
+class Baselines:
+    """Methods that were fitted to the calibration text, for any number of texts."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.source = resolve_model(options.model, notify=lambda notice: print(notice, file=sys.stderr))
+        training = PredictorSettings(rank=options.rank, epochs=options.epochs, seed=options.seed)
+        self.wanted = reachable(self.source, training, options)
+        if not self.wanted:
+            raise UsageError("Nothing is left to measure. Give another --sparsity.")
+        self.model = self.source.reference()
+        self.methods = fit(self.model, self.source, self.wanted, training, options)
+
+    def measure(self, text: str, name: str, prompt_tokens: int) -> list[dict[str, Any]]:
+        """Measure all of them on a text, with prompts of a length."""
+        options = argparse.Namespace(**vars(self.options) | {"text": Path(name), "prompt_tokens": prompt_tokens})
+        settings = TextSettings(options.prompts, prompt_tokens, options.continuation_tokens)
+        tokenizer = self.source.tokenizer
+        tokens = tokenizer(text, add_special_tokens=False).input_ids
+        windows = cut_windows(tokens, tokenizer("").input_ids, settings)
+        with progress("Evaluating", len(windows), quiet=options.json) as advance:
+            qualities = measure_methods(self.model, self.source.spec, windows, settings, self.methods, advance)
+        return [row(one, self.methods[one], qualities[one], options) for one in self.wanted]
+
+
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Fit, measure, and return the results."""
     if not options.text.is_file():
         raise UsageError(f"{options.text}: no such file. Give a UTF-8 text file.")
-    settings = TextSettings(options.prompts, options.prompt_tokens, options.continuation_tokens)
     try:
         text = options.text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise TdaError(f"{options.text}: not valid UTF-8 text. Convert it to UTF-8.") from error
-    source = resolve_model(options.model, notify=lambda notice: print(notice, file=sys.stderr))
-    tokenizer = source.tokenizer
-    tokens = tokenizer(text, add_special_tokens=False).input_ids
-    windows = cut_windows(tokens, tokenizer("").input_ids, settings)
-    training = PredictorSettings(rank=options.rank, epochs=options.epochs, seed=options.seed)
-    wanted = reachable(source, training, options)
-    if not wanted:
-        raise UsageError("Nothing is left to measure. Give another --sparsity.")
-    model = source.reference()
-    methods = fit(model, source, wanted, training, options)
-    with progress("Evaluating", len(windows), quiet=options.json) as advance:
-        qualities = measure_methods(model, source.spec, windows, settings, methods, advance)
-    return [row(one, methods[one], qualities[one], options) for one in wanted]
+    return Baselines(options).measure(text, options.text.name, options.prompt_tokens)
 
 
 def main() -> int:

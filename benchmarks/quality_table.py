@@ -66,12 +66,11 @@ def artifact_rows(model: Model, text: str, name: str, prompt: int, options: argp
         yield {"method": method, "budget": setting.budget, "text": name, "prompt_tokens": prompt} | asdict(quality)
 
 
-def baseline_rows(model: Model, text: Path, name: str, prompt: int, options: argparse.Namespace) -> list[Any]:
-    """The rows of `baselines.py`."""
-    given = [str(text), "--model", options.model or model.artifact.name, "--prompts", str(options.prompts)]
-    given += ["--prompt-tokens", str(prompt), "--continuation-tokens", str(options.continuation_tokens)]
-    given += ["--sparsity", *map(str, options.sparsity), "--json"]
-    return [row | {"text": name} for row in baselines.run(baselines.arguments(given))]
+def fitted_baselines(options: argparse.Namespace, model: str) -> baselines.Baselines:
+    """Fit the methods of `baselines.py`; what a text adds is given later."""
+    given = ["any", "--model", model, "--prompts", str(options.prompts), "--json", "--sparsity"]
+    given += [*map(str, options.sparsity), "--continuation-tokens", str(options.continuation_tokens)]
+    return baselines.Baselines(baselines.arguments(given))
 
 
 def line(row: dict[str, Any]) -> str:
@@ -100,7 +99,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--continuation-tokens", type=int, default=128)
     parser.add_argument("--model", help="For the baselines.  [default: what the artifact was built from]")
     parser.add_argument("--no-baselines", action="store_true")
-    parser.add_argument("--scratch", type=Path, default=Path("."), help="Where stories are written as a text.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object a line.")
     return parser.parse_args()
 
@@ -108,16 +106,13 @@ def arguments() -> argparse.Namespace:
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """All results, as they come."""
     model = load(options.artifact, provider="cpu")
-    for path in options.texts:
-        text = read_text(path)
-        for prompt in options.prompt_tokens:
-            yield from artifact_rows(model, text, path.stem, prompt, options)
-            if not options.no_baselines:
-                plain = path
-                if path.suffix == ".jsonl":
-                    plain = options.scratch / f"{path.stem}.txt"
-                    plain.write_text(text, encoding="utf-8")
-                yield from baseline_rows(model, plain, path.stem, prompt, options)
+    asked = [(read_text(path), path.stem, prompt) for path in options.texts for prompt in options.prompt_tokens]
+    for text, name, prompt in asked:
+        yield from artifact_rows(model, text, name, prompt, options)
+    if not options.no_baselines:
+        fitted = fitted_baselines(options, options.model or model.artifact.name)
+        for text, name, prompt in asked:
+            yield from (row | {"text": name} for row in fitted.measure(text, name, prompt))
 
 
 def main() -> int:
