@@ -14,9 +14,11 @@ from tda_export.runtime.artifact import Artifact, open_artifact
 from tda_export.runtime.decode_step import DecodeStep
 from tda_export.runtime.deployment import Deployment
 from tda_export.runtime.generate import Decoding, Generation, MaskMode
+from tda_export.runtime.memory import PromptMemory
 from tda_export.runtime.providers import choose_provider
-from tda_export.runtime.sampling import Sampling, make_sampler
+from tda_export.runtime.sampling import RepetitionPenalty, Sampling, make_sampler
 from tda_export.runtime.session import Sessions
+from tda_export.runtime.stop_strings import StopStrings
 from tda_export.runtime.text import Text
 
 DEFAULT_NEW_TOKENS = 128
@@ -40,7 +42,7 @@ class Model:
         with self._lock:
             step, self._idle = self._idle, None
         if step is None or step.cache.capacity < tokens:
-            step = DecodeStep(self.sessions, self.artifact.shape, self._capacity(tokens))
+            step = self._new_step(tokens)
         step.cache.truncate(0)
         try:
             yield step
@@ -49,11 +51,16 @@ class Model:
                 if self._idle is None or self._idle.cache.capacity < step.cache.capacity:
                     self._idle = step
 
-    def _capacity(self, tokens: int) -> int:
-        """Round up where a new size would mean a new capture."""
-        if not self.sessions.captures:
-            return tokens
-        return min(-(-tokens // CAPACITY_STEP) * CAPACITY_STEP, self.artifact.shape.max_positions)
+    def _new_step(self, tokens: int) -> DecodeStep:
+        """Make a step with room for `tokens`, and more where a new size would mean a new capture."""
+        shape = self.artifact.shape
+        if self.sessions.captures:
+            tokens = min(-(-tokens // CAPACITY_STEP) * CAPACITY_STEP, shape.max_positions)
+        return DecodeStep(self.sessions, shape, tokens)
+
+    def memory(self) -> PromptMemory:
+        """Make a memory for generations of which each begins with the prompt of the one before, as in a chat."""
+        return PromptMemory(self._new_step, self.artifact.shape.max_positions)
 
     def generate(
         self,
@@ -65,6 +72,8 @@ class Model:
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         context: int | None = None,
         deployment: Deployment | None = None,
+        stop: Sequence[str] = (),
+        memory: PromptMemory | None = None,
     ) -> Generation:
         """Begin a generation; iterate over the result for its tokens.
 
@@ -77,13 +86,16 @@ class Model:
             context: The most tokens of prompt and answer together; None takes the model's maximum.
             deployment: Other thresholds or another refresh than the artifact's own: another budget, without another
                 build.
+            stop: Strings that end the answer; they are not part of its text.
+            memory: Read only what is new of the prompt, and keep it for the next one.
 
         Returns:
             An iterator of `Token` with `metrics` and `text`; `close()` ends it early.
 
         Raises:
             UsageError: An argument is out of range.
-            TdaError: The prompt is empty or does not fit into the context; while iterating, logits were not finite.
+            TdaError: The prompt is empty or does not fit into the context; while iterating, logits were not finite, or
+                the memory is in use.
         """
         limit = self.artifact.shape.max_positions
         if context is not None and not 1 < context <= limit:
@@ -108,12 +120,20 @@ class Model:
             max_new_tokens=max_new_tokens,
             mask=mask,
             sampler=make_sampler(sampling),
+            penalty=self._penalty(sampling, tokens),
             stream=self.text.stream(tokens),
+            stops=StopStrings(stop),
             context=context,
             deployment=how,
-            borrow_step=self.borrow_step,
+            borrow_step=memory.borrow_step if memory else self.borrow_step,
+            memory=memory,
         )
         return Generation(decoding)
+
+    def _penalty(self, sampling: Sampling, tokens: list[int]) -> RepetitionPenalty | None:
+        if sampling.repetition_penalty == 1:
+            return None
+        return RepetitionPenalty(sampling.repetition_penalty, self.artifact.shape.vocab_size, tokens)
 
     def _check(self, deployment: Deployment) -> None:
         layers, thresholds = self.artifact.shape.num_layers, deployment.thresholds
@@ -130,8 +150,9 @@ class Model:
     def _tokens(self, prompt: str | Sequence[int], chat: bool) -> list[int]:
         if isinstance(prompt, str):
             if chat:
-                prompt = self.text.chat([{"role": "user", "content": prompt}])
-            tokens = self.text.encode(prompt, special_tokens=not chat)
+                tokens = self.text.encode_chat([{"role": "user", "content": prompt}])
+            else:
+                tokens = self.text.encode(prompt)
         elif chat:
             raise UsageError("A chat prompt is text, not token ids.")
         else:
