@@ -13,6 +13,7 @@ from tda_export.runtime.decode_step import DecodeStep
 from tda_export.runtime.deployment import Deployment
 from tda_export.runtime.phases import CHUNK_TOKENS, PromptMask
 
+FIRST_ROOM = 2048  # tokens
 CHECKPOINTS = 16  # the newest; each holds 2 L F numbers
 
 
@@ -37,14 +38,15 @@ class PromptMemory:
     those of one prefill of the whole prompt, whatever was generated, refreshed or cancelled in between.
     """
 
-    def __init__(self, open_step: Callable[[int], DecodeStep], most_tokens: int) -> None:
+    def __init__(self, open_step: Callable[[int], DecodeStep], most_tokens: int, first_room: int = FIRST_ROOM) -> None:
         """Begin with nothing.
 
         Args:
             open_step: Makes a step with room for so many tokens.
             most_tokens: The room never grows beyond this.
+            first_room: Of the first step at least, so that a few turns fit.
         """
-        self._open_step, self._most_tokens = open_step, most_tokens
+        self._open_step, self._most_tokens, self._least_room = open_step, most_tokens, first_room
         self._step: DecodeStep | None = None
         self._lent = False
         self._prior = True
@@ -53,7 +55,9 @@ class PromptMemory:
 
     @contextlib.contextmanager
     def borrow_step(self, tokens: int) -> Iterator[DecodeStep]:
-        """Lend the step with room for `tokens`. One that is too small gives way to one of at least twice its size.
+        """Lend the step with room for `tokens`.
+
+        One that is too small gives way to one of at least twice its size, into which the next prompt is read whole.
 
         Raises:
             TdaError: It is lent already.
@@ -63,10 +67,11 @@ class PromptMemory:
         self._lent = True
         try:
             if self._step is None or self._step.cache.capacity < tokens:
-                room = tokens if self._step is None else max(tokens, 2 * self._step.cache.capacity)
+                room = min(max(tokens, self._least_room), self._most_tokens)
                 self.forget()
                 self._step = None  # before the next one takes memory
-                self._step = self._open_step(min(room, self._most_tokens))
+                self._step = self._open_step(room)
+                self._least_room = 2 * room
             self._step.cache.truncate(min(self._step.cache.length, len(self._tokens)))  # room for a capture
             yield self._step
         finally:
