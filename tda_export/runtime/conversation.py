@@ -44,6 +44,7 @@ class Conversation:
 
         Raises:
             TdaError: The model has no chat template.
+            UsageError: The context is out of range.
         """
         if not model.text.has_chat_template:
             raise TdaError(
@@ -51,7 +52,7 @@ class Conversation:
                 "continues, with 'tda-export generate'."
             )
         self._model, self._mask, self._deployment = model, mask, deployment
-        self._context = context or model.artifact.shape.max_positions
+        self._context = model.check_context(context)
         self._memory = model.memory()
         self._before: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._turns: list[list[Message]] = []  # each begins with the user's message
@@ -74,8 +75,8 @@ class Conversation:
     ) -> Generation:
         """Begin the answer to a message.
 
-        An answer that was not read to its end is closed by the next message and stays in the chat as far as it came; one
-        that failed or was closed before its first text is forgotten with its message.
+        An answer that was not read to its end is closed by the next message and stays in the chat as far as it came;
+        one that failed or was closed before its first text is forgotten with its message.
 
         Args:
             text: The user's message.

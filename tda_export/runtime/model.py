@@ -62,6 +62,17 @@ class Model:
         """Make a memory for generations of which each begins with the prompt of the one before, as in a chat."""
         return PromptMemory(self._new_step, self.artifact.shape.max_positions)
 
+    def check_context(self, context: int | None) -> int:
+        """Return the most tokens of prompt and answer together: `context`, or for None the model's maximum.
+
+        Raises:
+            UsageError: It is out of range.
+        """
+        limit = self.artifact.shape.max_positions
+        if context is not None and not 1 < context <= limit:
+            raise UsageError(f"A context of {context} tokens is outside [2, {limit}], the model's maximum.")
+        return context or limit
+
     def generate(
         self,
         prompt: str | Sequence[int],
@@ -97,9 +108,7 @@ class Model:
             TdaError: The prompt is empty or does not fit into the context; while iterating, logits were not finite, or
                 the memory is in use.
         """
-        limit = self.artifact.shape.max_positions
-        if context is not None and not 1 < context <= limit:
-            raise UsageError(f"A context of {context} tokens is outside [2, {limit}], the model's maximum.")
+        limit, context = self.artifact.shape.max_positions, self.check_context(context)
         if max_new_tokens < 1:
             raise UsageError(f"{max_new_tokens} new tokens: give 1 or more.")
         if mask not in ("tda", "dense"):
@@ -107,7 +116,6 @@ class Model:
         how = deployment or self.artifact.deployment
         self._check(how)
         tokens = self._tokens(prompt, chat)
-        context = context or limit
         if len(tokens) >= context:
             raise TdaError(
                 f"The prompt has {len(tokens)} tokens and the context {context}, which leaves no room for an answer. "
@@ -149,10 +157,8 @@ class Model:
 
     def _tokens(self, prompt: str | Sequence[int], chat: bool) -> list[int]:
         if isinstance(prompt, str):
-            if chat:
-                tokens = self.text.encode_chat([{"role": "user", "content": prompt}])
-            else:
-                tokens = self.text.encode(prompt)
+            message = [{"role": "user", "content": prompt}]
+            tokens = self.text.encode_chat(message) if chat else self.text.encode(prompt)
         elif chat:
             raise UsageError("A chat prompt is text, not token ids.")
         else:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tda_export.errors import TdaError
+from tda_export.errors import TdaError, UsageError
 from tda_export.graph import contract
 from tda_export.runtime import Conversation, Model, open_artifact
 from tda_export.runtime.model import load
@@ -49,7 +49,9 @@ def test_every_turn_equals_reading_the_whole_chat(model: Model, mask: Any, syste
 
 def test_a_template_that_renders_earlier_turns_differently(artifact_copy: Path) -> None:
     """Here the last message is marked, so that the prompt before is no beginning of the next one."""
-    template = "{% for m in messages %}[{{ m.role }}{% if loop.last %} now{% endif %}] {{ m.content }}\n{% endfor %}[assistant]"
+    template = (
+        "{% for m in messages %}[{{ m.role }}{% if loop.last %}, now{% endif %}] {{ m.content }}\n{% endfor %}[you]"
+    )
     model = load(artifact_copy, provider="cpu")
     (artifact_copy / contract.CHAT_TEMPLATE_FILE).write_text(template)
     chat, messages = Conversation(model), []
@@ -161,3 +163,9 @@ def test_a_model_without_a_chat_template(artifact_copy: Path) -> None:
     model = Model(open_artifact(artifact_copy), "cpu")
     with pytest.raises(TdaError, match=r"no chat template, so it does not chat\. Give it text.*tda-export generate"):
         Conversation(model)
+
+
+@pytest.mark.parametrize("context", [0, 1, 513])
+def test_context_out_of_range(model: Model, context: int) -> None:
+    with pytest.raises(UsageError, match=rf"A context of {context} tokens is outside \[2, 512\]"):
+        Conversation(model, context=context)
