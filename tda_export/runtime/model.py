@@ -115,7 +115,7 @@ class Model:
             raise UsageError(f"Unknown mask {mask!r}. Use tda or dense.")
         how = deployment or self.artifact.deployment
         self._check(how)
-        tokens = self._tokens(prompt, chat)
+        tokens = self.tokenize(prompt, chat=chat)
         if len(tokens) >= context:
             raise TdaError(
                 f"The prompt has {len(tokens)} tokens and the context {context}, which leaves no room for an answer. "
@@ -155,7 +155,13 @@ class Model:
         if deployment.token_thresholds.any() and not self.sessions.two_levels:
             raise UsageError(f"{self.artifact.folder} has no second level, so it takes no token thresholds.")
 
-    def _tokens(self, prompt: str | Sequence[int], chat: bool) -> list[int]:
+    def tokenize(self, prompt: str | Sequence[int], *, chat: bool = False) -> list[int]:
+        """Return a prompt's tokens; given ones are checked.
+
+        Raises:
+            UsageError: A token is outside the vocabulary.
+            TdaError: There is none, the text is not valid, or the chat template refuses it.
+        """
         if isinstance(prompt, str):
             message = [{"role": "user", "content": prompt}]
             tokens = self.text.encode_chat(message) if chat else self.text.encode(prompt)
