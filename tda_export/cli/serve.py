@@ -76,7 +76,7 @@ def serve(
             metrics=ServerMetrics(),
         )
         name = name or artifact.resolve().name
-        app = create_app(worker, name, Limits(body_bytes=max_body, new_tokens=max_new_tokens or context))
+        app = create_app(worker, name, Limits(body_bytes=max_body, new_tokens=max_new_tokens))
         if not is_loopback(opened):
             click.echo(f"Whoever can reach {url(opened)} can use it: there is no authentication.", err=True)
         click.echo(f"Serving {name} on {url(opened)}/v1. Ctrl-C stops.", err=True)

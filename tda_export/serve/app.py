@@ -25,10 +25,10 @@ CLIENT_LEFT = 499  # nobody reads it
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for: `body_bytes` of its body, `new_tokens` of an answer."""
+    """What a request may ask for: `body_bytes` of its body, `new_tokens` of an answer (None: as the context allows)."""
 
     body_bytes: int
-    new_tokens: int
+    new_tokens: int | None
 
 
 def create_app(worker: Worker, name: str, limits: Limits) -> FastAPI:
@@ -127,7 +127,7 @@ class Api:
         body.check_supported()
         stops = body.stops()
         most = self._limits.new_tokens
-        if body.new_tokens is not None and body.new_tokens > most:
+        if most is not None and body.new_tokens is not None and body.new_tokens > most:
             raise invalid(
                 f"{body.new_tokens} new tokens: this server gives up to {most}.",
                 param=body.new_tokens_field,
@@ -149,8 +149,8 @@ class Api:
                 param=param,
                 code="context_length_exceeded",
             )
-        room = self._worker.context - len(tokens)
-        return Order(tokens, min(body.new_tokens or most, most, room), body.sampling(), stops)
+        wanted = [body.new_tokens or body.usual_new_tokens, most, self._worker.context - len(tokens)]
+        return Order(tokens, min(count for count in wanted if count is not None), body.sampling(), stops)
 
     def _check_model(self, name: str) -> None:
         if name != self._name:

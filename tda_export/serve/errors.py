@@ -98,5 +98,7 @@ def parameter(location: tuple[int | str, ...]) -> str | None:
     """Spell where in a body something is: `messages[0].role`."""
     name = ""
     for part in location[1:]:  # behind "body"
+        if part in ("str", "int") or str(part).startswith("list["):
+            break  # what pydantic calls one of the types that a field may have
         name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
     return name or None

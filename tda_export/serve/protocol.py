@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,7 +11,6 @@ from tda_export.runtime import Sampling
 from tda_export.runtime.conversation import Message
 from tda_export.serve.errors import invalid
 
-COMPLETION_TOKENS = 16  # what completions give unless they are asked for more, as the API has it
 MOST_STOPS = 4
 SEEDS = 1 << 64
 
@@ -46,6 +45,7 @@ class GenerationRequest(BaseModel):
     """What chat and completions have in common. Other fields are kept, so that those of UNSUPPORTED are seen."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    usual_new_tokens: ClassVar[int | None] = None  # of an answer whose length nobody gave; None: as the context allows
 
     model: str
     stream: bool | None = None
@@ -61,7 +61,7 @@ class GenerationRequest(BaseModel):
 
     @property
     def new_tokens(self) -> int | None:
-        """The most tokens of the answer; None leaves it to the context."""
+        """The most tokens of the answer, if they are given."""
         return self.max_tokens
 
     @property
@@ -164,11 +164,9 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """The body of POST /v1/completions."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    usual_new_tokens: ClassVar[int | None] = 16  # as the API has it
 
-    @property
-    def new_tokens(self) -> int:
-        return self.max_tokens or COMPLETION_TOKENS
+    prompt: str | list[int] | list[str] | list[list[int]]
 
     def single_prompt(self) -> str | list[int]:
         """Return the prompt, text or token ids.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -45,7 +46,7 @@ class Served:
 
 @contextlib.contextmanager
 def serving(
-    model: Model, *, queue: int = 64, context: int = CONTEXT, new_tokens: int = CONTEXT, grace: int = 30
+    model: Model, *, queue: int = 64, context: int = CONTEXT, new_tokens: int | None = None, grace: int = 30
 ) -> Iterator[Served]:
     """Serve a model in threads of this process."""
     opened = listen("127.0.0.1", 0)
@@ -119,3 +120,9 @@ def served(model: Model) -> Iterator[Served]:
     """One server for all tests that leave it as it is."""
     with serving(model) as running:
         yield running
+
+
+@pytest.fixture
+def artifact_copy(tiny_artifact: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny artifact, to be damaged."""
+    return Path(shutil.copytree(tiny_artifact, tmp_path / "artifact"))
