@@ -227,8 +227,9 @@ def test_a_body_that_is_just_small_enough(served: Served) -> None:
 def test_a_page_of_another_site_cannot_post(served: Served) -> None:
     """Browsers send text/plain anywhere without asking; JSON they do not."""
     body = b'{"model": "tiny", "prompt": "Hi"}'
-    answer = http.post(served.url + COMPLETIONS, content=body, headers={"Content-Type": "text/plain"})
-    assert_error(answer, 400, "The body is not a request", code="invalid_value")
+    for headers in ({"Content-Type": "text/plain"}, {}):
+        answer = http.post(served.url + COMPLETIONS, content=body, headers=headers)
+        assert_error(answer, 400, "The body is not a request", code="invalid_value")
 
 
 def test_a_model_without_a_chat_template(artifact_copy: Path) -> None:
