@@ -55,7 +55,7 @@ def serve(
     try:
         from tda_export.serve.app import Limits, create_app
         from tda_export.serve.metrics import ServerMetrics
-        from tda_export.serve.run import is_loopback, listen, make_server, url
+        from tda_export.serve.run import Server, is_loopback, listen, url
         from tda_export.serve.worker import Worker
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in PACKAGES:
@@ -80,4 +80,4 @@ def serve(
         if not is_loopback(opened):
             click.echo(f"Whoever can reach {url(opened)} can use it: there is no authentication.", err=True)
         click.echo(f"Serving {name} on {url(opened)}/v1. Ctrl-C stops.", err=True)
-        make_server(app, grace).run(sockets=[opened])
+        Server(app, worker, grace).run(sockets=[opened])

@@ -94,6 +94,7 @@ class Worker:
         self._memory = model.memory()
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
+        self._closed = False  # to new jobs
         self._stopping = False
         self._mean_seconds = 1.0  # that an answer takes
         self._changed = threading.Condition()
@@ -110,8 +111,19 @@ class Worker:
         """Whether the thread runs."""
         return self._thread.is_alive()
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits and nothing runs."""
+        with self._changed:
+            return not self._waiting and self._running is None
+
     def start(self) -> None:
         self._thread.start()
+
+    def close(self) -> None:
+        """Take no more jobs; those that are here go on."""
+        with self._changed:
+            self._closed = True
 
     def submit(self, job: Job) -> None:
         """Put a job at the end of the queue.
@@ -120,7 +132,7 @@ class Worker:
             ApiError: The queue is full, or the server is shutting down.
         """
         with self._changed:
-            if self._stopping:
+            if self._closed:
                 raise stopping()
             # A worker that idles takes the first of the queue at once, so that one does not wait.
             if len(self._waiting) - (self._running is None) >= self._queue_size:
@@ -147,7 +159,7 @@ class Worker:
     def stop(self) -> None:
         """Refuse what waits, end the answer that is under way, and wait for the thread."""
         with self._changed:
-            self._stopping = True
+            self._closed = self._stopping = True
             waiting = list(self._waiting)
             self._waiting.clear()
             if self._running is not None and self._running.generation is not None:

@@ -17,7 +17,7 @@ import pytest
 from tda_export.runtime import Model, load
 from tda_export.serve.app import Limits, create_app
 from tda_export.serve.metrics import ServerMetrics
-from tda_export.serve.run import listen, make_server, url
+from tda_export.serve.run import Server, listen, url
 from tda_export.serve.worker import Worker
 
 NAME = "tiny"
@@ -32,6 +32,7 @@ class Served:
 
     url: str
     worker: Worker
+    server: Server
 
     @property
     def model(self) -> Model:
@@ -46,7 +47,7 @@ class Served:
 
 @contextlib.contextmanager
 def serving(
-    model: Model, *, queue: int = 64, context: int = CONTEXT, new_tokens: int | None = None, grace: int = 30
+    model: Model, *, queue: int = 64, context: int = CONTEXT, new_tokens: int | None = None, grace: float = PATIENCE
 ) -> Iterator[Served]:
     """Serve a model in threads of this process."""
     opened = listen("127.0.0.1", 0)
@@ -58,13 +59,13 @@ def serving(
         deployment=model.artifact.deployment,
         metrics=ServerMetrics(),
     )
-    server = make_server(create_app(worker, NAME, Limits(BODY_BYTES, new_tokens)), grace)
+    server = Server(create_app(worker, NAME, Limits(BODY_BYTES, new_tokens)), worker, grace)
     address = url(opened)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
     thread.start()
     try:
         until(lambda: server.started)
-        yield Served(address, worker)
+        yield Served(address, worker, server)
     finally:
         server.should_exit = True
         thread.join(PATIENCE)

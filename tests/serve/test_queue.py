@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import threading
-import time
 from typing import Any
 
 import openai
 import pytest
 
 from tda_export.runtime import Model
+from tda_export.serve import app, run
+from tda_export.serve.replies import server_sent
 from tda_export.serve.worker import Done, Failed, Job
 from tests.serve.conftest import NAME, PATIENCE, Gate, Served, serving, until
 
@@ -197,16 +199,60 @@ def test_answers_under_way_end_before_the_server_does(model: Model, gate: Gate) 
 
 
 def test_answers_that_take_longer_than_the_grace(model: Model, gate: Gate) -> None:
-    """They are cut off; those that wait are refused; the server ends."""
+    """They are cut off, those that wait are refused, and all are told."""
     gate.allow(3)
-    started = time.monotonic()
-    with serving(model, grace=1) as served:
-        stream, waiting = _stream(served), _stream(served)
+    with serving(model, grace=0.2) as served:
+        stream, waiting, whole = _stream(served), _stream(served), _connect(served, '"max_tokens": 4')
         until(lambda: gate.drawn == 3)
-        threading.Timer(2.0, gate.open).start()  # the model itself cannot be interrupted inside a token
-    assert time.monotonic() - started < 60
-    assert b"[DONE]" not in _rest(stream)
-    assert b"[DONE]" not in _rest(waiting)
+        opener = threading.Thread(target=_open_when_stopping, args=(served, gate))
+        opener.start()
+    opener.join()
+    assert gate.drawn == 4
+    for cut_off in (stream, waiting):
+        said = _rest(cut_off)
+        assert b'"code": "shutting_down"' in said
+        assert b"[DONE]" not in said
+    assert b"503 Service Unavailable" in _rest(whole)
+
+
+def test_told_twice_to_stop(model: Model, gate: Gate) -> None:
+    """It does not wait for the grace to pass."""
+    gate.allow(3)
+    with serving(model) as served:
+        stream = _stream(served)
+        until(lambda: gate.drawn == 3)
+        served.server.handle_exit(signal.SIGINT, None)
+        until(lambda: served.worker._closed)
+        with pytest.raises(openai.InternalServerError, match="The server is shutting down"):
+            served.client().completions.create(model=NAME, prompt="Hi")
+        served.server.handle_exit(signal.SIGINT, None)
+        opener = threading.Thread(target=_open_when_stopping, args=(served, gate))
+        opener.start()
+    opener.join()
+    assert gate.drawn == 4
+    assert b'"code": "shutting_down"' in _rest(stream)
+
+
+def test_a_client_that_never_reads_does_not_keep_the_server(
+    model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its answer is larger than all buffers on the way. Whoever runs the server sees one line of that."""
+    padding = b": " + b"x" * 500_000 + b"\n\n"
+    monkeypatch.setattr(app, "server_sent", lambda event: server_sent(event) + padding)
+    monkeypatch.setattr(run, "LAST_SECONDS", 0.2)
+    with serving(model) as served:
+        stuck = _connect(served, '"stream": true, "max_tokens": 100')
+        until(lambda: served.worker.idle)
+    stuck.close()
+    said = capsys.readouterr().err
+    assert "timeout graceful shutdown exceeded" in said
+    assert "Traceback" not in said
+
+
+def _open_when_stopping(served: Served, gate: Gate) -> None:
+    """The model cannot be interrupted inside a token: let it through only once the worker is to stop."""
+    until(lambda: served.worker._stopping)
+    gate.open()
 
 
 def test_a_worker_that_stops_tells_those_who_wait(model: Model, gate: Gate) -> None:
