@@ -11,7 +11,8 @@ import pytest
 from tda_export.cli.main import cli
 
 CONVERSION = ("torch", "transformers", "onnx", "onnx_ir", "datasets", "safetensors", "huggingface_hub")
-HEAVY = ("torch", "transformers", "onnxruntime", "numpy", "onnx", "onnx_ir", "datasets", "tokenizers", "jinja2")
+SERVER = ("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client")
+HEAVY = (*CONVERSION, *SERVER, "onnxruntime", "numpy", "tokenizers", "jinja2")
 
 
 def loaded(code: str) -> set[str]:
@@ -24,7 +25,7 @@ def loaded(code: str) -> set[str]:
 @pytest.mark.parametrize("module", ["tda_export.runtime", "tda_export.runtime.scoring"])
 def test_runtime_loads_no_conversion_packages(module: str) -> None:
     modules = loaded(f"import {module}")
-    assert modules.isdisjoint(CONVERSION)
+    assert modules.isdisjoint((*CONVERSION, *SERVER))
     assert {"numpy", "onnxruntime", "tokenizers", "jinja2"} <= modules  # the check sees what is loaded
 
 
@@ -35,6 +36,24 @@ def test_runtime_runs_without_conversion_packages(tiny_artifact: object) -> None
         "from tda_export.runtime import load\n"
         f"generation = load({str(tiny_artifact)!r}, provider='cpu').generate('Hi', chat=True, max_new_tokens=4)\n"
         "assert len(list(generation)) == 4\n"
+        f"sys.modules = {{name: module for name, module in sys.modules.items() if name not in {CONVERSION}}}"
+    )
+    assert loaded(code).isdisjoint(CONVERSION)
+
+
+def test_the_server_loads_no_conversion_packages() -> None:
+    modules = loaded("import tda_export.serve.app, tda_export.serve.run")
+    assert modules.isdisjoint(CONVERSION)
+    assert modules.issuperset(SERVER)
+
+
+def test_a_chat_runs_without_conversion_packages(tiny_artifact: object) -> None:
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({CONVERSION}))\n"
+        "import io; sys.stdin = io.StringIO('Hi')\n"
+        "from tda_export.cli.main import cli\n"
+        f"try: cli(['chat', {str(tiny_artifact)!r}, '--max-new-tokens', '4'], prog_name='tda-export')\n"
+        "except SystemExit as end: assert end.code == 0, end.code\n"
         f"sys.modules = {{name: module for name, module in sys.modules.items() if name not in {CONVERSION}}}"
     )
     assert loaded(code).isdisjoint(CONVERSION)

@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING
 import click
 
 from tda_export.cli.options import (
+    Answering,
+    Deployed,
+    answer_options,
     artifact_argument,
-    budget_options,
-    chosen_budget,
-    chosen_refresh,
+    context_option,
+    deployment_options,
     json_option,
-    provider_option,
-    refresh_option,
 )
 
 if TYPE_CHECKING:
-    from tda_export.calibration.budgets import AllocationRule
-    from tda_export.runtime.generate import MaskMode, Metrics
+    from tda_export.runtime.generate import Metrics
 
 FINISHED = {"stop": "end of text", "length": "as many as asked for", "context": "context full", "": "interrupted"}
 
@@ -31,48 +30,17 @@ FINISHED = {"stop": "end of text", "length": "as many as asked for", "context": 
 @artifact_argument
 @click.argument("prompt", required=False)
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
-@click.option(
-    "--mask",
-    type=click.Choice(["tda", "dense"]),
-    default="tda",
-    show_default=True,
-    help="tda: decode with the prompt's mask. dense: with every neuron.",
-)
-@click.option(
-    "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Stop after this many tokens."
-)
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=int, default=0, show_default=True, help="Sample from the k likeliest tokens; 0 is off.")
-@click.option(
-    "--top-p",
-    type=float,
-    default=1.0,
-    show_default=True,
-    help="Sample from the likeliest tokens that reach this probability; 1 is off.",
-)
-@click.option("--seed", type=int, help="Make sampling repeatable.")
-@click.option("--context", type=int, help="Most tokens of prompt and answer.  [default: the model's maximum]")
-@budget_options
-@refresh_option
-@provider_option
+@answer_options(128)
+@context_option
+@deployment_options
 @json_option
 def generate(
     artifact: Path,
     prompt: str | None,
     chat: bool,
-    mask: MaskMode,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int | None,
+    answering: Answering,
     context: int | None,
-    cett: float | None,
-    sparsity: float | None,
-    allocation: AllocationRule | None,
-    max_kl: float | None,
-    refresh: int | None,
-    provider: str,
+    deployed: Deployed,
     as_json: bool,
 ) -> None:
     """Generate text from PROMPT (or standard input) with ARTIFACT.
@@ -81,15 +49,7 @@ def generate(
     build. Text goes to standard output, what it cost to standard error.
     """
     from tda_export.errors import TdaError, UsageError
-    from tda_export.runtime import Sampling, load
 
-    budget = None
-    given = (cett, sparsity, allocation, max_kl) != (None, None, None, None)
-    if mask == "dense" and (given or refresh is not None):
-        raise UsageError("--mask dense reads every neuron, so a budget means nothing. Leave one of them out.")
-    if given:
-        budget = chosen_budget(cett, sparsity, allocation, max_kl, {})
-    sampling = Sampling(temperature, top_k, top_p, seed)
     if prompt is None:
         if sys.stdin.isatty():
             raise UsageError("No prompt. Give one as an argument or on standard input.")
@@ -97,23 +57,16 @@ def generate(
             prompt = sys.stdin.read().removesuffix("\n")  # echo's own
         except UnicodeDecodeError as error:
             raise TdaError("The prompt on standard input is not valid UTF-8 text. Convert it to UTF-8.") from error
-    model = load(artifact, provider=provider)
-    deployment = model.artifact.deployment
-    if budget:
-        from tda_export.evaluation.methods import budget_deployment
-
-        deployment = budget_deployment(model.artifact, budget)
-    chosen = chosen_refresh(model.artifact, refresh)
-    if chosen is not None:
-        deployment = deployment.with_refresh(chosen)
+    model, deployment = deployed.load(artifact)
     generation = model.generate(
         prompt,
         chat=chat,
-        max_new_tokens=max_new_tokens,
-        mask=mask,
-        sampling=sampling,
+        max_new_tokens=answering.max_new_tokens,
+        mask=deployed.mask,
+        sampling=answering.sampling,
         context=context,
         deployment=deployment,
+        stop=answering.stop,
     )
     tokens, shown = [], 0
     for token in generation:

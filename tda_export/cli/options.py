@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,7 +13,10 @@ import click
 if TYPE_CHECKING:
     from tda_export.calibration.budgets import AllocationRule, Budget
     from tda_export.runtime.artifact import Artifact
-    from tda_export.runtime.deployment import Refresh
+    from tda_export.runtime.deployment import Deployment, Refresh
+    from tda_export.runtime.generate import MaskMode
+    from tda_export.runtime.model import Model
+    from tda_export.runtime.sampling import Sampling
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,6 +33,39 @@ provider_option = click.option(
     default="auto",
     show_default=True,
     help="Where to run; auto takes CUDA for float16 artifacts where a GPU is.",
+)
+
+context_option = click.option(
+    "--context", type=int, help="Most tokens of prompt and answer.  [default: the model's maximum]"
+)
+mask_option = click.option(
+    "--mask",
+    type=click.Choice(["tda", "dense"]),
+    default="tda",
+    show_default=True,
+    help="tda: decode with the prompt's mask. dense: with every neuron.",
+)
+ANSWER_OPTIONS = (
+    click.option("--stop", multiple=True, help="Stop before this string; may be given many times."),
+    click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
+    click.option(
+        "--top-k", type=int, default=0, show_default=True, help="Sample from the k likeliest tokens; 0 is off."
+    ),
+    click.option(
+        "--top-p",
+        type=float,
+        default=1.0,
+        show_default=True,
+        help="Sample from the likeliest tokens that reach this probability; 1 is off.",
+    ),
+    click.option(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        show_default=True,
+        help="Make tokens that occurred, in the prompt too, less likely; 1 is off.",
+    ),
+    click.option("--seed", type=int, help="Make sampling repeatable."),
 )
 
 
@@ -86,3 +124,100 @@ def chosen_budget(
     if (cett, sparsity, allocation, max_kl) == (None, None, None, None):
         return Budget(**default)
     return make_budget(cett, sparsity, allocation, max_kl)
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """What `deployment_options` say: how to decode, and where to run."""
+
+    mask: MaskMode
+    cett: float | None
+    sparsity: float | None
+    allocation: AllocationRule | None
+    max_kl: float | None
+    refresh: int | None
+    provider: str
+
+    def load(self, artifact: Path) -> tuple[Model, Deployment]:
+        """Load an artifact; where a budget is given, choose from the artifact's calibration."""
+        from tda_export.errors import UsageError
+        from tda_export.runtime import load
+
+        budget = None
+        given = (self.cett, self.sparsity, self.allocation, self.max_kl) != (None, None, None, None)
+        if self.mask == "dense" and (given or self.refresh is not None):
+            raise UsageError("--mask dense reads every neuron, so a budget means nothing. Leave one of them out.")
+        if given:
+            budget = chosen_budget(self.cett, self.sparsity, self.allocation, self.max_kl, {})
+        model = load(artifact, provider=self.provider)
+        deployment = model.artifact.deployment
+        if budget:
+            from tda_export.evaluation.methods import budget_deployment
+
+            deployment = budget_deployment(model.artifact, budget)
+        refresh = chosen_refresh(model.artifact, self.refresh)
+        return model, deployment if refresh is None else deployment.with_refresh(refresh)
+
+
+def deployment_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add --mask, budgets, --refresh and --provider; the command gets them as `deployed`."""
+
+    @functools.wraps(command)
+    def grouped(
+        *,
+        mask: MaskMode,
+        cett: float | None,
+        sparsity: float | None,
+        allocation: AllocationRule | None,
+        max_kl: float | None,
+        refresh: int | None,
+        provider: str,
+        **others: Any,
+    ) -> None:
+        command(deployed=Deployed(mask, cett, sparsity, allocation, max_kl, refresh, provider), **others)
+
+    return mask_option(budget_options(refresh_option(provider_option(grouped))))
+
+
+@dataclass(frozen=True)
+class Answering:
+    """What `answer_options` say: how to choose tokens, and when to stop."""
+
+    max_new_tokens: int
+    sampling: Sampling
+    stop: tuple[str, ...]
+
+
+def answer_options(new_tokens: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add --max-new-tokens, with this default, and `ANSWER_OPTIONS`; the command gets them as `answering`."""
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def grouped(
+            *,
+            max_new_tokens: int,
+            stop: tuple[str, ...],
+            temperature: float,
+            top_k: int,
+            top_p: float,
+            repetition_penalty: float,
+            seed: int | None,
+            **others: Any,
+        ) -> None:
+            from tda_export.runtime import Sampling
+
+            sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty)
+            command(answering=Answering(max_new_tokens, sampling, stop), **others)
+
+        wrapped: Callable[..., None] = grouped
+        for option in reversed(ANSWER_OPTIONS):
+            wrapped = option(wrapped)
+        return click.option(
+            "--max-new-tokens",
+            type=click.IntRange(1),
+            default=new_tokens,
+            show_default=True,
+            help="Stop after this many tokens.",
+        )(wrapped)
+
+    return add

@@ -7,8 +7,9 @@
 """
 
 from tda_export.runtime.artifact import Artifact, open_artifact
+from tda_export.runtime.conversation import Conversation
 from tda_export.runtime.generate import Generation, Metrics, Token
 from tda_export.runtime.model import Model, load
 from tda_export.runtime.sampling import Sampling
 
-__all__ = ["Artifact", "Generation", "Metrics", "Model", "Sampling", "Token", "load", "open_artifact"]
+__all__ = ["Artifact", "Conversation", "Generation", "Metrics", "Model", "Sampling", "Token", "load", "open_artifact"]

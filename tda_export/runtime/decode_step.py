@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -88,6 +88,15 @@ class DecodeStep:
         self.cache.truncate(self.cache.length - (len(tokens) - 1))
         return self.read(tokens, thresholds, decay=decay)
 
+    def statistics(self) -> dict[str, np.ndarray]:
+        """Copy the running statistics to the host (see `Prefill.statistics`)."""
+        return self._prefill.statistics()
+
+    def rewind(self, length: int, statistics: Mapping[str, np.ndarray]) -> None:
+        """Go back to where the cache held `length` tokens, with the statistics of that time."""
+        self.cache.truncate(length)
+        self._prefill.restore(statistics)
+
     def use(
         self, mask: PromptMask | None, token_thresholds: np.ndarray | None = None, *, tail_mean: bool = True
     ) -> None:
@@ -158,9 +167,9 @@ class DecodeStep:
     def capture(self) -> None:
         """Capture the step for this thread before its first prompt, so that no token waits for it."""
         if self._sessions.captures and self not in _captured.steps:
-            assert self.cache.length == 0
-            self._run(0)
-            self.cache.truncate(0)
+            held = self.cache.length
+            self._run(0)  # at the place of the next token, which is written over
+            self.cache.truncate(held)
 
     def _bind(self, inputs: dict[str, ort.OrtValue], graph_id: str | None = None) -> Call:
         call = Call(self._sessions.decode, graph_id) if graph_id else Call(self._sessions.decode)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
@@ -14,9 +15,11 @@ from tda_export.errors import TdaError
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.decode_step import DecodeStep
 from tda_export.runtime.deployment import Deployment
+from tda_export.runtime.memory import Cancelled, PromptMemory
 from tda_export.runtime.phases import PromptMask
-from tda_export.runtime.sampling import Sampler
+from tda_export.runtime.sampling import RepetitionPenalty, Sampler
 from tda_export.runtime.session import Sessions
+from tda_export.runtime.stop_strings import StopStrings
 from tda_export.runtime.text import TextStream
 
 MaskMode = Literal["tda", "dense"]
@@ -24,7 +27,10 @@ MaskMode = Literal["tda", "dense"]
 
 @dataclass(frozen=True)
 class Token:
-    """A generated token and the text that it completes (empty inside a character of several tokens)."""
+    """A generated token and the text that it completes.
+
+    The text is empty inside a character of several tokens, and where a stop string may have begun.
+    """
 
     id: int
     text: str
@@ -37,12 +43,15 @@ class Metrics:
     `density` is the share of neurons in the mask that is in use. `sparsity` is the share of FFN bytes that decoding has
     not read so far, refreshes included; with token thresholds, whose skipped rows are not counted while decoding, it is
     the calibration's expectation for the mask. `refreshes` counts tokens that came from reading the last ones densely.
-    `decode_tokens_per_second` starts at the second token; the first comes from prefill.
+    `reused_tokens` of the prompt were read before. `decode_tokens_per_second` starts at the second token; the first
+    comes from prefill. `finish_reason`: an end token or a stop string, as many tokens as asked for, a full context, or
+    nothing where a generation was not read to its end, or cancelled.
     """
 
     provider: str
     mask: MaskMode
     prompt_tokens: int
+    reused_tokens: int = 0
     new_tokens: int = 0
     density: float = 1.0
     sparsity: float = 0.0
@@ -59,6 +68,7 @@ class Generation:
     """An iterator of tokens; `metrics` and `text` are current at every step.
 
     One that is not read to its end gives its decode step (and KV cache) back when it is closed or dropped.
+    `cancel` may be called from another thread or a signal handler, everything else from one thread alone.
     """
 
     def __init__(self, decoding: Decoding) -> None:
@@ -75,6 +85,15 @@ class Generation:
     def text(self) -> str:
         """The text so far."""
         return self._decoding.text
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._decoding.cancelled
+
+    def cancel(self) -> None:
+        """Let it end before its next token, or between two pieces of a long prompt that is read into a memory."""
+        self._decoding.cancelled = True
 
     def __iter__(self) -> Iterator[Token]:
         return self
@@ -99,17 +118,23 @@ class Decoding:
         max_new_tokens: int,
         mask: MaskMode,
         sampler: Sampler | None,
+        penalty: RepetitionPenalty | None,
         stream: TextStream,
+        stops: StopStrings,
         context: int,
         deployment: Deployment,
         borrow_step: Callable[[int], AbstractContextManager[DecodeStep]],
+        memory: PromptMemory | None,
     ) -> None:
         self._artifact, self._sessions = artifact, sessions
         self._prompt, self._max_new_tokens = prompt, max_new_tokens
-        self._sampler, self._stream, self._deployment = sampler, stream, deployment
+        self._sampler, self._penalty, self._deployment = sampler, penalty, deployment
+        self._stream, self._stops = stream, stops
         self._shares: list[float] = []  # of FFN bytes, by token that was decoded
         self._sparse_share = 1.0
         self._capacity, self._borrow_step = min(context, len(prompt) + max_new_tokens), borrow_step
+        self._memory = memory
+        self.cancelled = False
         self.text = ""
         self.metrics = Metrics(sessions.provider, mask, len(prompt))
 
@@ -117,29 +142,32 @@ class Decoding:
         """Read the prompt, then yield the answer token by token, on a step borrowed meanwhile."""
         with self._borrow_step(self._capacity) as step:
             step.capture()
-            yield from self._generate(step)
+            with contextlib.suppress(Cancelled):
+                yield from self._generate(step)
 
     def _generate(self, step: DecodeStep) -> Iterator[Token]:
         metrics, started, how = self.metrics, time.perf_counter(), self._deployment
-        logits, mask = step.read(self._prompt, how.thresholds, prior=how.prior)
+        logits, mask = self._read(step)
         self._use(step, mask)
         token = self._choose(logits)
         metrics.time_to_first_token = time.perf_counter() - started
         stale: list[int] = []  # tokens whose keys and values sparse steps have left in the cache
         steps = 0
-        while True:
+        while not self.cancelled:
             if token in self._artifact.eos_token_ids:
                 metrics.finish_reason = "stop"
-                self.text += self._stream.finish()
+                self.text += self._last_text()
                 return
             metrics.new_tokens += 1
-            piece = self._stream.add(token)
-            if metrics.new_tokens == self._max_new_tokens:
+            piece, stopped = self._stops.add(self._stream.add(token))
+            if stopped:
+                metrics.finish_reason = "stop"
+            elif metrics.new_tokens == self._max_new_tokens:
                 metrics.finish_reason = "length"
             elif step.cache.length + 1 == self._capacity:  # the new token is not in the cache yet
                 metrics.finish_reason = "context"
-            if metrics.finish_reason:
-                piece += self._stream.finish()
+            if metrics.finish_reason and not stopped:
+                piece += self._last_text()
             self.text += piece
             yield Token(token, piece)
             if metrics.finish_reason:
@@ -160,8 +188,21 @@ class Decoding:
             metrics.decode_seconds += time.perf_counter() - started
             metrics.decode_tokens_per_second = steps / metrics.decode_seconds
 
+    def _read(self, step: DecodeStep) -> tuple[np.ndarray, PromptMask]:
+        how = self._deployment
+        if self._memory is None:
+            return step.read(self._prompt, how.thresholds, prior=how.prior)
+        logits, mask, reused = self._memory.read(step, self._prompt, how, lambda: self.cancelled)
+        self.metrics.reused_tokens = reused
+        return logits, mask
+
+    def _last_text(self) -> str:
+        """What was held back of the text, up to a stop string."""
+        piece, stopped = self._stops.add(self._stream.finish())
+        return piece if stopped else piece + self._stops.finish()
+
     def _next(self, step: DecodeStep, token: int) -> int:
-        if self._sampler is not None:
+        if self._sampler is not None or self._penalty is not None:  # the step itself chooses the likeliest token
             return self._choose(step.logits(token))
         chosen = step.greedy(token)
         if chosen < 0:
@@ -171,7 +212,12 @@ class Decoding:
     def _choose(self, logits: np.ndarray) -> int:
         if not np.isfinite(logits).all():
             raise self._not_finite()
-        return int(logits.argmax()) if self._sampler is None else self._sampler(logits)
+        if self._penalty is not None:
+            logits = self._penalty.apply(logits)
+        token = int(logits.argmax()) if self._sampler is None else self._sampler(logits)
+        if self._penalty is not None:
+            self._penalty.add(token)
+        return token
 
     def _not_finite(self) -> TdaError:
         position = self.metrics.prompt_tokens + self.metrics.new_tokens

@@ -14,9 +14,11 @@ from tda_export.runtime.artifact import Artifact, open_artifact
 from tda_export.runtime.decode_step import DecodeStep
 from tda_export.runtime.deployment import Deployment
 from tda_export.runtime.generate import Decoding, Generation, MaskMode
+from tda_export.runtime.memory import PromptMemory
 from tda_export.runtime.providers import choose_provider
-from tda_export.runtime.sampling import Sampling, make_sampler
+from tda_export.runtime.sampling import RepetitionPenalty, Sampling, make_sampler
 from tda_export.runtime.session import Sessions
+from tda_export.runtime.stop_strings import StopStrings
 from tda_export.runtime.text import Text
 
 DEFAULT_NEW_TOKENS = 128
@@ -40,7 +42,7 @@ class Model:
         with self._lock:
             step, self._idle = self._idle, None
         if step is None or step.cache.capacity < tokens:
-            step = DecodeStep(self.sessions, self.artifact.shape, self._capacity(tokens))
+            step = self._new_step(tokens)
         step.cache.truncate(0)
         try:
             yield step
@@ -49,11 +51,27 @@ class Model:
                 if self._idle is None or self._idle.cache.capacity < step.cache.capacity:
                     self._idle = step
 
-    def _capacity(self, tokens: int) -> int:
-        """Round up where a new size would mean a new capture."""
-        if not self.sessions.captures:
-            return tokens
-        return min(-(-tokens // CAPACITY_STEP) * CAPACITY_STEP, self.artifact.shape.max_positions)
+    def _new_step(self, tokens: int) -> DecodeStep:
+        """Make a step with room for `tokens`, and more where a new size would mean a new capture."""
+        shape = self.artifact.shape
+        if self.sessions.captures:
+            tokens = min(-(-tokens // CAPACITY_STEP) * CAPACITY_STEP, shape.max_positions)
+        return DecodeStep(self.sessions, shape, tokens)
+
+    def memory(self) -> PromptMemory:
+        """Make a memory for generations of which each begins with the prompt of the one before, as in a chat."""
+        return PromptMemory(self._new_step, self.artifact.shape.max_positions)
+
+    def check_context(self, context: int | None) -> int:
+        """Return the most tokens of prompt and answer together: `context`, or for None the model's maximum.
+
+        Raises:
+            UsageError: It is out of range.
+        """
+        limit = self.artifact.shape.max_positions
+        if context is not None and not 1 < context <= limit:
+            raise UsageError(f"A context of {context} tokens is outside [2, {limit}], the model's maximum.")
+        return context or limit
 
     def generate(
         self,
@@ -65,6 +83,8 @@ class Model:
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         context: int | None = None,
         deployment: Deployment | None = None,
+        stop: Sequence[str] = (),
+        memory: PromptMemory | None = None,
     ) -> Generation:
         """Begin a generation; iterate over the result for its tokens.
 
@@ -77,25 +97,25 @@ class Model:
             context: The most tokens of prompt and answer together; None takes the model's maximum.
             deployment: Other thresholds or another refresh than the artifact's own: another budget, without another
                 build.
+            stop: Strings that end the answer; they are not part of its text.
+            memory: Read only what is new of the prompt, and keep it for the next one.
 
         Returns:
             An iterator of `Token` with `metrics` and `text`; `close()` ends it early.
 
         Raises:
             UsageError: An argument is out of range.
-            TdaError: The prompt is empty or does not fit into the context; while iterating, logits were not finite.
+            TdaError: The prompt is empty or does not fit into the context; while iterating, logits were not finite, or
+                the memory is in use.
         """
-        limit = self.artifact.shape.max_positions
-        if context is not None and not 1 < context <= limit:
-            raise UsageError(f"A context of {context} tokens is outside [2, {limit}], the model's maximum.")
+        limit, context = self.artifact.shape.max_positions, self.check_context(context)
         if max_new_tokens < 1:
             raise UsageError(f"{max_new_tokens} new tokens: give 1 or more.")
         if mask not in ("tda", "dense"):
             raise UsageError(f"Unknown mask {mask!r}. Use tda or dense.")
         how = deployment or self.artifact.deployment
         self._check(how)
-        tokens = self._tokens(prompt, chat)
-        context = context or limit
+        tokens = self.tokenize(prompt, chat=chat)
         if len(tokens) >= context:
             raise TdaError(
                 f"The prompt has {len(tokens)} tokens and the context {context}, which leaves no room for an answer. "
@@ -108,12 +128,20 @@ class Model:
             max_new_tokens=max_new_tokens,
             mask=mask,
             sampler=make_sampler(sampling),
+            penalty=self._penalty(sampling, tokens),
             stream=self.text.stream(tokens),
+            stops=StopStrings(stop),
             context=context,
             deployment=how,
-            borrow_step=self.borrow_step,
+            borrow_step=memory.borrow_step if memory else self.borrow_step,
+            memory=memory,
         )
         return Generation(decoding)
+
+    def _penalty(self, sampling: Sampling, tokens: list[int]) -> RepetitionPenalty | None:
+        if sampling.repetition_penalty == 1:
+            return None
+        return RepetitionPenalty(sampling.repetition_penalty, self.artifact.shape.vocab_size, tokens)
 
     def _check(self, deployment: Deployment) -> None:
         layers, thresholds = self.artifact.shape.num_layers, deployment.thresholds
@@ -127,11 +155,16 @@ class Model:
         if deployment.token_thresholds.any() and not self.sessions.two_levels:
             raise UsageError(f"{self.artifact.folder} has no second level, so it takes no token thresholds.")
 
-    def _tokens(self, prompt: str | Sequence[int], chat: bool) -> list[int]:
+    def tokenize(self, prompt: str | Sequence[int], *, chat: bool = False) -> list[int]:
+        """Return a prompt's tokens; given ones are checked.
+
+        Raises:
+            UsageError: A token is outside the vocabulary.
+            TdaError: There is none, the text is not valid, or the chat template refuses it.
+        """
         if isinstance(prompt, str):
-            if chat:
-                prompt = self.text.chat([{"role": "user", "content": prompt}])
-            tokens = self.text.encode(prompt, special_tokens=not chat)
+            message = [{"role": "user", "content": prompt}]
+            tokens = self.text.encode_chat(message) if chat else self.text.encode(prompt)
         elif chat:
             raise UsageError("A chat prompt is text, not token ids.")
         else:

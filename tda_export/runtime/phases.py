@@ -151,6 +151,16 @@ class Prefill:
                 call.feed(contract.THRESHOLDS, self._thresholds)
         return self._calls[given, past]
 
+    def statistics(self) -> dict[str, np.ndarray]:
+        """Copy the running statistics to the host: what the tokens read so far, and the prior, have added up to."""
+        return {name: value.numpy().copy() for name, value in self._stats.items()}
+
+    def restore(self, statistics: Mapping[str, np.ndarray]) -> None:
+        """Put statistics of `statistics()` back; a `read` with a decay goes on with them."""
+        for name, value in self._stats.items():
+            value.update_inplace(statistics[name])
+        self._spoiled = False
+
     def read(
         self,
         tokens: Sequence[int],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +14,17 @@ Sampler = Callable[[np.ndarray], int]  # logits float32 [V] -> token
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: `temperature` 0 is greedy, `top_k` 0 and `top_p` 1 are off; a `seed` makes it repeatable."""
+    """How to choose tokens.
+
+    `temperature` 0 is greedy, `top_k` 0 and `top_p` 1 are off; a `seed` makes it repeatable. `repetition_penalty` 1 is
+    off; it also counts for greedy choices.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -30,6 +35,10 @@ class Sampling:
             raise UsageError(f"top-p {self.top_p} is outside (0, 1]. Give 1 (off) or a share.")
         if self.seed is not None and self.seed < 0:
             raise UsageError(f"Seed {self.seed} is negative. Give 0 or more.")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise UsageError(
+                f"Repetition penalty {self.repetition_penalty} is not a positive number. Give 1 (off) or a little more."
+            )
 
 
 def make_sampler(sampling: Sampling) -> Sampler | None:
@@ -46,6 +55,28 @@ def make_sampler(sampling: Sampling) -> Sampler | None:
         return int(generator.choice(len(probabilities), p=probabilities))
 
     return sample
+
+
+class RepetitionPenalty:
+    """Makes tokens that occurred before less likely, those of the prompt too: their logits are divided by the penalty
+    where positive and multiplied where negative, as in transformers.
+
+    Source: CTRL, section 4.1 (arXiv 1909.05858).
+    """
+
+    def __init__(self, penalty: float, vocab_size: int, tokens: Iterable[int]) -> None:
+        self._penalty = penalty
+        self._seen = np.zeros(vocab_size, bool)
+        self._seen[list(tokens)] = True
+
+    def add(self, token: int) -> None:
+        """Count a token as one that occurred."""
+        self._seen[token] = True
+
+    def apply(self, logits: np.ndarray) -> np.ndarray:
+        """Return the penalised logits, float32 [V]; what is given stays as it is."""
+        penalised = np.where(logits > 0, logits / self._penalty, logits * self._penalty)
+        return np.where(self._seen, penalised, logits)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

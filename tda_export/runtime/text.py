@@ -57,6 +57,11 @@ class Text:
         number = None if spelling is None else self._tokenizer.token_to_id(spelling)
         return None if number is None else (number, str(spelling))
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model has a chat template."""
+        return contract.CHAT_TEMPLATE_FILE in self._artifact.manifest["files"]
+
     def chat(self, messages: Sequence[dict[str, str]]) -> str:
         """Render messages with the model's chat template, up to where the assistant's answer begins.
 
@@ -64,7 +69,7 @@ class Text:
             TdaError: The model has no chat template, or the template refuses the messages.
         """
         path = self._artifact.file(contract.CHAT_TEMPLATE_FILE)
-        if contract.CHAT_TEMPLATE_FILE not in self._artifact.manifest["files"]:
+        if not self.has_chat_template:
             raise TdaError(f"{self._artifact.folder}: this model has no chat template. Leave --chat out.")
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
@@ -81,6 +86,10 @@ class Text:
         except Exception as error:  # a template is a program, and fails like one
             reason = " ".join(str(error).split()) or type(error).__name__
             raise TdaError(f"{path}: the chat template cannot be rendered ({reason}).") from error
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Render messages as `chat` does, and tokenize them."""
+        return self.encode(self.chat(messages), special_tokens=False)
 
     def _special_tokens(self) -> dict[str, str]:
         if TOKENIZER_CONFIG_FILE not in self._artifact.manifest["files"]:

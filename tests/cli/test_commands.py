@@ -12,7 +12,7 @@ import pytest
 from tda_export.bench.random_model import CHAT_TEMPLATE, byte_tokenizer
 from tda_export.calibration.file import read_calibration
 from tda_export.graph import contract
-from tda_export.runtime import load
+from tda_export.runtime import Sampling, load
 from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
 from tests.tiny import save_tiny_model
 
@@ -460,6 +460,23 @@ def test_sampling(tiny_artifact: Path) -> None:
     options = ("--temperature", "1", "--top-k", "50", "--top-p", "0.9", "--seed")
     one, again, other = (generated(tiny_artifact, *options, seed)["tokens"] for seed in (1, 1, 2))
     assert one == again != other
+
+
+def test_stop_strings(tiny_artifact: Path) -> None:
+    text = generated(tiny_artifact)["text"]
+    first, second = text[6:8], text[3:5]
+    stopped = generated(tiny_artifact, "--stop", first, "--stop", second)
+    cut = min(text.index(first), text.index(second))
+    assert (stopped["text"], stopped["metrics"]["finish_reason"]) == (text[:cut], "stop")
+    result = run_ok("generate", tiny_artifact, PROMPT, "--stop", first, "--stop", second)
+    assert result.stdout == f"{text[:cut]}\n"
+
+
+def test_repetition_penalty(tiny_artifact: Path) -> None:
+    sampling = Sampling(repetition_penalty=1.4)
+    expected = load(tiny_artifact).generate(PROMPT, max_new_tokens=24, sampling=sampling)
+    ours = generated(tiny_artifact, "--repetition-penalty", 1.4)
+    assert ours["tokens"] == [token.id for token in expected] != generated(tiny_artifact)["tokens"]
 
 
 def test_context(tiny_artifact: Path) -> None:

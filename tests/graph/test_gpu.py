@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tda_export.graph import contract
 from tda_export.graph.ffn import FfnForm
 from tda_export.graph.verify import verify_artifact
 from tda_export.models.source import resolve_model
 from tda_export.runtime import Model, load
+from tda_export.runtime.memory import PromptMemory
 from tda_export.runtime.scoring import continuation_logits
 from tests.ffn_model import ffn_session, random_feeds, run
 from tests.graph.test_parity import build_tiny
@@ -70,6 +72,37 @@ def test_threads_that_come_and_go(tiny_model: Path, tmp_path: Path) -> None:
         thread.start()
         thread.join()
     assert found == [expected] * 4
+
+
+def test_a_memory_goes_on_from_prompt_to_prompt(tiny_model: Path, tmp_path: Path) -> None:
+    """With what one reading of the whole gives; a thread that captures the step anew finds all of it in place."""
+    artifact = build_tiny(resolve_model(str(tiny_model)), tmp_path / "artifact", dtype="float16")
+    prompt, more = list(range(3, 60)), list(range(90, 120))
+
+    def turns(model: Model, memory: PromptMemory, elsewhere: bool) -> list[list[int]]:
+        def turn(tokens: list[int]) -> list[int]:
+            return [token.id for token in model.generate(tokens, max_new_tokens=20, memory=memory)]
+
+        first = turn(prompt)
+        with ThreadPoolExecutor(1) as other:
+            second = other.submit(turn, prompt + first + more).result() if elsewhere else turn(prompt + first + more)
+        return [first, second]
+
+    model = load(artifact)
+    assert model.sessions.captures
+    memory = model.memory()
+    here = turns(model, memory, elsewhere=False)
+    assert here == turns(model, model.memory(), elsewhere=True)
+    whole = [*prompt, *here[0], *more, 70, 71]
+    how = model.artifact.deployment
+    with model.borrow_step(len(whole)) as step:
+        expected, alone = step.read(whole, how.thresholds, prior=how.prior)
+        weight = alone.stats[contract.PAST_STATS_WEIGHT].numpy().copy()
+    with memory.borrow_step(len(whole)) as step:
+        logits, mask, reused = memory.read(step, whole, how)
+    assert reused == len(whole) - 2
+    np.testing.assert_allclose(logits, expected, atol=0.1)
+    np.testing.assert_allclose(mask.stats[contract.PAST_STATS_WEIGHT].numpy(), weight)
 
 
 def test_two_generations_at_once(tiny_model: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tda_export.graph.reference import masked_ffn
 from tda_export.models.source import ModelSource
 from tda_export.runtime import Model, Sampling, Token, load, open_artifact
 from tda_export.runtime import generate as generate_module
-from tda_export.runtime.deployment import Deployment, one_level
+from tda_export.runtime.deployment import Deployment, Refresh, one_level
 from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.phases import PromptMask, prefill
 from tests.runtime.conftest import (
@@ -159,6 +159,80 @@ def test_text_is_the_decode_of_all_tokens(
         # The pieces are the text, but for what an end of text leaves unfinished: no token brings it.
         pieces = "".join(token.text for token in tokens)
         assert pieces == (generation.text.rstrip("\N{REPLACEMENT CHARACTER}") if end == "stop" else generation.text)
+
+
+@pytest.mark.parametrize("end", ["length", "context", "stop"])
+def test_stop_strings_end_the_text(model: Model, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    """Across tokens, which here are bytes; no token brings a part of one, whatever ends the generation."""
+    content = "naïve ## 世界 ### rest"
+    answer = model.text.encode(content)
+    limits: dict[str, Any]
+    for length in range(1, len(answer) + 1):
+        script = iter([*answer[:length], 2])
+        monkeypatch.setattr("tda_export.runtime.model.make_sampler", lambda sampling, s=script: lambda _: next(s))
+        limits = {"length": {"max_new_tokens": length}, "context": {"context": len(PROMPT) + length}, "stop": {}}[end]
+        generation = model.generate(PROMPT, stop=["###", "World"], **limits)
+        pieces = "".join(token.text for token in generation)
+        said = content.encode()[:length].decode(errors="replace")
+        whole = "###" in said
+        assert generation.text == said.partition("###")[0]
+        assert generation.metrics.finish_reason == ("stop" if whole else end)
+        assert generation.metrics.new_tokens == min(length, content.encode().index(b"###") + 3)
+        assert generation.text.startswith(pieces)
+        if end != "stop":
+            assert pieces == generation.text
+
+
+def test_repetition_penalty_equals_transformers(model: Model, reference: Any) -> None:
+    tokens = torch.tensor([model.text.encode(PROMPT)])
+    with torch.inference_mode():
+        expected = reference.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            max_new_tokens=48,
+            pad_token_id=0,
+            repetition_penalty=1.3,
+        )[0, tokens.shape[1] :].tolist()
+    if expected[-1] in model.artifact.eos_token_ids:
+        expected.pop()
+    assert len(expected) > 24
+    sampling = Sampling(repetition_penalty=1.3)
+    assert ids(model, PROMPT, mask="dense", max_new_tokens=48, sampling=sampling) == expected
+    assert ids(model, PROMPT, mask="dense", max_new_tokens=48) != expected
+
+
+@pytest.mark.parametrize("refresh", [0, 3])
+def test_repetition_penalty_keeps_a_mask_and_its_refreshes(model: Model, refresh: int) -> None:
+    """A penalty that is hardly one gives what greedy steps on the device give; a large one repeats nothing."""
+    how = model.artifact.deployment.with_refresh(Refresh(refresh))
+    greedy = ids(model, PROMPT, max_new_tokens=24, deployment=how)
+    near = Sampling(repetition_penalty=1 + 1e-7)
+    assert ids(model, PROMPT, max_new_tokens=24, deployment=how, sampling=near) == greedy
+    unlike = ids(model, PROMPT, max_new_tokens=24, deployment=how, sampling=Sampling(repetition_penalty=1e6))
+    assert len({*unlike, *model.text.encode(PROMPT)}) == len(unlike) + len(set(model.text.encode(PROMPT)))
+
+
+def test_repetition_penalty_comes_before_sampling(model: Model) -> None:
+    """A tiny temperature takes the likeliest of the penalised tokens."""
+    greedy = ids(model, PROMPT, max_new_tokens=24, sampling=Sampling(repetition_penalty=1.5))
+    sampled = Sampling(temperature=1e-9, seed=0, repetition_penalty=1.5)
+    assert ids(model, PROMPT, max_new_tokens=24, sampling=sampled) == greedy
+
+
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_a_cancelled_generation_ends_before_its_next_token(tiny_artifact: Path, after: int) -> None:
+    model = load(tiny_artifact, provider="cpu")
+    generation = model.generate(PROMPT, memory=model.memory() if after == 0 else None)
+    for _ in range(after):
+        next(generation)
+    assert not generation.cancelled
+    generation.cancel()
+    assert list(generation) == []
+    assert generation.cancelled
+    assert (generation.metrics.new_tokens, generation.metrics.finish_reason) == (after, "")
+    if after:
+        assert model._idle is not None  # its step is free
 
 
 def test_metrics_of_a_mask(model: Model) -> None:

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from tda_export.errors import UsageError
-from tda_export.runtime.sampling import Sampling, keep_top_k, keep_top_p, make_sampler, softmax
+from tda_export.runtime.sampling import RepetitionPenalty, Sampling, keep_top_k, keep_top_p, make_sampler, softmax
 
 LOGITS = hnp.arrays(np.float64, st.integers(1, 40), elements=st.floats(-80, 80, width=32))
 SHARES = 4096  # probabilities in whole 4096ths: their sums are exact, so that the border of a nucleus is too
@@ -186,3 +188,21 @@ def test_top_k_of_one_is_greedy() -> None:
 def test_arguments_out_of_range(options: dict[str, float], text: str) -> None:
     with pytest.raises(UsageError, match=text):
         make_sampler(Sampling(**options))  # type: ignore[arg-type]
+
+
+@given(hnp.arrays(np.float32, 20, elements=st.floats(-80, 80, width=32)), st.floats(0.1, 10), st.data())
+def test_repetition_penalty_equals_transformers(logits: np.ndarray, penalty: float, data: st.DataObject) -> None:
+    tokens = data.draw(st.lists(st.integers(0, 19), min_size=1, max_size=30))
+    prompt = data.draw(st.integers(0, len(tokens)))
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([tokens]), torch.from_numpy(logits.copy())[None])
+    ours, before = RepetitionPenalty(penalty, 20, tokens[:prompt]), logits.copy()
+    for token in tokens[prompt:]:
+        ours.add(token)
+    np.testing.assert_allclose(ours.apply(logits), expected[0].numpy(), rtol=1e-5)
+    np.testing.assert_array_equal(logits, before)
+
+
+@pytest.mark.parametrize("penalty", [0.0, -1.0, math.inf, math.nan])
+def test_repetition_penalty_out_of_range(penalty: float) -> None:
+    with pytest.raises(UsageError, match=r"^Repetition penalty \S+ is not a positive number\. Give 1 \(off\)"):
+        Sampling(repetition_penalty=penalty)

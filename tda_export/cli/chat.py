@@ -1,0 +1,150 @@
+"""`tda-export chat`: talk with an artifact."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tda_export.cli.generate import FINISHED
+from tda_export.cli.options import (
+    Answering,
+    Deployed,
+    answer_options,
+    artifact_argument,
+    context_option,
+    deployment_options,
+)
+from tda_export.errors import TdaError
+
+if TYPE_CHECKING:
+    from tda_export.runtime import Conversation
+    from tda_export.runtime.deployment import Deployment
+    from tda_export.runtime.generate import Generation, Metrics
+
+HELP = """/reset  forget what was said
+/quit   leave (so does Ctrl-D)
+/help   show this
+Anything else is a message. Ctrl-C stops an answer."""
+
+
+@click.command()
+@artifact_argument
+@click.option("--system", help="A system message, which stands before all others.")
+@answer_options(512)
+@context_option
+@deployment_options
+def chat(artifact: Path, system: str | None, answering: Answering, context: int | None, deployed: Deployed) -> None:
+    """Chat with ARTIFACT, turn by turn.
+
+    Each line is a message, on a terminal and from a pipe. Keys, values and statistics stay from turn to turn; only
+    what is new is read. When the context is full, the oldest turns are left out, and that is said.
+
+    Answers go to standard output. After each, a line on standard error says what share of the FFN's bytes its tokens
+    read, and how fast they came.
+    """
+    from tda_export.runtime import Conversation
+
+    model, deployment = deployed.load(artifact)
+    conversation = Conversation(model, system=system, mask=deployed.mask, context=context, deployment=deployment)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):  # where it is, it gives input() editing and a history
+            importlib.import_module("readline")
+        click.secho(f"{artifact.resolve().name}. /help lists the commands.", dim=True, err=True)
+    for line in _typed_lines() if interactive else _piped_lines():
+        text = line.strip()
+        if text == "/quit":
+            return
+        if text == "/reset":
+            conversation.reset()
+        elif text == "/help":
+            click.echo(HELP, err=True)
+        elif text.startswith("/"):
+            click.echo(f"There is no command {text.split()[0]}. /help lists them.", err=True)
+        elif text:
+            try:
+                _answer(conversation, text, answering, deployment, interactive)
+            except TdaError as error:
+                if not interactive:
+                    raise
+                click.echo(f"Error: {error}", err=True)
+
+
+def _answer(
+    conversation: Conversation, text: str, answering: Answering, deployment: Deployment, interactive: bool
+) -> None:
+    before = conversation.dropped_turns
+    generation = conversation.say(
+        text, max_new_tokens=answering.max_new_tokens, sampling=answering.sampling, stop=answering.stop
+    )
+    if dropped := conversation.dropped_turns - before:
+        turns = "The oldest turn was" if dropped == 1 else f"The {dropped} oldest turns were"
+        click.secho(f"({turns} left out: the context is full.)", dim=True, err=True)
+    with _stopped_by_ctrl_c(generation) if interactive else contextlib.nullcontext():
+        shown = 0
+        for token in generation:
+            click.echo(token.text, nl=False)
+            shown += len(token.text)
+        click.echo(generation.text[shown:])  # what an end of text left unfinished
+    click.secho(status(generation.metrics, deployment, stopped=generation.cancelled), dim=True, err=True)
+
+
+def status(metrics: Metrics, deployment: Deployment, *, stopped: bool = False) -> str:
+    """Say in one line what an answer read and how fast it came.
+
+    The share of bytes counts masks and refreshes as they were; for rows that token thresholds skip, it is the
+    calibration's expectation.
+    """
+    parts = [f"{1 - metrics.sparsity:.0%} of FFN bytes read"]
+    if metrics.mask == "tda" and deployment.token_thresholds.any():
+        parts[0] += " (masks counted, rows skipped by tokens as calibrated)"
+    if metrics.decode_tokens_per_second:
+        parts.append(f"{metrics.decode_tokens_per_second:.1f} tokens/s")
+    parts.append(f"{metrics.new_tokens} tokens")
+    parts.append(f"{metrics.prompt_tokens - metrics.reused_tokens} of {metrics.prompt_tokens} prompt tokens read")
+    if stopped:
+        parts.append("stopped")
+    elif metrics.finish_reason != "stop":
+        parts.append(FINISHED[metrics.finish_reason])
+    return f"[{', '.join(parts)}]"
+
+
+def _typed_lines() -> Iterator[str]:
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            click.echo()
+            return
+        except KeyboardInterrupt:
+            click.echo("\n/quit or Ctrl-D leaves.", err=True)
+        else:
+            yield line
+
+
+def _piped_lines() -> Iterator[str]:
+    try:
+        yield from sys.stdin
+    except UnicodeDecodeError as error:
+        raise TdaError("Standard input is not valid UTF-8 text. Convert it to UTF-8.") from error
+
+
+@contextlib.contextmanager
+def _stopped_by_ctrl_c(generation: Generation) -> Iterator[None]:
+    """Let Ctrl-C end the answer at its next token, wherever the program is just then."""
+
+    def cancel(number: int, frame: Any) -> None:
+        generation.cancel()
+
+    before = signal.signal(signal.SIGINT, cancel)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,145 @@
+"""Chats of many turns: each turn reads what is new, and nothing twice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tda_export.errors import TdaError
+from tda_export.runtime.deployment import Deployment
+from tda_export.runtime.generate import Generation, MaskMode
+from tda_export.runtime.model import DEFAULT_NEW_TOKENS, Model
+from tda_export.runtime.sampling import Sampling
+
+Message = dict[str, str]  # "role" and "content"
+
+
+class Conversation:
+    """Messages of a user and the model, with the keys, values and statistics that they have left behind.
+
+    A turn renders all messages with the chat template and reads the prompt into a `PromptMemory`, which goes on behind
+    the prompt of the turn before: the last answer is read again, densely, with the new message. So the mask of a turn
+    is that of one prefill of the whole chat. A template that renders earlier messages differently than before costs a
+    longer reading, no more.
+
+    When the chat outgrows the context, its oldest turns are left out, so many that a quarter of the context is free.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        system: str | None = None,
+        mask: MaskMode = "tda",
+        context: int | None = None,
+        deployment: Deployment | None = None,
+    ) -> None:
+        """Begin a chat.
+
+        Args:
+            model: With a chat template.
+            system: A message that stands before all others and is never left out.
+            mask: As for `Model.generate`.
+            context: As for `Model.generate`.
+            deployment: As for `Model.generate`.
+
+        Raises:
+            TdaError: The model has no chat template.
+            UsageError: The context is out of range.
+        """
+        if not model.text.has_chat_template:
+            raise TdaError(
+                f"{model.artifact.folder}: this model has no chat template, so it does not chat. Give it text that it "
+                "continues, with 'tda-export generate'."
+            )
+        self._model, self._mask, self._deployment = model, mask, deployment
+        self._context = model.check_context(context)
+        self._memory = model.memory()
+        self._before: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self._turns: list[list[Message]] = []  # each begins with the user's message
+        self._answer: Generation | None = None  # to the last of them, until it is added
+        self.dropped_turns = 0  # left out so far
+
+    @property
+    def messages(self) -> list[Message]:
+        """All messages that count, with what there is of the last answer."""
+        messages = [*self._before, *(message for turn in self._turns for message in turn)]
+        return messages if self._answer is None else [*messages, _assistant(self._answer)]
+
+    def say(
+        self,
+        text: str,
+        *,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        stop: Sequence[str] = (),
+    ) -> Generation:
+        """Begin the answer to a message.
+
+        An answer that was not read to its end is closed by the next message and stays in the chat as far as it came;
+        one that failed or was closed before its first text is forgotten with its message.
+
+        Args:
+            text: The user's message.
+            max_new_tokens: As for `Model.generate`.
+            sampling: As for `Model.generate`.
+            stop: As for `Model.generate`.
+
+        Raises:
+            TdaError: This message alone does not fit into the context, or the template refuses it.
+        """
+        self._settle()
+        self._turns.append([{"role": "user", "content": text}])
+        try:
+            tokens = self._fit(max_new_tokens)
+            self._answer = self._model.generate(
+                tokens,
+                max_new_tokens=max_new_tokens,
+                mask=self._mask,
+                sampling=sampling,
+                context=self._context,
+                deployment=self._deployment,
+                stop=stop,
+                memory=self._memory,
+            )
+        except BaseException:
+            self._turns.pop()
+            raise
+        return self._answer
+
+    def reset(self) -> None:
+        """Forget all turns; the system's message stays."""
+        self._settle()
+        self._turns = []
+
+    def _settle(self) -> None:
+        """Take the last answer into the chat."""
+        answer, self._answer = self._answer, None
+        if answer is None:
+            return
+        answer.close()
+        if answer.text or answer.metrics.finish_reason:
+            self._turns[-1].append(_assistant(answer))
+        else:
+            self._turns.pop()
+
+    def _fit(self, max_new_tokens: int) -> list[int]:
+        """Return the tokens of all messages. Leaves the oldest turns out where there is no room for an answer."""
+        tokens = self._tokens(self._turns)
+        reserve = self._context // 4
+        if len(tokens) + min(max_new_tokens, reserve) <= self._context:
+            return tokens
+        kept = self._turns
+        while len(kept) > 1 and len(tokens) + reserve > self._context:
+            kept = kept[1:]
+            tokens = self._tokens(kept)
+        if len(tokens) < self._context:  # otherwise this message alone is too long, and the others may stay
+            self.dropped_turns += len(self._turns) - len(kept)
+            self._turns = kept
+        return tokens
+
+    def _tokens(self, turns: list[list[Message]]) -> list[int]:
+        return self._model.text.encode_chat([*self._before, *(message for turn in turns for message in turn)])
+
+
+def _assistant(answer: Generation) -> Message:
+    return {"role": "assistant", "content": answer.text}

@@ -1,0 +1,104 @@
+"""Errors in the shape of OpenAI's API: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+INVALID = "invalid_request_error"
+SERVER = "server_error"
+
+logger = logging.getLogger(__name__)
+
+
+class ApiError(HTTPException):
+    """An answer other than success.
+
+    Args:
+        status: The HTTP status.
+        message: What is wrong, and the way out.
+        param: The field of the request that is wrong.
+        code: What programs tell errors apart by.
+        retry_after: Seconds after which another try makes sense.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(status, message, None if retry_after is None else {"Retry-After": str(retry_after)})
+        self.param, self.code = param, code
+
+    def body(self) -> dict[str, Any]:
+        """Return the error as the API spells it."""
+        kind = SERVER if self.status_code >= 500 else INVALID
+        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status_code, self.headers)
+
+
+def invalid(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
+    """Make the error of a request that cannot be answered as it is."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def internal() -> ApiError:
+    """Make the error of a failure that only the log explains."""
+    return ApiError(500, "The server failed. Its log says why.", code="internal_error")
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Let every failure of an app leave it in the API's shape."""
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(error, ApiError):
+            return error.response()
+        url = f"{request.method} {request.url.path}"
+        codes = {404: ("unknown_url", f"Unknown URL: {url}."), 405: ("method_not_supported", f"Not supported: {url}.")}
+        code, message = codes.get(error.status_code, (None, str(error.detail)))
+        return ApiError(error.status_code, message, code=code).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def validation(request: Request, error: RequestValidationError) -> JSONResponse:
+        return malformed(error).response()
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return internal().response()
+
+
+def malformed(error: RequestValidationError) -> ApiError:
+    """Turn what pydantic found into the API's error; the first of its findings counts."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return invalid(f"The body is not valid JSON: {first['ctx']['error']}.", code="invalid_json")
+    param = parameter(first["loc"])
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return invalid(
+        f"{param}: {message}." if param else f"The body is not a request: {message}.",
+        param=param,
+        code="missing_required_parameter" if first["type"] == "missing" else "invalid_value",
+    )
+
+
+def parameter(location: tuple[int | str, ...]) -> str | None:
+    """Spell where in a body something is: `messages[0].role`."""
+    name = ""
+    for part in location[1:]:  # behind "body"
+        if part in ("str", "int") or str(part).startswith("list["):
+            break  # what pydantic calls one of the types that a field may have
+        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
+    return name or None

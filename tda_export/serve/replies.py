@@ -1,0 +1,76 @@
+"""Answers as the API spells them: whole, and in chunks of a stream."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from tda_export.runtime import Metrics
+
+FINISH_REASONS = {"stop": "stop", "length": "length", "context": "length"}
+END_OF_STREAM = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What all parts of one answer share.
+
+    `chat` tells POST /v1/chat/completions from POST /v1/completions, `model` is the name that was asked for.
+    """
+
+    chat: bool
+    model: str
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, text: str, metrics: Metrics) -> dict[str, Any]:
+        """Return the answer that is not streamed."""
+        said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
+        kind = "chat.completion" if self.chat else "text_completion"
+        choice = self._choice(said, FINISH_REASONS[metrics.finish_reason])
+        return self._head(kind) | {"choices": [choice], "usage": usage(metrics)}
+
+    def begin(self) -> dict[str, Any]:
+        """Return a chat's first chunk, which says who speaks."""
+        return self._chunk([self._choice({"delta": {"role": "assistant", "content": ""}}, None)])
+
+    def piece(self, text: str) -> dict[str, Any]:
+        """Return a chunk of text."""
+        return self._chunk([self._choice({"delta": {"content": text}} if self.chat else {"text": text}, None)])
+
+    def end(self, metrics: Metrics) -> dict[str, Any]:
+        """Return the chunk that says why the answer ends."""
+        said: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
+        return self._chunk([self._choice(said, FINISH_REASONS[metrics.finish_reason])])
+
+    def usage(self, metrics: Metrics) -> dict[str, Any]:
+        """Return the chunk that says what the answer cost, for those who asked."""
+        return self._chunk([]) | {"usage": usage(metrics)}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        prefix = "chatcmpl" if self.chat else "cmpl"
+        return {"id": f"{prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._head("chat.completion.chunk" if self.chat else "text_completion") | {"choices": choices}
+
+    def _choice(self, said: dict[str, Any], reason: str | None) -> dict[str, Any]:
+        return {"index": 0, **said, "logprobs": None, "finish_reason": reason}
+
+
+def usage(metrics: Metrics) -> dict[str, Any]:
+    """Count tokens as the API does; cached ones were held from the prompt before."""
+    return {
+        "prompt_tokens": metrics.prompt_tokens,
+        "completion_tokens": metrics.new_tokens,
+        "total_tokens": metrics.prompt_tokens + metrics.new_tokens,
+        "prompt_tokens_details": {"cached_tokens": metrics.reused_tokens},
+    }
+
+
+def server_sent(event: dict[str, Any]) -> bytes:
+    """Write an event as a stream has it."""
+    return f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode()

@@ -1,0 +1,106 @@
+"""Listen, serve until told to stop, and stop in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
+
+from tda_export.errors import TdaError
+from tda_export.serve.worker import Worker
+
+BACKLOG = 1024
+LAST_SECONDS = 5  # that clients have to take what is left of their answers
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server around one worker.
+
+    When it is told to stop, new requests are refused and answers have `grace` seconds to end, or until it is told a
+    second time; then those that are left are cut off, and their clients told. A signal that stopped it is not raised
+    again, so that the exit code is 0.
+    """
+
+    def __init__(self, app: FastAPI, worker: Worker, grace: float) -> None:
+        async def cut_off_in_silence(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await app(scope, receive, send)
+            except asyncio.CancelledError:
+                if not self.should_exit:
+                    raise
+                # A client does not take what is left of its answer. uvicorn would show where that was, line by line.
+
+        config = uvicorn.Config(
+            cut_off_in_silence,
+            interface="asgi3",
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=LAST_SECONDS,
+        )
+        super().__init__(config)
+        self._worker, self._grace = worker, grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        end = time.monotonic() + self._grace
+        self._worker.close()
+        while not self._worker.idle and time.monotonic() < end and not self.force_exit:
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(self._worker.stop)
+        self.force_exit = False  # no answer is left to wait for
+        await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Open the socket to serve on; port 0 takes a free one.
+
+    Raises:
+        TdaError: The address cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        opened = socket.socket(family, kind, protocol)
+        try:
+            if os.name == "posix":  # elsewhere it lets two servers share a port
+                opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            opened.bind(address)
+            opened.listen(BACKLOG)
+        except BaseException:
+            opened.close()
+            raise
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TdaError(f"Cannot listen on {host}, port {port} ({reason}). Choose another --host or --port.") from error
+    return opened
+
+
+def url(opened: socket.socket) -> str:
+    """Return the address of a listening socket."""
+    host, port = opened.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def is_loopback(opened: socket.socket) -> bool:
+    """Tell whether only this machine reaches a socket."""
+    return ipaddress.ip_address(opened.getsockname()[0]).is_loopback

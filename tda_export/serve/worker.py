@@ -1,0 +1,237 @@
+"""The thread that runs the model: one answer after another, in order of arrival."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tda_export.errors import TdaError
+from tda_export.runtime import Generation, Metrics, Model
+from tda_export.runtime.deployment import Deployment
+from tda_export.runtime.generate import MaskMode
+from tda_export.serve.errors import ApiError, internal
+from tda_export.serve.metrics import Outcome, ServerMetrics
+from tda_export.serve.protocol import Order
+
+LONGEST_RETRY = 60  # seconds
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """The answer's end: text that no token brought, and what it cost."""
+
+    text: str
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Failed:
+    """There will be no (more) answer."""
+
+    error: ApiError
+
+
+Event = Piece | Done | Failed
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way through the worker, which calls `deliver` from its own thread.
+
+    After a `Done` or `Failed` nothing more is delivered, and nothing but an end that was near once it was cancelled.
+    """
+
+    endpoint: str
+    order: Order
+    deliver: Callable[[Event], None]
+    arrived: float = field(default_factory=time.monotonic)
+    generation: Generation | None = None
+    cancelled: bool = False
+
+
+class Worker:
+    """A bounded queue and the thread that empties it.
+
+    Prompts are read into one `PromptMemory`: a chat's next request reads only what is new, if no other came between.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        queue_size: int,
+        context: int,
+        mask: MaskMode,
+        deployment: Deployment,
+        metrics: ServerMetrics,
+    ) -> None:
+        """Prepare; `start` begins.
+
+        Args:
+            model: Used by this worker alone from now on.
+            queue_size: The most requests that wait beside the one that runs.
+            context: The most tokens of prompt and answer.
+            mask: How to decode.
+            deployment: How to drop neurons.
+            metrics: Where requests are counted.
+        """
+        self.model, self.context, self.metrics = model, context, metrics
+        self._mask, self._deployment, self._queue_size = mask, deployment, queue_size
+        self._memory = model.memory()
+        self._waiting: deque[Job] = deque()
+        self._running: Job | None = None
+        self._closed = False  # to new jobs
+        self._stopping = False
+        self._mean_seconds = 1.0  # that an answer takes
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
+        metrics.watch(lambda: self.waiting, lambda: int(self._running is not None))
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+        return len(self._waiting)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits and nothing runs."""
+        with self._changed:
+            return not self._waiting and self._running is None
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Take no more jobs; those that are here go on."""
+        with self._changed:
+            self._closed = True
+
+    def submit(self, job: Job) -> None:
+        """Put a job at the end of the queue.
+
+        Raises:
+            ApiError: The queue is full, or the server is shutting down.
+        """
+        with self._changed:
+            if self._closed:
+                raise stopping()
+            # A worker that idles takes the first of the queue at once, so that one does not wait.
+            if len(self._waiting) - (self._running is None) >= self._queue_size:
+                wait = math.ceil(self._mean_seconds * (len(self._waiting) + 1))
+                raise ApiError(
+                    503,
+                    f"{len(self._waiting)} requests wait already. Try again later.",
+                    code="queue_full",
+                    retry_after=min(wait, LONGEST_RETRY),
+                )
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Take a job out of the queue, or let its answer end before the next token; if it has ended, do nothing."""
+        with self._changed:
+            job.cancelled = True
+            if job in self._waiting:
+                self._waiting.remove(job)
+                self.metrics.ended(job.endpoint, "cancelled")
+            if job.generation is not None:
+                job.generation.cancel()
+
+    def stop(self) -> None:
+        """Refuse what waits, end the answer that is under way, and wait for the thread."""
+        with self._changed:
+            self._closed = self._stopping = True
+            waiting = list(self._waiting)
+            self._waiting.clear()
+            if self._running is not None and self._running.generation is not None:
+                self._running.generation.cancel()
+            self._changed.notify()
+        for job in waiting:
+            self._end(job, "failed", Failed(stopping()))
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._waiting and not self._stopping:
+                    self._changed.wait()
+                if self._stopping:
+                    return
+                self._running = job = self._waiting.popleft()
+            started = time.monotonic()
+            self.metrics.started(started - job.arrived)
+            try:
+                self._answer(job)
+            except TdaError as error:
+                logger.error("%s", error)
+                self._end(job, "failed", Failed(ApiError(500, str(error), code="model_error")))
+            except Exception:
+                logger.exception("A request failed")
+                self._end(job, "failed", Failed(internal()))
+            finally:
+                with self._changed:
+                    self._running = None
+                self._mean_seconds += 0.2 * (time.monotonic() - started - self._mean_seconds)
+
+    def _answer(self, job: Job) -> None:
+        order = job.order
+        generation = self.model.generate(
+            order.prompt,
+            max_new_tokens=order.max_new_tokens,
+            mask=self._mask,
+            sampling=order.sampling,
+            context=self.context,
+            deployment=self._deployment,
+            stop=order.stop,
+            memory=self._memory,
+        )
+        with self._changed:
+            job.generation = generation
+            if job.cancelled or self._stopping:
+                generation.cancel()
+        shown = 0
+        try:
+            for token in generation:
+                if generation.metrics.new_tokens == 1:
+                    self.metrics.first_token(time.monotonic() - job.arrived)
+                shown += len(token.text)
+                if token.text and not job.cancelled:
+                    job.deliver(Piece(token.text))
+        finally:
+            generation.close()
+            self.metrics.generated(generation.metrics)
+        if generation.metrics.finish_reason:
+            self._end(job, "answered", Done(generation.text[shown:], generation.metrics))
+        elif job.cancelled:
+            self.metrics.ended(job.endpoint, "cancelled")
+        else:
+            self._end(job, "failed", Failed(stopping()))
+
+    def _end(self, job: Job, outcome: Outcome, event: Done | Failed) -> None:
+        self.metrics.ended(job.endpoint, outcome)
+        job.deliver(event)
+
+
+def stopping() -> ApiError:
+    """Make the error of a server that is shutting down."""
+    return ApiError(503, "The server is shutting down. Try again later.", code="shutting_down", retry_after=10)

@@ -1,0 +1,216 @@
+"""`tda-export chat`, from a pipe and on a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tda_export.cli.chat import status
+from tda_export.graph import contract
+from tda_export.runtime import Conversation, Model, Sampling, load
+from tda_export.runtime.generate import Metrics
+from tests.cli.conftest import FAILURE, USAGE, assert_error
+from tests.conftest import run_cli
+from tests.runtime.conftest import edit_manifest
+
+TURNS = ["The sea is calm tonight", "Why?", "And then?"]
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_artifact: Path) -> Model:
+    return load(tiny_artifact, provider="cpu")
+
+
+def answers(model: Model, turns: list[str], *, new_tokens: int = 12, **options: object) -> list[str]:
+    """What the chat answers, and nothing of the command."""
+    said, chat = [], Conversation(model)
+    for text in turns:
+        answer = chat.say(text, max_new_tokens=new_tokens, **options)  # type: ignore[arg-type]
+        list(answer)
+        said.append(answer.text)
+    return said
+
+
+def test_each_line_is_a_turn(tiny_artifact: Path, loaded: Model) -> None:
+    lines = f"{TURNS[0]}\n\n  {TURNS[1]}  \n{TURNS[2]}"  # the last line without an end
+    result = run_cli("chat", tiny_artifact, "--max-new-tokens", 12, input=lines)
+    assert result.exit_code == 0
+    assert result.stdout == "".join(f"{answer}\n" for answer in answers(loaded, TURNS))
+    assert "> " not in result.stdout
+    statuses = result.stderr.strip().splitlines()
+    assert len(statuses) == 3
+    for line in statuses:
+        assert re.search(r"^\[\d+% of FFN bytes read \(masks counted, rows skipped by tok", line)
+        assert re.search(r"\d\.\d tokens/s, 12 tokens, \d+ of \d+ prompt tokens read, as many as asked for\]$", line)
+    read, whole = map(int, re.findall(r"(\d+) of (\d+) prompt", statuses[2])[0])
+    assert read < whole
+
+
+def test_options_are_those_of_generate(tiny_artifact: Path, loaded: Model) -> None:
+    sampling = Sampling(temperature=0.8, top_k=40, top_p=0.9, seed=3, repetition_penalty=1.2)
+    expected = answers(loaded, TURNS[:2], new_tokens=20, sampling=sampling, stop=["e"])
+    options = ("--temperature", 0.8, "--top-k", 40, "--top-p", 0.9, "--seed", 3, "--repetition-penalty", 1.2)
+    result = run_cli("chat", tiny_artifact, "--max-new-tokens", 20, "--stop", "e", *options, input="\n".join(TURNS[:2]))
+    assert result.stdout == "".join(f"{answer}\n" for answer in expected)
+    assert expected != answers(loaded, TURNS[:2], new_tokens=20)
+
+
+def test_system_message_and_dense(tiny_artifact: Path, loaded: Model) -> None:
+    chat = Conversation(loaded, system="Be brief.", mask="dense")
+    answer = chat.say(TURNS[0], max_new_tokens=12)
+    list(answer)
+    options = ("--system", "Be brief.", "--mask", "dense", "--max-new-tokens", 12)
+    result = run_cli("chat", tiny_artifact, *options, input=TURNS[0])
+    assert result.stdout == f"{answer.text}\n"
+    assert result.stderr.startswith("[100% of FFN bytes read, ")
+
+
+def test_commands(tiny_artifact: Path, loaded: Model) -> None:
+    lines = [TURNS[0], "/help", "/nothing of that", "/reset", TURNS[0], "/quit", "never sent"]
+    result = run_cli("chat", tiny_artifact, "--max-new-tokens", 12, input="\n".join(lines))
+    assert result.exit_code == 0
+    once = answers(loaded, TURNS[:1])[0]
+    assert result.stdout == f"{once}\n{once}\n"
+    assert "/reset  forget what was said" in result.stderr
+    assert "There is no command /nothing. /help lists them.\n" in result.stderr
+
+
+def test_left_out_turns_are_said(tiny_artifact: Path) -> None:
+    result = run_cli("chat", tiny_artifact, "--context", 160, "--max-new-tokens", 6, input="What of the sea?\n" * 4)
+    assert result.exit_code == 0
+    assert re.search(
+        r"^\(The (oldest turn was|\d oldest turns were) left out: the context is full\.\)$", result.stderr, re.M
+    )
+
+
+def test_failures_from_a_pipe(tiny_artifact: Path, artifact_copy: Path) -> None:
+    result = run_cli("chat", tiny_artifact, "--context", 60, input="x" * 80)
+    assert_error(result, FAILURE, "tokens and the context 60", "raise the context")
+    result = run_cli("chat", tiny_artifact, input=b"caf\xe9")
+    assert_error(result, FAILURE, "Standard input is not valid UTF-8 text. Convert it to UTF-8.")
+    edit_manifest(artifact_copy, lambda manifest: manifest["files"].pop(contract.CHAT_TEMPLATE_FILE))
+    assert_error(run_cli("chat", artifact_copy, input="Hi"), FAILURE, "no chat template, so it does not chat")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--context", 9999), "A context of 9999 tokens is outside [2, 512]"),
+        (("--repetition-penalty", 0), "Repetition penalty 0.0 is not a positive number"),
+        (("--stop", ""), "A stop string is empty"),
+        (("--mask", "dense", "--sparsity", 0.5), "--mask dense reads every neuron"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else None,
+)
+def test_usage(tiny_artifact: Path, options: tuple[object, ...], text: str) -> None:
+    assert_error(run_cli("chat", tiny_artifact, *options, input="Hi"), USAGE, text)
+
+
+def test_status(loaded: Model) -> None:
+    two_levels = loaded.artifact.deployment
+    one_level = dataclasses.replace(two_levels, token_thresholds=np.zeros(3, np.float32))
+    metrics = Metrics("cpu", "tda", 50, 30, 8, sparsity=0.514, decode_tokens_per_second=12.34, finish_reason="stop")
+    expected = "12.3 tokens/s, 8 tokens, 20 of 50 prompt tokens read]"
+    assert status(metrics, one_level) == f"[49% of FFN bytes read, {expected}"
+    how = "(masks counted, rows skipped by tokens as calibrated)"
+    assert status(metrics, two_levels) == f"[49% of FFN bytes read {how}, {expected}"
+    assert status(dataclasses.replace(metrics, mask="dense", sparsity=0.0), two_levels).startswith(
+        "[100% of FFN bytes read, "
+    )
+    full = dataclasses.replace(metrics, finish_reason="context", decode_tokens_per_second=None)
+    assert status(full, one_level) == "[49% of FFN bytes read, 8 tokens, 20 of 50 prompt tokens read, context full]"
+    assert status(full, one_level, stopped=True).endswith("read, stopped]")
+
+
+# The tiny model would be done before anyone could press a key.
+SLOW = """
+import time
+from tda_export.cli.main import main
+from tda_export.runtime.decode_step import DecodeStep
+def slowly(step, token, run=DecodeStep._run):
+    time.sleep(0.1)
+    run(step, token)
+DecodeStep._run = slowly
+main()
+"""
+
+
+class Terminal:
+    """The command on a pseudo-terminal of its own, ten tokens a second."""
+
+    def __init__(self, *arguments: object) -> None:
+        self._ours, theirs = pty.openpty()
+        command = [sys.executable, "-c", SLOW, "chat", *map(str, arguments)]
+        environment = os.environ | {"TERM": "dumb", "PYTHONPATH": os.getcwd()}
+        self.process = subprocess.Popen(
+            command,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a test in the background ignores
+        )
+        os.close(theirs)
+        self.shown = ""
+
+    def type(self, text: str) -> None:
+        os.write(self._ours, text.encode())
+
+    def until(self, pattern: str, *, interrupt: bool = False) -> str:
+        """Wait until the terminal shows a match; return what it showed up to there, and forget it.
+
+        Args:
+            pattern: What to wait for.
+            interrupt: Press Ctrl-C again and again meanwhile: Python misses one that comes just before it waits.
+        """
+        end = time.monotonic() + 120
+        while not (found := re.search(pattern, self.shown)):
+            assert time.monotonic() < end, f"no {pattern!r} in {self.shown!r}"
+            if interrupt:
+                os.killpg(self.process.pid, signal.SIGINT)
+            if select.select([self._ours], [], [], 0.5)[0]:
+                try:
+                    self.shown += os.read(self._ours, 4096).decode(errors="replace").replace("\r\n", "\n")
+                except OSError as error:  # the other side has closed
+                    raise AssertionError(f"it ended before {pattern!r}: {self.shown!r}") from error
+        before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
+        return before
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._ours)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(artifact_copy: Path) -> None:
+    edit_manifest(artifact_copy, lambda manifest: manifest["model"].update(eos_token_ids=[]))
+    shell = Terminal(artifact_copy, "--provider", "cpu", "--context", 500)
+    try:
+        shell.until(r"artifact\. /help lists the commands\.")
+        shell.until(r"/quit or Ctrl-D leaves\.", interrupt=True)
+        shell.type("Hi\n")
+        shell.until("Hi\n.")  # its echo, and the first text of the answer
+        os.killpg(shell.process.pid, signal.SIGINT)
+        line = shell.until(r"\[\d+% of FFN bytes read[^\]]*\]")
+        assert "prompt tokens read, stopped]" in line
+        shell.type("/help\n")
+        shell.until("Ctrl-C stops an answer")
+        shell.type("x" * 600 + "\n")
+        shell.until(r"Error: The prompt has \d+ tokens and the context 500")
+        shell.until("> $")
+        shell.type("\x04")  # Ctrl-D
+        assert shell.process.wait(60) == 0
+    finally:
+        shell.close()

@@ -1,0 +1,113 @@
+"""`tda-export serve` as a process: how it starts, what it says, how it stops."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.cli.conftest import FAILURE, USAGE, assert_error
+from tests.conftest import run_cli
+
+
+@contextlib.contextmanager
+def started(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """The process, what it said until it served, and the address."""
+    command = [sys.executable, "-m", "tda_export", "serve", *map(str, arguments), "--port", "0"]
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a test in the background ignores
+    )
+    try:
+        assert process.stderr is not None
+        said = ""
+        while not (found := re.search(r"^Serving \S+ on (\S+)\. Ctrl-C stops\.\n", said, re.MULTILINE)):
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        yield process, said, found[1]
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "terminate"])
+def test_it_serves_and_stops(tiny_artifact: Path, number: int) -> None:
+    with started(tiny_artifact, "--provider", "cpu", "--name", "sea", "--max-new-tokens", "7") as (process, said, url):
+        assert said.startswith("Serving sea on http://127.0.0.1:")
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+        answer = client.chat.completions.create(model="sea", messages=[{"role": "user", "content": "Hi"}])
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens <= 7
+        stream = client.completions.create(model="sea", prompt="The sea", max_tokens=7, stream=True)
+        process.send_signal(number)
+        assert list(stream)[-1].choices[0].finish_reason
+        client.close()
+        assert process.wait(60) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
+def test_options_reach_the_server(tiny_artifact: Path) -> None:
+    options = ("--mask", "dense", "--context", 40, "--max-body", 500, "--host", "::1", "--queue", 3, "--grace", 0)
+    with started(tiny_artifact, *options) as (_, said, url):
+        assert re.fullmatch(r"Serving tiny on http://\[::1\]:\d+/v1\. Ctrl-C stops\.\n", said)
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+        answer = client.completions.create(model="tiny", prompt="x" * 30, max_tokens=100, temperature=0)
+        assert answer.usage is not None
+        assert answer.usage.total_tokens <= 40
+        with pytest.raises(openai.BadRequestError, match="maximum context length is 40 tokens"):
+            client.completions.create(model="tiny", prompt="x" * 40)
+        with pytest.raises(openai.APIStatusError, match="larger than 500 bytes"):
+            client.completions.create(model="tiny", prompt="x" * 600)
+        page = openai.DefaultHttpxClient().get(url.removesuffix("v1") + "metrics").text
+        assert "tda_export_ffn_bytes_share 1.0" in page
+
+
+def test_an_address_that_others_reach_is_said(tiny_artifact: Path) -> None:
+    with started(tiny_artifact, "--host", "0.0.0.0") as (_, said, _):
+        assert re.match(r"Whoever can reach http://0\.0\.0\.0:\d+ can use it: there is no authentication\.\n", said)
+
+
+def test_a_port_that_is_taken(tiny_artifact: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        result = run_cli("serve", tiny_artifact, "--port", port)
+        text = f"Cannot listen on 127.0.0.1, port {port} (Address already in use). Choose another --host or --port."
+        assert_error(result, FAILURE, text)
+
+
+def test_a_host_that_is_none(tiny_artifact: Path) -> None:
+    result = run_cli("serve", tiny_artifact, "--host", "no such host")
+    assert_error(result, FAILURE, "Cannot listen on no such host, port 8000 (")
+
+
+def test_failures_of_the_artifact(tmp_path: Path, tiny_artifact: Path) -> None:
+    assert_error(run_cli("serve", tmp_path, "--port", 0), FAILURE, "this is no artifact")
+    result = run_cli("serve", tiny_artifact, "--port", 0, "--context", 9999)
+    assert_error(result, USAGE, "A context of 9999 tokens is outside [2, 512]")
+
+
+@pytest.mark.parametrize("package", ["fastapi", "uvicorn", "prometheus_client"])
+def test_without_the_extra(tiny_artifact: Path, package: str) -> None:
+    """None in sys.modules makes an import fail."""
+    code = f"import sys; sys.modules[{package!r}] = None; from tda_export.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "serve", str(tiny_artifact)], capture_output=True, text=True, check=False
+    )
+    text = f'Error: serve needs {package}, which is not installed. Install it: pip install "tda-export[serve]"\n'
+    assert (done.returncode, done.stderr, done.stdout) == (FAILURE, text, "")

@@ -1,0 +1,129 @@
+"""A real server on a free port of this machine, around the tiny artifact."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import openai
+import pytest
+
+from tda_export.runtime import Model, load
+from tda_export.serve.app import Limits, create_app
+from tda_export.serve.metrics import ServerMetrics
+from tda_export.serve.run import Server, listen, url
+from tda_export.serve.worker import Worker
+
+NAME = "tiny"
+CONTEXT = 500
+BODY_BYTES = 40_000
+PATIENCE = 120  # seconds, for what takes a fraction of one
+
+
+@dataclass
+class Served:
+    """A server that runs; `worker` is its inside."""
+
+    url: str
+    worker: Worker
+    server: Server
+
+    @property
+    def model(self) -> Model:
+        return self.worker.model
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
+
+
+@contextlib.contextmanager
+def serving(
+    model: Model, *, queue: int = 64, context: int = CONTEXT, new_tokens: int | None = None, grace: float = PATIENCE
+) -> Iterator[Served]:
+    """Serve a model in threads of this process."""
+    opened = listen("127.0.0.1", 0)
+    worker = Worker(
+        model,
+        queue_size=queue,
+        context=context,
+        mask="tda",
+        deployment=model.artifact.deployment,
+        metrics=ServerMetrics(),
+    )
+    server = Server(create_app(worker, NAME, Limits(BODY_BYTES, new_tokens)), worker, grace)
+    address = url(opened)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
+    thread.start()
+    try:
+        until(lambda: server.started)
+        yield Served(address, worker, server)
+    finally:
+        server.should_exit = True
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+        assert not worker.alive
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for what another thread does."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.005)
+
+
+@dataclass
+class Gate:
+    """Lets the model choose its tokens one by one; `drawn` of them so far. Every choice is the likeliest token."""
+
+    drawn: int = 0
+    _allowed: int = 0
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def allow(self, tokens: int) -> None:
+        with self._changed:
+            self._allowed += tokens
+            self._changed.notify_all()
+
+    def open(self) -> None:
+        self.allow(1 << 40)
+
+    def sample(self, logits: np.ndarray) -> int:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.drawn < self._allowed, PATIENCE)
+            self.drawn += 1
+        return int(logits.argmax())
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    made = Gate()
+    monkeypatch.setattr("tda_export.runtime.model.make_sampler", lambda sampling: made.sample)
+    return made
+
+
+@pytest.fixture(scope="session")
+def model(tiny_artifact: Path) -> Model:
+    return load(tiny_artifact, provider="cpu")
+
+
+@pytest.fixture(scope="session")
+def served(model: Model) -> Iterator[Served]:
+    """One server for all tests that leave it as it is."""
+    with serving(model) as running:
+        yield running
+
+
+@pytest.fixture
+def artifact_copy(tiny_artifact: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny artifact, to be damaged."""
+    return Path(shutil.copytree(tiny_artifact, tmp_path / "artifact"))

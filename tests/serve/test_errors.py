@@ -1,0 +1,277 @@
+"""What is refused, in the API's own shape and by the exceptions of the official client."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tda_export.errors import TdaError
+from tda_export.graph import contract
+from tda_export.runtime import Model, load
+from tda_export.runtime.decode_step import DecodeStep
+from tests.runtime.conftest import edit_manifest
+from tests.serve.conftest import BODY_BYTES, CONTEXT, NAME, Served, serving
+
+HELLO: list[Any] = [{"role": "user", "content": "Hi"}]
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+JSON = {"Content-Type": "application/json"}
+http = openai.DefaultHttpxClient(timeout=120)
+
+
+def post(served: Served, path: str, body: Any) -> Any:
+    return http.post(served.url + path, content=json.dumps(body), headers=JSON)
+
+
+def assert_error(answer: Any, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    """Require an error of the API's shape, whose message holds `message`."""
+    assert answer.status_code == status, answer.text
+    body = answer.json()
+    assert body.keys() == {"error"}
+    error = body["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert message in error["message"]
+    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    assert (error["param"], error["code"]) == (param, code)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b'{"model": ', b"\xff\xfe", b"[" * 30_000], ids=["none", "brace", "cut", "not UTF-8", "deep"]
+)
+def test_bodies_that_are_no_json(served: Served, path: str, content: bytes) -> None:
+    answer = http.post(served.url + path, content=content, headers=JSON)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["message"]
+    assert error["param"] is None
+
+
+def test_json_errors_are_named(served: Served) -> None:
+    answer = http.post(served.url + CHAT, content=b'{"model": x}', headers=JSON)
+    assert_error(answer, 400, "The body is not valid JSON: ", code="invalid_json")
+    for body in (b"[]", b'"text"', b"3"):
+        answer = http.post(served.url + CHAT, content=body, headers=JSON)
+        assert_error(answer, 400, "The body is not a request: ", code="invalid_value")
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "text"),
+    [
+        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": "Hi"}, "messages", "valid list"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "Field required"),
+        ({"messages": [*HELLO, {"role": "tool", "content": "x"}]}, "messages[1].role", "'user'"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "valid string"),
+        ({"messages": [{"role": "user", "content": [{}]}]}, "messages[0].content", "valid string"),
+        ({"stop": 5}, "stop", "valid string"),
+        ({"stream_options": {"include_usage": "perhaps"}}, "stream_options.include_usage", "boolean"),
+        ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
+        ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
+        ({"temperature": "hot"}, "temperature", "valid number"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_completion_tokens": 1.5}, "max_completion_tokens", "integer"),
+        ({"seed": "x"}, "seed", "integer"),
+        ({"stop": ["a"] * 5}, "stop", "up to 4 strings"),
+        ({"stop": ""}, "stop", "none of them empty"),
+        ({"stream": "perhaps"}, "stream", "boolean"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"model": None}, "model", "valid string"),
+    ],
+    ids=str,
+)
+def test_values(served: Served, change: dict[str, Any], param: str, text: str) -> None:
+    answer = post(served, CHAT, {"model": NAME, "messages": HELLO} | change)
+    code = "missing_required_parameter" if text == "Field required" else "invalid_value"
+    assert_error(answer, 400, text, param=param, code=code)
+
+
+def test_numbers_that_json_does_not_have(served: Served) -> None:
+    content = b'{"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "temperature": NaN}'
+    answer = http.post(served.url + CHAT, content=content, headers=JSON)
+    assert_error(answer, 400, "temperature: ", param="temperature", code="invalid_value")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n": 2},
+        {"tools": [{"type": "function"}]},
+        {"tool_choice": "required"},
+        {"functions": [{}]},
+        {"logprobs": True},
+        {"top_logprobs": 3},
+        {"logit_bias": {"50": 1}},
+        {"frequency_penalty": 0.5},
+        {"presence_penalty": -1},
+        {"response_format": {"type": "json_object"}},
+        {"modalities": ["text", "audio"]},
+        {"audio": {"voice": "x"}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_is_not_supported(served: Served, change: dict[str, Any]) -> None:
+    name = next(iter(change))
+    answer = post(served, CHAT, {"model": NAME, "messages": HELLO} | change)
+    assert_error(answer, 400, f"'{name}' is not supported", param=name, code="unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    "change", [{"echo": True}, {"best_of": 2}, {"suffix": "x"}, {"logprobs": 0}, {"n": 3}], ids=str
+)
+def test_what_is_not_supported_of_completions(served: Served, change: dict[str, Any]) -> None:
+    name = next(iter(change))
+    answer = post(served, COMPLETIONS, {"model": NAME, "prompt": "Hi"} | change)
+    assert_error(answer, 400, f"'{name}' is not supported", param=name, code="unsupported_parameter")
+
+
+def test_content_that_is_not_supported(served: Served) -> None:
+    content = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "data:"}}]
+    answer = post(served, CHAT, {"model": NAME, "messages": [{"role": "user", "content": content}]})
+    message = "Content of type 'image_url' is not supported"
+    assert_error(answer, 400, message, param="messages[0].content[1]", code="unsupported_content")
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}
+    answer = post(served, CHAT, {"model": NAME, "messages": [*HELLO, call]})
+    message = "Tool calls are not supported"
+    assert_error(answer, 400, message, param="messages[1].tool_calls", code="unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        (["one", "two"], "2 prompts in one request"),
+        ([[50], [51]], "2 prompts in one request"),
+        ([], "0 prompts in one request"),
+        ([50, 259], "Token ids must lie in [0, 259)"),
+        ("", "The prompt is empty"),
+        ([""], "The prompt is empty"),
+        ("\ud800", "not valid UTF-8"),
+    ],
+    ids=repr,
+)
+def test_prompts(served: Served, prompt: Any, text: str) -> None:
+    answer = post(served, COMPLETIONS, {"model": NAME, "prompt": prompt})
+    assert_error(answer, 400, text, param="prompt", code="invalid_value")
+
+
+def test_prompts_that_are_too_long(served: Served) -> None:
+    text = f"maximum context length is {CONTEXT} tokens, and the prompt has {CONTEXT}. Shorten it."
+    answer = post(served, COMPLETIONS, {"model": NAME, "prompt": "x" * CONTEXT})
+    assert_error(answer, 400, text, param="prompt", code="context_length_exceeded")
+    with pytest.raises(openai.BadRequestError, match="maximum context length") as raised:
+        served.client().chat.completions.create(model=NAME, messages=[{"role": "user", "content": "x" * 600}])
+    assert (raised.value.param, raised.value.code) == ("messages", "context_length_exceeded")
+    longest = served.client().completions.create(model=NAME, prompt="x" * (CONTEXT - 1), temperature=0)
+    assert longest.usage is not None
+    assert longest.usage.completion_tokens <= 1
+
+
+def test_answers_that_are_too_long(model: Model) -> None:
+    with serving(model, new_tokens=10) as served:
+        for field in ("max_tokens", "max_completion_tokens"):
+            answer = post(served, CHAT, {"model": NAME, "messages": HELLO, field: 11})
+            assert_error(answer, 400, "11 new tokens: this server gives up to 10", param=field, code="invalid_value")
+        for path, ask in ((CHAT, {"messages": HELLO}), (COMPLETIONS, {"prompt": "Hi"})):  # which ask for no number
+            answer = post(served, path, {"model": NAME} | ask)
+            assert answer.json()["usage"]["completion_tokens"] <= 10
+
+
+def test_unknown_models(served: Served) -> None:
+    client = served.client()
+    text = f"The model 'gpt-9' does not exist; this server has '{NAME}'"
+    for ask in (
+        lambda: client.chat.completions.create(model="gpt-9", messages=HELLO),
+        lambda: client.completions.create(model="gpt-9", prompt="Hi", stream=True),
+        lambda: client.models.retrieve("gpt-9"),
+    ):
+        with pytest.raises(openai.NotFoundError, match=text) as raised:
+            ask()
+        assert (raised.value.param, raised.value.code) == ("model", "model_not_found")
+    assert_error(http.get(f"{served.url}/v1/models/a/b"), 404, "'a/b'", param="model", code="model_not_found")
+
+
+def test_unknown_urls_and_methods(served: Served) -> None:
+    assert_error(http.get(f"{served.url}/v1/nothing"), 404, "Unknown URL: GET /v1/nothing.", code="unknown_url")
+    answer = http.get(served.url + CHAT)
+    assert_error(answer, 405, f"Not supported: GET {CHAT}.", code="method_not_supported")
+    assert_error(http.get(f"{served.url}/docs"), 404, "Unknown URL", code="unknown_url")
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["declared", "chunked"])
+def test_bodies_that_are_too_large(served: Served, chunked: bool) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b'{"model": "tiny", "prompt": "'
+        for _ in range(100):
+            yield b"x" * 10_000
+
+    content = pieces() if chunked else b"".join(pieces())
+    answer = http.post(served.url + COMPLETIONS, content=content, headers=JSON)
+    assert_error(answer, 413, f"The body is larger than {BODY_BYTES} bytes. Shorten it.", code="body_too_large")
+
+
+def test_a_body_that_is_just_small_enough(served: Served) -> None:
+    text = '{"model": "tiny", "prompt": "Hi", "temperature": 0, "max_tokens": 2, "user": "%s"}'
+    body = text % ("x" * (BODY_BYTES - len(text) + 2))
+    assert len(body) == BODY_BYTES
+    assert http.post(served.url + COMPLETIONS, content=body, headers=JSON).status_code == 200
+    assert http.post(served.url + COMPLETIONS, content=body + " ", headers=JSON).status_code == 413
+
+
+def test_a_page_of_another_site_cannot_post(served: Served) -> None:
+    """Browsers send text/plain anywhere without asking; JSON they do not."""
+    body = b'{"model": "tiny", "prompt": "Hi"}'
+    for headers in ({"Content-Type": "text/plain"}, {}):
+        answer = http.post(served.url + COMPLETIONS, content=body, headers=headers)
+        assert_error(answer, 400, "The body is not a request", code="invalid_value")
+
+
+def test_a_model_without_a_chat_template(artifact_copy: Path) -> None:
+    edit_manifest(artifact_copy, lambda manifest: manifest["files"].pop(contract.CHAT_TEMPLATE_FILE))
+    with serving(load(artifact_copy, provider="cpu")) as served:
+        answer = post(served, CHAT, {"model": NAME, "messages": HELLO})
+        assert_error(answer, 400, "no chat template", param="messages", code="invalid_value")
+        assert post(served, COMPLETIONS, {"model": NAME, "prompt": "Hi"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "code"),
+    [
+        (TdaError("Out of luck. Try again."), "Out of luck. Try again.", "model_error"),
+        (RuntimeError("secret"), "The server failed. Its log says why.", "internal_error"),
+    ],
+    ids=["foreseen", "unforeseen"],
+)
+def test_failures_of_the_model(
+    model: Model,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    text: str,
+    code: str,
+) -> None:
+    """Before the first token, and in the middle of a stream; the next request is answered."""
+    run, steps = DecodeStep._run, iter(range(100))
+
+    def failing(step: DecodeStep, token: int | None) -> None:
+        if next(steps) == 3:
+            raise error
+        run(step, token)
+
+    with serving(model) as served, caplog.at_level(logging.ERROR):
+        with monkeypatch.context() as patch:
+            patch.setattr(DecodeStep, "_run", failing)
+            answer = post(served, COMPLETIONS, {"model": NAME, "prompt": "Hi"})
+            assert_error(answer, 500, text, code=code)
+            steps = iter(range(100))
+            stream = served.client().chat.completions.create(model=NAME, messages=HELLO, stream=True, temperature=0)
+            with pytest.raises(openai.APIError, match=text):
+                list(stream)
+        assert str(error) in caplog.text
+        assert post(served, COMPLETIONS, {"model": NAME, "prompt": "Hi"}).status_code == 200
