@@ -29,7 +29,6 @@ from tda_export.runtime.deployment import NO_REFRESH, Refresh
 from tda_export.versions import installed_versions
 
 RECORDED_PACKAGES = ("onnx", "onnx-ir", "torch", "transformers")
-FFN_MATRICES = 3  # gate, up and down
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def _manifest(
             "architecture": spec.architecture,
             "fingerprint": request.source.fingerprint,
             "eos_token_ids": _eos_token_ids(request.source),
-            "ffn_matrices": FFN_MATRICES,
+            "ffn_matrices": len(spec.ffn_parts),
         },
         "shape": asdict(shape),
         "spec": asdict(spec),
