@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import torch
 
 import tda_export
 from tda_export.bench.bandwidth import copy_bandwidth
@@ -22,8 +23,9 @@ from tda_export.bench.runners import BodyLogits, DenseRunner, Runner, SparseRunn
 from tda_export.bench.timing import Spread, speedup, take_turns
 from tda_export.errors import TdaError, UsageError
 from tda_export.graph import contract
-from tda_export.graph.derive import artifact_method, derived_sessions
+from tda_export.graph.derive import artifact_method, artifact_spec, derived_sessions
 from tda_export.graph.method import griffin, kept_neurons
+from tda_export.models.ffn_modules import ACTIVATIONS
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.phases import prefill
@@ -144,7 +146,8 @@ class _Bench:
         runner.thresholds = self._thresholds(mask_density)
         runner.prefill(self.prompt)
         assert runner.mask is not None
-        wanted = (3.0 * kept - mask_density) / 2.0
+        matrices = self.artifact.ffn_matrices
+        wanted = (matrices * kept - mask_density) / (matrices - 1)
         self.token_thresholds, self.up_down_density = self._token_thresholds(runner, wanted)
         runner.token_thresholds = self.token_thresholds
         return runner
@@ -168,15 +171,20 @@ class _Bench:
         assert runner.mask is not None
         tokens = [runner.step() for _ in range(2 * PROBED_TOKENS)]
         inputs = ffn_inputs(self.artifact, self.sessions, self.prompt, tokens)
-        thresholds, left = [], 0
+        thresholds, left, spec = [], 0, artifact_spec(self.artifact)
         for layer, x in enumerate(inputs):
             kept = runner.mask.indices(layer)
-            gates = _as_float32(self.artifact, contract.ffn_weight(layer, "gate"))[kept] @ x.T  # [K, tokens]
+            first = _as_float32(self.artifact, contract.ffn_weight(layer, spec.ffn_parts[0]))[kept] @ x.T  # [K, tokens]
+            if spec.ffn_bias:
+                bias = contract.ffn_bias(layer, spec.ffn_parts[0])
+                first += _as_float32(self.artifact, bias)[kept][:, None]
             scale = map_weight(self.artifact, contract.neuron_scale(layer))[kept]
-            estimates = np.abs(gates / (1.0 + np.exp(-gates))) * scale[:, None]
+            activated = ACTIVATIONS[spec.activation](torch.from_numpy(first)).numpy()
+            estimates = np.abs(activated) * scale[:, None]
             dropped = 1.0 - wanted * self.artifact.shape.ffn_size / len(kept)
             thresholds.append(np.quantile(estimates[:, :PROBED_TOKENS], max(dropped, 0.0)))
-            left += int((estimates[:, PROBED_TOKENS:] >= thresholds[-1]).sum())
+            others = estimates[:, PROBED_TOKENS:]
+            left += int(((others >= thresholds[-1]) & (others > 0)).sum())
         neurons = self.artifact.shape.num_layers * self.artifact.shape.ffn_size
         return np.array(thresholds, np.float32), left / PROBED_TOKENS / neurons
 
@@ -264,7 +272,7 @@ class _Bench:
         sizes = {
             key: int(np.prod(item["shape"])) * contract.DTYPE_BYTES[item["dtype"]] for key, item in weights.items()
         }
-        skipped = {contract.COS_CACHE, contract.SIN_CACHE}
+        skipped = {*contract.ROPE_CACHES, *contract.LOCAL_ROPE_CACHES, contract.POSITIONS}  # a row of each is read
         skipped |= {contract.EMBEDDING} if contract.HEAD in weights else set()  # one row of it is read
         for layer in range(shape.num_layers):
             skipped |= {contract.ffn_weight(layer, part) for part in contract.FFN_PARTS}
