@@ -9,7 +9,7 @@ from tda_export.errors import TdaError
 
 EXPERTS = "mixture of experts"
 ALIBI = "ALiBi (attention with linear biases)"
-RECURRENT = "recurrent or state-space layers"
+RECURRENT = "a recurrent or state-space layer"
 ENCODER = "an encoder beside the decoder"
 MULTIMODAL = "input other than text"
 LATENT = "latent attention with mixture of experts"
@@ -19,7 +19,7 @@ REASONS = {
     "Mixtral": EXPERTS,
     "Qwen2Moe": EXPERTS,
     "Qwen3Moe": EXPERTS,
-    "Qwen3Next": f"{EXPERTS}, and {RECURRENT},",
+    "Qwen3Next": f"{EXPERTS} with linear attention",
     "Olmoe": EXPERTS,
     "Phimoe": EXPERTS,
     "GptOss": EXPERTS,
@@ -35,7 +35,7 @@ REASONS = {
     "Mamba": RECURRENT,
     "FalconMamba": RECURRENT,
     "FalconH1": RECURRENT,
-    "Jamba": f"{RECURRENT}, and {EXPERTS},",
+    "Jamba": f"{EXPERTS} with state-space layers",
     "Bamba": RECURRENT,
     "Zamba": RECURRENT,
     "Rwkv": RECURRENT,
