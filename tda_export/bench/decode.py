@@ -19,9 +19,18 @@ import torch
 
 import tda_export
 from tda_export.bench.bandwidth import copy_bandwidth
-from tda_export.bench.runners import BodyLogits, DenseRunner, Runner, SparseRunner, ffn_inputs
+from tda_export.bench.runners import (
+    BodyLogits,
+    DenseRunner,
+    Runner,
+    SparseRunner,
+    TruncationRunner,
+    ffn_inputs,
+    truncated_logits,
+)
 from tda_export.bench.timing import Spread, speedup, take_turns
 from tda_export.errors import TdaError, UsageError
+from tda_export.ffn_share import truncation_share, two_level_share
 from tda_export.graph import contract
 from tda_export.graph.derive import artifact_method, artifact_spec, derived_sessions
 from tda_export.graph.method import griffin, kept_neurons
@@ -32,7 +41,7 @@ from tda_export.runtime.phases import prefill
 from tda_export.runtime.providers import CUDA
 from tda_export.runtime.session import STORAGE, Sessions, map_weight
 
-METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin")
+METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin", "tt")
 DEFAULT_METHODS = ("dense", "dense_native", "tda", "griffin")
 TOKENS_A_ROUND = 16
 PREFILLS = 5
@@ -152,6 +161,45 @@ class _Bench:
         runner.token_thresholds = self.token_thresholds
         return runner
 
+    def _make_tt(self) -> Runner:
+        self.truncation_thresholds = self._truncation_thresholds(1.0 - self.settings.sparsity)
+        return TruncationRunner(self.artifact, self.sessions, self.capacity, self.truncation_thresholds)
+
+    def _active_share(self, runner: SparseRunner) -> float:
+        """Return the share of a mask's neurons that ReLU leaves active on some of the prompt's tokens; without it 1."""
+        spec = artifact_spec(self.artifact)
+        if spec.activation != "relu":
+            return 1.0
+        active, seen = 0, 0
+        for layer, x in enumerate(self._probed_inputs()):
+            rows = slice(None) if runner.mask is None else runner.mask.indices(layer)
+            products = self._products(layer, spec.ffn_parts[0], x)[rows]
+            active, seen = active + int((products > 0).sum()), seen + products.size
+        return active / seen
+
+    def _probed_inputs(self) -> list[np.ndarray]:
+        """Return what goes into every FFN for the prompt's last tokens: L arrays, float32 [tokens, M]."""
+        split = len(self.prompt) - min(PROBED_TOKENS, len(self.prompt) // 2)
+        return ffn_inputs(self.artifact, self.sessions, self.prompt[:split], self.prompt[split:])
+
+    def _truncation_thresholds(self, density: float) -> np.ndarray:
+        """Choose thresholds of r_i(t) that a share of the neurons reaches, on some of the prompt's tokens; float32 [L]."""
+        spec, thresholds = artifact_spec(self.artifact), []
+        for layer, x in enumerate(self._probed_inputs()):
+            first, *rest = (self._products(layer, part, x) for part in spec.ffn_parts[:-1])
+            h = ACTIVATIONS[spec.activation](torch.from_numpy(first)).numpy() * (rest[0] if rest else 1.0)
+            squares = h**2 * map_weight(self.artifact, contract.down_squared_norms(layer))[:, None]  # [F, tokens]
+            relative = np.sqrt(squares / squares.sum(axis=0))
+            thresholds.append(np.quantile(relative, 1.0 - density))
+        return np.array(thresholds, np.float32)
+
+    def _products(self, layer: int, part: str, x: np.ndarray) -> np.ndarray:
+        """Multiply FFN inputs, float32 [tokens, M], by the rows of all neurons: float32 [F, tokens]."""
+        products = _as_float32(self.artifact, contract.ffn_weight(layer, part)) @ x.T
+        if contract.ffn_bias(layer, part) in self.artifact.manifest["weights"]:
+            products += _as_float32(self.artifact, contract.ffn_bias(layer, part))[:, None]
+        return products
+
     def _thresholds(self, density: float) -> np.ndarray:
         """Find the scores between the last neuron that is kept and the next, float32 [L]."""
         shape = self.artifact.shape
@@ -174,10 +222,7 @@ class _Bench:
         thresholds, left, spec = [], 0, artifact_spec(self.artifact)
         for layer, x in enumerate(inputs):
             kept = runner.mask.indices(layer)
-            first = _as_float32(self.artifact, contract.ffn_weight(layer, spec.ffn_parts[0]))[kept] @ x.T  # [K, tokens]
-            if spec.ffn_bias:
-                bias = contract.ffn_bias(layer, spec.ffn_parts[0])
-                first += _as_float32(self.artifact, bias)[kept][:, None]
+            first = self._products(layer, spec.ffn_parts[0], x)[kept]  # [K, tokens]
             scale = map_weight(self.artifact, contract.neuron_scale(layer))[kept]
             activated = ACTIVATIONS[spec.activation](torch.from_numpy(first)).numpy()
             estimates = np.abs(activated) * scale[:, None]
@@ -203,12 +248,16 @@ class _Bench:
             elif isinstance(runner, SparseRunner):
                 level = self.token_thresholds if name == "two_levels" else None
                 self._compare(name, logits, body.after(runner, self.prompt, token, level))
+            elif name == "tt":
+                thresholds = self.truncation_thresholds
+                expected = truncated_logits(self.artifact, self.sessions, self.prompt, token, thresholds)
+                self._compare(name, logits, expected)
             elif not np.isfinite(logits).all():
                 raise TdaError(f"{name}: its logits are not finite, so nothing is timed.")
 
     def _compare(self, name: str, logits: np.ndarray, expected: np.ndarray) -> None:
         error = float(np.abs(logits - expected).max() / np.abs(expected).max())
-        factor = SECOND_LEVEL_FACTOR if name == "two_levels" else 1.0
+        factor = SECOND_LEVEL_FACTOR if name in ("two_levels", "tt") else 1.0
         if not error <= factor * TOLERANCES[self.artifact.shape.dtype]:
             raise TdaError(f"{name}: its logits are {error:.1e} from the reference, so nothing is timed.")
 
@@ -263,11 +312,13 @@ class _Bench:
         """Bytes that one token reads: FFN weights, and other weights with the keys and values of a middling context."""
         artifact, shape = self.artifact, self.artifact.shape
         runner, ffn = self.runners[name], self._dense_ffn_bytes
-        if isinstance(runner, SparseRunner) and runner.mask is not None:
-            ffn = runner.mask.count(shape.num_layers) * artifact.bytes_per_neuron
-            if name == "two_levels":
-                gates, others = ffn / artifact.ffn_matrices, self.up_down_density * self._dense_ffn_bytes
-                ffn = round(gates + others * (artifact.ffn_matrices - 1) / artifact.ffn_matrices)
+        if isinstance(runner, SparseRunner):
+            neurons = shape.num_layers * shape.ffn_size
+            masked = runner.mask.count(shape.num_layers) / neurons if runner.mask is not None else 1.0
+            skipping = self.up_down_density if name == "two_levels" else masked * self._active_share(runner)
+            ffn = round(ffn * two_level_share(masked, skipping, artifact.ffn_matrices))
+        if isinstance(runner, TruncationRunner):
+            ffn = round(ffn * truncation_share(runner.density, artifact.ffn_matrices))
         weights = artifact.manifest["weights"]
         sizes = {
             key: int(np.prod(item["shape"])) * contract.DTYPE_BYTES[item["dtype"]] for key, item in weights.items()

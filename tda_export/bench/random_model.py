@@ -70,7 +70,8 @@ def write_random_model(config: Any, folder: Path, *, dtype: torch.dtype, seed: i
 
     for name, shape in shapes.items():
         tensor = torch.randn(shape, generator=generator, device=device)
-        tensor = 1 + 0.1 * tensor if len(shape) == 1 else tensor * shape[1] ** -0.5
+        norm = len(shape) == 1 and not name.endswith(".bias")
+        tensor = float(norm) + 0.1 * tensor if len(shape) == 1 else tensor * shape[1] ** -0.5
         shard[name] = tensor.to(dtype).cpu()
         size += shard[name].nbytes
         if size >= SHARD_BYTES:

@@ -49,6 +49,11 @@ class SafetensorsWeights:
             raise TdaError(f"{folder}: {INDEX_FILE} names {missing[0]}, which is not there. Download the model again.")
         return [folder / shard for shard in shards]
 
+    @property
+    def names(self) -> list[str]:
+        """The tensors' names."""
+        return list(self._owner)
+
     def _key(self, name: str) -> str:
         """Find a tensor by its name, or as checkpoints of a model without its head or of older versions call it."""
         shorter = name.partition(".")[2]

@@ -84,7 +84,7 @@ def test_spec_describes_the_checkpoint(name: str, tmp_path: Path) -> None:
             return super().shape(name)
 
     plan = list(plan_weights(spec, Recorded(folder), "float32"))
-    assert seen == set(weights._owner)
+    assert seen == set(weights.names)
     assert len({planned.name for planned in plan}) == len(plan)
     for planned in plan:
         assert tuple(planned.load().shape) == planned.shape
