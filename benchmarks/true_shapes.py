@@ -105,7 +105,7 @@ def measure(folder: Path, shape: str, dtype: str, steps: list[str]) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--shape", action="append", help="a name of tda_export.bench.shapes; the paper's six by default")
+    parser.add_argument("--shape", action="append", help="of tda_export.bench.shapes; the paper's six by default")
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp16")
     parser.add_argument("--build-only", action="store_true", help="measure the build alone")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)

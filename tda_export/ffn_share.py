@@ -6,14 +6,12 @@ are numbers, NumPy arrays or tensors alike.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any
 
 GATED = 3  # matrices of an FFN with gates
 
-Share = TypeVar("Share")
 
-
-def two_level_share(mask: Share, token: Share, matrices: int = GATED) -> Share:
+def two_level_share(mask: Any, token: Any, matrices: int = GATED) -> Any:
     """Return the share of FFN bytes that two-level decoding reads.
 
     Args:
@@ -21,9 +19,9 @@ def two_level_share(mask: Share, token: Share, matrices: int = GATED) -> Share:
         token: Share of neurons that the token does not skip, whose other rows are read too.
         matrices: Of the FFN.
     """
-    return (mask + (matrices - 1) * token) / matrices  # type: ignore[operator,no-any-return]
+    return (mask + (matrices - 1) * token) / matrices
 
 
-def truncation_share(kept: Share, matrices: int = GATED) -> Share:
+def truncation_share(kept: Any, matrices: int = GATED) -> Any:
     """Return the share of FFN bytes that threshold truncation reads: all rows but the down rows of dropped neurons."""
-    return (matrices - 1 + kept) / matrices  # type: ignore[operator,no-any-return]
+    return (matrices - 1 + kept) / matrices

@@ -58,9 +58,21 @@ GEMMA = {
     "tie_word_embeddings": True,
 }
 SOFT_CAPS = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}  # low enough to be reached
-OPT = {"num_key_value_heads": 4, "ffn_dim": 96, "activation_function": "relu", "word_embed_proj_dim": 64, "tie_word_embeddings": True}
+OPT = {
+    "num_key_value_heads": 4,
+    "ffn_dim": 96,
+    "activation_function": "relu",
+    "word_embed_proj_dim": 64,
+    "tie_word_embeddings": True,
+}
 NEOX = {"num_key_value_heads": 4, "hidden_act": "gelu", "rotary_pct": 0.5, "head_dim": None}
-GPT2 = {"num_key_value_heads": 4, "n_inner": 96, "n_positions": 512, "activation_function": "gelu_new", "tie_word_embeddings": True}
+GPT2 = {
+    "num_key_value_heads": 4,
+    "n_inner": 96,
+    "n_positions": 512,
+    "activation_function": "gelu_new",
+    "tie_word_embeddings": True,
+}
 FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "llama-tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),

@@ -183,7 +183,7 @@ class _Bench:
         return ffn_inputs(self.artifact, self.sessions, self.prompt[:split], self.prompt[split:])
 
     def _truncation_thresholds(self, density: float) -> np.ndarray:
-        """Choose thresholds of r_i(t) that a share of the neurons reaches, on some of the prompt's tokens; float32 [L]."""
+        """Choose thresholds of r_i(t) that a share of the neurons reaches, on the prompt's last tokens; float32 [L]."""
         spec, thresholds = artifact_spec(self.artifact), []
         for layer, x in enumerate(self._probed_inputs()):
             first, *rest = (self._products(layer, part, x) for part in spec.ffn_parts[:-1])

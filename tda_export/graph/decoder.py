@@ -123,9 +123,7 @@ class GraphBuilder:
         if self.spec.norm == "rms":
             return self._rms_norm(x, name)
         bias = self.weight(contract.norm_bias(name))
-        return self.ops.op(
-            "LayerNormalization", x, self.weight(name), bias, axis=-1, epsilon=self.spec.norm_epsilon
-        )
+        return self.ops.op("LayerNormalization", x, self.weight(name), bias, axis=-1, epsilon=self.spec.norm_epsilon)
 
     def _rms_norm(self, x: ir.Value, name: str) -> ir.Value:
         """RMS norm (arXiv 1910.07467) in standard operators, which ONNX Runtime fuses and the checker knows."""

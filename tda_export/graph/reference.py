@@ -14,6 +14,7 @@ from tda_export.calibration.cett import neuron_scores, relative_magnitudes
 from tda_export.models.ffn_modules import ACTIVATIONS, FfnModules
 from tda_export.models.spec import DecoderSpec
 
+
 @dataclass(frozen=True)
 class SecondLevel:
     """Two-level decoding: a neuron is skipped for a token where |act(gate_i · x)| * scales_i < threshold.

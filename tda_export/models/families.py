@@ -24,6 +24,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+LLAMA_NAMES = CheckpointNames()
 LAYER = "model.layers.{i}."
 OPT_LAYER = "model.decoder.layers.{i}."
 NEOX_LAYER = "gpt_neox.layers.{i}."
@@ -79,7 +80,7 @@ class Family:
     ffn_bias: Callable[[Any], bool] = _no
     sliding_window: Callable[[Any, int], int | None] = _no_window  # (config, layer) -> window
     differences: Callable[[Any], dict[str, Any]] = _nothing
-    names: CheckpointNames = CheckpointNames()
+    names: CheckpointNames = LLAMA_NAMES
     activation: str = "hidden_act"
     ffn_size: str = "intermediate_size"
     epsilon: str = "rms_norm_eps"
@@ -216,9 +217,7 @@ FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family(ffn_bias=_mlp_bias),
     "MistralForCausalLM": Family(_no, _no, sliding_window=_window_of_config),
     "Qwen2ForCausalLM": Family(_yes, _no, sliding_window=_window_of_layer_type),
-    "Qwen3ForCausalLM": Family(
-        sliding_window=_window_of_layer_type, differences=lambda config: {"qk_norm": "head"}
-    ),
+    "Qwen3ForCausalLM": Family(sliding_window=_window_of_layer_type, differences=lambda config: {"qk_norm": "head"}),
     "GemmaForCausalLM": Family(differences=_gemma),
     "Gemma2ForCausalLM": Family(
         sliding_window=_window_of_layer_type, differences=_gemma2, names=SANDWICH_NAMES, activation=GEMMA_ACTIVATION

@@ -51,7 +51,7 @@ class FfnModules:
         return self._on_output(self.up, observe, slice(self._spec.ffn_size, None) if packed else slice(None))
 
     def on_activations(self, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
-        """Give `change` the activations h [T, F] before they are multiplied by W_down; what it returns takes their place.
+        """Give `change` the activations h [T, F] that go into W_down, and take what it returns in their place.
 
         None leaves them as they are.
         """

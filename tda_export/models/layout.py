@@ -1,7 +1,7 @@
 """A checkpoint's tensors as the graphs want them: linear layers [out, in], Q, K and V one below the other.
 
-Families pack, interleave and transpose; `Layout` takes that out. Nothing is read before a tensor's `load` is called, and
-no more than one tensor of the checkpoint at a time but for Q, K and V in three tensors.
+Families pack, interleave and transpose; `Layout` takes that out. Nothing is read before a tensor's `load` is called,
+and no more than one tensor of the checkpoint at a time but for Q, K and V in three tensors.
 """
 
 from __future__ import annotations

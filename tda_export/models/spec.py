@@ -25,7 +25,8 @@ class RopeSpec:
     """Rotary position embedding (RoFormer, arXiv 2104.09864) with its context-extension scaling.
 
     `theta` is the base; `factor` and the three `llama3` fields are used by the scalings that name them. `longrope` and
-    `yarn` carry their `frequencies` in radians per position, and `attention_factor`, which cos and sin are multiplied by.
+    `yarn` carry their `frequencies` in radians per position, and `attention_factor`, by which cos and sin are
+    multiplied.
     """
 
     theta: float
@@ -77,11 +78,12 @@ class DecoderSpec:
 
     `gated`: the FFN is down(act(gate x) * up x), otherwise down(act(up x)). `norm_offset` is added to the weights of
     RMS norms. With `parallel_residual` attention and FFN read the same x and are added together. `rope` is None where
-    positions are learned: that of position 0 is row `position_offset` of their table; `local_rope` takes its place in layers with a window; `rope_layers[i]` says whether layer i
-    rotates at all (None: every one); only the first `rotary_size` elements of a head are rotated (None: all).
-    `embedding_size` is the width of embeddings that a projection brings to M and back (None: M). Scales multiply
-    embeddings, what a branch adds to the residual, attention scores (None: D^-0.5) and logits; a softcap c turns x into
-    c tanh(x / c). `qk_norm`: RMS norms of queries and keys, of each head or of all heads together.
+    positions are learned: that of position 0 is row `position_offset` of their table; `local_rope` takes its place in
+    layers with a window; `rope_layers[i]` says whether layer i rotates at all (None: every one); only the first
+    `rotary_size` elements of a head are rotated (None: all). `embedding_size` is the width of embeddings that a
+    projection brings to M and back (None: M). Scales multiply embeddings, what a branch adds to the residual, attention
+    scores (None: D^-0.5) and logits; a softcap c turns x into c tanh(x / c). `qk_norm`: RMS norms of queries and keys,
+    of each head or of all heads together.
     `transposed_linears`: linear weights in the checkpoint are [in, out].
     """
 

@@ -86,7 +86,9 @@ def refuse_features(config: Any, architecture: str) -> None:
     """
     for field, feature in FEATURES.items():
         if getattr(config, field, None):
-            raise TdaError(f"{architecture}: {feature} is not supported ({field} in config.json). Choose another model.")
+            raise TdaError(
+                f"{architecture}: {feature} is not supported ({field} in config.json). Choose another model."
+            )
     if getattr(config, "layer_norm_elementwise_affine", True) is False:
         raise TdaError(
             f"{architecture}: norms without weights are not supported (layer_norm_elementwise_affine in config.json). "

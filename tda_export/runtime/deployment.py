@@ -67,6 +67,4 @@ class Deployment:
 def one_level(thresholds: Any, layers: int, ffn_matrices: int = GATED) -> Deployment:
     """Return a deployment of prompt masks alone: no prior, no tail mean, no token thresholds."""
     chosen = None if thresholds is None else np.asarray(thresholds, np.float32)
-    return Deployment(
-        chosen, np.zeros(layers, np.float32), prior=False, tail_mean=False, ffn_matrices=ffn_matrices
-    )
+    return Deployment(chosen, np.zeros(layers, np.float32), prior=False, tail_mean=False, ffn_matrices=ffn_matrices)

@@ -41,7 +41,9 @@ def test_missing_model(outputs: Path, tmp_path: Path) -> None:
 def test_unsupported_architecture(outputs: Path, model_copy: Path) -> None:
     edit_config(model_copy, architectures=["MambaForCausalLM"])
     result = run_cli("calibrate", model_copy, "-o", outputs / "x", *CALIBRATE_TINY)
-    assert_error(result, FAILURE, "MambaForCausalLM: a recurrent or state-space layer is not supported", "LlamaForCausalLM")
+    assert_error(
+        result, FAILURE, "MambaForCausalLM: a recurrent or state-space layer is not supported", "LlamaForCausalLM"
+    )
 
 
 def test_unsupported_activation(outputs: Path, model_copy: Path, tiny_calibration: Path) -> None:

@@ -15,8 +15,8 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from tda_export.errors import TdaError
-from tda_export.models.families import FAMILIES
 from tda_export.models import source as source_module
+from tda_export.models.families import FAMILIES
 from tda_export.models.source import HUB_FILES, HUB_IGNORED, ModelSource, resolve_model
 from tests.tiny import save_tiny_model
 
