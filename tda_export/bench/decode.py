@@ -34,6 +34,7 @@ from tda_export.ffn_share import truncation_share, two_level_share
 from tda_export.graph import contract
 from tda_export.graph.derive import artifact_method, artifact_spec, derived_sessions
 from tda_export.graph.method import griffin, kept_neurons
+from tda_export.graph.sizes import manifest_sizes
 from tda_export.models.ffn_modules import ACTIVATIONS
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.kv_cache import KvCache
@@ -319,19 +320,9 @@ class _Bench:
             ffn = round(ffn * two_level_share(masked, skipping, artifact.ffn_matrices))
         if isinstance(runner, TruncationRunner):
             ffn = round(ffn * truncation_share(runner.density, artifact.ffn_matrices))
-        weights = artifact.manifest["weights"]
-        sizes = {
-            key: int(np.prod(item["shape"])) * contract.DTYPE_BYTES[item["dtype"]] for key, item in weights.items()
-        }
-        skipped = {*contract.ROPE_CACHES, *contract.LOCAL_ROPE_CACHES, contract.POSITIONS}  # a row of each is read
-        skipped |= {contract.EMBEDDING} if contract.HEAD in weights else set()  # one row of it is read
-        for layer in range(shape.num_layers):
-            skipped |= {contract.ffn_weight(layer, part) for part in contract.FFN_PARTS}
-            skipped |= {contract.down_squared_norms(layer), contract.neuron_scale(layer)}
-        context = self.settings.prompt_tokens + self.settings.new_tokens / 2
-        row = shape.num_kv_heads * shape.head_size * contract.DTYPE_BYTES[shape.dtype]
-        cache = round(2 * shape.num_layers * context * row)
-        return ffn, sum(size for key, size in sizes.items() if key not in skipped) + cache
+        sizes = manifest_sizes(artifact_spec(artifact), artifact.manifest["weights"], shape.dtype)
+        context = self.settings.prompt_tokens + self.settings.new_tokens // 2
+        return ffn, sizes.read - sizes.ffn + sizes.cache_read(context)
 
 
 def device_name(provider: str) -> str:

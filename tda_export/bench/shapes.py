@@ -13,6 +13,7 @@ import torch
 from tda_export.bench.random_model import byte_tokenizer
 from tda_export.errors import UsageError, first_line
 from tda_export.models.families import read_spec
+from tda_export.models.skeleton import skeleton_shapes
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
 from tda_export.models.weights import Weights
@@ -182,11 +183,7 @@ class RandomSource(ModelSource):
         return "random weights"
 
     def weights(self) -> Weights:
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(self.config)
-        return RandomWeights({name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()})
+        return RandomWeights(skeleton_shapes(self.config))
 
 
 def random_source(shape: str) -> RandomSource:
