@@ -168,17 +168,18 @@ class DecoderSpec:
 
 
 def spec_from_dict(content: dict[str, Any]) -> DecoderSpec:
-    """Read a spec back from plain data, as a manifest keeps it.
+    """Read a spec back from plain data, as a manifest keeps it; an older one lacks fields that have a default.
 
     Raises:
         TdaError: It is no spec of this version.
     """
     try:
         fields = dict(content)
-        fields["rope"], fields["local_rope"] = _rope(fields["rope"]), _rope(fields["local_rope"])
+        fields["rope"], fields["local_rope"] = _rope(fields["rope"]), _rope(fields.get("local_rope"))
         fields["names"] = CheckpointNames(**fields["names"])
         fields["sliding_windows"] = tuple(fields["sliding_windows"])
-        fields["rope_layers"] = None if fields["rope_layers"] is None else tuple(fields["rope_layers"])
+        rotates = fields.get("rope_layers")
+        fields["rope_layers"] = None if rotates is None else tuple(rotates)
         return DecoderSpec(**fields)
     except (KeyError, TypeError) as error:
         raise TdaError(f"The manifest's spec is incomplete ({error}). Build the artifact again.") from error
@@ -187,5 +188,5 @@ def spec_from_dict(content: dict[str, Any]) -> DecoderSpec:
 def _rope(content: dict[str, Any] | None) -> RopeSpec | None:
     if content is None:
         return None
-    frequencies = content["frequencies"]
+    frequencies = content.get("frequencies")
     return RopeSpec(**content | {"frequencies": None if frequencies is None else tuple(frequencies)})

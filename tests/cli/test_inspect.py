@@ -31,9 +31,12 @@ def test_a_model_is_as_large_as_its_artifact(family: str, tmp_path: Path) -> Non
     weights = artifact.manifest["weights"]
     stored = sum(math.prod(entry["shape"]) * contract.DTYPE_BYTES[entry["dtype"]] for entry in weights.values())
     assert before["artifact_bytes"] == stored
-    assert stored < after["artifact_bytes"] == sum(file.stat().st_size for file in artifact.folder.iterdir()) - (
-        artifact.folder / contract.MANIFEST_FILE
-    ).stat().st_size
+    assert (
+        stored
+        < after["artifact_bytes"]
+        == sum(file.stat().st_size for file in artifact.folder.iterdir())
+        - (artifact.folder / contract.MANIFEST_FILE).stat().st_size
+    )
     own = {"model", "artifact_bytes"}
     assert {key: value for key, value in after.items() if key in before and key not in own} == {
         key: value for key, value in before.items() if key not in own
@@ -73,7 +76,10 @@ def test_a_window_bounds_what_is_read_of_the_cache(tmp_path: Path) -> None:
     [
         ("llama", ["RMS norms before attention and FFN", "silu FFN with gates", "rotary embedding"]),
         ("llama3-rope", ["rotary embedding, llama3 scaling"]),
-        ("gemma2", ["before and after", "scores capped at 1.5", "a window of 8 tokens in 2 of 3", "logits capped at 2"]),
+        (
+            "gemma2",
+            ["before and after", "scores capped at 1.5", "a window of 8 tokens in 2 of 3", "logits capped at 2"],
+        ),
         ("gemma3", ["gelu_tanh FFN with gates", "norms of queries and keys", "another rotary base"]),
         ("phi4-mini", ["rotary embedding of 12 of 16 elements, longrope scaling"]),
         ("smollm3", ["1 layers without rotary embedding"]),

@@ -189,6 +189,15 @@ def test_a_manifest_keeps_the_spec(name: str, tmp_path: Path) -> None:
     assert spec_from_dict(json.loads(json.dumps(dataclasses.asdict(spec)))) == spec
 
 
+def test_a_manifest_of_before_other_families_is_read() -> None:
+    spec = read_spec(small())
+    content = json.loads(json.dumps(dataclasses.asdict(spec)))
+    defaults = {field.name for field in dataclasses.fields(spec) if field.default is not dataclasses.MISSING}
+    old = {name: value for name, value in content.items() if name not in defaults - {"names"}}
+    del old["rope"]["frequencies"], old["rope"]["attention_factor"], old["names"]["positions"]
+    assert spec_from_dict(old) == spec
+
+
 # What is refused
 
 
