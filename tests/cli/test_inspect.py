@@ -78,7 +78,7 @@ def test_a_window_bounds_what_is_read_of_the_cache(tmp_path: Path) -> None:
         ("llama3-rope", ["rotary embedding, llama3 scaling"]),
         (
             "gemma2",
-            ["before and after", "scores capped at 1.5", "a window of 8 tokens in 2 of 3", "logits capped at 2"],
+            ["before and after", "capped at 1.5", "a window of 8 tokens in 2 of 3", "logits capped at 2"],
         ),
         ("gemma3", ["gelu_tanh FFN with gates", "norms of queries and keys", "another rotary base"]),
         ("phi4-mini", ["rotary embedding of 12 of 16 elements, longrope scaling"]),
