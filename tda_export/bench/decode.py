@@ -15,38 +15,32 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-import torch
 
 import tda_export
 from tda_export.bench.bandwidth import copy_bandwidth
+from tda_export.bench.probe import PROBED_TOKENS, Probe
 from tda_export.bench.runners import (
     BodyLogits,
     DenseRunner,
     Runner,
     SparseRunner,
     TruncationRunner,
-    ffn_inputs,
     truncated_logits,
 )
 from tda_export.bench.timing import Spread, speedup, take_turns
 from tda_export.errors import TdaError, UsageError
 from tda_export.ffn_share import truncation_share, two_level_share
-from tda_export.graph import contract
 from tda_export.graph.derive import artifact_method, artifact_spec, derived_sessions
-from tda_export.graph.method import griffin, kept_neurons
+from tda_export.graph.method import griffin
 from tda_export.graph.sizes import manifest_sizes
-from tda_export.models.ffn_modules import ACTIVATIONS
 from tda_export.runtime.artifact import Artifact
-from tda_export.runtime.kv_cache import KvCache
-from tda_export.runtime.phases import prefill
 from tda_export.runtime.providers import CUDA
-from tda_export.runtime.session import STORAGE, Sessions, map_weight
+from tda_export.runtime.session import Sessions
 
 METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin", "tt")
 DEFAULT_METHODS = ("dense", "dense_native", "tda", "griffin")
 TOKENS_A_ROUND = 16
 PREFILLS = 5
-PROBED_TOKENS = 16
 # Largest difference of logits, relative to the largest logit, between two ways to compute them. With token thresholds
 # rounding decides which neurons near a threshold are skipped.
 TOLERANCES = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 2e-1}
@@ -115,7 +109,7 @@ class _Bench:
         self, artifact: Artifact, sessions: Sessions, settings: BenchSettings, prompt: list[int], capacity: int
     ) -> None:
         self.artifact, self.sessions, self.settings, self.prompt = artifact, sessions, settings, prompt
-        self.capacity = capacity
+        self.capacity, self.probe = capacity, Probe(artifact, sessions, prompt)
         self.runners: dict[str, Runner] = {}
         self.token_thresholds: np.ndarray | None = None
         self.up_down_density = 1.0
@@ -131,7 +125,7 @@ class _Bench:
     def _make_tda(self) -> Runner:
         self._require_thresholds("tda")
         runner = SparseRunner(self.artifact, self.sessions, self.capacity)
-        runner.thresholds = self._thresholds(1.0 - self.settings.sparsity)
+        runner.thresholds = self.probe.score_thresholds(1.0 - self.settings.sparsity)
         return runner
 
     def _make_griffin(self) -> Runner:
@@ -153,86 +147,18 @@ class _Bench:
         kept = 1.0 - self.settings.sparsity
         mask_density = min(1.0, GATE_SHARE * kept)
         runner = SparseRunner(self.artifact, self.sessions, self.capacity)
-        runner.thresholds = self._thresholds(mask_density)
+        runner.thresholds = self.probe.score_thresholds(mask_density)
         runner.prefill(self.prompt)
         assert runner.mask is not None
         matrices = self.artifact.ffn_matrices
         wanted = (matrices * kept - mask_density) / (matrices - 1)
-        self.token_thresholds, self.up_down_density = self._token_thresholds(runner, wanted)
+        self.token_thresholds, self.up_down_density = self.probe.token_thresholds(runner, wanted)
         runner.token_thresholds = self.token_thresholds
         return runner
 
     def _make_tt(self) -> Runner:
-        self.truncation_thresholds = self._truncation_thresholds(1.0 - self.settings.sparsity)
+        self.truncation_thresholds = self.probe.truncation_thresholds(1.0 - self.settings.sparsity)
         return TruncationRunner(self.artifact, self.sessions, self.capacity, self.truncation_thresholds)
-
-    def _active_share(self, runner: SparseRunner) -> float:
-        """Return the share of a mask's neurons that ReLU leaves active on some of the prompt's tokens; without it 1."""
-        spec = artifact_spec(self.artifact)
-        if spec.activation != "relu":
-            return 1.0
-        active, seen = 0, 0
-        for layer, x in enumerate(self._probed_inputs()):
-            rows = slice(None) if runner.mask is None else runner.mask.indices(layer)
-            products = self._products(layer, spec.ffn_parts[0], x)[rows]
-            active, seen = active + int((products > 0).sum()), seen + products.size
-        return active / seen
-
-    def _probed_inputs(self) -> list[np.ndarray]:
-        """Return what goes into every FFN for the prompt's last tokens: L arrays, float32 [tokens, M]."""
-        split = len(self.prompt) - min(PROBED_TOKENS, len(self.prompt) // 2)
-        return ffn_inputs(self.artifact, self.sessions, self.prompt[:split], self.prompt[split:])
-
-    def _truncation_thresholds(self, density: float) -> np.ndarray:
-        """Choose thresholds of r_i(t) that a share of the neurons reaches, on the prompt's last tokens; float32 [L]."""
-        spec, thresholds = artifact_spec(self.artifact), []
-        for layer, x in enumerate(self._probed_inputs()):
-            first, *rest = (self._products(layer, part, x) for part in spec.ffn_parts[:-1])
-            h = ACTIVATIONS[spec.activation](torch.from_numpy(first)).numpy() * (rest[0] if rest else 1.0)
-            squares = h**2 * map_weight(self.artifact, contract.down_squared_norms(layer))[:, None]  # [F, tokens]
-            relative = np.sqrt(squares / squares.sum(axis=0))
-            thresholds.append(np.quantile(relative, 1.0 - density))
-        return np.array(thresholds, np.float32)
-
-    def _products(self, layer: int, part: str, x: np.ndarray) -> np.ndarray:
-        """Multiply FFN inputs, float32 [tokens, M], by the rows of all neurons: float32 [F, tokens]."""
-        products = _as_float32(self.artifact, contract.ffn_weight(layer, part)) @ x.T
-        if contract.ffn_bias(layer, part) in self.artifact.manifest["weights"]:
-            products += _as_float32(self.artifact, contract.ffn_bias(layer, part))[:, None]
-        return products
-
-    def _thresholds(self, density: float) -> np.ndarray:
-        """Find the scores between the last neuron that is kept and the next, float32 [L]."""
-        shape = self.artifact.shape
-        cache = KvCache(shape, self.sessions.provider, len(self.prompt))
-        _, mask = prefill(self.sessions, shape, self.prompt, cache)
-        weight = mask.stats[contract.PAST_STATS_WEIGHT].numpy()
-        kept = kept_neurons(density, shape.ffn_size)
-        borders = []
-        for layer in range(shape.num_layers):
-            stats = mask.stats[contract.past_neuron_stats(layer)].numpy()
-            scores = np.sort(np.sqrt(stats[contract.SCORE_ROW] / weight))[::-1]
-            borders.append(0.0 if kept == len(scores) else (scores[kept - 1] + scores[kept]) / 2)
-        return np.array(borders, np.float32)
-
-    def _token_thresholds(self, runner: SparseRunner, wanted: float) -> tuple[np.ndarray, float]:
-        """Choose thresholds that leave `wanted` of all up and down rows on some tokens; count on others what stays."""
-        assert runner.mask is not None
-        tokens = [runner.step() for _ in range(2 * PROBED_TOKENS)]
-        inputs = ffn_inputs(self.artifact, self.sessions, self.prompt, tokens)
-        thresholds, left, spec = [], 0, artifact_spec(self.artifact)
-        for layer, x in enumerate(inputs):
-            kept = runner.mask.indices(layer)
-            first = self._products(layer, spec.ffn_parts[0], x)[kept]  # [K, tokens]
-            scale = map_weight(self.artifact, contract.neuron_scale(layer))[kept]
-            activated = ACTIVATIONS[spec.activation](torch.from_numpy(first)).numpy()
-            estimates = np.abs(activated) * scale[:, None]
-            dropped = 1.0 - wanted * self.artifact.shape.ffn_size / len(kept)
-            thresholds.append(np.quantile(estimates[:, :PROBED_TOKENS], max(dropped, 0.0)))
-            others = estimates[:, PROBED_TOKENS:]
-            left += int(((others >= thresholds[-1]) & (others > 0)).sum())
-        neurons = self.artifact.shape.num_layers * self.artifact.shape.ffn_size
-        return np.array(thresholds, np.float32), left / PROBED_TOKENS / neurons
 
     def check(self) -> None:
         """Compare each method's logits after the prompt and one token with another way to compute them."""
@@ -316,7 +242,7 @@ class _Bench:
         if isinstance(runner, SparseRunner):
             neurons = shape.num_layers * shape.ffn_size
             masked = runner.mask.count(shape.num_layers) / neurons if runner.mask is not None else 1.0
-            skipping = self.up_down_density if name == "two_levels" else masked * self._active_share(runner)
+            skipping = self.up_down_density if name == "two_levels" else masked * self.probe.active_share(runner)
             ffn = round(ffn * two_level_share(masked, skipping, artifact.ffn_matrices))
         if isinstance(runner, TruncationRunner):
             ffn = round(ffn * truncation_share(runner.density, artifact.ffn_matrices))
@@ -343,10 +269,3 @@ def device_name(provider: str) -> str:
 def _steps(runner: Runner) -> None:
     for _ in range(TOKENS_A_ROUND):
         runner.step()
-
-
-def _as_float32(artifact: Artifact, name: str) -> np.ndarray:
-    array = map_weight(artifact, name)
-    if artifact.shape.dtype in STORAGE:  # bfloat16: the upper half of a float32
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32)

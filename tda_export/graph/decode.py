@@ -78,7 +78,7 @@ def build_decode(
         outputs[contract.KEPT_NEURONS] = graph.ops.op("Concat", *kept, axis=0)  # [L, S]
     functions = [indexed_ffn_function(form, down_bias=spec.ffn_bias), greedy_token_function()]
     if half:
-        functions += linear_functions(spec)
+        functions += linear_functions(spec.norm)
     declared = contract.decode_outputs(shape, ffn_inputs=ffn_inputs, counted=counted)
     return graph.model("decode", declared, defaults, functions)
 

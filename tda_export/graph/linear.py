@@ -11,7 +11,7 @@ import onnx_ir as ir
 from tda_export.graph import contract
 from tda_export.graph.decoder import GraphBuilder
 from tda_export.graph.ops import MICROSOFT, OPSET, Ops
-from tda_export.models.spec import DecoderSpec
+from tda_export.models.spec import NormKind
 
 
 class HalfGraphBuilder(GraphBuilder):
@@ -39,9 +39,9 @@ class HalfGraphBuilder(GraphBuilder):
         return normed, total
 
 
-def linear_functions(spec: DecoderSpec) -> list[ir.Function]:
+def linear_functions(norm: NormKind = "rms") -> list[ir.Function]:
     """Define `tda::Linear` and, for RMS norms, `tda::AddNorm` and `tda::AddBiasNorm`."""
-    norms = [_add_norm_function(biased=False), _add_norm_function(biased=True)] if spec.norm == "rms" else []
+    norms = [_add_norm_function(biased=False), _add_norm_function(biased=True)] if norm == "rms" else []
     return [_linear_function(), *norms]
 
 
