@@ -16,40 +16,16 @@ import platform
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from peak_memory import PeakMemory
+
 NEW_TOKENS = 64
 REPETITIONS = 5
 PROMPT_TOKENS = 1024
-
-
-class PeakMemory:
-    """Samples this process's anonymous memory (pages that no file backs) while the block runs."""
-
-    def __enter__(self) -> PeakMemory:
-        self.peak, self._done = self._now(), threading.Event()
-        self._thread = threading.Thread(target=self._sample)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        while not self._done.wait(0.02):
-            self.peak = max(self.peak, self._now())
-
-    @staticmethod
-    def _now() -> int:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon"):
-                return int(line.split()[1]) * 1024
-        return 0
 
 
 def gpu_memory() -> int:

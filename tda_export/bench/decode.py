@@ -18,23 +18,29 @@ import onnxruntime as ort
 
 import tda_export
 from tda_export.bench.bandwidth import copy_bandwidth
-from tda_export.bench.runners import BodyLogits, DenseRunner, Runner, SparseRunner, ffn_inputs
+from tda_export.bench.probe import PROBED_TOKENS, Probe
+from tda_export.bench.runners import (
+    BodyLogits,
+    DenseRunner,
+    Runner,
+    SparseRunner,
+    TruncationRunner,
+    truncated_logits,
+)
 from tda_export.bench.timing import Spread, speedup, take_turns
 from tda_export.errors import TdaError, UsageError
-from tda_export.graph import contract
-from tda_export.graph.derive import artifact_method, derived_sessions
-from tda_export.graph.method import griffin, kept_neurons
+from tda_export.ffn_share import truncation_share, two_level_share
+from tda_export.graph.derive import artifact_method, artifact_spec, derived_sessions
+from tda_export.graph.method import griffin
+from tda_export.graph.sizes import manifest_sizes
 from tda_export.runtime.artifact import Artifact
-from tda_export.runtime.kv_cache import KvCache
-from tda_export.runtime.phases import prefill
 from tda_export.runtime.providers import CUDA
-from tda_export.runtime.session import STORAGE, Sessions, map_weight
+from tda_export.runtime.session import Sessions
 
-METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin")
+METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin", "tt")
 DEFAULT_METHODS = ("dense", "dense_native", "tda", "griffin")
 TOKENS_A_ROUND = 16
 PREFILLS = 5
-PROBED_TOKENS = 16
 # Largest difference of logits, relative to the largest logit, between two ways to compute them. With token thresholds
 # rounding decides which neurons near a threshold are skipped.
 TOLERANCES = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 2e-1}
@@ -103,7 +109,7 @@ class _Bench:
         self, artifact: Artifact, sessions: Sessions, settings: BenchSettings, prompt: list[int], capacity: int
     ) -> None:
         self.artifact, self.sessions, self.settings, self.prompt = artifact, sessions, settings, prompt
-        self.capacity = capacity
+        self.capacity, self.probe = capacity, Probe(artifact, sessions, prompt)
         self.runners: dict[str, Runner] = {}
         self.token_thresholds: np.ndarray | None = None
         self.up_down_density = 1.0
@@ -119,7 +125,7 @@ class _Bench:
     def _make_tda(self) -> Runner:
         self._require_thresholds("tda")
         runner = SparseRunner(self.artifact, self.sessions, self.capacity)
-        runner.thresholds = self._thresholds(1.0 - self.settings.sparsity)
+        runner.thresholds = self.probe.score_thresholds(1.0 - self.settings.sparsity)
         return runner
 
     def _make_griffin(self) -> Runner:
@@ -141,44 +147,18 @@ class _Bench:
         kept = 1.0 - self.settings.sparsity
         mask_density = min(1.0, GATE_SHARE * kept)
         runner = SparseRunner(self.artifact, self.sessions, self.capacity)
-        runner.thresholds = self._thresholds(mask_density)
+        runner.thresholds = self.probe.score_thresholds(mask_density)
         runner.prefill(self.prompt)
         assert runner.mask is not None
-        wanted = (3.0 * kept - mask_density) / 2.0
-        self.token_thresholds, self.up_down_density = self._token_thresholds(runner, wanted)
+        matrices = self.artifact.ffn_matrices
+        wanted = (matrices * kept - mask_density) / (matrices - 1)
+        self.token_thresholds, self.up_down_density = self.probe.token_thresholds(runner, wanted)
         runner.token_thresholds = self.token_thresholds
         return runner
 
-    def _thresholds(self, density: float) -> np.ndarray:
-        """Find the scores between the last neuron that is kept and the next, float32 [L]."""
-        shape = self.artifact.shape
-        cache = KvCache(shape, self.sessions.provider, len(self.prompt))
-        _, mask = prefill(self.sessions, shape, self.prompt, cache)
-        weight = mask.stats[contract.PAST_STATS_WEIGHT].numpy()
-        kept = kept_neurons(density, shape.ffn_size)
-        borders = []
-        for layer in range(shape.num_layers):
-            stats = mask.stats[contract.past_neuron_stats(layer)].numpy()
-            scores = np.sort(np.sqrt(stats[contract.SCORE_ROW] / weight))[::-1]
-            borders.append(0.0 if kept == len(scores) else (scores[kept - 1] + scores[kept]) / 2)
-        return np.array(borders, np.float32)
-
-    def _token_thresholds(self, runner: SparseRunner, wanted: float) -> tuple[np.ndarray, float]:
-        """Choose thresholds that leave `wanted` of all up and down rows on some tokens; count on others what stays."""
-        assert runner.mask is not None
-        tokens = [runner.step() for _ in range(2 * PROBED_TOKENS)]
-        inputs = ffn_inputs(self.artifact, self.sessions, self.prompt, tokens)
-        thresholds, left = [], 0
-        for layer, x in enumerate(inputs):
-            kept = runner.mask.indices(layer)
-            gates = _as_float32(self.artifact, contract.ffn_weight(layer, "gate"))[kept] @ x.T  # [K, tokens]
-            scale = map_weight(self.artifact, contract.neuron_scale(layer))[kept]
-            estimates = np.abs(gates / (1.0 + np.exp(-gates))) * scale[:, None]
-            dropped = 1.0 - wanted * self.artifact.shape.ffn_size / len(kept)
-            thresholds.append(np.quantile(estimates[:, :PROBED_TOKENS], max(dropped, 0.0)))
-            left += int((estimates[:, PROBED_TOKENS:] >= thresholds[-1]).sum())
-        neurons = self.artifact.shape.num_layers * self.artifact.shape.ffn_size
-        return np.array(thresholds, np.float32), left / PROBED_TOKENS / neurons
+    def _make_tt(self) -> Runner:
+        self.truncation_thresholds = self.probe.truncation_thresholds(1.0 - self.settings.sparsity)
+        return TruncationRunner(self.artifact, self.sessions, self.capacity, self.truncation_thresholds)
 
     def check(self) -> None:
         """Compare each method's logits after the prompt and one token with another way to compute them."""
@@ -195,12 +175,16 @@ class _Bench:
             elif isinstance(runner, SparseRunner):
                 level = self.token_thresholds if name == "two_levels" else None
                 self._compare(name, logits, body.after(runner, self.prompt, token, level))
+            elif name == "tt":
+                thresholds = self.truncation_thresholds
+                expected = truncated_logits(self.artifact, self.sessions, self.prompt, token, thresholds)
+                self._compare(name, logits, expected)
             elif not np.isfinite(logits).all():
                 raise TdaError(f"{name}: its logits are not finite, so nothing is timed.")
 
     def _compare(self, name: str, logits: np.ndarray, expected: np.ndarray) -> None:
         error = float(np.abs(logits - expected).max() / np.abs(expected).max())
-        factor = SECOND_LEVEL_FACTOR if name == "two_levels" else 1.0
+        factor = SECOND_LEVEL_FACTOR if name in ("two_levels", "tt") else 1.0
         if not error <= factor * TOLERANCES[self.artifact.shape.dtype]:
             raise TdaError(f"{name}: its logits are {error:.1e} from the reference, so nothing is timed.")
 
@@ -249,25 +233,17 @@ class _Bench:
     def _bytes(self, name: str) -> tuple[int, int]:
         """Bytes that one token reads: FFN weights, and other weights with the keys and values of a middling context."""
         artifact, shape = self.artifact, self.artifact.shape
-        runner, ffn = self.runners[name], self.artifact.dense_ffn_bytes
-        if isinstance(runner, SparseRunner) and runner.mask is not None:
-            ffn = runner.mask.count(shape.num_layers) * artifact.bytes_per_neuron
-            if name == "two_levels":
-                gates, others = ffn / artifact.ffn_matrices, self.up_down_density * self.artifact.dense_ffn_bytes
-                ffn = round(gates + others * (artifact.ffn_matrices - 1) / artifact.ffn_matrices)
-        weights = artifact.manifest["weights"]
-        sizes = {
-            key: int(np.prod(item["shape"])) * contract.DTYPE_BYTES[item["dtype"]] for key, item in weights.items()
-        }
-        skipped = {contract.COS_CACHE, contract.SIN_CACHE}
-        skipped |= {contract.EMBEDDING} if contract.HEAD in weights else set()  # one row of it is read
-        for layer in range(shape.num_layers):
-            skipped |= {contract.ffn_weight(layer, part) for part in contract.FFN_PARTS}
-            skipped |= {contract.down_squared_norms(layer), contract.neuron_scale(layer)}
-        context = self.settings.prompt_tokens + self.settings.new_tokens / 2
-        row = shape.num_kv_heads * shape.head_size * contract.DTYPE_BYTES[shape.dtype]
-        cache = round(2 * shape.num_layers * context * row)
-        return ffn, sum(size for key, size in sizes.items() if key not in skipped) + cache
+        runner, ffn = self.runners[name], artifact.dense_ffn_bytes
+        if isinstance(runner, SparseRunner):
+            neurons = shape.num_layers * shape.ffn_size
+            masked = runner.mask.count(shape.num_layers) / neurons if runner.mask is not None else 1.0
+            skipping = self.up_down_density if name == "two_levels" else masked * self.probe.active_share(runner)
+            ffn = round(ffn * two_level_share(masked, skipping, artifact.ffn_matrices))
+        if isinstance(runner, TruncationRunner):
+            ffn = round(ffn * truncation_share(runner.density, artifact.ffn_matrices))
+        sizes = manifest_sizes(artifact_spec(artifact), artifact.manifest["weights"], shape.dtype)
+        context = self.settings.prompt_tokens + self.settings.new_tokens // 2
+        return ffn, sizes.read - sizes.ffn + sizes.cache_read(context)
 
 
 def device_name(provider: str) -> str:
@@ -288,10 +264,3 @@ def device_name(provider: str) -> str:
 def _steps(runner: Runner) -> None:
     for _ in range(TOKENS_A_ROUND):
         runner.step()
-
-
-def _as_float32(artifact: Artifact, name: str) -> np.ndarray:
-    array = map_weight(artifact, name)
-    if artifact.shape.dtype in STORAGE:  # bfloat16: the upper half of a float32
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32)

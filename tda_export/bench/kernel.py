@@ -1,6 +1,6 @@
 """The IndexedFFN kernel alone on one GPU, beside cuBLAS's three products and the device's copy bandwidth.
 
-    python -m tda_export.bench.kernel [--hidden 4096 --ffn 11008 --dtype fp16] [--json]
+    python -m tda_export.bench.kernel [--hidden 4096 --ffn 11008 --dtype fp16 --activation silu --ungated] [--json]
 
 One graph holds a node for each of several layers with weights of their own, more than a second-level cache holds; it is
 captured as a CUDA graph and replayed. Each result is compared with PyTorch in float32 before anything is timed.
@@ -25,6 +25,7 @@ from tda_export.graph import contract
 from tda_export.graph.contract import FfnInput
 from tda_export.graph.ffn import FfnForm, indexed_ffn, indexed_ffn_function
 from tda_export.graph.ops import DTYPES, IR_VERSION, MICROSOFT, OPSET, Ops
+from tda_export.models.ffn_modules import ACTIVATIONS
 from tda_export.native.library import register_native
 from tda_export.runtime.providers import CUDA, provider_arguments
 
@@ -32,7 +33,7 @@ LAYERS = 12
 WARM_UP, REPETITIONS = 5, 30
 COPY_BYTES = 4 << 30
 SHARED = (FfnInput.X, FfnInput.MASK_INDICES, FfnInput.TOKEN_THRESHOLDS)
-OWN = (*(FfnInput.weight(part) for part in contract.FFN_PARTS), FfnInput.NEURON_SCALE)
+GATED_SILU = FfnForm("silu", two_levels=True)
 KINDS = {
     FfnInput.MASK_INDICES: "int32",
     FfnInput.NEURON_SCALE: "float32",
@@ -76,10 +77,10 @@ def copy_bandwidth() -> float:
 
 
 class Layers:
-    """Weights of LAYERS gated FFNs, and one x that all of them read."""
+    """Weights of LAYERS FFNs, and one x that all of them read. `parts` are weights by part, one tensor a layer."""
 
-    def __init__(self, hidden: int, ffn: int, dtype: str) -> None:
-        self.hidden, self.ffn, self.dtype = hidden, ffn, dtype
+    def __init__(self, hidden: int, ffn: int, dtype: str, form: FfnForm) -> None:
+        self.hidden, self.ffn, self.dtype, self.form = hidden, ffn, dtype, form
         generator = torch.Generator("cuda").manual_seed(0)
 
         def draw(*shape: int, scale: float) -> torch.Tensor:
@@ -87,29 +88,39 @@ class Layers:
             return drawn.to(TORCH_DTYPES[dtype])
 
         self.x = draw(1, 1, hidden, scale=1.0)
-        self.gate = [draw(ffn, hidden, scale=hidden**-0.5) for _ in range(LAYERS)]
-        self.up = [draw(ffn, hidden, scale=hidden**-0.5) for _ in range(LAYERS)]
-        self.down = [draw(ffn, hidden, scale=ffn**-0.5) for _ in range(LAYERS)]
-        self.scales = [down.float().norm(dim=1) for down in self.down]
+        names = contract.FFN_PARTS if form.gated else contract.FFN_PARTS[1:]
+        self.parts = {
+            part: [draw(ffn, hidden, scale=(ffn if part == "down" else hidden) ** -0.5) for _ in range(LAYERS)]
+            for part in names
+        }
+        self.scales = [down.float().norm(dim=1) for down in self.parts["down"]]
         self.order = torch.randperm(ffn, generator=generator, device="cuda")
 
     def indices(self, density: float) -> torch.Tensor:
         return self.order[: round(density * self.ffn)].sort().values.int()
 
     def estimates(self, layer: int, indices: torch.Tensor) -> torch.Tensor:
-        gates = self.gate[layer][indices].float() @ self.x[0, 0].float()
-        return torch.nn.functional.silu(gates).abs() * self.scales[layer][indices]
+        return self.activated(layer, indices).abs() * self.scales[layer][indices]
+
+    def activated(self, layer: int, indices: torch.Tensor) -> torch.Tensor:
+        first = self.parts[self.form.first_part][layer][indices].float() @ self.x[0, 0].float()
+        return ACTIVATIONS[self.form.activation](first)
 
     def reference(self, layer: int, indices: torch.Tensor, threshold: float) -> torch.Tensor:
-        x = self.x[0, 0].float()
-        h = torch.nn.functional.silu(self.gate[layer][indices].float() @ x) * (self.up[layer][indices].float() @ x)
+        h = self.activated(layer, indices)
+        if self.form.gated:
+            h = h * (self.parts["up"][layer][indices].float() @ self.x[0, 0].float())
         h = h * (self.estimates(layer, indices) >= threshold)
-        return h @ self.down[layer][indices].float()
+        return h @ self.parts["down"][layer][indices].float()
 
 
-def kernel_session(dtype: str) -> ort.InferenceSession:
+def own_inputs(form: FfnForm) -> tuple[str, ...]:
+    """Name the inputs that every node has for itself."""
+    return tuple(name for name in form.inputs if name not in SHARED)
+
+
+def kernel_session(dtype: str, form: FfnForm) -> ort.InferenceSession:
     """A graph of LAYERS nodes, everything an input, captured on its second run."""
-    form = FfnForm("silu", two_levels=True)
     ops, inputs, outputs = Ops(), {}, []
 
     def value(name: str, kind: str) -> ir.Value:
@@ -119,7 +130,7 @@ def kernel_session(dtype: str) -> ort.InferenceSession:
 
     for layer in range(LAYERS):
         shared = {name: value(name, KINDS.get(name, dtype)) for name in SHARED}
-        own = {name: value(f"{name}.{layer}", KINDS.get(name, dtype)) for name in OWN}
+        own = {name: value(f"{name}.{layer}", KINDS.get(name, dtype)) for name in own_inputs(form)}
         y = indexed_ffn(ops, form, layer, shared | own)
         y.name, y.type = f"y.{layer}", ir.TensorType(DTYPES[dtype])
         outputs.append(y)
@@ -139,8 +150,8 @@ def bound(session: ort.InferenceSession, layers: Layers, indices: torch.Tensor, 
     binding = session.io_binding()
     keep = dict(zip(SHARED, (layers.x, indices, thresholds), strict=True))
     for layer in range(LAYERS):
-        parts = (layers.gate[layer], layers.up[layer], layers.down[layer], layers.scales[layer])
-        for name, tensor in zip(OWN, parts, strict=True):
+        parts = (*(weights[layer] for weights in layers.parts.values()), layers.scales[layer])
+        for name, tensor in zip(own_inputs(layers.form), parts, strict=True):
             keep[f"{name}.{layer}"] = tensor
     for name, tensor in keep.items():
         kind = {torch.int32: np.int32, torch.float32: np.float32, torch.float16: np.float16}.get(tensor.dtype, 16)
@@ -162,9 +173,9 @@ def measure_kernel(layers: Layers, density: float, survivors: float) -> dict[str
         if survivors < 1:
             dropped = round((1 - survivors) * len(indices))
             thresholds[layer] = estimates.sort().values[dropped - 1 : dropped + 1].mean()  # between two neurons
-        kept = int((estimates >= thresholds[layer]).sum())
-        read += (len(indices) + 2 * kept) * layers.hidden * layers.x.element_size()
-    session = kernel_session(layers.dtype)
+        kept = int(((estimates >= thresholds[layer]) & (estimates > 0)).sum())
+        read += (len(indices) + (len(layers.parts) - 1) * kept) * layers.hidden * layers.x.element_size()
+    session = kernel_session(layers.dtype, layers.form)
     binding, y, keep = bound(session, layers, indices, thresholds)
     for _ in range(3):  # plain, captured, replayed
         y.fill_(torch.nan)
@@ -185,14 +196,14 @@ def measure_kernel(layers: Layers, density: float, survivors: float) -> dict[str
 
 
 def measure_cublas(layers: Layers) -> dict[str, Any]:
-    """Time the three products of the dense FFN in cuBLAS, captured as a CUDA graph; no activation function."""
+    """Time the products of the dense FFN in cuBLAS, captured as a CUDA graph; no activation function."""
     x = layers.x[0]
     graph = torch.cuda.CUDAGraph()
 
     def products() -> None:
-        for gate, up, down in zip(layers.gate, layers.up, layers.down, strict=True):
-            h = x @ gate.T
-            x @ up.T
+        for *firsts, down in zip(*layers.parts.values(), strict=True):
+            for first in firsts:
+                h = x @ first.T
             h @ down
 
     products()
@@ -204,7 +215,7 @@ def measure_cublas(layers: Layers) -> dict[str, Any]:
         torch.cuda.synchronize()
 
     times = median_ms(replay)
-    size = 3 * layers.hidden * layers.ffn * layers.x.element_size()
+    size = len(layers.parts) * layers.hidden * layers.ffn * layers.x.element_size()
     return {
         "us_per_layer": {name: 1e3 * value / LAYERS for name, value in times.items()},
         "bytes_per_layer": size,
@@ -212,12 +223,12 @@ def measure_cublas(layers: Layers) -> dict[str, Any]:
     }
 
 
-def measure(hidden: int, ffn: int, dtype: str) -> dict[str, Any]:
-    """Measure every setting of one shape."""
+def measure(hidden: int, ffn: int, dtype: str, form: FfnForm = GATED_SILU) -> dict[str, Any]:
+    """Measure every setting of one shape and form (with two levels, without biases)."""
     bandwidth = copy_bandwidth()
-    layers = Layers(hidden, ffn, dtype)
+    layers = Layers(hidden, ffn, dtype, form)
     rows = {name: measure_kernel(layers, *setting) for name, setting in SETTINGS.items()}
-    rows["cuBLAS, three products"] = measure_cublas(layers)
+    rows["cuBLAS, the products alone"] = measure_cublas(layers)
     for row in rows.values():
         row["share_of_copy_bandwidth"] = row["gb_per_second"] / bandwidth
     return {
@@ -227,6 +238,8 @@ def measure(hidden: int, ffn: int, dtype: str) -> dict[str, Any]:
         "hidden": hidden,
         "ffn": ffn,
         "dtype": dtype,
+        "activation": form.activation,
+        "gated": form.gated,
         "layers": LAYERS,
         "copy_gb_per_second": bandwidth,
         "settings": rows,
@@ -238,9 +251,12 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=4096, help="M, elements")
     parser.add_argument("--ffn", type=int, default=11008, help="F, neurons")
     parser.add_argument("--dtype", choices=["fp16", "bf16"], default="fp16")
+    parser.add_argument("--activation", choices=[*ACTIVATIONS], default="silu")
+    parser.add_argument("--ungated", action="store_true", help="up and down alone")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     options = parser.parse_args()
-    result = measure(options.hidden, options.ffn, contract.DTYPES[options.dtype])
+    form = FfnForm(options.activation, gated=not options.ungated, two_levels=True)
+    result = measure(options.hidden, options.ffn, contract.DTYPES[options.dtype], form)
     if options.json:
         print(json.dumps(result, indent=1))
         return

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from tda_export.models.skeleton import skeleton_shapes
+
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 BYTE_VOCABULARY = len(SPECIAL_TOKENS) + 256
 CHAT_TEMPLATE = (
@@ -49,12 +51,8 @@ def write_random_model(config: Any, folder: Path, *, dtype: torch.dtype, seed: i
     """
     import json
 
-    from transformers import AutoModelForCausalLM
-
     folder.mkdir(parents=True, exist_ok=True)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    shapes = skeleton_shapes(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
     shard: dict[str, torch.Tensor] = {}
@@ -70,7 +68,8 @@ def write_random_model(config: Any, folder: Path, *, dtype: torch.dtype, seed: i
 
     for name, shape in shapes.items():
         tensor = torch.randn(shape, generator=generator, device=device)
-        tensor = 1 + 0.1 * tensor if len(shape) == 1 else tensor * shape[1] ** -0.5
+        norm = len(shape) == 1 and not name.endswith(".bias")
+        tensor = float(norm) + 0.1 * tensor if len(shape) == 1 else tensor * shape[1] ** -0.5
         shard[name] = tensor.to(dtype).cpu()
         size += shard[name].nbytes
         if size >= SHARD_BYTES:

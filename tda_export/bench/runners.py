@@ -5,14 +5,21 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
 
 from tda_export.graph import contract
 from tda_export.graph.dense import transposed_weights
-from tda_export.graph.derive import artifact_spec, derived_dense, derived_probe, initializer_names
+from tda_export.graph.derive import (
+    artifact_spec,
+    derived_dense,
+    derived_probe,
+    derived_truncation,
+    initializer_names,
+    truncation_sessions,
+)
 from tda_export.graph.greedy import greedy_model
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.decode_step import DecodeStep
@@ -78,21 +85,20 @@ class SparseRunner:
 class DenseRunner:
     """The plain dense graph, captured on CUDA, with the settings that ONNX Runtime does best with."""
 
+    functions = False  # whether the graph calls functions that native kernels may replace
+
     def __init__(self, artifact: Artifact, sessions: Sessions, capacity: int) -> None:
         provider, shape = sessions.provider, artifact.shape
-        spec = artifact_spec(artifact)
-        weights = dict(sessions.shared_weights)
-        for name, original in transposed_weights(spec).items():
-            array = _transposed(map_weight(artifact, original))
-            dtype = artifact.manifest["weights"][original]["dtype"]
-            weights[name] = initializer(array, provider, dtype)
-        model = derived_dense(artifact)
+        model, weights = self._graph(artifact, sessions)
         names = initializer_names(model)
         self._weights = {name: value for name, value in weights.items() if name in names}
         captures = provider == CUDA
-        self._session = open_session(artifact, model, provider, self._weights, capture=captures, prepack=True)
+        options: dict[str, Any] = {"native": sessions.native and self.functions}
+        self._session = open_session(
+            artifact, model, provider, self._weights, capture=captures, prepack=True, **options
+        )
         # A session that captures is slower at what it does not capture.
-        prompts = open_session(artifact, model, provider, self._weights) if captures else self._session
+        prompts = open_session(artifact, model, provider, self._weights, **options) if captures else self._session
         self._cache = KvCache(shape, provider, capacity)
         self._token = device_tensor(np.zeros((1, 1), np.int64), provider)
         self._attended = device_tensor(self._cache.mask, provider)
@@ -112,6 +118,16 @@ class DenseRunner:
         self._run(0)  # captures
         self._choose.run_only()
         self._cache.truncate(0)
+
+    @staticmethod
+    def _graph(artifact: Artifact, sessions: Sessions) -> tuple[bytes, dict[str, Any]]:
+        """Return the graph, and the weights that it may read."""
+        weights = dict(sessions.shared_weights)
+        for name, original in transposed_weights(artifact_spec(artifact)).items():
+            array = _transposed(map_weight(artifact, original))
+            dtype = artifact.manifest["weights"][original]["dtype"]
+            weights[name] = initializer(array, sessions.provider, dtype)
+        return derived_dense(artifact), weights
 
     def _bound(self, session: ort.InferenceSession, logits: ort.OrtValue, graph_id: str) -> Call:
         call = Call(session, graph_id)
@@ -147,6 +163,55 @@ class DenseRunner:
             self._token.update_inplace(np.array([[token]], np.int64))
         self._call.run_only()
         self._cache.commit()
+
+
+class TruncationRunner(DenseRunner):
+    """Threshold truncation (`graph/truncation.py`): prompts are read by the artifact's own prefill.
+
+    It drops small neurons of each token by stock operators, which read every row all the same.
+    """
+
+    functions = True
+
+    def __init__(self, artifact: Artifact, sessions: Sessions, capacity: int, thresholds: np.ndarray) -> None:
+        shape = artifact.shape
+        self._sessions, self._shape = sessions, shape
+        self._thresholds = device_tensor(thresholds, sessions.provider)
+        self._kept = empty_tensor((shape.num_layers, 1), "int64", sessions.provider)
+        super().__init__(artifact, sessions, capacity)
+
+    @staticmethod
+    def _graph(artifact: Artifact, sessions: Sessions) -> tuple[bytes, dict[str, Any]]:
+        return derived_truncation(artifact), dict(sessions.shared_weights)
+
+    def _bound(self, session: ort.InferenceSession, logits: ort.OrtValue, graph_id: str) -> Call:
+        call = super()._bound(session, logits, graph_id)
+        call.feed(contract.THRESHOLDS, self._thresholds)
+        call.write_to(contract.KEPT_NEURONS, self._kept)
+        return call
+
+    @property
+    def density(self) -> float:
+        """The share of neurons that the last token kept."""
+        return float(self._kept.numpy().mean()) / self._shape.ffn_size
+
+    def prefill(self, prompt: Sequence[int]) -> None:
+        self._cache.truncate(0)
+        logits, _ = prefill(self._sessions, self._shape, prompt, self._cache)
+        self._next = int(logits.argmax())
+
+
+def truncated_logits(
+    artifact: Artifact, sessions: Sessions, prompt: Sequence[int], token: int, thresholds: np.ndarray
+) -> np.ndarray:
+    """Compute the logits of threshold truncation after a prompt and one token, uncaptured, without native kernels."""
+    stock = copy.copy(sessions)
+    stock.native = False
+    derived = truncation_sessions(artifact, stock)
+    cache = KvCache(artifact.shape, sessions.provider, len(prompt) + 1)
+    prefill(sessions, artifact.shape, prompt, cache)
+    inputs = {contract.THRESHOLDS: device_tensor(thresholds, sessions.provider)}
+    return bind_call(derived.decode, cache, [token], inputs).run()[contract.LOGITS].numpy()[0, -1]
 
 
 class BodyLogits:

@@ -13,6 +13,7 @@ import torch
 from tda_export.bench.random_model import byte_tokenizer
 from tda_export.errors import UsageError, first_line
 from tda_export.models.families import read_spec
+from tda_export.models.skeleton import skeleton_shapes
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
 from tda_export.models.weights import Weights
@@ -27,6 +28,41 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 30,
         "num_attention_heads": 9,
         "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "opt-350m": {
+        "model_type": "opt",
+        "vocab_size": 50272,
+        "hidden_size": 1024,
+        "ffn_dim": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "word_embed_proj_dim": 512,
+        "max_position_embeddings": 2048,
+        "do_layer_norm_before": False,
+        "tie_word_embeddings": True,
+    },
+    "opt-2.7b": {
+        "model_type": "opt",
+        "vocab_size": 50272,
+        "hidden_size": 2560,
+        "ffn_dim": 10240,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "word_embed_proj_dim": 2560,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    },
+    "gemma-2b": {
+        "model_type": "gemma",
+        "vocab_size": 256000,
+        "hidden_size": 2048,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
         "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
     },
@@ -108,7 +144,9 @@ class RandomWeights:
         shape = self._shapes[name]
         size = int(torch.Size(shape).numel())
         numbers = self._pool.roll(-self._starts[name]).repeat(-(-size // POOL_NUMBERS))[:size].view(shape)
-        return 1 + 0.1 * numbers if len(shape) == 1 else numbers * shape[1] ** -0.5
+        if len(shape) == 1:
+            return 0.1 * numbers if name.endswith(".bias") else 1 + 0.1 * numbers
+        return numbers * shape[1] ** -0.5
 
 
 @dataclass(frozen=True)
@@ -145,11 +183,7 @@ class RandomSource(ModelSource):
         return "random weights"
 
     def weights(self) -> Weights:
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(self.config)
-        return RandomWeights({name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()})
+        return RandomWeights(skeleton_shapes(self.config))
 
 
 def random_source(shape: str) -> RandomSource:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,9 +11,9 @@ import torch
 from tda_export.calibration.curves import CurveSums
 from tda_export.calibration.kl_table import KlSetting, KlTable, setting_at, sparsest_within
 from tda_export.errors import UsageError
+from tda_export.ffn_share import GATED, truncation_share, two_level_share
 
 AllocationRule = Literal["kl", "uniform"]
-TRUNCATION_LARGEST_SPARSITY = 1 / 3  # all that reading no down row saves
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,14 @@ class Allocation:
     kl: float | None = None
     prior_tokens: float = 0.0
     tail_mean: bool = False
+    ffn_matrices: int = GATED
 
     @property
     def sparsity(self) -> float:
         """Expected share of FFN bytes that decode does not read."""
         mask = sum(self.density) / len(self.density)
         token = sum(self.token_density) / len(self.token_density) if self.token_density else mask
-        return 1.0 - (mask + 2.0 * token) / 3.0
+        return 1.0 - two_level_share(mask, token, self.ffn_matrices)
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,16 @@ class TruncationAllocation(Allocation):
     @property
     def sparsity(self) -> float:
         """Expected share of FFN bytes that decode does not read."""
-        return super().sparsity / 3
+        return 1.0 - truncation_share(sum(self.density) / len(self.density), self.ffn_matrices)
 
 
-def allocate(budget: Budget, curves: CurveSums, grid: torch.Tensor, table: KlTable | None = None) -> Allocation:
+def allocate(
+    budget: Budget,
+    curves: CurveSums,
+    grid: torch.Tensor,
+    table: KlTable | None = None,
+    ffn_matrices: int = GATED,
+) -> Allocation:
     """Choose the thresholds.
 
     A CETT budget takes in each layer the largest grid threshold whose mean CETT is within it (the paper's rule; the
@@ -124,24 +132,26 @@ def allocate(budget: Budget, curves: CurveSums, grid: torch.Tensor, table: KlTab
         curves: From calibration.
         grid: The thresholds, float32 [K].
         table: The measured KL path, if the calibration has one.
+        ffn_matrices: Of the FFN.
 
     Raises:
         UsageError: The budget needs a KL path, and there is none or it is not sparse enough.
     """
     if not budget.by_kl:
-        return _choose(budget.cett, budget.sparsity, curves.mean_cett, curves.mean_density, grid)
+        chosen = _choose(budget.cett, budget.sparsity, curves.mean_cett, curves.mean_density, grid)
+        return replace(chosen, ffn_matrices=ffn_matrices)
     if table is None:
         raise UsageError(
             "This calibration holds CETT curves alone. Calibrate without --curves-only, or give --cett, or --sparsity "
             "with --allocation uniform."
         )
     if budget.max_kl is not None:
-        return _of_path(sparsest_within(table, budget.max_kl), table)
+        return _of_path(sparsest_within(table, budget.max_kl), table, ffn_matrices)
     assert budget.sparsity is not None
-    return _of_path(setting_at(table, 1.0 - budget.sparsity), table)
+    return _of_path(setting_at(table, 1.0 - budget.sparsity), table, ffn_matrices)
 
 
-def _of_path(setting: KlSetting, table: KlTable) -> Allocation:
+def _of_path(setting: KlSetting, table: KlTable, ffn_matrices: int) -> Allocation:
     return Allocation(
         thresholds=setting.thresholds,
         density=setting.mask_density,
@@ -152,37 +162,45 @@ def _of_path(setting: KlSetting, table: KlTable) -> Allocation:
         kl=setting.kl,
         prior_tokens=float(table.prior_tokens),
         tail_mean=True,
+        ffn_matrices=ffn_matrices,
     )
 
 
-def allocate_truncation(budget: Budget, curves: CurveSums, grid: torch.Tensor) -> TruncationAllocation:
+def allocate_truncation(
+    budget: Budget, curves: CurveSums, grid: torch.Tensor, ffn_matrices: int = GATED
+) -> TruncationAllocation:
     """Choose thresholds of r_i(t) for threshold truncation, from the curves of the token estimator.
 
-    Truncation reads every gate row and up row, and the share d of down rows: (2 + d) / 3 of the FFN's bytes. So a
-    sparsity p asks for d = 1 - 3 p.
+    Truncation reads every gate row and up row, and the share d of down rows: (2 + d) / 3 of the FFN's bytes, without
+    gates (1 + d) / 2. So a sparsity p asks for d = 1 - 3 p, or 1 - 2 p.
 
     Args:
         budget: As `allocate` takes it.
         curves: Of a calibration with the token estimator.
         grid: The thresholds, float32 [K].
+        ffn_matrices: n of the FFN.
 
     Raises:
-        UsageError: The curves are the prompt estimator's, or the sparsity is more than 1/3.
+        UsageError: The curves are the prompt estimator's, or the sparsity is more than 1/n.
     """
     if curves.token_density.shape[1] == 0:
         raise UsageError(
             "Threshold truncation drops neurons token by token, and this calibration is of prompts. Calibrate with "
             "'tda-export calibrate --estimator token'."
         )
-    if budget.sparsity is not None and budget.sparsity > TRUNCATION_LARGEST_SPARSITY:
+    if budget.sparsity is not None and budget.sparsity > 1 / ffn_matrices:
+        rows = "gate and up row" if ffn_matrices == GATED else "up row"
         raise UsageError(
-            f"Threshold truncation reads every gate and up row, so it saves at most 1/3 of the FFN's bytes, and "
-            f"sparsity {budget.sparsity} is more. Give --sparsity up to 0.333, or another method."
+            f"Threshold truncation reads every {rows}, so it saves at most 1/{ffn_matrices} of the FFN's bytes, and "
+            f"sparsity {budget.sparsity} is more. Give --sparsity up to {math.floor(1000 / ffn_matrices) / 1000}, or "
+            "another method."
         )
-    dropped = None if budget.sparsity is None else min(3.0 * budget.sparsity, 1.0)
+    dropped = None if budget.sparsity is None else min(ffn_matrices * budget.sparsity, 1.0)
     density = curves.token_density / curves.tokens  # [L, K]
     chosen = _choose(budget.cett, dropped, curves.mean_cett, density, grid)
-    return TruncationAllocation(chosen.thresholds, chosen.density, chosen.cett, chosen.recrossing)
+    return TruncationAllocation(
+        chosen.thresholds, chosen.density, chosen.cett, chosen.recrossing, ffn_matrices=ffn_matrices
+    )
 
 
 def _choose(

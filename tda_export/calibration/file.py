@@ -15,6 +15,7 @@ from tda_export.calibration.budgets import Allocation, Budget, allocate
 from tda_export.calibration.curves import CurveSums
 from tda_export.calibration.kl_table import KlTable
 from tda_export.errors import TdaError, UsageError
+from tda_export.ffn_share import GATED
 from tda_export.files import atomic_file
 
 FORMAT = "tda-export calibration"
@@ -37,7 +38,12 @@ class Calibration:
 
     def allocate(self, budget: Budget) -> Allocation:
         """Choose the thresholds for a budget (`budgets.allocate`)."""
-        return allocate(budget, self.sums, self.grid, self.kl)
+        return allocate(budget, self.sums, self.grid, self.kl, self.ffn_matrices)
+
+    @property
+    def ffn_matrices(self) -> int:
+        """Matrices of the model's FFN. Files of earlier versions are of FFNs with gates."""
+        return int(self.provenance["model"].get("ffn_matrices", GATED))
 
     @property
     def model_fingerprint(self) -> str:

@@ -26,6 +26,7 @@ from tda_export.calibration.marginals import (
     score_thresholds,
 )
 from tda_export.calibration.masked import choose_masking, down_weights, masked_kl, two_level_ffn
+from tda_export.ffn_share import GATED
 from tda_export.models.spec import DecoderSpec
 
 FIRST_SHARE, LAST_SHARE = 0.85, 0.19  # of FFN bytes
@@ -84,7 +85,7 @@ class PathSearch:
         """
         self._model, self._spec, self._scale = model, spec, scale
         self._sequences, self._blended = sequences, blended
-        self._down = down_weights(model, spec)
+        self._down, self._matrices = down_weights(model, spec), len(spec.ffn_parts)
         self._batch = min(batch, len(sequences))
         generator = torch.Generator().manual_seed(seed)
         needed = (WARM_UP + STEPS + 1) * self._batch
@@ -98,7 +99,7 @@ class PathSearch:
         layers, device = self._spec.num_layers, self._scale.device
         densities = Densities(
             torch.full((layers,), FIRST_MASK, device=device),
-            torch.full((layers,), (3 * FIRST_SHARE - FIRST_MASK) / 2, device=device),
+            torch.full((layers,), (self._matrices * FIRST_SHARE - FIRST_MASK) / (self._matrices - 1), device=device),
         )
         state = PathState(0, densities, torch.zeros(layers, device=device), self._histogram(), torch.empty(0), [], [])
         level = Level(score_thresholds(self._blended, densities.mask), state.token_thresholds)
@@ -137,7 +138,7 @@ class PathSearch:
             state.histogram,
         )
         state.prices = remember(state.prices, torch.stack([found.mask, found.token]))
-        state.densities = move(densities, state.prices, share_of_step(state.step))
+        state.densities = move(densities, state.prices, share_of_step(state.step), self._matrices)
         state.token_thresholds = state.histogram.thresholds(state.densities.token)
         state.mask_densities.append(state.densities.mask)
         state.token_densities.append(state.densities.token)
@@ -161,22 +162,23 @@ def remember(earlier: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     return MEMORY * earlier + (1 - MEMORY) * relative if len(earlier) else relative
 
 
-def move(densities: Densities, prices: torch.Tensor, share: float) -> Densities:
+def move(densities: Densities, prices: torch.Tensor, share: float, matrices: int = GATED) -> Densities:
     """Move densities by their prices, and scale them to a share of FFN bytes.
 
     Args:
         densities: Now.
         prices: Of mask and token thresholds, float32 [2, L].
         share: Of FFN bytes, in (0, 1].
+        matrices: Of the FFN.
     """
     positive = prices.clamp_min(0)
     typical = torch.where(positive.median() > 0, positive.median(), positive.mean()).clamp_min(1e-12)
     # Linear in the price, as exponentiated gradient is, so that its noise averages out over steps.
     push = torch.exp(RATE * ((prices / typical).clamp(-1.0, WIDEST) - 1.0))  # [2, L]
-    return scale_to(Densities(densities.mask * push[0], densities.token * push[1]), share)
+    return scale_to(Densities(densities.mask * push[0], densities.token * push[1]), share, matrices)
 
 
-def scale_to(densities: Densities, share: float) -> Densities:
+def scale_to(densities: Densities, share: float, matrices: int = GATED) -> Densities:
     """Multiply all densities by one factor, within their bounds, such that they read a share of the FFN's bytes."""
 
     def scaled(factor: float) -> Densities:
@@ -186,20 +188,20 @@ def scale_to(densities: Densities, share: float) -> Densities:
     low, high = 1e-3, 1e3
     for _ in range(60):
         middle = math.sqrt(low * high)
-        if scaled(middle).ffn_share() > share:
+        if scaled(middle).ffn_share(matrices) > share:
             high = middle
         else:
             low = middle
     return scaled(math.sqrt(low * high))
 
 
-def densities_at(state: PathState, share: float) -> Densities:
+def densities_at(state: PathState, share: float, matrices: int = GATED) -> Densities:
     """Return the path's densities at a share of FFN bytes, smoothed over the three nearest steps."""
     steps = range(WARM_UP, len(state.mask_densities))
     nearest = sorted(steps, key=lambda step: abs(math.log(share_of_step(step) / share)))[:3]
     mask = torch.stack([state.mask_densities[step] for step in nearest]).log().mean(dim=0).exp()
     token = torch.stack([state.token_densities[step] for step in nearest]).log().mean(dim=0).exp()
-    return scale_to(Densities(mask, token), share)
+    return scale_to(Densities(mask, token), share, matrices)
 
 
 def collect_estimates(

@@ -22,6 +22,7 @@ from tda_export.calibration.kl_path import (
 from tda_export.calibration.kl_table import SHARES, KlTable
 from tda_export.calibration.marginals import EstimateHistogram, Level, score_thresholds
 from tda_export.calibration.masked import LayerRun, choose_masking, down_weights, masked_kl, two_level_ffn
+from tda_export.ffn_share import two_level_share
 from tda_export.models.spec import DecoderSpec
 from tda_export.progress import Advance
 
@@ -131,7 +132,7 @@ class _Measuring:
     def measure(self, state: PathState, share: float) -> tuple[torch.Tensor, ...]:
         """Measure the path at a share of FFN bytes; return a row of each tensor of `KlTable`."""
         spec, device = self._spec, self._scale.device
-        densities = densities_at(state, share)
+        densities = densities_at(state, share, len(spec.ffn_parts))
         level = self._settle(state, densities.token, score_thresholds(self._blended[: self._fitted], densities.mask))
         kls: list[list[float]] = [[], []]
         density = torch.zeros(2, spec.num_layers, device=device)
@@ -152,7 +153,7 @@ class _Measuring:
             self._advance(1)
         count = len(self._sequences)
         density, cett = density / count, cett / count
-        measured = ((density[0] + 2 * density[1]) / 3).mean()
+        measured = two_level_share(density[0], density[1], len(spec.ffn_parts)).mean()
         halves = [torch.tensor(half if half else kls[0], dtype=torch.float64) for half in kls]
         errors = [half.std() / math.sqrt(len(half)) if len(half) > 1 else half.new_zeros(()) for half in halves]
         return (

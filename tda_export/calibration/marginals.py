@@ -16,6 +16,7 @@ import torch
 
 from tda_export.calibration.dense import Blended, DenseSequence
 from tda_export.calibration.masked import LayerRun, Masking, choose_masking, masked_kl, two_level_ffn
+from tda_export.ffn_share import GATED, two_level_share
 from tda_export.models.spec import DecoderSpec
 
 BAND = 0.08  # neurons on either side of a threshold whose price counts, as a share of those that are kept
@@ -32,9 +33,9 @@ class Densities:
     mask: torch.Tensor
     token: torch.Tensor
 
-    def ffn_share(self) -> float:
-        """Return the share of FFN bytes read: (gate + up + down) / 3."""
-        return float(((self.mask + 2 * self.token) / 3).mean())
+    def ffn_share(self, matrices: int = GATED) -> float:
+        """Return the share of the FFN's bytes that is read; `matrices` are those of the FFN."""
+        return float(two_level_share(self.mask, self.token, matrices).mean())
 
 
 class EstimateHistogram:
@@ -141,7 +142,7 @@ def price(
             histogram.add(layer, run.estimates, keep)
             mask[layer] += keep.float().mean()
             token[layer] += survivors.float().mean()
-            band = _bands(layer, run, statistics, masking, neighbours)
+            band = _bands(layer, run, statistics, masking, neighbours, len(spec.ffn_parts))
             cost[:, layer] += torch.stack(band[:2])
             size[:, layer] += torch.stack(band[2:])
     number = len(sequences)
@@ -150,7 +151,7 @@ def price(
 
 
 def _bands(
-    layer: int, run: LayerRun, statistics: Blended, masking: Masking, neighbours: Neighbours
+    layer: int, run: LayerRun, statistics: Blended, masking: Masking, neighbours: Neighbours, matrices: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the KL that the bands of mask and token threshold hold, and the share of a layer's FFN that they read."""
     assert run.used.grad is not None
@@ -162,10 +163,10 @@ def _bands(
     above = run.estimates >= masking.token_thresholds[layer]
     change = torch.where(above, h, torch.zeros_like(h)) - statistics.mean_activation[layer]
     mask_cost = -((gradient * change).sum(dim=0) * at_edge).sum()
-    mask_size = (at_edge.sum() + 2.0 * (above & at_edge).sum() / tokens) / (3.0 * neurons)
+    mask_size = two_level_share(at_edge.sum(), (above & at_edge).sum() / tokens, matrices) / neurons
     # The token's threshold: neurons of the mask that it passes or skips by little.
     lower, upper = neighbours.lower.token[layer], neighbours.upper.token[layer]
     at_edge = keep & (run.estimates >= lower) & (run.estimates < upper)
     token_cost = -(gradient * h * at_edge).sum()
-    token_size = 2.0 * at_edge.sum() / (3.0 * tokens * neurons)
+    token_size = two_level_share(0.0, at_edge.sum() / tokens, matrices) / neurons
     return mask_cost, token_cost, mask_size, token_size

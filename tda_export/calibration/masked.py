@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from tda_export.calibration.dense import Blended, DenseSequence
+from tda_export.models.ffn_modules import ACTIVATIONS, FfnModules
 from tda_export.models.spec import DecoderSpec
-
-ACTIVATIONS = {"silu": torch.nn.functional.silu}
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,8 @@ class Masking:
     """What the layers of a sequence drop.
 
     `keep`: the prompt's mask, bool [L, F]. `tail`: what stands for the neurons outside it, [L, M]. A neuron of the mask
-    is skipped for a token where |act(gate_i · x)| * `scale` (float32 [L, F]) is under `token_thresholds`, float32 [L].
+    is skipped for a token where |act(gate_i · x)| * `scale` (float32 [L, F]) is under `token_thresholds`, float32 [L],
+    or zero, as ReLU makes it. Without gates up_i takes the place of gate_i.
     """
 
     keep: torch.Tensor
@@ -60,31 +60,26 @@ def two_level_ffn(
     handles = []
 
     def patch(layer: int) -> None:
-        gates: list[torch.Tensor] = []
+        ffn, firsts = FfnModules(model, spec, layer), list[torch.Tensor]()
 
-        def estimate(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
-            gates.append(ACTIVATIONS[spec.activation](output.detach()).float().abs()[0] * masking.scale[layer])
+        def estimate(first: torch.Tensor) -> None:
+            firsts.append(ACTIVATIONS[spec.activation](first.detach()).float().abs() * masking.scale[layer])
 
-        def drop(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-            h, estimates = inputs[0], gates.pop()
-            survivors = masking.keep[layer] & (estimates >= masking.token_thresholds[layer])
-            used = h * survivors
+        def drop(h: torch.Tensor) -> torch.Tensor:
+            estimates = firsts.pop()
+            survivors = masking.keep[layer] & (estimates >= masking.token_thresholds[layer]) & (estimates > 0)
+            used = (h * survivors)[None]
             if observe is not None:
                 if torch.is_grad_enabled():
                     if not used.requires_grad:
                         used.requires_grad_()
                     used.retain_grad()
-                observe(layer, LayerRun(h.detach()[0], estimates, survivors, used))
-            return (used,)
+                observe(layer, LayerRun(h.detach(), estimates, survivors, used))
+            return used
 
-        def add_tail(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-            return output + masking.tail[layer].to(output.dtype)
-
-        gate = model.get_submodule(spec.names.gate.format(i=layer))
-        down = model.get_submodule(spec.names.down.format(i=layer))
-        handles.append(gate.register_forward_hook(estimate))
-        handles.append(down.register_forward_pre_hook(drop))
-        handles.append(down.register_forward_hook(add_tail))
+        handles.append(ffn.on_first(estimate))
+        handles.append(ffn.on_activations(drop))
+        handles.append(ffn.add_to_output(masking.tail[layer]))
 
     for layer in layers if layers is not None else range(spec.num_layers):
         patch(layer)
@@ -96,8 +91,8 @@ def two_level_ffn(
 
 
 def down_weights(model: Any, spec: DecoderSpec) -> list[torch.Tensor]:
-    """Return W_down of every layer as transformers holds it, [M, F]."""
-    return [model.get_submodule(spec.names.down.format(i=layer)).weight.detach() for layer in range(spec.num_layers)]
+    """Return W_down of every layer, [M, F]."""
+    return [FfnModules(model, spec, layer).down_weight for layer in range(spec.num_layers)]
 
 
 def choose_masking(

@@ -117,7 +117,12 @@ def calibrate(
         Curves, KL path and provenance, ready to be written.
     """
     about = {
-        "model": {"name": source.name, "architecture": source.spec.architecture, "fingerprint": source.fingerprint},
+        "model": {
+            "name": source.name,
+            "architecture": source.spec.architecture,
+            "fingerprint": source.fingerprint,
+            "ffn_matrices": len(source.spec.ffn_parts),
+        },
         "dataset": corpus.describe(),
         "settings": asdict(settings),
     }

@@ -11,7 +11,7 @@ import click
 
 from tda_export.cli.options import FRACTION, PATH, json_option, provider_option
 
-METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin")  # those of tda_export.bench.decode
+METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin", "tt")  # those of tda_export.bench.decode
 
 
 @click.command()
@@ -51,8 +51,8 @@ def bench(
 
     dense is the plain graph with ONNX Runtime's own operators, dense_native the decode graph with every neuron, tda and
     griffin the same with a prompt's mask, two_levels with a token threshold too. All masks read exactly the same number
-    of bytes. Logits are checked before anything is timed; times are medians over rounds of 16 tokens, and the speed-up
-    is that of the same round.
+    of bytes; tt keeps as many neurons, each token its own, and can skip down rows alone. Logits are checked before
+    anything is timed; times are medians over rounds of 16 tokens, and the speed-up is that of the same round.
     """
     from tda_export.bench.decode import DEFAULT_METHODS, BenchSettings
     from tda_export.errors import UsageError

@@ -18,6 +18,7 @@ from tda_export.cli.demo import demo
 from tda_export.cli.eval import evaluate
 from tda_export.cli.eval_data import eval_data
 from tda_export.cli.generate import generate
+from tda_export.cli.inspect import inspect
 from tda_export.cli.report import report
 from tda_export.cli.serve import serve
 from tda_export.cli.verify import verify
@@ -58,13 +59,13 @@ class ErrorMappingGroup(click.Group):
 def cli() -> None:
     """Fast, training-free LLM generation in ONNX Runtime by dynamic activation (TDA).
 
-    calibrate measures which FFN neurons may be dropped, build writes the prefill and decode graphs,
-    verify checks them against transformers, generate, chat and serve run them, eval measures what a mask loses,
-    bench what it gains, and report draws it all as one page.
+    inspect says what a model is, calibrate measures which FFN neurons may be dropped, build writes the prefill and
+    decode graphs, verify checks them against transformers, generate, chat and serve run them, eval measures what a
+    mask loses, bench what it gains, and report draws it all as one page.
     """
 
 
-for command in (calibrate, build, verify, generate, chat, serve, evaluate, eval_data, bench, report, demo):
+for command in (inspect, calibrate, build, verify, generate, chat, serve, evaluate, eval_data, bench, report, demo):
     cli.add_command(command)
 
 

@@ -16,7 +16,13 @@ from tda_export.calibration.file import Calibration, read_calibration
 from tda_export.errors import UsageError
 from tda_export.evaluation.setting import Setting, TruncationSetting
 from tda_export.graph import contract
-from tda_export.graph.derive import artifact_method, counting_sessions, derived_sessions, truncation_sessions
+from tda_export.graph.derive import (
+    artifact_method,
+    artifact_spec,
+    counting_sessions,
+    derived_sessions,
+    truncation_sessions,
+)
 from tda_export.graph.method import griffin
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.deployment import Deployment, Refresh, one_level
@@ -96,7 +102,7 @@ def budget_deployment(artifact: Artifact, budget: Budget, calibration: Path | No
     if not allocation.token_thresholds:
         # A tail mean that was asked for stays; the one that comes with an allocation by KL goes with it.
         tail_mean = not Budget(**artifact.manifest["budget"]).by_kl
-        deployment = one_level(allocation.thresholds, artifact.shape.num_layers)
+        deployment = one_level(allocation.thresholds, artifact.shape.num_layers, artifact.ffn_matrices)
         return replace(deployment, tail_mean=tail_mean, refresh=artifact.deployment.refresh)
     method = artifact_method(artifact)
     if allocation.prior_tokens != artifact.manifest["prior_tokens"] or method.tail != "mean" or not method.two_levels:
@@ -114,6 +120,7 @@ def path_deployment(allocation: Allocation) -> Deployment:
         np.asarray(allocation.thresholds, np.float32),
         np.asarray(allocation.token_thresholds, np.float32),
         survivors=(token / np.maximum(mask, 1e-9)).astype(np.float32),
+        ffn_matrices=allocation.ffn_matrices,
     )
 
 
@@ -161,7 +168,9 @@ def _open_tda(artifact: Artifact, sessions: Sessions, request: Request) -> Setti
         deployment = deployment.with_refresh(request.refresh)
     if deployment.refresh.tokens:
         described |= {"refresh": deployment.refresh.tokens}
-    counting = counting_sessions(artifact, sessions) if deployment.token_thresholds.any() else None
+    # ReLU's zeros are skipped without a threshold too.
+    skips = deployment.token_thresholds.any() or artifact_spec(artifact).activation == "relu"
+    counting = counting_sessions(artifact, sessions) if skips and sessions.two_levels else None
     return Setting("tda", artifact.shape, sessions, deployment, counting, budget=described)
 
 
@@ -223,11 +232,12 @@ def _truncation_budget(request: Request) -> Budget:
 
 def _truncation_thresholds(artifact: Artifact, request: Request) -> list[float]:
     calibration = _token_calibration(artifact, request, "--method tt")
-    return allocate_truncation(_truncation_budget(request), calibration.sums, calibration.grid).thresholds
+    budget, sums, grid = _truncation_budget(request), calibration.sums, calibration.grid
+    return allocate_truncation(budget, sums, grid, calibration.ffn_matrices).thresholds
 
 
 def _open_tt(artifact: Artifact, sessions: Sessions, request: Request) -> Setting:
-    deployment = one_level(_truncation_thresholds(artifact, request), artifact.shape.num_layers)
+    deployment = one_level(_truncation_thresholds(artifact, request), artifact.shape.num_layers, artifact.ffn_matrices)
     derived = truncation_sessions(artifact, sessions)
     budget = _truncation_budget(request)
     described = {"cett": budget.cett} if budget.cett is not None else {"sparsity": budget.sparsity}

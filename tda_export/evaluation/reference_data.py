@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from tda_export.calibration.cett import relative_magnitudes
-from tda_export.graph.reference import ACTIVATIONS
+from tda_export.errors import TdaError
+from tda_export.models.ffn_modules import ACTIVATIONS
 from tda_export.models.spec import DecoderSpec
 
 
@@ -21,6 +22,19 @@ class LayerActivations:
     relative: torch.Tensor
 
 
+def require_gates(spec: DecoderSpec) -> None:
+    """Refuse an FFN that these methods are not defined for.
+
+    Raises:
+        TdaError: It has no gates, or gate and up are packed into one module.
+    """
+    if not spec.gated or spec.packed_gate:
+        raise TdaError(
+            f"{spec.architecture}: methods in PyTorch need an FFN with separate gate and up projections. "
+            "Choose a model such as smollm2-135m."
+        )
+
+
 def ffn_inputs(
     model: Any, spec: DecoderSpec, tokens: torch.Tensor, advance: Callable[[int], None] = lambda sequences: None
 ) -> list[torch.Tensor]:
@@ -28,7 +42,11 @@ def ffn_inputs(
 
     Returns:
         L tensors, float32 [N (S - 1), M], on the CPU: 4 L N S M bytes.
+
+    Raises:
+        TdaError: The FFN has no separate gates.
     """
+    require_gates(spec)
     kept: list[list[torch.Tensor]] = [[] for _ in range(spec.num_layers)]
 
     def hook(layer: int) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:

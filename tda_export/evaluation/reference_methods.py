@@ -15,9 +15,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from tda_export.errors import TdaError, UsageError
+from tda_export.evaluation.reference_data import require_gates
 from tda_export.evaluation.text import TextQuality, TextSettings, WindowQuality, summarise, window_quality
 from tda_export.graph.method import kept_neurons
-from tda_export.graph.reference import ACTIVATIONS
+from tda_export.models.ffn_modules import ACTIVATIONS
 from tda_export.models.spec import DecoderSpec
 
 CATS_LARGEST_SPARSITY = 2 / 3  # all that reading no up and down row saves
@@ -78,6 +79,7 @@ def sparse_ffn(model: Any, spec: DecoderSpec, method: ReferenceMethod) -> Iterat
     Yields:
         The count, which grows with each call of the model.
     """
+    require_gates(spec)
     count, handles = RowCount(), []
     act = ACTIVATIONS[spec.activation]
 

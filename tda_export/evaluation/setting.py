@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tda_export.errors import TdaError, UsageError
+from tda_export.ffn_share import truncation_share, two_level_share
 from tda_export.graph import contract
 from tda_export.runtime.decode_step import DecodeStep
 from tda_export.runtime.deployment import NO_REFRESH, Deployment
@@ -159,7 +160,7 @@ class Setting:
         cache.commit()
         kept = float(outputs[contract.KEPT_NEURONS].numpy().mean()) / self.shape.ffn_size
         density = self.density(mask)
-        share = (density + 2.0 * kept) / 3.0
+        share = two_level_share(density, kept, self.deployment.ffn_matrices)
         return Counted(outputs[contract.LOGITS].numpy()[0], density, share, share)
 
     def _given(self, mask: PromptMask) -> PromptMask:
@@ -201,5 +202,5 @@ class TruncationSetting(Setting):
         outputs = call.run()
         cache.commit()
         kept = float(outputs[contract.KEPT_NEURONS].numpy().mean()) / self.shape.ffn_size  # of int64 [L, S]
-        share = (2.0 + kept) / 3.0
+        share = truncation_share(kept, self.deployment.ffn_matrices)
         return Counted(outputs[contract.LOGITS].numpy()[0], kept, share, share)

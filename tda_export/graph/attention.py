@@ -13,6 +13,7 @@ from tda_export.graph.weights_file import WeightTable
 from tda_export.models.spec import DecoderSpec
 
 Linear = Callable[[ir.Value, str], ir.Value]  # (x [.., in], name of a weight) -> [.., out]
+Norm = Callable[[ir.Value, str], ir.Value]  # (x [.., N], name of a weight [N]) -> [.., N]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,18 @@ def call_tokens(ops: Ops, input_ids: ir.Value, lengths: Lengths) -> CallTokens:
     )
 
 
+def call_positions(ops: Ops, input_ids: ir.Value, lengths: Lengths) -> ir.Value:
+    """Compute the positions of a call's tokens, int64 [1, S], without a shape that a captured graph would fix.
+
+    The past is the total minus S, and 0 where padding makes the total less than S.
+    """
+    ones = ops.op("Add", ops.op("Mul", input_ids, ops.constant(0, "int64")), ops.constant(1, "int64"))  # [1, S]
+    length = ops.op("ReduceSum", ones, ops.constant([1], "int64"), keepdims=0)  # int64 [1]
+    past = ops.op("Max", ops.op("Sub", lengths.total, length), ops.constant([0], "int64"))  # int64 [1]
+    steps = ops.op("CumSum", ones, ops.constant(1, "int64"), exclusive=1)  # 0, 1, .. [1, S]
+    return ops.op("Add", steps, past)
+
+
 def attention(
     ops: Ops,
     spec: DecoderSpec,
@@ -76,8 +89,20 @@ def attention(
     past: tuple[ir.Value, ir.Value],
     lengths: Lengths,
     linear: Linear,
+    norm: Norm,
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Attend from x [1, S, M], already normalised; `linear` multiplies by a weight without its bias.
+    """Attend from x [1, S, M], already normalised.
+
+    Args:
+        ops: The graph.
+        spec: The architecture.
+        weights: The tensors of weights.bin.
+        layer: Which.
+        x: The input.
+        past: Past keys and values.
+        lengths: Of past and call.
+        linear: Multiplies by a weight without its bias.
+        norm: Applies an RMS norm over the last axis.
 
     Returns:
         The output [1, S, M] without the output bias (the next norm adds it), and the present key and value.
@@ -85,22 +110,46 @@ def attention(
     qkv = linear(x, contract.qkv_weight(layer))  # [1, S, (H + 2 KV) D]
     if spec.qkv_bias:
         qkv = ops.op("Add", qkv, ops.weight(weights[contract.qkv_bias(layer)]))
+    inputs: list[ir.Value | None] = [qkv, None, None]
+    if spec.qk_norm != "none":
+        inputs = _normed(ops, spec, layer, qkv, norm)
+    rope = spec.layer_rope(layer)
+    caches = contract.LOCAL_ROPE_CACHES if rope is not None and rope is spec.local_rope else contract.ROPE_CACHES
+    tables = [] if rope is None else [ops.weight(weights[name]) for name in caches]
+    settings: dict[str, float] = {}
+    if spec.attention_scale is not None:
+        settings["scale"] = spec.attention_scale
+    if spec.attention_softcap is not None:
+        settings["softcap"] = spec.attention_softcap
     attended, present_key, present_value = ops.multi(
         "GroupQueryAttention",
-        qkv,
-        None,
-        None,
+        *inputs,
         *past,
         lengths.last_index,
         lengths.buffer_scalar,
-        ops.weight(weights[contract.COS_CACHE]),
-        ops.weight(weights[contract.SIN_CACHE]),
+        *tables,
         outputs=(True, True, True),
         domain=MICROSOFT,
         num_heads=spec.num_heads,
         kv_num_heads=spec.num_kv_heads,
         local_window_size=spec.sliding_windows[layer] or -1,
-        do_rotary=1,
+        do_rotary=int(rope is not None),
         rotary_interleaved=0,
+        **settings,
     )
     return linear(attended, contract.attention_out_weight(layer)), present_key, present_value  # [1, S, M]
+
+
+def _normed(ops: Ops, spec: DecoderSpec, layer: int, qkv: ir.Value, norm: Norm) -> list[ir.Value | None]:
+    """Take Q, K and V apart and normalise Q and K: [1, S, H D], [1, S, KV D] twice."""
+    sizes = [spec.num_heads * spec.head_size, *[spec.num_kv_heads * spec.head_size] * 2]
+    query, key, value = ops.multi("Split", qkv, ops.constant(sizes, "int64"), outputs=(True, True, True), axis=2)
+
+    def normed(rows: ir.Value, heads: int, weight: str) -> ir.Value:
+        if spec.qk_norm == "whole":
+            return norm(rows, weight)
+        by_head = ops.op("Reshape", rows, ops.constant([1, -1, heads, spec.head_size], "int64"))
+        return ops.op("Reshape", norm(by_head, weight), ops.constant([1, -1, heads * spec.head_size], "int64"))
+
+    query = normed(query, spec.num_heads, contract.query_norm(layer))
+    return [query, normed(key, spec.num_kv_heads, contract.key_norm(layer)), value]

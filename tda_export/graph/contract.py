@@ -142,13 +142,35 @@ def ffn_input(layer: int) -> str:
 # Weights in weights.bin. FFN weights are neuron-major: row i is neuron i.
 EMBEDDING = "embedding"
 HEAD = "head"
+POSITIONS = "positions"  # learned, [positions, M]
+PROJECT_IN = "project_in"
+PROJECT_OUT = "project_out"
 FINAL_NORM = "final_norm"
 COS_CACHE = "cos_cache"
 SIN_CACHE = "sin_cache"
+ROPE_CACHES = (COS_CACHE, SIN_CACHE)
+LOCAL_ROPE_CACHES = ("cos_cache.local", "sin_cache.local")  # of layers with a window, where they have their own
 
 
 def attention_norm(layer: int) -> str:
     return f"layers.{layer}.attention.norm"
+
+
+def norm_bias(norm: str) -> str:
+    """Name the bias of a norm, given the name of its weight."""
+    return f"{norm}.bias"
+
+
+def query_norm(layer: int) -> str:
+    return f"layers.{layer}.attention.query_norm"
+
+
+def key_norm(layer: int) -> str:
+    return f"layers.{layer}.attention.key_norm"
+
+
+def attention_output_norm(layer: int) -> str:
+    return f"layers.{layer}.attention.output_norm"
 
 
 def qkv_weight(layer: int) -> str:
@@ -169,6 +191,10 @@ def attention_out_bias(layer: int) -> str:
 
 def ffn_norm(layer: int) -> str:
     return f"layers.{layer}.ffn.norm"
+
+
+def ffn_output_norm(layer: int) -> str:
+    return f"layers.{layer}.ffn.output_norm"
 
 
 def ffn_weight(layer: int, part: str) -> str:

@@ -55,7 +55,7 @@ def build_decode(
     def ffn(layer: int, x: ir.Value) -> tuple[ir.Value, ir.Value | None]:
         outputs[contract.ffn_input(layer)] = x
         arguments = {FfnInput.X: x, FfnInput.MASK_INDICES: inputs[contract.mask_indices(layer)]}
-        for part in contract.FFN_PARTS:
+        for part in spec.ffn_parts:
             arguments[FfnInput.weight(part)] = graph.weight(contract.ffn_weight(layer, part))
             if spec.ffn_bias:
                 arguments[FfnInput.bias(part)] = graph.weight(contract.ffn_bias(layer, part))
@@ -80,21 +80,25 @@ def build_decode(
         outputs[contract.KEPT_NEURONS] = graph.ops.op("Concat", *kept, axis=0)  # [L, S]
     functions = [indexed_ffn_function(form, down_bias=spec.ffn_bias), greedy_token_function()]
     if half:
-        functions += linear_functions()
+        functions += linear_functions(spec.norm)
     declared = contract.decode_outputs(shape, ffn_inputs=ffn_inputs, counted=counted)
     return graph.model("decode", declared, {} if explicit else defaults, functions)
 
 
 def _survivors(graph: GraphBuilder, form: FfnForm, layer: int, arguments: dict[str, ir.Value]) -> ir.Value:
-    """Count the neurons of the mask that each token does not skip, int64 [1, S], from the gate rows of all neurons."""
+    """Count the neurons of the mask whose down rows each token reads, int64 [1, S], from the first rows of all neurons.
+
+    They are those that the threshold passes and whose activation is not zero.
+    """
     ops, size = graph.ops, graph.spec.ffn_size
-    gate = ops.transposed_matmul(arguments[FfnInput.X], arguments[FfnInput.weight("gate")])  # [1, S, F]
+    first = ops.transposed_matmul(arguments[FfnInput.X], arguments[FfnInput.weight(form.first_part)])  # [1, S, F]
     if form.bias:
-        gate = ops.op("Add", gate, arguments[FfnInput.bias("gate")])
-    activated = ops.cast(activate(ops, form.activation, gate), "float32")
+        first = ops.op("Add", first, arguments[FfnInput.bias(form.first_part)])
+    activated = ops.cast(activate(ops, form.activation, first), "float32")
     estimate = ops.op("Mul", ops.op("Abs", activated), arguments[FfnInput.NEURON_SCALE])
     threshold = ops.op("Gather", arguments[FfnInput.TOKEN_THRESHOLDS], ops.constant(layer, "int64"), axis=0)
-    passes = ops.op("GreaterOrEqual", estimate, threshold)  # bool [1, S, F]
+    above = ops.op("GreaterOrEqual", estimate, threshold)  # bool [1, S, F]
+    passes = ops.op("And", above, ops.op("Greater", ops.op("Abs", activated), ops.constant(0.0, "float32")))
     indices = arguments[FfnInput.MASK_INDICES]
     padded = ops.op("Less", indices, ops.constant([0], "int32"))
     places = ops.op("Where", padded, ops.constant([size], "int32"), indices)  # padding falls behind the last neuron

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 import tda_export
 from tda_export.graph import contract
-from tda_export.graph.attention import Lengths, attention
+from tda_export.graph.attention import Lengths, attention, call_positions
 from tda_export.graph.contract import IoTensor, ModelShape
 from tda_export.graph.ops import IR_VERSION, MICROSOFT, OPSET, Ops, io_value, name_output
 from tda_export.graph.weights_file import WeightTable
@@ -49,19 +49,54 @@ class GraphBuilder:
     def layers(self, lengths: Lengths, ffn: Ffn) -> ir.Value:
         """Run embedding, layers and final norm; record present keys and values; return the hidden state [1, S, M]."""
         ops, spec = self.ops, self.spec
-        residual = ops.op("Gather", self.weight(contract.EMBEDDING), self.inputs[contract.INPUT_IDS])  # [1, S, M]
-        normed = self._first_norm(self.weight(contract.attention_norm(0)), residual)
+        stream = ResidualStream(self, self._embedded(lengths))
+        normed_input, after = spec.norm_placement in ("before", "both"), spec.norm_placement == "after"
         for layer in range(spec.num_layers):
+            x = stream.normed(contract.attention_norm(layer)) if normed_input else stream.value
             past = self.inputs[contract.past_key(layer)], self.inputs[contract.past_value(layer)]
-            attended, key, value = attention(ops, spec, self.weights, layer, normed, past, lengths, self.linear)
+            y, key, value = attention(ops, spec, self.weights, layer, x, past, lengths, self.linear, self._rms_norm)
             self.outputs[contract.present_key(layer)], self.outputs[contract.present_value(layer)] = key, value
             bias = self.weight(contract.attention_out_bias(layer)) if spec.attention_out_bias else None
-            normed, residual = self.add_and_norm(contract.ffn_norm(layer), attended, residual, bias)
-            y, bias = ffn(layer, normed)
-            last = layer == spec.num_layers - 1
-            norm = contract.FINAL_NORM if last else contract.attention_norm(layer + 1)
-            normed, residual = self.add_and_norm(norm, y, residual, bias)
-        return normed
+            if spec.parallel_residual:
+                attended = y if bias is None else ops.op("Add", y, bias)
+                y, bias = ffn(layer, stream.normed(contract.ffn_norm(layer)))
+                stream.add(ops.op("Add", attended, y), bias)
+                continue
+            stream.add(*self._branch(y, bias, contract.attention_output_norm(layer)))
+            if after:
+                stream.restart(stream.normed(contract.attention_norm(layer)))
+            x = stream.normed(contract.ffn_norm(layer)) if normed_input else stream.value
+            stream.add(*self._branch(*ffn(layer, x), contract.ffn_output_norm(layer)))
+            if after:
+                stream.restart(stream.normed(contract.ffn_norm(layer)))
+        return stream.normed(contract.FINAL_NORM) if spec.final_norm else stream.value
+
+    def _embedded(self, lengths: Lengths) -> ir.Value:
+        """Look tokens up, and add their positions where these are learned: [1, S, M]."""
+        ops, spec, input_ids = self.ops, self.spec, self.inputs[contract.INPUT_IDS]
+        embedded = ops.op("Gather", self.weight(contract.EMBEDDING), input_ids)  # [1, S, width]
+        if spec.embedding_scale != 1.0:
+            embedded = self._scaled(embedded, spec.embedding_scale)
+        if spec.embedding_width != spec.hidden_size:
+            embedded = self.linear(embedded, contract.PROJECT_IN)
+        if spec.position_offset is None:
+            return embedded
+        rows = ops.op("Gather", self.weight(contract.POSITIONS), call_positions(ops, input_ids, lengths))
+        return ops.op("Add", embedded, rows)
+
+    def _branch(self, y: ir.Value, bias: ir.Value | None, norm: str) -> tuple[ir.Value, ir.Value | None]:
+        """Normalise and scale what attention or FFN add to the residual, where the family does; the rest is bias."""
+        normed = self.spec.norm_placement in ("output", "both")
+        if bias is not None and (normed or self.spec.residual_scale != 1.0):
+            y, bias = self.ops.op("Add", y, bias), None
+        if normed:
+            y = self.norm(y, norm)
+        if self.spec.residual_scale != 1.0:
+            y = self._scaled(y, self.spec.residual_scale)
+        return y, bias
+
+    def _scaled(self, x: ir.Value, scale: float) -> ir.Value:
+        return self.ops.op("Mul", x, self.ops.op("CastLike", self.ops.constant(scale, "float32"), x))
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:
         """Multiply x [.., in] by a weight of weights.bin, which is stored [out, in]; no bias."""
@@ -69,28 +104,46 @@ class GraphBuilder:
 
     def logits(self, hidden: ir.Value) -> ir.Value:
         """Multiply the hidden state [1, S, M] by the head; float32 [1, S, V]."""
-        return self.to_float32(self.linear(hidden, contract.EMBEDDING if self.spec.tied_head else contract.HEAD))
+        ops, spec = self.ops, self.spec
+        if spec.embedding_width != spec.hidden_size:
+            hidden = self.linear(hidden, contract.PROJECT_OUT)
+        logits = self.to_float32(self.linear(hidden, contract.EMBEDDING if spec.tied_head else contract.HEAD))
+        if spec.logits_scale != 1.0:
+            logits = ops.op("Mul", logits, ops.constant(spec.logits_scale, "float32"))
+        if spec.logits_softcap is None:
+            return logits
+        cap = ops.constant(spec.logits_softcap, "float32")
+        return ops.op("Mul", ops.op("Tanh", ops.op("Div", logits, cap)), cap)
 
     def to_float32(self, value: ir.Value) -> ir.Value:
         return value if self.dtype == "float32" else self.ops.cast(value, "float32")
 
-    def _first_norm(self, weight: ir.Value, x: ir.Value) -> ir.Value:
+    def norm(self, x: ir.Value, name: str) -> ir.Value:
+        """Return the norm of x [.., M]."""
+        if self.spec.norm == "rms":
+            return self._rms_norm(x, name)
+        bias = self.weight(contract.norm_bias(name))
+        return self.ops.op("LayerNormalization", x, self.weight(name), bias, axis=-1, epsilon=self.spec.norm_epsilon)
+
+    def _rms_norm(self, x: ir.Value, name: str) -> ir.Value:
         """RMS norm (arXiv 1910.07467) in standard operators, which ONNX Runtime fuses and the checker knows."""
         ops, x32 = self.ops, self.to_float32(x)
         mean = ops.op("ReduceMean", ops.op("Pow", x32, ops.constant(2.0, "float32")), ops.constant([-1], "int64"))
         root = ops.op("Sqrt", ops.op("Add", mean, ops.constant(self.spec.norm_epsilon, "float32")))
         normed = ops.op("Div", x32, root)
-        return ops.op("Mul", normed if self.dtype == "float32" else ops.cast(normed, self.dtype), weight)
+        return ops.op("Mul", normed if self.dtype == "float32" else ops.cast(normed, self.dtype), self.weight(name))
 
     def add_and_norm(
         self, norm: str, x: ir.Value, residual: ir.Value, bias: ir.Value | None
     ) -> tuple[ir.Value, ir.Value]:
         """Return the norm of x + residual + bias, and that sum, in one node."""
+        rms = self.spec.norm == "rms"
         normed, total = self.ops.multi(
-            "SkipSimplifiedLayerNormalization",
+            "SkipSimplifiedLayerNormalization" if rms else "SkipLayerNormalization",
             x,
             residual,
             self.weight(norm),
+            *([] if rms else [self.weight(contract.norm_bias(norm))]),
             *([bias] if bias is not None else []),
             outputs=(True, False, False, True),
             domain=MICROSOFT,
@@ -124,3 +177,36 @@ class GraphBuilder:
             producer_version=tda_export.__version__,
             functions=functions,
         )
+
+
+class ResidualStream:
+    """The residual x [1, S, M] of a graph. What is added to it is added together with the norm that follows."""
+
+    def __init__(self, graph: GraphBuilder, start: ir.Value) -> None:
+        self._graph, self._total = graph, start
+        self._pending: tuple[ir.Value, ir.Value | None] | None = None
+
+    @property
+    def value(self) -> ir.Value:
+        """The residual itself."""
+        if self._pending is not None:
+            (y, bias), self._pending = self._pending, None
+            ops = self._graph.ops
+            self._total = ops.op("Add", self._total, y if bias is None else ops.op("Add", y, bias))
+        return self._total
+
+    def add(self, y: ir.Value, bias: ir.Value | None) -> None:
+        """Add y [1, S, M] and a bias [M]."""
+        self._total, self._pending = self.value, (y, bias)
+
+    def normed(self, norm: str) -> ir.Value:
+        """Return the norm of the residual."""
+        if self._pending is None:
+            return self._graph.norm(self._total, norm)
+        (y, bias), self._pending = self._pending, None
+        normed, self._total = self._graph.add_and_norm(norm, y, self._total, bias)
+        return normed
+
+    def restart(self, value: ir.Value) -> None:
+        """Go on with another value."""
+        self._total, self._pending = value, None

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from tda_export.graph import contract
 from tda_export.graph.attention import attention_lengths
 from tda_export.graph.decoder import GraphBuilder, model_shape
-from tda_export.graph.ffn import activate
+from tda_export.graph.ffn import combine
 from tda_export.graph.weights_file import WeightTable
 from tda_export.models.spec import DecoderSpec
 
@@ -18,9 +18,11 @@ from tda_export.models.spec import DecoderSpec
 def transposed_weights(spec: DecoderSpec) -> dict[str, str]:
     """Name the tensors that the dense graph has transposed, [in, out] in place of [out, in]: new name to old."""
     names = [contract.EMBEDDING if spec.tied_head else contract.HEAD]
+    if spec.embedding_width != spec.hidden_size:
+        names += [contract.PROJECT_IN, contract.PROJECT_OUT]
     for i in range(spec.num_layers):
         names += [contract.qkv_weight(i), contract.attention_out_weight(i)]
-        names += [contract.ffn_weight(i, part) for part in ("gate", "up")]
+        names += [contract.ffn_weight(i, part) for part in spec.ffn_parts[:-1]]
     return {contract.transposed(name): name for name in names}
 
 
@@ -62,8 +64,7 @@ def build_dense(spec: DecoderSpec, weights: WeightTable, dtype: str) -> ir.Model
         return ops.op("Add", y, graph.weight(contract.ffn_bias(layer, part))) if spec.ffn_bias else y
 
     def ffn(layer: int, x: ir.Value) -> tuple[ir.Value, ir.Value | None]:
-        gate, up = (biased(graph.linear(x, contract.ffn_weight(layer, part)), layer, part) for part in ("gate", "up"))
-        h = ops.op("Mul", activate(ops, spec.activation, gate), up)
+        h = combine(ops, spec, lambda part: biased(graph.linear(x, contract.ffn_weight(layer, part)), layer, part))
         return biased(ops.op("MatMul", h, graph.weight(contract.ffn_weight(layer, "down"))), layer, "down"), None
 
     hidden = graph.layers(attention_lengths(ops, graph.inputs[contract.ATTENTION_MASK]), ffn)

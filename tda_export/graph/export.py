@@ -30,7 +30,6 @@ from tda_export.runtime.deployment import NO_REFRESH, Refresh
 from tda_export.versions import installed_versions
 
 RECORDED_PACKAGES = ("onnx", "onnx-ir", "torch", "transformers")
-FFN_MATRICES = 3  # gate, up and down
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def _manifest(
             "architecture": spec.architecture,
             "fingerprint": request.source.fingerprint,
             "eos_token_ids": request.source.eos_token_ids,
-            "ffn_matrices": FFN_MATRICES,
+            "ffn_matrices": len(spec.ffn_parts),
         },
         "shape": asdict(shape),
         "spec": asdict(spec),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,11 @@ class FfnForm:
     two_levels: bool = False
 
     @property
+    def first_part(self) -> str:
+        """The matrix whose row is read first, and whose product the activation function is applied to."""
+        return "gate" if self.gated else "up"
+
+    @property
     def inputs(self) -> tuple[str, ...]:
         """The inputs of IndexedFFN that this form has, in the order of `contract.INDEXED_FFN_INPUTS`."""
         absent = {FfnInput.bias("down")}
@@ -42,7 +48,7 @@ class FfnForm:
 
 def ffn_form(spec: DecoderSpec, *, two_levels: bool = False) -> FfnForm:
     """Return the form of a decoder's FFN."""
-    return FfnForm(spec.activation, gated=True, bias=spec.ffn_bias, two_levels=two_levels)
+    return FfnForm(spec.activation, gated=spec.gated, bias=spec.ffn_bias, two_levels=two_levels)
 
 
 def activate(ops: Ops, activation: Activation, x: ir.Value) -> ir.Value:
@@ -55,13 +61,20 @@ def activate(ops: Ops, activation: Activation, x: ir.Value) -> ir.Value:
 
 
 def dense_activations(ops: Ops, spec: DecoderSpec, weights: WeightTable, layer: int, x: ir.Value) -> ir.Value:
-    """Compute h [1, S, F] = act(gate · x) * (up · x) for every neuron from x [1, S, M]."""
-    gate = ops.transposed_matmul(x, ops.weight(weights[contract.ffn_weight(layer, "gate")]))  # [1, S, F]
-    up = ops.transposed_matmul(x, ops.weight(weights[contract.ffn_weight(layer, "up")]))  # [1, S, F]
-    if spec.ffn_bias:
-        gate = ops.op("Add", gate, ops.weight(weights[contract.ffn_bias(layer, "gate")]))
-        up = ops.op("Add", up, ops.weight(weights[contract.ffn_bias(layer, "up")]))
-    return ops.op("Mul", activate(ops, spec.activation, gate), up)
+    """Compute h [1, S, F] for every neuron from x [1, S, M]: act(gate · x) * (up · x), or act(up · x) without gates."""
+
+    def product(part: str) -> ir.Value:
+        y = ops.transposed_matmul(x, ops.weight(weights[contract.ffn_weight(layer, part)]))  # [1, S, F]
+        return ops.op("Add", y, ops.weight(weights[contract.ffn_bias(layer, part)])) if spec.ffn_bias else y
+
+    return combine(ops, spec, product)
+
+
+def combine(ops: Ops, spec: DecoderSpec, product: Callable[[str], ir.Value]) -> ir.Value:
+    """Compute h from the products of x with the FFN's first matrices, given by part."""
+    first, *rest = (product(part) for part in spec.ffn_parts[:-1])
+    activated = activate(ops, spec.activation, first)
+    return ops.op("Mul", activated, rest[0]) if rest else activated
 
 
 def dense_output(ops: Ops, weights: WeightTable, layer: int, h: ir.Value) -> ir.Value:
@@ -114,7 +127,7 @@ def indexed_ffn_function(form: FfnForm, *, down_bias: bool = False) -> ir.Functi
         y = ops.transposed_matmul(x, ops.op("Gather", inputs[FfnInput.weight(part)], rows, axis=0))  # [1, S, K]
         return ops.op("Add", y, ops.op("Gather", inputs[FfnInput.bias(part)], rows, axis=0)) if form.bias else y
 
-    activated = activate(ops, form.activation, product("gate" if form.gated else "up"))  # [1, S, K]
+    activated = activate(ops, form.activation, product(form.first_part))  # [1, S, K]
     h = ops.op("Mul", activated, product("up")) if form.gated else activated
     dropped = padded
     if form.two_levels:

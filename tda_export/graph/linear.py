@@ -11,6 +11,7 @@ import onnx_ir as ir
 from tda_export.graph import contract
 from tda_export.graph.decoder import GraphBuilder
 from tda_export.graph.ops import MICROSOFT, OPSET, Ops
+from tda_export.models.spec import NormKind
 
 
 class HalfGraphBuilder(GraphBuilder):
@@ -22,6 +23,8 @@ class HalfGraphBuilder(GraphBuilder):
     def add_and_norm(
         self, norm: str, x: ir.Value, residual: ir.Value, bias: ir.Value | None
     ) -> tuple[ir.Value, ir.Value]:
+        if self.spec.norm != "rms":
+            return super().add_and_norm(norm, x, residual, bias)
         normed, total = self.ops.multi(
             contract.ADD_NORM if bias is None else contract.ADD_BIAS_NORM,
             x,
@@ -36,9 +39,10 @@ class HalfGraphBuilder(GraphBuilder):
         return normed, total
 
 
-def linear_functions() -> list[ir.Function]:
-    """Define `tda::Linear`, `tda::AddNorm` and `tda::AddBiasNorm`."""
-    return [_linear_function(), _add_norm_function(biased=False), _add_norm_function(biased=True)]
+def linear_functions(norm: NormKind = "rms") -> list[ir.Function]:
+    """Define `tda::Linear` and, for RMS norms, `tda::AddNorm` and `tda::AddBiasNorm`."""
+    norms = [_add_norm_function(biased=False), _add_norm_function(biased=True)] if norm == "rms" else []
+    return [_linear_function(), *norms]
 
 
 def _linear_function() -> ir.Function:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +11,8 @@ import torch
 
 from tda_export.calibration.capture import capture_activations
 from tda_export.calibration.cett import neuron_scores, relative_magnitudes
-from tda_export.models.spec import Activation, DecoderSpec
-
-ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
-    "relu": torch.nn.functional.relu,
-}
+from tda_export.models.ffn_modules import ACTIVATIONS, FfnModules
+from tda_export.models.spec import DecoderSpec
 
 
 @dataclass(frozen=True)
@@ -66,25 +59,21 @@ def masked_ffn(
         tails: L tensors [M], added to the output.
         second_level: Drops further neurons, token by token.
     """
-    handles = []
+    handles: list[Any] = []
 
     def drop(layer: int, mask: torch.Tensor) -> None:
-        down = model.get_submodule(spec.names.down.format(i=layer))
-        mask = mask.to(down.weight)
-        gates: list[torch.Tensor] = []
+        ffn, firsts = FfnModules(model, spec, layer), list[torch.Tensor]()
 
-        def mask_input(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-            h = inputs[0] * mask
-            return (
-                h if second_level is None else h * second_level.keep(layer, ACTIVATIONS[spec.activation](gates.pop())),
-            )
+        def masked(h: torch.Tensor) -> torch.Tensor:
+            kept = h * mask.to(h)
+            if second_level is None:
+                return kept
+            return kept * second_level.keep(layer, ACTIVATIONS[spec.activation](firsts.pop()))
 
-        handles.append(down.register_forward_pre_hook(mask_input))
+        handles.append(ffn.on_activations(masked))
         if second_level is not None:
-            gate = model.get_submodule(spec.names.gate.format(i=layer))
-            handles.append(gate.register_forward_hook(lambda module, inputs, output: gates.append(output)))
-        tail = tails[layer].to(down.weight)
-        handles.append(down.register_forward_hook(lambda module, inputs, output: output + tail))
+            handles.append(ffn.on_first(firsts.append))
+        handles.append(ffn.add_to_output(tails[layer]))
 
     for layer, mask in enumerate(masks):
         drop(layer, mask)

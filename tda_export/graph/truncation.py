@@ -53,7 +53,7 @@ def build_truncation(spec: DecoderSpec, weights: WeightTable, dtype: str) -> ir.
     outputs[contract.LOGITS] = graph.logits(hidden)
     outputs[contract.KEPT_NEURONS] = ops.op("Concat", *kept, axis=0)  # [L, S]
     defaults = {contract.THRESHOLDS: np.zeros(spec.num_layers, np.float32)}
-    functions = linear_functions() if half else []
+    functions = linear_functions(spec.norm) if half else []
     return graph.model("truncation", contract.truncation_outputs(shape), defaults, functions)
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from tda_export.errors import TdaError
 from tda_export.graph import contract
 from tda_export.graph.ops import DTYPES
+from tda_export.models.layout import Layout, Tensor
 from tda_export.models.rope import rope_table
 from tda_export.models.spec import DecoderSpec
 from tda_export.models.weights import Weights
@@ -38,85 +38,85 @@ def plan_weights(
 ) -> Iterator[PlannedWeight]:
     """List the tensors of weights.bin in file order, checking each shape against the spec.
 
-    Linear layers are stored as checkpoints have them, [out, in], with Q, K and V packed; FFN weights are neuron-major
-    [F, M]; a tied head is not stored a second time.
+    Linear layers are stored [out, in], with Q, K and V packed; FFN weights are neuron-major [F, M]; a tied head is not
+    stored a second time.
 
     Args:
         spec: The architecture.
         weights: The checkpoint.
         dtype: A value of `contract.DTYPES`, of everything but the constants of statistics and estimates.
-        up_rms: float [L, F], root mean square of each neuron's up product; two-level methods need it.
+        up_rms: float [L, F], root mean square of each neuron's up product; two-level methods need it (ones without
+            gates).
 
     Raises:
         TdaError: A tensor is missing or has another shape than the configuration says.
     """
-    names, m, f = spec.names, spec.hidden_size, spec.ffn_size
-    heads = spec.num_heads * spec.head_size
-    kv_heads = spec.num_kv_heads * spec.head_size
+    names, m, layout = spec.names, spec.hidden_size, Layout(spec, weights)
+    heads, width = spec.num_heads * spec.head_size, spec.embedding_width
 
-    def stored(target: str, *parts: tuple[str, tuple[int, ...]], transpose: bool = False) -> PlannedWeight:
-        """Plan one tensor from checkpoint tensors of the given shapes, joined along their first axis."""
-        for name, expected in parts:
-            _check_shape(weights, name, expected)
-        joined = (sum(expected[0] for _, expected in parts), *parts[0][1][1:])
-        load = partial(_load, weights, [name for name, _ in parts], transpose)
-        return PlannedWeight(target, joined[::-1] if transpose else joined, dtype, load)
+    def stored(target: str, tensor: Tensor, dtype: str = dtype) -> PlannedWeight:
+        return PlannedWeight(target, tensor.shape, dtype, tensor.load)
 
-    yield stored(contract.EMBEDDING, (f"{names.embedding}.weight", (spec.vocab_size, m)))
-    for function, name in (("cos", contract.COS_CACHE), ("sin", contract.SIN_CACHE)):
-        table = partial(rope_table, spec.rope, spec.head_size, spec.max_positions, function)
-        yield PlannedWeight(name, (spec.max_positions, spec.head_size // 2), dtype, table)
+    def norm(target: str, module: str) -> Iterator[PlannedWeight]:
+        yield stored(target, layout.norm(module, m))
+        if spec.norm == "layer":
+            yield stored(contract.norm_bias(target), layout.plain(f"{module}.bias", m))
+
+    yield stored(contract.EMBEDDING, layout.plain(f"{names.embedding}.weight", spec.vocab_size, width))
+    if spec.position_offset is not None:
+        yield stored(contract.POSITIONS, layout.positions())
+    if width != m:
+        yield stored(contract.PROJECT_IN, layout.linear(names.project_in, m, width))
+        yield stored(contract.PROJECT_OUT, layout.linear(names.project_out, width, m))
+    for rope, caches in ((spec.rope, contract.ROPE_CACHES), (spec.local_rope, contract.LOCAL_ROPE_CACHES)):
+        if rope is not None:
+            for function, name in zip(("cos", "sin"), caches, strict=True):
+                table = partial(rope_table, rope, spec.head_size, spec.max_positions, function, spec.rotary_size)
+                yield PlannedWeight(name, (spec.max_positions, spec.head_size // 2), dtype, table)
     for i in range(spec.num_layers):
         at = {field: template.format(i=i) for field, template in vars(names).items()}
-        qkv = [(at["query"], heads), (at["key"], kv_heads), (at["value"], kv_heads)]
-        down = f"{at['down']}.weight"
-        yield stored(contract.attention_norm(i), (f"{at['attention_norm']}.weight", (m,)))
-        yield stored(contract.qkv_weight(i), *((f"{name}.weight", (rows, m)) for name, rows in qkv))
+        if spec.norm_placement != "output":
+            yield from norm(contract.attention_norm(i), at["attention_norm"])
+        yield stored(contract.qkv_weight(i), layout.qkv(i))
         if spec.qkv_bias:
-            yield stored(contract.qkv_bias(i), *((f"{name}.bias", (rows,)) for name, rows in qkv))
-        yield stored(contract.attention_out_weight(i), (f"{at['attention_out']}.weight", (m, heads)))
+            yield stored(contract.qkv_bias(i), layout.qkv_bias(i))
+        if spec.qk_norm != "none":
+            yield stored(contract.query_norm(i), layout.head_norm(at["query_norm"], spec.num_heads))
+            yield stored(contract.key_norm(i), layout.head_norm(at["key_norm"], spec.num_kv_heads))
+        yield stored(contract.attention_out_weight(i), layout.linear(at["attention_out"], m, heads))
         if spec.attention_out_bias:
-            yield stored(contract.attention_out_bias(i), (f"{at['attention_out']}.bias", (m,)))
-        yield stored(contract.ffn_norm(i), (f"{at['ffn_norm']}.weight", (m,)))
-        for part in ("gate", "up"):
-            yield stored(contract.ffn_weight(i, part), (f"{at[part]}.weight", (f, m)))
-        yield stored(contract.ffn_weight(i, "down"), (down, (m, f)), transpose=True)
+            yield stored(contract.attention_out_bias(i), layout.plain(f"{at['attention_out']}.bias", m))
+        if spec.norm_placement in ("output", "both"):
+            yield from norm(contract.attention_output_norm(i), at["attention_output_norm"])
+        if spec.norm_placement != "output":
+            yield from norm(contract.ffn_norm(i), at["ffn_norm"])
+        for part in spec.ffn_parts:
+            yield stored(contract.ffn_weight(i, part), layout.ffn(i, part))
         if spec.ffn_bias:
-            for part, size in (("gate", f), ("up", f), ("down", m)):
-                yield stored(contract.ffn_bias(i, part), (f"{at[part]}.bias", (size,)))
-        squared_norms = partial(_squared_column_norms, weights, down)
-        yield PlannedWeight(contract.down_squared_norms(i), (f,), "float32", squared_norms)
+            for part in spec.ffn_parts:
+                yield stored(contract.ffn_bias(i, part), layout.ffn_bias(i, part))
+        if spec.norm_placement in ("output", "both"):
+            yield from norm(contract.ffn_output_norm(i), at["ffn_output_norm"])
+        down = layout.ffn(i, "down")
+        squared_norms = Tensor(down.shape[:1], partial(_squared_row_norms, down))
+        yield stored(contract.down_squared_norms(i), squared_norms, "float32")
         if up_rms is not None:
-            yield PlannedWeight(contract.neuron_scale(i), (f,), "float32", partial(_scale, squared_norms, up_rms[i]))
-    yield stored(contract.FINAL_NORM, (f"{names.final_norm}.weight", (m,)))
+            scale = Tensor(down.shape[:1], partial(_scale, squared_norms, up_rms[i]))
+            yield stored(contract.neuron_scale(i), scale, "float32")
+    if spec.final_norm:
+        yield from norm(contract.FINAL_NORM, names.final_norm)
     if not spec.tied_head:
-        yield stored(contract.HEAD, (f"{names.head}.weight", (spec.vocab_size, m)))
+        yield stored(contract.HEAD, layout.plain(f"{names.head}.weight", spec.vocab_size, width))
 
 
-def _check_shape(weights: Weights, name: str, expected: tuple[int, ...]) -> None:
-    if name not in weights:
-        raise TdaError(f"{name} is missing from the checkpoint. Download the model again.")
-    if weights.shape(name) != expected:
-        raise TdaError(
-            f"{name}: config.json says shape {list(expected)}, the checkpoint has {list(weights.shape(name))}. "
-            "Download the model again."
-        )
+def _squared_row_norms(down: Tensor) -> torch.Tensor:
+    """||W_down[:, i]||^2 for each neuron: neuron-major [F, M] of any dtype to float32 [F]."""
+    return down.load().float().square().sum(dim=1)
 
 
-def _load(weights: Weights, names: list[str], transpose: bool) -> torch.Tensor:
-    tensors = [weights.load(name) for name in names]
-    joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-    return joined.T if transpose else joined
-
-
-def _squared_column_norms(weights: Weights, down: str) -> torch.Tensor:
-    """||W_down[:, i]||^2 for each neuron: [M, F] of any dtype to float32 [F]."""
-    return weights.load(down).float().square().sum(dim=0)
-
-
-def _scale(squared_norms: Callable[[], torch.Tensor], up_rms: torch.Tensor) -> torch.Tensor:
+def _scale(squared_norms: Tensor, up_rms: torch.Tensor) -> torch.Tensor:
     """RMS(up_i · x) ||W_down[:, i]||: times |act(gate_i · x)| the length to expect of neuron i's output."""
-    return squared_norms().sqrt() * up_rms
+    return squared_norms.load().sqrt() * up_rms
 
 
 def write_weights(

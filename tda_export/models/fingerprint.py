@@ -7,8 +7,9 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from tda_export.models.spec import DecoderSpec
+from tda_export.models.spec import DecoderSpec, RopeSpec
 
 BLOCKS = 4096
 BLOCK_BYTES = 8 * 1024
@@ -53,12 +54,26 @@ def fingerprint(spec: DecoderSpec, weight_files: Iterable[Path]) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    content = dataclasses.asdict(spec)
-    facts = {name: content[name] for name in SPEC_FIELDS} | {name: content["rope"][name] for name in ROPE_FIELDS}
+    content, rope = dataclasses.asdict(spec), dataclasses.asdict(spec.rope or RopeSpec(0.0))
+    facts = {name: content[name] for name in SPEC_FIELDS} | {name: rope[name] for name in ROPE_FIELDS}
+    # A field that has its default is left out, as if it had never been there.
+    facts |= _changed(spec, content) | _changed(spec.rope or RopeSpec(0.0), rope)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for part in sorted(_sample(path) for path in weight_files):
         digest.update(part)
     return digest.hexdigest()
+
+
+def _changed(described: Any, content: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields with a default that a description sets to something else, but for names and those above."""
+    known = {*SPEC_FIELDS, *ROPE_FIELDS, "names"}
+    return {
+        field.name: content[field.name]
+        for field in dataclasses.fields(described)
+        if field.default is not dataclasses.MISSING
+        and field.name not in known
+        and getattr(described, field.name) != field.default
+    }
 
 
 def _sample(path: Path) -> bytes:

@@ -1,30 +1,34 @@
-"""The cosine and sine tables that GroupQueryAttention rotates queries and keys with."""
+"""Rotary embeddings: what configurations say of them, and the tables that GroupQueryAttention rotates with."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
+from tda_export.errors import TdaError
 from tda_export.models.spec import RopeSpec
 
 
-def inverse_frequencies(rope: RopeSpec, head_size: int) -> torch.Tensor:
+def inverse_frequencies(rope: RopeSpec, rotary_size: int) -> torch.Tensor:
     """Compute the angular frequency of each rotated pair of dimensions.
 
     `theta^(-2j/D)`, divided by `factor` for linear scaling (position interpolation, arXiv 2306.15595); for
     `llama3` only wavelengths over `original / low_freq_factor` are divided, those under
     `original / high_freq_factor` are kept, and between the two the share is interpolated (Llama 3.1's
-    published scaling).
+    published scaling). `longrope` (arXiv 2402.13753) and `yarn` (arXiv 2309.00071) carry theirs.
 
     Args:
         rope: Base and scaling.
-        head_size: D, an even number of elements.
+        rotary_size: R, how many elements of a head are rotated, an even number.
 
     Returns:
-        float32 [D / 2], radians per position.
+        float32 [R / 2], radians per position.
     """
-    exponents = torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size  # [D/2]
+    if rope.frequencies is not None:
+        return torch.tensor(rope.frequencies, dtype=torch.float32)
+    exponents = torch.arange(0, rotary_size, 2, dtype=torch.int64).float() / rotary_size  # [R/2]
     frequencies = 1.0 / (rope.theta**exponents)
     if rope.scaling == "linear":
         return frequencies / rope.factor
@@ -41,17 +45,87 @@ def inverse_frequencies(rope: RopeSpec, head_size: int) -> torch.Tensor:
     return frequencies
 
 
-def rope_table(rope: RopeSpec, head_size: int, positions: int, function: str) -> torch.Tensor:
+def rope_table(
+    rope: RopeSpec, head_size: int, positions: int, function: str, rotary_size: int | None = None
+) -> torch.Tensor:
     """Tabulate `cos` or `sin` of position times frequency.
+
+    Pairs of elements that are not rotated have cos 1 and sin 0, so that the graphs always rotate whole heads
+    (`rotary_order`).
 
     Args:
         rope: Base and scaling.
         head_size: D.
         positions: Number of rows; the graphs can attend to no more tokens than this.
         function: `"cos"` or `"sin"`.
+        rotary_size: R, how many elements of a head are rotated; None is all.
 
     Returns:
         float32 [positions, D / 2].
     """
-    angles = torch.outer(torch.arange(positions, dtype=torch.float32), inverse_frequencies(rope, head_size))
-    return torch.cos(angles) if function == "cos" else torch.sin(angles)
+    frequencies = inverse_frequencies(rope, rotary_size or head_size)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)  # [positions, R/2]
+    rotated = (torch.cos(angles) if function == "cos" else torch.sin(angles)) * rope.attention_factor
+    rest = head_size // 2 - len(frequencies)
+    still = torch.full((positions, rest), 1.0 if function == "cos" else 0.0)
+    return torch.cat([rotated, still], dim=1)
+
+
+def rotary_order(head_size: int, rotary_size: int) -> torch.Tensor:
+    """Order the elements of a head such that its rotated pairs are (j, j + D/2), as when all of it is rotated.
+
+    A model that rotates the first R elements pairs j with j + R/2. Queries and keys in the same new order have the same
+    products.
+
+    Returns:
+        int64 [D]: the element that comes to each place.
+    """
+    half, rest = rotary_size // 2, (head_size - rotary_size) // 2
+    elements = torch.arange(head_size)
+    first, second, still = elements[:half], elements[half:rotary_size], elements[rotary_size:]
+    return torch.cat([first, still[:rest], second, still[rest:]])
+
+
+def read_rope(config: Any, parameters: dict[str, Any], architecture: str, layer_type: str | None = None) -> RopeSpec:
+    """Read the rotary embedding of a transformers configuration.
+
+    Args:
+        config: A `transformers.PretrainedConfig`.
+        parameters: What it says of the rotary embedding of these layers.
+        architecture: For the error.
+        layer_type: transformers' name of these layers, where kinds of layers have embeddings of their own.
+
+    Raises:
+        TdaError: Its scaling is not supported.
+    """
+    kind = parameters.get("rope_type", "default")
+    theta = float(parameters["rope_theta"])
+    if kind == "default":
+        return RopeSpec(theta)
+    if kind == "linear":
+        return RopeSpec(theta, "linear", factor=float(parameters["factor"]))
+    if kind == "llama3":
+        return RopeSpec(
+            theta,
+            "llama3",
+            factor=float(parameters["factor"]),
+            low_freq_factor=float(parameters["low_freq_factor"]),
+            high_freq_factor=float(parameters["high_freq_factor"]),
+            original_max_positions=int(parameters["original_max_position_embeddings"]),
+        )
+    if kind in ("longrope", "yarn"):
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        # Of longrope these are the short contexts' frequencies.
+        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layer_type)
+        return RopeSpec(
+            theta,
+            kind,
+            original_max_positions=int(parameters["original_max_position_embeddings"]),
+            frequencies=tuple(frequencies.tolist()),
+            attention_factor=float(factor),
+        )
+    raise TdaError(
+        f"{architecture} with rope scaling {kind!r} is not supported; supported are default, linear, llama3, longrope "
+        "and yarn."
+    )

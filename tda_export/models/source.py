@@ -28,7 +28,8 @@ LOADING_PROBLEMS = {
     "mismatched_keys": "of another shape",
     "conversion_errors": "not converted",
 }
-GGUF_ROPE_FACTORS = "rope_freqs.weight"
+# Tensors that scale the rotary embedding: of llama3, and of longrope.
+GGUF_ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 GGUF_HEADER_BYTES = 64 << 20  # more than the largest vocabulary takes
 
 
@@ -151,12 +152,13 @@ class ModelSource:
             check_architecture(str(architectures[0]))
 
     def _refuse_rope_factors(self) -> None:
-        """Llama 3.1's rope scaling is a tensor in GGUF files, which transformers does not read."""
+        """Rope scaling by llama3 and longrope is a tensor in GGUF files, which transformers does not read."""
         with (self.folder / str(self.gguf)).open("rb") as file:
             header = file.read(GGUF_HEADER_BYTES)  # tensor names stand before the tensors
-        if GGUF_ROPE_FACTORS.encode() in header:
+        found = next((name for name in GGUF_ROPE_FACTORS if name.encode() in header), None)
+        if found is not None:
             raise TdaError(
-                f"{self.name}: its rope scaling ({GGUF_ROPE_FACTORS}) is not read from GGUF files. "
+                f"{self.name}: its rope scaling ({found}) is not read from GGUF files. "
                 "Give the safetensors checkpoint of this model."
             )
 

@@ -13,6 +13,7 @@ from tda_export.errors import TdaError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+FORMER_NAMES = {"lm_head.weight": "embed_out.weight"}  # GPT-NeoX
 
 
 class Weights(Protocol):
@@ -48,14 +49,26 @@ class SafetensorsWeights:
             raise TdaError(f"{folder}: {INDEX_FILE} names {missing[0]}, which is not there. Download the model again.")
         return [folder / shard for shard in shards]
 
+    @property
+    def names(self) -> list[str]:
+        """The tensors' names."""
+        return list(self._owner)
+
+    def _key(self, name: str) -> str:
+        """Find a tensor by its name, or as checkpoints of a model without its head or of older versions call it."""
+        shorter = name.partition(".")[2]
+        return next((key for key in (name, FORMER_NAMES.get(name, name), shorter) if key in self._owner), name)
+
     def __contains__(self, name: str) -> bool:
-        return name in self._owner
+        return self._key(name) in self._owner
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._owner[name].get_slice(name).get_shape())
+        key = self._key(name)
+        return tuple(self._owner[key].get_slice(key).get_shape())
 
     def load(self, name: str) -> torch.Tensor:
-        return self._owner[name].get_tensor(name)
+        key = self._key(name)
+        return self._owner[key].get_tensor(key)
 
 
 class StateDictWeights:

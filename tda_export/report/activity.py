@@ -80,7 +80,10 @@ class Reader:
             y = x @ float32_weight(self.artifact, contract.ffn_weight(layer, part)).T  # [S, F]
             return y + float32_weight(self.artifact, contract.ffn_bias(layer, part)) if self._spec.ffn_bias else y
 
-        h = activate(self._spec.activation, product("gate")) * product("up")  # [S, F]
+        first, *rest = (product(part) for part in self._spec.ffn_parts[:-1])
+        h = activate(self._spec.activation, first)  # [S, F]
+        if rest:
+            h = h * rest[0]
         down = float32_weight(self.artifact, contract.ffn_weight(layer, "down"))  # [F, M]
         return relative(np.abs(h) * np.linalg.norm(down, axis=1))
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from markupsafe import Markup
 
+from tda_export.ffn_share import two_level_share
 from tda_export.report.axes import around
 from tda_export.report.charts import line_chart
 from tda_export.report.drawing import Series
@@ -44,7 +45,7 @@ def quality_data(calibration: Calibration) -> QualityData | None:
         return None
     return QualityData(
         layer_kl=table.sensitivity.T.numpy(),
-        layer_share=((table.mask_density + 2 * table.token_density) / 3).T.numpy(),
+        layer_share=two_level_share(table.mask_density, table.token_density, calibration.ffn_matrices).T.numpy(),
         sparsity=1 - table.share.numpy(),
         predicted=table.sensitivity.sum(dim=1).numpy(),
         measured=table.kl.T.numpy(),

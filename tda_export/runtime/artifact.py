@@ -67,6 +67,7 @@ class Artifact:
             np.asarray(manifest["token_thresholds"], np.float32),
             refresh=Refresh(**manifest["refresh"]),
             survivors=np.asarray(manifest["survivors"], np.float32),
+            ffn_matrices=self.ffn_matrices,
         )
 
     def file(self, name: str) -> Path:
@@ -160,7 +161,9 @@ def _check_weights(manifest: dict[str, Any], shape: ModelShape) -> None:
         _require(entry["offset"] + math.prod(entry["shape"]) * DTYPE_BYTES[entry["dtype"]] <= size, f"weights.{name}")
     for file in (contract.PREFILL_FILE, contract.DECODE_FILE):
         _require(set(manifest["graph_weights"][file]) <= weights.keys(), f"graph_weights.{file}")
-    _require(weights[contract.EMBEDDING]["shape"] == [shape.vocab_size, shape.hidden_size], "shape.vocab_size")
+    # Embeddings of another width than M come with a projection.
+    width = weights[contract.PROJECT_IN]["shape"][1] if contract.PROJECT_IN in weights else shape.hidden_size
+    _require(weights[contract.EMBEDDING]["shape"] == [shape.vocab_size, width], "shape.vocab_size")
     last = contract.ffn_weight(shape.num_layers - 1, "up")
     _require(last in weights and contract.ffn_weight(shape.num_layers, "up") not in weights, "shape.num_layers")
     _require(weights[last]["shape"] == [shape.ffn_size, shape.hidden_size], "shape.ffn_size")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tda_export.errors import UsageError
+from tda_export.ffn_share import GATED, two_level_share
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Deployment:
     estimates, float32 [L], 0 is off. `prior`: statistics of a prompt begin with the artifact's prior instead of
     nothing. `tail_mean`: dropped neurons are replaced by their mean over the prompt, if the artifact computes it.
     `survivors`: float32 [L] or [1], the share of a mask's neurons that a token is expected not to skip, which says how
-    many bytes are read.
+    many bytes are read. `ffn_matrices`: of the FFN.
     """
 
     thresholds: np.ndarray | None
@@ -52,6 +53,7 @@ class Deployment:
     tail_mean: bool = True
     refresh: Refresh = NO_REFRESH
     survivors: np.ndarray = field(default_factory=lambda: np.ones(1, np.float32))
+    ffn_matrices: int = GATED
 
     def with_refresh(self, refresh: Refresh) -> Deployment:
         """Return the same with another refresh."""
@@ -59,10 +61,10 @@ class Deployment:
 
     def ffn_share(self, mask_density: np.ndarray) -> float:
         """Return the share of FFN bytes that a sparse step reads under masks of the given densities, [L]."""
-        return float((mask_density * (1.0 + 2.0 * self.survivors) / 3.0).mean())
+        return float(two_level_share(mask_density, mask_density * self.survivors, self.ffn_matrices).mean())
 
 
-def one_level(thresholds: Any, layers: int) -> Deployment:
+def one_level(thresholds: Any, layers: int, ffn_matrices: int = GATED) -> Deployment:
     """Return a deployment of prompt masks alone: no prior, no tail mean, no token thresholds."""
     chosen = None if thresholds is None else np.asarray(thresholds, np.float32)
-    return Deployment(chosen, np.zeros(layers, np.float32), prior=False, tail_mean=False)
+    return Deployment(chosen, np.zeros(layers, np.float32), prior=False, tail_mean=False, ffn_matrices=ffn_matrices)

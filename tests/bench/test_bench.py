@@ -13,7 +13,7 @@ import torch
 from tda_export.bench import decode as decode_module
 from tda_export.bench.bandwidth import copy_bandwidth
 from tda_export.bench.decode import METHODS, BenchSettings, run_bench
-from tda_export.bench.runners import DenseRunner, SparseRunner, ffn_inputs
+from tda_export.bench.runners import DenseRunner, SparseRunner, TruncationRunner, ffn_inputs
 from tda_export.bench.shapes import SHAPES, RandomWeights, random_source
 from tda_export.bench.timing import Spread, speedup, take_turns
 from tda_export.cli import bench as bench_command
@@ -23,6 +23,7 @@ from tda_export.runtime.artifact import Artifact, open_artifact
 from tda_export.runtime.session import Sessions
 from tests.conftest import run_cli, run_ok
 from tests.graph.test_parity import build_tiny
+from tests.tiny import save_tiny_model
 
 PROMPT = list(range(5, 69))
 SHORT = ("--prompt-tokens", 64, "--new-tokens", 32)
@@ -271,6 +272,27 @@ def test_wrong_logits_of_any_method_are_not_timed(
     monkeypatch.setattr(SparseRunner, "logits", lambda self, token: nothing)
     with pytest.raises(TdaError, match=f"{method}: its logits are nan from the reference"):
         run_bench(artifact, "cpu", BenchSettings((method,), 0.5, 64, 32), PROMPT)
+
+
+def test_wrong_logits_of_truncation_are_not_timed(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = np.full(artifact.shape.vocab_size, np.nan, np.float32)
+    monkeypatch.setattr(TruncationRunner, "logits", lambda self, token: nothing)
+    with pytest.raises(TdaError, match="tt: its logits are nan from the reference"):
+        run_bench(artifact, "cpu", BenchSettings(("tt",), 0.5, 64, 32), PROMPT)
+
+
+def test_truncation_keeps_the_share_of_neurons_that_was_asked_for(artifact: Artifact) -> None:
+    result = run_bench(artifact, "cpu", BenchSettings(("dense", "tt"), 0.6, 64, 32), PROMPT)
+    assert result["tt"]["sparsity"] == pytest.approx(0.6 / 3, abs=0.05)
+
+
+@pytest.mark.parametrize(("method", "least", "most"), [("dense_native", 0.1, 0.4), ("tda", 0.505, 0.7)])
+def test_bytes_of_inactive_neurons_do_not_count(method: str, least: float, most: float, tmp_path: Path) -> None:
+    """ReLU leaves about half of a random model's neurons inactive, whose down rows are not read."""
+    opt = resolve_model(str(save_tiny_model("opt", tmp_path / "model")))
+    artifact = open_artifact(build_tiny(opt, tmp_path / "artifact"))
+    result = run_bench(artifact, "cpu", BenchSettings((method,), 0.5, 64, 32), PROMPT)
+    assert least < result[method]["sparsity"] < most
 
 
 def test_two_levels_need_tokens_to_choose_thresholds_on() -> None:

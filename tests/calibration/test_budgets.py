@@ -202,6 +202,23 @@ def test_truncation_refuses_more_than_a_third() -> None:
         allocate_truncation(Budget(sparsity=0.34), token_curves(), GRID)
 
 
+def test_truncation_without_gates_saves_half_of_what_it_drops() -> None:
+    allocation = allocate_truncation(Budget(sparsity=0.2), token_curves(), GRID, ffn_matrices=2)
+    assert allocation.density == pytest.approx([0.6] * 2)
+    assert allocation.sparsity == pytest.approx(0.2)
+    with pytest.raises(UsageError, match=r"reads every up row, so it saves at most 1/2 .* Give --sparsity up to 0.5, "):
+        allocate_truncation(Budget(sparsity=0.51), token_curves(), GRID, ffn_matrices=2)
+
+
+@pytest.mark.parametrize("matrices", [2, 3])
+def test_sparsity_counts_the_matrices_that_there_are(matrices: int) -> None:
+    allocation = allocate(Budget(sparsity=0.5), curves([RISING] * 2), GRID, path_table(), matrices)
+    mask, token = (sum(values) / 2 for values in (allocation.density, allocation.token_density))
+    assert allocation.sparsity == pytest.approx(1 - (mask + (matrices - 1) * token) / matrices)
+    one_level = allocate(uniform(0.4), curves([RISING] * 2), GRID, None, matrices)
+    assert one_level.sparsity == pytest.approx(0.4)
+
+
 def test_truncation_refuses_curves_of_prompts() -> None:
     with pytest.raises(UsageError, match="Calibrate with 'tda-export calibrate --estimator token'"):
         allocate_truncation(Budget(cett=0.2), curves([RISING]), GRID)

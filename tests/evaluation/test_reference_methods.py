@@ -224,3 +224,16 @@ def test_measures_by_the_protocol_of_eval(
 def test_windows_longer_than_the_model_are_refused(reference: Any, source: ModelSource) -> None:
     with pytest.raises(TdaError, match=r"more than the model's 512 positions. Shorten"):
         measure_methods(reference, source.spec, [], TextSettings(2, 512, 1), {})
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt-neox", "gpt2", "phi3"])
+def test_ffns_without_separate_gates_are_refused(family: str, tmp_path: Any) -> None:
+    source = resolve_model(str(save_tiny_model(family, tmp_path / "model")))
+    message = rf"^{source.spec.architecture}: methods in PyTorch need an FFN with separate gate and up projections\. "
+    with pytest.raises(TdaError, match=message):
+        ffn_inputs(source.reference(), source.spec, torch.zeros(1, 4, dtype=torch.int64))
+    with (
+        pytest.raises(TdaError, match=message),
+        sparse_ffn(source.reference(), source.spec, static_method(torch.ones(3, 96), 0.5)),
+    ):
+        pass

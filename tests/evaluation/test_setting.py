@@ -227,7 +227,7 @@ def slow_counts(model: Model, source: ModelSource, reference: Any, mask: PromptM
     class Counting:
         def keep(self, layer: int, activated: torch.Tensor) -> torch.Tensor:
             kept = level.keep(layer, activated)
-            counts[layer] = (kept * masks[layer]).sum(dim=-1).long()[0].tolist()
+            counts[layer] = (kept * masks[layer]).sum(dim=-1).long().tolist()
             return kept
 
     with torch.inference_mode():

@@ -43,8 +43,9 @@ def test_method_matches_transformers(method: Method, tiny_model: Path, tmp_path:
     assert [check for check in checks if not check.passed] == []
 
 
-def test_float16_on_the_cpu(tiny_model: Path, tmp_path: Path) -> None:
-    source = resolve_model(str(tiny_model))
+@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "opt-post-norm", "gpt-neox", "phi4-mini"])
+def test_float16_on_the_cpu(family: str, tmp_path: Path) -> None:
+    source = resolve_model(str(save_tiny_model(family, tmp_path / "model")))
     artifact = build_tiny(source, tmp_path / "artifact", dtype="float16")
     checks = verify_artifact(artifact, lambda name: source, provider="cpu", quiet=True)
     assert [check for check in checks if not check.passed] == []

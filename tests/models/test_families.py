@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, GgufConfig, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
+from transformers import (
+    AutoConfig,
+    Gemma3TextConfig,
+    GgufConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+    SmolLM3Config,
+)
 
 from tda_export.errors import TdaError
+from tda_export.graph.weights_file import plan_weights
 from tda_export.models.families import ACTIVATIONS, FAMILIES, check_architecture, read_spec
-from tda_export.models.spec import DecoderSpec, RopeSpec
+from tda_export.models.spec import DecoderSpec, RopeSpec, spec_from_dict
+from tda_export.models.weights import SafetensorsWeights, open_safetensors
 from tests import tiny
 
 SMALL = {
@@ -57,36 +73,21 @@ def test_every_field_of_a_llama_is_read() -> None:
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_spec_describes_the_checkpoint(name: str, tmp_path: Path) -> None:
-    """Each bias that the specification names is in the model that transformers builds from it, and no other."""
-    from transformers import AutoModelForCausalLM
-
+    """Every tensor of the checkpoint is read, and none but those: a norm or bias that the spec forgets shows."""
     folder = tiny.save_tiny_model(name, tmp_path / "model")
-    spec = read_spec(AutoConfig.from_pretrained(folder))
-    tensors = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    spec, weights = read_spec(AutoConfig.from_pretrained(folder)), open_safetensors(folder)
+    seen: set[str] = set()
 
-    names = spec.names
-    biased = {
-        names.query: spec.qkv_bias,
-        names.key: spec.qkv_bias,
-        names.value: spec.qkv_bias,
-        names.attention_out: spec.attention_out_bias,
-        names.gate: spec.ffn_bias,
-        names.up: spec.ffn_bias,
-        names.down: spec.ffn_bias,
-    }
-    for layer in range(spec.num_layers):
-        for linear, expected in biased.items():
-            assert f"{linear.format(i=layer)}.weight" in tensors
-            assert (f"{linear.format(i=layer)}.bias" in tensors) == expected
-    sizes = {
-        names.query: (spec.num_heads * spec.head_size, spec.hidden_size),
-        names.key: (spec.num_kv_heads * spec.head_size, spec.hidden_size),
-        names.gate: (spec.ffn_size, spec.hidden_size),
-        names.down: (spec.hidden_size, spec.ffn_size),
-    }
-    for linear, shape in sizes.items():
-        assert tuple(tensors[f"{linear.format(i=0)}.weight"].shape) == shape
-    assert tuple(tensors[f"{names.embedding}.weight"].shape) == (spec.vocab_size, spec.hidden_size)
+    class Recorded(SafetensorsWeights):
+        def shape(self, name: str) -> tuple[int, ...]:
+            seen.add(self._key(name))
+            return super().shape(name)
+
+    plan = list(plan_weights(spec, Recorded(folder), "float32"))
+    assert seen == set(weights.names)
+    assert len({planned.name for planned in plan}) == len(plan)
+    for planned in plan:
+        assert tuple(planned.load().shape) == planned.shape
 
 
 def test_every_family_has_a_tiny_model() -> None:
@@ -153,6 +154,50 @@ def test_architecture_comes_from_the_model_type_where_none_is_named() -> None:
     assert read_spec(config).architecture == "Qwen2ForCausalLM"
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0 + j / 8 for j in range(8)],
+    "long_factor": [9.0] * 8,
+    "original_max_position_embeddings": 128,
+}
+
+
+def test_longrope_reads_contexts_of_the_original_length_with_their_own_frequencies() -> None:
+    fields = {"original_max_position_embeddings": 128, "rope_parameters": LONGROPE, "pad_token_id": 0}
+    spec = read_spec(small(Phi3Config, max_position_embeddings=2048, **fields))
+    assert spec.max_positions == 128
+    assert spec.rope is not None
+    assert spec.rope.frequencies == pytest.approx([1e4 ** (-j / 8) / (1 + j / 8) for j in range(8)], rel=1e-6)
+    assert spec.rope.attention_factor == pytest.approx((1 + math.log(16) / math.log(128)) ** 0.5)
+    # A model that is no longer than its original context has nothing to cut off.
+    assert read_spec(small(Phi3Config, max_position_embeddings=128, **fields)).max_positions == 128
+
+
+def test_layers_have_their_own_rotary_embedding_or_none() -> None:
+    gemma = read_spec(small(Gemma3TextConfig, head_dim=16, sliding_window=8, sliding_window_pattern=3))
+    assert [gemma.layer_rope(layer) for layer in range(3)] == [RopeSpec(1e4), RopeSpec(1e4), RopeSpec(1e6)]
+    smol = read_spec(small(SmolLM3Config, no_rope_layers=[1, 0, 1], pad_token_id=0))
+    assert [smol.layer_rope(layer) is not None for layer in range(3)] == [True, False, True]
+    opt = read_spec(small(OPTConfig, num_key_value_heads=4, word_embed_proj_dim=64))
+    assert [opt.layer_rope(layer) for layer in range(3)] == [None, None, None]
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_a_manifest_keeps_the_spec(name: str, tmp_path: Path) -> None:
+    spec = read_spec(AutoConfig.from_pretrained(tiny.save_tiny_model(name, tmp_path / "model")))
+    assert spec_from_dict(json.loads(json.dumps(dataclasses.asdict(spec)))) == spec
+
+
+def test_a_manifest_of_before_other_families_is_read() -> None:
+    spec = read_spec(small())
+    content = json.loads(json.dumps(dataclasses.asdict(spec)))
+    defaults = {field.name for field in dataclasses.fields(spec) if field.default is not dataclasses.MISSING}
+    old = {name: value for name, value in content.items() if name not in defaults - {"names"}}
+    del old["rope"]["frequencies"], old["rope"]["attention_factor"], old["names"]["positions"]
+    assert spec_from_dict(old) == spec
+
+
 # What is refused
 
 
@@ -161,50 +206,99 @@ def test_supported_architecture_gives_its_entry(architecture: str) -> None:
     assert check_architecture(architecture) is FAMILIES[architecture]
 
 
-@pytest.mark.parametrize("architecture", ["", "L", "llamaforcausallm", "Gemma3ForCausalLM"])
-def test_other_architecture_has_no_entry(architecture: str) -> None:
-    with pytest.raises(TdaError, match=rf"^Architecture {architecture} is not supported; supported are Llama"):
+SUPPORTED = ", ".join(sorted(FAMILIES))
+
+
+@pytest.mark.parametrize("architecture", ["", "L", "llamaforcausallm", "LlamaForSequenceClassification"])
+def test_unsupported_architecture_names_those_supported(architecture: str) -> None:
+    message = (
+        rf"^Architecture {architecture} is not supported; supported are {SUPPORTED}\. Choose a model of one of these\.$"
+    )
+    with pytest.raises(TdaError, match=message):
         check_architecture(architecture)
 
 
-@pytest.mark.parametrize("architecture", ["Gemma3ForCausalLM", "LlamaForSequenceClassification"])
-def test_unsupported_architecture_names_those_supported(architecture: str) -> None:
-    message = (
-        rf"^Architecture {architecture} is not supported; supported are LlamaForCausalLM, MistralForCausalLM, "
-        r"Qwen2ForCausalLM\. Choose a model of one of these\.$"
-    )
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("MixtralForCausalLM", "mixture of experts"),
+        ("Qwen3MoeForCausalLM", "mixture of experts"),
+        ("GptOssForCausalLM", "mixture of experts"),
+        ("DeepseekV3ForCausalLM", "latent attention with mixture of experts"),
+        ("JambaForCausalLM", "mixture of experts with state-space layers"),
+        ("BloomForCausalLM", r"ALiBi \(attention with linear biases\)"),
+        ("Mamba2ForCausalLM", "a recurrent or state-space layer"),
+        ("T5ForConditionalGeneration", "an encoder beside the decoder"),
+        ("Gemma3ForConditionalGeneration", "input other than text"),
+        ("Mistral3ForConditionalGeneration", "input other than text"),
+    ],
+)
+def test_what_an_architecture_has_that_we_lack(architecture: str, reason: str) -> None:
+    message = rf"^{architecture}: {reason} is not supported\. Choose a model of one of {SUPPORTED}\.$"
     with pytest.raises(TdaError, match=message):
         read_spec(small(architectures=[architecture]))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "feature"),
+    [
+        ("num_local_experts", 8, "mixture of experts"),
+        ("num_experts", 64, "mixture of experts"),
+        ("is_encoder_decoder", True, "an encoder beside the decoder"),
+        ("add_cross_attention", True, "an encoder beside the decoder"),
+        ("vision_config", {"layers": 2}, "input other than text"),
+        ("audio_config", {"layers": 2}, "input other than text"),
+        ("alibi", True, r"ALiBi \(attention with linear biases\)"),
+        ("use_bidirectional_attention", True, "attention to later tokens"),
+        ("scale_attn_by_inverse_layer_idx", True, "attention that is scaled by layer"),
+        ("layer_norm_elementwise_affine", False, "norms without weights are"),
+    ],
+)
+def test_what_a_configuration_asks_for_that_we_lack(field: str, value: Any, feature: str) -> None:
+    config = small()
+    setattr(config, field, value)
+    with pytest.raises(TdaError, match=rf"^LlamaForCausalLM: {feature}.* not supported \({field} in config\.json\)\. "):
+        read_spec(config)
 
 
 def test_unknown_model_type_is_named() -> None:
     class Unheard(PretrainedConfig):
         model_type = "unheard-of"
 
-    with pytest.raises(TdaError, match=r"^Architecture unheard-of is not supported; supported are Llama"):
+    with pytest.raises(TdaError, match=rf"^Architecture unheard-of is not supported; supported are {SUPPORTED}"):
         read_spec(Unheard())
 
 
-@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize("activation", ["tanh", "relu2"])
 def test_unsupported_activation(activation: str) -> None:
-    message = rf"^LlamaForCausalLM with activation '{activation}' is not supported; supported are silu, swish\.$"
+    message = (
+        rf"^LlamaForCausalLM with activation '{activation}' is not supported; supported are "
+        rf"{', '.join(sorted(ACTIVATIONS))}\.$"
+    )
     with pytest.raises(TdaError, match=message):
         read_spec(small(hidden_act=activation))
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "yarn"])
-def test_unsupported_rope_type(kind: str) -> None:
-    config = small(rope_parameters={"rope_type": kind, "rope_theta": 1e4, "factor": 2.0})
+def test_unsupported_rope_type() -> None:
+    config = small(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     message = (
-        rf"^LlamaForCausalLM with rope scaling '{kind}' is not supported; supported are default, linear and llama3\.$"
+        r"^LlamaForCausalLM with rope scaling 'dynamic' is not supported; supported are default, linear, llama3, "
+        r"longrope and yarn\.$"
     )
     with pytest.raises(TdaError, match=message):
         read_spec(config)
 
 
-def test_partial_rotary_embeddings() -> None:
+def test_partial_rotary_embeddings_of_a_family_that_has_none() -> None:
     config = small(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5})
     with pytest.raises(TdaError, match=r"^LlamaForCausalLM with partial rotary embeddings is not supported\.$"):
+        read_spec(config)
+
+
+def test_odd_number_of_rotated_elements() -> None:
+    config = small(GPTNeoXConfig, num_key_value_heads=4, rotary_pct=0.45)  # 7 of 16
+    message = r"^GPTNeoXForCausalLM: 7 rotated elements of a head of 16 cannot be\. Check the partial rotary factor"
+    with pytest.raises(TdaError, match=message):
         read_spec(config)
 
 

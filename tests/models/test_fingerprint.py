@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -159,6 +160,29 @@ OTHER_SPEC = {
     "sliding_windows": (None, 8),
     "tied_head": False,
 }
+LATER_SPEC: dict[str, Any] = {
+    "gated": False,
+    "norm": "layer",
+    "norm_offset": 1.0,
+    "norm_placement": "after",
+    "final_norm": False,
+    "parallel_residual": True,
+    "position_offset": 2,
+    "local_rope": RopeSpec(5.0),
+    "rope_layers": (True, False),
+    "rotary_size": 8,
+    "embedding_size": 32,
+    "embedding_scale": 8.0,
+    "residual_scale": 0.5,
+    "attention_scale": 0.1,
+    "attention_softcap": 50.0,
+    "logits_scale": 0.5,
+    "logits_softcap": 30.0,
+    "qk_norm": "head",
+    "qkv_layout": "stacked",
+    "transposed_linears": True,
+}
+LATER_ROPE: dict[str, Any] = {"frequencies": (1.0, 0.5), "attention_factor": 1.1}
 OTHER_ROPE = {
     "theta": 2e4,
     "scaling": "linear",
@@ -184,10 +208,24 @@ def test_rotary_embedding_matters(name: str, tmp_path: Path) -> None:
 
 
 def test_every_field_that_weights_do_not_show_is_hashed() -> None:
-    """Biases and names show in the weight files; a new field belongs here or there, by decision."""
+    """Biases and names show in the weight files; fields with a default are hashed where they have another value."""
     shown_by_weights = {"rope", "names", "qkv_bias", "attention_out_bias", "ffn_bias"}
-    assert {field.name for field in dataclasses.fields(DecoderSpec)} == set(SPEC_FIELDS) | shown_by_weights
-    assert {field.name for field in dataclasses.fields(RopeSpec)} == set(ROPE_FIELDS)
+    fields = {field.name for field in dataclasses.fields(DecoderSpec)}
+    assert fields == set(SPEC_FIELDS) | shown_by_weights | set(LATER_SPEC)
+    assert {field.name for field in dataclasses.fields(RopeSpec)} == set(ROPE_FIELDS) | set(LATER_ROPE)
+
+
+@pytest.mark.parametrize("name", LATER_SPEC)
+def test_later_fields_matter(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "model.safetensors", b"weights")
+    assert fingerprint(dataclasses.replace(SPEC, **{name: LATER_SPEC[name]}), [path]) != fingerprint(SPEC, [path])
+
+
+@pytest.mark.parametrize("name", LATER_ROPE)
+def test_later_fields_of_rotary_embeddings_matter(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "model.safetensors", b"weights")
+    other = dataclasses.replace(SPEC, rope=dataclasses.replace(SPEC.rope, **{name: LATER_ROPE[name]}))
+    assert fingerprint(other, [path]) != fingerprint(SPEC, [path])
 
 
 def test_fields_of_later_families_make_no_new_model_of_an_old_one(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tda_export.models.families import read_spec
-from tda_export.models.rope import inverse_frequencies, rope_table
+from tda_export.models.rope import inverse_frequencies, rope_table, rotary_order
 from tda_export.models.spec import RopeSpec
 
 HEAD_SIZES = [16, 64, 96, 128]
@@ -139,3 +139,29 @@ def test_first_position_is_not_rotated() -> None:
     rope = RopeSpec(1e4)
     assert rope_table(rope, 16, 3, "cos")[0].tolist() == [1.0] * 8
     assert rope_table(rope, 16, 3, "sin")[0].tolist() == [0.0] * 8
+
+
+@pytest.mark.parametrize(("head_size", "rotary_size"), [(16, 16), (16, 8), (32, 24), (96, 24)])
+def test_rotating_whole_heads_in_another_order_rotates_a_part(head_size: int, rotary_size: int) -> None:
+    """Scores of rotated queries and keys are those of rotating the first elements alone, pairs (j, j + R/2)."""
+    rope, positions, half, part = RopeSpec(1e4), 7, head_size // 2, rotary_size // 2
+    query, key = torch.randn(2, positions, head_size, dtype=torch.float64)
+    cos, sin = (rope_table(rope, head_size, positions, function, rotary_size).double() for function in ("cos", "sin"))
+
+    def whole(x: torch.Tensor) -> torch.Tensor:
+        x = x[:, rotary_order(head_size, rotary_size)]
+        first, second = x[:, :half], x[:, half:]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=1)
+
+    def partly(x: torch.Tensor) -> torch.Tensor:
+        first, second, rest = x[:, :part], x[:, part:rotary_size], x[:, rotary_size:]
+        c, s = cos[:, :part], sin[:, :part]
+        return torch.cat([first * c - second * s, second * c + first * s, rest], dim=1)
+
+    torch.testing.assert_close(whole(query) @ whole(key).T, partly(query) @ partly(key).T)
+
+
+def test_attention_factor_scales_what_is_rotated_alone() -> None:
+    rope = RopeSpec(1e4, "longrope", frequencies=(1.0, 0.5), attention_factor=1.5)
+    assert rope_table(rope, 8, 2, "cos", 4)[0].tolist() == [1.5, 1.5, 1.0, 1.0]
+    assert rope_table(rope, 8, 2, "sin", 4)[0].tolist() == [0.0] * 4

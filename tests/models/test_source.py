@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tda_export.errors import TdaError
 from tda_export.models import source as source_module
+from tda_export.models.families import FAMILIES
 from tda_export.models.source import HUB_FILES, HUB_IGNORED, ModelSource, resolve_model
 from tests.tiny import save_tiny_model
 
@@ -174,8 +175,8 @@ def test_unsupported_architecture_is_named_before_transformers_sees_it(
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", fail)
     set_config(folder, architectures=["ForeignForCausalLM"], **fields)
     message = (
-        r"^Architecture ForeignForCausalLM is not supported; supported are LlamaForCausalLM, MistralForCausalLM, "
-        r"Qwen2ForCausalLM\. Choose a model of one of these\.$"
+        rf"^Architecture ForeignForCausalLM is not supported; supported are {', '.join(sorted(FAMILIES))}\. "
+        r"Choose a model of one of these\.$"
     )
     with pytest.raises(TdaError, match=message):
         _ = resolve_model(str(folder)).spec

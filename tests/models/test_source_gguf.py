@@ -55,12 +55,13 @@ def test_gguf(tmp_path: Path) -> None:
         assert torch.equal(parameter, weights.load(name))
 
 
-def test_gguf_with_rope_factors_is_refused(tmp_path: Path) -> None:
-    """They are Llama 3.1's scaling; transformers passes over them, and the model would rotate wrongly."""
-    assert GGUF_ROPE_FACTORS == "rope_freqs.weight"
-    source = write_gguf(tmp_path / "model.gguf", GGUF_TENSORS | {GGUF_ROPE_FACTORS: (8,)})
+@pytest.mark.parametrize("name", GGUF_ROPE_FACTORS)
+def test_gguf_with_rope_factors_is_refused(name: str, tmp_path: Path) -> None:
+    """They are Llama 3.1's or Phi's scaling; transformers passes over them, and the model would rotate wrongly."""
+    assert "rope_freqs.weight" in GGUF_ROPE_FACTORS
+    source = write_gguf(tmp_path / "model.gguf", GGUF_TENSORS | {name: (8,)})
     message = (
-        r"model\.gguf: its rope scaling \(rope_freqs\.weight\) is not read from GGUF files\. "
+        rf"model\.gguf: its rope scaling \({name}\) is not read from GGUF files\. "
         r"Give the safetensors checkpoint of this model\.$"
     )
     for what in ("spec", "fingerprint"):

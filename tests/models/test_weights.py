@@ -134,3 +134,14 @@ def test_truncated_file(kept: int, write: Any, file: str, tmp_path: Path) -> Non
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(TdaError, match=r"the safetensors weights cannot be read \(.+\)\. Download the model again\.$"):
         open_safetensors(tmp_path)
+
+
+def test_names_of_models_without_their_head_and_of_older_versions(tmp_path: Path) -> None:
+    """Checkpoints on the hub leave out the model's prefix, and GPT-NeoX's head has had another name."""
+    save_file({"h.0.weight": torch.ones(2), "embed_out.weight": torch.zeros(3)}, tmp_path / SINGLE_FILE)
+    weights = open_safetensors(tmp_path)
+    for name, expected in (("transformer.h.0.weight", torch.ones(2)), ("lm_head.weight", torch.zeros(3))):
+        assert name in weights
+        assert weights.shape(name) == tuple(expected.shape)
+        assert torch.equal(weights.load(name), expected)
+    assert "transformer.h.1.weight" not in weights

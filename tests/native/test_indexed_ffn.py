@@ -122,3 +122,27 @@ def test_shapes_that_do_not_fit(name: str, shape: tuple[int, ...], message: str)
     call = session(FfnForm("silu", bias=True, two_levels=True), down_bias=True, layer=LAYER)
     with pytest.raises(Exception, match=f"tda::IndexedFFN: {message}"):
         run(call, feeds | {name: np.ones(shape, np.float32)})
+
+
+@pytest.mark.parametrize("dtype", ["float32", *ON_GPU])
+@pytest.mark.parametrize("order", ["side by side", "scattered"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_zero_activations_cost_no_further_rows(gated: bool, order: str, dtype: str) -> None:
+    """ReLU's zeros: what is in the rows that belong to them shows nowhere, not even as 0 * NaN."""
+    neurons, form = 400, FfnForm("relu", gated=gated, bias=True)
+    rng = np.random.default_rng(0)
+    indices = np.arange(neurons) if order == "side by side" else rng.permutation(neurons)
+    feeds = random_feeds(rng, tokens=1, hidden=264, neurons=neurons, indices=indices, dtype=dtype, threshold=0.0)
+    expected, _ = reference(form, feeds, down_bias=True, threshold=0.0)
+    first = "gate" if gated else "up"
+    products = feeds["x"].astype(np.float64)[0, 0] @ feeds[f"w_{first}"].astype(np.float64).T + feeds[f"b_{first}"]
+    silent = products < -1e-2  # no rounding makes them positive
+    assert 100 < silent.sum() < 300
+    for name in ("w_down", *(("w_up", "b_up") if gated else ())):
+        feeds[name] = feeds[name].copy()
+        feeds[name][silent] = np.nan
+    y = run(session(form, down_bias=True, layer=LAYER, dtype=dtype), feeds).astype(np.float64)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=TOLERANCES[dtype] * max(1.0, float(np.abs(expected).max())))
+    # The function body multiplies them, which proves that they would show.
+    body = run(session(form, down_bias=True, layer=LAYER, dtype=dtype, native=False), feeds)
+    assert np.isnan(body.astype(np.float64)).all()

@@ -1,0 +1,98 @@
+"""The latency table of "First Activations Matter" (arXiv 2408.11393) on one GPU, beside the paper's seconds on an A100.
+
+    python benchmarks/paper_latency.py [--shape opt-2.7b …] [--prompt-tokens 1024] [--new-tokens 1024] [--json]
+
+Random weights of true shapes in fp16, batch 1. Of each model one run compares, after checking logits: dense (ONNX
+Runtime's own operators, captured), TT, Griffin and TDA at 50 % of the neurons, and two levels at 50 % of the bytes.
+Seconds are prefill and as many steps as new tokens. The ceiling is the time in which a copy's bandwidth brings in the
+bytes that a token reads. TT drops neurons token by token after computing gate and up, by stock operators, so it reads
+all bytes whatever it keeps. Then the kernel alone at the model's FFN shape; ReLU's is measured as GELU, which has no
+zeros. OPT's bytes leave out the down rows of inactive neurons, about half of them with random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+METHODS = ("dense", "tt", "griffin", "tda", "two_levels")
+# Seconds for 1,024 + 1,024 tokens: dense, TT, Griffin, TDA.
+PAPER_SECONDS = {
+    "opt-2.7b": (32.95, 33.52, 26.96, 27.77),
+    "gemma-2b": (30.17, 30.16, 23.92, 24.06),
+    "llama-2-7b": (80.31, 78.88, 64.32, 66.25),
+    "mistral-7b": (79.28, 76.26, 63.26, 64.94),
+}
+DTYPE = "float16"
+
+
+def latency(shape: str, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    """Measure one model: each method's seconds, milliseconds a token and share of the bandwidth."""
+    from tda_export.bench.artifact import build_random_artifact
+    from tda_export.bench.decode import BenchSettings, run_bench
+    from tda_export.bench.shapes import random_source
+    from tda_export.calibration.corpus import builtin_folder
+    from tda_export.runtime.text import Text
+
+    settings = BenchSettings(METHODS, 0.5, prompt_tokens, new_tokens)
+    text = "\n\n".join(file.read_text(encoding="utf-8") for file in sorted(builtin_folder().glob("*.txt")))
+    with tempfile.TemporaryDirectory(prefix="tda-export-latency-") as folder:
+        artifact = build_random_artifact(random_source(shape), Path(folder) / "artifact", DTYPE, 0.5, quiet=True)
+        prompt = list(islice(cycle(Text(artifact).encode(text)), prompt_tokens))
+        result = run_bench(artifact, "cuda", settings, prompt)
+    paper = dict(zip(METHODS, PAPER_SECONDS[shape], strict=False))
+    for name in METHODS:
+        row = result[name]
+        row["seconds"] = (row["prefill_ms"] + new_tokens * row["ms_per_token"]) / 1e3
+        row["ceiling_ms"] = row["bytes_per_token"] / result["copy_gb_per_second"] / 1e6
+        row["paper_a100_seconds"] = paper.get(name)
+    return result
+
+
+def kernel(shape: str) -> dict[str, Any]:
+    """Measure the kernel alone at a model's FFN shape."""
+    from tda_export.bench.kernel import measure
+    from tda_export.bench.shapes import random_source
+    from tda_export.graph.ffn import FfnForm
+
+    spec = random_source(shape).spec
+    activation = "gelu_tanh" if spec.activation == "relu" else spec.activation
+    form = FfnForm(activation, gated=spec.gated, two_levels=True)
+    return measure(spec.hidden_size, spec.ffn_size, DTYPE, form)
+
+
+def show(shape: str, result: dict[str, Any], alone: dict[str, Any]) -> None:
+    print(f"{shape}, {result['device']}, copy {result['copy_gb_per_second']:,.0f} GB/s")
+    print(f"{'':12} {'s':>7} {'paper, A100':>12} {'ms a token':>11} {'ceiling':>8} {'of copy':>8} {'sparsity':>9}")
+    for name in METHODS:
+        row = result[name]
+        paper = f"{row['paper_a100_seconds']:.2f}" if row["paper_a100_seconds"] else ""
+        print(
+            f"{name:12} {row['seconds']:7.2f} {paper:>12} {row['ms_per_token']:11.2f} {row['ceiling_ms']:8.2f} "
+            f"{row['share_of_copy_bandwidth']:8.2f} {row['sparsity']:9.2f}"
+        )
+    for name, row in alone["settings"].items():
+        print(f"  kernel, {name:32} {row['gb_per_second']:6,.0f} GB/s, {row['share_of_copy_bandwidth']:.2f} of copy")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", action="append", choices=PAPER_SECONDS, help="all four by default")
+    parser.add_argument("--prompt-tokens", type=int, default=1024)
+    parser.add_argument("--new-tokens", type=int, default=1024)
+    parser.add_argument("--json", action="store_true", help="print a JSON line a model")
+    options = parser.parse_args()
+    for shape in options.shape or PAPER_SECONDS:
+        result, alone = latency(shape, options.prompt_tokens, options.new_tokens), kernel(shape)
+        if options.json:
+            print(json.dumps({"shape": shape, "latency": result, "kernel": alone}), flush=True)
+        else:
+            show(shape, result, alone)
+
+
+if __name__ == "__main__":
+    main()

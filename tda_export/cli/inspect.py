@@ -1,0 +1,135 @@
+"""`tda-export inspect`: what was recognised of a model or an artifact, and what to expect of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tda_export.cli.options import json_option
+
+SPARSITIES = (0.3, 0.5)
+MIB = 2**20
+
+
+@click.command()
+@click.argument("name", metavar="MODEL|ARTIFACT")
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="Of the artifact that a MODEL would make.  [default: fp16]",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Tokens in the cache, for memory and ceiling.",
+)
+@json_option
+def inspect(name: str, dtype: str | None, context: int, as_json: bool) -> None:
+    """Say what MODEL or ARTIFACT is, how large, and how much faster sparse decoding of it can be.
+
+    Of a MODEL no weights are read. The ceiling is the ratio of bytes that a dense and a sparse step read: decoding one
+    token at a time is bound by memory. A session holds the weights once and the keys and values of the context.
+    """
+    from tda_export.errors import UsageError
+    from tda_export.graph.contract import DTYPES, MANIFEST_FILE
+
+    if (Path(name) / MANIFEST_FILE).is_file():
+        if dtype:
+            raise UsageError("--dtype is of the artifact that a MODEL would make; an artifact has its own.")
+        result = _of_artifact(Path(name), context)
+    else:
+        result = _of_model(name, DTYPES[dtype or "fp16"], context)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        _print(result)
+
+
+def _of_model(name: str, dtype: str, context: int) -> dict[str, Any]:
+    from tda_export.graph.sizes import planned_sizes
+    from tda_export.models.skeleton import skeleton_shapes
+    from tda_export.models.source import resolve_model
+
+    source = resolve_model(name, notify=lambda line: click.echo(line, err=True))
+    spec = source.spec
+    return _described(name, spec, planned_sizes(spec, skeleton_shapes(source.config), dtype), dtype, context)
+
+
+def _of_artifact(folder: Path, context: int) -> dict[str, Any]:
+    from tda_export.graph.derive import artifact_method, artifact_spec
+    from tda_export.graph.sizes import manifest_sizes
+    from tda_export.runtime.artifact import open_artifact
+
+    artifact = open_artifact(folder)
+    spec, dtype = artifact_spec(artifact), artifact.shape.dtype
+    sizes = manifest_sizes(spec, artifact.manifest["weights"], dtype)
+    described = _described(artifact.name, spec, sizes, dtype, context)
+    return described | {
+        "artifact": str(folder),
+        "method": artifact_method(artifact).name,
+        "budget": artifact.manifest["budget"],
+        "expected_sparsity": artifact.manifest["expected"].get("sparsity"),
+        "artifact_bytes": sum(entry["size"] for entry in artifact.manifest["files"].values()),
+    }
+
+
+def _described(name: str, spec: Any, sizes: Any, dtype: str, context: int) -> dict[str, Any]:
+    from tda_export.errors import UsageError
+    from tda_export.graph.sizes import features
+
+    if context > spec.max_positions:
+        raise UsageError(f"{context} tokens are more than the model's {spec.max_positions} positions. Lower --context.")
+    return {
+        "model": name,
+        "architecture": spec.architecture,
+        "features": list(features(spec)),
+        "layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "heads": spec.num_heads,
+        "kv_heads": spec.num_kv_heads,
+        "head_size": spec.head_size,
+        "ffn_size": spec.ffn_size,
+        "ffn_matrices": len(spec.ffn_parts),
+        "vocab_size": spec.vocab_size,
+        "max_positions": spec.max_positions,
+        "dtype": dtype,
+        "context": context,
+        "artifact_bytes": sizes.stored,
+        "bytes_per_token": sizes.read + sizes.cache_read(context),
+        "ffn_bytes": sizes.ffn,
+        "ffn_share": sizes.ffn / sizes.read,
+        "ceiling": {str(sparsity): sizes.ceiling(sparsity, context) for sparsity in SPARSITIES},
+        "cache_bytes": sizes.cache(context),
+        "session_bytes": sizes.stored + sizes.cache(context),
+    }
+
+
+def _print(result: dict[str, Any]) -> None:
+    click.echo(f"{result['model']}: {result['architecture']}")
+    click.echo(f"  {'; '.join(result['features'])}")
+    click.echo(
+        f"  {result['layers']} layers, hidden size {result['hidden_size']:,}, {result['heads']} heads of "
+        f"{result['head_size']} over {result['kv_heads']} key-value heads, {result['ffn_size']:,} FFN neurons of "
+        f"{result['ffn_matrices']} rows, {result['vocab_size']:,} tokens, {result['max_positions']:,} positions"
+    )
+    if "artifact" in result:
+        expected = result["expected_sparsity"]
+        suffix = "" if expected is None else f", expected FFN sparsity {expected:.3f}"
+        budget = ", ".join(f"{key} {value}" for key, value in result["budget"].items())
+        click.echo(f"  built with {result['method']}, {budget}{suffix}")
+    click.echo(
+        f"  FFN {result['ffn_bytes'] / MIB:,.0f} MiB in {result['dtype']}, {result['ffn_share']:.0%} of the weights "
+        f"that a token reads; with {result['context']:,} tokens in the cache a token reads "
+        f"{result['bytes_per_token'] / MIB:,.0f} MiB"
+    )
+    for sparsity, ceiling in result["ceiling"].items():
+        click.echo(f"  at {float(sparsity):.0%} FFN sparsity at most {ceiling:.2f} times as fast as dense")
+    click.echo(
+        f"  artifact {result['artifact_bytes'] / MIB:,.0f} MiB, a session {result['session_bytes'] / MIB:,.0f} MiB, "
+        f"{result['cache_bytes'] / MIB:,.0f} of them for the cache"
+    )

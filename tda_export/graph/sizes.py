@@ -1,0 +1,141 @@
+"""How many bytes a decoder's weights and cache take, and how many of them one token reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tda_export.graph import contract
+from tda_export.graph.weights_file import plan_weights
+from tda_export.models.spec import DecoderSpec
+
+KEY_AND_VALUE = 2
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes: `stored` of all weights, `read` of those that a dense decode step reads, `ffn` of the FFN's among them
+    (without biases, as sparsity counts), `cache_row` of one token's key and value in one layer."""
+
+    stored: int
+    read: int
+    ffn: int
+    cache_row: int
+    windows: tuple[int | None, ...]
+
+    def cache(self, context: int) -> int:
+        """Return what the keys and values of a context take, in tokens."""
+        return len(self.windows) * context * self.cache_row
+
+    def cache_read(self, context: int) -> int:
+        """Return what of them a step reads: of layers with a window no more than that."""
+        return sum(min(window or context, context) for window in self.windows) * self.cache_row
+
+    def ceiling(self, sparsity: float, context: int) -> float:
+        """Return how many times as fast as dense decode can be at a sparsity, were bytes all that it takes."""
+        dense = self.read + self.cache_read(context)
+        return dense / (dense - sparsity * self.ffn)
+
+
+def weight_sizes(spec: DecoderSpec, weights: Mapping[str, int], dtype: str) -> Sizes:
+    """Sort the weights of an artifact by what a token reads of them.
+
+    Args:
+        spec: The architecture.
+        weights: Bytes by name, as in weights.bin.
+        dtype: A value of `contract.DTYPES`.
+    """
+    looked_up = {*contract.ROPE_CACHES, *contract.LOCAL_ROPE_CACHES, contract.POSITIONS}  # a row of each is read
+    if not spec.tied_head:
+        looked_up.add(contract.EMBEDDING)
+    ffn = 0
+    for layer in range(spec.num_layers):
+        ffn += sum(weights[contract.ffn_weight(layer, part)] for part in spec.ffn_parts)
+        looked_up |= {contract.down_squared_norms(layer), contract.neuron_scale(layer)}
+    return Sizes(
+        stored=sum(weights.values()),
+        read=sum(size for name, size in weights.items() if name not in looked_up),
+        ffn=ffn,
+        cache_row=KEY_AND_VALUE * spec.num_kv_heads * spec.head_size * contract.DTYPE_BYTES[dtype],
+        windows=spec.sliding_windows,
+    )
+
+
+def planned_sizes(spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> Sizes:
+    """Return the sizes of a two-level artifact of a model, before it is built.
+
+    Args:
+        spec: The architecture.
+        shapes: Of the checkpoint's tensors, by name.
+        dtype: A value of `contract.DTYPES`.
+
+    Raises:
+        TdaError: The shapes do not fit the architecture.
+    """
+    up_rms = torch.empty(spec.num_layers, spec.ffn_size, device="meta")
+    plan = plan_weights(spec, _Shapes(shapes), dtype, up_rms)
+    sizes = {planned.name: int(np.prod(planned.shape)) * contract.DTYPE_BYTES[planned.dtype] for planned in plan}
+    return weight_sizes(spec, sizes, dtype)
+
+
+def manifest_sizes(spec: DecoderSpec, weights: Mapping[str, dict[str, Any]], dtype: str) -> Sizes:
+    """Return the sizes of an artifact, given the weights of its manifest."""
+    sizes = {
+        name: int(np.prod(entry["shape"])) * contract.DTYPE_BYTES[entry["dtype"]] for name, entry in weights.items()
+    }
+    return weight_sizes(spec, sizes, dtype)
+
+
+class _Shapes:
+    """A checkpoint of which the shapes alone are known."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shapes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def load(self, name: str) -> torch.Tensor:
+        raise AssertionError(f"{name}: no more than its shape is known")
+
+
+def features(spec: DecoderSpec) -> Iterable[str]:
+    """Say in a few words each how an architecture is made."""
+    norms = {"rms": "RMS norms", "layer": "layer norms"}[spec.norm]
+    places = {"before": "before", "after": "after", "output": "on the output of", "both": "before and after"}
+    yield f"{norms} {places[spec.norm_placement]} attention and FFN"
+    if spec.parallel_residual:
+        yield "attention and FFN side by side"
+    yield f"{spec.activation} FFN {'with' if spec.gated else 'without'} gates"
+    yield from _attention_features(spec)
+    if spec.embedding_width != spec.hidden_size:
+        yield f"embeddings of {spec.embedding_width} elements"
+    if spec.logits_softcap is not None:
+        yield f"logits capped at {spec.logits_softcap:g}"
+
+
+def _attention_features(spec: DecoderSpec) -> Iterable[str]:
+    if spec.qk_norm != "none":
+        yield "norms of queries and keys"
+    if spec.attention_softcap is not None:
+        yield f"attention scores capped at {spec.attention_softcap:g}"
+    windows = [window for window in spec.sliding_windows if window is not None]
+    if windows:
+        yield f"a window of {max(windows)} tokens in {len(windows)} of {spec.num_layers} layers"
+    if spec.rope is None:
+        yield "learned positions"
+        return
+    share = f" of {spec.rotary_size} of {spec.head_size} elements" if spec.rotary_size else ""
+    scaling = "" if spec.rope.scaling == "default" else f", {spec.rope.scaling} scaling"
+    yield f"rotary embedding{share}{scaling}"
+    if spec.local_rope is not None:
+        yield "another rotary base in layers with a window"
+    if spec.rope_layers is not None and not all(spec.rope_layers):
+        yield f"{spec.rope_layers.count(False)} layers without rotary embedding"

@@ -1,0 +1,136 @@
+"""A checkpoint's tensors as the graphs want them: linear layers [out, in], Q, K and V one below the other.
+
+Families pack, interleave and transpose; `Layout` takes that out. Nothing is read before a tensor's `load` is called,
+and no more than one tensor of the checkpoint at a time but for Q, K and V in three tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from tda_export.errors import TdaError
+from tda_export.models.rope import rotary_order
+from tda_export.models.spec import DecoderSpec
+from tda_export.models.weights import Weights
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor to come: its shape, and how to read it."""
+
+    shape: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+
+
+class Layout:
+    """Reads the parts of a decoder from its checkpoint, having checked their shapes against the configuration."""
+
+    def __init__(self, spec: DecoderSpec, weights: Weights) -> None:
+        self._spec, self._weights = spec, weights
+        self._heads, self._kv_heads = spec.num_heads * spec.head_size, spec.num_kv_heads * spec.head_size
+
+    def plain(self, name: str, *shape: int) -> Tensor:
+        """Return a tensor as it is in the checkpoint."""
+        self._check(name, shape)
+        return Tensor(shape, partial(self._weights.load, name))
+
+    def norm(self, module: str, size: int) -> Tensor:
+        """Return the weights of a norm, float32, with the offset of families whose norms multiply by 1 + w."""
+        plain, offset = self.plain(f"{module}.weight", size), self._spec.norm_offset
+        return Tensor(plain.shape, lambda: plain.load().float() + offset) if offset else plain
+
+    def head_norm(self, module: str, heads: int) -> Tensor:
+        """Return the weights of a norm of queries or keys, in the order that heads have in the graphs."""
+        spec = self._spec
+        whole = spec.qk_norm == "whole"
+        plain = self.norm(module, heads * spec.head_size if whole else spec.head_size)
+        return Tensor(plain.shape, lambda: self._rotated(plain.load(), heads if whole else 1))
+
+    def positions(self) -> Tensor:
+        """Return the table of learned positions, [positions, M], that of position 0 first."""
+        spec, offset = self._spec, self._spec.position_offset or 0
+        plain = self.plain(f"{spec.names.positions}.weight", spec.max_positions + offset, spec.hidden_size)
+        return Tensor((spec.max_positions, spec.hidden_size), lambda: plain.load()[offset:])
+
+    def linear(self, module: str, outputs: int, inputs: int) -> Tensor:
+        """Return the weights of a linear layer, [out, in]."""
+        if not self._spec.transposed_linears:
+            return self.plain(f"{module}.weight", outputs, inputs)
+        plain = self.plain(f"{module}.weight", inputs, outputs)
+        return Tensor((outputs, inputs), lambda: plain.load().T)
+
+    def qkv(self, layer: int) -> Tensor:
+        """Return the weights of Q, K and V, one below the other, [(H + 2 KV) D, M]."""
+        linears = [self.linear(module, rows, self._spec.hidden_size) for module, rows in self._projections(layer)]
+        return self._qkv(linears)
+
+    def qkv_bias(self, layer: int) -> Tensor:
+        """Return their biases, [(H + 2 KV) D]."""
+        return self._qkv([self.plain(f"{module}.bias", rows) for module, rows in self._projections(layer)])
+
+    def ffn(self, layer: int, part: str) -> Tensor:
+        """Return an FFN matrix, neuron-major: [F, M], row i is neuron i."""
+        spec = self._spec
+        module = getattr(spec.names, part).format(i=layer)
+        if part == "down":
+            down = self.linear(module, spec.hidden_size, spec.ffn_size)
+            return Tensor((spec.ffn_size, spec.hidden_size), lambda: down.load().T)
+        if not spec.packed_gate:
+            return self.linear(module, spec.ffn_size, spec.hidden_size)
+        return self._half(self.linear(module, 2 * spec.ffn_size, spec.hidden_size), part)
+
+    def ffn_bias(self, layer: int, part: str) -> Tensor:
+        """Return the bias of an FFN matrix, [F], of down [M]."""
+        spec = self._spec
+        name = f"{getattr(spec.names, part).format(i=layer)}.bias"
+        if part == "down" or not spec.packed_gate:
+            return self.plain(name, spec.hidden_size if part == "down" else spec.ffn_size)
+        return self._half(self.plain(name, 2 * spec.ffn_size), part)
+
+    def _projections(self, layer: int) -> list[tuple[str, int]]:
+        """Name the modules that hold Q, K and V, with their rows."""
+        names, sizes = self._spec.names, (self._heads, self._kv_heads, self._kv_heads)
+        modules = [name.format(i=layer) for name in (names.query, names.key, names.value)]
+        if self._spec.qkv_layout == "separate":
+            return list(zip(modules, sizes, strict=True))
+        return [(modules[0], sum(sizes))]
+
+    def _qkv(self, parts: list[Tensor]) -> Tensor:
+        rows = sum(part.shape[0] for part in parts)
+        return Tensor((rows, *parts[0].shape[1:]), lambda: self._joined([part.load() for part in parts]))
+
+    def _joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        spec = self._spec
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if spec.qkv_layout == "by_head":  # [H, 3, D] rows to [3, H, D]
+            joined = joined.unflatten(0, (spec.num_heads, 3, spec.head_size)).transpose(0, 1).flatten(0, 2)
+        if spec.rotary_size is None:
+            return joined
+        query, key, value = joined.split([self._heads, self._kv_heads, self._kv_heads])
+        return torch.cat([self._rotated(query, spec.num_heads), self._rotated(key, spec.num_kv_heads), value])
+
+    def _rotated(self, rows: torch.Tensor, heads: int) -> torch.Tensor:
+        """Put the elements of each head [heads * D, ..] in the order that rotates whole heads."""
+        size = self._spec.rotary_size
+        if size is None:
+            return rows
+        order = rotary_order(self._spec.head_size, size)
+        return rows.unflatten(0, (heads, self._spec.head_size))[:, order].flatten(0, 1)
+
+    def _half(self, packed: Tensor, part: str) -> Tensor:
+        size = self._spec.ffn_size
+        rows = slice(0, size) if part == "gate" else slice(size, 2 * size)
+        return Tensor((size, *packed.shape[1:]), lambda: packed.load()[rows])
+
+    def _check(self, name: str, expected: tuple[int, ...]) -> None:
+        if name not in self._weights:
+            raise TdaError(f"{name} is missing from the checkpoint. Download the model again.")
+        if self._weights.shape(name) != expected:
+            raise TdaError(
+                f"{name}: config.json says shape {list(expected)}, the checkpoint has "
+                f"{list(self._weights.shape(name))}. Download the model again."
+            )

@@ -1,0 +1,120 @@
+"""`tda-export inspect`: what it says of a model is what the artifact then is."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tda_export.graph import contract
+from tda_export.models.source import resolve_model
+from tda_export.runtime.artifact import open_artifact
+from tests.conftest import run_cli, run_ok
+from tests.graph.test_parity import build_tiny
+from tests.tiny import FAMILIES, save_tiny_model
+
+CONTEXT = 100
+
+
+def inspected(*arguments: object) -> dict[str, Any]:
+    return json.loads(run_ok("inspect", *arguments, "--context", CONTEXT, "--json").stdout)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_is_as_large_as_its_artifact(family: str, tmp_path: Path) -> None:
+    model = save_tiny_model(family, tmp_path / "model")
+    artifact = open_artifact(build_tiny(resolve_model(str(model)), tmp_path / "artifact"))
+    before, after = inspected(model, "--dtype", "fp32"), inspected(artifact.folder)
+    weights = artifact.manifest["weights"]
+    stored = sum(math.prod(entry["shape"]) * contract.DTYPE_BYTES[entry["dtype"]] for entry in weights.values())
+    assert before["artifact_bytes"] == stored
+    assert (
+        stored
+        < after["artifact_bytes"]
+        == sum(file.stat().st_size for file in artifact.folder.iterdir())
+        - (artifact.folder / contract.MANIFEST_FILE).stat().st_size
+    )
+    own = {"model", "artifact_bytes"}
+    assert {key: value for key, value in after.items() if key in before and key not in own} == {
+        key: value for key, value in before.items() if key not in own
+    }
+    assert after["method"] == "tda"
+    assert before["ffn_bytes"] == 3 * before["ffn_matrices"] * 96 * 64 * 4
+    assert before["session_bytes"] == stored + before["cache_bytes"]
+    heads = before["kv_heads"] * before["head_size"]
+    assert before["cache_bytes"] == 3 * CONTEXT * 2 * heads * 4
+
+
+def test_ceiling_is_the_ratio_of_bytes(tiny_model: Path) -> None:
+    result = inspected(tiny_model)
+    assert result["dtype"] == "float16"
+    hidden, ffn, vocabulary, kv = 64, 96, 259, 2 * 16
+    layer = 3 * ffn * hidden + hidden * (hidden + 2 * kv) + hidden * hidden + 2 * hidden
+    read = 2 * (3 * layer + hidden + vocabulary * hidden)  # the embedding is looked up, the head is read
+    dense = read + 3 * CONTEXT * 2 * kv * 2
+    assert result["bytes_per_token"] == dense
+    saved = 2 * 3 * 3 * ffn * hidden
+    assert result["ceiling"] == {str(p): pytest.approx(dense / (dense - p * saved)) for p in (0.3, 0.5)}
+    assert result["ffn_share"] == pytest.approx(saved / read)
+
+
+def test_a_window_bounds_what_is_read_of_the_cache(tmp_path: Path) -> None:
+    windowed, whole = (
+        inspected(save_tiny_model("mistral-window", tmp_path / str(window), sliding_window=window))
+        for window in (8, None)
+    )
+    row = 2 * 2 * 16 * 2
+    assert whole["bytes_per_token"] - windowed["bytes_per_token"] == 3 * (CONTEXT - 8) * row
+    assert whole["cache_bytes"] == windowed["cache_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llama", ["RMS norms before attention and FFN", "silu FFN with gates", "rotary embedding"]),
+        ("llama3-rope", ["rotary embedding, llama3 scaling"]),
+        (
+            "gemma2",
+            ["before and after", "capped at 1.5", "a window of 8 tokens in 2 of 3", "logits capped at 2"],
+        ),
+        ("gemma3", ["gelu_tanh FFN with gates", "norms of queries and keys", "another rotary base"]),
+        ("phi4-mini", ["rotary embedding of 12 of 16 elements, longrope scaling"]),
+        ("smollm3", ["1 layers without rotary embedding"]),
+        ("olmo2", ["RMS norms on the output of attention and FFN"]),
+        ("opt-post-norm", ["layer norms after", "relu FFN without gates", "learned positions", "embeddings of 48"]),
+        ("gpt-neox", ["attention and FFN side by side"]),
+    ],
+)
+def test_features_are_named(family: str, expected: list[str], tmp_path: Path) -> None:
+    output = run_ok("inspect", save_tiny_model(family, tmp_path / "model"), "--context", CONTEXT).stdout
+    assert [words for words in expected if words not in output] == []
+
+
+def test_artifact_in_words(tiny_artifact: Path) -> None:
+    output = run_ok("inspect", tiny_artifact, "--context", CONTEXT).stdout
+    assert "LlamaForCausalLM" in output
+    assert "built with tda, sparsity 0.5, allocation kl, expected FFN sparsity 0." in output
+    assert "at 50% FFN sparsity at most 1." in output
+    assert "of them for the cache" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--dtype", "fp16"), "--dtype is of the artifact that a MODEL would make; an artifact has its own."),
+        (("--context", 513), "513 tokens are more than the model's 512 positions. Lower --context."),
+    ],
+)
+def test_usage(options: tuple[object, ...], message: str, tiny_artifact: Path) -> None:
+    result = run_cli("inspect", tiny_artifact, *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_nothing_of_that_name(tmp_path: Path) -> None:
+    result = run_cli("inspect", tmp_path / "nowhere")
+    assert result.exit_code == 1
+    assert "nowhere: no such folder" in result.stderr
