@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -53,12 +53,50 @@ def chat(artifact: Path, system: str | None, answering: Answering, context: int 
 
     model, deployment = deployed.load(artifact)
     conversation = Conversation(model, system=system, mask=deployed.mask, context=context, deployment=deployment)
-    interactive = sys.stdin.isatty()
-    if interactive:
-        with contextlib.suppress(ImportError):  # where it is, it gives input() editing and a history
-            importlib.import_module("readline")
+    if not sys.stdin.isatty():
+        _talk(_piped_lines(), conversation, answering, deployment)
+        return
+    with contextlib.suppress(ImportError):  # where it is, it gives input() editing and a history
+        importlib.import_module("readline")
+    with CtrlC() as ctrl_c:
         click.secho(f"{artifact.resolve().name}. /help lists the commands.", dim=True, err=True)
-    for line in _typed_lines() if interactive else _piped_lines():
+        _talk(_typed_lines(ctrl_c), conversation, answering, deployment, ctrl_c)
+
+
+class CtrlC:
+    """What Ctrl-C does on a terminal: it stops an answer or a line that is being typed, and never the program.
+
+    `answer` is what is being read, `typing` says whether input() waits.
+    """
+
+    def __init__(self) -> None:
+        self.answer: Generation | None = None
+        self.typing = False
+
+    def __enter__(self) -> CtrlC:
+        self._before = signal.signal(signal.SIGINT, self._pressed)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _pressed(self, number: int, frame: object) -> None:
+        if self.typing:
+            self.typing = False
+            raise KeyboardInterrupt
+        if self.answer is not None:
+            self.answer.cancel()  # it ends at its next token, wherever the program is just now
+
+
+def _talk(
+    lines: Iterator[str],
+    conversation: Conversation,
+    answering: Answering,
+    deployment: Deployment,
+    ctrl_c: CtrlC | None = None,
+) -> None:
+    """Answer line by line. Without a terminal the first failure ends it."""
+    for line in lines:
         text = line.strip()
         if text == "/quit":
             return
@@ -70,15 +108,15 @@ def chat(artifact: Path, system: str | None, answering: Answering, context: int 
             click.echo(f"There is no command {text.split()[0]}. /help lists them.", err=True)
         elif text:
             try:
-                _answer(conversation, text, answering, deployment, interactive)
+                _answer(conversation, text, answering, deployment, ctrl_c)
             except TdaError as error:
-                if not interactive:
+                if ctrl_c is None:
                     raise
                 click.echo(f"Error: {error}", err=True)
 
 
 def _answer(
-    conversation: Conversation, text: str, answering: Answering, deployment: Deployment, interactive: bool
+    conversation: Conversation, text: str, answering: Answering, deployment: Deployment, ctrl_c: CtrlC | None
 ) -> None:
     before = conversation.dropped_turns
     generation = conversation.say(
@@ -87,12 +125,13 @@ def _answer(
     if dropped := conversation.dropped_turns - before:
         turns = "The oldest turn was" if dropped == 1 else f"The {dropped} oldest turns were"
         click.secho(f"({turns} left out: the context is full.)", dim=True, err=True)
-    with _stopped_by_ctrl_c(generation) if interactive else contextlib.nullcontext():
-        shown = 0
-        for token in generation:
-            click.echo(token.text, nl=False)
-            shown += len(token.text)
-        click.echo(generation.text[shown:])  # what an end of text left unfinished
+    if ctrl_c is not None:
+        ctrl_c.answer = generation
+    shown = 0
+    for token in generation:
+        click.echo(token.text, nl=False)
+        shown += len(token.text)
+    click.echo(generation.text[shown:])  # what an end of text left unfinished
     click.secho(status(generation.metrics, deployment, stopped=generation.cancelled), dim=True, err=True)
 
 
@@ -116,10 +155,12 @@ def status(metrics: Metrics, deployment: Deployment, *, stopped: bool = False) -
     return f"[{', '.join(parts)}]"
 
 
-def _typed_lines() -> Iterator[str]:
+def _typed_lines(ctrl_c: CtrlC) -> Iterator[str]:
     while True:
         try:
+            ctrl_c.typing = True
             line = input("> ")
+            ctrl_c.typing = False
         except EOFError:
             click.echo()
             return
@@ -134,17 +175,3 @@ def _piped_lines() -> Iterator[str]:
         yield from sys.stdin
     except UnicodeDecodeError as error:
         raise TdaError("Standard input is not valid UTF-8 text. Convert it to UTF-8.") from error
-
-
-@contextlib.contextmanager
-def _stopped_by_ctrl_c(generation: Generation) -> Iterator[None]:
-    """Let Ctrl-C end the answer at its next token, wherever the program is just then."""
-
-    def cancel(number: int, frame: Any) -> None:
-        generation.cancel()
-
-    before = signal.signal(signal.SIGINT, cancel)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -14,7 +14,12 @@ PACKAGES = ("fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn") 
 
 @click.command()
 @artifact_argument
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; this machine's alone.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; only this machine reaches the default.",
+)
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--name", help="Name of the model in the API.  [default: the artifact's folder]")
 @click.option(

@@ -173,20 +173,31 @@ class Terminal:
 
         Args:
             pattern: What to wait for.
-            interrupt: Press Ctrl-C again and again meanwhile: Python misses one that comes just before it waits.
+            interrupt: Press Ctrl-C once a second meanwhile: Python misses one that comes just before it waits.
         """
         end = time.monotonic() + 120
         while not (found := re.search(pattern, self.shown)):
-            assert time.monotonic() < end, f"no {pattern!r} in {self.shown!r}"
-            if interrupt:
+            assert time.monotonic() < end, f"no {pattern!r} in {self.shown[-500:]!r}"
+            if not self._read(1.0) and interrupt:
                 os.killpg(self.process.pid, signal.SIGINT)
-            if select.select([self._ours], [], [], 0.5)[0]:
-                try:
-                    self.shown += os.read(self._ours, 4096).decode(errors="replace").replace("\r\n", "\n")
-                except OSError as error:  # the other side has closed
-                    raise AssertionError(f"it ended before {pattern!r}: {self.shown!r}") from error
         before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
         return before
+
+    def settle(self) -> None:
+        """Wait until nothing comes any more, and forget what came."""
+        while self._read(2.0):
+            pass
+        self.shown = ""
+
+    def _read(self, seconds: float) -> bool:
+        """Take in what the terminal shows within some time, if it shows anything."""
+        if not select.select([self._ours], [], [], seconds)[0]:
+            return False
+        try:
+            self.shown += os.read(self._ours, 4096).decode(errors="replace").replace("\r\n", "\n")
+        except OSError as error:  # the other side has closed
+            raise AssertionError(f"it ended: {self.shown[-500:]!r}") from error
+        return True
 
     def close(self) -> None:
         self.process.kill()
@@ -200,6 +211,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(artifact_copy: Path) -> Non
     try:
         shell.until(r"artifact\. /help lists the commands\.")
         shell.until(r"/quit or Ctrl-D leaves\.", interrupt=True)
+        shell.settle()
         shell.type("Hi\n")
         shell.until("Hi\n.")  # its echo, and the first text of the answer
         os.killpg(shell.process.pid, signal.SIGINT)
