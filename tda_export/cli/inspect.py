@@ -10,6 +10,7 @@ import click
 
 from tda_export.cli.options import json_option
 
+CONTEXT = 1024  # tokens
 SPARSITIES = (0.3, 0.5)
 MIB = 2**20
 
@@ -24,12 +25,10 @@ MIB = 2**20
 @click.option(
     "--context",
     type=click.IntRange(1),
-    default=1024,
-    show_default=True,
-    help="Tokens in the cache, for memory and ceiling.",
+    help="Tokens in the cache, for memory and ceiling.  [default: 1024, or as many as the model takes]",
 )
 @json_option
-def inspect(name: str, dtype: str | None, context: int, as_json: bool) -> None:
+def inspect(name: str, dtype: str | None, context: int | None, as_json: bool) -> None:
     """Say what MODEL or ARTIFACT is, how large, and how much faster sparse decoding of it can be.
 
     Of a MODEL no weights are read. The ceiling is the ratio of bytes that a dense and a sparse step read: decoding one
@@ -50,7 +49,7 @@ def inspect(name: str, dtype: str | None, context: int, as_json: bool) -> None:
         _print(result)
 
 
-def _of_model(name: str, dtype: str, context: int) -> dict[str, Any]:
+def _of_model(name: str, dtype: str, context: int | None) -> dict[str, Any]:
     from tda_export.graph.sizes import planned_sizes
     from tda_export.models.skeleton import skeleton_shapes
     from tda_export.models.source import resolve_model
@@ -60,7 +59,7 @@ def _of_model(name: str, dtype: str, context: int) -> dict[str, Any]:
     return _described(name, spec, planned_sizes(spec, skeleton_shapes(source.config), dtype), dtype, context)
 
 
-def _of_artifact(folder: Path, context: int) -> dict[str, Any]:
+def _of_artifact(folder: Path, context: int | None) -> dict[str, Any]:
     from tda_export.graph.derive import artifact_method, artifact_spec
     from tda_export.graph.sizes import manifest_sizes
     from tda_export.runtime.artifact import open_artifact
@@ -78,10 +77,12 @@ def _of_artifact(folder: Path, context: int) -> dict[str, Any]:
     }
 
 
-def _described(name: str, spec: Any, sizes: Any, dtype: str, context: int) -> dict[str, Any]:
+def _described(name: str, spec: Any, sizes: Any, dtype: str, context: int | None) -> dict[str, Any]:
     from tda_export.errors import UsageError
     from tda_export.graph.sizes import features
 
+    if context is None:
+        context = min(CONTEXT, spec.max_positions)
     if context > spec.max_positions:
         raise UsageError(f"{context} tokens are more than the model's {spec.max_positions} positions. Lower --context.")
     return {

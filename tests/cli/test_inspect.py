@@ -118,3 +118,7 @@ def test_nothing_of_that_name(tmp_path: Path) -> None:
     result = run_cli("inspect", tmp_path / "nowhere")
     assert result.exit_code == 1
     assert "nowhere: no such folder" in result.stderr
+
+
+def test_context_is_no_more_than_the_model_takes(tiny_artifact: Path) -> None:
+    assert json.loads(run_ok("inspect", tiny_artifact, "--json").stdout)["context"] == 512
