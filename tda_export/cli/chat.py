@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ def chat(artifact: Path, system: str | None, answering: Answering, context: int 
     what is new is read. When the context is full, the oldest turns are left out, and that is said.
 
     Answers go to standard output. After each, a line on standard error says what share of the FFN's bytes its tokens
-    read, and how fast they came.
+    read, and how fast they came; on a terminal its title says so while they come.
     """
     from tda_export.runtime import Conversation
 
@@ -127,12 +128,22 @@ def _answer(
         click.secho(f"({turns} left out: the context is full.)", dim=True, err=True)
     if ctrl_c is not None:
         ctrl_c.answer = generation
+    live = ctrl_c is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     shown = 0
     for token in generation:
         click.echo(token.text, nl=False)
         shown += len(token.text)
+        if live:
+            click.echo(window_title(generation.metrics), nl=False, err=True)
     click.echo(generation.text[shown:])  # what an end of text left unfinished
     click.secho(status(generation.metrics, deployment, stopped=generation.cancelled), dim=True, err=True)
+
+
+def window_title(metrics: Metrics) -> str:
+    """Return what makes a terminal show in its title what an answer reads and how fast it comes, while it comes."""
+    rate = metrics.decode_tokens_per_second
+    speed = "" if rate is None else f", {rate:.1f} tokens/s"
+    return f"\033]0;{1 - metrics.sparsity:.0%} of FFN bytes{speed}\007"
 
 
 def status(metrics: Metrics, deployment: Deployment, *, stopped: bool = False) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tda_export.cli.chat import status
+from tda_export.cli.chat import status, window_title
 from tda_export.graph import contract
 from tda_export.runtime import Conversation, Model, Sampling, load
 from tda_export.runtime.generate import Metrics
@@ -133,6 +133,13 @@ def test_status(loaded: Model) -> None:
     assert status(full, one_level, stopped=True).endswith("read, stopped]")
 
 
+def test_window_title() -> None:
+    metrics = Metrics("cpu", "tda", 50, sparsity=0.514)
+    assert window_title(metrics) == "\033]0;49% of FFN bytes\007"
+    metrics.decode_tokens_per_second = 12.34
+    assert window_title(metrics) == "\033]0;49% of FFN bytes, 12.3 tokens/s\007"
+
+
 # The tiny model would be done before anyone could press a key.
 SLOW = """
 import time
@@ -149,10 +156,10 @@ main()
 class Terminal:
     """The command on a pseudo-terminal of its own, ten tokens a second."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, kind: str = "dumb") -> None:
         self._ours, theirs = pty.openpty()
         command = [sys.executable, "-c", SLOW, "chat", *map(str, arguments)]
-        environment = os.environ | {"TERM": "dumb", "PYTHONPATH": os.getcwd()}
+        environment = os.environ | {"TERM": kind, "PYTHONPATH": os.getcwd()}
         self.process = subprocess.Popen(
             command,
             stdin=theirs,
@@ -224,5 +231,18 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(artifact_copy: Path) -> Non
         shell.until("> $")
         shell.type("\x04")  # Ctrl-D
         assert shell.process.wait(60) == 0
+    finally:
+        shell.close()
+
+
+def test_title_is_live_while_an_answer_comes(artifact_copy: Path) -> None:
+    edit_manifest(artifact_copy, lambda manifest: manifest["model"].update(eos_token_ids=[]))
+    shell = Terminal(artifact_copy, "--provider", "cpu", "--context", 500, kind="xterm")
+    try:
+        shell.until(r"/help lists the commands")
+        shell.settle()
+        shell.type("Hi\n")
+        shell.until(r"\x1b\]0;\d+% of FFN bytes, \d+\.\d tokens/s\x07")  # long before the answer's 512 tokens
+        assert not re.search(r"\[\d+% of FFN bytes read", shell.shown)
     finally:
         shell.close()
