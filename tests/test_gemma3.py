@@ -16,6 +16,7 @@ from tda_export.calibration.corpus import builtin_folder
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.runtime import Model, load
 from tests.conftest import run_ok
+from tests.test_end_to_end import LOGIT_CHECKS
 
 GREEDY_TOKENS = 64
 WINDOW = 512
@@ -49,8 +50,8 @@ def model(artifact: Path) -> Model:
 def test_every_check_of_the_build_passes(artifact: Path) -> None:
     checks = json.loads((artifact.parent / "built.json").read_text())["checks"]
     assert all(check["passed"] for check in checks)
-    logits = [check for check in checks if "logits" in check["name"] or check["name"].startswith("decode")]
-    assert all(check["difference"] <= LARGEST_LOGIT_DIFFERENCE for check in logits)
+    differences = {check["name"]: check["difference"] for check in checks}
+    assert all(differences[name] <= LARGEST_LOGIT_DIFFERENCE for name in LOGIT_CHECKS)
 
 
 @pytest.mark.parametrize("length", ["short", "longer than the window"])
