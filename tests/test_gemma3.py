@@ -18,6 +18,8 @@ from tda_export.runtime import Model, load
 from tests.conftest import run_ok
 from tests.test_end_to_end import LOGIT_CHECKS
 
+pytestmark = pytest.mark.timeout(3600)  # calibrating takes its time on two cores
+
 GREEDY_TOKENS = 64
 WINDOW = 512
 LARGEST_LOGIT_DIFFERENCE = 2e-3
