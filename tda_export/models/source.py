@@ -17,6 +17,7 @@ from tda_export.errors import TdaError, first_line
 from tda_export.models.builtin import BUILTIN_MODELS, fetch_builtin
 from tda_export.models.families import check_architecture, read_spec
 from tda_export.models.fingerprint import fingerprint
+from tda_export.models.gguf_header import refuse_unread
 from tda_export.models.spec import DecoderSpec
 from tda_export.models.weights import StateDictWeights, Weights, open_safetensors
 
@@ -28,9 +29,6 @@ LOADING_PROBLEMS = {
     "mismatched_keys": "of another shape",
     "conversion_errors": "not converted",
 }
-# Tensors that scale the rotary embedding: of llama3, and of longrope.
-GGUF_ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
-GGUF_HEADER_BYTES = 64 << 20  # more than the largest vocabulary takes
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,8 @@ class ModelSource:
     def spec(self) -> DecoderSpec:
         """The architecture."""
         if self.gguf:
-            self._refuse_rope_factors()
+            with _readable_errors(self):
+                refuse_unread(self.folder / self.gguf, self.name)
         else:
             self._refuse_foreign_architecture()
         config = self.config
@@ -150,17 +149,6 @@ class ModelSource:
             raise TdaError(f"{self.name}: architectures in config.json is no list. Download the model again.")
         if architectures:
             check_architecture(str(architectures[0]))
-
-    def _refuse_rope_factors(self) -> None:
-        """Rope scaling by llama3 and longrope is a tensor in GGUF files, which transformers does not read."""
-        with (self.folder / str(self.gguf)).open("rb") as file:
-            header = file.read(GGUF_HEADER_BYTES)  # tensor names stand before the tensors
-        found = next((name for name in GGUF_ROPE_FACTORS if name.encode() in header), None)
-        if found is not None:
-            raise TdaError(
-                f"{self.name}: its rope scaling ({found}) is not read from GGUF files. "
-                "Give the safetensors checkpoint of this model."
-            )
 
     @property
     def _gguf_argument(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from tda_export.errors import TdaError
-from tda_export.models.source import GGUF_ROPE_FACTORS, ModelSource, resolve_model
+from tda_export.models.gguf_header import ROPE_FACTORS
+from tda_export.models.source import ModelSource, resolve_model
 from tests.models.test_source import WAY_OUT, no_notice
 
 LINEAR = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -24,12 +26,22 @@ GGUF_TENSORS: dict[str, tuple[int, ...]] = {
 }
 
 
-def write_gguf(path: Path, tensors: dict[str, tuple[int, ...]]) -> ModelSource:
-    """Write a llama of one layer with tensors of these shapes, and resolve it."""
-    writer = gguf.GGUFWriter(path, "llama")
+def write_gguf(
+    path: Path,
+    tensors: dict[str, tuple[int, ...]] = GGUF_TENSORS,
+    *,
+    architecture: str = "llama",
+    blocks: int = 1,
+    further: dict[str, str | int | float] | None = None,
+) -> ModelSource:
+    """Write a model with tensors of these shapes and further keys after the architecture's name, and resolve it."""
+    writer = gguf.GGUFWriter(path, architecture)
+    adders = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+    for key, value in (further or {}).items():
+        adders[type(value)](f"{architecture}.{key}", value)
     writer.add_context_length(64)
     writer.add_embedding_length(32)
-    writer.add_block_count(1)
+    writer.add_block_count(blocks)
     writer.add_feed_forward_length(32)
     writer.add_head_count(2)
     writer.add_head_count_kv(2)
@@ -55,10 +67,10 @@ def test_gguf(tmp_path: Path) -> None:
         assert torch.equal(parameter, weights.load(name))
 
 
-@pytest.mark.parametrize("name", GGUF_ROPE_FACTORS)
+@pytest.mark.parametrize("name", ROPE_FACTORS)
 def test_gguf_with_rope_factors_is_refused(name: str, tmp_path: Path) -> None:
     """They are Llama 3.1's or Phi's scaling; transformers passes over them, and the model would rotate wrongly."""
-    assert "rope_freqs.weight" in GGUF_ROPE_FACTORS
+    assert "rope_freqs.weight" in ROPE_FACTORS
     source = write_gguf(tmp_path / "model.gguf", GGUF_TENSORS | {name: (8,)})
     message = (
         rf"model\.gguf: its rope scaling \({name}\) is not read from GGUF files\. "
@@ -67,6 +79,57 @@ def test_gguf_with_rope_factors_is_refused(name: str, tmp_path: Path) -> None:
     for what in ("spec", "fingerprint"):
         with pytest.raises(TdaError, match=message):
             getattr(source, what)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "blocks", "further", "what"),
+    [
+        (
+            "gemma3",
+            34,
+            {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
+            "rope scaling (gemma3.rope.scaling.type = linear)",
+        ),
+        ("llama", 1, {"rope.scaling.type": "yarn"}, "rope scaling (llama.rope.scaling.type = yarn)"),
+        ("llama", 1, {"rope.scaling.factor": 4.0}, "rope scaling (llama.rope.scaling.factor = 4.0)"),
+        ("llama", 1, {"rope.scale_linear": 2.0}, "rope scaling (llama.rope.scale_linear = 2.0)"),
+        ("phi3", 1, {"attention.sliding_window": 63}, "sliding window (phi3.attention.sliding_window = 63)"),
+        ("gemma2", 46, {}, "attention scale (gemma2 with 46 blocks)"),
+        ("gemma3", 62, {}, "attention scale (gemma3 with 62 blocks)"),
+    ],
+)
+def test_gguf_that_says_what_is_not_read_is_refused(
+    architecture: str, blocks: int, further: dict[str, str | int | float], what: str, tmp_path: Path
+) -> None:
+    source = write_gguf(tmp_path / "model.gguf", architecture=architecture, blocks=blocks, further=further)
+    message = (
+        rf"^{re.escape(source.name)}: its {re.escape(what)} is not read from GGUF files\. "
+        r"Give the safetensors checkpoint of this model\.$"
+    )
+    with pytest.raises(TdaError, match=message):
+        _ = source.spec
+
+
+@pytest.mark.parametrize(
+    ("architecture", "blocks", "further"),
+    [
+        ("llama", 1, {"rope.scaling.type": "none"}),
+        ("llama", 1, {"rope.scaling.factor": 1.0}),
+        ("phi3", 1, {"attention.sliding_window": 0}),
+        ("phi3", 1, {"attention.sliding_window": 64}),  # as long as the context
+        ("gemma2", 26, {"attention.sliding_window": 16}),
+        ("gemma3", 34, {"attention.sliding_window": 16}),
+        ("qwen2", 46, {}),
+    ],
+)
+def test_gguf_whose_keys_are_read_or_say_nothing(
+    architecture: str, blocks: int, further: dict[str, str | int | float], tmp_path: Path
+) -> None:
+    spec = write_gguf(tmp_path / "model.gguf", architecture=architecture, blocks=blocks, further=further).spec
+    assert spec.num_layers == blocks
+    assert spec.rope is not None
+    assert spec.rope.scaling == "default"
+    assert (16 in spec.sliding_windows) == architecture.startswith("gemma")
 
 
 @pytest.mark.parametrize("load", ["weights", "reference"])
