@@ -21,7 +21,7 @@ from tda_export.models.gguf_header import refuse_unread
 from tda_export.models.spec import DecoderSpec
 from tda_export.models.weights import StateDictWeights, Weights, open_safetensors
 
-HUB_FILES = ["*.json", "model*.safetensors", "*.jinja", "tokenizer*"]
+HUB_FILES = ["*.json", "model*.safetensors", "*.jinja", "tokenizer*", "merges.txt", "vocab.txt", "spiece.model"]
 HUB_IGNORED = ["*/*", "consolidated*"]  # other layouts of the same weights
 GENERATION_CONFIG_FILE = "generation_config.json"
 LOADING_PROBLEMS = {

@@ -303,6 +303,10 @@ def test_one_layout_of_the_weights_is_downloaded_and_nothing_pickled() -> None:
         "tokenizer_config.json",
         "tokenizer.model",
         "chat_template.jinja",
+        "vocab.json",
+        "merges.txt",
+        "vocab.txt",
+        "spiece.model",
     ]
     unwanted = [
         "pytorch_model.bin",
