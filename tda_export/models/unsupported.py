@@ -14,7 +14,7 @@ ENCODER = "an encoder beside the decoder"
 MULTIMODAL = "input other than text"
 LATENT = "latent attention with mixture of experts"
 
-# By the beginning of an architecture's name; the first that fits counts.
+# By the beginning of an architecture's name in any case (PhiMoE, MPT); the first that fits counts.
 REASONS = {
     "Mixtral": EXPERTS,
     "Qwen2Moe": EXPERTS,
@@ -67,7 +67,8 @@ def refuse_architecture(architecture: str, supported: Iterable[str]) -> NoReturn
     Raises:
         TdaError: Always.
     """
-    reason = next((reason for name, reason in REASONS.items() if architecture.startswith(name)), None)
+    lower = architecture.lower()
+    reason = next((reason for name, reason in REASONS.items() if lower.startswith(name.lower())), None)
     if reason is None and architecture.endswith(CONDITIONAL):
         reason = MULTIMODAL
     names = ", ".join(sorted(supported))

@@ -224,6 +224,8 @@ def test_unsupported_architecture_names_those_supported(architecture: str) -> No
         ("MixtralForCausalLM", "mixture of experts"),
         ("Qwen3MoeForCausalLM", "mixture of experts"),
         ("GptOssForCausalLM", "mixture of experts"),
+        ("PhiMoEForCausalLM", "mixture of experts"),
+        ("MPTForCausalLM", r"ALiBi \(attention with linear biases\)"),
         ("DeepseekV3ForCausalLM", "latent attention with mixture of experts"),
         ("JambaForCausalLM", "mixture of experts with state-space layers"),
         ("BloomForCausalLM", r"ALiBi \(attention with linear biases\)"),
