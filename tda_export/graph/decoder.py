@@ -62,11 +62,11 @@ class GraphBuilder:
                 y, bias = ffn(layer, stream.normed(contract.ffn_norm(layer)))
                 stream.add(ops.op("Add", attended, y), bias)
                 continue
-            stream.add(*self._branch(y, bias, contract.attention_output_norm(layer)))
+            stream.add(*self.branch(y, bias, contract.attention_output_norm(layer)))
             if after:
                 stream.restart(stream.normed(contract.attention_norm(layer)))
             x = stream.normed(contract.ffn_norm(layer)) if normed_input else stream.value
-            stream.add(*self._branch(*ffn(layer, x), contract.ffn_output_norm(layer)))
+            stream.add(*self.branch(*ffn(layer, x), contract.ffn_output_norm(layer)))
             if after:
                 stream.restart(stream.normed(contract.ffn_norm(layer)))
         return stream.normed(contract.FINAL_NORM) if spec.final_norm else stream.value
@@ -84,7 +84,7 @@ class GraphBuilder:
         rows = ops.op("Gather", self.weight(contract.POSITIONS), call_positions(ops, input_ids, lengths))
         return ops.op("Add", embedded, rows)
 
-    def _branch(self, y: ir.Value, bias: ir.Value | None, norm: str) -> tuple[ir.Value, ir.Value | None]:
+    def branch(self, y: ir.Value, bias: ir.Value | None, norm: str) -> tuple[ir.Value, ir.Value | None]:
         """Normalise and scale what attention or FFN add to the residual, where the family does; the rest is bias."""
         normed = self.spec.norm_placement in ("output", "both")
         if bias is not None and (normed or self.spec.residual_scale != 1.0):
@@ -92,7 +92,9 @@ class GraphBuilder:
         if normed:
             y = self.norm(y, norm)
         if self.spec.residual_scale != 1.0:
-            y = self._scaled(y, self.spec.residual_scale)
+            # PyTorch multiplies by a number in float32, which is not the product with the number in half precision.
+            scaled = self.ops.op("Mul", self.to_float32(y), self.ops.constant(self.spec.residual_scale, "float32"))
+            y = scaled if self.dtype == "float32" else self.ops.cast(scaled, self.dtype)
         return y, bias
 
     def _scaled(self, x: ir.Value, scale: float) -> ir.Value:
