@@ -7,7 +7,8 @@ Runtime's own operators, captured), TT, Griffin and TDA at 50 % of the neurons, 
 Seconds are prefill and as many steps as new tokens. The ceiling is the time in which a copy's bandwidth brings in the
 bytes that a token reads. TT drops neurons token by token after computing gate and up, by stock operators, so it reads
 all bytes whatever it keeps. Then the kernel alone at the model's FFN shape; ReLU's is measured as GELU, which has no
-zeros. OPT's bytes leave out the down rows of inactive neurons, about half of them with random weights.
+zeros. OPT's bytes leave out the down rows of inactive neurons, about half of them with random weights. A part that
+fails is reported, and the others are measured.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import traceback
+from collections.abc import Callable
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -65,18 +69,26 @@ def kernel(shape: str) -> dict[str, Any]:
     return measure(spec.hidden_size, spec.ffn_size, DTYPE, form)
 
 
-def show(shape: str, result: dict[str, Any], alone: dict[str, Any]) -> None:
-    print(f"{shape}, {result['device']}, copy {result['copy_gb_per_second']:,.0f} GB/s")
-    print(f"{'':12} {'s':>7} {'paper, A100':>12} {'ms a token':>11} {'ceiling':>8} {'of copy':>8} {'sparsity':>9}")
+def show_latency(shape: str, result: dict[str, Any]) -> None:
+    print(f"{shape}, {result['device']}, copy {result['copy_gb_per_second']:,.0f} GB/s", flush=True)
+    print(
+        f"{'':12} {'s':>7} {'paper, A100':>12} {'ms a token':>11} {'ceiling':>8} {'of copy':>8} {'sparsity':>9}",
+        flush=True,
+    )
     for name in METHODS:
         row = result[name]
         paper = f"{row['paper_a100_seconds']:.2f}" if row["paper_a100_seconds"] else ""
         print(
             f"{name:12} {row['seconds']:7.2f} {paper:>12} {row['ms_per_token']:11.2f} {row['ceiling_ms']:8.2f} "
-            f"{row['share_of_copy_bandwidth']:8.2f} {row['sparsity']:9.2f}"
+            f"{row['share_of_copy_bandwidth']:8.2f} {row['sparsity']:9.2f}",
+            flush=True,
         )
-    for name, row in alone["settings"].items():
-        print(f"  kernel, {name:32} {row['gb_per_second']:6,.0f} GB/s, {row['share_of_copy_bandwidth']:.2f} of copy")
+
+
+def show_kernel(shape: str, result: dict[str, Any]) -> None:
+    for name, row in result["settings"].items():
+        share = row["share_of_copy_bandwidth"]
+        print(f"  kernel, {name:32} {row['gb_per_second']:6,.0f} GB/s, {share:.2f} of copy", flush=True)
 
 
 def main() -> None:
@@ -84,14 +96,27 @@ def main() -> None:
     parser.add_argument("--shape", action="append", choices=PAPER_SECONDS, help="all four by default")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--new-tokens", type=int, default=1024)
-    parser.add_argument("--json", action="store_true", help="print a JSON line a model")
+    parser.add_argument("--json", action="store_true", help="print two JSON lines a model, latency and kernel")
     options = parser.parse_args()
+    failed = []
     for shape in options.shape or PAPER_SECONDS:
-        result, alone = latency(shape, options.prompt_tokens, options.new_tokens), kernel(shape)
-        if options.json:
-            print(json.dumps({"shape": shape, "latency": result, "kernel": alone}), flush=True)
-        else:
-            show(shape, result, alone)
+        parts: tuple[tuple[str, Callable[[], dict[str, Any]], Callable[[str, dict[str, Any]], None]], ...] = (
+            ("latency", partial(latency, shape, options.prompt_tokens, options.new_tokens), show_latency),
+            ("kernel", partial(kernel, shape), show_kernel),
+        )
+        for part, measure, show in parts:
+            try:
+                result = measure()
+            except Exception:  # what was measured, and what comes after, is worth having all the same
+                traceback.print_exc()
+                failed.append(f"{shape}, {part}")
+                continue
+            if options.json:
+                print(json.dumps({"shape": shape, part: result}), flush=True)
+            else:
+                show(shape, result)
+    if failed:
+        raise SystemExit(f"Failed: {'; '.join(failed)}.")
 
 
 if __name__ == "__main__":

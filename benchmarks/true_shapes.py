@@ -4,8 +4,9 @@
 
 Prints one JSON line a model: its shape, file sizes, seconds and peak anonymous memory of the build (`--no-verify`) with
 the bound that it must keep to (1.5 GiB and twice the largest tensor), and seconds and tokens of one generation. Each
-model is made, built and run in processes of their own. FOLDER needs room for one checkpoint and one artifact (32 GB for
-an 8B model in fp16). Generation runs on the GPU where one is, and otherwise only with --dtype fp32.
+model is made, built and run in processes of their own; where one fails the line names it (`failed`), and the next
+model's turn comes. FOLDER needs room for one checkpoint and one artifact (32 GB for an 8B model in fp16). Generation
+runs on the GPU where one is, and otherwise only with --dtype fp32.
 """
 
 from __future__ import annotations
@@ -87,16 +88,21 @@ STEPS = {"make": make, "build": build, "run": run}
 
 
 def measure(folder: Path, shape: str, dtype: str, steps: list[str]) -> dict[str, Any]:
-    """Run the steps of one model, and delete its files."""
+    """Run the steps of one model up to one that fails, which `failed` then names, and delete its files."""
     report: dict[str, Any] = {"model": shape, "dtype": dtype}
     try:
         for step in steps:
             command = [sys.executable, __file__, str(folder), "--shape", shape, "--dtype", dtype, "--step", step]
-            result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+            if result.returncode:  # it has said why on standard error
+                report["failed"] = step
+                break
             report |= json.loads(result.stdout.splitlines()[-1])
-            print(f"{shape}: {step} done", file=sys.stderr)
+            print(f"{shape}: {step} done", file=sys.stderr, flush=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    if "build_peak_anonymous_bytes" not in report:
+        return report
     allowed = ALLOWED_BYTES + 2 * report["largest_tensor_bytes"]
     peak = report["build_peak_anonymous_bytes"]
     return report | {"allowed_anonymous_bytes": allowed, "within_allowed": peak <= allowed}
@@ -115,14 +121,22 @@ def main() -> None:
         print(json.dumps(STEPS[options.step](options.folder, shapes[0], options.dtype)))
         return
     steps = [step for step in STEPS if step != "run" or not options.build_only]
-    failed = False
+    failed = []
     for shape in shapes:
         folder = options.folder / shape
-        folder.mkdir(parents=True)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:  # perhaps of a run that was killed; it may be anything, so it is not deleted
+            failed.append(f"{folder} is there already, delete it")
+            continue
         report = measure(folder, shape, options.dtype, steps)
         print(json.dumps(report), flush=True)
-        failed |= not report["within_allowed"]
-    raise SystemExit("A build took more memory than allowed." if failed else 0)
+        if "failed" in report:
+            failed.append(f"{shape}: {report['failed']} failed")
+        if not report.get("within_allowed", True):
+            failed.append(f"{shape}: the build took more memory than allowed")
+    if failed:
+        raise SystemExit("; ".join(failed))
 
 
 if __name__ == "__main__":

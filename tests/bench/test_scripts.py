@@ -1,0 +1,113 @@
+"""Long benchmarks: what one part fails at costs nothing that the others measure."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    if not BENCHMARKS.is_dir():
+        pytest.skip("the benchmarks are not in source distributions")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+LATENCY = {"device": "a GPU", "copy_gb_per_second": 3000.0} | {
+    name: {
+        "seconds": 1.0,
+        "ms_per_token": 2.0,
+        "ceiling_ms": 1.5,
+        "share_of_copy_bandwidth": 0.75,
+        "sparsity": 0.5,
+        "paper_a100_seconds": None,
+    }
+    for name in ("dense", "tt", "griffin", "tda", "two_levels")
+}
+KERNEL = {"settings": {"half of the neurons": {"gb_per_second": 2000.0, "share_of_copy_bandwidth": 0.67}}}
+
+
+def fail(*arguments: object) -> dict[str, Any]:
+    raise RuntimeError("no such kernel")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_latency_is_printed_though_the_kernel_fails(
+    as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = load("paper_latency", monkeypatch)
+    monkeypatch.setattr(script, "latency", lambda shape, prompt, new: fail() if shape == "gemma-2b" else LATENCY)
+    monkeypatch.setattr(script, "kernel", lambda shape: fail() if shape == "opt-2.7b" else KERNEL)
+    arguments = ["--shape", "opt-2.7b", "--shape", "gemma-2b", *(["--json"] if as_json else [])]
+    monkeypatch.setattr("sys.argv", ["paper_latency.py", *arguments])
+    with pytest.raises(SystemExit, match=r"^Failed: opt-2\.7b, kernel; gemma-2b, latency\.$"):
+        script.main()
+    printed = capsys.readouterr()
+    assert printed.err.count("RuntimeError: no such kernel") == 2
+    lines = printed.out.splitlines()
+    if as_json:
+        expected = [{"shape": "opt-2.7b", "latency": LATENCY}, {"shape": "gemma-2b", "kernel": KERNEL}]
+        assert [json.loads(line) for line in lines] == expected
+    else:
+        assert lines[0] == "opt-2.7b, a GPU, copy 3,000 GB/s"
+        assert " ".join(lines[-1].split()) == "kernel, half of the neurons 2,000 GB/s, 0.67 of copy"
+
+
+def run_true_shapes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, failing: tuple[str, str] | None, peak: int, *shapes: str
+) -> None:
+    """Run the script with steps that answer at once; one of a shape may fail."""
+    script = load("true_shapes", monkeypatch)
+    answers = {
+        "make": {"largest_tensor_bytes": 8},
+        "build": {"build_peak_anonymous_bytes": peak},
+        "run": {"device": "a GPU"},
+    }
+
+    def step(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        shape, name = command[command.index("--shape") + 1], command[command.index("--step") + 1]
+        failed = (shape, name) == failing
+        return subprocess.CompletedProcess(command, int(failed), "" if failed else json.dumps(answers[name]) + "\n")
+
+    monkeypatch.setattr(script.subprocess, "run", step)
+    options = [word for shape in shapes for word in ("--shape", shape)]
+    monkeypatch.setattr("sys.argv", ["true_shapes.py", str(folder), *options])
+    script.main()
+
+
+@pytest.mark.parametrize("step", ["make", "build", "run"])
+def test_models_after_one_that_fails_are_built(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=rf"^opt-350m: {step} failed$"):
+        run_true_shapes(tmp_path, monkeypatch, ("opt-350m", step), 1, "opt-350m", "gemma-2b")
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert first["failed"] == step
+    assert first.get("within_allowed") == (True if step == "run" else None)
+    assert second["within_allowed"]
+    assert "failed" not in second
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_the_way_is_left_alone_and_the_next_model_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "opt-350m").mkdir()
+    with pytest.raises(SystemExit, match=r"opt-350m is there already, delete it$"):
+        run_true_shapes(tmp_path, monkeypatch, None, 1, "opt-350m", "gemma-2b")
+    assert json.loads(capsys.readouterr().out)["model"] == "gemma-2b"
+    assert [path.name for path in tmp_path.iterdir()] == ["opt-350m"]
+
+
+def test_a_build_over_its_bound_fails_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_true_shapes(tmp_path, monkeypatch, None, 1, "gemma-2b")
+    with pytest.raises(SystemExit, match=r"^gemma-2b: the build took more memory than allowed$"):
+        run_true_shapes(tmp_path, monkeypatch, None, 1 << 40, "gemma-2b")
