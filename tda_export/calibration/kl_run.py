@@ -34,9 +34,10 @@ TINY = 1e-30
 
 @dataclass(frozen=True)
 class KlPlan:
-    """How many sequences each part reads: N in all, of which `fitted` fit the path."""
+    """How many sequences each part reads: N in all, of which `fitted` fit the path; `dense` is measured with ReLU."""
 
     sequences: int
+    dense: bool = False
 
     @property
     def fitted(self) -> int:
@@ -56,11 +57,17 @@ class KlPlan:
     def measuring_units(self, layers: int) -> int:
         """Passes over a sequence that measuring takes."""
         settling = min(SETTLING_SEQUENCES, self.fitted)
-        return len(SHARES) * (settling + self.sequences + layers * min(SENSITIVITY_SEQUENCES, self.sequences))
+        setting = settling + self.sequences + layers * min(SENSITIVITY_SEQUENCES, self.sequences)
+        return len(SHARES) * setting + self.dense * self.sequences
 
     def units(self, layers: int) -> int:
         """All passes over a sequence."""
         return self.sequences + self.path_units + self.measuring_units(layers)
+
+
+def plan_for(spec: DecoderSpec, sequences: int) -> KlPlan:
+    """Return what an architecture needs."""
+    return KlPlan(sequences, dense=spec.activation == "relu")
 
 
 def neuron_scales(model: Any, spec: DecoderSpec, sums: CurveSums) -> torch.Tensor:
@@ -97,7 +104,7 @@ def find_path(
         save: Given the state after every step.
     """
     model.requires_grad_(False)
-    plan = KlPlan(len(tokens))
+    plan = plan_for(spec, len(tokens))
     tokens = torch.cat([tokens[::2], tokens[1::2]]) if plan.sequences > 1 else tokens
     sequences = read_dense(model, spec, tokens, prompt_tokens, advance)
     blended = blend(sequences, prior_tokens)
@@ -110,7 +117,11 @@ def find_path(
         advance(min(plan.batch, plan.fitted) * 2)
     measuring = _Measuring(model, spec, sequences, blended, plan.fitted, scale, advance)
     rows = [measuring.measure(state, share) for share in SHARES]
-    columns = [torch.stack([row[i] for row in rows]).float().cpu() for i in range(len(rows[0]))]
+    if plan.dense:
+        dense = measuring.dense()
+        # A setting that reads no less than dense drops neurons for nothing.
+        rows = [dense, *(row for row in rows if row[0] < dense[0])]
+    columns = [torch.stack([row[i].float().cpu() for row in rows]) for i in range(len(rows[0]))]
     return KlTable(*[*columns, torch.tensor([float(prior_tokens)])])
 
 
@@ -167,6 +178,24 @@ class _Measuring:
             cett,
             self._sensitivities(level),
         )
+
+    def dense(self) -> tuple[torch.Tensor, ...]:
+        """Measure what dense reads when zero activations are not read; return a row of each tensor of `KlTable`."""
+        spec, count = self._spec, len(self._sequences)
+        zeros = torch.zeros(spec.num_layers, device=self._scale.device)
+        active = zeros.clone()
+        for sequence, statistics in zip(self._sequences, self._blended, strict=True):
+            masking = choose_masking(self._down, statistics, zeros, zeros, self._scale)
+
+            def observe(layer: int, run: LayerRun) -> None:
+                active[layer] += run.survivors.float().mean() / count
+
+            with torch.no_grad(), two_level_ffn(self._model, spec, masking, observe):
+                masked_kl(self._model, sequence)
+            self._advance(1)
+        ones, free = torch.ones_like(zeros), zeros.new_zeros(2)
+        share = two_level_share(ones, active, len(spec.ffn_parts)).mean()
+        return share, free, free, zeros, zeros, ones, active, zeros, zeros
 
     def _settle(self, state: PathState, token_density: torch.Tensor, score_square: torch.Tensor) -> Level:
         """Choose token thresholds for a density, on what a run at the path's own thresholds sees."""

@@ -17,6 +17,7 @@ FITTED, HELD_OUT = 0, 1  # halves of the sequences
 class KlTable:
     """A settings of the path, from dense to sparse, L layers. All float32 on the CPU.
 
+    With ReLU the first setting drops nothing: zero activations are not read anyway, so dense reads less than all bytes.
     `share` [A]: measured share of FFN bytes that a token reads. `kl` [A, 2]: KL(dense || sparse) of all layers masked,
     nats a token, on the sequences that the path was fitted on and on those that it never saw; `kl_stderr` [A, 2] over
     sequences. `thresholds` [A, L] of neuron scores, `token_thresholds` [A, L] of gate estimates. `mask_density` and
@@ -35,6 +36,19 @@ class KlTable:
     cett: torch.Tensor
     sensitivity: torch.Tensor
     prior_tokens: torch.Tensor
+
+    def from_dense(self) -> KlTable:
+        """Return the table with dense as its first setting, which reads all bytes unless the table has it already."""
+        if not (self.thresholds[0].any() or self.token_thresholds[0].any()):
+            return self
+        ones = ("share", "mask_density", "token_density")
+
+        def with_dense(name: str, column: torch.Tensor) -> torch.Tensor:
+            dense = torch.ones_like(column[:1]) if name in ones else torch.zeros_like(column[:1])
+            return torch.cat([dense, column])
+
+        columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "prior_tokens"}
+        return replace(self, **{name: with_dense(name, column) for name, column in columns.items()})
 
     @property
     def predicted_kl(self) -> list[float]:
@@ -58,24 +72,26 @@ class KlSetting:
 def setting_at(table: KlTable, share: float) -> KlSetting:
     """Interpolate the path at a share of FFN bytes.
 
-    Between two measured settings logarithms of thresholds and of KL are linear in the share; between dense and the
-    first setting, and where one of them is 0, the thresholds and KL themselves are.
+    Between two measured settings logarithms of thresholds and of KL are linear in the share; where one of them is 0, as
+    in dense, the thresholds and KL themselves are.
 
     Args:
         table: From calibration.
-        share: Of FFN bytes, in (0, 1].
+        share: Of FFN bytes, in (0, 1]. Where dense reads less (ReLU), the result is dense with the share that it reads.
 
     Raises:
         UsageError: The share is below the sparsest setting that was measured.
     """
-    shares = [1.0, *table.share.tolist()]
+    table = table.from_dense()
+    shares = table.share.tolist()
     if share < shares[-1]:
         most = math.floor(1000 * (1 - shares[-1])) / 1000  # rounded down, so that it may be asked for
         raise UsageError(
             f"Sparsity {1 - share:.3g} is more than the calibration measured ({most:.3f}). Give a lower --sparsity."
         )
-    after = next(i for i in range(1, len(shares)) if shares[i] <= share)
-    width = shares[after - 1] - shares[after]
+    share = min(share, shares[0])
+    after = next(i for i, measured in enumerate(shares) if measured <= share)
+    width = shares[after - 1] - shares[after] if after else 0.0
     weight = (shares[after - 1] - share) / width if width > 0 else 1.0  # of the sparser one
     named = {"kl": torch.tensor(table.predicted_kl, dtype=torch.float64)} | {
         name: getattr(table, name).double()
@@ -83,13 +99,10 @@ def setting_at(table: KlTable, share: float) -> KlSetting:
     }
 
     def between(name: str) -> torch.Tensor:
-        sparser = named[name][after - 1]
+        sparser = named[name][after]
         if weight == 1:
             return sparser
-        if after == 1:
-            dense = torch.ones_like(sparser) if name.endswith("density") else torch.zeros_like(sparser)
-            return dense + weight * (sparser - dense)
-        denser = named[name][after - 2]
+        denser = named[name][after - 1]
         linear = (1 - weight) * denser + weight * sparser
         if name not in ("kl", "thresholds", "token_thresholds"):
             return linear
@@ -107,7 +120,8 @@ def sparsest_within(table: KlTable, max_kl: float) -> KlSetting:
     """
     if not max_kl > 0:
         raise UsageError(f"--max-kl {max_kl}: give a positive number of nats a token, such as 0.1.")
-    shares, kls = [1.0, *table.share.tolist()], [0.0, *table.predicted_kl]
+    table = table.from_dense()
+    shares, kls = table.share.tolist(), table.predicted_kl
     if kls[-1] <= max_kl:
         return setting_at(table, shares[-1])
     after = next(i for i, kl in enumerate(kls) if kl > max_kl)

@@ -16,7 +16,7 @@ from tda_export.calibration.cett import threshold_grid
 from tda_export.calibration.corpus import Corpus
 from tda_export.calibration.curves import CurveAccumulator, CurveSums, Estimator
 from tda_export.calibration.file import Calibration
-from tda_export.calibration.kl_run import KlPlan, find_path, neuron_scales
+from tda_export.calibration.kl_run import find_path, neuron_scales, plan_for
 from tda_export.calibration.resume import PartialFile
 from tda_export.errors import UsageError
 from tda_export.models.source import ModelSource
@@ -138,7 +138,7 @@ def calibrate(
     if not settings.curves_only:
         if partial:
             partial.save(sums, state)
-        with show("Allocating", KlPlan(len(corpus.tokens)).units(source.spec.num_layers)) as advance:
+        with show("Allocating", plan_for(source.spec, len(corpus.tokens)).units(source.spec.num_layers)) as advance:
             table = find_path(
                 model,
                 source.spec,

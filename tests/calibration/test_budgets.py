@@ -263,6 +263,25 @@ def test_budget_by_kl_is_a_point_of_the_path(budget: Budget) -> None:
     assert json.loads(json.dumps(dataclasses.asdict(allocation))) == dataclasses.asdict(allocation)
 
 
+def test_less_sparsity_than_dense_has_is_dense_and_says_what_it_has() -> None:
+    """Zero activations of ReLU are not read: here half of the neurons of an FFN without gates."""
+    rest = path_table()
+    dense = {"share": [0.75], "kl": [[0.0, 0.0]], "kl_stderr": [[0.0, 0.0]], "mask_density": [[1.0, 1.0]]}
+    dense |= {"token_density": [[0.4, 0.6]]}
+    columns = {
+        field.name: torch.cat(
+            [torch.tensor(dense.get(field.name, [[0.0, 0.0]])), getattr(rest, field.name)[1:]]  # which end at 0.3
+        )
+        for field in dataclasses.fields(KlTable)
+        if field.name != "prior_tokens"
+    }
+    table = KlTable(**columns, prior_tokens=rest.prior_tokens)
+    allocation = allocate(Budget(sparsity=0.1), curves([RISING, CROSSING]), GRID, table, ffn_matrices=2)
+    assert allocation.thresholds == allocation.token_thresholds == [0.0, 0.0]
+    assert allocation.kl == 0
+    assert allocation.sparsity == pytest.approx(0.25)
+
+
 @pytest.mark.parametrize("budget", [Budget(cett=0.2), uniform(0.5)])
 def test_other_budgets_do_not_look_at_the_path(budget: Budget) -> None:
     sums = curves([RISING, CROSSING])

@@ -11,10 +11,11 @@ import torch
 
 from tda_export.calibration.dense import blend, read_dense
 from tda_export.calibration.kl_path import STEPS, WARM_UP, PathState
-from tda_export.calibration.kl_run import KlPlan, find_path, neuron_scales
+from tda_export.calibration.kl_run import KlPlan, find_path, neuron_scales, plan_for
 from tda_export.calibration.kl_table import FITTED, HELD_OUT, SHARES, KlTable
 from tda_export.calibration.run import CalibrationSettings, accumulate_curves
 from tda_export.graph.reference import SecondLevel, masked_ffn
+from tda_export.models.ffn_modules import FfnModules
 from tests.calibration.kl_case import CONTINUATION, PRIOR_TOKENS, PROMPT, KlCase, make_case, seen_by_ffns
 
 ODD = 5  # sequences: three fit the path, two are held out
@@ -159,6 +160,34 @@ def test_one_sequence_counts_as_both_halves(case: KlCase) -> None:
     table, _ = run(case, 1)
     assert torch.equal(table.kl[:, FITTED], table.kl[:, HELD_OUT])
     assert not table.kl_stderr.any()
+
+
+def test_relu_begins_with_what_dense_reads(tmp_path: Path) -> None:
+    case = make_case(tmp_path, "opt", sequences=ODD)
+    table, told = run(case, ODD)
+    plan = plan_for(case.spec, ODD)
+    assert plan == KlPlan(ODD, dense=True)
+    assert sum(told) == plan.units(case.spec.num_layers)
+    counts: list[torch.Tensor] = []
+
+    def count(h: torch.Tensor) -> None:
+        counts.append((h[PROMPT:] != 0).float().mean())
+
+    handles = [FfnModules(case.model, case.spec, layer).on_activations(count) for layer in range(case.spec.num_layers)]
+    with torch.no_grad():
+        for tokens in case.tokens:
+            case.model(tokens[None])
+    for handle in handles:
+        handle.remove()
+    active = torch.stack(counts).reshape(ODD, -1).mean(dim=0)
+    assert 0.2 < float(active.min()) < float(active.max()) < 0.8
+    torch.testing.assert_close(table.token_density[0], active, rtol=0, atol=1e-3)
+    torch.testing.assert_close(table.share[0], (1 + active.mean()) / 2, rtol=0, atol=1e-3)
+    assert table.mask_density[0].tolist() == [1.0] * case.spec.num_layers
+    for name in ("kl", "kl_stderr", "thresholds", "token_thresholds", "cett", "sensitivity"):
+        assert not getattr(table, name)[0].any()
+    assert (table.share[1:] < table.share[0]).all()
+    assert table.kl[-1, HELD_OUT] > 0
 
 
 def test_a_model_in_bfloat16(case: KlCase, tmp_path: Path) -> None:

@@ -99,6 +99,33 @@ def test_everything_is_monotone_in_the_share(measured: KlTable, data: st.DataObj
             assert sign * (a - b) >= -1e-7
 
 
+def relu_table() -> KlTable:
+    """A table that begins with dense, which reads 80 % of the bytes."""
+    changes = {name: getattr(table(), name).tolist() for name in BY_LAYER}
+    changes |= {name: [[0.0, 0.0], *changes[name][1:]] for name in ("thresholds", "token_thresholds", "cett")}
+    changes["mask_density"][0] = [1.0, 1.0]
+    return table(kl=[0.0, 0.1, 0.4], **changes)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.9, 0.8001])
+def test_dense_that_reads_less_than_all_answers_for_every_share_above_it(share: float) -> None:
+    measured = relu_table()
+    dense = setting_at(measured, share)
+    assert (dense.share, dense.kl) == (float(measured.share[0]), 0.0)
+    assert lists(dense) == {name: getattr(measured, name)[0].tolist() for name in BY_LAYER}
+
+
+def test_beyond_a_dense_that_reads_less_the_path_goes_on_from_there() -> None:
+    measured = relu_table()
+    setting = setting_at(measured, 0.65)  # half way
+    assert setting.kl == pytest.approx(0.05)
+    assert setting.thresholds == pytest.approx([1e-3 / 3, 2e-3 / 3])
+    assert setting.mask_density == pytest.approx([(1 + 0.5) / 2, (1 + 0.55) / 2])
+    assert sparsest_within(measured, 0.05).share == pytest.approx(0.65)
+    assert sparsest_within(measured, 1e-9).share == pytest.approx(SHARES[0])
+    assert measured.from_dense() is measured
+
+
 def test_more_sparsity_than_was_measured_is_refused() -> None:
     with pytest.raises(UsageError) as caught:
         setting_at(table(), 0.2)
