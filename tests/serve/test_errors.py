@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import pydantic
 import pytest
 
 from tda_export.errors import TdaError
 from tda_export.graph import contract
 from tda_export.runtime import Model, load
 from tda_export.runtime.decode_step import DecodeStep
+from tda_export.serve.protocol import ChatRequest, CompletionRequest
 from tests.runtime.conftest import edit_manifest
 from tests.serve.conftest import BODY_BYTES, CONTEXT, NAME, Served, serving
 
@@ -91,6 +93,25 @@ def test_values(served: Served, change: dict[str, Any], param: str, text: str) -
     answer = post(served, CHAT, {"model": NAME, "messages": HELLO} | change)
     code = "missing_required_parameter" if text == "Field required" else "invalid_value"
     assert_error(answer, 400, text, param=param, code=code)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        (CompletionRequest, {"prompt": [{}] * 1000}),
+        (CompletionRequest, {"prompt": [1, *["x"] * 1000]}),
+        (CompletionRequest, {"prompt": [[{}] * 1000] * 3}),
+        (CompletionRequest, {"prompt": "Hi", "stop": [1] * 1000}),
+        (ChatRequest, {"messages": [1] * 1000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [1] * 1000}] * 3}),
+    ],
+    ids=["prompt", "token ids", "prompts", "stop", "messages", "content"],
+)
+def test_the_first_wrong_item_of_a_list_is_enough(kind: type[pydantic.BaseModel], change: dict[str, Any]) -> None:
+    """Collecting all of them takes seconds, and other clients wait."""
+    with pytest.raises(pydantic.ValidationError) as raised:
+        kind.model_validate({"model": NAME} | change)
+    assert raised.value.error_count() <= 4
 
 
 def test_numbers_that_json_does_not_have(served: Served) -> None:
