@@ -11,8 +11,8 @@ from tda_export.runtime import Sampling
 from tda_export.runtime.conversation import Message
 from tda_export.serve.errors import invalid
 
-# The first wrong item of a list ends its reading: a body of a megabyte holds some 300,000, and each would be reported for
-# every type that the list may have, in seconds for which no other client is heard.
+# The first wrong item of a list ends its reading: a body of a megabyte holds some 300,000, and each would be reported
+# for every type that the list may have, in seconds for which no other client is heard.
 Item = TypeVar("Item")
 Items = Annotated[list[Item], Field(fail_fast=True)]
 

@@ -59,6 +59,7 @@ class Job:
     order: Order
     deliver: Callable[[Event], None]
     arrived: float = field(default_factory=time.monotonic)
+    started: float = math.nan
     generation: Generation | None = None
     cancelled: bool = False
 
@@ -178,8 +179,8 @@ class Worker:
                 if self._stopping:
                     return
                 self._running = job = self._waiting.popleft()
-            started = time.monotonic()
-            self.metrics.started(started - job.arrived)
+                job.started = time.monotonic()
+            self.metrics.started(job.started - job.arrived)
             try:
                 self._answer(job)
             except TdaError as error:
@@ -189,9 +190,7 @@ class Worker:
                 logger.exception("A request failed")
                 self._end(job, "failed", Failed(internal()))
             finally:
-                with self._changed:
-                    self._running = None
-                self._mean_seconds += 0.2 * (time.monotonic() - started - self._mean_seconds)
+                self._free(job)
 
     def _answer(self, job: Job) -> None:
         order = job.order
@@ -227,7 +226,15 @@ class Worker:
         else:
             self._end(job, "failed", Failed(stopping()))
 
+    def _free(self, job: Job) -> None:
+        """Free the place of a job that has run, once."""
+        with self._changed:
+            if self._running is job:
+                self._running = None
+                self._mean_seconds += 0.2 * (time.monotonic() - job.started - self._mean_seconds)
+
     def _end(self, job: Job, outcome: Outcome, event: Done | Failed) -> None:
+        self._free(job)  # first: who is told of the end may ask again at once
         self.metrics.ended(job.endpoint, outcome)
         job.deliver(event)
 

@@ -11,10 +11,11 @@ from typing import Any
 import openai
 import pytest
 
-from tda_export.runtime import Model
+from tda_export.runtime import Model, Sampling
 from tda_export.serve import app, run
+from tda_export.serve.protocol import Order
 from tda_export.serve.replies import server_sent
-from tda_export.serve.worker import Done, Failed, Job
+from tda_export.serve.worker import Done, Event, Failed, Job, Piece
 from tests.serve.conftest import NAME, PATIENCE, Gate, Served, serving, until
 
 AT_ONCE = 50
@@ -125,6 +126,24 @@ def test_a_queue_of_none(model: Model, gate: Gate) -> None:
         gate.open()
         assert b"[DONE]" in _rest(running)
         assert served.client().completions.create(model=NAME, prompt="Hi", max_tokens=1).choices
+
+
+@pytest.mark.parametrize("prompt", [[50], []], ids=["answered", "failed"])
+def test_whoever_is_told_of_an_end_may_ask_again(model: Model, prompt: list[int]) -> None:
+    """The place is free before the end is told, so that a queue of none takes one question after another."""
+    with serving(model, queue=0) as served:
+        told = list[type]()
+        order = Order(prompt, 2, Sampling(), ())  # none is a failure
+
+        def deliver(event: Event) -> None:
+            if not isinstance(event, Piece):
+                told.append(type(event))
+                if len(told) < 3:
+                    served.worker.submit(Job("completions", order, deliver))
+
+        served.worker.submit(Job("completions", order, deliver))
+        until(lambda: len(told) == 3)
+        assert set(told) == {Done if prompt else Failed}
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
