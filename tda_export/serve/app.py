@@ -21,11 +21,15 @@ from tda_export.serve.replies import END_OF_STREAM, Reply, server_sent
 from tda_export.serve.worker import Done, Event, Failed, Job, Piece, Worker
 
 CLIENT_LEFT = 499  # nobody reads it
+USUAL_NEW_TOKENS = 1024  # of a chat's answer whose length nobody gave: keys and values take their room beforehand
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for: `body_bytes` of its body, `new_tokens` of an answer (None: as the context allows)."""
+    """What a request may ask for: `body_bytes` of its body, `new_tokens` of an answer.
+
+    For None an answer has what the context allows, and where nobody says how many, `USUAL_NEW_TOKENS`.
+    """
 
     body_bytes: int
     new_tokens: int | None
@@ -149,8 +153,9 @@ class Api:
                 param=param,
                 code="context_length_exceeded",
             )
-        wanted = [body.new_tokens or body.usual_new_tokens, most, self._worker.context - len(tokens)]
-        return Order(tokens, min(count for count in wanted if count is not None), body.sampling(), stops)
+        wanted = body.new_tokens or body.usual_new_tokens or most or USUAL_NEW_TOKENS
+        room = self._worker.context - len(tokens)
+        return Order(tokens, min(wanted, most or wanted, room), body.sampling(), stops)
 
     def _check_model(self, name: str) -> None:
         if name != self._name:

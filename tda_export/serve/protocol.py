@@ -50,7 +50,7 @@ class GenerationRequest(BaseModel):
     """What chat and completions have in common. Other fields are kept, so that those of UNSUPPORTED are seen."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
-    usual_new_tokens: ClassVar[int | None] = None  # of an answer whose length nobody gave; None: as the context allows
+    usual_new_tokens: ClassVar[int | None] = None  # of an answer whose length nobody gave; None: the server's
 
     model: str
     stream: bool | None = None

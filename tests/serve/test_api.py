@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from tda_export.runtime import Model, Sampling
+from tda_export.serve import app
 from tests.serve.conftest import CONTEXT, NAME, Served, serving
 
 MESSAGES: list[Any] = [
@@ -81,8 +82,8 @@ def test_completions(served: Served, tokens: bool) -> None:
     assert chunks[-1].choices[0].finish_reason == "length"
 
 
-def test_limits_that_nobody_gave(served: Served) -> None:
-    """Completions have 16 tokens, as the API says; chats end with the context."""
+def test_limits_that_nobody_gave(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Completions have 16 tokens, as the API says; chats as many as usual, if the context holds them."""
     answer = served.client().completions.create(prompt="The sea", **GREEDY)
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 16
@@ -92,6 +93,9 @@ def test_limits_that_nobody_gave(served: Served) -> None:
     assert chat.choices[0].finish_reason == {"context": "length"}.get(ours.metrics.finish_reason, "stop")
     assert chat.usage is not None
     assert chat.usage.total_tokens <= CONTEXT
+    monkeypatch.setattr(app, "USUAL_NEW_TOKENS", 20)
+    chat = served.client().chat.completions.create(messages=MESSAGES, **GREEDY)
+    assert (chat.choices[0].finish_reason, chat.usage and chat.usage.completion_tokens) == ("length", 20)
 
 
 @pytest.mark.parametrize("stream", [False, True])
