@@ -92,7 +92,7 @@ class Worker:
         """
         self.model, self.context, self.metrics = model, context, metrics
         self._mask, self._deployment, self._queue_size = mask, deployment, queue_size
-        self._memory = model.memory()
+        self._memory = model.memory(context=context)
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
         self._closed = False  # to new jobs
