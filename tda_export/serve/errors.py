@@ -36,6 +36,8 @@ class ApiError(HTTPException):
         code: str | None = None,
         retry_after: int | None = None,
     ) -> None:
+        # JSON can spell halves of characters, which requests may hold and UTF-8 does not have.
+        message = message.encode(errors="backslashreplace").decode()
         super().__init__(status, message, None if retry_after is None else {"Retry-After": str(retry_after)})
         self.param, self.code = param, code
 

@@ -218,6 +218,15 @@ def test_unknown_models(served: Served) -> None:
     assert_error(http.get(f"{served.url}/v1/models/a/b"), 404, "'a/b'", param="model", code="model_not_found")
 
 
+def test_halves_of_characters_are_shown_as_escapes(served: Served) -> None:
+    answer = post(served, CHAT, {"model": "\ud800", "messages": HELLO})
+    assert_error(answer, 404, r"The model '\ud800' does not exist", param="model", code="model_not_found")
+    content = [{"type": "\udfff", "text": "x"}]
+    answer = post(served, CHAT, {"model": NAME, "messages": [{"role": "user", "content": content}]})
+    text = r"Content of type '\udfff' is not supported"
+    assert_error(answer, 400, text, param="messages[0].content[0]", code="unsupported_content")
+
+
 def test_unknown_urls_and_methods(served: Served) -> None:
     assert_error(http.get(f"{served.url}/v1/nothing"), 404, "Unknown URL: GET /v1/nothing.", code="unknown_url")
     answer = http.get(served.url + CHAT)
