@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tda_export.runtime import Sampling
 from tda_export.runtime.conversation import Message
+from tda_export.runtime.sampling import LEAST_PENALTY, MOST_PENALTY
 from tda_export.serve.errors import invalid
 
 # The first wrong item of a list ends its reading: a body of a megabyte holds some 300,000, and each would be reported
@@ -62,7 +63,7 @@ class GenerationRequest(BaseModel):
     stop: str | Items[str] | None = None
     # Not of the API: by the names that other servers use.
     top_k: Annotated[int, Field(ge=0)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=LEAST_PENALTY, le=MOST_PENALTY)] | None = None
 
     @property
     def new_tokens(self) -> int | None:

@@ -107,7 +107,7 @@ def test_failures_from_a_pipe(tiny_artifact: Path, artifact_copy: Path) -> None:
     ("options", "text"),
     [
         (("--context", 9999), "A context of 9999 tokens is outside [2, 512]"),
-        (("--repetition-penalty", 0), "Repetition penalty 0.0 is not a positive number"),
+        (("--repetition-penalty", 0), "Repetition penalty 0.0 is outside [0.01, 100.0]"),
         (("--stop", ""), "A stop string is empty"),
         (("--mask", "dense", "--sparsity", 0.5), "--mask dense reads every neuron"),
     ],
