@@ -93,8 +93,9 @@ class Api:
 
     async def health(self) -> JSONResponse:
         """Say whether requests are answered."""
-        state = {"status": "ok" if self._worker.alive else "failed", "model": self._name}
-        return JSONResponse(state | {"waiting": self._worker.waiting}, 200 if self._worker.alive else 503)
+        state = self._worker.state
+        body = {"status": state, "model": self._name, "waiting": self._worker.waiting}
+        return JSONResponse(body, 200 if state == "ok" else 503)
 
     async def metrics(self) -> Response:
         """Return what Prometheus collects."""

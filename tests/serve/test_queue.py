@@ -8,6 +8,7 @@ import socket
 import threading
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 
@@ -242,6 +243,8 @@ def test_told_twice_to_stop(model: Model, gate: Gate) -> None:
         until(lambda: gate.drawn == 3)
         served.server.handle_exit(signal.SIGINT, None)
         until(lambda: served.worker._closed)
+        health = openai.DefaultHttpxClient().get(f"{served.url}/health")
+        assert (health.status_code, health.json()["status"]) == (503, "stopping")
         with pytest.raises(openai.InternalServerError, match="The server is shutting down"):
             served.client().completions.create(model=NAME, prompt="Hi")
         served.server.handle_exit(signal.SIGINT, None)
@@ -288,7 +291,31 @@ def test_a_worker_that_stops_tells_those_who_wait(model: Model, gate: Gate) -> N
         assert b"503 Service Unavailable" in _rest(waiting)
         assert b'"code": "shutting_down"' in _rest(running)
         health = openai.DefaultHttpxClient().get(f"{served.url}/health")
+        assert (health.status_code, health.json()["status"]) == (503, "stopping")
+
+
+def test_a_worker_that_breaks_down_tells_everybody(
+    model: Model, gate: Gate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those whose answer it was, those who wait and those who come."""
+
+    def broken(logits: np.ndarray) -> int:
+        gate.sample(logits)
+        raise SystemExit
+
+    monkeypatch.setattr("tda_export.runtime.model.make_sampler", lambda sampling: broken)
+    with serving(model) as served:
+        running, waiting = _stream(served), _connect(served, '"max_tokens": 4')
+        until(lambda: served.worker.waiting == 1)
+        gate.open()
+        assert b'"code": "internal_error"' in _rest(running)
+        assert b"500 Internal Server Error" in _rest(waiting)
+        until(lambda: not served.worker.alive)
+        with pytest.raises(openai.InternalServerError, match="The server failed"):
+            served.client().completions.create(model=NAME, prompt="Hi")
+        health = openai.DefaultHttpxClient().get(f"{served.url}/health")
         assert (health.status_code, health.json()["status"]) == (503, "failed")
+    assert "The model's thread broke down" in caplog.text
 
 
 def _stream(served: Served) -> socket.socket:
