@@ -235,19 +235,20 @@ def test_answers_that_take_longer_than_the_grace(model: Model, gate: Gate) -> No
     assert b"503 Service Unavailable" in _rest(whole)
 
 
-def test_told_twice_to_stop(model: Model, gate: Gate) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "terminate"])
+def test_told_twice_to_stop(model: Model, gate: Gate, number: int) -> None:
     """It does not wait for the grace to pass."""
     gate.allow(3)
     with serving(model) as served:
         stream = _stream(served)
         until(lambda: gate.drawn == 3)
-        served.server.handle_exit(signal.SIGINT, None)
+        served.server.handle_exit(number, None)
         until(lambda: served.worker._closed)
         health = openai.DefaultHttpxClient().get(f"{served.url}/health")
         assert (health.status_code, health.json()["status"]) == (503, "stopping")
         with pytest.raises(openai.InternalServerError, match="The server is shutting down"):
             served.client().completions.create(model=NAME, prompt="Hi")
-        served.server.handle_exit(signal.SIGINT, None)
+        served.server.handle_exit(number, None)
         opener = threading.Thread(target=_open_when_stopping, args=(served, gate))
         opener.start()
     opener.join()
