@@ -43,7 +43,8 @@ class Metrics:
     `density` is the share of neurons in the mask that is in use. `sparsity` is the share of FFN bytes that decoding has
     not read so far, refreshes included; with token thresholds, whose skipped rows are not counted while decoding, it is
     the calibration's expectation for the mask. `refreshes` counts tokens that came from reading the last ones densely.
-    `reused_tokens` of the prompt were read before. `decode_tokens_per_second` starts at the second token; the first
+    `reused_tokens` of the prompt were read before. `decode_steps` counts refreshes too, and a last one that gave an end
+    token or came too late for one who cancelled. `decode_tokens_per_second` starts at the second token; the first
     comes from prefill. `finish_reason`: an end token or a stop string, as many tokens as asked for, a full context, or
     nothing where a generation was not read to its end, or cancelled.
     """
@@ -57,6 +58,7 @@ class Metrics:
     sparsity: float = 0.0
     refreshes: int = 0
     time_to_first_token: float = 0.0
+    decode_steps: int = 0
     decode_seconds: float = 0.0
     decode_tokens_per_second: float | None = None
     ffn_bytes_per_token: int = 0
@@ -152,7 +154,6 @@ class Decoding:
         token = self._choose(logits)
         metrics.time_to_first_token = time.perf_counter() - started
         stale: list[int] = []  # tokens whose keys and values sparse steps have left in the cache
-        steps = 0
         while not self.cancelled:
             if token in self._artifact.eos_token_ids:
                 metrics.finish_reason = "stop"
@@ -184,9 +185,9 @@ class Decoding:
                 token = self._next(step, token)
                 self._shares.append(self._sparse_share)
             self._account()
-            steps += 1
+            metrics.decode_steps += 1
             metrics.decode_seconds += time.perf_counter() - started
-            metrics.decode_tokens_per_second = steps / metrics.decode_seconds
+            metrics.decode_tokens_per_second = metrics.decode_steps / metrics.decode_seconds
 
     def _read(self, step: DecodeStep) -> tuple[np.ndarray, PromptMask]:
         how = self._deployment

@@ -58,7 +58,10 @@ def create_app(worker: Worker, name: str, limits: Limits) -> FastAPI:
 
 
 class Api:
-    """The handlers. Each request counts once, however it ends: those that are refused here, others in the worker."""
+    """The handlers.
+
+    Each request whose body is valid counts once, however it ends: those that are refused here, others in the worker.
+    """
 
     def __init__(self, worker: Worker, name: str, limits: Limits) -> None:
         self._worker, self._name, self._limits = worker, name, limits
