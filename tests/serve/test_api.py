@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import openai
@@ -9,6 +10,7 @@ import pytest
 
 from tda_export.runtime import Model, Sampling
 from tda_export.serve import app
+from tda_export.serve.replies import server_sent
 from tests.serve.conftest import CONTEXT, NAME, Served, serving
 
 MESSAGES: list[Any] = [
@@ -111,6 +113,13 @@ def test_stop_strings(served: Served, stream: bool) -> None:
         choice = served.client().chat.completions.create(**options).choices[0]
         text, reason = choice.message.content or "", choice.finish_reason
     assert (text, reason) == (plain[: plain.index(stop)], "stop")
+
+
+def test_events_are_lines_whatever_their_text() -> None:
+    """For Python's splitlines too, which also splits at characters beyond ASCII."""
+    event = {"text": "a\u2028b\u2029c\x85d\x0be\nf\u4e16"}
+    data, empty = server_sent(event).decode().splitlines()
+    assert (json.loads(data.removeprefix("data: ")), empty) == (event, "")
 
 
 def test_sampling(served: Served) -> None:
