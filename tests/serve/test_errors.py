@@ -232,6 +232,7 @@ def test_unknown_urls_and_methods(served: Served) -> None:
     assert_error(http.get(f"{served.url}/v1/nothing"), 404, "Unknown URL: GET /v1/nothing.", code="unknown_url")
     answer = http.get(served.url + CHAT)
     assert_error(answer, 405, f"Not supported: GET {CHAT}.", code="method_not_supported")
+    assert answer.headers["allow"] == "POST"
     assert_error(http.get(f"{served.url}/docs"), 404, "Unknown URL", code="unknown_url")
 
 
