@@ -116,7 +116,8 @@ def test_failures_from_a_pipe(tiny_artifact: Path, artifact_copy: Path) -> None:
     ids=lambda value: value[0] if isinstance(value, tuple) else None,
 )
 def test_usage(tiny_artifact: Path, options: tuple[object, ...], text: str) -> None:
-    assert_error(run_cli("chat", tiny_artifact, *options, input="Hi"), USAGE, text)
+    """Refused at the start, before anything is said."""
+    assert_error(run_cli("chat", tiny_artifact, *options, input=""), USAGE, text)
 
 
 def test_status(loaded: Model) -> None:
