@@ -157,7 +157,7 @@ class Decoding:
         while not self.cancelled:
             if token in self._artifact.eos_token_ids:
                 metrics.finish_reason = "stop"
-                self.text += self._last_text()
+                self.text += self._last_text()[0]
                 return
             metrics.new_tokens += 1
             piece, stopped = self._stops.add(self._stream.add(token))
@@ -168,7 +168,10 @@ class Decoding:
             elif step.cache.length + 1 == self._capacity:  # the new token is not in the cache yet
                 metrics.finish_reason = "context"
             if metrics.finish_reason and not stopped:
-                piece += self._last_text()
+                last, stopped = self._last_text()
+                piece += last
+                if stopped:  # by what an unfinished character shows
+                    metrics.finish_reason = "stop"
             self.text += piece
             yield Token(token, piece)
             if metrics.finish_reason:
@@ -197,10 +200,10 @@ class Decoding:
         self.metrics.reused_tokens = reused
         return logits, mask
 
-    def _last_text(self) -> str:
-        """What was held back of the text, up to a stop string."""
+    def _last_text(self) -> tuple[str, bool]:
+        """What was held back of the text, up to a stop string, and whether there was one."""
         piece, stopped = self._stops.add(self._stream.finish())
-        return piece if stopped else piece + self._stops.finish()
+        return (piece if stopped else piece + self._stops.finish()), stopped
 
     def _next(self, step: DecodeStep, token: int) -> int:
         if self._sampler is not None or self._penalty is not None:  # the step itself chooses the likeliest token
