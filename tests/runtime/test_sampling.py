@@ -198,7 +198,9 @@ def test_repetition_penalty_equals_transformers(logits: np.ndarray, penalty: flo
     ours, before = RepetitionPenalty(penalty, 20, tokens[:prompt]), logits.copy()
     for token in tokens[prompt:]:
         ours.add(token)
-    np.testing.assert_allclose(ours.apply(logits), expected[0].numpy(), rtol=1e-5, atol=1e-35)  # which loses digits of tiny ones
+    np.testing.assert_allclose(
+        ours.apply(logits), expected[0].numpy(), rtol=1e-5, atol=1e-35
+    )  # which loses digits of tiny ones
     np.testing.assert_array_equal(logits, before)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from tda_export.errors import TdaError
 from tda_export.graph import contract
 from tda_export.runtime import Model, load
 from tda_export.runtime.decode_step import DecodeStep
+from tda_export.serve import body_limit
 from tda_export.serve.protocol import ChatRequest, CompletionRequest
 from tests.runtime.conftest import edit_manifest
-from tests.serve.conftest import BODY_BYTES, CONTEXT, NAME, Served, serving
+from tests.serve.conftest import BODY_BYTES, CONTEXT, NAME, PATIENCE, Served, serving
 
 HELLO: list[Any] = [{"role": "user", "content": "Hi"}]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -246,6 +248,17 @@ def test_bodies_that_are_too_large(served: Served, chunked: bool) -> None:
     content = pieces() if chunked else b"".join(pieces())
     answer = http.post(served.url + COMPLETIONS, content=content, headers=JSON)
     assert_error(answer, 413, f"The body is larger than {BODY_BYTES} bytes. Shorten it.", code="body_too_large")
+
+
+@pytest.mark.parametrize("length", [f"Content-Length: {2 * BODY_BYTES}", "Transfer-Encoding: chunked"])
+def test_a_body_that_is_too_large_and_never_ends(served: Served, monkeypatch: pytest.MonkeyPatch, length: str) -> None:
+    monkeypatch.setattr(body_limit, "DRAIN_SECONDS", 0.1)
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n{length}\r\n\r\n"
+        chunk = f"{BODY_BYTES + 1:x}\r\n".encode() if "chunked" in length else b""
+        connection.sendall(head.encode() + chunk + b"x" * (BODY_BYTES + 1))
+        assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")
 
 
 def test_a_body_that_is_just_small_enough(served: Served) -> None:
