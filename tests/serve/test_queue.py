@@ -20,6 +20,7 @@ from tda_export.serve.worker import Done, Event, Failed, Job, Piece
 from tests.serve.conftest import NAME, PATIENCE, Gate, Served, serving, until
 
 AT_ONCE = 50
+PADDING = b": " + b"x" * 500_000 + b"\n\n"  # a comment behind an event
 
 
 def question(number: int) -> list[Any]:
@@ -198,14 +199,25 @@ def test_the_official_client_leaves(model: Model, gate: Gate) -> None:
         assert gate.drawn <= 4
 
 
-def test_a_slow_client_holds_nobody_up(model: Model) -> None:
-    """It reads nothing of its stream; the next one is answered all the same."""
+def test_a_slow_client_holds_nobody_up(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads nothing of a stream that no buffer holds; the next one is answered all the same."""
+    written = list[bytes]()
+
+    def padded(event: dict[str, Any]) -> bytes:
+        written.append(server_sent(event))
+        return written[-1] + PADDING
+
+    monkeypatch.setattr(app, "server_sent", padded)
     with serving(model) as served:
-        slow = _stream(served)
-        until(lambda: b"data" in slow.recv(16))
+        slow = _connect(served, '"stream": true, "max_tokens": 100')
         answer = served.client().completions.create(model=NAME, prompt="Hi", max_tokens=4)
         assert answer.choices
-        slow.close()
+        assert served.worker.idle
+        assert b'"finish_reason": "length"' not in b"".join(written)  # the model is done, and its client is not
+        rest = _rest(slow)
+        assert rest.count(PADDING) == len(written)
+        assert b'"finish_reason": "length"' in written[-1]
+        assert b"[DONE]" in rest
 
 
 def test_answers_under_way_end_before_the_server_does(model: Model, gate: Gate) -> None:
@@ -260,8 +272,7 @@ def test_a_client_that_never_reads_does_not_keep_the_server(
     model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its answer is larger than all buffers on the way. Whoever runs the server sees one line of that."""
-    padding = b": " + b"x" * 500_000 + b"\n\n"
-    monkeypatch.setattr(app, "server_sent", lambda event: server_sent(event) + padding)
+    monkeypatch.setattr(app, "server_sent", lambda event: server_sent(event) + PADDING)
     monkeypatch.setattr(run, "LAST_SECONDS", 0.2)
     with serving(model) as served:
         stuck = _connect(served, '"stream": true, "max_tokens": 100')
@@ -346,4 +357,4 @@ def _connect(served: Served, options: str) -> socket.socket:
 
 def _rest(connection: socket.socket) -> bytes:
     with connection:
-        return b"".join(iter(lambda: connection.recv(4096), b""))
+        return b"".join(iter(lambda: connection.recv(1 << 16), b""))
