@@ -130,11 +130,16 @@ def _answer(
         ctrl_c.answer = generation
     live = ctrl_c is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     shown = 0
-    for token in generation:
-        click.echo(token.text, nl=False)
-        shown += len(token.text)
-        if live:
-            click.echo(window_title(generation.metrics), nl=False, err=True)
+    try:
+        for token in generation:
+            click.echo(token.text, nl=False)
+            shown += len(token.text)
+            if live:
+                click.echo(window_title(generation.metrics), nl=False, err=True)
+    except TdaError:
+        if shown:
+            click.echo()  # the error has a line of its own
+        raise
     click.echo(generation.text[shown:])  # what an end of text left unfinished
     click.secho(status(generation.metrics, deployment, stopped=generation.cancelled), dim=True, err=True)
 
@@ -170,15 +175,23 @@ def _typed_lines(ctrl_c: CtrlC) -> Iterator[str]:
     while True:
         try:
             ctrl_c.typing = True
-            line = input("> ")
+            line = input(_prompt())
             ctrl_c.typing = False
         except EOFError:
-            click.echo()
+            click.echo(err=True)
             return
         except KeyboardInterrupt:
             click.echo("\n/quit or Ctrl-D leaves.", err=True)
         else:
             yield line
+
+
+def _prompt() -> str:
+    """Return what `input` shows. Where answers go elsewhere than to the terminal, show it on standard error instead."""
+    if sys.stdout.isatty():
+        return "> "
+    click.echo("> ", nl=False, err=True)
+    return ""
 
 
 def _piped_lines() -> Iterator[str]:

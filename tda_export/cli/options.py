@@ -205,7 +205,9 @@ def answer_options(new_tokens: int) -> Callable[[Callable[..., None]], Callable[
             **others: Any,
         ) -> None:
             from tda_export.runtime import Sampling
+            from tda_export.runtime.stop_strings import StopStrings
 
+            StopStrings(stop)  # which refuses some, before a model is loaded
             sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty)
             command(answering=Answering(max_new_tokens, sampling, stop), **others)
 

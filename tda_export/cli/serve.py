@@ -26,7 +26,9 @@ PACKAGES = ("fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn") 
     "--queue", type=click.IntRange(0), default=64, show_default=True, help="Most requests that wait; more get a 503."
 )
 @click.option(
-    "--max-new-tokens", type=click.IntRange(1), help="Most tokens of an answer.  [default: what the context holds]"
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    help="Most tokens of an answer.  [default: what the context holds, and 1024 where a chat gives no number]",
 )
 @click.option(
     "--max-body", type=click.IntRange(1), default=1 << 20, show_default=True, help="Most bytes of a request's body."

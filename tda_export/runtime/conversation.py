@@ -53,7 +53,7 @@ class Conversation:
             )
         self._model, self._mask, self._deployment = model, mask, deployment
         self._context = model.check_context(context)
-        self._memory = model.memory()
+        self._memory = model.memory(context=self._context)
         self._before: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._turns: list[list[Message]] = []  # each begins with the user's message
         self._answer: Generation | None = None  # to the last of them, until it is added

@@ -43,7 +43,8 @@ class Metrics:
     `density` is the share of neurons in the mask that is in use. `sparsity` is the share of FFN bytes that decoding has
     not read so far, refreshes included; with token thresholds, whose skipped rows are not counted while decoding, it is
     the calibration's expectation for the mask. `refreshes` counts tokens that came from reading the last ones densely.
-    `reused_tokens` of the prompt were read before. `decode_tokens_per_second` starts at the second token; the first
+    `reused_tokens` of the prompt were read before. `decode_steps` counts refreshes too, and a last one that gave an end
+    token or came too late for one who cancelled. `decode_tokens_per_second` starts at the second token; the first
     comes from prefill. `finish_reason`: an end token or a stop string, as many tokens as asked for, a full context, or
     nothing where a generation was not read to its end, or cancelled.
     """
@@ -57,6 +58,7 @@ class Metrics:
     sparsity: float = 0.0
     refreshes: int = 0
     time_to_first_token: float = 0.0
+    decode_steps: int = 0
     decode_seconds: float = 0.0
     decode_tokens_per_second: float | None = None
     ffn_bytes_per_token: int = 0
@@ -152,11 +154,10 @@ class Decoding:
         token = self._choose(logits)
         metrics.time_to_first_token = time.perf_counter() - started
         stale: list[int] = []  # tokens whose keys and values sparse steps have left in the cache
-        steps = 0
         while not self.cancelled:
             if token in self._artifact.eos_token_ids:
                 metrics.finish_reason = "stop"
-                self.text += self._last_text()
+                self.text += self._last_text()[0]
                 return
             metrics.new_tokens += 1
             piece, stopped = self._stops.add(self._stream.add(token))
@@ -167,7 +168,10 @@ class Decoding:
             elif step.cache.length + 1 == self._capacity:  # the new token is not in the cache yet
                 metrics.finish_reason = "context"
             if metrics.finish_reason and not stopped:
-                piece += self._last_text()
+                last, stopped = self._last_text()
+                piece += last
+                if stopped:  # by what an unfinished character shows
+                    metrics.finish_reason = "stop"
             self.text += piece
             yield Token(token, piece)
             if metrics.finish_reason:
@@ -184,9 +188,9 @@ class Decoding:
                 token = self._next(step, token)
                 self._shares.append(self._sparse_share)
             self._account()
-            steps += 1
+            metrics.decode_steps += 1
             metrics.decode_seconds += time.perf_counter() - started
-            metrics.decode_tokens_per_second = steps / metrics.decode_seconds
+            metrics.decode_tokens_per_second = metrics.decode_steps / metrics.decode_seconds
 
     def _read(self, step: DecodeStep) -> tuple[np.ndarray, PromptMask]:
         how = self._deployment
@@ -196,10 +200,10 @@ class Decoding:
         self.metrics.reused_tokens = reused
         return logits, mask
 
-    def _last_text(self) -> str:
-        """What was held back of the text, up to a stop string."""
+    def _last_text(self) -> tuple[str, bool]:
+        """What was held back of the text, up to a stop string, and whether there was one."""
         piece, stopped = self._stops.add(self._stream.finish())
-        return piece if stopped else piece + self._stops.finish()
+        return (piece if stopped else piece + self._stops.finish()), stopped
 
     def _next(self, step: DecodeStep, token: int) -> int:
         if self._sampler is not None or self._penalty is not None:  # the step itself chooses the likeliest token

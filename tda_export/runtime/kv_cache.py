@@ -5,23 +5,33 @@ from __future__ import annotations
 import numpy as np
 import onnxruntime as ort
 
-from tda_export.errors import TdaError
+from tda_export.errors import TdaError, first_line
 from tda_export.graph import contract
 from tda_export.graph.contract import ModelShape
 from tda_export.runtime.session import Call, empty_tensor
 
 
 class KvCache:
-    """Buffers [1, KV, capacity, D] that hold `length` tokens so far."""
+    """Buffers [1, KV, capacity, D] that hold `length` tokens so far.
+
+    Raises:
+        TdaError: There is no memory for them.
+    """
 
     def __init__(self, shape: ModelShape, provider: str, capacity: int) -> None:
         self.length = 0
         self.capacity = capacity
-        self.mask = np.zeros((1, capacity), np.int64)  # the attention mask of the next call
         self._shape = shape
         self._reserved = 0
         size = (1, shape.num_kv_heads, capacity, shape.head_size)
-        self._buffers = {name: empty_tensor(size, shape.dtype, provider) for name in self._names()}
+        try:
+            self.mask = np.zeros((1, capacity), np.int64)  # the attention mask of the next call
+            self._buffers = {name: empty_tensor(size, shape.dtype, provider) for name in self._names()}
+        except Exception as error:  # numpy's MemoryError; ONNX Runtime's exceptions share no narrower base
+            raise TdaError(
+                f"No memory for keys and values of {capacity} tokens ({first_line(error)}). "
+                "Give a smaller --context, or ask for fewer new tokens."
+            ) from error
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more; they are attended to by the next call."""

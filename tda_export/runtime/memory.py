@@ -43,7 +43,7 @@ class PromptMemory:
 
         Args:
             open_step: Makes a step with room for so many tokens.
-            most_tokens: The room never grows beyond this.
+            most_tokens: The room does not grow beyond this, unless a generation asks for more.
             first_room: Of the first step at least, so that a few turns fit.
         """
         self._open_step, self._most_tokens, self._least_room = open_step, most_tokens, first_room
@@ -67,7 +67,7 @@ class PromptMemory:
         self._lent = True
         try:
             if self._step is None or self._step.cache.capacity < tokens:
-                room = min(max(tokens, self._least_room), self._most_tokens)
+                room = max(tokens, min(self._least_room, self._most_tokens))
                 self.forget()
                 self._step = None  # before the next one takes memory
                 self._step = self._open_step(room)

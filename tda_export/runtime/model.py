@@ -58,9 +58,16 @@ class Model:
             tokens = min(-(-tokens // CAPACITY_STEP) * CAPACITY_STEP, shape.max_positions)
         return DecodeStep(self.sessions, shape, tokens)
 
-    def memory(self) -> PromptMemory:
-        """Make a memory for generations of which each begins with the prompt of the one before, as in a chat."""
-        return PromptMemory(self._new_step, self.artifact.shape.max_positions)
+    def memory(self, *, context: int | None = None) -> PromptMemory:
+        """Make a memory for generations of which each begins with the prompt of the one before, as in a chat.
+
+        Args:
+            context: That of the generations, beyond which it needs no room; as for `generate`.
+
+        Raises:
+            UsageError: The context is out of range.
+        """
+        return PromptMemory(self._new_step, self.check_context(context))
 
     def check_context(self, context: int | None) -> int:
         """Return the most tokens of prompt and answer together: `context`, or for None the model's maximum.

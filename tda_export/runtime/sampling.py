@@ -9,7 +9,8 @@ import numpy as np
 
 from tda_export.errors import UsageError
 
-Sampler = Callable[[np.ndarray], int]  # logits float32 [V] -> token
+Sampler = Callable[[np.ndarray], int]  # logits float [V] -> token
+LEAST_PENALTY, MOST_PENALTY = 0.01, 100.0
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,10 @@ class Sampling:
             raise UsageError(f"top-p {self.top_p} is outside (0, 1]. Give 1 (off) or a share.")
         if self.seed is not None and self.seed < 0:
             raise UsageError(f"Seed {self.seed} is negative. Give 0 or more.")
-        if not 0 < self.repetition_penalty < float("inf"):
+        if not LEAST_PENALTY <= self.repetition_penalty <= MOST_PENALTY:
             raise UsageError(
-                f"Repetition penalty {self.repetition_penalty} is not a positive number. Give 1 (off) or a little more."
+                f"Repetition penalty {self.repetition_penalty} is outside [{LEAST_PENALTY}, {MOST_PENALTY}]. "
+                "Give 1 (off) or a little more."
             )
 
 
@@ -48,8 +50,9 @@ def make_sampler(sampling: Sampling) -> Sampler | None:
     generator = np.random.default_rng(sampling.seed)
 
     def sample(logits: np.ndarray) -> int:
-        # Shifted first: the largest stays finite at any temperature.
-        scaled = (logits - logits.max()).astype(np.float64) / sampling.temperature
+        # Shifted first: the largest stays finite at any temperature, and the others may become -inf.
+        with np.errstate(over="ignore"):
+            scaled = (logits - logits.max()).astype(np.float64) / sampling.temperature
         scaled = keep_top_k(scaled, sampling.top_k)
         probabilities = keep_top_p(softmax(scaled), sampling.top_p)
         return int(generator.choice(len(probabilities), p=probabilities))
@@ -74,7 +77,8 @@ class RepetitionPenalty:
         self._seen[token] = True
 
     def apply(self, logits: np.ndarray) -> np.ndarray:
-        """Return the penalised logits, float32 [V]; what is given stays as it is."""
+        """Return the penalised logits, float64 [V], finite where `logits` are; what is given stays as it is."""
+        logits = logits.astype(np.float64)  # in which no penalty in its range overflows float32
         penalised = np.where(logits > 0, logits / self._penalty, logits * self._penalty)
         return np.where(self._seen, penalised, logits)
 

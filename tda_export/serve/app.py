@@ -21,11 +21,15 @@ from tda_export.serve.replies import END_OF_STREAM, Reply, server_sent
 from tda_export.serve.worker import Done, Event, Failed, Job, Piece, Worker
 
 CLIENT_LEFT = 499  # nobody reads it
+USUAL_NEW_TOKENS = 1024  # of a chat's answer whose length nobody gave: keys and values take their room beforehand
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for: `body_bytes` of its body, `new_tokens` of an answer (None: as the context allows)."""
+    """What a request may ask for: `body_bytes` of its body, `new_tokens` of an answer.
+
+    For None an answer has what the context allows, and where nobody says how many, `USUAL_NEW_TOKENS`.
+    """
 
     body_bytes: int
     new_tokens: int | None
@@ -54,7 +58,10 @@ def create_app(worker: Worker, name: str, limits: Limits) -> FastAPI:
 
 
 class Api:
-    """The handlers. Each request counts once, however it ends: those that are refused here, others in the worker."""
+    """The handlers.
+
+    Each request whose body is valid counts once, however it ends: those that are refused here, others in the worker.
+    """
 
     def __init__(self, worker: Worker, name: str, limits: Limits) -> None:
         self._worker, self._name, self._limits = worker, name, limits
@@ -89,8 +96,9 @@ class Api:
 
     async def health(self) -> JSONResponse:
         """Say whether requests are answered."""
-        state = {"status": "ok" if self._worker.alive else "failed", "model": self._name}
-        return JSONResponse(state | {"waiting": self._worker.waiting}, 200 if self._worker.alive else 503)
+        state = self._worker.state
+        body = {"status": state, "model": self._name, "waiting": self._worker.waiting}
+        return JSONResponse(body, 200 if state == "ok" else 503)
 
     async def metrics(self) -> Response:
         """Return what Prometheus collects."""
@@ -149,8 +157,9 @@ class Api:
                 param=param,
                 code="context_length_exceeded",
             )
-        wanted = [body.new_tokens or body.usual_new_tokens, most, self._worker.context - len(tokens)]
-        return Order(tokens, min(count for count in wanted if count is not None), body.sampling(), stops)
+        wanted = body.new_tokens or body.usual_new_tokens or most or USUAL_NEW_TOKENS
+        room = self._worker.context - len(tokens)
+        return Order(tokens, min(wanted, most or wanted, room), body.sampling(), stops)
 
     def _check_model(self, name: str) -> None:
         if name != self._name:

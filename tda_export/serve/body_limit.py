@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tda_export.serve.errors import ApiError
 
 MOST_DRAINED = 64 << 20  # bytes read of a body that is refused, so that its sender comes to read the answer
+
+DRAIN_SECONDS = 10  # for which a sender is waited for meanwhile
 
 
 class BodyLimit:
@@ -44,8 +49,10 @@ class BodyLimit:
 
 async def _drain(receive: Receive) -> None:
     drained = 0
-    while drained < MOST_DRAINED:
-        message = await receive()
-        drained += len(message.get("body", b""))
-        if not message.get("more_body", False):
-            return
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            while drained < MOST_DRAINED:
+                message = await receive()
+                drained += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return

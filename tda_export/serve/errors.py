@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -25,6 +26,7 @@ class ApiError(HTTPException):
         param: The field of the request that is wrong.
         code: What programs tell errors apart by.
         retry_after: Seconds after which another try makes sense.
+        headers: Of the answer.
     """
 
     def __init__(
@@ -35,8 +37,12 @@ class ApiError(HTTPException):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(status, message, None if retry_after is None else {"Retry-After": str(retry_after)})
+        # JSON can spell halves of characters, which requests may hold and UTF-8 does not have.
+        message = message.encode(errors="backslashreplace").decode()
+        retry = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        super().__init__(status, message, {**(headers or {}), **retry})
         self.param, self.code = param, code
 
     def body(self) -> dict[str, Any]:
@@ -68,7 +74,7 @@ def add_handlers(app: FastAPI) -> None:
         url = f"{request.method} {request.url.path}"
         codes = {404: ("unknown_url", f"Unknown URL: {url}."), 405: ("method_not_supported", f"Not supported: {url}.")}
         code, message = codes.get(error.status_code, (None, str(error.detail)))
-        return ApiError(error.status_code, message, code=code).response()
+        return ApiError(error.status_code, message, code=code, headers=error.headers).response()
 
     @app.exception_handler(RequestValidationError)
     async def validation(request: Request, error: RequestValidationError) -> JSONResponse:

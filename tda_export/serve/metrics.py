@@ -20,9 +20,14 @@ class ServerMetrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self._requests = Counter(
-            "tda_export_requests", "Requests by how they ended", ["endpoint", "outcome"], registry=registry
+            "tda_export_requests",
+            "Requests by how they ended; not bodies that are none",
+            ["endpoint", "outcome"],
+            registry=registry,
         )
-        self._prompt = Counter("tda_export_prompt_tokens", "Tokens of answered prompts", registry=registry)
+        self._prompt = Counter(
+            "tda_export_prompt_tokens", "Tokens of prompts that reached the model", registry=registry
+        )
         self._reused = Counter(
             "tda_export_reused_prompt_tokens",
             "Tokens of prompts that were held from the prompt before",
@@ -41,7 +46,11 @@ class ServerMetrics:
         self._rate = Histogram(
             "tda_export_tokens_per_second", "Of an answer, from its second token on", buckets=RATES, registry=registry
         )
-        self._read = Counter("tda_export_ffn_read_bytes", "FFN weights that decode steps read", registry=registry)
+        self._read = Counter(
+            "tda_export_ffn_read_bytes",
+            "FFN weights that decode steps read; what token thresholds skip, as calibrated",
+            registry=registry,
+        )
         self._dense = Counter(
             "tda_export_ffn_dense_bytes", "FFN weights that they would have read densely", registry=registry
         )
@@ -73,9 +82,8 @@ class ServerMetrics:
         self._prompt.inc(metrics.prompt_tokens)
         self._reused.inc(metrics.reused_tokens)
         self._generated.inc(metrics.new_tokens)
-        steps = max(0, metrics.new_tokens - 1)  # the first token is prefill's
-        self._read.inc(steps * metrics.ffn_bytes_per_token)
-        self._dense.inc(steps * metrics.dense_ffn_bytes_per_token)
+        self._read.inc(metrics.decode_steps * metrics.ffn_bytes_per_token)
+        self._dense.inc(metrics.decode_steps * metrics.dense_ffn_bytes_per_token)
         if metrics.decode_tokens_per_second:
             self._rate.observe(metrics.decode_tokens_per_second)
             self._share.set(1.0 - metrics.sparsity)

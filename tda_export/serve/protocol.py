@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from tda_export.runtime import Sampling
 from tda_export.runtime.conversation import Message
+from tda_export.runtime.sampling import LEAST_PENALTY, MOST_PENALTY
 from tda_export.serve.errors import invalid
+
+# The first wrong item of a list ends its reading: a body of a megabyte holds some 300,000, and each would be reported
+# for every type that the list may have, in seconds for which no other client is heard.
+Item = TypeVar("Item")
+Items = Annotated[list[Item], Field(fail_fast=True)]
 
 MOST_STOPS = 4
 SEEDS = 1 << 64
@@ -45,7 +51,7 @@ class GenerationRequest(BaseModel):
     """What chat and completions have in common. Other fields are kept, so that those of UNSUPPORTED are seen."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
-    usual_new_tokens: ClassVar[int | None] = None  # of an answer whose length nobody gave; None: as the context allows
+    usual_new_tokens: ClassVar[int | None] = None  # of an answer whose length nobody gave; None: the server's
 
     model: str
     stream: bool | None = None
@@ -54,10 +60,10 @@ class GenerationRequest(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Items[str] | None = None
     # Not of the API: by the names that other servers use.
     top_k: Annotated[int, Field(ge=0)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=LEAST_PENALTY, le=MOST_PENALTY)] | None = None
 
     @property
     def new_tokens(self) -> int | None:
@@ -120,7 +126,7 @@ class ContentPart(BaseModel):
 
 class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
+    content: str | Items[ContentPart]
     tool_calls: list[Any] | None = None
 
     def plain(self, number: int) -> Message:
@@ -146,7 +152,7 @@ class ChatMessage(BaseModel):
 class ChatRequest(GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     @property
@@ -166,7 +172,7 @@ class CompletionRequest(GenerationRequest):
 
     usual_new_tokens: ClassVar[int | None] = 16  # as the API has it
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | Items[int] | Items[str] | Items[Items[int]]
 
     def single_prompt(self) -> str | list[int]:
         """Return the prompt, text or token ids.

@@ -72,5 +72,5 @@ def usage(metrics: Metrics) -> dict[str, Any]:
 
 
 def server_sent(event: dict[str, Any]) -> bytes:
-    """Write an event as a stream has it."""
-    return f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
+    """Write an event as a stream has it, in ASCII: clients may take other characters than \\n for the end of a line."""
+    return f"data: {json.dumps(event)}\n\n".encode()

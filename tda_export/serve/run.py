@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -58,6 +59,11 @@ class Server(uvicorn.Server):
         await asyncio.to_thread(self._worker.stop)
         self.force_exit = False  # no answer is left to wait for
         await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop; told again by whatever signal, stop without grace. uvicorn does so for Ctrl-C alone."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

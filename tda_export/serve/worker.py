@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from tda_export.errors import TdaError
 from tda_export.runtime import Generation, Metrics, Model
@@ -59,6 +60,7 @@ class Job:
     order: Order
     deliver: Callable[[Event], None]
     arrived: float = field(default_factory=time.monotonic)
+    started: float = math.nan
     generation: Generation | None = None
     cancelled: bool = False
 
@@ -91,11 +93,12 @@ class Worker:
         """
         self.model, self.context, self.metrics = model, context, metrics
         self._mask, self._deployment, self._queue_size = mask, deployment, queue_size
-        self._memory = model.memory()
+        self._memory = model.memory(context=context)
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
         self._closed = False  # to new jobs
         self._stopping = False
+        self._failed = False
         self._mean_seconds = 1.0  # that an answer takes
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
@@ -110,6 +113,11 @@ class Worker:
     def alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()
+
+    @property
+    def state(self) -> Literal["ok", "stopping", "failed"]:
+        """`ok` while jobs are taken, `stopping` once they are no more; `failed` where the thread broke down."""
+        return "failed" if self._failed else "stopping" if self._closed else "ok"
 
     @property
     def idle(self) -> bool:
@@ -129,11 +137,11 @@ class Worker:
         """Put a job at the end of the queue.
 
         Raises:
-            ApiError: The queue is full, or the server is shutting down.
+            ApiError: The queue is full, the server is shutting down, or its thread broke down.
         """
         with self._changed:
             if self._closed:
-                raise stopping()
+                raise internal() if self._failed else stopping()
             # A worker that idles takes the first of the queue at once, so that one does not wait.
             if len(self._waiting) - (self._running is None) >= self._queue_size:
                 wait = math.ceil(self._mean_seconds * (len(self._waiting) + 1))
@@ -160,38 +168,56 @@ class Worker:
         """Refuse what waits, end the answer that is under way, and wait for the thread."""
         with self._changed:
             self._closed = self._stopping = True
-            waiting = list(self._waiting)
-            self._waiting.clear()
             if self._running is not None and self._running.generation is not None:
                 self._running.generation.cancel()
             self._changed.notify()
-        for job in waiting:
-            self._end(job, "failed", Failed(stopping()))
+        self._refuse_waiting(stopping())
         if self._thread.is_alive():
             self._thread.join()
 
+    def _refuse_waiting(self, error: ApiError) -> None:
+        with self._changed:
+            waiting = list(self._waiting)
+            self._waiting.clear()
+        for job in waiting:
+            self._end(job, "failed", Failed(error))
+
     def _work(self) -> None:
-        while True:
+        try:
+            while (job := self._next()) is not None:
+                self._run(job)
+        except BaseException:  # with its thread a server has ended, and nobody may wait for it
+            logger.exception("The model's thread broke down. Start the server again")
             with self._changed:
-                while not self._waiting and not self._stopping:
-                    self._changed.wait()
-                if self._stopping:
-                    return
-                self._running = job = self._waiting.popleft()
-            started = time.monotonic()
-            self.metrics.started(started - job.arrived)
-            try:
-                self._answer(job)
-            except TdaError as error:
-                logger.error("%s", error)
-                self._end(job, "failed", Failed(ApiError(500, str(error), code="model_error")))
-            except Exception:
-                logger.exception("A request failed")
-                self._end(job, "failed", Failed(internal()))
-            finally:
-                with self._changed:
-                    self._running = None
-                self._mean_seconds += 0.2 * (time.monotonic() - started - self._mean_seconds)
+                self._closed = self._failed = True
+            self._refuse_waiting(internal())
+
+    def _next(self) -> Job | None:
+        """Wait for a job; None ends the thread."""
+        with self._changed:
+            while not self._waiting and not self._stopping:
+                self._changed.wait()
+            if self._stopping:
+                return None
+            self._running = job = self._waiting.popleft()
+            job.started = time.monotonic()
+            return job
+
+    def _run(self, job: Job) -> None:
+        try:
+            self.metrics.started(job.started - job.arrived)
+            self._answer(job)
+        except TdaError as error:
+            logger.error("%s", error)
+            self._end(job, "failed", Failed(ApiError(500, str(error), code="model_error")))
+        except Exception:
+            logger.exception("A request failed")
+            self._end(job, "failed", Failed(internal()))
+        except BaseException:
+            self._end(job, "failed", Failed(internal()))
+            raise
+        finally:
+            self._free(job)
 
     def _answer(self, job: Job) -> None:
         order = job.order
@@ -227,7 +253,15 @@ class Worker:
         else:
             self._end(job, "failed", Failed(stopping()))
 
+    def _free(self, job: Job) -> None:
+        """Free the place of a job that has run, once."""
+        with self._changed:
+            if self._running is job:
+                self._running = None
+                self._mean_seconds += 0.2 * (time.monotonic() - job.started - self._mean_seconds)
+
     def _end(self, job: Job, outcome: Outcome, event: Done | Failed) -> None:
+        self._free(job)  # first: who is told of the end may ask again at once
         self.metrics.ended(job.endpoint, outcome)
         job.deliver(event)
 

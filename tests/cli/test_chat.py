@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 
 from tda_export.cli.chat import status, window_title
+from tda_export.errors import TdaError
 from tda_export.graph import contract
 from tda_export.runtime import Conversation, Model, Sampling, load
+from tda_export.runtime.decode_step import DecodeStep
 from tda_export.runtime.generate import Metrics
 from tests.cli.conftest import FAILURE, USAGE, assert_error
 from tests.conftest import run_cli
@@ -107,14 +109,15 @@ def test_failures_from_a_pipe(tiny_artifact: Path, artifact_copy: Path) -> None:
     ("options", "text"),
     [
         (("--context", 9999), "A context of 9999 tokens is outside [2, 512]"),
-        (("--repetition-penalty", 0), "Repetition penalty 0.0 is not a positive number"),
+        (("--repetition-penalty", 0), "Repetition penalty 0.0 is outside [0.01, 100.0]"),
         (("--stop", ""), "A stop string is empty"),
         (("--mask", "dense", "--sparsity", 0.5), "--mask dense reads every neuron"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else None,
 )
 def test_usage(tiny_artifact: Path, options: tuple[object, ...], text: str) -> None:
-    assert_error(run_cli("chat", tiny_artifact, *options, input="Hi"), USAGE, text)
+    """Refused at the start, before anything is said."""
+    assert_error(run_cli("chat", tiny_artifact, *options, input=""), USAGE, text)
 
 
 def test_status(loaded: Model) -> None:
@@ -156,14 +159,14 @@ main()
 class Terminal:
     """The command on a pseudo-terminal of its own, ten tokens a second."""
 
-    def __init__(self, *arguments: object, kind: str = "dumb") -> None:
+    def __init__(self, *arguments: object, kind: str = "dumb", output: Path | None = None) -> None:
         self._ours, theirs = pty.openpty()
         command = [sys.executable, "-c", SLOW, "chat", *map(str, arguments)]
         environment = os.environ | {"TERM": kind, "PYTHONPATH": os.getcwd()}
         self.process = subprocess.Popen(
             command,
             stdin=theirs,
-            stdout=theirs,
+            stdout=output.open("wb") if output else theirs,
             stderr=theirs,
             env=environment,
             start_new_session=True,
@@ -235,6 +238,23 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(artifact_copy: Path) -> Non
         shell.close()
 
 
+def test_an_error_has_a_line_of_its_own(tiny_artifact: Path, loaded: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, steps = DecodeStep._run, iter(range(100))
+
+    def failing(step: DecodeStep, token: int | None) -> None:
+        if next(steps) == 5:
+            raise TdaError("Out of luck. Try again.")
+        run(step, token)
+
+    said = answers(loaded, ["Hi"], new_tokens=6)[0]
+    monkeypatch.setattr(DecodeStep, "_run", failing)
+    result = run_cli("chat", tiny_artifact, "--provider", "cpu", input="Hi")
+    assert (result.exit_code, result.stderr) == (FAILURE, "Error: Out of luck. Try again.\n")
+    assert result.stdout.endswith("\n")
+    assert said.startswith(result.stdout[:-1])
+    assert len(result.stdout) > 1
+
+
 def test_title_is_live_while_an_answer_comes(artifact_copy: Path) -> None:
     edit_manifest(artifact_copy, lambda manifest: manifest["model"].update(eos_token_ids=[]))
     shell = Terminal(artifact_copy, "--provider", "cpu", "--context", 500, kind="xterm")
@@ -246,3 +266,17 @@ def test_title_is_live_while_an_answer_comes(artifact_copy: Path) -> None:
         assert not re.search(r"\[\d+% of FFN bytes read", shell.shown)
     finally:
         shell.close()
+
+
+def test_answers_that_go_elsewhere_are_all_that_goes_there(tiny_artifact: Path, tmp_path: Path, loaded: Model) -> None:
+    output = tmp_path / "said.txt"
+    shell = Terminal(tiny_artifact, "--provider", "cpu", "--max-new-tokens", 3, output=output)
+    try:
+        shell.until(r"/help lists the commands\..*\n> ")
+        shell.type("Hi\n")
+        shell.until(r"\[\d+% of FFN bytes read[^\]]*\].*\n> ")
+        shell.type("\x04")
+        assert shell.process.wait(60) == 0
+    finally:
+        shell.close()
+    assert output.read_text(encoding="utf-8") == answers(loaded, ["Hi"], new_tokens=3)[0] + "\n"

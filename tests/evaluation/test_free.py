@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 
@@ -15,6 +16,7 @@ from tda_export.evaluation.methods import Request, open_setting
 from tda_export.evaluation.setting import Setting
 from tda_export.runtime import Model
 from tda_export.runtime.deployment import Refresh
+from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.scoring import compare, continuation_logits
 
 NEW = BLOCK_TOKENS + 6
@@ -75,6 +77,31 @@ def test_refreshes_count_and_keep_nearer(model: Model, prompts: list[list[int]])
     never, refreshed = (evaluate_free(model.artifact, each, prompts, NEW) for each in (without, often))
     assert refreshed.refresh_ffn_bytes > 0.0
     assert sum(refreshed.kl) < sum(never.kl)
+
+
+def test_bytes_with_refreshes(model: Model, prompts: list[list[int]]) -> None:
+    """Of 69 tokens every fourth is dense, 17; the others read the neurons of the mask of all that was before."""
+    setting = open_setting(model.artifact, model.sessions, Request(sparsity=0.7, refresh=Refresh(4)))
+    shape = model.artifact.shape
+    one_level = dataclasses.replace(setting.deployment, token_thresholds=np.zeros(shape.num_layers, np.float32))
+    setting = dataclasses.replace(setting, counting=None, deployment=one_level)
+    quality = evaluate_free(model.artifact, setting, prompts[:2], NEW)
+    sparse_rows = []
+    for prompt in prompts[:2]:
+        text, rows = written(model, setting, prompt, "dense"), 0
+        for start in range(0, 69, 4):
+            cache = KvCache(shape, "cpu", len(prompt) + NEW)
+            _, mask = setting.read(prompt + text[:start], cache)
+            neurons = sum(len(mask.indices(layer)) for layer in range(shape.num_layers))
+            rows += neurons * (3 if start < 68 else 1)
+        sparse_rows.append(rows)
+    row = 3 * shape.hidden_size * 4  # bytes of a neuron: gate, up and down in float32
+    every = shape.num_layers * shape.ffn_size
+    assert quality.dense_ffn_bytes == every * row
+    expected = [(rows + 17 * every) * row / 69 for rows in sparse_rows]
+    assert quality.ffn_bytes == pytest.approx(statistics.mean(expected), rel=1e-9)
+    more = [17 * (every - rows / 52) * row / 69 for rows in sparse_rows]  # than as many sparse tokens
+    assert quality.refresh_ffn_bytes == pytest.approx(statistics.mean(more), rel=1e-9)
 
 
 def test_greedy_tokens_are_those_of_the_driver(model: Model, prompts: list[list[int]]) -> None:

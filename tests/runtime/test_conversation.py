@@ -169,3 +169,10 @@ def test_a_model_without_a_chat_template(artifact_copy: Path) -> None:
 def test_context_out_of_range(model: Model, context: int) -> None:
     with pytest.raises(UsageError, match=rf"A context of {context} tokens is outside \[2, 512\]"):
         Conversation(model, context=context)
+
+
+def test_the_room_of_keys_and_values_is_the_context(model: Model) -> None:
+    conversation = Conversation(model, context=300)
+    list(conversation.say("Hi", max_new_tokens=2))
+    with conversation._memory.borrow_step(1) as step:
+        assert step.cache.capacity == 300

@@ -183,6 +183,18 @@ def test_stop_strings_end_the_text(model: Model, monkeypatch: pytest.MonkeyPatch
             assert pieces == generation.text
 
 
+@pytest.mark.parametrize("limits", [{"max_new_tokens": 2}, {"context": len(PROMPT) + 2}], ids=["length", "context"])
+def test_a_stop_string_that_the_end_completes(
+    model: Model, monkeypatch: pytest.MonkeyPatch, limits: dict[str, int]
+) -> None:
+    """What an unfinished character shows is text too."""
+    script = iter([*model.text.encode("a"), model.text.encode("é")[0]])
+    monkeypatch.setattr("tda_export.runtime.model.make_sampler", lambda sampling: lambda _: next(script))
+    generation = model.generate(PROMPT, stop=["a\N{REPLACEMENT CHARACTER}"], **limits)  # type: ignore[arg-type]
+    assert [token.text for token in generation] == ["", ""]
+    assert (generation.text, generation.metrics.finish_reason) == ("", "stop")
+
+
 def test_repetition_penalty_equals_transformers(model: Model, reference: Any) -> None:
     tokens = torch.tensor([model.text.encode(PROMPT)])
     with torch.inference_mode():

@@ -40,6 +40,13 @@ def test_reserve_beyond_the_limit(model: Model, first: int, second: int | None, 
     assert (cache.length, cache.capacity, cache.mask.tolist()) == (before, 10, attended)
 
 
+def test_no_memory(model: Model) -> None:
+    """More than any address space holds, which fails at once."""
+    text = rf"^No memory for keys and values of {1 << 46} tokens \(.+\)\. Give a smaller --context, or ask for fewer"
+    with pytest.raises(TdaError, match=text):
+        KvCache(model.artifact.shape, "cpu", 1 << 46)
+
+
 def test_prefill_beyond_the_limit(model: Model) -> None:
     shape = model.artifact.shape
     cache = KvCache(shape, "cpu", 10)

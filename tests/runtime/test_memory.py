@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tda_export.errors import TdaError
+from tda_export.errors import TdaError, UsageError
 from tda_export.graph import contract
 from tda_export.runtime import Model, load, memory, open_artifact
 from tda_export.runtime.decode_step import DecodeStep
@@ -122,6 +122,16 @@ def test_more_room_than_before_reads_all_again(model: Model) -> None:
 def test_the_first_room(model: Model, most: int, tokens: int, room: int) -> None:
     with PromptMemory(model._new_step, most, first_room=100).borrow_step(tokens) as step:
         assert step.cache.capacity == room
+
+
+def test_room_ends_with_the_context(model: Model) -> None:
+    """However often it doubles; a generation with a larger context has its room all the same."""
+    held = model.memory(context=40)
+    for tokens, room in ((20, 40), (40, 40), (41, 41), (50, 50)):
+        with held.borrow_step(tokens) as step:
+            assert step.cache.capacity == room
+    with pytest.raises(UsageError, match=r"^A context of 513 tokens is outside \[2, 512\]"):
+        model.memory(context=513)
 
 
 def test_one_generation_at_a_time(model: Model) -> None:

@@ -198,11 +198,23 @@ def test_repetition_penalty_equals_transformers(logits: np.ndarray, penalty: flo
     ours, before = RepetitionPenalty(penalty, 20, tokens[:prompt]), logits.copy()
     for token in tokens[prompt:]:
         ours.add(token)
-    np.testing.assert_allclose(ours.apply(logits), expected[0].numpy(), rtol=1e-5)
+    np.testing.assert_allclose(
+        ours.apply(logits), expected[0].numpy(), rtol=1e-5, atol=1e-35
+    )  # which loses digits of tiny ones
     np.testing.assert_array_equal(logits, before)
 
 
-@pytest.mark.parametrize("penalty", [0.0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 1.0])
+def test_the_largest_logits_and_penalties_stay_finite(penalty: float, temperature: float) -> None:
+    largest = float(np.finfo(np.float32).max)
+    penalised = RepetitionPenalty(penalty, 4, [0, 1]).apply(np.array([largest, -largest, 1.0, 0.0], np.float32))
+    np.testing.assert_allclose(penalised, [largest / penalty, -largest * penalty, 1.0, 0.0], rtol=1e-12)
+    sampler = make_sampler(Sampling(temperature, seed=1))
+    assert sampler is None or sampler(penalised) == 0
+
+
+@pytest.mark.parametrize("penalty", [0.0, -1.0, 0.0099, 100.1, 1e-45, 1e300, math.inf, math.nan])
 def test_repetition_penalty_out_of_range(penalty: float) -> None:
-    with pytest.raises(UsageError, match=r"^Repetition penalty \S+ is not a positive number\. Give 1 \(off\)"):
+    with pytest.raises(UsageError, match=r"^Repetition penalty \S+ is outside \[0\.01, 100\.0\]\. Give 1 \(off\)"):
         Sampling(repetition_penalty=penalty)

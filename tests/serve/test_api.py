@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import openai
 import pytest
 
 from tda_export.runtime import Model, Sampling
+from tda_export.serve import app
+from tda_export.serve.replies import server_sent
 from tests.serve.conftest import CONTEXT, NAME, Served, serving
 
 MESSAGES: list[Any] = [
@@ -81,8 +84,8 @@ def test_completions(served: Served, tokens: bool) -> None:
     assert chunks[-1].choices[0].finish_reason == "length"
 
 
-def test_limits_that_nobody_gave(served: Served) -> None:
-    """Completions have 16 tokens, as the API says; chats end with the context."""
+def test_limits_that_nobody_gave(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Completions have 16 tokens, as the API says; chats as many as usual, if the context holds them."""
     answer = served.client().completions.create(prompt="The sea", **GREEDY)
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 16
@@ -92,6 +95,9 @@ def test_limits_that_nobody_gave(served: Served) -> None:
     assert chat.choices[0].finish_reason == {"context": "length"}.get(ours.metrics.finish_reason, "stop")
     assert chat.usage is not None
     assert chat.usage.total_tokens <= CONTEXT
+    monkeypatch.setattr(app, "USUAL_NEW_TOKENS", 20)
+    chat = served.client().chat.completions.create(messages=MESSAGES, **GREEDY)
+    assert (chat.choices[0].finish_reason, chat.usage and chat.usage.completion_tokens) == ("length", 20)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -107,6 +113,13 @@ def test_stop_strings(served: Served, stream: bool) -> None:
         choice = served.client().chat.completions.create(**options).choices[0]
         text, reason = choice.message.content or "", choice.finish_reason
     assert (text, reason) == (plain[: plain.index(stop)], "stop")
+
+
+def test_events_are_lines_whatever_their_text() -> None:
+    """For Python's splitlines too, which also splits at characters beyond ASCII."""
+    event = {"text": "a\u2028b\u2029c\x85d\x0be\nf\u4e16"}
+    data, empty = server_sent(event).decode().splitlines()
+    assert (json.loads(data.removeprefix("data: ")), empty) == (event, "")
 
 
 def test_sampling(served: Served) -> None:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
+import pydantic
 import pytest
 
 from tda_export.errors import TdaError
 from tda_export.graph import contract
 from tda_export.runtime import Model, load
 from tda_export.runtime.decode_step import DecodeStep
+from tda_export.serve import body_limit
+from tda_export.serve.protocol import ChatRequest, CompletionRequest
 from tests.runtime.conftest import edit_manifest
-from tests.serve.conftest import BODY_BYTES, CONTEXT, NAME, Served, serving
+from tests.serve.conftest import BODY_BYTES, CONTEXT, NAME, PATIENCE, Served, serving
 
 HELLO: list[Any] = [{"role": "user", "content": "Hi"}]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -82,7 +86,8 @@ def test_json_errors_are_named(served: Served) -> None:
         ({"stop": ["a"] * 5}, "stop", "up to 4 strings"),
         ({"stop": ""}, "stop", "none of them empty"),
         ({"stream": "perhaps"}, "stream", "boolean"),
-        ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "greater than or equal to 0.01"),
+        ({"repetition_penalty": 1e39}, "repetition_penalty", "less than or equal to 100"),
         ({"model": None}, "model", "valid string"),
     ],
     ids=str,
@@ -91,6 +96,25 @@ def test_values(served: Served, change: dict[str, Any], param: str, text: str) -
     answer = post(served, CHAT, {"model": NAME, "messages": HELLO} | change)
     code = "missing_required_parameter" if text == "Field required" else "invalid_value"
     assert_error(answer, 400, text, param=param, code=code)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        (CompletionRequest, {"prompt": [{}] * 1000}),
+        (CompletionRequest, {"prompt": [1, *["x"] * 1000]}),
+        (CompletionRequest, {"prompt": [[{}] * 1000] * 3}),
+        (CompletionRequest, {"prompt": "Hi", "stop": [1] * 1000}),
+        (ChatRequest, {"messages": [1] * 1000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [1] * 1000}] * 3}),
+    ],
+    ids=["prompt", "token ids", "prompts", "stop", "messages", "content"],
+)
+def test_the_first_wrong_item_of_a_list_is_enough(kind: type[pydantic.BaseModel], change: dict[str, Any]) -> None:
+    """Collecting all of them takes seconds, and other clients wait."""
+    with pytest.raises(pydantic.ValidationError) as raised:
+        kind.model_validate({"model": NAME} | change)
+    assert raised.value.error_count() <= 4
 
 
 def test_numbers_that_json_does_not_have(served: Served) -> None:
@@ -197,10 +221,20 @@ def test_unknown_models(served: Served) -> None:
     assert_error(http.get(f"{served.url}/v1/models/a/b"), 404, "'a/b'", param="model", code="model_not_found")
 
 
+def test_halves_of_characters_are_shown_as_escapes(served: Served) -> None:
+    answer = post(served, CHAT, {"model": "\ud800", "messages": HELLO})
+    assert_error(answer, 404, r"The model '\ud800' does not exist", param="model", code="model_not_found")
+    content = [{"type": "\udfff", "text": "x"}]
+    answer = post(served, CHAT, {"model": NAME, "messages": [{"role": "user", "content": content}]})
+    text = r"Content of type '\udfff' is not supported"
+    assert_error(answer, 400, text, param="messages[0].content[0]", code="unsupported_content")
+
+
 def test_unknown_urls_and_methods(served: Served) -> None:
     assert_error(http.get(f"{served.url}/v1/nothing"), 404, "Unknown URL: GET /v1/nothing.", code="unknown_url")
     answer = http.get(served.url + CHAT)
     assert_error(answer, 405, f"Not supported: GET {CHAT}.", code="method_not_supported")
+    assert answer.headers["allow"] == "POST"
     assert_error(http.get(f"{served.url}/docs"), 404, "Unknown URL", code="unknown_url")
 
 
@@ -214,6 +248,17 @@ def test_bodies_that_are_too_large(served: Served, chunked: bool) -> None:
     content = pieces() if chunked else b"".join(pieces())
     answer = http.post(served.url + COMPLETIONS, content=content, headers=JSON)
     assert_error(answer, 413, f"The body is larger than {BODY_BYTES} bytes. Shorten it.", code="body_too_large")
+
+
+@pytest.mark.parametrize("length", [f"Content-Length: {2 * BODY_BYTES}", "Transfer-Encoding: chunked"])
+def test_a_body_that_is_too_large_and_never_ends(served: Served, monkeypatch: pytest.MonkeyPatch, length: str) -> None:
+    monkeypatch.setattr(body_limit, "DRAIN_SECONDS", 0.1)
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n{length}\r\n\r\n"
+        chunk = f"{BODY_BYTES + 1:x}\r\n".encode() if "chunked" in length else b""
+        connection.sendall(head.encode() + chunk + b"x" * (BODY_BYTES + 1))
+        assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")
 
 
 def test_a_body_that_is_just_small_enough(served: Served) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tda_export.runtime import Model
+from tda_export.runtime import Model, load
+from tests.runtime.conftest import edit_manifest
 from tests.serve.conftest import NAME, Gate, Served, serving, until
 
 
@@ -46,6 +48,25 @@ def test_an_answer_is_counted(model: Model) -> None:
         assert found["tda_export_queue_length"] == found["tda_export_running_requests"] == 0
         served.client().completions.create(**ask | {"prompt": "The sea is calm tonight, my love"})
         assert samples(served)["tda_export_reused_prompt_tokens_total"] == len(prompt)
+
+
+def test_the_step_that_gives_an_end_token_is_counted(artifact_copy: Path) -> None:
+    ask = {"prompt": "The sea is calm tonight", "max_new_tokens": 12}
+    plain = [token.id for token in load(artifact_copy, provider="cpu").generate(**ask)]  # type: ignore[arg-type]
+    end = next(i for i in range(2, 12) if plain[i] not in plain[:i])
+    edit_manifest(artifact_copy, lambda manifest: manifest["model"].update(eos_token_ids=[plain[end]]))
+    model = load(artifact_copy, provider="cpu")
+    ours = model.generate(**ask)  # type: ignore[arg-type]
+    assert len(list(ours)) == ours.metrics.decode_steps == end
+    with serving(model) as served:
+        answer = served.client().completions.create(
+            model=NAME, prompt="The sea is calm tonight", temperature=0, max_tokens=12
+        )
+        assert answer.choices[0].finish_reason == "stop"
+        found = samples(served)
+        assert found["tda_export_generated_tokens_total"] == end
+        assert found["tda_export_ffn_read_bytes_total"] == end * ours.metrics.ffn_bytes_per_token
+        assert found["tda_export_ffn_dense_bytes_total"] == end * ours.metrics.dense_ffn_bytes_per_token
 
 
 def test_refusals_cancellations_and_the_queue(model: Model, gate: Gate) -> None:

@@ -8,16 +8,19 @@ import socket
 import threading
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 
-from tda_export.runtime import Model
+from tda_export.runtime import Model, Sampling
 from tda_export.serve import app, run
+from tda_export.serve.protocol import Order
 from tda_export.serve.replies import server_sent
-from tda_export.serve.worker import Done, Failed, Job
+from tda_export.serve.worker import Done, Event, Failed, Job, Piece
 from tests.serve.conftest import NAME, PATIENCE, Gate, Served, serving, until
 
 AT_ONCE = 50
+PADDING = b": " + b"x" * 500_000 + b"\n\n"  # a comment behind an event
 
 
 def question(number: int) -> list[Any]:
@@ -127,6 +130,24 @@ def test_a_queue_of_none(model: Model, gate: Gate) -> None:
         assert served.client().completions.create(model=NAME, prompt="Hi", max_tokens=1).choices
 
 
+@pytest.mark.parametrize("prompt", [[50], []], ids=["answered", "failed"])
+def test_whoever_is_told_of_an_end_may_ask_again(model: Model, prompt: list[int]) -> None:
+    """The place is free before the end is told, so that a queue of none takes one question after another."""
+    with serving(model, queue=0) as served:
+        told = list[type]()
+        order = Order(prompt, 2, Sampling(), ())  # none is a failure
+
+        def deliver(event: Event) -> None:
+            if not isinstance(event, Piece):
+                told.append(type(event))
+                if len(told) < 3:
+                    served.worker.submit(Job("completions", order, deliver))
+
+        served.worker.submit(Job("completions", order, deliver))
+        until(lambda: len(told) == 3)
+        assert set(told) == {Done if prompt else Failed}
+
+
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 def test_a_client_that_leaves_frees_its_place_within_a_token(model: Model, gate: Gate, stream: bool) -> None:
     with serving(model) as served:
@@ -178,14 +199,25 @@ def test_the_official_client_leaves(model: Model, gate: Gate) -> None:
         assert gate.drawn <= 4
 
 
-def test_a_slow_client_holds_nobody_up(model: Model) -> None:
-    """It reads nothing of its stream; the next one is answered all the same."""
+def test_a_slow_client_holds_nobody_up(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads nothing of a stream that no buffer holds; the next one is answered all the same."""
+    written = list[bytes]()
+
+    def padded(event: dict[str, Any]) -> bytes:
+        written.append(server_sent(event))
+        return written[-1] + PADDING
+
+    monkeypatch.setattr(app, "server_sent", padded)
     with serving(model) as served:
-        slow = _stream(served)
-        until(lambda: b"data" in slow.recv(16))
+        slow = _connect(served, '"stream": true, "max_tokens": 100')
         answer = served.client().completions.create(model=NAME, prompt="Hi", max_tokens=4)
         assert answer.choices
-        slow.close()
+        assert served.worker.idle
+        assert b'"finish_reason": "length"' not in b"".join(written)  # the model is done, and its client is not
+        rest = _rest(slow)
+        assert rest.count(PADDING) == len(written)
+        assert b'"finish_reason": "length"' in written[-1]
+        assert b"[DONE]" in rest
 
 
 def test_answers_under_way_end_before_the_server_does(model: Model, gate: Gate) -> None:
@@ -215,17 +247,20 @@ def test_answers_that_take_longer_than_the_grace(model: Model, gate: Gate) -> No
     assert b"503 Service Unavailable" in _rest(whole)
 
 
-def test_told_twice_to_stop(model: Model, gate: Gate) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "terminate"])
+def test_told_twice_to_stop(model: Model, gate: Gate, number: int) -> None:
     """It does not wait for the grace to pass."""
     gate.allow(3)
     with serving(model) as served:
         stream = _stream(served)
         until(lambda: gate.drawn == 3)
-        served.server.handle_exit(signal.SIGINT, None)
+        served.server.handle_exit(number, None)
         until(lambda: served.worker._closed)
+        health = openai.DefaultHttpxClient().get(f"{served.url}/health")
+        assert (health.status_code, health.json()["status"]) == (503, "stopping")
         with pytest.raises(openai.InternalServerError, match="The server is shutting down"):
             served.client().completions.create(model=NAME, prompt="Hi")
-        served.server.handle_exit(signal.SIGINT, None)
+        served.server.handle_exit(number, None)
         opener = threading.Thread(target=_open_when_stopping, args=(served, gate))
         opener.start()
     opener.join()
@@ -237,8 +272,7 @@ def test_a_client_that_never_reads_does_not_keep_the_server(
     model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its answer is larger than all buffers on the way. Whoever runs the server sees one line of that."""
-    padding = b": " + b"x" * 500_000 + b"\n\n"
-    monkeypatch.setattr(app, "server_sent", lambda event: server_sent(event) + padding)
+    monkeypatch.setattr(app, "server_sent", lambda event: server_sent(event) + PADDING)
     monkeypatch.setattr(run, "LAST_SECONDS", 0.2)
     with serving(model) as served:
         stuck = _connect(served, '"stream": true, "max_tokens": 100')
@@ -269,7 +303,31 @@ def test_a_worker_that_stops_tells_those_who_wait(model: Model, gate: Gate) -> N
         assert b"503 Service Unavailable" in _rest(waiting)
         assert b'"code": "shutting_down"' in _rest(running)
         health = openai.DefaultHttpxClient().get(f"{served.url}/health")
+        assert (health.status_code, health.json()["status"]) == (503, "stopping")
+
+
+def test_a_worker_that_breaks_down_tells_everybody(
+    model: Model, gate: Gate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those whose answer it was, those who wait and those who come."""
+
+    def broken(logits: np.ndarray) -> int:
+        gate.sample(logits)
+        raise SystemExit
+
+    monkeypatch.setattr("tda_export.runtime.model.make_sampler", lambda sampling: broken)
+    with serving(model) as served:
+        running, waiting = _stream(served), _connect(served, '"max_tokens": 4')
+        until(lambda: served.worker.waiting == 1)
+        gate.open()
+        assert b'"code": "internal_error"' in _rest(running)
+        assert b"500 Internal Server Error" in _rest(waiting)
+        until(lambda: not served.worker.alive)
+        with pytest.raises(openai.InternalServerError, match="The server failed"):
+            served.client().completions.create(model=NAME, prompt="Hi")
+        health = openai.DefaultHttpxClient().get(f"{served.url}/health")
         assert (health.status_code, health.json()["status"]) == (503, "failed")
+    assert "The model's thread broke down" in caplog.text
 
 
 def _stream(served: Served) -> socket.socket:
@@ -299,4 +357,4 @@ def _connect(served: Served, options: str) -> socket.socket:
 
 def _rest(connection: socket.socket) -> bytes:
     with connection:
-        return b"".join(iter(lambda: connection.recv(4096), b""))
+        return b"".join(iter(lambda: connection.recv(1 << 16), b""))
