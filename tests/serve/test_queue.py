@@ -209,7 +209,7 @@ def test_a_slow_client_holds_nobody_up(model: Model, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(app, "server_sent", padded)
     with serving(model) as served:
-        slow = _connect(served, '"stream": true, "max_tokens": 100')
+        slow = _connect(served, '"stream": true, "max_tokens": 100, "temperature": 0')
         answer = served.client().completions.create(model=NAME, prompt="Hi", max_tokens=4)
         assert answer.choices
         assert served.worker.idle
@@ -275,7 +275,7 @@ def test_a_client_that_never_reads_does_not_keep_the_server(
     monkeypatch.setattr(app, "server_sent", lambda event: server_sent(event) + PADDING)
     monkeypatch.setattr(run, "LAST_SECONDS", 0.2)
     with serving(model) as served:
-        stuck = _connect(served, '"stream": true, "max_tokens": 100')
+        stuck = _connect(served, '"stream": true, "max_tokens": 100, "temperature": 0')
         until(lambda: served.worker.idle)
     stuck.close()
     said = capsys.readouterr().err
