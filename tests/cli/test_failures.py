@@ -183,7 +183,7 @@ def test_out_of_memory(
     steps = {
         "calibrate": "tda_export.calibration.run.accumulate_curves",
         "build": "tda_export.graph.verify.Comparison.run",
-        "generate": "tda_export.runtime.kv_cache.empty_tensor",
+        "generate": "tda_export.runtime.decode_step.KvCache",
     }
     monkeypatch.setattr(steps[command], refuse_with(error))
     arguments = {
@@ -197,7 +197,7 @@ def test_out_of_memory(
 def test_an_array_that_no_memory_holds(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """numpy's MemoryError is a class of its own."""
     monkeypatch.setattr("tda_export.runtime.kv_cache.empty_tensor", lambda *arguments: np.zeros(10**16))
-    assert_error(run_cli("generate", tiny_artifact, "Hi"), FAILURE, "Out of memory.")
+    assert_error(run_cli("generate", tiny_artifact, "Hi"), FAILURE, "No memory for keys and values of")
 
 
 def test_a_bug_is_not_hidden(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
