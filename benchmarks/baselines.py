@@ -25,6 +25,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+
 from tda_export.calibration.corpus import BUILTIN, load_corpus
 from tda_export.errors import TdaError, UsageError
 from tda_export.evaluation.predictor import PredictorSettings
@@ -68,10 +70,8 @@ def reachable(source: ModelSource, settings: PredictorSettings, options: argpars
     return wanted
 
 
-def fit(
-    model: Any, source: ModelSource, wanted: list[Wanted], settings: PredictorSettings, options: argparse.Namespace
-) -> dict[Wanted, ReferenceMethod]:
-    """Read the calibration text and fit the methods to it."""
+def read_calibration_text(model: Any, source: ModelSource, options: argparse.Namespace) -> list[torch.Tensor]:
+    """Return what enters each layer's FFN on the calibration text: L tensors, float32 [T, M]."""
     corpus = load_corpus(
         options.dataset,
         source.tokenizer,
@@ -81,9 +81,7 @@ def fit(
         seed=options.seed,
     )
     with progress("Reading the calibration text", len(corpus.tokens), quiet=options.json) as advance:
-        inputs = ffn_inputs(model, source.spec, corpus.tokens, advance)
-    with progress("Fitting", len(inputs), quiet=options.json) as advance:
-        return fit_methods(model, source.spec, inputs, wanted, settings, advance)
+        return ffn_inputs(model, source.spec, corpus.tokens, advance)
 
 
 def row(one: Wanted, method: ReferenceMethod, quality: TextQuality, options: argparse.Namespace) -> dict[str, Any]:
@@ -114,28 +112,40 @@ def line(result: dict[str, Any]) -> str:
 
 
 class Baselines:
-    """Methods that were fitted to the calibration text, for any number of texts."""
+    """Methods that are fitted to the calibration text when they are first measured, for any number of texts."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.source = resolve_model(options.model, notify=lambda notice: print(notice, file=sys.stderr))
-        training = PredictorSettings(rank=options.rank, epochs=options.epochs, seed=options.seed)
-        self.wanted = reachable(self.source, training, options)
+        self.training = PredictorSettings(rank=options.rank, epochs=options.epochs, seed=options.seed)
+        self.wanted = reachable(self.source, self.training, options)
         if not self.wanted:
             raise UsageError("Nothing is left to measure. Give another --sparsity.")
         self.model = self.source.reference()
-        self.methods = fit(self.model, self.source, self.wanted, training, options)
+        self.inputs = read_calibration_text(self.model, self.source, options)
+        self.methods: dict[Wanted, ReferenceMethod] = {}
 
-    def measure(self, text: str, name: str, prompt_tokens: int) -> list[dict[str, Any]]:
-        """Measure all of them on a text, with prompts of a length."""
+    def fit(self, wanted: list[Wanted]) -> dict[Wanted, ReferenceMethod]:
+        """Fit what was not fitted before."""
+        if new := [one for one in wanted if one not in self.methods]:
+            with progress("Fitting", len(self.inputs), quiet=self.options.json) as advance:
+                spec = self.source.spec
+                self.methods |= fit_methods(self.model, spec, self.inputs, new, self.training, advance)
+        return {one: self.methods[one] for one in wanted}
+
+    def measure(
+        self, text: str, name: str, prompt_tokens: int, wanted: list[Wanted] | None = None
+    ) -> list[dict[str, Any]]:
+        """Measure some methods (by default all that were asked for) on a text, with prompts of a length."""
         options = argparse.Namespace(**vars(self.options) | {"text": Path(name), "prompt_tokens": prompt_tokens})
         settings = TextSettings(options.prompts, prompt_tokens, options.continuation_tokens)
         tokenizer = self.source.tokenizer
         tokens = tokenizer(text, add_special_tokens=False).input_ids
         windows = cut_windows(tokens, tokenizer("").input_ids, settings)
+        methods = self.fit(wanted or self.wanted)
         with progress("Evaluating", len(windows), quiet=options.json) as advance:
-            qualities = measure_methods(self.model, self.source.spec, windows, settings, self.methods, advance)
-        return [row(one, self.methods[one], qualities[one], options) for one in self.wanted]
+            qualities = measure_methods(self.model, self.source.spec, windows, settings, methods, advance)
+        return [row(one, method, qualities[one], options) for one, method in methods.items()]
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""Measure all methods on texts and prompt lengths, and print a table of them.
+"""Measure all methods on texts and prompt lengths at the same FFN bytes, and print a table of them.
 
-    python benchmarks/quality_table.py ARTIFACT TEXT... --token-calibration FILE [--prompt-tokens 32 384] [--json]
+    python benchmarks/quality_table.py ARTIFACT TEXT... --token-calibration FILE [--prompt-tokens 32 384] [--rows FILE]
 
 ARTIFACT is one of --method tda --allocation kl, FILE a calibration of the same model with --estimator token
 --curves-only (for the paper's method and TT). Each TEXT is a UTF-8 file that calibration has not seen, or a .jsonl
@@ -8,6 +8,12 @@ file whose lines hold a "story" (as `tda-export eval-data` writes coqa.jsonl), o
 
 By the strict protocol of `tda-export eval --text`: tda, uniform (masks alone), griffin, tt and paper on the artifact,
 and static, cats and dejavu of `benchmarks/baselines.py` (without them: --no-baselines).
+
+A threshold that was calibrated on other text or longer prompts reads more or fewer bytes than it was chosen for. So
+that methods are compared at the same bytes, one that misses the bytes of --sparsity by more than --within is measured
+again at another sparsity (the column "asked"). The paper's method chooses its own bytes.
+
+--rows keeps what was measured, one JSON object a line: an interrupted run goes on from there.
 """
 
 from __future__ import annotations
@@ -17,10 +23,11 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import baselines
+from same_bytes import Cell, Row, Rows, at_same_bytes
 
 from tda_export.errors import TdaError, UsageError
 from tda_export.evaluation.methods import Request, open_setting
@@ -28,7 +35,7 @@ from tda_export.evaluation.text import TextSettings, cut_windows, evaluate_text
 from tda_export.runtime import Model, load
 
 LARGEST_TT_SPARSITY = 1 / 3  # TT saves down rows alone
-HEADER = ("method", "text", "prompt", "FFN bytes", "KL", "perplexity", "agreement")
+HEADER = ("method", "sparsity", "asked", "text", "prompt", "FFN bytes", "KL", "perplexity", "agreement")
 
 
 def read_text(path: Path) -> str:
@@ -41,46 +48,77 @@ def read_text(path: Path) -> str:
     return "\n\n".join(dict.fromkeys(json.loads(line)["story"] for line in content.splitlines()))
 
 
-def requests(options: argparse.Namespace) -> list[Request]:
+def artifact_cells(options: argparse.Namespace) -> list[Cell]:
     """What is measured on the artifact."""
-    tokens = options.token_calibration
-    made = [Request("dense")]
+    cells = [Cell("dense")]
     for sparsity in options.sparsity:
-        made.append(Request("tda", sparsity=sparsity, allocation="kl"))
-        made.append(Request("tda", sparsity=sparsity, allocation="uniform"))
-        made.append(Request("griffin", sparsity=sparsity))
-        if tokens is not None and sparsity < LARGEST_TT_SPARSITY:
-            made.append(Request("tt", sparsity=sparsity, calibration=tokens))
-    return [*made, *([Request("paper", calibration=tokens)] if tokens is not None else [])]
+        cells += [Cell("tda", sparsity), Cell("uniform", sparsity), Cell("griffin", sparsity)]
+        if options.token_calibration is not None and sparsity < LARGEST_TT_SPARSITY:
+            cells.append(Cell("tt", sparsity))
+    return [*cells, *([Cell("paper")] if options.token_calibration is not None else [])]
 
 
-def artifact_rows(model: Model, text: str, name: str, prompt: int, options: argparse.Namespace) -> Iterator[Any]:
-    """One row for each request."""
-    settings = TextSettings(options.prompts, prompt, options.continuation_tokens)
-    encode = model.text.encode
-    windows = cut_windows(encode(text, special_tokens=False), encode(""), settings)
-    for request in requests(options):
-        setting = open_setting(model.artifact, model.sessions, request)
-        quality = evaluate_text(model.artifact, setting, windows, settings)
-        method = "uniform" if request.allocation == "uniform" else request.method
-        yield {"method": method, "budget": setting.budget, "text": name, "prompt_tokens": prompt} | asdict(quality)
+def request(cell: Cell, tokens: Path | None) -> Request:
+    """How `tda-export eval` would be asked for a cell."""
+    match cell.method:
+        case "tda":
+            return Request("tda", sparsity=cell.sparsity, allocation="kl")
+        case "uniform":
+            return Request("tda", sparsity=cell.sparsity, allocation="uniform")
+        case "tt" | "paper":
+            return Request(cell.method, sparsity=cell.sparsity, calibration=tokens)
+        case _:
+            return Request(cell.method, sparsity=cell.sparsity)
 
 
-def fitted_baselines(options: argparse.Namespace, model: str) -> baselines.Baselines:
-    """Fit the methods of `baselines.py`; what a text adds is given later."""
-    given = ["any", "--model", model, "--prompts", str(options.prompts), "--json", "--sparsity"]
-    given += [*map(str, options.sparsity), "--continuation-tokens", str(options.continuation_tokens)]
-    return baselines.Baselines(baselines.arguments(given))
+def with_share(row: Row) -> Row:
+    """Add `ffn_share`, the share of the dense FFN bytes that was read."""
+    return row | {"ffn_share": row["ffn_bytes"] / row["dense_ffn_bytes"]}
 
 
-def line(row: dict[str, Any]) -> str:
+class OnArtifact:
+    """Measures cells on an artifact."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.model: Model = load(options.artifact, provider="cpu")
+
+    def measure(self, text: str, prompt_tokens: int, cells: list[Cell]) -> list[Row]:
+        """Measure cells on a text, with prompts of a length."""
+        settings = TextSettings(self.options.prompts, prompt_tokens, self.options.continuation_tokens)
+        artifact, encode = self.model.artifact, self.model.text.encode
+        windows = cut_windows(encode(text, special_tokens=False), encode(""), settings)
+        rows = []
+        for cell in cells:
+            setting = open_setting(artifact, self.model.sessions, request(cell, self.options.token_calibration))
+            rows.append(with_share(asdict(evaluate_text(artifact, setting, windows, settings))))
+        return rows
+
+
+class InPyTorch:
+    """Measures the methods of `baselines.py`, which are fitted when they are first asked for."""
+
+    def __init__(self, options: argparse.Namespace, model: str) -> None:
+        given = ["any", "--model", model, "--prompts", str(options.prompts), "--json", "--sparsity"]
+        given += [*map(str, options.sparsity), "--continuation-tokens", str(options.continuation_tokens)]
+        self.fitted = baselines.Baselines(baselines.arguments(given))
+        self.cells = [Cell(one.method, one.sparsity) for one in self.fitted.wanted]
+
+    def measure(self, text: str, prompt_tokens: int, cells: list[Cell]) -> list[Row]:
+        """Measure cells on a text, with prompts of a length."""
+        wanted = [baselines.Wanted(cell.method, cell.sparsity) for cell in cells]  # type: ignore[arg-type]
+        return list(map(with_share, self.fitted.measure(text, "any", prompt_tokens, wanted)))
+
+
+def line(row: Row) -> str:
     """One line of the Markdown table."""
-    share = row["ffn_bytes"] / row["dense_ffn_bytes"]
     cells = (
         row["method"],
+        "" if row["sparsity"] is None else f"{row['sparsity']:g}",
+        "" if row["asked"] is None else f"{row['asked']:.3f}",
         row["text"],
         str(row["prompt_tokens"]),
-        f"{share:.3f}",
+        f"{row['ffn_share']:.3f}",
         f"{row['kl']:.3f} ± {row['kl_stderr']:.3f}",
         f"{row['perplexity']:.2f} ± {row['perplexity_stderr']:.2f}",
         f"{row['agreement']:.3f} ± {row['agreement_stderr']:.3f}",
@@ -89,30 +127,49 @@ def line(row: dict[str, Any]) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure all methods on texts and prompt lengths.")
+    parser = argparse.ArgumentParser(description="Measure all methods on texts and prompt lengths at the same bytes.")
     parser.add_argument("artifact", type=Path)
     parser.add_argument("texts", type=Path, nargs="+", metavar="TEXT")
     parser.add_argument("--token-calibration", type=Path, metavar="FILE")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.3, 0.5, 0.7])
+    parser.add_argument("--within", type=float, default=0.01, help="Share of the dense FFN bytes.  [default: 0.01]")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--prompt-tokens", nargs="+", type=int, default=[32, 384])
     parser.add_argument("--continuation-tokens", type=int, default=128)
     parser.add_argument("--model", help="For the baselines.  [default: what the artifact was built from]")
     parser.add_argument("--no-baselines", action="store_true")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="Keep what was measured here, and go on from it.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object a line.")
     return parser.parse_args()
 
 
-def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All results, as they come."""
-    model = load(options.artifact, provider="cpu")
-    asked = [(read_text(path), path.stem, prompt) for path in options.texts for prompt in options.prompt_tokens]
-    for text, name, prompt in asked:
-        yield from artifact_rows(model, text, name, prompt, options)
-    if not options.no_baselines:
-        fitted = fitted_baselines(options, options.model or model.artifact.name)
-        for text, name, prompt in asked:
-            yield from (row | {"text": name} for row in fitted.measure(text, name, prompt))
+def measured(options: argparse.Namespace) -> Iterator[Row]:
+    """All rows, as they come: those that were kept, and then the others."""
+    rows = Rows(options.rows, ("method", "sparsity", "text", "prompt_tokens", "prompts"))
+    texts = [(path.stem, read_text(path)) for path in options.texts]
+    asked = [(name, text, prompt) for name, text in texts for prompt in options.prompt_tokens]
+
+    def missing(cells: list[Cell], name: str, prompt: int) -> Iterator[Cell | Row]:
+        for cell in cells:
+            yield rows.found.get((*cell, name, prompt, options.prompts), cell)
+
+    on_artifact = OnArtifact(options)
+    for name, text, prompt in asked:
+        for cell in missing(artifact_cells(options), name, prompt):
+            if not isinstance(cell, Cell):
+                yield cell
+                continue
+            for row in at_same_bytes([cell], options.within, partial(on_artifact.measure, text, prompt)):
+                yield rows.add(row | {"text": name, "prompt_tokens": prompt})
+    if options.no_baselines:
+        return
+    in_pytorch = InPyTorch(options, options.model or on_artifact.model.artifact.name)
+    for name, text, prompt in asked:
+        found = list(missing(in_pytorch.cells, name, prompt))
+        yield from (row for row in found if not isinstance(row, Cell))
+        if cells := [cell for cell in found if isinstance(cell, Cell)]:
+            for row in at_same_bytes(cells, options.within, partial(in_pytorch.measure, text, prompt)):
+                yield rows.add(row | {"text": name, "prompt_tokens": prompt})
 
 
 def main() -> int:
@@ -120,7 +177,7 @@ def main() -> int:
     try:
         if not options.json:
             print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
-        for row in rows(options):
+        for row in measured(options):
             print(json.dumps(row) if options.json else line(row), flush=True)
     except TdaError as error:
         print(f"Error: {error}", file=sys.stderr)

@@ -1,0 +1,93 @@
+"""Measure tasks under several methods at the same FFN bytes.
+
+    python benchmarks/task_table.py ARTIFACT --data FOLDER [--tasks all] [--limit 500] [--methods tda griffin]
+
+ARTIFACT is one of --method tda --allocation kl, FOLDER what `tda-export eval-data` wrote. Every task and method is
+what `tda-export eval ARTIFACT --tasks TASK --method METHOD --sparsity ASKED --json` prints, zero-shot, by the strict
+protocol. A prompt that is shorter than those of the calibration text reads other bytes than were asked for. So that
+methods are compared at the same bytes, ASKED is first sought on --pilot questions, and the whole task is measured again
+where it still misses the bytes of --sparsity by more than --within.
+
+Prints one JSON object for each task and method. --rows keeps them: an interrupted run goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from same_bytes import Cell, Row, Rows, at_same_bytes
+
+from tda_export.errors import TdaError, UsageError
+from tda_export.evaluation.harness import TdaLM
+from tda_export.evaluation.methods import Request
+from tda_export.evaluation.run_tasks import ALL_TASKS, check_data, chosen_tasks, run_tasks
+
+METHODS = ("tda", "uniform", "griffin")
+
+
+def request(cell: Cell) -> Request:
+    """How `tda-export eval` would be asked for a cell."""
+    if cell.method == "griffin":
+        return Request("griffin", sparsity=cell.sparsity)
+    return Request("tda", sparsity=cell.sparsity, allocation="kl" if cell.method == "tda" else "uniform")
+
+
+def measure(options: argparse.Namespace, task: str, limit: int | None, cells: list[Cell]) -> list[Row]:
+    """Run a task for each cell."""
+    rows = []
+    for cell in cells:
+        lm = TdaLM.of(options.artifact, request(cell), protocol="strict", provider=options.provider)
+        [result] = run_tasks(lm, [task], options.data, limit).values()
+        rows.append({"task": task, "limit": limit, **asdict(result)})
+    return rows
+
+
+def measured(options: argparse.Namespace) -> Iterator[Row]:
+    """All rows, as they come: those that were kept, and then the others."""
+    rows = Rows(options.rows, ("task", "method", "sparsity", "limit"))
+    tasks = chosen_tasks(options.tasks)
+    check_data(options.data, tasks)
+    for task in tasks:
+        for cell in (Cell(method, options.sparsity) for method in options.methods):
+            if (found := rows.found.get((task, *cell, options.limit))) is not None:
+                yield found
+                continue
+            [pilot] = at_same_bytes([cell], options.within / 2, partial(measure, options, task, options.pilot))
+            whole = partial(measure, options, task, options.limit)
+            yield from map(rows.add, at_same_bytes([cell], options.within, whole, first=pilot["asked"]))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure tasks under several methods at the same FFN bytes.")
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--tasks", nargs="+", default=[ALL_TASKS])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["tda", "griffin"])
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--within", type=float, default=0.01, help="Share of the dense FFN bytes.  [default: 0.01]")
+    parser.add_argument("--limit", type=int, default=500, help="Questions of a task.  [default: 500]")
+    parser.add_argument("--pilot", type=int, default=100, help="Questions for seeking.  [default: 100]")
+    parser.add_argument("--provider", default="auto")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="Keep what was measured here, and go on from it.")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = arguments()
+    try:
+        for row in measured(options):
+            print(json.dumps(row), flush=True)
+    except TdaError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
