@@ -123,6 +123,8 @@ class ModelSource:
         """Load the model, and refuse a checkpoint whose missing tensors transformers would draw at random."""
         from transformers import AutoModelForCausalLM
 
+        if self.spec.attention_softcap is not None:
+            options["attn_implementation"] = "eager"  # some releases choose one by default that ignores soft caps
         with _readable_errors(self):
             model, report = AutoModelForCausalLM.from_pretrained(
                 self.folder, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options

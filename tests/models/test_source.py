@@ -60,6 +60,16 @@ def test_reference_has_the_weights_of_the_checkpoint(tiny_model: Path, dtype: to
         assert torch.equal(parameter, weights.load(name).to(dtype))
 
 
+def test_reference_has_soft_caps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some releases of transformers (5.17 is one) choose SDPA for Gemma 2, which has none; others refuse it."""
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
+
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    model = resolve_model(str(save_tiny_model("gemma2", tmp_path / "model")), notify=no_notice).reference()
+    assert model.config._attn_implementation == "eager"
+    assert model(torch.arange(12)[None]).logits.isfinite().all()
+
+
 def test_generation_config_falls_back_to_the_configuration(folder: Path) -> None:
     (folder / "generation_config.json").unlink()
     assert resolve_model(str(folder)).generation_config["eos_token_id"] == 2
