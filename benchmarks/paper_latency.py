@@ -1,6 +1,8 @@
 """The latency table of "First Activations Matter" (arXiv 2408.11393) on one GPU, beside the paper's seconds on an A100.
 
-    python benchmarks/paper_latency.py [--shape opt-2.7b …] [--prompt-tokens 1024] [--new-tokens 1024] [--json]
+    python benchmarks/paper_latency.py FOLDER [--shape opt-2.7b …] [--prompt-tokens 1024] [--new-tokens 1024] [--json]
+
+FOLDER keeps the artifacts, 37 GB for the four models: they are built first, all at once, and one that is there is used.
 
 Random weights of true shapes in fp16, batch 1. Of each model one run compares, after checking logits: dense (ONNX
 Runtime's own operators, captured), TT, Griffin and TDA at 50 % of the neurons, and two levels at 50 % of the bytes.
@@ -15,9 +17,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
+import subprocess
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -32,22 +35,37 @@ PAPER_SECONDS = {
     "mistral-7b": (79.28, 76.26, 63.26, 64.94),
 }
 DTYPE = "float16"
+SPARSITY = 0.5
 
 
-def latency(shape: str, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-    """Measure one model: each method's seconds, milliseconds a token and share of the bandwidth."""
+def build(shape: str, folder: Path) -> None:
+    """Build a model's artifact."""
     from tda_export.bench.artifact import build_random_artifact
-    from tda_export.bench.decode import BenchSettings, run_bench
     from tda_export.bench.shapes import random_source
+
+    build_random_artifact(random_source(shape), folder / shape, DTYPE, SPARSITY, quiet=True)
+
+
+def build_missing(shapes: Iterable[str], folder: Path) -> None:
+    """Build the artifacts that are not there, each in a process of its own."""
+    command = [sys.executable, __file__, str(folder), "--build-only", "--shape"]
+    running = [subprocess.Popen([*command, shape]) for shape in shapes if not (folder / shape).exists()]
+    for process in running:
+        process.wait()  # one that failed has said why, and its measurement will fail too
+
+
+def latency(shape: str, folder: Path, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    """Measure one model: each method's seconds, milliseconds a token and share of the bandwidth."""
+    from tda_export.bench.decode import BenchSettings, run_bench
     from tda_export.calibration.corpus import builtin_folder
+    from tda_export.runtime.artifact import open_artifact
     from tda_export.runtime.text import Text
 
-    settings = BenchSettings(METHODS, 0.5, prompt_tokens, new_tokens)
+    artifact = open_artifact(folder / shape)
+    settings = BenchSettings(METHODS, SPARSITY, prompt_tokens, new_tokens)
     text = "\n\n".join(file.read_text(encoding="utf-8") for file in sorted(builtin_folder().glob("*.txt")))
-    with tempfile.TemporaryDirectory(prefix="tda-export-latency-") as folder:
-        artifact = build_random_artifact(random_source(shape), Path(folder) / "artifact", DTYPE, 0.5, quiet=True)
-        prompt = list(islice(cycle(Text(artifact).encode(text)), prompt_tokens))
-        result = run_bench(artifact, "cuda", settings, prompt)
+    prompt = list(islice(cycle(Text(artifact).encode(text)), prompt_tokens))
+    result = run_bench(artifact, "cuda", settings, prompt)
     paper = dict(zip(METHODS, PAPER_SECONDS[shape], strict=False))
     for name in METHODS:
         row = result[name]
@@ -93,15 +111,28 @@ def show_kernel(shape: str, result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", action="append", choices=PAPER_SECONDS, help="all four by default")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--new-tokens", type=int, default=1024)
     parser.add_argument("--json", action="store_true", help="print two JSON lines a model, latency and kernel")
+    parser.add_argument("--build-only", action="store_true", help="measure nothing")
     options = parser.parse_args()
+    shapes = options.shape or list(PAPER_SECONDS)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if options.build_only:
+        for shape in shapes:
+            build(shape, options.folder)
+        return
+    build_missing(shapes, options.folder)
     failed = []
-    for shape in options.shape or PAPER_SECONDS:
+    for shape in shapes:
         parts: tuple[tuple[str, Callable[[], dict[str, Any]], Callable[[str, dict[str, Any]], None]], ...] = (
-            ("latency", partial(latency, shape, options.prompt_tokens, options.new_tokens), show_latency),
+            (
+                "latency",
+                partial(latency, shape, options.folder, options.prompt_tokens, options.new_tokens),
+                show_latency,
+            ),
             ("kernel", partial(kernel, shape), show_kernel),
         )
         for part, measure, show in parts:

@@ -41,13 +41,16 @@ def fail(*arguments: object) -> dict[str, Any]:
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_latency_is_printed_though_the_kernel_fails(
-    as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    as_json: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = load("paper_latency", monkeypatch)
-    monkeypatch.setattr(script, "latency", lambda shape, prompt, new: fail() if shape == "gemma-2b" else LATENCY)
+    monkeypatch.setattr(script, "build_missing", lambda shapes, folder: None)
+    monkeypatch.setattr(
+        script, "latency", lambda shape, folder, prompt, new: fail() if shape == "gemma-2b" else LATENCY
+    )
     monkeypatch.setattr(script, "kernel", lambda shape: fail() if shape == "opt-2.7b" else KERNEL)
     arguments = ["--shape", "opt-2.7b", "--shape", "gemma-2b", *(["--json"] if as_json else [])]
-    monkeypatch.setattr("sys.argv", ["paper_latency.py", *arguments])
+    monkeypatch.setattr("sys.argv", ["paper_latency.py", str(tmp_path), *arguments])
     with pytest.raises(SystemExit, match=r"^Failed: opt-2\.7b, kernel; gemma-2b, latency\.$"):
         script.main()
     printed = capsys.readouterr()
