@@ -24,7 +24,7 @@ FORMS = [
 def ffn(rng: np.random.Generator, dtype: str) -> None:
     for form in FORMS:
         session = ffn_session(form, down_bias=True, layer=1, dtype=dtype)
-        for hidden, neurons, tokens in ((577, 33, 1), (264, 50, 5), (1024, 700, 1), (8, 9, 4)):
+        for hidden, neurons, tokens in ((577, 33, 1), (264, 50, 5), (1024, 700, 1), (8, 9, 4), (4360, 33, 1)):
             foreign = [-7, neurons, 2**30, -(2**31), -1, -1]
             for indices in (np.append(np.arange(0, neurons, 2), foreign), np.array([], np.int32), np.array([-1])):
                 for threshold in (0.0, 0.3):
@@ -57,7 +57,7 @@ def functions(rng: np.random.Generator, dtype: str) -> None:
         mask = feeds | {"thresholds": np.full(2, 0.7, np.float32)}
         _, keep = run_function(contract.SELECT_MASK, mask, ("int32", "bool"), CUDA, True, layer=1)
         run_function(contract.TAIL_MEAN, feeds | {"keep": keep, "w_down": draw(neurons, 577)}, (dtype,), CUDA, True)
-    for inputs, outputs, tokens in ((577, 33, 1), (264, 1025, 5), (4096, 40, 1)):
+    for inputs, outputs, tokens in ((577, 33, 1), (264, 1025, 5), (4096, 40, 1), (4360, 40, 2)):
         feeds = {"x": draw(1, tokens, inputs), "weight": draw(outputs, inputs)}
         run_function(contract.LINEAR, feeds, (dtype,), CUDA, True, early=1)
     for hidden in (577, 4096, 8200):

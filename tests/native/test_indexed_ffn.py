@@ -33,7 +33,7 @@ def index_lists(draw: st.DrawFn, neurons: int) -> np.ndarray:
 @given(
     form=forms,
     down_bias=st.booleans(),
-    hidden=st.one_of(st.integers(1, 70), st.sampled_from([8, 256, 264, 577, 1000, 1024])),
+    hidden=st.one_of(st.integers(1, 70), st.sampled_from([8, 256, 264, 577, 1000, 1024, 2560, 4360])),
     neurons=st.integers(1, 90),
     tokens=st.sampled_from([1, 1, 2, 3, 4, 5, 17, 64]),
     threshold=st.sampled_from([0.0, 0.3, 1e9]),

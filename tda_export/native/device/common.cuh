@@ -63,6 +63,25 @@ static __device__ __forceinline__ Pack<kWidth> LoadWeights(const Element* addres
   return pack;
 }
 
+// Load weights where they are wanted; otherwise nothing is read, and the pack is zero.
+template <int kWidth>
+static __device__ __forceinline__ Pack<kWidth> LoadWeightsIf(bool wanted, const Element* address) {
+  Pack<kWidth> pack;
+  if constexpr (kWidth == 8) {
+    asm("{\n"
+        ".reg .pred wanted;\n"
+        "setp.ne.s32 wanted, %5, 0;\n"
+        "mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
+        "@wanted ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+        "}"
+        : "=&r"(pack.bits.x), "=&r"(pack.bits.y), "=&r"(pack.bits.z), "=&r"(pack.bits.w)
+        : "l"(address), "r"(static_cast<int>(wanted)));
+  } else {
+    pack.bits = wanted ? *address : Element(0);
+  }
+  return pack;
+}
+
 // Load what an earlier kernel of the stream has written.
 template <int kWidth>
 static __device__ __forceinline__ Pack<kWidth> Load(const Element* address) {

@@ -50,12 +50,22 @@ static __device__ __forceinline__ void Products(const Element* const (&rows)[kRo
         MultiplyAdd<kTokens, kWidth>(weights[r][b], x + column + b * kStep, hidden, tokens, sums[r]);
       }
   }
-  ready();
-#pragma unroll 4
-  for (; column < hidden; column += kStep) {
+  if (column - lane * kWidth < hidden) {  // what is left is no whole batch, and under way at once all the same
+    Pack<kWidth> weights[kRows][kBatch];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      MultiplyAdd<kTokens, kWidth>(LoadWeights<kWidth>(rows[r] + column), x + column, hidden, tokens, sums[r]);
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        weights[r][b] = LoadWeightsIf<kWidth>(column + b * kStep < hidden, rows[r] + column + b * kStep);
+      }
+    ready();
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      if (column + b * kStep >= hidden) break;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        MultiplyAdd<kTokens, kWidth>(weights[r][b], x + column + b * kStep, hidden, tokens, sums[r]);
+      }
     }
   }
 #pragma unroll
