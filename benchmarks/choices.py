@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -27,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import print_rows
 
 from tda_export.calibration.corpus import BUILTIN, load_corpus
 from tda_export.calibration.dense import blend, read_dense
 from tda_export.calibration.kl_path import collect_estimates
 from tda_export.calibration.marginals import EstimateHistogram, Level, score_thresholds
 from tda_export.calibration.masked import choose_masking, down_weights, masked_kl, two_level_ffn
-from tda_export.errors import TdaError, UsageError
 from tda_export.evaluation.methods import Request, open_setting
 from tda_export.evaluation.text import TextSettings, evaluate_text
 from tda_export.models.source import ModelSource, resolve_model
@@ -175,16 +174,6 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
-    options = arguments()
-    try:
-        for row in prior_rows(options) if options.part == "prior" else refresh_rows(options):
-            print(json.dumps(row), flush=True)
-    except TdaError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    given = arguments()
+    sys.exit(print_rows(prior_rows(given) if given.part == "prior" else refresh_rows(given)))

@@ -27,9 +27,10 @@ from functools import partial
 from pathlib import Path
 
 import baselines
-from same_bytes import Cell, Row, Rows, at_same_bytes
+from rows import Row, Rows, print_rows
+from same_bytes import Cell, at_same_bytes
 
-from tda_export.errors import TdaError, UsageError
+from tda_export.errors import UsageError
 from tda_export.evaluation.methods import Request, open_setting
 from tda_export.evaluation.text import TextSettings, cut_windows, evaluate_text
 from tda_export.runtime import Model, load
@@ -174,15 +175,9 @@ def measured(options: argparse.Namespace) -> Iterator[Row]:
 
 def main() -> int:
     options = arguments()
-    try:
-        if not options.json:
-            print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
-        for row in measured(options):
-            print(json.dumps(row) if options.json else line(row), flush=True)
-    except TdaError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    return 0
+    if options.json:
+        return print_rows(measured(options))
+    return print_rows(measured(options), line, f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
 
 
 if __name__ == "__main__":

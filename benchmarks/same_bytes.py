@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from rows import Row
 
 MOST_TRIES = 5
-
-Row = dict[str, Any]
 
 
 class Cell(NamedTuple):
@@ -69,25 +67,3 @@ def at_same_bytes(
         if not asked:
             break
     return [min(rows, key=lambda row: abs(miss(row))) for rows in tried.values()]
-
-
-class Rows:
-    """Rows by what identifies them; kept in a file of one JSON object a line, where one is given."""
-
-    def __init__(self, path: Path | None, names: tuple[str, ...]) -> None:
-        """Read what the file has. `names`: the keys that identify a row."""
-        self.path, self.names = path, names
-        lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else []
-        self.found = {self.key(row): row for row in map(json.loads, lines)}
-
-    def key(self, row: Row) -> tuple[Any, ...]:
-        """What identifies a row."""
-        return tuple(row[name] for name in self.names)
-
-    def add(self, row: Row) -> Row:
-        """Keep a row, and return it."""
-        self.found[self.key(row)] = row
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        return row

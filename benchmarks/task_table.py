@@ -14,16 +14,15 @@ Prints one JSON object for each task and method. --rows keeps them: an interrupt
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from same_bytes import Cell, Row, Rows, at_same_bytes
+from rows import Row, Rows, print_rows
+from same_bytes import Cell, at_same_bytes
 
-from tda_export.errors import TdaError, UsageError
 from tda_export.evaluation.harness import TdaLM
 from tda_export.evaluation.methods import Request
 from tda_export.evaluation.run_tasks import ALL_TASKS, check_data, chosen_tasks, run_tasks
@@ -78,16 +77,5 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
-    options = arguments()
-    try:
-        for row in measured(options):
-            print(json.dumps(row), flush=True)
-    except TdaError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(print_rows(measured(arguments())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tda_export.errors import TdaError, UsageError
 from tests.bench.test_scripts import load
 
 
@@ -65,8 +67,24 @@ def test_the_nearest_try_counts_where_none_is_near(same_bytes: ModuleType) -> No
     assert next(shares, None) is None
 
 
-def test_rows_are_kept(same_bytes: ModuleType, tmp_path: Path) -> None:
+def test_rows_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = load("rows", monkeypatch)
     path = tmp_path / "rows.jsonl"
     row = {"method": "tda", "sparsity": 0.5, "kl": 0.1}
-    assert same_bytes.Rows(path, ("method", "sparsity")).add(row) == row
-    assert same_bytes.Rows(path, ("method", "sparsity")).found == {("tda", 0.5): row}
+    assert rows.Rows(path, ("method", "sparsity")).add(row) == row
+    assert rows.Rows(path, ("method", "sparsity")).found == {("tda", 0.5): row}
+
+
+@pytest.mark.parametrize(("error", "status"), [(UsageError("no."), 2), (TdaError("no."), 1)])
+def test_what_came_before_an_error_is_printed(
+    error: TdaError, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = load("rows", monkeypatch)
+
+    def come() -> Iterator[dict[str, Any]]:
+        yield {"kl": 0.1}
+        raise error
+
+    assert rows.print_rows(come()) == status
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ('{"kl": 0.1}\n', "Error: no.\n")
