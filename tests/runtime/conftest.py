@@ -19,7 +19,8 @@ from tda_export.models.source import ModelSource, resolve_model
 from tda_export.native.library import SWITCH, native_problem
 from tda_export.runtime import Model, load
 from tda_export.runtime.deployment import Deployment
-from tda_export.runtime.phases import PromptMask
+from tda_export.runtime.kv_cache import KvCache
+from tda_export.runtime.phases import PromptMask, prefill
 from tda_export.runtime.session import map_weight
 
 PROMPT = "The sea is calm tonight"
@@ -91,3 +92,10 @@ def reference(source: ModelSource) -> Any:
 def artifact_copy(tiny_artifact: Path, tmp_path: Path) -> Path:
     """A copy of the tiny artifact, to be damaged."""
     return Path(shutil.copytree(tiny_artifact, tmp_path / "artifact"))
+
+
+def prompt_mask(model: Model, prompt: str) -> PromptMask:
+    """The mask that a prompt gives."""
+    shape = model.artifact.shape
+    cache = KvCache(shape, model.provider, shape.max_positions)
+    return prefill(model.sessions, shape, model.text.encode(prompt), cache)[1]

@@ -1,12 +1,9 @@
-"""Generation beside transformers, its ends, and what it reports."""
+"""Generation beside transformers, and its ends."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
-import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +12,26 @@ import pytest
 import torch
 
 from tda_export.calibration.file import read_calibration
-from tda_export.errors import TdaError
 from tda_export.graph import contract
 from tda_export.graph.reference import masked_ffn
 from tda_export.models.source import ModelSource
-from tda_export.runtime import Model, Sampling, Token, load, open_artifact
-from tda_export.runtime import generate as generate_module
+from tda_export.runtime import Model, Sampling, Token, load
 from tda_export.runtime.deployment import Deployment, Refresh, one_level
-from tda_export.runtime.kv_cache import KvCache
-from tda_export.runtime.phases import PromptMask, prefill
 from tests.runtime.conftest import (
     PROMPT,
     edit_manifest,
     mask_alone,
+    prompt_mask,
     reference_mask,
     second_level,
-    without_native_kernels,
 )
 
 PROMPTS = [PROMPT, "def add(a, b):\n    return", "In 1871 a watchmaker built a clock for the museum."]
 NEURONS = 3 * 96
-BYTES_PER_NEURON = 3 * 64 * 4  # gate, up and down rows of 64 float32
 
 
 def ids(model: Model, prompt: Any, **options: Any) -> list[int]:
     return [token.id for token in model.generate(prompt, **options)]
-
-
-def prompt_mask(model: Model, prompt: str) -> PromptMask:
-    """The mask that a prompt gives."""
-    shape = model.artifact.shape
-    cache = KvCache(shape, model.provider, shape.max_positions)
-    return prefill(model.sessions, shape, model.text.encode(prompt), cache)[1]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["sea", "code", "clock"])
@@ -247,61 +232,6 @@ def test_a_cancelled_generation_ends_before_its_next_token(tiny_artifact: Path, 
         assert model._idle is not None  # its step is free
 
 
-def test_metrics_of_a_mask(model: Model) -> None:
-    mask = prompt_mask(model, PROMPT)
-    kept = sum(len(mask.inputs[contract.mask_indices(layer)].numpy()) for layer in range(3))
-    generation = model.generate(PROMPT, max_new_tokens=3, deployment=mask_alone(model))
-    list(generation)
-    metrics = generation.metrics
-    assert 0 < kept < NEURONS
-    assert (metrics.provider, metrics.mask, metrics.finish_reason) == ("cpu", "tda", "length")
-    assert (metrics.prompt_tokens, metrics.new_tokens) == (len(PROMPT), 3)
-    assert metrics.density == pytest.approx(kept / NEURONS)
-    assert metrics.sparsity == pytest.approx(1 - metrics.density)
-    assert metrics.refreshes == 0
-    assert metrics.ffn_bytes_per_token == kept * BYTES_PER_NEURON
-    assert metrics.dense_ffn_bytes_per_token == NEURONS * BYTES_PER_NEURON
-
-
-def test_metrics_expect_of_token_thresholds_what_the_calibration_does(model: Model) -> None:
-    """A token reads the gate rows of its mask, and of them the up and down rows of the share that survives."""
-    mask, survivors = prompt_mask(model, PROMPT), model.artifact.manifest["survivors"]
-    assert all(0 < share < 1 for share in survivors)
-    read = sum(len(mask.indices(layer)) * (1 + 2 * survivors[layer]) * 64 * 4 for layer in range(3))
-    generation = model.generate(PROMPT, max_new_tokens=3)
-    list(generation)
-    metrics = generation.metrics
-    assert metrics.density == pytest.approx(mask.count(3) / NEURONS)
-    assert metrics.ffn_bytes_per_token == pytest.approx(read, abs=1)
-    assert metrics.sparsity == pytest.approx(1 - read / (NEURONS * BYTES_PER_NEURON))
-
-
-def test_metrics_of_dense(model: Model) -> None:
-    generation = model.generate(PROMPT, mask="dense", max_new_tokens=3)
-    list(generation)
-    metrics = generation.metrics
-    assert (metrics.mask, metrics.density, metrics.sparsity) == ("dense", 1.0, 0.0)
-    assert metrics.ffn_bytes_per_token == metrics.dense_ffn_bytes_per_token == NEURONS * BYTES_PER_NEURON
-
-
-def test_rate_starts_at_the_second_token(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock that ticks once a reading: 1 s for prefill and for each step after it."""
-
-    class Clock:
-        ticks = itertools.count()
-
-        def perf_counter(self) -> float:
-            return float(next(self.ticks))
-
-    monkeypatch.setattr(generate_module, "time", Clock())
-    generation = model.generate(PROMPT, max_new_tokens=5)
-    seconds = []
-    for _ in generation:
-        seconds.append((generation.metrics.decode_seconds, generation.metrics.decode_tokens_per_second))
-    assert seconds == [(0.0, None), (1.0, 1.0), (2.0, 1.0), (3.0, 1.0), (4.0, 1.0)]
-    assert generation.metrics.time_to_first_token == 1.0
-
-
 def test_threshold_zero_is_dense(model: Model) -> None:
     generation = model.generate(PROMPT, deployment=one_level([0.0] * 3, 3), max_new_tokens=32)
     assert [token.id for token in generation] == ids(model, PROMPT, mask="dense", max_new_tokens=32)
@@ -345,24 +275,6 @@ def test_one_token_prompt_leans_on_the_prior(model: Model) -> None:
     assert 0 < expected < NEURONS
 
 
-def test_weight_that_is_not_a_number(artifact_copy: Path) -> None:
-    artifact = load(artifact_copy, provider="cpu").artifact
-    weights = np.memmap(
-        artifact.file(contract.WEIGHTS_FILE),
-        np.float32,
-        mode="r+",
-        offset=artifact.manifest["weights"][contract.HEAD]["offset"],
-        shape=(1,),
-    )
-    weights[0] = np.nan
-    weights.flush()
-    generation = load(artifact_copy, provider="cpu").generate(PROMPT)
-    with pytest.raises(
-        TdaError, match=rf"logits that are not finite at token {len(PROMPT)}.*--dtype bf16, or with fp32"
-    ):
-        next(generation)
-
-
 @pytest.mark.parametrize("close", [True, False], ids=["closed", "dropped"])
 def test_a_generation_left_half_way_gives_its_step_back(tiny_artifact: Path, close: bool) -> None:
     """At once, and not when Python next looks for cycles: a KV cache hangs on it."""
@@ -380,49 +292,3 @@ def test_a_generation_left_half_way_gives_its_step_back(tiny_artifact: Path, clo
         assert model._idle is not None
     finally:
         gc.enable()
-
-
-def spoil_rotation(folder: Path, position: int, bad: float) -> None:
-    artifact = open_artifact(folder)
-    entry = artifact.manifest["weights"][contract.COS_CACHE]
-    rows = np.memmap(
-        artifact.file(contract.WEIGHTS_FILE), np.float32, mode="r+", offset=entry["offset"], shape=tuple(entry["shape"])
-    )
-    rows[position] = bad
-    rows.flush()
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("native", [True, False], ids=["native", "stock"])
-def test_a_prompt_that_is_not_finite_leaves_nothing_behind(artifact_copy: Path, bad: float, native: bool) -> None:
-    """Statistics decay to nothing before each prompt, but no decay clears what is not a number."""
-    spoil_rotation(artifact_copy, 30, bad)  # which a short prompt never reaches
-    with contextlib.nullcontext() if native else without_native_kernels():
-        model = load(artifact_copy, provider="cpu")
-    short = list(range(5, 25))
-    before = model.generate(short, max_new_tokens=5)
-    tokens = [token.id for token in before]
-    with pytest.raises(TdaError, match="not finite"):
-        next(model.generate(list(range(5, 45))))
-    after = model.generate(short, max_new_tokens=5)
-    assert [token.id for token in after] == tokens
-    assert after.metrics.sparsity == before.metrics.sparsity
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=0)], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("native", [True, False], ids=["native", "stock"])
-def test_logits_that_become_infinite(artifact_copy: Path, bad: float, sampling: Sampling, native: bool) -> None:
-    """The rotation of one position is spoiled, so the token that is read there spoils its logits."""
-    spoil_rotation(artifact_copy, len(PROMPT) + 2, bad)  # of the third token that decode reads
-    with contextlib.nullcontext() if native else without_native_kernels():
-        model = load(artifact_copy, provider="cpu")
-    tokens: list[Token] = []
-
-    def consume(generation: Iterator[Token]) -> None:
-        tokens.extend(itertools.islice(generation, 3))
-        next(generation)
-
-    with pytest.raises(TdaError, match=rf"logits that are not finite at token {len(PROMPT) + 3}"):
-        consume(model.generate(PROMPT, sampling=sampling))
-    assert len(tokens) == 3  # what came before is the caller's

@@ -1,0 +1,137 @@
+"""`tda-export calibrate` from end to end on the tiny model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tda_export.calibration.file import read_calibration
+from tda_export.graph import contract
+from tests.cli.results import result_of
+from tests.conftest import CALIBRATE_TINY, run_ok
+
+CHECK_NAMES = [
+    "files match their hashes",
+    "prefill.onnx passes onnx.checker",
+    "decode.onnx passes onnx.checker",
+    "decode_explicit.onnx passes onnx.checker",
+    "prefill logits",
+    "neuron scores",
+    "selection of the mask",
+    "tail mean",
+    "decode with the prompt's mask",
+    "decode token by token",
+    "decode with token thresholds",
+    "keys and values after chunked prefill",
+    "mask after chunked prefill",
+    "decode with all neurons",
+    "decode with every second neuron",
+    "statistics with the prior",
+]
+ONE_LEVEL_CHECKS = [name for name in CHECK_NAMES if name not in ("tail mean", "statistics with the prior")]
+
+
+def test_calibrate(tiny_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "c.safetensors"
+    result = run_ok("calibrate", tiny_model, "-o", output, *CALIBRATE_TINY)
+    assert "prompt estimator, sparsity 0.5, kl" in result.stdout
+    assert "up/down density" in result.stdout
+    assert f"on 4 sequences; wrote {output}" in result.stdout
+    assert output.is_file()
+
+
+def test_calibrate_json(tiny_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "c.safetensors"
+    options = ("--sparsity", "0.4", "--seed", "3", "--prior-tokens", "32")
+    result = result_of("calibrate", tiny_model, "-o", output, *CALIBRATE_TINY, *options)
+    assert result["output"] == str(output)
+    assert result["model"]["name"] == str(tiny_model)
+    assert result["model"]["architecture"] == "LlamaForCausalLM"
+    assert (result["dataset"]["name"], result["dataset"]["sequences"]) == ("builtin", 4)
+    assert result["settings"] == {
+        "estimator": "prompt",
+        "sequences": 4,
+        "prompt_tokens": 32,
+        "continuation_tokens": 16,
+        "seed": 3,
+        "dtype": "fp32",
+        "device": "cpu",
+        "curves_only": False,
+        "prior_tokens": 32,
+    }
+    assert result["budget"] == {"sparsity": 0.4, "allocation": "kl"}
+    allocation = result["allocation"]
+    assert len(allocation["thresholds"]) == len(allocation["density"]) == len(allocation["cett"]) == 3
+    assert len(allocation["token_thresholds"]) == len(allocation["token_density"]) == 3
+    assert allocation["sparsity"] == pytest.approx(0.4, abs=0.01)
+    read = sum(allocation["density"]) + 2 * sum(allocation["token_density"])
+    assert allocation["sparsity"] == pytest.approx(1 - read / 9)
+    assert allocation["kl"] > 0
+    assert (allocation["prior_tokens"], allocation["tail_mean"]) == (32.0, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "budget"),
+    [
+        ([], {"cett": 0.2}),
+        (["--cett", "0.3"], {"cett": 0.3}),
+        (["--sparsity", "0.4", "--allocation", "uniform"], {"sparsity": 0.4, "allocation": "uniform"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_curves_only(tiny_model: Path, tmp_path: Path, options: list[str], budget: dict[str, Any]) -> None:
+    """Builds take one-level budgets from it, without prior and tail mean."""
+    output = tmp_path / "c.safetensors"
+    result = result_of("calibrate", tiny_model, "-o", output, *CALIBRATE_TINY, "--curves-only", *options)
+    assert result["settings"]["curves_only"]
+    assert result["budget"] == budget
+    allocation = result["allocation"]
+    assert (allocation["token_thresholds"], allocation["kl"]) == ([], None)
+    assert allocation["sparsity"] == pytest.approx(1 - sum(allocation["density"]) / 3)
+    assert read_calibration(output).kl is None
+    built = result_of("build", tiny_model, "--calibration", output, "-o", tmp_path / "a")
+    assert [check["name"] for check in built["checks"]] == ONE_LEVEL_CHECKS
+    assert built["budget"] == budget
+    manifest = json.loads((tmp_path / "a" / contract.MANIFEST_FILE).read_text())
+    assert (manifest["method"]["tail"], manifest["prior_tokens"]) == ("zero", 0.0)
+    assert (manifest["token_thresholds"], manifest["survivors"]) == ([0.0] * 3, [1.0] * 3)
+
+
+def test_calibrate_by_max_kl(tiny_model: Path, tmp_path: Path) -> None:
+    result = result_of("calibrate", tiny_model, "-o", tmp_path / "c", *CALIBRATE_TINY, "--max-kl", "0.5")
+    assert result["budget"] == {"max_kl": 0.5}
+    assert 0 < result["allocation"]["kl"] <= 0.5 * (1 + 1e-6)
+
+
+def test_calibration_is_repeatable(tiny_model: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run_ok("calibrate", tiny_model, "-o", tmp_path / name, *CALIBRATE_TINY)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_calibrate_overwrites_a_calibration(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_calibration, tmp_path / "c")
+    run_ok("calibrate", tiny_model, "-o", tmp_path / "c", *CALIBRATE_TINY, "--cett", "0.2", "--overwrite")
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    assert (tmp_path / "c").read_bytes() != tiny_calibration.read_bytes()  # another budget
+
+
+def test_less_text_than_asked_for(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"body": "x" * 60}) + "\n" for _ in range(2)))
+    result = run_ok(
+        *("calibrate", tiny_model, "-o", tmp_path / "c", *CALIBRATE_TINY),
+        *("--dataset", tmp_path / "rows.jsonl", "--text-column", "body"),
+    )
+    assert "holds text for 2 sequences of 48 tokens; calibrating on those" in result.stderr
+    assert "on 2 sequences" in result.stdout
+
+
+def test_names_in_brackets_are_shown_as_they_are(tiny_model: Path, tmp_path: Path) -> None:
+    """Rich takes [v2] for markup."""
+    model = shutil.copytree(tiny_model, tmp_path / "tiny[v2]")
+    result = run_ok("calibrate", model, "-o", tmp_path / "c", *CALIBRATE_TINY)
+    assert f"{model}, prompt estimator" in result.stdout

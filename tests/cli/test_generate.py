@@ -1,0 +1,125 @@
+"""`tda-export generate` from end to end on the tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tda_export.runtime import Sampling, load
+from tests.cli.results import PROMPT, generated, result_of
+from tests.conftest import run_cli, run_ok
+
+DENSE_FFN_BYTES = 3 * 96 * 3 * 64 * 4  # layers, neurons, matrices, hidden size, float32
+
+
+def test_generate_says_how_often_it_refreshed(tiny_artifact: Path) -> None:
+    result = run_ok("generate", tiny_artifact, PROMPT, "--max-new-tokens", 24, "--refresh", 8)
+    assert ", 2 refreshes\n" in result.stderr
+    assert "refreshes" not in run_ok("generate", tiny_artifact, PROMPT, "--max-new-tokens", 24).stderr
+
+
+def test_generate_by_max_kl(tiny_artifact: Path) -> None:
+    strict, loose = generated(tiny_artifact, "--max-kl", 0.02), generated(tiny_artifact, "--max-kl", 0.06)
+    assert 0 < strict["metrics"]["sparsity"] < loose["metrics"]["sparsity"] < 1
+
+
+def test_generate(tiny_artifact: Path) -> None:
+    result = run_ok("generate", tiny_artifact, PROMPT, "--max-new-tokens", 24)
+    expected = load(tiny_artifact).generate(PROMPT, max_new_tokens=24)
+    list(expected)
+    assert result.stdout == expected.text + "\n"
+    assert f"{len(PROMPT)} prompt tokens, 24 new (as many as asked for), tda on cpu, FFN sparsity 0." in result.stderr
+    assert "s to the first token" in result.stderr
+    assert "MiB of FFN weights a token" in result.stderr
+
+
+def test_generate_json(tiny_artifact: Path) -> None:
+    result = generated(tiny_artifact)
+    generation = load(tiny_artifact).generate(PROMPT, max_new_tokens=24)
+    assert result["tokens"] == [token.id for token in generation]
+    assert result["text"] == generation.text
+    metrics = result["metrics"]
+    assert (metrics["mask"], metrics["provider"], metrics["finish_reason"]) == ("tda", "cpu", "length")
+    assert (metrics["prompt_tokens"], metrics["new_tokens"]) == (len(PROMPT), 24)
+    assert 1 - metrics["density"] < metrics["sparsity"] == generation.metrics.sparsity
+    assert metrics["ffn_bytes_per_token"] == round((1 - metrics["sparsity"]) * DENSE_FFN_BYTES)
+    assert metrics["dense_ffn_bytes_per_token"] == DENSE_FFN_BYTES
+    assert metrics["decode_tokens_per_second"] == pytest.approx(23 / metrics["decode_seconds"])
+
+
+def test_generate_one_token(tiny_artifact: Path) -> None:
+    """There is no second token that a rate could start at."""
+    result = run_ok("generate", tiny_artifact, PROMPT, "--max-new-tokens", 1)
+    assert "1 new (as many as asked for)" in result.stderr
+    assert "tokens/s" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [(PROMPT, PROMPT), (f"{PROMPT}\n", PROMPT), (f"{PROMPT}\n\n", f"{PROMPT}\n"), (f"\n{PROMPT} ", f"\n{PROMPT} ")],
+    ids=["as it is", "echo's newline", "only one newline", "nothing else"],
+)
+def test_prompt_from_standard_input(tiny_artifact: Path, text: str, prompt: str) -> None:
+    options = ("--json", "--max-new-tokens", 24)
+    result = run_cli("generate", tiny_artifact, *options, input=text)
+    assert result.exit_code == 0
+    metrics = json.loads(result.stdout)["metrics"]
+    assert metrics["prompt_tokens"] == len(prompt)
+    assert json.loads(result.stdout)["tokens"] == result_of("generate", tiny_artifact, prompt, *options[1:])["tokens"]
+
+
+def test_generated_text_ends_in_half_a_character(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was held back comes last on standard output too, whether the length or an end of text stops it."""
+    text = load(tiny_artifact).text
+    half = [*text.encode("é"), text.encode("世")[0]]
+    for tokens, count in ((half, len(half)), ([*half, 2], 10)):
+        script = iter(tokens)
+        monkeypatch.setattr("tda_export.runtime.model.make_sampler", lambda sampling, s=script: lambda _: next(s))
+        result = run_ok("generate", tiny_artifact, PROMPT, "--max-new-tokens", count)
+        assert result.stdout == "é\N{REPLACEMENT CHARACTER}\n"
+
+
+def test_chat(tiny_artifact: Path) -> None:
+    rendered = f"<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
+    expected = result_of("generate", tiny_artifact, rendered, "--max-new-tokens", 24)
+    assert generated(tiny_artifact, "--chat")["tokens"] == expected["tokens"]
+    assert generated(tiny_artifact)["tokens"] != expected["tokens"]
+
+
+def test_dense(tiny_artifact: Path) -> None:
+    dense = generated(tiny_artifact, "--mask", "dense")
+    assert (dense["metrics"]["mask"], dense["metrics"]["sparsity"]) == ("dense", 0.0)
+    assert dense["metrics"]["ffn_bytes_per_token"] == DENSE_FFN_BYTES
+    assert dense["tokens"] != generated(tiny_artifact)["tokens"]
+    assert generated(tiny_artifact, "--sparsity", "0")["tokens"] == dense["tokens"]
+
+
+def test_sampling(tiny_artifact: Path) -> None:
+    options = ("--temperature", "1", "--top-k", "50", "--top-p", "0.9", "--seed")
+    one, again, other = (generated(tiny_artifact, *options, seed)["tokens"] for seed in (1, 1, 2))
+    assert one == again != other
+
+
+def test_stop_strings(tiny_artifact: Path) -> None:
+    text = generated(tiny_artifact)["text"]
+    first, second = text[6:8], text[3:5]
+    stopped = generated(tiny_artifact, "--stop", first, "--stop", second)
+    cut = min(text.index(first), text.index(second))
+    assert (stopped["text"], stopped["metrics"]["finish_reason"]) == (text[:cut], "stop")
+    result = run_ok("generate", tiny_artifact, PROMPT, "--stop", first, "--stop", second)
+    assert result.stdout == f"{text[:cut]}\n"
+
+
+def test_repetition_penalty(tiny_artifact: Path) -> None:
+    sampling = Sampling(repetition_penalty=1.4)
+    expected = load(tiny_artifact).generate(PROMPT, max_new_tokens=24, sampling=sampling)
+    ours = generated(tiny_artifact, "--repetition-penalty", 1.4)
+    assert ours["tokens"] == [token.id for token in expected] != generated(tiny_artifact)["tokens"]
+
+
+def test_context(tiny_artifact: Path) -> None:
+    result = generated(tiny_artifact, "--context", len(PROMPT) + 5)
+    assert len(result["tokens"]) == 5
+    assert result["metrics"]["finish_reason"] == "context"
