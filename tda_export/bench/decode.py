@@ -38,7 +38,7 @@ from tda_export.runtime.providers import CUDA
 from tda_export.runtime.session import Sessions
 
 METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin", "tt")
-DEFAULT_METHODS = ("dense", "dense_native", "tda", "griffin")
+DEFAULT_METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin")
 TOKENS_A_ROUND = 16
 PREFILLS = 5
 # Largest difference of logits, relative to the largest logit, between two ways to compute them. With token thresholds
@@ -102,6 +102,12 @@ def run_bench(
     bench.check()
     say("Measuring")
     return bench.measure()
+
+
+def default_methods(artifact: Artifact, new_tokens: int) -> tuple[str, ...]:
+    """Return `DEFAULT_METHODS`, less what an artifact has no graph for, or too few tokens leave no thresholds for."""
+    possible = artifact_method(artifact).two_levels and new_tokens >= 2 * PROBED_TOKENS
+    return tuple(name for name in DEFAULT_METHODS if possible or name != "two_levels")
 
 
 class _Bench:

@@ -48,6 +48,24 @@ class Budget:
         """Whether the KL path answers it, with both levels and the prior."""
         return self.max_kl is not None or (self.sparsity is not None and self.allocation == "kl")
 
+    def of_sparse_steps(self, refresh_tokens: int) -> Budget:
+        """Return the budget of the steps between refreshes, one token in `refresh_tokens` (0: none) reading everything.
+
+        With a sparsity p, a share of bytes, and N tokens a refresh that is p N / (N - 1); other budgets stay.
+
+        Raises:
+            UsageError: The refreshes alone read more than the sparsity allows.
+        """
+        if self.sparsity is None or not refresh_tokens:
+            return self
+        sparsity = self.sparsity * refresh_tokens / (refresh_tokens - 1)
+        if sparsity >= 1:
+            raise UsageError(
+                f"Sparsity {self.sparsity} with a refresh every {refresh_tokens} tokens: the refreshes alone read "
+                f"{1 / refresh_tokens:.3f} of the bytes. Give a lower --sparsity, or more tokens between refreshes."
+            )
+        return replace(self, sparsity=sparsity)
+
     def describe(self) -> dict[str, Any]:
         """The budget as plain data, for manifests and provenance."""
         if self.cett is not None:

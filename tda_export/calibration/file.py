@@ -36,9 +36,22 @@ class Calibration:
     provenance: dict[str, Any]
     kl: KlTable | None = None
 
-    def allocate(self, budget: Budget) -> Allocation:
-        """Choose the thresholds for a budget (`budgets.allocate`)."""
-        return allocate(budget, self.sums, self.grid, self.kl, self.ffn_matrices)
+    def allocate(self, budget: Budget, refresh_tokens: int = 0) -> Allocation:
+        """Choose the thresholds for a budget (`budgets.allocate`), of which refreshes are a part.
+
+        Raises:
+            UsageError: The calibration cannot meet it.
+        """
+        steps = budget.of_sparse_steps(refresh_tokens)
+        try:
+            return allocate(steps, self.sums, self.grid, self.kl, self.ffn_matrices)
+        except UsageError as error:
+            if steps is budget:
+                raise
+            raise UsageError(
+                f"{str(budget).capitalize()} with a refresh every {refresh_tokens} tokens leaves {steps.sparsity:.3f} "
+                f"to the steps between. {error}"
+            ) from error
 
     @property
     def ffn_matrices(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin", "tt")  # tho
     "methods",
     multiple=True,
     type=click.Choice(METHODS),
-    help="What to compare; may be given several times.  [default: dense, dense_native, tda, griffin]",
+    help="What to compare; may be given several times.  [default: dense, dense_native, tda, two_levels, griffin]",
 )
 @click.option(
     "--sparsity", type=FRACTION, default=0.5, show_default=True, help="Share of FFN bytes that a mask shall not read."
@@ -54,7 +55,7 @@ def bench(
     of bytes; tt keeps as many neurons, each token its own, and can skip down rows alone. Logits are checked before
     anything is timed; times are medians over rounds of 16 tokens, and the speed-up is that of the same round.
     """
-    from tda_export.bench.decode import DEFAULT_METHODS, BenchSettings
+    from tda_export.bench.decode import BenchSettings, default_methods
     from tda_export.errors import UsageError
     from tda_export.graph.contract import DTYPES
     from tda_export.runtime.artifact import open_artifact
@@ -64,10 +65,12 @@ def bench(
         raise UsageError("Give an ARTIFACT, or a --shape to bench with random weights.")
     if dtype and artifact:
         raise UsageError("--dtype belongs to --shape; an artifact has its own.")
-    settings = BenchSettings(methods or DEFAULT_METHODS, sparsity, prompt_tokens, new_tokens)
+    settings = partial(BenchSettings, sparsity=sparsity, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+    settings(methods or ("dense",))  # refused before anything is built
     if artifact:
         opened = open_artifact(artifact)
-        result = _run(opened, choose_provider(provider, opened.shape.dtype), settings, as_json)
+        chosen_methods = methods or default_methods(opened, new_tokens)
+        result = _run(opened, choose_provider(provider, opened.shape.dtype), settings(chosen_methods), as_json)
     else:
         from tda_export.bench.artifact import build_random_artifact
         from tda_export.bench.shapes import random_source
@@ -79,11 +82,12 @@ def bench(
         source = random_source(shape)
         with tempfile.TemporaryDirectory(prefix="tda-export-bench-") as folder:
             opened = build_random_artifact(source, Path(folder) / "artifact", chosen, sparsity, quiet=as_json)
-            result = _run(opened, resolved, settings, as_json)
+            chosen_methods = methods or default_methods(opened, new_tokens)
+            result = _run(opened, resolved, settings(chosen_methods), as_json)
     if as_json:
         click.echo(json.dumps(result))
     else:
-        _print(result, settings.methods)
+        _print(result, chosen_methods)
 
 
 def _run(artifact: Any, provider: str, settings: Any, as_json: bool) -> dict[str, Any]:

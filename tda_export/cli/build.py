@@ -120,12 +120,14 @@ def build(
                 f"{calibration_file} was calibrated on another model ({calibrated}) than {model}. "
                 "Calibrate this one with 'tda-export calibrate'."
             )
-        chosen = calibration.allocate(budget)
+        chosen = calibration.allocate(budget, refresh)
         if budget.by_kl and tail == "zero":
             raise UsageError("--tail zero: a budget by KL is calibrated with the tail mean. Leave --tail out.")
         if not as_json:
             predicted = "" if chosen.kl is None else f", predicted KL {chosen.kl:.3f} nats a token"
-            click.echo(f"{model}, {budget}: expected FFN sparsity {chosen.sparsity:.3f}{predicted}")
+            click.echo(
+                f"{model}, {budget}: expected FFN sparsity {Refresh(refresh).sparsity(chosen.sparsity):.3f}{predicted}"
+            )
         request = BuildRequest(
             source,
             DTYPES[dtype],
@@ -153,7 +155,7 @@ def build(
     export_artifact(request, output, quiet=as_json, check=check)
     size = sum(file.stat().st_size for file in output.iterdir())
     if as_json:
-        expected = {"sparsity": request.allocation.sparsity, "kl": request.allocation.kl} if request.allocation else {}
+        expected = {"sparsity": request.expected_sparsity, "kl": request.allocation.kl} if request.allocation else {}
         result = {"output": str(output), "bytes": size, "budget": budget.describe(), "expected": expected}
         click.echo(json.dumps(result | {"checks": [asdict(item) | {"passed": item.passed} for item in checks]}))
     else:

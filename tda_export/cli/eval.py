@@ -24,7 +24,7 @@ from tda_export.cli.options import (
 if TYPE_CHECKING:
     from tda_export.calibration.budgets import AllocationRule
 
-TEXT_OPTIONS = ("prompts", "prompt_tokens", "continuation_tokens", "free")
+TEXT_OPTIONS = ("prompts", "prompt_tokens", "continuation_tokens", "free", "refresh")
 TASK_OPTIONS = ("data", "limit", "protocol", "reference")
 
 
@@ -199,7 +199,8 @@ def _title(result: dict[str, Any], new_tokens: int) -> str:
 
 
 def _bytes_read(result: dict[str, Any]) -> str:
-    of_them = f", {result['refresh_ffn_bytes'] / 2**20:,.1f} of them to refresh" if result["refresh_ffn_bytes"] else ""
+    more = result["refresh_ffn_bytes"]
+    of_them = f", {more / 2**20:,.1f} of them because of refreshes" if more else ""
     density = f" (density {result['density']:.3f})" if "density" in result else ""
     return f"{result['ffn_bytes'] / 2**20:,.1f} of {result['dense_ffn_bytes'] / 2**20:,.1f} MiB{density}{of_them}"
 

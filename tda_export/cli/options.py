@@ -150,12 +150,11 @@ class Deployed:
         if given:
             budget = chosen_budget(self.cett, self.sparsity, self.allocation, self.max_kl, {})
         model = load(artifact, provider=self.provider)
-        deployment = model.artifact.deployment
+        deployment, refresh = model.artifact.deployment, chosen_refresh(model.artifact, self.refresh)
         if budget:
             from tda_export.evaluation.methods import budget_deployment
 
-            deployment = budget_deployment(model.artifact, budget)
-        refresh = chosen_refresh(model.artifact, self.refresh)
+            deployment = budget_deployment(model.artifact, budget, refresh=refresh)
         return model, deployment if refresh is None else deployment.with_refresh(refresh)
 
 

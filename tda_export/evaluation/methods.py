@@ -89,28 +89,31 @@ class MethodEntry:
     open: Callable[[Artifact, Sessions, Request], Setting]
 
 
-def budget_deployment(artifact: Artifact, budget: Budget, calibration: Path | None = None) -> Deployment:
+def budget_deployment(
+    artifact: Artifact, budget: Budget, calibration: Path | None = None, refresh: Refresh | None = None
+) -> Deployment:
     """Choose how decode drops neurons for a budget, from an artifact's own calibration or another of the same model.
 
-    Refreshes stay the artifact's own.
+    A sparsity is that of all tokens, refreshes included. Without `refresh` the artifact's own.
 
     Raises:
         UsageError: There is none, it is of another model, or the artifact was not built for what the budget needs.
         TdaError: It cannot be read.
     """
-    allocation = _calibration(artifact, calibration).allocate(budget)
+    refresh = refresh or artifact.deployment.refresh
+    allocation = _calibration(artifact, calibration).allocate(budget, refresh.tokens)
     if not allocation.token_thresholds:
         # A tail mean that was asked for stays; the one that comes with an allocation by KL goes with it.
         tail_mean = not Budget(**artifact.manifest["budget"]).by_kl
         deployment = one_level(allocation.thresholds, artifact.shape.num_layers, artifact.ffn_matrices)
-        return replace(deployment, tail_mean=tail_mean, refresh=artifact.deployment.refresh)
+        return replace(deployment, tail_mean=tail_mean, refresh=refresh)
     method = artifact_method(artifact)
     if allocation.prior_tokens != artifact.manifest["prior_tokens"] or method.tail != "mean" or not method.two_levels:
         raise UsageError(
             f"{artifact.folder} was built without the prior and the tail mean that an allocation by KL is calibrated "
             "with. Build it again with --allocation kl, or ask for --allocation uniform."
         )
-    return path_deployment(allocation).with_refresh(artifact.deployment.refresh)
+    return path_deployment(allocation).with_refresh(refresh)
 
 
 def path_deployment(allocation: Allocation) -> Deployment:
@@ -161,17 +164,22 @@ def _require_thresholds(artifact: Artifact, request: Request) -> None:
 def _open_tda(artifact: Artifact, sessions: Sessions, request: Request) -> Setting:
     if request.has_budget:
         budget = _budget(request)
-        deployment, described = budget_deployment(artifact, budget, request.calibration), budget.describe()
+        deployment = budget_deployment(artifact, budget, request.calibration, request.refresh)
+        described = budget.describe()
     else:
         deployment, described = artifact.deployment, dict(artifact.manifest["budget"])
     if request.refresh is not None:
         deployment = deployment.with_refresh(request.refresh)
     if deployment.refresh.tokens:
         described |= {"refresh": deployment.refresh.tokens}
-    # ReLU's zeros are skipped without a threshold too.
-    skips = deployment.token_thresholds.any() or artifact_spec(artifact).activation == "relu"
-    counting = counting_sessions(artifact, sessions) if skips and sessions.two_levels else None
+    counting = _counting(artifact, sessions, bool(deployment.token_thresholds.any()))
     return Setting("tda", artifact.shape, sessions, deployment, counting, budget=described)
+
+
+def _counting(artifact: Artifact, sessions: Sessions, skips: bool = False) -> Sessions | None:
+    """Sessions that count what tokens read, where that is not what the mask says; ReLU's zeros are never read."""
+    skips = skips or artifact_spec(artifact).activation == "relu"
+    return counting_sessions(artifact, sessions) if skips and sessions.two_levels else None
 
 
 def _budget(request: Request) -> Budget:
@@ -199,7 +207,8 @@ def _open_paper(artifact: Artifact, sessions: Sessions, request: Request) -> Set
     budget = Budget(cett=PAPER_CETT if request.cett is None else request.cett)
     thresholds = _token_calibration(artifact, request, "--method paper").allocate(budget).thresholds
     deployment = one_level(thresholds, artifact.shape.num_layers)
-    return Setting("paper", artifact.shape, sessions, deployment, budget=budget.describe())
+    counting = _counting(artifact, sessions)
+    return Setting("paper", artifact.shape, sessions, deployment, counting, budget=budget.describe())
 
 
 def _check_griffin(artifact: Artifact, request: Request) -> None:
@@ -213,7 +222,8 @@ def _open_griffin(artifact: Artifact, sessions: Sessions, request: Request) -> S
     assert request.sparsity is not None
     derived = derived_sessions(artifact, sessions, griffin(request.sparsity))
     deployment = one_level(None, artifact.shape.num_layers)
-    return Setting("griffin", artifact.shape, derived, deployment, budget={"sparsity": request.sparsity})
+    budget = {"sparsity": request.sparsity}
+    return Setting("griffin", artifact.shape, derived, deployment, _counting(artifact, derived), budget=budget)
 
 
 def _check_tt(artifact: Artifact, request: Request) -> None:
@@ -250,7 +260,8 @@ def _check_dense(artifact: Artifact, request: Request) -> None:
 
 
 def _open_dense(artifact: Artifact, sessions: Sessions, request: Request) -> Setting:
-    return Setting("dense", artifact.shape, sessions, one_level(None, artifact.shape.num_layers), masked=False)
+    deployment, counting = one_level(None, artifact.shape.num_layers), _counting(artifact, sessions)
+    return Setting("dense", artifact.shape, sessions, deployment, counting, masked=False)
 
 
 METHODS = {

@@ -55,7 +55,10 @@ class Scorer:
         self._reader: Prefill | None = None
 
     def take_ffn_share(self) -> float | None:
-        """Return the mean share of FFN bytes read since this was asked last; None if nothing was decoded sparsely."""
+        """Return the mean share of FFN bytes that a scored token read since this was asked last; None without any.
+
+        Where a protocol or a context of one token has it scored densely, that is 1.
+        """
         shares, self._shares = self._shares, []
         return float(np.mean(shares)) if shares else None
 
@@ -108,10 +111,7 @@ class Scorer:
         self._cache.truncate(0)
         if not tokens:
             return None
-        _, mask = self.setting.read(tokens, self._cache, self._reader)
-        if not self.setting.per_token:
-            self._shares.append(self.setting.density(mask))
-        return mask
+        return self.setting.read(tokens, self._cache, self._reader)[1]
 
     def _decode(
         self, tokens: Sequence[int], predicted: Sequence[Sequence[int]], mask: PromptMask | None
@@ -123,10 +123,11 @@ class Scorer:
             piece = tokens[start : start + DECODE_TOKENS]
             if mask is not None and self.setting.per_token:
                 counted = self.setting.decode_counted(self._cache, piece, mask)  # [C, V]
-                logits = counted.logits
-                self._shares += [counted.sparse_share] * len(piece)
+                logits, share = counted.logits, counted.sparse_share
             else:
                 logits = self.setting.decode(self._cache, piece, mask)
+                share = 1.0 if mask is None else self.setting.density(mask)
+            self._shares += [share] * len(piece)
             wanted = targets[:, start : start + len(piece)]  # [N, C]
             sums += token_log_probabilities(logits, wanted).sum(axis=1)
             greedy &= (wanted == logits.argmax(axis=1)).all(axis=1)

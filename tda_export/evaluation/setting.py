@@ -34,7 +34,7 @@ class Counted:
 
     @property
     def refresh_share(self) -> float:
-        """What refreshes read of it: a dense token is as many bytes more than a sparse one as are skipped there."""
+        """How much more is read because of refreshes: for every dense token what a sparse one skips."""
         return self.ffn_share - self.sparse_share
 
 
@@ -43,7 +43,7 @@ class Setting:
     """How a method decodes.
 
     `sessions`: prefill chooses masks by the method. `deployment`: thresholds, prior, refresh. `counting`: sessions that
-    also count the neurons that tokens compute, where token thresholds make that differ from the mask. `masked`:
+    also count the neurons that tokens compute, where token thresholds or ReLU make that differ from the mask. `masked`:
     False decodes with every neuron, through the same graph. `method` and `budget` describe it as plain data.
     """
 
@@ -57,7 +57,8 @@ class Setting:
 
     def without_refresh(self) -> Setting:
         """Return the same without refreshes."""
-        return replace(self, deployment=self.deployment.with_refresh(NO_REFRESH))
+        budget = {name: value for name, value in self.budget.items() if name != "refresh"}
+        return replace(self, deployment=self.deployment.with_refresh(NO_REFRESH), budget=budget)
 
     def read(
         self, tokens: Sequence[int], cache: KvCache, reader: Prefill | None = None
@@ -150,10 +151,11 @@ class Setting:
         return Counted(np.concatenate(logits), density, share, (share * total + dense) / len(tokens))
 
     def _counted(self, cache: KvCache, tokens: Sequence[int], mask: PromptMask) -> Counted:
-        if self.counting is None or not self.masked:
+        if self.counting is None:
             density = self.density(mask)
             return Counted(self.decode(cache, tokens, mask), density, density, density)
-        inputs = self._given(mask).inputs | self._token_thresholds()
+        masked = self._given(mask).inputs | self._token_thresholds()
+        inputs = masked if self.masked else self.counting.dense_inputs
         call = bind_call(self.counting.decode, cache, tokens, inputs)
         call.allocate(contract.KEPT_NEURONS, "cpu")
         outputs = call.run()

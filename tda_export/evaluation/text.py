@@ -45,7 +45,8 @@ class TextQuality:
 
     KL is KL(dense || sparse) in nats a token, perplexities are exp of the mean negative log-likelihood a token,
     agreement is the share of equal top-1 tokens, density the share of neurons that are kept (of the mask, or by a
-    token), `ffn_bytes` what a token reads of the FFN weights on average, `refresh_ffn_bytes` of it for refreshes.
+    token), `ffn_bytes` what a token reads of the FFN weights on average, `refresh_ffn_bytes` how much of it
+    is more than without refreshes.
     """
 
     prompts: int
@@ -66,7 +67,7 @@ class TextQuality:
 @dataclass(frozen=True)
 class WindowQuality:
     """Of one window: mean KL, mean negative log-likelihoods (nats a token), agreement, density, the share of FFN bytes
-    that a token read on average, and the part of it that refreshes read."""
+    that a token read on average, and the part of it that is more than without refreshes."""
 
     kl: float
     nll: float

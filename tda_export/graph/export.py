@@ -62,6 +62,12 @@ class BuildRequest:
         return chosen or [0.0] * self.source.spec.num_layers
 
     @property
+    def expected_sparsity(self) -> float:
+        """Share of the FFN bytes that a token is expected not to read, refreshes included."""
+        assert self.allocation is not None
+        return self.refresh.sparsity(self.allocation.sparsity)
+
+    @property
     def survivors(self) -> list[float]:
         """Expected share of a mask's neurons that a token does not skip, [L]."""
         if self.allocation is None or not self.allocation.token_density:
@@ -151,9 +157,7 @@ def _manifest(
         "survivors": request.survivors,
         "prior_tokens": request.prior.tokens if request.prior else 0.0,
         "refresh": asdict(request.refresh),
-        "expected": asdict(request.allocation) | {"sparsity": request.allocation.sparsity}
-        if request.allocation
-        else {},
+        "expected": asdict(request.allocation) | {"sparsity": request.expected_sparsity} if request.allocation else {},
         "calibration": request.calibration or {},
         "files": {
             path.name: {"size": path.stat().st_size, "sha256": known.get(path.name) or sha256(path)} for path in files

@@ -32,6 +32,10 @@ class Refresh:
         """Return the mean share of FFN bytes that a token reads, where sparse steps read `sparse` and others all."""
         return sparse if not self.tokens else sparse + (1.0 - sparse) / self.tokens
 
+    def sparsity(self, sparse: float) -> float:
+        """Return the share of FFN bytes that a token does not read, where sparse steps do not read `sparse`."""
+        return 1.0 - self.ffn_share(1.0 - sparse)
+
 
 NO_REFRESH = Refresh()
 

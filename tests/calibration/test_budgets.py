@@ -15,6 +15,7 @@ from tda_export.calibration.budgets import Allocation, Budget, allocate, allocat
 from tda_export.calibration.curves import CurveSums
 from tda_export.calibration.kl_table import KlTable, setting_at, sparsest_within
 from tda_export.errors import UsageError
+from tda_export.runtime.deployment import Refresh
 
 GRID = torch.tensor([0.0, 0.1, 0.2, 0.4, 0.8, 2.0])
 
@@ -323,3 +324,23 @@ def test_an_allocation_of_nothing_is_refused(options: tuple[Any, ...]) -> None:
         UsageError, match=r"^--allocation spreads a --sparsity over the layers\. Give --sparsity, or leave"
     ):
         make_budget(*options)
+
+
+@given(sparsity=st.floats(0, 0.9), tokens=st.integers(2, 100))
+def test_refreshes_are_within_a_sparsity(sparsity: float, tokens: int) -> None:
+    budget = Budget(sparsity=sparsity)
+    if sparsity * tokens / (tokens - 1) >= 1:
+        with pytest.raises(
+            UsageError, match=rf"with a refresh every {tokens} tokens: the refreshes alone read .* Give"
+        ):
+            budget.of_sparse_steps(tokens)
+        return
+    steps = budget.of_sparse_steps(tokens)
+    assert steps.sparsity is not None
+    assert Refresh(tokens).sparsity(steps.sparsity) == pytest.approx(sparsity)
+    assert budget.of_sparse_steps(0) == budget
+
+
+def test_other_budgets_know_no_refreshes() -> None:
+    for budget in (Budget(cett=0.2), Budget(max_kl=0.1)):
+        assert budget.of_sparse_steps(2) == budget

@@ -13,7 +13,7 @@ from tda_export.bench.random_model import CHAT_TEMPLATE, byte_tokenizer
 from tda_export.graph import contract
 from tda_export.runtime import load
 from tests.cli.results import PROMPT, generated, result_of
-from tests.conftest import CALIBRATE_TINY, run_ok
+from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
 from tests.tiny import save_tiny_model
 
 DENSE_FFN_BYTES = 3 * 96 * 3 * 64 * 4  # layers, neurons, matrices, hidden size, float32
@@ -137,16 +137,29 @@ def test_build_with_refresh(tiny_model: Path, tiny_calibration: Path, tiny_artif
     run_ok(*arguments)
     manifest = json.loads((output / contract.MANIFEST_FILE).read_text())
     assert manifest["refresh"] == {"tokens": 5, "decay": 1.0}
-    for budget in ((), ("--sparsity", "0.3"), ("--cett", "0.2")):
+    assert manifest["expected"]["sparsity"] == pytest.approx(0.5, abs=0.02)  # of all tokens, every fifth of them dense
+    default = ("--sparsity", "0.5")
+    assert generated(output)["tokens"] == generated(tiny_artifact, "--refresh", 5, *default)["tokens"]
+    for budget in (default, ("--sparsity", "0.3"), ("--cett", "0.2")):
         own, given = generated(output, *budget), generated(tiny_artifact, "--refresh", 5, *budget)
         assert own["tokens"] == given["tokens"]
         assert own["metrics"]["refreshes"] == given["metrics"]["refreshes"] == 4
         off = generated(output, "--refresh", 0, *budget)
         assert off["tokens"] == generated(tiny_artifact, *budget)["tokens"] != own["tokens"]
         assert off["metrics"]["refreshes"] == 0
-        assert off["metrics"]["sparsity"] > own["metrics"]["sparsity"]
+    assert off["metrics"]["sparsity"] > own["metrics"]["sparsity"]  # of a CETT: a sparsity has refreshes within it
     dense = generated(output, "--mask", "dense")
     assert (dense["metrics"]["refreshes"], dense["metrics"]["sparsity"]) == (0, 0.0)
+
+
+def test_refreshes_leave_too_much_to_the_steps_between(
+    tiny_model: Path, tiny_calibration: Path, tmp_path: Path
+) -> None:
+    arguments = ("--calibration", tiny_calibration, "--sparsity", 0.7, "--refresh", 4, "-o", tmp_path / "a")
+    result = run_cli("build", tiny_model, *arguments)
+    assert result.exit_code == 2
+    assert "Sparsity 0.7, kl with a refresh every 4 tokens leaves 0.933 to the steps between. Sparsity" in result.stderr
+    assert not (tmp_path / "a").exists()
 
 
 def test_overwrite_replaces_an_artifact(

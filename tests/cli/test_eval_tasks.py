@@ -62,7 +62,6 @@ def test_protocol_and_budget_reach_the_model(tiny_artifact: Path, data: Path) ->
         bits(*griffin),
     }
     assert len(found) == 6
-    assert bits("--refresh", 4) == bits()  # nothing is refreshed while answers are scored
 
 
 def test_truncation_on_tasks(token_artifact: Path, data: Path) -> None:
@@ -86,6 +85,7 @@ def test_data_from_the_environment(tiny_artifact: Path, data: Path, monkeypatch:
         ([], "Give --text or --tasks"),
         (["--text", "x", "--tasks", "piqa"], "Give --text or --tasks"),
         (["--tasks", "piqa", "--prompts", 3], "--prompts means nothing with --tasks"),
+        (["--tasks", "piqa", "--refresh", 3], "--refresh means nothing with --tasks"),
         (["--tasks", "piqa", "--free", 3], "--free means nothing with --tasks"),
         (["--text", "x", "--free", 3, "--continuation-tokens", 3], "--continuation-tokens means nothing with --free"),
         (["--text", "x", "--limit", 3], "--limit means nothing with --text"),

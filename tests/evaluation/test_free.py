@@ -41,7 +41,7 @@ def written(model: Model, setting: Setting, prompt: list[int], mask: str) -> lis
 
 
 def test_beside_texts_that_are_read_again_for_every_token(model: Model, prompts: list[list[int]]) -> None:
-    setting = open_setting(model.artifact, model.sessions, Request(sparsity=0.7))
+    setting = open_setting(model.artifact, model.sessions, Request(sparsity=0.5))
     quality = evaluate_free(model.artifact, setting, prompts, NEW)
     lengths, blocks = [], []
     for prompt in prompts:
@@ -72,8 +72,8 @@ def test_dense_writes_what_dense_writes(model: Model, prompts: list[list[int]]) 
 
 
 def test_refreshes_count_and_keep_nearer(model: Model, prompts: list[list[int]]) -> None:
-    without = open_setting(model.artifact, model.sessions, Request(sparsity=0.7))
-    often = open_setting(model.artifact, model.sessions, Request(sparsity=0.7, refresh=Refresh(4)))
+    without = open_setting(model.artifact, model.sessions, Request(sparsity=0.5))
+    often = open_setting(model.artifact, model.sessions, Request(sparsity=0.5, refresh=Refresh(4)))
     never, refreshed = (evaluate_free(model.artifact, each, prompts, NEW) for each in (without, often))
     assert refreshed.refresh_ffn_bytes > 0.0
     assert sum(refreshed.kl) < sum(never.kl)
@@ -81,7 +81,7 @@ def test_refreshes_count_and_keep_nearer(model: Model, prompts: list[list[int]])
 
 def test_bytes_with_refreshes(model: Model, prompts: list[list[int]]) -> None:
     """Of 69 tokens every fourth is dense, 17; the others read the neurons of the mask of all that was before."""
-    setting = open_setting(model.artifact, model.sessions, Request(sparsity=0.7, refresh=Refresh(4)))
+    setting = open_setting(model.artifact, model.sessions, Request(sparsity=0.5, refresh=Refresh(4)))
     shape = model.artifact.shape
     one_level = dataclasses.replace(setting.deployment, token_thresholds=np.zeros(shape.num_layers, np.float32))
     setting = dataclasses.replace(setting, counting=None, deployment=one_level)
@@ -105,7 +105,7 @@ def test_bytes_with_refreshes(model: Model, prompts: list[list[int]]) -> None:
 
 
 def test_greedy_tokens_are_those_of_the_driver(model: Model, prompts: list[list[int]]) -> None:
-    setting = open_setting(model.artifact, model.sessions, Request(sparsity=0.7, refresh=Refresh(4)))
+    setting = open_setting(model.artifact, model.sessions, Request(sparsity=0.5, refresh=Refresh(4)))
     step = setting.open_step(64)
     for prompt in prompts:
         step.cache.truncate(0)

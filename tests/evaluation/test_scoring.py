@@ -30,7 +30,7 @@ TOKENS = st.lists(st.integers(3, 250), min_size=1, max_size=12)
 @pytest.fixture(scope="module", params=["tda", "uniform", "griffin", "dense"])
 def setting(model: Model, request: pytest.FixtureRequest) -> Setting:
     requests = {
-        "tda": Request("tda", sparsity=0.5, refresh=Refresh(2)),
+        "tda": Request("tda", sparsity=0.5, refresh=Refresh(5)),
         "uniform": Request("tda", sparsity=0.5, allocation="uniform"),
         "griffin": Request("griffin", sparsity=0.5),
         "dense": Request("dense"),
@@ -151,6 +151,18 @@ def test_ffn_share_is_that_of_the_masks_and_of_what_tokens_keep(setting: Setting
     assert share == pytest.approx(setting.without_refresh().decode_counted(cache, context[-1:], mask).ffn_share)
     assert (share < setting.density(mask)) == (setting.counting is not None)
     assert scorer.take_ffn_share() is None
+
+
+def test_ffn_share_is_a_mean_over_scored_tokens(tiny_artifact: Path) -> None:
+    model = load(tiny_artifact, provider="cpu")
+    setting = open_setting(model.artifact, model.sessions, Request("griffin", sparsity=0.5))
+    scorer = Scorer(setting)
+    scorer.score(list(range(5, 45)), [[1, 2, 3]])
+    scorer.score([5], [[6]])  # no mask, so it reads everything
+    assert scorer.take_ffn_share() == pytest.approx((3 * 0.5 + 1.0) / 4)
+    last_steps = Scorer(setting, "griffin")
+    last_steps.score(list(range(5, 45)), [[1, 2, 3]])
+    assert last_steps.take_ffn_share() == pytest.approx((2 * 1.0 + 0.5) / 3)
 
 
 def test_truncation_scores_and_counts_each_token(token_artifact: Path) -> None:

@@ -327,7 +327,7 @@ def slow_refreshed(setting: Setting, tokens: list[int]) -> Counted:
     return Counted(np.stack(logits), float(np.mean(densities)), share, mean)
 
 
-@pytest.mark.parametrize("request_", [Request(), Request(sparsity=0.5, allocation="uniform")], ids=["kl", "uniform"])
+@pytest.mark.parametrize("request_", [Request(), Request(sparsity=0.4, allocation="uniform")], ids=["kl", "uniform"])
 @pytest.mark.parametrize(
     ("refresh", "count"), [(Refresh(2), 6), (Refresh(3, 0.5), 8), (Refresh(5), 5), (Refresh(9), 4)]
 )

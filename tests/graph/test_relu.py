@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tda_export.calibration.masked import Masking, two_level_ffn
+from tda_export.evaluation.methods import Request, open_setting
 from tda_export.graph import contract
 from tda_export.graph.derive import counting_sessions
 from tda_export.graph.reference import reference_logits
@@ -84,3 +85,18 @@ def test_calibration_counts_the_same_neurons(opt: tuple[ModelSource, Model]) -> 
         model(torch.tensor([PROMPT + CONTINUATION]))
     counted = np.stack([found[layer][len(PROMPT) :] for layer in range(LAYERS)])
     assert np.array_equal(counted, active_neurons(source))
+
+
+@pytest.mark.parametrize("asked", [Request("dense"), Request("griffin", sparsity=0.5)], ids=["dense", "griffin"])
+def test_every_method_reads_no_rows_of_zeros(opt: tuple[ModelSource, Model], asked: Request) -> None:
+    """What eval reports of it: the mask's up rows, and the down rows of its active neurons."""
+    _, model = opt
+    setting = open_setting(model.artifact, model.sessions, asked)
+    cache = KvCache(model.artifact.shape, "cpu", 64)
+    _, mask = setting.read(PROMPT, cache)
+    density = setting.density(mask)
+    counted = setting.decode_counted(cache, CONTINUATION, mask)
+    assert counted.density == density == (1.0 if asked.method == "dense" else 0.5)
+    assert density / 2 < counted.ffn_share < density  # some are active, some are not
+    cache.truncate(len(PROMPT))
+    np.testing.assert_allclose(counted.logits, setting.decode(cache, CONTINUATION, mask), atol=1e-5)
