@@ -24,18 +24,30 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import baselines
-from rows import Row, Rows, print_rows
-from same_bytes import Cell, at_same_bytes
+from rows import Row, Rows, artifact_id, file_id, print_rows
+from same_bytes import Cell, at_same_bytes, require_same_bytes
 
-from tda_export.errors import UsageError
+from tda_export.errors import TdaError, UsageError
 from tda_export.evaluation.methods import Request, open_setting
 from tda_export.evaluation.text import TextSettings, cut_windows, evaluate_text
 from tda_export.runtime import Model, load
 
 LARGEST_TT_SPARSITY = 1 / 3  # TT saves down rows alone
+KEYS = (
+    "artifact",
+    "token_calibration",
+    "method",
+    "sparsity",
+    "text",
+    "prompt_tokens",
+    "prompts",
+    "continuation_tokens",
+    "within",
+)
 HEADER = ("method", "sparsity", "asked", "text", "prompt", "FFN bytes", "KL", "perplexity", "agreement")
 
 
@@ -43,10 +55,19 @@ def read_text(path: Path) -> str:
     """Read a text, or the stories of a .jsonl file, each once and in order."""
     if not path.is_file():
         raise UsageError(f"{path}: no such file. Give a UTF-8 text, or a .jsonl file of stories.")
-    content = path.read_text(encoding="utf-8")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TdaError(f"{path}: not valid UTF-8 text. Convert it to UTF-8.") from error
     if path.suffix != ".jsonl":
         return content
-    return "\n\n".join(dict.fromkeys(json.loads(line)["story"] for line in content.splitlines()))
+    stories: dict[str, None] = {}  # each once, in order
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            stories[json.loads(line)["story"]] = None
+        except (ValueError, KeyError, TypeError) as error:
+            raise TdaError(f"{path}, line {number}: no JSON object with a story. Give what eval-data wrote.") from error
+    return "\n\n".join(stories)
 
 
 def artifact_cells(options: argparse.Namespace) -> list[Cell]:
@@ -84,16 +105,15 @@ class OnArtifact:
         self.options = options
         self.model: Model = load(options.artifact, provider="cpu")
 
-    def measure(self, text: str, prompt_tokens: int, cells: list[Cell]) -> list[Row]:
-        """Measure cells on a text, with prompts of a length."""
+    def measure(self, text: str, prompt_tokens: int, cell: Cell) -> Row:
+        """Measure a cell on a text, with prompts of a length."""
         settings = TextSettings(self.options.prompts, prompt_tokens, self.options.continuation_tokens)
         artifact, encode = self.model.artifact, self.model.text.encode
         windows = cut_windows(encode(text, special_tokens=False), encode(""), settings)
-        rows = []
-        for cell in cells:
-            setting = open_setting(artifact, self.model.sessions, request(cell, self.options.token_calibration))
-            rows.append(with_share(asdict(evaluate_text(artifact, setting, windows, settings))))
-        return rows
+        setting = open_setting(artifact, self.model.sessions, request(cell, self.options.token_calibration))
+        quality = asdict(evaluate_text(artifact, setting, windows, settings))
+        described = {"model": artifact.name, "dtype": artifact.shape.dtype, "budget": setting.budget}
+        return with_share(described | quality)
 
 
 class InPyTorch:
@@ -105,10 +125,12 @@ class InPyTorch:
         self.fitted = baselines.Baselines(baselines.arguments(given))
         self.cells = [Cell(one.method, one.sparsity) for one in self.fitted.wanted]
 
-    def measure(self, text: str, prompt_tokens: int, cells: list[Cell]) -> list[Row]:
-        """Measure cells on a text, with prompts of a length."""
-        wanted = [baselines.Wanted(cell.method, cell.sparsity) for cell in cells]  # type: ignore[arg-type]
-        return list(map(with_share, self.fitted.measure(text, "any", prompt_tokens, wanted)))
+    def measure(self, text: str, prompt_tokens: int, cell: Cell) -> Row:
+        """Measure a cell on a text, with prompts of a length."""
+        self.fitted.fit(self.fitted.wanted)  # at once, since that reads the calibration text
+        wanted = [baselines.Wanted(cell.method, cell.sparsity)]  # type: ignore[arg-type]
+        [row] = self.fitted.measure(text, "any", prompt_tokens, wanted)
+        return with_share(row)
 
 
 def line(row: Row) -> str:
@@ -145,32 +167,41 @@ def arguments() -> argparse.Namespace:
 
 
 def measured(options: argparse.Namespace) -> Iterator[Row]:
-    """All rows, as they come: those that were kept, and then the others."""
-    rows = Rows(options.rows, ("method", "sparsity", "text", "prompt_tokens", "prompts"))
-    texts = [(path.stem, read_text(path)) for path in options.texts]
-    asked = [(name, text, prompt) for name, text in texts for prompt in options.prompt_tokens]
+    """All rows, as they come, those that were kept among them.
 
-    def missing(cells: list[Cell], name: str, prompt: int) -> Iterator[Cell | Row]:
-        for cell in cells:
-            yield rows.found.get((*cell, name, prompt, options.prompts), cell)
+    Raises:
+        TdaError: At the end, where some missed their bytes.
+    """
+    names = [path.stem for path in options.texts]
+    if len(set(names)) < len(names):
+        raise UsageError("Two texts have the same name, which rows would share. Rename one.")
+    texts = dict(zip(names, map(read_text, options.texts), strict=True))
+    rows = Rows(options.rows, KEYS)
+    yielded: list[Row] = []
+
+    def of(where: OnArtifact | InPyTorch, cells: list[Cell]) -> Iterator[Row]:
+        for name, prompt, cell in product(texts, options.prompt_tokens, cells):
+            asked = described | cell._asdict() | {"text": name, "prompt_tokens": prompt}
+            if (row := rows.get(asked)) is None:
+                found = at_same_bytes(cell, options.within, partial(where.measure, texts[name], prompt))
+                row = rows.add(found | asked)
+            yielded.append(row)
+            yield row
 
     on_artifact = OnArtifact(options)
-    for name, text, prompt in asked:
-        for cell in missing(artifact_cells(options), name, prompt):
-            if not isinstance(cell, Cell):
-                yield cell
-                continue
-            for row in at_same_bytes([cell], options.within, partial(on_artifact.measure, text, prompt)):
-                yield rows.add(row | {"text": name, "prompt_tokens": prompt})
-    if options.no_baselines:
-        return
-    in_pytorch = InPyTorch(options, options.model or on_artifact.model.artifact.name)
-    for name, text, prompt in asked:
-        found = list(missing(in_pytorch.cells, name, prompt))
-        yield from (row for row in found if not isinstance(row, Cell))
-        if cells := [cell for cell in found if isinstance(cell, Cell)]:
-            for row in at_same_bytes(cells, options.within, partial(in_pytorch.measure, text, prompt)):
-                yield rows.add(row | {"text": name, "prompt_tokens": prompt})
+    artifact = on_artifact.model.artifact
+    described = {
+        "artifact": artifact_id(artifact),
+        "token_calibration": None if options.token_calibration is None else file_id(options.token_calibration),
+        "prompts": options.prompts,
+        "continuation_tokens": options.continuation_tokens,
+        "within": options.within,
+    }
+    yield from of(on_artifact, artifact_cells(options))
+    if not options.no_baselines:
+        in_pytorch = InPyTorch(options, options.model or artifact.name)
+        yield from of(in_pytorch, in_pytorch.cells)
+    require_same_bytes(yielded)
 
 
 def main() -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from rows import Row
 
+from tda_export.errors import TdaError, UsageError
+
 MOST_TRIES = 5
+FLATTEST = -0.2  # points of bytes for a point of sparsity: what the secant is believed to be at the least
 
 
 class Cell(NamedTuple):
@@ -31,39 +34,49 @@ def next_asked(tried: list[tuple[float, float]]) -> float:
     slope = -1.0
     if len(tried) > 1 and tried[-2][0] != asked:
         before, missed_before = tried[-2]
-        slope = (missed - missed_before) / (asked - before)
-    return min(max(asked - missed / slope, 0.0), 0.95) if slope else asked
+        slope = min((missed - missed_before) / (asked - before), FLATTEST)
+    return min(max(asked - missed / slope, 0.0), 0.95)
 
 
-def at_same_bytes(
-    cells: list[Cell],
-    within: float,
-    measure: Callable[[list[Cell]], list[Row]],
-    *,
-    first: float | None = None,
-) -> list[Row]:
-    """Measure cells until each misses its bytes by at most `within`, or MOST_TRIES times.
+def at_same_bytes(cell: Cell, within: float, measure: Callable[[Cell], Row], *, first: float | None = None) -> Row:
+    """Measure a cell until it misses its bytes by at most `within`, or MOST_TRIES times.
 
     Args:
-        cells: What shall be measured.
+        cell: What shall be measured.
         within: Share of the dense FFN bytes.
-        measure: Given cells with the sparsities to ask for, returns their rows; of what a row has, `ffn_share` is used.
-        first: The sparsity to ask for first, where it is known to be better than a cell's own.
+        measure: Given the cell with the sparsity to ask for, returns a row; of what it has, `ffn_share` is used.
+        first: The sparsity to ask for first, where it is known to be better than the cell's own.
 
     Returns:
-        Of each cell the row that misses least, with `method`, `sparsity` (the cell's) and `asked`.
+        The row that misses least, with `method`, `sparsity` (the cell's), `asked`, `within` and `miss`. A method that
+        refuses the next sparsity keeps the best that it has.
+
+    Raises:
+        UsageError: It refuses the first.
     """
-    tried: dict[Cell, list[Row]] = {cell: [] for cell in cells}
-    asked = {cell: cell.sparsity if first is None else first for cell in cells}
+    tried: list[Row] = []
+    asked = cell.sparsity if first is None else first
     for _ in range(MOST_TRIES):
-        rows = measure([Cell(cell.method, sparsity) for cell, sparsity in asked.items()])
-        for (cell, sparsity), row in zip(asked.items(), rows, strict=True):
-            tried[cell].append(row | {"method": cell.method, "sparsity": cell.sparsity, "asked": sparsity})
-        asked = {
-            cell: next_asked([(row["asked"], miss(row)) for row in tried[cell]])
-            for cell in asked
-            if abs(miss(tried[cell][-1])) > within
-        }
-        if not asked:
+        try:
+            row = measure(Cell(cell.method, asked))
+        except UsageError:
+            if not tried:
+                raise
             break
-    return [min(rows, key=lambda row: abs(miss(row))) for rows in tried.values()]
+        row |= {"method": cell.method, "sparsity": cell.sparsity, "asked": asked, "within": within}
+        tried.append(row | {"miss": miss(row)})
+        if abs(tried[-1]["miss"]) <= within:
+            break
+        asked = next_asked([(row["asked"], row["miss"]) for row in tried])
+    return min(tried, key=lambda row: abs(row["miss"]))
+
+
+def require_same_bytes(rows: Iterable[Row]) -> None:
+    """Fail where rows miss their bytes.
+
+    Raises:
+        TdaError: Says which.
+    """
+    missed = [f"{row['method']} at {row['sparsity']:g}" for row in rows if abs(row["miss"]) > row["within"]]
+    if missed:
+        raise TdaError(f"These read other bytes than was meant, see 'miss': {', '.join(missed)}.")

@@ -3,10 +3,10 @@
     python benchmarks/task_table.py ARTIFACT --data FOLDER [--tasks all] [--limit 500] [--methods tda griffin]
 
 ARTIFACT is one of --method tda --allocation kl, FOLDER what `tda-export eval-data` wrote. Every task and method is
-what `tda-export eval ARTIFACT --tasks TASK --method METHOD --sparsity ASKED --json` prints, zero-shot, by the strict
-protocol. A prompt that is shorter than those of the calibration text reads other bytes than were asked for. So that
-methods are compared at the same bytes, ASKED is first sought on --pilot questions, and the whole task is measured again
-where it still misses the bytes of --sparsity by more than --within.
+what `tda-export eval ARTIFACT --tasks TASK --method METHOD --sparsity ASKED --json` prints (uniform: `--method tda
+--allocation uniform`), zero-shot, by the strict protocol. A prompt that is shorter than those of the calibration text
+reads other bytes than were asked for. So that methods are compared at the same bytes, ASKED is first sought on --pilot
+questions, and the whole task is measured again where it still misses the bytes of --sparsity by more than --within.
 
 Prints one JSON object for each task and method. --rows keeps them: an interrupted run goes on from there.
 """
@@ -18,16 +18,19 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 
-from rows import Row, Rows, print_rows
-from same_bytes import Cell, at_same_bytes
+from rows import Row, Rows, artifact_id, print_rows
+from same_bytes import Cell, at_same_bytes, require_same_bytes
 
 from tda_export.evaluation.harness import TdaLM
 from tda_export.evaluation.methods import Request
 from tda_export.evaluation.run_tasks import ALL_TASKS, check_data, chosen_tasks, run_tasks
+from tda_export.runtime.artifact import open_artifact
 
 METHODS = ("tda", "uniform", "griffin")
+KEYS = ("task", "artifact", "method", "sparsity", "limit", "within")
 
 
 def request(cell: Cell) -> Request:
@@ -37,29 +40,35 @@ def request(cell: Cell) -> Request:
     return Request("tda", sparsity=cell.sparsity, allocation="kl" if cell.method == "tda" else "uniform")
 
 
-def measure(options: argparse.Namespace, task: str, limit: int | None, cells: list[Cell]) -> list[Row]:
-    """Run a task for each cell."""
-    rows = []
-    for cell in cells:
-        lm = TdaLM.of(options.artifact, request(cell), protocol="strict", provider=options.provider)
-        [result] = run_tasks(lm, [task], options.data, limit).values()
-        rows.append({"task": task, "limit": limit, **asdict(result)})
-    return rows
+def measure(options: argparse.Namespace, task: str, limit: int | None, cell: Cell) -> Row:
+    """Run a task for a cell."""
+    lm = TdaLM.of(options.artifact, request(cell), protocol="strict", provider=options.provider)
+    [result] = run_tasks(lm, [task], options.data, limit).values()
+    return asdict(result)
 
 
 def measured(options: argparse.Namespace) -> Iterator[Row]:
-    """All rows, as they come: those that were kept, and then the others."""
-    rows = Rows(options.rows, ("task", "method", "sparsity", "limit"))
+    """All rows, as they come, those that were kept among them.
+
+    Raises:
+        TdaError: At the end, where some missed their bytes.
+    """
+    rows = Rows(options.rows, KEYS)
     tasks = chosen_tasks(options.tasks)
     check_data(options.data, tasks)
-    for task in tasks:
-        for cell in (Cell(method, options.sparsity) for method in options.methods):
-            if (found := rows.found.get((task, *cell, options.limit))) is not None:
-                yield found
-                continue
-            [pilot] = at_same_bytes([cell], options.within / 2, partial(measure, options, task, options.pilot))
-            whole = partial(measure, options, task, options.limit)
-            yield from map(rows.add, at_same_bytes([cell], options.within, whole, first=pilot["asked"]))
+    artifact = artifact_id(open_artifact(options.artifact))
+    limit = options.limit or None
+    yielded = []
+    for task, method in product(tasks, options.methods):
+        cell = Cell(method, options.sparsity)
+        asked = {"task": task, "artifact": artifact, "limit": limit, "within": options.within} | cell._asdict()
+        if (row := rows.get(asked)) is None:
+            pilot = at_same_bytes(cell, options.within / 2, partial(measure, options, task, options.pilot))
+            whole = partial(measure, options, task, limit)
+            row = rows.add(at_same_bytes(cell, options.within, whole, first=pilot["asked"]) | asked)
+        yielded.append(row)
+        yield row
+    require_same_bytes(yielded)
 
 
 def arguments() -> argparse.Namespace:
@@ -70,7 +79,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["tda", "griffin"])
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--within", type=float, default=0.01, help="Share of the dense FFN bytes.  [default: 0.01]")
-    parser.add_argument("--limit", type=int, default=500, help="Questions of a task.  [default: 500]")
+    parser.add_argument("--limit", type=int, default=500, help="Questions of a task, 0 for all.  [default: 500]")
     parser.add_argument("--pilot", type=int, default=100, help="Questions for seeking.  [default: 100]")
     parser.add_argument("--provider", default="auto")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="Keep what was measured here, and go on from it.")

@@ -31,40 +31,57 @@ def test_what_reads_other_bytes_is_asked_again(
 ) -> None:
     asked: list[float] = []
 
-    def measure(cells: list[Any]) -> list[dict[str, Any]]:
-        asked.extend(cell.sparsity for cell in cells)
-        return [{"ffn_share": 1 - slope * cell.sparsity + offset} for cell in cells]
+    def measure(cell: Any) -> dict[str, Any]:
+        asked.append(cell.sparsity)
+        return {"ffn_share": 1 - slope * cell.sparsity + offset}
 
-    [row] = same_bytes.at_same_bytes([same_bytes.Cell("tda", sparsity)], 0.01, measure)
+    row = same_bytes.at_same_bytes(same_bytes.Cell("tda", sparsity), 0.01, measure)
     assert (row["method"], row["sparsity"], row["asked"]) == ("tda", sparsity, asked[-1])
     assert asked[0] == sparsity
-    reachable = 0 <= (sparsity + offset) / slope <= 0.95
-    assert not reachable or row["ffn_share"] == pytest.approx(1 - sparsity, abs=0.01)
+    assert row["miss"] == pytest.approx(row["ffn_share"] - (1 - sparsity))
+    if 0 <= (sparsity + offset) / slope <= 0.95:
+        assert abs(row["miss"]) <= 0.01
+        same_bytes.require_same_bytes([row])
 
 
-def test_only_those_that_miss_are_measured_again(same_bytes: ModuleType) -> None:
-    calls = []
+def test_what_chooses_its_own_bytes_is_measured_once(same_bytes: ModuleType) -> None:
+    asked: list[float | None] = []
 
-    def measure(cells: list[Any]) -> list[dict[str, Any]]:
-        calls.append([cell.method for cell in cells])
-        misses = {"cats": 0.02, "static": 0.0, "paper": 0.0}
-        return [{"ffn_share": 1 - (cell.sparsity or 0.2) + misses[cell.method]} for cell in cells]
+    def measure(cell: Any) -> dict[str, Any]:
+        asked.append(cell.sparsity)
+        return {"ffn_share": 0.8}
 
-    cells = [same_bytes.Cell("static", 0.5), same_bytes.Cell("cats", 0.5), same_bytes.Cell("paper")]
-    static, cats, paper = same_bytes.at_same_bytes(cells, 0.01, measure)
-    assert calls == [["static", "cats", "paper"], ["cats"]]
-    assert (static["asked"], paper["asked"]) == (0.5, None)
-    assert cats["asked"] == pytest.approx(0.52)
-    assert cats["ffn_share"] == pytest.approx(0.5)
+    row = same_bytes.at_same_bytes(same_bytes.Cell("paper"), 0.01, measure)
+    assert (row["asked"], row["miss"], asked) == (None, 0.0, [None])
 
 
 def test_the_nearest_try_counts_where_none_is_near(same_bytes: ModuleType) -> None:
     shares = iter([0.60, 0.45, 0.47, 0.44, 0.56])
-    [row] = same_bytes.at_same_bytes(
-        [same_bytes.Cell("tda", 0.5)], 0.01, lambda cells: [{"ffn_share": next(shares)}], first=0.55
-    )
+    cell = same_bytes.Cell("tda", 0.5)
+    row = same_bytes.at_same_bytes(cell, 0.01, lambda cell: {"ffn_share": next(shares)}, first=0.55)
     assert row["ffn_share"] == 0.47
     assert next(shares, None) is None
+    with pytest.raises(TdaError, match=r"read other bytes than was meant, see 'miss': tda at 0\.5\.$"):
+        same_bytes.require_same_bytes([row])
+
+
+def test_a_method_that_cannot_go_further_keeps_what_it_has(same_bytes: ModuleType) -> None:
+    def measure(cell: Any) -> dict[str, Any]:
+        if cell.sparsity > 1 / 3:
+            raise UsageError("TT saves down rows alone.")
+        return {"ffn_share": 0.74}
+
+    row = same_bytes.at_same_bytes(same_bytes.Cell("tt", 0.3), 0.01, measure)
+    assert (row["asked"], row["miss"]) == (0.3, pytest.approx(0.04))
+    with pytest.raises(UsageError):
+        same_bytes.at_same_bytes(same_bytes.Cell("tt", 0.4), 0.01, measure)
+
+
+@pytest.mark.parametrize("tried", [[(0.5, 0.02), (0.52, 0.021)], [(0.5, 0.02), (0.52, 0.02)]], ids=["up", "flat"])
+def test_what_hardly_changes_the_bytes_is_no_reason_to_jump(
+    same_bytes: ModuleType, tried: list[tuple[float, float]]
+) -> None:
+    assert 0.52 < same_bytes.next_asked(tried) < 0.65
 
 
 def test_rows_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +89,25 @@ def test_rows_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rows.jsonl"
     row = {"method": "tda", "sparsity": 0.5, "kl": 0.1}
     assert rows.Rows(path, ("method", "sparsity")).add(row) == row
-    assert rows.Rows(path, ("method", "sparsity")).found == {("tda", 0.5): row}
+    kept = rows.Rows(path, ("method", "sparsity"))
+    assert kept.get({"method": "tda", "sparsity": 0.5, "other": 1}) == row
+    assert kept.get({"method": "tda", "sparsity": 0.3}) is None
+    # Rows that do not say what tells them apart are of another kind.
+    assert rows.Rows(path, ("method", "sparsity", "artifact")).found == {}
+
+
+def test_a_row_that_was_cut_off_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = load("rows", monkeypatch)
+    path = tmp_path / "rows.jsonl"
+    rows.Rows(path, ("method",)).add({"method": "tda"})
+    path.write_text(path.read_text() + '{"method": "gri')
+    kept = rows.Rows(path, ("method",))
+    assert list(kept.found) == [("tda",)]
+    kept.add({"method": "griffin"})
+    assert list(rows.Rows(path, ("method",)).found) == [("tda",), ("griffin",)]
+    path.write_text('{"method": "tda"}\n5\n')
+    with pytest.raises(TdaError, match=r"rows\.jsonl, line 2: not a row\. Give another file with --rows\.$"):
+        rows.Rows(path, ("method",))
 
 
 @pytest.mark.parametrize(("error", "status"), [(UsageError("no."), 2), (TdaError("no."), 1)])
