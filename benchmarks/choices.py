@@ -7,9 +7,11 @@ prior: masks of 70 % of the neurons and 40 % of up and down rows in every layer,
 on the blended scores, a prompt's prior taken from the other sequences; prompts of 256 and of 32 tokens. In PyTorch.
 
 refresh: the artifact as built, prompts of 256 tokens of the same text. Every row is one interval and one decay, with
-the bytes that it reads and the seconds that its generations take beside those without refreshes. With ONNX Runtime.
+the bytes that it reads and the seconds that its generations take beside those without refreshes, which are always
+measured. With ONNX Runtime.
 
-Both print one JSON object a line, on 32 sequences of the built-in text (or --dataset) with 128 tokens scored.
+Both print one JSON object a line, on 32 sequences of the built-in text with 128 tokens scored; --sequences and --dataset
+stand before the part's name.
 """
 
 from __future__ import annotations
@@ -33,8 +35,11 @@ from tda_export.calibration.dense import blend, read_dense
 from tda_export.calibration.kl_path import collect_estimates
 from tda_export.calibration.marginals import EstimateHistogram, Level, score_thresholds
 from tda_export.calibration.masked import choose_masking, down_weights, masked_kl, two_level_ffn
+from tda_export.errors import TdaError, UsageError
 from tda_export.evaluation.methods import Request, open_setting
+from tda_export.evaluation.reference_data import require_gates
 from tda_export.evaluation.text import TextSettings, evaluate_text
+from tda_export.ffn_share import two_level_share
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.runtime import Model, load
 from tda_export.runtime.deployment import Refresh
@@ -62,7 +67,11 @@ def sequences(source: ModelSource, options: argparse.Namespace, length: int) -> 
 def prior_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row for each prompt length and pseudo-count."""
     source = resolve_model(options.model, notify=lambda notice: print(notice, file=sys.stderr))
-    spec, model = source.spec, source.reference(device=options.device)
+    spec = source.spec
+    require_gates(spec)
+    if options.sequences < 2:
+        raise UsageError("A prior comes from other sequences. Give --sequences 2 or more.")
+    model = source.reference(device=options.device)
     model.requires_grad_(False)
     down = down_weights(model, spec)
     for prompt in PROMPTS:
@@ -85,7 +94,7 @@ def prior_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
                 def count_rows(layer: int, run: Any, masking: Any = masking, read: Any = read) -> None:
                     kept = float(masking.keep[layer].float().mean())
-                    read.append((kept + 2 * float(run.survivors.float().mean())) / 3)
+                    read.append(two_level_share(kept, float(run.survivors.float().mean())))
 
                 with torch.no_grad(), two_level_ffn(model, spec, masking, count_rows):
                     kls.append(float(masked_kl(model, sequence)))
@@ -94,13 +103,13 @@ def prior_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def up_scales(model: Any, spec: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """RMS over tokens of up_i · x, float32 [L, F]."""
+    """RMS over tokens of up_i · x, without the first, which all others attend to: float32 [L, F]."""
     squares: dict[int, torch.Tensor] = {}
     handles = []
     for layer in range(spec.num_layers):
 
         def add(module: Any, inputs: Any, output: torch.Tensor, layer: int = layer) -> None:
-            squares[layer] = squares.get(layer, 0) + output.float()[0].square().mean(dim=0)
+            squares[layer] = squares.get(layer, 0) + output.float()[0, 1:].square().mean(dim=0)
 
         handles.append(model.get_submodule(spec.names.up.format(i=layer)).register_forward_hook(add))
     with torch.no_grad():
@@ -123,7 +132,7 @@ def refresh_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     settings = TextSettings(options.sequences, PROMPTS[0], CONTINUATION)
     windows = sequences(source, options, settings.window).tolist()
     baseline = 0.0
-    for interval, decay in itertools.product(options.intervals, options.decays):
+    for interval, decay in itertools.product(sorted({0, *options.intervals}), options.decays):
         if not interval and decay != options.decays[0]:
             continue
         refresh = Refresh(interval, decay)
@@ -153,6 +162,8 @@ def token_seconds(model: Model, windows: list[list[int]], refresh: Refresh) -> f
             times.append(time.perf_counter())
         if len(times) > 2:
             rates.append((times[-1] - times[0]) / (len(times) - 1))
+    if not rates:
+        raise TdaError("Every answer ended after a token or two, so there is nothing to time. Give another --dataset.")
     return statistics.median(rates[1:] or rates)  # the first warms up
 
 

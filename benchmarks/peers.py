@@ -218,8 +218,10 @@ def main() -> None:
     report: dict[str, Any] = {"python": platform.python_version()}
     for step in options.step or STEPS:
         started = time.perf_counter()
-        arguments = [word for word in sys.argv[1:] if word != "--step" and word not in STEPS]
-        command = [sys.executable, __file__, *arguments, "--only", step]
+        command = [sys.executable, __file__, str(options.folder), "--only", step]
+        for name in ("shape", "architecture", "prompt_tokens", "new_tokens", "sparsity"):
+            if (value := getattr(options, name)) is not None:
+                command += [f"--{name.replace('_', '-')}", str(value)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             report[step] = "failed"  # its own error is above; the others are measured all the same

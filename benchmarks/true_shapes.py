@@ -6,7 +6,7 @@ Prints one JSON line a model: its shape, file sizes, seconds and peak anonymous 
 the bound that it must keep to (1.5 GiB and twice the largest tensor), and seconds and tokens of one generation. Each
 model is made, built and run in processes of their own; where one fails the line names it (`failed`), and the next
 model's turn comes. FOLDER needs room for one checkpoint and one artifact (32 GB for an 8B model in fp16). Generation
-runs on the GPU where one is, and otherwise only with --dtype fp32.
+runs on the GPU where one is, and otherwise with fp32 or fp16.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from peak_memory import PeakMemory
+
+from tda_export.bench.shapes import SHAPES
 
 PAPER = ("opt-350m", "opt-2.7b", "gemma-2b", "llama-2-7b", "llama-3-8b", "mistral-7b")
 NEW_TOKENS = 32
@@ -111,7 +113,7 @@ def measure(folder: Path, shape: str, dtype: str, steps: list[str]) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--shape", action="append", help="of tda_export.bench.shapes; the paper's six by default")
+    parser.add_argument("--shape", action="append", choices=SHAPES, help="the paper's six by default")
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp16")
     parser.add_argument("--build-only", action="store_true", help="measure the build alone")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
