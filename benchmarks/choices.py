@@ -10,8 +10,8 @@ refresh: the artifact as built, prompts of 256 tokens of the same text. Every ro
 the bytes that it reads and the seconds that its generations take beside those without refreshes, which are always
 measured. With ONNX Runtime.
 
-Both print one JSON object a line, on 32 sequences of the built-in text with 128 tokens scored; --sequences and --dataset
-stand before the part's name.
+Both print one JSON object a line, on 32 sequences of the built-in text with 128 tokens scored; --sequences and
+--dataset stand before the part's name.
 """
 
 from __future__ import annotations
