@@ -8,13 +8,13 @@ from typing import Any
 import tda_export
 from tda_export.calibration.budgets import Allocation, Budget
 from tda_export.calibration.file import Calibration
-from tda_export.report.axes import Axis
+from tda_export.errors import UsageError
 from tda_export.report.curves import (
-    DENSITY,
+    Chosen,
     Curves,
     allocation_chart,
-    cett_axis,
-    curve_chart,
+    cett_chart,
+    density_chart,
     trade_chart,
 )
 from tda_export.report.page import Figure, Section, Table
@@ -31,9 +31,12 @@ from tda_export.runtime.artifact import Artifact
 MIB = 2**20
 
 
-def calibrated_allocation(calibration: Calibration) -> Allocation:
-    """Choose the thresholds of the budget that a calibration was made with."""
-    return calibration.allocate(Budget(**calibration.provenance["budget"]))
+def stored_allocation(calibration: Calibration, budget: Budget) -> Allocation | None:
+    """Choose the thresholds of a budget that came with the file; None where the calibration cannot meet it."""
+    try:
+        return calibration.allocate(budget)
+    except UsageError:  # its way out is an option, and whoever reads a report gave none
+        return None
 
 
 def curves_of(calibration: Calibration) -> Curves:
@@ -73,26 +76,43 @@ def artifact_summary(artifact: Artifact) -> Section:
     )
 
 
-def curves_section(curves: Curves, thresholds: Sequence[float] | None) -> Section:
-    """Draw the curves of every layer."""
-    density = Axis(DENSITY, 0.0, 1.0)
-    cett = cett_axis(curves)
+def curves_section(curves: Curves, allocation: Allocation | None) -> Section:
+    """Draw the curves of every layer, and what was chosen, where that is known."""
+    chosen = None
+    if allocation is not None:
+        chosen = Chosen(allocation.thresholds, allocation.density, allocation.cett, allocation.token_density)
     paragraph = (
         "A prompt's mask keeps the neurons whose score reaches the layer's threshold. Density is the share that is "
-        "kept, CETT the mean length of what is dropped relative to the whole FFN output. Each line is a layer"
-        + ("." if thresholds is None else "; its point is the threshold that was chosen.")
+        "kept, CETT the mean length of what is dropped relative to the whole FFN output. Each line is a layer, by its "
+        "scores alone"
+        + ("." if allocation is None else "; its point is what was chosen for it, as the table of the allocation says.")
     )
-    return Section(
-        "Curves",
-        [paragraph],
-        [
-            Figure(curve_chart(curves, curves.cett, cett, "CETT by threshold", thresholds), "CETT by threshold."),
-            Figure(
-                curve_chart(curves, curves.density, density, "Density by threshold", thresholds),
-                "Density by threshold.",
-            ),
-            Figure(trade_chart(curves, thresholds), "CETT against density. Lower is better."),
-        ],
+    charts = [
+        (cett_chart(curves, chosen), "CETT by threshold."),
+        (density_chart(curves, chosen), "Density by threshold."),
+        (trade_chart(curves, chosen), "CETT against density. Lower is better."),
+    ]
+    notes = ("", "", "") if allocation is None else _about_points(allocation)
+    figures = [Figure(chart, f"{title} {note}".rstrip()) for (chart, title), note in zip(charts, notes, strict=True)]
+    return Section("Curves", [paragraph], figures)
+
+
+def _about_points(allocation: Allocation) -> tuple[str, str, str]:
+    """Say of each of the three charts what its points are, and why they may lie beside their curves."""
+    missing = "" if all(allocation.thresholds) else " A threshold of 0 keeps every neuron, and has no place here."
+    if not allocation.token_density:
+        points = "Points: the chosen thresholds."
+        return points + missing, points + missing, points
+    blended = f"scores are blended with a prior of {allocation.prior_tokens:g} tokens, and "
+    beside = (
+        f"They may lie beside the curves, since {blended if allocation.prior_tokens else ''}CETT is there of what mask "
+        "and token thresholds drop together."
+    )
+    return (
+        f"Points: the chosen threshold of the mask, and the CETT of the allocation.{missing} {beside}",
+        f"Points: the chosen threshold of the mask, and its density in the allocation.{missing} {beside}",
+        "Circles: the mask's density; squares: the share of neurons whose up and down rows a token reads; both at the "
+        f"CETT of the allocation. {beside}",
     )
 
 
@@ -100,7 +120,7 @@ def allocation_section(allocation: Allocation, budget: dict[str, Any]) -> Sectio
     """Show what was chosen for each layer, at both levels where there are two."""
     second = allocation.token_density or None
     density = allocation.density
-    asked = ", ".join(f"{name} {value}" for name, value in budget.items())
+    asked = _budget_text(budget)
     rows: list[list[object]] = [
         [layer, f"{threshold:.6f}", f"{density[layer]:.3f}", f"{allocation.cett[layer]:.3f}"]
         for layer, threshold in enumerate(allocation.thresholds)
@@ -120,6 +140,24 @@ def allocation_section(allocation: Allocation, budget: dict[str, Any]) -> Sectio
         notes,
         [Figure(allocation_chart(density, second), "Density that was chosen for each layer.")],
         [Table("Thresholds, layer by layer", columns, rows, folded=True)],
+    )
+
+
+def unmet_section(calibration: Calibration, budget: dict[str, Any]) -> Section:
+    """Say that the calibration cannot meet the budget that came with it, and which it can."""
+    if calibration.kl is None:
+        reach = "it holds CETT curves alone, without the KL path that this budget is chosen from"
+        others = "--cett, or --sparsity with --allocation uniform"
+    else:
+        reach = f"its KL path ends at sparsity {1 - float(calibration.kl.share[-1]):.3f}"
+        others = "a lower --sparsity, or --max-kl"
+    asked = _budget_text(budget)
+    return Section(
+        "Allocation",
+        [
+            f"The stored budget ({asked}) cannot be met with this calibration: {reach}. So no thresholds are shown. "
+            f"'tda-export build' takes another budget: {others}."
+        ],
     )
 
 
@@ -201,6 +239,10 @@ def methods_section(results: Sequence[Result]) -> Section:
         if lossless
         else [],
     )
+
+
+def _budget_text(budget: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in budget.items())
 
 
 def _flat(content: dict[str, Any], before: str = "") -> Iterator[list[object]]:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,11 @@ def write_result(folder: Path, name: str, **changes: Any) -> Path:
     return path
 
 
-def renamed(calibration: Path, path: Path, name: str) -> Path:
-    """A copy of a calibration for a model of another name."""
+def edited(calibration: Path, path: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of a calibration with other metadata."""
     with safe_open(calibration, framework="pt") as file:
         metadata = json.loads(file.metadata()[METADATA_KEY])
-    metadata["model"]["name"] = name
+    edit(metadata)
     save_file(load_file(calibration), path, metadata={METADATA_KEY: json.dumps(metadata)})
     return path
 
@@ -76,6 +77,24 @@ def test_curves_alone(tiny_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "report.html"
     run_ok("report", calibration, "-o", output)
     assert "carries no measurements of KL" in text_of(parse(output))
+
+
+def test_stored_budget_beyond_the_path(tiny_calibration: Path, tmp_path: Path) -> None:
+    """As `calibrate --sparsity 0.95` leaves it. What can be drawn is drawn."""
+    calibration = edited(
+        tiny_calibration, tmp_path / "c.safetensors", lambda metadata: metadata["budget"].update(sparsity=0.95)
+    )
+    output = tmp_path / "report.html"
+    run_ok("report", calibration, "-o", output, "--results", write_result(tmp_path, "r.json"))
+    root = parse(output)
+    assert headings(root) == [
+        "Summary",
+        "Curves",
+        "Allocation",
+        "Sensitivity of layers",
+        "Quality against FFN bytes",
+    ]
+    assert "The stored budget (sparsity 0.95, allocation kl) cannot be met with this calibration" in text_of(root)
 
 
 def test_artifact(tiny_artifact: Path, tmp_path: Path) -> None:
@@ -128,7 +147,10 @@ def test_results(tiny_calibration: Path, tmp_path: Path) -> None:
 
 
 def test_names_are_escaped(tiny_calibration: Path, tmp_path: Path) -> None:
-    calibration = renamed(tiny_calibration, tmp_path / "<b>&.safetensors", f"{MARKUP}\x00")
+    def rename(metadata: dict[str, Any]) -> None:
+        metadata["model"]["name"] = f"{MARKUP}\x00"
+
+    calibration = edited(tiny_calibration, tmp_path / "<b>&.safetensors", rename)
     output = tmp_path / "report.html"
     run_ok("report", calibration, "-o", output)
     root = parse(output)
