@@ -19,6 +19,7 @@ from tda_export.report.activity_sections import (
     uncertainty_section,
     uncertainty_texts,
 )
+from tda_export.report.methods_section import methods_section
 from tda_export.report.page import Page, Section
 from tda_export.report.results import Result
 from tda_export.report.sections import (
@@ -27,7 +28,6 @@ from tda_export.report.sections import (
     calibration_summary,
     curves_of,
     curves_section,
-    methods_section,
     sensitivity_section,
     stored_allocation,
     unmet_section,
@@ -62,7 +62,7 @@ def artifact_page(folder: Path, results: Sequence[Result], provider: str) -> Pag
 
     Args:
         folder: The artifact.
-        results: Of `tda-export eval`.
+        results: To compare methods by.
         provider: `auto`, `cpu` or `cuda`.
 
     Raises:

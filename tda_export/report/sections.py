@@ -1,8 +1,8 @@
-"""Sections on what a calibration holds, what was chosen from it, and how methods compare."""
+"""Sections on what a calibration holds and on what was chosen from it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import tda_export
@@ -19,16 +19,12 @@ from tda_export.report.curves import (
 )
 from tda_export.report.page import Figure, Section, Table
 from tda_export.report.quality import (
-    methods_chart,
     prediction_chart,
     prediction_scatter,
     quality_data,
     sensitivity_chart,
 )
-from tda_export.report.results import Result, grouped
 from tda_export.runtime.artifact import Artifact
-
-MIB = 2**20
 
 
 def stored_allocation(calibration: Calibration, budget: Budget) -> Allocation | None:
@@ -185,59 +181,6 @@ def sensitivity_section(calibration: Calibration) -> Section:
                 "Measured against predicted KL. Points above the dashed line lose more than predicted.",
             ),
         ],
-    )
-
-
-def methods_section(results: Sequence[Result]) -> Section:
-    """Compare methods by results of `tda-export eval`, one chart for each model, text and prompt length."""
-    figures, rows, lossless = [], [], False
-    for (model, text, prompt, continuation), group in grouped(results).items():
-        chart = methods_chart(group)
-        if chart is not None:
-            caption = (
-                f"{model} on {text}, prompts of {prompt} tokens and {continuation} decoded. Bars: one standard error."
-            )
-            figures.append(Figure(chart, caption))
-        lossless = lossless or any(one.lossless for one in group)
-        rows += [
-            [
-                model,
-                text,
-                f"{prompt}\u00a0+\u00a0{continuation}",
-                one.line,
-                one.budget_text,
-                f"{one.share:.3f}",
-                f"{one.ffn_bytes / MIB:,.1f}",
-                f"{one.density:.3f}",
-                f"{one.kl:.4f} ± {one.kl_stderr:.4f}",
-                f"{one.perplexity:.3f}",
-                f"{one.dense_perplexity:.3f}",
-                f"{one.agreement:.4f}",
-            ]
-            for one in group
-        ]
-    columns = (
-        "model",
-        "text",
-        "tokens",
-        "method",
-        "budget",
-        "FFN bytes, share of dense",
-        "MiB a token",
-        "density",
-        "KL, nats a token",
-        "perplexity",
-        "dense perplexity",
-        "top-1 agreement",
-    )
-    return Section(
-        "Quality against FFN bytes",
-        ["KL(dense || sparse) of the tokens decoded after a prompt, against the FFN weight bytes that a token reads."],
-        figures,
-        [Table("All results", columns, rows, texts=5)],
-        ["Results without loss (KL of 0 but for rounding, as dense has) have no place on a logarithmic axis."]
-        if lossless
-        else [],
     )
 
 

@@ -21,6 +21,7 @@ from tda_export.graph import contract
 from tests.cli.conftest import FAILURE, USAGE, assert_error, listing
 from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
 from tests.report.test_results import CONTENT
+from tests.report.test_results_file import lines, table_rows
 from tests.runtime.conftest import edit_manifest
 
 MARKUP = "<script>alert('x')</script>"
@@ -146,6 +147,15 @@ def test_results(tiny_calibration: Path, tmp_path: Path) -> None:
     assert "no place on a logarithmic axis" in text_of(root)
 
 
+def test_rows_of_several_results(tiny_calibration: Path, tmp_path: Path) -> None:
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "report.html"
+    rows.write_text(lines(table_rows()))
+    run_ok("report", tiny_calibration, "-o", output, "--results", rows)
+    captions = [caption.text or "" for caption in parse(output).iter("figcaption")]
+    about = "smollm2-135m on stories, prompts of 32 tokens and 128 decoded. Bars: one standard error."
+    assert [caption for caption in captions if "standard error" in caption] == [about]
+
+
 def test_names_are_escaped(tiny_calibration: Path, tmp_path: Path) -> None:
     def rename(metadata: dict[str, Any]) -> None:
         metadata["model"]["name"] = f"{MARKUP}\x00"
@@ -214,7 +224,11 @@ def test_bad_results(tiny_calibration: Path, outputs: Path, tmp_path: Path) -> N
     assert_error(missing, USAGE, "nowhere.json: no such file", "--results")
     bad = write_result(tmp_path, "bad.json", kl="much")
     result = run_cli("report", tiny_calibration, "-o", output, "--results", bad)
-    assert_error(result, FAILURE, "bad.json: not a result, 'kl' is not there or no number", "eval --json")
+    assert_error(result, FAILURE, "bad.json: not a result, 'kl' is not there or no number", "tda-export eval")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(lines(table_rows()) + "Error: no such file\n")
+    result = run_cli("report", tiny_calibration, "-o", output, "--results", rows)
+    assert_error(result, FAILURE, "rows.jsonl, line 10: not readable as JSON (Expecting value)")
 
 
 def test_model_of_few_positions(artifact_copy: Path, outputs: Path) -> None:

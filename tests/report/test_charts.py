@@ -198,7 +198,7 @@ def test_methods() -> None:
     chart = methods_chart([*points, result(method="dense", kl=0.0, ffn_bytes=100.0)])
     assert chart is not None
     root = parse(chart)
-    assert [text.text for text in by_class(root, "legend")] == ["griffin", "tda (uniform)"]
+    assert [text.text for text in by_class(root, "legend")] == ["Griffin", "TDA (uniform)"]
     x, y = reader(root, "x"), reader(root, "y", log=True)
     marks = [centre(mark) for mark in by_class(root, "mark")][2:]
     assert np.array([(x(a), y(b)) for a, b in marks]) == pytest.approx(np.array([(0.5, 0.2), (0.25, 0.1)]), rel=2e-2)
