@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 import tda_export
 from tda_export.calibration.budgets import Allocation, Budget
 from tda_export.calibration.file import Calibration
+from tda_export.calibration.kl_table import FITTED, HELD_OUT
 from tda_export.errors import UsageError
 from tda_export.report.curves import (
     Chosen,
@@ -19,10 +22,11 @@ from tda_export.report.curves import (
 )
 from tda_export.report.page import Figure, Section, Table
 from tda_export.report.quality import (
-    prediction_chart,
-    prediction_scatter,
+    QualityData,
+    joint_chart,
     quality_data,
     sensitivity_chart,
+    sum_scatter,
 )
 from tda_export.runtime.artifact import Artifact
 
@@ -130,7 +134,9 @@ def allocation_section(allocation: Allocation, budget: dict[str, Any]) -> Sectio
         f"{sum(allocation.cett) / layers:.3f} on the calibration data."
     ]
     if allocation.kl is not None:
-        notes.append(f"Predicted KL to dense: {allocation.kl:.3f} nats a token.")
+        notes.append(
+            f"Predicted KL to dense: {allocation.kl:.3f} nats a token, by sequences that the path was not fitted on."
+        )
     return Section(
         "Allocation",
         notes,
@@ -158,7 +164,7 @@ def unmet_section(calibration: Calibration, budget: dict[str, Any]) -> Section:
 
 
 def sensitivity_section(calibration: Calibration) -> Section:
-    """Show KL sensitivities of layers and how well their sum predicts the KL of all."""
+    """Show what masking costs: all layers together at the settings of the KL path, and each layer alone."""
     title, data = "Sensitivity of layers", quality_data(calibration)
     if data is None:
         return Section(title, ["This calibration carries no measurements of KL."])
@@ -166,22 +172,40 @@ def sensitivity_section(calibration: Calibration) -> Section:
         title,
         [
             "The KL of masking one layer alone, at the settings of the KL path, says how much it matters. Beside their "
-            "sum stands the KL of masking all layers together: on the half of the sequences that the path was "
-            "fitted on, and on the other half, which it never saw and which predictions are taken from."
+            "sum stands the KL of masking all of them together: on the sequences that the path was fitted on, "
+            "and on the others, which it never saw. Predicted KL is the latter, here as in 'build' and '--max-kl'."
         ],
         [
             Figure(
                 sensitivity_chart(data.layer_kl, data.layer_share), "KL of masking one layer, by the bytes it reads."
             ),
+            Figure(joint_chart(data), "KL of masking all layers, by sparsity. Bars: one standard error."),
             Figure(
-                prediction_chart(data.sparsity, data.predicted, data.measured), "KL of masking all layers, by sparsity."
-            ),
-            Figure(
-                prediction_scatter(data.sparsity, data.predicted, data.measured),
-                "Measured against predicted KL. Points above the dashed line lose more than predicted.",
+                sum_scatter(data),
+                "KL of all layers against the sum of single layers. Points above the dashed line lose more than the "
+                "sum. Bars: one standard error.",
             ),
         ],
+        [_kl_table(data)],
+        ["The calibration read one sequence, so both columns are of it."]
+        if np.array_equal(data.joint[FITTED], data.joint[HELD_OUT])
+        else [],
     )
+
+
+def _kl_table(data: QualityData) -> Table:
+    """List the KL of every setting of the path; a half of one sequence has no standard error."""
+
+    def measured(half: int, setting: int) -> str:
+        error = data.joint_stderr[half, setting]
+        return f"{data.joint[half, setting]:.4f}" + (f" ± {error:.4f}" if error > 0 else "")
+
+    rows = [
+        [f"{share:.3f}", measured(FITTED, i), measured(HELD_OUT, i), f"{data.sum_of_layers[i]:.4f}"]
+        for i, share in enumerate(data.share)
+    ]
+    columns = ("share of FFN bytes", "fitted sequences", "other sequences (predicted KL)", "sum of single layers")
+    return Table("KL of masking, nats a token ± one standard error over sequences", columns, rows)
 
 
 def _budget_text(budget: dict[str, Any]) -> str:

@@ -142,7 +142,9 @@ def test_results(tiny_calibration: Path, tmp_path: Path) -> None:
     root = parse(output)
     assert headings(root)[-1] == "Quality against FFN bytes"
     captions = [caption.text or "" for caption in root.iter("figcaption")]
-    assert sum("Bars: one standard error" in caption for caption in captions) == 2  # one chart for each text and length
+    assert (
+        sum("decoded. Bars: one standard error" in caption for caption in captions) == 2
+    )  # one chart for each text and length
     assert "0.3000 ± 0.0100" in text_of(root)
     assert "no place on a logarithmic axis" in text_of(root)
 
@@ -153,7 +155,7 @@ def test_rows_of_several_results(tiny_calibration: Path, tmp_path: Path) -> None
     run_ok("report", tiny_calibration, "-o", output, "--results", rows)
     captions = [caption.text or "" for caption in parse(output).iter("figcaption")]
     about = "smollm2-135m on stories, prompts of 32 tokens and 128 decoded. Bars: one standard error."
-    assert [caption for caption in captions if "standard error" in caption] == [about]
+    assert [caption for caption in captions if "decoded" in caption] == [about]
 
 
 def test_names_are_escaped(tiny_calibration: Path, tmp_path: Path) -> None:

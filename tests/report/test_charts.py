@@ -13,7 +13,7 @@ from tda_export.report.axes import Axis
 from tda_export.report.charts import bar_chart, line_chart
 from tda_export.report.curves import Chosen, Curves, allocation_chart, cett_chart, density_chart, trade_chart
 from tda_export.report.drawing import Series
-from tda_export.report.quality import methods_chart, prediction_chart, prediction_scatter, sensitivity_chart
+from tda_export.report.quality import QualityData, joint_chart, methods_chart, sensitivity_chart, sum_scatter
 from tests.report.svg import by_class, centre, corners, parse, reader
 from tests.report.test_results import result
 
@@ -173,20 +173,34 @@ def test_sensitivity() -> None:
     assert np.array(lines[1]) == pytest.approx(np.array([(0.2, 0.2), (0.5, 0.05), (1.0, 0.02)]), rel=2e-2)
 
 
-def test_prediction() -> None:
-    sparsity, predicted = np.array([0.5, 0.25]), np.array([0.3, 0.05])
-    measured = np.array([[0.4, 0.06], [0.5, 0.04]])
-    root = parse(prediction_chart(sparsity, predicted, measured))
+def test_joint_and_sum() -> None:
+    alone = np.array([[0.2, 0.04], [0.1, 0.01]])  # of two layers
+    joint, errors = np.array([[0.4, 0.06], [0.5, 0.04]]), np.array([[0.1, 0.02], [0.05, 0.0]])
+    data = QualityData(alone, np.full((2, 2), 0.5), np.array([0.5, 0.75]), joint, errors)
+    root = parse(joint_chart(data))
+    assert [text.text for text in by_class(root, "legend")] == [
+        "sum of single layers",
+        "fitted sequences",
+        "other sequences (predicted KL)",
+    ]
     x, y = reader(root, "x"), reader(root, "y", log=True)
     lines = [[(x(place[0]), y(place[1])) for place in corners(line)] for line in by_class(root, "line", "polyline")]
-    expected = [[(0.25, row[1]), (0.5, row[0])] for row in (predicted, *measured)]
+    expected = [[(0.25, row[1]), (0.5, row[0])] for row in (alone.sum(axis=0), *joint)]
     assert np.array(lines) == pytest.approx(np.array(expected), rel=2e-2)
+    bars = [bar for bar in by_class(root, "error") if bar.get("x1") == bar.get("x2")]
+    assert [[y(float(bar.get(end, ""))) for end in ("y1", "y2")] for bar in bars] == [
+        pytest.approx(ends, rel=2e-2) for ends in ([0.04, 0.08], [0.3, 0.5], [0.04, 0.04], [0.45, 0.55])
+    ]
 
-    root = parse(prediction_scatter(sparsity, predicted, measured))
+    root = parse(sum_scatter(data))
+    assert [text.text for text in by_class(root, "axis-label")] == [
+        "sum of single layers (nats a token, log scale)",
+        "KL of all layers (nats a token, log scale)",
+    ]
     x, y = reader(root, "x", log=True), reader(root, "y", log=True)
     marks = [centre(mark) for mark in by_class(root, "mark")][2:]
     assert [x(place) for place, _ in marks] == pytest.approx([0.3, 0.05, 0.3, 0.05], rel=2e-2)
-    assert [y(place) for _, place in marks] == pytest.approx(measured.ravel().tolist(), rel=2e-2)
+    assert [y(place) for _, place in marks] == pytest.approx(joint.ravel().tolist(), rel=2e-2)
     diagonal = by_class(root, "reference")[0]
     for end in "12":
         place = x(float(diagonal.get(f"x{end}", ""))), y(float(diagonal.get(f"y{end}", "")))

@@ -7,10 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tda_export.calibration.budgets import Budget
 from tda_export.calibration.file import Calibration, read_calibration
-from tda_export.report.sections import allocation_section, curves_of, curves_section, stored_allocation, unmet_section
+from tda_export.calibration.kl_table import FITTED, HELD_OUT
+from tda_export.report.sections import (
+    allocation_section,
+    curves_of,
+    curves_section,
+    sensitivity_section,
+    stored_allocation,
+    unmet_section,
+)
 from tests.report.svg import by_class, centre, parse, reader
 
 
@@ -80,3 +89,42 @@ def test_budget_by_kl_of_curves_alone(calibration: Calibration) -> None:
     text = " ".join(unmet_section(alone, budget.describe()).paragraphs)
     assert "The stored budget (max_kl 0.1) cannot be met" in text
     assert "holds CETT curves alone" in text
+
+
+def test_kl_of_every_setting(calibration: Calibration) -> None:
+    """Predicted KL is the KL of all layers on sequences that the path never saw, and nothing else is called so."""
+    table = calibration.kl
+    assert table is not None
+    section = sensitivity_section(calibration)
+    shown = section.tables[0]
+    assert list(shown.columns) == [
+        "share of FFN bytes",
+        "fitted sequences",
+        "other sequences (predicted KL)",
+        "sum of single layers",
+    ]
+    assert len(shown.rows) == len(table.share)
+    for row, share, kl, error, alone in zip(
+        shown.rows, table.share, table.kl, table.kl_stderr, table.sensitivity.sum(dim=1), strict=True
+    ):
+        assert row == [
+            f"{share:.3f}",
+            f"{kl[FITTED]:.4f} ± {error[FITTED]:.4f}",
+            f"{kl[HELD_OUT]:.4f} ± {error[HELD_OUT]:.4f}",
+            f"{alone:.4f}",
+        ]
+    assert not section.notes
+    # At a setting of the path, the prediction of the allocation is the table's.
+    allocation = calibration.allocate(Budget(sparsity=1 - float(table.share[3])))
+    assert allocation.kl == pytest.approx(table.predicted_kl[3], rel=1e-3)
+    assert f"Predicted KL to dense: {allocation.kl:.3f}" in allocation_section(allocation, {}).paragraphs[1]
+
+
+def test_kl_of_one_sequence(calibration: Calibration) -> None:
+    """As `calibrate --sequences 1` leaves it: no standard errors, and nothing held out."""
+    assert calibration.kl is not None
+    kl = calibration.kl.kl[:, :1].expand(-1, 2)
+    one = replace(calibration, kl=replace(calibration.kl, kl=kl, kl_stderr=torch.zeros_like(kl)))
+    section = sensitivity_section(one)
+    assert not any("±" in str(cell) for row in section.tables[0].rows for cell in row)
+    assert section.notes == ["The calibration read one sequence, so both columns are of it."]
