@@ -103,16 +103,19 @@ def _about_points(allocation: Allocation) -> tuple[str, str, str]:
     if not allocation.token_density:
         points = "Points: the chosen thresholds."
         return points + missing, points + missing, points
-    blended = f"scores are blended with a prior of {allocation.prior_tokens:g} tokens, and "
-    beside = (
-        f"They may lie beside the curves, since {blended if allocation.prior_tokens else ''}CETT is there of what mask "
-        "and token thresholds drop together."
+    blended = (
+        [f"scores are blended with a prior of {allocation.prior_tokens:g} tokens"] if allocation.prior_tokens else []
     )
+    both = [*blended, "that CETT is of what mask and token thresholds drop together"]
+
+    def beside(reasons: list[str]) -> str:
+        return f" They may lie beside the curves, since {' and '.join(reasons)}." if reasons else ""
+
     return (
-        f"Points: the chosen threshold of the mask, and the CETT of the allocation.{missing} {beside}",
-        f"Points: the chosen threshold of the mask, and its density in the allocation.{missing} {beside}",
+        f"Points: the chosen threshold of the mask, and the CETT of the allocation.{beside(both)}{missing}",
+        f"Points: the chosen threshold of the mask, and its density in the allocation.{beside(blended)}{missing}",
         "Circles: the mask's density; squares: the share of neurons whose up and down rows a token reads; both at the "
-        f"CETT of the allocation. {beside}",
+        f"CETT of the allocation.{beside(both)}",
     )
 
 
@@ -171,8 +174,8 @@ def sensitivity_section(calibration: Calibration) -> Section:
     return Section(
         title,
         [
-            "The KL of masking one layer alone, at the settings of the KL path, says how much it matters. Beside their "
-            "sum stands the KL of masking all of them together: on the sequences that the path was fitted on, "
+            "The KL of masking one layer alone, at the settings of the KL path, says how much it matters. Beside the "
+            "sum of these stands the KL of masking all together: on the sequences that the path was fitted on, "
             "and on the others, which it never saw. Predicted KL is the latter, here as in 'build' and '--max-kl'."
         ],
         [
@@ -205,7 +208,7 @@ def _kl_table(data: QualityData) -> Table:
         for i, share in enumerate(data.share)
     ]
     columns = ("share of FFN bytes", "fitted sequences", "other sequences (predicted KL)", "sum of single layers")
-    return Table("KL of masking, nats a token ± one standard error over sequences", columns, rows)
+    return Table("KL of masking all layers, nats a token ± one standard error over sequences", columns, rows)
 
 
 def _budget_text(budget: dict[str, Any]) -> str:
