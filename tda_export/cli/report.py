@@ -23,8 +23,9 @@ from tda_export.cli.options import PATH, overwrite_option, provider_option
     "result_files",
     type=PATH,
     multiple=True,
-    metavar="FILE.json",
-    help="Output of eval --json, to compare methods. May be given many times.",
+    metavar="FILE",
+    help="Output of eval --json, or rows of benchmarks/quality_table.py or baselines.py (--json), to compare methods. "
+    "May be given many times.",
 )
 @provider_option
 @overwrite_option
@@ -38,7 +39,7 @@ def report(source: Path, output: Path, result_files: tuple[Path, ...], provider:
     from tda_export.files import atomic_file, check_output
     from tda_export.report.build import artifact_page, calibration_page
     from tda_export.report.page import is_report, render
-    from tda_export.report.results import read_result
+    from tda_export.report.results_file import read_results
 
     if not source.exists():
         raise TdaError(
@@ -48,7 +49,7 @@ def report(source: Path, output: Path, result_files: tuple[Path, ...], provider:
     if provider != "auto" and not source.is_dir():
         raise UsageError(f"{source} is a calibration file, which has no graphs to run. Leave --provider out.")
     check_output(output, overwrite=overwrite, what="a report", is_earlier_output=is_report)
-    results = [read_result(path) for path in result_files]
+    results = [result for path in result_files for result in read_results(path)]
     page = artifact_page(source, results, provider) if source.is_dir() else calibration_page(source, results)
     html = render(page)
     with atomic_file(output) as part:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tda_export.calibration.budgets import Budget
 from tda_export.calibration.file import Calibration, read_calibration
@@ -18,17 +19,18 @@ from tda_export.report.activity_sections import (
     uncertainty_section,
     uncertainty_texts,
 )
+from tda_export.report.methods_section import methods_section
 from tda_export.report.page import Page, Section
 from tda_export.report.results import Result
 from tda_export.report.sections import (
     allocation_section,
     artifact_summary,
-    calibrated_allocation,
     calibration_summary,
     curves_of,
     curves_section,
-    methods_section,
     sensitivity_section,
+    stored_allocation,
+    unmet_section,
 )
 from tda_export.report.texts import SIMILARITY_PROMPTS
 from tda_export.runtime.artifact import Artifact, open_artifact
@@ -45,12 +47,9 @@ def calibration_page(path: Path, results: Sequence[Result]) -> Page:
         TdaError: It cannot be read.
     """
     calibration = read_calibration(path)
-    allocation = calibrated_allocation(calibration)
-    curves = curves_of(calibration)
     sections = [
         calibration_summary(calibration),
-        curves_section(curves, allocation.thresholds),
-        allocation_section(allocation, calibration.provenance["budget"]),
+        *_chosen_sections(calibration, calibration.provenance["budget"]),
         sensitivity_section(calibration),
         *([methods_section(results)] if results else []),
     ]
@@ -63,7 +62,7 @@ def artifact_page(folder: Path, results: Sequence[Result], provider: str) -> Pag
 
     Args:
         folder: The artifact.
-        results: Of `tda-export eval`.
+        results: To compare methods by.
         provider: `auto`, `cpu` or `cuda`.
 
     Raises:
@@ -89,14 +88,20 @@ def artifact_page(folder: Path, results: Sequence[Result], provider: str) -> Pag
     return Page(f"{artifact.name}: artifact", folder.resolve().name, sections)
 
 
+def _chosen_sections(calibration: Calibration, budget: dict[str, Any]) -> list[Section]:
+    """Curves and allocation by a budget that came with the file; what it cannot meet is said, and the rest drawn."""
+    allocation = stored_allocation(calibration, Budget(**budget))
+    return [
+        curves_section(curves_of(calibration), allocation),
+        unmet_section(calibration, budget) if allocation is None else allocation_section(allocation, budget),
+    ]
+
+
 def _calibration_sections(artifact: Artifact, calibration: Calibration) -> list[Section]:
-    curves, manifest = curves_of(calibration), artifact.manifest
-    thresholds = manifest["thresholds"] if manifest["method"]["selection"] == "threshold" else None
-    sections = [curves_section(curves, thresholds)]
-    if thresholds is not None:
-        allocation = calibration.allocate(Budget(**manifest["budget"]))
-        sections.append(allocation_section(allocation, manifest["budget"]))
-    return [*sections, sensitivity_section(calibration)]
+    manifest = artifact.manifest
+    if manifest["method"]["selection"] == "threshold":
+        return [*_chosen_sections(calibration, manifest["budget"]), sensitivity_section(calibration)]
+    return [curves_section(curves_of(calibration), None), sensitivity_section(calibration)]
 
 
 def _activity_sections(artifact: Artifact, provider: str) -> list[Section]:

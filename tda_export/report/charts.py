@@ -153,7 +153,7 @@ def _series(plot: Plot, one: Series) -> list[Markup]:
             parts.append(line((point[0], places[0]), (point[0], places[1]), **bar))
             parts += [line((point[0] - 3, place), (point[0] + 3, place), **bar) for place in places]
     if one.marks:
-        kind = "circle" if one.ramp else MARKS[one.style % len(MARKS)]
+        kind = MARKS[one.style % len(MARKS)]
         for index, point in zip(usable, points, strict=True):
             name = one.names[index] if one.names else one.label
             hint = element("title", f"{name}: {plain(float(f'{one.x[index]:.4g}'))}, {float(f'{one.y[index]:.4g}'):g}")

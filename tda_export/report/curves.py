@@ -26,83 +26,91 @@ class Curves:
     cett: np.ndarray
     density: np.ndarray
 
-    def at(self, thresholds: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-        """Return density and CETT [L] at one threshold a layer: those of the first grid threshold that reaches it."""
-        asked = np.asarray(thresholds, self.grid.dtype)
-        chosen = np.minimum(np.searchsorted(self.grid, asked), len(self.grid) - 1)
-        rows = np.arange(len(chosen))
-        return self.density[rows, chosen], self.cett[rows, chosen]
 
+@dataclass(frozen=True)
+class Chosen:
+    """What was chosen for each layer and what calibration expects of it, lists of L.
 
-def curve_chart(curves: Curves, values: np.ndarray, y: Axis, title: str, thresholds: Sequence[float] | None) -> Markup:
-    """Draw a value of every layer against the threshold, and a point at the layer's chosen threshold.
-
-    Args:
-        curves: Give the thresholds that are worth drawing: from where a layer drops its first neurons to where all
-            have dropped nearly all.
-        values: float [L, K], either of the curves' own.
-        y: Its axis.
-        title: For screen readers.
-        thresholds: L chosen thresholds, or None.
+    `thresholds` on the neuron score; `density`: shares of neurons in the mask; `cett`: of all that is dropped. With two
+    levels, `token_density` is the share of neurons that a token does not skip; empty without.
     """
+
+    thresholds: Sequence[float]
+    density: Sequence[float]
+    cett: Sequence[float]
+    token_density: Sequence[float] = ()
+
+
+def cett_chart(curves: Curves, chosen: Chosen | None) -> Markup:
+    """Draw CETT of every layer against the threshold, and a point at what was chosen."""
+    y = cett_axis(curves, chosen)
+    return _by_threshold("CETT by threshold", curves, curves.cett, y, chosen, chosen.cett if chosen else ())
+
+
+def density_chart(curves: Curves, chosen: Chosen | None) -> Markup:
+    """Draw density of every layer against the threshold, and a point at what was chosen: the density of the mask."""
+    y = Axis(DENSITY, 0.0, 1.0)
+    return _by_threshold("Density by threshold", curves, curves.density, y, chosen, chosen.density if chosen else ())
+
+
+def _by_threshold(
+    title: str, curves: Curves, values: np.ndarray, y: Axis, chosen: Chosen | None, points: Sequence[float]
+) -> Markup:
+    """Draw values [L, K] of the curves, and L points at the chosen thresholds; 0 has no place on the log axis."""
     layers = len(values)
-    x, columns = threshold_axis(curves)
+    x, columns = threshold_axis(curves, chosen.thresholds if chosen else ())
     series = [
         Series(f"layer {i}", curves.grid[columns].tolist(), values[i, columns].tolist(), marks=False, ramp=(i, layers))
         for i in range(layers)
     ]
-    if thresholds is not None:
-        at = np.minimum(np.searchsorted(curves.grid, np.asarray(thresholds, curves.grid.dtype)), len(curves.grid) - 1)
-        series += [
-            Series("", [thresholds[i]], [values[i, at[i]]], names=[f"layer {i}, chosen"], ramp=(i, layers))
-            for i in range(layers)
-            if x.low <= thresholds[i] <= x.high
-        ]
+    if chosen:
+        series += [_point(i, layers, chosen.thresholds[i], points[i], "chosen") for i in range(layers)]
     return line_chart(title, series, x, y, ramp=("layer 0", f"layer {layers - 1}"))
 
 
-def threshold_axis(curves: Curves) -> tuple[Axis, np.ndarray]:
-    """Choose the range of thresholds to draw, and the columns of the curves in it, evenly spaced on the log axis."""
+def _point(layer: int, layers: int, x: float, y: float, what: str, style: int = 0) -> Series:
+    return Series("", [x], [y], style=style, names=[f"layer {layer}, {what}"], ramp=(layer, layers))
+
+
+def threshold_axis(curves: Curves, chosen: Sequence[float] = ()) -> tuple[Axis, np.ndarray]:
+    """Choose the thresholds to draw, and the columns of the curves in that range, evenly spaced on the log axis.
+
+    From where a layer drops its first neurons to where all have dropped nearly all, and around the chosen ones.
+    """
     moving = (curves.density.min(axis=0) < 0.995) & (curves.density.max(axis=0) > 0.005) & (curves.grid > 0)
     inside = np.flatnonzero(moving)
     if not len(inside):
         inside = np.flatnonzero((curves.grid > 0) & (curves.grid <= 1))
-    x = around(THRESHOLD, [float(curves.grid[inside[0]]), float(curves.grid[inside[-1]])], log=True)
+    x = around(THRESHOLD, [float(curves.grid[inside[0]]), float(curves.grid[inside[-1]]), *chosen], log=True)
     places = np.geomspace(x.low, min(x.high, 1.0), POINTS)
     columns = np.unique(np.minimum(np.searchsorted(curves.grid, places), len(curves.grid) - 1))
     return x, columns
 
 
-def trade_chart(curves: Curves, thresholds: Sequence[float] | None) -> Markup:
-    """Draw each layer's CETT against its density."""
+def trade_chart(curves: Curves, chosen: Chosen | None) -> Markup:
+    """Draw each layer's CETT against its density, and what was chosen.
+
+    A circle stands at the density of the mask; with two levels, a square at the share of neurons that a token reads.
+    """
     layers = len(curves.density)
     wanted = np.linspace(1.0, 0.0, POINTS)
     series = []
     for i in range(layers):
         columns = np.unique(np.searchsorted(-curves.density[i], -wanted).clip(max=len(curves.grid) - 1))
-        label = f"layer {i}"
-        series.append(
-            Series(
-                label,
-                curves.density[i, columns].tolist(),
-                curves.cett[i, columns].tolist(),
-                marks=False,
-                ramp=(i, layers),
-            )
-        )
-    if thresholds is not None:
-        density, cett = curves.at(thresholds)
-        series += [
-            Series("", [density[i]], [cett[i]], names=[f"layer {i}, chosen"], ramp=(i, layers)) for i in range(layers)
-        ]
-    x = Axis(DENSITY, 0.0, 1.0)
-    y = cett_axis(curves)
+        density, cett = curves.density[i, columns].tolist(), curves.cett[i, columns].tolist()
+        series.append(Series(f"layer {i}", density, cett, marks=False, ramp=(i, layers)))
+    if chosen:
+        second = chosen.token_density
+        what = "mask" if second else "chosen"
+        series += [_point(i, layers, chosen.density[i], chosen.cett[i], what) for i in range(layers)]
+        series += [_point(i, layers, second[i], chosen.cett[i], "read by a token", 1) for i in range(len(second))]
+    x, y = Axis(DENSITY, 0.0, 1.0), cett_axis(curves, chosen)
     return line_chart("CETT against density, by layer", series, x, y, ramp=("layer 0", f"layer {layers - 1}"))
 
 
-def cett_axis(curves: Curves) -> Axis:
+def cett_axis(curves: Curves, chosen: Chosen | None) -> Axis:
     """The axis of CETT, from 0 to its largest value."""
-    return around(CETT, [float(curves.cett.max())], zero=True)
+    return around(CETT, [float(curves.cett.max()), *(chosen.cett if chosen else ())], zero=True)
 
 
 def allocation_chart(density: Sequence[float], second: Sequence[float] | None = None) -> Markup:

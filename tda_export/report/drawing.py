@@ -26,7 +26,7 @@ class Series:
 
     `errors` are N standard errors of y, drawn as bars of one each way; `band` is the low and the high edge of an area,
     N numbers each. `names` (N) are shown at the pointer. `style` chooses colour, dash and mark; a series with a `ramp`
-    place (index, count) takes its colour from the ramp instead and is not in the legend.
+    place (index, count) takes its colour from the ramp instead, has no dashes and is not in the legend.
     """
 
     label: str

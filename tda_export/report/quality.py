@@ -1,4 +1,4 @@
-"""Charts of what dropping neurons costs: sensitivities of layers, predicted and measured KL, methods compared."""
+"""Charts of what dropping neurons costs: sensitivities of layers, KL of all layers, methods compared."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from markupsafe import Markup
 
+from tda_export.calibration.kl_table import FITTED, HELD_OUT
 from tda_export.ffn_share import two_level_share
 from tda_export.report.axes import around
 from tda_export.report.charts import line_chart
@@ -19,23 +20,31 @@ if TYPE_CHECKING:
     from tda_export.calibration.file import Calibration
 
 KL = "KL to dense (nats a token, log scale)"
+SUM = "sum of single layers"
+HALVES = ("fitted sequences", "other sequences (predicted KL)")
 BYTES = "FFN bytes read (share of dense)"
 
 
 @dataclass(frozen=True)
 class QualityData:
-    """What a calibration knows of KL, in nats a token; N sparsities (shares of FFN bytes not read).
+    """What a calibration knows of KL, in nats a token, at N settings of the KL path.
 
-    `layer_kl` float [L, K] is the KL of masking one layer alone at each of K levels, `layer_share` float [L, K] the
-    share of the layer's FFN bytes that is read there. `predicted` float [N] is the sum of single-layer sensitivities,
-    `measured` float [2, N] the KL of masking all layers, on either half of the sequences.
+    `layer_kl` float [L, N] is the KL of masking one layer alone, `layer_share` float [L, N] the share of the layer's
+    FFN bytes that is read there. `share` float [N] is the share of all FFN bytes. `joint` float [2, N] is the KL of
+    masking all layers, on the sequences that the path was fitted on and on the others, which is what is predicted;
+    `joint_stderr` float [2, N] over sequences, 0 of a single one.
     """
 
     layer_kl: np.ndarray
     layer_share: np.ndarray
-    sparsity: np.ndarray
-    predicted: np.ndarray
-    measured: np.ndarray
+    share: np.ndarray
+    joint: np.ndarray
+    joint_stderr: np.ndarray
+
+    @property
+    def sum_of_layers(self) -> np.ndarray:
+        """Sum of the KL of single layers, float [N]."""
+        return np.asarray(self.layer_kl.sum(axis=0))
 
 
 def quality_data(calibration: Calibration) -> QualityData | None:
@@ -46,9 +55,9 @@ def quality_data(calibration: Calibration) -> QualityData | None:
     return QualityData(
         layer_kl=table.sensitivity.T.numpy(),
         layer_share=two_level_share(table.mask_density, table.token_density, calibration.ffn_matrices).T.numpy(),
-        sparsity=1 - table.share.numpy(),
-        predicted=table.sensitivity.sum(dim=1).numpy(),
-        measured=table.kl.T.numpy(),
+        share=table.share.numpy(),
+        joint=table.kl[:, [FITTED, HELD_OUT]].T.numpy(),
+        joint_stderr=table.kl_stderr[:, [FITTED, HELD_OUT]].T.numpy(),
     )
 
 
@@ -72,47 +81,49 @@ def sensitivity_chart(layer_kl: np.ndarray, layer_share: np.ndarray) -> Markup:
     return line_chart("KL of masking one layer", series, x, y, ramp=("layer 0", f"layer {layers - 1}"))
 
 
-def prediction_chart(sparsity: np.ndarray, predicted: np.ndarray, measured: np.ndarray) -> Markup:
-    """Draw predicted and measured KL of all layers together against sparsity.
-
-    Args:
-        sparsity: Share of FFN bytes not read, float [N].
-        predicted: Sum of single-layer sensitivities, nats a token, float [N].
-        measured: KL on either half of the sequences, nats a token, float [2, N].
-    """
+def joint_chart(data: QualityData) -> Markup:
+    """Draw the KL of masking all layers against sparsity, on either half, and the sum of single layers."""
+    sparsity = 1 - data.share
     order = np.argsort(sparsity, kind="stable")
-    lines = (
-        ("predicted: sum over layers", predicted),
-        ("measured, first half", measured[0]),
-        ("measured, second half", measured[1]),
-    )
-    series = [
-        Series(label, sparsity[order].tolist(), kl[order].tolist(), style=style)
-        for style, (label, kl) in enumerate(lines)
-    ]
-    x = around("sparsity (share of FFN bytes not read)", sparsity)
-    y = around(KL, [*predicted, *measured.ravel()], log=True)
-    return line_chart("Predicted and measured KL against sparsity", series, x, y)
-
-
-def prediction_scatter(sparsity: np.ndarray, predicted: np.ndarray, measured: np.ndarray) -> Markup:
-    """Draw measured against predicted KL, with the diagonal where they are equal; arguments as `prediction_chart`."""
-    names = [f"sparsity {value:g}" for value in sparsity]
-    values = [*predicted, *measured.ravel()]
     series = [
         Series(
-            f"{half} half of the sequences",
-            predicted.tolist(),
-            measured[style].tolist(),
-            style=style + 1,
+            half,
+            sparsity[order].tolist(),
+            data.joint[index][order].tolist(),
+            style=index + 1,
+            errors=data.joint_stderr[index][order].tolist(),
+        )
+        for index, half in enumerate(HALVES)
+    ]
+    series.insert(0, Series(SUM, sparsity[order].tolist(), data.sum_of_layers[order].tolist()))
+    x = around("sparsity (share of FFN bytes not read)", sparsity)
+    y = around(KL, _extent(data), log=True)
+    return line_chart("KL of masking all layers against sparsity", series, x, y)
+
+
+def sum_scatter(data: QualityData) -> Markup:
+    """Draw the KL of all layers on either half against the sum of single layers, and the diagonal where they agree."""
+    names = [f"sparsity {1 - share:.3g}" for share in data.share]
+    series = [
+        Series(
+            half,
+            data.sum_of_layers.tolist(),
+            data.joint[index].tolist(),
+            style=index + 1,
             line=False,
+            errors=data.joint_stderr[index].tolist(),
             names=names,
         )
-        for style, half in enumerate(("first", "second"))
+        for index, half in enumerate(HALVES)
     ]
-    x = around("predicted KL: sum over layers (nats a token, log scale)", values, log=True)
-    y = around("measured KL (nats a token, log scale)", values, log=True)
-    return line_chart("Measured against predicted KL", series, x, y, diagonal=True)
+    x = around(f"{SUM} (nats a token, log scale)", _extent(data), log=True)
+    y = around("KL of all layers (nats a token, log scale)", _extent(data), log=True)
+    return line_chart("KL of all layers against the sum of single layers", series, x, y, diagonal=True)
+
+
+def _extent(data: QualityData) -> list[float]:
+    bounds = [data.joint + sign * data.joint_stderr for sign in (-1, 1)]
+    return [float(value) for values in (data.sum_of_layers, data.joint, *bounds) for value in values.ravel()]
 
 
 def methods_chart(results: Sequence[Result]) -> Markup | None:

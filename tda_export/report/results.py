@@ -1,42 +1,44 @@
-"""What `tda-export eval --json` printed, read back and sorted into charts."""
+"""Results of evaluations, named and sorted into charts."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tda_export.errors import TdaError, UsageError
-
-NUMBERS = (
-    "prompt_tokens",
-    "continuation_tokens",
-    "kl",
-    "kl_stderr",
-    "perplexity",
-    "dense_perplexity",
-    "agreement",
-    "density",
-    "ffn_bytes",
-    "dense_ffn_bytes",
-)
 LOSSLESS = 1e-6  # KL in nats under which a difference is rounding, as between two dense graphs
-TEXTS = ("model", "method", "text")
+METHODS = {
+    "tda": "TDA",
+    "uniform": "TDA",
+    "paper": "paper's method",
+    "griffin": "Griffin",
+    "tt": "TT",
+    "static": "static masks",
+    "cats": "CATS",
+    "dejavu": "DejaVu's predictors",
+}
+RULES = {"kl": "by KL", "max_kl": "by KL", "cett": "equal CETT"}  # others are called as they are
+
+
+class Group(NamedTuple):
+    """What results of one chart share. None: not known."""
+
+    model: str | None
+    text: str
+    prompt_tokens: int
+    continuation_tokens: int | None
 
 
 @dataclass(frozen=True)
 class Result:
-    """One evaluation. KL in nats a token, with its standard error; `method` names the rule of its budget too."""
+    """One evaluation. KL in nats a token, with its standard error; `model` and `continuation_tokens` may be unknown."""
 
-    model: str
+    model: str | None
     method: str
     budget: dict[str, Any]
     text: str
     prompt_tokens: int
-    continuation_tokens: int
+    continuation_tokens: int | None
     kl: float
     kl_stderr: float
     perplexity: float
@@ -47,9 +49,8 @@ class Result:
     dense_ffn_bytes: float
 
     @property
-    def group(self) -> tuple[str, str, int, int]:
-        """What results of one chart share: model, text and lengths."""
-        return self.model, self.text, self.prompt_tokens, self.continuation_tokens
+    def group(self) -> Group:
+        return Group(self.model, self.text, self.prompt_tokens, self.continuation_tokens)
 
     @property
     def lossless(self) -> bool:
@@ -64,51 +65,31 @@ class Result:
     @property
     def line(self) -> str:
         """The line that it is a point of: the method, and the rule of its budget where there are several."""
+        name = METHODS.get(self.method, self.method)
         rules = [
-            name if isinstance(value, int | float) else str(value)
-            for name, value in self.budget.items()
-            if name != "sparsity"
+            key if isinstance(value, int | float) else str(value)
+            for key, value in self.budget.items()
+            if key != "sparsity"
         ]
-        return f"{self.method} ({', '.join(rules)})" if rules else self.method
+        if self.method == "paper" or not rules:  # the paper's method has no other rule than equal CETT
+            return name
+        return f"{name} ({', '.join(RULES.get(rule, rule) for rule in rules)})"
 
     @property
     def budget_text(self) -> str:
-        return ", ".join(f"{name} {value}" for name, value in self.budget.items())
+        return ", ".join(
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in self.budget.items()
+        )
 
 
-def read_result(path: Path) -> Result:
-    """Read one file.
-
-    Raises:
-        UsageError: There is no such file.
-        TdaError: It is not the output of `tda-export eval --json`.
-    """
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file. Give the output of 'tda-export eval --json' with --results.")
-    way_out = "Give the output of 'tda-export eval --json'."
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TdaError(f"{path}: not readable as JSON ({error}). {way_out}") from error
-    if not isinstance(content, dict):
-        raise TdaError(f"{path}: not a result. {way_out}")
-    for name in TEXTS:
-        if not isinstance(content.get(name), str):
-            raise TdaError(f"{path}: not a result, {name!r} is not there or no text. {way_out}")
-    for name in NUMBERS:
-        value = content.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise TdaError(f"{path}: not a result, {name!r} is not there or no number. {way_out}")
-    if not isinstance(content.get("budget"), dict):
-        raise TdaError(f"{path}: not a result, 'budget' is not there. {way_out}")
-    if content["dense_ffn_bytes"] <= 0:
-        raise TdaError(f"{path}: not a result, 'dense_ffn_bytes' is not positive. {way_out}")
-    return Result(budget=content["budget"], **{name: content[name] for name in (*TEXTS, *NUMBERS)})
-
-
-def grouped(results: Sequence[Result]) -> dict[tuple[str, str, int, int], list[Result]]:
+def grouped(results: Sequence[Result]) -> dict[Group, list[Result]]:
     """Sort results into charts, and within them by line and share of bytes."""
-    groups: dict[tuple[str, str, int, int], list[Result]] = {}
-    for result in sorted(results, key=lambda one: (*one.group, one.line, one.share)):
+
+    def order(one: Result) -> tuple[Any, ...]:
+        return one.model or "", one.text, one.prompt_tokens, one.continuation_tokens or 0, one.line, one.share
+
+    groups: dict[Group, list[Result]] = {}
+    for result in sorted(results, key=order):
         groups.setdefault(result.group, []).append(result)
     return groups

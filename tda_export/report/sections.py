@@ -1,39 +1,42 @@
-"""Sections on what a calibration holds, what was chosen from it, and how methods compare."""
+"""Sections on what a calibration holds and on what was chosen from it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 import tda_export
 from tda_export.calibration.budgets import Allocation, Budget
 from tda_export.calibration.file import Calibration
-from tda_export.report.axes import Axis
+from tda_export.calibration.kl_table import FITTED, HELD_OUT
+from tda_export.errors import UsageError
 from tda_export.report.curves import (
-    DENSITY,
+    Chosen,
     Curves,
     allocation_chart,
-    cett_axis,
-    curve_chart,
+    cett_chart,
+    density_chart,
     trade_chart,
 )
 from tda_export.report.page import Figure, Section, Table
 from tda_export.report.quality import (
-    methods_chart,
-    prediction_chart,
-    prediction_scatter,
+    QualityData,
+    joint_chart,
     quality_data,
     sensitivity_chart,
+    sum_scatter,
 )
-from tda_export.report.results import Result, grouped
 from tda_export.runtime.artifact import Artifact
 
-MIB = 2**20
 
-
-def calibrated_allocation(calibration: Calibration) -> Allocation:
-    """Choose the thresholds of the budget that a calibration was made with."""
-    return calibration.allocate(Budget(**calibration.provenance["budget"]))
+def stored_allocation(calibration: Calibration, budget: Budget) -> Allocation | None:
+    """Choose the thresholds of a budget that came with the file; None where the calibration cannot meet it."""
+    try:
+        return calibration.allocate(budget)
+    except UsageError:  # its way out is an option, and whoever reads a report gave none
+        return None
 
 
 def curves_of(calibration: Calibration) -> Curves:
@@ -73,26 +76,46 @@ def artifact_summary(artifact: Artifact) -> Section:
     )
 
 
-def curves_section(curves: Curves, thresholds: Sequence[float] | None) -> Section:
-    """Draw the curves of every layer."""
-    density = Axis(DENSITY, 0.0, 1.0)
-    cett = cett_axis(curves)
+def curves_section(curves: Curves, allocation: Allocation | None) -> Section:
+    """Draw the curves of every layer, and what was chosen, where that is known."""
+    chosen = None
+    if allocation is not None:
+        chosen = Chosen(allocation.thresholds, allocation.density, allocation.cett, allocation.token_density)
     paragraph = (
         "A prompt's mask keeps the neurons whose score reaches the layer's threshold. Density is the share that is "
-        "kept, CETT the mean length of what is dropped relative to the whole FFN output. Each line is a layer"
-        + ("." if thresholds is None else "; its point is the threshold that was chosen.")
+        "kept, CETT the mean length of what is dropped relative to the whole FFN output. Each line is a layer, by its "
+        "scores alone"
+        + ("." if allocation is None else "; its point is what was chosen for it, as the table of the allocation says.")
     )
-    return Section(
-        "Curves",
-        [paragraph],
-        [
-            Figure(curve_chart(curves, curves.cett, cett, "CETT by threshold", thresholds), "CETT by threshold."),
-            Figure(
-                curve_chart(curves, curves.density, density, "Density by threshold", thresholds),
-                "Density by threshold.",
-            ),
-            Figure(trade_chart(curves, thresholds), "CETT against density. Lower is better."),
-        ],
+    charts = [
+        (cett_chart(curves, chosen), "CETT by threshold."),
+        (density_chart(curves, chosen), "Density by threshold."),
+        (trade_chart(curves, chosen), "CETT against density. Lower is better."),
+    ]
+    notes = ("", "", "") if allocation is None else _about_points(allocation)
+    figures = [Figure(chart, f"{title} {note}".rstrip()) for (chart, title), note in zip(charts, notes, strict=True)]
+    return Section("Curves", [paragraph], figures)
+
+
+def _about_points(allocation: Allocation) -> tuple[str, str, str]:
+    """Say of each of the three charts what its points are, and why they may lie beside their curves."""
+    missing = "" if all(allocation.thresholds) else " A threshold of 0 keeps every neuron, and has no place here."
+    if not allocation.token_density:
+        points = "Points: the chosen thresholds."
+        return points + missing, points + missing, points
+    blended = (
+        [f"scores are blended with a prior of {allocation.prior_tokens:g} tokens"] if allocation.prior_tokens else []
+    )
+    both = [*blended, "that CETT is of what mask and token thresholds drop together"]
+
+    def beside(reasons: list[str]) -> str:
+        return f" They may lie beside the curves, since {' and '.join(reasons)}." if reasons else ""
+
+    return (
+        f"Points: the chosen threshold of the mask, and the CETT of the allocation.{beside(both)}{missing}",
+        f"Points: the chosen threshold of the mask, and its density in the allocation.{beside(blended)}{missing}",
+        "Circles: the mask's density; squares: the share of neurons whose up and down rows a token reads; both at the "
+        f"CETT of the allocation.{beside(both)}",
     )
 
 
@@ -100,7 +123,7 @@ def allocation_section(allocation: Allocation, budget: dict[str, Any]) -> Sectio
     """Show what was chosen for each layer, at both levels where there are two."""
     second = allocation.token_density or None
     density = allocation.density
-    asked = ", ".join(f"{name} {value}" for name, value in budget.items())
+    asked = _budget_text(budget)
     rows: list[list[object]] = [
         [layer, f"{threshold:.6f}", f"{density[layer]:.3f}", f"{allocation.cett[layer]:.3f}"]
         for layer, threshold in enumerate(allocation.thresholds)
@@ -114,7 +137,9 @@ def allocation_section(allocation: Allocation, budget: dict[str, Any]) -> Sectio
         f"{sum(allocation.cett) / layers:.3f} on the calibration data."
     ]
     if allocation.kl is not None:
-        notes.append(f"Predicted KL to dense: {allocation.kl:.3f} nats a token.")
+        notes.append(
+            f"Predicted KL to dense: {allocation.kl:.3f} nats a token, by sequences that the path was not fitted on."
+        )
     return Section(
         "Allocation",
         notes,
@@ -123,84 +148,71 @@ def allocation_section(allocation: Allocation, budget: dict[str, Any]) -> Sectio
     )
 
 
+def unmet_section(calibration: Calibration, budget: dict[str, Any]) -> Section:
+    """Say that the calibration cannot meet the budget that came with it, and which it can."""
+    if calibration.kl is None:
+        reach = "it holds CETT curves alone, without the KL path that this budget is chosen from"
+        others = "--cett, or --sparsity with --allocation uniform"
+    else:
+        reach = f"its KL path ends at sparsity {1 - float(calibration.kl.share[-1]):.3f}"
+        others = "a lower --sparsity, or --max-kl"
+    asked = _budget_text(budget)
+    return Section(
+        "Allocation",
+        [
+            f"The stored budget ({asked}) cannot be met with this calibration: {reach}. So no thresholds are shown. "
+            f"'tda-export build' takes another budget: {others}."
+        ],
+    )
+
+
 def sensitivity_section(calibration: Calibration) -> Section:
-    """Show KL sensitivities of layers and how well their sum predicts the KL of all."""
+    """Show what masking costs: all layers together at the settings of the KL path, and each layer alone."""
     title, data = "Sensitivity of layers", quality_data(calibration)
     if data is None:
         return Section(title, ["This calibration carries no measurements of KL."])
     return Section(
         title,
         [
-            "The KL of masking one layer alone, at the settings of the KL path, says how much it matters. Beside their "
-            "sum stands the KL of masking all layers together: on the half of the sequences that the path was "
-            "fitted on, and on the other half, which it never saw and which predictions are taken from."
+            "The KL of masking one layer alone, at the settings of the KL path, says how much it matters. Beside the "
+            "sum of these stands the KL of masking all together: on the sequences that the path was fitted on, "
+            "and on the others, which it never saw. Predicted KL is the latter, here as in 'build' and '--max-kl'."
         ],
         [
             Figure(
                 sensitivity_chart(data.layer_kl, data.layer_share), "KL of masking one layer, by the bytes it reads."
             ),
+            Figure(joint_chart(data), "KL of masking all layers, by sparsity. Bars: one standard error."),
             Figure(
-                prediction_chart(data.sparsity, data.predicted, data.measured), "KL of masking all layers, by sparsity."
-            ),
-            Figure(
-                prediction_scatter(data.sparsity, data.predicted, data.measured),
-                "Measured against predicted KL. Points above the dashed line lose more than predicted.",
+                sum_scatter(data),
+                "KL of all layers against the sum of single layers. Points above the dashed line lose more than the "
+                "sum. Bars: one standard error.",
             ),
         ],
-    )
-
-
-def methods_section(results: Sequence[Result]) -> Section:
-    """Compare methods by results of `tda-export eval`, one chart for each model, text and prompt length."""
-    figures, rows, lossless = [], [], False
-    for (model, text, prompt, continuation), group in grouped(results).items():
-        chart = methods_chart(group)
-        if chart is not None:
-            caption = (
-                f"{model} on {text}, prompts of {prompt} tokens and {continuation} decoded. Bars: one standard error."
-            )
-            figures.append(Figure(chart, caption))
-        lossless = lossless or any(one.lossless for one in group)
-        rows += [
-            [
-                model,
-                text,
-                f"{prompt}\u00a0+\u00a0{continuation}",
-                one.line,
-                one.budget_text,
-                f"{one.share:.3f}",
-                f"{one.ffn_bytes / MIB:,.1f}",
-                f"{one.density:.3f}",
-                f"{one.kl:.4f} ± {one.kl_stderr:.4f}",
-                f"{one.perplexity:.3f}",
-                f"{one.dense_perplexity:.3f}",
-                f"{one.agreement:.4f}",
-            ]
-            for one in group
-        ]
-    columns = (
-        "model",
-        "text",
-        "tokens",
-        "method",
-        "budget",
-        "FFN bytes, share of dense",
-        "MiB a token",
-        "density",
-        "KL, nats a token",
-        "perplexity",
-        "dense perplexity",
-        "top-1 agreement",
-    )
-    return Section(
-        "Quality against FFN bytes",
-        ["KL(dense || sparse) of the tokens decoded after a prompt, against the FFN weight bytes that a token reads."],
-        figures,
-        [Table("All results", columns, rows, texts=5)],
-        ["Results without loss (KL of 0 but for rounding, as dense has) have no place on a logarithmic axis."]
-        if lossless
+        [_kl_table(data)],
+        ["The calibration read one sequence, so both columns are of it."]
+        if np.array_equal(data.joint[FITTED], data.joint[HELD_OUT])
         else [],
     )
+
+
+def _kl_table(data: QualityData) -> Table:
+    """List the KL of every setting of the path; a half of one sequence has no standard error."""
+
+    def measured(half: int, setting: int) -> str:
+        error = data.joint_stderr[half, setting]
+        return f"{data.joint[half, setting]:.4f}" + (f" ± {error:.4f}" if error > 0 else "")
+
+    rows = [
+        [f"{share:.3f}", measured(FITTED, i), measured(HELD_OUT, i), f"{data.sum_of_layers[i]:.4f}"]
+        for i, share in enumerate(data.share)
+    ]
+    columns = ("share of FFN bytes", "fitted sequences", "other sequences (predicted KL)", "sum of single layers")
+    return Table("KL of masking all layers, nats a token ± one standard error over sequences", columns, rows)
+
+
+def _budget_text(budget: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in budget.items())
 
 
 def _flat(content: dict[str, Any], before: str = "") -> Iterator[list[object]]:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tda_export.graph import contract
 from tests.cli.conftest import FAILURE, USAGE, assert_error, listing
 from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
 from tests.report.test_results import CONTENT
+from tests.report.test_results_file import lines, table_rows
 from tests.runtime.conftest import edit_manifest
 
 MARKUP = "<script>alert('x')</script>"
@@ -46,11 +48,11 @@ def write_result(folder: Path, name: str, **changes: Any) -> Path:
     return path
 
 
-def renamed(calibration: Path, path: Path, name: str) -> Path:
-    """A copy of a calibration for a model of another name."""
+def edited(calibration: Path, path: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of a calibration with other metadata."""
     with safe_open(calibration, framework="pt") as file:
         metadata = json.loads(file.metadata()[METADATA_KEY])
-    metadata["model"]["name"] = name
+    edit(metadata)
     save_file(load_file(calibration), path, metadata={METADATA_KEY: json.dumps(metadata)})
     return path
 
@@ -76,6 +78,24 @@ def test_curves_alone(tiny_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "report.html"
     run_ok("report", calibration, "-o", output)
     assert "carries no measurements of KL" in text_of(parse(output))
+
+
+def test_stored_budget_beyond_the_path(tiny_calibration: Path, tmp_path: Path) -> None:
+    """As `calibrate --sparsity 0.95` leaves it. What can be drawn is drawn."""
+    calibration = edited(
+        tiny_calibration, tmp_path / "c.safetensors", lambda metadata: metadata["budget"].update(sparsity=0.95)
+    )
+    output = tmp_path / "report.html"
+    run_ok("report", calibration, "-o", output, "--results", write_result(tmp_path, "r.json"))
+    root = parse(output)
+    assert headings(root) == [
+        "Summary",
+        "Curves",
+        "Allocation",
+        "Sensitivity of layers",
+        "Quality against FFN bytes",
+    ]
+    assert "The stored budget (sparsity 0.95, allocation kl) cannot be met with this calibration" in text_of(root)
 
 
 def test_artifact(tiny_artifact: Path, tmp_path: Path) -> None:
@@ -122,13 +142,27 @@ def test_results(tiny_calibration: Path, tmp_path: Path) -> None:
     root = parse(output)
     assert headings(root)[-1] == "Quality against FFN bytes"
     captions = [caption.text or "" for caption in root.iter("figcaption")]
-    assert sum("Bars: one standard error" in caption for caption in captions) == 2  # one chart for each text and length
+    assert (
+        sum("decoded. Bars: one standard error" in caption for caption in captions) == 2
+    )  # one chart for each text and length
     assert "0.3000 ± 0.0100" in text_of(root)
     assert "no place on a logarithmic axis" in text_of(root)
 
 
+def test_rows_of_several_results(tiny_calibration: Path, tmp_path: Path) -> None:
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "report.html"
+    rows.write_text(lines(table_rows()))
+    run_ok("report", tiny_calibration, "-o", output, "--results", rows)
+    captions = [caption.text or "" for caption in parse(output).iter("figcaption")]
+    about = "smollm2-135m on stories, prompts of 32 tokens and 128 decoded. Bars: one standard error."
+    assert [caption for caption in captions if "decoded" in caption] == [about]
+
+
 def test_names_are_escaped(tiny_calibration: Path, tmp_path: Path) -> None:
-    calibration = renamed(tiny_calibration, tmp_path / "<b>&.safetensors", f"{MARKUP}\x00")
+    def rename(metadata: dict[str, Any]) -> None:
+        metadata["model"]["name"] = f"{MARKUP}\x00"
+
+    calibration = edited(tiny_calibration, tmp_path / "<b>&.safetensors", rename)
     output = tmp_path / "report.html"
     run_ok("report", calibration, "-o", output)
     root = parse(output)
@@ -192,7 +226,11 @@ def test_bad_results(tiny_calibration: Path, outputs: Path, tmp_path: Path) -> N
     assert_error(missing, USAGE, "nowhere.json: no such file", "--results")
     bad = write_result(tmp_path, "bad.json", kl="much")
     result = run_cli("report", tiny_calibration, "-o", output, "--results", bad)
-    assert_error(result, FAILURE, "bad.json: not a result, 'kl' is not there or no number", "eval --json")
+    assert_error(result, FAILURE, "bad.json: not a result, 'kl' is not there or no number", "tda-export eval")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(lines(table_rows()) + "Error: no such file\n")
+    result = run_cli("report", tiny_calibration, "-o", output, "--results", rows)
+    assert_error(result, FAILURE, "rows.jsonl, line 10: not readable as JSON (Expecting value)")
 
 
 def test_model_of_few_positions(artifact_copy: Path, outputs: Path) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 
 from tda_export.report.axes import Axis
 from tda_export.report.charts import bar_chart, line_chart
-from tda_export.report.curves import Curves, allocation_chart, curve_chart, trade_chart
+from tda_export.report.curves import Chosen, Curves, allocation_chart, cett_chart, density_chart, trade_chart
 from tda_export.report.drawing import Series
-from tda_export.report.quality import methods_chart, prediction_chart, prediction_scatter, sensitivity_chart
+from tda_export.report.quality import QualityData, joint_chart, methods_chart, sensitivity_chart, sum_scatter
 from tests.report.svg import by_class, centre, corners, parse, reader
 from tests.report.test_results import result
 
@@ -102,25 +104,39 @@ def curves() -> Curves:
     return Curves(grid, 1 - density, density)
 
 
-def test_curves_at_thresholds(curves: Curves) -> None:
-    density, cett = curves.at([float(curves.grid[50]), float(curves.grid[80])])
-    assert density.tolist() == [curves.density[0, 50], curves.density[1, 80]]
-    assert cett.tolist() == [curves.cett[0, 50], curves.cett[1, 80]]
-    assert curves.at([0.0, 9.0])[0].tolist() == [1.0, 0.0]  # every neuron, and none
-
-
-def test_curve_chart_marks_the_chosen_thresholds(curves: Curves) -> None:
-    chosen = [float(curves.grid[200]), float(curves.grid[230])]
-    root = parse(curve_chart(curves, curves.density, Axis("density", 0.0, 1.0), "t", chosen))
+@pytest.mark.parametrize("chart", [cett_chart, density_chart])
+def test_curves(curves: Curves, chart: Callable[[Curves, Chosen | None], Markup]) -> None:
+    root = parse(chart(curves, None))
     x, y = reader(root, "x", log=True), reader(root, "y")
-    places = [centre(mark) for mark in by_class(root, "mark")]
-    assert [x(place) for place, _ in places] == pytest.approx(chosen, rel=1e-2)
-    assert [y(place) for _, place in places] == pytest.approx(curves.at(chosen)[0].tolist(), abs=1e-3)
     lines = by_class(root, "line", "polyline")
     assert len(lines) == 2
     for line, layer in zip(lines, (0, 1), strict=True):
         for place in corners(line)[::20]:
-            assert y(place[1]) == pytest.approx(1 / (1 + (x(place[0]) / (0.01, 0.02)[layer]) ** 3), abs=0.02)
+            density = 1 / (1 + (x(place[0]) / (0.01, 0.02)[layer]) ** 3)
+            assert y(place[1]) == pytest.approx(density if chart is density_chart else 1 - density, abs=0.02)
+    assert not by_class(root, "mark")
+
+
+def test_points_are_what_was_chosen_wherever_the_curves_are(curves: Curves) -> None:
+    chosen = Chosen([0.03, 2e-5], [0.75, 1.0], [0.4, 1.1], [0.3, 0.6])  # neither is on a curve, nor where one moves
+
+    def points(chart: Markup, *, log: bool) -> np.ndarray:
+        root = parse(chart)
+        x, y = reader(root, "x", log=log), reader(root, "y")
+        return np.array([(x(a), y(b)) for a, b in map(centre, by_class(root, "mark"))])
+
+    assert points(cett_chart(curves, chosen), log=True) == pytest.approx(np.array([(0.03, 0.4), (2e-5, 1.1)]), rel=2e-2)
+    density = points(density_chart(curves, chosen), log=True)
+    assert density == pytest.approx(np.array([(0.03, 0.75), (2e-5, 1.0)]), rel=2e-2)
+    both = [(0.75, 0.4), (1.0, 1.1), (0.3, 0.4), (0.6, 1.1)]
+    assert points(trade_chart(curves, chosen), log=False) == pytest.approx(np.array(both), abs=2e-3)
+    tags = [mark.tag for mark in by_class(parse(trade_chart(curves, chosen)), "mark")]
+    assert tags == ["circle", "circle", "polygon", "polygon"]
+
+
+def test_thresholds_of_zero_have_no_place(curves: Curves) -> None:
+    root = parse(cett_chart(curves, Chosen([0.0, 0.01], [1.0, 0.5], [0.0, 0.5])))
+    assert len(by_class(root, "mark")) == 1
 
 
 def test_trade_chart(curves: Curves) -> None:
@@ -133,8 +149,9 @@ def test_trade_chart(curves: Curves) -> None:
 def test_curves_without_any_drop_are_drawn() -> None:
     """A model whose scores all lie outside the grid, and a single layer."""
     flat = Curves(np.array([0.0, 0.1, 1.0, 2.0], np.float32), np.zeros((1, 4)), np.ones((1, 4)))
-    parse(curve_chart(flat, flat.cett, Axis("y", 0, 1), "t", [0.0]))
-    parse(trade_chart(flat, [0.0]))
+    chosen = Chosen([0.0], [1.0], [0.0])
+    for chart in (cett_chart, density_chart, trade_chart):
+        parse(chart(flat, chosen))
 
 
 def test_allocation_with_a_second_level() -> None:
@@ -156,20 +173,34 @@ def test_sensitivity() -> None:
     assert np.array(lines[1]) == pytest.approx(np.array([(0.2, 0.2), (0.5, 0.05), (1.0, 0.02)]), rel=2e-2)
 
 
-def test_prediction() -> None:
-    sparsity, predicted = np.array([0.5, 0.25]), np.array([0.3, 0.05])
-    measured = np.array([[0.4, 0.06], [0.5, 0.04]])
-    root = parse(prediction_chart(sparsity, predicted, measured))
+def test_joint_and_sum() -> None:
+    alone = np.array([[0.2, 0.04], [0.1, 0.01]])  # of two layers
+    joint, errors = np.array([[0.4, 0.06], [0.5, 0.04]]), np.array([[0.1, 0.02], [0.05, 0.0]])
+    data = QualityData(alone, np.full((2, 2), 0.5), np.array([0.5, 0.75]), joint, errors)
+    root = parse(joint_chart(data))
+    assert [text.text for text in by_class(root, "legend")] == [
+        "sum of single layers",
+        "fitted sequences",
+        "other sequences (predicted KL)",
+    ]
     x, y = reader(root, "x"), reader(root, "y", log=True)
     lines = [[(x(place[0]), y(place[1])) for place in corners(line)] for line in by_class(root, "line", "polyline")]
-    expected = [[(0.25, row[1]), (0.5, row[0])] for row in (predicted, *measured)]
+    expected = [[(0.25, row[1]), (0.5, row[0])] for row in (alone.sum(axis=0), *joint)]
     assert np.array(lines) == pytest.approx(np.array(expected), rel=2e-2)
+    bars = [bar for bar in by_class(root, "error") if bar.get("x1") == bar.get("x2")]
+    assert [[y(float(bar.get(end, ""))) for end in ("y1", "y2")] for bar in bars] == [
+        pytest.approx(ends, rel=2e-2) for ends in ([0.04, 0.08], [0.3, 0.5], [0.04, 0.04], [0.45, 0.55])
+    ]
 
-    root = parse(prediction_scatter(sparsity, predicted, measured))
+    root = parse(sum_scatter(data))
+    assert [text.text for text in by_class(root, "axis-label")] == [
+        "sum of single layers (nats a token, log scale)",
+        "KL of all layers (nats a token, log scale)",
+    ]
     x, y = reader(root, "x", log=True), reader(root, "y", log=True)
     marks = [centre(mark) for mark in by_class(root, "mark")][2:]
     assert [x(place) for place, _ in marks] == pytest.approx([0.3, 0.05, 0.3, 0.05], rel=2e-2)
-    assert [y(place) for _, place in marks] == pytest.approx(measured.ravel().tolist(), rel=2e-2)
+    assert [y(place) for _, place in marks] == pytest.approx(joint.ravel().tolist(), rel=2e-2)
     diagonal = by_class(root, "reference")[0]
     for end in "12":
         place = x(float(diagonal.get(f"x{end}", ""))), y(float(diagonal.get(f"y{end}", "")))
@@ -181,7 +212,7 @@ def test_methods() -> None:
     chart = methods_chart([*points, result(method="dense", kl=0.0, ffn_bytes=100.0)])
     assert chart is not None
     root = parse(chart)
-    assert [text.text for text in by_class(root, "legend")] == ["griffin", "tda (uniform)"]
+    assert [text.text for text in by_class(root, "legend")] == ["Griffin", "TDA (uniform)"]
     x, y = reader(root, "x"), reader(root, "y", log=True)
     marks = [centre(mark) for mark in by_class(root, "mark")][2:]
     assert np.array([(x(a), y(b)) for a, b in marks]) == pytest.approx(np.array([(0.5, 0.2), (0.25, 0.1)]), rel=2e-2)

@@ -1,15 +1,13 @@
-"""Results of `eval --json`, read back."""
+"""Results: what their lines and charts are called, and how they are sorted."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tda_export.errors import TdaError, UsageError
-from tda_export.report.results import Result, grouped, read_result
+from tda_export.report.methods_section import methods_section
+from tda_export.report.results import Result, grouped
 
 CONTENT: dict[str, Any] = {
     "model": "tiny",
@@ -32,61 +30,36 @@ CONTENT: dict[str, Any] = {
 
 def result(**changes: Any) -> Result:
     content = CONTENT | changes
-    if content["method"] != "tda":
+    if content["method"] != "tda" and "budget" not in changes:
         content["budget"] = {} if content["method"] == "dense" else {"sparsity": 0.5}
     return Result(**{name: content[name] for name in Result.__dataclass_fields__})
-
-
-def test_read(tmp_path: Path) -> None:
-    path = tmp_path / "result.json"
-    path.write_text(json.dumps(CONTENT))
-    assert read_result(path) == result()
-    assert read_result(path).share == 0.5
 
 
 @pytest.mark.parametrize(
     ("method", "budget", "line"),
     [
-        ("tda", {"sparsity": 0.5, "allocation": "uniform"}, "tda (uniform)"),
-        ("tda", {"cett": 0.2}, "tda (cett)"),
-        ("griffin", {"sparsity": 0.5}, "griffin"),
+        ("tda", {"sparsity": 0.5, "allocation": "kl"}, "TDA (by KL)"),
+        ("tda", {"max_kl": 0.5}, "TDA (by KL)"),
+        ("tda", {"sparsity": 0.5, "allocation": "uniform"}, "TDA (uniform)"),
+        ("uniform", {"sparsity": 0.5, "allocation": "uniform"}, "TDA (uniform)"),
+        ("tda", {"cett": 0.2}, "TDA (equal CETT)"),
+        ("paper", {"cett": 0.2}, "paper's method"),
+        ("paper", {}, "paper's method"),
+        ("griffin", {"sparsity": 0.5}, "Griffin"),
+        ("tt", {"sparsity": 0.3}, "TT"),
+        ("static", {"sparsity": 0.3}, "static masks"),
+        ("cats", {"sparsity": 0.3}, "CATS"),
+        ("dejavu", {"sparsity": 0.3}, "DejaVu's predictors"),
         ("dense", {}, "dense"),
+        ("another", {"rule": "its own"}, "another (its own)"),
     ],
 )
 def test_line(method: str, budget: dict[str, Any], line: str) -> None:
-    one = Result(
-        **{name: (CONTENT | {"method": method, "budget": budget})[name] for name in Result.__dataclass_fields__}
-    )
-    assert one.line == line
+    assert result(method=method, budget=budget).line == line
 
 
-def test_missing() -> None:
-    with pytest.raises(UsageError, match=r"nowhere.json: no such file. .*--results"):
-        read_result(Path("nowhere.json"))
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("{", "not readable as JSON"),
-        ("\xff", "not readable as JSON"),
-        ("[]", "not a result"),
-        ("{}", "'model' is not there or no text"),
-        (json.dumps(CONTENT | {"text": 3}), "'text' is not there or no text"),
-        (json.dumps(CONTENT | {"kl": None}), "'kl' is not there or no number"),
-        (json.dumps(CONTENT | {"kl": float("nan")}), "'kl' is not there or no number"),
-        (json.dumps(CONTENT | {"kl_stderr": True}), "'kl_stderr' is not there or no number"),
-        (json.dumps(CONTENT | {"budget": None}), "'budget' is not there"),
-        (json.dumps(CONTENT | {"dense_ffn_bytes": 0}), "'dense_ffn_bytes' is not positive"),
-    ],
-)
-def test_no_result(tmp_path: Path, text: str, reason: str) -> None:
-    path = tmp_path / "bad.json"
-    path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(TdaError, match=reason) as raised:
-        read_result(path)
-    assert str(raised.value).startswith(f"{path}: ")
-    assert str(raised.value).endswith("Give the output of 'tda-export eval --json'.")
+def test_budget_text() -> None:
+    assert result(budget={"sparsity": 0.33079576, "allocation": "kl"}).budget_text == "sparsity 0.3308, allocation kl"
 
 
 def test_groups() -> None:
@@ -97,4 +70,18 @@ def test_groups() -> None:
         ("griffin", 0.5),
         ("tda", 0.2),
         ("tda", 0.6),
+    ]
+
+
+def test_section_without_labels() -> None:
+    """What is not known is left out of captions, and is a dash in the table."""
+    unknown = result(model=None, continuation_tokens=None)
+    section = methods_section([result(), unknown])
+    assert [figure.caption for figure in section.figures] == [
+        "harbour.txt, prompts of 16 tokens. Bars: one standard error.",
+        "tiny on harbour.txt, prompts of 16 tokens and 4 decoded. Bars: one standard error.",
+    ]
+    assert [row[:4] for row in section.tables[0].rows] == [
+        ["–", "harbour.txt", "16", "TDA (uniform)"],
+        ["tiny", "harbour.txt", "16\u00a0+\u00a04", "TDA (uniform)"],
     ]

@@ -1,0 +1,72 @@
+"""The section that compares methods by results of evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tda_export.report.page import Figure, Section, Table
+from tda_export.report.quality import methods_chart
+from tda_export.report.results import Group, Result, grouped
+
+MIB = 2**20
+
+
+def methods_section(results: Sequence[Result]) -> Section:
+    """Compare methods by results of evaluations, one chart for each model, text and prompt length."""
+    figures, rows, lossless = [], [], False
+    for about, group in grouped(results).items():
+        chart = methods_chart(group)
+        if chart is not None:
+            figures.append(Figure(chart, f"{_about(about)}. Bars: one standard error."))
+        lossless = lossless or any(one.lossless for one in group)
+        rows += [
+            [
+                "–" if about.model is None else about.model,
+                about.text,
+                _tokens(about),
+                one.line,
+                one.budget_text,
+                f"{one.share:.3f}",
+                f"{one.ffn_bytes / MIB:,.1f}",
+                f"{one.density:.3f}",
+                f"{one.kl:.4f} ± {one.kl_stderr:.4f}",
+                f"{one.perplexity:.3f}",
+                f"{one.dense_perplexity:.3f}",
+                f"{one.agreement:.4f}",
+            ]
+            for one in group
+        ]
+    columns = (
+        "model",
+        "text",
+        "tokens",
+        "method",
+        "budget",
+        "FFN bytes, share of dense",
+        "MiB a token",
+        "density",
+        "KL, nats a token",
+        "perplexity",
+        "dense perplexity",
+        "top-1 agreement",
+    )
+    return Section(
+        "Quality against FFN bytes",
+        ["KL(dense || sparse) of the tokens decoded after a prompt, against the FFN weight bytes that a token reads."],
+        figures,
+        [Table("All results", columns, rows, texts=5)],
+        ["Results without loss (KL of 0 but for rounding, as dense has) have no place on a logarithmic axis."]
+        if lossless
+        else [],
+    )
+
+
+def _about(group: Group) -> str:
+    model = "" if group.model is None else f"{group.model} on "
+    decoded = "" if group.continuation_tokens is None else f" and {group.continuation_tokens} decoded"
+    return f"{model}{group.text}, prompts of {group.prompt_tokens} tokens{decoded}"
+
+
+def _tokens(group: Group) -> str:
+    decoded = "" if group.continuation_tokens is None else f"\u00a0+\u00a0{group.continuation_tokens}"
+    return f"{group.prompt_tokens}{decoded}"

@@ -1,0 +1,139 @@
+"""Files of results: one JSON object as `eval --json` prints, an array, or JSON Lines as the benchmarks' tables are."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tda_export.errors import TdaError, UsageError
+from tda_export.report.results import Result
+
+TEXTS = ("method", "text")
+NUMBERS = (
+    "prompt_tokens",
+    "kl",
+    "kl_stderr",
+    "perplexity",
+    "dense_perplexity",
+    "agreement",
+    "density",
+    "ffn_bytes",
+    "dense_ffn_bytes",
+)
+ALLOCATIONS = {"tda": "kl", "uniform": "uniform"}  # of the methods that quality_table.py names so
+WAY_OUT = "Give the output of 'tda-export eval --text … --json', or of quality_table.py or baselines.py with --json."
+
+
+def read_results(path: Path) -> list[Result]:
+    """Read one file.
+
+    A model or a number of decoded tokens that a row does not name is taken from the file's other rows, if they agree.
+
+    Raises:
+        UsageError: There is no such file.
+        TdaError: It is not readable, or not all in it are results; the text names the line.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file. Give the output of 'tda-export eval --json' with --results.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise TdaError(f"{path}: not readable as JSON ({error}). {WAY_OUT}") from error
+    results = [_result(content, where) for where, content in _contents(text, path)]
+    if not results:
+        raise TdaError(f"{path}: no results in it. {WAY_OUT}")
+    model = _only({one.model for one in results})
+    continuation = _only({one.continuation_tokens for one in results})
+    return [
+        replace(
+            one,
+            model=model if one.model is None else one.model,
+            continuation_tokens=continuation if one.continuation_tokens is None else one.continuation_tokens,
+        )
+        for one in results
+    ]
+
+
+def _only(values: set[Any]) -> Any:
+    """Return the one value that is known, or None if there is none or more."""
+    known = values - {None}
+    return known.pop() if len(known) == 1 else None
+
+
+def _contents(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """List what a file holds, and where each is for whoever looks for it."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        if not lines:
+            return
+        if text.lstrip().startswith("[") or not any(_is_object(line) for _, line in lines):
+            raise _unreadable(error, path, 1) from error
+        for number, line in lines:
+            try:
+                content = json.loads(line)
+            except (ValueError, RecursionError) as line_error:
+                raise _unreadable(line_error, path, number) from line_error
+            yield f"{path}, line {number}", content
+        return
+    if isinstance(content, list):
+        yield from ((f"{path}, item {number}", item) for number, item in enumerate(content, 1))
+    else:
+        yield f"{path}", content
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _unreadable(error: Exception, path: Path, line: int) -> TdaError:
+    """Make the error of a text that begins at a line of the file."""
+    if isinstance(error, json.JSONDecodeError):
+        return TdaError(f"{path}, line {line + error.lineno - 1}: not readable as JSON ({error.msg}). {WAY_OUT}")
+    return TdaError(f"{path}, line {line}: not readable as JSON ({error}). {WAY_OUT}")
+
+
+def _result(content: Any, where: str) -> Result:
+    """Check one result. `model`, `continuation_tokens` and `budget` are labels, and may be left out."""
+
+    def refuse(reason: str) -> TdaError:
+        return TdaError(f"{where}: not a result{reason}. {WAY_OUT}")
+
+    if not isinstance(content, dict):
+        raise refuse("")
+    given = {name: value for name, value in content.items() if value is not None}
+    for name in (*TEXTS, *({"model"} & given.keys())):
+        if not isinstance(given.get(name), str):
+            raise refuse(f", {name!r} is not there or no text")
+    for name in (*NUMBERS, *({"continuation_tokens"} & given.keys())):
+        value = given.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise refuse(f", {name!r} is not there or no number")
+    if given["dense_ffn_bytes"] <= 0:
+        raise refuse(", 'dense_ffn_bytes' is not positive")
+    budget = given.get("budget", _asked_budget(given))
+    if not isinstance(budget, dict):
+        raise refuse(", 'budget' is no object")
+    return Result(
+        model=given.get("model"),
+        budget={name: value for name, value in budget.items() if value is not None},
+        continuation_tokens=given.get("continuation_tokens"),
+        **{name: given[name] for name in (*TEXTS, *NUMBERS)},
+    )
+
+
+def _asked_budget(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the budget of a row of quality_table.py, which asks for a sparsity (or lets a method choose its own)."""
+    asked = given.get("asked", given.get("sparsity"))
+    if asked is None:
+        return {}
+    allocation = ALLOCATIONS.get(given["method"])
+    return {"sparsity": asked} | ({} if allocation is None else {"allocation": allocation})

@@ -1,0 +1,206 @@
+"""Files of results: what eval and the benchmarks print, read back, and how other files are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tda_export.errors import TdaError, UsageError
+from tda_export.report.methods_section import methods_section
+from tda_export.report.results import grouped
+from tda_export.report.results_file import read_results
+from tests.report.svg import by_class, parse
+from tests.report.test_results import CONTENT, result
+
+QUALITY: dict[str, Any] = {
+    "prompts": 32,
+    "kl": 0.134,
+    "kl_stderr": 0.005,
+    "perplexity": 38.8,
+    "perplexity_stderr": 2.9,
+    "dense_perplexity": 34.8,
+    "dense_perplexity_stderr": 2.7,
+    "agreement": 0.79,
+    "agreement_stderr": 0.008,
+    "density": 0.95,
+    "ffn_bytes": 225847314.0,
+    "refresh_ffn_bytes": 0.0,
+    "dense_ffn_bytes": 318504960,
+}
+
+
+def baseline_row(method: str, sparsity: float, **changes: Any) -> dict[str, Any]:
+    """A row of `benchmarks/baselines.py --json`."""
+    return {
+        "model": "smollm2-135m",
+        "dtype": "float32",
+        "provider": "pytorch",
+        "method": method,
+        "budget": {"sparsity": sparsity},
+        "text": "stories.txt",
+        "prompt_tokens": 384,
+        "continuation_tokens": 128,
+        **QUALITY,
+        "predictor_bytes": 0,
+    } | changes
+
+
+def table_row(method: str, sparsity: float | None, asked: float | None, **changes: Any) -> dict[str, Any]:
+    """A row of `benchmarks/quality_table.py --json` that was measured on the artifact."""
+    row = QUALITY | {"method": method, "sparsity": sparsity, "asked": asked, "text": "stories", "prompt_tokens": 32}
+    return row | {"ffn_share": QUALITY["ffn_bytes"] / QUALITY["dense_ffn_bytes"]} | changes
+
+
+def table_rows(**changes: Any) -> list[dict[str, Any]]:
+    """A row of each method, as the script orders them; those of baselines.py come with a baseline's keys."""
+    rows = [
+        table_row("dense", None, None, kl=0.0),
+        table_row("tda", 0.3, 0.33079576492309565),
+        table_row("uniform", 0.3, 0.14459684805969625),
+        table_row("griffin", 0.3, 0.3),
+        table_row("tt", 0.3, 0.3),
+        table_row("paper", None, None),
+    ]
+    place = {"text": "stories", "prompt_tokens": 32, "sparsity": 0.3, "asked": 0.3, "ffn_share": 0.7}
+    return [row | changes for row in rows] + [
+        baseline_row(method, 0.3) | place for method in ("static", "cats", "dejavu")
+    ]
+
+
+def lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "results.json"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(CONTENT),
+        json.dumps(CONTENT, indent=2),
+        json.dumps([CONTENT]),
+        json.dumps(CONTENT) + "\n\n",
+    ],
+    ids=["object", "indented", "array", "line"],
+)
+def test_one_result(tmp_path: Path, text: str) -> None:
+    assert read_results(write(tmp_path, text)) == [result()]
+
+
+@pytest.mark.parametrize("form", ["lines", "array"])
+def test_baselines(tmp_path: Path, form: str) -> None:
+    rows = [baseline_row(method, sparsity) for method in ("static", "cats", "dejavu") for sparsity in (0.3, 0.5)]
+    results = read_results(write(tmp_path, lines(rows) if form == "lines" else json.dumps(rows)))
+    assert list(grouped(results)) == [("smollm2-135m", "stories.txt", 384, 128)]
+    assert [(one.line, one.budget_text) for one in results] == [
+        (line, f"sparsity {sparsity}")
+        for line in ("static masks", "CATS", "DejaVu's predictors")
+        for sparsity in (0.3, 0.5)
+    ]
+
+
+NAMED = [
+    "CATS",
+    "DejaVu's predictors",
+    "Griffin",
+    "TDA (by KL)",
+    "TDA (uniform)",
+    "TT",
+    "paper's method",
+    "static masks",
+]
+
+
+@pytest.mark.parametrize("labels", [{}, {"model": "smollm2-135m", "continuation_tokens": 128}], ids=["bare", "labels"])
+def test_quality_table(tmp_path: Path, labels: dict[str, Any]) -> None:
+    """Rows of one text and length make one chart, those that name the model and those that do not."""
+    rows = table_rows(**labels)
+    results = read_results(write(tmp_path, lines([*rows, *(row | {"prompt_tokens": 384} for row in rows)])))
+    assert list(grouped(results)) == [("smollm2-135m", "stories", prompt, 128) for prompt in (32, 384)]
+    section = methods_section(results)
+    for figure in section.figures:
+        assert [text.text for text in by_class(parse(figure.chart), "legend")] == NAMED
+    budgets = {row[3]: row[4] for row in section.tables[0].rows}
+    assert budgets["TDA (by KL)"] == "sparsity 0.3308, allocation kl"
+    assert budgets["TDA (uniform)"] == "sparsity 0.1446, allocation uniform"
+    assert (budgets["Griffin"], budgets["paper's method"], budgets["dense"]) == ("sparsity 0.3", "", "")
+
+
+def test_quality_table_with_budgets(tmp_path: Path) -> None:
+    rows = [
+        table_row("tda", 0.3, 0.33, budget={"sparsity": 0.33, "allocation": "kl"}),
+        table_row("uniform", 0.3, 0.15, budget={"sparsity": 0.15, "allocation": "uniform"}),
+        table_row("paper", None, None, budget={"cett": 0.2}),
+        table_row("griffin", 0.3, 0.3, budget={"sparsity": 0.3, "allocation": None}),
+        table_row("dense", None, None, budget=None, model=None),
+    ]
+    results = read_results(write(tmp_path, lines(rows)))
+    assert [one.line for one in results] == ["TDA (by KL)", "TDA (uniform)", "paper's method", "Griffin", "dense"]
+    assert [one.budget_text for one in results][2:4] == ["cett 0.2", "sparsity 0.3"]
+
+
+def test_labels_of_which_the_file_has_several_are_not_guessed(tmp_path: Path) -> None:
+    rows = [table_row("tda", 0.3, 0.3), baseline_row("cats", 0.3), baseline_row("cats", 0.3, model="another")]
+    results = read_results(write(tmp_path, lines(rows)))
+    assert [(one.model, one.continuation_tokens) for one in results] == [
+        (None, 128),
+        ("smollm2-135m", 128),
+        ("another", 128),
+    ]
+
+
+# Refusals
+
+
+def test_missing() -> None:
+    with pytest.raises(UsageError, match=r"nowhere.json: no such file. .*--results"):
+        read_results(Path("nowhere.json"))
+
+
+GOOD = json.dumps(CONTENT)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", ", line 1: not readable as JSON"),
+        ("\xff", ": not readable as JSON"),
+        ("", ": no results in it"),
+        ("[]", ": no results in it"),
+        ("3", ": not a result."),
+        ("{}", ": not a result, 'method' is not there or no text"),
+        (json.dumps(CONTENT | {"text": 3}), ": not a result, 'text' is not there or no text"),
+        (json.dumps(CONTENT | {"model": 3}), ": not a result, 'model' is not there or no text"),
+        (json.dumps(CONTENT | {"kl": None}), ": not a result, 'kl' is not there or no number"),
+        (json.dumps(CONTENT | {"kl": float("nan")}), ": not a result, 'kl' is not there or no number"),
+        (json.dumps(CONTENT | {"kl_stderr": True}), ": not a result, 'kl_stderr' is not there or no number"),
+        (json.dumps(CONTENT | {"continuation_tokens": "4"}), ": not a result, 'continuation_tokens' is not there"),
+        (json.dumps(CONTENT | {"budget": [1]}), ": not a result, 'budget' is no object"),
+        (json.dumps(CONTENT | {"dense_ffn_bytes": 0}), ": not a result, 'dense_ffn_bytes' is not positive"),
+        (f"{GOOD}\n\n{GOOD[:40]}\n{GOOD}\n", ", line 3: not readable as JSON"),
+        (f"{GOOD[:40]}\n{GOOD}\n", ", line 1: not readable as JSON"),
+        (f"{GOOD}\n{GOOD}\nkilled\n", ", line 3: not readable as JSON (Expecting value)"),
+        (f"{GOOD}\n[]\n", ", line 2: not a result."),
+        (f'{GOOD}\n{{"method": "tda"}}\n', ", line 2: not a result, 'text' is not there or no text"),
+        (json.dumps([CONTENT, {}]), ", item 2: not a result, 'method' is not there or no text"),
+        (f"[\n{GOOD},\n{GOOD}\n", ", line 4: not readable as JSON"),
+        (json.dumps(CONTENT, indent=2).replace("0.1,", "0.1"), ", line 13: not readable as JSON"),
+        ("[" * 100_000, ", line 1: not readable as JSON"),
+    ],
+)
+def test_no_result(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(TdaError) as raised:
+        read_results(path)
+    message = str(raised.value)
+    assert message.startswith(f"{path}{reason}")
+    assert message.endswith(".py with --json.")
+    assert "\n" not in message
