@@ -23,8 +23,8 @@ VIRIDIS = (
     "#bddf26",
     "#fde725",
 )
-PALETTE_LIGHT = ("#0072b2", "#d55e00", "#008060", "#b0578d", "#9a6a00", "#3a3a3a")
-PALETTE_DARK = ("#56b4e9", "#f08a4b", "#2ec4a0", "#e39cc6", "#f0c94d", "#d8d8d8")
+PALETTE_LIGHT = ("#0072b2", "#d55e00", "#008060", "#b0578d", "#9a6a00", "#3a3a3a", "#6a3fb5", "#8b1a1a")
+PALETTE_DARK = ("#56b4e9", "#f08a4b", "#2ec4a0", "#e39cc6", "#f0c94d", "#d8d8d8", "#b79cf0", "#f08a8a")
 RAMP_STEPS = 16
 RAMP_LIGHT, RAMP_DARK = (0.0, 0.8), (0.3, 1.0)  # parts of viridis
 
