@@ -47,13 +47,15 @@ class KlTable:
             dense = torch.ones_like(column[:1]) if name in ones else torch.zeros_like(column[:1])
             return torch.cat([dense, column])
 
-        columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "prior_tokens"}
-        return replace(self, **{name: with_dense(name, column) for name, column in columns.items()})
+        return replace(self, **{name: with_dense(name, getattr(self, name)) for name in COLUMNS})
 
     @property
     def predicted_kl(self) -> list[float]:
         """KL on sequences that the path never saw, made to rise from setting to setting, [A], from 0."""
         return torch.cummax(self.kl[:, HELD_OUT].clamp_min(0), dim=0).values.tolist()
+
+
+COLUMNS = tuple(f.name for f in fields(KlTable) if f.name != "prior_tokens")  # those with a row for each setting
 
 
 @dataclass(frozen=True)

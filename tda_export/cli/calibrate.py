@@ -57,7 +57,13 @@ CURVES_BUDGET = {"cett": 0.2}  # the paper's
     show_default=True,
     help="Tokens that what is known of all texts counts for beside a prompt's own, so that short prompts lean on it.",
 )
-@click.option("--sequences", type=click.IntRange(1), default=64, show_default=True, help="Token sequences to read.")
+@click.option(
+    "--sequences",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Token sequences to read; at least 2 without --curves-only.",
+)
 @click.option(
     "--prompt-tokens",
     type=click.IntRange(2),

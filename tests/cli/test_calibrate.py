@@ -12,7 +12,7 @@ import pytest
 from tda_export.calibration.file import read_calibration
 from tda_export.graph import contract
 from tests.cli.results import result_of
-from tests.conftest import CALIBRATE_TINY, run_ok
+from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
 
 CHECK_NAMES = [
     "files match their hashes",
@@ -118,6 +118,22 @@ def test_calibrate_overwrites_a_calibration(tiny_model: Path, tiny_calibration: 
     run_ok("calibrate", tiny_model, "-o", tmp_path / "c", *CALIBRATE_TINY, "--cett", "0.2", "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
     assert (tmp_path / "c").read_bytes() != tiny_calibration.read_bytes()  # another budget
+
+
+def test_one_sequence_is_enough_for_curves_alone(tiny_model: Path, tmp_path: Path) -> None:
+    options = (*CALIBRATE_TINY, "--sequences", "1")
+    result = run_ok("calibrate", tiny_model, "-o", tmp_path / "c", *options, "--curves-only")
+    assert "on 1 sequences" in result.stdout
+
+
+def test_text_for_one_sequence_alone_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "x" * 60}) + "\n")
+    result = run_cli(
+        "calibrate", tiny_model, "-o", tmp_path / "c", *CALIBRATE_TINY, "--dataset", tmp_path / "rows.jsonl"
+    )
+    assert result.exit_code == 2
+    assert "1 is too few for that. Give --sequences 2 or more and text for them, or --curves-only." in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_less_text_than_asked_for(tiny_model: Path, tmp_path: Path) -> None:
