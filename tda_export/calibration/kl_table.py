@@ -11,6 +11,7 @@ from tda_export.errors import UsageError
 
 SHARES = (0.84, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # of FFN bytes, at which the path is measured
 FITTED, HELD_OUT = 0, 1  # halves of the sequences
+MARGIN = 0.01  # by which the share that is measured last may miss what it aims at
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class KlTable:
         """KL on sequences that the path never saw, made to rise from setting to setting, [A], from 0."""
         return torch.cummax(self.kl[:, HELD_OUT].clamp_min(0), dim=0).values.tolist()
 
+    @property
+    def most_sparsity(self) -> float:
+        """The largest sparsity that was measured, rounded down, so that it may be asked for."""
+        return math.floor(1000 * (1 - float(self.share[-1]))) / 1000
+
 
 COLUMNS = tuple(f.name for f in fields(KlTable) if f.name != "prior_tokens")  # those with a row for each setting
 
@@ -87,9 +93,9 @@ def setting_at(table: KlTable, share: float) -> KlSetting:
     table = table.from_dense()
     shares = table.share.tolist()
     if share < shares[-1]:
-        most = math.floor(1000 * (1 - shares[-1])) / 1000  # rounded down, so that it may be asked for
         raise UsageError(
-            f"Sparsity {1 - share:.3g} is more than the calibration measured ({most:.3f}). Give a lower --sparsity."
+            f"Sparsity {1 - share:.3g} is more than the calibration measured ({table.most_sparsity:.3f}). "
+            "Give a lower --sparsity."
         )
     share = min(share, shares[0])
     after = next(i for i, measured in enumerate(shares) if measured <= share)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,6 +117,7 @@ def calibrate(
     about twenty forward passes for each sequence. Build can choose any budget from the file. A run that was
     interrupted goes on where it was when it is started again.
     """
+    from tda_export.calibration.budgets import check_reach, nearest_reachable
     from tda_export.calibration.corpus import load_corpus
     from tda_export.calibration.file import is_calibration, write_calibration
     from tda_export.calibration.resume import PartialFile
@@ -138,6 +139,7 @@ def calibrate(
         raise UsageError(
             "--curves-only leaves out what this budget needs. Give --cett, or --sparsity with --allocation uniform."
         )
+    check_reach(budget)
     check_output(output, overwrite=overwrite, what="a calibration", is_earlier_output=is_calibration)
     source = resolve_model(model, notify=lambda line: click.echo(line, err=True))
     if settings.length > source.spec.max_positions:
@@ -155,9 +157,17 @@ def calibrate(
         )
     show = partial(progress, quiet=as_json)
     calibration = run(source, corpus, settings, budget.describe(), show=show, output=output)
+    reachable = nearest_reachable(budget, calibration.kl)
+    if reachable != budget:
+        click.echo(
+            f"The KL path reaches sparsity {reachable.sparsity}, not {budget.sparsity}: that is the file's budget.",
+            err=True,
+        )
+        budget = reachable
+        calibration = replace(calibration, provenance=calibration.provenance | {"budget": budget.describe()})
+    chosen = calibration.allocate(budget)
     write_calibration(calibration, output)
     PartialFile(output, {}).remove()
-    chosen = calibration.allocate(budget)
     if as_json:
         click.echo(
             json.dumps(

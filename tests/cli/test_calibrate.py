@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tda_export.calibration.budgets import Budget
 from tda_export.calibration.file import read_calibration
 from tda_export.graph import contract
 from tests.cli.results import result_of
@@ -118,6 +119,25 @@ def test_calibrate_overwrites_a_calibration(tiny_model: Path, tiny_calibration: 
     run_ok("calibrate", tiny_model, "-o", tmp_path / "c", *CALIBRATE_TINY, "--cett", "0.2", "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
     assert (tmp_path / "c").read_bytes() != tiny_calibration.read_bytes()  # another budget
+
+
+def test_a_sparsity_that_is_just_missed_becomes_the_nearest(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured is kept, with a budget that can be met."""
+    monkeypatch.setattr("tda_export.calibration.kl_plan.SHARES", (0.7, 0.5, 0.3))
+    output = tmp_path / "c.safetensors"
+    result = run_ok("calibrate", tiny_model, "-o", output, *CALIBRATE_TINY, "--sparsity", "0.79")
+    assert [path.name for path in tmp_path.iterdir()] == ["c.safetensors"]
+    calibration = read_calibration(output)
+    assert calibration.kl is not None
+    most = calibration.kl.most_sparsity
+    assert 0.6 < most < 0.79
+    assert calibration.provenance["budget"] == {"sparsity": most, "allocation": "kl"}
+    assert f"The KL path reaches sparsity {most}, not 0.79: that is the file's budget.\n" in result.stderr
+    assert f"prompt estimator, sparsity {most}, kl" in result.stdout
+    assert calibration.allocate(Budget(**calibration.provenance["budget"])).sparsity == pytest.approx(most, abs=1e-3)
+    run_ok("build", tiny_model, "--calibration", output, "-o", tmp_path / "a", "--no-verify")
 
 
 def test_one_sequence_is_enough_for_curves_alone(tiny_model: Path, tmp_path: Path) -> None:
