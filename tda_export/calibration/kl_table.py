@@ -60,6 +60,25 @@ class KlTable:
         """The largest sparsity that was measured, rounded down, so that it may be asked for."""
         return math.floor(1000 * (1 - float(self.share[-1]))) / 1000
 
+    def measurements(self) -> list[dict[str, float]]:
+        """Return what each setting costs, as plain data: its share of FFN bytes, and KL in nats a token.
+
+        KL on the sequences that the path was fitted on and on those held out, each with its standard error, and the sum
+        of the KL of masking every layer alone.
+        """
+        rows = zip(self.share, self.kl, self.kl_stderr, self.sensitivity.sum(dim=1), strict=True)
+        return [
+            {
+                "ffn_share": float(share),
+                "fitted_kl": float(kl[FITTED]),
+                "fitted_kl_stderr": float(error[FITTED]),
+                "held_out_kl": float(kl[HELD_OUT]),
+                "held_out_kl_stderr": float(error[HELD_OUT]),
+                "single_layers_kl": float(layers),
+            }
+            for share, kl, error, layers in rows
+        ]
+
 
 COLUMNS = tuple(f.name for f in fields(KlTable) if f.name != "prior_tokens")  # those with a row for each setting
 

@@ -124,7 +124,7 @@ def calibrate(
     from tda_export.calibration.run import CalibrationSettings
     from tda_export.calibration.run import calibrate as run
     from tda_export.cli.options import chosen_budget
-    from tda_export.cli.tables import print_allocation
+    from tda_export.cli.tables import print_allocation, print_measurements
     from tda_export.errors import UsageError
     from tda_export.files import check_output
     from tda_export.models.source import resolve_model
@@ -168,6 +168,7 @@ def calibrate(
     chosen = calibration.allocate(budget)
     write_calibration(calibration, output)
     PartialFile(output, {}).remove()
+    measurements = calibration.kl.measurements() if calibration.kl else []
     if as_json:
         click.echo(
             json.dumps(
@@ -175,9 +176,12 @@ def calibrate(
                     "output": str(output),
                     **calibration.provenance,
                     "allocation": asdict(chosen) | {"sparsity": chosen.sparsity},
+                    "predicted_kl": measurements,
                 }
             )
         )
         return
     print_allocation(chosen, f"{model}, {estimator} estimator, {budget}")
+    if measurements:
+        print_measurements(measurements)
     click.echo(f"FFN sparsity {chosen.sparsity:.3f} on {found} sequences; wrote {output}")
