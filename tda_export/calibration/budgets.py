@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from tda_export.calibration.curves import CurveSums
-from tda_export.calibration.kl_table import KlSetting, KlTable, setting_at, sparsest_within
+from tda_export.calibration.kl_table import MARGIN, SHARES, KlSetting, KlTable, setting_at, sparsest_within
 from tda_export.errors import UsageError
 from tda_export.ffn_share import GATED, truncation_share, two_level_share
 
@@ -91,6 +91,26 @@ def make_budget(
     if allocation is not None and sparsity is None:
         raise UsageError("--allocation spreads a --sparsity over the layers. Give --sparsity, or leave it out.")
     return Budget(cett, sparsity, allocation or "kl", max_kl)
+
+
+def check_reach(budget: Budget) -> None:
+    """Refuse a sparsity that the KL path will not be measured at, before any long work.
+
+    Raises:
+        UsageError: It is further from dense than the last measured setting.
+    """
+    if budget.by_kl and budget.sparsity is not None and 1 - budget.sparsity < SHARES[-1] - MARGIN:
+        raise UsageError(
+            f"Sparsity {budget.sparsity} is more than the KL path is measured at (about {1 - SHARES[-1]:.1f}). "
+            "Give a lower --sparsity, or --allocation uniform."
+        )
+
+
+def nearest_reachable(budget: Budget, table: KlTable | None) -> Budget:
+    """Return the budget, or where its sparsity is more than the table measured, the most that it did."""
+    if table is None or not budget.by_kl or budget.sparsity is None or 1 - budget.sparsity >= float(table.share[-1]):
+        return budget
+    return replace(budget, sparsity=table.most_sparsity)
 
 
 @dataclass(frozen=True)

@@ -77,12 +77,22 @@ class CurveSums:
 class CurveAccumulator:
     """Adds one layer of one sequence after another to the sums."""
 
-    def __init__(self, layers: int, neurons: int, grid: torch.Tensor, estimator: Estimator, prompt_tokens: int) -> None:
+    def __init__(
+        self,
+        layers: int,
+        neurons: int,
+        grid: torch.Tensor,
+        estimator: Estimator,
+        prompt_tokens: int,
+        sums: CurveSums | None = None,
+    ) -> None:
+        """Begin at zero, or at the `sums` of earlier sequences, which are added to in place."""
+
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(*shape, dtype=torch.float64)
 
         points = len(grid)
-        self.sums = CurveSums(
+        self.sums = sums or CurveSums(
             ratio=zeros(layers, points),
             ratio_tokens=zeros(layers),
             density=zeros(layers, points),

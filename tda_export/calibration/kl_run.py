@@ -1,10 +1,10 @@
-"""The second part of a calibration: the KL path, found on half of the sequences and measured on both halves."""
+"""The second part of a calibration: the KL path, found on half of the sequences and measured on the other too."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,55 +19,25 @@ from tda_export.calibration.kl_path import (
     collect_estimates,
     densities_at,
 )
-from tda_export.calibration.kl_table import SHARES, KlTable
+from tda_export.calibration.kl_plan import SENSITIVITY_SEQUENCES, SETTLING_SEQUENCES, plan_for
+from tda_export.calibration.kl_table import KlTable
 from tda_export.calibration.marginals import EstimateHistogram, Level, score_thresholds
 from tda_export.calibration.masked import LayerRun, choose_masking, down_weights, masked_kl, two_level_ffn
 from tda_export.ffn_share import two_level_share
 from tda_export.models.spec import DecoderSpec
 from tda_export.progress import Advance
 
-BATCHES = 8  # a step takes an eighth of the sequences
-SETTLING_SEQUENCES = 12  # that the token thresholds of a measured setting are chosen on
-SENSITIVITY_SEQUENCES = 2  # that each layer alone is measured on, for every setting
 TINY = 1e-30
 
-
-@dataclass(frozen=True)
-class KlPlan:
-    """How many sequences each part reads: N in all, of which `fitted` fit the path; `dense` is measured with ReLU."""
-
-    sequences: int
-    dense: bool = False
-
-    @property
-    def fitted(self) -> int:
-        """Sequences that the path is fitted on; the others are held out."""
-        return (self.sequences + 1) // 2
-
-    @property
-    def batch(self) -> int:
-        """Sequences of one step of the path."""
-        return max(2, self.sequences // BATCHES)
-
-    @property
-    def path_units(self) -> int:
-        """Passes over a sequence that the path takes; one with its backward pass counts two."""
-        return (WARM_UP + STEPS) * min(self.batch, self.fitted) * 2
-
-    def measuring_units(self, layers: int) -> int:
-        """Passes over a sequence that measuring takes."""
-        settling = min(SETTLING_SEQUENCES, self.fitted)
-        setting = settling + self.sequences + layers * min(SENSITIVITY_SEQUENCES, self.sequences)
-        return len(SHARES) * setting + self.dense * self.sequences
-
-    def units(self, layers: int) -> int:
-        """All passes over a sequence."""
-        return self.sequences + self.path_units + self.measuring_units(layers)
+Row = tuple[torch.Tensor, ...]  # of each tensor of `KlTable` but the last, float32 on the CPU
 
 
-def plan_for(spec: DecoderSpec, sequences: int) -> KlPlan:
-    """Return what an architecture needs."""
-    return KlPlan(sequences, dense=spec.activation == "relu")
+@dataclass
+class Sweep:
+    """How far a run is: the state of the path, and the rows that are measured, of the first of `KlPlan.settings`."""
+
+    state: PathState
+    rows: list[Row] = field(default_factory=list)
 
 
 def neuron_scales(model: Any, spec: DecoderSpec, sums: CurveSums) -> torch.Tensor:
@@ -86,42 +56,49 @@ def find_path(
     prior_tokens: float,
     seed: int,
     advance: Advance,
-    resume: PathState | None = None,
-    save: Callable[[PathState], None] = lambda state: None,
+    resume: Sweep | None = None,
+    save: Callable[[Sweep], None] = lambda sweep: None,
 ) -> KlTable:
     """Find the KL path and measure it.
 
     Args:
         model: A transformers model in evaluation mode.
         spec: Its architecture.
-        tokens: int64 [N, P + C]; even ones fit the path, odd ones are held out.
+        tokens: int64 [N, P + C], N at least 2; even ones fit the path, odd ones are held out.
         prompt_tokens: P.
         scale: Neuron scales, float32 [L, F] (`neuron_scales`).
         prior_tokens: The pseudo-count of the prior.
         seed: Order of the sequences.
         advance: Told of passes over a sequence (`KlPlan.units`).
-        resume: The state of a sweep that was interrupted.
-        save: Given the state after every step.
+        resume: A sweep that was interrupted.
+        save: Given the sweep after every step and every measured setting.
+
+    Raises:
+        UsageError: N is less than 2.
     """
     model.requires_grad_(False)
     plan = plan_for(spec, len(tokens))
-    tokens = torch.cat([tokens[::2], tokens[1::2]]) if plan.sequences > 1 else tokens
+    tokens = torch.cat([tokens[::2], tokens[1::2]])
     sequences = read_dense(model, spec, tokens, prompt_tokens, advance)
     blended = blend(sequences, prior_tokens)
     search = PathSearch(model, spec, sequences[: plan.fitted], blended[: plan.fitted], scale, plan.batch, seed)
-    state = resume or search.start()
+    sweep = resume or Sweep(search.start())
+    state, rows = sweep.state, sweep.rows
     advance(state.step * min(plan.batch, plan.fitted) * 2)
     while state.step < WARM_UP + STEPS:
         search.advance(state)
-        save(state)
+        save(sweep)
         advance(min(plan.batch, plan.fitted) * 2)
     measuring = _Measuring(model, spec, sequences, blended, plan.fitted, scale, advance)
-    rows = [measuring.measure(state, share) for share in SHARES]
+    advance(sum(plan.setting_units(share, spec.num_layers) for share in plan.settings[: len(rows)]))
+    for share in plan.settings[len(rows) :]:
+        measured = measuring.dense() if share is None else measuring.measure(state, share)
+        rows.append(tuple(value.float().cpu() for value in measured))
+        save(sweep)
     if plan.dense:
-        dense = measuring.dense()
         # A setting that reads no less than dense drops neurons for nothing.
-        rows = [dense, *(row for row in rows if row[0] < dense[0])]
-    columns = [torch.stack([row[i].float().cpu() for row in rows]) for i in range(len(rows[0]))]
+        rows = [rows[0], *(row for row in rows[1:] if row[0] < rows[0][0])]
+    columns = [torch.stack(values) for values in zip(*rows, strict=True)]
     return KlTable(*[*columns, torch.tensor([float(prior_tokens)])])
 
 
@@ -165,7 +142,7 @@ class _Measuring:
         count = len(self._sequences)
         density, cett = density / count, cett / count
         measured = two_level_share(density[0], density[1], len(spec.ffn_parts)).mean()
-        halves = [torch.tensor(half if half else kls[0], dtype=torch.float64) for half in kls]
+        halves = [torch.tensor(half, dtype=torch.float64) for half in kls]
         errors = [half.std() / math.sqrt(len(half)) if len(half) > 1 else half.new_zeros(()) for half in halves]
         return (
             measured,

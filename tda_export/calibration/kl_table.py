@@ -11,6 +11,7 @@ from tda_export.errors import UsageError
 
 SHARES = (0.84, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # of FFN bytes, at which the path is measured
 FITTED, HELD_OUT = 0, 1  # halves of the sequences
+MARGIN = 0.01  # by which the share that is measured last may miss what it aims at
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,39 @@ class KlTable:
             dense = torch.ones_like(column[:1]) if name in ones else torch.zeros_like(column[:1])
             return torch.cat([dense, column])
 
-        columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "prior_tokens"}
-        return replace(self, **{name: with_dense(name, column) for name, column in columns.items()})
+        return replace(self, **{name: with_dense(name, getattr(self, name)) for name in COLUMNS})
 
     @property
     def predicted_kl(self) -> list[float]:
         """KL on sequences that the path never saw, made to rise from setting to setting, [A], from 0."""
         return torch.cummax(self.kl[:, HELD_OUT].clamp_min(0), dim=0).values.tolist()
+
+    @property
+    def most_sparsity(self) -> float:
+        """The largest sparsity that was measured, rounded down, so that it may be asked for."""
+        return math.floor(1000 * (1 - float(self.share[-1]))) / 1000
+
+    def measurements(self) -> list[dict[str, float]]:
+        """Return what each setting costs, as plain data: its share of FFN bytes, and KL in nats a token.
+
+        KL on the sequences that the path was fitted on and on those held out, each with its standard error, and the sum
+        of the KL of masking every layer alone.
+        """
+        rows = zip(self.share, self.kl, self.kl_stderr, self.sensitivity.sum(dim=1), strict=True)
+        return [
+            {
+                "ffn_share": float(share),
+                "fitted_kl": float(kl[FITTED]),
+                "fitted_kl_stderr": float(error[FITTED]),
+                "held_out_kl": float(kl[HELD_OUT]),
+                "held_out_kl_stderr": float(error[HELD_OUT]),
+                "single_layers_kl": float(layers),
+            }
+            for share, kl, error, layers in rows
+        ]
+
+
+COLUMNS = tuple(f.name for f in fields(KlTable) if f.name != "prior_tokens")  # those with a row for each setting
 
 
 @dataclass(frozen=True)
@@ -85,9 +112,9 @@ def setting_at(table: KlTable, share: float) -> KlSetting:
     table = table.from_dense()
     shares = table.share.tolist()
     if share < shares[-1]:
-        most = math.floor(1000 * (1 - shares[-1])) / 1000  # rounded down, so that it may be asked for
         raise UsageError(
-            f"Sparsity {1 - share:.3g} is more than the calibration measured ({most:.3f}). Give a lower --sparsity."
+            f"Sparsity {1 - share:.3g} is more than the calibration measured ({table.most_sparsity:.3f}). "
+            "Give a lower --sparsity."
         )
     share = min(share, shares[0])
     after = next(i for i, measured in enumerate(shares) if measured <= share)

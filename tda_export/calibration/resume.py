@@ -1,4 +1,4 @@
-"""A calibration that was interrupted goes on where it was: its sums and the state of its sweep, in a file beside it."""
+"""A calibration that was interrupted goes on where it was: its sums and how far its sweep is, in a file beside it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from safetensors.torch import save_file
 
 from tda_export.calibration.curves import CurveSums
 from tda_export.calibration.kl_path import PathState
+from tda_export.calibration.kl_run import Sweep
+from tda_export.calibration.kl_table import COLUMNS
 from tda_export.calibration.marginals import Densities, EstimateHistogram
 from tda_export.files import atomic_file
 
 SUFFIX = ".partial"
 KEY = "tda_export_partial"
+MEASURED = "measured."  # begins the names of the columns of measured rows
 
 
 class PartialFile:
@@ -33,11 +36,13 @@ class PartialFile:
         self.path = output.with_name(output.name + SUFFIX)
         self._key = json.dumps(key, sort_keys=True)
 
-    def save(self, sums: CurveSums, state: PathState | None = None) -> None:
-        """Write what there is so far, whole or not at all."""
+    def save(self, sums: CurveSums, sweep: Sweep | None = None) -> None:
+        """Write what there is so far, whole or not at all. `sums.sequences` tells how many sequences are in them."""
         tensors = {field.name: getattr(sums, field.name) for field in fields(CurveSums)}
-        if state is not None:
-            tensors |= _state_tensors(state)
+        if sweep is not None:
+            tensors |= _state_tensors(sweep.state)
+            columns = zip(COLUMNS, zip(*sweep.rows, strict=True), strict=False)  # no columns without rows
+            tensors |= {MEASURED + name: torch.stack(values) for name, values in columns}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with atomic_file(self.path) as part:
             try:
@@ -45,16 +50,15 @@ class PartialFile:
             except SafetensorError as error:  # its way of reporting what the operating system said
                 raise OSError(str(error)) from error
 
-    def load(self, device: torch.device | str) -> tuple[CurveSums, PathState | None] | None:
+    def load(self, device: torch.device | str) -> tuple[CurveSums, Sweep | None] | None:
         """Read what an earlier run left, if it was of the same calibration; None otherwise."""
         try:
             with safe_open(self.path, framework="pt", device=str(device)) as file:
                 if (file.metadata() or {}).get(KEY) != self._key:
                     return None
                 sums = CurveSums(*(file.get_tensor(field.name).cpu() for field in fields(CurveSums)))
-                names = set(file.keys())
-                state = _state({name: file.get_tensor(name) for name in names}) if "path.step" in names else None
-                return sums, state
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                return sums, _sweep(tensors) if "path.step" in tensors else None
         except (SafetensorError, OSError, ValueError, KeyError, TypeError):
             return None  # missing, damaged or of another kind: begin anew
 
@@ -75,6 +79,13 @@ def _state_tensors(state: PathState) -> dict[str, torch.Tensor]:
         "path.mask_densities": torch.stack(state.mask_densities),
         "path.token_densities": torch.stack(state.token_densities),
     }
+
+
+def _sweep(tensors: dict[str, torch.Tensor]) -> Sweep:
+    if MEASURED + COLUMNS[0] not in tensors:
+        return Sweep(_state(tensors))
+    columns = [tensors[MEASURED + name].cpu() for name in COLUMNS]
+    return Sweep(_state(tensors), list(zip(*columns, strict=True)))
 
 
 def _state(tensors: dict[str, torch.Tensor]) -> PathState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -16,7 +17,8 @@ from tda_export.calibration.cett import threshold_grid
 from tda_export.calibration.corpus import Corpus
 from tda_export.calibration.curves import CurveAccumulator, CurveSums, Estimator
 from tda_export.calibration.file import Calibration
-from tda_export.calibration.kl_run import find_path, neuron_scales, plan_for
+from tda_export.calibration.kl_plan import KlPlan, plan_for
+from tda_export.calibration.kl_run import find_path, neuron_scales
 from tda_export.calibration.resume import PartialFile
 from tda_export.errors import UsageError
 from tda_export.models.source import ModelSource
@@ -27,6 +29,7 @@ from tda_export.versions import installed_versions
 CalibrationDtype = Literal["fp32", "fp16", "bf16"]
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "tokenizers")
+SAVE_SECONDS = 5.0  # least time between two saves of curves; one takes milliseconds
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class CalibrationSettings:
             raise UsageError("--prompt-tokens must be at least 2: the first token does not count.")
         if self.continuation_tokens < 1:
             raise UsageError("--continuation-tokens must be at least 1.")
+        if not self.curves_only:
+            KlPlan(self.sequences)  # refuses too few
         _check_device(self.device)
         if self.device == "cpu" and self.dtype == "fp16":
             raise UsageError("--dtype fp16 on the CPU is slow and imprecise. Use fp32, or --device cuda.")
@@ -72,6 +77,9 @@ def accumulate_curves(
     tokens: torch.Tensor,
     settings: CalibrationSettings,
     advance: Advance = lambda units: None,
+    *,
+    resume: CurveSums | None = None,
+    save: Callable[[CurveSums], None] = lambda sums: None,
 ) -> tuple[torch.Tensor, CurveSums]:
     """Run the sequences through the model and add up the curves.
 
@@ -80,17 +88,28 @@ def accumulate_curves(
         spec: Its architecture.
         tokens: int64 [N, P + C].
         settings: Estimator and lengths are used here.
-        advance: Called with 1 after each sequence.
+        advance: Told of sequences that are in the sums.
+        resume: Sums of the first sequences, from a run that was interrupted; they are added to in place.
+        save: Given the sums of whole sequences from time to time (`SAVE_SECONDS`).
 
     Returns:
         The threshold grid, float32 [K], and the sums.
     """
     grid = threshold_grid()
-    accumulator = CurveAccumulator(spec.num_layers, spec.ffn_size, grid, settings.estimator, settings.prompt_tokens)
+    accumulator = CurveAccumulator(
+        spec.num_layers, spec.ffn_size, grid, settings.estimator, settings.prompt_tokens, resume
+    )
+    done = int(accumulator.sums.sequences)
+    if done:
+        advance(done)
+    saved = time.monotonic()
     with torch.inference_mode(), capture_activations(model, spec, accumulator.add, accumulator.add_up):
-        for sequence in tokens:
+        for sequence in tokens[done:]:
             model.base_model(sequence[None].to(model.device), use_cache=False)  # [1, P + C]
             advance(1)
+            if time.monotonic() - saved >= SAVE_SECONDS:
+                save(accumulator.sums)
+                saved = time.monotonic()
     return grid, accumulator.sums
 
 
@@ -115,7 +134,11 @@ def calibrate(
 
     Returns:
         Curves, KL path and provenance, ready to be written.
+
+    Raises:
+        UsageError: The corpus has fewer than two sequences, and a KL path is to be found.
     """
+    plan = None if settings.curves_only else plan_for(source.spec, len(corpus.tokens))
     about = {
         "model": {
             "name": source.name,
@@ -127,18 +150,20 @@ def calibrate(
         "settings": asdict(settings),
     }
     versions = {"tda-export": tda_export.__version__, **installed_versions(RECORDED_PACKAGES)}
-    partial = None if output is None or settings.curves_only else PartialFile(output, about | {"versions": versions})
+    partial = PartialFile(output, about | {"versions": versions}) if output else None
     earlier = partial.load(settings.device) if partial else None
     model = source.reference(dtype=TORCH_DTYPES[settings.dtype], device=settings.device)
-    sums, state = earlier or (None, None)
-    if sums is None:
+    sums, sweep = earlier or (None, None)
+    save = partial.save if partial else lambda sums, sweep=None: None
+    if sums is None or int(sums.sequences) < len(corpus.tokens):
         with show("Calibrating", len(corpus.tokens)) as advance:
-            sums = accumulate_curves(model, source.spec, corpus.tokens, settings, advance)[1]
+            sums = accumulate_curves(
+                model, source.spec, corpus.tokens, settings, advance, resume=sums, save=lambda sums: save(sums)
+            )[1]
+        save(sums)
     table = None
-    if not settings.curves_only:
-        if partial:
-            partial.save(sums, state)
-        with show("Allocating", plan_for(source.spec, len(corpus.tokens)).units(source.spec.num_layers)) as advance:
+    if plan:
+        with show("Allocating", plan.units(source.spec.num_layers)) as advance:
             table = find_path(
                 model,
                 source.spec,
@@ -148,8 +173,8 @@ def calibrate(
                 prior_tokens=settings.prior_tokens,
                 seed=settings.seed,
                 advance=advance,
-                resume=state,
-                save=(lambda state: partial.save(sums, state)) if partial else lambda state: None,
+                resume=sweep,
+                save=lambda sweep: save(sums, sweep),
             )
     provenance = {**about, "budget": budget, "versions": versions}
     return Calibration(threshold_grid(), sums, provenance, table)

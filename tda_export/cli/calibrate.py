@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,7 +57,13 @@ CURVES_BUDGET = {"cett": 0.2}  # the paper's
     show_default=True,
     help="Tokens that what is known of all texts counts for beside a prompt's own, so that short prompts lean on it.",
 )
-@click.option("--sequences", type=click.IntRange(1), default=64, show_default=True, help="Token sequences to read.")
+@click.option(
+    "--sequences",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Token sequences to read; at least 2 without --curves-only.",
+)
 @click.option(
     "--prompt-tokens",
     type=click.IntRange(2),
@@ -111,13 +117,14 @@ def calibrate(
     about twenty forward passes for each sequence. Build can choose any budget from the file. A run that was
     interrupted goes on where it was when it is started again.
     """
+    from tda_export.calibration.budgets import check_reach, nearest_reachable
     from tda_export.calibration.corpus import load_corpus
     from tda_export.calibration.file import is_calibration, write_calibration
     from tda_export.calibration.resume import PartialFile
     from tda_export.calibration.run import CalibrationSettings
     from tda_export.calibration.run import calibrate as run
     from tda_export.cli.options import chosen_budget
-    from tda_export.cli.tables import print_allocation
+    from tda_export.cli.tables import print_allocation, print_measurements
     from tda_export.errors import UsageError
     from tda_export.files import check_output
     from tda_export.models.source import resolve_model
@@ -132,6 +139,7 @@ def calibrate(
         raise UsageError(
             "--curves-only leaves out what this budget needs. Give --cett, or --sparsity with --allocation uniform."
         )
+    check_reach(budget)
     check_output(output, overwrite=overwrite, what="a calibration", is_earlier_output=is_calibration)
     source = resolve_model(model, notify=lambda line: click.echo(line, err=True))
     if settings.length > source.spec.max_positions:
@@ -149,9 +157,18 @@ def calibrate(
         )
     show = partial(progress, quiet=as_json)
     calibration = run(source, corpus, settings, budget.describe(), show=show, output=output)
+    reachable = nearest_reachable(budget, calibration.kl)
+    if reachable != budget:
+        click.echo(
+            f"The KL path reaches sparsity {reachable.sparsity}, not {budget.sparsity}: that is the file's budget.",
+            err=True,
+        )
+        budget = reachable
+        calibration = replace(calibration, provenance=calibration.provenance | {"budget": budget.describe()})
+    chosen = calibration.allocate(budget)
     write_calibration(calibration, output)
     PartialFile(output, {}).remove()
-    chosen = calibration.allocate(budget)
+    measurements = calibration.kl.measurements() if calibration.kl else []
     if as_json:
         click.echo(
             json.dumps(
@@ -159,9 +176,12 @@ def calibrate(
                     "output": str(output),
                     **calibration.provenance,
                     "allocation": asdict(chosen) | {"sparsity": chosen.sparsity},
+                    "predicted_kl": measurements,
                 }
             )
         )
         return
     print_allocation(chosen, f"{model}, {estimator} estimator, {budget}")
+    if measurements:
+        print_measurements(measurements)
     click.echo(f"FFN sparsity {chosen.sparsity:.3f} on {found} sequences; wrote {output}")

@@ -50,6 +50,26 @@ def print_allocation(allocation: Allocation, title: str) -> None:
         )
 
 
+def print_measurements(measurements: list[dict[str, float]]) -> None:
+    """Print what the settings of a KL path cost (`KlTable.measurements`), ± one standard error where there is one."""
+
+    def measured(row: dict[str, float], half: str) -> str:
+        error = row[f"{half}_kl_stderr"]
+        return f"{row[f'{half}_kl']:.3f}" + (f" ± {error:.3f}" if error else "")
+
+    rows = [
+        [
+            f"{row['ffn_share']:.3f}",
+            measured(row, "fitted"),
+            measured(row, "held_out"),
+            f"{row['single_layers_kl']:.3f}",
+        ]
+        for row in measurements
+    ]
+    columns = ["FFN bytes", "fitted sequences", "other sequences", "sum of single layers"]
+    print_table("KL to dense along the path, nats a token", columns, rows)
+
+
 def print_checks(checks: list[Check]) -> None:
     """Print every check with its largest difference and whether it passed."""
     rows = [

@@ -11,7 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tda_export.calibration.budgets import Allocation, Budget, allocate, allocate_truncation, make_budget
+from tda_export.calibration.budgets import (
+    Allocation,
+    Budget,
+    allocate,
+    allocate_truncation,
+    check_reach,
+    make_budget,
+    nearest_reachable,
+)
 from tda_export.calibration.curves import CurveSums
 from tda_export.calibration.kl_table import KlTable, setting_at, sparsest_within
 from tda_export.errors import UsageError
@@ -303,6 +311,33 @@ def test_sparsity_beyond_the_path_is_refused() -> None:
         UsageError, match=r"^Sparsity 0\.9 is more than the calibration measured \(0\.699\)\. Give a lower"
     ):
         allocate(Budget(sparsity=0.9), curves([RISING, RISING]), GRID, path_table())
+
+
+@pytest.mark.parametrize("budget", [Budget(cett=0.9), uniform(0.95), Budget(sparsity=0.805), Budget(max_kl=9.0)])
+def test_budgets_that_may_be_reached_are_let_pass(budget: Budget) -> None:
+    check_reach(budget)
+
+
+@pytest.mark.parametrize("sparsity", [0.82, 0.9])
+def test_a_sparsity_that_cannot_be_reached_is_refused(sparsity: float) -> None:
+    message = (
+        rf"^Sparsity {sparsity} is more than the KL path is measured at \(about 0\.8\)\. Give a lower --sparsity, or"
+    )
+    with pytest.raises(UsageError, match=message):
+        check_reach(Budget(sparsity=sparsity))
+
+
+@pytest.mark.parametrize("budget", [Budget(cett=0.9), uniform(0.9), Budget(sparsity=0.699), Budget(max_kl=9.0)])
+def test_budgets_within_reach_stay(budget: Budget) -> None:
+    assert nearest_reachable(budget, path_table()) == budget
+    assert nearest_reachable(budget, None) == budget
+
+
+@pytest.mark.parametrize("sparsity", [0.702, 0.9])
+def test_the_nearest_budget_within_reach_can_be_met(sparsity: float) -> None:
+    nearest = nearest_reachable(Budget(sparsity=sparsity), path_table())
+    assert nearest == Budget(sparsity=0.699)
+    assert allocate(nearest, curves([RISING, RISING]), GRID, path_table()).kl is not None
 
 
 @pytest.mark.parametrize(

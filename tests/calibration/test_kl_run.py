@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from tda_export.calibration.dense import blend, read_dense
-from tda_export.calibration.kl_path import STEPS, WARM_UP, PathState
-from tda_export.calibration.kl_run import KlPlan, find_path, neuron_scales, plan_for
+from tda_export.calibration.kl_path import STEPS, WARM_UP
+from tda_export.calibration.kl_plan import KlPlan, plan_for
+from tda_export.calibration.kl_run import Sweep, find_path, neuron_scales
 from tda_export.calibration.kl_table import FITTED, HELD_OUT, SHARES, KlTable
 from tda_export.calibration.run import CalibrationSettings, accumulate_curves
+from tda_export.errors import UsageError
 from tda_export.graph.reference import SecondLevel, masked_ffn
 from tda_export.models.ffn_modules import FfnModules
 from tests.calibration.kl_case import CONTINUATION, PRIOR_TOKENS, PROMPT, KlCase, make_case, seen_by_ffns
@@ -37,14 +39,14 @@ def found(case: KlCase) -> KlTable:
     return run(case, ODD)[0]
 
 
-@pytest.mark.parametrize("sequences", [1, 2, 3, 9])
+@pytest.mark.parametrize("sequences", [2, 3, 9])
 def test_units_told_are_those_of_the_plan(case: KlCase, sequences: int) -> None:
     table, told = run(case, sequences)
     assert sum(told) == KlPlan(sequences).units(case.spec.num_layers)
     assert all(getattr(table, field.name).isfinite().all() for field in dataclasses.fields(KlTable))
 
 
-@pytest.mark.parametrize(("sequences", "fitted", "batch"), [(1, 1, 2), (2, 1, 2), (3, 2, 2), (64, 32, 8), (65, 33, 8)])
+@pytest.mark.parametrize(("sequences", "fitted", "batch"), [(2, 1, 2), (3, 2, 2), (64, 32, 8), (65, 33, 8)])
 def test_plans_split_sequences_in_half(sequences: int, fitted: int, batch: int) -> None:
     assert (KlPlan(sequences).fitted, KlPlan(sequences).batch) == (fitted, batch)
 
@@ -145,29 +147,38 @@ def test_held_out_sequences_choose_no_thresholds(case: KlCase, found: KlTable) -
     assert not torch.equal(first.kl[:, HELD_OUT], second.kl[:, HELD_OUT])
 
 
-@pytest.mark.parametrize("stop", [1, 11, WARM_UP + STEPS])
+@pytest.mark.parametrize("stop", [1, 11, WARM_UP + STEPS, WARM_UP + STEPS + 3, WARM_UP + STEPS + len(SHARES)])
 def test_an_interrupted_run_ends_with_the_same_table(case: KlCase, found: KlTable, stop: int) -> None:
-    saved: list[PathState] = []
-    run(case, ODD, save=lambda state: saved.append(copy.deepcopy(state)))
-    assert [state.step for state in saved] == list(range(1, WARM_UP + STEPS + 1))
+    saved: list[Sweep] = []
+    run(case, ODD, save=lambda sweep: saved.append(copy.deepcopy(sweep)))
+    steps, measured = list(range(1, WARM_UP + STEPS + 1)), list(range(1, len(SHARES) + 1))
+    assert [sweep.state.step for sweep in saved] == steps + [WARM_UP + STEPS] * len(SHARES)
+    assert [len(sweep.rows) for sweep in saved] == [0] * len(steps) + measured
     table, told = run(case, ODD, resume=saved[stop - 1])
     for field in dataclasses.fields(KlTable):
         assert torch.equal(getattr(table, field.name), getattr(found, field.name)), field.name
     assert sum(told) == KlPlan(ODD).units(case.spec.num_layers)
 
 
-def test_one_sequence_counts_as_both_halves(case: KlCase) -> None:
-    table, _ = run(case, 1)
-    assert torch.equal(table.kl[:, FITTED], table.kl[:, HELD_OUT])
-    assert not table.kl_stderr.any()
+@pytest.mark.parametrize("sequences", [0, 1])
+def test_fewer_than_two_sequences_are_refused(case: KlCase, sequences: int) -> None:
+    message = rf"{sequences} is too few for that\. Give --sequences 2 or more and text for them, or --curves-only\.$"
+    with pytest.raises(UsageError, match=message):
+        run(case, sequences)
 
 
 def test_relu_begins_with_what_dense_reads(tmp_path: Path) -> None:
     case = make_case(tmp_path, "opt", sequences=ODD)
-    table, told = run(case, ODD)
+    saved: list[Sweep] = []
+    table, told = run(case, ODD, save=lambda sweep: saved.append(copy.deepcopy(sweep)))
     plan = plan_for(case.spec, ODD)
     assert plan == KlPlan(ODD, dense=True)
     assert sum(told) == plan.units(case.spec.num_layers)
+    for rows in (1, 4):  # interrupted after dense, and later
+        again, told = run(case, ODD, resume=saved[WARM_UP + STEPS + rows - 1])
+        assert sum(told) == plan.units(case.spec.num_layers)
+        for field in dataclasses.fields(KlTable):
+            assert torch.equal(getattr(again, field.name), getattr(table, field.name)), field.name
     counts: list[torch.Tensor] = []
 
     def count(h: torch.Tensor) -> None:

@@ -126,6 +126,16 @@ def test_beyond_a_dense_that_reads_less_the_path_goes_on_from_there() -> None:
     assert measured.from_dense() is measured
 
 
+def test_measurements_are_plain_numbers_of_each_setting() -> None:
+    measured = table(kl=[0.1, 0.3, 1.0], sensitivity=[[0.01, 0.02], [0.1, 0.2], [0.5, 0.25]])
+    rows = measured.measurements()
+    assert [row["ffn_share"] for row in rows] == pytest.approx(SHARES)
+    assert [row["single_layers_kl"] for row in rows] == pytest.approx([0.03, 0.3, 0.75])
+    for half, name in ((FITTED, "fitted"), (HELD_OUT, "held_out")):
+        assert [row[f"{name}_kl"] for row in rows] == measured.kl[:, half].tolist()
+        assert [row[f"{name}_kl_stderr"] for row in rows] == measured.kl_stderr[:, half].tolist()
+
+
 def test_more_sparsity_than_was_measured_is_refused() -> None:
     with pytest.raises(UsageError) as caught:
         setting_at(table(), 0.2)

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +16,12 @@ import torch
 
 import tda_export
 from tda_export.calibration import kl_run
+from tda_export.calibration import run as run_module
 from tda_export.calibration.corpus import Corpus
-from tda_export.calibration.curves import CurveSums
+from tda_export.calibration.curves import CurveAccumulator, CurveSums
 from tda_export.calibration.file import Calibration
 from tda_export.calibration.kl_path import STEPS, WARM_UP, PathSearch, PathState
-from tda_export.calibration.kl_table import KlTable
+from tda_export.calibration.kl_table import SHARES, KlTable
 from tda_export.calibration.resume import PartialFile
 from tda_export.calibration.run import CalibrationSettings, calibrate
 from tda_export.errors import UsageError
@@ -31,6 +33,10 @@ from tda_export.models.source import ModelSource, resolve_model
     [
         ({"prompt_tokens": 1}, r"^--prompt-tokens must be at least 2: the first token does not count\.$"),
         ({"continuation_tokens": 0}, r"^--continuation-tokens must be at least 1\.$"),
+        (
+            {"sequences": 1},
+            r"and 1 is too few for that\. Give --sequences 2 or more and text for them, or --curves-only",
+        ),
         ({"dtype": "fp16"}, r"^--dtype fp16 on the CPU is slow and imprecise\. Use fp32, or --device cuda\.$"),
     ],
 )
@@ -70,7 +76,8 @@ def test_half_precision_is_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_smallest_settings_are_allowed() -> None:
-    assert CalibrationSettings(prompt_tokens=2, continuation_tokens=1).length == 3
+    assert CalibrationSettings(prompt_tokens=2, continuation_tokens=1, sequences=2).length == 3
+    assert CalibrationSettings(sequences=1, curves_only=True).sequences == 1
 
 
 class Shown:
@@ -96,11 +103,11 @@ BUDGET = {"sparsity": 0.5, "allocation": "kl"}
 
 
 def equal(one: Calibration, other: Calibration) -> bool:
-    assert one.kl is not None
-    assert other.kl is not None
+    assert (one.kl is None) == (other.kl is None)
     pairs = [(one.grid, other.grid)]
     pairs += [(getattr(one.sums, field.name), getattr(other.sums, field.name)) for field in fields(CurveSums)]
-    pairs += [(getattr(one.kl, field.name), getattr(other.kl, field.name)) for field in fields(KlTable)]
+    if one.kl is not None:
+        pairs += [(getattr(one.kl, field.name), getattr(other.kl, field.name)) for field in fields(KlTable)]
     return all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
@@ -162,6 +169,18 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, call: i
     monkeypatch.setattr(owner, method, interrupted)
 
 
+def calls_of(monkeypatch: pytest.MonkeyPatch, owner: type, method: str) -> list[tuple[Any, ...]]:
+    """Record the arguments of the calls of a method."""
+    calls, original = list[tuple[Any, ...]](), getattr(owner, method)
+
+    def recorded(self: Any, *arguments: Any) -> Any:
+        calls.append(arguments)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(owner, method, recorded)
+    return calls
+
+
 def steps_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Record at which steps the sweep is."""
     steps, original = list[int](), PathSearch.advance
@@ -206,17 +225,89 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert equal(calibration, uninterrupted)
 
 
-def test_an_interruption_of_measuring_repeats_no_step(
-    tiny: ModelSource, uninterrupted: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("estimator", ["prompt", "token"])
+@pytest.mark.parametrize(
+    ("owner", "method", "call", "after", "kept"),
+    [
+        (kl_run._Measuring, "measure", 0, False, 0),
+        (kl_run._Measuring, "measure", 3, True, 3),  # before the row is kept
+        (PartialFile, "save", 1 + WARM_UP + STEPS + 3, True, 4),
+        (kl_run._Measuring, "_sensitivities", 5, False, 5),
+        (PartialFile, "save", 1 + WARM_UP + STEPS + len(SHARES) - 1, True, len(SHARES)),
+    ],
+    ids=["before the first", "before the fourth is kept", "after the fourth", "within the sixth", "after the last"],
+)
+def test_an_interruption_of_measuring_repeats_no_setting(
+    tiny: ModelSource, tmp_path: Path, estimator: Any, owner: type, method: str, call: int, after: bool, kept: int
 ) -> None:
+    settings = dataclasses.replace(SETTINGS, estimator=estimator)
+    uninterrupted = calibrate(tiny, CORPUS, settings, BUDGET, show=Shown())
     output = tmp_path / "calibration.safetensors"
     with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, kl_run._Measuring, "measure", 2, after=True)
+        interrupt(patch, owner, method, call, after=after)
         with pytest.raises(Interruption):
-            calibrate(tiny, CORPUS, SETTINGS, BUDGET, show=Shown(), output=output)
-    steps = steps_of(monkeypatch)
-    assert equal(calibrate(tiny, CORPUS, SETTINGS, BUDGET, show=Shown(), output=output), uninterrupted)
+            calibrate(tiny, CORPUS, settings, BUDGET, show=Shown(), output=output)
+    with pytest.MonkeyPatch.context() as patch:
+        steps, measured, shown = steps_of(patch), calls_of(patch, kl_run._Measuring, "measure"), Shown()
+        calibration = calibrate(tiny, CORPUS, settings, BUDGET, show=shown, output=output)
     assert steps == []
+    assert [share for _, share in measured] == list(SHARES[kept:])
+    assert [bar[0] for bar in shown.bars] == ["Allocating"]
+    assert shown.bars[0][1] == shown.bars[0][2]
+    assert equal(calibration, uninterrupted)
+
+
+@pytest.mark.parametrize("estimator", ["prompt", "token"])
+@pytest.mark.parametrize("curves_only", [True, False], ids=["curves", "path"])
+@pytest.mark.parametrize("every", [True, False], ids=["kept each time", "kept twice"])
+def test_an_interruption_of_the_curves_repeats_no_sequence_that_was_kept(
+    tiny: ModelSource, tmp_path: Path, estimator: Any, curves_only: bool, every: bool
+) -> None:
+    settings = dataclasses.replace(SETTINGS, estimator=estimator, curves_only=curves_only)
+    uninterrupted = calibrate(tiny, CORPUS, settings, BUDGET, show=Shown())
+    output, layers = tmp_path / "calibration.safetensors", tiny.spec.num_layers
+    with pytest.MonkeyPatch.context() as patch:
+        # A clock that ticks at every look: one look begins, one follows each sequence, one each save.
+        patch.setattr(run_module, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+        patch.setattr(run_module, "SAVE_SECONDS", 1 if every else 2)
+        interrupt(patch, CurveAccumulator, "add", 4 * layers + 1, after=True)  # within the fifth sequence
+        with pytest.raises(Interruption):
+            calibrate(tiny, CORPUS, settings, BUDGET, show=Shown(), output=output)
+    assert [path.name for path in tmp_path.iterdir()] == ["calibration.safetensors.partial"]
+    with pytest.MonkeyPatch.context() as patch:
+        added, shown = calls_of(patch, CurveAccumulator, "add"), Shown()
+        calibration = calibrate(tiny, CORPUS, settings, BUDGET, show=shown, output=output)
+    assert len(added) == 2 * layers
+    assert shown.bars[0] == ["Calibrating", 6, 6]
+    assert equal(calibration, uninterrupted)
+
+
+def test_short_runs_keep_curves_only_when_they_are_complete(
+    tiny: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saving takes little of the time."""
+    saved = calls_of(monkeypatch, PartialFile, "save")
+    monkeypatch.setattr(run_module, "SAVE_SECONDS", 1e9)
+    settings = dataclasses.replace(SETTINGS, curves_only=True)
+    calibrate(tiny, CORPUS, settings, {"cett": 0.2}, show=Shown(), output=tmp_path / "calibration.safetensors")
+    assert [int(sums.sequences) for sums, *_ in saved] == [6]
+
+
+def test_complete_curves_are_not_read_again(tiny: ModelSource, tmp_path: Path) -> None:
+    """As after a failure to write the calibration itself."""
+    settings, output = dataclasses.replace(SETTINGS, curves_only=True), tmp_path / "calibration.safetensors"
+    first = calibrate(tiny, CORPUS, settings, {"cett": 0.2}, show=Shown(), output=output)
+    shown = Shown()
+    assert equal(calibrate(tiny, CORPUS, settings, {"cett": 0.2}, show=shown, output=output), first)
+    assert shown.bars == []
+
+
+def test_one_sequence_is_enough_for_curves_alone(tiny: ModelSource) -> None:
+    corpus = Corpus(CORPUS.tokens[:1], "some.txt", "0" * 64)
+    settings = dataclasses.replace(SETTINGS, sequences=1, curves_only=True)
+    assert calibrate(tiny, corpus, settings, {"cett": 0.2}, show=Shown()).sums.sequences.tolist() == [1]
+    with pytest.raises(UsageError, match="1 is too few for that"):  # less text than was asked for
+        calibrate(tiny, corpus, SETTINGS, BUDGET, show=Shown())
 
 
 def leave_partial(source: ModelSource, output: Path) -> None:
@@ -288,12 +379,6 @@ def test_a_damaged_partial_file_is_not_used(
     steps = steps_of(monkeypatch)
     assert equal(calibrate(tiny, CORPUS, SETTINGS, BUDGET, show=Shown(), output=output), uninterrupted)
     assert steps[0] == 0
-
-
-def test_curves_alone_leave_nothing(tiny: ModelSource, tmp_path: Path) -> None:
-    settings = dataclasses.replace(SETTINGS, curves_only=True)
-    calibrate(tiny, CORPUS, settings, {"cett": 0.2}, show=Shown(), output=tmp_path / "calibration.safetensors")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_removing_a_partial_file_twice(tmp_path: Path, uninterrupted: Calibration) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from tda_export.calibration.budgets import Budget
 from tda_export.calibration.file import read_calibration
+from tda_export.calibration.kl_table import SHARES
 from tda_export.graph import contract
 from tests.cli.results import result_of
-from tests.conftest import CALIBRATE_TINY, run_ok
+from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
 
 CHECK_NAMES = [
     "files match their hashes",
@@ -41,6 +43,18 @@ def test_calibrate(tiny_model: Path, tmp_path: Path) -> None:
     assert "prompt estimator, sparsity 0.5, kl" in result.stdout
     assert "up/down density" in result.stdout
     assert f"on 4 sequences; wrote {output}" in result.stdout
+    table = read_calibration(output).kl
+    assert table is not None
+    assert "KL to dense along the path, nats a token" in result.stdout
+    for row in table.measurements():
+        cells = [
+            f"{row['ffn_share']:.3f}",
+            f"{row['fitted_kl']:.3f} ± {row['fitted_kl_stderr']:.3f}",
+            f"{row['held_out_kl']:.3f} ± {row['held_out_kl_stderr']:.3f}",
+            f"{row['single_layers_kl']:.3f}",
+        ]
+        printed = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines()]
+        assert cells in printed, result.stdout
     assert output.is_file()
 
 
@@ -72,6 +86,10 @@ def test_calibrate_json(tiny_model: Path, tmp_path: Path) -> None:
     assert allocation["sparsity"] == pytest.approx(1 - read / 9)
     assert allocation["kl"] > 0
     assert (allocation["prior_tokens"], allocation["tail_mean"]) == (32.0, True)
+    table = read_calibration(output).kl
+    assert table is not None
+    assert result["predicted_kl"] == table.measurements()
+    assert len(result["predicted_kl"]) == len(SHARES)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +111,7 @@ def test_curves_only(tiny_model: Path, tmp_path: Path, options: list[str], budge
     assert (allocation["token_thresholds"], allocation["kl"]) == ([], None)
     assert allocation["sparsity"] == pytest.approx(1 - sum(allocation["density"]) / 3)
     assert read_calibration(output).kl is None
+    assert result["predicted_kl"] == []
     built = result_of("build", tiny_model, "--calibration", output, "-o", tmp_path / "a")
     assert [check["name"] for check in built["checks"]] == ONE_LEVEL_CHECKS
     assert built["budget"] == budget
@@ -118,6 +137,42 @@ def test_calibrate_overwrites_a_calibration(tiny_model: Path, tiny_calibration: 
     run_ok("calibrate", tiny_model, "-o", tmp_path / "c", *CALIBRATE_TINY, "--cett", "0.2", "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
     assert (tmp_path / "c").read_bytes() != tiny_calibration.read_bytes()  # another budget
+
+
+def test_a_sparsity_that_is_just_missed_becomes_the_nearest(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured is kept, with a budget that can be met."""
+    monkeypatch.setattr("tda_export.calibration.kl_plan.SHARES", (0.7, 0.5, 0.3))
+    output = tmp_path / "c.safetensors"
+    result = run_ok("calibrate", tiny_model, "-o", output, *CALIBRATE_TINY, "--sparsity", "0.79")
+    assert [path.name for path in tmp_path.iterdir()] == ["c.safetensors"]
+    calibration = read_calibration(output)
+    assert calibration.kl is not None
+    most = calibration.kl.most_sparsity
+    assert 0.6 < most < 0.79
+    assert calibration.provenance["budget"] == {"sparsity": most, "allocation": "kl"}
+    assert f"The KL path reaches sparsity {most}, not 0.79: that is the file's budget.\n" in result.stderr
+    assert f"prompt estimator, sparsity {most}, kl" in result.stdout
+    assert calibration.allocate(Budget(**calibration.provenance["budget"])).sparsity == pytest.approx(most, abs=1e-3)
+    run_ok("build", tiny_model, "--calibration", output, "-o", tmp_path / "a", "--no-verify")
+
+
+def test_one_sequence_is_enough_for_curves_alone(tiny_model: Path, tmp_path: Path) -> None:
+    options = (*CALIBRATE_TINY, "--sequences", "1")
+    result = run_ok("calibrate", tiny_model, "-o", tmp_path / "c", *options, "--curves-only")
+    assert "on 1 sequences" in result.stdout
+    assert "KL to dense along the path" not in result.stdout
+
+
+def test_text_for_one_sequence_alone_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "x" * 60}) + "\n")
+    result = run_cli(
+        "calibrate", tiny_model, "-o", tmp_path / "c", *CALIBRATE_TINY, "--dataset", tmp_path / "rows.jsonl"
+    )
+    assert result.exit_code == 2
+    assert "1 is too few for that. Give --sequences 2 or more and text for them, or --curves-only." in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_less_text_than_asked_for(tiny_model: Path, tmp_path: Path) -> None:

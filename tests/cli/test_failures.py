@@ -101,7 +101,7 @@ def limit_files() -> None:
 
 @pytest.mark.parametrize(
     ("command", "more", "name"),
-    [("calibrate", ["--curves-only"], "x"), ("calibrate", [], "x.partial"), ("build", [], "x")],
+    [("calibrate", ["--curves-only"], "x.partial"), ("calibrate", [], "x.partial"), ("build", [], "x")],
     ids=["curves", "path", "build"],
 )
 def test_files_that_really_cannot_be_written(
@@ -239,17 +239,18 @@ def test_interrupted_calibration(outputs: Path, tiny_model: Path, monkeypatch: p
     assert_interrupted(run_cli("calibrate", tiny_model, "-o", outputs / "x", *CALIBRATE_TINY))
 
 
-def test_interrupted_calibration_of_curves(outputs: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tda_export.calibration.file.save_file", interrupt)
-    assert_interrupted(run_cli("calibrate", tiny_model, "-o", outputs / "x", *CALIBRATE_TINY, "--curves-only"))
-
-
 @pytest.mark.parametrize(
-    "step", ["tda_export.calibration.run.find_path", "tda_export.calibration.file.save_file"], ids=["path", "writing"]
+    ("step", "more"),
+    [
+        ("tda_export.calibration.run.find_path", []),
+        ("tda_export.calibration.file.save_file", []),
+        ("tda_export.calibration.file.save_file", ["--curves-only"]),
+    ],
+    ids=["path", "writing", "writing curves"],
 )
-def test_interrupted_calibration_goes_on(tmp_path: Path, tiny_model: Path, step: str) -> None:
+def test_interrupted_calibration_goes_on(tmp_path: Path, tiny_model: Path, step: str, more: list[str]) -> None:
     """What it leaves is the partial file alone, which the next run uses and removes."""
-    arguments = ("calibrate", tiny_model, *CALIBRATE_TINY, "-o")
+    arguments = ("calibrate", tiny_model, *CALIBRATE_TINY, *more, "-o")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, interrupt)
         assert_interrupted(run_cli(*arguments, tmp_path / "x"))

@@ -93,6 +93,8 @@ def test_griffin_of_an_impossible_sparsity(outputs: Path, tiny_model: Path) -> N
         (["--prompt-tokens", "1"], "--prompt-tokens"),
         (["--continuation-tokens", "0"], "--continuation-tokens"),
         (["--sequences", "0"], "--sequences"),
+        (["--sequences", "1"], "1 is too few for that. Give --sequences 2 or more and text for them, or --curves-only"),
+        (["--sparsity", "0.9"], "Sparsity 0.9 is more than the KL path is measured at (about 0.8). Give a lower"),
         (["--estimator", "guess"], "'guess' is not one of"),
         (["--dtype", "fp16"], "--dtype fp16 on the CPU is slow"),
         (["--device", "tpu"], "--device tpu"),
