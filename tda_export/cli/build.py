@@ -120,13 +120,14 @@ def build(
                 f"{calibration_file} was calibrated on another model ({calibrated}) than {model}. "
                 "Calibrate this one with 'tda-export calibrate'."
             )
-        chosen = calibration.allocate(budget, refresh)
+        refreshing = Refresh(refresh)
+        chosen = calibration.allocate(budget, refreshing.tokens)
         if budget.by_kl and tail == "zero":
             raise UsageError("--tail zero: a budget by KL is calibrated with the tail mean. Leave --tail out.")
         if not as_json:
             predicted = "" if chosen.kl is None else f", predicted KL {chosen.kl:.3f} nats a token"
             click.echo(
-                f"{model}, {budget}: expected FFN sparsity {Refresh(refresh).sparsity(chosen.sparsity):.3f}{predicted}"
+                f"{model}, {budget}: expected FFN sparsity {refreshing.sparsity(chosen.sparsity):.3f}{predicted}"
             )
         request = BuildRequest(
             source,
@@ -139,7 +140,7 @@ def build(
             calibration.provenance,
             calibration.sums.up_rms.float(),
             calibrated_prior(calibration.sums, chosen.prior_tokens) if chosen.prior_tokens else None,
-            Refresh(refresh),
+            refreshing,
         )
     checks = []
 
