@@ -49,7 +49,9 @@ class Budget:
         return self.max_kl is not None or (self.sparsity is not None and self.allocation == "kl")
 
     def of_sparse_steps(self, refresh_tokens: int) -> Budget:
-        """Return a budget for the steps between refreshes, one token in `refresh_tokens` (0, or 2 and more) reading all.
+        """Return the budget of the steps between refreshes, of which there is one every `refresh_tokens` tokens.
+
+        0 is none; otherwise it is at least 2.
 
         With a sparsity p, a share of bytes, and N tokens a refresh that is p N / (N - 1); other budgets stay.
 
