@@ -9,6 +9,24 @@ from typing import Any
 from tests.conftest import run_ok
 
 PROMPT = "The sea is calm tonight"
+CHECK_NAMES = [
+    "files match their hashes",
+    "prefill.onnx passes onnx.checker",
+    "decode.onnx passes onnx.checker",
+    "decode_explicit.onnx passes onnx.checker",
+    "prefill logits",
+    "neuron scores",
+    "selection of the mask",
+    "tail mean",
+    "decode with the prompt's mask",
+    "decode token by token",
+    "decode with token thresholds",
+    "keys and values after chunked prefill",
+    "mask after chunked prefill",
+    "decode with all neurons",
+    "decode with every second neuron",
+    "statistics with the prior",
+]
 
 
 def result_of(*arguments: object) -> Any:

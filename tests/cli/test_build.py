@@ -12,29 +12,11 @@ import pytest
 from tda_export.bench.random_model import CHAT_TEMPLATE, byte_tokenizer
 from tda_export.graph import contract
 from tda_export.runtime import load
-from tests.cli.results import PROMPT, generated, result_of
+from tests.cli.results import CHECK_NAMES, PROMPT, generated, result_of
 from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
 from tests.tiny import save_tiny_model
 
 DENSE_FFN_BYTES = 3 * 96 * 3 * 64 * 4  # layers, neurons, matrices, hidden size, float32
-CHECK_NAMES = [
-    "files match their hashes",
-    "prefill.onnx passes onnx.checker",
-    "decode.onnx passes onnx.checker",
-    "decode_explicit.onnx passes onnx.checker",
-    "prefill logits",
-    "neuron scores",
-    "selection of the mask",
-    "tail mean",
-    "decode with the prompt's mask",
-    "decode token by token",
-    "decode with token thresholds",
-    "keys and values after chunked prefill",
-    "mask after chunked prefill",
-    "decode with all neurons",
-    "decode with every second neuron",
-    "statistics with the prior",
-]
 CHECKS = len(CHECK_NAMES)
 
 

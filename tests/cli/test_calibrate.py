@@ -13,27 +13,9 @@ from tda_export.calibration.budgets import Budget
 from tda_export.calibration.file import read_calibration
 from tda_export.calibration.kl_table import SHARES
 from tda_export.graph import contract
-from tests.cli.results import result_of
+from tests.cli.results import CHECK_NAMES, result_of
 from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
 
-CHECK_NAMES = [
-    "files match their hashes",
-    "prefill.onnx passes onnx.checker",
-    "decode.onnx passes onnx.checker",
-    "decode_explicit.onnx passes onnx.checker",
-    "prefill logits",
-    "neuron scores",
-    "selection of the mask",
-    "tail mean",
-    "decode with the prompt's mask",
-    "decode token by token",
-    "decode with token thresholds",
-    "keys and values after chunked prefill",
-    "mask after chunked prefill",
-    "decode with all neurons",
-    "decode with every second neuron",
-    "statistics with the prior",
-]
 ONE_LEVEL_CHECKS = [name for name in CHECK_NAMES if name not in ("tail mean", "statistics with the prior")]
 
 
