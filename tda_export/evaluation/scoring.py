@@ -51,6 +51,7 @@ class Scorer:
             raise UsageError(f"Protocol {protocol!r} is not known. Use {' or '.join(get_args(Protocol))}.")
         self.setting, self.protocol = setting.without_refresh(), protocol
         self._shares: list[float] = []
+        self._mask_share = 1.0  # of the last context, where all its tokens read the same
         self._cache = KvCache(setting.shape, setting.sessions.provider, 1)
         self._reader: Prefill | None = None
 
@@ -111,7 +112,10 @@ class Scorer:
         self._cache.truncate(0)
         if not tokens:
             return None
-        return self.setting.read(tokens, self._cache, self._reader)[1]
+        _, mask = self.setting.read(tokens, self._cache, self._reader)
+        if not self.setting.per_token:
+            self._mask_share = self.setting.density(mask)
+        return mask
 
     def _decode(
         self, tokens: Sequence[int], predicted: Sequence[Sequence[int]], mask: PromptMask | None
@@ -126,7 +130,7 @@ class Scorer:
                 logits, share = counted.logits, counted.sparse_share
             else:
                 logits = self.setting.decode(self._cache, piece, mask)
-                share = 1.0 if mask is None else self.setting.density(mask)
+                share = 1.0 if mask is None else self._mask_share
             self._shares += [share] * len(piece)
             wanted = targets[:, start : start + len(piece)]  # [N, C]
             sums += token_log_probabilities(logits, wanted).sum(axis=1)

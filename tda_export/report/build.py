@@ -88,19 +88,22 @@ def artifact_page(folder: Path, results: Sequence[Result], provider: str) -> Pag
     return Page(f"{artifact.name}: artifact", folder.resolve().name, sections)
 
 
-def _chosen_sections(calibration: Calibration, budget: dict[str, Any]) -> list[Section]:
+def _chosen_sections(calibration: Calibration, budget: dict[str, Any], refresh_tokens: int = 0) -> list[Section]:
     """Curves and allocation by a budget that came with the file; what it cannot meet is said, and the rest drawn."""
-    allocation = stored_allocation(calibration, Budget(**budget))
+    allocation = stored_allocation(calibration, Budget(**budget), refresh_tokens)
     return [
         curves_section(curves_of(calibration), allocation),
-        unmet_section(calibration, budget) if allocation is None else allocation_section(allocation, budget),
+        unmet_section(calibration, budget)
+        if allocation is None
+        else allocation_section(allocation, budget, refresh_tokens),
     ]
 
 
 def _calibration_sections(artifact: Artifact, calibration: Calibration) -> list[Section]:
     manifest = artifact.manifest
     if manifest["method"]["selection"] == "threshold":
-        return [*_chosen_sections(calibration, manifest["budget"]), sensitivity_section(calibration)]
+        chosen = _chosen_sections(calibration, manifest["budget"], manifest["refresh"]["tokens"])
+        return [*chosen, sensitivity_section(calibration)]
     return [curves_section(curves_of(calibration), None), sensitivity_section(calibration)]
 
 

@@ -31,10 +31,10 @@ from tda_export.report.quality import (
 from tda_export.runtime.artifact import Artifact
 
 
-def stored_allocation(calibration: Calibration, budget: Budget) -> Allocation | None:
+def stored_allocation(calibration: Calibration, budget: Budget, refresh_tokens: int = 0) -> Allocation | None:
     """Choose the thresholds of a budget that came with the file; None where the calibration cannot meet it."""
     try:
-        return calibration.allocate(budget)
+        return calibration.allocate(budget, refresh_tokens)
     except UsageError:  # its way out is an option, and whoever reads a report gave none
         return None
 
@@ -119,11 +119,12 @@ def _about_points(allocation: Allocation) -> tuple[str, str, str]:
     )
 
 
-def allocation_section(allocation: Allocation, budget: dict[str, Any]) -> Section:
+def allocation_section(allocation: Allocation, budget: dict[str, Any], refresh_tokens: int = 0) -> Section:
     """Show what was chosen for each layer, at both levels where there are two."""
     second = allocation.token_density or None
     density = allocation.density
-    asked = _budget_text(budget)
+    asked = _budget_text(budget) + (f", with a refresh every {refresh_tokens} tokens" if refresh_tokens else "")
+    between = " between refreshes" if refresh_tokens else ""
     rows: list[list[object]] = [
         [layer, f"{threshold:.6f}", f"{density[layer]:.3f}", f"{allocation.cett[layer]:.3f}"]
         for layer, threshold in enumerate(allocation.thresholds)
@@ -133,8 +134,8 @@ def allocation_section(allocation: Allocation, budget: dict[str, Any]) -> Sectio
     columns = ["layer", "threshold", "density", "CETT", *(["density of up and down"] if second is not None else [])]
     layers = len(density)
     notes = [
-        f"Budget: {asked}. Mean density {sum(density) / layers:.3f}, FFN sparsity {allocation.sparsity:.3f}, mean CETT "
-        f"{sum(allocation.cett) / layers:.3f} on the calibration data."
+        f"Budget: {asked}. Mean density {sum(density) / layers:.3f}, FFN sparsity{between} {allocation.sparsity:.3f}, "
+        f"mean CETT {sum(allocation.cett) / layers:.3f} on the calibration data."
     ]
     if allocation.kl is not None:
         notes.append(

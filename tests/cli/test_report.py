@@ -34,6 +34,9 @@ def parse(path: Path) -> ET.Element:
     return ET.fromstring(html.removeprefix("<!DOCTYPE html>"))
 
 
+CALIBRATED = ["Summary", "Curves", "Allocation", "Sensitivity of layers"]
+
+
 def headings(root: ET.Element) -> list[str]:
     return [heading.text or "" for heading in root.iter("h2")]
 
@@ -61,7 +64,7 @@ def test_calibration(tiny_calibration: Path, tmp_path: Path) -> None:
     output = tmp_path / "report.html"
     assert run_ok("report", tiny_calibration, "-o", output).stdout.startswith(f"Wrote {output} (")
     root = parse(output)
-    assert headings(root) == ["Summary", "Curves", "Allocation", "Sensitivity of layers"]
+    assert headings(root) == CALIBRATED
     text = text_of(root)
     with safe_open(tiny_calibration, framework="pt") as file:
         metadata = json.loads(file.metadata()[METADATA_KEY])
@@ -88,14 +91,21 @@ def test_stored_budget_beyond_the_path(tiny_calibration: Path, tmp_path: Path) -
     output = tmp_path / "report.html"
     run_ok("report", calibration, "-o", output, "--results", write_result(tmp_path, "r.json"))
     root = parse(output)
-    assert headings(root) == [
-        "Summary",
-        "Curves",
-        "Allocation",
-        "Sensitivity of layers",
-        "Quality against FFN bytes",
-    ]
+    assert headings(root) == [*CALIBRATED, "Quality against FFN bytes"]
     assert "The stored budget (sparsity 0.95, allocation kl) cannot be met with this calibration" in text_of(root)
+
+
+def test_artifact_with_refreshes(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
+    """The allocation is the one that was built: of the steps between refreshes."""
+    artifact, output = tmp_path / "a", tmp_path / "report.html"
+    arguments = ("--calibration", tiny_calibration, "--sparsity", 0.5, "--refresh", 5, "--no-verify", "-o", artifact)
+    run_ok("build", tiny_model, *arguments)
+    run_ok("report", artifact, "-o", output)
+    text = text_of(parse(output))
+    assert "Budget: sparsity 0.5, allocation kl, with a refresh every 5 tokens." in text
+    assert "FFN sparsity between refreshes 0.62" in text
+    manifest = json.loads((artifact / contract.MANIFEST_FILE).read_text())
+    assert all(f"{threshold:.6f}" in text for threshold in manifest["thresholds"])
 
 
 def test_artifact(tiny_artifact: Path, tmp_path: Path) -> None:
@@ -103,10 +113,7 @@ def test_artifact(tiny_artifact: Path, tmp_path: Path) -> None:
     result = run_ok("report", tiny_artifact, "-o", output, "--results", write_result(tmp_path, "r.json"))
     root = parse(output)
     assert headings(root) == [
-        "Summary",
-        "Curves",
-        "Allocation",
-        "Sensitivity of layers",
+        *CALIBRATED,
         "Quality against FFN bytes",
         "Neuron activity",
         "Similarity of prompts",
