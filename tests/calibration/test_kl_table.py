@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tda_export.calibration.kl_table import FITTED, HELD_OUT, KlSetting, KlTable, setting_at, sparsest_within
@@ -196,18 +196,16 @@ def test_the_result_is_within_the_limit_and_no_denser_than_it_must_be(measured: 
     sparsest = float(measured.share[-1])
     assert sparsest <= found.share <= 1
     sparser = found.share - 1e-3
-    assume(sparser >= sparsest)
-    assert setting_at(measured, sparser).kl >= max_kl * (1 - 1e-9) - 1e-12
+    if sparser >= sparsest:
+        assert setting_at(measured, sparser).kl >= max_kl * (1 - 1e-9) - 1e-12
 
 
-@given(measured=tables(), data=st.data())
-def test_limits_a_rounding_error_from_a_measured_divergence(measured: KlTable, data: st.DataObject) -> None:
-    positive = [kl for kl in measured.predicted_kl if kl > 0]
-    assume(positive)
-    kl = data.draw(st.sampled_from(positive))
-    for limit in (math.nextafter(kl, 0), kl, math.nextafter(kl, math.inf)):
-        if limit > 0:
-            assert sparsest_within(measured, limit).kl <= limit
+@given(measured=tables())
+def test_limits_a_rounding_error_from_a_measured_divergence(measured: KlTable) -> None:
+    for kl in measured.predicted_kl:
+        for limit in (math.nextafter(kl, 0), kl, math.nextafter(kl, math.inf)):
+            if limit > 0:
+                assert sparsest_within(measured, limit).kl <= limit
 
 
 @pytest.mark.parametrize("max_kl", [0.0, -0.1, math.nan])
