@@ -123,7 +123,7 @@ class DenseRunner:
     def _graph(artifact: Artifact, sessions: Sessions) -> tuple[bytes, dict[str, Any]]:
         """Return the graph, and the weights that it may read."""
         weights = dict(sessions.shared_weights)
-        for name, original in transposed_weights(artifact_spec(artifact)).items():
+        for name, original in transposed_weights(artifact_spec(artifact), artifact.matrices).items():
             array = _transposed(map_weight(artifact, original))
             dtype = artifact.manifest["weights"][original]["dtype"]
             weights[name] = initializer(array, sessions.provider, dtype)

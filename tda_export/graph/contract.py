@@ -6,13 +6,15 @@ imports nothing outside the standard library, so that every other part of the pr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 FORMAT = "tda-export"
 # 2: greedy_tokens, token_thresholds, the spec in the manifest, linear weights [out, in].
 # 3: token thresholds, prior and refresh as calibrated.
-FORMAT_VERSION = 3
+# 4: matrices, and the layout that they have.
+FORMAT_VERSION = 4
 
 PREFILL_FILE = "prefill.onnx"
 DECODE_FILE = "decode.onnx"
@@ -72,6 +74,12 @@ INDEXED_FFN_INPUTS = (
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}
+
+
+def tensor_bytes(shape: Sequence[int], dtype: str) -> int:
+    """Return the bytes of a tensor of a dtype of `DTYPE_BYTES`."""
+    return math.prod(shape) * DTYPE_BYTES[dtype]
+
 
 PADDING_INDEX = -1  # fills mask_indices up to a fixed size; such an entry contributes nothing
 

@@ -100,9 +100,14 @@ class GraphBuilder:
     def _scaled(self, x: ir.Value, scale: float) -> ir.Value:
         return self.ops.op("Mul", x, self.ops.op("CastLike", self.ops.constant(scale, "float32"), x))
 
+    def product(self, x: ir.Value, name: str) -> ir.Value:
+        """Multiply x [.., in] by a matrix of weights.bin, whatever its rows are: y [.., out], without bias."""
+        by_input = self.weights.matrices[name].major == "input"
+        return (self.ops.matmul if by_input else self.ops.transposed_matmul)(x, self.weight(name))
+
     def linear(self, x: ir.Value, name: str) -> ir.Value:
-        """Multiply x [.., in] by a weight of weights.bin, which is stored [out, in]; no bias."""
-        return self.ops.transposed_matmul(x, self.weight(name))
+        """Multiply as `product` does, for products outside the FFN, which some graphs have a function for."""
+        return self.product(x, name)
 
     def logits(self, hidden: ir.Value) -> ir.Value:
         """Multiply the hidden state [1, S, M] by the head; float32 [1, S, V]."""

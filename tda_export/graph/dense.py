@@ -5,6 +5,8 @@ Weights are stored [in, out] for MatMul. It holds no statistics, no mask and no 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 
 from tda_export.graph import contract
@@ -13,16 +15,13 @@ from tda_export.graph.decoder import GraphBuilder, model_shape
 from tda_export.graph.ffn import combine
 from tda_export.graph.weights_file import WeightTable
 from tda_export.models.spec import DecoderSpec
+from tda_export.weights.matrix import Matrix
 
 
-def transposed_weights(spec: DecoderSpec) -> dict[str, str]:
+def transposed_weights(spec: DecoderSpec, matrices: Mapping[str, Matrix]) -> dict[str, str]:
     """Name the tensors that the dense graph has transposed, [in, out] in place of [out, in]: new name to old."""
-    names = [contract.EMBEDDING if spec.tied_head else contract.HEAD]
-    if spec.embedding_width != spec.hidden_size:
-        names += [contract.PROJECT_IN, contract.PROJECT_OUT]
-    for i in range(spec.num_layers):
-        names += [contract.qkv_weight(i), contract.attention_out_weight(i)]
-        names += [contract.ffn_weight(i, part) for part in spec.ffn_parts[:-1]]
+    looked_up = set() if spec.tied_head else {contract.EMBEDDING}
+    names = [name for name, matrix in matrices.items() if matrix.major == "output" and name not in looked_up]
     return {contract.transposed(name): name for name in names}
 
 
@@ -32,8 +31,8 @@ def dense_weight_table(spec: DecoderSpec, weights: WeightTable) -> WeightTable:
     Each refers to the bytes of the original, which have the same number: the session must be given the transposed
     values as initializers.
     """
-    table = dict(weights)
-    for name, original in transposed_weights(spec).items():
+    table = WeightTable(weights, weights.matrices)
+    for name, original in transposed_weights(spec, weights.matrices).items():
         tensor = weights[original]
         table[name] = ir.ExternalTensor(
             tensor.location,
@@ -50,8 +49,9 @@ def dense_weight_table(spec: DecoderSpec, weights: WeightTable) -> WeightTable:
 class DenseGraphBuilder(GraphBuilder):
     """Multiplies by weights stored [in, out]."""
 
-    def linear(self, x: ir.Value, name: str) -> ir.Value:
-        return self.ops.op("MatMul", x, self.weight(contract.transposed(name)))
+    def product(self, x: ir.Value, name: str) -> ir.Value:
+        given = self.weights.matrices[name].major == "input"
+        return self.ops.matmul(x, self.weight(name if given else contract.transposed(name)))
 
 
 def build_dense(spec: DecoderSpec, weights: WeightTable, dtype: str) -> ir.Model:
@@ -64,8 +64,8 @@ def build_dense(spec: DecoderSpec, weights: WeightTable, dtype: str) -> ir.Model
         return ops.op("Add", y, graph.weight(contract.ffn_bias(layer, part))) if spec.ffn_bias else y
 
     def ffn(layer: int, x: ir.Value) -> tuple[ir.Value, ir.Value | None]:
-        h = combine(ops, spec, lambda part: biased(graph.linear(x, contract.ffn_weight(layer, part)), layer, part))
-        return biased(ops.op("MatMul", h, graph.weight(contract.ffn_weight(layer, "down"))), layer, "down"), None
+        h = combine(ops, spec, lambda part: biased(graph.product(x, contract.ffn_weight(layer, part)), layer, part))
+        return biased(graph.product(h, contract.ffn_weight(layer, "down")), layer, "down"), None
 
     hidden = graph.layers(attention_lengths(ops, graph.inputs[contract.ATTENTION_MASK]), ffn)
     # Of a prompt the last position alone, as GenAI does.

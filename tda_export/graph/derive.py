@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import numpy as np
 import onnx_ir as ir
@@ -33,13 +32,12 @@ def artifact_method(artifact: Artifact) -> Method:
 
 def weight_table(artifact: Artifact) -> WeightTable:
     """List the tensors of an artifact's weights.bin as the graph builder takes them."""
-    table: WeightTable = {}
+    table = WeightTable({}, artifact.matrices)
     for name, entry in artifact.manifest["weights"].items():
-        size = math.prod(entry["shape"]) * contract.DTYPE_BYTES[entry["dtype"]]
         table[name] = ir.ExternalTensor(
             contract.WEIGHTS_FILE,
             entry["offset"],
-            size,
+            contract.tensor_bytes(entry["shape"], entry["dtype"]),
             DTYPES[entry["dtype"]],
             shape=ir.Shape(entry["shape"]),
             name=name,

@@ -23,7 +23,8 @@ from tda_export.graph.decoder import model_shape
 from tda_export.graph.genai import genai_config
 from tda_export.graph.method import Method
 from tda_export.graph.prefill import Prior, build_prefill
-from tda_export.graph.weights_file import WeightTable, plan_weights, write_weights
+from tda_export.graph.weight_plan import plan_weights
+from tda_export.graph.weights_file import WeightTable, write_weights
 from tda_export.models.source import ModelSource
 from tda_export.progress import progress
 from tda_export.runtime.deployment import NO_REFRESH, Refresh
@@ -90,7 +91,7 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
     """
     source, spec = request.source, request.source.spec
     plan = list(plan_weights(spec, source.weights(), request.dtype, request.up_rms))
-    size = sum(int(np.prod(p.shape)) * contract.DTYPE_BYTES[p.dtype] for p in plan)
+    size = sum(planned.bytes for planned in plan)
     free = shutil.disk_usage(output.absolute().parent).free
     if size > free:
         raise TdaError(f"{output}: the weights take {size / 2**20:,.0f} MiB and the disk has {free / 2**20:,.0f} free.")
@@ -171,6 +172,8 @@ def _manifest(
                 contract.decode_inputs(shape, two_levels=two_levels, explicit=True), contract.decode_outputs(shape)
             ),
         },
+        "layout": "indexed",
+        "matrices": {name: matrix.describe() for name, matrix in table.matrices.items()},
         "weights": {
             name: {
                 "dtype": np.dtype(tensor.dtype.numpy()).name,

@@ -10,8 +10,8 @@ import onnx_ir as ir
 
 from tda_export.graph import contract
 from tda_export.graph.contract import FfnInput
+from tda_export.graph.decoder import GraphBuilder
 from tda_export.graph.ops import MICROSOFT, OPSET, Ops
-from tda_export.graph.weights_file import WeightTable
 from tda_export.models.spec import Activation, DecoderSpec
 
 
@@ -60,14 +60,15 @@ def activate(ops: Ops, activation: Activation, x: ir.Value) -> ir.Value:
     return ops.op("Gelu", x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def dense_activations(ops: Ops, spec: DecoderSpec, weights: WeightTable, layer: int, x: ir.Value) -> ir.Value:
+def dense_activations(graph: GraphBuilder, layer: int, x: ir.Value) -> ir.Value:
     """Compute h [1, S, F] for every neuron from x [1, S, M]: act(gate · x) * (up · x), or act(up · x) without gates."""
 
     def product(part: str) -> ir.Value:
-        y = ops.transposed_matmul(x, ops.weight(weights[contract.ffn_weight(layer, part)]))  # [1, S, F]
-        return ops.op("Add", y, ops.weight(weights[contract.ffn_bias(layer, part)])) if spec.ffn_bias else y
+        y = graph.product(x, contract.ffn_weight(layer, part))  # [1, S, F]
+        bias = contract.ffn_bias(layer, part)
+        return graph.ops.op("Add", y, graph.weight(bias)) if graph.spec.ffn_bias else y
 
-    return combine(ops, spec, product)
+    return combine(graph.ops, graph.spec, product)
 
 
 def combine(ops: Ops, spec: DecoderSpec, product: Callable[[str], ir.Value]) -> ir.Value:
@@ -75,11 +76,6 @@ def combine(ops: Ops, spec: DecoderSpec, product: Callable[[str], ir.Value]) -> 
     first, *rest = (product(part) for part in spec.ffn_parts[:-1])
     activated = activate(ops, spec.activation, first)
     return ops.op("Mul", activated, rest[0]) if rest else activated
-
-
-def dense_output(ops: Ops, weights: WeightTable, layer: int, h: ir.Value) -> ir.Value:
-    """Sum the neurons' outputs: h [1, S, F] times the neuron-major W_down [F, M] gives [1, S, M], without bias."""
-    return ops.op("MatMul", h, ops.weight(weights[contract.ffn_weight(layer, "down")]))
 
 
 def indexed_ffn(ops: Ops, form: FfnForm, layer: int, inputs: dict[str, ir.Value]) -> ir.Value:

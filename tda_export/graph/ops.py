@@ -73,6 +73,10 @@ class Ops:
     def cast(self, value: ir.Value, dtype: str) -> ir.Value:
         return self.op("Cast", value, to=int(DTYPES[dtype]))
 
+    def matmul(self, x: ir.Value, weight: ir.Value) -> ir.Value:
+        """Multiply x [.., M] by weight [M, N]."""
+        return self.op("MatMul", x, weight)
+
     def transposed_matmul(self, x: ir.Value, weight: ir.Value) -> ir.Value:
         """Multiply x [.., M] by weight [N, M] transposed, without a transposed copy of the weight."""
         return self.op("FusedMatMul", x, weight, domain=MICROSOFT, transB=1)

@@ -12,7 +12,7 @@ from tda_export.calibration.curves import CurveSums
 from tda_export.graph import contract
 from tda_export.graph.attention import attention_lengths, call_tokens
 from tda_export.graph.decoder import GraphBuilder, model_shape
-from tda_export.graph.ffn import dense_activations, dense_output
+from tda_export.graph.ffn import dense_activations
 from tda_export.graph.method import Method
 from tda_export.graph.statistics import (
     mask_and_tail,
@@ -68,7 +68,7 @@ def build_prefill(
     outputs[contract.PRESENT_STATS_WEIGHT] = weight
 
     def ffn(layer: int, x: ir.Value) -> tuple[ir.Value, ir.Value | None]:
-        h = dense_activations(ops, spec, weights, layer, x)
+        h = dense_activations(graph, layer, x)
         past = inputs[contract.past_neuron_stats(layer)]
         stats = neuron_stats(graph, method, layer, h, tokens.counted, past, inputs[contract.STATS_DECAY])
         outputs[contract.present_neuron_stats(layer)] = stats
@@ -76,7 +76,7 @@ def build_prefill(
         outputs[contract.present_mask_indices(layer)] = indices
         outputs[contract.present_tail_mean(layer)] = tail
         bias = graph.weight(contract.ffn_bias(layer, "down")) if spec.ffn_bias else None
-        return dense_output(ops, weights, layer, h), bias
+        return graph.product(h, contract.ffn_weight(layer, "down")), bias
 
     hidden = graph.layers(lengths, ffn)
     # Keep the last num_logits positions before any right padding; 0 keeps all.

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from tda_export.graph import contract
-from tda_export.graph.weights_file import plan_weights
+from tda_export.graph.weight_plan import plan_weights
 from tda_export.models.spec import DecoderSpec
 
 KEY_AND_VALUE = 2
@@ -78,15 +77,13 @@ def planned_sizes(spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]], dtyp
     """
     up_rms = torch.empty(spec.num_layers, spec.ffn_size, device="meta")
     plan = plan_weights(spec, _Shapes(shapes), dtype, up_rms)
-    sizes = {planned.name: int(np.prod(planned.shape)) * contract.DTYPE_BYTES[planned.dtype] for planned in plan}
+    sizes = {planned.name: planned.bytes for planned in plan}
     return weight_sizes(spec, sizes, dtype)
 
 
 def manifest_sizes(spec: DecoderSpec, weights: Mapping[str, dict[str, Any]], dtype: str) -> Sizes:
     """Return the sizes of an artifact, given the weights of its manifest."""
-    sizes = {
-        name: int(np.prod(entry["shape"])) * contract.DTYPE_BYTES[entry["dtype"]] for name, entry in weights.items()
-    }
+    sizes = {name: contract.tensor_bytes(entry["shape"], entry["dtype"]) for name, entry in weights.items()}
     return weight_sizes(spec, sizes, dtype)
 
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from tda_export.graph import contract
 from tda_export.graph.attention import attention_lengths
 from tda_export.graph.decoder import GraphBuilder, model_shape
-from tda_export.graph.ffn import dense_activations, dense_output
+from tda_export.graph.ffn import dense_activations
 from tda_export.graph.linear import HalfGraphBuilder, linear_functions
 from tda_export.graph.ops import Ops
 from tda_export.graph.weights_file import WeightTable
@@ -40,13 +40,13 @@ def build_truncation(spec: DecoderSpec, weights: WeightTable, dtype: str) -> ir.
     kept: list[ir.Value] = []
 
     def ffn(layer: int, x: ir.Value) -> tuple[ir.Value, ir.Value | None]:
-        h = dense_activations(ops, spec, weights, layer, x)  # [1, S, F]
+        h = dense_activations(graph, layer, x)  # [1, S, F]
         relative = _relative_magnitudes(ops, h, graph.weight(contract.down_squared_norms(layer)))
         threshold = ops.op("Gather", inputs[contract.THRESHOLDS], ops.constant(layer, "int64"), axis=0)  # scalar
         keep = ops.op("GreaterOrEqual", relative, threshold)  # bool [1, S, F]
         kept.append(ops.op("ReduceSum", ops.cast(keep, "int64"), ops.constant([2], "int64"), keepdims=0))  # [1, S]
         zero = ops.op("CastLike", ops.constant(0.0, "float32"), h)
-        y = dense_output(ops, weights, layer, ops.op("Where", keep, h, zero))
+        y = graph.product(ops.op("Where", keep, h, zero), contract.ffn_weight(layer, "down"))
         return y, graph.weight(contract.ffn_bias(layer, "down")) if spec.ffn_bias else None
 
     hidden = graph.layers(attention_lengths(ops, inputs[contract.ATTENTION_MASK]), ffn)

@@ -12,8 +12,9 @@ import numpy as np
 
 from tda_export.errors import TdaError, UsageError
 from tda_export.graph import contract
-from tda_export.graph.contract import DTYPE_BYTES, DTYPES, ModelShape
+from tda_export.graph.contract import DTYPES, ModelShape
 from tda_export.runtime.deployment import Deployment, Refresh
+from tda_export.weights.matrix import Matrix, read_matrix
 
 NEEDED_FILES = (
     contract.PREFILL_FILE,
@@ -25,11 +26,15 @@ NEEDED_FILES = (
 
 @dataclass(frozen=True)
 class Artifact:
-    """An artifact on disk: `manifest` is its content as plain data, the rest is what drivers need of it."""
+    """An artifact on disk: `manifest` is its content as plain data, the rest is what drivers need of it.
+
+    `matrices` describes the matrices of weights.bin by name.
+    """
 
     folder: Path
     manifest: dict[str, Any]
     shape: ModelShape
+    matrices: dict[str, Matrix]
 
     @property
     def name(self) -> str:
@@ -43,18 +48,19 @@ class Artifact:
 
     @property
     def ffn_matrices(self) -> int:
-        """Weight matrices of an FFN: gate, up and down."""
+        """Weight matrices of an FFN: gate, up and down, or up and down."""
         return int(self.manifest["model"]["ffn_matrices"])
-
-    @property
-    def bytes_per_neuron(self) -> int:
-        """FFN weight bytes that one neuron of one layer takes."""
-        return self.ffn_matrices * self.shape.hidden_size * DTYPE_BYTES[self.shape.dtype]
 
     @property
     def dense_ffn_bytes(self) -> int:
         """FFN weight bytes of all layers, which a dense step reads for a token."""
-        return self.shape.num_layers * self.shape.ffn_size * self.bytes_per_neuron
+        return sum(self.matrices[name].bytes for name in self._ffn_names)
+
+    @property
+    def _ffn_names(self) -> list[str]:
+        layers = range(self.shape.num_layers)
+        names = [contract.ffn_weight(layer, part) for layer in layers for part in contract.FFN_PARTS]
+        return [name for name in names if name in self.matrices]
 
     @property
     def deployment(self) -> Deployment:
@@ -108,10 +114,11 @@ def open_artifact(folder: str | Path) -> Artifact:
     try:
         _check_files(folder, manifest["files"])
         shape = ModelShape(**manifest["shape"])
-        _check_content(manifest, shape)
+        matrices = {name: read_matrix(name, entry) for name, entry in manifest["matrices"].items()}
+        _check_content(manifest, shape, matrices)
     except (KeyError, TypeError, AttributeError, ValueError, UsageError) as error:
         raise TdaError(f"{path}: incomplete manifest ({error}). Build the artifact again.") from error
-    return Artifact(folder, manifest, shape)
+    return Artifact(folder, manifest, shape, matrices)
 
 
 def is_artifact(folder: Path) -> bool:
@@ -128,7 +135,7 @@ def is_artifact(folder: Path) -> bool:
         return False
 
 
-def _check_content(manifest: dict[str, Any], shape: ModelShape) -> None:
+def _check_content(manifest: dict[str, Any], shape: ModelShape, matrices: dict[str, Matrix]) -> None:
     """Check what the runtime and verify read later; what is missing or wrong is named by a KeyError or ValueError."""
     for name, value in asdict(shape).items():
         if name != "dtype":
@@ -150,17 +157,23 @@ def _check_content(manifest: dict[str, Any], shape: ModelShape) -> None:
         values = manifest[name]
         _require(len(values) == shape.num_layers and all(map(math.isfinite, values)), name)
     Refresh(**manifest["refresh"])
-    _check_weights(manifest, shape)
+    _require(manifest["layout"] == "indexed", "layout")
+    _check_weights(manifest, shape, matrices)
 
 
-def _check_weights(manifest: dict[str, Any], shape: ModelShape) -> None:
+def _check_weights(manifest: dict[str, Any], shape: ModelShape, matrices: dict[str, Matrix]) -> None:
     weights, size = manifest["weights"], manifest["files"][contract.WEIGHTS_FILE]["size"]
     for name, entry in weights.items():
         numbers = [entry["offset"], *entry["shape"]]
         _require(all(type(number) is int and number >= 0 for number in numbers), f"weights.{name}")
-        _require(entry["offset"] + math.prod(entry["shape"]) * DTYPE_BYTES[entry["dtype"]] <= size, f"weights.{name}")
+        _require(entry["offset"] + contract.tensor_bytes(entry["shape"], entry["dtype"]) <= size, f"weights.{name}")
     for file in (contract.PREFILL_FILE, contract.DECODE_FILE):
         _require(set(manifest["graph_weights"][file]) <= weights.keys(), f"graph_weights.{file}")
+    for name, matrix in matrices.items():
+        stored = {"dtype": matrix.format.name, "shape": list(matrix.shape)}
+        _require({key: weights[name][key] for key in stored} == stored, f"matrices.{name}")
+    for layer in range(shape.num_layers):
+        _require(contract.ffn_weight(layer, "down") in matrices, f"matrices.{contract.ffn_weight(layer, 'down')}")
     # Embeddings of another width than M come with a projection.
     width = weights[contract.PROJECT_IN]["shape"][1] if contract.PROJECT_IN in weights else shape.hidden_size
     _require(weights[contract.EMBEDDING]["shape"] == [shape.vocab_size, width], "shape.vocab_size")

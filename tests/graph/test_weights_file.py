@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tda_export.errors import TdaError
 from tda_export.graph import contract
 from tda_export.graph.ops import to_numpy
-from tda_export.graph.weights_file import ALIGNMENT, plan_weights, write_weights
+from tda_export.graph.weight_plan import plan_weights
+from tda_export.graph.weights_file import ALIGNMENT, write_weights
 from tda_export.models.source import resolve_model
 from tests.tiny import save_tiny_model
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from tda_export.errors import TdaError
-from tda_export.graph.weights_file import plan_weights
+from tda_export.graph.weight_plan import plan_weights
 from tda_export.models.families import ACTIVATIONS, FAMILIES, check_architecture, read_spec
 from tda_export.models.spec import DecoderSpec, RopeSpec, spec_from_dict
 from tda_export.models.weights import SafetensorsWeights, open_safetensors

@@ -205,7 +205,7 @@ def test_weights_of_any_dtype(tmp_path: Path, dtype: str) -> None:
     values = torch.tensor([[1.0, -2.5], [0.3, 1e-4]]).to(getattr(torch, dtype))
     (tmp_path / contract.WEIGHTS_FILE).write_bytes(values.view(torch.uint8).numpy().tobytes())
     weights = {"w": {"dtype": dtype, "offset": 0, "shape": [2, 2]}}
-    found = float32_weight(Artifact(tmp_path, {"weights": weights}, None), "w")  # type: ignore[arg-type]
+    found = float32_weight(Artifact(tmp_path, {"weights": weights}, None, {}), "w")  # type: ignore[arg-type]
     assert found.dtype == np.float32
     assert (found == values.float().numpy()).all()
 

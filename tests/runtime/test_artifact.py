@@ -23,7 +23,7 @@ def test_good_artifact(tiny_artifact: Path, tiny_model: Path) -> None:
     assert artifact.name == str(tiny_model)
     assert artifact.eos_token_ids == {2}
     assert (artifact.shape.num_layers, artifact.shape.hidden_size, artifact.shape.ffn_size) == (3, 64, 96)
-    assert artifact.bytes_per_neuron == 3 * 64 * 4
+    assert artifact.dense_ffn_bytes == 3 * 3 * 96 * 64 * 4
     assert artifact.file("x") == tiny_artifact / "x"
 
 
@@ -70,8 +70,11 @@ def test_newer_format(artifact_copy: Path, version: int) -> None:
 
 
 def test_older_format(artifact_copy: Path) -> None:
-    edit_manifest(artifact_copy, lambda manifest: manifest.update(format_version=1))
-    with pytest.raises(TdaError, match=r"format 1 is older than this tda-export's \(3\). Build the artifact again"):
+    edit_manifest(artifact_copy, lambda manifest: manifest.update(format_version=3))
+    with pytest.raises(
+        TdaError,
+        match=rf"format 3 is older than this tda-export's \({contract.FORMAT_VERSION}\). Build the artifact again",
+    ):
         open_artifact(artifact_copy)
 
 
