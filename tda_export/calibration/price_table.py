@@ -1,0 +1,221 @@
+"""What prices save and cost, measured: about ten of them, on sequences that no price was taken from."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tda_export.calibration.magnitudes import ALL_BINS, bin_edges, float_bins
+from tda_export.calibration.prices import read_prompt
+from tda_export.models.linear_modules import watch_sites
+from tda_export.models.row_dropping import dropping
+from tda_export.models.spec import DecoderSpec
+from tda_export.packing import (
+    ATTENTION_PARTS,
+    Packing,
+    linear_parts,
+    linear_shape,
+    linear_sites,
+    matrix_row_bytes,
+    packed_matrices,
+)
+from tda_export.pricing import PriceRow, PriceTable
+from tda_export.progress import Advance
+
+SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.32, 0.25)  # of what dense reads, that prices are chosen for
+SCAN_SEQUENCES = 4  # whose inputs the prices are chosen on
+
+RowPrices = Mapping[str, torch.Tensor]
+
+
+def choose_prices(
+    model: Any,
+    spec: DecoderSpec,
+    tokens: torch.Tensor,
+    prompt_tokens: int,
+    row_prices: Mapping[Packing, RowPrices],
+    element_bytes: int,
+    advance: Advance = lambda units: None,
+) -> dict[Packing, list[float]]:
+    """Choose the prices to measure, such that dense inputs at them would read `SHARES` of what dense reads.
+
+    Args:
+        model: A transformers model in evaluation mode.
+        spec: Its architecture.
+        tokens: int64 [N, P + C].
+        prompt_tokens: P.
+        row_prices: float32 [L, in] of each matrix, for each packing.
+        element_bytes: Of the rows.
+        advance: Told of every sequence.
+    """
+    bytes_worth = {packing: torch.zeros(ALL_BINS, dtype=torch.float64, device=model.device) for packing in row_prices}
+    names = {packing: _by_site(spec, packing) for packing in row_prices}
+    on_device = {p: {name: value.to(model.device) for name, value in of.items()} for p, of in row_prices.items()}
+
+    def observe(layer: int, site: str, x: torch.Tensor) -> None:
+        square = x.float().square()
+        for packing, found in bytes_worth.items():
+            for name, parts in names[packing][site].items():
+                bins = float_bins(square * on_device[packing][name][layer]).flatten()
+                count = torch.bincount(bins, minlength=ALL_BINS)
+                found.add_(count, alpha=matrix_row_bytes(spec, parts, element_bytes))
+
+    for sequence in tokens:
+        cache = read_prompt(model, sequence[:prompt_tokens])
+        with torch.no_grad(), watch_sites(model, spec, observe):
+            continuation = sequence[None, prompt_tokens:].to(model.device)
+            model(continuation, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        advance(1)
+    return {packing: prices_at(found.cpu(), SHARES) for packing, found in bytes_worth.items()}
+
+
+def prices_at(bytes_worth: torch.Tensor, shares: tuple[float, ...]) -> list[float]:
+    """Read prices off a histogram, rising and different.
+
+    Args:
+        bytes_worth: The bytes of rows by the bin of what they are worth, x² · row_price: float64 [ALL_BINS].
+        shares: Of the bytes that are worth anything, falling.
+    """
+    worth = bytes_worth.clone()
+    worth[0] = 0.0
+    read = worth.flip(0).cumsum(0).flip(0)  # at the lower edge of each bin
+    edges = bin_edges().double()
+    prices: list[float] = []
+    for share in shares:
+        inside = int((read >= share * read[0]).sum()) - 1  # the last bin at whose lower edge there are enough
+        part = (read[inside] - share * read[0]) / worth[inside].clamp_min(1e-300)
+        price = float(edges[inside] + part.clamp(0, 1) * (edges[inside + 1] - edges[inside]))
+        if 0 < price < math.inf and (not prices or price > prices[-1]):
+            prices.append(price)
+    return prices
+
+
+@dataclass
+class Measured:
+    """What was measured of the A prices of one packing, row 0 being dense; on the CPU.
+
+    `prices`: float64 [A], the first 0. `kl` and `agreement`: float64 [n, A] of the n sequences so far. `read`: rows
+    that tokens read, by part, float64 [A, L], summed over `tokens`.
+    """
+
+    prices: torch.Tensor
+    kl: torch.Tensor
+    agreement: torch.Tensor
+    read: dict[str, torch.Tensor]
+    tokens: int = 0
+
+    @classmethod
+    def begin(cls, spec: DecoderSpec, prices: list[float]) -> Measured:
+        """Begin with nothing measured; dense is put before the prices."""
+        rows = torch.tensor([0.0, *prices], dtype=torch.float64)
+        read = {part: torch.zeros(len(rows), spec.num_layers, dtype=torch.float64) for part in linear_parts(spec)}
+        return cls(rows, torch.zeros(0, len(rows), dtype=torch.float64), rows.new_zeros(0, len(rows)), read)
+
+    def densities(self, spec: DecoderSpec) -> dict[str, torch.Tensor]:
+        """Return the share of rows that a token read, by part, float64 [A, L]."""
+        return {part: read / (self.tokens * linear_shape(spec, part)[0]) for part, read in self.read.items()}
+
+    def table(self, spec: DecoderSpec, packing: Packing, element_bytes: int, continuation_tokens: int) -> PriceTable:
+        """Return the table. Standard errors are over sequences, 0 of one alone."""
+        count = len(self.kl)
+        error = self.kl.std(dim=0) / math.sqrt(count) if count > 1 else torch.zeros_like(self.kl[0])
+        parts = {part: density.mean(dim=1) for part, density in self.densities(spec).items()}  # [A]
+        ffn = _share(spec, parts, spec.ffn_parts)
+        attention = _share(spec, parts, ATTENTION_PARTS)
+        share = _share(spec, parts, linear_parts(spec))
+        rows = [
+            PriceRow(
+                price=float(price),
+                share=float(share[i]),
+                ffn_share=float(ffn[i]),
+                attention_share=float(attention[i]),
+                parts={part: float(density[i]) for part, density in parts.items()},
+                # Of what is the same but for rounding the KL may come out below 0.
+                kl=max(0.0, float(self.kl[:, i].mean())),
+                kl_stderr=float(error[i]),
+                agreement=float(self.agreement[:, i].mean()),
+            )
+            for i, price in enumerate(self.prices)
+        ]
+        return PriceTable(packing, element_bytes, continuation_tokens, tuple(rows))
+
+
+def measure_sequence(
+    model: Any,
+    spec: DecoderSpec,
+    sequence: torch.Tensor,
+    prompt_tokens: int,
+    row_prices: Mapping[Packing, RowPrices],
+    measured: Mapping[Packing, Measured],
+    advance: Advance = lambda units: None,
+) -> None:
+    """Measure every price of every packing on one sequence, and add it to `measured`.
+
+    The prompt is read densely, its continuation densely and at every price over the same keys and values, in one call
+    each: a token attends to keys and values that were written at the same price.
+
+    Args:
+        model: A transformers model in evaluation mode.
+        spec: Its architecture.
+        sequence: int64 [P + C].
+        prompt_tokens: P.
+        row_prices: float32 [L, in] of each matrix, for each packing.
+        measured: For each packing; changed only when all is measured, so that an interruption loses no count.
+        advance: Told of every pass over the continuation.
+    """
+    cache = read_prompt(model, sequence[:prompt_tokens])
+    continuation = sequence[None, prompt_tokens:].to(model.device)
+
+    def read(prices: RowPrices, price: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        with torch.no_grad(), dropping(model, spec, prices, price) as count:
+            logits = model(continuation, past_key_values=copy.deepcopy(cache), use_cache=True).logits[0]
+            return logits.float().log_softmax(dim=-1), {part: rows.cpu() for part, rows in count.read.items()}
+
+    dense, dense_read = read({}, 0.0)
+    advance(1)
+    found: list[Callable[[], None]] = []
+    for packing, table in measured.items():
+        kl, agreement, rows = [0.0], [1.0], [dense_read]
+        for price in table.prices[1:].tolist():
+            sparse, sparse_read = read(row_prices[packing], price)
+            kl.append(float((dense.exp() * (dense - sparse)).sum(dim=-1).mean()))
+            agreement.append(float((dense.argmax(dim=-1) == sparse.argmax(dim=-1)).double().mean()))
+            rows.append(sparse_read)
+            advance(1)
+        found.append(_adding(table, kl, agreement, rows, continuation.shape[1]))
+    for add in found:
+        add()
+
+
+def _adding(
+    table: Measured, kl: list[float], agreement: list[float], rows: list[dict[str, torch.Tensor]], tokens: int
+) -> Callable[[], None]:
+    def add() -> None:
+        table.kl = torch.cat([table.kl, torch.tensor([kl], dtype=torch.float64)])
+        table.agreement = torch.cat([table.agreement, torch.tensor([agreement], dtype=torch.float64)])
+        for part, read in table.read.items():
+            read += torch.stack([row[part] for row in rows])
+        table.tokens += tokens
+
+    return add
+
+
+def _share(spec: DecoderSpec, densities: dict[str, torch.Tensor], parts: tuple[str, ...]) -> torch.Tensor:
+    """Return the share of these parts' bytes that is read, [A], from the shares of their rows."""
+    sizes = {part: math.prod(linear_shape(spec, part)) for part in parts}
+    read = torch.stack([densities[part] * size for part, size in sizes.items()]).sum(dim=0)
+    return (read / sum(sizes.values())).clamp(0.0, 1.0)
+
+
+def _by_site(spec: DecoderSpec, packing: Packing) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Return the matrices of each site."""
+    matrices = packed_matrices(spec, packing)
+    return {
+        site: {name: members for name, members in matrices.items() if set(members) <= set(parts)}
+        for site, parts in linear_sites(spec).items()
+    }

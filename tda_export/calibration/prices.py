@@ -1,0 +1,174 @@
+"""Prices of rows: what dropping an input channel of a matrix costs in likelihood, from gradients at the dense point.
+
+Dropping x_i at a token moves the log-likelihood by about g_i x_i, so the expected KL is ½ c_i² x_i² with c_i² = E[g_i²]:
+the Fisher information. g_i is the gradient of the log-likelihood of a continuation, of tokens that are drawn from the
+model's own distribution, by the input channel through one matrix alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tda_export.errors import TdaError
+from tda_export.models.linear_modules import layer_linears
+from tda_export.models.spec import DecoderSpec
+from tda_export.packing import Packing, linear_parts, linear_shape, linear_sites, matrix_row_bytes, packed_matrices
+
+# Gradients of float16 models are multiplied by this, and by less where that overflows.
+HALF_SCALE, SMALLEST_SCALE, SCALE_STEP = 2.0**10, 2.0**-10, 2.0**5
+SEED_STEP = 1_000_003  # between the labels of two seeds
+
+ChooseLabels = Callable[[torch.Tensor], torch.Tensor]  # logits float32 [T, V] to labels int64 [n, T]
+
+
+def priced_matrices(spec: DecoderSpec) -> dict[str, tuple[str, ...]]:
+    """Name all matrices that have prices with their parts: each part, and each site of several."""
+    return packed_matrices(spec, "separate") | packed_matrices(spec, "sites")
+
+
+@dataclass(frozen=True)
+class PriceSums:
+    """Sums over calibration sequences; those of two halves add to those of the whole. All float64 on the CPU.
+
+    `square`: by matrix, a part or a site of several, [L, in]: the sum of g_i² over `tokens` [1], each of which counts
+    once for every label.
+    """
+
+    square: dict[str, torch.Tensor]
+    tokens: torch.Tensor
+
+    def __add__(self, other: PriceSums) -> PriceSums:
+        square = {name: value + other.square[name] for name, value in self.square.items()}
+        return PriceSums(square, self.tokens + other.tokens)
+
+    def row_prices(self, spec: DecoderSpec, packing: Packing, element_bytes: int) -> dict[str, torch.Tensor]:
+        """Return c_i² / bytes_i of each matrix of a packing, float32 [L, in]."""
+        return {
+            name: (self.square[name] / self.tokens / matrix_row_bytes(spec, parts, element_bytes)).float()
+            for name, parts in packed_matrices(spec, packing).items()
+        }
+
+
+def no_prices(spec: DecoderSpec) -> PriceSums:
+    """Return the sums over no sequence."""
+    square = {
+        name: torch.zeros(spec.num_layers, linear_shape(spec, parts[0])[0], dtype=torch.float64)
+        for name, parts in priced_matrices(spec).items()
+    }
+    return PriceSums(square, torch.zeros(1, dtype=torch.float64))
+
+
+def sampled_labels(count: int, seed: int, index: int) -> ChooseLabels:
+    """Return a choice of labels from the model's own distribution: the same for a sequence, whenever it is read.
+
+    Args:
+        count: Labels of each token.
+        seed: Of the calibration.
+        index: Of the sequence.
+    """
+
+    def choose(logits: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed((seed * SEED_STEP + index) % 2**63)
+        probabilities = logits.softmax(dim=-1).cpu()
+        labels = torch.multinomial(probabilities, count, replacement=True, generator=generator)  # [T, n]
+        return labels.T.to(logits.device)
+
+    return choose
+
+
+def read_prompt(model: Any, prompt: torch.Tensor) -> Any:
+    """Read a prompt int64 [P] densely and return its keys and values."""
+    with torch.no_grad():
+        return model.base_model(prompt[None].to(model.device), use_cache=True).past_key_values
+
+
+def price_continuation(
+    model: Any, spec: DecoderSpec, cache: Any, continuation: torch.Tensor, choose: ChooseLabels
+) -> PriceSums:
+    """Price the rows by one continuation of a prompt.
+
+    Every token but the last has labels, each token's gradients count.
+
+    Args:
+        model: A transformers model in evaluation mode, whose parameters need no gradient.
+        spec: Its architecture.
+        cache: The prompt's keys and values, which are added to.
+        continuation: int64 [C], C at least 2.
+        choose: The labels of the C - 1 tokens.
+
+    Raises:
+        TdaError: Gradients are not finite.
+    """
+    gradients = _Gradients(model, spec)
+    embedding = model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: output.detach().requires_grad_()
+    )
+    try:
+        with torch.enable_grad():
+            logits = model(continuation[None].to(model.device), past_key_values=cache, use_cache=True).logits[0]
+            log_probs = logits[:-1].float().log_softmax(dim=-1)  # [C - 1, V]
+            total = no_prices(spec)
+            for labels in choose(logits[:-1].detach().float()):
+                loss = log_probs.gather(1, labels[:, None]).sum()
+                total = total + PriceSums(gradients.squares(loss, model.dtype), torch.zeros(1, dtype=torch.float64))
+                total = PriceSums(total.square, total.tokens + len(continuation))
+    finally:
+        embedding.remove()
+        gradients.remove()
+    return total
+
+
+class _Gradients:
+    """Squares of the gradients by the input of every matrix, summed over tokens, from backward passes."""
+
+    def __init__(self, model: Any, spec: DecoderSpec) -> None:
+        self._spec = spec
+        self._sites = {part: (site, parts) for site, parts in linear_sites(spec).items() for part in parts}
+        self._found: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+        self._square: dict[str, list[torch.Tensor]] = {}
+        self._scale = 1.0
+        self._handles: list[Any] = []
+        for layer in range(spec.num_layers):
+            for part, linear in layer_linears(model, spec, layer).items():
+                self._handles.append(linear.on_input_gradient(self._observer(layer, part)))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def squares(self, loss: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Go backward from a loss; the graph stays."""
+        self._scale = HALF_SCALE if dtype == torch.float16 else 1.0
+        while True:
+            self._square = {
+                name: [torch.empty(0)] * self._spec.num_layers for name in priced_matrices(self._spec)
+            }
+            (loss * self._scale).backward(retain_graph=True)
+            square = {name: torch.stack(layers).cpu() for name, layers in self._square.items()}
+            if all(bool(value.isfinite().all()) for value in square.values()):
+                return square
+            self._scale /= SCALE_STEP
+            if dtype != torch.float16 or self._scale < SMALLEST_SCALE:
+                raise TdaError("Gradients are not finite. Calibrate with --dtype bf16 or fp32.")
+
+    def _observer(self, layer: int, part: str) -> Callable[[torch.Tensor], None]:
+        site, parts = self._sites[part]
+
+        def observe(gradient: torch.Tensor) -> None:
+            gradient = gradient.float() / self._scale
+            self._square[part][layer] = gradient.square().sum(dim=0, dtype=torch.float64)
+            if len(parts) == 1:
+                return
+            found = self._found.setdefault((layer, site), {})
+            found[part] = gradient
+            if len(found) == len(parts):
+                # In the order of the parts, not of their arrival, so that sums are rounded alike.
+                together = torch.stack([found[name] for name in parts]).sum(dim=0)
+                self._square[site][layer] = together.square().sum(dim=0, dtype=torch.float64)
+                del self._found[layer, site]
+
+        return observe

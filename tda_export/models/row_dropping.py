@@ -1,0 +1,116 @@
+"""The one way to drop rows of a transformers model's linears: as decode reads them, in plain PyTorch.
+
+Row i of a matrix is what leaves its input channel i. A token reads it unless x_i² · row_price_i < price.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tda_export.models.linear_modules import Linear, by_module, layer_linears
+from tda_export.models.spec import DecoderSpec
+from tda_export.packing import linear_parts, linear_shape, linear_sites
+
+
+@dataclass
+class RowsRead:
+    """Rows that tokens read so far: `read` by part, float64 [L], summed over `tokens`. Rows with x = 0 never count."""
+
+    read: dict[str, torch.Tensor] = field(default_factory=dict)
+    tokens: int = 0
+
+    def densities(self, spec: DecoderSpec) -> dict[str, torch.Tensor]:
+        """Return the share of each part's rows that a token read on average, float64 [L]."""
+        return {part: read / (self.tokens * linear_shape(spec, part)[0]) for part, read in self.read.items()}
+
+
+def kept_rows(x: torch.Tensor, row_price: torch.Tensor, price: torch.Tensor) -> torch.Tensor:
+    """Tell which rows a token reads, bool [T, in]. Not "less" rather than its opposite, so that a NaN is read.
+
+    Args:
+        x: Of each token, [T, in]; compared in float32.
+        row_price: float32 [in].
+        price: float32 [].
+    """
+    return ~(x.float().square() * row_price < price)
+
+
+@contextlib.contextmanager
+def dropping(
+    model: Any, spec: DecoderSpec, row_prices: Mapping[str, torch.Tensor], price: float
+) -> Iterator[RowsRead]:
+    """Drop rows of a model's linears while the block runs, and count those that are read.
+
+    Calls of the model are of batch 1, and every token of a call drops rows: a prompt that is read densely is a call
+    outside of the block, whose keys and values the calls within go on from.
+
+    Args:
+        model: A transformers model.
+        spec: Its architecture.
+        row_prices: float32 [L, in] of each matrix, by the name of its part or of its site, whose parts then drop the
+            same rows. Parts that are in none are read whole.
+        price: What a row must be worth; 0 is dense.
+
+    Yields:
+        The count, of all parts, which grows with each call.
+    """
+    names = _matrices(spec, row_prices)
+    device = model.device
+    level = torch.tensor(price, dtype=torch.float32, device=device)
+    on_device = {name: value.to(device, torch.float32) for name, value in row_prices.items()}
+    count = RowsRead({part: torch.zeros(spec.num_layers, dtype=torch.float64, device=device) for part in names})
+    handles: list[Any] = []
+
+    def patch(layer: int, group: list[Linear]) -> None:
+        def kept(linear: Linear, x: torch.Tensor) -> torch.Tensor | None:
+            name = names[linear.part]
+            rows = None if name is None else kept_rows(x.detach(), on_device[name][layer], level)
+            read = x != 0 if rows is None else rows & (x != 0)
+            count.read[linear.part][layer] += read.sum()
+            return rows
+
+        def together(x: torch.Tensor) -> torch.Tensor | None:
+            if layer == 0 and group[0].part == "q":
+                count.tokens += len(x)
+            rows = [kept(linear, x) for linear in group][0]
+            return None if rows is None else torch.where(rows, x, 0)
+
+        def apart(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            x, output = inputs[0].flatten(0, -2), output.clone()
+            if layer == 0 and group[0].part == "q":
+                count.tokens += len(x)
+            for linear in group:
+                rows = kept(linear, x)
+                if rows is not None:
+                    own = torch.where(rows, x, 0) @ linear.weight
+                    own = own if linear.bias is None else own + linear.bias
+                    linear.put_outputs(output, own.view(*output.shape[:-1], -1))
+            return output
+
+        if len({names[linear.part] for linear in group}) == 1:
+            handles.append(group[0].on_input(together))
+        else:  # each slice of a packed product has an input of its own
+            handles.append(group[0].module.register_forward_hook(apart))
+
+    for layer in range(spec.num_layers):
+        for group in by_module(layer_linears(model, spec, layer).values()):
+            patch(layer, group)
+    try:
+        yield count
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _matrices(spec: DecoderSpec, row_prices: Mapping[str, torch.Tensor]) -> dict[str, str | None]:
+    """Return the matrix that each part is in, None for those that are read whole."""
+    names: dict[str, str | None] = dict.fromkeys(linear_parts(spec))
+    for name in row_prices:
+        for part in linear_sites(spec).get(name, (name,)):
+            names[part] = name
+    return names

@@ -1,0 +1,243 @@
+"""The table of prices: what reading only rows that are worth a price saves and costs, and the price for a budget.
+
+Needs neither PyTorch nor NumPy, since drivers choose prices at run time.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, get_args
+
+from tda_export.errors import UsageError
+from tda_export.packing import Packing
+
+KL_POWER = 1.5  # near dense: KL goes with the cube of what is dropped, which is the root of the price
+SHARE_POWER = 0.5
+
+
+@dataclass(frozen=True)
+class PriceRow:
+    """What a price costs and saves. Shares are of the bytes that these linears have, in all layers.
+
+    `price`: λ. `share`: of all linears; `ffn_share` and `attention_share`: of those of FFN and attention; `parts`: of
+    each part, a mean over layers. `kl`: to dense, nats a token, with its standard error. `agreement`: share of tokens
+    whose likeliest next token is dense's.
+    """
+
+    price: float
+    share: float
+    ffn_share: float
+    attention_share: float
+    parts: dict[str, float]
+    kl: float
+    kl_stderr: float
+    agreement: float
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the linears' bytes that is not read."""
+        return 1.0 - self.share
+
+
+@dataclass(frozen=True)
+class PriceTable:
+    """Measured rows, from dense (price 0) to sparse.
+
+    A price is meant for one packing and for rows of `element_bytes` an element (`rescaled`). It grows with the tokens
+    that come after a token, of which calibration had `continuation_tokens`.
+    """
+
+    packing: Packing
+    element_bytes: int
+    continuation_tokens: int
+    rows: tuple[PriceRow, ...]
+
+    def __post_init__(self) -> None:
+        numbers = [[*_numbers(row)] for row in self.rows]
+        prices = [row.price for row in self.rows]
+        shares = [[row.share, row.ffn_share, row.attention_share, *row.parts.values(), row.agreement] for row in self.rows]
+        for wrong, what in (
+            (self.packing not in get_args(Packing), f"packing {self.packing!r} is not known"),
+            (not (self.element_bytes > 0 and self.continuation_tokens > 0), "sizes are not positive"),
+            (len(self.rows) < 2, "fewer than two rows"),
+            (not all(math.isfinite(number) for row in numbers for number in row), "a number is not finite"),
+            (bool(prices) and prices[0] != 0, "the first row is not dense"),
+            (any(low >= high for low, high in zip(prices, prices[1:], strict=False)), "prices do not rise"),
+            (not all(0 <= share <= 1 for row in shares for share in row), "a share is outside [0, 1]"),
+            (any(row.kl < 0 or row.kl_stderr < 0 for row in self.rows), "a KL is negative"),
+            (len({tuple(row.parts) for row in self.rows}) > 1, "rows are of different parts"),
+        ):
+            if wrong:
+                raise ValueError(f"table of prices: {what}")
+
+    @property
+    def most_sparsity(self) -> float:
+        """The largest sparsity that was measured, rounded down, so that it may be asked for."""
+        return math.floor(1000 * (1 - self._shares[-1])) / 1000
+
+    @property
+    def most_kl(self) -> float:
+        """The largest KL that was measured, nats a token."""
+        return self._kls[-1]
+
+    @property
+    def most_price(self) -> float:
+        """The largest price that was measured."""
+        return self.rows[-1].price
+
+    def price_for(self, *, sparsity: float | None = None, max_kl: float | None = None) -> float:
+        """Choose the price for a budget, one of two: 0 where dense meets it, as with ReLU's zeros.
+
+        Args:
+            sparsity: Share of the linears' bytes not to read, in [0, 1).
+            max_kl: The most predicted KL to dense, positive, nats a token: the sparsest price within it.
+
+        Raises:
+            UsageError: None or both are given, or it is beyond what was measured.
+        """
+        if (sparsity is None) == (max_kl is None):
+            raise UsageError("A price is chosen by a sparsity or by a KL. Give one of them.")
+        if max_kl is not None:
+            return self._price_for_kl(max_kl)
+        assert sparsity is not None
+        if not 0 <= sparsity < 1:
+            raise UsageError(f"sparsity {sparsity} is outside [0, 1). Give a fraction such as 0.3.")
+        share, shares = 1.0 - sparsity, self._shares
+        if share >= shares[0]:
+            return 0.0
+        if share < shares[-1]:
+            raise UsageError(
+                f"Sparsity {sparsity} is more than was measured with prices ({self.most_sparsity:.3f}, at KL "
+                f"{self.most_kl:.3f} to dense). Give a sparsity up to {self.most_sparsity:.3f}."
+            )
+        after = next(i for i, value in enumerate(shares) if value <= share)
+        weight = (shares[after - 1] - share) / (shares[after - 1] - shares[after])
+        return self._between(after, weight, SHARE_POWER)
+
+    def predicted(self, price: float) -> PriceRow:
+        """Interpolate what a price saves and costs; of dense at 0 and below.
+
+        Shares are linear in the logarithm of the price and KL a power of it; between dense and the first price that
+        was measured what is dropped goes with its root, and KL with the cube of that.
+
+        Raises:
+            UsageError: The price is no number, or beyond what was measured.
+        """
+        if math.isnan(price) or price > self.most_price:
+            raise UsageError(
+                f"Price {price:g} is beyond what was measured: up to {self.most_price:.6g}, which leaves "
+                f"{self.most_sparsity:.3f} of the bytes unread. Give a price up to that, or a sparsity."
+            )
+        prices = [row.price for row in self.rows]
+        after = max(1, bisect.bisect_left(prices, price))
+        low, high = self.rows[after - 1], self.rows[after]
+        weight, kl_weight = (self._weight(after, max(price, 0.0), power) for power in (SHARE_POWER, KL_POWER))
+
+        def mean(of: Callable[[PriceRow], float], weight: float = weight) -> float:
+            return (1 - weight) * of(low) + weight * of(high)
+
+        return PriceRow(
+            price=max(price, 0.0),
+            share=(1 - weight) * self._shares[after - 1] + weight * self._shares[after],
+            ffn_share=mean(lambda row: row.ffn_share),
+            attention_share=mean(lambda row: row.attention_share),
+            parts={part: mean(lambda row, part=part: row.parts[part]) for part in low.parts},
+            kl=self._kl_between(after, kl_weight),
+            kl_stderr=mean(lambda row: row.kl_stderr, kl_weight),
+            agreement=mean(lambda row: row.agreement),
+        )
+
+    def rescaled(self, element_bytes: int) -> PriceTable:
+        """Return the table for rows of another size an element: a price is per byte.
+
+        Raises:
+            ValueError: The size is not positive.
+        """
+        factor = self.element_bytes / element_bytes if element_bytes > 0 else 0.0
+        rows = tuple(replace(row, price=row.price * factor) for row in self.rows)
+        return replace(self, element_bytes=element_bytes, rows=rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the table as plain data."""
+        return asdict(self) | {"rows": [asdict(row) for row in self.rows]}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> PriceTable:
+        """Read a table back from plain data.
+
+        Raises:
+            ValueError: It is no table of prices.
+        """
+        try:
+            rows = tuple(
+                PriceRow(**{field.name: _plain(row[field.name]) for field in fields(PriceRow)})
+                for row in content["rows"]
+            )
+            sizes = (int(content["element_bytes"]), int(content["continuation_tokens"]))
+            return cls(content["packing"], *sizes, rows)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"table of prices: incomplete ({error})") from error
+
+    @property
+    def _shares(self) -> list[float]:
+        """Shares made to fall from row to row: noise may have raised one."""
+        shares = [row.share for row in self.rows]
+        return [min(shares[: i + 1]) for i in range(len(shares))]
+
+    @property
+    def _kls(self) -> list[float]:
+        """KL made to rise from row to row, from 0."""
+        kls = [0.0, *(row.kl for row in self.rows[1:])]
+        return [max(kls[: i + 1]) for i in range(len(kls))]
+
+    def _price_for_kl(self, max_kl: float) -> float:
+        if not 0 < max_kl < math.inf:
+            raise UsageError(f"--max-kl {max_kl}: give a positive number of nats a token, such as 0.05.")
+        kls = self._kls
+        if max_kl > kls[-1]:
+            raise UsageError(
+                f"KL {max_kl} is more than was measured with prices ({kls[-1]:.3f}, at sparsity "
+                f"{self.most_sparsity:.3f}). Give --max-kl up to {math.floor(1000 * kls[-1]) / 1000:.3f}."
+            )
+        if max_kl == kls[-1]:
+            return self.most_price
+        after = next(i for i, kl in enumerate(kls) if kl > max_kl)
+        low, high = kls[after - 1], kls[after]
+        if low > 0:
+            weight = math.log(max_kl / low) / math.log(high / low)
+        else:
+            weight = (max_kl - low) / (high - low)
+        return self._between(after, weight, KL_POWER)
+
+    def _between(self, after: int, weight: float, power: float) -> float:
+        """Return the price with this weight of the row `after`, the rest of the one before it."""
+        low, high = self.rows[after - 1].price, self.rows[after].price
+        if low == 0:
+            return high * weight ** (1 / power)
+        return min(high, max(low, math.exp((1 - weight) * math.log(low) + weight * math.log(high))))
+
+    def _weight(self, after: int, price: float, power: float) -> float:
+        """Undo `_between`."""
+        low, high = self.rows[after - 1].price, self.rows[after].price
+        weight = (price / high) ** power if low == 0 else math.log(price / low) / math.log(high / low)
+        return min(1.0, max(0.0, weight))
+
+    def _kl_between(self, after: int, weight: float) -> float:
+        low, high = self._kls[after - 1], self._kls[after]
+        if weight in (0.0, 1.0):
+            return high if weight else low
+        if low == 0:
+            return weight * high
+        return min(high, math.exp((1 - weight) * math.log(low) + weight * math.log(high)))
+
+
+def _numbers(row: PriceRow) -> list[float]:
+    values = asdict(row)
+    return [*values.pop("parts").values(), *values.values()]
+
+
+def _plain(value: Any) -> Any:
+    return {str(part): float(share) for part, share in value.items()} if isinstance(value, dict) else float(value)
