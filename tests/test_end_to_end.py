@@ -94,8 +94,8 @@ def test_mask_reads_fewer_bytes(model: Model) -> None:
     assert len(list(generation)) == 8
     metrics = generation.metrics
     assert 0 < metrics.sparsity < 1
-    assert metrics.ffn_bytes_per_token == pytest.approx((1 - metrics.sparsity) * metrics.dense_ffn_bytes_per_token)
-    assert metrics.dense_ffn_bytes_per_token == 30 * 3 * 576 * 1536 * 4
+    assert metrics.bytes_per_token == pytest.approx((1 - metrics.sparsity) * metrics.dense_bytes_per_token)
+    assert metrics.dense_bytes_per_token == 30 * 3 * 576 * 1536 * 4
 
 
 def test_chat_answers_and_stops(model: Model) -> None:

@@ -89,6 +89,7 @@ def build(
     from tda_export.files import check_output
     from tda_export.graph.contract import DTYPES
     from tda_export.graph.export import BuildRequest, export_artifact
+    from tda_export.graph.indexed import IndexedDesign
     from tda_export.graph.method import griffin, tda
     from tda_export.graph.prefill import calibrated_prior
     from tda_export.graph.verify import verify_artifact
@@ -107,7 +108,8 @@ def build(
             )
         source = resolve_model(model, notify=lambda line: click.echo(line, err=True))
         budget = Budget(sparsity=sparsity, allocation="uniform")
-        request = BuildRequest(source, DTYPES[dtype], griffin(sparsity), [0.0] * source.spec.num_layers, budget)
+        design = IndexedDesign(griffin(sparsity), [0.0] * source.spec.num_layers)
+        request = BuildRequest(source, DTYPES[dtype], design, budget.describe())
     else:
         if calibration_file is None:
             raise UsageError("--method tda needs --calibration FILE. Make one with 'tda-export calibrate'.")
@@ -129,18 +131,16 @@ def build(
             click.echo(
                 f"{model}, {budget}: expected FFN sparsity {refreshing.sparsity(chosen.sparsity):.3f}{predicted}"
             )
-        request = BuildRequest(
-            source,
-            DTYPES[dtype],
+        design = IndexedDesign(
             tda("mean" if chosen.tail_mean else tail or "zero", two_levels=True),
             chosen.thresholds,
-            budget,
             chosen,
-            calibration_file,
-            calibration.provenance,
             calibration.sums.up_rms.float(),
             calibrated_prior(calibration.sums, chosen.prior_tokens) if chosen.prior_tokens else None,
             refreshing,
+        )
+        request = BuildRequest(
+            source, DTYPES[dtype], design, budget.describe(), calibration_file, calibration.provenance
         )
     checks = []
 
@@ -156,7 +156,7 @@ def build(
     export_artifact(request, output, quiet=as_json, check=check)
     size = sum(file.stat().st_size for file in output.iterdir())
     if as_json:
-        expected = {"sparsity": request.expected_sparsity, "kl": request.allocation.kl} if request.allocation else {}
+        expected = {name: value for name, value in design.expected.items() if name in ("sparsity", "kl")}
         result = {"output": str(output), "bytes": size, "budget": budget.describe(), "expected": expected}
         click.echo(json.dumps(result | {"checks": [asdict(item) | {"passed": item.passed} for item in checks]}))
     else:

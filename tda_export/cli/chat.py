@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tda_export.cli.generate import FINISHED
+from tda_export.cli.generate import FINISHED, MATRICES
 from tda_export.cli.options import (
     Answering,
     Deployed,
@@ -26,7 +26,7 @@ from tda_export.errors import TdaError
 
 if TYPE_CHECKING:
     from tda_export.runtime import Conversation
-    from tda_export.runtime.deployment import Deployment
+    from tda_export.runtime.deployment import AnyDeployment
     from tda_export.runtime.generate import Generation, Metrics
 
 HELP = """/reset  forget what was said
@@ -93,7 +93,7 @@ def _talk(
     lines: Iterator[str],
     conversation: Conversation,
     answering: Answering,
-    deployment: Deployment,
+    deployment: AnyDeployment,
     ctrl_c: CtrlC | None = None,
 ) -> None:
     """Answer line by line. Without a terminal the first failure ends it."""
@@ -117,7 +117,7 @@ def _talk(
 
 
 def _answer(
-    conversation: Conversation, text: str, answering: Answering, deployment: Deployment, ctrl_c: CtrlC | None
+    conversation: Conversation, text: str, answering: Answering, deployment: AnyDeployment, ctrl_c: CtrlC | None
 ) -> None:
     before = conversation.dropped_turns
     generation = conversation.say(
@@ -148,18 +148,18 @@ def window_title(metrics: Metrics) -> str:
     """Return what makes a terminal show in its title what an answer reads and how fast it comes, while it comes."""
     rate = metrics.decode_tokens_per_second
     speed = "" if rate is None else f", {rate:.1f} tokens/s"
-    return f"\033]0;{1 - metrics.sparsity:.0%} of FFN bytes{speed}\007"
+    return f"\033]0;{1 - metrics.sparsity:.0%} of {MATRICES[metrics.matrices]} bytes{speed}\007"
 
 
-def status(metrics: Metrics, deployment: Deployment, *, stopped: bool = False) -> str:
+def status(metrics: Metrics, deployment: AnyDeployment, *, stopped: bool = False) -> str:
     """Say in one line what an answer read and how fast it came.
 
     The share of bytes counts masks and refreshes as they were; for rows that token thresholds skip, it is the
     calibration's expectation.
     """
-    parts = [f"{1 - metrics.sparsity:.0%} of FFN bytes read"]
-    if metrics.mask == "tda" and deployment.token_thresholds.any():
-        parts[0] += " (masks counted, rows skipped by tokens as calibrated)"
+    parts = [f"{1 - metrics.sparsity:.0%} of {MATRICES[metrics.matrices]} bytes read"]
+    if metrics.mask != "dense" and deployment.by_calibration:
+        parts[0] += deployment.by_calibration
     if metrics.decode_tokens_per_second:
         parts.append(f"{metrics.decode_tokens_per_second:.1f} tokens/s")
     parts.append(f"{metrics.new_tokens} tokens")

@@ -41,7 +41,7 @@ def demo(artifacts: Path) -> None:
     from tda_export.cli.calibrate import calibrate
     from tda_export.cli.generate import summary
     from tda_export.cli.tables import print_table
-    from tda_export.evaluation.methods import budget_deployment
+    from tda_export.deployments import mask_deployment
     from tda_export.runtime import load
     from tda_export.runtime.scoring import compare, continuation_logits
 
@@ -63,7 +63,7 @@ def demo(artifacts: Path) -> None:
     budgets = {
         "dense": None,
         f"tda, {Budget(**model.artifact.manifest['budget'])}": model.artifact.deployment,
-        f"tda, KL {SECOND_BUDGET}": budget_deployment(model.artifact, Budget(max_kl=SECOND_BUDGET)),
+        f"tda, KL {SECOND_BUDGET}": mask_deployment(model.artifact, Budget(max_kl=SECOND_BUDGET)),
     }
     prompt = model.text.encode(model.text.chat([{"role": "user", "content": PROMPT}]), special_tokens=False)
     rows: list[list[str]] = []
@@ -87,7 +87,7 @@ def demo(artifacts: Path) -> None:
             [
                 name,
                 f"{metrics.sparsity:.3f}",
-                f"{metrics.ffn_bytes_per_token / 2**20:.1f}",
+                f"{metrics.bytes_per_token / 2**20:.1f}",
                 f"{fidelity.kl:.3f}",
                 f"{fidelity.agreement:.2f}",
                 f"{rate:.1f}" if rate else "",

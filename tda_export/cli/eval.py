@@ -17,6 +17,7 @@ from tda_export.cli.options import (
     budget_options,
     chosen_refresh,
     json_option,
+    price_option,
     provider_option,
     refresh_option,
 )
@@ -35,14 +36,13 @@ TASK_OPTIONS = ("data", "limit", "protocol", "reference")
 @click.option("--tasks", help="Tasks of lm-evaluation-harness in place of a text, with commas between; all for all.")
 @click.option(
     "--method",
-    type=click.Choice(["tda", "paper", "griffin", "tt", "dense"]),
-    default="tda",
-    show_default=True,
-    help="tda: the artifact's thresholds, or those of a budget. paper: exactly the paper's (equal CETT of tokens, "
+    type=click.Choice(["priced", "tda", "paper", "griffin", "tt", "dense"]),
+    help="[default: the artifact's own] priced: rows that are worth their bytes. tda: the artifact's thresholds, or those of a budget. paper: exactly the paper's (equal CETT of tokens, "
     "0.2 unless --cett; the mask alone). griffin: the same number of neurons in every layer by Griffin's score; takes "
     "--sparsity. tt: every token drops its own small neurons, saving their down rows alone; takes --cett or --sparsity "
     "up to 1/3. paper and tt take a calibration with --estimator token. dense: every neuron.",
 )
+@price_option
 @budget_options
 @refresh_option
 @click.option("--calibration", type=PATH, help="Choose the budget from this file in place of the artifact's own.")
@@ -87,7 +87,8 @@ def evaluate(
     artifact: Path,
     text_file: Path | None,
     tasks: str | None,
-    method: str,
+    method: str | None,
+    price: float | None,
     cett: float | None,
     sparsity: float | None,
     allocation: AllocationRule | None,
@@ -123,7 +124,16 @@ def evaluate(
     _refuse_foreign_options(context, text_file, tasks)
     opened = open_artifact(artifact)
     chosen = chosen_refresh(opened, refresh)
-    request = Request(method, sparsity, cett, allocation, max_kl, chosen, calibration)
+    request = Request(
+        method,
+        price=price,
+        sparsity=sparsity,
+        max_kl=max_kl,
+        cett=cett,
+        allocation=allocation,
+        refresh=chosen,
+        calibration=calibration,
+    )
     if tasks is not None:
         evaluate_tasks(
             artifact,
@@ -148,7 +158,7 @@ def evaluate(
         "model": opened.manifest["model"]["name"],
         "dtype": opened.shape.dtype,
         "provider": sessions.provider,
-        "method": method,
+        "method": setting.method,
         "budget": setting.budget,
         "text": text_file.name,
         "prompt_tokens": prompt_tokens,

@@ -23,6 +23,7 @@ from tda_export.cli.options import (
 if TYPE_CHECKING:
     from tda_export.runtime.generate import Metrics
 
+MATRICES = {"ffn": "FFN", "linears": "linear"}
 FINISHED = {"stop": "end of text", "length": "as many as asked for", "context": "context full", "": "interrupted"}
 
 
@@ -86,11 +87,11 @@ def summary(metrics: Metrics) -> str:
     rate = metrics.decode_tokens_per_second
     lines = [
         f"{metrics.prompt_tokens} prompt tokens, {metrics.new_tokens} new ({FINISHED[metrics.finish_reason]}), "
-        f"{metrics.mask} on {metrics.provider}, FFN sparsity {metrics.sparsity:.3f}"
+        f"{metrics.mask} on {metrics.provider}, {MATRICES[metrics.matrices]} sparsity {metrics.sparsity:.3f}"
         + (f", {metrics.refreshes} refreshes" if metrics.refreshes else ""),
         f"{metrics.time_to_first_token:.3f} s to the first token, "
         + (f"{rate:.1f} tokens/s after it, " if rate else "")
-        + f"{metrics.ffn_bytes_per_token / 2**20:,.1f} of {metrics.dense_ffn_bytes_per_token / 2**20:,.1f} MiB of "
-        "FFN weights a token",
+        + f"{metrics.bytes_per_token / 2**20:,.1f} of {metrics.dense_bytes_per_token / 2**20:,.1f} MiB of "
+        f"{MATRICES[metrics.matrices]} weights a token",
     ]
     return "\n".join(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,7 +13,7 @@ import click
 if TYPE_CHECKING:
     from tda_export.calibration.budgets import AllocationRule, Budget
     from tda_export.runtime.artifact import Artifact
-    from tda_export.runtime.deployment import Deployment, Refresh
+    from tda_export.runtime.deployment import AnyDeployment, Refresh
     from tda_export.runtime.generate import MaskMode
     from tda_export.runtime.model import Model
     from tda_export.runtime.sampling import Sampling
@@ -41,9 +41,10 @@ context_option = click.option(
 mask_option = click.option(
     "--mask",
     type=click.Choice(["tda", "dense"]),
-    default="tda",
-    show_default=True,
-    help="tda: decode with the prompt's mask. dense: with every neuron.",
+    help="tda: decode with the prompt's mask. dense: read every row.  [default: the artifact's own method]",
+)
+price_option = click.option(
+    "--price", type=float, help="Budget: read a row only if it is worth so much a byte; 0 is dense."
 )
 ANSWER_OPTIONS = (
     click.option("--stop", multiple=True, help="Stop before this string; may be given many times."),
@@ -86,6 +87,17 @@ def chosen_refresh(artifact: Artifact, tokens: int | None) -> Refresh | None:
     return None if tokens is None else Refresh(tokens, artifact.deployment.refresh.decay)
 
 
+def check_mask(artifact: Artifact, mask: MaskMode | None) -> None:
+    """Refuse the masks of prompts where an artifact has none."""
+    from tda_export.errors import UsageError
+
+    if mask == "tda" and artifact.layout == "priced":
+        raise UsageError(
+            f"--mask tda: {artifact.folder} has prices of rows and no masks. Leave it out, or build an artifact with "
+            "'tda-export build MODEL --method tda'."
+        )
+
+
 def budget_options(command: F) -> F:
     """Add --cett, --sparsity, --allocation and --max-kl."""
     for option in reversed(
@@ -93,7 +105,11 @@ def budget_options(command: F) -> F:
             click.option(
                 "--cett", type=FRACTION, help="Budget: mean CETT that each layer may lose (the paper's; 0.2 there)."
             ),
-            click.option("--sparsity", type=FRACTION, help="Budget: share of FFN bytes that decode shall not read."),
+            click.option(
+                "--sparsity",
+                type=FRACTION,
+                help="Budget: share of weight bytes to skip, of all linears with prices, of the FFN with masks.",
+            ),
             click.option(
                 "--allocation",
                 type=click.Choice(["kl", "uniform"]),
@@ -130,7 +146,8 @@ def chosen_budget(
 class Deployed:
     """What `deployment_options` say: how to decode, and where to run."""
 
-    mask: MaskMode
+    mask: MaskMode | None
+    price: float | None
     cett: float | None
     sparsity: float | None
     allocation: AllocationRule | None
@@ -138,33 +155,38 @@ class Deployed:
     refresh: int | None
     provider: str
 
-    def load(self, artifact: Path) -> tuple[Model, Deployment]:
-        """Load an artifact; where a budget is given, choose from the artifact's calibration."""
+    def load(self, artifact: Path) -> tuple[Model, AnyDeployment]:
+        """Load an artifact; where a budget is given, choose from what its calibration measured."""
+        from tda_export.deployments import Asked, deployed
         from tda_export.errors import UsageError
-        from tda_export.runtime import load
+        from tda_export.runtime import Model, open_artifact
+        from tda_export.runtime.providers import choose_provider
 
-        budget = None
-        given = (self.cett, self.sparsity, self.allocation, self.max_kl) != (None, None, None, None)
-        if self.mask == "dense" and (given or self.refresh is not None):
-            raise UsageError("--mask dense reads every neuron, so a budget means nothing. Leave one of them out.")
-        if given:
-            budget = chosen_budget(self.cett, self.sparsity, self.allocation, self.max_kl, {})
-        model = load(artifact, provider=self.provider)
-        deployment, refresh = model.artifact.deployment, chosen_refresh(model.artifact, self.refresh)
-        if budget:
-            from tda_export.evaluation.methods import budget_deployment
-
-            deployment = budget_deployment(model.artifact, budget, refresh=refresh)
-        return model, deployment if refresh is None else deployment.with_refresh(refresh)
+        asked = Asked(
+            price=self.price,
+            sparsity=self.sparsity,
+            max_kl=self.max_kl,
+            cett=self.cett,
+            allocation=self.allocation,
+        )
+        if self.mask == "dense" and (asked.has_budget or self.refresh is not None):
+            raise UsageError("--mask dense reads every row, so a budget means nothing. Leave one of them out.")
+        opened = open_artifact(artifact)
+        provider = choose_provider(self.provider, opened.shape.dtype)
+        asked = replace(asked, refresh=chosen_refresh(opened, self.refresh))
+        check_mask(opened, self.mask)
+        deployment = deployed(opened, asked)  # refused before any session is opened
+        return Model(opened, provider), deployment
 
 
 def deployment_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add --mask, budgets, --refresh and --provider; the command gets them as `deployed`."""
+    """Add --mask, --price, budgets, --refresh and --provider; the command gets them as `deployed`."""
 
     @functools.wraps(command)
     def grouped(
         *,
-        mask: MaskMode,
+        mask: MaskMode | None,
+        price: float | None,
         cett: float | None,
         sparsity: float | None,
         allocation: AllocationRule | None,
@@ -173,9 +195,9 @@ def deployment_options(command: Callable[..., None]) -> Callable[..., None]:
         provider: str,
         **others: Any,
     ) -> None:
-        command(deployed=Deployed(mask, cett, sparsity, allocation, max_kl, refresh, provider), **others)
+        command(deployed=Deployed(mask, price, cett, sparsity, allocation, max_kl, refresh, provider), **others)
 
-    return mask_option(budget_options(refresh_option(provider_option(grouped))))
+    return mask_option(price_option(budget_options(refresh_option(provider_option(grouped)))))
 
 
 @dataclass(frozen=True)

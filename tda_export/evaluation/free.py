@@ -12,17 +12,18 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from tda_export.errors import TdaError, UsageError
 from tda_export.evaluation.greedy import greedy_tokens, likeliest
-from tda_export.evaluation.setting import Setting
+from tda_export.evaluation.methods import AnySetting
 from tda_export.runtime.artifact import Artifact
-from tda_export.runtime.decode_step import DecodeStep
 from tda_export.runtime.kv_cache import KvCache
-from tda_export.runtime.phases import Prefill, decode
+from tda_export.runtime.phases import decode
 from tda_export.runtime.scoring import token_kl
+from tda_export.runtime.token_step import TokenStep
 
 BLOCK_TOKENS = 64
 
@@ -62,7 +63,7 @@ class FreeText:
 
 def evaluate_free(
     artifact: Artifact,
-    setting: Setting,
+    setting: AnySetting,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     *,
@@ -104,16 +105,14 @@ def evaluate_free(
 
 
 def _write(
-    artifact: Artifact, setting: Setting, step: DecodeStep, prompt: Sequence[int], count: int, *, masked: bool
+    artifact: Artifact, setting: AnySetting, step: TokenStep, prompt: Sequence[int], count: int, *, masked: bool
 ) -> list[int]:
-    how = setting.deployment
     step.cache.truncate(0)
-    logits, mask = step.read(prompt, how.thresholds, prior=how.prior)
+    logits = step.begin(prompt, setting.deployment)
+    step.follow(setting.deployment if masked and setting.masked else None)
     if masked:
-        setting.use(step, mask)
         tokens = list(itertools.islice(greedy_tokens(setting, step, likeliest(logits)), count))
     else:
-        step.use(None)
         tokens = [likeliest(logits)]
         while len(tokens) < count:
             tokens.append(step.greedy(tokens[-1]))
@@ -123,7 +122,7 @@ def _write(
 
 
 def _drift(
-    setting: Setting, cache: KvCache, reader: Prefill, prompt: Sequence[int], text: Sequence[int], *, divergence: int
+    setting: AnySetting, cache: KvCache, reader: Any, prompt: Sequence[int], text: Sequence[int], *, divergence: int
 ) -> FreeText:
     """Read the dense model's text under the method and densely; its last token has nothing after it to predict."""
     read = text[:-1]

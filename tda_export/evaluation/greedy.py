@@ -6,16 +6,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tda_export.evaluation.setting import Setting
-from tda_export.runtime.decode_step import DecodeStep
+from tda_export.evaluation.methods import AnySetting
+from tda_export.runtime.token_step import TokenStep
 
 
-def greedy_tokens(setting: Setting, step: DecodeStep, token: int) -> Iterator[int]:
+def greedy_tokens(setting: AnySetting, step: TokenStep, token: int) -> Iterator[int]:
     """Write on from a token, with the method's refreshes; there is no end.
 
     Args:
         setting: The method.
-        step: Its step (`Setting.open_step`), which has read the context and uses its mask.
+        step: Its step (`Setting.open_step`), which has read the context and follows the method.
         token: The first new one, which the step has not read.
 
     Yields:
@@ -27,9 +27,8 @@ def greedy_tokens(setting: Setting, step: DecodeStep, token: int) -> Iterator[in
         yield token
         stale.append(token)
         if setting.masked and len(stale) == how.refresh.tokens:
-            logits, mask = step.reread(stale, how.thresholds, how.refresh.decay)
-            setting.use(step, mask)
-            token = likeliest(logits)
+            token = likeliest(step.refresh(stale, how))
+            step.follow(how)
             stale.clear()
         else:
             token = step.greedy(token)

@@ -28,11 +28,11 @@ from tda_export.evaluation.methods import Request, check_request, open_setting
 from tda_export.evaluation.scoring import Score, Scorer
 from tda_export.progress import progress
 from tda_export.runtime.artifact import open_artifact
-from tda_export.runtime.decode_step import DecodeStep
 from tda_export.runtime.deployment import Refresh
 from tda_export.runtime.providers import choose_provider
 from tda_export.runtime.session import Sessions
 from tda_export.runtime.text import Text
+from tda_export.runtime.token_step import TokenStep
 
 Encoded = tuple[tuple[str, str] | None, list[int], list[int]]  # the request's texts, context and continuation
 NEW_TOKENS = 256  # where a task does not say, as with the harness's own models
@@ -47,6 +47,7 @@ class TdaLM(TemplateLM):
         artifact: str,
         method: str = "tda",
         sparsity: float | None = None,
+        price: float | None = None,
         cett: float | None = None,
         allocation: AllocationRule | None = None,
         max_kl: float | None = None,
@@ -64,7 +65,8 @@ class TdaLM(TemplateLM):
         Args:
             artifact: Its folder.
             method: A key of `evaluation.methods.METHODS`.
-            sparsity: Budget, as in `evaluation.methods.Request`; so are `cett`, `allocation` and `max_kl`.
+            sparsity: Budget, as in `evaluation.methods.Request`; so are `price`, `cett`, `allocation` and `max_kl`.
+            price: Budget.
             cett: Budget.
             allocation: Budget.
             max_kl: Budget.
@@ -89,12 +91,13 @@ class TdaLM(TemplateLM):
             )
         request = Request(
             method,
-            sparsity,
-            cett,
-            allocation,
-            max_kl,
-            None if refresh is None else Refresh(refresh, opened.deployment.refresh.decay),
-            None if calibration is None else Path(calibration),
+            price=price,
+            sparsity=sparsity,
+            max_kl=max_kl,
+            cett=cett,
+            allocation=allocation,
+            refresh=None if refresh is None else Refresh(refresh, opened.deployment.refresh.decay),
+            calibration=None if calibration is None else Path(calibration),
         )
         check_request(opened, request)
         self.artifact, self.text = opened, Text(opened)
@@ -102,7 +105,7 @@ class TdaLM(TemplateLM):
         sessions = Sessions(opened, choose_provider(provider, opened.shape.dtype))
         self.setting = open_setting(opened, sessions, request)
         self.scorer = Scorer(self.setting, protocol)
-        self._step: DecodeStep | None = None
+        self._step: TokenStep | None = None
 
     @classmethod
     def of(cls, artifact: Path, request: Request, *, protocol: str, provider: str) -> TdaLM:
@@ -248,17 +251,17 @@ class TdaLM(TemplateLM):
                 break
         return str(postprocess_generated_text(text + stream.finish(), stops, None))
 
-    def _first(self, step: DecodeStep, tokens: list[int]) -> int:
+    def _first(self, step: TokenStep, tokens: list[int]) -> int:
         """Read a prompt by the protocol, and return the first new token."""
         setting, how = self.setting, self.setting.deployment
         prompt = tokens if self.scorer.protocol == "griffin" else tokens[:-1]
-        logits, mask = step.read(prompt, how.thresholds, prior=how.prior) if prompt else (None, None)
-        setting.use(step, mask)
+        logits = step.begin(prompt, how) if prompt else None
+        step.follow(how if prompt and setting.masked else None)
         if logits is None or len(prompt) < len(tokens):
             return step.greedy(tokens[-1])
         return likeliest(logits)
 
-    def _borrow_step(self, tokens: int) -> DecodeStep:
+    def _borrow_step(self, tokens: int) -> TokenStep:
         """Return a step with room for so many tokens; a larger one is bound (and on CUDA captured) only if it must."""
         if self._step is None or self._step.cache.capacity < tokens:
             self._step = self.setting.open_step(tokens)

@@ -6,16 +6,14 @@ A new method is a row of `METHODS`: how it checks its budget, and how it is open
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
-import numpy as np
-
-from tda_export.calibration.budgets import Allocation, AllocationRule, Budget, allocate_truncation, make_budget
-from tda_export.calibration.file import Calibration, read_calibration
+from tda_export.calibration.budgets import Budget, allocate_truncation
+from tda_export.calibration.file import Calibration
+from tda_export.deployments import Asked, deployed, own_calibration, refuse_masks
 from tda_export.errors import UsageError
+from tda_export.evaluation.priced_setting import PricedSetting, open_priced
 from tda_export.evaluation.setting import Setting, TruncationSetting
-from tda_export.graph import contract
 from tda_export.graph.derive import (
     artifact_method,
     artifact_spec,
@@ -25,32 +23,20 @@ from tda_export.graph.derive import (
 )
 from tda_export.graph.method import griffin
 from tda_export.runtime.artifact import Artifact
-from tda_export.runtime.deployment import Deployment, Refresh, one_level
+from tda_export.runtime.deployment import Deployment, PriceDeployment, one_level
 from tda_export.runtime.session import Sessions
 
 PAPER_CETT = 0.2
 
 
+AnySetting = Setting | PricedSetting
+
+
 @dataclass(frozen=True)
-class Request:
-    """A method by name, and the budget that it was asked for: None where not given.
+class Request(Asked):
+    """A method by name (None: the artifact's own), and what was asked of it."""
 
-    `sparsity` and `cett` are shares in [0, 1), `max_kl` is nats a token. `refresh`: another refresh than the artifact's
-    own. `calibration`: a calibration file in place of the artifact's own.
-    """
-
-    method: str = "tda"
-    sparsity: float | None = None
-    cett: float | None = None
-    allocation: AllocationRule | None = None
-    max_kl: float | None = None
-    refresh: Refresh | None = None
-    calibration: Path | None = None
-
-    @property
-    def has_budget(self) -> bool:
-        """Whether a budget was given."""
-        return (self.sparsity, self.cett, self.allocation, self.max_kl) != (None, None, None, None)
+    method: str | None = None
 
 
 def check_request(artifact: Artifact, request: Request) -> None:
@@ -60,12 +46,30 @@ def check_request(artifact: Artifact, request: Request) -> None:
         UsageError: The method is not known, its budget is missing, incomplete or not one that it takes, or the
             artifact does not fit it.
     """
-    if request.method not in METHODS:
-        raise UsageError(f"Method {request.method!r} is not known. Use {', '.join(METHODS)}.")
-    METHODS[request.method].check(artifact, request)
+    _entry(artifact, request).check(artifact, request)
 
 
-def open_setting(artifact: Artifact, sessions: Sessions, request: Request) -> Setting:
+def method_name(artifact: Artifact, request: Request) -> str:
+    """Return the method that is asked for: the artifact's own unless another is named."""
+    return request.method or str(artifact.manifest["method"]["name"])
+
+
+def _entry(artifact: Artifact, request: Request) -> MethodEntry:
+    name = method_name(artifact, request)
+    if name not in METHODS:
+        raise UsageError(f"Method {name!r} is not known. Use {', '.join(METHODS)}.")
+    entries = METHODS[name]
+    if artifact.layout not in entries:
+        serving = [other for other, layouts in METHODS.items() if artifact.layout in layouts]
+        needed = {"indexed": "tda", "priced": "priced"}[next(iter(entries))]
+        raise UsageError(
+            f"{artifact.folder} has the layout {artifact.layout}, which runs {', '.join(serving)} and not {name}. "
+            f"Build an artifact for it with 'tda-export build MODEL --method {needed}'."
+        )
+    return entries[artifact.layout]
+
+
+def open_setting(artifact: Artifact, sessions: Sessions, request: Request) -> AnySetting:
     """Prepare a method on an artifact.
 
     Args:
@@ -77,8 +81,9 @@ def open_setting(artifact: Artifact, sessions: Sessions, request: Request) -> Se
         UsageError: See `check_request`.
         TdaError: The artifact's calibration cannot be read, or the derived graph cannot be loaded.
     """
-    check_request(artifact, request)
-    return METHODS[request.method].open(artifact, sessions, request)
+    entry = _entry(artifact, request)
+    entry.check(artifact, request)
+    return entry.open(artifact, sessions, request)
 
 
 @dataclass(frozen=True)
@@ -86,68 +91,14 @@ class MethodEntry:
     """A row of `METHODS`."""
 
     check: Callable[[Artifact, Request], None]
-    open: Callable[[Artifact, Sessions, Request], Setting]
-
-
-def budget_deployment(
-    artifact: Artifact, budget: Budget, calibration: Path | None = None, refresh: Refresh | None = None
-) -> Deployment:
-    """Choose how decode drops neurons for a budget, from an artifact's own calibration or another of the same model.
-
-    A sparsity is that of all tokens, refreshes included. Without `refresh` the artifact's own.
-
-    Raises:
-        UsageError: There is none, it is of another model, or the artifact was not built for what the budget needs.
-        TdaError: It cannot be read.
-    """
-    refresh = refresh or artifact.deployment.refresh
-    allocation = _calibration(artifact, calibration).allocate(budget, refresh.tokens)
-    if not allocation.token_thresholds:
-        # A tail mean that was asked for stays; the one that comes with an allocation by KL goes with it.
-        tail_mean = not Budget(**artifact.manifest["budget"]).by_kl
-        deployment = one_level(allocation.thresholds, artifact.shape.num_layers, artifact.ffn_matrices)
-        return replace(deployment, tail_mean=tail_mean, refresh=refresh)
-    method = artifact_method(artifact)
-    if allocation.prior_tokens != artifact.manifest["prior_tokens"] or method.tail != "mean" or not method.two_levels:
-        raise UsageError(
-            f"{artifact.folder} was built without the prior and the tail mean that an allocation by KL is calibrated "
-            "with. Build it again with --allocation kl, or ask for --allocation uniform."
-        )
-    return path_deployment(allocation).with_refresh(refresh)
-
-
-def path_deployment(allocation: Allocation) -> Deployment:
-    """Return the deployment of a point of the KL path, without refreshes."""
-    mask, token = np.asarray(allocation.density), np.asarray(allocation.token_density)
-    return Deployment(
-        np.asarray(allocation.thresholds, np.float32),
-        np.asarray(allocation.token_thresholds, np.float32),
-        survivors=(token / np.maximum(mask, 1e-9)).astype(np.float32),
-        ffn_matrices=allocation.ffn_matrices,
-    )
-
-
-def _calibration(artifact: Artifact, other: Path | None) -> Calibration:
-    if other is not None:
-        calibration = read_calibration(other)
-        if calibration.model_fingerprint != artifact.manifest["model"]["fingerprint"]:
-            raise UsageError(
-                f"{other} was calibrated on another model ({calibration.provenance['model']['name']}) than "
-                f"{artifact.folder}. Give one of the same model with --calibration."
-            )
-        return calibration
-    if contract.CALIBRATION_FILE not in artifact.manifest["files"]:
-        raise UsageError(
-            f"{artifact.folder} carries no calibration, so its budget is fixed. Leave the budget out; eval also takes "
-            "another file with --calibration."
-        )
-    return read_calibration(artifact.file(contract.CALIBRATION_FILE))
+    open: Callable[[Artifact, Sessions, Request], AnySetting]
 
 
 def _check_tda(artifact: Artifact, request: Request) -> None:
     _require_thresholds(artifact, request)
+    _refuse_price(request)
     if request.has_budget:
-        _budget(request)
+        request.budget()
     elif request.calibration is not None:
         raise UsageError("--calibration is what a budget is chosen from. Give --sparsity, --max-kl or --cett too.")
 
@@ -162,14 +113,9 @@ def _require_thresholds(artifact: Artifact, request: Request) -> None:
 
 
 def _open_tda(artifact: Artifact, sessions: Sessions, request: Request) -> Setting:
-    if request.has_budget:
-        budget = _budget(request)
-        deployment = budget_deployment(artifact, budget, request.calibration, request.refresh)
-        described = budget.describe()
-    else:
-        deployment, described = artifact.deployment, dict(artifact.manifest["budget"])
-    if request.refresh is not None:
-        deployment = deployment.with_refresh(request.refresh)
+    described = request.budget().describe() if request.has_budget else dict(artifact.manifest["budget"])
+    deployment = deployed(artifact, request)
+    assert isinstance(deployment, Deployment)
     if deployment.refresh.tokens:
         described |= {"refresh": deployment.refresh.tokens}
     counting = _counting(artifact, sessions, bool(deployment.token_thresholds.any()))
@@ -182,11 +128,13 @@ def _counting(artifact: Artifact, sessions: Sessions, skips: bool = False) -> Se
     return counting_sessions(artifact, sessions) if skips and sessions.two_levels else None
 
 
-def _budget(request: Request) -> Budget:
-    return make_budget(request.cett, request.sparsity, request.allocation, request.max_kl)
+def _refuse_price(request: Request) -> None:
+    if request.price is not None:
+        raise UsageError("--price belongs to artifacts of --method priced. Give --sparsity, --max-kl or --cett.")
 
 
 def _check_paper(artifact: Artifact, request: Request) -> None:
+    _refuse_price(request)
     _require_thresholds(artifact, request)
     if (request.sparsity, request.allocation, request.max_kl, request.refresh) != (None, None, None, None):
         raise UsageError(f"--method paper takes --cett ({PAPER_CETT} unless given), and nothing else.")
@@ -194,7 +142,7 @@ def _check_paper(artifact: Artifact, request: Request) -> None:
 
 
 def _token_calibration(artifact: Artifact, request: Request, what: str) -> Calibration:
-    calibration = _calibration(artifact, request.calibration)
+    calibration = own_calibration(artifact, request.calibration)
     if calibration.sums.token_density.shape[1] == 0:
         raise UsageError(
             f"{what} takes thresholds of single tokens, and this calibration is of prompts. Make one with "
@@ -212,6 +160,7 @@ def _open_paper(artifact: Artifact, sessions: Sessions, request: Request) -> Set
 
 
 def _check_griffin(artifact: Artifact, request: Request) -> None:
+    _refuse_price(request)
     others = (request.cett, request.allocation, request.max_kl, request.refresh, request.calibration)
     if request.sparsity is None or any(other is not None for other in others):
         raise UsageError("--method griffin takes --sparsity, and no other budget.")
@@ -227,6 +176,7 @@ def _open_griffin(artifact: Artifact, sessions: Sessions, request: Request) -> S
 
 
 def _check_tt(artifact: Artifact, request: Request) -> None:
+    _refuse_price(request)
     if (request.cett is None) == (request.sparsity is None):
         raise UsageError("--method tt takes a budget of its own. Give --cett, or --sparsity up to 0.333.")
     if (request.allocation, request.max_kl, request.refresh) != (None, None, None):
@@ -264,10 +214,34 @@ def _open_dense(artifact: Artifact, sessions: Sessions, request: Request) -> Set
     return Setting("dense", artifact.shape, sessions, deployment, counting, masked=False)
 
 
-METHODS = {
-    "tda": MethodEntry(_check_tda, _open_tda),
-    "paper": MethodEntry(_check_paper, _open_paper),
-    "griffin": MethodEntry(_check_griffin, _open_griffin),
-    "tt": MethodEntry(_check_tt, _open_tt),
-    "dense": MethodEntry(_check_dense, _open_dense),
+def _check_priced(artifact: Artifact, request: Request) -> None:
+    refuse_masks(artifact, request)
+    if request.calibration is not None:
+        raise UsageError("--calibration: a priced artifact carries its table. Build it again with another calibration.")
+    deployed(artifact, request)
+
+
+def _open_priced(artifact: Artifact, sessions: Sessions, request: Request) -> PricedSetting:
+    given = {"price": request.price, "sparsity": request.sparsity, "max_kl": request.max_kl}
+    budget = {name: value for name, value in given.items() if value is not None} or dict(artifact.manifest["budget"])
+    deployment = deployed(artifact, request)
+    assert isinstance(deployment, PriceDeployment)
+    return open_priced("priced", artifact, sessions, deployment, budget)
+
+
+def _open_priced_dense(artifact: Artifact, sessions: Sessions, request: Request) -> PricedSetting:
+    return open_priced("dense", artifact, sessions, PriceDeployment(0.0), {})
+
+
+# By method, and by the layouts of artifacts that run it.
+METHODS: dict[str, dict[str, MethodEntry]] = {
+    "priced": {"priced": MethodEntry(_check_priced, _open_priced)},
+    "tda": {"indexed": MethodEntry(_check_tda, _open_tda)},
+    "paper": {"indexed": MethodEntry(_check_paper, _open_paper)},
+    "griffin": {"indexed": MethodEntry(_check_griffin, _open_griffin)},
+    "tt": {"indexed": MethodEntry(_check_tt, _open_tt)},
+    "dense": {
+        "indexed": MethodEntry(_check_dense, _open_dense),
+        "priced": MethodEntry(_check_dense, _open_priced_dense),
+    },
 }

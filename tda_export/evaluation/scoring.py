@@ -16,14 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from tda_export.errors import TdaError, UsageError
-from tda_export.evaluation.setting import Setting
+from tda_export.evaluation.methods import AnySetting
 from tda_export.runtime.kv_cache import KvCache
-from tda_export.runtime.phases import Prefill, PromptMask
+from tda_export.runtime.phases import PromptMask
 
 Protocol = Literal["strict", "griffin"]
 DECODE_TOKENS = 128  # of one call: their logits are on the host at once
@@ -41,7 +41,7 @@ class Score:
 class Scorer:
     """Scores continuations by a method and a protocol, in one cache that grows to the longest of them."""
 
-    def __init__(self, setting: Setting, protocol: str = "strict") -> None:
+    def __init__(self, setting: AnySetting, protocol: str = "strict") -> None:
         """Prepare.
 
         Raises:
@@ -53,7 +53,7 @@ class Scorer:
         self._shares: list[float] = []
         self._mask_share = 1.0  # of the last context, where all its tokens read the same
         self._cache = KvCache(setting.shape, setting.sessions.provider, 1)
-        self._reader: Prefill | None = None
+        self._reader: Any = None
 
     def take_ffn_share(self) -> float | None:
         """Return the mean share of FFN bytes that a scored token read since this was asked last; None without any.

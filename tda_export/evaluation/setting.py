@@ -25,12 +25,13 @@ from tda_export.runtime.session import Sessions, device_tensor
 @dataclass(frozen=True)
 class Counted:
     """What decoding of given tokens gave and read: logits float32 [S, V], the share of neurons in the mask, the share
-    of FFN bytes that a token read without refreshes, and the mean with them."""
+    of FFN bytes that a token read without refreshes, the mean with them, and the share of attention's linears."""
 
     logits: np.ndarray
     density: float
     sparse_share: float
     ffn_share: float
+    attention_share: float = 1.0
 
     @property
     def refresh_share(self) -> float:
@@ -60,9 +61,7 @@ class Setting:
         budget = {name: value for name, value in self.budget.items() if name != "refresh"}
         return replace(self, deployment=self.deployment.with_refresh(NO_REFRESH), budget=budget)
 
-    def read(
-        self, tokens: Sequence[int], cache: KvCache, reader: Prefill | None = None
-    ) -> tuple[np.ndarray, PromptMask]:
+    def read(self, tokens: Sequence[int], cache: KvCache, reader: Any = None) -> tuple[np.ndarray, PromptMask]:
         """Append a context densely.
 
         Args:
@@ -76,18 +75,13 @@ class Setting:
         how = self.deployment
         return (reader or self.open_reader(cache)).read(tokens, how.thresholds, prior=how.prior)
 
-    def open_reader(self, cache: KvCache) -> Prefill:
+    def open_reader(self, cache: KvCache) -> Any:
         """Bind the prefill graph to a cache for any number of contexts; each mask is written over by the next."""
         return Prefill(self.sessions, self.shape, cache)
 
     def open_step(self, capacity: int) -> DecodeStep:
         """Bind decoding of one token after another, in a cache of its own of that many tokens."""
         return DecodeStep(self.sessions, self.shape, capacity)
-
-    def use(self, step: DecodeStep, mask: PromptMask | None) -> None:
-        """Let a step decode as the method does under a context's mask; without a mask, densely."""
-        how = self.deployment
-        step.use(mask if self.masked else None, how.token_thresholds, tail_mean=how.tail_mean)
 
     def decode(self, cache: KvCache, tokens: Sequence[int], mask: PromptMask | None) -> np.ndarray:
         """Append S given tokens as the method decodes under a context's mask; without a mask, densely.
@@ -108,9 +102,7 @@ class Setting:
         """Whether every token keeps neurons of its own, so that what is read is known only of decoded ones."""
         return self.counting is not None
 
-    def decode_counted(
-        self, cache: KvCache, tokens: Sequence[int], mask: PromptMask, reader: Prefill | None = None
-    ) -> Counted:
+    def decode_counted(self, cache: KvCache, tokens: Sequence[int], mask: PromptMask, reader: Any = None) -> Counted:
         """Do as `decode`, with the method's refreshes, and say what was read.
 
         Every N tokens a refresh reads the last N densely, which gives the logits after the last of them and the mask of

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tda_export.errors import TdaError, UsageError
-from tda_export.evaluation.setting import Setting
+from tda_export.evaluation.methods import AnySetting
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.phases import decode
@@ -104,7 +104,7 @@ def cut_windows(tokens: Sequence[int], prefix: Sequence[int], settings: TextSett
 
 def evaluate_text(
     artifact: Artifact,
-    setting: Setting,
+    setting: AnySetting,
     windows: Sequence[Sequence[int]],
     settings: TextSettings,
     *,
@@ -134,7 +134,7 @@ def evaluate_text(
     return summarise(measured, artifact.dense_ffn_bytes)
 
 
-def _measure(artifact: Artifact, setting: Setting, window: Sequence[int], settings: TextSettings) -> WindowQuality:
+def _measure(artifact: Artifact, setting: AnySetting, window: Sequence[int], settings: TextSettings) -> WindowQuality:
     length = settings.prompt_tokens
     prompt, read, predicted = window[:length], window[length:-1], window[length + 1 :]
     cache = KvCache(artifact.shape, setting.sessions.provider, settings.window)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -12,7 +12,6 @@ from tda_export.graph.ops import MICROSOFT, Ops
 from tda_export.graph.weights_file import WeightTable
 from tda_export.models.spec import DecoderSpec
 
-Linear = Callable[[ir.Value, str], ir.Value]  # (x [.., in], name of a weight) -> [.., out]
 Norm = Callable[[ir.Value, str], ir.Value]  # (x [.., N], name of a weight [N]) -> [.., N]
 
 
@@ -85,34 +84,29 @@ def attention(
     spec: DecoderSpec,
     weights: WeightTable,
     layer: int,
-    x: ir.Value,
+    projected: Sequence[ir.Value],
     past: tuple[ir.Value, ir.Value],
     lengths: Lengths,
-    linear: Linear,
     norm: Norm,
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Attend from x [1, S, M], already normalised.
+    """Attend from queries, keys and values.
 
     Args:
         ops: The graph.
         spec: The architecture.
         weights: The tensors of weights.bin.
         layer: Which.
-        x: The input.
+        projected: Q, K and V side by side [1, S, (H + 2 KV) D], or [1, S, H D], [1, S, KV D] twice.
         past: Past keys and values.
         lengths: Of past and call.
-        linear: Multiplies by a weight without its bias.
         norm: Applies an RMS norm over the last axis.
 
     Returns:
-        The output [1, S, M] without the output bias (the next norm adds it), and the present key and value.
+        What the output projection takes, [1, S, H D], and the present key and value.
     """
-    qkv = linear(x, contract.qkv_weight(layer))  # [1, S, (H + 2 KV) D]
-    if spec.qkv_bias:
-        qkv = ops.op("Add", qkv, ops.weight(weights[contract.qkv_bias(layer)]))
-    inputs: list[ir.Value | None] = [qkv, None, None]
+    inputs: list[ir.Value | None] = [*projected, *[None] * (3 - len(projected))]
     if spec.qk_norm != "none":
-        inputs = _normed(ops, spec, layer, qkv, norm)
+        inputs = _normed(ops, spec, layer, projected, norm)
     rope = spec.layer_rope(layer)
     caches = contract.LOCAL_ROPE_CACHES if rope is not None and rope is spec.local_rope else contract.ROPE_CACHES
     tables = [] if rope is None else [ops.weight(weights[name]) for name in caches]
@@ -137,13 +131,17 @@ def attention(
         rotary_interleaved=0,
         **settings,
     )
-    return linear(attended, contract.attention_out_weight(layer)), present_key, present_value  # [1, S, M]
+    return attended, present_key, present_value
 
 
-def _normed(ops: Ops, spec: DecoderSpec, layer: int, qkv: ir.Value, norm: Norm) -> list[ir.Value | None]:
+def _normed(
+    ops: Ops, spec: DecoderSpec, layer: int, projected: Sequence[ir.Value], norm: Norm
+) -> list[ir.Value | None]:
     """Take Q, K and V apart and normalise Q and K: [1, S, H D], [1, S, KV D] twice."""
     sizes = [spec.num_heads * spec.head_size, *[spec.num_kv_heads * spec.head_size] * 2]
-    query, key, value = ops.multi("Split", qkv, ops.constant(sizes, "int64"), outputs=(True, True, True), axis=2)
+    if len(projected) == 1:
+        projected = ops.multi("Split", *projected, ops.constant(sizes, "int64"), outputs=(True, True, True), axis=2)
+    query, key, value = projected
 
     def normed(rows: ir.Value, heads: int, weight: str) -> ir.Value:
         if spec.qk_norm == "whole":

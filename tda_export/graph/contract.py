@@ -38,6 +38,27 @@ GREEDY_TOKEN = "GreedyToken"
 LINEAR = "Linear"
 ADD_NORM = "AddNorm"
 ADD_BIAS_NORM = "AddBiasNorm"
+ROW_LINEAR = "RowLinear"
+CALL_PRICE = "CallPrice"
+
+
+class RowLinearInput:
+    """The inputs of RowLinear by position; the bias may be absent."""
+
+    X = "x"  # [.., in]
+    WEIGHT = "w"  # [in, out]
+    ROW_PRICE = "row_price"  # float32 [in]
+    PRICE = "price"  # float32 [1]
+    BIAS = "bias"  # [out]
+
+
+ROW_LINEAR_INPUTS = (
+    RowLinearInput.X,
+    RowLinearInput.WEIGHT,
+    RowLinearInput.ROW_PRICE,
+    RowLinearInput.PRICE,
+    RowLinearInput.BIAS,
+)
 
 
 class FfnInput:
@@ -88,6 +109,7 @@ ATTENTION_MASK = "attention_mask"
 LOGITS = "logits"
 GREEDY_TOKENS = "greedy_tokens"  # -1 where the logits are not finite
 NUM_LOGITS = "num_logits"
+PRICE = "price"  # of a byte of weights; 0 reads every row
 THRESHOLDS = "thresholds"
 TOKEN_THRESHOLDS = "token_thresholds"  # of two-level decoding; 0 is off, by default as calibrated
 STATS_DECAY = "stats_decay"
@@ -139,6 +161,7 @@ def present_tail_mean(layer: int) -> str:
     return f"present_tail_mean.{layer}"
 
 
+KEPT_ROWS = "kept_rows"  # by matrix and token; an output of derived graphs that measure
 KEPT_NEURONS = "kept_neurons"  # by layer and token; an output of derived graphs that measure
 
 
@@ -158,6 +181,23 @@ COS_CACHE = "cos_cache"
 SIN_CACHE = "sin_cache"
 ROPE_CACHES = (COS_CACHE, SIN_CACHE)
 LOCAL_ROPE_CACHES = ("cos_cache.local", "sin_cache.local")  # of layers with a window, where they have their own
+
+
+def linear_weight(layer: int, stored: str) -> str:
+    """Name a matrix of a layer: q, k, v, o, gate, up, down, or a site whose parts lie side by side (qkv, gate_up)."""
+    if stored in ("q", "k", "v", "qkv"):
+        return f"layers.{layer}.attention.{stored}"
+    return attention_out_weight(layer) if stored == "o" else ffn_weight(layer, stored)
+
+
+def linear_bias(matrix: str) -> str:
+    """Name the bias of a matrix."""
+    return f"{matrix}.bias"
+
+
+def row_price(matrix: str) -> str:
+    """Name what the rows of a matrix are worth: expected squared gradient of the input a byte, float32 [in]."""
+    return f"{matrix}.row_price"
 
 
 def attention_norm(layer: int) -> str:
@@ -309,6 +349,22 @@ def decode_outputs(shape: ModelShape, *, ffn_inputs: bool = False, counted: bool
         *_kv_cache(shape, present_key, present_value, "total_sequence_length"),
         *probes,
     ]
+
+
+def priced_prefill_inputs(shape: ModelShape) -> list[IoTensor]:
+    """List the inputs of `prefill.onnx` of a priced artifact in order."""
+    return [*dense_inputs(shape), IoTensor(NUM_LOGITS, "int64", (1,), default=True)]
+
+
+def priced_decode_inputs(shape: ModelShape, *, explicit: bool = False) -> list[IoTensor]:
+    """List the inputs of `decode.onnx` of a priced artifact in order; `explicit`: of `decode_explicit.onnx`."""
+    return [*dense_inputs(shape), IoTensor(PRICE, "float32", (1,), default=not explicit)]
+
+
+def priced_decode_outputs(shape: ModelShape, *, counted: int = 0) -> list[IoTensor]:
+    """List the outputs of `decode.onnx` of a priced artifact in order; counts, by matrix, are in no artifact."""
+    counts = [IoTensor(KEPT_ROWS, "int64", (counted, "sequence_length"))] if counted else []
+    return [*decode_outputs(shape), *counts]
 
 
 def truncation_inputs(shape: ModelShape) -> list[IoTensor]:

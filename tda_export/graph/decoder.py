@@ -54,7 +54,9 @@ class GraphBuilder:
         for layer in range(spec.num_layers):
             x = stream.normed(contract.attention_norm(layer)) if normed_input else stream.value
             past = self.inputs[contract.past_key(layer)], self.inputs[contract.past_value(layer)]
-            y, key, value = attention(ops, spec, self.weights, layer, x, past, lengths, self.linear, self._rms_norm)
+            projected = [self.affine(x, name) for name in self._projections(layer)]
+            attended, key, value = attention(ops, spec, self.weights, layer, projected, past, lengths, self._rms_norm)
+            y = self.linear(attended, contract.attention_out_weight(layer))  # [1, S, M]; the next norm adds the bias
             self.outputs[contract.present_key(layer)], self.outputs[contract.present_value(layer)] = key, value
             bias = self.weight(contract.attention_out_bias(layer)) if spec.attention_out_bias else None
             if spec.parallel_residual:
@@ -108,6 +110,18 @@ class GraphBuilder:
     def linear(self, x: ir.Value, name: str) -> ir.Value:
         """Multiply as `product` does, for products outside the FFN, which some graphs have a function for."""
         return self.product(x, name)
+
+    def affine(self, x: ir.Value, name: str) -> ir.Value:
+        """Multiply as `linear` does, and add the bias where the matrix has one."""
+        y, bias = self.linear(x, name), contract.linear_bias(name)
+        return self.ops.op("Add", y, self.weight(bias)) if bias in self.weights else y
+
+    def _projections(self, layer: int) -> list[str]:
+        """Name the matrices of queries, keys and values: one, or three."""
+        packed = contract.qkv_weight(layer)
+        if packed in self.weights.matrices:
+            return [packed]
+        return [contract.linear_weight(layer, part) for part in ("q", "k", "v")]
 
     def logits(self, hidden: ir.Value) -> ir.Value:
         """Multiply the hidden state [1, S, M] by the head; float32 [1, S, V]."""
@@ -184,6 +198,22 @@ class GraphBuilder:
             producer_version=tda_export.__version__,
             functions=functions,
         )
+
+
+def last_positions(ops: Ops, hidden: ir.Value, number: ir.Value, attended: ir.Value) -> ir.Value:
+    """Keep the last `number` positions of hidden [1, S, M] before any right padding; 0 keeps all.
+
+    Args:
+        ops: The graph.
+        hidden: The hidden state.
+        number: int64 [1].
+        attended: int64 [1], how many of the S tokens are no padding.
+    """
+    zero = ops.constant([0], "int64")
+    every = ops.op("Equal", number, zero)
+    start = ops.op("Where", every, zero, ops.op("Max", ops.op("Sub", attended, number), zero))
+    end = ops.op("Where", every, ops.constant([np.iinfo(np.int64).max], "int64"), attended)
+    return ops.op("Slice", hidden, start, end, ops.constant([1], "int64"))  # [1, number, M]
 
 
 class ResidualStream:

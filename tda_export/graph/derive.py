@@ -13,6 +13,7 @@ from tda_export.graph.dense import build_dense, dense_weight_table
 from tda_export.graph.method import Method
 from tda_export.graph.ops import DTYPES
 from tda_export.graph.prefill import build_prefill
+from tda_export.graph.priced import build_priced_decode
 from tda_export.graph.truncation import build_truncation
 from tda_export.graph.weights_file import WeightTable
 from tda_export.models.spec import DecoderSpec, spec_from_dict
@@ -73,6 +74,13 @@ def derived_probe(artifact: Artifact) -> bytes:
     """Build the decode graph with the inputs of every FFN among its outputs."""
     spec, method = artifact_spec(artifact), artifact_method(artifact)
     return _serialised(build_decode(spec, weight_table(artifact), artifact.shape.dtype, method, ffn_inputs=True))
+
+
+def counted_rows(artifact: Artifact) -> bytes:
+    """Build the decode graph of a priced artifact that also counts the rows which each token reads."""
+    return _serialised(
+        build_priced_decode(artifact_spec(artifact), weight_table(artifact), artifact.shape.dtype, counted=True)
+    )
 
 
 def derived_counting(artifact: Artifact) -> bytes:

@@ -7,74 +7,66 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
 import tda_export
-from tda_export.calibration.budgets import Allocation, Budget
 from tda_export.errors import TdaError
 from tda_export.files import atomic_folder, sha256
 from tda_export.graph import contract
-from tda_export.graph.decode import build_decode
+from tda_export.graph.contract import IoTensor, ModelShape
 from tda_export.graph.decoder import model_shape
 from tda_export.graph.genai import genai_config
-from tda_export.graph.method import Method
-from tda_export.graph.prefill import Prior, build_prefill
-from tda_export.graph.weight_plan import plan_weights
+from tda_export.graph.weight_plan import Rows, plan_weights
 from tda_export.graph.weights_file import WeightTable, write_weights
 from tda_export.models.source import ModelSource
+from tda_export.models.spec import DecoderSpec
 from tda_export.progress import progress
-from tda_export.runtime.deployment import NO_REFRESH, Refresh
 from tda_export.versions import installed_versions
 
 RECORDED_PACKAGES = ("onnx", "onnx-ir", "torch", "transformers")
 
 
+class Design(Protocol):
+    """What a layout stores and builds; `layout` is its name in the manifest."""
+
+    layout: str
+
+    @property
+    def rows(self) -> Rows:
+        """What the rows of the layers' matrices are."""
+        ...
+
+    @property
+    def expected(self) -> dict[str, Any]:
+        """What calibration expects, as plain data."""
+        ...
+
+    def graphs(self, spec: DecoderSpec, table: WeightTable, dtype: str) -> dict[str, ir.Model]:
+        """Build the graphs, by file name."""
+        ...
+
+    def io(self, shape: ModelShape) -> dict[str, tuple[list[IoTensor], list[IoTensor]]]:
+        """List inputs and outputs of each graph."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the manifest says of this layout alone."""
+        ...
+
+
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build. `thresholds` [L] are the defaults of the prefill graph; top-k methods carry zeros.
-
-    `up_rms`, float [L, F], comes from calibration and belongs to two-level methods; their token thresholds are the
-    allocation's. `prior` is what the statistics of a prompt begin with.
-    """
+    """What to build: a model, the dtype of its weights (a value of `contract.DTYPES`), and what is done with them."""
 
     source: ModelSource
-    dtype: str  # a value of contract.DTYPES
-    method: Method
-    thresholds: list[float]
-    budget: Budget
-    allocation: Allocation | None = None
+    dtype: str
+    design: Design
+    budget: dict[str, Any]  # as it was asked for
     calibration_file: Path | None = None
     calibration: dict[str, Any] | None = None  # provenance
-    up_rms: torch.Tensor | None = None
-    prior: Prior | None = None
-    refresh: Refresh = NO_REFRESH
-
-    def __post_init__(self) -> None:
-        assert self.method.two_levels == (self.up_rms is not None), "a two-level method needs up_rms"
-
-    @property
-    def token_thresholds(self) -> list[float]:
-        """Defaults of the decode graph, [L]; 0 is off."""
-        chosen = self.allocation.token_thresholds if self.allocation else []
-        return chosen or [0.0] * self.source.spec.num_layers
-
-    @property
-    def expected_sparsity(self) -> float:
-        """Share of the FFN bytes that a token is expected not to read, refreshes included."""
-        assert self.allocation is not None
-        return self.refresh.sparsity(self.allocation.sparsity)
-
-    @property
-    def survivors(self) -> list[float]:
-        """Expected share of a mask's neurons that a token does not skip, [L]."""
-        if self.allocation is None or not self.allocation.token_density:
-            return [1.0] * self.source.spec.num_layers
-        pairs = zip(self.allocation.token_density, self.allocation.density, strict=True)
-        return [token / mask if mask else 1.0 for token, mask in pairs]
 
 
 def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: Callable[[Path], None]) -> None:
@@ -90,7 +82,7 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
         TdaError: The checkpoint does not fit its configuration, the disk is full, or `check` failed.
     """
     source, spec = request.source, request.source.spec
-    plan = list(plan_weights(spec, source.weights(), request.dtype, request.up_rms))
+    plan = list(plan_weights(spec, source.weights(), request.dtype, request.design.rows))
     size = sum(planned.bytes for planned in plan)
     free = shutil.disk_usage(output.absolute().parent).free
     if size > free:
@@ -98,16 +90,15 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
     with atomic_folder(output) as folder:
         with progress("Writing weights", size, quiet=quiet) as advance:
             table, weights_sha256 = write_weights(plan, folder / contract.WEIGHTS_FILE, advance)
-        thresholds = np.asarray(request.thresholds, np.float32)
-        prefill = build_prefill(spec, table, request.dtype, request.method, thresholds, request.prior)
-        decode = build_decode(spec, table, request.dtype, request.method, np.asarray(request.token_thresholds, "f4"))
-        explicit = build_decode(spec, table, request.dtype, request.method, explicit=True)
-        graphs = dict(zip(contract.GRAPH_FILES, (prefill, decode, explicit), strict=True))
+        graphs = request.design.graphs(spec, table, request.dtype)
         for name, graph in graphs.items():
             ir.save(graph, folder / name)
         _save_tokenizer(source, folder)
         _write_json(folder / contract.GENERATION_CONFIG_FILE, source.generation_config)
-        _write_json(folder / contract.GENAI_CONFIG_FILE, genai_config(request.source, request.dtype))
+        _write_json(
+            folder / contract.GENAI_CONFIG_FILE,
+            genai_config(request.source, request.dtype, layout=request.design.layout),
+        )
         if request.calibration_file:
             shutil.copyfile(request.calibration_file, folder / contract.CALIBRATION_FILE)
         known = {contract.WEIGHTS_FILE: weights_sha256}
@@ -137,7 +128,6 @@ def _manifest(
 ) -> dict[str, Any]:
     spec, shape = request.source.spec, model_shape(request.source.spec, request.dtype)
     files = sorted(path for path in folder.iterdir() if path.name != contract.MANIFEST_FILE)
-    two_levels = request.method.two_levels
     return {
         "format": contract.FORMAT,
         "format_version": contract.FORMAT_VERSION,
@@ -151,28 +141,14 @@ def _manifest(
         },
         "shape": asdict(shape),
         "spec": asdict(spec),
-        "method": asdict(request.method),
-        "budget": request.budget.describe(),
-        "thresholds": request.thresholds,
-        "token_thresholds": request.token_thresholds,
-        "survivors": request.survivors,
-        "prior_tokens": request.prior.tokens if request.prior else 0.0,
-        "refresh": asdict(request.refresh),
-        "expected": asdict(request.allocation) | {"sparsity": request.expected_sparsity} if request.allocation else {},
+        "budget": request.budget,
+        **request.design.describe(),
         "calibration": request.calibration or {},
         "files": {
             path.name: {"size": path.stat().st_size, "sha256": known.get(path.name) or sha256(path)} for path in files
         },
-        "io": {
-            contract.PREFILL_FILE: _io(contract.prefill_inputs(shape), contract.prefill_outputs(shape)),
-            contract.DECODE_FILE: _io(
-                contract.decode_inputs(shape, two_levels=two_levels), contract.decode_outputs(shape)
-            ),
-            contract.EXPLICIT_DECODE_FILE: _io(
-                contract.decode_inputs(shape, two_levels=two_levels, explicit=True), contract.decode_outputs(shape)
-            ),
-        },
-        "layout": "indexed",
+        "io": {file: _io(*tensors) for file, tensors in request.design.io(shape).items()},
+        "layout": request.design.layout,
         "matrices": {name: matrix.describe() for name, matrix in table.matrices.items()},
         "weights": {
             name: {

@@ -15,15 +15,18 @@ from tda_export.graph.decoder import model_shape
 from tda_export.models.source import ModelSource
 
 PIPELINE = "decoder-pipeline"
+PLAIN = "llama"  # GenAI's name for a decoder of this form, whatever its architecture
 ERRORS_ONLY = 3  # ONNX Runtime warns of every input that has a default
 
 
-def genai_config(source: ModelSource, dtype: str) -> dict[str, Any]:
+def genai_config(source: ModelSource, dtype: str, *, layout: str) -> dict[str, Any]:
     """Return what genai_config.json says (written for GenAI 0.18).
 
     Args:
         source: The model.
         dtype: A value of `contract.DTYPES`.
+        layout: Of the artifact: `indexed` is run as a pipeline, `priced` by decode.onnx alone, whose calls without a
+            past are dense.
 
     Returns:
         Plain data. Every output of both graphs is listed, which GenAI needs. Statistics, thresholds and token
@@ -36,6 +39,47 @@ def genai_config(source: ModelSource, dtype: str) -> dict[str, Any]:
         "eos_token_id": eos or None,
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(eos), None),
     }
+    decoder = {
+        "head_size": shape.head_size,
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": source.spec.num_heads,
+        "num_hidden_layers": shape.num_layers,
+        "num_key_value_heads": shape.num_kv_heads,
+        "session_options": {"log_severity_level": ERRORS_ONLY, "provider_options": []},
+        "inputs": {  # the names of these two are GenAI's keys for them as well
+            contract.INPUT_IDS: contract.INPUT_IDS,
+            contract.ATTENTION_MASK: contract.ATTENTION_MASK,
+            "past_key_names": _pattern(contract.past_key),
+            "past_value_names": _pattern(contract.past_value),
+        },
+        "outputs": {
+            "logits": contract.LOGITS,
+            "present_key_names": _pattern(contract.present_key),
+            "present_value_names": _pattern(contract.present_value),
+        },
+    }
+    plain = layout == "priced"
+    decoder |= {"filename": contract.DECODE_FILE} if plain else {"pipeline": [_stages(shape)]}
+    return {
+        "model": {
+            "type": PLAIN if plain else PIPELINE,
+            **{name: value for name, value in special.items() if value is not None},
+            "context_length": shape.max_positions,
+            "vocab_size": shape.vocab_size,
+            "decoder": decoder,
+        },
+        "search": {
+            "batch_size": 1,
+            "do_sample": False,
+            "max_length": shape.max_positions,
+            "num_beams": 1,
+            "past_present_share_buffer": plain,
+        },
+    }
+
+
+def _stages(shape: contract.ModelShape) -> dict[str, Any]:
+    """Return the two stages of a pipeline."""
     forwarded = {
         present(layer): given(layer)
         for present, given in (
@@ -58,41 +102,7 @@ def genai_config(source: ModelSource, dtype: str) -> dict[str, Any]:
         "outputs": [tensor.name for tensor in contract.decode_outputs(shape)],
         "run_on_prompt": False,
     }
-    return {
-        "model": {
-            "type": PIPELINE,
-            **{name: value for name, value in special.items() if value is not None},
-            "context_length": shape.max_positions,
-            "vocab_size": shape.vocab_size,
-            "decoder": {
-                "head_size": shape.head_size,
-                "hidden_size": shape.hidden_size,
-                "num_attention_heads": source.spec.num_heads,
-                "num_hidden_layers": shape.num_layers,
-                "num_key_value_heads": shape.num_kv_heads,
-                "session_options": {"log_severity_level": ERRORS_ONLY, "provider_options": []},
-                "inputs": {  # the names of these two are GenAI's keys for them as well
-                    contract.INPUT_IDS: contract.INPUT_IDS,
-                    contract.ATTENTION_MASK: contract.ATTENTION_MASK,
-                    "past_key_names": _pattern(contract.past_key),
-                    "past_value_names": _pattern(contract.past_value),
-                },
-                "outputs": {
-                    "logits": contract.LOGITS,
-                    "present_key_names": _pattern(contract.present_key),
-                    "present_value_names": _pattern(contract.present_value),
-                },
-                "pipeline": [{"prefill": prefill, "decode": decode}],
-            },
-        },
-        "search": {
-            "batch_size": 1,
-            "do_sample": False,
-            "max_length": shape.max_positions,
-            "num_beams": 1,
-            "past_present_share_buffer": False,
-        },
-    }
+    return {"prefill": prefill, "decode": decode}
 
 
 def _pattern(name: Callable[[int], str]) -> str:

@@ -11,7 +11,7 @@ import torch
 from tda_export.calibration.curves import CurveSums
 from tda_export.graph import contract
 from tda_export.graph.attention import attention_lengths, call_tokens
-from tda_export.graph.decoder import GraphBuilder, model_shape
+from tda_export.graph.decoder import GraphBuilder, last_positions, model_shape
 from tda_export.graph.ffn import dense_activations
 from tda_export.graph.method import Method
 from tda_export.graph.statistics import (
@@ -79,12 +79,7 @@ def build_prefill(
         return graph.product(h, contract.ffn_weight(layer, "down")), bias
 
     hidden = graph.layers(lengths, ffn)
-    # Keep the last num_logits positions before any right padding; 0 keeps all.
-    number, zero = inputs[contract.NUM_LOGITS], ops.constant([0], "int64")
-    every = ops.op("Equal", number, zero)
-    start = ops.op("Where", every, zero, ops.op("Max", ops.op("Sub", tokens.attended, number), zero))
-    end = ops.op("Where", every, ops.constant([np.iinfo(np.int64).max], "int64"), tokens.attended)
-    last = ops.op("Slice", hidden, start, end, ops.constant([1], "int64"))  # [1, num_logits, M]
+    last = last_positions(ops, hidden, inputs[contract.NUM_LOGITS], tokens.attended)
     outputs[contract.LOGITS] = graph.logits(last)
     prior = prior or Prior(np.zeros((spec.num_layers, 2, spec.ffn_size), np.float32), 0.0)
     defaults: dict[str, np.ndarray] = {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tda_export.graph import contract
-from tda_export.graph.weight_plan import plan_weights
+from tda_export.graph.weight_plan import IndexedRows, plan_weights
 from tda_export.models.spec import DecoderSpec
 
 KEY_AND_VALUE = 2
@@ -76,7 +76,7 @@ def planned_sizes(spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]], dtyp
         TdaError: The shapes do not fit the architecture.
     """
     up_rms = torch.empty(spec.num_layers, spec.ffn_size, device="meta")
-    plan = plan_weights(spec, _Shapes(shapes), dtype, up_rms)
+    plan = plan_weights(spec, _Shapes(shapes), dtype, IndexedRows(up_rms))
     sizes = {planned.name: planned.bytes for planned in plan}
     return weight_sizes(spec, sizes, dtype)
 

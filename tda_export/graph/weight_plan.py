@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +13,7 @@ from tda_export.models.layout import Layout, Tensor
 from tda_export.models.rope import rope_table
 from tda_export.models.spec import DecoderSpec
 from tda_export.models.weights import Weights
+from tda_export.packing import Packing, packed_matrices
 from tda_export.weights.formats import FORMATS
 from tda_export.weights.matrix import Major, Matrix
 
@@ -33,86 +34,157 @@ class PlannedWeight:
         return contract.tensor_bytes(self.shape, self.dtype)
 
 
+@dataclass(frozen=True)
+class IndexedRows:
+    """Rows of FFN matrices are neurons, and a mask names those to read. Q, K and V are packed.
+
+    `up_rms`, float [L, F], is the root mean square of each neuron's up product (ones without gates), which two-level
+    methods need.
+    """
+
+    up_rms: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PricedRows:
+    """Rows of all linears of the layers are input channels, and a token reads those that are worth their bytes.
+
+    `prices` are float32 [L, in] by stored matrix: those of `packed_matrices`.
+    """
+
+    packing: Packing
+    prices: Mapping[str, torch.Tensor]
+
+
+Rows = IndexedRows | PricedRows
+
+
 def plan_weights(
-    spec: DecoderSpec, weights: Weights, dtype: str, up_rms: torch.Tensor | None = None
+    spec: DecoderSpec, weights: Weights, dtype: str, rows: Rows = IndexedRows()
 ) -> Iterator[PlannedWeight]:
     """List the tensors of weights.bin in file order, checking each shape against the spec.
 
-    Linear layers are stored [out, in], with Q, K and V packed; FFN weights are neuron-major [F, M]; a tied head is not
-    stored a second time.
+    A tied head is not stored a second time. Linears outside the layers are stored [out, in].
 
     Args:
         spec: The architecture.
         weights: The checkpoint.
-        dtype: A value of `contract.DTYPES`, of everything but the constants of statistics and estimates.
-        up_rms: float [L, F], root mean square of each neuron's up product; two-level methods need it (ones without
-            gates).
+        dtype: A value of `contract.DTYPES`, of everything but row prices and the constants of statistics and estimates.
+        rows: What the rows of the layers' matrices are.
 
     Raises:
         TdaError: A tensor is missing or has another shape than the configuration says.
     """
-    names, m, layout = spec.names, spec.hidden_size, Layout(spec, weights)
-    heads, width = spec.num_heads * spec.head_size, spec.embedding_width
+    return _Planner(spec, weights, dtype, rows).plan()
 
-    def stored(target: str, tensor: Tensor, dtype: str = dtype) -> PlannedWeight:
-        return PlannedWeight(target, tensor.shape, dtype, tensor.load)
 
-    def matrix(target: str, tensor: Tensor, major: Major = "output") -> PlannedWeight:
+class _Planner:
+    def __init__(self, spec: DecoderSpec, weights: Weights, dtype: str, rows: Rows) -> None:
+        self._spec, self._dtype, self._rows = spec, dtype, rows
+        self._layout = Layout(spec, weights)
+
+    def plan(self) -> Iterator[PlannedWeight]:
+        spec, dtype, layout = self._spec, self._dtype, self._layout
+        names, m, width = spec.names, spec.hidden_size, spec.embedding_width
+        yield self._matrix(contract.EMBEDDING, layout.plain(f"{names.embedding}.weight", spec.vocab_size, width))
+        if spec.position_offset is not None:
+            yield self._stored(contract.POSITIONS, layout.positions())
+        if width != m:
+            yield self._matrix(contract.PROJECT_IN, layout.linear(names.project_in, m, width))
+            yield self._matrix(contract.PROJECT_OUT, layout.linear(names.project_out, width, m))
+        for rope, caches in ((spec.rope, contract.ROPE_CACHES), (spec.local_rope, contract.LOCAL_ROPE_CACHES)):
+            if rope is not None:
+                for function, name in zip(("cos", "sin"), caches, strict=True):
+                    table = partial(rope_table, rope, spec.head_size, spec.max_positions, function, spec.rotary_size)
+                    yield PlannedWeight(name, (spec.max_positions, spec.head_size // 2), dtype, table)
+        for i in range(spec.num_layers):
+            at = {field: template.format(i=i) for field, template in vars(names).items()}
+            if spec.norm_placement != "output":
+                yield from self._norm(contract.attention_norm(i), at["attention_norm"])
+            yield from self._projections(i)
+            if spec.qk_norm != "none":
+                yield self._stored(contract.query_norm(i), layout.head_norm(at["query_norm"], spec.num_heads))
+                yield self._stored(contract.key_norm(i), layout.head_norm(at["key_norm"], spec.num_kv_heads))
+            yield from self._attention_output(i)
+            if spec.norm_placement in ("output", "both"):
+                yield from self._norm(contract.attention_output_norm(i), at["attention_output_norm"])
+            if spec.norm_placement != "output":
+                yield from self._norm(contract.ffn_norm(i), at["ffn_norm"])
+            yield from self._ffn(i)
+            if spec.norm_placement in ("output", "both"):
+                yield from self._norm(contract.ffn_output_norm(i), at["ffn_output_norm"])
+            yield from self._ffn_constants(i)
+        if spec.final_norm:
+            yield from self._norm(contract.FINAL_NORM, names.final_norm)
+        if not spec.tied_head:
+            yield self._matrix(contract.HEAD, layout.plain(f"{names.head}.weight", spec.vocab_size, width))
+
+    def _stored(self, target: str, tensor: Tensor, dtype: str | None = None) -> PlannedWeight:
+        return PlannedWeight(target, tensor.shape, dtype or self._dtype, tensor.load)
+
+    def _matrix(self, target: str, tensor: Tensor, major: Major = "output") -> PlannedWeight:
         rows, columns = tensor.shape
-        described = Matrix(target, rows, columns, FORMATS[dtype], major)
-        return PlannedWeight(target, tensor.shape, dtype, tensor.load, described)
+        described = Matrix(target, rows, columns, FORMATS[self._dtype], major)
+        return PlannedWeight(target, tensor.shape, self._dtype, tensor.load, described)
 
-    def norm(target: str, module: str) -> Iterator[PlannedWeight]:
-        yield stored(target, layout.norm(module, m))
-        if spec.norm == "layer":
-            yield stored(contract.norm_bias(target), layout.plain(f"{module}.bias", m))
+    def _norm(self, target: str, module: str) -> Iterator[PlannedWeight]:
+        size = self._spec.hidden_size
+        yield self._stored(target, self._layout.norm(module, size))
+        if self._spec.norm == "layer":
+            yield self._stored(contract.norm_bias(target), self._layout.plain(f"{module}.bias", size))
 
-    yield matrix(contract.EMBEDDING, layout.plain(f"{names.embedding}.weight", spec.vocab_size, width))
-    if spec.position_offset is not None:
-        yield stored(contract.POSITIONS, layout.positions())
-    if width != m:
-        yield matrix(contract.PROJECT_IN, layout.linear(names.project_in, m, width))
-        yield matrix(contract.PROJECT_OUT, layout.linear(names.project_out, width, m))
-    for rope, caches in ((spec.rope, contract.ROPE_CACHES), (spec.local_rope, contract.LOCAL_ROPE_CACHES)):
-        if rope is not None:
-            for function, name in zip(("cos", "sin"), caches, strict=True):
-                table = partial(rope_table, rope, spec.head_size, spec.max_positions, function, spec.rotary_size)
-                yield PlannedWeight(name, (spec.max_positions, spec.head_size // 2), dtype, table)
-    for i in range(spec.num_layers):
-        at = {field: template.format(i=i) for field, template in vars(names).items()}
-        if spec.norm_placement != "output":
-            yield from norm(contract.attention_norm(i), at["attention_norm"])
-        yield matrix(contract.qkv_weight(i), layout.qkv(i))
-        if spec.qkv_bias:
-            yield stored(contract.qkv_bias(i), layout.qkv_bias(i))
-        if spec.qk_norm != "none":
-            yield stored(contract.query_norm(i), layout.head_norm(at["query_norm"], spec.num_heads))
-            yield stored(contract.key_norm(i), layout.head_norm(at["key_norm"], spec.num_kv_heads))
-        yield matrix(contract.attention_out_weight(i), layout.linear(at["attention_out"], m, heads))
+    def _projections(self, layer: int) -> Iterator[PlannedWeight]:
+        """List what gives queries, keys and values."""
+        if isinstance(self._rows, PricedRows):
+            yield from self._priced(layer, ("q", "k", "v"), biased=self._spec.qkv_bias)
+            return
+        yield self._matrix(contract.qkv_weight(layer), self._layout.qkv(layer))
+        if self._spec.qkv_bias:
+            yield self._stored(contract.qkv_bias(layer), self._layout.qkv_bias(layer))
+
+    def _attention_output(self, layer: int) -> Iterator[PlannedWeight]:
+        spec, name = self._spec, contract.attention_out_weight(layer)
+        if isinstance(self._rows, PricedRows):
+            yield from self._priced(layer, ("o",), biased=spec.attention_out_bias)
+            return
+        yield self._matrix(name, self._layout.part(layer, "o"))
         if spec.attention_out_bias:
-            yield stored(contract.attention_out_bias(i), layout.plain(f"{at['attention_out']}.bias", m))
-        if spec.norm_placement in ("output", "both"):
-            yield from norm(contract.attention_output_norm(i), at["attention_output_norm"])
-        if spec.norm_placement != "output":
-            yield from norm(contract.ffn_norm(i), at["ffn_norm"])
+            yield self._stored(contract.attention_out_bias(layer), self._layout.part_bias(layer, "o"))
+
+    def _ffn(self, layer: int) -> Iterator[PlannedWeight]:
+        spec, layout = self._spec, self._layout
+        if isinstance(self._rows, PricedRows):
+            yield from self._priced(layer, spec.ffn_parts, biased=spec.ffn_bias)
+            return
         for part in spec.ffn_parts:
             major: Major = "input" if part == "down" else "output"  # a row is a neuron
-            yield matrix(contract.ffn_weight(i, part), layout.ffn(i, part), major)
+            yield self._matrix(contract.ffn_weight(layer, part), layout.ffn(layer, part), major)
         if spec.ffn_bias:
             for part in spec.ffn_parts:
-                yield stored(contract.ffn_bias(i, part), layout.ffn_bias(i, part))
-        if spec.norm_placement in ("output", "both"):
-            yield from norm(contract.ffn_output_norm(i), at["ffn_output_norm"])
-        down = layout.ffn(i, "down")
+                yield self._stored(contract.ffn_bias(layer, part), layout.ffn_bias(layer, part))
+
+    def _ffn_constants(self, layer: int) -> Iterator[PlannedWeight]:
+        if isinstance(self._rows, PricedRows):
+            return
+        down = self._layout.ffn(layer, "down")
         squared_norms = Tensor(down.shape[:1], partial(_squared_row_norms, down))
-        yield stored(contract.down_squared_norms(i), squared_norms, "float32")
-        if up_rms is not None:
-            scale = Tensor(down.shape[:1], partial(_scale, squared_norms, up_rms[i]))
-            yield stored(contract.neuron_scale(i), scale, "float32")
-    if spec.final_norm:
-        yield from norm(contract.FINAL_NORM, names.final_norm)
-    if not spec.tied_head:
-        yield matrix(contract.HEAD, layout.plain(f"{names.head}.weight", spec.vocab_size, width))
+        yield self._stored(contract.down_squared_norms(layer), squared_norms, "float32")
+        if self._rows.up_rms is not None:
+            scale = Tensor(down.shape[:1], partial(_scale, squared_norms, self._rows.up_rms[layer]))
+            yield self._stored(contract.neuron_scale(layer), scale, "float32")
+
+    def _priced(self, layer: int, wanted: Sequence[str], *, biased: bool) -> Iterator[PlannedWeight]:
+        """List the stored matrices whose parts are among `wanted`, with their biases and row prices."""
+        assert isinstance(self._rows, PricedRows)
+        for stored, parts in packed_matrices(self._spec, self._rows.packing).items():
+            if parts[0] not in wanted:
+                continue
+            name, layout = contract.linear_weight(layer, stored), self._layout
+            yield self._matrix(name, _side_by_side([layout.part(layer, part) for part in parts]), "input")
+            if biased:
+                yield self._stored(contract.linear_bias(name), _joined([layout.part_bias(layer, p) for p in parts]))
+            price = self._rows.prices[stored][layer]
+            yield self._stored(contract.row_price(name), Tensor(tuple(price.shape), partial(_same, price)), "float32")
 
 
 def _squared_row_norms(down: Tensor) -> torch.Tensor:
@@ -123,3 +195,18 @@ def _squared_row_norms(down: Tensor) -> torch.Tensor:
 def _scale(squared_norms: Tensor, up_rms: torch.Tensor) -> torch.Tensor:
     """RMS(up_i · x) ||W_down[:, i]||: times |act(gate_i · x)| the length to expect of neuron i's output."""
     return squared_norms.load().sqrt() * up_rms
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    """Put linears [out, in] of one input side by side, input-major: [in, out of all]."""
+    inputs = parts[0].shape[1]
+    outputs = sum(part.shape[0] for part in parts)
+    return Tensor((inputs, outputs), lambda: torch.cat([part.load() for part in parts]).T)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return Tensor((sum(part.shape[0] for part in parts),), lambda: torch.cat([part.load() for part in parts]))
+
+
+def _same(value: torch.Tensor) -> torch.Tensor:
+    return value

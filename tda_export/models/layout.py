@@ -17,6 +17,8 @@ from tda_export.models.rope import rotary_order
 from tda_export.models.spec import DecoderSpec
 from tda_export.models.weights import Weights
 
+QKV_PARTS = ("q", "k", "v")
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -71,6 +73,33 @@ class Layout:
     def qkv_bias(self, layer: int) -> Tensor:
         """Return their biases, [(H + 2 KV) D]."""
         return self._qkv([self.plain(f"{module}.bias", rows) for module, rows in self._projections(layer)])
+
+    def part(self, layer: int, part: str) -> Tensor:
+        """Return the weights of one linear of a layer, [out, in]: q, k, v, o, or a part of the FFN."""
+        spec = self._spec
+        if part == "o":
+            return self.linear(spec.names.attention_out.format(i=layer), spec.hidden_size, self._heads)
+        if part == "down":
+            return self.linear(spec.names.down.format(i=layer), spec.hidden_size, spec.ffn_size)
+        return self._qkv_part(layer, part, bias=False) if part in QKV_PARTS else self.ffn(layer, part)
+
+    def part_bias(self, layer: int, part: str) -> Tensor:
+        """Return the bias of one linear of a layer, [out]."""
+        if part == "o":
+            return self.plain(f"{self._spec.names.attention_out.format(i=layer)}.bias", self._spec.hidden_size)
+        return self._qkv_part(layer, part, bias=True) if part in QKV_PARTS else self.ffn_bias(layer, part)
+
+    def _qkv_part(self, layer: int, part: str, *, bias: bool) -> Tensor:
+        """Return the rows of q, k or v alone; where they are packed, all are read."""
+        spec, place = self._spec, QKV_PARTS.index(part)
+        heads = spec.num_heads if part == "q" else spec.num_kv_heads
+        if spec.qkv_layout == "separate":
+            module, rows = self._projections(layer)[place]
+            own = self.plain(f"{module}.bias", rows) if bias else self.linear(module, rows, spec.hidden_size)
+            return own if part == "v" else Tensor(own.shape, lambda: self._rotated(own.load(), heads))
+        packed = self.qkv_bias(layer) if bias else self.qkv(layer)
+        sizes = [self._heads, self._kv_heads, self._kv_heads]
+        return Tensor((sizes[place], *packed.shape[1:]), lambda: packed.load().split(sizes)[place])
 
     def ffn(self, layer: int, part: str) -> Tensor:
         """Return an FFN matrix, neuron-major: [F, M], row i is neuron i."""

@@ -13,7 +13,8 @@ import numpy as np
 from tda_export.errors import TdaError, UsageError
 from tda_export.graph import contract
 from tda_export.graph.contract import DTYPES, ModelShape
-from tda_export.runtime.deployment import Deployment, Refresh
+from tda_export.pricing import PriceTable
+from tda_export.runtime.deployment import AnyDeployment, Deployment, Refresh, price_deployment
 from tda_export.weights.matrix import Matrix, read_matrix
 
 NEEDED_FILES = (
@@ -59,13 +60,37 @@ class Artifact:
     @property
     def _ffn_names(self) -> list[str]:
         layers = range(self.shape.num_layers)
-        names = [contract.ffn_weight(layer, part) for layer in layers for part in contract.FFN_PARTS]
+        parts = (*contract.FFN_PARTS, "gate_up")
+        names = [contract.ffn_weight(layer, part) for layer in layers for part in parts]
         return [name for name in names if name in self.matrices]
 
     @property
-    def deployment(self) -> Deployment:
-        """How decode drops neurons unless it is told otherwise."""
+    def layout(self) -> str:
+        """What the rows of its matrices are: `priced` (input channels with prices) or `indexed` (neurons of masks)."""
+        return str(self.manifest["layout"])
+
+    @property
+    def linear_bytes(self) -> int:
+        """Weight bytes of the linears of all layers, attention and FFN, which a dense step reads for a token."""
+        return sum(matrix.bytes for name, matrix in self.matrices.items() if name.startswith("layers."))
+
+    @property
+    def sparse_bytes(self) -> int:
+        """Those of them that decode may skip rows of."""
+        return self.linear_bytes if self.layout == "priced" else self.dense_ffn_bytes
+
+    @property
+    def price_table(self) -> PriceTable | None:
+        """What calibration measured of prices, None where nothing was."""
+        table = self.manifest.get("price_table")
+        return None if table is None else PriceTable.from_dict(table)
+
+    @property
+    def deployment(self) -> AnyDeployment:
+        """What decode reads unless it is told otherwise."""
         manifest = self.manifest
+        if self.layout == "priced":
+            return price_deployment(float(manifest["price"]), self.price_table)
         by_rank = manifest["method"]["selection"] != "threshold"
         thresholds = None if by_rank else np.asarray(manifest["thresholds"], np.float32)
         return Deployment(
@@ -141,24 +166,45 @@ def _check_content(manifest: dict[str, Any], shape: ModelShape, matrices: dict[s
         if name != "dtype":
             _require(type(value) is int and value > 0, f"shape.{name}")
     _require(shape.dtype in DTYPES.values(), "shape.dtype")
-    model, method, thresholds = manifest["model"], manifest["method"], manifest["thresholds"]
+    model = manifest["model"]
     _require(all(isinstance(model[key], str) for key in ("name", "fingerprint")), "model.name or model.fingerprint")
     _require(type(model["ffn_matrices"]) is int, "model.ffn_matrices")
     eos = model["eos_token_ids"]
     _require(isinstance(eos, list) and all(type(token) is int for token in eos), "model.eos_token_ids")
+    _require(isinstance(manifest["spec"], dict), "spec")
+    checks = {"indexed": _check_indexed, "priced": _check_priced}
+    _require(manifest["layout"] in checks, "layout")
+    _check_weights(manifest, shape, matrices)
+    checks[manifest["layout"]](manifest, shape, matrices)
+
+
+def _check_priced(manifest: dict[str, Any], shape: ModelShape, matrices: dict[str, Matrix]) -> None:
+    _require(manifest["method"] == {"name": "priced"}, "method")
+    price = manifest["price"]
+    _require(type(price) in (int, float) and math.isfinite(price) and price >= 0, "price")
+    if manifest["price_table"] is not None:
+        _require(PriceTable.from_dict(manifest["price_table"]).packing == manifest["packing"], "packing")
+    for name, matrix in matrices.items():
+        if name.startswith("layers."):
+            entry = manifest["weights"][contract.row_price(name)]
+            _require(matrix.major == "input", f"matrices.{name}.major")
+            _require((entry["shape"], entry["dtype"]) == ([matrix.rows], "float32"), f"weights.{name}.row_price")
+
+
+def _check_indexed(manifest: dict[str, Any], shape: ModelShape, matrices: dict[str, Matrix]) -> None:
+    method, thresholds = manifest["method"], manifest["thresholds"]
     _require(method.get("statistic") in ("magnitude", "activation"), "method.statistic")
     _require(method.get("selection") in ("threshold", "topk"), "method.selection")
     density = method.get("density")
     _require(type(method["two_levels"]) is bool, "method.two_levels")
-    _require(isinstance(manifest["spec"], dict), "spec")
     _require(method["selection"] == "threshold" or (isinstance(density, float) and 0 < density <= 1), "method.density")
     _require(len(thresholds) == shape.num_layers and all(map(math.isfinite, thresholds)), "thresholds")
     for name in ("token_thresholds", "survivors"):
         values = manifest[name]
         _require(len(values) == shape.num_layers and all(map(math.isfinite, values)), name)
     Refresh(**manifest["refresh"])
-    _require(manifest["layout"] == "indexed", "layout")
-    _check_weights(manifest, shape, matrices)
+    last = contract.ffn_weight(shape.num_layers - 1, "up")
+    _require(manifest["weights"][last]["shape"] == [shape.ffn_size, shape.hidden_size], "shape.ffn_size")
 
 
 def _check_weights(manifest: dict[str, Any], shape: ModelShape, matrices: dict[str, Matrix]) -> None:
@@ -177,8 +223,8 @@ def _check_weights(manifest: dict[str, Any], shape: ModelShape, matrices: dict[s
     # Embeddings of another width than M come with a projection.
     width = weights[contract.PROJECT_IN]["shape"][1] if contract.PROJECT_IN in weights else shape.hidden_size
     _require(weights[contract.EMBEDDING]["shape"] == [shape.vocab_size, width], "shape.vocab_size")
-    last = contract.ffn_weight(shape.num_layers - 1, "up")
-    _require(last in weights and contract.ffn_weight(shape.num_layers, "up") not in weights, "shape.num_layers")
+    last = contract.ffn_weight(shape.num_layers - 1, "down")
+    _require(last in weights and contract.ffn_weight(shape.num_layers, "down") not in weights, "shape.num_layers")
     _require(weights[last]["shape"] == [shape.ffn_size, shape.hidden_size], "shape.ffn_size")
 
 

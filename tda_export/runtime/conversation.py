@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tda_export.errors import TdaError
-from tda_export.runtime.deployment import Deployment
+from tda_export.runtime.deployment import AnyDeployment
 from tda_export.runtime.generate import Generation, MaskMode
 from tda_export.runtime.model import DEFAULT_NEW_TOKENS, Model
 from tda_export.runtime.sampling import Sampling
@@ -29,9 +29,9 @@ class Conversation:
         model: Model,
         *,
         system: str | None = None,
-        mask: MaskMode = "tda",
+        mask: MaskMode | None = None,
         context: int | None = None,
-        deployment: Deployment | None = None,
+        deployment: AnyDeployment | None = None,
     ) -> None:
         """Begin a chat.
 

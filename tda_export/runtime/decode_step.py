@@ -1,56 +1,38 @@
-"""One token after another: everything bound once, and on CUDA captured once for every prompt."""
+"""One token after another under a prompt's mask."""
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnxruntime as ort
 
 from tda_export.graph import contract
 from tda_export.graph.contract import ModelShape
-from tda_export.runtime.kv_cache import KvCache
+from tda_export.runtime.deployment import AnyDeployment, Deployment
 from tda_export.runtime.phases import CHUNK_TOKENS, Prefill, PromptMask
 from tda_export.runtime.session import STORAGE, Call, Sessions, device_tensor, empty_tensor
+from tda_export.runtime.token_step import DENSE, Reading, TokenStep
 
 
-class _CapturedHere(threading.local):
-    """The steps that this thread has captured. They go with it, as ONNX Runtime's captures do; its id comes again."""
-
-    def __init__(self) -> None:
-        self.steps: weakref.WeakSet[DecodeStep] = weakref.WeakSet()
-
-
-_captured = _CapturedHere()
-
-
-class DecodeStep:
+class DecodeStep(TokenStep):
     """Decodes one token at a time with a prompt's mask, or densely.
 
-    The likeliest token is chosen where the logits are and written where the next step reads its input, so that greedy
-    decoding copies one number to the host for each token.
-
-    With native kernels on CUDA, masks and tail means lie in `fixed_inputs`, which prefill writes to: indices are padded
-    to all neurons, so one captured graph serves every prompt. ONNX Runtime keeps captured graphs for each thread.
+    The step owns the memory of its masks. With native kernels on CUDA, masks and tail means lie in `fixed_inputs`,
+    which prefill writes to: indices are padded to all neurons, so one captured graph serves every prompt.
 
     Without native kernels a dense step runs the prefill graph with S = 1, which reads the weights in place: the
     function body would gather every row.
     """
 
     def __init__(self, sessions: Sessions, shape: ModelShape, capacity: int) -> None:
-        self.cache = KvCache(shape, sessions.provider, capacity)
+        super().__init__(sessions, shape, capacity)
         self.fixed_inputs: dict[str, ort.OrtValue] = {}
-        self._sessions, self._shape = sessions, shape
+        self.mask: PromptMask | None = None  # of what `begin` read last
         self._second_level: dict[str, ort.OrtValue] = {}
         provider, layers = sessions.provider, range(shape.num_layers)
         if sessions.two_levels:
             self._second_level[contract.TOKEN_THRESHOLDS] = empty_tensor((shape.num_layers,), "float32", provider)
-        self._token = device_tensor(np.zeros((1, 1), np.int64), provider)
-        self._attended = device_tensor(self.cache.mask, provider)
-        self._logits = empty_tensor((1, 1, shape.vocab_size), "float32", provider)
-        self._greedy = True  # the call writes the next token itself
         if sessions.captures:
             indices = {contract.mask_indices(i): device_tensor(self._every_neuron(), provider) for i in layers}
             tails = {contract.tail_mean(i): device_tensor(self._no_tail(), provider, shape.dtype) for i in layers}
@@ -88,14 +70,33 @@ class DecodeStep:
         self.cache.truncate(self.cache.length - (len(tokens) - 1))
         return self.read(tokens, thresholds, decay=decay)
 
-    def statistics(self) -> dict[str, np.ndarray]:
+    def begin(self, tokens: Sequence[int], how: AnyDeployment, *, more: bool = False) -> np.ndarray:
+        assert isinstance(how, Deployment)
+        logits, self.mask = self.read(tokens, how.thresholds, prior=how.prior, decay=1.0 if more else None)
+        return logits
+
+    def refresh(self, tokens: Sequence[int], how: AnyDeployment) -> np.ndarray:
+        assert isinstance(how, Deployment)
+        logits, self.mask = self.reread(tokens, how.thresholds, how.refresh.decay)
+        return logits
+
+    def follow(self, how: AnyDeployment | None) -> Reading:
+        if how is None:
+            self.use(None)
+            return DENSE
+        assert isinstance(how, Deployment)
+        assert self.mask is not None
+        self.use(self.mask, how.token_thresholds, tail_mean=how.tail_mean)
+        densities = self.mask.densities(self._shape.num_layers, self._shape.ffn_size)
+        return Reading(float(densities.mean()), how.ffn_share(densities))
+
+    def checkpoint(self) -> dict[str, np.ndarray]:
         """Copy the running statistics to the host (see `Prefill.statistics`)."""
         return self._prefill.statistics()
 
-    def rewind(self, length: int, statistics: Mapping[str, np.ndarray]) -> None:
-        """Go back to where the cache held `length` tokens, with the statistics of that time."""
-        self.cache.truncate(length)
-        self._prefill.restore(statistics)
+    def rewind(self, length: int, checkpoint: dict[str, np.ndarray]) -> None:
+        super().rewind(length, checkpoint)
+        self._prefill.restore(checkpoint)
 
     def use(
         self, mask: PromptMask | None, token_thresholds: np.ndarray | None = None, *, tail_mean: bool = True
@@ -134,43 +135,6 @@ class DecodeStep:
             if mask is None or not tail_mean:
                 self.fixed_inputs[contract.tail_mean(layer)].update_inplace(self._no_tail())
 
-    def greedy(self, token: int | None = None) -> int:
-        """Append `token` (None: the one chosen last) and return the likeliest next one, -1 if logits are not finite."""
-        self._run(token)
-        if self._greedy:
-            return int(self._token.numpy()[0, 0])
-        logits = self._logits.numpy()[0, -1]
-        chosen = int(logits.argmax()) if np.isfinite(logits).all() else -1
-        self._token.update_inplace(np.array([[chosen]], np.int64))
-        return chosen
-
-    def logits(self, token: int) -> np.ndarray:
-        """Append `token` and return the next one's logits, float32 [V]."""
-        self._run(token)
-        return self._logits.numpy()[0, -1].copy()
-
-    def _run(self, token: int | None) -> None:
-        self.cache.reserve(1)
-        self._attended.update_inplace(self.cache.mask)
-        if self._sessions.captures and self not in _captured.steps:
-            # A capture runs the step several times, each with the token that the one before chose: what it leaves at
-            # the new token's place is written over by the run that counts.
-            held = self._token.numpy().copy()
-            self._call.run_only()
-            self._token.update_inplace(held)
-            _captured.steps.add(self)
-        if token is not None:
-            self._token.update_inplace(np.array([[token]], np.int64))
-        self._call.run_only()
-        self.cache.commit()
-
-    def capture(self) -> None:
-        """Capture the step for this thread before its first prompt, so that no token waits for it."""
-        if self._sessions.captures and self not in _captured.steps:
-            held = self.cache.length
-            self._run(0)  # at the place of the next token, which is written over
-            self.cache.truncate(held)
-
     def _bind(self, inputs: dict[str, ort.OrtValue], graph_id: str | None = None) -> Call:
         call = Call(self._sessions.decode, graph_id) if graph_id else Call(self._sessions.decode)
         self._bind_tokens(call)
@@ -183,12 +147,6 @@ class DecodeStep:
         call = Call(self._sessions.prefill)
         self._bind_tokens(call)
         return call
-
-    def _bind_tokens(self, call: Call) -> None:
-        call.feed(contract.INPUT_IDS, self._token)
-        call.feed(contract.ATTENTION_MASK, self._attended)
-        self.cache.bind(call)
-        call.write_to(contract.LOGITS, self._logits)
 
     def _every_neuron(self) -> np.ndarray:
         return np.arange(self._shape.ffn_size, dtype=np.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from tda_export.errors import UsageError
 from tda_export.ffn_share import GATED, two_level_share
+from tda_export.pricing import PriceTable
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,16 @@ class Deployment:
     survivors: np.ndarray = field(default_factory=lambda: np.ones(1, np.float32))
     ffn_matrices: int = GATED
 
+    @property
+    def read_as(self) -> object:
+        """What prompts must have in common for one to go on from another's statistics."""
+        return self.prior
+
+    @property
+    def by_calibration(self) -> str:
+        """What of the bytes that a generation reports is not counted but expected, empty for nothing."""
+        return " (masks counted, rows skipped by tokens as calibrated)" if self.token_thresholds.any() else ""
+
     def with_refresh(self, refresh: Refresh) -> Deployment:
         """Return the same with another refresh."""
         return replace(self, refresh=refresh)
@@ -66,6 +78,41 @@ class Deployment:
     def ffn_share(self, mask_density: np.ndarray) -> float:
         """Return the share of FFN bytes that a sparse step reads under masks of the given densities, [L]."""
         return float(two_level_share(mask_density, mask_density * self.survivors, self.ffn_matrices).mean())
+
+
+@dataclass(frozen=True)
+class PriceDeployment:
+    """The price of a byte of weights, and the share of the linears' bytes that a token is expected to read at it."""
+
+    price: float
+    share: float = 1.0
+
+    @property
+    def read_as(self) -> object:
+        """What prompts must have in common for one to go on from another: prefill knows no price."""
+        return None
+
+    @property
+    def by_calibration(self) -> str:
+        """What of the bytes that a generation reports is not counted but expected, empty for nothing."""
+        return " (as calibrated)" if self.price > 0 else ""
+
+    @property
+    def refresh(self) -> Refresh:
+        """None: nothing is chosen by what was read."""
+        return NO_REFRESH
+
+
+AnyDeployment = Deployment | PriceDeployment
+
+
+def price_deployment(price: float, table: PriceTable | None) -> PriceDeployment:
+    """Return a price with what calibration expects of it; without a table, or beyond it, nothing is expected."""
+    if not math.isfinite(price):
+        raise UsageError(f"A price of {price}: give a finite number, 0 for dense.")
+    if table is None or price > table.most_price:
+        return PriceDeployment(price)
+    return PriceDeployment(price, table.predicted(price).share)
 
 
 def one_level(thresholds: Any, layers: int, ffn_matrices: int = GATED) -> Deployment:

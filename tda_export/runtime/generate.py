@@ -13,16 +13,15 @@ import numpy as np
 
 from tda_export.errors import TdaError
 from tda_export.runtime.artifact import Artifact
-from tda_export.runtime.decode_step import DecodeStep
-from tda_export.runtime.deployment import Deployment
+from tda_export.runtime.deployment import AnyDeployment
 from tda_export.runtime.memory import Cancelled, PromptMemory
-from tda_export.runtime.phases import PromptMask
 from tda_export.runtime.sampling import RepetitionPenalty, Sampler
 from tda_export.runtime.session import Sessions
 from tda_export.runtime.stop_strings import StopStrings
 from tda_export.runtime.text import TextStream
+from tda_export.runtime.token_step import TokenStep
 
-MaskMode = Literal["tda", "dense"]
+MaskMode = Literal["tda", "priced", "dense"]  # which rows decode reads: a prompt's mask, by price, every one
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,11 @@ class Token:
 class Metrics:
     """What a generation cost. Times in seconds, sizes in bytes, density and sparsity as fractions.
 
-    `density` is the share of neurons in the mask that is in use. `sparsity` is the share of FFN bytes that decoding has
-    not read so far, refreshes included; with token thresholds, whose skipped rows are not counted while decoding, it is
-    the calibration's expectation for the mask. `refreshes` counts tokens that came from reading the last ones densely.
+    `density` is the share of neurons in the mask that is in use, or of rows that are expected to be read at a price.
+    `matrices` says which weights may be skipped, and so what `sparsity` and bytes are of: `ffn` or, with prices,
+    `linears`, those of attention and FFN. `sparsity` is the share of their bytes that decoding has not read so far,
+    refreshes included; what tokens skip one by one (by thresholds or prices) is not counted while decoding: it is the
+    calibration's expectation. `refreshes` counts tokens that came from reading the last ones densely.
     `reused_tokens` of the prompt were read before. `decode_steps` counts refreshes too, and a last one that gave an end
     token or came too late for one who cancelled. `decode_tokens_per_second` starts at the second token; the first
     comes from prefill. `finish_reason`: an end token or a stop string, as many tokens as asked for, a full context, or
@@ -52,6 +53,7 @@ class Metrics:
     provider: str
     mask: MaskMode
     prompt_tokens: int
+    matrices: Literal["ffn", "linears"] = "ffn"
     reused_tokens: int = 0
     new_tokens: int = 0
     density: float = 1.0
@@ -61,8 +63,8 @@ class Metrics:
     decode_steps: int = 0
     decode_seconds: float = 0.0
     decode_tokens_per_second: float | None = None
-    ffn_bytes_per_token: int = 0
-    dense_ffn_bytes_per_token: int = 0
+    bytes_per_token: int = 0
+    dense_bytes_per_token: int = 0
     finish_reason: Literal["", "stop", "length", "context"] = ""
 
 
@@ -124,8 +126,8 @@ class Decoding:
         stream: TextStream,
         stops: StopStrings,
         context: int,
-        deployment: Deployment,
-        borrow_step: Callable[[int], AbstractContextManager[DecodeStep]],
+        deployment: AnyDeployment,
+        borrow_step: Callable[[int], AbstractContextManager[TokenStep]],
         memory: PromptMemory | None,
     ) -> None:
         self._artifact, self._sessions = artifact, sessions
@@ -138,7 +140,7 @@ class Decoding:
         self._memory = memory
         self.cancelled = False
         self.text = ""
-        self.metrics = Metrics(sessions.provider, mask, len(prompt))
+        self.metrics = Metrics(sessions.provider, mask, len(prompt), "linears" if sessions.priced else "ffn")
 
     def tokens(self) -> Generator[Token, None, None]:
         """Read the prompt, then yield the answer token by token, on a step borrowed meanwhile."""
@@ -147,10 +149,10 @@ class Decoding:
             with contextlib.suppress(Cancelled):
                 yield from self._generate(step)
 
-    def _generate(self, step: DecodeStep) -> Iterator[Token]:
+    def _generate(self, step: TokenStep) -> Iterator[Token]:
         metrics, started, how = self.metrics, time.perf_counter(), self._deployment
-        logits, mask = self._read(step)
-        self._use(step, mask)
+        logits = self._read(step)
+        self._follow(step)
         token = self._choose(logits)
         metrics.time_to_first_token = time.perf_counter() - started
         stale: list[int] = []  # tokens whose keys and values sparse steps have left in the cache
@@ -178,9 +180,9 @@ class Decoding:
                 return
             started = time.perf_counter()
             stale.append(token)
-            if metrics.mask == "tda" and len(stale) == how.refresh.tokens:
-                logits, mask = step.reread(stale, how.thresholds, how.refresh.decay)
-                self._use(step, mask)
+            if metrics.mask != "dense" and len(stale) == how.refresh.tokens:
+                logits = step.refresh(stale, how)
+                self._follow(step)
                 token, stale = self._choose(logits), []
                 metrics.refreshes += 1
                 self._shares.append(1.0)
@@ -192,20 +194,20 @@ class Decoding:
             metrics.decode_seconds += time.perf_counter() - started
             metrics.decode_tokens_per_second = metrics.decode_steps / metrics.decode_seconds
 
-    def _read(self, step: DecodeStep) -> tuple[np.ndarray, PromptMask]:
-        how = self._deployment
+    def _read(self, step: TokenStep) -> np.ndarray:
         if self._memory is None:
-            return step.read(self._prompt, how.thresholds, prior=how.prior)
-        logits, mask, reused = self._memory.read(step, self._prompt, how, lambda: self.cancelled)
-        self.metrics.reused_tokens = reused
-        return logits, mask
+            return step.begin(self._prompt, self._deployment)
+        logits, self.metrics.reused_tokens = self._memory.read(
+            step, self._prompt, self._deployment, lambda: self.cancelled
+        )
+        return logits
 
     def _last_text(self) -> tuple[str, bool]:
         """What was held back of the text, up to a stop string, and whether there was one."""
         piece, stopped = self._stops.add(self._stream.finish())
         return (piece if stopped else piece + self._stops.finish()), stopped
 
-    def _next(self, step: DecodeStep, token: int) -> int:
+    def _next(self, step: TokenStep, token: int) -> int:
         if self._sampler is not None or self._penalty is not None:  # the step itself chooses the likeliest token
             return self._choose(step.logits(token))
         chosen = step.greedy(token)
@@ -230,19 +232,14 @@ class Decoding:
             "float16 may overflow with this model: build it with --dtype bf16, or with fp32 and run it on the CPU."
         )
 
-    def _use(self, step: DecodeStep, mask: PromptMask) -> None:
-        """Decode with a mask from now on, or densely, and note what a step reads."""
-        shape, metrics, how = self._artifact.shape, self.metrics, self._deployment
-        if metrics.mask == "dense":
-            step.use(None)
-        else:
-            step.use(mask, how.token_thresholds, tail_mean=how.tail_mean)
-            densities = mask.densities(shape.num_layers, shape.ffn_size)
-            metrics.density, self._sparse_share = float(densities.mean()), how.ffn_share(densities)
+    def _follow(self, step: TokenStep) -> None:
+        """Decode from now on as what was read says, or densely, and note what a step reads."""
+        reading = step.follow(None if self.metrics.mask == "dense" else self._deployment)
+        self.metrics.density, self._sparse_share = reading.density, reading.share
         self._account()
 
     def _account(self) -> None:
-        metrics, dense = self.metrics, self._artifact.dense_ffn_bytes
+        metrics, dense = self.metrics, self._artifact.sparse_bytes
         share = sum(self._shares) / len(self._shares) if self._shares else self._sparse_share
         metrics.sparsity = 1.0 - share
-        metrics.ffn_bytes_per_token, metrics.dense_ffn_bytes_per_token = round(share * dense), dense
+        metrics.bytes_per_token, metrics.dense_bytes_per_token = round(share * dense), dense

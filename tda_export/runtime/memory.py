@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from tda_export.errors import TdaError
-from tda_export.runtime.decode_step import DecodeStep
-from tda_export.runtime.deployment import Deployment
-from tda_export.runtime.phases import CHUNK_TOKENS, PromptMask
+from tda_export.runtime.deployment import AnyDeployment
+from tda_export.runtime.phases import CHUNK_TOKENS
+from tda_export.runtime.token_step import TokenStep
 
 FIRST_ROOM = 2048  # tokens
 CHECKPOINTS = 16  # the newest; each holds 2 L F numbers
@@ -23,10 +24,10 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The running statistics after the first `length` tokens."""
+    """What a step needs to go back to the first `length` tokens."""
 
     length: int
-    statistics: dict[str, np.ndarray]
+    state: Any
 
 
 class PromptMemory:
@@ -38,7 +39,7 @@ class PromptMemory:
     those of one prefill of the whole prompt, whatever was generated, refreshed or cancelled in between.
     """
 
-    def __init__(self, open_step: Callable[[int], DecodeStep], most_tokens: int, first_room: int = FIRST_ROOM) -> None:
+    def __init__(self, open_step: Callable[[int], TokenStep], most_tokens: int, first_room: int = FIRST_ROOM) -> None:
         """Begin with nothing.
 
         Args:
@@ -47,14 +48,14 @@ class PromptMemory:
             first_room: Of the first step at least, so that a few turns fit.
         """
         self._open_step, self._most_tokens, self._least_room = open_step, most_tokens, first_room
-        self._step: DecodeStep | None = None
+        self._step: TokenStep | None = None
         self._lent = False
-        self._prior = True
+        self._read_as: object = None
         self._tokens: list[int] = []
         self._checkpoints: list[Checkpoint] = []
 
     @contextlib.contextmanager
-    def borrow_step(self, tokens: int) -> Iterator[DecodeStep]:
+    def borrow_step(self, tokens: int) -> Iterator[TokenStep]:
         """Lend the step with room for `tokens`.
 
         One that is too small gives way to one of at least twice its size, into which the next prompt is read whole.
@@ -78,45 +79,45 @@ class PromptMemory:
             self._lent = False
 
     def read(
-        self, step: DecodeStep, tokens: Sequence[int], how: Deployment, cancelled: Callable[[], bool] = lambda: False
-    ) -> tuple[np.ndarray, PromptMask, int]:
+        self, step: TokenStep, tokens: Sequence[int], how: AnyDeployment, cancelled: Callable[[], bool] = lambda: False
+    ) -> tuple[np.ndarray, int]:
         """Read a prompt, or what is new of it.
 
         Args:
             step: Borrowed from here.
             tokens: The whole prompt, at least one token.
-            how: Its thresholds and whether to begin with the prior.
+            how: What of it is to be noted for decoding.
             cancelled: Asked before every piece.
 
         Returns:
-            As `DecodeStep.read`, and the number of tokens that were not read again.
+            The last token's logits, float32 [V], and the number of tokens that were not read again.
 
         Raises:
             Cancelled: `cancelled` said so.
         """
-        if how.prior != self._prior:
+        if how.read_as != self._read_as:
             self.forget()
-            self._prior = how.prior
+            self._read_as = how.read_as
         # One token at least is read: its logits are asked for.
         common = common_prefix(self._tokens, tokens[:-1])
         self._checkpoints = [point for point in self._checkpoints if point.length <= common]
         held = self._checkpoints[-1].length if self._checkpoints else 0
         self._tokens = list(tokens[:held])
         if held:
-            step.rewind(held, self._checkpoints[-1].statistics)
+            step.rewind(held, self._checkpoints[-1].state)
         else:
             step.cache.truncate(0)
         for start in range(held, len(tokens), CHUNK_TOKENS):
             if cancelled():
                 raise Cancelled
             piece = tokens[start : start + CHUNK_TOKENS]
-            logits, mask = step.read(piece, how.thresholds, prior=how.prior, decay=1.0 if start else None)
+            logits = step.begin(piece, how, more=start > 0)
             if not np.isfinite(logits).all():
                 break  # which the caller reports; nothing of this piece is kept
-            self._checkpoints.append(Checkpoint(start + len(piece), step.statistics()))
+            self._checkpoints.append(Checkpoint(start + len(piece), step.checkpoint()))
             self._tokens += piece
         self._checkpoints = self._checkpoints[-CHECKPOINTS:]
-        return logits, mask, held
+        return logits, held
 
     def forget(self) -> None:
         """Read the next prompt from its beginning."""

@@ -9,17 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
+from tda_export.deployments import chosen_price
 from tda_export.errors import TdaError, UsageError
 from tda_export.runtime.artifact import Artifact, open_artifact
-from tda_export.runtime.decode_step import DecodeStep
-from tda_export.runtime.deployment import Deployment
+from tda_export.runtime.deployment import AnyDeployment, PriceDeployment
 from tda_export.runtime.generate import Decoding, Generation, MaskMode
 from tda_export.runtime.memory import PromptMemory
 from tda_export.runtime.providers import choose_provider
 from tda_export.runtime.sampling import RepetitionPenalty, Sampling, make_sampler
 from tda_export.runtime.session import Sessions
+from tda_export.runtime.steps import open_step
 from tda_export.runtime.stop_strings import StopStrings
 from tda_export.runtime.text import Text
+from tda_export.runtime.token_step import TokenStep
 
 DEFAULT_NEW_TOKENS = 128
 CAPACITY_STEP = 2048  # tokens
@@ -33,11 +35,11 @@ class Model:
         self.provider = provider
         self.text = Text(artifact)
         self.sessions = Sessions(artifact, provider)
-        self._idle: DecodeStep | None = None
+        self._idle: TokenStep | None = None
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def borrow_step(self, tokens: int) -> Iterator[DecodeStep]:
+    def borrow_step(self, tokens: int) -> Iterator[TokenStep]:
         """Lend a decode step with room for `tokens`: the one left over from before where it fits, or a new one."""
         with self._lock:
             step, self._idle = self._idle, None
@@ -51,12 +53,12 @@ class Model:
                 if self._idle is None or self._idle.cache.capacity < step.cache.capacity:
                     self._idle = step
 
-    def _new_step(self, tokens: int) -> DecodeStep:
+    def _new_step(self, tokens: int) -> TokenStep:
         """Make a step with room for `tokens`, and more where a new size would mean a new capture."""
         shape = self.artifact.shape
         if self.sessions.captures:
             tokens = min(-(-tokens // CAPACITY_STEP) * CAPACITY_STEP, shape.max_positions)
-        return DecodeStep(self.sessions, shape, tokens)
+        return open_step(self.sessions, shape, tokens)
 
     def memory(self, *, context: int | None = None) -> PromptMemory:
         """Make a memory for generations of which each begins with the prompt of the one before, as in a chat.
@@ -68,6 +70,23 @@ class Model:
             UsageError: The context is out of range.
         """
         return PromptMemory(self._new_step, self.check_context(context))
+
+    def at(
+        self, *, price: float | None = None, sparsity: float | None = None, max_kl: float | None = None
+    ) -> PriceDeployment:
+        """Return the deployment for one of three budgets of a priced artifact, for `generate(deployment=...)`.
+
+        Args:
+            price: Of a byte of weights; 0 is dense.
+            sparsity: Share of the linears' bytes not to read, in [0, 1).
+            max_kl: The most predicted KL to dense, nats a token.
+
+        Raises:
+            UsageError: Not one of them is given, or it is out of range, or the artifact has no prices.
+        """
+        if not self.sessions.priced:
+            raise UsageError(f"{self.artifact.folder} has masks and no prices, so it takes no price.")
+        return chosen_price(self.artifact, price=price, sparsity=sparsity, max_kl=max_kl)
 
     def check_context(self, context: int | None) -> int:
         """Return the most tokens of prompt and answer together: `context`, or for None the model's maximum.
@@ -86,10 +105,10 @@ class Model:
         *,
         chat: bool = False,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
-        mask: MaskMode = "tda",
+        mask: MaskMode | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         context: int | None = None,
-        deployment: Deployment | None = None,
+        deployment: AnyDeployment | None = None,
         stop: Sequence[str] = (),
         memory: PromptMemory | None = None,
     ) -> Generation:
@@ -99,7 +118,8 @@ class Model:
             prompt: Text, or token ids.
             chat: Put the text into the model's chat template as a user's message.
             max_new_tokens: Stop after this many.
-            mask: `tda` decodes with the prompt's mask, `dense` with every neuron.
+            mask: `tda` decodes with the prompt's mask, `priced` by prices, `dense` reads every row; None is the
+                artifact's own method.
             sampling: Greedy by default.
             context: The most tokens of prompt and answer together; None takes the model's maximum.
             deployment: Other thresholds or another refresh than the artifact's own: another budget, without another
@@ -118,8 +138,10 @@ class Model:
         limit, context = self.artifact.shape.max_positions, self.check_context(context)
         if max_new_tokens < 1:
             raise UsageError(f"{max_new_tokens} new tokens: give 1 or more.")
-        if mask not in ("tda", "dense"):
-            raise UsageError(f"Unknown mask {mask!r}. Use tda or dense.")
+        own: MaskMode = "priced" if self.sessions.priced else "tda"
+        mask = mask or own
+        if mask not in (own, "dense"):
+            raise UsageError(f"Mask {mask!r} is not one of this artifact's. Use {own} or dense.")
         how = deployment or self.artifact.deployment
         self._check(how)
         tokens = self.tokenize(prompt, chat=chat)
@@ -150,7 +172,13 @@ class Model:
             return None
         return RepetitionPenalty(sampling.repetition_penalty, self.artifact.shape.vocab_size, tokens)
 
-    def _check(self, deployment: Deployment) -> None:
+    def _check(self, deployment: AnyDeployment) -> None:
+        if isinstance(deployment, PriceDeployment):
+            if not self.sessions.priced:
+                raise UsageError(f"{self.artifact.folder} has masks and no prices, so it takes no price.")
+            return
+        if self.sessions.priced:
+            raise UsageError(f"{self.artifact.folder} has prices and no masks, so it takes no thresholds.")
         layers, thresholds = self.artifact.shape.num_layers, deployment.thresholds
         if thresholds is not None and self.artifact.manifest["method"]["selection"] != "threshold":
             raise UsageError(f"{self.artifact.folder} selects its neurons by rank, so it takes no other budget.")

@@ -9,11 +9,12 @@ import numpy as np
 
 from tda_export.errors import TdaError
 from tda_export.graph import contract
-from tda_export.runtime.deployment import Deployment
+from tda_export.runtime.deployment import AnyDeployment, PriceDeployment
 from tda_export.runtime.generate import MaskMode
 from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.model import Model
 from tda_export.runtime.phases import decode, prefill
+from tda_export.runtime.priced import PricedPrefill
 from tda_export.runtime.session import device_tensor
 
 
@@ -30,8 +31,8 @@ def continuation_logits(
     prompt: Sequence[int],
     continuation: Sequence[int],
     *,
-    mask: MaskMode,
-    deployment: Deployment | None = None,
+    mask: MaskMode | None = None,
+    deployment: AnyDeployment | None = None,
 ) -> np.ndarray:
     """Compute the logits after each token of a continuation, whose context is dense and whose mask is the prompt's.
 
@@ -39,7 +40,7 @@ def continuation_logits(
         model: A loaded artifact.
         prompt: P token ids, read densely by prefill.
         continuation: C token ids, read by decode with the mask, all in one call, without refreshes.
-        mask: `tda` for the prompt's mask, `dense` for every neuron.
+        mask: As for `Model.generate`.
         deployment: In place of the artifact's own.
 
     Returns:
@@ -55,6 +56,8 @@ def continuation_logits(
             "Shorten one of them."
         )
     how = deployment or model.artifact.deployment
+    if isinstance(how, PriceDeployment):
+        return _priced_logits(model, prompt, continuation, 0.0 if mask == "dense" else how.price)
     cache = KvCache(shape, model.provider, len(prompt) + len(continuation))
     _, chosen = prefill(sessions, shape, prompt, cache, how.thresholds, prior=how.prior)
     if mask == "dense":
@@ -64,6 +67,14 @@ def continuation_logits(
     if sessions.two_levels:
         inputs[contract.TOKEN_THRESHOLDS] = device_tensor(how.token_thresholds, sessions.provider)
     return decode(sessions, cache, continuation, given, inputs)
+
+
+def _priced_logits(model: Model, prompt: Sequence[int], continuation: Sequence[int], price: float) -> np.ndarray:
+    shape, sessions = model.artifact.shape, model.sessions
+    cache = KvCache(shape, model.provider, len(prompt) + len(continuation))
+    PricedPrefill(sessions, shape, cache).read(prompt)
+    given = {contract.PRICE: device_tensor(np.array([price], np.float32), sessions.provider)}
+    return decode(sessions, cache, continuation, None, given)
 
 
 def compare(dense: np.ndarray, sparse: np.ndarray) -> Fidelity:

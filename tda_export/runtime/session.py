@@ -37,10 +37,15 @@ class Sessions:
         self.provider = provider
         self.shared_weights = upload_weights(artifact) if provider == CUDA else {}
         self._graph_ids = itertools.count(1)
-        self.two_levels: bool = artifact.manifest["method"]["two_levels"]
-        off = np.zeros(artifact.shape.num_layers, np.float32)
-        # What decode is given to keep every neuron; its defaults are the artifact's own token thresholds.
-        self.dense_inputs = {contract.TOKEN_THRESHOLDS: device_tensor(off, provider)} if self.two_levels else {}
+        self.priced = artifact.layout == "priced"
+        self.two_levels: bool = not self.priced and artifact.manifest["method"]["two_levels"]
+        # What decode is given to read every row; its defaults are the artifact's own.
+        self.dense_inputs: dict[str, ort.OrtValue] = {}
+        if self.two_levels:
+            off = np.zeros(artifact.shape.num_layers, np.float32)
+            self.dense_inputs = {contract.TOKEN_THRESHOLDS: device_tensor(off, provider)}
+        elif self.priced:
+            self.dense_inputs = {contract.PRICE: device_tensor(np.zeros(1, np.float32), provider)}
         problem = _native_problem(artifact, provider)
         if problem is None:
             try:
@@ -58,7 +63,7 @@ class Sessions:
         self.native = native
         self.captures = native and provider == CUDA
         # The kernel that selects by threshold pads masks to all neurons, so that buffers keep their size.
-        self.pads_masks = self.captures and artifact.manifest["method"]["selection"] == "threshold"
+        self.pads_masks = self.captures and artifact.manifest["method"].get("selection") == "threshold"
         prefill, decode = contract.PREFILL_FILE, contract.DECODE_FILE
         self.prefill = open_session(
             artifact, prefill, provider, self.weights_of(artifact, prefill), native=self.captures
@@ -70,7 +75,8 @@ class Sessions:
             self.weights_of(artifact, decode),
             native=native,
             capture=self.captures,
-            prepack=True,
+            # Function bodies of a priced artifact multiply by whole matrices, which need no second copy.
+            prepack=native or not self.priced,
         )
 
     def weights_of(self, artifact: Artifact, file: str) -> dict[str, ort.OrtValue]:

@@ -82,8 +82,8 @@ class ServerMetrics:
         self._prompt.inc(metrics.prompt_tokens)
         self._reused.inc(metrics.reused_tokens)
         self._generated.inc(metrics.new_tokens)
-        self._read.inc(metrics.decode_steps * metrics.ffn_bytes_per_token)
-        self._dense.inc(metrics.decode_steps * metrics.dense_ffn_bytes_per_token)
+        self._read.inc(metrics.decode_steps * metrics.bytes_per_token)
+        self._dense.inc(metrics.decode_steps * metrics.dense_bytes_per_token)
         if metrics.decode_tokens_per_second:
             self._rate.observe(metrics.decode_tokens_per_second)
             self._share.set(1.0 - metrics.sparsity)

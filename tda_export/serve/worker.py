@@ -13,7 +13,7 @@ from typing import Literal
 
 from tda_export.errors import TdaError
 from tda_export.runtime import Generation, Metrics, Model
-from tda_export.runtime.deployment import Deployment
+from tda_export.runtime.deployment import AnyDeployment
 from tda_export.runtime.generate import MaskMode
 from tda_export.serve.errors import ApiError, internal
 from tda_export.serve.metrics import Outcome, ServerMetrics
@@ -77,8 +77,8 @@ class Worker:
         *,
         queue_size: int,
         context: int,
-        mask: MaskMode,
-        deployment: Deployment,
+        mask: MaskMode | None,
+        deployment: AnyDeployment,
         metrics: ServerMetrics,
     ) -> None:
         """Prepare; `start` begins.
@@ -88,7 +88,7 @@ class Worker:
             queue_size: The most requests that wait beside the one that runs.
             context: The most tokens of prompt and answer.
             mask: How to decode.
-            deployment: How to drop neurons.
+            deployment: What decode reads.
             metrics: Where requests are counted.
         """
         self.model, self.context, self.metrics = model, context, metrics

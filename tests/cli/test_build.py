@@ -179,7 +179,7 @@ def test_float16(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> No
     slow = run_ok("generate", output, PROMPT, "--max-new-tokens", 24, "--provider", "cpu", "--json")
     metrics = json.loads(slow.stdout)["metrics"]
     assert metrics["new_tokens"] == 24
-    assert metrics["dense_ffn_bytes_per_token"] == DENSE_FFN_BYTES // 2
+    assert metrics["dense_bytes_per_token"] == DENSE_FFN_BYTES // 2
 
 
 def test_griffin(tiny_model: Path, tmp_path: Path) -> None:

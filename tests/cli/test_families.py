@@ -53,7 +53,7 @@ def test_bytes_are_those_of_the_matrices_that_there_are(built: tuple[str, Path])
     matrices = 2 if family.startswith(UNGATED) else 3
     assert read_calibration(folder / "calibration").ffn_matrices == matrices
     metrics = json.loads(run_ok("generate", folder / "artifact", PROMPT, "--max-new-tokens", 8, "--json").stdout)
-    assert metrics["metrics"]["dense_ffn_bytes_per_token"] == 3 * 96 * matrices * 64 * 4
+    assert metrics["metrics"]["dense_bytes_per_token"] == 3 * 96 * matrices * 64 * 4
     assert 0.2 < metrics["metrics"]["sparsity"] < 0.8
 
 

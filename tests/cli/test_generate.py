@@ -44,8 +44,8 @@ def test_generate_json(tiny_artifact: Path) -> None:
     assert (metrics["mask"], metrics["provider"], metrics["finish_reason"]) == ("tda", "cpu", "length")
     assert (metrics["prompt_tokens"], metrics["new_tokens"]) == (len(PROMPT), 24)
     assert 1 - metrics["density"] < metrics["sparsity"] == generation.metrics.sparsity
-    assert metrics["ffn_bytes_per_token"] == round((1 - metrics["sparsity"]) * DENSE_FFN_BYTES)
-    assert metrics["dense_ffn_bytes_per_token"] == DENSE_FFN_BYTES
+    assert metrics["bytes_per_token"] == round((1 - metrics["sparsity"]) * DENSE_FFN_BYTES)
+    assert metrics["dense_bytes_per_token"] == DENSE_FFN_BYTES
     assert metrics["decode_tokens_per_second"] == pytest.approx(23 / metrics["decode_seconds"])
 
 
@@ -91,7 +91,7 @@ def test_chat(tiny_artifact: Path) -> None:
 def test_dense(tiny_artifact: Path) -> None:
     dense = generated(tiny_artifact, "--mask", "dense")
     assert (dense["metrics"]["mask"], dense["metrics"]["sparsity"]) == ("dense", 0.0)
-    assert dense["metrics"]["ffn_bytes_per_token"] == DENSE_FFN_BYTES
+    assert dense["metrics"]["bytes_per_token"] == DENSE_FFN_BYTES
     assert dense["tokens"] != generated(tiny_artifact)["tokens"]
     assert generated(tiny_artifact, "--sparsity", "0")["tokens"] == dense["tokens"]
 

@@ -12,8 +12,9 @@ import torch
 
 from tda_export.calibration.budgets import Budget
 from tda_export.calibration.file import read_calibration
+from tda_export.deployments import mask_deployment
 from tda_export.errors import TdaError, UsageError
-from tda_export.evaluation.methods import METHODS, PAPER_CETT, Request, budget_deployment, check_request, open_setting
+from tda_export.evaluation.methods import METHODS, PAPER_CETT, Request, check_request, open_setting
 from tda_export.evaluation.setting import Counted, Setting
 from tda_export.graph import contract
 from tda_export.graph.derive import counting_sessions
@@ -93,15 +94,15 @@ def test_budget_by_kl_of_an_artifact_that_was_not_built_for_it(model: Model, cha
     changes = {key: manifest[key] | value if isinstance(value, dict) else value for key, value in changes.items()}
     artifact = with_manifest(model.artifact, **changes)
     with pytest.raises(UsageError, match=r"without the prior and the tail mean .* --allocation kl, or ask for"):
-        budget_deployment(artifact, Budget(sparsity=0.5))
-    assert budget_deployment(artifact, Budget(sparsity=0.5, allocation="uniform")).thresholds is not None
+        mask_deployment(artifact, Budget(sparsity=0.5))
+    assert mask_deployment(artifact, Budget(sparsity=0.5, allocation="uniform")).thresholds is not None
 
 
 def test_budget_of_a_calibration_of_another_model(model: Model) -> None:
     path = model.artifact.file(contract.CALIBRATION_FILE)
     artifact = with_manifest(model.artifact, model=model.artifact.manifest["model"] | {"fingerprint": "0" * 64})
     with pytest.raises(UsageError, match=r"was calibrated on another model .* Give one of the same model with --cal"):
-        budget_deployment(artifact, Budget(sparsity=0.5), path)
+        mask_deployment(artifact, Budget(sparsity=0.5), path)
 
 
 def test_budget_without_a_calibration(model: Model, tiny_calibration: Path) -> None:
@@ -110,9 +111,9 @@ def test_budget_without_a_calibration(model: Model, tiny_calibration: Path) -> N
     with pytest.raises(
         UsageError, match=r"carries no calibration, so its budget is fixed\. Leave the budget out; eval also takes"
     ):
-        budget_deployment(artifact, Budget(sparsity=0.5))
+        mask_deployment(artifact, Budget(sparsity=0.5))
     budget = Budget(sparsity=0.4)
-    other, own = budget_deployment(artifact, budget, tiny_calibration), budget_deployment(model.artifact, budget)
+    other, own = mask_deployment(artifact, budget, tiny_calibration), mask_deployment(model.artifact, budget)
     assert other.thresholds is not None
     assert own.thresholds is not None
     assert np.array_equal(other.thresholds, own.thresholds)
@@ -121,7 +122,7 @@ def test_budget_without_a_calibration(model: Model, tiny_calibration: Path) -> N
 @pytest.mark.parametrize("budget", [Budget(sparsity=0.5, allocation="uniform"), Budget(sparsity=0.5), Budget(max_kl=1)])
 def test_budget_keeps_the_refresh_of_the_artifact(model: Model, budget: Budget) -> None:
     artifact = with_manifest(model.artifact, refresh={"tokens": 6, "decay": 0.5})
-    assert budget_deployment(artifact, budget).refresh == Refresh(6, 0.5)
+    assert mask_deployment(artifact, budget).refresh == Refresh(6, 0.5)
 
 
 @pytest.mark.parametrize("method", ["tda", "dense"])
@@ -157,7 +158,7 @@ def test_budget_without_the_path_keeps_a_tail_that_was_asked_for(
     model: Model, built: dict[str, float], tail: bool
 ) -> None:
     """The tail mean of an artifact that was built by KL belongs to the path."""
-    how = budget_deployment(with_manifest(model.artifact, budget=built), Budget(cett=0.1))
+    how = mask_deployment(with_manifest(model.artifact, budget=built), Budget(cett=0.1))
     assert (how.tail_mean, how.prior) == (tail, False)
 
 

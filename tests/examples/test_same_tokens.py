@@ -11,6 +11,7 @@ import pytest
 from tda_export.calibration.budgets import Budget
 from tda_export.graph import contract
 from tda_export.graph.export import BuildRequest, export_artifact
+from tda_export.graph.indexed import IndexedDesign
 from tda_export.graph.method import tda
 from tda_export.models.source import resolve_model
 from tda_export.native.library import LIBRARY
@@ -36,7 +37,8 @@ def griffin_artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory)
 def empty_artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Thresholds that no score reaches: the masks hold no neuron."""
     path, source = tmp_path_factory.mktemp("empty") / "artifact", resolve_model(str(tiny_model))
-    request = BuildRequest(source, "float32", tda(), [10.0] * source.spec.num_layers, Budget(sparsity=0.5))
+    design = IndexedDesign(tda(), [10.0] * source.spec.num_layers)
+    request = BuildRequest(source, "float32", design, Budget(sparsity=0.5).describe())
     export_artifact(request, path, quiet=True, check=lambda folder: None)
     return path
 

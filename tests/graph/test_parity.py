@@ -9,6 +9,7 @@ import torch
 
 from tda_export.calibration.budgets import Budget
 from tda_export.graph.export import BuildRequest, export_artifact
+from tda_export.graph.indexed import IndexedDesign
 from tda_export.graph.method import Method, griffin, tda
 from tda_export.graph.verify import verify_artifact
 from tda_export.models.source import ModelSource, resolve_model
@@ -21,7 +22,8 @@ def build_tiny(source: ModelSource, output: Path, *, method: Method | None = Non
     method = method or tda("mean", two_levels=True)
     spec = source.spec
     up_rms = torch.ones(spec.num_layers, spec.ffn_size) if method.two_levels else None
-    request = BuildRequest(source, dtype, method, [THRESHOLD] * spec.num_layers, Budget(sparsity=0.5), up_rms=up_rms)
+    design = IndexedDesign(method, [THRESHOLD] * spec.num_layers, up_rms=up_rms)
+    request = BuildRequest(source, dtype, design, Budget(sparsity=0.5).describe())
     export_artifact(request, output, quiet=True, check=lambda folder: None)
     return output
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tda_export.errors import TdaError
 from tda_export.graph import contract
 from tda_export.graph.ops import to_numpy
-from tda_export.graph.weight_plan import plan_weights
+from tda_export.graph.weight_plan import IndexedRows, plan_weights
 from tda_export.graph.weights_file import ALIGNMENT, write_weights
 from tda_export.models.source import resolve_model
 from tests.tiny import save_tiny_model
@@ -38,7 +38,7 @@ def test_tensors_lie_where_the_table_says(model_folder: Path, tmp_path: Path, dt
     up_rms = torch.rand(source.spec.num_layers, source.spec.ffn_size)
     advanced: list[int] = []
     table, digest = write_weights(
-        list(plan_weights(source.spec, weights, dtype, up_rms)), tmp_path / "weights.bin", advanced.append
+        list(plan_weights(source.spec, weights, dtype, IndexedRows(up_rms))), tmp_path / "weights.bin", advanced.append
     )
     content = (tmp_path / "weights.bin").read_bytes()
     assert len(digest) == 64

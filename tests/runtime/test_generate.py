@@ -242,7 +242,7 @@ def test_threshold_beyond_every_score_keeps_nothing(model: Model) -> None:
     generation = model.generate(PROMPT, deployment=one_level([2.0] * 3, 3), max_new_tokens=8)
     assert len(list(generation)) == 8
     metrics = generation.metrics
-    assert (metrics.density, metrics.sparsity, metrics.ffn_bytes_per_token) == (0.0, 1.0, 0)
+    assert (metrics.density, metrics.sparsity, metrics.bytes_per_token) == (0.0, 1.0, 0)
 
 
 def test_deployment_of_the_artifact_is_the_default(model: Model) -> None:

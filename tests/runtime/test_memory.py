@@ -34,7 +34,10 @@ def check_read(model: Model, held: PromptMemory, tokens: list[int], *, prior: bo
     cache = KvCache(model.artifact.shape, "cpu", len(tokens))
     expected, whole = prefill(model.sessions, model.artifact.shape, tokens, cache, how.thresholds, prior=prior)
     with held.borrow_step(len(tokens) + 8) as step:
-        logits, mask, reused = held.read(step, tokens, how)
+        logits, reused = held.read(step, tokens, how)
+        assert isinstance(step, DecodeStep)
+        mask = step.mask
+        assert mask is not None
         np.testing.assert_allclose(logits, expected, atol=1e-4)
         (rows, weight), (rows_whole, weight_whole) = statistics(mask), statistics(whole)
         np.testing.assert_allclose(rows, rows_whole, atol=1e-4)

@@ -31,8 +31,8 @@ def test_metrics_of_a_mask(model: Model) -> None:
     assert metrics.density == pytest.approx(kept / NEURONS)
     assert metrics.sparsity == pytest.approx(1 - metrics.density)
     assert metrics.refreshes == 0
-    assert metrics.ffn_bytes_per_token == kept * BYTES_PER_NEURON
-    assert metrics.dense_ffn_bytes_per_token == NEURONS * BYTES_PER_NEURON
+    assert metrics.bytes_per_token == kept * BYTES_PER_NEURON
+    assert metrics.dense_bytes_per_token == NEURONS * BYTES_PER_NEURON
 
 
 def test_metrics_expect_of_token_thresholds_what_the_calibration_does(model: Model) -> None:
@@ -44,7 +44,7 @@ def test_metrics_expect_of_token_thresholds_what_the_calibration_does(model: Mod
     list(generation)
     metrics = generation.metrics
     assert metrics.density == pytest.approx(mask.count(3) / NEURONS)
-    assert metrics.ffn_bytes_per_token == pytest.approx(read, abs=1)
+    assert metrics.bytes_per_token == pytest.approx(read, abs=1)
     assert metrics.sparsity == pytest.approx(1 - read / (NEURONS * BYTES_PER_NEURON))
 
 
@@ -53,7 +53,7 @@ def test_metrics_of_dense(model: Model) -> None:
     list(generation)
     metrics = generation.metrics
     assert (metrics.mask, metrics.density, metrics.sparsity) == ("dense", 1.0, 0.0)
-    assert metrics.ffn_bytes_per_token == metrics.dense_ffn_bytes_per_token == NEURONS * BYTES_PER_NEURON
+    assert metrics.bytes_per_token == metrics.dense_bytes_per_token == NEURONS * BYTES_PER_NEURON
 
 
 def test_rate_starts_at_the_second_token(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def test_refreshed_generation_equals_reading_anew(model: Model, refresh: Refresh
     metrics = generation.metrics
     assert metrics.refreshes == shares.count(1.0) == 23 // refresh.tokens
     assert metrics.sparsity == pytest.approx(1 - np.mean(shares))
-    assert metrics.ffn_bytes_per_token == pytest.approx(np.mean(shares) * DENSE_BYTES, abs=1)
+    assert metrics.bytes_per_token == pytest.approx(np.mean(shares) * DENSE_BYTES, abs=1)
     never = model.generate(PROMPT, max_new_tokens=24, deployment=how.with_refresh(Refresh()))
     assert [token.id for token in never] != expected  # refreshes do something
 

@@ -1,0 +1,102 @@
+"""An artifact whose decode computes the neurons of a prompt's mask: what it stores, its graphs, its manifest."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from tda_export.calibration.budgets import Allocation
+from tda_export.graph import contract
+from tda_export.graph.contract import IoTensor, ModelShape
+from tda_export.graph.decode import build_decode
+from tda_export.graph.method import Method
+from tda_export.graph.prefill import Prior, build_prefill
+from tda_export.graph.weight_plan import IndexedRows
+from tda_export.graph.weights_file import WeightTable
+from tda_export.models.spec import DecoderSpec
+from tda_export.runtime.deployment import NO_REFRESH, Refresh
+
+
+@dataclass(frozen=True)
+class IndexedDesign:
+    """How masks are chosen. `thresholds` [L] are the defaults of the prefill graph; top-k methods carry zeros.
+
+    `up_rms`, float [L, F], comes from calibration and belongs to two-level methods; their token thresholds are the
+    allocation's. `prior` is what the statistics of a prompt begin with.
+    """
+
+    method: Method
+    thresholds: list[float]
+    allocation: Allocation | None = None
+    up_rms: torch.Tensor | None = None
+    prior: Prior | None = None
+    refresh: Refresh = NO_REFRESH
+
+    layout = "indexed"
+
+    def __post_init__(self) -> None:
+        assert self.method.two_levels == (self.up_rms is not None), "a two-level method needs up_rms"
+
+    @property
+    def rows(self) -> IndexedRows:
+        """What the rows of the layers' matrices are."""
+        return IndexedRows(self.up_rms)
+
+    @property
+    def token_thresholds(self) -> list[float]:
+        """Defaults of the decode graph, [L]; 0 is off."""
+        chosen = self.allocation.token_thresholds if self.allocation else []
+        return chosen or [0.0] * len(self.thresholds)
+
+    @property
+    def survivors(self) -> list[float]:
+        """Expected share of a mask's neurons that a token does not skip, [L]."""
+        if self.allocation is None or not self.allocation.token_density:
+            return [1.0] * len(self.thresholds)
+        pairs = zip(self.allocation.token_density, self.allocation.density, strict=True)
+        return [token / mask if mask else 1.0 for token, mask in pairs]
+
+    @property
+    def expected(self) -> dict[str, Any]:
+        """What calibration expects, as plain data; `sparsity` is the share of FFN bytes that a token is expected not to
+        read, refreshes included."""
+        if self.allocation is None:
+            return {}
+        return asdict(self.allocation) | {"sparsity": self.refresh.sparsity(self.allocation.sparsity)}
+
+    def graphs(self, spec: DecoderSpec, table: WeightTable, dtype: str) -> dict[str, ir.Model]:
+        """Build the graphs, by file name."""
+        thresholds, token_thresholds = np.asarray(self.thresholds, "f4"), np.asarray(self.token_thresholds, "f4")
+        return {
+            contract.PREFILL_FILE: build_prefill(spec, table, dtype, self.method, thresholds, self.prior),
+            contract.DECODE_FILE: build_decode(spec, table, dtype, self.method, token_thresholds),
+            contract.EXPLICIT_DECODE_FILE: build_decode(spec, table, dtype, self.method, explicit=True),
+        }
+
+    def io(self, shape: ModelShape) -> dict[str, tuple[list[IoTensor], list[IoTensor]]]:
+        """List inputs and outputs of each graph."""
+        two_levels, outputs = self.method.two_levels, contract.decode_outputs(shape)
+        return {
+            contract.PREFILL_FILE: (contract.prefill_inputs(shape), contract.prefill_outputs(shape)),
+            contract.DECODE_FILE: (contract.decode_inputs(shape, two_levels=two_levels), outputs),
+            contract.EXPLICIT_DECODE_FILE: (
+                contract.decode_inputs(shape, two_levels=two_levels, explicit=True),
+                outputs,
+            ),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the manifest says of this layout alone."""
+        return {
+            "method": asdict(self.method),
+            "thresholds": self.thresholds,
+            "token_thresholds": self.token_thresholds,
+            "survivors": self.survivors,
+            "prior_tokens": self.prior.tokens if self.prior else 0.0,
+            "refresh": asdict(self.refresh),
+            "expected": self.expected,
+        }

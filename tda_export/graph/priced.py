@@ -1,0 +1,203 @@
+"""A priced artifact: a plain dense prefill, and a decode that reads the rows which are worth their bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from tda_export.graph import contract
+from tda_export.graph.attention import attention_lengths, call_tokens
+from tda_export.graph.contract import IoTensor, ModelShape
+from tda_export.graph.decoder import Ffn, GraphBuilder, last_positions, model_shape
+from tda_export.graph.ffn import activate
+from tda_export.graph.greedy import greedy_token_function, greedy_tokens
+from tda_export.graph.linear import HalfGraphBuilder, linear_functions
+from tda_export.graph.row_linear import call_price, call_price_function, dropped_rows, row_linear, row_linear_functions
+from tda_export.graph.weight_plan import PricedRows
+from tda_export.graph.weights_file import WeightTable
+from tda_export.models.spec import DecoderSpec
+from tda_export.packing import Packing
+
+
+class RowGraphBuilder(GraphBuilder):
+    """Builds products of matrices whose rows have prices as `tda::RowLinear`.
+
+    `price` is set once it is computed; `kept`, int64 [1, S] by matrix, counts the rows that each token reads.
+    """
+
+    price: ir.Value
+    counted = False
+
+    def __init__(self, spec: DecoderSpec, weights: WeightTable, dtype: str, inputs: Sequence[IoTensor]) -> None:
+        super().__init__(spec, weights, dtype, inputs)
+        self.kept: list[ir.Value] = []
+
+    def linear(self, x: ir.Value, name: str) -> ir.Value:
+        return self._rows(x, name, None) if contract.row_price(name) in self.weights else super().linear(x, name)
+
+    def affine(self, x: ir.Value, name: str) -> ir.Value:
+        bias = contract.linear_bias(name)
+        if contract.row_price(name) in self.weights and bias in self.weights:
+            return self._rows(x, name, self.weight(bias))
+        return super().affine(x, name)
+
+    def _rows(self, x: ir.Value, name: str, bias: ir.Value | None) -> ir.Value:
+        row_price = self.weight(contract.row_price(name))
+        if self.counted:
+            ops = self.ops
+            zero = ops.op("CastLike", ops.constant(0.0, "float32"), x)
+            unread = ops.op("Or", dropped_rows(ops, x, row_price, self.price), ops.op("Equal", x, zero))
+            read = ops.cast(ops.op("Not", unread), "int64")  # [1, S, in]
+            self.kept.append(ops.op("ReduceSum", read, ops.constant([2], "int64"), keepdims=0))
+        return row_linear(self.ops, x, self.weight(name), row_price, self.price, bias)
+
+
+class HalfRowGraphBuilder(RowGraphBuilder, HalfGraphBuilder):
+    """The same in half precision, where the other products and norms of decode are functions."""
+
+
+def priced_ffn(graph: GraphBuilder) -> Ffn:
+    """Return the FFN of a layer from its stored matrices: down(act(gate x) * up x), without gates down(act(up x))."""
+    ops, spec = graph.ops, graph.spec
+
+    def ffn(layer: int, x: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+        packed = contract.linear_weight(layer, "gate_up")
+        if packed in graph.weights.matrices:
+            sizes = ops.constant([spec.ffn_size, spec.ffn_size], "int64")
+            first, *rest = ops.multi("Split", graph.affine(x, packed), sizes, outputs=(True, True), axis=2)
+        else:
+            first, *rest = (graph.affine(x, contract.ffn_weight(layer, part)) for part in spec.ffn_parts[:-1])
+        activated = activate(ops, spec.activation, first)
+        h = ops.op("Mul", activated, *rest) if rest else activated
+        bias = graph.weight(contract.ffn_bias(layer, "down")) if spec.ffn_bias else None
+        return graph.linear(h, contract.ffn_weight(layer, "down")), bias
+
+    return ffn
+
+
+def build_priced_prefill(spec: DecoderSpec, weights: WeightTable, dtype: str) -> ir.Model:
+    """Build the graph that reads a prompt densely.
+
+    Args:
+        spec: The architecture.
+        weights: The tensors of weights.bin.
+        dtype: A value of `contract.DTYPES`.
+
+    Returns:
+        The model with the inputs and outputs of `contract.priced_prefill_inputs` and `contract.dense_outputs`.
+    """
+    shape = model_shape(spec, dtype)
+    graph = GraphBuilder(spec, weights, dtype, contract.priced_prefill_inputs(shape))
+    inputs = graph.inputs
+    lengths = attention_lengths(graph.ops, inputs[contract.ATTENTION_MASK])
+    tokens = call_tokens(graph.ops, inputs[contract.INPUT_IDS], lengths)
+    hidden = graph.layers(lengths, priced_ffn(graph))
+    last = last_positions(graph.ops, hidden, inputs[contract.NUM_LOGITS], tokens.attended)
+    graph.outputs[contract.LOGITS] = graph.logits(last)
+    defaults = {contract.NUM_LOGITS: np.ones(1, np.int64)}
+    return graph.model("prefill", contract.dense_outputs(shape), defaults)
+
+
+def build_priced_decode(
+    spec: DecoderSpec,
+    weights: WeightTable,
+    dtype: str,
+    price: float = 0.0,
+    *,
+    explicit: bool = False,
+    counted: bool = False,
+) -> ir.Model:
+    """Build the graph in which every token reads the rows that are worth their bytes at a price.
+
+    Args:
+        spec: The architecture.
+        weights: The tensors of weights.bin, row prices among them.
+        dtype: A value of `contract.DTYPES`.
+        price: The default of the input of that name; 0 is dense.
+        explicit: Let no input have a default.
+        counted: Give the number of rows that each token reads of each matrix, in the order that they are computed, as a
+            further output. Rows whose input is zero are not read.
+
+    Returns:
+        The model with the inputs and outputs of `contract.priced_decode_inputs` and `contract.priced_decode_outputs`. A
+        call without a past is dense.
+    """
+    shape, half = model_shape(spec, dtype), dtype != "float32"
+    builder = HalfRowGraphBuilder if half else RowGraphBuilder
+    graph = builder(spec, weights, dtype, contract.priced_decode_inputs(shape, explicit=explicit))
+    ops, inputs, outputs = graph.ops, graph.inputs, graph.outputs
+    graph.counted = counted
+    mask = inputs[contract.ATTENTION_MASK]
+    graph.price = call_price(ops, inputs[contract.INPUT_IDS], mask, inputs[contract.PRICE])
+    hidden = graph.layers(attention_lengths(ops, mask), priced_ffn(graph))
+    outputs[contract.LOGITS] = graph.logits(hidden)
+    outputs[contract.GREEDY_TOKENS] = greedy_tokens(ops, outputs[contract.LOGITS])
+    if counted:
+        outputs[contract.KEPT_ROWS] = ops.op("Concat", *graph.kept, axis=0)  # [matrices, S]
+    defaults = {} if explicit else {contract.PRICE: np.array([price], np.float32)}
+    functions = [*row_linear_functions(), call_price_function(), greedy_token_function()]
+    if half:
+        functions += linear_functions(spec.norm)
+    declared = contract.priced_decode_outputs(shape, counted=len(graph.kept))
+    return graph.model("decode", declared, defaults, functions)
+
+
+def priced_matrices(spec: DecoderSpec, weights: WeightTable) -> list[str]:
+    """Name the matrices whose rows have prices, in the order that decode computes them."""
+    order = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
+    names = [contract.linear_weight(layer, stored) for layer in range(spec.num_layers) for stored in order]
+    return [name for name in names if contract.row_price(name) in weights]
+
+
+@dataclass(frozen=True)
+class PricedDesign:
+    """What the rows of a model's linears are worth, and the price at which decode reads them by default.
+
+    `prices` are float32 [L, in] by stored matrix. `table` is what calibration measured (`PriceTable.to_dict`), None
+    where nothing was. `expected`: what it expects of `price`, as plain data.
+    """
+
+    packing: Packing
+    prices: Mapping[str, torch.Tensor]
+    price: float
+    table: dict[str, Any] | None = None
+    expected: dict[str, Any] = field(default_factory=dict)
+
+    layout = "priced"
+
+    @property
+    def rows(self) -> PricedRows:
+        """What the rows of the layers' matrices are."""
+        return PricedRows(self.packing, self.prices)
+
+    def graphs(self, spec: DecoderSpec, table: WeightTable, dtype: str) -> dict[str, ir.Model]:
+        """Build the graphs, by file name."""
+        return {
+            contract.PREFILL_FILE: build_priced_prefill(spec, table, dtype),
+            contract.DECODE_FILE: build_priced_decode(spec, table, dtype, self.price),
+            contract.EXPLICIT_DECODE_FILE: build_priced_decode(spec, table, dtype, explicit=True),
+        }
+
+    def io(self, shape: ModelShape) -> dict[str, tuple[list[IoTensor], list[IoTensor]]]:
+        """List inputs and outputs of each graph."""
+        outputs = contract.priced_decode_outputs(shape)
+        return {
+            contract.PREFILL_FILE: (contract.priced_prefill_inputs(shape), contract.dense_outputs(shape)),
+            contract.DECODE_FILE: (contract.priced_decode_inputs(shape), outputs),
+            contract.EXPLICIT_DECODE_FILE: (contract.priced_decode_inputs(shape, explicit=True), outputs),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the manifest says of this layout alone."""
+        return {
+            "method": {"name": "priced"},
+            "packing": self.packing,
+            "price": self.price,
+            "price_table": self.table,
+            "expected": self.expected,
+        }
