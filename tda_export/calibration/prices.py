@@ -35,15 +35,16 @@ class PriceSums:
     """Sums over calibration sequences; those of two halves add to those of the whole. All float64 on the CPU.
 
     `square`: by matrix, a part or a site of several, [L, in]: the sum of g_i² over `tokens` [1], each of which counts
-    once for every label.
+    once for every label, of `sequences` [1].
     """
 
     square: dict[str, torch.Tensor]
     tokens: torch.Tensor
+    sequences: torch.Tensor
 
     def __add__(self, other: PriceSums) -> PriceSums:
         square = {name: value + other.square[name] for name, value in self.square.items()}
-        return PriceSums(square, self.tokens + other.tokens)
+        return PriceSums(square, self.tokens + other.tokens, self.sequences + other.sequences)
 
     def row_prices(self, spec: DecoderSpec, packing: Packing, element_bytes: int) -> dict[str, torch.Tensor]:
         """Return c_i² / bytes_i of each matrix of a packing, float32 [L, in]."""
@@ -59,7 +60,7 @@ def no_prices(spec: DecoderSpec) -> PriceSums:
         name: torch.zeros(spec.num_layers, linear_shape(spec, parts[0])[0], dtype=torch.float64)
         for name, parts in priced_matrices(spec).items()
     }
-    return PriceSums(square, torch.zeros(1, dtype=torch.float64))
+    return PriceSums(square, torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
 
 
 def sampled_labels(count: int, seed: int, index: int) -> ChooseLabels:
@@ -111,15 +112,15 @@ def price_continuation(
         with torch.enable_grad():
             logits = model(continuation[None].to(model.device), past_key_values=cache, use_cache=True).logits[0]
             log_probs = logits[:-1].float().log_softmax(dim=-1)  # [C - 1, V]
-            total = no_prices(spec)
-            for labels in choose(logits[:-1].detach().float()):
-                loss = log_probs.gather(1, labels[:, None]).sum()
-                total = total + PriceSums(gradients.squares(loss, model.dtype), torch.zeros(1, dtype=torch.float64))
-                total = PriceSums(total.square, total.tokens + len(continuation))
+            rows = choose(logits[:-1].detach().float())
+            losses = [log_probs.gather(1, labels[:, None]).sum() for labels in rows]
+            squares = [gradients.squares(loss, model.dtype) for loss in losses]
     finally:
         embedding.remove()
         gradients.remove()
-    return total
+    tokens = torch.tensor([len(squares) * len(continuation)], dtype=torch.float64)
+    square = {name: torch.stack([of[name] for of in squares]).sum(dim=0) for name in squares[0]}
+    return PriceSums(square, tokens, torch.ones(1, dtype=torch.float64))
 
 
 class _Gradients:
