@@ -88,9 +88,7 @@ def priced_from(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor])
     layers = tensors[PRICES + "o"].shape[0]
 
     def read(prefix: str, names: Iterable[str], columns: int | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        return {
-            name: _checked(tensors, prefix + name, dtype, (layers, columns or inputs[name])) for name in names
-        }
+        return {name: _checked(tensors, prefix + name, dtype, (layers, columns or inputs[name])) for name in names}
 
     double = torch.float64
     sums = PriceSums(
@@ -103,9 +101,7 @@ def priced_from(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor])
     )
     norms = read(NORMS, inputs, None, torch.float32)
     found = {name.split(".")[1] for name in tensors if name.startswith(MEASURED)}
-    measured = {
-        packing: _measured(packing, linears, layers, tensors) for packing in PACKINGS if packing in found
-    }
+    measured = {packing: _measured(packing, linears, layers, tensors) for packing in PACKINGS if packing in found}
     sizes = int(content["element_bytes"]), int(content["continuation_tokens"])
     return Priced(linears, sums, magnitudes, norms, *sizes, measured)
 
@@ -117,9 +113,7 @@ def _measured(packing: Packing, linears: LinearShapes, layers: int, tensors: Map
     count = len(tensors[prefix + "kl"])
     kl = _checked(tensors, prefix + "kl", torch.float64, (count, len(prices)), signed=True)
     agreement = _checked(tensors, prefix + "agreement", torch.float64, (count, len(prices)))
-    read = {
-        part: _checked(tensors, f"{prefix}read.{part}", torch.float64, (len(prices), layers)) for part in linears
-    }
+    read = {part: _checked(tensors, f"{prefix}read.{part}", torch.float64, (len(prices), layers)) for part in linears}
     tokens = _checked(tensors, prefix + TOKENS, torch.int64, (1,))
     return Measured(prices, kl, agreement, read, int(tokens))
 
@@ -143,4 +137,3 @@ def _checked(
     if not signed and bool((tensor < 0).any()):
         raise ValueError(f"{name} is negative")
     return tensor
-

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tda_export.calibration.magnitudes import MagnitudeCounter, no_magnitudes, row_norms
+from tda_export.calibration.magnitudes import MagnitudeCounter, no_magnitudes
 from tda_export.calibration.price_file import Priced
 from tda_export.calibration.price_table import (
     SCAN_SEQUENCES,
@@ -107,9 +107,7 @@ def price_rows(
         done = min(len(measured.kl) for measured in priced.measured.values())
         advance(done * passes)
         for sequence in tokens[1::2][done:]:
-            measure_sequence(
-                model, spec, sequence, settings.prompt_tokens, row_prices, priced.measured, advance
-            )
+            measure_sequence(model, spec, sequence, settings.prompt_tokens, row_prices, priced.measured, advance)
             save(priced)
     return priced
 

@@ -1,6 +1,6 @@
 """Prices of rows: what dropping an input channel of a matrix costs in likelihood, from gradients at the dense point.
 
-Dropping x_i at a token moves the log-likelihood by about g_i x_i, so the expected KL is ½ c_i² x_i² with c_i² = E[g_i²]:
+Dropping x_i at a token moves the log-likelihood by about g_i x_i, so the expected KL is ½ c_i² x_i², c_i² = E[g_i²]:
 the Fisher information. g_i is the gradient of the log-likelihood of a continuation, of tokens that are drawn from the
 model's own distribution, by the input channel through one matrix alone.
 """
@@ -16,7 +16,7 @@ import torch
 from tda_export.errors import TdaError
 from tda_export.models.linear_modules import layer_linears
 from tda_export.models.spec import DecoderSpec
-from tda_export.packing import Packing, linear_parts, linear_shape, linear_sites, matrix_row_bytes, packed_matrices
+from tda_export.packing import Packing, linear_shape, linear_sites, matrix_row_bytes, packed_matrices
 
 # Gradients of float16 models are multiplied by this, and by less where that overflows.
 HALF_SCALE, SMALLEST_SCALE, SCALE_STEP = 2.0**10, 2.0**-10, 2.0**5
@@ -145,9 +145,7 @@ class _Gradients:
         """Go backward from a loss; the graph stays."""
         self._scale = HALF_SCALE if dtype == torch.float16 else 1.0
         while True:
-            self._square = {
-                name: [torch.empty(0)] * self._spec.num_layers for name in priced_matrices(self._spec)
-            }
+            self._square = {name: [torch.empty(0)] * self._spec.num_layers for name in priced_matrices(self._spec)}
             (loss * self._scale).backward(retain_graph=True)
             square = {name: torch.stack(layers).cpu() for name, layers in self._square.items()}
             if all(bool(value.isfinite().all()) for value in square.values()):

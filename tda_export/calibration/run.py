@@ -63,7 +63,9 @@ class CalibrationSettings:
         if self.continuation_tokens < 1:
             raise UsageError("--continuation-tokens must be at least 1.")
         if self.priced and self.continuation_tokens < 2:
-            raise UsageError("--continuation-tokens must be at least 2 for prices: a token is priced by those after it.")
+            raise UsageError(
+                "--continuation-tokens must be at least 2 for prices: a token is priced by those after it."
+            )
         if self.priced:
             check_sequences(self.sequences)
         if self.masks and not self.curves_only:
@@ -218,7 +220,12 @@ def calibrate(
 
 
 def _price(
-    model: Any, spec: DecoderSpec, corpus: Corpus, settings: CalibrationSettings, show: Show, partial: PartialFile | None
+    model: Any,
+    spec: DecoderSpec,
+    corpus: Corpus,
+    settings: CalibrationSettings,
+    show: Show,
+    partial: PartialFile | None,
 ) -> Priced:
     begun = begin_priced(spec, row_norms(model, spec), ELEMENT_BYTES[settings.dtype], settings.continuation_tokens)
     return price_rows(

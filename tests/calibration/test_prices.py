@@ -53,9 +53,7 @@ def squares_of_clones(
     for row in labels:
         clones: dict[tuple[tuple[str, ...], int], torch.Tensor] = {}
 
-        def own(
-            layer: int, part: str, x: torch.Tensor, outputs: torch.Tensor, clones: Any = clones
-        ) -> torch.Tensor:
+        def own(layer: int, part: str, x: torch.Tensor, outputs: torch.Tensor, clones: Any = clones) -> torch.Tensor:
             weight = by_hand(model, spec, layer, part)[1]
             for group in groups:
                 if part in group:
