@@ -63,7 +63,7 @@ def calibrate(folder: Path) -> dict[str, Any]:
     from tda_export.calibration.run import calibrate as run
     from tda_export.models.source import resolve_model
 
-    settings = CalibrationSettings(sequences=8, dtype="fp16", device="cuda")
+    settings = CalibrationSettings(method="tda", sequences=8, dtype="fp16", device="cuda")
     tokens = torch.randint(3, 32000, (settings.sequences, settings.length), generator=torch.Generator().manual_seed(0))
     started = time.perf_counter()
     source = resolve_model(str(folder / "model"))

@@ -25,7 +25,12 @@ def linear_parts(spec: DecoderSpec) -> tuple[str, ...]:
 
 def linear_sites(spec: DecoderSpec) -> dict[str, tuple[str, ...]]:
     """Name the sites of a layer with their parts; a site of one part has the part's name."""
-    first = {"gate_up": ("gate", "up")} if spec.gated else {"up": ("up",)}
+    return sites_of(linear_parts(spec))
+
+
+def sites_of(parts: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Name the sites of a layer that has these parts."""
+    first = {"gate_up": ("gate", "up")} if "gate" in parts else {"up": ("up",)}
     return {"qkv": ("q", "k", "v"), "o": ("o",), **first, "down": ("down",)}
 
 

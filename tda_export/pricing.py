@@ -6,8 +6,8 @@ Needs neither PyTorch nor NumPy, since drivers choose prices at run time.
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args
 
@@ -58,14 +58,16 @@ class PriceTable:
     def __post_init__(self) -> None:
         numbers = [[*_numbers(row)] for row in self.rows]
         prices = [row.price for row in self.rows]
-        shares = [[row.share, row.ffn_share, row.attention_share, *row.parts.values(), row.agreement] for row in self.rows]
+        shares = [
+            [row.share, row.ffn_share, row.attention_share, *row.parts.values(), row.agreement] for row in self.rows
+        ]
         for wrong, what in (
             (self.packing not in get_args(Packing), f"packing {self.packing!r} is not known"),
             (not (self.element_bytes > 0 and self.continuation_tokens > 0), "sizes are not positive"),
             (len(self.rows) < 2, "fewer than two rows"),
             (not all(math.isfinite(number) for row in numbers for number in row), "a number is not finite"),
             (bool(prices) and prices[0] != 0, "the first row is not dense"),
-            (any(low >= high for low, high in zip(prices, prices[1:], strict=False)), "prices do not rise"),
+            (any(low >= high for low, high in itertools.pairwise(prices)), "prices do not rise"),
             (not all(0 <= share <= 1 for row in shares for share in row), "a share is outside [0, 1]"),
             (any(row.kl < 0 or row.kl_stderr < 0 for row in self.rows), "a KL is negative"),
             (len({tuple(row.parts) for row in self.rows}) > 1, "rows are of different parts"),
@@ -77,6 +79,11 @@ class PriceTable:
     def most_sparsity(self) -> float:
         """The largest sparsity that was measured, rounded down, so that it may be asked for."""
         return math.floor(1000 * (1 - self._shares[-1])) / 1000
+
+    @property
+    def least_share(self) -> float:
+        """The smallest share of the linears' bytes that was measured."""
+        return self._shares[-1]
 
     @property
     def most_kl(self) -> float:
@@ -136,18 +143,18 @@ class PriceTable:
         low, high = self.rows[after - 1], self.rows[after]
         weight, kl_weight = (self._weight(after, max(price, 0.0), power) for power in (SHARE_POWER, KL_POWER))
 
-        def mean(of: Callable[[PriceRow], float], weight: float = weight) -> float:
-            return (1 - weight) * of(low) + weight * of(high)
+        def mean(name: str, weight: float = weight) -> float:
+            return (1 - weight) * getattr(low, name) + weight * getattr(high, name)
 
         return PriceRow(
             price=max(price, 0.0),
             share=(1 - weight) * self._shares[after - 1] + weight * self._shares[after],
-            ffn_share=mean(lambda row: row.ffn_share),
-            attention_share=mean(lambda row: row.attention_share),
-            parts={part: mean(lambda row, part=part: row.parts[part]) for part in low.parts},
+            ffn_share=mean("ffn_share"),
+            attention_share=mean("attention_share"),
+            parts={part: (1 - weight) * low.parts[part] + weight * high.parts[part] for part in low.parts},
             kl=self._kl_between(after, kl_weight),
-            kl_stderr=mean(lambda row: row.kl_stderr, kl_weight),
-            agreement=mean(lambda row: row.agreement),
+            kl_stderr=mean("kl_stderr", kl_weight),
+            agreement=mean("agreement"),
         )
 
     def rescaled(self, element_bytes: int) -> PriceTable:
@@ -206,10 +213,7 @@ class PriceTable:
             return self.most_price
         after = next(i for i, kl in enumerate(kls) if kl > max_kl)
         low, high = kls[after - 1], kls[after]
-        if low > 0:
-            weight = math.log(max_kl / low) / math.log(high / low)
-        else:
-            weight = (max_kl - low) / (high - low)
+        weight = math.log(max_kl / low) / math.log(high / low) if low > 0 else max_kl / high
         return self._between(after, weight, KL_POWER)
 
     def _between(self, after: int, weight: float, power: float) -> float:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 from hypothesis import settings
 
 from tda_export.cli.main import cli
+from tda_export.models.source import resolve_model
+from tda_export.models.spec import DecoderSpec
 from tda_export.runtime.providers import cuda_problem
 from tests.examples.applications import Applications, node_problem
 from tests.tiny import save_tiny_model
@@ -56,6 +60,18 @@ def applications(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Applicati
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Llama in a Hugging Face folder."""
     return save_tiny_model("llama", tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, DecoderSpec]]:
+    """Loads the tiny model of a family in transformers, without gradients of its weights, and its spec."""
+
+    @functools.cache
+    def load(name: str) -> tuple[Any, DecoderSpec]:
+        source = resolve_model(str(save_tiny_model(name, tmp_path_factory.mktemp("family") / name)))
+        return source.reference().requires_grad_(False), source.spec
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -10,9 +11,12 @@ import torch
 
 from tda_export.calibration.curves import CurveSums
 from tda_export.calibration.kl_table import MARGIN, SHARES, KlSetting, KlTable, setting_at, sparsest_within
+from tda_export.calibration.price_table import SHARES as PRICE_SHARES
 from tda_export.errors import UsageError
 from tda_export.ffn_share import GATED, truncation_share, two_level_share
+from tda_export.pricing import PriceTable
 
+PRICE_MARGIN = 0.1  # by which the share that prices are measured at last may miss what it aims at
 AllocationRule = Literal["kl", "uniform"]
 
 
@@ -106,6 +110,33 @@ def check_reach(budget: Budget) -> None:
             f"Sparsity {budget.sparsity} is more than the KL path is measured at (about {1 - SHARES[-1]:.1f}). "
             "Give a lower --sparsity, or --allocation uniform."
         )
+
+
+def check_priced(budget: Budget) -> None:
+    """Refuse what prices of rows cannot meet, before any long work.
+
+    Raises:
+        UsageError: It is a budget of masks, or a sparsity further from dense than prices are measured at.
+    """
+    if not budget.by_kl:
+        raise UsageError(
+            "--cett and --allocation uniform are budgets of masks. Give --sparsity or --max-kl, or --method tda."
+        )
+    if budget.sparsity is not None and 1 - budget.sparsity < PRICE_SHARES[-1] - PRICE_MARGIN:
+        raise UsageError(
+            f"Sparsity {budget.sparsity} is more than prices are measured at (about {1 - PRICE_SHARES[-1]:.1f}). "
+            "Give a lower --sparsity."
+        )
+
+
+def nearest_priced(budget: Budget, tables: Iterable[PriceTable]) -> Budget:
+    """Return the budget, or where it is beyond what tables of prices measured, the furthest that all of them did."""
+    for table in tables:
+        if budget.sparsity is not None and 1 - budget.sparsity < table.least_share:
+            budget = replace(budget, sparsity=table.most_sparsity)
+        if budget.max_kl is not None and budget.max_kl > table.most_kl:
+            budget = replace(budget, max_kl=table.most_kl)
+    return budget
 
 
 def nearest_reachable(budget: Budget, table: KlTable | None) -> Budget:

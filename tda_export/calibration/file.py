@@ -14,13 +14,16 @@ from safetensors.torch import save_file
 from tda_export.calibration.budgets import Allocation, Budget, allocate
 from tda_export.calibration.curves import CurveSums
 from tda_export.calibration.kl_table import KlTable
+from tda_export.calibration.price_file import Priced, describe_priced, priced_from, priced_tensors
 from tda_export.errors import TdaError, UsageError
 from tda_export.ffn_share import GATED
 from tda_export.files import atomic_file
 
 FORMAT = "tda-export calibration"
-FORMAT_VERSION = 3  # 3: the KL path; 2: up_square
+FORMAT_VERSION = 4  # 4: prices of rows; 3: the KL path; 2: up_square
+OLDEST_VERSION = 3  # that is still read
 METADATA_KEY = "tda_export"
+PRICED = "priced"  # in the metadata: what of the prices is no tensor
 KL = "kl_path."  # begins the names of its tensors
 
 
@@ -28,13 +31,29 @@ KL = "kl_path."  # begins the names of its tensors
 class Calibration:
     """The content of a calibration file. `provenance` is plain data: model, dataset, settings, budget, versions.
 
-    `kl` is the measured KL path, None where only curves were calibrated.
+    `curves` are None where prices alone were calibrated. `kl` is the measured KL path, None where it was not looked
+    for. `priced` are the prices of rows, None where masks alone were calibrated.
     """
 
     grid: torch.Tensor  # float32 [K]
-    sums: CurveSums
+    curves: CurveSums | None
     provenance: dict[str, Any]
     kl: KlTable | None = None
+    priced: Priced | None = None
+
+    @property
+    def sums(self) -> CurveSums:
+        """The curves.
+
+        Raises:
+            UsageError: There are none.
+        """
+        if self.curves is None:
+            raise UsageError(
+                "This calibration holds prices of rows, which masks of neurons cannot be chosen from. Calibrate with "
+                "--method tda, or all."
+            )
+        return self.curves
 
     def allocate(self, budget: Budget, refresh_tokens: int = 0) -> Allocation:
         """Choose the thresholds for a budget (`budgets.allocate`), of which refreshes are a part.
@@ -65,10 +84,15 @@ class Calibration:
 
 def write_calibration(calibration: Calibration, path: Path) -> None:
     """Write the file whole or not at all. Sums of float64, so that files of data halves still add exactly."""
-    tensors = {field.name: getattr(calibration.sums, field.name) for field in fields(CurveSums)}
+    tensors = {}
+    if calibration.curves is not None:
+        tensors = {field.name: getattr(calibration.curves, field.name) for field in fields(CurveSums)}
     if calibration.kl is not None:
         tensors |= {KL + field.name: getattr(calibration.kl, field.name) for field in fields(KlTable)}
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, **calibration.provenance}
+    if calibration.priced is not None:
+        tensors |= priced_tensors(calibration.priced)
+        metadata[PRICED] = describe_priced(calibration.priced)
     with atomic_file(path) as part:
         try:
             save_file({"grid": calibration.grid, **tensors}, part, metadata={METADATA_KEY: json.dumps(metadata)})
@@ -94,19 +118,25 @@ def read_calibration(path: Path) -> Calibration:
                 raise TdaError(
                     f"{path}: calibration format {version} is newer than this tda-export ({FORMAT_VERSION}). Update it."
                 )
-            if version < FORMAT_VERSION:
+            if version < OLDEST_VERSION:
                 raise TdaError(
                     f"{path}: calibration format {version} is older than this tda-export's ({FORMAT_VERSION}). "
                     "Run 'tda-export calibrate' again."
                 )
             _ = provenance["model"]["name"], provenance["model"]["fingerprint"]
             _check_budget(provenance["budget"])
-            sums = CurveSums(*(file.get_tensor(field.name) for field in fields(CurveSums)))
+            content = provenance.pop(PRICED, None)
+            priced = None
+            if content is not None:
+                priced = priced_from(content, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            sums = None
+            if priced is None or fields(CurveSums)[0].name in file.keys():  # noqa: SIM118 - no mapping
+                sums = CurveSums(*(file.get_tensor(field.name) for field in fields(CurveSums)))
             names = {KL + field.name for field in fields(KlTable)}
             table = None
             if names & set(file.keys()):
                 table = KlTable(*(file.get_tensor(KL + field.name) for field in fields(KlTable)))
-            return Calibration(file.get_tensor("grid"), sums, provenance, table)
+            return Calibration(file.get_tensor("grid"), sums, provenance, table, priced)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise TdaError(f"{path}: not a readable calibration ({error}). Run 'tda-export calibrate' again.") from error
 

@@ -93,11 +93,12 @@ def thresholds_at(histogram: torch.Tensor, density: torch.Tensor) -> torch.Tenso
 
 
 def row_norms(model: Any, spec: DecoderSpec) -> dict[str, torch.Tensor]:
-    """Compute ||W_i||, the norm of what leaves input channel i, of each matrix, float32 [L, in], on the model's device."""
+    """Compute ||W_i||, the norm of what leaves input channel i: float32 [L, in] of each matrix, on the model's device."""
     norms: dict[str, list[torch.Tensor]] = {}
     for layer in range(spec.num_layers):
         squares = {
-            part: linear.weight.float().square().sum(dim=1) for part, linear in layer_linears(model, spec, layer).items()
+            part: linear.weight.float().square().sum(dim=1)
+            for part, linear in layer_linears(model, spec, layer).items()
         }
         for name, parts in priced_matrices(spec).items():
             norms.setdefault(name, []).append(torch.stack([squares[part] for part in parts]).sum(dim=0).sqrt())

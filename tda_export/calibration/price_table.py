@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from tda_export.packing import (
     ATTENTION_PARTS,
     Packing,
     linear_parts,
-    linear_shape,
     linear_sites,
     matrix_row_bytes,
     packed_matrices,
@@ -27,9 +26,10 @@ from tda_export.packing import (
 from tda_export.pricing import PriceRow, PriceTable
 from tda_export.progress import Advance
 
-SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.32, 0.25)  # of what dense reads, that prices are chosen for
+SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3)  # of what dense reads, that prices are chosen for
 SCAN_SEQUENCES = 4  # whose inputs the prices are chosen on
 
+LinearShapes = Mapping[str, tuple[int, int]]  # input channels and outputs by part
 RowPrices = Mapping[str, torch.Tensor]
 
 
@@ -116,18 +116,27 @@ class Measured:
         read = {part: torch.zeros(len(rows), spec.num_layers, dtype=torch.float64) for part in linear_parts(spec)}
         return cls(rows, torch.zeros(0, len(rows), dtype=torch.float64), rows.new_zeros(0, len(rows)), read)
 
-    def densities(self, spec: DecoderSpec) -> dict[str, torch.Tensor]:
+    def densities(self, linears: LinearShapes) -> dict[str, torch.Tensor]:
         """Return the share of rows that a token read, by part, float64 [A, L]."""
-        return {part: read / (self.tokens * linear_shape(spec, part)[0]) for part, read in self.read.items()}
+        return {part: read / (self.tokens * linears[part][0]) for part, read in self.read.items()}
 
-    def table(self, spec: DecoderSpec, packing: Packing, element_bytes: int, continuation_tokens: int) -> PriceTable:
-        """Return the table. Standard errors are over sequences, 0 of one alone."""
+    def table(
+        self, linears: LinearShapes, packing: Packing, element_bytes: int, continuation_tokens: int
+    ) -> PriceTable:
+        """Return the table. Standard errors are over sequences, 0 of one alone.
+
+        Args:
+            linears: Input channels and outputs of each part.
+            packing: That was measured.
+            element_bytes: Of the rows whose prices these are.
+            continuation_tokens: C.
+        """
         count = len(self.kl)
         error = self.kl.std(dim=0) / math.sqrt(count) if count > 1 else torch.zeros_like(self.kl[0])
-        parts = {part: density.mean(dim=1) for part, density in self.densities(spec).items()}  # [A]
-        ffn = _share(spec, parts, spec.ffn_parts)
-        attention = _share(spec, parts, ATTENTION_PARTS)
-        share = _share(spec, parts, linear_parts(spec))
+        parts = {part: density.mean(dim=1) for part, density in self.densities(linears).items()}  # [A]
+        ffn = _share(linears, parts, [part for part in linears if part not in ATTENTION_PARTS])
+        attention = _share(linears, parts, ATTENTION_PARTS)
+        share = _share(linears, parts, linears)
         rows = [
             PriceRow(
                 price=float(price),
@@ -205,9 +214,9 @@ def _adding(
     return add
 
 
-def _share(spec: DecoderSpec, densities: dict[str, torch.Tensor], parts: tuple[str, ...]) -> torch.Tensor:
+def _share(linears: LinearShapes, densities: dict[str, torch.Tensor], parts: Iterable[str]) -> torch.Tensor:
     """Return the share of these parts' bytes that is read, [A], from the shares of their rows."""
-    sizes = {part: math.prod(linear_shape(spec, part)) for part in parts}
+    sizes = {part: math.prod(linears[part]) for part in parts}
     read = torch.stack([densities[part] * size for part, size in sizes.items()]).sum(dim=0)
     return (read / sum(sizes.values())).clamp(0.0, 1.0)
 

@@ -1,6 +1,6 @@
 """Prices of rows: what dropping an input channel of a matrix costs in likelihood, from gradients at the dense point.
 
-Dropping x_i at a token moves the log-likelihood by about g_i x_i, so the expected KL is ½ c_i² x_i² with c_i² = E[g_i²]:
+Dropping x_i at a token moves the log-likelihood by about g_i x_i, so the expected KL is ½ c_i² x_i², c_i² = E[g_i²]:
 the Fisher information. g_i is the gradient of the log-likelihood of a continuation, of tokens that are drawn from the
 model's own distribution, by the input channel through one matrix alone.
 """
@@ -16,7 +16,7 @@ import torch
 from tda_export.errors import TdaError
 from tda_export.models.linear_modules import layer_linears
 from tda_export.models.spec import DecoderSpec
-from tda_export.packing import Packing, linear_parts, linear_shape, linear_sites, matrix_row_bytes, packed_matrices
+from tda_export.packing import Packing, linear_shape, linear_sites, matrix_row_bytes, packed_matrices
 
 # Gradients of float16 models are multiplied by this, and by less where that overflows.
 HALF_SCALE, SMALLEST_SCALE, SCALE_STEP = 2.0**10, 2.0**-10, 2.0**5
@@ -35,15 +35,16 @@ class PriceSums:
     """Sums over calibration sequences; those of two halves add to those of the whole. All float64 on the CPU.
 
     `square`: by matrix, a part or a site of several, [L, in]: the sum of g_i² over `tokens` [1], each of which counts
-    once for every label.
+    once for every label, of `sequences` [1].
     """
 
     square: dict[str, torch.Tensor]
     tokens: torch.Tensor
+    sequences: torch.Tensor
 
     def __add__(self, other: PriceSums) -> PriceSums:
         square = {name: value + other.square[name] for name, value in self.square.items()}
-        return PriceSums(square, self.tokens + other.tokens)
+        return PriceSums(square, self.tokens + other.tokens, self.sequences + other.sequences)
 
     def row_prices(self, spec: DecoderSpec, packing: Packing, element_bytes: int) -> dict[str, torch.Tensor]:
         """Return c_i² / bytes_i of each matrix of a packing, float32 [L, in]."""
@@ -59,7 +60,7 @@ def no_prices(spec: DecoderSpec) -> PriceSums:
         name: torch.zeros(spec.num_layers, linear_shape(spec, parts[0])[0], dtype=torch.float64)
         for name, parts in priced_matrices(spec).items()
     }
-    return PriceSums(square, torch.zeros(1, dtype=torch.float64))
+    return PriceSums(square, torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
 
 
 def sampled_labels(count: int, seed: int, index: int) -> ChooseLabels:
@@ -111,15 +112,15 @@ def price_continuation(
         with torch.enable_grad():
             logits = model(continuation[None].to(model.device), past_key_values=cache, use_cache=True).logits[0]
             log_probs = logits[:-1].float().log_softmax(dim=-1)  # [C - 1, V]
-            total = no_prices(spec)
-            for labels in choose(logits[:-1].detach().float()):
-                loss = log_probs.gather(1, labels[:, None]).sum()
-                total = total + PriceSums(gradients.squares(loss, model.dtype), torch.zeros(1, dtype=torch.float64))
-                total = PriceSums(total.square, total.tokens + len(continuation))
+            rows = choose(logits[:-1].detach().float())
+            losses = [log_probs.gather(1, labels[:, None]).sum() for labels in rows]
+            squares = [gradients.squares(loss, model.dtype) for loss in losses]
     finally:
         embedding.remove()
         gradients.remove()
-    return total
+    tokens = torch.tensor([len(squares) * len(continuation)], dtype=torch.float64)
+    square = {name: torch.stack([of[name] for of in squares]).sum(dim=0) for name in squares[0]}
+    return PriceSums(square, tokens, torch.ones(1, dtype=torch.float64))
 
 
 class _Gradients:
@@ -144,9 +145,7 @@ class _Gradients:
         """Go backward from a loss; the graph stays."""
         self._scale = HALF_SCALE if dtype == torch.float16 else 1.0
         while True:
-            self._square = {
-                name: [torch.empty(0)] * self._spec.num_layers for name in priced_matrices(self._spec)
-            }
+            self._square = {name: [torch.empty(0)] * self._spec.num_layers for name in priced_matrices(self._spec)}
             (loss * self._scale).backward(retain_graph=True)
             square = {name: torch.stack(layers).cpu() for name, layers in self._square.items()}
             if all(bool(value.isfinite().all()) for value in square.values()):

@@ -16,10 +16,13 @@ from tda_export.calibration.kl_path import PathState
 from tda_export.calibration.kl_run import Sweep
 from tda_export.calibration.kl_table import COLUMNS
 from tda_export.calibration.marginals import Densities, EstimateHistogram
+from tda_export.calibration.price_file import Priced, describe_priced, priced_from, priced_tensors
 from tda_export.files import atomic_file
 
 SUFFIX = ".partial"
 KEY = "tda_export_partial"
+PRICED = "priced."  # begins the names of what belongs to prices
+UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError)
 MEASURED = "measured."  # begins the names of the columns of measured rows
 
 
@@ -35,6 +38,7 @@ class PartialFile:
         """
         self.path = output.with_name(output.name + SUFFIX)
         self._key = json.dumps(key, sort_keys=True)
+        self._parts: dict[str, dict[str, torch.Tensor]] = {}  # of masks (no prefix) and of prices, as last saved
 
     def save(self, sums: CurveSums, sweep: Sweep | None = None) -> None:
         """Write what there is so far, whole or not at all. `sums.sequences` tells how many sequences are in them."""
@@ -43,7 +47,15 @@ class PartialFile:
             tensors |= _state_tensors(sweep.state)
             columns = zip(COLUMNS, zip(*sweep.rows, strict=True), strict=False)  # no columns without rows
             tensors |= {MEASURED + name: torch.stack(values) for name, values in columns}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        self._write("", tensors)
+
+    def save_priced(self, priced: Priced) -> None:
+        """Write the prices so far, whole or not at all, beside what is there of masks."""
+        self._write(PRICED, {PRICED + name: tensor for name, tensor in priced_tensors(priced).items()})
+
+    def _write(self, kind: str, new: dict[str, torch.Tensor]) -> None:
+        self._parts[kind] = {name: tensor.detach().cpu().contiguous() for name, tensor in new.items()}
+        tensors = {name: tensor for part in self._parts.values() for name, tensor in part.items()}
         with atomic_file(self.path) as part:
             try:
                 save_file(tensors, part, metadata={KEY: self._key})
@@ -51,16 +63,36 @@ class PartialFile:
                 raise OSError(str(error)) from error
 
     def load(self, device: torch.device | str) -> tuple[CurveSums, Sweep | None] | None:
-        """Read what an earlier run left, if it was of the same calibration; None otherwise."""
+        """Read what an earlier run left of masks, if it was of the same calibration; None otherwise."""
         try:
-            with safe_open(self.path, framework="pt", device=str(device)) as file:
-                if (file.metadata() or {}).get(KEY) != self._key:
-                    return None
-                sums = CurveSums(*(file.get_tensor(field.name).cpu() for field in fields(CurveSums)))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-                return sums, _sweep(tensors) if "path.step" in tensors else None
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+            tensors = {name: value.to(device) for name, value in self._read().items() if not name.startswith(PRICED)}
+            sums = CurveSums(*(tensors[field.name].cpu() for field in fields(CurveSums)))
+            found = sums, _sweep(tensors) if "path.step" in tensors else None
+        except UNREADABLE:
             return None  # missing, damaged or of another kind: begin anew
+        self._parts[""] = {name: value.cpu() for name, value in tensors.items()}
+        return found
+
+    def load_priced(self, begun: Priced) -> Priced | None:
+        """Read what an earlier run left of prices, if it was of the same calibration; None otherwise.
+
+        Args:
+            begun: Prices of the same model before any work.
+        """
+        try:
+            tensors = {name: value for name, value in self._read().items() if name.startswith(PRICED)}
+            named = {name.removeprefix(PRICED): value for name, value in tensors.items()}
+            priced = priced_from(describe_priced(begun), named)
+        except UNREADABLE:
+            return None
+        self._parts[PRICED] = tensors
+        return priced
+
+    def _read(self) -> dict[str, torch.Tensor]:
+        with safe_open(self.path, framework="pt") as file:
+            if (file.metadata() or {}).get(KEY) != self._key:
+                return {}
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
 
     def remove(self) -> None:
         """Delete the file, if there is one."""

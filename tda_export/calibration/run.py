@@ -1,10 +1,9 @@
-"""The calibration run: one forward pass a sequence gives the curves of every layer, and a sweep the KL path."""
+"""The calibration run: prices of rows and their table, or the curves of every layer and the KL path, or all of it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,22 +18,31 @@ from tda_export.calibration.curves import CurveAccumulator, CurveSums, Estimator
 from tda_export.calibration.file import Calibration
 from tda_export.calibration.kl_plan import KlPlan, plan_for
 from tda_export.calibration.kl_run import find_path, neuron_scales
+from tda_export.calibration.magnitudes import row_norms
+from tda_export.calibration.price_file import Priced
+from tda_export.calibration.price_run import PriceSettings, Show, begin_priced, check_sequences, price_rows
 from tda_export.calibration.resume import PartialFile
 from tda_export.errors import UsageError
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
+from tda_export.packing import PACKINGS, Packing
 from tda_export.progress import Advance
 from tda_export.versions import installed_versions
 
+CalibrationMethod = Literal["priced", "tda", "all"]
 CalibrationDtype = Literal["fp32", "fp16", "bf16"]
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "tokenizers")
 SAVE_SECONDS = 5.0  # least time between two saves of curves; one takes milliseconds
 
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """How to calibrate. Lengths in tokens; a sequence is `prompt_tokens` and then `continuation_tokens`."""
+    """How to calibrate. Lengths in tokens; a sequence is `prompt_tokens` and then `continuation_tokens`.
+
+    `labels` a token and `packings` are of priced rows; `estimator`, `curves_only` and `prior_tokens` of masks (tda).
+    """
 
     estimator: Estimator = "prompt"
     sequences: int = 64
@@ -45,21 +53,48 @@ class CalibrationSettings:
     device: str = "cpu"
     curves_only: bool = False
     prior_tokens: int = 64
+    method: CalibrationMethod = "priced"
+    labels: int = 2
+    packings: tuple[Packing, ...] = PACKINGS
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 2:
             raise UsageError("--prompt-tokens must be at least 2: the first token does not count.")
         if self.continuation_tokens < 1:
             raise UsageError("--continuation-tokens must be at least 1.")
-        if not self.curves_only:
+        if self.priced and self.continuation_tokens < 2:
+            raise UsageError(
+                "--continuation-tokens must be at least 2 for prices: a token is priced by those after it."
+            )
+        if self.priced:
+            check_sequences(self.sequences)
+        if self.masks and not self.curves_only:
             KlPlan(self.sequences)  # refuses too few
         _check_device(self.device)
         if self.device == "cpu" and self.dtype == "fp16":
             raise UsageError("--dtype fp16 on the CPU is slow and imprecise. Use fp32, or --device cuda.")
 
     @property
+    def priced(self) -> bool:
+        """Whether rows are priced."""
+        return self.method != "tda"
+
+    @property
+    def masks(self) -> bool:
+        """Whether masks of neurons are calibrated: curves, and the KL path unless `curves_only`."""
+        return self.method != "priced"
+
+    @property
     def length(self) -> int:
+        """Tokens of a sequence."""
         return self.prompt_tokens + self.continuation_tokens
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the method uses, as plain data."""
+        unused = set() if self.priced else {"labels", "packings"}
+        unused |= set() if self.masks else {"estimator", "curves_only", "prior_tokens"}
+        content = {name: value for name, value in asdict(self).items() if name not in unused}
+        return content | ({"packings": list(self.packings)} if self.priced else {})
 
 
 def _check_device(device: str) -> None:
@@ -119,7 +154,7 @@ def calibrate(
     settings: CalibrationSettings,
     budget: dict[str, Any],
     *,
-    show: Callable[[str, int], AbstractContextManager[Advance]],
+    show: Show,
     output: Path | None = None,
 ) -> Calibration:
     """Calibrate a model on a corpus.
@@ -133,12 +168,14 @@ def calibrate(
         output: The file to come; what an interrupted run left beside it is used again (`resume.PartialFile`).
 
     Returns:
-        Curves, KL path and provenance, ready to be written.
+        Prices, curves, KL path and provenance, ready to be written.
 
     Raises:
-        UsageError: The corpus has fewer than two sequences, and a KL path is to be found.
+        UsageError: The corpus has fewer than two sequences, and prices or a KL path are to be found.
     """
-    plan = None if settings.curves_only else plan_for(source.spec, len(corpus.tokens))
+    plan = plan_for(source.spec, len(corpus.tokens)) if settings.masks and not settings.curves_only else None
+    if settings.priced:
+        check_sequences(len(corpus.tokens))
     about = {
         "model": {
             "name": source.name,
@@ -147,29 +184,31 @@ def calibrate(
             "ffn_matrices": len(source.spec.ffn_parts),
         },
         "dataset": corpus.describe(),
-        "settings": asdict(settings),
+        "settings": settings.describe(),
     }
     versions = {"tda-export": tda_export.__version__, **installed_versions(RECORDED_PACKAGES)}
     partial = PartialFile(output, about | {"versions": versions}) if output else None
-    earlier = partial.load(settings.device) if partial else None
+    earlier = partial.load(settings.device) if partial and settings.masks else None
     model = source.reference(dtype=TORCH_DTYPES[settings.dtype], device=settings.device)
+    priced = _price(model, source.spec, corpus, settings, show, partial) if settings.priced else None
     sums, sweep = earlier or (None, None)
     save = partial.save if partial else lambda sums, sweep=None: None
-    if sums is None or int(sums.sequences) < len(corpus.tokens):
+    if settings.masks and (sums is None or int(sums.sequences) < len(corpus.tokens)):
         with show("Calibrating", len(corpus.tokens)) as advance:
             sums = accumulate_curves(
                 model, source.spec, corpus.tokens, settings, advance, resume=sums, save=lambda sums: save(sums)
             )[1]
         save(sums)
     table = None
-    if plan:
+    if plan and sums is not None:
+        scales = neuron_scales(model, source.spec, sums)
         with show("Allocating", plan.units(source.spec.num_layers)) as advance:
             table = find_path(
                 model,
                 source.spec,
                 corpus.tokens,
                 settings.prompt_tokens,
-                neuron_scales(model, source.spec, sums),
+                scales,
                 prior_tokens=settings.prior_tokens,
                 seed=settings.seed,
                 advance=advance,
@@ -177,4 +216,25 @@ def calibrate(
                 save=lambda sweep: save(sums, sweep),
             )
     provenance = {**about, "budget": budget, "versions": versions}
-    return Calibration(threshold_grid(), sums, provenance, table)
+    return Calibration(threshold_grid(), sums, provenance, table, priced)
+
+
+def _price(
+    model: Any,
+    spec: DecoderSpec,
+    corpus: Corpus,
+    settings: CalibrationSettings,
+    show: Show,
+    partial: PartialFile | None,
+) -> Priced:
+    begun = begin_priced(spec, row_norms(model, spec), ELEMENT_BYTES[settings.dtype], settings.continuation_tokens)
+    return price_rows(
+        model,
+        spec,
+        corpus.tokens,
+        PriceSettings(settings.prompt_tokens, settings.labels, settings.seed, settings.packings),
+        begun,
+        show=show,
+        resume=partial.load_priced(begun) if partial else None,
+        save=partial.save_priced if partial else lambda priced: None,
+    )

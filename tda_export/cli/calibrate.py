@@ -1,4 +1,4 @@
-"""`tda-export calibrate`: measure the CETT curves of a model."""
+"""`tda-export calibrate`: measure what a model loses when rows of its matrices, or neurons, are not read."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import json
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tda_export.cli.options import budget_options, json_option, model_argument, overwrite_option
 
 if TYPE_CHECKING:
-    from tda_export.calibration.budgets import AllocationRule
+    from tda_export.calibration.budgets import AllocationRule, Budget
     from tda_export.calibration.curves import Estimator
-    from tda_export.calibration.run import CalibrationDtype
+    from tda_export.calibration.file import Calibration
+    from tda_export.calibration.run import CalibrationDtype, CalibrationMethod, CalibrationSettings
+    from tda_export.packing import Packing
 
-DEFAULT_BUDGET = {"sparsity": 0.5, "allocation": "kl"}
+PRICED_BUDGET = {"max_kl": 0.05}
+TDA_BUDGET = {"sparsity": 0.5, "allocation": "kl"}
 CURVES_BUDGET = {"cett": 0.2}  # the paper's
 
 
@@ -38,24 +41,40 @@ CURVES_BUDGET = {"cett": 0.2}  # the paper's
 )
 @click.option("--text-column", help="Column that holds the text.  [default: text]")
 @click.option(
+    "--method",
+    type=click.Choice(["priced", "tda", "all"]),
+    default="priced",
+    show_default=True,
+    help="priced: prices of all rows of all linears. tda: masks of FFN neurons from the prompt. all: both.",
+)
+@click.option(
+    "--labels",
+    type=click.IntRange(1),
+    help="Labels a token that prices are taken with, drawn from the model's own distribution.  [default: 2]",
+)
+@click.option(
+    "--packing",
+    type=click.Choice(["separate", "sites"]),
+    help="Measure prices for this packing alone. separate: one threshold a matrix. sites: one for the matrices that "
+    "read the same input.  [default: both]",
+)
+@click.option(
     "--estimator",
     type=click.Choice(["prompt", "token"]),
-    default="prompt",
-    show_default=True,
-    help="prompt: mask from a prompt, CETT on its continuation. token: the paper's literal reading, per token.",
+    help="With tda. prompt: mask from a prompt, CETT on its continuation. token: the paper's literal reading, per "
+    "token.  [default: prompt]",
 )
 @budget_options
 @click.option(
     "--curves-only",
     is_flag=True,
-    help="Measure CETT curves alone, a few times faster; build then takes --cett, or --allocation uniform.",
+    help="With tda: measure CETT curves alone, a few times faster; build then takes --cett, or --allocation uniform.",
 )
 @click.option(
     "--prior-tokens",
     type=click.IntRange(0),
-    default=64,
-    show_default=True,
-    help="Tokens that what is known of all texts counts for beside a prompt's own, so that short prompts lean on it.",
+    help="With tda: tokens that what is known of all texts counts for beside a prompt's own, so that short prompts "
+    "lean on it.  [default: 64]",
 )
 @click.option(
     "--sequences",
@@ -69,14 +88,14 @@ CURVES_BUDGET = {"cett": 0.2}  # the paper's
     type=click.IntRange(2),
     default=256,
     show_default=True,
-    help="Tokens of a sequence that the mask is taken from.",
+    help="Tokens of a sequence that are read densely; masks are taken from them.",
 )
 @click.option(
     "--continuation-tokens",
     type=click.IntRange(1),
     default=128,
     show_default=True,
-    help="Tokens of a sequence that CETT is measured on.",
+    help="Tokens of a sequence that prices are taken from, and losses measured on.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Order of the documents.")
 @click.option("--device", default="cpu", show_default=True, help="Where PyTorch runs the model: cpu, cuda or cuda:N.")
@@ -85,7 +104,7 @@ CURVES_BUDGET = {"cett": 0.2}  # the paper's
     type=click.Choice(["fp32", "fp16", "bf16"]),
     default="fp32",
     show_default=True,
-    help="Dtype of the model while calibrating; curves are float32.",
+    help="Dtype of the model while calibrating.",
 )
 @overwrite_option
 @json_option
@@ -94,13 +113,16 @@ def calibrate(
     output: Path,
     dataset: str,
     text_column: str | None,
-    estimator: Estimator,
+    method: CalibrationMethod,
+    labels: int | None,
+    packing: Packing | None,
+    estimator: Estimator | None,
     cett: float | None,
     sparsity: float | None,
     allocation: AllocationRule | None,
     max_kl: float | None,
     curves_only: bool,
-    prior_tokens: int,
+    prior_tokens: int | None,
     sequences: int,
     prompt_tokens: int,
     continuation_tokens: int,
@@ -110,36 +132,54 @@ def calibrate(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Measure what MODEL loses when neurons are dropped.
+    """Measure what MODEL loses when weights are not read.
 
-    MODEL is a Hugging Face folder, a hub id, a .gguf file, or smollm2-135m. One pass over the data gives the CETT
-    curves of every layer; a sweep from dense to sparse then finds where bytes are worth most by KL, at the cost of
-    about twenty forward passes for each sequence. Build can choose any budget from the file. A run that was
-    interrupted goes on where it was when it is started again.
+    MODEL is a Hugging Face folder, a hub id, a .gguf file, or smollm2-135m. Half of the sequences price every row of
+    every linear by backward passes; on the others about ten prices are measured: bytes read, KL to dense. --method tda
+    measures masks of FFN neurons instead: the CETT curves of every layer, and a sweep from dense to sparse that finds
+    where bytes are worth most by KL, which takes several times as long. Build can choose any budget from the file. A
+    run that was interrupted goes on where it was when it is started again.
     """
-    from tda_export.calibration.budgets import check_reach, nearest_reachable
+    from tda_export.calibration.budgets import check_priced, check_reach
     from tda_export.calibration.corpus import load_corpus
     from tda_export.calibration.file import is_calibration, write_calibration
     from tda_export.calibration.resume import PartialFile
     from tda_export.calibration.run import CalibrationSettings
     from tda_export.calibration.run import calibrate as run
     from tda_export.cli.options import chosen_budget
-    from tda_export.cli.tables import print_allocation, print_measurements
     from tda_export.errors import UsageError
     from tda_export.files import check_output
     from tda_export.models.source import resolve_model
+    from tda_export.packing import PACKINGS
     from tda_export.progress import progress
 
+    _check_options(method, {"--labels": labels, "--packing": packing}, "tda")
+    of_masks = {"--estimator": estimator, "--curves-only": curves_only or None, "--prior-tokens": prior_tokens}
+    _check_options(method, of_masks | {"--cett": cett, "--allocation": allocation}, "priced")
     settings = CalibrationSettings(
-        estimator, sequences, prompt_tokens, continuation_tokens, seed, dtype, device, curves_only, prior_tokens
+        estimator or "prompt",
+        sequences,
+        prompt_tokens,
+        continuation_tokens,
+        seed,
+        dtype,
+        device,
+        curves_only,
+        64 if prior_tokens is None else prior_tokens,
+        method,
+        2 if labels is None else labels,
+        PACKINGS if packing is None else (packing,),
     )
-    default = CURVES_BUDGET if curves_only else DEFAULT_BUDGET
+    default = PRICED_BUDGET if settings.priced else CURVES_BUDGET if curves_only else TDA_BUDGET
     budget = chosen_budget(cett, sparsity, allocation, max_kl, default)
-    if curves_only and budget.by_kl:
-        raise UsageError(
-            "--curves-only leaves out what this budget needs. Give --cett, or --sparsity with --allocation uniform."
-        )
-    check_reach(budget)
+    if settings.priced:
+        check_priced(budget)
+    if settings.masks:
+        if curves_only and budget.by_kl and not settings.priced:
+            raise UsageError(
+                "--curves-only leaves out what this budget needs. Give --cett, or --sparsity with --allocation uniform."
+            )
+        check_reach(budget)
     check_output(output, overwrite=overwrite, what="a calibration", is_earlier_output=is_calibration)
     source = resolve_model(model, notify=lambda line: click.echo(line, err=True))
     if settings.length > source.spec.max_positions:
@@ -156,32 +196,96 @@ def calibrate(
             f"{dataset} holds text for {found} sequences of {settings.length} tokens; calibrating on those.", err=True
         )
     show = partial(progress, quiet=as_json)
-    calibration = run(source, corpus, settings, budget.describe(), show=show, output=output)
-    reachable = nearest_reachable(budget, calibration.kl)
+    calibration = run(source, corpus, settings, _describe(budget, settings), show=show, output=output)
+    reachable = _reachable(budget, calibration)
     if reachable != budget:
-        click.echo(
-            f"The KL path reaches sparsity {reachable.sparsity}, not {budget.sparsity}: that is the file's budget.",
-            err=True,
-        )
         budget = reachable
-        calibration = replace(calibration, provenance=calibration.provenance | {"budget": budget.describe()})
-    chosen = calibration.allocate(budget)
+        provenance = calibration.provenance | {"budget": _describe(budget, settings)}
+        calibration = replace(calibration, provenance=provenance)
+    results = _results(calibration, budget, settings)  # before writing, so that what is written can be met
     write_calibration(calibration, output)
     PartialFile(output, {}).remove()
-    measurements = calibration.kl.measurements() if calibration.kl else []
     if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    "output": str(output),
-                    **calibration.provenance,
-                    "allocation": asdict(chosen) | {"sparsity": chosen.sparsity},
-                    "predicted_kl": measurements,
-                }
-            )
-        )
+        click.echo(json.dumps({"output": str(output), **calibration.provenance, **results}))
         return
-    print_allocation(chosen, f"{model}, {estimator} estimator, {budget}")
-    if measurements:
-        print_measurements(measurements)
-    click.echo(f"FFN sparsity {chosen.sparsity:.3f} on {found} sequences; wrote {output}")
+    _print(calibration, budget, settings, model)
+    click.echo(f"{found} sequences; wrote {output}")
+
+
+def _check_options(method: CalibrationMethod, options: dict[str, Any], useless_with: CalibrationMethod) -> None:
+    from tda_export.errors import UsageError
+
+    given = [name for name, value in options.items() if value is not None]
+    if given and method == useless_with:
+        other = "tda" if method == "priced" else "priced"
+        raise UsageError(
+            f"{given[0]} has no meaning for --method {method}. Leave it out, or give --method {other}, or all."
+        )
+
+
+def _describe(budget: Budget, settings: CalibrationSettings) -> dict[str, Any]:
+    """Return the budget as plain data. Prices alone know no rule of allocation."""
+    content = budget.describe()
+    return content if settings.masks else {name: value for name, value in content.items() if name != "allocation"}
+
+
+def _reachable(budget: Budget, calibration: Calibration) -> Budget:
+    """Return the nearest budget that all that was measured can meet, and say when it is another."""
+    from tda_export.calibration.budgets import nearest_priced, nearest_reachable
+
+    by_path = nearest_reachable(budget, calibration.kl)
+    reachable = nearest_priced(by_path, calibration.priced.tables().values() if calibration.priced else ())
+    what = "The KL path reaches" if reachable == by_path else "The prices that were measured reach"
+    if reachable.sparsity != budget.sparsity:
+        click.echo(
+            f"{what} sparsity {reachable.sparsity}, not {budget.sparsity}: that is the file's budget.",
+            err=True,
+        )
+    elif reachable.max_kl != budget.max_kl:
+        click.echo(f"{what} KL {reachable.max_kl:.3f}, not {budget.max_kl}: that is the file's budget.", err=True)
+    return reachable
+
+
+def _results(calibration: Calibration, budget: Budget, settings: CalibrationSettings) -> dict[str, Any]:
+    """Return what the budget gives and what was measured, as plain data."""
+    results: dict[str, Any] = {}
+    if calibration.priced is not None:
+        tables = calibration.priced.tables()
+        prices = {
+            name: table.price_for(sparsity=budget.sparsity, max_kl=budget.max_kl) for name, table in tables.items()
+        }
+        results["prices"] = {name: asdict(table.predicted(prices[name])) for name, table in tables.items()}
+        results["price_tables"] = {name: table.to_dict() for name, table in tables.items()}
+    if settings.masks and _of_masks(calibration, budget):
+        chosen = calibration.allocate(budget)
+        results["allocation"] = asdict(chosen) | {"sparsity": chosen.sparsity}
+        results["predicted_kl"] = calibration.kl.measurements() if calibration.kl else []
+    return results
+
+
+def _of_masks(calibration: Calibration, budget: Budget) -> bool:
+    """Whether masks can be chosen by the budget: not by one of prices, where curves alone were measured beside them."""
+    return calibration.kl is not None or not budget.by_kl
+
+
+def _print(calibration: Calibration, budget: Budget, settings: CalibrationSettings, model: str) -> None:
+    from tda_export.cli.tables import print_allocation, print_measurements, print_prices
+
+    if calibration.priced is not None:
+        for name, table in calibration.priced.tables().items():
+            print_prices(table)
+            price = table.price_for(sparsity=budget.sparsity, max_kl=budget.max_kl)
+            row = table.predicted(price)
+            reads = f"price {price:.4g} reads {row.share:.3f} of the linears' bytes at KL {row.kl:.4f}"
+            click.echo(f"{model}, {_text(budget)}, {name}: {reads}")
+    if settings.masks and _of_masks(calibration, budget):
+        chosen = calibration.allocate(budget)
+        print_allocation(chosen, f"{model}, {settings.estimator} estimator, {budget}")
+        if calibration.kl:
+            print_measurements(calibration.kl.measurements())
+        click.echo(f"FFN sparsity {chosen.sparsity:.3f}")
+
+
+def _text(budget: Budget) -> str:
+    """Say a budget of prices, which knows no rule of allocation."""
+    return f"KL {budget.max_kl}" if budget.max_kl is not None else f"sparsity {budget.sparsity}"

@@ -51,8 +51,8 @@ def demo(artifacts: Path) -> None:
     if calibration.exists():
         click.echo(f"Using {calibration}")
     else:
-        click.echo(f"$ tda-export calibrate {MODEL} -o {calibration} --sequences {SEQUENCES}")
-        context.invoke(calibrate, model=MODEL, output=calibration, sequences=SEQUENCES)
+        click.echo(f"$ tda-export calibrate {MODEL} -o {calibration} --method tda --sequences {SEQUENCES}")
+        context.invoke(calibrate, model=MODEL, output=calibration, method="tda", sequences=SEQUENCES)
     if artifact.exists():
         click.echo(f"Using {artifact}")
     else:

@@ -10,6 +10,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from tda_export.calibration.budgets import Allocation
     from tda_export.graph.verify import Check
+    from tda_export.pricing import PriceTable
 
 
 def print_table(title: str, columns: list[str], rows: list[list[Any]], footer: list[str] | None = None) -> None:
@@ -68,6 +69,24 @@ def print_measurements(measurements: list[dict[str, float]]) -> None:
     ]
     columns = ["FFN bytes", "fitted sequences", "other sequences", "sum of single layers"]
     print_table("KL to dense along the path, nats a token", columns, rows)
+
+
+def print_prices(table: PriceTable) -> None:
+    """Print what prices save and cost, with one standard error where there is one."""
+    rows = [
+        [
+            f"{row.price:.3e}" if row.price else "0 (dense)",
+            f"{row.share:.3f}",
+            f"{row.ffn_share:.3f}",
+            f"{row.attention_share:.3f}",
+            f"{row.kl:.4f}" + (f" ± {row.kl_stderr:.4f}" if row.kl_stderr else ""),
+            f"{row.agreement:.3f}",
+        ]
+        for row in table.rows
+    ]
+    thresholds = {"separate": "one threshold a matrix", "sites": "one threshold a site"}[table.packing]
+    columns = ["price", "linears", "FFN", "attention", "KL to dense", "agreement"]
+    print_table(f"Prices with {thresholds} ({table.packing}): shares of bytes read, nats a token", columns, rows)
 
 
 def print_checks(checks: list[Check]) -> None:

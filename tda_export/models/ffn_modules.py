@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tda_export.models.linear_modules import Change, Linear, Observe
 from tda_export.models.spec import Activation, DecoderSpec
 
 ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -16,7 +17,6 @@ ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
     "relu": torch.nn.functional.relu,
 }
-Observe = Callable[[torch.Tensor], None]
 
 
 class FfnModules:
@@ -26,54 +26,33 @@ class FfnModules:
     """
 
     def __init__(self, model: Any, spec: DecoderSpec, layer: int) -> None:
-        self._spec = spec
-        names = spec.names
-        self.first = model.get_submodule((names.gate if spec.gated else names.up).format(i=layer))
-        self.up = model.get_submodule(names.up.format(i=layer))
-        self.down = model.get_submodule(names.down.format(i=layer))
+        self._gated = spec.gated
+        self._first = Linear(model, spec, layer, "gate" if spec.gated else "up")
+        self._up = Linear(model, spec, layer, "up")
+        self._down = Linear(model, spec, layer, "down")
 
     @property
     def down_weight(self) -> torch.Tensor:
         """W_down, [M, F], without gradient."""
-        weight: torch.Tensor = self.down.weight.detach()
-        return weight.T if self._spec.transposed_linears else weight
+        return self._down.weight.T
 
     def on_first(self, observe: Observe) -> Any:
         """Give `observe` the first products [T, F] of each call; return the hook's handle."""
-        packed = self._spec.packed_gate
-        return self._on_output(self.first, observe, slice(0, self._spec.ffn_size) if packed else slice(None))
+        return self._first.on_output(observe)
 
     def on_up(self, observe: Observe) -> Any:
         """Give `observe` what activations are multiplied by, [T, F]: up · x, and 1 without gates."""
-        if not self._spec.gated:
-            return self._on_output(self.first, lambda first: observe(torch.ones_like(first)), slice(None))
-        packed = self._spec.packed_gate
-        return self._on_output(self.up, observe, slice(self._spec.ffn_size, None) if packed else slice(None))
+        if not self._gated:
+            return self._up.on_output(lambda first: observe(torch.ones_like(first)))
+        return self._up.on_output(observe)
 
-    def on_activations(self, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
+    def on_activations(self, change: Change) -> Any:
         """Give `change` the activations h [T, F] that go into W_down, and take what it returns in their place.
 
         None leaves them as they are.
         """
-
-        def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-            h = change(_rows(inputs[0]))
-            return None if h is None else (h.view_as(inputs[0]),)
-
-        return self.down.register_forward_pre_hook(hook)
+        return self._down.on_input(change)
 
     def add_to_output(self, tail: torch.Tensor) -> Any:
         """Add a vector [M] to the FFN's output; return the hook's handle."""
-        return self.down.register_forward_hook(lambda module, inputs, output: output + tail.to(output))
-
-    @staticmethod
-    def _on_output(module: torch.nn.Module, observe: Observe, columns: slice) -> Any:
-        def hook(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
-            observe(_rows(output)[:, columns])
-
-        return module.register_forward_hook(hook)
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """Drop the batch axis, which some families have flattened away already: [1, T, N] or [T, N] to [T, N]."""
-    return x.flatten(0, -2)
+        return self._down.add_to_output(tail)

@@ -41,9 +41,7 @@ def kept_rows(x: torch.Tensor, row_price: torch.Tensor, price: torch.Tensor) -> 
 
 
 @contextlib.contextmanager
-def dropping(
-    model: Any, spec: DecoderSpec, row_prices: Mapping[str, torch.Tensor], price: float
-) -> Iterator[RowsRead]:
+def dropping(model: Any, spec: DecoderSpec, row_prices: Mapping[str, torch.Tensor], price: float) -> Iterator[RowsRead]:
     """Drop rows of a model's linears while the block runs, and count those that are read.
 
     Calls of the model are of batch 1, and every token of a call drops rows: a prompt that is read densely is a call
@@ -77,7 +75,7 @@ def dropping(
         def together(x: torch.Tensor) -> torch.Tensor | None:
             if layer == 0 and group[0].part == "q":
                 count.tokens += len(x)
-            rows = [kept(linear, x) for linear in group][0]
+            rows = [kept(linear, x) for linear in group][-1]  # all are alike
             return None if rows is None else torch.where(rows, x, 0)
 
         def apart(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:

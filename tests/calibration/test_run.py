@@ -98,7 +98,7 @@ class Shown:
 
 
 CORPUS = Corpus(torch.arange(5, 77).reshape(6, 12), "some.txt", "0" * 64)
-SETTINGS = CalibrationSettings(prompt_tokens=8, continuation_tokens=4, sequences=6)
+SETTINGS = CalibrationSettings(method="tda", prompt_tokens=8, continuation_tokens=4, sequences=6)
 BUDGET = {"sparsity": 0.5, "allocation": "kl"}
 
 

@@ -1,0 +1,139 @@
+"""The part of a calibration file that priced rows need: prices, their tables, and magnitudes for other thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tda_export.calibration.magnitudes import BINS, Magnitudes
+from tda_export.calibration.price_table import LinearShapes, Measured
+from tda_export.calibration.prices import PriceSums
+from tda_export.packing import ATTENTION_PARTS, PACKINGS, Packing, sites_of
+from tda_export.pricing import PriceTable
+
+# What the names of tensors begin with.
+PRICES, INPUTS, WEIGHTED, NORMS, MEASURED = "prices.", "inputs.", "weighted.", "row_norms.", "measured."
+TOKENS, SEQUENCES = "tokens", "sequences"  # of prices, beside the matrices
+
+
+@dataclass(frozen=True)
+class Priced:
+    """Prices and what they cost.
+
+    `linears`: input channels and outputs of each part. `norms`: ||W_i|| by matrix, float32 [L, in]. `measured`: for
+    each packing that was measured. `element_bytes`: of the rows that measured prices are meant for.
+    `continuation_tokens`: of a sequence.
+    """
+
+    linears: LinearShapes
+    sums: PriceSums
+    magnitudes: Magnitudes
+    norms: dict[str, torch.Tensor]
+    element_bytes: int
+    continuation_tokens: int
+    measured: dict[Packing, Measured] = field(default_factory=dict)
+
+    def table(self, packing: Packing) -> PriceTable:
+        """Return the table of a packing that was measured."""
+        return self.measured[packing].table(self.linears, packing, self.element_bytes, self.continuation_tokens)
+
+    def tables(self) -> dict[Packing, PriceTable]:
+        """Return all tables."""
+        return {packing: self.table(packing) for packing in self.measured}
+
+
+def describe_priced(priced: Priced) -> dict[str, Any]:
+    """Return what is no tensor, as plain data."""
+    return {
+        "linears": {part: list(shape) for part, shape in priced.linears.items()},
+        "element_bytes": priced.element_bytes,
+        "continuation_tokens": priced.continuation_tokens,
+    }
+
+
+def priced_tensors(priced: Priced) -> dict[str, torch.Tensor]:
+    """Return the tensors by their names in the file."""
+    tensors = {PRICES + name: value for name, value in priced.sums.square.items()}
+    tensors |= {PRICES + TOKENS: priced.sums.tokens, PRICES + SEQUENCES: priced.sums.sequences}
+    tensors |= {INPUTS + name: value for name, value in priced.magnitudes.inputs.items()}
+    tensors |= {WEIGHTED + name: value for name, value in priced.magnitudes.weighted.items()}
+    tensors |= {NORMS + name: value.cpu() for name, value in priced.norms.items()}
+    for packing, measured in priced.measured.items():
+        prefix = f"{MEASURED}{packing}."
+        tensors |= {prefix + name: getattr(measured, name) for name in ("prices", "kl", "agreement")}
+        tensors |= {prefix + TOKENS: torch.tensor([measured.tokens])}
+        tensors |= {f"{prefix}read.{part}": value for part, value in measured.read.items()}
+    return tensors
+
+
+def priced_from(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Priced:
+    """Read it back and check it.
+
+    Args:
+        content: From `describe_priced`.
+        tensors: From `priced_tensors`, and others.
+
+    Raises:
+        ValueError, KeyError, TypeError: Something is missing, of another shape, not finite or negative.
+    """
+    linears = {str(part): (int(shape[0]), int(shape[1])) for part, shape in content["linears"].items()}
+    missing = {*ATTENTION_PARTS, "up", "down"} - set(linears)
+    if missing:
+        raise ValueError(f"no linear {', '.join(sorted(missing))}")
+    sites = sites_of(tuple(linears))
+    inputs = {name: linears[parts[0]][0] for name, parts in ({part: (part,) for part in linears} | sites).items()}
+    layers = tensors[PRICES + "o"].shape[0]
+
+    def read(prefix: str, names: Iterable[str], columns: int | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return {name: _checked(tensors, prefix + name, dtype, (layers, columns or inputs[name])) for name in names}
+
+    double = torch.float64
+    sums = PriceSums(
+        read(PRICES, inputs, None, double),
+        *(_checked(tensors, PRICES + name, double, (1,)) for name in (TOKENS, SEQUENCES)),
+    )
+    magnitudes = Magnitudes(
+        read(INPUTS, sites, BINS, torch.int64),
+        read(WEIGHTED, inputs, BINS, torch.int64),
+    )
+    norms = read(NORMS, inputs, None, torch.float32)
+    found = {name.split(".")[1] for name in tensors if name.startswith(MEASURED)}
+    measured = {packing: _measured(packing, linears, layers, tensors) for packing in PACKINGS if packing in found}
+    sizes = int(content["element_bytes"]), int(content["continuation_tokens"])
+    return Priced(linears, sums, magnitudes, norms, *sizes, measured)
+
+
+def _measured(packing: Packing, linears: LinearShapes, layers: int, tensors: Mapping[str, torch.Tensor]) -> Measured:
+    prefix = f"{MEASURED}{packing}."
+    prices = tensors[prefix + "prices"]
+    _checked(tensors, prefix + "prices", torch.float64, (prices.numel(),))
+    count = len(tensors[prefix + "kl"])
+    kl = _checked(tensors, prefix + "kl", torch.float64, (count, len(prices)), signed=True)
+    agreement = _checked(tensors, prefix + "agreement", torch.float64, (count, len(prices)))
+    read = {part: _checked(tensors, f"{prefix}read.{part}", torch.float64, (len(prices), layers)) for part in linears}
+    tokens = _checked(tensors, prefix + TOKENS, torch.int64, (1,))
+    return Measured(prices, kl, agreement, read, int(tokens))
+
+
+def _checked(
+    tensors: Mapping[str, torch.Tensor],
+    name: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    *,
+    signed: bool = False,
+) -> torch.Tensor:
+    tensor = tensors[name]
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{name}: expected {str(dtype).removeprefix('torch.')} {list(shape)}, "
+            f"got {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        )
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} is not finite")
+    if not signed and bool((tensor < 0).any()):
+        raise ValueError(f"{name} is negative")
+    return tensor

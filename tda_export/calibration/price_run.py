@@ -1,0 +1,140 @@
+"""The calibration of priced rows: half of the sequences give prices, what they cost is measured on the other half."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tda_export.calibration.magnitudes import MagnitudeCounter, no_magnitudes
+from tda_export.calibration.price_file import Priced
+from tda_export.calibration.price_table import (
+    SCAN_SEQUENCES,
+    SHARES,
+    Measured,
+    choose_prices,
+    measure_sequence,
+)
+from tda_export.calibration.prices import no_prices, price_continuation, read_prompt, sampled_labels
+from tda_export.errors import UsageError
+from tda_export.models.linear_modules import watch_sites
+from tda_export.models.spec import DecoderSpec
+from tda_export.packing import Packing, linear_parts, linear_shape
+from tda_export.progress import Advance
+
+SAVE_SECONDS = 5.0  # least time between two saves of prices
+
+Show = Callable[[str, int], AbstractContextManager[Advance]]
+
+
+@dataclass(frozen=True)
+class PriceSettings:
+    """How prices are taken: labels of each token, the seed that they are drawn with, and what is measured."""
+
+    prompt_tokens: int
+    labels: int
+    seed: int
+    packings: Sequence[Packing]
+
+
+def begin_priced(
+    spec: DecoderSpec, norms: dict[str, torch.Tensor], element_bytes: int, continuation_tokens: int
+) -> Priced:
+    """Return prices of a model before any work."""
+    linears = {part: linear_shape(spec, part) for part in linear_parts(spec)}
+    return Priced(linears, no_prices(spec), no_magnitudes(spec), norms, element_bytes, continuation_tokens)
+
+
+def check_sequences(count: int) -> None:
+    """Refuse too few sequences.
+
+    Raises:
+        UsageError: There are fewer than two.
+    """
+    if count < 2:
+        raise UsageError(
+            f"Half of the sequences give prices and the others measure what they cost, and {count} is too few for "
+            "that. Give --sequences 2 or more and text for them."
+        )
+
+
+def price_rows(
+    model: Any,
+    spec: DecoderSpec,
+    tokens: torch.Tensor,
+    settings: PriceSettings,
+    begun: Priced,
+    *,
+    show: Show,
+    resume: Priced | None = None,
+    save: Callable[[Priced], None] = lambda priced: None,
+) -> Priced:
+    """Take prices from the even sequences, and measure tables of them on the odd ones.
+
+    Args:
+        model: A transformers model in evaluation mode.
+        spec: Its architecture.
+        tokens: int64 [N, P + C], N at least 2.
+        settings: How.
+        begun: From `begin_priced`.
+        show: Opens the progress of a step, given its description and its units.
+        resume: What an interrupted run had.
+        save: Given what there is from time to time, and after each sequence that was measured.
+    """
+    model.requires_grad_(False)
+    priced = resume or begun
+    half = len(tokens[::2])
+    if int(priced.sums.sequences) < half:
+        with show("Pricing", half) as advance:
+            priced = _take_prices(model, spec, tokens[::2], settings, priced, advance, save)
+        save(priced)
+    row_prices = {packing: priced.sums.row_prices(spec, packing, priced.element_bytes) for packing in settings.packings}
+    scanned = tokens[::2][:SCAN_SEQUENCES]
+    passes = 1 + len(SHARES) * len(settings.packings)
+    with show("Measuring prices", len(scanned) + passes * len(tokens[1::2])) as advance:
+        if not priced.measured:
+            chosen = choose_prices(
+                model, spec, scanned, settings.prompt_tokens, row_prices, priced.element_bytes, advance
+            )
+            priced = replace(priced, measured={name: Measured.begin(spec, prices) for name, prices in chosen.items()})
+            save(priced)
+        else:
+            advance(len(scanned))
+        done = min(len(measured.kl) for measured in priced.measured.values())
+        advance(done * passes)
+        for sequence in tokens[1::2][done:]:
+            measure_sequence(model, spec, sequence, settings.prompt_tokens, row_prices, priced.measured, advance)
+            save(priced)
+    return priced
+
+
+def _take_prices(
+    model: Any,
+    spec: DecoderSpec,
+    tokens: torch.Tensor,
+    settings: PriceSettings,
+    priced: Priced,
+    advance: Advance,
+    save: Callable[[Priced], None],
+) -> Priced:
+    done = int(priced.sums.sequences)
+    advance(done)
+    saved = time.monotonic()
+    norms = {name: value.to(model.device) for name, value in priced.norms.items()}
+    for index, sequence in list(enumerate(tokens))[done:]:
+        cache = read_prompt(model, sequence[: settings.prompt_tokens])
+        counter = MagnitudeCounter(spec, norms)
+        # The number of the sequence in the corpus, of which these are the even ones.
+        choose = sampled_labels(settings.labels, settings.seed, 2 * index)
+        with watch_sites(model, spec, counter.observe):
+            found = price_continuation(model, spec, cache, sequence[settings.prompt_tokens :], choose)
+        priced = replace(priced, sums=priced.sums + found, magnitudes=priced.magnitudes + counter.counts)
+        advance(1)
+        if time.monotonic() - saved >= SAVE_SECONDS:
+            save(priced)
+            saved = time.monotonic()
+    return priced
