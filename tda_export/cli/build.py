@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,18 +15,24 @@ from tda_export.cli.options import (
     json_option,
     model_argument,
     overwrite_option,
+    price_option,
     provider_option,
 )
 
 if TYPE_CHECKING:
     from tda_export.calibration.budgets import AllocationRule
+    from tda_export.deployments import Asked
+    from tda_export.graph.export import BuildRequest
     from tda_export.graph.method import Tail
+    from tda_export.packing import Packing
 
 
 @click.command()
 @model_argument
 @click.option("-o", "--output", type=PATH, required=True, help="Artifact folder to create.")
-@click.option("--calibration", "calibration_file", type=PATH, help="File from 'tda-export calibrate' (needed by tda).")
+@click.option(
+    "--calibration", "calibration_file", type=PATH, help="File from 'tda-export calibrate' (griffin needs none)."
+)
 @click.option(
     "--dtype",
     type=click.Choice(["fp32", "fp16", "bf16"]),
@@ -36,24 +42,31 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--method",
-    type=click.Choice(["tda", "griffin"]),
-    default="tda",
+    type=click.Choice(["priced", "tda", "griffin"]),
+    default="priced",
     show_default=True,
-    help="How masks are chosen. griffin needs --sparsity and no calibration.",
+    help="What decode reads. priced: the rows of every linear that a token's inputs make worth their bytes. tda: the "
+    "FFN neurons that matter for the prompt, by CETT. griffin: those of Griffin's score; needs --sparsity.",
+)
+@price_option
+@budget_options
+@click.option(
+    "--packing",
+    type=click.Choice(["separate", "sites"]),
+    help="With priced: one threshold for each matrix, or one for all that have the same input.  [default: separate "
+    "for fp32, sites for fp16 and bf16]",
 )
 @click.option(
     "--tail",
     type=click.Choice(["zero", "mean"]),
-    help="What stands in for dropped neurons: nothing, or their mean over the prompt.  [default: mean for a budget by "
-    "KL, otherwise zero]",
+    help="With tda: what stands in for dropped neurons: nothing, or their mean over the prompt.  [default: mean for a "
+    "budget by KL, otherwise zero]",
 )
-@budget_options
 @click.option(
     "--refresh",
     type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Read the last N generated tokens again densely after every N, which renews the mask; 0 never.",
+    help="With tda: read the last N generated tokens again densely after every N, which renews the mask; 0 never.  "
+    "[default: 0]",
 )
 @overwrite_option
 @click.option("--no-verify", is_flag=True, help="Leave the comparison with transformers out.")
@@ -65,12 +78,14 @@ def build(
     calibration_file: Path | None,
     dtype: str,
     method: str,
-    tail: Tail | None,
+    price: float | None,
     cett: float | None,
     sparsity: float | None,
     allocation: AllocationRule | None,
     max_kl: float | None,
-    refresh: int,
+    packing: Packing | None,
+    tail: Tail | None,
+    refresh: int | None,
     overwrite: bool,
     no_verify: bool,
     provider: str,
@@ -78,20 +93,15 @@ def build(
 ) -> None:
     """Write prefill and decode graphs of MODEL with one weights file.
 
-    The budget is the calibration's own unless --sparsity, --max-kl or --cett asks for another. The result is compared
-    with transformers before it appears at OUTPUT, unless --no-verify.
+    The budget is the calibration's own unless --price, --sparsity, --max-kl or --cett asks for another. The result is
+    compared with transformers before it appears at OUTPUT, unless --no-verify.
     """
-    from tda_export.calibration.budgets import Budget
-    from tda_export.calibration.file import read_calibration
-    from tda_export.cli.options import chosen_budget
     from tda_export.cli.tables import print_checks
-    from tda_export.errors import TdaError, UsageError
+    from tda_export.deployments import Asked
+    from tda_export.errors import TdaError
     from tda_export.files import check_output
     from tda_export.graph.contract import DTYPES
-    from tda_export.graph.export import BuildRequest, export_artifact
-    from tda_export.graph.indexed import IndexedDesign
-    from tda_export.graph.method import griffin, tda
-    from tda_export.graph.prefill import calibrated_prior
+    from tda_export.graph.export import export_artifact
     from tda_export.graph.verify import verify_artifact
     from tda_export.models.source import resolve_model
     from tda_export.runtime.artifact import is_artifact
@@ -100,48 +110,19 @@ def build(
 
     check_output(output, overwrite=overwrite, what="an artifact without other files", is_earlier_output=is_artifact)
     choose_provider(provider, DTYPES[dtype])
-    if method == "griffin":
-        if sparsity is None or any((cett is not None, max_kl is not None, allocation, calibration_file, tail, refresh)):
-            raise UsageError(
-                "--method griffin takes --sparsity, and neither --cett, --max-kl, --allocation, --calibration, --tail "
-                "nor --refresh."
-            )
-        source = resolve_model(model, notify=lambda line: click.echo(line, err=True))
-        budget = Budget(sparsity=sparsity, allocation="uniform")
-        design = IndexedDesign(griffin(sparsity), [0.0] * source.spec.num_layers)
-        request = BuildRequest(source, DTYPES[dtype], design, budget.describe())
-    else:
-        if calibration_file is None:
-            raise UsageError("--method tda needs --calibration FILE. Make one with 'tda-export calibrate'.")
-        calibration = read_calibration(calibration_file)
-        budget = chosen_budget(cett, sparsity, allocation, max_kl, calibration.provenance["budget"])
-        source = resolve_model(model, notify=lambda line: click.echo(line, err=True))
-        if calibration.model_fingerprint != source.fingerprint:
-            calibrated = calibration.provenance["model"]["name"]
-            raise TdaError(
-                f"{calibration_file} was calibrated on another model ({calibrated}) than {model}. "
-                "Calibrate this one with 'tda-export calibrate'."
-            )
-        refreshing = Refresh(refresh)
-        chosen = calibration.allocate(budget, refreshing.tokens)
-        if budget.by_kl and tail == "zero":
-            raise UsageError("--tail zero: a budget by KL is calibrated with the tail mean. Leave --tail out.")
-        if not as_json:
-            predicted = "" if chosen.kl is None else f", predicted KL {chosen.kl:.3f} nats a token"
-            click.echo(
-                f"{model}, {budget}: expected FFN sparsity {refreshing.sparsity(chosen.sparsity):.3f}{predicted}"
-            )
-        design = IndexedDesign(
-            tda("mean" if chosen.tail_mean else tail or "zero", two_levels=True),
-            chosen.thresholds,
-            chosen,
-            calibration.sums.up_rms.float(),
-            calibrated_prior(calibration.sums, chosen.prior_tokens) if chosen.prior_tokens else None,
-            refreshing,
-        )
-        request = BuildRequest(
-            source, DTYPES[dtype], design, budget.describe(), calibration_file, calibration.provenance
-        )
+    asked = Asked(
+        price=price,
+        sparsity=sparsity,
+        max_kl=max_kl,
+        cett=cett,
+        allocation=allocation,
+        refresh=None if refresh is None else Refresh(refresh),
+    )
+    _refuse_foreign(method, asked, calibration_file, {"--packing": packing, "--tail": tail})
+    source = resolve_model(model, notify=lambda line: click.echo(line, err=True))
+    request = _request(source, DTYPES[dtype], method, asked, calibration_file, packing, tail)
+    if not as_json and request.design.expected:
+        click.echo(_expectation(model, request))
     checks = []
 
     def check(folder: Path) -> None:
@@ -156,8 +137,66 @@ def build(
     export_artifact(request, output, quiet=as_json, check=check)
     size = sum(file.stat().st_size for file in output.iterdir())
     if as_json:
-        expected = {name: value for name, value in design.expected.items() if name in ("sparsity", "kl")}
-        result = {"output": str(output), "bytes": size, "budget": budget.describe(), "expected": expected}
+        expected = {name: value for name, value in request.design.expected.items() if name in ("sparsity", "kl")}
+        result = {"output": str(output), "bytes": size, "budget": request.budget, "expected": expected}
         click.echo(json.dumps(result | {"checks": [asdict(item) | {"passed": item.passed} for item in checks]}))
     else:
         click.echo(f"Wrote {output} ({size / 2**20:,.0f} MiB{', not verified' if no_verify else ', verified'})")
+
+
+def _refuse_foreign(method: str, asked: Asked, calibration: Path | None, options: dict[str, Any]) -> None:
+    """Refuse options without meaning for a method."""
+    from tda_export.errors import UsageError
+
+    given = options | {
+        "--price": asked.price,
+        "--cett": asked.cett,
+        "--allocation": asked.allocation,
+        "--max-kl": asked.max_kl,
+        "--refresh": asked.refresh,
+        "--calibration": calibration,
+    }
+    if method == "griffin":
+        if asked.sparsity is None or any(value is not None for value in given.values()):
+            raise UsageError(
+                "--method griffin takes --sparsity, and neither another budget nor --allocation, --calibration, "
+                "--packing, --tail, --refresh."
+            )
+        return
+    if calibration is None:
+        raise UsageError(f"--method {method} needs --calibration FILE. Make one with 'tda-export calibrate'.")
+    foreign = {"priced": ("--cett", "--allocation", "--refresh", "--tail"), "tda": ("--price", "--packing")}[method]
+    other = {"priced": "tda", "tda": "priced"}[method]
+    for option in foreign:
+        if given[option] is not None:
+            raise UsageError(
+                f"{option} means nothing with --method {method}. Leave it out, or build with --method {other}."
+            )
+
+
+def _request(
+    source: Any,
+    dtype: str,
+    method: str,
+    asked: Asked,
+    calibration: Path | None,
+    packing: Packing | None,
+    tail: Tail | None,
+) -> BuildRequest:
+    from tda_export.graph.requests import griffin_request, mask_request, priced_request
+
+    if method == "griffin":
+        assert asked.sparsity is not None
+        return griffin_request(source, dtype, asked.sparsity)
+    assert calibration is not None
+    if method == "priced":
+        return priced_request(source, dtype, calibration, asked, packing)
+    return mask_request(source, dtype, calibration, asked, tail)
+
+
+def _expectation(model: str, request: BuildRequest) -> str:
+    expected, budget = request.design.expected, ", ".join(f"{name} {value}" for name, value in request.budget.items())
+    what = "all linears" if request.design.layout == "priced" else "the FFN"
+    kl = expected.get("kl")
+    predicted = "" if kl is None else f", predicted KL {kl:.3f} nats a token"
+    return f"{model}, {budget}: expected sparsity {expected['sparsity']:.3f} of {what}{predicted}"

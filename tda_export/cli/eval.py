@@ -37,10 +37,11 @@ TASK_OPTIONS = ("data", "limit", "protocol", "reference")
 @click.option(
     "--method",
     type=click.Choice(["priced", "tda", "paper", "griffin", "tt", "dense"]),
-    help="[default: the artifact's own] priced: rows that are worth their bytes. tda: the artifact's thresholds, or those of a budget. paper: exactly the paper's (equal CETT of tokens, "
-    "0.2 unless --cett; the mask alone). griffin: the same number of neurons in every layer by Griffin's score; takes "
-    "--sparsity. tt: every token drops its own small neurons, saving their down rows alone; takes --cett or --sparsity "
-    "up to 1/3. paper and tt take a calibration with --estimator token. dense: every neuron.",
+    help="priced: the rows that are worth the artifact's price, or that of a budget. tda: the artifact's thresholds, "
+    "or those of a budget. paper: exactly the paper's (equal CETT of tokens, 0.2 unless --cett; the mask alone). "
+    "griffin: the same number of neurons in every layer by Griffin's score; takes --sparsity. tt: every token drops "
+    "its own small neurons, saving their down rows alone; takes --cett or --sparsity up to 1/3. paper and tt take a "
+    "calibration with --estimator token. dense: every row.  [default: the artifact's own]",
 )
 @price_option
 @budget_options

@@ -1,10 +1,8 @@
-"""Compare an artifact's graphs with transformers, and keep the largest differences."""
+"""Compare the graphs of masks with transformers."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,94 +11,21 @@ import torch
 
 from tda_export.calibration.file import read_calibration
 from tda_export.graph import contract
+from tda_export.graph.comparison import RELATIVE, SECOND_LEVEL_FACTOR, Comparison, to_host
 from tda_export.graph.method import kept_neurons
 from tda_export.graph.prefill import calibrated_prior
 from tda_export.graph.reference import SecondLevel, reference_logits, reference_scores, reference_tails
-from tda_export.models.source import ModelSource
-from tda_export.models.spec import DecoderSpec
-from tda_export.progress import Advance
-from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.decode_step import DecodeStep
 from tda_export.runtime.kv_cache import KvCache
-from tda_export.runtime.phases import EMPTY, PromptMask, bind_call, decode, prefill
-from tda_export.runtime.providers import CUDA
-from tda_export.runtime.session import Sessions, device_tensor, map_weight
-from tda_export.runtime.text import Text
+from tda_export.runtime.phases import EMPTY, PromptMask, decode, prefill
+from tda_export.runtime.session import device_tensor, map_weight
 
-PROMPTS = (
-    "The lighthouse keeper wrote down the height of every tide for forty years. When the harbour was dredged, the "
-    "engineers asked for his notebooks, because no instrument had watched the water for half as long.",
-    "def mean(values):\n    # The sum over the count; an empty list has no mean.\n    if not values:\n"
-    "        raise ValueError('no values')\n    return sum(values) / len(values)\n",
-)
-CONTINUATION_TOKENS = 8
 CHUNK = 7  # tokens of a chunk in the chunked-prefill check
-FLOAT32_LOGITS = 2e-3  # largest absolute difference of float32 logits
-HALF_FACTOR = 2.0  # half precision may be this many times as far from float32 as transformers in the same dtype
-SECOND_LEVEL_FACTOR = 5.0  # the same where rounding decides which neurons near a threshold are skipped
-RELATIVE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}  # scores, keys and values, relative to the largest
 TINY = 1e-30  # guards a division by a threshold of zero
 
 
-@dataclass(frozen=True)
-class Check:
-    """One comparison: its largest difference over all prompts, and what is allowed; file checks have a `problem`."""
-
-    name: str
-    difference: float | None = None
-    allowed: float | None = None
-    problem: str | None = None
-
-    @property
-    def passed(self) -> bool:
-        if self.problem is not None:
-            return False
-        # Not '>': a NaN must fail.
-        return self.difference is None or self.allowed is None or self.difference <= self.allowed
-
-
-@dataclass
-class Worst:
-    """The comparison of one check that is worst relative to what it is allowed; anything not finite is worse."""
-
-    difference: float = 0.0
-    allowed: float = 0.0
-    excess: float = -1.0
-
-    def add(self, difference: float, allowed: float) -> None:
-        if not math.isfinite(allowed):
-            difference = math.nan  # no allowance, no pass: the reference itself overflowed
-        if math.isnan(difference) or (difference > 0 and not allowed):
-            excess = math.inf
-        else:
-            excess = difference / allowed if difference else 0.0
-        if excess > self.excess:
-            self.difference, self.allowed, self.excess = difference, allowed, excess
-
-
-class Comparison:
-    """The artifact's graphs beside transformers in float32 (and, for half precision, in the artifact's dtype too)."""
-
-    def __init__(self, artifact: Artifact, source: ModelSource, provider: str, advance: Advance) -> None:
-        self.artifact, self.shape, self.advance = artifact, artifact.shape, advance
-        self.spec: DecoderSpec = source.spec
-        device = "cuda" if provider == CUDA and torch.cuda.is_available() else "cpu"
-        self.reference = source.reference(device=device)
-        half = self.shape.dtype if self.shape.dtype != "float32" else None
-        self.half = source.reference(dtype=getattr(torch, half), device=device) if half else None
-        self.sessions = Sessions(artifact, provider)
-        self.provider = provider
-        self.worst: dict[str, Worst] = {}
-        advance(1)
-
-    def run(self) -> list[Check]:
-        """Compare on every prompt and return the largest differences."""
-        text = Text(self.artifact)
-        for prompt in PROMPTS:
-            tokens = text.encode(prompt)[: self.shape.max_positions]
-            split = max(len(tokens) - CONTINUATION_TOKENS, len(tokens) // 2)
-            self._compare(tokens[:split], tokens[split:])
-        return [Check(name, worst.difference, worst.allowed) for name, worst in self.worst.items()]
+class IndexedComparison(Comparison):
+    """An artifact of masks: prefill, scores and the selected mask, decode under masks, thresholds, chunks."""
 
     def _compare(self, prompt: list[int], continuation: list[int]) -> None:
         logits = self._all_prompt_logits(prompt)
@@ -208,11 +133,6 @@ class Comparison:
             found = blended.stats[contract.past_neuron_stats(layer)].numpy()
             self._relative("statistics with the prior", found, own + prior.stats[layer])
 
-    def _all_prompt_logits(self, prompt: list[int]) -> np.ndarray:
-        cache = KvCache(self.shape, self.provider, len(prompt))
-        every = {contract.NUM_LOGITS: device_tensor(np.zeros(1, np.int64), "cpu")}
-        return bind_call(self.sessions.prefill, cache, prompt, every).run()[contract.LOGITS].numpy()[0]  # [P, V]
-
     def _decode(
         self,
         continuation: list[int],
@@ -257,25 +177,6 @@ class Comparison:
         distances = [abs(float(scores[i]) - border) / max(border, TINY) for i in one ^ other]
         self._add(name, max(distances, default=0.0), RELATIVE[self.shape.dtype])
 
-    def _logits(
-        self,
-        name: str,
-        ours: np.ndarray,
-        expected: torch.Tensor,
-        half: torch.Tensor | None,
-        factor: float = HALF_FACTOR,
-    ) -> None:
-        allowed = FLOAT32_LOGITS if half is None else factor * float((half - expected).abs().max())
-        self._add(name, float(np.abs(ours - expected.numpy()).max()), allowed)
-
-    def _relative(self, name: str, ours: np.ndarray, expected: np.ndarray, scale: float | None = None) -> None:
-        """Compare relative to the largest expected number, or to `scale`."""
-        scale = scale or float(np.abs(expected).max()) or 1.0
-        self._add(name, float(np.abs(ours.astype(np.float32) - expected).max()) / scale, RELATIVE[self.shape.dtype])
-
-    def _add(self, name: str, difference: float, allowed: float) -> None:
-        self.worst.setdefault(name, Worst()).add(float(difference), float(allowed))
-
 
 def _scores_of(mask: PromptMask, layer: int) -> np.ndarray:
     stats: Any = mask.stats[contract.past_neuron_stats(layer)].numpy()
@@ -284,9 +185,3 @@ def _scores_of(mask: PromptMask, layer: int) -> np.ndarray:
 
 def _indices_of(mask: PromptMask, layer: int) -> set[int]:
     return set(mask.indices(layer).tolist())
-
-
-def to_host(value: ort.OrtValue) -> np.ndarray:
-    """Copy a value of any dtype and device to the host as float32."""
-    tensor: torch.Tensor = torch.from_dlpack(value)
-    return tensor.float().cpu().numpy().copy()

@@ -10,7 +10,9 @@ import onnx
 from tda_export.errors import TdaError, first_line
 from tda_export.files import sha256
 from tda_export.graph import contract
-from tda_export.graph.parity import PROMPTS, Check, Comparison
+from tda_export.graph.comparison import PROMPTS, Check, Comparison
+from tda_export.graph.parity import IndexedComparison
+from tda_export.graph.priced_parity import PricedComparison
 from tda_export.models.source import ModelSource
 from tda_export.progress import progress
 from tda_export.runtime.artifact import Artifact, open_artifact
@@ -43,7 +45,8 @@ def verify_artifact(
             "Give its own model with --against."
         )
     with progress("Comparing with transformers", 3 * len(PROMPTS) + 1, quiet=quiet) as advance:
-        return checks + Comparison(artifact, model, chosen, advance).run()
+        comparison: type[Comparison] = PricedComparison if artifact.layout == "priced" else IndexedComparison
+        return checks + comparison(artifact, model, chosen, advance).run()
 
 
 def _hashes(artifact: Artifact, quiet: bool) -> Check:

@@ -1,0 +1,121 @@
+"""Compare the graphs of a priced artifact with transformers, whose linears drop the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from tda_export.graph import contract
+from tda_export.graph.comparison import FLOAT32_LOGITS, HALF_FACTOR, Comparison, to_host
+from tda_export.graph.reference import reference_logits
+from tda_export.models.linear_modules import watch_sites
+from tda_export.models.row_dropping import dropping
+from tda_export.packing import linear_sites, packed_matrices
+from tda_export.runtime.deployment import PriceDeployment
+from tda_export.runtime.kv_cache import KvCache
+from tda_export.runtime.phases import decode
+from tda_export.runtime.priced import PricedPrefill, PricedStep
+from tda_export.runtime.session import device_tensor, map_weight
+
+CHUNK = 7  # tokens of a chunk in the chunked-prefill check
+BORDER = 1e-3  # rows whose worth is so near the price, relative to it, may fall on either side
+
+
+class PricedComparison(Comparison):
+    """Prefill whole and in chunks, decode densely, and decode at a price at which about half of the rows are read."""
+
+    def _compare(self, prompt: list[int], continuation: list[int]) -> None:
+        dense, dense_continuation = reference_logits(self.reference, self.spec, prompt, continuation)
+        half = reference_logits(self.half, self.spec, prompt, continuation) if self.half else (None, None)
+        self._logits("prefill logits", self._all_prompt_logits(prompt), dense, half[0])
+        step = PricedStep(self.sessions, self.shape, len(prompt) + len(continuation))
+        step.capture()
+        step.begin(prompt, PriceDeployment(0.0))
+        start = step.cache.length
+        self._chunked(prompt, step.cache)
+        self.advance(1)
+
+        self._logits("decode at price 0", self._decode(continuation, step.cache, 0.0), dense_continuation, half[1])
+        prices = self._row_prices()
+        price = self._price_of_half(prices, prompt, continuation)
+        expected = self._dropped(self.reference, prices, price, prompt, continuation)
+        near = [
+            self._dropped(self.reference, prices, price * (1 + sign * BORDER), prompt, continuation) for sign in (-1, 1)
+        ]
+        # Rounding decides of rows at the border of the price: as much may differ as they make.
+        border = max(float((other - expected).abs().max()) for other in near)
+        allowed = FLOAT32_LOGITS
+        if self.half:
+            half_dropped = self._dropped(self.half, prices, price, prompt, continuation)
+            allowed = HALF_FACTOR * float((half_dropped - expected).abs().max())
+        allowed += HALF_FACTOR * border
+        self.advance(1)
+
+        step.cache.truncate(start)
+        at_price = self._decode(continuation, step.cache, price)
+        self._add("decode at a price", float(np.abs(at_price - expected.numpy()).max()), allowed)
+        step.cache.truncate(start)
+        step.follow(PriceDeployment(price))
+        one_by_one = np.stack([step.logits(token) for token in continuation])
+        self._add("decode token by token", float(np.abs(one_by_one - expected.numpy()).max()), allowed)
+        self.advance(1)
+
+    def _chunked(self, prompt: list[int], cache: KvCache) -> None:
+        pieces = KvCache(self.shape, self.provider, len(prompt))
+        PricedPrefill(self.sessions, self.shape, pieces).read(prompt, chunk=CHUNK)
+        for layer in range(self.shape.num_layers):
+            for whole, parts in zip(cache.keys_and_values(layer), pieces.keys_and_values(layer), strict=True):
+                rows = slice(0, cache.length)
+                self._relative(
+                    "keys and values after chunked prefill", to_host(parts)[:, :, rows], to_host(whole)[:, :, rows]
+                )
+
+    def _decode(self, continuation: list[int], cache: KvCache, price: float) -> np.ndarray:
+        """Decode the continuation: its first token alone (S = 1), the others in one call. Returns [C, V]."""
+        inputs = {contract.PRICE: device_tensor(np.array([price], np.float32), self.provider)}
+        pieces = [piece for piece in (continuation[:1], continuation[1:]) if piece]
+        return np.concatenate([decode(self.sessions, cache, piece, None, inputs) for piece in pieces])
+
+    def _row_prices(self) -> dict[str, torch.Tensor]:
+        """Read what the artifact's rows are worth, float32 [L, in] by matrix."""
+        stored = packed_matrices(self.spec, self.artifact.manifest["packing"])
+        layers = range(self.shape.num_layers)
+        return {
+            name: torch.from_numpy(
+                np.stack(
+                    [
+                        map_weight(self.artifact, contract.row_price(contract.linear_weight(layer, name)))
+                        for layer in layers
+                    ]
+                )
+            )
+            for name in stored
+        }
+
+    def _price_of_half(self, prices: Mapping[str, torch.Tensor], prompt: list[int], continuation: list[int]) -> float:
+        """Find a price at which about half of the rows are read: the median of what they are worth to the tokens."""
+        sites, worth = linear_sites(self.spec), list[torch.Tensor]()
+
+        def observe(layer: int, site: str, x: torch.Tensor) -> None:
+            for name in (site, *sites[site]):
+                if name in prices:
+                    worth.append((x.float().square() * prices[name][layer].to(x.device)).flatten())
+
+        with watch_sites(self.reference, self.spec, observe), torch.inference_mode():
+            self.reference(torch.tensor([prompt + continuation], device=self.reference.device))
+        return float(torch.cat(worth).median())
+
+    def _dropped(
+        self, model: Any, prices: Mapping[str, torch.Tensor], price: float, prompt: list[int], continuation: list[int]
+    ) -> torch.Tensor:
+        """Decode a continuation in transformers at a price after a prompt that is read densely, float32 [C, V]."""
+        device = model.device
+        with torch.inference_mode():
+            past = model(torch.tensor([prompt], device=device), use_cache=True).past_key_values
+            with dropping(model, self.spec, prices, price):
+                output = model(torch.tensor([continuation], device=device), past_key_values=past, use_cache=True)
+        logits: torch.Tensor = output.logits[0].float().cpu()
+        return logits

@@ -1,0 +1,130 @@
+"""From a calibration and what a user asks for to what is built: one function for each method of `build`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from tda_export.calibration.budgets import Budget
+from tda_export.calibration.file import Calibration, read_calibration
+from tda_export.deployments import Asked
+from tda_export.errors import TdaError, UsageError
+from tda_export.graph.contract import DTYPE_BYTES
+from tda_export.graph.export import BuildRequest
+from tda_export.graph.indexed import IndexedDesign
+from tda_export.graph.method import Tail, griffin, tda
+from tda_export.graph.prefill import calibrated_prior
+from tda_export.graph.priced import PricedDesign
+from tda_export.models.source import ModelSource
+from tda_export.packing import Packing
+from tda_export.runtime.deployment import NO_REFRESH
+
+
+def calibration_of(path: Path, source: ModelSource) -> Calibration:
+    """Read the calibration of a model.
+
+    Raises:
+        TdaError: It cannot be read, or is of another model.
+    """
+    calibration = read_calibration(path)
+    if calibration.model_fingerprint != source.fingerprint:
+        calibrated = calibration.provenance["model"]["name"]
+        raise TdaError(
+            f"{path} was calibrated on another model ({calibrated}) than {source.name}. "
+            "Calibrate this one with 'tda-export calibrate'."
+        )
+    return calibration
+
+
+def default_packing(dtype: str) -> Packing:
+    """Return how linears are packed unless it is said: one threshold a site where a launch costs more than bytes."""
+    return "separate" if dtype == "float32" else "sites"
+
+
+def priced_request(
+    source: ModelSource, dtype: str, path: Path, asked: Asked, packing: Packing | None = None
+) -> BuildRequest:
+    """Return what --method priced builds.
+
+    Args:
+        source: The model.
+        dtype: A value of `contract.DTYPES`.
+        path: Its calibration.
+        asked: A price, sparsity or KL; without one the calibration's own budget.
+        packing: Of the linears; None chooses by dtype.
+
+    Raises:
+        UsageError: The calibration holds no prices for this, or the budget is beyond its table.
+        TdaError: It cannot be read, or is of another model.
+    """
+    calibration = calibration_of(path, source)
+    chosen = packing or default_packing(dtype)
+    if calibration.priced is None:
+        raise UsageError(
+            f"{path} holds no prices. Calibrate again with 'tda-export calibrate --method priced', or build with "
+            "--method tda."
+        )
+    tables = calibration.priced.tables()
+    if chosen not in tables:
+        raise UsageError(
+            f"{path} has no table of prices for --packing {chosen}. Calibrate again without --packing, or build with "
+            f"--packing {next(iter(tables))}."
+        )
+    element_bytes = DTYPE_BYTES[dtype]
+    table = tables[chosen].rescaled(element_bytes)
+    if not asked.has_budget:
+        own = Budget(**calibration.provenance["budget"])
+        asked = replace(asked, sparsity=own.sparsity, max_kl=own.max_kl if own.cett is None else None)
+        if own.cett is not None:
+            raise UsageError(f"{path} has a budget of CETT as its own, which prices do not have. Give --max-kl.")
+    if sum(value is not None for value in (asked.price, asked.sparsity, asked.max_kl)) != 1:
+        raise UsageError("A budget is one of --price, --sparsity and --max-kl. Give one of them.")
+    price = asked.price
+    if price is None:
+        price = table.price_for(sparsity=asked.sparsity, max_kl=asked.max_kl)
+    expected = table.predicted(price)
+    budget = {"price": asked.price, "sparsity": asked.sparsity, "max_kl": asked.max_kl}
+    design = PricedDesign(
+        chosen,
+        calibration.priced.sums.row_prices(source.spec, chosen, element_bytes),
+        float(price),
+        table.to_dict(),
+        {"sparsity": 1.0 - expected.share, "kl": expected.kl, "share": expected.share, "parts": expected.parts},
+    )
+    given = {name: value for name, value in budget.items() if value is not None}
+    return BuildRequest(source, dtype, design, given, path, calibration.provenance)
+
+
+def mask_request(source: ModelSource, dtype: str, path: Path, asked: Asked, tail: Tail | None = None) -> BuildRequest:
+    """Return what --method tda builds: masks of prompts, with token thresholds.
+
+    Raises:
+        UsageError: The calibration holds no curves, or cannot meet the budget.
+        TdaError: It cannot be read, or is of another model.
+    """
+    calibration = calibration_of(path, source)
+    if calibration.curves is None:
+        raise UsageError(
+            f"{path} holds no CETT curves. Calibrate again with 'tda-export calibrate --method tda', or build with "
+            "--method priced."
+        )
+    refresh = asked.refresh or NO_REFRESH
+    budget = asked.budget() if asked.has_budget else Budget(**calibration.provenance["budget"])
+    chosen = calibration.allocate(budget, refresh.tokens)
+    if budget.by_kl and tail == "zero":
+        raise UsageError("--tail zero: a budget by KL is calibrated with the tail mean. Leave --tail out.")
+    design = IndexedDesign(
+        tda("mean" if chosen.tail_mean else tail or "zero", two_levels=True),
+        chosen.thresholds,
+        chosen,
+        calibration.curves.up_rms.float(),
+        calibrated_prior(calibration.curves, chosen.prior_tokens) if chosen.prior_tokens else None,
+        refresh,
+    )
+    return BuildRequest(source, dtype, design, budget.describe(), path, calibration.provenance)
+
+
+def griffin_request(source: ModelSource, dtype: str, sparsity: float) -> BuildRequest:
+    """Return what --method griffin builds, which needs no calibration."""
+    design = IndexedDesign(griffin(sparsity), [0.0] * source.spec.num_layers)
+    return BuildRequest(source, dtype, design, Budget(sparsity=sparsity, allocation="uniform").describe())

@@ -1,0 +1,49 @@
+"""Priced artifacts of every family against transformers, whose linears drop the same rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tda_export.graph.export import BuildRequest, export_artifact
+from tda_export.graph.priced import PricedDesign
+from tda_export.graph.verify import verify_artifact
+from tda_export.models.source import ModelSource, resolve_model
+from tda_export.packing import PACKINGS, Packing, linear_shape, packed_matrices
+from tests.tiny import FAMILIES, save_tiny_model
+
+
+def random_prices(source: ModelSource, packing: Packing, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Row prices that differ a little, so that x decides as well."""
+    generator, spec = torch.Generator().manual_seed(seed), source.spec
+    return {
+        name: torch.rand(spec.num_layers, linear_shape(spec, parts[0])[0], generator=generator) + 0.5
+        for name, parts in packed_matrices(spec, packing).items()
+    }
+
+
+def build_priced(source: ModelSource, output: Path, packing: Packing, *, dtype: str = "float32") -> Path:
+    design = PricedDesign(packing, random_prices(source, packing), 0.0)
+    request = BuildRequest(source, dtype, design, {"price": 0.0})
+    export_artifact(request, output, quiet=True, check=lambda folder: None)
+    return output
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_matches_transformers(family: str, packing: Packing, tmp_path: Path) -> None:
+    source = resolve_model(str(save_tiny_model(family, tmp_path / "model")))
+    artifact = build_priced(source, tmp_path / "artifact", packing)
+    checks = verify_artifact(artifact, lambda name: source, provider="cpu", quiet=True)
+    assert len(checks) == 9
+    assert [check for check in checks if not check.passed] == []
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "opt-post-norm", "gpt-neox", "phi4-mini"])
+def test_float16_on_the_cpu(family: str, tmp_path: Path) -> None:
+    source = resolve_model(str(save_tiny_model(family, tmp_path / "model")))
+    artifact = build_priced(source, tmp_path / "artifact", "sites", dtype="float16")
+    checks = verify_artifact(artifact, lambda name: source, provider="cpu", quiet=True)
+    assert [check for check in checks if not check.passed] == []
