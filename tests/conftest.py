@@ -86,7 +86,7 @@ def tiny_calibration(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory)
 def tiny_artifact(tiny_model: Path, tiny_calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its verified artifact. Session-wide: copy it before changing anything in it."""
     path = tmp_path_factory.mktemp("artifacts") / "tiny"
-    run_ok("build", tiny_model, "--calibration", tiny_calibration, "-o", path)
+    run_ok("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, "-o", path)
     return path
 
 
@@ -97,5 +97,5 @@ def token_artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     sequences = ("--sequences", "2", "--prompt-tokens", "24", "--continuation-tokens", "8")
     run_ok("calibrate", tiny_model, "-o", folder / "calibration.safetensors", "--estimator", "token", *sequences)
     calibration = ("--calibration", folder / "calibration.safetensors")
-    run_ok("build", tiny_model, *calibration, "--no-verify", "-o", folder / "artifact")
+    run_ok("build", tiny_model, "--method", "tda", *calibration, "--no-verify", "-o", folder / "artifact")
     return folder / "artifact"

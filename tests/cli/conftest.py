@@ -16,7 +16,7 @@ FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 
 
 def build(model: Path, calibration: Path, output: Path, *options: object) -> Result:
-    return run_cli("build", model, "--calibration", calibration, "-o", output, *options)
+    return run_cli("build", model, "--method", "tda", "--calibration", calibration, "-o", output, *options)
 
 
 def assert_error(result: Result, code: int, *texts: str) -> str:

@@ -22,7 +22,7 @@ CHECKS = len(CHECK_NAMES)
 
 def test_build_json(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
     output = tmp_path / "a"
-    result = result_of("build", tiny_model, "--calibration", tiny_calibration, "-o", output)
+    result = result_of("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, "-o", output)
     assert result["output"] == str(output)
     assert result["bytes"] == sum(path.stat().st_size for path in output.iterdir())
     assert result["budget"] == {"sparsity": 0.5, "allocation": "kl"}  # the calibration's own
@@ -33,7 +33,7 @@ def test_build_json(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) ->
 
 
 def test_build_says_what_it_did(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
-    arguments = ("build", tiny_model, "--calibration", tiny_calibration, "-o")
+    arguments = ("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, "-o")
     verified = run_ok(*arguments, tmp_path / "a")
     assert "sparsity 0.5, kl: expected FFN sparsity 0.500, predicted KL " in verified.stdout
     assert "MiB, verified)" in verified.stdout
@@ -86,7 +86,7 @@ def test_another_budget_needs_no_calibration(
     )
     for budget in budgets:
         output = tmp_path / "".join(budget)
-        built = result_of("build", tiny_model, "--calibration", tiny_calibration, *budget, "--no-verify", "-o", output)
+        built = result_of("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, *budget, "--no-verify", "-o", output)
         assert list(built["budget"].values())[0] == float(budget[1])  # noqa: RUF015
         rebuilt, overridden = generated(output), generated(tiny_artifact, *budget)
         assert rebuilt["tokens"] == overridden["tokens"]
@@ -100,7 +100,7 @@ def test_another_budget_needs_no_calibration(
 def test_build_by_max_kl(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
     def built(max_kl: float) -> Any:
         output = tmp_path / str(max_kl)
-        arguments = ("build", tiny_model, "--calibration", tiny_calibration, "--max-kl", max_kl, "-o", output)
+        arguments = ("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, "--max-kl", max_kl, "-o", output)
         return result_of(*arguments)
 
     strict, loose = built(0.02), built(0.06)
@@ -115,7 +115,7 @@ def test_build_by_max_kl(tiny_model: Path, tiny_calibration: Path, tmp_path: Pat
 def test_build_with_refresh(tiny_model: Path, tiny_calibration: Path, tiny_artifact: Path, tmp_path: Path) -> None:
     """It is the default of generate and eval there, of another budget too, and 0 turns it off."""
     output = tmp_path / "a"
-    arguments = ("build", tiny_model, "--calibration", tiny_calibration, "--refresh", 5, "--no-verify", "-o", output)
+    arguments = ("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, "--refresh", 5, "--no-verify", "-o", output)
     run_ok(*arguments)
     manifest = json.loads((output / contract.MANIFEST_FILE).read_text())
     assert manifest["refresh"] == {"tokens": 5, "decay": 1.0}
@@ -150,7 +150,7 @@ def test_overwrite_replaces_an_artifact(
     output = tmp_path / "a"
     shutil.copytree(tiny_artifact, output)
     (output / contract.GENERATION_CONFIG_FILE).unlink()  # an earlier output need not be a whole one
-    arguments = ("build", tiny_model, "--calibration", tiny_calibration, "--sparsity", "0.2", "-o", output)
+    arguments = ("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, "--sparsity", "0.2", "-o", output)
     run_ok(*arguments, "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (output / contract.GENERATION_CONFIG_FILE).is_file()
@@ -159,7 +159,7 @@ def test_overwrite_replaces_an_artifact(
 
 def test_tail_mean(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
     """Of a budget that does not bring it; another budget of that kind leaves it."""
-    arguments = ("build", tiny_model, "--calibration", tiny_calibration, "--sparsity", "0.5", "--allocation", "uniform")
+    arguments = ("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, "--sparsity", "0.5", "--allocation", "uniform")
     for tail in ("mean", "zero"):
         built = result_of(*arguments, "--tail", tail, "-o", tmp_path / tail)
         names = [check["name"] for check in built["checks"]]
@@ -173,7 +173,7 @@ def test_tail_mean(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> 
 
 def test_float16(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
     output = tmp_path / "a"
-    arguments = ("build", tiny_model, "--calibration", tiny_calibration, "--dtype", "fp16", "--provider", "cpu")
+    arguments = ("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, "--dtype", "fp16", "--provider", "cpu")
     built = json.loads(run_ok(*arguments, "-o", output, "--json").stdout)
     assert all(check["passed"] for check in built["checks"])
     slow = run_ok("generate", output, PROMPT, "--max-new-tokens", 24, "--provider", "cpu", "--json")
@@ -200,7 +200,7 @@ def test_token_estimator(tiny_model: Path, tmp_path: Path) -> None:
     )
     assert result["settings"]["estimator"] == "token"
     assert all(0 < cett <= 0.2 for cett in result["allocation"]["cett"])
-    built = result_of("build", tiny_model, "--calibration", calibration, "-o", output)
+    built = result_of("build", tiny_model, "--method", "tda", "--calibration", calibration, "-o", output)
     assert built["budget"] == {"cett": 0.2}
     assert all(check["passed"] for check in built["checks"])
     assert 0 < generated(output)["metrics"]["sparsity"] < 1
@@ -221,7 +221,7 @@ def test_model_of_a_short_context(tmp_path: Path) -> None:
     """Verification's own prompts are longer than this model's 128 positions."""
     model = save_tiny_model("llama", tmp_path / "model", max_position_embeddings=128)
     run_ok("calibrate", model, "-o", tmp_path / "c", *CALIBRATE_TINY)
-    built = result_of("build", model, "--calibration", tmp_path / "c", "-o", tmp_path / "a")
+    built = result_of("build", model, "--method", "tda", "--calibration", tmp_path / "c", "-o", tmp_path / "a")
     assert [check["name"] for check in built["checks"]] == CHECK_NAMES
     assert all(check["passed"] for check in built["checks"])
     metrics = result_of("generate", tmp_path / "a", "x" * 120, "--max-new-tokens", 24)["metrics"]
@@ -236,12 +236,12 @@ def test_several_chat_templates(tiny_model: Path, tiny_calibration: Path, tmp_pa
     tokenizer.save_pretrained(model)
     assert (model / "additional_chat_templates").is_dir()
     output = tmp_path / "a"
-    built = result_of("build", model, "--calibration", tiny_calibration, "-o", output)
+    built = result_of("build", model, "--method", "tda", "--calibration", tiny_calibration, "-o", output)
     assert all(check["passed"] for check in built["checks"])
     assert all(path.is_file() for path in output.iterdir())
     rendered = load(output).text.chat([{"role": "user", "content": "Hi"}])
     assert rendered == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    run_ok("build", model, "--calibration", tiny_calibration, "-o", output, "--no-verify", "--overwrite")
+    run_ok("build", model, "--method", "tda", "--calibration", tiny_calibration, "-o", output, "--no-verify", "--overwrite")
 
 
 def test_verify_files_only(tiny_artifact: Path) -> None:

@@ -94,7 +94,7 @@ def test_curves_only(tiny_model: Path, tmp_path: Path, options: list[str], budge
     assert allocation["sparsity"] == pytest.approx(1 - sum(allocation["density"]) / 3)
     assert read_calibration(output).kl is None
     assert result["predicted_kl"] == []
-    built = result_of("build", tiny_model, "--calibration", output, "-o", tmp_path / "a")
+    built = result_of("build", tiny_model, "--method", "tda", "--calibration", output, "-o", tmp_path / "a")
     assert [check["name"] for check in built["checks"]] == ONE_LEVEL_CHECKS
     assert built["budget"] == budget
     manifest = json.loads((tmp_path / "a" / contract.MANIFEST_FILE).read_text())
@@ -137,7 +137,7 @@ def test_a_sparsity_that_is_just_missed_becomes_the_nearest(
     assert f"The KL path reaches sparsity {most}, not 0.79: that is the file's budget.\n" in result.stderr
     assert f"prompt estimator, sparsity {most}, kl" in result.stdout
     assert calibration.allocate(Budget(**calibration.provenance["budget"])).sparsity == pytest.approx(most, abs=1e-3)
-    run_ok("build", tiny_model, "--calibration", output, "-o", tmp_path / "a", "--no-verify")
+    run_ok("build", tiny_model, "--method", "tda", "--calibration", output, "-o", tmp_path / "a", "--no-verify")
 
 
 def test_one_sequence_is_enough_for_curves_alone(tiny_model: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def edit_config(model: Path, **values: Any) -> None:
 @pytest.mark.parametrize("command", ["calibrate", "build"])
 def test_folder_that_is_no_model(command: str, outputs: Path, tmp_path: Path, tiny_calibration: Path) -> None:
     (tmp_path / "empty").mkdir()
-    options = ["--calibration", tiny_calibration] if command == "build" else []
+    options = ["--method", "tda", "--calibration", tiny_calibration] if command == "build" else []
     result = run_cli(command, tmp_path / "empty", "-o", outputs / "x", *options)
     assert_error(result, FAILURE, "no config.json there", "smollm2-135m")
 
@@ -48,7 +48,7 @@ def test_unsupported_architecture(outputs: Path, model_copy: Path) -> None:
 
 def test_unsupported_activation(outputs: Path, model_copy: Path, tiny_calibration: Path) -> None:
     edit_config(model_copy, hidden_act="tanh")
-    result = run_cli("build", model_copy, "--calibration", tiny_calibration, "-o", outputs / "x")
+    result = run_cli("build", model_copy, "--method", "tda", "--calibration", tiny_calibration, "-o", outputs / "x")
     assert_error(result, FAILURE, "LlamaForCausalLM with activation 'tanh' is not supported", "silu")
 
 
@@ -127,23 +127,23 @@ def test_text_column_of_a_text_file(outputs: Path, tiny_model: Path) -> None:
 
 
 def test_calibration_of_another_model(outputs: Path, other_model: Path, tiny_calibration: Path) -> None:
-    result = run_cli("build", other_model, "--calibration", tiny_calibration, "-o", outputs / "x")
+    result = run_cli("build", other_model, "--method", "tda", "--calibration", tiny_calibration, "-o", outputs / "x")
     assert_error(result, FAILURE, "was calibrated on another model", "tda-export calibrate")
 
 
 def test_missing_calibration(outputs: Path, tiny_model: Path, tmp_path: Path) -> None:
-    result = run_cli("build", tiny_model, "--calibration", tmp_path / "none", "-o", outputs / "x")
+    result = run_cli("build", tiny_model, "--method", "tda", "--calibration", tmp_path / "none", "-o", outputs / "x")
     assert_error(result, FAILURE, "none: no such calibration file")
 
 
 def test_file_that_is_no_calibration(outputs: Path, tiny_model: Path) -> None:
-    result = run_cli("build", tiny_model, "--calibration", tiny_model / "model.safetensors", "-o", outputs / "x")
+    result = run_cli("build", tiny_model, "--method", "tda", "--calibration", tiny_model / "model.safetensors", "-o", outputs / "x")
     assert_error(result, FAILURE, "not a calibration")
 
 
 def test_truncated_calibration(outputs: Path, tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
     (tmp_path / "c").write_bytes(tiny_calibration.read_bytes()[:1000])
-    result = run_cli("build", tiny_model, "--calibration", tmp_path / "c", "-o", outputs / "x")
+    result = run_cli("build", tiny_model, "--method", "tda", "--calibration", tmp_path / "c", "-o", outputs / "x")
     assert_error(result, FAILURE, "not a readable calibration")
 
 

@@ -107,7 +107,7 @@ def limit_files() -> None:
 def test_files_that_really_cannot_be_written(
     command: str, more: list[str], name: str, outputs: Path, tiny_model: Path, tiny_calibration: Path
 ) -> None:
-    options = [*{"calibrate": CALIBRATE_TINY, "build": ["--calibration", tiny_calibration]}[command], *more]
+    options = [*{"calibrate": CALIBRATE_TINY, "build": ["--method", "tda", "--calibration", tiny_calibration]}[command], *more]
     process = start(command, tiny_model, "-o", outputs / "x", *options, preexec_fn=limit_files)
     _, stderr = process.communicate(timeout=120)
     assert_error_text(stderr, process.returncode, FAILURE, f"{name}: could not be written", "File too large")
@@ -156,7 +156,7 @@ def test_unreadable_input(
     monkeypatch.setattr(step, refuse_with(error))
     arguments = {
         "calibrate": [tiny_model, "-o", outputs / "x"],
-        "build": [tiny_model, "-o", outputs / "x", "--calibration", tiny_calibration],
+        "build": [tiny_model, "-o", outputs / "x", "--method", "tda", "--calibration", tiny_calibration],
         "generate": [tiny_artifact, "Hi"],
         "verify": [tiny_artifact],
     }[command]
@@ -182,13 +182,13 @@ def test_out_of_memory(
 ) -> None:
     steps = {
         "calibrate": "tda_export.calibration.run.accumulate_curves",
-        "build": "tda_export.graph.verify.Comparison.run",
+        "build": "tda_export.graph.comparison.Comparison.run",
         "generate": "tda_export.runtime.decode_step.KvCache",
     }
     monkeypatch.setattr(steps[command], refuse_with(error))
     arguments = {
         "calibrate": [tiny_model, "-o", outputs / "x", *CALIBRATE_TINY],
-        "build": [tiny_model, "-o", outputs / "x", "--calibration", tiny_calibration],
+        "build": [tiny_model, "-o", outputs / "x", "--method", "tda", "--calibration", tiny_calibration],
         "generate": [tiny_artifact, "Hi"],
     }[command]
     assert_error(run_cli(command, *arguments), FAILURE, "Out of memory. Use --provider cpu or --device cpu")
@@ -269,7 +269,7 @@ def test_interrupted_calibration_goes_on(tmp_path: Path, tiny_model: Path, step:
         ("tda_export.graph.export.write_weights", interrupted_writing),
         ("tda_export.graph.export.build_decode", interrupt),
         ("tda_export.graph.verify.sha256", interrupt),
-        ("tda_export.graph.verify.Comparison.run", interrupt),
+        ("tda_export.graph.comparison.Comparison.run", interrupt),
     ],
 )
 @pytest.mark.parametrize("replacing", [False, True], ids=["new", "replacing"])

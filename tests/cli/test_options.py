@@ -15,7 +15,7 @@ from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
 def half_artifact(tiny_model: Path, tiny_calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny artifact in float16."""
     path = tmp_path_factory.mktemp("artifacts") / "half"
-    run_ok("build", tiny_model, "--calibration", tiny_calibration, "--dtype", "fp16", "--no-verify", "-o", path)
+    run_ok("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, "--dtype", "fp16", "--no-verify", "-o", path)
     return path
 
 
@@ -66,7 +66,7 @@ def test_impossible_budget(
 ) -> None:
     arguments = {
         "calibrate": [tiny_model, "-o", outputs / "x"],
-        "build": [tiny_model, "-o", outputs / "x", "--calibration", tiny_calibration],
+        "build": [tiny_model, "-o", outputs / "x", "--method", "tda", "--calibration", tiny_calibration],
         "generate": [tiny_artifact, "Hi"],
     }[command]
     assert_error(run_cli(command, *arguments, *options), USAGE, text)
@@ -205,7 +205,7 @@ def test_cuda_for_float32(
     command: str, outputs: Path, tiny_model: Path, tiny_artifact: Path, tiny_calibration: Path
 ) -> None:
     arguments = {
-        "build": [tiny_model, "--calibration", tiny_calibration, "-o", outputs / "x"],
+        "build": [tiny_model, "--method", "tda", "--calibration", tiny_calibration, "-o", outputs / "x"],
         "verify": [tiny_artifact],
     }[command]
     assert_error(run_cli(command, *arguments, "--provider", "cuda"), USAGE, "float32", "--dtype fp16")
@@ -222,7 +222,7 @@ def test_cuda_where_none_is(
 ) -> None:
     monkeypatch.setattr("tda_export.runtime.providers.cuda_problem", lambda: "no NVIDIA driver is installed here")
     arguments = {
-        "build": [tiny_model, "--calibration", tiny_calibration, "--dtype", "fp16", "-o", outputs / "x"],
+        "build": [tiny_model, "--method", "tda", "--calibration", tiny_calibration, "--dtype", "fp16", "-o", outputs / "x"],
         "generate": [half_artifact, "Hi"],
         "verify": [half_artifact],
     }[command]

@@ -73,7 +73,7 @@ def test_float16(
     name: str, tiny_model: Path, tiny_calibration: Path, applications: Applications, tmp_path: Path
 ) -> None:
     path, half = tmp_path / "artifact", ("--dtype", "fp16", "--no-verify")
-    run_ok("build", tiny_model, "--calibration", tiny_calibration, *half, "-o", path)
+    run_ok("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, *half, "-o", path)
     assert applications.named(name)(path, PROMPT, "tda", 16) == ours(path, PROMPT, "tda", 16)
 
 
@@ -82,7 +82,7 @@ def test_node_refuses_other_dtypes(
     tiny_model: Path, tiny_calibration: Path, applications: Applications, tmp_path: Path
 ) -> None:
     path, half = tmp_path / "artifact", ("--dtype", "fp16", "--no-verify")
-    run_ok("build", tiny_model, "--calibration", tiny_calibration, *half, "-o", path)
+    run_ok("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, *half, "-o", path)
     with pytest.raises(AssertionError, match="build it with --dtype fp32"):
         applications.node(path, PROMPT, "tda", 16)
 

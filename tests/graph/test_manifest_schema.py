@@ -49,7 +49,7 @@ def test_schema_is_one_and_is_of_this_format() -> None:
 def test_every_method_and_budget(
     options: tuple[str, ...], tiny_model: Path, tiny_calibration: Path, tmp_path: Path
 ) -> None:
-    calibration = () if "griffin" in options else ("--calibration", tiny_calibration)
+    calibration = () if "griffin" in options else ("--method", "tda", "--calibration", tiny_calibration)
     run_ok("build", tiny_model, *calibration, *options, "--no-verify", "-o", tmp_path / "artifact")
     manifest = manifest_of(tmp_path / "artifact")
     VALIDATOR.validate(manifest)
