@@ -68,6 +68,18 @@ class CheckpointNames:
     ffn_output_norm: str = ""
 
 
+SPEC_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_size",
+    "ffn_size",
+    "max_positions",
+)
+
+
 @dataclass(frozen=True)
 class DecoderSpec:
     """The architecture of a decoder-only model; defaults are Llama's.
@@ -127,6 +139,13 @@ class DecoderSpec:
     transposed_linears: bool = False
 
     def __post_init__(self) -> None:
+        for size in SPEC_SIZES:
+            if getattr(self, size) < 1:
+                raise TdaError(
+                    f"{self.architecture}: {size} is {getattr(self, size)}, which no model has. Check config.json."
+                )
+        if any(window is not None and window < 1 for window in self.sliding_windows):
+            raise TdaError(f"{self.architecture}: a sliding window is under 1. Check sliding_window in config.json.")
         if self.head_size % HEAD_SIZE_MULTIPLE:
             raise TdaError(
                 f"{self.architecture} with head size {self.head_size} is not supported: ONNX Runtime's attention "
