@@ -78,6 +78,7 @@ SPEC_SIZES = (
     "ffn_size",
     "max_positions",
 )
+SHORTEST_CONTEXT = 3  # a first token, which never counts, another one, and one of an answer
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,11 @@ class DecoderSpec:
                 raise TdaError(
                     f"{self.architecture}: {size} is {getattr(self, size)}, which no model has. Check config.json."
                 )
+        if self.max_positions < SHORTEST_CONTEXT:
+            raise TdaError(
+                f"{self.architecture}: a context of {self.max_positions} tokens has no room for a prompt and an answer. "
+                "Check max_position_embeddings in config.json."
+            )
         if any(window is not None and window < 1 for window in self.sliding_windows):
             raise TdaError(f"{self.architecture}: a sliding window is under 1. Check sliding_window in config.json.")
         if self.head_size % HEAD_SIZE_MULTIPLE:
