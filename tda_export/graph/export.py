@@ -24,6 +24,7 @@ from tda_export.graph.genai import genai_config
 from tda_export.graph.method import Method
 from tda_export.graph.prefill import Prior, build_prefill
 from tda_export.graph.weights_file import WeightTable, plan_weights, write_weights
+from tda_export.models.notes import say
 from tda_export.models.source import ModelSource
 from tda_export.progress import progress
 from tda_export.runtime.deployment import NO_REFRESH, Refresh
@@ -89,6 +90,7 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
         TdaError: The checkpoint does not fit its configuration, the disk is full, or `check` failed.
     """
     source, spec = request.source, request.source.spec
+    tokenizer = source.tokenizer  # it may be damaged, which shows before anything is written
     plan = list(plan_weights(spec, source.weights(), request.dtype, request.up_rms))
     size = sum(int(np.prod(p.shape)) * contract.DTYPE_BYTES[p.dtype] for p in plan)
     free = shutil.disk_usage(output.absolute().parent).free
@@ -104,7 +106,7 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
         graphs = dict(zip(contract.GRAPH_FILES, (prefill, decode, explicit), strict=True))
         for name, graph in graphs.items():
             ir.save(graph, folder / name)
-        _save_tokenizer(source, folder)
+        _save_tokenizer(tokenizer, source.name, folder)
         _write_json(folder / contract.GENERATION_CONFIG_FILE, source.generation_config)
         _write_json(folder / contract.GENAI_CONFIG_FILE, genai_config(request.source, request.dtype))
         if request.calibration_file:
@@ -118,10 +120,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _save_tokenizer(source: ModelSource, folder: Path) -> None:
+def _save_tokenizer(tokenizer: Any, name: str, folder: Path) -> None:
     """Save the tokenizer and its default chat template; further templates come as a folder, which is left out."""
     try:
-        source.tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     except OSError:
         raise
     except Exception as error:  # tokenizers' way of reporting what the operating system said
@@ -129,6 +131,11 @@ def _save_tokenizer(source: ModelSource, folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
+    if tokenizer.chat_template and not (folder / contract.CHAT_TEMPLATE_FILE).is_file():
+        say(
+            f"{name}: none of its chat templates is named 'default', so the artifact has none. To have one, name it so "
+            "in tokenizer_config.json and build again."
+        )
 
 
 def _manifest(

@@ -279,5 +279,6 @@ def _readable_errors(source: ModelSource) -> Iterator[None]:
     except TdaError:
         raise
     except Exception as error:  # parsers of damaged files raise anything
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = f"{reason} is missing" if isinstance(error, KeyError) else reason
         raise TdaError(f"{source.name}: the model cannot be loaded ({reason}). {_way_out()}") from error

@@ -147,8 +147,8 @@ class DecoderSpec:
                 )
         if self.max_positions < SHORTEST_CONTEXT:
             raise TdaError(
-                f"{self.architecture}: a context of {self.max_positions} tokens has no room for a prompt and an answer. "
-                "Check max_position_embeddings in config.json."
+                f"{self.architecture}: a context of {self.max_positions} tokens has no room for a prompt and an answer."
+                " Check max_position_embeddings in config.json."
             )
         if any(window is not None and window < 1 for window in self.sliding_windows):
             raise TdaError(f"{self.architecture}: a sliding window is under 1. Check sliding_window in config.json.")

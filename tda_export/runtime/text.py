@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os.path
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import takewhile
 from typing import Any
 
 from jinja2 import nodes
@@ -153,7 +153,8 @@ class TextStream:
 
     def _new_text(self) -> str:
         piece = self._decode(self._before + self._pending)[len(self._decode(self._before)) :]
-        return piece[len(os.path.commonprefix([self._read, piece])) :]
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(self._read, piece, strict=False))
+        return piece[len(list(alike)) :]
 
     def _split(self, prompt: list[int], text: str) -> tuple[list[int], list[int]]:
         """Part a prompt from the tokens of the character that it ends inside, none if it ends after one."""
