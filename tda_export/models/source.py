@@ -27,6 +27,7 @@ from tda_export.models.skeleton import skeleton_shapes
 from tda_export.models.spec import DecoderSpec
 from tda_export.models.weights import (
     OTHER_FILES,
+    SINGLE_FILE,
     StateDictWeights,
     Weights,
     has_own_head,
@@ -43,6 +44,7 @@ LOADING_PROBLEMS = {
     "conversion_errors": "not converted",
 }
 MOST_ABSENT = 2  # times the checkpoint's weights; what is missing of less than that is named
+OTHER_WEIGHTS = "transformers_weights"
 MISTRAL_FIX = "fix_mistral_regex"
 TOKENIZER_OPTIONS = {"mistral": {MISTRAL_FIX: True}}  # by model type; transformers says which checkpoints need it
 
@@ -205,6 +207,11 @@ class ModelSource:
         if architectures:
             check_architecture(str(architectures[0]))
         check_sizes(config, self.name, "config.json")
+        if config.get(OTHER_WEIGHTS):
+            raise TdaError(
+                f"{self.name}: config.json has {OTHER_WEIGHTS}, weights in a file of another name, which is not read. "
+                f"Name that file {SINGLE_FILE}, and remove the field."
+            )
 
     @property
     def _gguf_argument(self) -> dict[str, str]:

@@ -154,6 +154,18 @@ def test_every_size_is_checked(field: str) -> None:
         check_sizes({field: 0}, "model", "config.json")
 
 
+def test_weights_under_another_name_are_refused(folder: Path) -> None:
+    """transformers would load them, and the artifact would hold those of model.safetensors."""
+    shutil.copyfile(folder / "model.safetensors", folder / "other.safetensors")
+    set_config(folder, transformers_weights="other.safetensors")
+    message = (
+        rf"^{folder}: config\.json has transformers_weights, weights in a file of another name, which is not read\. "
+        r"Name that file model\.safetensors, and remove the field\.$"
+    )
+    with pytest.raises(TdaError, match=message):
+        _ = resolve_model(str(folder)).spec
+
+
 @pytest.mark.parametrize("heads", [65, 1000])
 def test_more_heads_than_elements(heads: int, folder: Path) -> None:
     """A head of no element would otherwise count as a multiple of 16."""
