@@ -15,12 +15,12 @@ LONGEST_NOTE = 400  # characters
 # else is passed on: it is about what the configuration, the tokenizer or the weights say.
 SILENT = (
     "transformers.generation",  # how transformers itself would generate
-    "transformers.utils.loading_report",  # tensors that do not fit are errors here, others are left alone
     "transformers.quantizers.",  # weights that stay packed; here they are de-quantised
     "transformers.integrations.",  # the same, and kernels of attention
     "transformers.models.auto.",  # which of its classes it takes
 )
 SILENT_FUNCTIONS = (
+    "log_state_dict_report",  # tensors that do not fit are errors here, others are left alone
     "_eventual_warn_about_too_long_sequence",  # calibration text is cut after it was tokenized
 )
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -16,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from tda_export.models import notes
 from tda_export.models.notes import LONGEST_NOTE, nothing_but_notes, quiet_transformers, say
 from tda_export.models.source import ModelSource, resolve_model
-from tests.models.test_source import no_notice, set_config
+from tests.models.test_source import change_weights, no_notice, set_config
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +45,7 @@ def test_note_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(capsys.readouterr().err) == LONGEST_NOTE + len("Note: \n")
 
 
-@pytest.mark.parametrize(
-    "name", ["generation.configuration_utils", "utils.loading_report", "quantizers.quantizer_gguf"]
-)
+@pytest.mark.parametrize("name", ["generation.configuration_utils", "quantizers.quantizer_gguf"])
 def test_what_is_no_concern_of_the_user_is_not_shown(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     logger(name).warning("Something else.")
     logger("modeling_utils").info("Details.")
@@ -84,6 +83,15 @@ def test_a_whole_model_is_loaded_without_a_word(tiny_model: Path, capsys: pytest
     assert source.tokenizer.is_fast
     assert source.reference() is not None
     assert source.eos_token_ids == [2]
+    assert capsys.readouterr().err == ""
+
+
+def test_tensors_that_the_model_does_not_have_are_not_reported(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    change_weights(folder, lambda tensors: tensors.update({"optimizer.step": torch.zeros(1)}))
+    resolve_model(str(folder)).reference()
     assert capsys.readouterr().err == ""
 
 
