@@ -44,7 +44,14 @@ def builtin_folder() -> Path:
 
 
 def load_corpus(
-    dataset: str, tokenizer: Any, *, text_column: str | None, sequences: int, length: int, seed: int
+    dataset: str,
+    tokenizer: Any,
+    *,
+    text_column: str | None,
+    sequences: int,
+    length: int,
+    seed: int,
+    vocab_size: int,
 ) -> Corpus:
     """Draw token sequences from a dataset.
 
@@ -59,9 +66,11 @@ def load_corpus(
         sequences: N, how many to draw; fewer are returned when the dataset has no more.
         length: Tokens of each sequence.
         seed: Order of the documents.
+        vocab_size: V of the model, which may have fewer tokens than its tokenizer.
 
     Raises:
-        UsageError: The file, the dataset or the column does not exist.
+        UsageError: The file, the dataset or the column does not exist, or the text holds a token that the model does
+            not have.
         TdaError: The dataset holds less text than one sequence.
     """
     prefix = list(tokenizer("").input_ids)
@@ -97,6 +106,13 @@ def load_corpus(
             "Give a larger dataset, or lower --prompt-tokens or --continuation-tokens."
         )
     stacked = torch.tensor([prefix + window for window in windows], dtype=torch.int64)  # [N, P + C]
+    beyond = stacked[stacked >= vocab_size]
+    if len(beyond):
+        token = int(beyond[0])
+        raise UsageError(
+            f"{dataset}: the text holds {str(tokenizer.convert_ids_to_tokens(token))[:100]!r}, token {token} of the "
+            f"tokenizer, and the model's vocabulary ends at {vocab_size - 1}. Remove it from the text."
+        )
     return Corpus(stacked, dataset, hashlib.sha256(stacked.numpy().tobytes()).hexdigest())
 
 

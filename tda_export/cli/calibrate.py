@@ -188,7 +188,13 @@ def calibrate(
             f"positions of {model}. Lower --prompt-tokens or --continuation-tokens."
         )
     corpus = load_corpus(
-        dataset, source.tokenizer, text_column=text_column, sequences=sequences, length=settings.length, seed=seed
+        dataset,
+        source.tokenizer,
+        text_column=text_column,
+        sequences=sequences,
+        length=settings.length,
+        seed=seed,
+        vocab_size=source.spec.vocab_size,
     )
     found = corpus.tokens.shape[0]
     if found < sequences:

@@ -28,6 +28,8 @@ PROMPTS = (
     "        raise ValueError('no values')\n    return sum(values) / len(values)\n",
 )
 CONTINUATION_TOKENS = 8
+FEWEST_TOKENS = 3 * CONTINUATION_TOKENS  # of a prompt and its continuation
+FEWEST_PROMPT_TOKENS = 2  # the first never counts
 FLOAT32_LOGITS = 2e-3  # largest absolute difference of float32 logits
 HALF_FACTOR = 2.0  # half precision may be this many times as far from float32 as transformers in the same dtype
 SECOND_LEVEL_FACTOR = 5.0  # the same where rounding decides which neurons near a threshold are skipped
@@ -89,8 +91,8 @@ class Comparison(ABC):
         """Compare on every prompt and return the largest differences."""
         text = Text(self.artifact)
         for prompt in PROMPTS:
-            tokens = text.encode(prompt)[: self.shape.max_positions]
-            split = max(len(tokens) - CONTINUATION_TOKENS, len(tokens) // 2)
+            tokens = enough_tokens(text.encode(prompt), self.shape.vocab_size)[: self.shape.max_positions]
+            split = max(len(tokens) - CONTINUATION_TOKENS, len(tokens) // 2, FEWEST_PROMPT_TOKENS)
             self._compare(tokens[:split], tokens[split:])
         return [Check(name, worst.difference, worst.allowed) for name, worst in self.worst.items()]
 
@@ -127,3 +129,11 @@ def to_host(value: ort.OrtValue) -> np.ndarray:
     """Copy a value of any dtype and device to the host as float32."""
     tensor: torch.Tensor = torch.from_dlpack(value)
     return tensor.float().cpu().numpy().copy()
+
+
+def enough_tokens(tokens: list[int], vocab_size: int) -> list[int]:
+    """Return the tokens, followed by random ones where a tokenizer makes too few of a prompt to compare anything."""
+    missing = FEWEST_TOKENS - len(tokens)
+    if missing <= 0:
+        return tokens
+    return [*tokens, *np.random.default_rng(0).integers(vocab_size, size=missing).tolist()]

@@ -21,6 +21,7 @@ from tda_export.graph.decoder import model_shape
 from tda_export.graph.genai import genai_config
 from tda_export.graph.weight_plan import Rows, plan_weights
 from tda_export.graph.weights_file import WeightTable, write_weights
+from tda_export.models.notes import say
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
 from tda_export.progress import progress
@@ -82,6 +83,7 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
         TdaError: The checkpoint does not fit its configuration, the disk is full, or `check` failed.
     """
     source, spec = request.source, request.source.spec
+    tokenizer = source.tokenizer  # it may be damaged, which shows before anything is written
     plan = list(plan_weights(spec, source.weights(), request.dtype, request.design.rows))
     size = sum(planned.bytes for planned in plan)
     free = shutil.disk_usage(output.absolute().parent).free
@@ -93,7 +95,7 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
         graphs = request.design.graphs(spec, table, request.dtype)
         for name, graph in graphs.items():
             ir.save(graph, folder / name)
-        _save_tokenizer(source, folder)
+        _save_tokenizer(tokenizer, source.name, folder)
         _write_json(folder / contract.GENERATION_CONFIG_FILE, source.generation_config)
         _write_json(
             folder / contract.GENAI_CONFIG_FILE,
@@ -110,10 +112,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _save_tokenizer(source: ModelSource, folder: Path) -> None:
+def _save_tokenizer(tokenizer: Any, name: str, folder: Path) -> None:
     """Save the tokenizer and its default chat template; further templates come as a folder, which is left out."""
     try:
-        source.tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     except OSError:
         raise
     except Exception as error:  # tokenizers' way of reporting what the operating system said
@@ -121,6 +123,11 @@ def _save_tokenizer(source: ModelSource, folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
+    if tokenizer.chat_template and not (folder / contract.CHAT_TEMPLATE_FILE).is_file():
+        say(
+            f"{name}: none of its chat templates is named 'default', so the artifact has none. To have one, name it so "
+            "in tokenizer_config.json and build again."
+        )
 
 
 def _manifest(

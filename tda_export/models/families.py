@@ -250,7 +250,7 @@ def read_spec(config: Any) -> DecoderSpec:
     if activation not in ACTIVATIONS:
         raise TdaError(
             f"{architecture} with activation {activation!r} is not supported; "
-            f"supported are {', '.join(sorted(ACTIVATIONS))}."
+            f"supported are {', '.join(sorted(ACTIVATIONS))}. Choose another model."
         )
     layers = config.num_hidden_layers
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -288,7 +288,7 @@ def _rope_fields(config: Any, architecture: str, head_size: int) -> dict[str, An
     rope = read_rope(config, parameters, architecture)
     share = parameters.get("partial_rotary_factor") or 1.0
     if share != 1.0 and not FAMILIES[architecture].partial_rotary:
-        raise TdaError(f"{architecture} with partial rotary embeddings is not supported.")
+        raise TdaError(f"{architecture} with partial rotary embeddings is not supported. Choose another model.")
     size = int(head_size * share)
     return {"rope": rope, "rotary_size": None if size == head_size else size} | _longest_context(config, rope)
 

@@ -15,7 +15,7 @@ import torch
 from tda_export.errors import TdaError
 from tda_export.models.rope import rotary_order
 from tda_export.models.spec import DecoderSpec
-from tda_export.models.weights import Weights
+from tda_export.models.weights import OTHER_FILES, Weights
 
 QKV_PARTS = ("q", "k", "v")
 
@@ -157,9 +157,9 @@ class Layout:
 
     def _check(self, name: str, expected: tuple[int, ...]) -> None:
         if name not in self._weights:
-            raise TdaError(f"{name} is missing from the checkpoint. Download the model again.")
+            raise TdaError(f"{name} is missing from the checkpoint. {OTHER_FILES}")
         if self._weights.shape(name) != expected:
             raise TdaError(
                 f"{name}: config.json says shape {list(expected)}, the checkpoint has "
-                f"{list(self._weights.shape(name))}. Download the model again."
+                f"{list(self._weights.shape(name))}. {OTHER_FILES}"
             )

@@ -127,5 +127,5 @@ def read_rope(config: Any, parameters: dict[str, Any], architecture: str, layer_
         )
     raise TdaError(
         f"{architecture} with rope scaling {kind!r} is not supported; supported are default, linear, llama3, longrope "
-        "and yarn."
+        "and yarn. Choose another model."
     )

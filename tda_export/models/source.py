@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +16,24 @@ import torch
 
 from tda_export.errors import TdaError, first_line
 from tda_export.models.builtin import BUILTIN_MODELS, fetch_builtin
+from tda_export.models.config_sizes import check_sizes
 from tda_export.models.families import check_architecture, read_spec
 from tda_export.models.fingerprint import fingerprint
-from tda_export.models.gguf_header import refuse_unread
+from tda_export.models.gguf_file import GgufHeader, read_gguf_header
+from tda_export.models.gguf_header import check_gguf_header
+from tda_export.models.gguf_tokenizer import correct_gguf_tokenizer
+from tda_export.models.notes import nothing_but_notes, quiet_transformers, say
+from tda_export.models.skeleton import skeleton_shapes
 from tda_export.models.spec import DecoderSpec
-from tda_export.models.weights import StateDictWeights, Weights, open_safetensors
+from tda_export.models.weights import (
+    OTHER_FILES,
+    SINGLE_FILE,
+    StateDictWeights,
+    Weights,
+    has_own_head,
+    has_safetensors,
+    open_safetensors,
+)
 
 HUB_FILES = ["*.json", "model*.safetensors", "*.jinja", "tokenizer*", "merges.txt", "vocab.txt", "spiece.model"]
 HUB_IGNORED = ["*/*", "consolidated*"]  # other layouts of the same weights
@@ -29,6 +43,10 @@ LOADING_PROBLEMS = {
     "mismatched_keys": "of another shape",
     "conversion_errors": "not converted",
 }
+MOST_ABSENT = 2  # times the checkpoint's weights; what is missing of less than that is named
+OTHER_WEIGHTS = "transformers_weights"
+MISTRAL_FIX = "fix_mistral_regex"
+TOKENIZER_OPTIONS = {"mistral": {MISTRAL_FIX: True}}  # by model type; transformers says which checkpoints need it
 
 
 @dataclass(frozen=True)
@@ -44,30 +62,50 @@ class ModelSource:
         """The transformers configuration."""
         from transformers import AutoConfig
 
+        if self.gguf:
+            check_gguf_header(self.header, self.name)
+        else:
+            self._check_configuration_file()
         with _readable_errors(self):
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=False, **self._gguf_argument)
 
     @cached_property
+    def header(self) -> GgufHeader:
+        """What the GGUF file says of the model."""
+        assert self.gguf is not None
+        with _readable_errors(self):
+            return read_gguf_header(self.folder / self.gguf)
+
+    @cached_property
     def spec(self) -> DecoderSpec:
         """The architecture."""
-        if self.gguf:
-            with _readable_errors(self):
-                refuse_unread(self.folder / self.gguf, self.name)
-        else:
-            self._refuse_foreign_architecture()
         config = self.config
         with _readable_errors(self):
-            return read_spec(config)
+            spec = read_spec(config)
+        if self.gguf or not has_safetensors(self.folder):
+            return spec
+        weights = open_safetensors(self.folder)
+        if spec.num_layers > len(weights.names):
+            raise TdaError(
+                f"{self.name}: num_hidden_layers in config.json is {spec.num_layers} and the checkpoint has "
+                f"{len(weights.names)} tensors. {OTHER_FILES}"
+            )
+        return dataclasses.replace(spec, tied_head=spec.tied_head and not has_own_head(spec, weights))
 
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer (a fast one: the artifact carries its `tokenizer.json`)."""
         from transformers import AutoTokenizer
 
+        options: dict[str, Any] = self._gguf_argument | TOKENIZER_OPTIONS.get(self.config.model_type, {})
         with _readable_errors(self):
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, **self._gguf_argument)
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, **options)
         if not tokenizer.is_fast:
             raise TdaError(f"{self.name}: its tokenizer has no fast version (tokenizer.json), which artifacts need.")
+        if self.gguf:
+            correct_gguf_tokenizer(tokenizer, self.header, self.name)
+        elif getattr(tokenizer.backend_tokenizer, MISTRAL_FIX, False):
+            say(f"{self.name}: text is split as Mistral's corrected tokenizers do it (transformers' {MISTRAL_FIX}).")
         return tokenizer
 
     @cached_property
@@ -115,15 +153,16 @@ class ModelSource:
     def _dequantised(self) -> Any:
         from transformers import GgufConfig
 
-        # The conversion draws a progress bar that nothing but this switches off; it takes a second.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with nothing_but_notes():  # the conversion draws a progress bar
             return self._load(gguf_file=self.gguf, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
 
     def _load(self, **options: Any) -> Any:
         """Load the model, and refuse a checkpoint whose missing tensors transformers would draw at random."""
         from transformers import AutoModelForCausalLM
 
-        if self.spec.attention_softcap is not None:
+        softcap = self.spec.attention_softcap is not None
+        self._check_parameters()
+        if softcap:
             options["attn_implementation"] = "eager"  # some releases choose one by default that ignores soft caps
         with _readable_errors(self):
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -136,21 +175,43 @@ class ModelSource:
                 more = f" and {len(found) - 1} more" if len(found) > 1 else ""
                 raise TdaError(
                     f"{self.name}: the checkpoint does not fit its configuration ({meaning}: {found[0]}{more}). "
-                    "Download the model again."
+                    f"{OTHER_FILES}"
                 )
         return model.eval()
 
-    def _refuse_foreign_architecture(self) -> None:
-        """Name what is supported before transformers advises on its own."""
+    def _check_parameters(self) -> None:
+        """Refuse a configuration of a far larger model than the checkpoint, before anything of that size is made."""
+        with _readable_errors(self):
+            wanted = sum(math.prod(shape) for shape in skeleton_shapes(self.config).values())
+        if self.gguf:
+            shapes = list(self.header.tensors.values())
+        else:
+            weights = open_safetensors(self.folder)
+            shapes = [weights.shape(name) for name in weights.names]
+        present = sum(math.prod(shape) for shape in shapes)
+        if wanted > MOST_ABSENT * present:
+            raise TdaError(
+                f"{self.name}: the configuration is of a model of {wanted:,} weights, and the checkpoint has "
+                f"{present:,}. {OTHER_FILES}"
+            )
+
+    def _check_configuration_file(self) -> None:
+        """Name what is supported, and sizes that cannot be, before transformers sees them."""
         try:
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
             architectures = config.get("architectures")
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             return  # a damaged file: transformers says what is wrong with it
         if architectures and not isinstance(architectures, list):
-            raise TdaError(f"{self.name}: architectures in config.json is no list. Download the model again.")
+            raise TdaError(f'{self.name}: architectures in config.json is no list. Write it as one: ["NAME"].')
         if architectures:
             check_architecture(str(architectures[0]))
+        check_sizes(config, self.name, "config.json")
+        if config.get(OTHER_WEIGHTS):
+            raise TdaError(
+                f"{self.name}: config.json has {OTHER_WEIGHTS}, weights in a file of another name, which is not read. "
+                f"Name that file {SINGLE_FILE}, and remove the field."
+            )
 
     @property
     def _gguf_argument(self) -> dict[str, str]:
@@ -195,14 +256,6 @@ def resolve_model(model: str, *, notify: Callable[[str], None] = print) -> Model
     return ModelSource(model, _download(model, notify))
 
 
-def quiet_transformers() -> None:
-    """Silence transformers' own progress bars and advice; what matters of it (missing tensors) is an error here."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 def _magic(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(4)
@@ -233,5 +286,6 @@ def _readable_errors(source: ModelSource) -> Iterator[None]:
     except TdaError:
         raise
     except Exception as error:  # parsers of damaged files raise anything
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = f"{reason} is missing" if isinstance(error, KeyError) else reason
         raise TdaError(f"{source.name}: the model cannot be loaded ({reason}). {_way_out()}") from error

@@ -68,6 +68,19 @@ class CheckpointNames:
     ffn_output_norm: str = ""
 
 
+SPEC_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_size",
+    "ffn_size",
+    "max_positions",
+)
+SHORTEST_CONTEXT = 3  # a first token, which never counts, another one, and one of an answer
+
+
 @dataclass(frozen=True)
 class DecoderSpec:
     """The architecture of a decoder-only model; defaults are Llama's.
@@ -127,6 +140,18 @@ class DecoderSpec:
     transposed_linears: bool = False
 
     def __post_init__(self) -> None:
+        for size in SPEC_SIZES:
+            if getattr(self, size) < 1:
+                raise TdaError(
+                    f"{self.architecture}: {size} is {getattr(self, size)}, which no model has. Check config.json."
+                )
+        if self.max_positions < SHORTEST_CONTEXT:
+            raise TdaError(
+                f"{self.architecture}: a context of {self.max_positions} tokens has no room for a prompt and an answer."
+                " Check max_position_embeddings in config.json."
+            )
+        if any(window is not None and window < 1 for window in self.sliding_windows):
+            raise TdaError(f"{self.architecture}: a sliding window is under 1. Check sliding_window in config.json.")
         if self.head_size % HEAD_SIZE_MULTIPLE:
             raise TdaError(
                 f"{self.architecture} with head size {self.head_size} is not supported: ONNX Runtime's attention "
@@ -183,6 +208,8 @@ def spec_from_dict(content: dict[str, Any]) -> DecoderSpec:
         return DecoderSpec(**fields)
     except (KeyError, TypeError) as error:
         raise TdaError(f"The manifest's spec is incomplete ({error}). Build the artifact again.") from error
+    except TdaError as error:  # its way out is a configuration's
+        raise TdaError(f"The manifest's spec is none that can be built ({error}) Build the artifact again.") from error
 
 
 def _rope(content: dict[str, Any] | None) -> RopeSpec | None:

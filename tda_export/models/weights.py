@@ -10,9 +10,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tda_export.errors import TdaError
+from tda_export.models.spec import DecoderSpec
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+NOT_READ = "Download the index again from a place that you trust."
+OTHER_FILES = "Take config.json and the weights from the same place."
 FORMER_NAMES = {"lm_head.weight": "embed_out.weight"}  # GPT-NeoX
 
 
@@ -40,14 +43,11 @@ class SafetensorsWeights:
 
     @staticmethod
     def _paths(folder: Path) -> list[Path]:
-        if not (folder / INDEX_FILE).exists():
+        if (folder / SINGLE_FILE).is_file():  # where both are there, transformers reads this one
             return [folder / SINGLE_FILE]
         index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
         shards = sorted(set(index["weight_map"].values()))
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
-        if missing:
-            raise TdaError(f"{folder}: {INDEX_FILE} names {missing[0]}, which is not there. Download the model again.")
-        return [folder / shard for shard in shards]
+        return [_shard(folder, shard) for shard in shards]
 
     @property
     def names(self) -> list[str]:
@@ -87,13 +87,38 @@ class StateDictWeights:
         return self._tensors[name].detach().cpu()
 
 
+def has_safetensors(folder: Path) -> bool:
+    """Whether a folder has weights that can be read."""
+    return (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file()
+
+
+def has_own_head(spec: DecoderSpec, weights: Weights) -> bool:
+    """Whether a checkpoint holds an output head that is not its embedding, whatever the configuration says.
+
+    transformers then keeps both.
+
+    Raises:
+        TdaError: There is one of another shape.
+    """
+    embedding = f"{spec.names.embedding}.weight"
+    head = f"{spec.names.head}.weight"
+    if head not in weights or embedding not in weights:
+        return False
+    if weights.shape(head) != weights.shape(embedding):
+        raise TdaError(
+            f"{head} has shape {list(weights.shape(head))} and {embedding}, which config.json ties it to, "
+            f"{list(weights.shape(embedding))}. {OTHER_FILES}"
+        )
+    return not torch.equal(weights.load(head).float(), weights.load(embedding).float())
+
+
 def open_safetensors(folder: Path) -> SafetensorsWeights:
     """Open the safetensors files of a Hugging Face folder.
 
     Raises:
         TdaError: There are none (pickled `.bin` checkpoints are never read), or one is damaged.
     """
-    if not (folder / SINGLE_FILE).is_file() and not (folder / INDEX_FILE).is_file():
+    if not has_safetensors(folder):
         raise TdaError(
             f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE}. Only safetensors and GGUF weights are read; pickled .bin "
             "files are not. Convert the model with transformers' save_pretrained()."
@@ -102,5 +127,24 @@ def open_safetensors(folder: Path) -> SafetensorsWeights:
         return SafetensorsWeights(folder)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TdaError(
-            f"{folder}: the safetensors weights cannot be read ({error}). Download the model again."
+            f"{folder}: the safetensors weights cannot be read ({error}). Download the weights again."
         ) from error
+
+
+def _shard(folder: Path, name: str) -> Path:
+    """Return the path of a shard that an index names.
+
+    Raises:
+        TdaError: It is not there, or is outside the folder; a link into the hub cache that the folder is part of is
+            inside.
+    """
+    path, root = folder / name, folder.resolve()
+    if root.parent.name == "snapshots":  # of the hub's cache, where files are links into blobs/
+        root = root.parent.parent
+    if not path.absolute().is_relative_to(folder.absolute()) or ".." in Path(name).parts:
+        raise TdaError(f"{folder}: {INDEX_FILE} names a file outside the folder ({name[:100]!r}). {NOT_READ}")
+    if not path.is_file():
+        raise TdaError(f"{folder}: {INDEX_FILE} names {name[:100]!r}, which is not there. Download that file.")
+    if not path.resolve().is_relative_to(root):
+        raise TdaError(f"{folder}: {name[:100]!r} is a link to a file outside the folder. Copy that file into it.")
+    return path

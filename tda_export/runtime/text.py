@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import takewhile
 from typing import Any
 
 from jinja2 import nodes
@@ -14,11 +15,13 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from tda_export.errors import TdaError
+from tda_export.errors import TdaError, UsageError
 from tda_export.graph import contract
 from tda_export.runtime.artifact import Artifact
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+LONGEST_SPELLING = 100  # characters of a token in a message
+LONGEST_CHARACTER = 4  # bytes
 REPLACEMENT_CHARACTER = "\ufffd"  # what a decoder makes of bytes that are no character
 
 
@@ -36,12 +39,26 @@ class Text:
         self._artifact = artifact
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Tokenize; `special_tokens` lets the tokenizer add its own (BOS), which a chat template spells out itself."""
+        """Tokenize; `special_tokens` lets the tokenizer add its own (BOS), which a chat template spells out itself.
+
+        Raises:
+            UsageError: The text holds a token that the model does not have.
+            TdaError: It is not valid.
+        """
         try:
             text.encode()
         except UnicodeEncodeError as error:  # what Python makes of foreign bytes in an argument
             raise TdaError("The prompt is not valid UTF-8 text. Convert it to UTF-8.") from error
-        return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
+        tokens = list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
+        vocabulary = self._artifact.shape.vocab_size
+        beyond = next((token for token in tokens if token >= vocabulary), None)
+        if beyond is not None:
+            spelling = str(self._tokenizer.id_to_token(beyond))[:LONGEST_SPELLING]
+            raise UsageError(
+                f"The text holds {spelling!r}, token {beyond} of the tokenizer, and the model's vocabulary ends at "
+                f"{vocabulary - 1}. Leave it out of the text."
+            )
+        return tokens
 
     def stream(self, prompt: Sequence[int]) -> TextStream:
         """Begin to decode what follows a prompt of token ids."""
@@ -107,13 +124,17 @@ class TextStream:
     """Turns tokens into text as they come, holding back bytes that do not form a character yet.
 
     Tokens are decoded together with those of the piece before, whose text is cut off again: some tokenizers drop the
-    space before the first token that they decode. The stream begins with the prompt.
+    space before the first token that they decode. The stream begins with the prompt; where that ends inside a
+    character, its last tokens are held back too, and the character comes when it is whole.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._before = list(prompt)  # tokens whose text is known: the prompt's, then those of the last piece
-        self._pending: list[int] = []  # tokens whose text is held back
+        whole = self._decode(list(prompt))
+        known, unfinished = self._split(list(prompt), whole)
+        self._before = known  # tokens whose text is known: the prompt's, then those of the last piece
+        self._pending = unfinished  # tokens whose text is held back
+        self._read = whole[len(self._decode(known)) :] if unfinished else ""  # what the prompt shows of them
 
     def add(self, token: int) -> str:
         """Return the text that `token` completes, perhaps none."""
@@ -121,19 +142,30 @@ class TextStream:
         piece = self._new_text()
         if not piece or piece.endswith(REPLACEMENT_CHARACTER):
             return ""
-        self._before, self._pending = self._pending, []
+        self._before, self._pending, self._read = self._pending, [], ""
         return piece
 
     def finish(self) -> str:
         """Return what was held back: an unfinished character, as the tokenizer shows it."""
         piece = self._new_text() if self._pending else ""
-        self._before, self._pending = self._before + self._pending, []
+        self._before, self._pending, self._read = self._before + self._pending, [], ""
         return piece
 
     def _new_text(self) -> str:
-        known = self._tokenizer.decode(self._before, skip_special_tokens=True)
-        whole = self._tokenizer.decode(self._before + self._pending, skip_special_tokens=True)
-        return whole[len(known) :]
+        piece = self._decode(self._before + self._pending)[len(self._decode(self._before)) :]
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(self._read, piece, strict=False))
+        return piece[len(list(alike)) :]
+
+    def _split(self, prompt: list[int], text: str) -> tuple[list[int], list[int]]:
+        """Part a prompt from the tokens of the character that it ends inside, none if it ends after one."""
+        if text.endswith(REPLACEMENT_CHARACTER):
+            for count in range(1, LONGEST_CHARACTER):
+                if not self._decode(prompt[:-count]).endswith(REPLACEMENT_CHARACTER):
+                    return prompt[:-count], prompt[-count:]
+        return prompt, []
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 class GenerationTag(Extension):

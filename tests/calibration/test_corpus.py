@@ -34,8 +34,28 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
 def load(dataset: object, **options: Any) -> Corpus:
-    defaults = {"tokenizer": TOKENIZER, "text_column": None, "sequences": 100, "length": 4, "seed": 0}
+    defaults = {
+        "tokenizer": TOKENIZER,
+        "text_column": None,
+        "sequences": 100,
+        "length": 4,
+        "seed": 0,
+        "vocab_size": 259,
+    }
     return load_corpus(str(dataset), **(defaults | options))
+
+
+def test_token_that_the_model_does_not_have_is_named(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<image_soft_token>"])
+    (tmp_path / "text.txt").write_text("abcdefg<image_soft_token>hijkl")
+    assert len(load(tmp_path / "text.txt", tokenizer=tokenizer, vocab_size=260).tokens)
+    message = (
+        r"text\.txt: the text holds '<image_soft_token>', token 259 of the tokenizer, and the model's vocabulary ends "
+        r"at 258\. Remove it from the text\.$"
+    )
+    with pytest.raises(UsageError, match=message):
+        load(tmp_path / "text.txt", tokenizer=tokenizer)
 
 
 def texts(corpus: Corpus) -> list[str]:

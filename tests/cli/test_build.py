@@ -244,6 +244,32 @@ def test_several_chat_templates(tiny_model: Path, tiny_calibration: Path, tmp_pa
     run_ok("build", model, "--method", "tda", "--calibration", tiny_calibration, "-o", output, "--no-verify", "--overwrite")
 
 
+def test_chat_templates_without_a_default(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    set_templates(model, [{"name": "tool_use", "template": "{{ tools }}"}])
+    built = run_ok("build", model, "--method", "griffin", "--sparsity", 0.5, "-o", tmp_path / "a", "--no-verify")
+    note = f"Note: {model}: none of its chat templates is named 'default', so the artifact has none. To have one, name "
+    assert built.stderr.count(note) == 1
+    assert not load(tmp_path / "a").text.has_chat_template
+
+
+def test_damaged_chat_templates_are_no_fault_of_the_disk(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    set_templates(model, [{"nme": "default"}])
+    result = run_cli("build", model, "--method", "griffin", "--sparsity", 0.5, "-o", tmp_path / "a")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: {model}: the model cannot be loaded ('name' is missing). Give a model")
+    assert result.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def set_templates(model: Path, templates: list[dict[str, str]]) -> None:
+    """Give a model chat templates as older releases of transformers saved them."""
+    (model / contract.CHAT_TEMPLATE_FILE).unlink(missing_ok=True)
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": templates}))
+
+
 def test_verify_files_only(tiny_artifact: Path) -> None:
     names = [check["name"] for check in result_of("verify", tiny_artifact, "--files-only")["checks"]]
     assert names == CHECK_NAMES[:4]

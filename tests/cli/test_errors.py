@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from click.testing import Result
 from tda_export.graph import contract
 from tests.cli.conftest import FAILURE, USAGE, assert_error
 from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
-from tests.runtime.conftest import edit_manifest
+from tests.runtime.conftest import add_token, edit_manifest
 
 
 def edit_config(model: Path, **values: Any) -> None:
@@ -67,7 +68,7 @@ def test_truncated_checkpoint(outputs: Path, model_copy: Path) -> None:
     path = model_copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     result = run_cli("calibrate", model_copy, "-o", outputs / "x", *CALIBRATE_TINY)
-    assert_error(result, FAILURE, "safetensors weights cannot be read", "Download the model again")
+    assert_error(result, FAILURE, "safetensors weights cannot be read", "Download the weights again")
 
 
 # Datasets
@@ -275,3 +276,20 @@ def test_prompt_that_is_not_utf8(tiny_artifact: Path, as_argument: bool) -> None
     else:
         result = run_cli("generate", tiny_artifact, input=b"caf\xe9")
     assert_error(result, FAILURE, "UTF-8")
+
+
+# A tokenizer with more tokens than the model
+
+
+def test_token_that_the_model_does_not_have(
+    artifact_copy: Path, tiny_model: Path, tmp_path: Path, outputs: Path
+) -> None:
+    add_token(artifact_copy, "<image_soft_token>")
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    shutil.copyfile(artifact_copy / contract.TOKENIZER_FILE, model / contract.TOKENIZER_FILE)
+    parts = ("'<image_soft_token>', token 259 of the tokenizer", "the model's vocabulary ends at 258")
+    for more in ((), ("--chat",), ("--repetition-penalty", 1.5, "--temperature", 1)):
+        assert_error(run_cli("generate", artifact_copy, "see <image_soft_token>", *more), USAGE, *parts)
+    (tmp_path / "text.txt").write_text("word <image_soft_token> " * 200)
+    calibrated = run_cli("calibrate", model, "--dataset", tmp_path / "text.txt", "-o", outputs / "x", *CALIBRATE_TINY)
+    assert_error(calibrated, USAGE, *parts)

@@ -157,7 +157,10 @@ def test_wheel_that_is_not_the_pinned_one(index: Path, tmp_path: Path, monkeypat
 
 
 def test_pip_that_finds_nothing(index: Path, tmp_path: Path) -> None:
-    message = r"^pip could not download fake-eval==1\.0 \(.*\)\. Check the network, or bring the folder from a machine"
+    message = (
+        r"^pip could not download fake-eval==1\.0 \(.*\)\. Check the network and this "
+        r"environment's pip, or bring the folder from a machine"
+    )
     refused(index, Path.unlink, message, tmp_path)
 
 

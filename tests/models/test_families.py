@@ -275,7 +275,7 @@ def test_unknown_model_type_is_named() -> None:
 def test_unsupported_activation(activation: str) -> None:
     message = (
         rf"^LlamaForCausalLM with activation '{activation}' is not supported; supported are "
-        rf"{', '.join(sorted(ACTIVATIONS))}\.$"
+        rf"{', '.join(sorted(ACTIVATIONS))}\. Choose another model\.$"
     )
     with pytest.raises(TdaError, match=message):
         read_spec(small(hidden_act=activation))
@@ -285,7 +285,7 @@ def test_unsupported_rope_type() -> None:
     config = small(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     message = (
         r"^LlamaForCausalLM with rope scaling 'dynamic' is not supported; supported are default, linear, llama3, "
-        r"longrope and yarn\.$"
+        r"longrope and yarn\. Choose another model\.$"
     )
     with pytest.raises(TdaError, match=message):
         read_spec(config)
@@ -293,7 +293,9 @@ def test_unsupported_rope_type() -> None:
 
 def test_partial_rotary_embeddings_of_a_family_that_has_none() -> None:
     config = small(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5})
-    with pytest.raises(TdaError, match=r"^LlamaForCausalLM with partial rotary embeddings is not supported\.$"):
+    with pytest.raises(
+        TdaError, match=r"^LlamaForCausalLM with partial rotary embeddings is not supported\. Choose another model\.$"
+    ):
         read_spec(config)
 
 

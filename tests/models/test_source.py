@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tda_export.errors import TdaError
 from tda_export.models import source as source_module
+from tda_export.models.config_sizes import LIMITS, check_sizes
 from tda_export.models.families import FAMILIES
 from tda_export.models.source import HUB_FILES, HUB_IGNORED, ModelSource, resolve_model
 from tests.tiny import save_tiny_model
@@ -117,17 +118,85 @@ def set_config(folder: Path, **fields: object) -> None:
         lambda folder: (folder / "config.json").write_text("{nope"),
         lambda folder: (folder / "config.json").write_text("{}"),
         lambda folder: set_config(folder, model_type="unheard-of"),
-        lambda folder: set_config(folder, num_attention_heads="four"),
         lambda folder: set_config(folder, hidden_size=63, head_dim=None),
         lambda folder: set_config(folder, rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}),
     ],
-    ids=["no-json", "empty", "unknown-type", "wrong-type", "odd-size", "incomplete-rope"],
+    ids=["no-json", "empty", "unknown-type", "odd-size", "incomplete-rope"],
 )
 def test_damaged_configuration(damage: Callable[[Path], Any], folder: Path) -> None:
     damage(folder)
     with pytest.raises(TdaError, match=rf"^{folder}: the model cannot be loaded \(.+\)\. {WAY_OUT}") as caught:
         _ = resolve_model(str(folder)).spec
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["num_hidden_layers", "hidden_size", "head_dim", "max_position_embeddings"])
+@pytest.mark.parametrize("value", [0, -1, 10**9, 1e39, 2.5, "four", True, [3]])
+def test_size_that_cannot_be_is_named_before_anything_of_it_is_made(
+    field: str, value: object, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *arguments, **options: pytest.fail("asked"))
+    set_config(folder, **{field: value})
+    message = (
+        rf"^{folder}: {field} in config\.json is .+, which is no whole number from 1 to [\d,]+\. "
+        r"Correct it, or give another copy of the model\.$"
+    )
+    for part in ("spec", "config", "tokenizer"):
+        with pytest.raises(TdaError, match=message):
+            getattr(resolve_model(str(folder)), part)
+
+
+@pytest.mark.parametrize("field", LIMITS)
+def test_every_size_is_checked(field: str) -> None:
+    check_sizes({field: 1}, "model", "config.json")
+    check_sizes({field: None}, "model", "config.json")
+    with pytest.raises(TdaError, match=rf"^model: {re.escape(field)} in config\.json is 0, which"):
+        check_sizes({field: 0}, "model", "config.json")
+
+
+def test_weights_under_another_name_are_refused(folder: Path) -> None:
+    """transformers would load them, and the artifact would hold those of model.safetensors."""
+    shutil.copyfile(folder / "model.safetensors", folder / "other.safetensors")
+    set_config(folder, transformers_weights="other.safetensors")
+    message = (
+        rf"^{folder}: config\.json has transformers_weights, weights in a file of another name, which is not read\. "
+        r"Name that file model\.safetensors, and remove the field\.$"
+    )
+    with pytest.raises(TdaError, match=message):
+        _ = resolve_model(str(folder)).spec
+
+
+@pytest.mark.parametrize("heads", [65, 1000])
+def test_more_heads_than_elements(heads: int, folder: Path) -> None:
+    """A head of no element would otherwise count as a multiple of 16."""
+    set_config(folder, num_attention_heads=heads, num_key_value_heads=heads, head_dim=None)
+    with pytest.raises(TdaError, match=rf"^{folder}: |LlamaForCausalLM: head_size is 0"):
+        _ = resolve_model(str(folder)).spec
+
+
+def test_more_layers_than_the_checkpoint_has_tensors(folder: Path) -> None:
+    set_config(folder, num_hidden_layers=5000)
+    message = (
+        rf"^{folder}: num_hidden_layers in config\.json is 5000 and the checkpoint has 30 tensors\. "
+        r"Take config\.json and the weights from the same place\.$"
+    )
+    with pytest.raises(TdaError, match=message):
+        _ = resolve_model(str(folder)).spec
+
+
+def test_configuration_of_a_far_larger_model_is_refused_before_it_is_made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would make the missing weights: 268 GB of them here."""
+    load = "transformers.AutoModelForCausalLM.from_pretrained"
+    monkeypatch.setattr(load, lambda *arguments, **options: pytest.fail("loaded"))
+    set_config(folder, hidden_size=2**16, intermediate_size=2**18, num_attention_heads=4096)
+    message = (
+        rf"^{folder}: the configuration is of a model of [\d,]{{14,}} weights, and the checkpoint has [\d,]{{6,7}}\. "
+        r"Take config\.json and the weights from the same place\.$"
+    )
+    with pytest.raises(TdaError, match=message):
+        resolve_model(str(folder)).reference()
 
 
 @pytest.mark.parametrize("content", [None, "", "{nope", "{}"])
@@ -222,7 +291,7 @@ def test_missing_tensor_is_named(name: str, folder: Path) -> None:
     change_weights(folder, lambda tensors: tensors.pop(name))
     message = (
         rf"^{folder}: the checkpoint does not fit its configuration \(missing: {re.escape(name)}\)\. "
-        r"Download the model again\.$"
+        r"Take config\.json and the weights from the same place\.$"
     )
     with pytest.raises(TdaError, match=message):
         resolve_model(str(folder)).reference()
@@ -248,6 +317,33 @@ def test_head_of_a_tied_checkpoint_is_not_missed(tmp_path: Path) -> None:
     assert "lm_head.weight" not in source.weights()
     model = source.reference()
     assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "opt"])
+def test_own_head_of_a_checkpoint_that_calls_it_tied_is_kept(family: str, tmp_path: Path) -> None:
+    """As transformers does: it ties what is missing or equal, and nothing else."""
+    folder = save_tiny_model(family, tmp_path / "model")
+    embedding = f"{resolve_model(str(folder)).spec.names.embedding}.weight"
+    assert resolve_model(str(folder)).spec.tied_head
+    change_weights(folder, lambda tensors: tensors.update({"lm_head.weight": tensors[embedding].clone()}))
+    assert resolve_model(str(folder)).spec.tied_head
+    head = torch.randn(259, 64)
+    change_weights(folder, lambda tensors: tensors.update({"lm_head.weight": head}))
+    source = resolve_model(str(folder))
+    assert not source.spec.tied_head
+    assert torch.equal(source.reference().lm_head.weight, head)
+    assert torch.equal(source.weights().load("lm_head.weight"), head)
+
+
+def test_head_of_another_shape_than_the_embedding_that_it_is_tied_to(tmp_path: Path) -> None:
+    folder = save_tiny_model("llama-tied", tmp_path / "model")
+    change_weights(folder, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(3, 64)}))
+    message = (
+        r"^lm_head\.weight has shape \[3, 64\] and model\.embed_tokens\.weight, which config\.json ties it to, "
+        r"\[259, 64\]\. Take config\.json and the weights from the same place\.$"
+    )
+    with pytest.raises(TdaError, match=message):
+        _ = resolve_model(str(folder)).spec
 
 
 def test_tensors_that_the_model_does_not_have_are_left_alone(folder: Path) -> None:

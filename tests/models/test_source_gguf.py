@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -33,21 +34,30 @@ def write_gguf(
     architecture: str = "llama",
     blocks: int = 1,
     further: dict[str, str | int | float] | None = None,
+    left_out: Sequence[str] = (),
 ) -> ModelSource:
-    """Write a model with tensors of these shapes and further keys after the architecture's name, and resolve it."""
+    """Write a model with tensors of these shapes and further keys after the architecture's name, and resolve it.
+
+    `left_out` names keys, without the architecture, that are not written.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     adders = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
     for key, value in (further or {}).items():
         adders[type(value)](f"{architecture}.{key}", value)
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_block_count(blocks)
-    writer.add_feed_forward_length(32)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(1e4)
-    writer.add_vocab_size(8)
+    keys: dict[str, int | float] = {
+        "context_length": 64,
+        "embedding_length": 32,
+        "block_count": blocks,
+        "feed_forward_length": 32,
+        "attention.head_count": 2,
+        "attention.head_count_kv": 2,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.freq_base": 1e4,
+        "vocab_size": 8,
+    }
+    for key, number in keys.items():
+        if key not in left_out and key not in (further or {}):
+            adders[type(number)](f"{architecture}.{key}", number)
     for seed, (name, shape) in enumerate(tensors.items()):
         writer.add_tensor(name, numpy.random.default_rng(seed).standard_normal(shape, dtype=numpy.float32))
     writer.write_header_to_file()
@@ -130,6 +140,56 @@ def test_gguf_whose_keys_are_read_or_say_nothing(
     assert spec.rope is not None
     assert spec.rope.scaling == "default"
     assert (16 in spec.sliding_windows) == architecture.startswith("gemma")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "context_length",
+        "embedding_length",
+        "block_count",
+        "feed_forward_length",
+        "attention.head_count",
+        "attention.layer_norm_rms_epsilon",
+    ],
+)
+def test_gguf_that_leaves_a_size_to_the_default_model_is_refused(key: str, tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "model.gguf", left_out=[key])
+    message = (
+        rf"model\.gguf: the GGUF file does not say llama\.{re.escape(key)}, without which it is no whole model\. "
+        r"Give another GGUF file or the safetensors checkpoint of this model\.$"
+    )
+    for part in ("config", "spec", "tokenizer", "reference"):
+        with pytest.raises(TdaError, match=message):
+            source.reference() if part == "reference" else getattr(source, part)
+
+
+def test_gguf_without_the_size_of_its_vocabulary_is_refused(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "model.gguf", left_out=["vocab_size"])
+    with pytest.raises(TdaError, match=r"says neither llama\.vocab_size nor tokenizer\.ggml\.tokens\. Give another"):
+        _ = source.spec
+
+
+@pytest.mark.parametrize("key", ["block_count", "embedding_length", "attention.head_count", "rope.dimension_count"])
+@pytest.mark.parametrize("value", [0, 2**31])
+def test_size_of_a_gguf_that_cannot_be_is_named(key: str, value: int, tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "model.gguf", further={key: value})
+    message = rf"model\.gguf: {re.escape(key)} in its llama keys is {value}, which is no whole number from 1 to"
+    with pytest.raises(TdaError, match=message):
+        _ = source.spec
+
+
+@pytest.mark.parametrize("load", ["weights", "reference"])
+def test_gguf_of_a_far_larger_model_is_refused_before_it_is_made(
+    load: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = {"embedding_length": 2**16, "attention.head_count": 4096, "attention.head_count_kv": 4096}
+    source = write_gguf(tmp_path / "model.gguf", further=large)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(
+        TdaError, match=r"the configuration is of a model of [\d,]{14,} weights, and the checkpoint has"
+    ):
+        getattr(source, load)()
 
 
 @pytest.mark.parametrize("load", ["weights", "reference"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tda_export.errors import TdaError
 from tda_export.models import weights as weights_module
@@ -95,7 +95,66 @@ def test_only_what_is_asked_for_is_read(write: Any, tmp_path: Path, read_names: 
     assert read_names == ["b.weight"]
 
 
+def test_single_file_comes_before_an_index(tmp_path: Path) -> None:
+    """As in transformers, which the reference is loaded with."""
+    write_shards(tmp_path)
+    save_file({"a.weight": torch.zeros(2, 3)}, tmp_path / SINGLE_FILE)
+    weights = open_safetensors(tmp_path)
+    assert weights.files == [tmp_path / SINGLE_FILE]
+    assert torch.equal(weights.load("a.weight"), torch.zeros(2, 3))
+
+
+def test_order_is_that_of_transformers(tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "model"
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(folder, max_shard_size="100KB")
+    tensors = load_file(tiny_model / SINGLE_FILE)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / SINGLE_FILE, metadata={"format": "pt"})
+    reference, weights = AutoModelForCausalLM.from_pretrained(folder), open_safetensors(folder)
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(weights.load(name), tensor)
+
+
 # What is refused
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/secret.safetensors", "sub/../../secret.safetensors"])
+def test_index_that_names_a_file_outside_its_folder(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(TENSORS, tmp_path / "secret.safetensors")
+    shard = str(tmp_path / "secret.safetensors") if name.startswith("/") else name
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": dict.fromkeys(TENSORS, shard)}))
+    message = (
+        rf"^{folder}: {INDEX_FILE} names a file outside the folder \('.+'\)\. "
+        r"Download the index again from a place that you trust\.$"
+    )
+    with pytest.raises(TdaError, match=message):
+        open_safetensors(folder)
+
+
+def test_shard_that_is_a_link_to_outside(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    outside = (write_shards(folder) / "model-1-of-2.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    (folder / "model-1-of-2.safetensors").symlink_to(outside)
+    message = (
+        rf"^{folder}: 'model-1-of-2\.safetensors' is a link to a file outside the folder\. Copy that file into it\.$"
+    )
+    with pytest.raises(TdaError, match=message):
+        open_safetensors(folder)
+
+
+def test_links_of_a_hub_cache_are_followed(tmp_path: Path) -> None:
+    repository = tmp_path / "models--org--name"
+    snapshot, blobs = repository / "snapshots" / "0123abc", repository / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(write_shards(snapshot).iterdir())):
+        file.rename(blobs / f"blob{number}")
+        file.symlink_to(Path("..", "..", "blobs", f"blob{number}"))
+    assert torch.equal(open_safetensors(snapshot).load("a.weight"), TENSORS["a.weight"])
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
@@ -115,7 +174,7 @@ def test_folder_without_weights(tmp_path: Path) -> None:
 
 def test_missing_shard_is_named(tmp_path: Path) -> None:
     (write_shards(tmp_path) / "model-2-of-2.safetensors").unlink()
-    message = rf"{INDEX_FILE} names model-2-of-2\.safetensors, which is not there\. Download the model again\.$"
+    message = rf"{INDEX_FILE} names .model-2-of-2\.safetensors., which is not there\. Download that file\.$"
     with pytest.raises(TdaError, match=message):
         open_safetensors(tmp_path)
 
@@ -123,7 +182,9 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("index", ["", "{", "{}", "[]", "null", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
 def test_damaged_index(index: str, tmp_path: Path) -> None:
     (write_shards(tmp_path) / INDEX_FILE).write_text(index)
-    with pytest.raises(TdaError, match=r"the safetensors weights cannot be read \(.+\)\. Download the model again\.$"):
+    with pytest.raises(
+        TdaError, match=r"the safetensors weights cannot be read \(.+\)\. Download the weights again\.$"
+    ):
         open_safetensors(tmp_path)
 
 
@@ -132,7 +193,9 @@ def test_damaged_index(index: str, tmp_path: Path) -> None:
 def test_truncated_file(kept: int, write: Any, file: str, tmp_path: Path) -> None:
     path = write(tmp_path) / file
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(TdaError, match=r"the safetensors weights cannot be read \(.+\)\. Download the model again\.$"):
+    with pytest.raises(
+        TdaError, match=r"the safetensors weights cannot be read \(.+\)\. Download the weights again\.$"
+    ):
         open_safetensors(tmp_path)
 
 

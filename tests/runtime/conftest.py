@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
+from tda_export.files import sha256
 from tda_export.graph import contract
 from tda_export.graph.reference import SecondLevel
 from tda_export.models.source import ModelSource, resolve_model
@@ -99,3 +101,13 @@ def prompt_mask(model: Model, prompt: str) -> PromptMask:
     shape = model.artifact.shape
     cache = KvCache(shape, model.provider, shape.max_positions)
     return prefill(model.sessions, shape, model.text.encode(prompt), cache)[1]
+
+
+def add_token(artifact: Path, token: str) -> None:
+    """Give an artifact's tokenizer a token that its model does not have."""
+    path = artifact / contract.TOKENIZER_FILE
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens([token])
+    tokenizer.save(str(path))
+    entry = {"size": path.stat().st_size, "sha256": sha256(path)}
+    edit_manifest(artifact, lambda manifest: manifest["files"].update({path.name: entry}))

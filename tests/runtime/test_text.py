@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tda_export.bench.random_model import BYTE_VOCABULARY, CHAT_TEMPLATE, SPECIAL_TOKENS, byte_tokenizer
-from tda_export.errors import TdaError
+from tda_export.errors import TdaError, UsageError
 from tda_export.graph import contract
-from tda_export.runtime import Model, open_artifact
+from tda_export.runtime import Model, Sampling, open_artifact
 from tda_export.runtime.text import TOKENIZER_CONFIG_FILE, Text, TextStream
 from tests.runtime.conftest import edit_manifest
 
@@ -178,6 +178,63 @@ def test_broken_characters_lose_no_text(byte_fallback: Text, tokens: list[int], 
 def test_any_tokens_can_be_streamed(byte_fallback: Text, tokens: list[int]) -> None:
     shown = "".join(pieces_of(byte_fallback.stream([257, 258]), tokens))
     assert shown.count(" a") >= tokens.count(258)
+
+
+CHARACTERS = ["é", "世", "👍", "a世", "世é"]
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+@pytest.mark.parametrize("content", CHARACTERS)
+@pytest.mark.parametrize("missing", [1, 2, 3])
+def test_character_that_the_prompt_ends_inside(
+    fallback: bool, content: str, missing: int, model: Model, byte_fallback: Text
+) -> None:
+    """It comes with the token that completes it, once, and nothing of the prompt before it does."""
+    text = byte_fallback if fallback else model.text
+    tokens = [*(b"xy " + content.encode())] if fallback else model.text.encode("xy " + content)
+    missing = min(missing, len(content[-1].encode()) - 1)
+    prompt, rest = tokens[:-missing], tokens[-missing:]
+    assert "".join(pieces_of(text.stream(prompt), rest)) == content[-1]
+    more = [*b"z"] if fallback else text.encode("z")
+    assert "".join(pieces_of(text.stream(prompt), [*rest, *more])) == content[-1] + "z"
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+@pytest.mark.parametrize("content", CHARACTERS)
+def test_half_a_character_of_the_prompt_is_not_repeated(
+    fallback: bool, content: str, model: Model, byte_fallback: Text
+) -> None:
+    text = byte_fallback if fallback else model.text
+    prompt = ([*content.encode()] if fallback else text.encode(content))[:-1]
+    word = [258] if fallback else text.encode(" a")
+    assert "".join(pieces_of(text.stream(prompt), word)) == " a"
+    assert pieces_of(text.stream(prompt), []) == [""]
+
+
+def test_prompt_that_ends_with_a_replacement_character(model: Model) -> None:
+    assert streamed(model.text, model.text.encode("a"), model.text.encode("x" + REPLACEMENT)) == "a"
+
+
+def test_token_beyond_the_vocabulary_is_named(artifact_copy: Path) -> None:
+    """Gemma 3's tokenizer has tokens for images that its text model does not know."""
+    artifact = open_artifact(artifact_copy)
+    path = artifact.file(contract.TOKENIZER_FILE)
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens(["<image_soft_token>"])
+    tokenizer.save(str(path))
+    loaded = Model(artifact, "cpu")
+    message = (
+        r"^The text holds '<image_soft_token>', token 259 of the tokenizer, and the model's vocabulary ends at 258\. "
+        r"Leave it out of the text\.$"
+    )
+    penalty = Sampling(temperature=1.0, repetition_penalty=1.5, seed=1)
+    for sampling in (Sampling(), penalty):
+        with pytest.raises(UsageError, match=message):
+            loaded.generate("a <image_soft_token> b", sampling=sampling)
+    with pytest.raises(UsageError, match=message):
+        loaded.generate("a <image_soft_token> b", chat=True)
+    with pytest.raises(UsageError, match=message):
+        loaded.text.encode("<image_soft_token>", special_tokens=False)
 
 
 def test_prompt_and_pieces_make_the_whole_text(words: Text) -> None:

@@ -19,7 +19,7 @@ from tda_export.runtime import Model, load
 from tda_export.runtime.decode_step import DecodeStep
 from tda_export.serve import body_limit
 from tda_export.serve.protocol import ChatRequest, CompletionRequest
-from tests.runtime.conftest import edit_manifest
+from tests.runtime.conftest import add_token, edit_manifest
 from tests.serve.conftest import BODY_BYTES, CONTEXT, NAME, PATIENCE, Served, serving
 
 HELLO: list[Any] = [{"role": "user", "content": "Hi"}]
@@ -282,6 +282,19 @@ def test_a_model_without_a_chat_template(artifact_copy: Path) -> None:
     with serving(load(artifact_copy, provider="cpu")) as served:
         answer = post(served, CHAT, {"model": NAME, "messages": HELLO})
         assert_error(answer, 400, "no chat template", param="messages", code="invalid_value")
+        assert post(served, COMPLETIONS, {"model": NAME, "prompt": "Hi"}).status_code == 200
+
+
+def test_a_token_that_the_model_does_not_have(artifact_copy: Path) -> None:
+    add_token(artifact_copy, "<image_soft_token>")
+    text = "The text holds '<image_soft_token>', token 259 of the tokenizer"
+    with serving(load(artifact_copy, provider="cpu")) as served:
+        messages = [{"role": "user", "content": "see <image_soft_token>"}]
+        for extra in ({}, {"repetition_penalty": 1.5}):
+            answer = post(served, CHAT, {"model": NAME, "messages": messages} | extra)
+            assert_error(answer, 400, text, param="messages", code="invalid_value")
+            answer = post(served, COMPLETIONS, {"model": NAME, "prompt": "<image_soft_token>"} | extra)
+            assert_error(answer, 400, text, param="prompt", code="invalid_value")
         assert post(served, COMPLETIONS, {"model": NAME, "prompt": "Hi"}).status_code == 200
 
 
