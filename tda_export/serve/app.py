@@ -168,6 +168,9 @@ async def _chunks(reply: Reply, events: asyncio.Queue[Event], *, with_usage: boo
             return
         if event.text:
             yield server_sent(reply.piece(event.text))
+            await asyncio.sleep(
+                0
+            )  # that its client has left is seen before more is written, of which asyncio complains
         if isinstance(event, Done):
             yield server_sent(reply.end(event.metrics))
             if with_usage:

@@ -58,11 +58,16 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
         self._lost()
 
+    def timeout_keep_alive_handler(self) -> None:
+        self.end_if_late()
+
     def observe(self) -> tuple[int, float]:
         """Return what it does, and for how many seconds already."""
         doing = (self._stage(), self.cycle, self._resumed)
         if doing != self._doing:
-            self._doing, self._since, self._received_before = doing, self.loop.time(), self._received
+            self._doing, self._since = doing, self.loop.time()
+            if doing[0] == HEAD:  # a body may begin with its head's last bytes
+                self._received_before = self._received
         return doing[0], self.loop.time() - self._since
 
     def end_if_late(self) -> None:
@@ -79,7 +84,7 @@ class Connection(H11Protocol):
             if stage in (STUCK, CLOSING):
                 self.abort()
                 return
-            if stage == BODY or received:
+            if stage == BODY or self.conn.trailing_data[0]:
                 self._answer_late()
             self.transport.close()
 
