@@ -44,7 +44,15 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     calibrated = run_ok("calibrate", MODEL, "-o", folder / "calibration.safetensors", *short, "--json")
     (folder / "calibrated.json").write_text(calibrated.stdout)
     built = run_ok(
-        "build", MODEL, "--method", "tda", "--calibration", folder / "calibration.safetensors", "-o", folder / "artifact", "--json"
+        "build",
+        MODEL,
+        "--method",
+        "tda",
+        "--calibration",
+        folder / "calibration.safetensors",
+        "-o",
+        folder / "artifact",
+        "--json",
     )
     (folder / "built.json").write_text(built.stdout)
     return folder / "artifact"

@@ -37,7 +37,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, model = tmp_path_factory.mktemp("gemma3"), os.environ["TDA_EXPORT_GEMMA3"]
     lengths = ("--sequences", 4, "--prompt-tokens", 600, "--continuation-tokens", 32)
     run_ok("calibrate", model, "-o", folder / "calibration", *lengths)
-    result = run_ok("build", model, "--method", "tda", "--calibration", folder / "calibration", "-o", folder / "artifact", "--json")
+    result = run_ok(
+        "build", model, "--method", "tda", "--calibration", folder / "calibration", "-o", folder / "artifact", "--json"
+    )
     (folder / "built.json").write_text(result.stdout)
     return folder / "artifact"
 

@@ -53,7 +53,14 @@ def chat(artifact: Path, system: str | None, answering: Answering, context: int 
     from tda_export.runtime import Conversation
 
     model, deployment = deployed.load(artifact)
-    conversation = Conversation(model, system=system, mask=deployed.mask, context=context, deployment=deployment)
+    conversation = Conversation(
+        model,
+        system=system,
+        mask=deployed.mask,
+        context=context,
+        deployment=deployment,
+        chat_template_kwargs=answering.chat_template_kwargs,
+    )
     if not sys.stdin.isatty():
         _talk(_piped_lines(), conversation, answering, deployment)
         return
@@ -121,7 +128,12 @@ def _answer(
 ) -> None:
     before = conversation.dropped_turns
     generation = conversation.say(
-        text, max_new_tokens=answering.max_new_tokens, sampling=answering.sampling, stop=answering.stop
+        text,
+        max_new_tokens=answering.max_new_tokens,
+        sampling=answering.sampling,
+        stop=answering.stop,
+        stop_token_ids=answering.stop_token_ids,
+        ignore_eos=answering.ignore_eos,
     )
     if dropped := conversation.dropped_turns - before:
         turns = "The oldest turn was" if dropped == 1 else f"The {dropped} oldest turns were"

@@ -51,6 +51,8 @@ def generate(
     """
     from tda_export.errors import TdaError, UsageError
 
+    if answering.chat_template_kwargs and not chat:
+        raise UsageError("--chat-template-kwargs means nothing without --chat. Give both, or neither.")
     if prompt is None:
         if sys.stdin.isatty():
             raise UsageError("No prompt. Give one as an argument or on standard input.")
@@ -68,6 +70,9 @@ def generate(
         context=context,
         deployment=deployment,
         stop=answering.stop,
+        stop_token_ids=answering.stop_token_ids,
+        ignore_eos=answering.ignore_eos,
+        chat_template_kwargs=answering.chat_template_kwargs,
     )
     tokens, shown = [], 0
     for token in generation:

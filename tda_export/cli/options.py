@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,6 +49,8 @@ price_option = click.option(
 )
 ANSWER_OPTIONS = (
     click.option("--stop", multiple=True, help="Stop before this string; may be given many times."),
+    click.option("--stop-token-id", multiple=True, type=int, help="Stop at this token; may be given many times."),
+    click.option("--ignore-eos", is_flag=True, help="Do not stop at the model's own end tokens."),
     click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
     click.option(
         "--top-k", type=int, default=0, show_default=True, help="Sample from the k likeliest tokens; 0 is off."
@@ -60,6 +63,13 @@ ANSWER_OPTIONS = (
         help="Sample from the likeliest tokens that reach this probability; 1 is off.",
     ),
     click.option(
+        "--min-p",
+        type=float,
+        default=0.0,
+        show_default=True,
+        help="Sample from tokens at least this many times as likely as the likeliest; 0 is off.",
+    ),
+    click.option(
         "--repetition-penalty",
         type=float,
         default=1.0,
@@ -67,6 +77,11 @@ ANSWER_OPTIONS = (
         help="Make tokens that occurred, in the prompt too, less likely; 1 is off.",
     ),
     click.option("--seed", type=int, help="Make sampling repeatable."),
+    click.option(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="Further variables for the chat template, such as '{\"enable_thinking\": false}'.",
+    ),
 )
 
 
@@ -202,11 +217,14 @@ def deployment_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class Answering:
-    """What `answer_options` say: how to choose tokens, and when to stop."""
+    """What `answer_options` say: how to ask, how to choose tokens, and when to stop."""
 
     max_new_tokens: int
     sampling: Sampling
     stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    ignore_eos: bool
+    chat_template_kwargs: dict[str, Any]
 
 
 def answer_options(new_tokens: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -218,19 +236,25 @@ def answer_options(new_tokens: int) -> Callable[[Callable[..., None]], Callable[
             *,
             max_new_tokens: int,
             stop: tuple[str, ...],
+            stop_token_id: tuple[int, ...],
+            ignore_eos: bool,
             temperature: float,
             top_k: int,
             top_p: float,
+            min_p: float,
             repetition_penalty: float,
             seed: int | None,
+            chat_template_kwargs: str | None,
             **others: Any,
         ) -> None:
             from tda_export.runtime import Sampling
             from tda_export.runtime.stop_strings import StopStrings
 
             StopStrings(stop)  # which refuses some, before a model is loaded
-            sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty)
-            command(answering=Answering(max_new_tokens, sampling, stop), **others)
+            sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty, min_p)
+            variables = _template_kwargs(chat_template_kwargs)
+            answering = Answering(max_new_tokens, sampling, stop, stop_token_id, ignore_eos, variables)
+            command(answering=answering, **others)
 
         wrapped: Callable[..., None] = grouped
         for option in reversed(ANSWER_OPTIONS):
@@ -244,3 +268,17 @@ def answer_options(new_tokens: int) -> Callable[[Callable[..., None]], Callable[
         )(wrapped)
 
     return add
+
+
+def _template_kwargs(given: str | None) -> dict[str, Any]:
+    from tda_export.errors import UsageError
+    from tda_export.runtime.chat_template import check_template_kwargs
+
+    try:
+        variables = json.loads(given or "{}")
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--chat-template-kwargs is not valid JSON ({error}).") from error
+    if not isinstance(variables, dict):
+        raise UsageError("--chat-template-kwargs is no JSON object. Give names and values: '{\"name\": value}'.")
+    check_template_kwargs(variables)
+    return variables

@@ -9,7 +9,7 @@ import click
 from tda_export.cli.options import Deployed, artifact_argument, context_option, deployment_options
 from tda_export.errors import TdaError
 
-PACKAGES = ("fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn")  # of the extra
+PACKAGES = ("fastapi", "prometheus_client", "pydantic", "starlette", "h11", "uvicorn")  # of the extra
 
 
 @click.command()
@@ -21,9 +21,28 @@ PACKAGES = ("fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn") 
     help="Address to listen on; only this machine reaches the default.",
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--allowed-host",
+    multiple=True,
+    metavar="NAME",
+    help="Answer requests that call this server so; may be given many times.  [default: this machine's own names and "
+    "--host; any name where others reach the server]",
+)
+@click.option(
+    "--cors",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Let pages of this site ask, such as https://example.org; may be given many times. '*' is every site.",
+)
 @click.option("--name", help="Name of the model in the API.  [default: the artifact's folder]")
 @click.option(
     "--queue", type=click.IntRange(0), default=64, show_default=True, help="Most requests that wait; more get a 503."
+)
+@click.option(
+    "--max-connections",
+    type=click.IntRange(1),
+    help="Most connections at once; for one more, an idle one is closed.  [default: 1000, or what file descriptors "
+    "allow]",
 )
 @click.option(
     "--max-new-tokens",
@@ -46,8 +65,11 @@ def serve(
     artifact: Path,
     host: str,
     port: int,
+    allowed_host: tuple[str, ...],
+    cors: tuple[str, ...],
     name: str | None,
     queue: int,
+    max_connections: int | None,
     max_new_tokens: int | None,
     max_body: int,
     grace: int,
@@ -60,18 +82,23 @@ def serve(
     /metrics is for Prometheus. There is no authentication: put a proxy in front of it where others can reach it.
     """
     try:
-        from tda_export.serve.app import Limits, create_app
+        from tda_export.serve.access import make_access
+        from tda_export.serve.app import create_app
+        from tda_export.serve.connections import most_connections
         from tda_export.serve.metrics import ServerMetrics
+        from tda_export.serve.orders import Limits
         from tda_export.serve.run import Server, is_loopback, listen, url
         from tda_export.serve.worker import Worker
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in PACKAGES:
+        package = (error.name or "").partition(".")[0]
+        if package not in PACKAGES:
             raise
         raise TdaError(
-            f'serve needs {error.name}, which is not installed. Install it: pip install "tda-export[serve]"'
+            f'serve needs {package}, which is not installed. Install it: pip install "tda-export[serve]"'
         ) from error
 
     with listen(host, port) as opened:
+        access = make_access(host=host, loopback=is_loopback(opened), allowed_hosts=allowed_host, origins=cors)
         model, deployment = deployed.load(artifact)
         context = model.check_context(context)
         worker = Worker(
@@ -83,8 +110,9 @@ def serve(
             metrics=ServerMetrics(),
         )
         name = name or artifact.resolve().name
-        app = create_app(worker, name, Limits(body_bytes=max_body, new_tokens=max_new_tokens))
+        app = create_app(worker, name, Limits(body_bytes=max_body, new_tokens=max_new_tokens), access)
+        server = Server(app, worker, grace, most_connections(max_connections))
         if not is_loopback(opened):
             click.echo(f"Whoever can reach {url(opened)} can use it: there is no authentication.", err=True)
         click.echo(f"Serving {name} on {url(opened)}/v1. Ctrl-C stops.", err=True)
-        Server(app, worker, grace).run(sockets=[opened])
+        server.run(sockets=[opened])

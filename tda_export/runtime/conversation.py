@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tda_export.errors import TdaError
+from tda_export.runtime.chat_template import check_template_kwargs
 from tda_export.runtime.deployment import AnyDeployment
 from tda_export.runtime.generate import Generation, MaskMode
 from tda_export.runtime.model import DEFAULT_NEW_TOKENS, Model
@@ -32,6 +34,7 @@ class Conversation:
         mask: MaskMode | None = None,
         context: int | None = None,
         deployment: AnyDeployment | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Begin a chat.
 
@@ -41,16 +44,19 @@ class Conversation:
             mask: As for `Model.generate`.
             context: As for `Model.generate`.
             deployment: As for `Model.generate`.
+            chat_template_kwargs: As for `Text.chat`, in every turn.
 
         Raises:
             TdaError: The model has no chat template.
-            UsageError: The context is out of range.
+            UsageError: The context is out of range, or a variable for the template has a name that is taken.
         """
         if not model.text.has_chat_template:
             raise TdaError(
                 f"{model.artifact.folder}: this model has no chat template, so it does not chat. Give it text that it "
                 "continues, with 'tda-export generate'."
             )
+        self._template_kwargs = chat_template_kwargs or {}
+        check_template_kwargs(self._template_kwargs)
         self._model, self._mask, self._deployment = model, mask, deployment
         self._context = model.check_context(context)
         self._memory = model.memory(context=self._context)
@@ -72,6 +78,8 @@ class Conversation:
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
     ) -> Generation:
         """Begin the answer to a message.
 
@@ -83,6 +91,8 @@ class Conversation:
             max_new_tokens: As for `Model.generate`.
             sampling: As for `Model.generate`.
             stop: As for `Model.generate`.
+            stop_token_ids: As for `Model.generate`.
+            ignore_eos: As for `Model.generate`.
 
         Raises:
             TdaError: This message alone does not fit into the context, or the template refuses it.
@@ -99,6 +109,8 @@ class Conversation:
                 context=self._context,
                 deployment=self._deployment,
                 stop=stop,
+                stop_token_ids=stop_token_ids,
+                ignore_eos=ignore_eos,
                 memory=self._memory,
             )
         except BaseException:
@@ -138,7 +150,8 @@ class Conversation:
         return tokens
 
     def _tokens(self, turns: list[list[Message]]) -> list[int]:
-        return self._model.text.encode_chat([*self._before, *(message for turn in turns for message in turn)])
+        messages = [*self._before, *(message for turn in turns for message in turn)]
+        return self._model.tokenize_chat(messages, self._template_kwargs)
 
 
 def _assistant(answer: Generation) -> Message:

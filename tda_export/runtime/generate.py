@@ -125,6 +125,7 @@ class Decoding:
         penalty: RepetitionPenalty | None,
         stream: TextStream,
         stops: StopStrings,
+        ends: frozenset[int],
         context: int,
         deployment: AnyDeployment,
         borrow_step: Callable[[int], AbstractContextManager[TokenStep]],
@@ -133,7 +134,7 @@ class Decoding:
         self._artifact, self._sessions = artifact, sessions
         self._prompt, self._max_new_tokens = prompt, max_new_tokens
         self._sampler, self._penalty, self._deployment = sampler, penalty, deployment
-        self._stream, self._stops = stream, stops
+        self._stream, self._stops, self._ends = stream, stops, ends
         self._shares: list[float] = []  # of FFN bytes, by token that was decoded
         self._sparse_share = 1.0
         self._capacity, self._borrow_step = min(context, len(prompt) + max_new_tokens), borrow_step
@@ -157,7 +158,7 @@ class Decoding:
         metrics.time_to_first_token = time.perf_counter() - started
         stale: list[int] = []  # tokens whose keys and values sparse steps have left in the cache
         while not self.cancelled:
-            if token in self._artifact.eos_token_ids:
+            if token in self._ends:
                 metrics.finish_reason = "stop"
                 self.text += self._last_text()[0]
                 return

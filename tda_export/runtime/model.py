@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -110,6 +111,9 @@ class Model:
         context: int | None = None,
         deployment: AnyDeployment | None = None,
         stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         memory: PromptMemory | None = None,
     ) -> Generation:
         """Begin a generation; iterate over the result for its tokens.
@@ -125,6 +129,9 @@ class Model:
             deployment: Other thresholds or another refresh than the artifact's own: another budget, without another
                 build.
             stop: Strings that end the answer; they are not part of its text.
+            stop_token_ids: Tokens that end the answer beside the model's own; they are not part of it.
+            ignore_eos: Do not end at the model's own end tokens.
+            chat_template_kwargs: Further variables for the chat template, as for `Text.chat`.
             memory: Read only what is new of the prompt, and keep it for the next one.
 
         Returns:
@@ -144,7 +151,8 @@ class Model:
             raise UsageError(f"Mask {mask!r} is not one of this artifact's. Use {own} or dense.")
         how = deployment or self.artifact.deployment
         self._check(how)
-        tokens = self.tokenize(prompt, chat=chat)
+        ends = self.end_tokens(stop_token_ids, ignore_eos=ignore_eos)
+        tokens = self.tokenize(prompt, chat=chat, chat_template_kwargs=chat_template_kwargs)
         if len(tokens) >= context:
             raise TdaError(
                 f"The prompt has {len(tokens)} tokens and the context {context}, which leaves no room for an answer. "
@@ -160,6 +168,7 @@ class Model:
             penalty=self._penalty(sampling, tokens),
             stream=self.text.stream(tokens),
             stops=StopStrings(stop),
+            ends=ends,
             context=context,
             deployment=how,
             borrow_step=memory.borrow_step if memory else self.borrow_step,
@@ -190,23 +199,58 @@ class Model:
         if deployment.token_thresholds.any() and not self.sessions.two_levels:
             raise UsageError(f"{self.artifact.folder} has no second level, so it takes no token thresholds.")
 
-    def tokenize(self, prompt: str | Sequence[int], *, chat: bool = False) -> list[int]:
-        """Return a prompt's tokens; given ones are checked.
+    def end_tokens(self, stop_token_ids: Sequence[int] = (), *, ignore_eos: bool = False) -> frozenset[int]:
+        """Return the tokens that end an answer: the model's own unless they are ignored, and the given ones.
 
         Raises:
             UsageError: A token is outside the vocabulary.
+        """
+        vocabulary = self.artifact.shape.vocab_size
+        for token in stop_token_ids:
+            if not 0 <= token < vocabulary:
+                raise UsageError(f"Stop token {token} is not in the vocabulary: ids lie in [0, {vocabulary}).")
+        return frozenset(stop_token_ids) | (frozenset() if ignore_eos else self.artifact.eos_token_ids)
+
+    def tokenize(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        chat: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Return a prompt's tokens; given ones are checked.
+
+        Raises:
+            UsageError: A token is outside the vocabulary, or variables for a chat template are given without a chat.
             TdaError: There is none, the text is not valid, or the chat template refuses it.
         """
-        if isinstance(prompt, str):
-            message = [{"role": "user", "content": prompt}]
-            tokens = self.text.encode_chat(message) if chat else self.text.encode(prompt)
-        elif chat:
+        if chat and not isinstance(prompt, str):
             raise UsageError("A chat prompt is text, not token ids.")
-        else:
-            tokens = [int(token) for token in prompt]
-            vocabulary = self.artifact.shape.vocab_size
-            if any(not 0 <= token < vocabulary for token in tokens):
-                raise UsageError(f"Token ids must lie in [0, {vocabulary}).")
+        if chat:
+            return self.tokenize_chat([{"role": "user", "content": str(prompt)}], chat_template_kwargs)
+        if chat_template_kwargs:
+            raise UsageError("Variables for the chat template mean nothing without it. Leave them out, or chat.")
+        if isinstance(prompt, str):
+            return self._checked(self.text.encode(prompt))
+        tokens = [int(token) for token in prompt]
+        vocabulary = self.artifact.shape.vocab_size
+        if any(not 0 <= token < vocabulary for token in tokens):
+            raise UsageError(f"Token ids must lie in [0, {vocabulary}).")
+        return self._checked(tokens)
+
+    def tokenize_chat(
+        self, messages: Sequence[Mapping[str, str]], chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Return the tokens of a chat, up to where the assistant's answer begins; arguments are those of `Text.chat`.
+
+        Raises:
+            UsageError: The text holds a token that the model does not have.
+            TdaError: As `Text.chat`; there is no token.
+        """
+        return self._checked(self.text.encode_chat(messages, chat_template_kwargs))
+
+    @staticmethod
+    def _checked(tokens: list[int]) -> list[int]:
         if not tokens:
             raise TdaError("The prompt is empty. Give some text.")
         return tokens

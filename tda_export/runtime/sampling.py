@@ -17,8 +17,8 @@ LEAST_PENALTY, MOST_PENALTY = 0.01, 100.0
 class Sampling:
     """How to choose tokens.
 
-    `temperature` 0 is greedy, `top_k` 0 and `top_p` 1 are off; a `seed` makes it repeatable. `repetition_penalty` 1 is
-    off; it also counts for greedy choices.
+    `temperature` 0 is greedy, `top_k` 0, `top_p` 1 and `min_p` 0 are off; a `seed` makes it repeatable.
+    `repetition_penalty` 1 is off; it also counts for greedy choices.
     """
 
     temperature: float = 0.0
@@ -26,6 +26,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
     repetition_penalty: float = 1.0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -34,6 +35,8 @@ class Sampling:
             raise UsageError(f"top-k {self.top_k} is negative. Give 0 (off) or more.")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top-p {self.top_p} is outside (0, 1]. Give 1 (off) or a share.")
+        if not 0 <= self.min_p <= 1:
+            raise UsageError(f"min-p {self.min_p} is outside [0, 1]. Give 0 (off) or a share.")
         if self.seed is not None and self.seed < 0:
             raise UsageError(f"Seed {self.seed} is negative. Give 0 or more.")
         if not LEAST_PENALTY <= self.repetition_penalty <= MOST_PENALTY:
@@ -44,7 +47,7 @@ class Sampling:
 
 
 def make_sampler(sampling: Sampling) -> Sampler | None:
-    """Compose the steps that `sampling` asks for: temperature, then top-k, then top-p, then a draw; None is greedy."""
+    """Compose the steps that `sampling` asks for: temperature, top-k, top-p, min-p, then a draw; None is greedy."""
     if sampling.temperature == 0:
         return None
     generator = np.random.default_rng(sampling.seed)
@@ -54,7 +57,7 @@ def make_sampler(sampling: Sampling) -> Sampler | None:
         with np.errstate(over="ignore"):
             scaled = (logits - logits.max()).astype(np.float64) / sampling.temperature
         scaled = keep_top_k(scaled, sampling.top_k)
-        probabilities = keep_top_p(softmax(scaled), sampling.top_p)
+        probabilities = keep_min_p(keep_top_p(softmax(scaled), sampling.top_p), sampling.min_p)
         return int(generator.choice(len(probabilities), p=probabilities))
 
     return sample
@@ -106,4 +109,12 @@ def keep_top_p(probabilities: np.ndarray, p: float) -> np.ndarray:
     kept = np.zeros_like(probabilities)
     chosen = order[before < p]
     kept[chosen] = probabilities[chosen]
+    return kept / kept.sum()
+
+
+def keep_min_p(probabilities: np.ndarray, p: float) -> np.ndarray:
+    """Keep tokens at least p times as likely as the likeliest, renormalised (arXiv 2407.01082). p = 0 keeps all."""
+    if p == 0:
+        return probabilities
+    kept = np.where(probabilities >= p * probabilities.max(), probabilities, 0.0)
     return kept / kept.sum()

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from jinja2 import nodes
-from jinja2.exceptions import TemplateError
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from tda_export.errors import TdaError, UsageError
 from tda_export.graph import contract
 from tda_export.runtime.artifact import Artifact
+from tda_export.runtime.chat_template import SPECIAL_TOKENS, ChatTemplate, check_template_kwargs
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 LONGEST_SPELLING = 100  # characters of a token in a message
@@ -37,6 +32,7 @@ class Text:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._artifact = artifact
+        self._template = ChatTemplate(artifact.file(contract.CHAT_TEMPLATE_FILE))
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Tokenize; `special_tokens` lets the tokenizer add its own (BOS), which a chat template spells out itself.
@@ -68,6 +64,10 @@ class Text:
         """Return the text of tokens, without special ones."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
+    def spelling(self, token: int) -> str:
+        """Return a token as the tokenizer's vocabulary spells it."""
+        return str(self._tokenizer.id_to_token(token))
+
     def special_token(self, name: str) -> tuple[int, str] | None:
         """Return id and spelling of `bos_token`, `eos_token`, `pad_token` or `unk_token`; None where it has none."""
         spelling = self._special_tokens().get(name)
@@ -79,34 +79,34 @@ class Text:
         """Whether the model has a chat template."""
         return contract.CHAT_TEMPLATE_FILE in self._artifact.manifest["files"]
 
-    def chat(self, messages: Sequence[dict[str, str]]) -> str:
+    def chat(self, messages: Sequence[Mapping[str, str]], chat_template_kwargs: Mapping[str, Any] | None = None) -> str:
         """Render messages with the model's chat template, up to where the assistant's answer begins.
 
+        Args:
+            messages: With `role` and `content`.
+            chat_template_kwargs: Further variables for the template, plain JSON: `{"enable_thinking": False}`.
+
         Raises:
-            TdaError: The model has no chat template, or the template refuses the messages.
+            TdaError: The model has no chat template, or the template refuses the messages or goes beyond its limits.
+            UsageError: A variable has a name that is taken, or is not plain JSON.
         """
-        path = self._artifact.file(contract.CHAT_TEMPLATE_FILE)
         if not self.has_chat_template:
             raise TdaError(f"{self._artifact.folder}: this model has no chat template. Leave --chat out.")
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        environment.add_extension(GenerationTag)
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-        try:
-            template = environment.from_string(path.read_text(encoding="utf-8"))
-            # The variables that transformers passes too: templates test them for none.
-            variables = {"tools": None, "documents": None, **self._special_tokens()}
-            return template.render(messages=list(messages), add_generation_prompt=True, **variables)
-        except Exception as error:  # a template is a program, and fails like one
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise TdaError(f"{path}: the chat template cannot be rendered ({reason}).") from error
+        given = chat_template_kwargs or {}
+        check_template_kwargs(given)
+        # The variables that transformers passes too: templates test them for none.
+        variables = {"tools": None, "documents": None, **self._special_tokens()}
+        return self._template.render(messages, {**given, **variables})
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Render messages as `chat` does, and tokenize them."""
-        return self.encode(self.chat(messages), special_tokens=False)
+        return self.encode(self.chat(messages, chat_template_kwargs), special_tokens=False)
+
+    def close(self) -> None:
+        """End the process that renders the chat template; a rendering under way fails."""
+        self._template.close()
 
     def _special_tokens(self) -> dict[str, str]:
         if TOKENIZER_CONFIG_FILE not in self._artifact.manifest["files"]:
@@ -116,7 +116,7 @@ class Text:
             config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise TdaError(f"{path}: not readable ({error}). Build the artifact again.") from error
-        tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        tokens = {name: config.get(name) for name in SPECIAL_TOKENS}
         return {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items() if token}
 
 
@@ -166,17 +166,3 @@ class TextStream:
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
-
-
-class GenerationTag(Extension):
-    """`{% generation %}…{% endgeneration %}` marks answers for training; when generating it is just its content."""
-
-    tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)

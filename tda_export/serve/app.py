@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -13,47 +13,47 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
 from tda_export import __version__
-from tda_export.errors import TdaError
+from tda_export.serve.access import Access, limit_access
 from tda_export.serve.body_limit import BodyLimit
-from tda_export.serve.errors import ApiError, add_handlers, invalid
-from tda_export.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, Order
+from tda_export.serve.errors import ApiError, add_handlers
+from tda_export.serve.orders import Limits, check_model, check_request, make_order
+from tda_export.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from tda_export.serve.replies import END_OF_STREAM, Reply, server_sent
 from tda_export.serve.worker import Done, Event, Failed, Job, Piece, Worker
 
 CLIENT_LEFT = 499  # nobody reads it
-USUAL_NEW_TOKENS = 1024  # of a chat's answer whose length nobody gave: keys and values take their room beforehand
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a request may ask for: `body_bytes` of its body, `new_tokens` of an answer.
-
-    For None an answer has what the context allows, and where nobody says how many, `USUAL_NEW_TOKENS`.
-    """
-
-    body_bytes: int
-    new_tokens: int | None
-
-
-def create_app(worker: Worker, name: str, limits: Limits) -> FastAPI:
+def create_app(worker: Worker, name: str, limits: Limits, access: Access) -> FastAPI:
     """Make the app. Its start and end are the worker's.
 
     Args:
         worker: Not started yet.
         name: Of the model, which requests ask for.
         limits: Of a request.
+        access: Who may ask.
     """
+    api = Api(worker, name, limits)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         worker.start()
         yield
         await asyncio.to_thread(worker.stop)
+        api.close()
 
-    app = FastAPI(title="tda-export", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="tda-export",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
     add_handlers(app)
     app.add_middleware(BodyLimit, most_bytes=limits.body_bytes)
-    app.include_router(Api(worker, name, limits).router())
+    limit_access(app, access)
+    app.include_router(api.router())
     return app
 
 
@@ -66,16 +66,26 @@ class Api:
     def __init__(self, worker: Worker, name: str, limits: Limits) -> None:
         self._worker, self._name, self._limits = worker, name, limits
         self._reply = Reply(chat=False, model=name)  # says since when the model is here
+        # One prompt is rendered and tokenized after another, so that the order of arrival is that of the queue.
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="prompts")
 
     def router(self) -> APIRouter:
         router = APIRouter()
         router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
         router.add_api_route("/v1/completions", self.completions, methods=["POST"], response_model=None)
-        router.add_api_route("/v1/models", self.models, methods=["GET"])
-        router.add_api_route("/v1/models/{model:path}", self.model, methods=["GET"])
-        router.add_api_route("/health", self.health, methods=["GET"])
-        router.add_api_route("/metrics", self.metrics, methods=["GET"], response_model=None)
+        for path, answer in (
+            ("/v1/models", self.models),
+            ("/v1/models/{model:path}", self.model),
+            ("/health", self.health),
+            ("/metrics", self.metrics),
+        ):
+            router.add_api_route(path, answer, methods=["GET"], response_model=None)
+            router.add_api_route(path, answer, methods=["HEAD"], response_model=None, include_in_schema=False)
         return router
+
+    def close(self) -> None:
+        """Read no more prompts."""
+        self._reading.shutdown(wait=False, cancel_futures=True)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer the last of some messages."""
@@ -91,7 +101,7 @@ class Api:
 
     async def model(self, model: str) -> dict[str, object]:
         """Describe it."""
-        self._check_model(model)
+        check_model(model, self._name)
         return self._model()
 
     async def health(self) -> JSONResponse:
@@ -108,16 +118,20 @@ class Api:
         return {"id": self._name, "object": "model", "created": self._reply.created, "owned_by": "tda-export"}
 
     async def _answer(self, endpoint: str, body: GenerationRequest, request: Request) -> Response:
-        # Nothing is awaited before the job is in the queue, so that the order of arrival is the queue's.
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
         def deliver(event: Event) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and its clients with it
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        try:
-            job = Job(endpoint, self._order(body), deliver)
+        def read() -> Job:
+            job = Job(endpoint, make_order(body, self._worker, self._limits), deliver)
             self._worker.submit(job)
+            return job
+
+        try:
+            check_request(body, self._name)
+            job = await loop.run_in_executor(self._reading, read)
         except ApiError:
             self._worker.metrics.ended(endpoint, "refused")
             raise
@@ -128,47 +142,6 @@ class Api:
             return await _unless_left(request, _whole(reply, events))
         finally:
             self._worker.cancel(job)
-
-    def _order(self, body: GenerationRequest) -> Order:
-        """Check a request and tokenize its prompt."""
-        self._check_model(body.model)
-        body.check_supported()
-        stops = body.stops()
-        most = self._limits.new_tokens
-        if most is not None and body.new_tokens is not None and body.new_tokens > most:
-            raise invalid(
-                f"{body.new_tokens} new tokens: this server gives up to {most}.",
-                param=body.new_tokens_field,
-                code="invalid_value",
-            )
-        model, param = self._worker.model, "messages" if isinstance(body, ChatRequest) else "prompt"
-        try:
-            if isinstance(body, ChatRequest):
-                tokens = model.text.encode_chat(body.plain_messages())
-            else:
-                assert isinstance(body, CompletionRequest)
-                tokens = model.tokenize(body.single_prompt())
-        except TdaError as error:
-            raise invalid(str(error), param=param, code="invalid_value") from error
-        if len(tokens) >= self._worker.context:
-            raise invalid(
-                f"This model's maximum context length is {self._worker.context} tokens, and the prompt has "
-                f"{len(tokens)}. Shorten it.",
-                param=param,
-                code="context_length_exceeded",
-            )
-        wanted = body.new_tokens or body.usual_new_tokens or most or USUAL_NEW_TOKENS
-        room = self._worker.context - len(tokens)
-        return Order(tokens, min(wanted, most or wanted, room), body.sampling(), stops)
-
-    def _check_model(self, name: str) -> None:
-        if name != self._name:
-            raise ApiError(
-                404,
-                f"The model '{name}' does not exist; this server has '{self._name}'.",
-                param="model",
-                code="model_not_found",
-            )
 
 
 class EventStream(StreamingResponse):
@@ -195,6 +168,9 @@ async def _chunks(reply: Reply, events: asyncio.Queue[Event], *, with_usage: boo
             return
         if event.text:
             yield server_sent(reply.piece(event.text))
+            await asyncio.sleep(
+                0
+            )  # that its client has left is seen before more is written, of which asyncio complains
         if isinstance(event, Done):
             yield server_sent(reply.end(event.metrics))
             if with_usage:

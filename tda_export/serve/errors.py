@@ -78,12 +78,26 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def validation(request: Request, error: RequestValidationError) -> JSONResponse:
-        return malformed(error).response()
+        return (malformed(error) if _is_json(request) else not_json()).response()
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return internal().response()
+
+
+def not_json() -> ApiError:
+    """Make the error of a body that is not called JSON. Pages of other sites can send such; they may not ask here."""
+    return invalid(
+        "The body is not a request: it does not say that it is JSON. Add the header: -H 'Content-Type: "
+        "application/json'.",
+        code="unsupported_content_type",
+    )
+
+
+def _is_json(request: Request) -> bool:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind.startswith("application/") and kind.endswith(("/json", "+json"))
 
 
 def malformed(error: RequestValidationError) -> ApiError:

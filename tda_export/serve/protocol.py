@@ -5,12 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from tda_export.errors import UsageError
 from tda_export.runtime import Sampling
+from tda_export.runtime.chat_template import check_template_kwargs
 from tda_export.runtime.conversation import Message
 from tda_export.runtime.sampling import LEAST_PENALTY, MOST_PENALTY
 from tda_export.serve.errors import invalid
+from tda_export.serve.fields import (
+    LONGEST_NAME,
+    UNSUPPORTED,
+    UNSUPPORTED_OF_MESSAGES,
+    UNSUPPORTED_OF_STREAMS,
+    check_fields,
+)
 
 # The first wrong item of a list ends its reading: a body of a megabyte holds some 300,000, and each would be reported
 # for every type that the list may have, in seconds for which no other client is heard.
@@ -20,35 +29,26 @@ Items = Annotated[list[Item], Field(fail_fast=True)]
 MOST_STOPS = 4
 SEEDS = 1 << 64
 
-# Fields of the API that are not supported, and the values that mean nothing. None always means nothing.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0, 0.0),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "modalities": (["text"],),
-    "n": (1,),
-    "prediction": (),
-    "presence_penalty": (0, 0.0),
-    "response_format": ({"type": "text"},),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "web_search_options": (),
-}
+NO_LIMIT = -1
+
+
+def _token_limit(value: int) -> int:
+    if value < 1 and value != NO_LIMIT:
+        raise ValueError(f"Input should be greater than or equal to 1, or {NO_LIMIT} for no limit")
+    return value
+
+
+TokenLimit = Annotated[int, AfterValidator(_token_limit)]
 
 
 class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
     include_usage: bool | None = None
 
 
 class GenerationRequest(BaseModel):
-    """What chat and completions have in common. Other fields are kept, so that those of UNSUPPORTED are seen."""
+    """What chat and completions have in common. Other fields are kept, so that they can be refused by name."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
     usual_new_tokens: ClassVar[int | None] = None  # of an answer whose length nobody gave; None: the server's
@@ -56,24 +56,22 @@ class GenerationRequest(BaseModel):
     model: str
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: TokenLimit | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: int | None = None
     stop: str | Items[str] | None = None
     # Not of the API: by the names that other servers use.
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None  # 0 and -1 are off
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=LEAST_PENALTY, le=MOST_PENALTY)] | None = None
+    stop_token_ids: Items[int] | None = None
+    ignore_eos: bool | None = None
 
     @property
     def new_tokens(self) -> int | None:
-        """The most tokens of the answer, if they are given."""
+        """The most tokens of the answer, or NO_LIMIT, if they are given."""
         return self.max_tokens
-
-    @property
-    def new_tokens_field(self) -> str:
-        """Where `new_tokens` comes from."""
-        return "max_tokens"
 
     @property
     def usage_wanted(self) -> bool:
@@ -84,23 +82,20 @@ class GenerationRequest(BaseModel):
         """Refuse what would silently be ignored.
 
         Raises:
-            ApiError: A field of UNSUPPORTED says something.
+            ApiError: A field is not known, or not supported.
         """
-        for name, value in (self.model_extra or {}).items():
-            meaningless = [value == other and type(value) is type(other) for other in UNSUPPORTED.get(name, ())]
-            if name in UNSUPPORTED and value is not None and not any(meaningless):
-                raise invalid(
-                    f"'{name}' is not supported by this server. Leave it out.",
-                    param=name,
-                    code="unsupported_parameter",
-                )
+        check_fields(self.model_extra, type(self).model_fields, UNSUPPORTED)
+        if self.stream_options is not None:
+            options = self.stream_options
+            check_fields(options.model_extra, ["include_usage"], UNSUPPORTED_OF_STREAMS, where="stream_options.")
 
     def sampling(self) -> Sampling:
         """Return how to choose tokens: by the API's defaults, which sample."""
         return Sampling(
             temperature=1.0 if self.temperature is None else self.temperature,
-            top_k=self.top_k or 0,
+            top_k=max(self.top_k or 0, 0),
             top_p=self.top_p or 1.0,
+            min_p=self.min_p or 0.0,
             seed=None if self.seed is None else self.seed % SEEDS,
             repetition_penalty=self.repetition_penalty or 1.0,
         )
@@ -120,48 +115,74 @@ class GenerationRequest(BaseModel):
 
 
 class ContentPart(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
     type: str
     text: str | None = None
 
 
 class ChatMessage(BaseModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Items[ContentPart]
-    tool_calls: list[Any] | None = None
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | Items[ContentPart] | None = None
+    name: str | None = None
 
     def plain(self, number: int) -> Message:
-        """Return the message as templates take it. Parts of text are joined; what is no text is refused."""
-        if self.tool_calls:
+        """Return the message as templates take it. Parts of text are joined; what is no text is refused.
+
+        Raises:
+            ApiError: It has no text, or something beside it.
+        """
+        where = f"messages[{number}]"
+        if self.role in ("tool", "function") or (self.model_extra or {}).get("tool_calls"):
             raise invalid(
-                "Tool calls are not supported by this server. Leave them out.",
-                param=f"messages[{number}].tool_calls",
+                "Tool calls and their results are not supported by this server. Leave them out.",
+                param=f"{where}.{'role' if self.role in ('tool', 'function') else 'tool_calls'}",
                 code="unsupported_parameter",
+            )
+        check_fields(self.model_extra, ["role", "content", "name"], UNSUPPORTED_OF_MESSAGES, where=f"{where}.")
+        if self.content is None:
+            raise invalid(
+                f"{where}.content: Field required.", param=f"{where}.content", code="missing_required_parameter"
             )
         parts = [ContentPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
         for place, part in enumerate(parts):
             if part.type != "text" or part.text is None:
                 raise invalid(
-                    f"Content of type '{part.type}' is not supported by this server. Send text.",
-                    param=f"messages[{number}].content[{place}]",
+                    f"Content of type '{part.type[:LONGEST_NAME]}' is not supported by this server. Send text.",
+                    param=f"{where}.content[{place}]",
                     code="unsupported_content",
                 )
+            check_fields(part.model_extra, ["type", "text"], {}, where=f"{where}.content[{place}].")
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": "".join(part.text or "" for part in parts)}
+        message = {"role": role, "content": "".join(part.text or "" for part in parts)}
+        return message if self.name is None else {**message, "name": self.name}
 
 
 class ChatRequest(GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: TokenLimit | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @property
     def new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
-    @property
-    def new_tokens_field(self) -> str:
-        return "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
+    def template_kwargs(self) -> dict[str, Any]:
+        """Return further variables for the chat template.
+
+        Raises:
+            ApiError: One has a name that is taken, or is not plain JSON.
+        """
+        given = self.chat_template_kwargs or {}
+        try:
+            check_template_kwargs(given)
+        except UsageError as error:
+            raise invalid(str(error), param="chat_template_kwargs", code="invalid_value") from error
+        return given
 
     def plain_messages(self) -> list[Message]:
         return [message.plain(number) for number, message in enumerate(self.messages)]
@@ -202,3 +223,5 @@ class Order:
     max_new_tokens: int
     sampling: Sampling
     stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False

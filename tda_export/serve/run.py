@@ -12,15 +12,18 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
 from tda_export.errors import TdaError
+from tda_export.serve import connections
 from tda_export.serve.worker import Worker
 
 BACKLOG = 1024
+TICKS_A_SECOND = 10  # uvicorn's
 LAST_SECONDS = 5  # that clients have to take what is left of their answers
 
 
@@ -32,7 +35,7 @@ class Server(uvicorn.Server):
     again, so that the exit code is 0.
     """
 
-    def __init__(self, app: FastAPI, worker: Worker, grace: float) -> None:
+    def __init__(self, app: FastAPI, worker: Worker, grace: float, most_connections: int) -> None:
         async def cut_off_in_silence(scope: Scope, receive: Receive, send: Send) -> None:
             try:
                 await app(scope, receive, send)
@@ -47,9 +50,31 @@ class Server(uvicorn.Server):
             log_level="warning",
             server_header=False,
             timeout_graceful_shutdown=LAST_SECONDS,
+            timeout_keep_alive=connections.HEAD_SECONDS,
+            http=connections.Connection,
+            ws="none",
         )
         super().__init__(config)
-        self._worker, self._grace = worker, grace
+        self._worker, self._grace, self._most_connections = worker, grace, most_connections
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=[])  # uvicorn's part but for accepting
+        open_ones = cast(set[connections.Connection], self.server_state.connections)
+        acceptor = connections.Acceptor(self._most_connections, open_ones)
+
+        def make() -> connections.Connection:
+            return connections.Connection(self.config, self.server_state, self.lifespan.state, lost=acceptor.freed)
+
+        self._accepting = [asyncio.create_task(acceptor.run(opened, make)) for opened in sockets or []]
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % TICKS_A_SECOND == 0:
+            for connection in list(self.server_state.connections):
+                cast(connections.Connection, connection).end_if_late()
+            for accepting in self._accepting:
+                if accepting.done():
+                    accepting.result()  # it does not end by itself
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         end = time.monotonic() + self._grace
@@ -57,6 +82,9 @@ class Server(uvicorn.Server):
         while not self._worker.idle and time.monotonic() < end and not self.force_exit:
             await asyncio.sleep(0.02)
         await asyncio.to_thread(self._worker.stop)
+        for accepting in self._accepting:
+            accepting.cancel()
+        await asyncio.gather(*self._accepting, return_exceptions=True)
         self.force_exit = False  # no answer is left to wait for
         await super().shutdown(sockets)
 

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tda_export.errors import TdaError
+from tda_export.errors import TdaError, UsageError
 from tda_export.runtime import Generation, Metrics, Model
 from tda_export.runtime.deployment import AnyDeployment
 from tda_export.runtime.generate import MaskMode
-from tda_export.serve.errors import ApiError, internal
+from tda_export.serve.errors import ApiError, internal, invalid
 from tda_export.serve.metrics import Outcome, ServerMetrics
 from tda_export.serve.protocol import Order
 
@@ -140,8 +140,7 @@ class Worker:
             ApiError: The queue is full, the server is shutting down, or its thread broke down.
         """
         with self._changed:
-            if self._closed:
-                raise internal() if self._failed else stopping()
+            self.check_open()
             # A worker that idles takes the first of the queue at once, so that one does not wait.
             if len(self._waiting) - (self._running is None) >= self._queue_size:
                 wait = math.ceil(self._mean_seconds * (len(self._waiting) + 1))
@@ -154,6 +153,15 @@ class Worker:
             self._waiting.append(job)
             self._changed.notify()
 
+    def check_open(self) -> None:
+        """Refuse whoever comes too late.
+
+        Raises:
+            ApiError: The server is shutting down, or its thread broke down.
+        """
+        if self._closed:
+            raise internal() if self._failed else stopping()
+
     def cancel(self, job: Job) -> None:
         """Take a job out of the queue, or let its answer end before the next token; if it has ended, do nothing."""
         with self._changed:
@@ -165,13 +173,14 @@ class Worker:
                 job.generation.cancel()
 
     def stop(self) -> None:
-        """Refuse what waits, end the answer that is under way, and wait for the thread."""
+        """Refuse what waits, end the answer and the chat template that are under way, and wait for the thread."""
         with self._changed:
             self._closed = self._stopping = True
             if self._running is not None and self._running.generation is not None:
                 self._running.generation.cancel()
             self._changed.notify()
         self._refuse_waiting(stopping())
+        self.model.text.close()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -207,6 +216,8 @@ class Worker:
         try:
             self.metrics.started(job.started - job.arrived)
             self._answer(job)
+        except UsageError as error:
+            self._end(job, "refused", Failed(invalid(str(error), code="invalid_value")))
         except TdaError as error:
             logger.error("%s", error)
             self._end(job, "failed", Failed(ApiError(500, str(error), code="model_error")))
@@ -229,6 +240,8 @@ class Worker:
             context=self.context,
             deployment=self._deployment,
             stop=order.stop,
+            stop_token_ids=order.stop_token_ids,
+            ignore_eos=order.ignore_eos,
             memory=self._memory,
         )
         with self._changed:

@@ -86,7 +86,18 @@ def test_another_budget_needs_no_calibration(
     )
     for budget in budgets:
         output = tmp_path / "".join(budget)
-        built = result_of("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, *budget, "--no-verify", "-o", output)
+        built = result_of(
+            "build",
+            tiny_model,
+            "--method",
+            "tda",
+            "--calibration",
+            tiny_calibration,
+            *budget,
+            "--no-verify",
+            "-o",
+            output,
+        )
         assert list(built["budget"].values())[0] == float(budget[1])  # noqa: RUF015
         rebuilt, overridden = generated(output), generated(tiny_artifact, *budget)
         assert rebuilt["tokens"] == overridden["tokens"]
@@ -100,7 +111,18 @@ def test_another_budget_needs_no_calibration(
 def test_build_by_max_kl(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
     def built(max_kl: float) -> Any:
         output = tmp_path / str(max_kl)
-        arguments = ("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, "--max-kl", max_kl, "-o", output)
+        arguments = (
+            "build",
+            tiny_model,
+            "--method",
+            "tda",
+            "--calibration",
+            tiny_calibration,
+            "--max-kl",
+            max_kl,
+            "-o",
+            output,
+        )
         return result_of(*arguments)
 
     strict, loose = built(0.02), built(0.06)
@@ -115,7 +137,19 @@ def test_build_by_max_kl(tiny_model: Path, tiny_calibration: Path, tmp_path: Pat
 def test_build_with_refresh(tiny_model: Path, tiny_calibration: Path, tiny_artifact: Path, tmp_path: Path) -> None:
     """It is the default of generate and eval there, of another budget too, and 0 turns it off."""
     output = tmp_path / "a"
-    arguments = ("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, "--refresh", 5, "--no-verify", "-o", output)
+    arguments = (
+        "build",
+        tiny_model,
+        "--method",
+        "tda",
+        "--calibration",
+        tiny_calibration,
+        "--refresh",
+        5,
+        "--no-verify",
+        "-o",
+        output,
+    )
     run_ok(*arguments)
     manifest = json.loads((output / contract.MANIFEST_FILE).read_text())
     assert manifest["refresh"] == {"tokens": 5, "decay": 1.0}
@@ -150,7 +184,18 @@ def test_overwrite_replaces_an_artifact(
     output = tmp_path / "a"
     shutil.copytree(tiny_artifact, output)
     (output / contract.GENERATION_CONFIG_FILE).unlink()  # an earlier output need not be a whole one
-    arguments = ("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, "--sparsity", "0.2", "-o", output)
+    arguments = (
+        "build",
+        tiny_model,
+        "--method",
+        "tda",
+        "--calibration",
+        tiny_calibration,
+        "--sparsity",
+        "0.2",
+        "-o",
+        output,
+    )
     run_ok(*arguments, "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (output / contract.GENERATION_CONFIG_FILE).is_file()
@@ -159,7 +204,18 @@ def test_overwrite_replaces_an_artifact(
 
 def test_tail_mean(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
     """Of a budget that does not bring it; another budget of that kind leaves it."""
-    arguments = ("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, "--sparsity", "0.5", "--allocation", "uniform")
+    arguments = (
+        "build",
+        tiny_model,
+        "--method",
+        "tda",
+        "--calibration",
+        tiny_calibration,
+        "--sparsity",
+        "0.5",
+        "--allocation",
+        "uniform",
+    )
     for tail in ("mean", "zero"):
         built = result_of(*arguments, "--tail", tail, "-o", tmp_path / tail)
         names = [check["name"] for check in built["checks"]]
@@ -173,7 +229,18 @@ def test_tail_mean(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> 
 
 def test_float16(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
     output = tmp_path / "a"
-    arguments = ("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, "--dtype", "fp16", "--provider", "cpu")
+    arguments = (
+        "build",
+        tiny_model,
+        "--method",
+        "tda",
+        "--calibration",
+        tiny_calibration,
+        "--dtype",
+        "fp16",
+        "--provider",
+        "cpu",
+    )
     built = json.loads(run_ok(*arguments, "-o", output, "--json").stdout)
     assert all(check["passed"] for check in built["checks"])
     slow = run_ok("generate", output, PROMPT, "--max-new-tokens", 24, "--provider", "cpu", "--json")
@@ -241,7 +308,9 @@ def test_several_chat_templates(tiny_model: Path, tiny_calibration: Path, tmp_pa
     assert all(path.is_file() for path in output.iterdir())
     rendered = load(output).text.chat([{"role": "user", "content": "Hi"}])
     assert rendered == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    run_ok("build", model, "--method", "tda", "--calibration", tiny_calibration, "-o", output, "--no-verify", "--overwrite")
+    run_ok(
+        "build", model, "--method", "tda", "--calibration", tiny_calibration, "-o", output, "--no-verify", "--overwrite"
+    )
 
 
 def test_chat_templates_without_a_default(tiny_model: Path, tmp_path: Path) -> None:

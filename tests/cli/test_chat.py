@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,10 +61,12 @@ def test_each_line_is_a_turn(tiny_artifact: Path, loaded: Model) -> None:
 
 
 def test_options_are_those_of_generate(tiny_artifact: Path, loaded: Model) -> None:
-    sampling = Sampling(temperature=0.8, top_k=40, top_p=0.9, seed=3, repetition_penalty=1.2)
-    expected = answers(loaded, TURNS[:2], new_tokens=20, sampling=sampling, stop=["e"])
+    sampling = Sampling(temperature=0.8, top_k=40, top_p=0.9, seed=3, repetition_penalty=1.2, min_p=0.01)
+    ends: dict[str, Any] = {"stop": ["e"], "stop_token_ids": [40], "ignore_eos": True}
+    expected = answers(loaded, TURNS[:2], new_tokens=20, sampling=sampling, **ends)
     options = ("--temperature", 0.8, "--top-k", 40, "--top-p", 0.9, "--seed", 3, "--repetition-penalty", 1.2)
-    result = run_cli("chat", tiny_artifact, "--max-new-tokens", 20, "--stop", "e", *options, input="\n".join(TURNS[:2]))
+    options += ("--min-p", 0.01, "--stop", "e", "--stop-token-id", 40, "--ignore-eos")
+    result = run_cli("chat", tiny_artifact, "--max-new-tokens", 20, *options, input="\n".join(TURNS[:2]))
     assert result.stdout == "".join(f"{answer}\n" for answer in expected)
     assert expected != answers(loaded, TURNS[:2], new_tokens=20)
 

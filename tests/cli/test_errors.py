@@ -138,7 +138,9 @@ def test_missing_calibration(outputs: Path, tiny_model: Path, tmp_path: Path) ->
 
 
 def test_file_that_is_no_calibration(outputs: Path, tiny_model: Path) -> None:
-    result = run_cli("build", tiny_model, "--method", "tda", "--calibration", tiny_model / "model.safetensors", "-o", outputs / "x")
+    result = run_cli(
+        "build", tiny_model, "--method", "tda", "--calibration", tiny_model / "model.safetensors", "-o", outputs / "x"
+    )
     assert_error(result, FAILURE, "not a calibration")
 
 

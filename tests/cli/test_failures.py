@@ -107,7 +107,10 @@ def limit_files() -> None:
 def test_files_that_really_cannot_be_written(
     command: str, more: list[str], name: str, outputs: Path, tiny_model: Path, tiny_calibration: Path
 ) -> None:
-    options = [*{"calibrate": CALIBRATE_TINY, "build": ["--method", "tda", "--calibration", tiny_calibration]}[command], *more]
+    options = [
+        *{"calibrate": CALIBRATE_TINY, "build": ["--method", "tda", "--calibration", tiny_calibration]}[command],
+        *more,
+    ]
     process = start(command, tiny_model, "-o", outputs / "x", *options, preexec_fn=limit_files)
     _, stderr = process.communicate(timeout=120)
     assert_error_text(stderr, process.returncode, FAILURE, f"{name}: could not be written", "File too large")

@@ -24,7 +24,9 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp(request.param)
     model = save_tiny_model(request.param, folder / "model")
     run_ok("calibrate", model, "-o", folder / "calibration", "--sparsity", "0.5", *CALIBRATE_TINY)
-    result = run_ok("build", model, "--method", "tda", "--calibration", folder / "calibration", "-o", folder / "artifact", "--json")
+    result = run_ok(
+        "build", model, "--method", "tda", "--calibration", folder / "calibration", "-o", folder / "artifact", "--json"
+    )
     (folder / "built.json").write_text(result.stdout)
     return request.param, folder
 

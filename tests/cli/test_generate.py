@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from tda_export.graph import contract
 from tda_export.runtime import Sampling, load
+from tests.cli.conftest import USAGE, assert_error
 from tests.cli.results import PROMPT, generated, result_of
 from tests.conftest import run_cli, run_ok
+from tests.runtime.conftest import edit_manifest, replace_file
 
 DENSE_FFN_BYTES = 3 * 96 * 3 * 64 * 4  # layers, neurons, matrices, hidden size, float32
 
@@ -110,6 +113,60 @@ def test_stop_strings(tiny_artifact: Path) -> None:
     assert (stopped["text"], stopped["metrics"]["finish_reason"]) == (text[:cut], "stop")
     result = run_ok("generate", tiny_artifact, PROMPT, "--stop", first, "--stop", second)
     assert result.stdout == f"{text[:cut]}\n"
+
+
+def test_stop_tokens(tiny_artifact: Path) -> None:
+    tokens = generated(tiny_artifact)["tokens"]
+    stopped = generated(tiny_artifact, "--stop-token-id", tokens[7], "--stop-token-id", tokens[4])
+    assert stopped["tokens"] == tokens[: min(tokens.index(tokens[7]), tokens.index(tokens[4]))]
+    assert stopped["metrics"]["finish_reason"] == "stop"
+
+
+def test_end_tokens_can_be_ignored(artifact_copy: Path) -> None:
+    tokens = generated(artifact_copy)["tokens"]
+    edit_manifest(artifact_copy, lambda manifest: manifest["model"].update(eos_token_ids=[tokens[3]]))
+    assert generated(artifact_copy)["tokens"] == tokens[: tokens.index(tokens[3])]
+    assert generated(artifact_copy, "--ignore-eos")["tokens"] == tokens
+
+
+def test_min_p(tiny_artifact: Path) -> None:
+    """At 1 the likeliest alone is left."""
+    options = ("--temperature", "1", "--seed", "1")
+    assert generated(tiny_artifact, *options, "--min-p", "1")["tokens"] == generated(tiny_artifact)["tokens"]
+    assert generated(tiny_artifact, *options)["tokens"] != generated(tiny_artifact)["tokens"]
+
+
+def test_variables_for_the_chat_template(artifact_copy: Path) -> None:
+    """From generate and from chat."""
+    replace_file(artifact_copy, contract.CHAT_TEMPLATE_FILE, b"{% if short %}A{% else %}ABCDE{% endif %}")
+    variables = ("--chat-template-kwargs", '{"short": true}')
+    assert generated(artifact_copy, "--chat")["metrics"]["prompt_tokens"] == 5
+    assert generated(artifact_copy, "--chat", *variables)["metrics"]["prompt_tokens"] == 1
+    result = run_cli("chat", artifact_copy, "--max-new-tokens", "2", *variables, input="Hi")
+    assert "1 of 1 prompt tokens read" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ("{", "--chat-template-kwargs is not valid JSON ("),
+        ("[" * 100_000, "--chat-template-kwargs is not valid JSON ("),
+        ("[1]", "--chat-template-kwargs is no JSON object. Give names and values"),
+        ('{"messages": []}', "variable 'messages' is not the caller's to set. Leave it out."),
+        ('{"x": NaN}', "variable 'x' is not plain JSON"),
+    ],
+    ids=["cut", "deep", "list", "taken", "NaN"],
+)
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_variables_that_cannot_be(tmp_path: Path, command: str, given: str, text: str) -> None:
+    """Before a model is loaded."""
+    arguments = ["x", "--chat"] if command == "generate" else []
+    assert_error(run_cli(command, tmp_path / "none", *arguments, "--chat-template-kwargs", given), USAGE, text)
+
+
+def test_variables_without_a_chat(tmp_path: Path) -> None:
+    result = run_cli("generate", tmp_path / "none", "x", "--chat-template-kwargs", '{"a": 1}')
+    assert_error(result, USAGE, "--chat-template-kwargs means nothing without --chat. Give both, or neither.")
 
 
 def test_repetition_penalty(tiny_artifact: Path) -> None:

@@ -15,7 +15,19 @@ from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
 def half_artifact(tiny_model: Path, tiny_calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny artifact in float16."""
     path = tmp_path_factory.mktemp("artifacts") / "half"
-    run_ok("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, "--dtype", "fp16", "--no-verify", "-o", path)
+    run_ok(
+        "build",
+        tiny_model,
+        "--method",
+        "tda",
+        "--calibration",
+        tiny_calibration,
+        "--dtype",
+        "fp16",
+        "--no-verify",
+        "-o",
+        path,
+    )
     return path
 
 
@@ -222,7 +234,17 @@ def test_cuda_where_none_is(
 ) -> None:
     monkeypatch.setattr("tda_export.runtime.providers.cuda_problem", lambda: "no NVIDIA driver is installed here")
     arguments = {
-        "build": [tiny_model, "--method", "tda", "--calibration", tiny_calibration, "--dtype", "fp16", "-o", outputs / "x"],
+        "build": [
+            tiny_model,
+            "--method",
+            "tda",
+            "--calibration",
+            tiny_calibration,
+            "--dtype",
+            "fp16",
+            "-o",
+            outputs / "x",
+        ],
         "generate": [half_artifact, "Hi"],
         "verify": [half_artifact],
     }[command]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -20,15 +21,21 @@ from tests.conftest import run_cli
 
 
 @contextlib.contextmanager
-def started(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
-    """The process, what it said until it served, and the address."""
+def started(*arguments: object, descriptors: int | None = None) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """The process, which may open so many `descriptors`, what it said until it served, and the address."""
+
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a test in the background ignores
+        if descriptors is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
+
     command = [sys.executable, "-m", "tda_export", "serve", *map(str, arguments), "--port", "0"]
     process = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": os.getcwd()},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a test in the background ignores
+        preexec_fn=prepare,
     )
     try:
         assert process.stderr is not None
@@ -81,6 +88,37 @@ def test_options_reach_the_server(tiny_artifact: Path) -> None:
 def test_an_address_that_others_reach_is_said(tiny_artifact: Path) -> None:
     with started(tiny_artifact, "--host", "0.0.0.0") as (_, said, _):
         assert re.match(r"Whoever can reach http://0\.0\.0\.0:\d+ can use it: there is no authentication\.\n", said)
+
+
+def test_hosts_and_sites(tiny_artifact: Path) -> None:
+    """They reach the server, together with what --host says."""
+    options = ("--host", "localhost", "--allowed-host", "a.example", "--cors", "https://b.example")
+    with started(tiny_artifact, *options) as (_, _, url):
+        http, health = openai.DefaultHttpxClient(), url.removesuffix("v1") + "health"
+        for host, status in (("localhost:1", 200), ("a.example", 200), ("evil.example", 403)):
+            answer = http.get(health, headers={"Host": host, "Origin": "https://b.example"})
+            assert answer.status_code == status
+            assert answer.headers["access-control-allow-origin"] == "https://b.example"
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--cors", "example.org"), "--cors 'example.org' is no origin"),
+        (("--allowed-host", "http://a.example"), "--allowed-host takes a name or an address"),
+        (("--max-connections", "0"), "--max-connections"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_options_that_cannot_be(tiny_artifact: Path, options: tuple[str, ...], text: str) -> None:
+    assert_error(run_cli("serve", tiny_artifact, "--port", 0, *options), USAGE, text)
+
+
+def test_more_connections_than_descriptors(tiny_artifact: Path) -> None:
+    result = run_cli("serve", tiny_artifact, "--port", 0, "--max-connections", 10**9)
+    assert_error(
+        result, FAILURE, "file descriptors left, and 1000000000 connections need 1000000024. Allow more (ulimit"
+    )
 
 
 def test_a_port_that_is_taken(tiny_artifact: Path) -> None:

@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from tda_export.calibration.budgets import Budget
 from tda_export.errors import TdaError
+from tda_export.graph.comparison import PROMPTS
 from tda_export.graph.export import BuildRequest, export_artifact
 from tda_export.graph.indexed import IndexedDesign
 from tda_export.graph.method import Method, griffin, tda
-from tda_export.graph.comparison import PROMPTS
 from tda_export.graph.verify import verify_artifact
 from tda_export.models.source import ModelSource, resolve_model
 from tests.tiny import FAMILIES, save_tiny_model

@@ -66,7 +66,19 @@ def test_relative_magnitudes_with_biases_in_half_precision(tmp_path: Path) -> No
     calibration, artifact = tmp_path / "c.safetensors", tmp_path / "artifact"
     small = ("--sequences", 2, "--prompt-tokens", 8, "--continuation-tokens", 4)
     run_ok("calibrate", model, "-o", calibration, "--sparsity", 0.5, *small)
-    run_ok("build", model, "--method", "tda", "--calibration", calibration, "-o", artifact, "--dtype", "fp16", "--no-verify")
+    run_ok(
+        "build",
+        model,
+        "--method",
+        "tda",
+        "--calibration",
+        calibration,
+        "-o",
+        artifact,
+        "--dtype",
+        "fp16",
+        "--no-verify",
+    )
     found = Reader(open_artifact(artifact), "cpu").relative_magnitudes(TOKENS, [1])[0]
     assert found == pytest.approx(transformers_magnitudes(model, TOKENS)[1], abs=1e-2)
 
@@ -214,7 +226,19 @@ def test_weights_of_any_dtype(tmp_path: Path, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_reader_on_a_gpu(tiny_model: Path, tiny_calibration: Path, tmp_path: Path, dtype: str) -> None:
     path = tmp_path / dtype
-    run_ok("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, "-o", path, "--dtype", dtype, "--no-verify")
+    run_ok(
+        "build",
+        tiny_model,
+        "--method",
+        "tda",
+        "--calibration",
+        tiny_calibration,
+        "-o",
+        path,
+        "--dtype",
+        dtype,
+        "--no-verify",
+    )
     source, reader = resolve_model(str(tiny_model)), Reader(open_artifact(path), "cuda")
     tolerance = {"fp16": 1e-2, "bf16": 5e-2}[dtype]
     found = reader.relative_magnitudes(TOKENS, [1])[0]

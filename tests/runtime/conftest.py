@@ -36,6 +36,19 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
     path.write_text(json.dumps(manifest), encoding="utf-8")
 
 
+def replace_file(folder: Path, name: str, content: bytes) -> None:
+    """Replace one of an artifact's files, so that the artifact still opens."""
+    (folder / name).write_bytes(content)
+    edit_manifest(folder, lambda manifest: manifest["files"][name].update(size=len(content)))
+
+
+def add_unknown_token(folder: Path) -> None:
+    """Let an artifact's tokenizer know the token `<image>`, which the model does not: as Gemma 3's text models."""
+    tokenizer = Tokenizer.from_file(str(folder / contract.TOKENIZER_FILE))
+    tokenizer.add_special_tokens(["<image>"])
+    replace_file(folder, contract.TOKENIZER_FILE, tokenizer.to_str().encode())
+
+
 def mask_alone(model: Model) -> Deployment:
     """The artifact's own thresholds and prior, without token thresholds."""
     layers = model.artifact.shape.num_layers

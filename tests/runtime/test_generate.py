@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tda_export.calibration.file import read_calibration
+from tda_export.errors import UsageError
 from tda_export.graph import contract
 from tda_export.graph.reference import masked_ffn
 from tda_export.models.source import ModelSource
@@ -123,6 +124,29 @@ def test_stops_at_any_end_token(model: Model, artifact_copy: Path, position: int
     assert [token.id for token in generation] == tokens[: tokens.index(end)]
     assert generation.metrics.finish_reason == "stop"
     assert generation.metrics.new_tokens == tokens.index(end)
+
+
+@pytest.mark.parametrize("position", [0, 5])
+def test_stops_at_given_tokens_too(model: Model, artifact_copy: Path, position: int) -> None:
+    """They are no part of the answer, like the model's own, which can be left aside."""
+    tokens = ids(model, PROMPT, max_new_tokens=32)
+    own, given = tokens[position + 3], tokens[position]
+    edit_manifest(artifact_copy, lambda manifest: manifest["model"].update(eos_token_ids=[own]))
+    other = load(artifact_copy, provider="cpu")
+    for options, expected in (
+        ({"stop_token_ids": [258, given]}, tokens[: min(tokens.index(given), tokens.index(own))]),
+        ({"ignore_eos": True}, tokens),
+        ({"ignore_eos": True, "stop_token_ids": [given]}, tokens[: tokens.index(given)]),
+    ):
+        generation = other.generate(PROMPT, max_new_tokens=32, **options)  # type: ignore[arg-type]
+        assert [token.id for token in generation] == expected
+        assert generation.metrics.finish_reason == ("length" if expected == tokens else "stop")
+
+
+@pytest.mark.parametrize("token", [-1, 259])
+def test_stop_tokens_outside_the_vocabulary(model: Model, token: int) -> None:
+    with pytest.raises(UsageError, match=rf"Stop token {token} is not in the vocabulary: ids lie in \[0, 259\)"):
+        model.generate(PROMPT, stop_token_ids=[5, token])
 
 
 @pytest.mark.parametrize("end", ["length", "context", "stop"])

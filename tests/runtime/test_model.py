@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from tda_export.errors import TdaError, UsageError
-from tda_export.runtime import Model, Sampling, load
+from tda_export.graph import contract
+from tda_export.runtime import Conversation, Model, Sampling, load
 from tda_export.runtime.deployment import Deployment, Refresh, one_level
-from tests.runtime.conftest import PROMPT, edit_manifest
+from tests.runtime.conftest import PROMPT, add_unknown_token, edit_manifest, replace_file
 
 
 def ids(model: Model, prompt: Any, **options: Any) -> list[int]:
@@ -124,6 +125,40 @@ def test_thresholds_for_top_k_selection(artifact_copy: Path) -> None:
 def test_token_outside_the_vocabulary(model: Model, token: int) -> None:
     with pytest.raises(UsageError, match=r"Token ids must lie in \[0, 259\)"):
         model.generate([5, token])
+
+
+def test_text_with_a_token_that_the_model_does_not_have(artifact_copy: Path) -> None:
+    """The tokenizer gives it for text; the model has no embedding for it."""
+    add_unknown_token(artifact_copy)
+    model = load(artifact_copy, provider="cpu")
+    text = "holds '<image>', token 259 of the tokenizer"
+    for ask in (
+        lambda: model.generate("See <image>"),
+        lambda: model.generate("See <image>", chat=True),
+        lambda: Conversation(model).say("See <image>"),
+        lambda: Conversation(model, system="<image>").say("See"),
+    ):
+        with pytest.raises(TdaError, match=text):
+            ask()
+
+
+def test_variables_without_a_chat(model: Model) -> None:
+    with pytest.raises(UsageError, match="Variables for the chat template mean nothing without it"):
+        model.generate(PROMPT, chat_template_kwargs={"a": 1})
+
+
+def test_variables_of_a_conversation(artifact_copy: Path) -> None:
+    """In every turn; names that are taken are refused at once."""
+    template = b"{% for m in messages %}{{ m.content }}{% endfor %}{{ mark }}"
+    replace_file(artifact_copy, contract.CHAT_TEMPLATE_FILE, template)
+    model = load(artifact_copy, provider="cpu")
+    chat = Conversation(model, chat_template_kwargs={"mark": "!" * 30})
+    for _ in range(2):
+        answer = chat.say("Hi", max_new_tokens=2)
+        list(answer)
+        assert answer.metrics.prompt_tokens >= 32
+    with pytest.raises(UsageError, match="variable 'tools'"):
+        Conversation(model, chat_template_kwargs={"tools": []})
 
 
 def test_chat_of_token_ids(model: Model) -> None:

@@ -11,10 +11,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from transformers import RepetitionPenaltyLogitsProcessor
+from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
 
 from tda_export.errors import UsageError
-from tda_export.runtime.sampling import RepetitionPenalty, Sampling, keep_top_k, keep_top_p, make_sampler, softmax
+from tda_export.runtime.sampling import (
+    RepetitionPenalty,
+    Sampling,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    make_sampler,
+    softmax,
+)
 
 LOGITS = hnp.arrays(np.float64, st.integers(1, 40), elements=st.floats(-80, 80, width=32))
 SHARES = 4096  # probabilities in whole 4096ths: their sums are exact, so that the border of a nucleus is too
@@ -92,6 +100,37 @@ def test_nucleus_is_the_smallest_that_reaches_p(logits: np.ndarray, p: float) ->
 
 def test_nucleus_is_never_empty() -> None:
     assert keep_top_p(np.array([0.25, 0.75]), 1e-300).tolist() == [0.0, 1.0]
+
+
+@given(exact_probabilities(), st.integers(0, SHARES).map(lambda share: share / SHARES))
+def test_keep_min_p(probabilities: np.ndarray, p: float) -> None:
+    """Those at the border are kept; p = 1 keeps the likeliest alone."""
+    kept = [share if share >= p * max(probabilities) else 0.0 for share in probabilities]
+    np.testing.assert_allclose(
+        keep_min_p(probabilities, p), [share / math.fsum(kept) for share in kept], rtol=1e-12, atol=0
+    )
+
+
+@given(LOGITS, st.floats(0.001, 0.999))
+def test_min_p_equals_transformers(logits: np.ndarray, p: float) -> None:
+    kept = MinPLogitsWarper(p)(torch.zeros(1, 1, dtype=torch.long), torch.from_numpy(logits.copy())[None])[0]
+    ours, probabilities = keep_min_p(softmax(logits), p), softmax(logits)
+    at_border = np.isclose(probabilities, p * probabilities.max(), rtol=1e-9)
+    np.testing.assert_array_equal((ours > 0) | at_border, np.isfinite(kept.numpy()) & (probabilities > 0) | at_border)
+
+
+def test_min_p_reaches_the_sampler() -> None:
+    """By the probabilities at its temperature."""
+    logits = np.log(np.array([0.5, 0.3, 0.2]))
+    for min_p, temperature, drawn in (
+        (0.0, 1.0, {0, 1, 2}),
+        (0.5, 1.0, {0, 1}),
+        (0.7, 1.0, {0}),
+        (0.5, 2.0, {0, 1, 2}),
+    ):
+        sample = make_sampler(Sampling(temperature, seed=0, min_p=min_p))
+        assert sample is not None
+        assert {sample(logits) for _ in range(200)} == drawn
 
 
 @given(LOGITS)
@@ -181,6 +220,9 @@ def test_top_k_of_one_is_greedy() -> None:
         ({"top_p": 0.0}, r"top-p 0.0 is outside \(0, 1\]"),
         ({"top_p": 1.1}, r"top-p 1.1 is outside \(0, 1\]"),
         ({"top_p": math.nan}, "top-p nan is outside"),
+        ({"min_p": -0.1}, r"min-p -0.1 is outside \[0, 1\]"),
+        ({"min_p": 1.1}, r"min-p 1.1 is outside \[0, 1\]"),
+        ({"min_p": math.nan}, "min-p nan is outside"),
         ({"seed": -1, "temperature": 1.0}, "[Ss]eed -1"),
     ],
     ids=str,

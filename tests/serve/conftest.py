@@ -15,8 +15,10 @@ import openai
 import pytest
 
 from tda_export.runtime import Model, load
-from tda_export.serve.app import Limits, create_app
+from tda_export.serve.access import Access, make_access
+from tda_export.serve.app import create_app
 from tda_export.serve.metrics import ServerMetrics
+from tda_export.serve.orders import Limits
 from tda_export.serve.run import Server, listen, url
 from tda_export.serve.worker import Worker
 
@@ -24,6 +26,7 @@ NAME = "tiny"
 CONTEXT = 500
 BODY_BYTES = 40_000
 PATIENCE = 120  # seconds, for what takes a fraction of one
+LOOPBACK_ALONE = make_access(host="127.0.0.1", loopback=True, allowed_hosts=(), origins=())
 
 
 @dataclass
@@ -47,7 +50,14 @@ class Served:
 
 @contextlib.contextmanager
 def serving(
-    model: Model, *, queue: int = 64, context: int = CONTEXT, new_tokens: int | None = None, grace: float = PATIENCE
+    model: Model,
+    *,
+    queue: int = 64,
+    context: int = CONTEXT,
+    new_tokens: int | None = None,
+    grace: float = PATIENCE,
+    access: Access = LOOPBACK_ALONE,
+    most_connections: int = 200,
 ) -> Iterator[Served]:
     """Serve a model in threads of this process."""
     opened = listen("127.0.0.1", 0)
@@ -59,7 +69,8 @@ def serving(
         deployment=model.artifact.deployment,
         metrics=ServerMetrics(),
     )
-    server = Server(create_app(worker, NAME, Limits(BODY_BYTES, new_tokens)), worker, grace)
+    app = create_app(worker, NAME, Limits(BODY_BYTES, new_tokens), access)
+    server = Server(app, worker, grace, most_connections)
     address = url(opened)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
     thread.start()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from tda_export.runtime import Model, Sampling
-from tda_export.serve import app
+from tda_export.graph import contract
+from tda_export.runtime import Model, Sampling, load
+from tda_export.serve import orders
 from tda_export.serve.replies import server_sent
+from tests.runtime.conftest import edit_manifest, replace_file
 from tests.serve.conftest import CONTEXT, NAME, Served, serving
 
 MESSAGES: list[Any] = [
@@ -95,9 +98,94 @@ def test_limits_that_nobody_gave(served: Served, monkeypatch: pytest.MonkeyPatch
     assert chat.choices[0].finish_reason == {"context": "length"}.get(ours.metrics.finish_reason, "stop")
     assert chat.usage is not None
     assert chat.usage.total_tokens <= CONTEXT
-    monkeypatch.setattr(app, "USUAL_NEW_TOKENS", 20)
+    monkeypatch.setattr(orders, "USUAL_NEW_TOKENS", 20)
     chat = served.client().chat.completions.create(messages=MESSAGES, **GREEDY)
     assert (chat.choices[0].finish_reason, chat.usage and chat.usage.completion_tokens) == ("length", 20)
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_no_limit(model: Model, field: str) -> None:
+    """-1 is what the context holds, or the server's own limit."""
+    ask: dict[str, Any] = {"messages": MESSAGES, "extra_body": {field: -1}, **GREEDY}
+    for new_tokens in (None, 30):
+        with serving(model, new_tokens=new_tokens) as served:
+            answer = served.client().chat.completions.create(**ask)
+        ours = expected(model, MESSAGES, max_new_tokens=new_tokens or 1000)
+        assert answer.choices[0].message.content == ours.text
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == ours.metrics.new_tokens > 16
+
+
+def test_completions_without_limit(served: Served) -> None:
+    answer = served.client().completions.create(prompt="The sea", extra_body={"max_tokens": -1}, **GREEDY)
+    ours = expected(served.model, "The sea", max_new_tokens=1000)
+    assert answer.choices[0].text == ours.text
+    assert ours.metrics.new_tokens > 16
+
+
+def test_limits_beyond_the_servers_are_its_own(model: Model) -> None:
+    with serving(model, new_tokens=10) as served:
+        client = served.client()
+        for limit in ({"max_tokens": 10**9}, {"max_completion_tokens": 11}):
+            chat = client.chat.completions.create(messages=MESSAGES, extra_body=limit, **GREEDY)
+            assert chat.choices[0].finish_reason == "length"
+            assert chat.usage is not None
+            assert chat.usage.completion_tokens == 10
+        for path in (
+            client.chat.completions.create(messages=MESSAGES, **GREEDY),
+            client.completions.create(prompt="Hi", **GREEDY),
+        ):
+            assert path.usage is not None
+            assert path.usage.completion_tokens == 10
+
+
+def test_stop_tokens(served: Served) -> None:
+    """Of a chat and of a completion; they are no part of the answer."""
+    tokens = [token.id for token in served.model.generate("The sea", max_new_tokens=16)]
+    answer = served.client().completions.create(
+        prompt="The sea", extra_body={"stop_token_ids": [258, tokens[5]]}, max_tokens=16, **GREEDY
+    )
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == tokens.index(tokens[5])
+    chat = expected(served.model, MESSAGES, max_new_tokens=16, stop_token_ids=[tokens[5]])
+    said = served.client().chat.completions.create(
+        messages=MESSAGES, extra_body={"stop_token_ids": [tokens[5]]}, max_tokens=16, **GREEDY
+    )
+    assert said.choices[0].message.content == chat.text
+
+
+def test_end_tokens_can_be_ignored(artifact_copy: Path) -> None:
+    model = load(artifact_copy, provider="cpu")
+    tokens = [token.id for token in model.generate("The sea", max_new_tokens=16)]
+    edit_manifest(artifact_copy, lambda manifest: manifest["model"].update(eos_token_ids=[tokens[4]]))
+    with serving(load(artifact_copy, provider="cpu")) as served:
+        for ignore, count in ((None, tokens.index(tokens[4])), (False, tokens.index(tokens[4])), (True, 16)):
+            answer = served.client().completions.create(
+                prompt="The sea", extra_body={"ignore_eos": ignore}, max_tokens=16, **GREEDY
+            )
+            assert answer.usage is not None
+            assert answer.usage.completion_tokens == count
+
+
+def test_variables_for_the_chat_template(artifact_copy: Path) -> None:
+    """As Qwen3 and SmolLM3 have their thinking switched off."""
+    template = b"{{ messages[0].content }}{% if enable_thinking is false %}<no>{% endif %}{{ messages[0].name }}"
+    replace_file(artifact_copy, contract.CHAT_TEMPLATE_FILE, template)
+    with serving(load(artifact_copy, provider="cpu")) as served:
+        for variables, text in (
+            (None, "Hi"),
+            ({"enable_thinking": True}, "Hi"),
+            ({"enable_thinking": False}, "Hi<no>"),
+        ):
+            answer = served.client().chat.completions.create(
+                messages=[{"role": "user", "content": "Hi", "name": "Ada"}],
+                max_tokens=1,
+                extra_body={"chat_template_kwargs": variables},
+                **GREEDY,
+            )
+            assert answer.usage is not None
+            assert answer.usage.prompt_tokens == len(text) + len("Ada")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -131,13 +219,16 @@ def test_sampling(served: Served) -> None:
     assert plain == expected(served.model, MESSAGES, max_new_tokens=16, sampling=Sampling(1.0, seed=7)).text
     assert plain == ask(seed=7) != ask(seed=8)
     assert ask(seed=-1) == ask(seed=2**64 - 1)
-    every = ask(seed=7, temperature=0.7, top_p=0.9, extra_body={"top_k": 20, "repetition_penalty": 1.2})
-    sampling = Sampling(0.7, 20, 0.9, 7, 1.2)
+    others = {"top_k": 20, "repetition_penalty": 1.2, "min_p": 0.02}
+    every = ask(seed=7, temperature=0.7, top_p=0.9, extra_body=others)
+    sampling = Sampling(0.7, 20, 0.9, 7, 1.2, 0.02)
     assert every == expected(served.model, MESSAGES, max_new_tokens=16, sampling=sampling).text
+    assert plain == ask(seed=7, extra_body={"top_k": -1, "min_p": 0})
+    assert ask(seed=7, extra_body={"min_p": 1}) == expected(served.model, MESSAGES, max_new_tokens=16).text
 
 
 def test_what_means_nothing_is_taken(served: Served) -> None:
-    """Clients send defaults, and fields that came after us."""
+    """Clients send defaults."""
     harmless: dict[str, Any] = {
         "n": 1,
         "logprobs": False,
@@ -148,7 +239,7 @@ def test_what_means_nothing_is_taken(served: Served) -> None:
         "user": "someone",
         "stop": None,
     }
-    extra = {"tools": [], "modalities": ["text"], "field_of_the_future": {"x": 1}}
+    extra = {"tools": [], "modalities": ["text"], "echo": None, "min_tokens": 0, "store": False}
     answer = served.client().chat.completions.create(
         messages=MESSAGES, max_tokens=4, extra_body=extra, **harmless, **GREEDY
     )

@@ -348,7 +348,7 @@ def _connect(served: Served, options: str) -> socket.socket:
     host, port = served.url.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)), timeout=PATIENCE)
     body = f'{{"model": "{NAME}", "prompt": "The sea is calm", {options}}}'
-    head = "POST /v1/completions HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
     connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
     assert accepted.wait(PATIENCE)
     worker.submit = submit  # type: ignore[method-assign]

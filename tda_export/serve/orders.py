@@ -1,0 +1,105 @@
+"""From a request to what the worker is asked for: checked, rendered, tokenized and within the server's limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tda_export.errors import TdaError
+from tda_export.serve.errors import ApiError, invalid
+from tda_export.serve.protocol import NO_LIMIT, ChatRequest, CompletionRequest, GenerationRequest, Order
+from tda_export.serve.worker import Worker
+
+USUAL_NEW_TOKENS = 1024  # of a chat's answer whose length nobody gave: keys and values take their room beforehand
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for: `body_bytes` of its body, `new_tokens` of an answer.
+
+    For None an answer has what the context allows, and where nobody says how many, `USUAL_NEW_TOKENS`.
+    """
+
+    body_bytes: int
+    new_tokens: int | None
+
+
+def check_request(body: GenerationRequest, model: str) -> None:
+    """Refuse what this server cannot do, without a look at the prompt.
+
+    Raises:
+        ApiError: It is for another model, or has a field that is not known or not supported.
+    """
+    check_model(body.model, model)
+    body.check_supported()
+    body.stops()
+
+
+def check_model(asked: str, name: str) -> None:
+    """Refuse requests for another model than `name`.
+
+    Raises:
+        ApiError: It is another.
+    """
+    if asked != name:
+        raise ApiError(
+            404,
+            f"The model '{asked}' does not exist; this server has '{name}'.",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def make_order(body: GenerationRequest, worker: Worker, limits: Limits) -> Order:
+    """Read a request's prompt. It takes as long as a chat template wants: not for the event loop.
+
+    Raises:
+        ApiError: The prompt cannot be, or is too long; the server is shutting down.
+    """
+    worker.check_open()
+    prompt = _prompt(body, worker)
+    room = worker.context - len(prompt)
+    if room <= 0:
+        raise invalid(
+            f"This model's maximum context length is {worker.context} tokens, and the prompt has {len(prompt)}. "
+            "Shorten it.",
+            param=_prompt_field(body),
+            code="context_length_exceeded",
+        )
+    most = room if limits.new_tokens is None else min(limits.new_tokens, room)
+    wanted = body.new_tokens or body.usual_new_tokens or limits.new_tokens or USUAL_NEW_TOKENS
+    stop_token_ids = tuple(body.stop_token_ids or ())
+    try:
+        worker.model.end_tokens(stop_token_ids)
+    except TdaError as error:
+        raise invalid(str(error), param="stop_token_ids", code="invalid_value") from error
+    return Order(
+        prompt,
+        most if wanted == NO_LIMIT else min(wanted, most),
+        body.sampling(),
+        body.stops(),
+        stop_token_ids,
+        bool(body.ignore_eos),
+    )
+
+
+def _prompt(body: GenerationRequest, worker: Worker) -> list[int]:
+    model = worker.model
+    try:
+        if isinstance(body, CompletionRequest):
+            return model.tokenize(body.single_prompt())
+        assert isinstance(body, ChatRequest)
+        if not model.text.has_chat_template:
+            raise invalid(
+                "This model has no chat template, so it does not chat. Give it text that it continues, at "
+                "/v1/completions.",
+                param="messages",
+                code="invalid_value",
+            )
+        return model.tokenize_chat(body.plain_messages(), body.template_kwargs())
+    except TdaError as error:
+        worker.check_open()  # whose end also ends a rendering
+        raise invalid(str(error), param=_prompt_field(body), code="invalid_value") from error
+
+
+def _prompt_field(body: GenerationRequest) -> str:
+    return "messages" if isinstance(body, ChatRequest) else "prompt"
