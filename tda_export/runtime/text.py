@@ -64,10 +64,6 @@ class Text:
         """Return the text of tokens, without special ones."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
-    def spelling(self, token: int) -> str:
-        """Return a token as the tokenizer's vocabulary spells it."""
-        return str(self._tokenizer.id_to_token(token))
-
     def special_token(self, name: str) -> tuple[int, str] | None:
         """Return id and spelling of `bos_token`, `eos_token`, `pad_token` or `unk_token`; None where it has none."""
         spelling = self._special_tokens().get(name)

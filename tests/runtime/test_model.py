@@ -138,7 +138,7 @@ def test_text_with_a_token_that_the_model_does_not_have(artifact_copy: Path) -> 
         lambda: Conversation(model).say("See <image>"),
         lambda: Conversation(model, system="<image>").say("See"),
     ):
-        with pytest.raises(TdaError, match=text):
+        with pytest.raises(UsageError, match=text):
             ask()
 
 
