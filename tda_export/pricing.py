@@ -16,6 +16,7 @@ from tda_export.packing import Packing
 
 KL_POWER = 1.5  # near dense: KL goes with the cube of what is dropped, which is the root of the price
 SHARE_POWER = 0.5
+ROUNDING = 1e-9  # of a share that is asked for
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ class PriceTable:
 
     @property
     def most_kl(self) -> float:
-        """The largest KL that was measured, nats a token."""
-        return self._kls[-1]
+        """The largest KL that was measured, nats a token, rounded down to three digits, so that it may be asked for."""
+        return _rounded_down(self._kls[-1])
 
     @property
     def most_price(self) -> float:
@@ -115,11 +116,12 @@ class PriceTable:
         share, shares = 1.0 - sparsity, self._shares
         if share >= shares[0]:
             return 0.0
-        if share < shares[-1]:
+        if share < shares[-1] - ROUNDING:
             raise UsageError(
                 f"Sparsity {sparsity} is more than was measured with prices ({self.most_sparsity:.3f}, at KL "
-                f"{self.most_kl:.3f} to dense). Give a sparsity up to {self.most_sparsity:.3f}."
+                f"{self.most_kl:g} to dense). Give a sparsity up to {self.most_sparsity:g}."
             )
+        share = max(share, shares[-1])
         after = next(i for i, value in enumerate(shares) if value <= share)
         weight = (shares[after - 1] - share) / (shares[after - 1] - shares[after])
         return self._between(after, weight, SHARE_POWER)
@@ -206,8 +208,8 @@ class PriceTable:
         kls = self._kls
         if max_kl > kls[-1]:
             raise UsageError(
-                f"KL {max_kl} is more than was measured with prices ({kls[-1]:.3f}, at sparsity "
-                f"{self.most_sparsity:.3f}). Give --max-kl up to {math.floor(1000 * kls[-1]) / 1000:.3f}."
+                f"KL {max_kl} is more than was measured with prices ({kls[-1]:.4g}, at sparsity "
+                f"{self.most_sparsity:.3f}). Give a KL up to {self.most_kl:g}."
             )
         if max_kl == kls[-1]:
             return self.most_price
@@ -236,6 +238,15 @@ class PriceTable:
         if low == 0:
             return weight * high
         return min(high, math.exp((1 - weight) * math.log(low) + weight * math.log(high)))
+
+
+def _rounded_down(value: float) -> float:
+    """Round to three digits, towards 0."""
+    if value == 0:
+        return 0.0
+    step = 10.0 ** (math.floor(math.log10(value)) - 2)
+    rounded = float(f"{math.floor(value / step) * step:.3g}")
+    return rounded if rounded <= value else value
 
 
 def _numbers(row: PriceRow) -> list[float]:

@@ -26,7 +26,8 @@ settings.load_profile("untimed")
 # A model that this project does not ship.
 collect_ignore = [] if os.environ.get("TDA_EXPORT_GEMMA3") else ["test_gemma3.py"]
 
-CALIBRATE_TINY = ("--sequences", "4", "--prompt-tokens", "32", "--continuation-tokens", "16")
+TINY_LENGTHS = ("--sequences", "4", "--prompt-tokens", "32", "--continuation-tokens", "16")
+CALIBRATE_TINY = ("--method", "tda", *TINY_LENGTHS)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -95,7 +96,8 @@ def token_artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     """Its artifact with a calibration of the token estimator, which threshold truncation needs."""
     folder = tmp_path_factory.mktemp("token")
     sequences = ("--sequences", "2", "--prompt-tokens", "24", "--continuation-tokens", "8")
-    run_ok("calibrate", tiny_model, "-o", folder / "calibration.safetensors", "--estimator", "token", *sequences)
+    output = folder / "calibration.safetensors"
+    run_ok("calibrate", tiny_model, "-o", output, "--method", "tda", "--estimator", "token", *sequences)
     calibration = ("--calibration", folder / "calibration.safetensors")
     run_ok("build", tiny_model, "--method", "tda", *calibration, "--no-verify", "-o", folder / "artifact")
     return folder / "artifact"

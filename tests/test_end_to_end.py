@@ -40,7 +40,7 @@ LOGIT_CHECKS = (
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Calibrated on four short sequences of the built-in text and built; both commands' results lie beside it."""
     folder = tmp_path_factory.mktemp("real")
-    short = ("--sequences", 4, "--prompt-tokens", 96, "--continuation-tokens", 32)
+    short = ("--method", "tda", "--sequences", 4, "--prompt-tokens", 96, "--continuation-tokens", 32)
     calibrated = run_ok("calibrate", MODEL, "-o", folder / "calibration.safetensors", *short, "--json")
     (folder / "calibrated.json").write_text(calibrated.stdout)
     built = run_ok(

@@ -35,7 +35,7 @@ def source() -> ModelSource:
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Calibrated with prompts longer than the window, built and verified."""
     folder, model = tmp_path_factory.mktemp("gemma3"), os.environ["TDA_EXPORT_GEMMA3"]
-    lengths = ("--sequences", 4, "--prompt-tokens", 600, "--continuation-tokens", 32)
+    lengths = ("--method", "tda", "--sequences", 4, "--prompt-tokens", 600, "--continuation-tokens", 32)
     run_ok("calibrate", model, "-o", folder / "calibration", *lengths)
     result = run_ok(
         "build", model, "--method", "tda", "--calibration", folder / "calibration", "-o", folder / "artifact", "--json"

@@ -93,7 +93,7 @@ def thresholds_at(histogram: torch.Tensor, density: torch.Tensor) -> torch.Tenso
 
 
 def row_norms(model: Any, spec: DecoderSpec) -> dict[str, torch.Tensor]:
-    """Compute ||W_i||, the norm of what leaves input channel i: float32 [L, in] of each matrix, on the model's device."""
+    """Compute ||W_i||, the norm of what leaves input channel i: float32 [L, in] of each matrix."""
     norms: dict[str, list[torch.Tensor]] = {}
     for layer in range(spec.num_layers):
         squares = {

@@ -12,6 +12,7 @@ import torch
 
 from tda_export.calibration.magnitudes import ALL_BINS, bin_edges, float_bins
 from tda_export.calibration.prices import read_prompt
+from tda_export.errors import TdaError
 from tda_export.models.linear_modules import watch_sites
 from tda_export.models.row_dropping import dropping
 from tda_export.models.spec import DecoderSpec
@@ -52,6 +53,9 @@ def choose_prices(
         row_prices: float32 [L, in] of each matrix, for each packing.
         element_bytes: Of the rows.
         advance: Told of every sequence.
+
+    Raises:
+        TdaError: No row is worth anything.
     """
     bytes_worth = {packing: torch.zeros(ALL_BINS, dtype=torch.float64, device=model.device) for packing in row_prices}
     names = {packing: _by_site(spec, packing) for packing in row_prices}
@@ -71,7 +75,12 @@ def choose_prices(
             continuation = sequence[None, prompt_tokens:].to(model.device)
             model(continuation, past_key_values=cache, use_cache=True, logits_to_keep=1)
         advance(1)
-    return {packing: prices_at(found.cpu(), SHARES) for packing, found in bytes_worth.items()}
+    prices = {packing: prices_at(found.cpu(), SHARES) for packing, found in bytes_worth.items()}
+    if not all(prices.values()):
+        raise TdaError(
+            "All rows have the price 0: the model's output does not depend on its layers. Check the checkpoint."
+        )
+    return prices
 
 
 def prices_at(bytes_worth: torch.Tensor, shares: tuple[float, ...]) -> list[float]:
@@ -86,8 +95,12 @@ def prices_at(bytes_worth: torch.Tensor, shares: tuple[float, ...]) -> list[floa
     read = worth.flip(0).cumsum(0).flip(0)  # at the lower edge of each bin
     edges = bin_edges().double()
     prices: list[float] = []
+    if read[0] == 0:
+        return prices
     for share in shares:
-        inside = int((read >= share * read[0]).sum()) - 1  # the last bin at whose lower edge there are enough
+        inside = (
+            min(int((read >= share * read[0]).sum()), len(edges) - 1) - 1
+        )  # the last bin at whose lower edge there are enough
         part = (read[inside] - share * read[0]) / worth[inside].clamp_min(1e-300)
         price = float(edges[inside] + part.clamp(0, 1) * (edges[inside + 1] - edges[inside]))
         if 0 < price < math.inf and (not prices or price > prices[-1]):

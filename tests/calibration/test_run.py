@@ -76,8 +76,8 @@ def test_half_precision_is_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_smallest_settings_are_allowed() -> None:
-    assert CalibrationSettings(prompt_tokens=2, continuation_tokens=1, sequences=2).length == 3
-    assert CalibrationSettings(sequences=1, curves_only=True).sequences == 1
+    assert CalibrationSettings(method="tda", prompt_tokens=2, continuation_tokens=1, sequences=2).length == 3
+    assert CalibrationSettings(method="tda", sequences=1, curves_only=True).sequences == 1
 
 
 class Shown:

@@ -64,7 +64,7 @@ def test_relative_magnitudes_are_those_of_transformers(tiny_model: Path, tiny_ar
 def test_relative_magnitudes_with_biases_in_half_precision(tmp_path: Path) -> None:
     model = save_tiny_model("llama-biases", tmp_path / "model")
     calibration, artifact = tmp_path / "c.safetensors", tmp_path / "artifact"
-    small = ("--sequences", 2, "--prompt-tokens", 8, "--continuation-tokens", 4)
+    small = ("--method", "tda", "--sequences", 2, "--prompt-tokens", 8, "--continuation-tokens", 4)
     run_ok("calibrate", model, "-o", calibration, "--sparsity", 0.5, *small)
     run_ok(
         "build",
