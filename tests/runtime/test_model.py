@@ -61,7 +61,7 @@ def test_prompt_longer_than_the_context(model: Model) -> None:
     ("options", "text"),
     [
         ({"max_new_tokens": 0}, "0 new tokens: give 1 or more"),
-        ({"mask": "sparse"}, "Unknown mask 'sparse'. Use tda or dense"),
+        ({"mask": "sparse"}, "Mask 'sparse' is not one of this artifact's. Use tda or dense"),
         ({"context": 513}, r"A context of 513 tokens is outside \[2, 512\]"),
         ({"context": 1}, r"A context of 1 tokens is outside \[2, 512\]"),
         ({"context": 0}, r"A context of 0 tokens is outside \[2, 512\]"),
