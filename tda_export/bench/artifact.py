@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -10,7 +11,10 @@ from tda_export.calibration.budgets import Budget
 from tda_export.graph.export import BuildRequest, export_artifact
 from tda_export.graph.indexed import IndexedDesign
 from tda_export.graph.method import tda
+from tda_export.graph.priced import PricedDesign
+from tda_export.graph.requests import default_packing
 from tda_export.models.source import ModelSource
+from tda_export.packing import Packing, linear_shape, packed_matrices
 from tda_export.runtime.artifact import Artifact, open_artifact
 
 
@@ -33,3 +37,60 @@ def build_random_artifact(source: ModelSource, folder: Path, dtype: str, sparsit
     request = BuildRequest(source, dtype, design, budget.describe())
     export_artifact(request, folder, quiet=quiet, check=lambda folder: None)
     return open_artifact(folder)
+
+
+# Shares of rows read at half of the bytes, as measured on a real model of half a billion weights.
+DENSITIES = {"q": 0.42, "k": 0.63, "v": 0.76, "o": 0.64, "gate": 0.49, "up": 0.59, "down": 0.39}
+WORTH = (1e15, math.inf)  # of a row: read at all prices but the highest, or at every one
+PRICES = (1e-3, 1e30)  # of the milder sparsity and of the stronger one
+
+
+def build_random_priced(
+    source: ModelSource,
+    folder: Path,
+    dtype: str,
+    sparsities: tuple[float, float],
+    *,
+    packing: Packing | None = None,
+    seed: int = 0,
+    quiet: bool,
+) -> tuple[Artifact, dict[float, float]]:
+    """Build a priced artifact of random weights in which two prices read exactly two shares of the bytes.
+
+    Rows are drawn independently of each other and of x: what of them a price reads is the same for every token. A
+    matrix's share follows `DENSITIES`.
+
+    Args:
+        source: A model with random weights.
+        folder: The artifact to create.
+        dtype: A value of `contract.DTYPES`.
+        sparsities: A milder and a stronger one, shares of the linears' bytes that are not read.
+        packing: Of the linears; None chooses by dtype.
+        seed: Of the draw.
+        quiet: No progress.
+
+    Returns:
+        The artifact, and the price of each sparsity.
+    """
+    spec, chosen = source.spec, packing or default_packing(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    matrices = packed_matrices(spec, chosen)
+    inputs = {name: linear_shape(spec, parts[0])[0] for name, parts in matrices.items()}
+    size = {name: inputs[name] * sum(linear_shape(spec, part)[1] for part in parts) for name, parts in matrices.items()}
+    unread = {
+        name: 1 - sum(DENSITIES[part] * linear_shape(spec, part)[1] for part in parts) * inputs[name] / size[name]
+        for name, parts in matrices.items()
+    }
+    mean = sum(unread[name] * size[name] for name in matrices) / sum(size.values())
+    prices = {}
+    for name in matrices:
+        order = torch.rand(spec.num_layers, inputs[name], generator=generator).argsort(dim=1).argsort(dim=1)
+        dropped = [min(1.0, unread[name] * sparsity / mean) * inputs[name] for sparsity in sorted(sparsities)]
+        worth = torch.full(order.shape, WORTH[1])
+        worth[order < dropped[1]] = WORTH[0]
+        worth[order < dropped[0]] = 0.0
+        prices[name] = worth
+    design = PricedDesign(chosen, prices, 0.0)
+    request = BuildRequest(source, dtype, design, {"price": 0.0})
+    export_artifact(request, folder, quiet=quiet, check=lambda folder: None)
+    return open_artifact(folder), dict(zip(sorted(sparsities), PRICES, strict=True))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,26 +19,22 @@ import onnxruntime as ort
 
 import tda_export
 from tda_export.bench.bandwidth import copy_bandwidth
-from tda_export.bench.probe import PROBED_TOKENS, Probe
+from tda_export.bench.probe import PROBED_TOKENS
 from tda_export.bench.runners import (
-    BodyLogits,
-    DenseRunner,
     Runner,
-    SparseRunner,
-    TruncationRunner,
-    truncated_logits,
 )
 from tda_export.bench.timing import Spread, speedup, take_turns
 from tda_export.errors import TdaError, UsageError
-from tda_export.ffn_share import truncation_share, two_level_share
-from tda_export.graph.derive import artifact_method, artifact_spec, derived_sessions
-from tda_export.graph.method import griffin
+from tda_export.graph.derive import artifact_method, artifact_spec
 from tda_export.graph.sizes import manifest_sizes
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.providers import CUDA
 from tda_export.runtime.session import Sessions
 
-METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin", "tt")
+METHODS = {
+    "indexed": ("dense", "dense_native", "tda", "two_levels", "griffin", "tt"),
+    "priced": ("dense", "dense_native", "priced"),
+}
 DEFAULT_METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin")
 TOKENS_A_ROUND = 16
 PREFILLS = 5
@@ -50,16 +47,19 @@ GATE_SHARE = 1.4  # of the kept bytes: with two levels, density of the mask and 
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What to compare. Lengths in tokens, sparsity as the share of FFN bytes that is not read."""
+    """What to compare. Lengths in tokens, sparsity as the share of bytes that is not read: of the FFN, or with prices
+    of all linears. `prices`, by name, take the place of the one that a priced artifact's table has for the sparsity."""
 
     methods: tuple[str, ...] = DEFAULT_METHODS
     sparsity: float = 0.5
+    prices: Mapping[str, float] | None = None
     prompt_tokens: int = 1024
     new_tokens: int = 256
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.methods if name not in METHODS]:
-            raise UsageError(f"Unknown method {unknown[0]!r}. Use {', '.join(METHODS)}.")
+        known = list(dict.fromkeys(name for names in METHODS.values() for name in names))
+        if unknown := [name for name in self.methods if name not in known]:
+            raise UsageError(f"Unknown method {unknown[0]!r}. Use {', '.join(known)}.")
         if len(set(self.methods)) < len(self.methods):
             raise UsageError("A method is named twice.")
         if not 0 <= self.sparsity < 1:
@@ -97,7 +97,11 @@ def run_bench(
         )
     say("Loading")
     sessions = Sessions(artifact, provider)
-    bench = _Bench(artifact, sessions, settings, list(prompt), capacity)
+    from tda_export.bench.masks import MaskBench
+    from tda_export.bench.priced import PricedBench
+
+    kind: type[Bench] = PricedBench if artifact.layout == "priced" else MaskBench
+    bench = kind(artifact, sessions, settings, list(prompt), capacity)
     say("Checking logits")
     bench.check()
     say("Measuring")
@@ -106,93 +110,44 @@ def run_bench(
 
 def default_methods(artifact: Artifact, new_tokens: int) -> tuple[str, ...]:
     """Return `DEFAULT_METHODS`, less what an artifact has no graph for, or too few tokens leave no thresholds for."""
+    if artifact.layout == "priced":
+        return METHODS["priced"]
     possible = artifact_method(artifact).two_levels and new_tokens >= 2 * PROBED_TOKENS
     return tuple(name for name in DEFAULT_METHODS if possible or name != "two_levels")
 
 
-class _Bench:
+class Bench(ABC):
+    """Ways of generating from one artifact, by name: checked against slower ways, then timed by turns."""
+
     def __init__(
         self, artifact: Artifact, sessions: Sessions, settings: BenchSettings, prompt: list[int], capacity: int
     ) -> None:
         self.artifact, self.sessions, self.settings, self.prompt = artifact, sessions, settings, prompt
-        self.capacity, self.probe = capacity, Probe(artifact, sessions, prompt)
+        self.capacity = capacity
         self.runners: dict[str, Runner] = {}
-        self.token_thresholds: np.ndarray | None = None
-        self.up_down_density = 1.0
-        for name in settings.methods:
-            self.runners[name] = getattr(self, f"_make_{name}")()
 
-    def _make_dense(self) -> Runner:
-        return DenseRunner(self.artifact, self.sessions, self.capacity)
-
-    def _make_dense_native(self) -> Runner:
-        return SparseRunner(self.artifact, self.sessions, self.capacity, masked=False)
-
-    def _make_tda(self) -> Runner:
-        self._require_thresholds("tda")
-        runner = SparseRunner(self.artifact, self.sessions, self.capacity)
-        runner.thresholds = self.probe.score_thresholds(1.0 - self.settings.sparsity)
-        return runner
-
-    def _make_griffin(self) -> Runner:
-        sessions = derived_sessions(self.artifact, self.sessions, griffin(self.settings.sparsity))
-        return SparseRunner(self.artifact, sessions, self.capacity)
-
-    def _require_thresholds(self, name: str) -> None:
-        method = artifact_method(self.artifact)
-        if method.selection != "threshold":
-            raise UsageError(
-                f"{self.artifact.folder} was built with --method {method.name}, which {name} cannot be benched from. "
-                "Give an artifact of --method tda."
-            )
-
-    def _make_two_levels(self) -> Runner:
-        self._require_thresholds("two_levels")
-        if not artifact_method(self.artifact).two_levels:
-            raise UsageError(f"{self.artifact.folder} has no second level. Leave two_levels out.")
-        kept = 1.0 - self.settings.sparsity
-        mask_density = min(1.0, GATE_SHARE * kept)
-        runner = SparseRunner(self.artifact, self.sessions, self.capacity)
-        runner.thresholds = self.probe.score_thresholds(mask_density)
-        runner.prefill(self.prompt)
-        assert runner.mask is not None
-        matrices = self.artifact.ffn_matrices
-        wanted = (matrices * kept - mask_density) / (matrices - 1)
-        self.token_thresholds, self.up_down_density = self.probe.token_thresholds(runner, wanted)
-        runner.token_thresholds = self.token_thresholds
-        return runner
-
-    def _make_tt(self) -> Runner:
-        self.truncation_thresholds = self.probe.truncation_thresholds(1.0 - self.settings.sparsity)
-        return TruncationRunner(self.artifact, self.sessions, self.capacity, self.truncation_thresholds)
-
+    @abstractmethod
     def check(self) -> None:
-        """Compare each method's logits after the prompt and one token with another way to compute them."""
-        token = self.prompt[-1]
-        found = {}
-        for name, runner in self.runners.items():
-            runner.prefill(self.prompt)
-            found[name] = runner.logits(token)
-        body = BodyLogits(self.artifact, self.sessions, self.capacity)
-        for name, logits in found.items():
-            runner = self.runners[name]
-            if name == "dense_native" and "dense" in found:
-                self._compare(name, logits, found["dense"])
-            elif isinstance(runner, SparseRunner):
-                level = self.token_thresholds if name == "two_levels" else None
-                self._compare(name, logits, body.after(runner, self.prompt, token, level))
-            elif name == "tt":
-                thresholds = self.truncation_thresholds
-                expected = truncated_logits(self.artifact, self.sessions, self.prompt, token, thresholds)
-                self._compare(name, logits, expected)
-            elif not np.isfinite(logits).all():
-                raise TdaError(f"{name}: its logits are not finite, so nothing is timed.")
+        """Compare each way's logits after the prompt and one token with another way to compute them."""
 
-    def _compare(self, name: str, logits: np.ndarray, expected: np.ndarray) -> None:
+    @abstractmethod
+    def bytes_read(self, name: str) -> tuple[int, int]:
+        """Return the bytes that one token reads: of weights that may be skipped, and of all others with the keys and
+        values of a middling context."""
+
+    def compare(self, name: str, logits: np.ndarray, expected: np.ndarray, factor: float = 1.0) -> None:
+        """Refuse logits that are too far from what they should be."""
         error = float(np.abs(logits - expected).max() / np.abs(expected).max())
-        factor = SECOND_LEVEL_FACTOR if name in ("two_levels", "tt") else 1.0
         if not error <= factor * TOLERANCES[self.artifact.shape.dtype]:
             raise TdaError(f"{name}: its logits are {error:.1e} from the reference, so nothing is timed.")
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes that every token reads: other weights, and keys and values of a middling context."""
+        artifact = self.artifact
+        sizes = manifest_sizes(artifact_spec(artifact), artifact.manifest["weights"], artifact.shape.dtype)
+        context = self.settings.prompt_tokens + self.settings.new_tokens // 2
+        return sizes.read - artifact.sparse_bytes + sizes.cache_read(context)
 
     def measure(self) -> dict[str, Any]:
         settings, runners = self.settings, self.runners
@@ -214,17 +169,17 @@ class _Bench:
         for name in runners:
             times = Spread.of([1e3 * seconds / TOKENS_A_ROUND for seconds in decodes[name]])
             firsts = Spread.of([1e3 * seconds for seconds in prefills[name][1:]])
-            ffn, other = self._bytes(name)
+            skippable, other = self.bytes_read(name)
             result[name] = {
                 "ms_per_token": times.median,
                 "ms_per_token_range": [times.smallest, times.largest],
                 "prefill_ms": firsts.median,
                 "prefill_ms_range": [firsts.smallest, firsts.largest],
-                "sparsity": 1.0 - ffn / self.artifact.dense_ffn_bytes,
-                "ffn_bytes_per_token": ffn,
-                "bytes_per_token": ffn + other,
-                "gb_per_second": (ffn + other) / times.median / 1e6,
-                "share_of_copy_bandwidth": (ffn + other) / times.median / 1e6 / bandwidth,
+                "sparsity": 1.0 - skippable / self.artifact.sparse_bytes,
+                "skippable_bytes_per_token": skippable,
+                "bytes_per_token": skippable + other,
+                "gb_per_second": (skippable + other) / times.median / 1e6,
+                "share_of_copy_bandwidth": (skippable + other) / times.median / 1e6 / bandwidth,
             }
         baseline = next((name for name in ("dense", "dense_native") if name in runners), None)
         for name in runners:
@@ -235,21 +190,6 @@ class _Bench:
         if "speedup" in result.get("tda", {}):
             result["speedup"] = result["tda"]["speedup"]
         return result
-
-    def _bytes(self, name: str) -> tuple[int, int]:
-        """Bytes that one token reads: FFN weights, and other weights with the keys and values of a middling context."""
-        artifact, shape = self.artifact, self.artifact.shape
-        runner, ffn = self.runners[name], artifact.dense_ffn_bytes
-        if isinstance(runner, SparseRunner):
-            neurons = shape.num_layers * shape.ffn_size
-            masked = runner.mask.count(shape.num_layers) / neurons if runner.mask is not None else 1.0
-            skipping = self.up_down_density if name == "two_levels" else masked * self.probe.active_share(runner)
-            ffn = round(ffn * two_level_share(masked, skipping, artifact.ffn_matrices))
-        if isinstance(runner, TruncationRunner):
-            ffn = round(ffn * truncation_share(runner.density, artifact.ffn_matrices))
-        sizes = manifest_sizes(artifact_spec(artifact), artifact.manifest["weights"], shape.dtype)
-        context = self.settings.prompt_tokens + self.settings.new_tokens // 2
-        return ffn, sizes.read - sizes.ffn + sizes.cache_read(context)
 
 
 def device_name(provider: str) -> str:

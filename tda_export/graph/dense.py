@@ -12,7 +12,7 @@ import onnx_ir as ir
 from tda_export.graph import contract
 from tda_export.graph.attention import attention_lengths
 from tda_export.graph.decoder import GraphBuilder, model_shape
-from tda_export.graph.ffn import combine
+from tda_export.graph.ffn import plain_ffn
 from tda_export.graph.weights_file import WeightTable
 from tda_export.models.spec import DecoderSpec
 from tda_export.weights.matrix import Matrix
@@ -60,14 +60,7 @@ def build_dense(spec: DecoderSpec, weights: WeightTable, dtype: str) -> ir.Model
     graph = DenseGraphBuilder(spec, weights, dtype, contract.dense_inputs(shape))
     ops = graph.ops
 
-    def biased(y: ir.Value, layer: int, part: str) -> ir.Value:
-        return ops.op("Add", y, graph.weight(contract.ffn_bias(layer, part))) if spec.ffn_bias else y
-
-    def ffn(layer: int, x: ir.Value) -> tuple[ir.Value, ir.Value | None]:
-        h = combine(ops, spec, lambda part: biased(graph.product(x, contract.ffn_weight(layer, part)), layer, part))
-        return biased(graph.product(h, contract.ffn_weight(layer, "down")), layer, "down"), None
-
-    hidden = graph.layers(attention_lengths(ops, graph.inputs[contract.ATTENTION_MASK]), ffn)
+    hidden = graph.layers(attention_lengths(ops, graph.inputs[contract.ATTENTION_MASK]), plain_ffn(graph))
     # Of a prompt the last position alone, as GenAI does.
     end = ops.constant([2**63 - 1], "int64")
     last = ops.op("Slice", hidden, ops.constant([-1], "int64"), end, ops.constant([1], "int64"))  # [1, 1, M]

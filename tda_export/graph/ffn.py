@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from tda_export.graph import contract
 from tda_export.graph.contract import FfnInput
-from tda_export.graph.decoder import GraphBuilder
+from tda_export.graph.decoder import Ffn, GraphBuilder
 from tda_export.graph.ops import MICROSOFT, OPSET, Ops
 from tda_export.models.spec import Activation, DecoderSpec
 
@@ -76,6 +76,25 @@ def combine(ops: Ops, spec: DecoderSpec, product: Callable[[str], ir.Value]) -> 
     first, *rest = (product(part) for part in spec.ffn_parts[:-1])
     activated = activate(ops, spec.activation, first)
     return ops.op("Mul", activated, rest[0]) if rest else activated
+
+
+def plain_ffn(graph: GraphBuilder) -> Ffn:
+    """Return the FFN of a layer from its stored matrices: down(act(gate x) * up x), without gates down(act(up x))."""
+    ops, spec = graph.ops, graph.spec
+
+    def ffn(layer: int, x: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+        packed = contract.linear_weight(layer, "gate_up")
+        if packed in graph.weights.matrices:
+            sizes = ops.constant([spec.ffn_size, spec.ffn_size], "int64")
+            first, *rest = ops.multi("Split", graph.affine(x, packed), sizes, outputs=(True, True), axis=2)
+        else:
+            first, *rest = (graph.affine(x, contract.ffn_weight(layer, part)) for part in spec.ffn_parts[:-1])
+        activated = activate(ops, spec.activation, first)
+        h = ops.op("Mul", activated, *rest) if rest else activated
+        bias = graph.weight(contract.ffn_bias(layer, "down")) if spec.ffn_bias else None
+        return graph.linear(h, contract.ffn_weight(layer, "down")), bias
+
+    return ffn
 
 
 def indexed_ffn(ops: Ops, form: FfnForm, layer: int, inputs: dict[str, ir.Value]) -> ir.Value:

@@ -13,8 +13,8 @@ import torch
 from tda_export.graph import contract
 from tda_export.graph.attention import attention_lengths, call_tokens
 from tda_export.graph.contract import IoTensor, ModelShape
-from tda_export.graph.decoder import Ffn, GraphBuilder, last_positions, model_shape
-from tda_export.graph.ffn import activate
+from tda_export.graph.decoder import GraphBuilder, last_positions, model_shape
+from tda_export.graph.ffn import plain_ffn
 from tda_export.graph.greedy import greedy_token_function, greedy_tokens
 from tda_export.graph.linear import HalfGraphBuilder, linear_functions
 from tda_export.graph.row_linear import call_price, call_price_function, dropped_rows, row_linear, row_linear_functions
@@ -61,25 +61,6 @@ class HalfRowGraphBuilder(RowGraphBuilder, HalfGraphBuilder):
     """The same in half precision, where the other products and norms of decode are functions."""
 
 
-def priced_ffn(graph: GraphBuilder) -> Ffn:
-    """Return the FFN of a layer from its stored matrices: down(act(gate x) * up x), without gates down(act(up x))."""
-    ops, spec = graph.ops, graph.spec
-
-    def ffn(layer: int, x: ir.Value) -> tuple[ir.Value, ir.Value | None]:
-        packed = contract.linear_weight(layer, "gate_up")
-        if packed in graph.weights.matrices:
-            sizes = ops.constant([spec.ffn_size, spec.ffn_size], "int64")
-            first, *rest = ops.multi("Split", graph.affine(x, packed), sizes, outputs=(True, True), axis=2)
-        else:
-            first, *rest = (graph.affine(x, contract.ffn_weight(layer, part)) for part in spec.ffn_parts[:-1])
-        activated = activate(ops, spec.activation, first)
-        h = ops.op("Mul", activated, *rest) if rest else activated
-        bias = graph.weight(contract.ffn_bias(layer, "down")) if spec.ffn_bias else None
-        return graph.linear(h, contract.ffn_weight(layer, "down")), bias
-
-    return ffn
-
-
 def build_priced_prefill(spec: DecoderSpec, weights: WeightTable, dtype: str) -> ir.Model:
     """Build the graph that reads a prompt densely.
 
@@ -96,7 +77,7 @@ def build_priced_prefill(spec: DecoderSpec, weights: WeightTable, dtype: str) ->
     inputs = graph.inputs
     lengths = attention_lengths(graph.ops, inputs[contract.ATTENTION_MASK])
     tokens = call_tokens(graph.ops, inputs[contract.INPUT_IDS], lengths)
-    hidden = graph.layers(lengths, priced_ffn(graph))
+    hidden = graph.layers(lengths, plain_ffn(graph))
     last = last_positions(graph.ops, hidden, inputs[contract.NUM_LOGITS], tokens.attended)
     graph.outputs[contract.LOGITS] = graph.logits(last)
     defaults = {contract.NUM_LOGITS: np.ones(1, np.int64)}
@@ -134,7 +115,7 @@ def build_priced_decode(
     graph.counted = counted
     mask = inputs[contract.ATTENTION_MASK]
     graph.price = call_price(ops, inputs[contract.INPUT_IDS], mask, inputs[contract.PRICE])
-    hidden = graph.layers(attention_lengths(ops, mask), priced_ffn(graph))
+    hidden = graph.layers(attention_lengths(ops, mask), plain_ffn(graph))
     outputs[contract.LOGITS] = graph.logits(hidden)
     outputs[contract.GREEDY_TOKENS] = greedy_tokens(ops, outputs[contract.LOGITS])
     if counted:
