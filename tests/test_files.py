@@ -6,7 +6,6 @@ import errno
 import hashlib
 import os
 import stat
-import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -59,7 +58,7 @@ def full_disk() -> OSError:
 def test_appears_when_done(atomic: Atomic, tmp_path: Path) -> None:
     with atomic(tmp_path / "x") as part:
         put(part, "new")
-        assert part.parent == tmp_path  # the same file system, so that the rename is atomic
+        assert part.parent.parent == tmp_path  # the same file system, so that the rename is atomic
         assert not (tmp_path / "x").exists()
     assert names(tmp_path) == ["x"]
     assert content(tmp_path / "x") == "new"
@@ -144,17 +143,18 @@ def test_the_temporary_name_is_not_shown(atomic: Atomic, tmp_path: Path) -> None
         raise os_error(errno.EACCES, str(part))
 
 
-@pytest.mark.parametrize("call", ["mkstemp", "mkdtemp"])
-def test_full_disk_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    """A disk out of inodes refuses the temporary file itself."""
+@pytest.mark.parametrize("call", ["mkdir", "open"])
+def test_full_disk_at_the_start(atomic: Atomic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """A disk out of inodes refuses the temporary folder itself, or the lock in it."""
 
-    def refuse(**options: object) -> None:
+    def refuse(*arguments: object) -> None:
         raise full_disk()
 
-    monkeypatch.setattr(tempfile, call, refuse)
-    atomic = {"mkstemp": atomic_file, "mkdtemp": atomic_folder}[call]
-    with pytest.raises(TdaError, match="No space left on device"), atomic(tmp_path / "x"):
-        pass
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        with pytest.raises(TdaError, match="No space left on device"), atomic(tmp_path / "x"):
+            pass
+    assert names(tmp_path) == []
 
 
 def test_parent_that_went_away(atomic: Atomic, tmp_path: Path) -> None:
@@ -191,13 +191,19 @@ def test_failed_rename_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.
 def test_the_old_folder_is_never_deleted_before_the_new_one_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where it cannot even be put back it stays beside, under another name."""
+    """Where it cannot even be put back it stays beside, under another name, and the next run puts it back."""
     with atomic_folder(tmp_path / "x") as part:
         put(part, "old")
-    failing_renames(monkeypatch, 2, 3)
-    with pytest.raises(TdaError), atomic_folder(tmp_path / "x") as part:
-        put(part, "new")
+    with monkeypatch.context() as patch:
+        failing_renames(patch, 2, 3)
+        text = r"x: could not be replaced \(.*busy\). The earlier one is .*/old; the next run with this output puts it"
+        with pytest.raises(TdaError, match=text), atomic_folder(tmp_path / "x") as part:
+            put(part, "new")
     assert [path.read_text() for path in tmp_path.rglob("a")] == ["old"]
+    with pytest.raises(UsageError, match="exists"):
+        check(tmp_path / "x", overwrite=False)
+    assert names(tmp_path) == ["x"]
+    assert content(tmp_path / "x") == "old"
 
 
 def test_failed_rename_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
