@@ -13,6 +13,16 @@ from pathlib import Path
 from tda_export.errors import TdaError, UsageError
 from tda_export.temporary import Rescue, owned_folder, remove, remove_abandoned
 
+FREE_SPACE, WRITABLE = "Free some space, or choose", "Make its folder writable, or choose"
+WAYS_OUT = {
+    errno.ENOSPC: FREE_SPACE,
+    errno.EDQUOT: FREE_SPACE,
+    errno.EACCES: WRITABLE,
+    errno.EPERM: WRITABLE,
+    errno.EROFS: WRITABLE,
+    errno.EFBIG: "Raise the limit on the size of files, or choose",
+    errno.ENAMETOOLONG: "Choose a shorter name for it, or",
+}  # and then "another output."
 OLD = "old"  # an earlier output, moved away for a moment
 REPLACED = "replaced"  # the same once the new one is there
 
@@ -150,8 +160,6 @@ def _readable_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         where = "" if error.filename is None or str(path.name) in str(error.filename) else f": {error.filename}"
-        way_out = "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Check the disk"
-        raise TdaError(
-            f"{path}: could not be written ({reason}{where}). Nothing was left behind. {way_out}, "
-            "or choose another output."
-        ) from error
+        left = "The earlier one is as it was" if os.path.lexists(path) else "Nothing was left behind"
+        way_out = WAYS_OUT.get(error.errno or 0, "Check the disk, or choose")
+        raise TdaError(f"{path}: could not be written ({reason}{where}). {left}. {way_out} another output.") from error

@@ -109,7 +109,9 @@ def environment(setting: str | None, **more: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("setting", "expected"), [(None, "1"), ("0", "0"), ("", "")])
-@pytest.mark.parametrize("module", ["tda_export", "tda_export.__main__", "tda_export.runtime", "tda_export.graph.parity"])
+@pytest.mark.parametrize(
+    "module", ["tda_export", "tda_export.__main__", "tda_export.runtime", "tda_export.graph.parity"]
+)
 def test_telemetry_is_off_unless_the_user_decided(module: str, setting: str | None, expected: str) -> None:
     """Before ONNX Runtime is imported, whichever module comes first."""
     code = (

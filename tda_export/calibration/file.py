@@ -16,7 +16,7 @@ from tda_export.calibration.curves import CurveSums
 from tda_export.calibration.kl_table import KlTable
 from tda_export.errors import TdaError, UsageError
 from tda_export.ffn_share import GATED
-from tda_export.files import atomic_file
+from tda_export.files import as_os_error, atomic_file
 
 FORMAT = "tda-export calibration"
 FORMAT_VERSION = 3  # 3: the KL path; 2: up_square
@@ -72,8 +72,8 @@ def write_calibration(calibration: Calibration, path: Path) -> None:
     with atomic_file(path) as part:
         try:
             save_file({"grid": calibration.grid, **tensors}, part, metadata={METADATA_KEY: json.dumps(metadata)})
-        except SafetensorError as error:  # its way of reporting what the operating system said
-            raise OSError(str(error)) from error
+        except SafetensorError as error:
+            raise as_os_error(error) from error
 
 
 def read_calibration(path: Path) -> Calibration:

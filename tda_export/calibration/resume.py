@@ -16,7 +16,8 @@ from tda_export.calibration.kl_path import PathState
 from tda_export.calibration.kl_run import Sweep
 from tda_export.calibration.kl_table import COLUMNS
 from tda_export.calibration.marginals import Densities, EstimateHistogram
-from tda_export.files import atomic_file
+from tda_export.errors import TdaError
+from tda_export.files import as_os_error, atomic_file, remove_leftovers
 
 SUFFIX = ".partial"
 KEY = "tda_export_partial"
@@ -37,18 +38,26 @@ class PartialFile:
         self._key = json.dumps(key, sort_keys=True)
 
     def save(self, sums: CurveSums, sweep: Sweep | None = None) -> None:
-        """Write what there is so far, whole or not at all. `sums.sequences` tells how many sequences are in them."""
+        """Write what there is so far, whole or not at all. `sums.sequences` tells how many sequences are in them.
+
+        Raises:
+            TdaError: The operating system refused to write.
+        """
         tensors = {field.name: getattr(sums, field.name) for field in fields(CurveSums)}
         if sweep is not None:
             tensors |= _state_tensors(sweep.state)
             columns = zip(COLUMNS, zip(*sweep.rows, strict=True), strict=False)  # no columns without rows
             tensors |= {MEASURED + name: torch.stack(values) for name, values in columns}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        with atomic_file(self.path) as part:
-            try:
-                save_file(tensors, part, metadata={KEY: self._key})
-            except SafetensorError as error:  # its way of reporting what the operating system said
-                raise OSError(str(error)) from error
+        try:
+            with atomic_file(self.path) as part:
+                try:
+                    save_file(tensors, part, metadata={KEY: self._key})
+                except SafetensorError as error:
+                    raise as_os_error(error) from error
+        except TdaError as error:
+            goes_on = f" Started again, it goes on from what {self.path} holds." if self.path.exists() else ""
+            raise TdaError(f"{error} The calibration has stopped.{goes_on}") from error
 
     def load(self, device: torch.device | str) -> tuple[CurveSums, Sweep | None] | None:
         """Read what an earlier run left, if it was of the same calibration; None otherwise."""
@@ -63,8 +72,9 @@ class PartialFile:
             return None  # missing, damaged or of another kind: begin anew
 
     def remove(self) -> None:
-        """Delete the file, if there is one."""
+        """Delete the file, if there is one, and what killed runs left of it."""
         self.path.unlink(missing_ok=True)
+        remove_leftovers(self.path)
 
 
 def _state_tensors(state: PathState) -> dict[str, torch.Tensor]:
