@@ -6,16 +6,31 @@ import contextlib
 import errno
 import hashlib
 import os
-import shutil
-import tempfile
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tda_export.errors import TdaError, UsageError
+from tda_export.temporary import Rescue, owned_folder, remove, remove_abandoned
+
+FREE_SPACE, WRITABLE = "Free some space, or choose", "Make its folder writable, or choose"
+WAYS_OUT = {
+    errno.ENOSPC: FREE_SPACE,
+    errno.EDQUOT: FREE_SPACE,
+    errno.EACCES: WRITABLE,
+    errno.EPERM: WRITABLE,
+    errno.EROFS: WRITABLE,
+    errno.EFBIG: "Raise the limit on the size of files, or choose",
+    errno.ENAMETOOLONG: "Choose a shorter name for it, or",
+}  # and then "another output."
+OLD = "old"  # an earlier output, moved away for a moment
+REPLACED = "replaced"  # the same once the new one is there
 
 
 def check_output(path: Path, *, overwrite: bool, what: str, is_earlier_output: Callable[[Path], bool]) -> None:
     """Refuse an output that cannot or must not be written, before any long work.
+
+    What killed runs left of it is removed first (`remove_leftovers`).
 
     Args:
         path: The file or folder to create.
@@ -32,6 +47,7 @@ def check_output(path: Path, *, overwrite: bool, what: str, is_earlier_output: C
         raise UsageError(f"{path}: the folder {parent} does not exist. Create it first.")
     if not os.access(parent, os.W_OK):
         raise UsageError(f"{path}: the folder {parent} is not writable. Choose another output.")
+    remove_leftovers(path)
     if not (path.exists() or path.is_symlink()):
         return
     replaceable = is_earlier_output(path)
@@ -44,47 +60,75 @@ def check_output(path: Path, *, overwrite: bool, what: str, is_earlier_output: C
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling that is fsynced and renamed to `path` on success, and removed on any failure.
+    """Yield a temporary file that is fsynced and renamed to `path` on success, and removed on any failure.
+
+    What killed runs left of this output is removed first.
 
     Raises:
         TdaError: The operating system refused to write.
     """
     parent = path.absolute().parent
-    with _readable_errors(path):
-        handle, name = tempfile.mkstemp(dir=parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
-        part = Path(name)
-        try:
-            yield part
-            _fsync(part)
-            part.chmod(0o666 & ~_umask())
-            part.replace(path)
-            _fsync(parent)
-        finally:
-            part.unlink(missing_ok=True)
+    with _readable_errors(path), owned_folder(parent, path.name) as folder:
+        part = folder / path.name
+        part.touch()
+        yield part
+        _fsync(part)
+        part.replace(path)
+        _fsync(parent)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling folder that is fsynced and renamed to `path` on success, and removed on any failure.
+    """Yield a temporary folder that is fsynced and renamed to `path` on success, and removed on any failure.
 
-    An existing folder at `path` is replaced, and put back if the replacement fails.
+    An existing folder at `path` is replaced, and put back if the replacement fails: by this process, or by the next
+    that writes to `path` if this one is killed at that moment. What killed runs left of this output is removed first.
 
     Raises:
         TdaError: The operating system refused to write.
     """
     parent = path.absolute().parent
-    with _readable_errors(path):
-        part = Path(tempfile.mkdtemp(dir=parent, prefix=f".{path.name}.", suffix=".tmp"))
+    with _readable_errors(path), owned_folder(parent, path.name, _put_back(path)) as folder:
+        part = folder / path.name
+        part.mkdir()
+        yield part
+        for file in part.iterdir():
+            _fsync(file)
+        if os.path.lexists(path):
+            path.rename(folder / OLD)
+        part.rename(path)
+        _fsync(parent)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed runs left of an output, and put back an earlier one that they had moved away."""
+    remove_abandoned(path.absolute().parent, path.name, _put_back(path))
+
+
+def _put_back(path: Path) -> Rescue:
+    def put_back(folder: Path) -> None:
+        """Put the earlier output back if the new one never came, and otherwise make sure that nobody does any more."""
+        if not os.path.lexists(folder / OLD):
+            return
+        if os.path.lexists(path):
+            (folder / OLD).rename(folder / REPLACED)
+            return
         try:
-            yield part
-            for file in part.iterdir():
-                _fsync(file)
-            part.chmod(0o777 & ~_umask())
-            _swap(part, path)
-            _fsync(parent)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+            (folder / OLD).rename(path)
+        except OSError as error:
+            remove(folder / path.name)
+            raise TdaError(
+                f"{path}: could not be replaced ({error.strerror or error}). The earlier one is {folder / OLD}; the "
+                "next run with this output puts it back."
+            ) from error
+
+    return put_back
+
+
+def as_os_error(error: Exception) -> OSError:
+    """Return what the operating system said, where a library written in Rust says it in words."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else OSError(str(error))
 
 
 def sha256(path: Path, advance: Callable[[int], None] = lambda size: None) -> str:
@@ -95,26 +139,6 @@ def sha256(path: Path, advance: Callable[[int], None] = lambda size: None) -> st
             digest.update(block)
             advance(len(block))
     return digest.hexdigest()
-
-
-def _swap(part: Path, path: Path) -> None:
-    if not path.exists():
-        part.rename(path)
-        return
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    path.rename(old)
-    try:
-        part.rename(path)
-    except BaseException:
-        try:
-            old.rename(path)
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror}; the earlier one is now {old}") from error
-        raise
-    if old.is_symlink():
-        old.unlink()
-    else:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:
@@ -129,12 +153,6 @@ def _fsync(path: Path) -> None:
             raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 @contextlib.contextmanager
 def _readable_errors(path: Path) -> Iterator[None]:
     try:
@@ -142,8 +160,6 @@ def _readable_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         where = "" if error.filename is None or str(path.name) in str(error.filename) else f": {error.filename}"
-        way_out = "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Check the disk"
-        raise TdaError(
-            f"{path}: could not be written ({reason}{where}). Nothing was left behind. {way_out}, "
-            "or choose another output."
-        ) from error
+        left = "The earlier one is as it was" if os.path.lexists(path) else "Nothing was left behind"
+        way_out = WAYS_OUT.get(error.errno or 0, "Check the disk, or choose")
+        raise TdaError(f"{path}: could not be written ({reason}{where}). {left}. {way_out} another output.") from error

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
 
+from tda_export.signals import undo_on_signal
+
 LINE_EVERY_SECONDS = 10.0
+SHOW_CURSOR = b"\x1b[?25h\r\x1b[2K"  # and clear the bar's line
 
 Advance = Callable[[int], None]
 
@@ -45,7 +49,12 @@ def progress(description: str, total: int, *, quiet: bool = False) -> Iterator[A
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=console, transient=True) as bar:
+
+        def restore() -> None:
+            if not (console.legacy_windows or console.is_dumb_terminal):
+                os.write(2, SHOW_CURSOR)
+
+        with undo_on_signal(restore), Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(description, total=total)
             yield lambda units: bar.advance(task, units)
     else:

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import os
 import stat
-import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tda_export.errors import TdaError, UsageError
-from tda_export.files import atomic_file, atomic_folder, check_output, sha256
+from tda_export.files import as_os_error, atomic_file, atomic_folder, check_output, sha256
 
 Atomic = Callable[[Path], AbstractContextManager[Path]]
 
@@ -59,7 +58,7 @@ def full_disk() -> OSError:
 def test_appears_when_done(atomic: Atomic, tmp_path: Path) -> None:
     with atomic(tmp_path / "x") as part:
         put(part, "new")
-        assert part.parent == tmp_path  # the same file system, so that the rename is atomic
+        assert part.parent.parent == tmp_path  # the same file system, so that the rename is atomic
         assert not (tmp_path / "x").exists()
     assert names(tmp_path) == ["x"]
     assert content(tmp_path / "x") == "new"
@@ -125,17 +124,46 @@ def test_failure_leaves_nothing(atomic: Atomic, tmp_path: Path, error: BaseExcep
         (full_disk(), "(No space left on device). Nothing was left behind. Free some space, or"),
         (os_error(errno.EDQUOT), "(Disk quota exceeded). Nothing was left behind. Free some space, or"),
         (os_error(errno.EIO), "(Input/output error). Nothing was left behind. Check the disk, or"),
-        (os_error(errno.EACCES, "/other/file"), "(Permission denied: /other/file). Nothing was left behind. Check"),
+        (
+            os_error(errno.EACCES, "/other/file"),
+            "(Permission denied: /other/file). Nothing was left behind. Make its folder writable, or",
+        ),
+        (os_error(errno.EROFS), "(Read-only file system). Nothing was left behind. Make its folder writable, or"),
+        (os_error(errno.EFBIG), "(File too large). Nothing was left behind. Raise the limit on the size of files, or"),
+        (os_error(errno.ENAMETOOLONG), "(File name too long). Nothing was left behind. Choose a shorter name for it, "),
         (OSError("a library's own words"), "(a library's own words). Nothing was left behind. Check the disk, or"),
     ],
-    ids=["full", "quota", "damaged", "another file", "no number"],
+    ids=["full", "quota", "damaged", "another file", "read-only", "large", "long", "no number"],
 )
 def test_the_operating_system_refuses(atomic: Atomic, tmp_path: Path, error: OSError, text: str) -> None:
     with pytest.raises(TdaError) as raised:
         fail_halfway(atomic, tmp_path / "x", error)
     assert str(raised.value).startswith(f"{tmp_path / 'x'}: could not be written {text}")
-    assert str(raised.value).endswith("or choose another output.")
+    assert str(raised.value).endswith("another output.")
     assert names(tmp_path) == []
+
+
+def test_the_operating_system_refuses_a_replacement(atomic: Atomic, tmp_path: Path) -> None:
+    with atomic(tmp_path / "x") as part:
+        put(part, "old")
+    text = r"x: could not be written \(No space left on device\). The earlier one is as it was. Free some space, or"
+    with pytest.raises(TdaError, match=text), atomic(tmp_path / "x") as part:
+        raise full_disk()
+    assert content(tmp_path / "x") == "old"
+
+
+@pytest.mark.parametrize(
+    ("text", "number", "reason"),
+    [
+        ("Error while serializing: I/O error: No space left on device (os error 28)", 28, "No space left on device"),
+        ("Permission denied (os error 13)", 13, "Permission denied"),
+        ("Error: something else", None, None),
+    ],
+)
+def test_what_libraries_written_in_rust_say(text: str, number: int | None, reason: str | None) -> None:
+    error = as_os_error(RuntimeError(text))
+    assert (error.errno, error.strerror) == (number, reason)
+    assert str(error) == (text if number is None else f"[Errno {number}] {reason}")
 
 
 def test_the_temporary_name_is_not_shown(atomic: Atomic, tmp_path: Path) -> None:
@@ -144,17 +172,18 @@ def test_the_temporary_name_is_not_shown(atomic: Atomic, tmp_path: Path) -> None
         raise os_error(errno.EACCES, str(part))
 
 
-@pytest.mark.parametrize("call", ["mkstemp", "mkdtemp"])
-def test_full_disk_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    """A disk out of inodes refuses the temporary file itself."""
+@pytest.mark.parametrize("call", ["mkdir", "open"])
+def test_full_disk_at_the_start(atomic: Atomic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """A disk out of inodes refuses the temporary folder itself, or the lock in it."""
 
-    def refuse(**options: object) -> None:
+    def refuse(*arguments: object) -> None:
         raise full_disk()
 
-    monkeypatch.setattr(tempfile, call, refuse)
-    atomic = {"mkstemp": atomic_file, "mkdtemp": atomic_folder}[call]
-    with pytest.raises(TdaError, match="No space left on device"), atomic(tmp_path / "x"):
-        pass
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        with pytest.raises(TdaError, match="No space left on device"), atomic(tmp_path / "x"):
+            pass
+    assert names(tmp_path) == []
 
 
 def test_parent_that_went_away(atomic: Atomic, tmp_path: Path) -> None:
@@ -191,13 +220,19 @@ def test_failed_rename_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.
 def test_the_old_folder_is_never_deleted_before_the_new_one_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where it cannot even be put back it stays beside, under another name."""
+    """Where it cannot even be put back it stays beside, under another name, and the next run puts it back."""
     with atomic_folder(tmp_path / "x") as part:
         put(part, "old")
-    failing_renames(monkeypatch, 2, 3)
-    with pytest.raises(TdaError), atomic_folder(tmp_path / "x") as part:
-        put(part, "new")
+    with monkeypatch.context() as patch:
+        failing_renames(patch, 2, 3)
+        text = r"x: could not be replaced \(.*busy\). The earlier one is .*/old; the next run with this output puts it"
+        with pytest.raises(TdaError, match=text), atomic_folder(tmp_path / "x") as part:
+            put(part, "new")
     assert [path.read_text() for path in tmp_path.rglob("a")] == ["old"]
+    with pytest.raises(UsageError, match="exists"):
+        check(tmp_path / "x", overwrite=False)
+    assert names(tmp_path) == ["x"]
+    assert content(tmp_path / "x") == "old"
 
 
 def test_failed_rename_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,7 @@ from tda_export.cli.main import cli
 
 CONVERSION = ("torch", "transformers", "onnx", "onnx_ir", "datasets", "safetensors", "huggingface_hub")
 SERVER = ("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client")
+TELEMETRY_OFF = ("ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS", "CI", "GITHUB_ACTIONS", "TF_BUILD")
 HEAVY = (*CONVERSION, *SERVER, "onnxruntime", "numpy", "tokenizers", "jinja2")
 
 
@@ -97,3 +100,36 @@ def test_bad_option_is_light() -> None:
         "except SystemExit as end: assert end.code == 2, end.code"
     )
     assert loaded(code).isdisjoint(HEAVY)
+
+
+def environment(setting: str | None, **more: str) -> dict[str, str]:
+    """Ours, with ORT_DISABLE_TELEMETRY as a user has it, and without what else turns telemetry off."""
+    others = {name: os.environ[name] for name in os.environ if name not in TELEMETRY_OFF}
+    return others | ({} if setting is None else {"ORT_DISABLE_TELEMETRY": setting}) | more
+
+
+@pytest.mark.parametrize(("setting", "expected"), [(None, "1"), ("0", "0"), ("", "")])
+@pytest.mark.parametrize(
+    "module", ["tda_export", "tda_export.__main__", "tda_export.runtime", "tda_export.graph.parity"]
+)
+def test_telemetry_is_off_unless_the_user_decided(module: str, setting: str | None, expected: str) -> None:
+    """Before ONNX Runtime is imported, whichever module comes first."""
+    code = (
+        "import os, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *others):\n"
+        "        if name == 'onnxruntime': print(os.environ.get('ORT_DISABLE_TELEMETRY')); sys.exit()\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        f"import {module}\n"
+        "import onnxruntime"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(setting))
+    assert done.stdout == f"{expected}\n", done.stderr
+
+
+def test_nothing_is_written_to_the_users_home(tiny_artifact: object, tmp_path: Path) -> None:
+    """ONNX Runtime's telemetry would keep a device id there."""
+    command = [sys.executable, "-m", "tda_export", "generate", str(tiny_artifact), "Hi", "--max-new-tokens", "2"]
+    homes = {name: str(tmp_path) for name in ("HOME", "USERPROFILE", "LOCALAPPDATA", "XDG_CACHE_HOME")}
+    subprocess.run(command, capture_output=True, check=True, env=environment(None, **homes))
+    assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ from tda_export.calibration.kl_table import KlTable
 from tda_export.calibration.price_file import Priced, describe_priced, priced_from, priced_tensors
 from tda_export.errors import TdaError, UsageError
 from tda_export.ffn_share import GATED
-from tda_export.files import atomic_file
+from tda_export.files import as_os_error, atomic_file
 
 FORMAT = "tda-export calibration"
 FORMAT_VERSION = 4  # 4: prices of rows; 3: the KL path; 2: up_square
@@ -96,8 +96,8 @@ def write_calibration(calibration: Calibration, path: Path) -> None:
     with atomic_file(path) as part:
         try:
             save_file({"grid": calibration.grid, **tensors}, part, metadata={METADATA_KEY: json.dumps(metadata)})
-        except SafetensorError as error:  # its way of reporting what the operating system said
-            raise OSError(str(error)) from error
+        except SafetensorError as error:
+            raise as_os_error(error) from error
 
 
 def read_calibration(path: Path) -> Calibration:

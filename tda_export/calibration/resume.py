@@ -17,7 +17,8 @@ from tda_export.calibration.kl_run import Sweep
 from tda_export.calibration.kl_table import COLUMNS
 from tda_export.calibration.marginals import Densities, EstimateHistogram
 from tda_export.calibration.price_file import Priced, describe_priced, priced_from, priced_tensors
-from tda_export.files import atomic_file
+from tda_export.errors import TdaError
+from tda_export.files import as_os_error, atomic_file, remove_leftovers
 
 SUFFIX = ".partial"
 KEY = "tda_export_partial"
@@ -41,7 +42,11 @@ class PartialFile:
         self._parts: dict[str, dict[str, torch.Tensor]] = {}  # of masks (no prefix) and of prices, as last saved
 
     def save(self, sums: CurveSums, sweep: Sweep | None = None) -> None:
-        """Write what there is so far, whole or not at all. `sums.sequences` tells how many sequences are in them."""
+        """Write what there is so far, whole or not at all. `sums.sequences` tells how many sequences are in them.
+
+        Raises:
+            TdaError: The operating system refused to write.
+        """
         tensors = {field.name: getattr(sums, field.name) for field in fields(CurveSums)}
         if sweep is not None:
             tensors |= _state_tensors(sweep.state)
@@ -50,17 +55,25 @@ class PartialFile:
         self._write("", tensors)
 
     def save_priced(self, priced: Priced) -> None:
-        """Write the prices so far, whole or not at all, beside what is there of masks."""
+        """Write the prices so far, whole or not at all, beside what is there of masks.
+
+        Raises:
+            TdaError: The operating system refused to write.
+        """
         self._write(PRICED, {PRICED + name: tensor for name, tensor in priced_tensors(priced).items()})
 
     def _write(self, kind: str, new: dict[str, torch.Tensor]) -> None:
         self._parts[kind] = {name: tensor.detach().cpu().contiguous() for name, tensor in new.items()}
         tensors = {name: tensor for part in self._parts.values() for name, tensor in part.items()}
-        with atomic_file(self.path) as part:
-            try:
-                save_file(tensors, part, metadata={KEY: self._key})
-            except SafetensorError as error:  # its way of reporting what the operating system said
-                raise OSError(str(error)) from error
+        try:
+            with atomic_file(self.path) as part:
+                try:
+                    save_file(tensors, part, metadata={KEY: self._key})
+                except SafetensorError as error:
+                    raise as_os_error(error) from error
+        except TdaError as error:
+            goes_on = f" Started again, it goes on from what {self.path} holds." if self.path.exists() else ""
+            raise TdaError(f"{error} The calibration has stopped.{goes_on}") from error
 
     def load(self, device: torch.device | str) -> tuple[CurveSums, Sweep | None] | None:
         """Read what an earlier run left of masks, if it was of the same calibration; None otherwise."""
@@ -95,8 +108,9 @@ class PartialFile:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
 
     def remove(self) -> None:
-        """Delete the file, if there is one."""
+        """Delete the file, if there is one, and what killed runs left of it."""
         self.path.unlink(missing_ok=True)
+        remove_leftovers(self.path)
 
 
 def _state_tensors(state: PathState) -> dict[str, torch.Tensor]:

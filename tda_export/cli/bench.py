@@ -60,6 +60,7 @@ def bench(
     from tda_export.graph.contract import DTYPES
     from tda_export.runtime.artifact import open_artifact
     from tda_export.runtime.providers import choose_provider, cuda_problem
+    from tda_export.temporary import owned_folder
 
     if (artifact is None) == (shape is None):
         raise UsageError("Give an ARTIFACT, or a --shape to bench with random weights.")
@@ -80,8 +81,8 @@ def bench(
         chosen = DTYPES[dtype or ("fp16" if on_gpu else "fp32")]
         resolved = choose_provider(provider, chosen)
         source = random_source(shape)
-        with tempfile.TemporaryDirectory(prefix="tda-export-bench-") as folder:
-            opened = build_random_artifact(source, Path(folder) / "artifact", chosen, sparsity, quiet=as_json)
+        with owned_folder(Path(tempfile.gettempdir()), "tda-export-bench") as folder:
+            opened = build_random_artifact(source, folder / "artifact", chosen, sparsity, quiet=as_json)
             chosen_methods = methods or default_methods(opened, new_tokens)
             result = _run(opened, resolved, settings(chosen_methods), as_json)
     if as_json:

@@ -128,7 +128,15 @@ def build(
     def check(folder: Path) -> None:
         if no_verify:
             return
-        checks.extend(verify_artifact(folder, lambda name: source, provider=provider, quiet=as_json))
+        try:
+            checks.extend(verify_artifact(folder, lambda name: source, provider=provider, quiet=as_json))
+        except TdaError as error:  # it speaks of a folder that goes away, and may advise what was just done
+            told = str(error).replace(str(folder), str(output))
+            problem = told.removesuffix(" Build the artifact again.")
+            if problem != told:
+                files = "configuration, tokenizer and chat template"
+                problem += f" {output} was not written. Check the model's own files: {files}."
+            raise TdaError(problem) from error
         if not as_json:
             print_checks(checks)
         if failed := [item.name for item in checks if not item.passed]:

@@ -29,7 +29,7 @@ FINISHED = {"stop": "end of text", "length": "as many as asked for", "context": 
 
 @click.command()
 @artifact_argument
-@click.argument("prompt", required=False)
+@click.argument("prompt", metavar="[PROMPT|-]", required=False)
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
 @answer_options(128)
 @context_option
@@ -44,7 +44,9 @@ def generate(
     deployed: Deployed,
     as_json: bool,
 ) -> None:
-    """Generate text from PROMPT (or standard input) with ARTIFACT.
+    """Generate text from PROMPT with ARTIFACT.
+
+    Without PROMPT, or where it is -, the prompt is all of standard input, less one line end at its end.
 
     --sparsity, --max-kl or --cett choose another budget from the artifact's own calibration, without another
     build. Text goes to standard output, what it cost to standard error.
@@ -53,8 +55,8 @@ def generate(
 
     if answering.chat_template_kwargs and not chat:
         raise UsageError("--chat-template-kwargs means nothing without --chat. Give both, or neither.")
-    if prompt is None:
-        if sys.stdin.isatty():
+    if prompt is None or prompt == "-":
+        if prompt is None and sys.stdin.isatty():
             raise UsageError("No prompt. Give one as an argument or on standard input.")
         try:
             prompt = sys.stdin.read().removesuffix("\n")  # echo's own

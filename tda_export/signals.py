@@ -1,0 +1,52 @@
+"""SIGINT and SIGTERM end the process at once, whatever it is doing, and undo what was under way.
+
+An exception from the handler would be swallowed where Python swallows exceptions (destructors, callbacks from C) and
+would end half an import as a traceback. So the handler ends the process itself. What `finally` would have undone is
+registered with `undo_on_signal`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+UNDO_SECONDS = 10.0  # then the process ends with things left; the next run removes them
+
+_undo: dict[object, tuple[int, Callable[[], None]]] = {}  # with the process that registered it: forks have copies
+
+
+@contextlib.contextmanager
+def undo_on_signal(undo: Callable[[], None]) -> Iterator[None]:
+    """While the block runs, have `undo` called if a signal ends the process. It may find its work half done."""
+    key = object()
+    _undo[key] = (os.getpid(), undo)
+    try:
+        yield
+    finally:
+        del _undo[key]
+
+
+def end_on_signals() -> None:
+    """Let SIGINT, unless it is ignored, and SIGTERM end this process with exit code 128 + signal."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell's background jobs have it
+        signal.signal(signal.SIGINT, _end)
+    signal.signal(signal.SIGTERM, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):  # told again, it has nothing more to do
+        signal.signal(each, signal.SIG_IGN)
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, UNDO_SECONDS)
+    for process, undo in reversed(list(_undo.values())):
+        if process == os.getpid():
+            with contextlib.suppress(Exception):
+                undo()
+    if number == signal.SIGINT:
+        with contextlib.suppress(OSError):
+            os.write(2, b"Interrupted.\n")
+    os._exit(128 + number)

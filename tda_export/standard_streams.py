@@ -1,0 +1,25 @@
+"""Standard input, output and error, where whoever started the process closed them."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def open_standard_streams() -> None:
+    """Open the null device for each that is closed.
+
+    Otherwise the next file that is opened, such as an artifact's weights, takes its number, and what libraries print
+    is written into it. For Python such a stream is None, which few callers expect.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 - for good

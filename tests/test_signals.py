@@ -1,0 +1,183 @@
+"""Signals end a process wherever it is: all in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if sys.platform == "win32":
+    pytest.skip("POSIX signals", allow_module_level=True)
+
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "terminate"])
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.getcwd()}
+
+# Ways to swallow an exception: what runs a signal handler in the middle of them would lose one that it raised.
+SWALLOWERS = {
+    "destructor": """
+class Waits:
+    def __del__(self): wait()
+while True: Waits()
+""",
+    "callback from C": """
+import ctypes
+wait_in_c = ctypes.CFUNCTYPE(None)(wait)
+while True: wait_in_c()
+""",
+    "bare except": """
+while True:
+    try: wait()
+    except BaseException: pass
+""",
+    "import": """
+import sys
+class Finder:
+    def find_spec(self, *arguments): wait()
+sys.meta_path.insert(0, Finder())
+while True:
+    try: import no_such_module
+    except ImportError: pass
+""",
+    "garbage collection": """
+import gc
+gc.callbacks.append(lambda phase, info: wait())
+while True: gc.collect()
+""",
+}
+START = """
+import sys, time
+from pathlib import Path
+from tda_export.signals import end_on_signals, undo_on_signal
+from tda_export.temporary import owned_folder
+end_on_signals()
+ready = False
+def wait():
+    global ready
+    if not ready:
+        print("ready", flush=True)
+    ready = True
+    time.sleep(0.05)
+"""
+UNDOING = """
+def undo_and_fail():
+    print("undone", flush=True)
+    raise RuntimeError
+with owned_folder(Path(sys.argv[1]), "x") as folder, undo_on_signal(undo_and_fail), undo_on_signal(undo_and_fail):
+    (folder / "weights").touch()
+    while True: wait()
+"""
+
+
+def heed_interrupts() -> None:
+    """A test run in the background of a shell ignores SIGINT, and so would what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def run_python(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, *map(str, arguments)]
+    settings: dict[str, Any] = {
+        "env": ENVIRONMENT,
+        "text": True,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "preexec_fn": heed_interrupts,
+    }
+    return subprocess.Popen(command, **settings | options)
+
+
+def end_once_ready(process: subprocess.Popen[str], number: signal.Signals) -> str:
+    """Send the signal once the process is ready; require the right end, and return the rest of its output."""
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert stderr == ("Interrupted.\n" if number == signal.SIGINT else "")
+    return stdout
+
+
+@SIGNALS
+@pytest.mark.parametrize("where", SWALLOWERS)
+def test_nothing_swallows_a_signal(number: signal.Signals, where: str) -> None:
+    end_once_ready(run_python("-c", START + SWALLOWERS[where]), number)
+
+
+@SIGNALS
+def test_what_was_under_way_is_undone(tmp_path: Path, number: signal.Signals) -> None:
+    """All of it, even where something fails meanwhile."""
+    assert end_once_ready(run_python("-c", START + UNDOING, tmp_path), number) == "undone\nundone\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_child_leaves_its_parents_work_alone(tmp_path: Path) -> None:
+    code = """
+import os, signal
+with owned_folder(Path(sys.argv[1]), "x") as folder:
+    child = os.fork()
+    if not child:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+    assert folder.exists()
+"""
+    process = run_python("-c", START + code, tmp_path)
+    assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_undoing_that_hangs_is_cut_off() -> None:
+    code = """
+import tda_export.signals
+tda_export.signals.UNDO_SECONDS = 0.1
+with undo_on_signal(lambda: time.sleep(600)):
+    while True: wait()
+"""
+    process = run_python("-c", START + code)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGALRM
+
+
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    """As a shell starts jobs in the background."""
+    code = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nprint('goes on')"
+    process = run_python("-c", START + code, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    assert process.communicate(timeout=60) == ("goes on\n", "")
+
+
+def handles_signals(process: subprocess.Popen[str]) -> bool:
+    """Tell whether a process has a handler for SIGTERM, which is so from its first own lines on."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc tells when a process handles signals")
+@SIGNALS
+@pytest.mark.parametrize("module", ["tda_export.__main__", "tda_export.cli.main"])
+def test_the_first_moments_of_a_command(tmp_path: Path, number: signal.Signals, module: str) -> None:
+    """Before and while it imports what it needs."""
+    seeded = random.Random(number)
+    for moment in [0.0, *(seeded.uniform(0, 1.0) for _ in range(4))]:
+        code = f"from {module} import main; main()"
+        process = run_python("-c", code, "calibrate", tmp_path, "-o", tmp_path / "x", stdin=subprocess.DEVNULL)
+        while not handles_signals(process):
+            assert process.poll() is None
+        time.sleep(moment)
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=60)
+        if process.returncode == 1:  # it was faster: an empty folder is no model
+            assert stderr.startswith("Error: "), moment
+        else:
+            assert process.returncode == 128 + number, (moment, stderr)
+            assert (stdout, stderr) == ("", "Interrupted.\n" if number == signal.SIGINT else ""), moment
