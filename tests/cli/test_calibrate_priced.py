@@ -52,7 +52,7 @@ def test_the_default(tiny_model: Path, priced: tuple[Path, str]) -> None:
         share = table.predicted(price).share
         line = f"{tiny_model}, KL 0.05, {name}: price {price:.4g} reads {share:.3f} of the linears' bytes at KL 0.0500"
         assert line in printed
-    assert f"4 sequences; wrote {path}" in printed
+    assert f"Calibrated on 4 sequences; wrote {path}" in printed
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -81,8 +81,9 @@ def test_it_is_repeatable(tiny_model: Path, tmp_path: Path, priced: tuple[Path, 
     assert (tmp_path / "c").read_bytes() == priced[0].read_bytes()
 
 
-def test_all_methods(tiny_model: Path, tmp_path: Path) -> None:
+def test_all_methods(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks are built from it as from their own calibration."""
+    monkeypatch.setattr("tda_export.calibration.kl_plan.SHARES", (0.7, 0.5))
     output = tmp_path / "c"
     options = ("--method", "all", "--sparsity", "0.3")
     result = result_of("calibrate", tiny_model, "-o", output, *TINY_LENGTHS, *options)
@@ -132,16 +133,16 @@ def test_a_budget_that_is_just_missed_becomes_the_nearest(
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--estimator", "token"], "--estimator has no meaning for --method priced. Leave it out, or give --method tda"),
+        (["--estimator", "token"], "no meaning for --method priced. Leave it out, or give --method tda, or all"),
         (["--estimator", "prompt"], "--estimator has no meaning for --method priced"),
         (["--curves-only"], "--curves-only has no meaning for --method priced"),
         (["--prior-tokens", "64"], "--prior-tokens has no meaning for --method priced"),
         (["--cett", "0.2"], "--cett has no meaning for --method priced"),
         (["--sparsity", "0.3", "--allocation", "kl"], "--allocation has no meaning for --method priced"),
-        (["--method", "tda", "--labels", "2"], "--labels has no meaning for --method tda. Leave it out, or give --method pr"),
+        (["--method", "tda", "--labels", "2"], "--labels has no meaning for --method tda. Leave it out"),
         (["--method", "tda", "--packing", "sites"], "--packing has no meaning for --method tda"),
         (["--method", "all", "--cett", "0.2"], "are budgets of masks. Give --sparsity or --max-kl, or --method tda"),
-        (["--sparsity", "0.9"], "Sparsity 0.9 is more than prices are measured at (about 0.7). Give a lower --sparsity"),
+        (["--sparsity", "0.9"], "Sparsity 0.9 is more than prices are measured at (about 0.7). Give a lower"),
         (["--sparsity", "0.3", "--max-kl", "0.1"], "A budget is one of"),
         (["--sequences", "1"], "and 1 is too few for that. Give --sequences 2 or more and text for them"),
         (["--continuation-tokens", "1"], "--continuation-tokens must be at least 2 for prices"),
