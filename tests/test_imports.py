@@ -32,6 +32,10 @@ def test_runtime_loads_no_conversion_packages(module: str) -> None:
     assert {"numpy", "onnxruntime", "tokenizers", "jinja2"} <= modules  # the check sees what is loaded
 
 
+def test_tables_of_prices_load_nothing() -> None:
+    assert loaded("import tda_export.pricing").isdisjoint(HEAVY)
+
+
 def test_runtime_runs_without_conversion_packages(tiny_artifact: object) -> None:
     """Even where none of them is installed: None in sys.modules makes an import fail."""
     code = (

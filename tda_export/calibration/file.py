@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tda_export.calibration.budgets import Allocation, Budget, allocate
 from tda_export.calibration.curves import CurveSums
 from tda_export.calibration.kl_table import KlTable
-from tda_export.calibration.price_file import Priced, describe_priced, priced_from, priced_tensors
+from tda_export.calibration.price_file import Priced, describe_priced, finished, priced_from, priced_tensors
 from tda_export.errors import TdaError, UsageError
 from tda_export.ffn_share import GATED
 from tda_export.files import as_os_error, atomic_file
@@ -128,7 +128,8 @@ def read_calibration(path: Path) -> Calibration:
             content = provenance.pop(PRICED, None)
             priced = None
             if content is not None:
-                priced = priced_from(content, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                priced = finished(priced_from(content, tensors))
             sums = None
             if priced is None or fields(CurveSums)[0].name in file.keys():  # noqa: SIM118 - no mapping
                 sums = CurveSums(*(file.get_tensor(field.name) for field in fields(CurveSums)))

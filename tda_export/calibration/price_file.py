@@ -106,6 +106,20 @@ def priced_from(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor])
     return Priced(linears, sums, magnitudes, norms, *sizes, measured)
 
 
+def finished(priced: Priced) -> Priced:
+    """Return prices that a calibration is done with, checked.
+
+    Raises:
+        ValueError: Nothing was priced or measured, or a table cannot be.
+    """
+    if not (priced.sums.tokens > 0 and priced.sums.sequences > 0):
+        raise ValueError("prices of no token")
+    if not priced.measured:
+        raise ValueError("no table of prices")
+    priced.tables()
+    return priced
+
+
 def _measured(packing: Packing, linears: LinearShapes, layers: int, tensors: Mapping[str, torch.Tensor]) -> Measured:
     prefix = f"{MEASURED}{packing}."
     prices = tensors[prefix + "prices"]

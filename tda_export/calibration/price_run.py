@@ -108,6 +108,7 @@ def price_rows(
         advance(done * passes)
         for sequence in tokens[1::2][done:]:
             measure_sequence(model, spec, sequence, settings.prompt_tokens, row_prices, priced.measured, advance)
+            advance(passes - sum(len(measured.prices) for measured in priced.measured.values()) + len(row_prices) - 1)
             save(priced)
     return priced
 

@@ -215,7 +215,7 @@ def calibrate(
         click.echo(json.dumps({"output": str(output), **calibration.provenance, **results}))
         return
     _print(calibration, budget, settings, model)
-    click.echo(f"{found} sequences; wrote {output}")
+    click.echo(f"Calibrated on {found} sequences; wrote {output}")
 
 
 def _check_options(method: CalibrationMethod, options: dict[str, Any], useless_with: CalibrationMethod) -> None:

@@ -1,4 +1,4 @@
-"""`tda-export calibrate` from end to end on the tiny model."""
+"""`tda-export calibrate --method tda` from end to end on the tiny model."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ def test_calibrate_json(tiny_model: Path, tmp_path: Path) -> None:
         "device": "cpu",
         "curves_only": False,
         "prior_tokens": 32,
+        "method": "tda",
     }
     assert result["budget"] == {"sparsity": 0.4, "allocation": "kl"}
     allocation = result["allocation"]

@@ -1,0 +1,261 @@
+"""The calibration of priced rows as a whole: halves of the sequences, interruptions, and what is recorded."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tda_export.calibration import price_run, price_table
+from tda_export.calibration.corpus import Corpus
+from tda_export.calibration.file import Calibration, read_calibration, write_calibration
+from tda_export.calibration.price_file import Priced, priced_tensors
+from tda_export.calibration.resume import PartialFile
+from tda_export.calibration.run import CalibrationSettings, calibrate
+from tda_export.errors import UsageError
+from tda_export.models.source import ModelSource, resolve_model
+from tda_export.packing import PACKINGS
+from tda_export.progress import Advance
+
+CORPUS = Corpus(torch.arange(5, 77).reshape(6, 12), "some.txt", "0" * 64)
+SETTINGS = CalibrationSettings(prompt_tokens=8, continuation_tokens=4, sequences=6)
+SHARES = (0.9, 0.6, 0.3)  # fewer than the product's, which are measured alike
+PASSES = 1 + 2 * len(SHARES)
+BUDGET = {"max_kl": 0.05}
+
+
+class Shown:
+    """Progress that remembers what it was told: description, units, and units that came."""
+
+    def __init__(self) -> None:
+        self.bars: list[list[Any]] = []
+
+    @contextlib.contextmanager
+    def __call__(self, description: str, units: int) -> Iterator[Advance]:
+        bar = [description, units, 0]
+        self.bars.append(bar)
+
+        def advance(count: int) -> None:
+            bar[2] += count
+
+        yield advance
+
+
+class Interruption(Exception):
+    pass
+
+
+def interrupt(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int, *, after: bool) -> None:
+    """Break off the call-th call of a function, at its beginning or its end."""
+    original, calls = getattr(owner, name), iter(range(10**6))
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        last = next(calls) == call
+        if last and not after:
+            raise Interruption
+        result = original(*arguments, **options)
+        if last:
+            raise Interruption
+        return result
+
+    patch.setattr(owner, name, broken)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_prices() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (price_run, price_table):
+            patch.setattr(module, "SHARES", SHARES)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: Path) -> ModelSource:
+    return resolve_model(str(tiny_model))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny: ModelSource) -> Calibration:
+    return calibrate(tiny, CORPUS, SETTINGS, BUDGET, show=Shown())
+
+
+def tensors(calibration: Calibration) -> dict[str, torch.Tensor]:
+    assert calibration.priced is not None
+    return priced_tensors(calibration.priced)
+
+
+def assert_equal(one: Calibration, other: Calibration) -> None:
+    assert tensors(one).keys() == tensors(other).keys()
+    for name, tensor in tensors(one).items():
+        assert torch.equal(tensor, tensors(other)[name]), name
+
+
+def test_what_is_recorded(tiny: ModelSource, uninterrupted: Calibration) -> None:
+    priced = uninterrupted.priced
+    assert priced is not None
+    assert (uninterrupted.curves, uninterrupted.kl) == (None, None)
+    with pytest.raises(UsageError, match=r"holds prices of rows, .* Calibrate with --method tda, or all\.$"):
+        _ = uninterrupted.sums
+    assert uninterrupted.provenance["settings"] == {
+        "sequences": 6,
+        "prompt_tokens": 8,
+        "continuation_tokens": 4,
+        "seed": 0,
+        "dtype": "fp32",
+        "device": "cpu",
+        "method": "priced",
+        "labels": 2,
+        "packings": ["separate", "sites"],
+    }
+    assert uninterrupted.provenance["budget"] == BUDGET
+    assert (float(priced.sums.sequences), float(priced.sums.tokens)) == (3, 3 * 4 * 2)
+    assert int(priced.magnitudes.inputs["qkv"].sum()) == 3 * 4 * tiny.spec.hidden_size * tiny.spec.num_layers
+    assert int(priced.magnitudes.weighted["down"].sum()) == 3 * 4 * tiny.spec.ffn_size * tiny.spec.num_layers
+    assert list(priced.measured) == list(PACKINGS)
+    for packing, table in priced.tables().items():
+        assert (table.packing, table.element_bytes, table.continuation_tokens) == (packing, 4, 4)
+        assert len(table.rows) == 1 + len(SHARES)
+        assert priced.measured[packing].kl.shape == (3, 1 + len(SHARES))
+
+
+def test_progress(tiny: ModelSource) -> None:
+    shown = Shown()
+    calibrate(tiny, CORPUS, SETTINGS, BUDGET, show=shown)
+    assert shown.bars == [["Pricing", 3, 3], ["Measuring prices", 3 + 3 * PASSES, 3 + 3 * PASSES]]
+
+
+def test_prices_never_see_what_they_are_measured_on(tiny: ModelSource, uninterrupted: Calibration) -> None:
+    tokens = CORPUS.tokens.clone()
+    tokens[1::2] += 20
+    other = calibrate(tiny, dataclasses.replace(CORPUS, tokens=tokens), SETTINGS, BUDGET, show=Shown())
+    for name, tensor in tensors(uninterrupted).items():
+        of_measuring = (name.startswith("measured.") and name.endswith(("kl", "agreement"))) or ".read." in name
+        if not of_measuring:
+            assert torch.equal(tensor, tensors(other)[name]), name
+    assert not torch.equal(tensors(other)["measured.sites.kl"], tensors(uninterrupted)["measured.sites.kl"])
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "after", "pricings", "measurings"),
+    [
+        (price_run, "price_continuation", 2, False, 1, 3),
+        (price_run, "choose_prices", 0, False, 0, 3),
+        (price_run, "measure_sequence", 0, False, 0, 3),
+        (price_run, "measure_sequence", 1, True, 0, 2),  # before it is saved
+        (PartialFile, "save_priced", 3 + 1 + 1 + 1, True, 0, 1),
+        (PartialFile, "save_priced", 3 + 1 + 1 + 2, True, 0, 0),
+    ],
+    ids=["pricing", "before the prices", "before the first", "within the second", "after the second", "after all"],
+)
+def test_an_interrupted_run_goes_on(
+    tiny: ModelSource,
+    uninterrupted: Calibration,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    call: int,
+    after: bool,
+    pricings: int,
+    measurings: int,
+) -> None:
+    """Nothing that was saved is done again, and the result is the same to the bit."""
+    monkeypatch.setattr(price_run, "SAVE_SECONDS", 0.0)
+    output = tmp_path / "calibration"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, owner, name, call, after=after)
+        with pytest.raises(Interruption):
+            calibrate(tiny, CORPUS, SETTINGS, BUDGET, show=Shown(), output=output)
+    assert [path.name for path in tmp_path.iterdir()] == ["calibration.partial"]
+    done = {"price_continuation": 0, "measure_sequence": 0}
+
+    def counted(step: str) -> Any:
+        original = getattr(price_run, step)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            done[step] += 1
+            return original(*arguments, **options)
+
+        return call
+
+    for step in done:
+        monkeypatch.setattr(price_run, step, counted(step))
+    shown = Shown()
+    calibration = calibrate(tiny, CORPUS, SETTINGS, BUDGET, show=shown, output=output)
+    assert list(done.values()) == [pricings, measurings]
+    assert all(units == came for _, units, came in shown.bars)
+    assert_equal(calibration, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"labels": 3}, {"seed": 1}, {"packings": ("sites",)}],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_another_calibration_left_is_not_used(tiny: ModelSource, tmp_path: Path, change: dict[str, Any]) -> None:
+    output = tmp_path / "calibration"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, price_run, "measure_sequence", 1, after=False)
+        with pytest.raises(Interruption):
+            calibrate(tiny, CORPUS, SETTINGS, BUDGET, show=Shown(), output=output)
+    shown = Shown()
+    calibrate(tiny, CORPUS, dataclasses.replace(SETTINGS, **change), BUDGET, show=shown, output=output)
+    assert [bar[0] for bar in shown.bars] == ["Pricing", "Measuring prices"]
+
+
+def test_all_methods_in_one_file(tiny: ModelSource, uninterrupted: Calibration, tmp_path: Path) -> None:
+    """Each as it is alone, also where the run was interrupted within the second."""
+    settings = dataclasses.replace(SETTINGS, method="all", curves_only=True)
+    output = tmp_path / "calibration"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tda_export.calibration.run.SAVE_SECONDS", 0.0)
+        interrupt(patch, PartialFile, "save", 3, after=True)
+        with pytest.raises(Interruption):
+            calibrate(tiny, CORPUS, settings, BUDGET, show=Shown(), output=output)
+    shown = Shown()
+    both = calibrate(tiny, CORPUS, settings, BUDGET, show=shown, output=output)
+    assert shown.bars == [["Measuring prices", 3 + 3 * PASSES, 3 + 3 * PASSES], ["Calibrating", 6, 6]]
+    assert_equal(both, uninterrupted)
+    alone = calibrate(tiny, CORPUS, dataclasses.replace(settings, method="tda"), {"cett": 0.2}, show=Shown())
+    assert torch.equal(both.sums.ratio, alone.sums.ratio)
+    write_calibration(both, output)
+    read = read_calibration(output)
+    assert_equal(read, both)
+    assert torch.equal(read.sums.ratio, alone.sums.ratio)
+
+
+def test_the_table_of_one_packing_is_that_of_both(tiny: ModelSource, uninterrupted: Calibration) -> None:
+    alone = calibrate(tiny, CORPUS, dataclasses.replace(SETTINGS, packings=("sites",)), BUDGET, show=Shown())
+    assert alone.priced is not None
+    assert uninterrupted.priced is not None
+    assert list(alone.priced.measured) == ["sites"]
+    assert alone.priced.table("sites") == uninterrupted.priced.table("sites")
+
+
+def test_half_precision(tiny: ModelSource, uninterrupted: Calibration) -> None:
+    """Prices are of the stored elements' bytes; c² is nearly the same."""
+    half = calibrate(tiny, CORPUS, dataclasses.replace(SETTINGS, dtype="bf16"), BUDGET, show=Shown()).priced
+    exact = uninterrupted.priced
+    assert isinstance(half, Priced)
+    assert exact is not None
+    assert (half.element_bytes, exact.element_bytes) == (2, 4)
+    for name, square in exact.sums.square.items():
+        assert float(half.sums.square[name].sum()) == pytest.approx(float(square.sum()), rel=0.5)
+    assert half.table("separate").rows[2].price == pytest.approx(2 * exact.table("separate").rows[2].price, rel=0.5)
+
+
+@pytest.mark.parametrize("method", ["priced", "all"])
+def test_one_sequence_is_too_few(tiny: ModelSource, method: Any) -> None:
+    few = dataclasses.replace(CORPUS, tokens=CORPUS.tokens[:1])
+    with pytest.raises(UsageError, match=r"^Half of the sequences give prices and the others .*, and 1 is too few"):
+        calibrate(tiny, few, dataclasses.replace(SETTINGS, method=method, curves_only=True), BUDGET, show=Shown())
+
+
+def test_one_token_cannot_be_priced() -> None:
+    with pytest.raises(UsageError, match=r"^--continuation-tokens must be at least 2 for prices"):
+        dataclasses.replace(SETTINGS, continuation_tokens=1)

@@ -1,0 +1,168 @@
+"""`tda-export calibrate` with prices, the default, from end to end on the tiny model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tda_export.calibration import price_run, price_table
+from tda_export.calibration.file import read_calibration
+from tda_export.pricing import PriceTable
+from tests.cli.conftest import INTERRUPTED, USAGE, assert_error, build
+from tests.cli.results import result_of
+from tests.conftest import TINY_LENGTHS, run_cli, run_ok
+
+SHARES = (0.9, 0.6, 0.3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_prices() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (price_run, price_table):
+            patch.setattr(module, "SHARES", SHARES)
+        yield
+
+
+@pytest.fixture(scope="module")
+def priced(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The calibration of the default method, and what was printed."""
+    path = tmp_path_factory.mktemp("priced") / "c.safetensors"
+    return path, run_ok("calibrate", tiny_model, "-o", path, *TINY_LENGTHS).stdout
+
+
+def test_the_default(tiny_model: Path, priced: tuple[Path, str]) -> None:
+    """A table for each packing, and what the budget reads."""
+    path, printed = priced
+    calibration = read_calibration(path)
+    assert calibration.provenance["budget"] == {"max_kl": 0.05}
+    assert calibration.provenance["settings"]["method"] == "priced"
+    assert calibration.priced is not None
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines()]
+    for name, table in calibration.priced.tables().items():
+        assert f"Prices with one threshold a {'matrix' if name == 'separate' else 'site'} ({name})" in printed
+        assert ["0 (dense)", "1.000", "1.000", "1.000", "0.0000", "1.000"] in cells
+        for row in table.rows[1:]:
+            shares = [f"{share:.3f}" for share in (row.share, row.ffn_share, row.attention_share)]
+            kl = f"{row.kl:.4f} ± {row.kl_stderr:.4f}"
+            assert [f"{row.price:.3e}", *shares, kl, f"{row.agreement:.3f}"] in cells
+        price = table.price_for(max_kl=0.05)
+        share = table.predicted(price).share
+        line = f"{tiny_model}, KL 0.05, {name}: price {price:.4g} reads {share:.3f} of the linears' bytes at KL 0.0500"
+        assert line in printed
+    assert f"Calibrated on 4 sequences; wrote {path}" in printed
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_json(tiny_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "c"
+    options = ("--sparsity", "0.3", "--labels", "3", "--packing", "sites", "--seed", "5")
+    result = result_of("calibrate", tiny_model, "-o", output, *TINY_LENGTHS, *options)
+    assert result["output"] == str(output)
+    assert result["budget"] == {"sparsity": 0.3}
+    assert result["settings"]["labels"] == 3
+    assert result["settings"]["packings"] == ["sites"]
+    assert "estimator" not in result["settings"]
+    assert "allocation" not in result
+    assert list(result["price_tables"]) == ["sites"]
+    table = PriceTable.from_dict(result["price_tables"]["sites"])
+    calibration = read_calibration(output)
+    assert calibration.priced is not None
+    assert table == calibration.priced.table("sites")
+    assert result["prices"]["sites"]["share"] == pytest.approx(0.7)
+    assert result["prices"]["sites"]["price"] == pytest.approx(table.price_for(sparsity=0.3))
+    assert float(calibration.priced.sums.tokens) == 2 * 16 * 3
+
+
+def test_it_is_repeatable(tiny_model: Path, tmp_path: Path, priced: tuple[Path, str]) -> None:
+    run_ok("calibrate", tiny_model, "-o", tmp_path / "c", *TINY_LENGTHS)
+    assert (tmp_path / "c").read_bytes() == priced[0].read_bytes()
+
+
+def test_all_methods(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks are built from it as from their own calibration."""
+    monkeypatch.setattr("tda_export.calibration.kl_plan.SHARES", (0.7, 0.5))
+    output = tmp_path / "c"
+    options = ("--method", "all", "--sparsity", "0.3")
+    result = result_of("calibrate", tiny_model, "-o", output, *TINY_LENGTHS, *options)
+    assert result["prices"]["separate"]["share"] == pytest.approx(0.7)
+    assert result["allocation"]["sparsity"] == pytest.approx(0.3, abs=0.02)
+    assert result["predicted_kl"]
+    result = result_of("build", tiny_model, "--calibration", output, "-o", tmp_path / "a", "--no-verify")
+    assert result["budget"] == {"sparsity": 0.3, "allocation": "kl"}
+
+
+def test_interrupted_and_started_again(
+    tiny_model: Path, tmp_path: Path, priced: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tda_export.calibration.price_run.measure_sequence", interrupt)
+        result = run_cli("calibrate", tiny_model, "-o", tmp_path / "c", *TINY_LENGTHS)
+        assert (result.exit_code, result.stderr.endswith("Interrupted.\n")) == (INTERRUPTED, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["c.partial"]
+    monkeypatch.setattr("tda_export.calibration.price_run.price_continuation", interrupt)  # not needed again
+    run_ok("calibrate", tiny_model, "-o", tmp_path / "c", *TINY_LENGTHS)
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    assert (tmp_path / "c").read_bytes() == priced[0].read_bytes()
+
+
+def interrupt(*arguments: object, **options: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("option", "budget"), [("--sparsity", "sparsity"), ("--max-kl", "max_kl")])
+def test_a_budget_that_is_just_missed_becomes_the_nearest(
+    tiny_model: Path, tmp_path: Path, option: str, budget: str
+) -> None:
+    """What was measured is kept, with a budget that every table can meet."""
+    output, asked = tmp_path / "c", {"sparsity": 0.79, "max_kl": 50.0}[budget]
+    result = run_ok("calibrate", tiny_model, "-o", output, *TINY_LENGTHS, option, asked)
+    calibration = read_calibration(output)
+    most = calibration.provenance["budget"][budget]
+    assert list(calibration.provenance["budget"]) == [budget]
+    assert 0 < most < asked
+    assert f"The prices that were measured reach {'KL' if budget == 'max_kl' else budget} " in result.stderr
+    assert f"not {asked}: that is the file's budget.\n" in result.stderr
+    assert calibration.priced is not None
+    for table in calibration.priced.tables().values():
+        assert 0 < table.price_for(**{budget: most}) <= table.most_price
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--estimator", "token"], "no meaning for --method priced. Leave it out, or give --method tda, or all"),
+        (["--estimator", "prompt"], "--estimator has no meaning for --method priced"),
+        (["--curves-only"], "--curves-only has no meaning for --method priced"),
+        (["--prior-tokens", "64"], "--prior-tokens has no meaning for --method priced"),
+        (["--cett", "0.2"], "--cett has no meaning for --method priced"),
+        (["--sparsity", "0.3", "--allocation", "kl"], "--allocation has no meaning for --method priced"),
+        (["--method", "tda", "--labels", "2"], "--labels has no meaning for --method tda. Leave it out"),
+        (["--method", "tda", "--packing", "sites"], "--packing has no meaning for --method tda"),
+        (["--method", "all", "--cett", "0.2"], "are budgets of masks. Give --sparsity or --max-kl, or --method tda"),
+        (["--sparsity", "0.9"], "Sparsity 0.9 is more than prices are measured at (about 0.7). Give a lower"),
+        (["--sparsity", "0.3", "--max-kl", "0.1"], "A budget is one of"),
+        (["--sequences", "1"], "and 1 is too few for that. Give --sequences 2 or more and text for them"),
+        (["--continuation-tokens", "1"], "--continuation-tokens must be at least 2 for prices"),
+        (["--labels", "0"], "--labels"),
+        (["--packing", "pairs"], "'pairs' is not one of"),
+        (["--method", "griffin"], "'griffin' is not one of"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_options_that_are_refused(outputs: Path, tiny_model: Path, options: list[str], text: str) -> None:
+    assert_error(run_cli("calibrate", tiny_model, "-o", outputs / "x", *TINY_LENGTHS, *options), USAGE, text)
+
+
+def test_masks_are_not_built_from_prices(outputs: Path, tiny_model: Path, priced: tuple[Path, str]) -> None:
+    result = build(tiny_model, priced[0], outputs / "x", "--method", "tda")
+    assert_error(result, USAGE, "holds prices of rows", "Calibrate with --method tda, or all")
+
+
+def test_an_earlier_calibration_is_replaced(tiny_calibration: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Of either kind."""
+    shutil.copy(tiny_calibration, tmp_path / "c")
+    run_ok("calibrate", tiny_model, "-o", tmp_path / "c", *TINY_LENGTHS, "--packing", "sites", "--overwrite")
+    assert read_calibration(tmp_path / "c").priced is not None
