@@ -40,6 +40,7 @@ ADD_NORM = "AddNorm"
 ADD_BIAS_NORM = "AddBiasNorm"
 ROW_LINEAR = "RowLinear"
 CALL_PRICE = "CallPrice"
+GATED_ACTIVATION = "GatedActivation"
 
 
 class RowLinearInput:

@@ -78,19 +78,34 @@ def combine(ops: Ops, spec: DecoderSpec, product: Callable[[str], ir.Value]) -> 
     return ops.op("Mul", activated, rest[0]) if rest else activated
 
 
-def plain_ffn(graph: GraphBuilder) -> Ffn:
-    """Return the FFN of a layer from its stored matrices: down(act(gate x) * up x), without gates down(act(up x))."""
+# act(gate) * up [.., F], given both, or one [.., 2 F] that holds them side by side
+Gated = Callable[..., ir.Value]
+
+
+def plain_ffn(graph: GraphBuilder, gated: Gated | None = None) -> Ffn:
+    """Return the FFN of a layer from its stored matrices: down(act(gate x) * up x), without gates down(act(up x)).
+
+    Args:
+        graph: The graph.
+        gated: Gives the activations of a gated FFN in another way than by plain operators.
+    """
     ops, spec = graph.ops, graph.spec
+
+    def apart(gate: ir.Value, up: ir.Value | None = None) -> ir.Value:
+        if up is None:
+            sizes = ops.constant([spec.ffn_size, spec.ffn_size], "int64")
+            gate, up = ops.multi("Split", gate, sizes, outputs=(True, True), axis=2)
+        return ops.op("Mul", activate(ops, spec.activation, gate), up)
 
     def ffn(layer: int, x: ir.Value) -> tuple[ir.Value, ir.Value | None]:
         packed = contract.linear_weight(layer, "gate_up")
-        if packed in graph.weights.matrices:
-            sizes = ops.constant([spec.ffn_size, spec.ffn_size], "int64")
-            first, *rest = ops.multi("Split", graph.affine(x, packed), sizes, outputs=(True, True), axis=2)
-        else:
-            first, *rest = (graph.affine(x, contract.ffn_weight(layer, part)) for part in spec.ffn_parts[:-1])
-        activated = activate(ops, spec.activation, first)
-        h = ops.op("Mul", activated, *rest) if rest else activated
+        stored = (
+            [packed]
+            if packed in graph.weights.matrices
+            else [contract.ffn_weight(layer, part) for part in spec.ffn_parts[:-1]]
+        )
+        products = [graph.affine(x, name) for name in stored]
+        h = (gated or apart)(*products) if spec.gated else activate(ops, spec.activation, *products)
         bias = graph.weight(contract.ffn_bias(layer, "down")) if spec.ffn_bias else None
         return graph.linear(h, contract.ffn_weight(layer, "down")), bias
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from tda_export.graph.attention import attention_lengths, call_tokens
 from tda_export.graph.contract import IoTensor, ModelShape
 from tda_export.graph.decoder import GraphBuilder, last_positions, model_shape
 from tda_export.graph.ffn import plain_ffn
+from tda_export.graph.gated_activation import gated_activation, gated_activation_functions
 from tda_export.graph.greedy import greedy_token_function, greedy_tokens
 from tda_export.graph.linear import HalfGraphBuilder, linear_functions
 from tda_export.graph.row_linear import call_price, call_price_function, dropped_rows, row_linear, row_linear_functions
@@ -115,13 +117,16 @@ def build_priced_decode(
     graph.counted = counted
     mask = inputs[contract.ATTENTION_MASK]
     graph.price = call_price(ops, inputs[contract.INPUT_IDS], mask, inputs[contract.PRICE])
-    hidden = graph.layers(attention_lengths(ops, mask), plain_ffn(graph))
+    gated = partial(gated_activation, ops, spec.activation)
+    hidden = graph.layers(attention_lengths(ops, mask), plain_ffn(graph, gated))
     outputs[contract.LOGITS] = graph.logits(hidden)
     outputs[contract.GREEDY_TOKENS] = greedy_tokens(ops, outputs[contract.LOGITS])
     if counted:
         outputs[contract.KEPT_ROWS] = ops.op("Concat", *graph.kept, axis=0)  # [matrices, S]
     defaults = {} if explicit else {contract.PRICE: np.array([price], np.float32)}
     functions = [*row_linear_functions(), call_price_function(), greedy_token_function()]
+    if spec.gated:
+        functions += gated_activation_functions(spec.activation)
     if half:
         functions += linear_functions(spec.norm)
     declared = contract.priced_decode_outputs(shape, counted=len(graph.kept))
