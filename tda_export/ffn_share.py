@@ -11,7 +11,7 @@ from typing import Any
 GATED = 3  # matrices of an FFN with gates
 
 
-def two_level_share(mask: Any, token: Any, matrices: int = GATED) -> Any:
+def two_level_share(mask: Any, token: Any, matrices: int) -> Any:
     """Return the share of FFN bytes that two-level decoding reads.
 
     Args:
@@ -22,6 +22,6 @@ def two_level_share(mask: Any, token: Any, matrices: int = GATED) -> Any:
     return (mask + (matrices - 1) * token) / matrices
 
 
-def truncation_share(kept: Any, matrices: int = GATED) -> Any:
+def truncation_share(kept: Any, matrices: int) -> Any:
     """Return the share of FFN bytes that threshold truncation reads: all rows but the down rows of dropped neurons."""
     return (matrices - 1 + kept) / matrices

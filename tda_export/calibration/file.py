@@ -15,7 +15,6 @@ from tda_export.calibration.budgets import Allocation, Budget, allocate
 from tda_export.calibration.curves import CurveSums
 from tda_export.calibration.kl_table import KlTable
 from tda_export.errors import TdaError, UsageError
-from tda_export.ffn_share import GATED
 from tda_export.files import atomic_file
 
 FORMAT = "tda-export calibration"
@@ -44,7 +43,7 @@ class Calibration:
         """
         steps = budget.of_sparse_steps(refresh_tokens)
         try:
-            return allocate(steps, self.sums, self.grid, self.kl, self.ffn_matrices)
+            return allocate(steps, self.sums, self.grid, self.kl, ffn_matrices=self.ffn_matrices)
         except UsageError as error:
             if steps is budget:
                 raise
@@ -55,8 +54,8 @@ class Calibration:
 
     @property
     def ffn_matrices(self) -> int:
-        """Matrices of the model's FFN. Files of earlier versions are of FFNs with gates."""
-        return int(self.provenance["model"].get("ffn_matrices", GATED))
+        """Matrices of the model's FFN."""
+        return int(self.provenance["model"]["ffn_matrices"])
 
     @property
     def model_fingerprint(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tda_export.errors import UsageError
-from tda_export.ffn_share import GATED, two_level_share
+from tda_export.ffn_share import two_level_share
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Deployment:
     tail_mean: bool = True
     refresh: Refresh = NO_REFRESH
     survivors: np.ndarray = field(default_factory=lambda: np.ones(1, np.float32))
-    ffn_matrices: int = GATED
+    ffn_matrices: int = field(kw_only=True)
 
     def with_refresh(self, refresh: Refresh) -> Deployment:
         """Return the same with another refresh."""
@@ -68,7 +68,7 @@ class Deployment:
         return float(two_level_share(mask_density, mask_density * self.survivors, self.ffn_matrices).mean())
 
 
-def one_level(thresholds: Any, layers: int, ffn_matrices: int = GATED) -> Deployment:
+def one_level(thresholds: Any, layers: int, ffn_matrices: int) -> Deployment:
     """Return a deployment of prompt masks alone: no prior, no tail mean, no token thresholds."""
     chosen = None if thresholds is None else np.asarray(thresholds, np.float32)
     return Deployment(chosen, np.zeros(layers, np.float32), prior=False, tail_mean=False, ffn_matrices=ffn_matrices)

@@ -35,9 +35,10 @@ from tda_export.calibration.file import (
 )
 from tda_export.calibration.kl_table import KlTable
 from tda_export.errors import TdaError, UsageError
+from tda_export.ffn_share import GATED
 
 PROVENANCE: dict[str, Any] = {
-    "model": {"name": "tiny", "architecture": "LlamaForCausalLM", "fingerprint": "f" * 64},
+    "model": {"name": "tiny", "architecture": "LlamaForCausalLM", "fingerprint": "f" * 64, "ffn_matrices": 3},
     "dataset": {"name": "builtin — ‘text’", "sequences": 2},
     "budget": {"cett": 0.2},
     "settings": {"prompt_tokens": 4, "seed": 0},
@@ -224,7 +225,7 @@ def test_record_without_what_build_needs(calibration: Calibration, path: Path, m
 def test_thresholds_of_a_file_are_those_of_its_curves(calibration: Calibration, path: Path, budget: Budget) -> None:
     write_calibration(calibration, path)
     thresholds = allocation_from(path, budget).thresholds
-    assert thresholds == allocate(budget, calibration.sums, calibration.grid).thresholds
+    assert thresholds == allocate(budget, calibration.sums, calibration.grid, ffn_matrices=GATED).thresholds
     assert len(thresholds) == 2
     assert set(thresholds) <= set(calibration.grid.tolist())
 
@@ -237,7 +238,7 @@ def test_thresholds_of_a_missing_file(path: Path) -> None:
 @pytest.mark.parametrize("budget", [Budget(sparsity=0.4), Budget(max_kl=0.3)], ids=str)
 def test_budget_by_kl_of_a_file(calibration: Calibration, path: Path, budget: Budget) -> None:
     write_calibration(dataclasses.replace(calibration, kl=kl_table()), path)
-    expected = allocate(budget, calibration.sums, calibration.grid, kl_table())
+    expected = allocate(budget, calibration.sums, calibration.grid, kl_table(), ffn_matrices=GATED)
     assert allocation_from(path, budget) == read_calibration(path).allocate(budget) == expected
     assert expected.token_thresholds
     write_calibration(calibration, path)

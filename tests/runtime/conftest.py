@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tda_export.ffn_share import GATED
 from tda_export.graph import contract
 from tda_export.graph.reference import SecondLevel
 from tda_export.models.source import ModelSource, resolve_model
@@ -37,7 +38,7 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
 def mask_alone(model: Model) -> Deployment:
     """The artifact's own thresholds and prior, without token thresholds."""
     layers = model.artifact.shape.num_layers
-    return Deployment(model.artifact.deployment.thresholds, np.zeros(layers, np.float32))
+    return Deployment(model.artifact.deployment.thresholds, np.zeros(layers, np.float32), ffn_matrices=GATED)
 
 
 def second_level(model: Model, thresholds: np.ndarray) -> SecondLevel:
