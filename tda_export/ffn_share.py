@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 GATED = 3  # matrices of an FFN with gates
+FFN_MATRICES = (2, GATED)
 
 
 def two_level_share(mask: Any, token: Any, matrices: int) -> Any:

@@ -57,8 +57,10 @@ def calibration(request: pytest.FixtureRequest) -> Calibration:
 
 def kl_table() -> KlTable:
     """A path of two settings and two layers; no two numbers are equal."""
-    values = torch.rand(8, 2, 2, generator=torch.Generator().manual_seed(1)) + 0.1
-    return KlTable(torch.tensor([0.7, 0.4]), values[0].sort(dim=0).values, *values[1:], torch.tensor([64.0]))
+    values = 0.1 + 0.8 * torch.rand(8, 2, 2, generator=torch.Generator().manual_seed(1))
+    kl, stderr, thresholds, token_thresholds, mask, token, cett, sensitivity = values
+    columns = (kl.sort(dim=0).values, stderr, thresholds, token_thresholds, mask, mask * token, cett, sensitivity)
+    return KlTable(torch.tensor([0.7, 0.4]), *columns, torch.tensor([64.0]))
 
 
 @pytest.fixture
@@ -292,7 +294,8 @@ def full_disk() -> Iterator[None]:
 
 
 def test_full_disk_leaves_nothing(path: Path) -> None:
-    accumulator = CurveAccumulator(2, 7, threshold_grid(2000), "prompt", prompt_tokens=4)
+    accumulator = CurveAccumulator(1, 7, threshold_grid(2000), "prompt", prompt_tokens=4)
+    accumulator.add(0, torch.randn(9, 7), torch.randn(3, 7))
     calibration = Calibration(threshold_grid(2000), accumulator.sums, PROVENANCE)
     with pytest.raises(TdaError, match=r"tiny\.safetensors: could not be written \(.*File too large"), full_disk():
         write_calibration(calibration, path)
