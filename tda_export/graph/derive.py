@@ -37,13 +37,13 @@ def weight_table(artifact: Artifact) -> WeightTable:
     for name, entry in artifact.manifest["weights"].items():
         size = math.prod(entry["shape"]) * contract.DTYPE_BYTES[entry["dtype"]]
         table[name] = ir.ExternalTensor(
-            contract.WEIGHTS_FILE,
+            artifact.weights_file.name,
             entry["offset"],
             size,
             DTYPES[entry["dtype"]],
             shape=ir.Shape(entry["shape"]),
             name=name,
-            base_dir=artifact.folder,
+            base_dir=artifact.weights_file.parent,
         )
     return table
 
