@@ -23,6 +23,7 @@ from tda_export.graph.decoder import model_shape
 from tda_export.graph.genai import genai_config
 from tda_export.graph.method import Method
 from tda_export.graph.prefill import Prior, build_prefill
+from tda_export.graph.seal import SEAL_KEY, manifest_hash
 from tda_export.graph.weights_file import WeightTable, plan_weights, write_weights
 from tda_export.models.source import ModelSource
 from tda_export.progress import progress
@@ -102,16 +103,31 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
         decode = build_decode(spec, table, request.dtype, request.method, np.asarray(request.token_thresholds, "f4"))
         explicit = build_decode(spec, table, request.dtype, request.method, explicit=True)
         graphs = dict(zip(contract.GRAPH_FILES, (prefill, decode, explicit), strict=True))
-        for name, graph in graphs.items():
-            ir.save(graph, folder / name)
         _save_tokenizer(source, folder)
         _write_json(folder / contract.GENERATION_CONFIG_FILE, source.generation_config)
         _write_json(folder / contract.GENAI_CONFIG_FILE, genai_config(request.source, request.dtype))
         if request.calibration_file:
             shutil.copyfile(request.calibration_file, folder / contract.CALIBRATION_FILE)
         known = {contract.WEIGHTS_FILE: weights_sha256}
-        _write_json(folder / contract.MANIFEST_FILE, _manifest(request, folder, table, graphs, known))
+        manifest = _manifest(request, folder, table, graphs, known)
+        _save_graphs(graphs, folder, manifest)
+        _write_json(folder / contract.MANIFEST_FILE, manifest)
         check(folder)
+
+
+def _save_graphs(graphs: dict[str, ir.Model], folder: Path, manifest: dict[str, Any]) -> None:
+    """Save the graphs with the manifest's hash, and enter theirs in the manifest."""
+    files = manifest["files"]
+    files |= dict.fromkeys(graphs)
+    seal = manifest_hash(manifest)
+    for name, graph in graphs.items():
+        graph.metadata_props[SEAL_KEY] = seal
+        ir.save(graph, folder / name)
+        files[name] = _file_entry(folder / name)
+
+
+def _file_entry(path: Path, known: str | None = None) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": known or sha256(path)}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -159,9 +175,7 @@ def _manifest(
         "refresh": asdict(request.refresh),
         "expected": asdict(request.allocation) | {"sparsity": request.expected_sparsity} if request.allocation else {},
         "calibration": request.calibration or {},
-        "files": {
-            path.name: {"size": path.stat().st_size, "sha256": known.get(path.name) or sha256(path)} for path in files
-        },
+        "files": {path.name: _file_entry(path, known.get(path.name)) for path in files},
         "io": {
             contract.PREFILL_FILE: _io(contract.prefill_inputs(shape), contract.prefill_outputs(shape)),
             contract.DECODE_FILE: _io(
