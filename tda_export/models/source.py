@@ -145,7 +145,7 @@ class ModelSource:
         try:
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
             architectures = config.get("architectures")
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             return  # a damaged file: transformers says what is wrong with it
         if architectures and not isinstance(architectures, list):
             raise TdaError(f"{self.name}: architectures in config.json is no list. Download the model again.")

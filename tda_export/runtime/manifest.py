@@ -44,6 +44,7 @@ def check_manifest(manifest: dict[str, Any]) -> ModelShape:
     _require(_is_number(manifest["prior_tokens"], LARGEST_SIZE), "prior_tokens")
     refresh = Refresh(**manifest["refresh"])
     _require(_is_size(refresh.tokens) and _is_number(refresh.decay, 1), "refresh")
+    _check_budget(manifest["budget"])
     sparsity = manifest["expected"].get("sparsity")
     _require(sparsity is None or _is_number(abs(sparsity), 1), "expected.sparsity")
     _check_weights(manifest, shape)
@@ -52,6 +53,16 @@ def check_manifest(manifest: dict[str, Any]) -> ModelShape:
     _require(type(model["ffn_matrices"]) is int, "model.ffn_matrices")
     _require(model["ffn_matrices"] == (GATED if gated else min(FFN_MATRICES)), "model.ffn_matrices")
     return shape
+
+
+def _check_budget(budget: dict[str, Any]) -> None:
+    kinds = {"cett": 1.0, "sparsity": 1.0, "max_kl": LARGEST_NUMBER}
+    given = [name for name in kinds if budget.get(name) is not None]
+    _require(len(given) == 1 and budget.keys() <= {*kinds, "allocation"}, "budget")
+    value = budget[given[0]]
+    _require(_is_number(value, kinds[given[0]]) and value < kinds[given[0]], f"budget.{given[0]}")
+    _require(given != ["max_kl"] or value > 0, "budget.max_kl")
+    _require(budget.get("allocation", "kl") in ("kl", "uniform"), "budget.allocation")
 
 
 def _check_method(method: dict[str, Any]) -> None:
