@@ -73,7 +73,7 @@ def prior_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         raise UsageError("A prior comes from other sequences. Give --sequences 2 or more.")
     model = source.reference(device=options.device)
     model.requires_grad_(False)
-    down = down_weights(model, spec)
+    down, matrices = down_weights(model, spec), len(spec.ffn_parts)
     for prompt in PROMPTS:
         tokens = sequences(source, options, prompt + CONTINUATION)
         dense = read_dense(model, spec, tokens, prompt)
@@ -94,7 +94,7 @@ def prior_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
                 def count_rows(layer: int, run: Any, masking: Any = masking, read: Any = read) -> None:
                     kept = float(masking.keep[layer].float().mean())
-                    read.append(two_level_share(kept, float(run.survivors.float().mean())))
+                    read.append(two_level_share(kept, float(run.survivors.float().mean()), matrices))
 
                 with torch.no_grad(), two_level_ffn(model, spec, masking, count_rows):
                     kls.append(float(masked_kl(model, sequence)))

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 GATED = 3  # matrices of an FFN with gates
+FFN_MATRICES = (2, GATED)
 
 
-def two_level_share(mask: Any, token: Any, matrices: int = GATED) -> Any:
+def two_level_share(mask: Any, token: Any, matrices: int) -> Any:
     """Return the share of FFN bytes that two-level decoding reads.
 
     Args:
@@ -22,6 +23,6 @@ def two_level_share(mask: Any, token: Any, matrices: int = GATED) -> Any:
     return (mask + (matrices - 1) * token) / matrices
 
 
-def truncation_share(kept: Any, matrices: int = GATED) -> Any:
+def truncation_share(kept: Any, matrices: int) -> Any:
     """Return the share of FFN bytes that threshold truncation reads: all rows but the down rows of dropped neurons."""
     return (matrices - 1 + kept) / matrices

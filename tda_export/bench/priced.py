@@ -99,7 +99,9 @@ class PricedBench(Bench):
         setting: PricedSetting = open_priced("priced", self.artifact, self.sessions, PriceDeployment(runner.price), {})
         cache = KvCache(self.artifact.shape, self.sessions.provider, self.capacity)
         setting.read(self.prompt, cache)
-        counted = setting.decode_counted(cache, runner.written[: min(COUNTED_TOKENS, self.settings.new_tokens)], NO_MASK)
+        counted = setting.decode_counted(
+            cache, runner.written[: min(COUNTED_TOKENS, self.settings.new_tokens)], NO_MASK
+        )
         ffn = counted.ffn_share * self.artifact.dense_ffn_bytes
         attention = counted.attention_share * (self.artifact.linear_bytes - self.artifact.dense_ffn_bytes)
         return round(ffn + attention), self.other_bytes

@@ -201,6 +201,6 @@ def random_source(shape: str) -> RandomSource:
         fields = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(fields.get("model_type"), str):
             raise ValueError("no model_type")
-    except (ValueError, AttributeError) as error:
-        raise UsageError(f"{shape}: not a readable config.json ({error}).") from error
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{shape}: not a readable config.json ({first_line(error)}).") from error
     return RandomSource(path.parent.name or shape, Path(), fields=tuple(fields.items()))

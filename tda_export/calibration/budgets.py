@@ -165,7 +165,7 @@ class Allocation:
     kl: float | None = None
     prior_tokens: float = 0.0
     tail_mean: bool = False
-    ffn_matrices: int = GATED
+    ffn_matrices: int = field(kw_only=True)
 
     @property
     def sparsity(self) -> float:
@@ -190,7 +190,8 @@ def allocate(
     curves: CurveSums,
     grid: torch.Tensor,
     table: KlTable | None = None,
-    ffn_matrices: int = GATED,
+    *,
+    ffn_matrices: int,
 ) -> Allocation:
     """Choose the thresholds.
 
@@ -209,8 +210,7 @@ def allocate(
         UsageError: The budget needs a KL path, and there is none or it is not sparse enough.
     """
     if not budget.by_kl:
-        chosen = _choose(budget.cett, budget.sparsity, curves.mean_cett, curves.mean_density, grid)
-        return replace(chosen, ffn_matrices=ffn_matrices)
+        return _choose(budget.cett, budget.sparsity, curves.mean_cett, curves.mean_density, grid, ffn_matrices)
     if table is None:
         raise UsageError(
             "This calibration holds CETT curves alone. Calibrate without --curves-only, or give --cett, or --sparsity "
@@ -238,7 +238,7 @@ def _of_path(setting: KlSetting, table: KlTable, ffn_matrices: int) -> Allocatio
 
 
 def allocate_truncation(
-    budget: Budget, curves: CurveSums, grid: torch.Tensor, ffn_matrices: int = GATED
+    budget: Budget, curves: CurveSums, grid: torch.Tensor, *, ffn_matrices: int
 ) -> TruncationAllocation:
     """Choose thresholds of r_i(t) for threshold truncation, from the curves of the token estimator.
 
@@ -268,14 +268,19 @@ def allocate_truncation(
         )
     dropped = None if budget.sparsity is None else min(ffn_matrices * budget.sparsity, 1.0)
     density = curves.token_density / curves.tokens  # [L, K]
-    chosen = _choose(budget.cett, dropped, curves.mean_cett, density, grid)
+    chosen = _choose(budget.cett, dropped, curves.mean_cett, density, grid, ffn_matrices)
     return TruncationAllocation(
         chosen.thresholds, chosen.density, chosen.cett, chosen.recrossing, ffn_matrices=ffn_matrices
     )
 
 
 def _choose(
-    budget_cett: float | None, dropped: float | None, cett: torch.Tensor, density: torch.Tensor, grid: torch.Tensor
+    budget_cett: float | None,
+    dropped: float | None,
+    cett: torch.Tensor,
+    density: torch.Tensor,
+    grid: torch.Tensor,
+    ffn_matrices: int,
 ) -> Allocation:
     """Choose from curves [L, K] by a CETT or, uniformly, by the share of neurons to drop; one of them is None."""
     if budget_cett is not None:
@@ -292,4 +297,5 @@ def _choose(
         density=density[rows, chosen].tolist(),
         cett=cett[rows, chosen].tolist(),
         recrossing=recrossing,
+        ffn_matrices=ffn_matrices,
     )

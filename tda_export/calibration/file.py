@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,11 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tda_export.calibration.budgets import Allocation, Budget, allocate
+from tda_export.calibration.checks import LARGEST, check_curves, check_path
 from tda_export.calibration.curves import CurveSums
 from tda_export.calibration.kl_table import KlTable
 from tda_export.calibration.price_file import Priced, describe_priced, finished, priced_from, priced_tensors
-from tda_export.errors import TdaError, UsageError
-from tda_export.ffn_share import GATED
+from tda_export.errors import TdaError, UsageError, first_line, shown
+from tda_export.ffn_share import FFN_MATRICES
 from tda_export.files import as_os_error, atomic_file
 
 FORMAT = "tda-export calibration"
@@ -24,7 +26,9 @@ FORMAT_VERSION = 4  # 4: prices of rows; 3: the KL path; 2: up_square
 OLDEST_VERSION = 3  # that is still read
 METADATA_KEY = "tda_export"
 PRICED = "priced"  # in the metadata: what of the prices is no tensor
+DIGEST_KEY = "sha256"  # of the provenance's text and of all tensors
 KL = "kl_path."  # begins the names of its tensors
+SUMS, PATH = fields(CurveSums), fields(KlTable)
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Calibration:
         """
         steps = budget.of_sparse_steps(refresh_tokens)
         try:
-            return allocate(steps, self.sums, self.grid, self.kl, self.ffn_matrices)
+            return allocate(steps, self.sums, self.grid, self.kl, ffn_matrices=self.ffn_matrices)
         except UsageError as error:
             if steps is budget:
                 raise
@@ -74,8 +78,8 @@ class Calibration:
 
     @property
     def ffn_matrices(self) -> int:
-        """Matrices of the model's FFN. Files of earlier versions are of FFNs with gates."""
-        return int(self.provenance["model"].get("ffn_matrices", GATED))
+        """Matrices of the model's FFN."""
+        return int(self.provenance["model"]["ffn_matrices"])
 
     @property
     def model_fingerprint(self) -> str:
@@ -83,19 +87,29 @@ class Calibration:
 
 
 def write_calibration(calibration: Calibration, path: Path) -> None:
-    """Write the file whole or not at all. Sums of float64, so that files of data halves still add exactly."""
-    tensors = {}
+    """Write the file whole or not at all. Sums of float64, so that files of data halves still add exactly.
+
+    Raises:
+        TdaError: It holds what no file may hold, or it cannot be written.
+    """
+    tensors = {"grid": calibration.grid}
     if calibration.curves is not None:
-        tensors = {field.name: getattr(calibration.curves, field.name) for field in fields(CurveSums)}
+        tensors |= {field.name: getattr(calibration.curves, field.name) for field in SUMS}
     if calibration.kl is not None:
-        tensors |= {KL + field.name: getattr(calibration.kl, field.name) for field in fields(KlTable)}
-    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, **calibration.provenance}
+        tensors |= {KL + field.name: getattr(calibration.kl, field.name) for field in PATH}
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION, **calibration.provenance}
     if calibration.priced is not None:
         tensors |= priced_tensors(calibration.priced)
-        metadata[PRICED] = describe_priced(calibration.priced)
+        content[PRICED] = describe_priced(calibration.priced)
+    try:
+        _check(calibration)
+    except ValueError as error:
+        raise TdaError(f"{path}: not written, since the calibration went wrong ({error}). Use --dtype fp32.") from error
+    metadata = {METADATA_KEY: json.dumps(content)}
+    metadata[DIGEST_KEY] = _digest(metadata[METADATA_KEY], tensors)
     with atomic_file(path) as part:
         try:
-            save_file({"grid": calibration.grid, **tensors}, part, metadata={METADATA_KEY: json.dumps(metadata)})
+            save_file(tensors, part, metadata=metadata)
         except SafetensorError as error:
             raise as_os_error(error) from error
 
@@ -104,49 +118,104 @@ def read_calibration(path: Path) -> Calibration:
     """Read and check a calibration file.
 
     Raises:
-        TdaError: It does not exist, is no calibration file, is damaged, or was written by a newer version.
+        TdaError: It does not exist, is no calibration file, is damaged, was written by a newer version, or holds
+            numbers that cannot be: a tensor of another shape, not finite, negative, out of order. The tensor is named.
     """
     if not path.is_file():
         raise TdaError(f"{path}: no such calibration file. Make one with 'tda-export calibrate MODEL -o {path}'.")
     try:
         with safe_open(path, framework="pt") as file:
-            provenance = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-            if not isinstance(provenance, dict) or provenance.pop("format", None) != FORMAT:
-                raise TdaError(f"{path}: not a calibration. Give a file from 'tda-export calibrate'.")
-            version = provenance.pop("format_version")
-            if version > FORMAT_VERSION:
-                raise TdaError(
-                    f"{path}: calibration format {version} is newer than this tda-export ({FORMAT_VERSION}). Update it."
-                )
-            if version < OLDEST_VERSION:
-                raise TdaError(
-                    f"{path}: calibration format {version} is older than this tda-export's ({FORMAT_VERSION}). "
-                    "Run 'tda-export calibrate' again."
-                )
-            _ = provenance["model"]["name"], provenance["model"]["fingerprint"]
-            _check_budget(provenance["budget"])
-            content = provenance.pop(PRICED, None)
-            priced = None
-            if content is not None:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-                priced = finished(priced_from(content, tensors))
-            sums = None
-            if priced is None or fields(CurveSums)[0].name in file.keys():  # noqa: SIM118 - no mapping
-                sums = CurveSums(*(file.get_tensor(field.name) for field in fields(CurveSums)))
-            names = {KL + field.name for field in fields(KlTable)}
-            table = None
-            if names & set(file.keys()):
-                table = KlTable(*(file.get_tensor(KL + field.name) for field in fields(KlTable)))
-            return Calibration(file.get_tensor("grid"), sums, provenance, table, priced)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise TdaError(f"{path}: not a readable calibration ({error}). Run 'tda-export calibrate' again.") from error
+            metadata = file.metadata() or {}
+            content = metadata.get(METADATA_KEY, "{}")
+            provenance = json.loads(content)
+            _check_format(path, provenance)
+            _check_provenance(provenance)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        described, priced, sums, table = provenance.pop(PRICED, None), None, None, None
+        if described is not None:
+            priced = finished(priced_from(described, tensors))
+        if priced is None or SUMS[0].name in tensors:
+            sums = CurveSums(*(tensors[field.name] for field in SUMS))
+        if any(name.startswith(KL) for name in tensors):
+            table = KlTable(*(tensors[KL + field.name] for field in PATH))
+        calibration = Calibration(tensors["grid"], sums, provenance, table, priced)
+        _check(calibration)
+        # Files of before have none.
+        if DIGEST_KEY in metadata and metadata[DIGEST_KEY] != _digest(content, tensors):
+            raise ValueError("its content is not what was written")
+        return calibration
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
+        raise TdaError(
+            f"{path}: not a readable calibration ({first_line(error)}). Run 'tda-export calibrate' again."
+        ) from error
 
 
-def _check_budget(budget: dict[str, Any]) -> None:
+def _check_format(path: Path, provenance: Any) -> None:
+    """Take format and version out of a provenance that may be used."""
+    if not isinstance(provenance, dict) or provenance.pop("format", None) != FORMAT:
+        raise TdaError(f"{path}: not a calibration. Give a file from 'tda-export calibrate'.")
+    version = provenance.pop("format_version")
+    if type(version) is not int:
+        raise TypeError("no format version")
+    if version > FORMAT_VERSION:
+        raise TdaError(
+            f"{path}: calibration format {shown(version)} is newer than this tda-export ({FORMAT_VERSION}). Update it."
+        )
+    if version < OLDEST_VERSION:
+        raise TdaError(
+            f"{path}: calibration format {shown(version)} is older than this tda-export's ({FORMAT_VERSION}). "
+            "Run 'tda-export calibrate' again."
+        )
+
+
+def _check_provenance(provenance: dict[str, Any]) -> None:
+    model, budget = provenance["model"], provenance["budget"]
+    for key in ("name", "fingerprint"):
+        if not isinstance(model[key], str):
+            raise TypeError(f"model.{key} is no text")
+    if type(model["ffn_matrices"]) is not int or model["ffn_matrices"] not in FFN_MATRICES:
+        raise ValueError(f"model.ffn_matrices is {shown(model['ffn_matrices'])}")
+    check_budget(budget)
+
+
+def check_budget(budget: dict[str, Any]) -> None:
+    """Check a budget out of a file, of which whoever gives the file did not choose the numbers.
+
+    Raises:
+        ValueError: It is no budget.
+        TypeError: It is of another form.
+    """
+    if not isinstance(budget, dict):
+        raise TypeError("budget is no record")
+    for name, value in budget.items():
+        if name != "allocation" and (isinstance(value, bool) or not isinstance(value, int | float | None)):
+            raise TypeError(f"budget.{shown(name)} is no number")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"budget.{shown(name)} is {shown(value)}")
     try:
         Budget(**budget)
-    except UsageError as error:  # whoever gives the file did not choose the budget in it
+    except UsageError as error:
         raise ValueError(str(error)) from error
+
+
+def _check(calibration: Calibration) -> None:
+    if calibration.curves is None:
+        return
+    sizes = check_curves(calibration.grid, calibration.curves)
+    if calibration.kl is not None:
+        try:
+            check_path(calibration.kl, sizes.layers)
+        except ValueError as error:
+            raise ValueError(f"{KL}{error}") from error
+
+
+def _digest(content: str, tensors: dict[str, torch.Tensor]) -> str:
+    """Hash provenance and tensors, so that a bit that was flipped in between is found."""
+    digest = hashlib.sha256(content.encode("utf-8", "surrogatepass"))
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def allocation_from(path: Path, budget: Budget) -> Allocation:
@@ -163,6 +232,6 @@ def is_calibration(path: Path) -> bool:
     """Tell whether a file is a calibration, of any version."""
     try:
         with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {})[METADATA_KEY])["format"] == FORMAT
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+            return bool(json.loads((file.metadata() or {})[METADATA_KEY])["format"] == FORMAT)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return False

@@ -26,7 +26,6 @@ from tda_export.calibration.marginals import (
     score_thresholds,
 )
 from tda_export.calibration.masked import choose_masking, down_weights, masked_kl, two_level_ffn
-from tda_export.ffn_share import GATED
 from tda_export.models.spec import DecoderSpec
 
 FIRST_SHARE, LAST_SHARE = 0.85, 0.19  # of FFN bytes
@@ -162,7 +161,7 @@ def remember(earlier: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     return MEMORY * earlier + (1 - MEMORY) * relative if len(earlier) else relative
 
 
-def move(densities: Densities, prices: torch.Tensor, share: float, matrices: int = GATED) -> Densities:
+def move(densities: Densities, prices: torch.Tensor, share: float, matrices: int) -> Densities:
     """Move densities by their prices, and scale them to a share of FFN bytes.
 
     Args:
@@ -178,7 +177,7 @@ def move(densities: Densities, prices: torch.Tensor, share: float, matrices: int
     return scale_to(Densities(densities.mask * push[0], densities.token * push[1]), share, matrices)
 
 
-def scale_to(densities: Densities, share: float, matrices: int = GATED) -> Densities:
+def scale_to(densities: Densities, share: float, matrices: int) -> Densities:
     """Multiply all densities by one factor, within their bounds, such that they read a share of the FFN's bytes."""
 
     def scaled(factor: float) -> Densities:
@@ -195,7 +194,7 @@ def scale_to(densities: Densities, share: float, matrices: int = GATED) -> Densi
     return scaled(math.sqrt(low * high))
 
 
-def densities_at(state: PathState, share: float, matrices: int = GATED) -> Densities:
+def densities_at(state: PathState, share: float, matrices: int) -> Densities:
     """Return the path's densities at a share of FFN bytes, smoothed over the three nearest steps."""
     steps = range(WARM_UP, len(state.mask_densities))
     nearest = sorted(steps, key=lambda step: abs(math.log(share_of_step(step) / share)))[:3]

@@ -95,10 +95,9 @@ def find_path(
         measured = measuring.dense() if share is None else measuring.measure(state, share)
         rows.append(tuple(value.float().cpu() for value in measured))
         save(sweep)
-    if plan.dense:
-        # A setting that reads no less than dense drops neurons for nothing.
-        rows = [rows[0], *(row for row in rows[1:] if row[0] < rows[0][0])]
-    columns = [torch.stack(values) for values in zip(*rows, strict=True)]
+    # A setting that reads no less than one before it (dense among them) drops neurons for nothing.
+    kept = [row for number, row in enumerate(rows) if all(row[0] < before[0] for before in rows[:number])]
+    columns = [torch.stack(values) for values in zip(*kept, strict=True)]
     return KlTable(*[*columns, torch.tensor([float(prior_tokens)])])
 
 

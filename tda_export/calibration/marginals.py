@@ -16,7 +16,7 @@ import torch
 
 from tda_export.calibration.dense import Blended, DenseSequence
 from tda_export.calibration.masked import LayerRun, Masking, choose_masking, masked_kl, two_level_ffn
-from tda_export.ffn_share import GATED, two_level_share
+from tda_export.ffn_share import two_level_share
 from tda_export.models.spec import DecoderSpec
 
 BAND = 0.08  # neurons on either side of a threshold whose price counts, as a share of those that are kept
@@ -33,7 +33,7 @@ class Densities:
     mask: torch.Tensor
     token: torch.Tensor
 
-    def ffn_share(self, matrices: int = GATED) -> float:
+    def ffn_share(self, matrices: int) -> float:
         """Return the share of the FFN's bytes that is read; `matrices` are those of the FFN."""
         return float(two_level_share(self.mask, self.token, matrices).mean())
 

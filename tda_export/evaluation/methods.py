@@ -154,7 +154,7 @@ def _token_calibration(artifact: Artifact, request: Request, what: str) -> Calib
 def _open_paper(artifact: Artifact, sessions: Sessions, request: Request) -> Setting:
     budget = Budget(cett=PAPER_CETT if request.cett is None else request.cett)
     thresholds = _token_calibration(artifact, request, "--method paper").allocate(budget).thresholds
-    deployment = one_level(thresholds, artifact.shape.num_layers)
+    deployment = one_level(thresholds, artifact.shape.num_layers, artifact.ffn_matrices)
     counting = _counting(artifact, sessions)
     return Setting("paper", artifact.shape, sessions, deployment, counting, budget=budget.describe())
 
@@ -170,7 +170,7 @@ def _check_griffin(artifact: Artifact, request: Request) -> None:
 def _open_griffin(artifact: Artifact, sessions: Sessions, request: Request) -> Setting:
     assert request.sparsity is not None
     derived = derived_sessions(artifact, sessions, griffin(request.sparsity))
-    deployment = one_level(None, artifact.shape.num_layers)
+    deployment = one_level(None, artifact.shape.num_layers, artifact.ffn_matrices)
     budget = {"sparsity": request.sparsity}
     return Setting("griffin", artifact.shape, derived, deployment, _counting(artifact, derived), budget=budget)
 
@@ -193,7 +193,7 @@ def _truncation_budget(request: Request) -> Budget:
 def _truncation_thresholds(artifact: Artifact, request: Request) -> list[float]:
     calibration = _token_calibration(artifact, request, "--method tt")
     budget, sums, grid = _truncation_budget(request), calibration.sums, calibration.grid
-    return allocate_truncation(budget, sums, grid, calibration.ffn_matrices).thresholds
+    return allocate_truncation(budget, sums, grid, ffn_matrices=calibration.ffn_matrices).thresholds
 
 
 def _open_tt(artifact: Artifact, sessions: Sessions, request: Request) -> Setting:
@@ -210,8 +210,8 @@ def _check_dense(artifact: Artifact, request: Request) -> None:
 
 
 def _open_dense(artifact: Artifact, sessions: Sessions, request: Request) -> Setting:
-    deployment, counting = one_level(None, artifact.shape.num_layers), _counting(artifact, sessions)
-    return Setting("dense", artifact.shape, sessions, deployment, counting, masked=False)
+    deployment = one_level(None, artifact.shape.num_layers, artifact.ffn_matrices)
+    return Setting("dense", artifact.shape, sessions, deployment, _counting(artifact, sessions), masked=False)
 
 
 def _check_priced(artifact: Artifact, request: Request) -> None:

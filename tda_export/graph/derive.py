@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
+from dataclasses import fields
 
 import numpy as np
 import onnx_ir as ir
 
+from tda_export.errors import TdaError, first_line, shown
 from tda_export.graph import contract
 from tda_export.graph.decode import build_decode
 from tda_export.graph.dense import build_dense, dense_weight_table
@@ -20,15 +24,48 @@ from tda_export.models.spec import DecoderSpec, spec_from_dict
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.session import Sessions, open_session
 
+SHAPE_OF_SPEC = (
+    "num_layers",
+    "num_kv_heads",
+    "head_size",
+    "hidden_size",
+    "ffn_size",
+    "vocab_size",
+    "max_positions",
+)  # fields that spec and shape share
+UNBUILDABLE = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError, AssertionError)
+
+
+@contextlib.contextmanager
+def _of_manifest(artifact: Artifact) -> Iterator[None]:
+    """Blame the manifest for what cannot be read or built of its spec."""
+    try:
+        yield
+    except UNBUILDABLE as error:
+        raise TdaError(
+            f"{artifact.file(contract.MANIFEST_FILE)}: its spec describes no graph of this artifact "
+            f"({first_line(error)}). Build the artifact again."
+        ) from error
+
 
 def artifact_spec(artifact: Artifact) -> DecoderSpec:
-    """Read the architecture out of an artifact's manifest."""
-    return spec_from_dict(artifact.manifest["spec"])
+    """Read the architecture out of an artifact's manifest.
+
+    Raises:
+        TdaError: It is none, or not of the artifact's sizes.
+    """
+    with _of_manifest(artifact):
+        spec = spec_from_dict(artifact.manifest["spec"])
+        for name in SHAPE_OF_SPEC:
+            if getattr(spec, name) != getattr(artifact.shape, name):
+                raise ValueError(f"{name} is {shown(getattr(spec, name))}")
+        return spec
 
 
 def artifact_method(artifact: Artifact) -> Method:
-    """Read the method out of an artifact's manifest."""
-    return Method(**artifact.manifest["method"])
+    """Read the method out of an artifact's manifest; what this version does not know of it is passed over."""
+    known = {field.name for field in fields(Method)}
+    return Method(**{name: value for name, value in artifact.manifest["method"].items() if name in known})
 
 
 def weight_table(artifact: Artifact) -> WeightTable:
@@ -36,13 +73,13 @@ def weight_table(artifact: Artifact) -> WeightTable:
     table = WeightTable({}, artifact.matrices)
     for name, entry in artifact.manifest["weights"].items():
         table[name] = ir.ExternalTensor(
-            contract.WEIGHTS_FILE,
+            artifact.weights_file.name,
             entry["offset"],
             contract.tensor_bytes(entry["shape"], entry["dtype"]),
             DTYPES[entry["dtype"]],
             shape=ir.Shape(entry["shape"]),
             name=name,
-            base_dir=artifact.folder,
+            base_dir=artifact.weights_file.parent,
         )
     return table
 
@@ -50,7 +87,8 @@ def weight_table(artifact: Artifact) -> WeightTable:
 def derived_prefill(artifact: Artifact, method: Method) -> bytes:
     """Build the prefill graph of another method."""
     spec, thresholds = artifact_spec(artifact), np.asarray(artifact.manifest["thresholds"], np.float32)
-    return _serialised(build_prefill(spec, weight_table(artifact), artifact.shape.dtype, method, thresholds))
+    with _of_manifest(artifact):
+        return _serialised(build_prefill(spec, weight_table(artifact), artifact.shape.dtype, method, thresholds))
 
 
 def derived_sessions(artifact: Artifact, sessions: Sessions, method: Method) -> Sessions:
@@ -67,26 +105,29 @@ def derived_sessions(artifact: Artifact, sessions: Sessions, method: Method) -> 
 def derived_dense(artifact: Artifact) -> bytes:
     """Build the plain dense graph; its session must be given the transposed weights (`graph/dense.py`)."""
     spec = artifact_spec(artifact)
-    return _serialised(build_dense(spec, dense_weight_table(spec, weight_table(artifact)), artifact.shape.dtype))
+    with _of_manifest(artifact):
+        return _serialised(build_dense(spec, dense_weight_table(spec, weight_table(artifact)), artifact.shape.dtype))
 
 
 def derived_probe(artifact: Artifact) -> bytes:
     """Build the decode graph with the inputs of every FFN among its outputs."""
     spec, method = artifact_spec(artifact), artifact_method(artifact)
-    return _serialised(build_decode(spec, weight_table(artifact), artifact.shape.dtype, method, ffn_inputs=True))
+    with _of_manifest(artifact):
+        return _serialised(build_decode(spec, weight_table(artifact), artifact.shape.dtype, method, ffn_inputs=True))
 
 
 def counted_rows(artifact: Artifact) -> bytes:
     """Build the decode graph of a priced artifact that also counts the rows which each token reads."""
-    return _serialised(
-        build_priced_decode(artifact_spec(artifact), weight_table(artifact), artifact.shape.dtype, counted=True)
-    )
+    spec = artifact_spec(artifact)
+    with _of_manifest(artifact):
+        return _serialised(build_priced_decode(spec, weight_table(artifact), artifact.shape.dtype, counted=True))
 
 
 def derived_counting(artifact: Artifact) -> bytes:
     """Build the decode graph that also counts the neurons which each token computes."""
     spec, method = artifact_spec(artifact), artifact_method(artifact)
-    return _serialised(build_decode(spec, weight_table(artifact), artifact.shape.dtype, method, counted=True))
+    with _of_manifest(artifact):
+        return _serialised(build_decode(spec, weight_table(artifact), artifact.shape.dtype, method, counted=True))
 
 
 def counting_sessions(artifact: Artifact, sessions: Sessions) -> Sessions:
@@ -101,7 +142,9 @@ def counting_sessions(artifact: Artifact, sessions: Sessions) -> Sessions:
 
 def derived_truncation(artifact: Artifact) -> bytes:
     """Build the threshold-truncation graph."""
-    return _serialised(build_truncation(artifact_spec(artifact), weight_table(artifact), artifact.shape.dtype))
+    spec = artifact_spec(artifact)
+    with _of_manifest(artifact):
+        return _serialised(build_truncation(spec, weight_table(artifact), artifact.shape.dtype))
 
 
 def truncation_sessions(artifact: Artifact, sessions: Sessions) -> Sessions:

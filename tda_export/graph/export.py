@@ -19,6 +19,7 @@ from tda_export.graph import contract
 from tda_export.graph.contract import IoTensor, ModelShape
 from tda_export.graph.decoder import model_shape
 from tda_export.graph.genai import genai_config
+from tda_export.graph.seal import SEAL_KEY, manifest_hash
 from tda_export.graph.weight_plan import Rows, plan_weights
 from tda_export.graph.weights_file import WeightTable, write_weights
 from tda_export.models.notes import say
@@ -96,8 +97,6 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
         with progress("Writing weights", size, quiet=quiet) as advance:
             table, weights_sha256 = write_weights(plan, folder / contract.WEIGHTS_FILE, advance)
         graphs = request.design.graphs(spec, table, request.dtype)
-        for name, graph in graphs.items():
-            ir.save(graph, folder / name)
         _save_tokenizer(tokenizer, source.name, folder)
         _write_json(folder / contract.GENERATION_CONFIG_FILE, source.generation_config)
         _write_json(
@@ -107,8 +106,25 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
         if request.calibration_file:
             shutil.copyfile(request.calibration_file, folder / contract.CALIBRATION_FILE)
         known = {contract.WEIGHTS_FILE: weights_sha256}
-        _write_json(folder / contract.MANIFEST_FILE, _manifest(request, folder, table, graphs, known))
+        manifest = _manifest(request, folder, table, graphs, known)
+        _save_graphs(graphs, folder, manifest)
+        _write_json(folder / contract.MANIFEST_FILE, manifest)
         check(folder)
+
+
+def _save_graphs(graphs: dict[str, ir.Model], folder: Path, manifest: dict[str, Any]) -> None:
+    """Save the graphs with the manifest's hash, and enter theirs in the manifest."""
+    files = manifest["files"]
+    files |= dict.fromkeys(graphs)
+    seal = manifest_hash(manifest)
+    for name, graph in graphs.items():
+        graph.metadata_props[SEAL_KEY] = seal
+        ir.save(graph, folder / name)
+        files[name] = _file_entry(folder / name)
+
+
+def _file_entry(path: Path, known: str | None = None) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": known or sha256(path)}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -154,9 +170,7 @@ def _manifest(
         "budget": request.budget,
         **request.design.describe(),
         "calibration": request.calibration or {},
-        "files": {
-            path.name: {"size": path.stat().st_size, "sha256": known.get(path.name) or sha256(path)} for path in files
-        },
+        "files": {path.name: _file_entry(path, known.get(path.name)) for path in files},
         "io": {file: _io(*tensors) for file, tensors in request.design.io(shape).items()},
         "layout": request.design.layout,
         "matrices": {name: matrix.describe() for name, matrix in table.matrices.items()},

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import onnx
 
-from tda_export.errors import TdaError, first_line
+from tda_export.errors import TdaError, first_line, shown
 from tda_export.files import sha256
 from tda_export.graph import contract
 from tda_export.graph.comparison import PROMPTS, Check, Comparison
 from tda_export.graph.parity import IndexedComparison
 from tda_export.graph.priced_parity import PricedComparison
+from tda_export.graph.seal import seal_problem
 from tda_export.models.source import ModelSource
 from tda_export.progress import progress
 from tda_export.runtime.artifact import Artifact, open_artifact
@@ -56,21 +57,25 @@ def _hashes(artifact: Artifact, quiet: bool) -> Check:
         for name, entry in files.items():
             if sha256(artifact.file(name), advance) != entry["sha256"]:
                 altered.append(name)
-    problem = f"{', '.join(altered)}: altered since the build" if altered else None
+    problem = f"{', '.join(map(shown, altered))}: altered since the build" if altered else None
     return Check("files match their hashes", problem=problem)
 
 
 def _graphs(artifact: Artifact) -> list[Check]:
     checks = []
+    graphs = {}
     for file in (name for name in contract.GRAPH_FILES if name in artifact.manifest["files"]):
         problem = None
         try:
             onnx.checker.check_model(str(artifact.file(file)))
             model = onnx.load(artifact.file(file), load_external_data=False)
+            graphs[file] = model
             problem = _external_data_problem(artifact, model)
         except Exception as error:  # the checker and protobuf raise their own kinds
             problem = first_line(error)
         checks.append(Check(f"{file} passes onnx.checker", problem=problem))
+    if all(check.passed for check in checks):
+        checks.append(Check("manifest is that of the graphs", problem=seal_problem(artifact, graphs)))
     return checks
 
 
@@ -81,7 +86,7 @@ def _external_data_problem(artifact: Artifact, model: onnx.ModelProto) -> str | 
             continue
         entry = {item.key: item.value for item in tensor.external_data}
         if entry["location"] != contract.WEIGHTS_FILE:
-            return f"{tensor.name} lies in {entry['location']!r} instead of {contract.WEIGHTS_FILE}"
+            return f"{shown(tensor.name)} lies in '{shown(entry['location'])}' instead of {contract.WEIGHTS_FILE}"
         if int(entry["offset"]) + int(entry["length"]) > size:
-            return f"{tensor.name} reaches past the end of {contract.WEIGHTS_FILE}"
+            return f"{shown(tensor.name)} reaches past the end of {contract.WEIGHTS_FILE}"
     return None

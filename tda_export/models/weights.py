@@ -125,7 +125,7 @@ def open_safetensors(folder: Path) -> SafetensorsWeights:
         )
     try:
         return SafetensorsWeights(folder)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TdaError(
             f"{folder}: the safetensors weights cannot be read ({error}). Download the weights again."
         ) from error

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from tda_export.errors import TdaError, UsageError
+from tda_export.errors import TdaError, UsageError, first_line, shown
 from tda_export.graph import contract
-from tda_export.graph.contract import DTYPES, ModelShape
+from tda_export.graph.contract import ModelShape
 from tda_export.pricing import PriceTable
 from tda_export.runtime.deployment import AnyDeployment, Deployment, Refresh, price_deployment
-from tda_export.weights.matrix import Matrix, read_matrix
+from tda_export.runtime.manifest import check_manifest
+from tda_export.weights.matrix import Matrix
 
 NEEDED_FILES = (
     contract.PREFILL_FILE,
@@ -23,6 +24,8 @@ NEEDED_FILES = (
     contract.WEIGHTS_FILE,
     contract.TOKENIZER_FILE,
 )
+LONGEST_NAME = 255  # bytes of a file's name, on most systems
+HUB_REPOSITORY, HUB_SNAPSHOTS, HUB_BLOBS = "models--", "snapshots", "blobs"
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,11 @@ class Artifact:
     def file(self, name: str) -> Path:
         return self.folder / name
 
+    @property
+    def weights_file(self) -> Path:
+        """weights.bin itself, where a link may lead to it: ONNX Runtime follows none to another folder."""
+        return self.file(contract.WEIGHTS_FILE).resolve()
+
 
 def open_artifact(folder: str | Path) -> Artifact:
     """Open an artifact and check that its files are there and have their sizes (hashes: `tda-export verify`).
@@ -121,28 +129,27 @@ def open_artifact(folder: str | Path) -> Artifact:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise TdaError(f"{path}: not readable ({error}). Build the artifact again.") from error
+        raise TdaError(f"{path}: not readable ({first_line(error)}). Build the artifact again.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != contract.FORMAT:
         raise TdaError(f"{path}: not a manifest of {contract.FORMAT}. Give a folder that 'tda-export build' made.")
     version = manifest.get("format_version")
-    if not isinstance(version, int):
+    if type(version) is not int:
         raise TdaError(f"{path}: no format version. Build the artifact again.")
     if version > contract.FORMAT_VERSION:
         raise TdaError(
-            f"{path}: artifact format {version} is newer than this tda-export ({contract.FORMAT_VERSION}). Update it."
+            f"{path}: artifact format {shown(version)} is newer than this tda-export ({contract.FORMAT_VERSION}). "
+            "Update it."
         )
     if version < contract.FORMAT_VERSION:
         raise TdaError(
-            f"{path}: artifact format {version} is older than this tda-export's ({contract.FORMAT_VERSION}). "
+            f"{path}: artifact format {shown(version)} is older than this tda-export's ({contract.FORMAT_VERSION}). "
             "Build the artifact again."
         )
     try:
         _check_files(folder, manifest["files"])
-        shape = ModelShape(**manifest["shape"])
-        matrices = {name: read_matrix(name, entry) for name, entry in manifest["matrices"].items()}
-        _check_content(manifest, shape, matrices)
-    except (KeyError, TypeError, AttributeError, ValueError, UsageError) as error:
-        raise TdaError(f"{path}: incomplete manifest ({error}). Build the artifact again.") from error
+        shape, matrices = check_manifest(manifest)
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, UsageError) as error:
+        raise TdaError(f"{path}: incomplete manifest ({first_line(error)}). Build the artifact again.") from error
     return Artifact(folder, manifest, shape, matrices)
 
 
@@ -160,98 +167,45 @@ def is_artifact(folder: Path) -> bool:
         return False
 
 
-def _check_content(manifest: dict[str, Any], shape: ModelShape, matrices: dict[str, Matrix]) -> None:
-    """Check what the runtime and verify read later; what is missing or wrong is named by a KeyError or ValueError."""
-    for name, value in asdict(shape).items():
-        if name != "dtype":
-            _require(type(value) is int and value > 0, f"shape.{name}")
-    _require(shape.dtype in DTYPES.values(), "shape.dtype")
-    model = manifest["model"]
-    _require(all(isinstance(model[key], str) for key in ("name", "fingerprint")), "model.name or model.fingerprint")
-    _require(type(model["ffn_matrices"]) is int, "model.ffn_matrices")
-    eos = model["eos_token_ids"]
-    _require(isinstance(eos, list) and all(type(token) is int for token in eos), "model.eos_token_ids")
-    _require(isinstance(manifest["spec"], dict), "spec")
-    checks = {"indexed": _check_indexed, "priced": _check_priced}
-    _require(manifest["layout"] in checks, "layout")
-    _check_weights(manifest, shape, matrices)
-    checks[manifest["layout"]](manifest, shape, matrices)
-
-
-def _check_priced(manifest: dict[str, Any], shape: ModelShape, matrices: dict[str, Matrix]) -> None:
-    _require(manifest["method"] == {"name": "priced"}, "method")
-    price = manifest["price"]
-    _require(type(price) in (int, float) and math.isfinite(price) and price >= 0, "price")
-    if manifest["price_table"] is not None:
-        _require(PriceTable.from_dict(manifest["price_table"]).packing == manifest["packing"], "packing")
-    for name, matrix in matrices.items():
-        if name.startswith("layers."):
-            entry = manifest["weights"][contract.row_price(name)]
-            _require(matrix.major == "input", f"matrices.{name}.major")
-            _require((entry["shape"], entry["dtype"]) == ([matrix.rows], "float32"), f"weights.{name}.row_price")
-
-
-def _check_indexed(manifest: dict[str, Any], shape: ModelShape, matrices: dict[str, Matrix]) -> None:
-    method, thresholds = manifest["method"], manifest["thresholds"]
-    _require(method.get("statistic") in ("magnitude", "activation"), "method.statistic")
-    _require(method.get("selection") in ("threshold", "topk"), "method.selection")
-    density = method.get("density")
-    _require(type(method["two_levels"]) is bool, "method.two_levels")
-    _require(method["selection"] == "threshold" or (isinstance(density, float) and 0 < density <= 1), "method.density")
-    _require(len(thresholds) == shape.num_layers and all(map(math.isfinite, thresholds)), "thresholds")
-    for name in ("token_thresholds", "survivors"):
-        values = manifest[name]
-        _require(len(values) == shape.num_layers and all(map(math.isfinite, values)), name)
-    Refresh(**manifest["refresh"])
-    last = contract.ffn_weight(shape.num_layers - 1, "up")
-    _require(manifest["weights"][last]["shape"] == [shape.ffn_size, shape.hidden_size], "shape.ffn_size")
-
-
-def _check_weights(manifest: dict[str, Any], shape: ModelShape, matrices: dict[str, Matrix]) -> None:
-    weights, size = manifest["weights"], manifest["files"][contract.WEIGHTS_FILE]["size"]
-    for name, entry in weights.items():
-        numbers = [entry["offset"], *entry["shape"]]
-        _require(all(type(number) is int and number >= 0 for number in numbers), f"weights.{name}")
-        _require(entry["offset"] + contract.tensor_bytes(entry["shape"], entry["dtype"]) <= size, f"weights.{name}")
-    for file in (contract.PREFILL_FILE, contract.DECODE_FILE):
-        _require(set(manifest["graph_weights"][file]) <= weights.keys(), f"graph_weights.{file}")
-    for name, matrix in matrices.items():
-        stored = {"dtype": matrix.format.name, "shape": list(matrix.shape)}
-        _require({key: weights[name][key] for key in stored} == stored, f"matrices.{name}")
-    for layer in range(shape.num_layers):
-        _require(contract.ffn_weight(layer, "down") in matrices, f"matrices.{contract.ffn_weight(layer, 'down')}")
-    # Embeddings of another width than M come with a projection.
-    width = weights[contract.PROJECT_IN]["shape"][1] if contract.PROJECT_IN in weights else shape.hidden_size
-    _require(weights[contract.EMBEDDING]["shape"] == [shape.vocab_size, width], "shape.vocab_size")
-    last = contract.ffn_weight(shape.num_layers - 1, "down")
-    _require(last in weights and contract.ffn_weight(shape.num_layers, "down") not in weights, "shape.num_layers")
-    _require(weights[last]["shape"] == [shape.ffn_size, shape.hidden_size], "shape.ffn_size")
-
-
-def _require(condition: bool, what: str) -> None:
-    if not condition:
-        raise ValueError(what)
-
-
 def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     for name, entry in files.items():
         parts = PurePosixPath(name).parts
-        if len(parts) != 1 or name in (".", "..") or "\\" in name or ":" in name:
+        if len(parts) != 1 or len(name) > LONGEST_NAME or name in (".", "..") or any(c in name for c in "\\:\0"):
             raise TdaError(
-                f"{folder}: the manifest names {name!r}, which is not a file of this folder. Do not use this artifact."
+                f"{folder}: the manifest names '{shown(name)}', which is not a file of this folder. "
+                "Do not use this artifact."
             )
         path = folder / name
-        if path.is_symlink() and path.resolve().parent != folder.resolve():
-            raise TdaError(f"{folder}: {name} is a link out of the folder. Do not use this artifact.")
+        if path.is_symlink():
+            _check_link(folder, path)
         if not path.is_file():
-            raise TdaError(f"{folder}: {name} is missing. Build the artifact again.")
+            raise TdaError(f"{folder}: {shown(name)} is missing. Build the artifact again.")
         if not isinstance(entry["sha256"], str):
             raise ValueError(f"files.{name}.sha256")
         if path.stat().st_size != entry["size"]:
             raise TdaError(
-                f"{path}: {path.stat().st_size} bytes, and the manifest says {entry['size']}: truncated or altered. "
-                "Copy or build the artifact again."
+                f"{path}: {path.stat().st_size} bytes, and the manifest says {shown(entry['size'])}: truncated or "
+                "altered. Copy or build the artifact again."
             )
     for name in NEEDED_FILES:
         if name not in files:
             raise TdaError(f"{folder}: the manifest does not list {name}. Build the artifact again.")
+
+
+def _check_link(folder: Path, path: Path) -> None:
+    """Let a link lead to a file of the folder, or, in a hub's cache, of the same repository's blobs.
+
+    Such a cache holds `models--org--name/snapshots/<revision>/…`, links to `models--org--name/blobs/<hash>`.
+    """
+    target, inside = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    if not path.exists():  # a link to itself, too
+        raise TdaError(f"{path}: a link that leads to no file. Copy or build the artifact again.")
+    allowed = [inside]
+    for parent in inside.parents:
+        if parent.name == HUB_SNAPSHOTS and parent.parent.name.startswith(HUB_REPOSITORY):
+            allowed.append(parent.parent / HUB_BLOBS)
+    if target.parent not in allowed:
+        raise TdaError(
+            f"{path} is a link out of the folder. Do not use this artifact, or, if the link is yours, copy the folder "
+            "with what its links lead to ('cp -rL')."
+        )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tda_export.errors import UsageError
-from tda_export.ffn_share import GATED, two_level_share
+from tda_export.ffn_share import two_level_share
 from tda_export.pricing import PriceTable
 
 
@@ -59,7 +59,7 @@ class Deployment:
     tail_mean: bool = True
     refresh: Refresh = NO_REFRESH
     survivors: np.ndarray = field(default_factory=lambda: np.ones(1, np.float32))
-    ffn_matrices: int = GATED
+    ffn_matrices: int = field(kw_only=True)
 
     @property
     def read_as(self) -> object:
@@ -115,7 +115,7 @@ def price_deployment(price: float, table: PriceTable | None) -> PriceDeployment:
     return PriceDeployment(price, table.predicted(price).share)
 
 
-def one_level(thresholds: Any, layers: int, ffn_matrices: int = GATED) -> Deployment:
+def one_level(thresholds: Any, layers: int, ffn_matrices: int) -> Deployment:
     """Return a deployment of prompt masks alone: no prior, no tail mean, no token thresholds."""
     chosen = None if thresholds is None else np.asarray(thresholds, np.float32)
     return Deployment(chosen, np.zeros(layers, np.float32), prior=False, tail_mean=False, ffn_matrices=ffn_matrices)

@@ -11,6 +11,7 @@ from tda_export.errors import TdaError, first_line
 from tda_export.graph import contract
 from tda_export.native.library import native_problem, register_native, warn_once
 from tda_export.runtime.artifact import Artifact
+from tda_export.runtime.graph_check import check_graph
 from tda_export.runtime.providers import CUDA, EXECUTION_PROVIDERS, provider_arguments
 
 ERRORS_ONLY = 3  # ONNX Runtime warns of every input that has a default
@@ -78,6 +79,11 @@ class Sessions:
             # Function bodies of a priced artifact multiply by whole matrices, which need no second copy.
             prepack=native or not self.priced,
         )
+        shape, levels = artifact.shape, self.two_levels
+        inputs, outputs = contract.prefill_inputs(shape), contract.prefill_outputs(shape)
+        check_graph(self.prefill, artifact.file(prefill), inputs, outputs)
+        inputs, outputs = contract.decode_inputs(shape, two_levels=levels), contract.decode_outputs(shape)
+        check_graph(self.decode, artifact.file(decode), inputs, outputs)
 
     def weights_of(self, artifact: Artifact, file: str) -> dict[str, ort.OrtValue]:
         """Return the shared weights that a graph reads."""
@@ -123,7 +129,9 @@ def open_session(
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact.folder))
+    if isinstance(graph, bytes):
+        folder = str(artifact.weights_file.parent)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     if native:
         register_native(options)
     for name, value in weights.items():
@@ -161,19 +169,22 @@ class Call:
 
     def feed(self, name: str, value: ort.OrtValue | np.ndarray) -> None:
         """Bind an input: a value where it lies, or an array that is copied to the device."""
-        if isinstance(value, np.ndarray):
-            self._binding.bind_cpu_input(name, value)
-        else:
-            self._binding.bind_ortvalue_input(name, value)
+        with _onnxruntime():
+            if isinstance(value, np.ndarray):
+                self._binding.bind_cpu_input(name, value)
+            else:
+                self._binding.bind_ortvalue_input(name, value)
 
     def write_to(self, name: str, value: ort.OrtValue) -> None:
         """Bind an output to memory that is there already."""
-        self._binding.bind_ortvalue_output(name, value)
+        with _onnxruntime():
+            self._binding.bind_ortvalue_output(name, value)
         self._outputs.append(name)
 
     def allocate(self, name: str, device: str) -> None:
         """Let the next run allocate an output on `cpu` or `cuda`; later runs write to the same memory."""
-        self._binding.bind_output(name, device)
+        with _onnxruntime():
+            self._binding.bind_output(name, device)
         if name not in self._outputs:
             self._outputs.append(name)
 
@@ -184,9 +195,17 @@ class Call:
 
     def run_only(self) -> None:
         """Run, for outputs that are bound to memory which the caller holds."""
-        try:
+        with _onnxruntime():
             self._session.run_with_iobinding(self._binding, self._options)
-        except Exception as error:  # ONNX Runtime's exceptions share no narrower base
+
+
+class _onnxruntime:
+    """Turns what ONNX Runtime raises within the block into one line."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):  # ONNX Runtime's exceptions share no narrower base
             raise TdaError(
                 f"ONNX Runtime failed ({first_line(error)}). Run 'tda-export verify' on the artifact."
             ) from error

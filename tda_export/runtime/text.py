@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from tda_export.errors import TdaError, UsageError
+from tda_export.errors import TdaError, UsageError, first_line
 from tda_export.graph import contract
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.chat_template import SPECIAL_TOKENS, ChatTemplate, check_template_kwargs
@@ -28,7 +28,9 @@ class Text:
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
-            raise TdaError(f"{path}: not a readable tokenizer ({error}). Build the artifact again.") from error
+            raise TdaError(
+                f"{path}: not a readable tokenizer ({first_line(error)}). Build the artifact again."
+            ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._artifact = artifact
@@ -110,10 +112,11 @@ class Text:
         path = self._artifact.file(TOKENIZER_CONFIG_FILE)
         try:
             config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise TdaError(f"{path}: not readable ({error}). Build the artifact again.") from error
-        tokens = {name: config.get(name) for name in SPECIAL_TOKENS}
-        return {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items() if token}
+            tokens = {name: config.get(name) for name in SPECIAL_TOKENS}
+            contents = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
+        except (ValueError, KeyError, AttributeError, RecursionError) as error:
+            raise TdaError(f"{path}: not readable ({first_line(error)}). Build the artifact again.") from error
+        return {name: token for name, token in contents.items() if token}
 
 
 class TextStream:

@@ -23,6 +23,7 @@ from tda_export.calibration.budgets import (
 from tda_export.calibration.curves import CurveSums
 from tda_export.calibration.kl_table import KlTable, setting_at, sparsest_within
 from tda_export.errors import UsageError
+from tda_export.ffn_share import GATED
 from tda_export.runtime.deployment import Refresh
 
 GRID = torch.tensor([0.0, 0.1, 0.2, 0.4, 0.8, 2.0])
@@ -60,7 +61,7 @@ CROSSING = [0.0, 0.3, 0.1, 0.15, 0.9, 1.0]  # above 0.2 and back
 
 
 def test_cett_takes_the_largest_threshold_within_the_budget() -> None:
-    allocation = allocate(Budget(cett=0.2), curves([RISING, CROSSING]), GRID)
+    allocation = allocate(Budget(cett=0.2), curves([RISING, CROSSING]), GRID, ffn_matrices=GATED)
     assert allocation.thresholds == pytest.approx([0.2, 0.4])
     assert allocation.cett == pytest.approx([0.2, 0.15])
     assert allocation.density == pytest.approx([0.6, 0.4])
@@ -69,17 +70,17 @@ def test_cett_takes_the_largest_threshold_within_the_budget() -> None:
 
 
 def test_a_layer_that_exceeds_only_above_its_threshold_is_no_recrossing() -> None:
-    assert allocate(Budget(cett=0.12), curves([RISING, RISING]), GRID).recrossing == []
+    assert allocate(Budget(cett=0.12), curves([RISING, RISING]), GRID, ffn_matrices=GATED).recrossing == []
 
 
 def test_a_curve_that_never_exceeds_the_budget_gives_the_last_threshold() -> None:
-    allocation = allocate(Budget(cett=0.99), curves([[0.0] * 6]), GRID)
+    allocation = allocate(Budget(cett=0.99), curves([[0.0] * 6]), GRID, ffn_matrices=GATED)
     assert allocation.thresholds == [2.0]
     assert allocation.density == [0.0]
 
 
 def test_cett_zero_drops_only_what_adds_nothing() -> None:
-    allocation = allocate(Budget(cett=0), curves([RISING, [0.0, 0.0, 0.0, 0.5, 0.9, 1.0]]), GRID)
+    allocation = allocate(Budget(cett=0), curves([RISING, [0.0, 0.0, 0.0, 0.5, 0.9, 1.0]]), GRID, ffn_matrices=GATED)
     assert allocation.thresholds == pytest.approx([0.0, 0.2])
     assert allocation.cett == [0.0, 0.0]
 
@@ -93,13 +94,13 @@ def test_allocation_is_that_of_a_search(data: st.DataObject, layers: int, points
     grid = torch.linspace(0, 2, points)
     sums = curves(cett, density)
 
-    by_cett = allocate(Budget(cett=budget), sums, grid)
+    by_cett = allocate(Budget(cett=budget), sums, grid, ffn_matrices=GATED)
     for layer, curve in enumerate(sums.mean_cett.tolist()):
         largest = max(k for k in range(points) if curve[k] <= budget)
         assert by_cett.thresholds[layer] == float(grid[largest])
         assert (layer in by_cett.recrossing) == any(value > budget for value in curve[:largest])
 
-    by_sparsity = allocate(uniform(budget), sums, grid)
+    by_sparsity = allocate(uniform(budget), sums, grid, ffn_matrices=GATED)
     for layer, curve in enumerate(sums.mean_density.tolist()):
         nearest = min(abs(value - (1 - budget)) for value in curve)
         assert abs(by_sparsity.density[layer] - (1 - budget)) == pytest.approx(nearest)
@@ -107,21 +108,21 @@ def test_allocation_is_that_of_a_search(data: st.DataObject, layers: int, points
 
 @pytest.mark.parametrize(("sparsity", "threshold"), [(0, 0.0), (0.2, 0.1), (0.29, 0.1), (0.31, 0.2), (0.99, 2.0)])
 def test_uniform_takes_the_nearest_density(sparsity: float, threshold: float) -> None:
-    allocation = allocate(uniform(sparsity), curves([RISING, CROSSING]), GRID)
+    allocation = allocate(uniform(sparsity), curves([RISING, CROSSING]), GRID, ffn_matrices=GATED)
     assert allocation.thresholds == pytest.approx([threshold] * 2)
     assert allocation.recrossing == []
 
 
 def test_uniform_reports_the_density_and_cett_of_what_it_chose() -> None:
     density = [[1.0, 0.9, 0.52, 0.4, 0.1, 0.0], [1.0, 0.55, 0.44, 0.2, 0.1, 0.0]]
-    allocation = allocate(uniform(0.5), curves([RISING, CROSSING], density), GRID)
+    allocation = allocate(uniform(0.5), curves([RISING, CROSSING], density), GRID, ffn_matrices=GATED)
     assert allocation.density == pytest.approx([0.52, 0.55])
     assert allocation.cett == pytest.approx([0.2, 0.3])
     assert allocation.sparsity == pytest.approx(1 - (0.52 + 0.55) / 2)
 
 
 def test_results_are_plain_numbers() -> None:
-    allocation = allocate(Budget(cett=0.2), curves([RISING]), GRID)
+    allocation = allocate(Budget(cett=0.2), curves([RISING]), GRID, ffn_matrices=GATED)
     assert json.loads(json.dumps(dataclasses.asdict(allocation))) == dataclasses.asdict(allocation)
     for field in dataclasses.fields(Allocation):
         value = getattr(allocation, field.name)
@@ -191,7 +192,7 @@ def token_curves() -> CurveSums:
     [(0.0, 0.0, 1.0), (0.2, 0.4, 0.4), (0.3, 0.8, 0.1), (1 / 3, 2.0, 0.0)],
 )
 def test_truncation_saves_a_third_of_what_it_drops(sparsity: float, threshold: float, density: float) -> None:
-    allocation = allocate_truncation(Budget(sparsity=sparsity), token_curves(), GRID)
+    allocation = allocate_truncation(Budget(sparsity=sparsity), token_curves(), GRID, ffn_matrices=GATED)
     assert allocation.thresholds == pytest.approx([threshold] * 2)
     assert allocation.density == pytest.approx([density] * 2)
     assert allocation.sparsity == pytest.approx(sparsity)
@@ -199,7 +200,7 @@ def test_truncation_saves_a_third_of_what_it_drops(sparsity: float, threshold: f
 
 
 def test_truncation_by_cett_takes_the_curve_of_tokens() -> None:
-    allocation = allocate_truncation(Budget(cett=0.2), token_curves(), GRID)
+    allocation = allocate_truncation(Budget(cett=0.2), token_curves(), GRID, ffn_matrices=GATED)
     assert allocation.thresholds == pytest.approx([0.2, 0.4])
     assert allocation.density == pytest.approx([0.6, 0.4])
     assert allocation.recrossing == [1]
@@ -208,7 +209,7 @@ def test_truncation_by_cett_takes_the_curve_of_tokens() -> None:
 
 def test_truncation_refuses_more_than_a_third() -> None:
     with pytest.raises(UsageError, match=r"saves at most 1/3 .* sparsity 0.34 is more. Give --sparsity up to 0.333"):
-        allocate_truncation(Budget(sparsity=0.34), token_curves(), GRID)
+        allocate_truncation(Budget(sparsity=0.34), token_curves(), GRID, ffn_matrices=GATED)
 
 
 def test_truncation_without_gates_saves_half_of_what_it_drops() -> None:
@@ -221,16 +222,16 @@ def test_truncation_without_gates_saves_half_of_what_it_drops() -> None:
 
 @pytest.mark.parametrize("matrices", [2, 3])
 def test_sparsity_counts_the_matrices_that_there_are(matrices: int) -> None:
-    allocation = allocate(Budget(sparsity=0.5), curves([RISING] * 2), GRID, path_table(), matrices)
+    allocation = allocate(Budget(sparsity=0.5), curves([RISING] * 2), GRID, path_table(), ffn_matrices=matrices)
     mask, token = (sum(values) / 2 for values in (allocation.density, allocation.token_density))
     assert allocation.sparsity == pytest.approx(1 - (mask + (matrices - 1) * token) / matrices)
-    one_level = allocate(uniform(0.4), curves([RISING] * 2), GRID, None, matrices)
+    one_level = allocate(uniform(0.4), curves([RISING] * 2), GRID, None, ffn_matrices=matrices)
     assert one_level.sparsity == pytest.approx(0.4)
 
 
 def test_truncation_refuses_curves_of_prompts() -> None:
     with pytest.raises(UsageError, match="Calibrate with 'tda-export calibrate --estimator token'"):
-        allocate_truncation(Budget(cett=0.2), curves([RISING]), GRID)
+        allocate_truncation(Budget(cett=0.2), curves([RISING]), GRID, ffn_matrices=GATED)
 
 
 # By KL
@@ -261,7 +262,7 @@ def test_budget_by_kl_is_a_point_of_the_path(budget: Budget) -> None:
         expected = setting_at(table, 1 - budget.sparsity)
     else:
         expected = sparsest_within(table, budget.max_kl or 0.0)
-    allocation = allocate(budget, curves([RISING, CROSSING]), GRID, table)
+    allocation = allocate(budget, curves([RISING, CROSSING]), GRID, table, ffn_matrices=GATED)
     assert allocation.thresholds == expected.thresholds
     assert allocation.token_thresholds == expected.token_thresholds
     assert (allocation.density, allocation.token_density) == (expected.mask_density, expected.token_density)
@@ -294,7 +295,9 @@ def test_less_sparsity_than_dense_has_is_dense_and_says_what_it_has() -> None:
 @pytest.mark.parametrize("budget", [Budget(cett=0.2), uniform(0.5)])
 def test_other_budgets_do_not_look_at_the_path(budget: Budget) -> None:
     sums = curves([RISING, CROSSING])
-    assert allocate(budget, sums, GRID, path_table()) == allocate(budget, sums, GRID)
+    assert allocate(budget, sums, GRID, path_table(), ffn_matrices=GATED) == allocate(
+        budget, sums, GRID, ffn_matrices=GATED
+    )
 
 
 @pytest.mark.parametrize("budget", [Budget(sparsity=0.5), Budget(max_kl=0.1)])
@@ -303,14 +306,14 @@ def test_budget_by_kl_without_a_path_is_refused(budget: Budget) -> None:
         r"^This calibration holds CETT curves alone\. Calibrate without --curves-only, or give --cett, or --sparsity"
     )
     with pytest.raises(UsageError, match=message):
-        allocate(budget, curves([RISING]), GRID)
+        allocate(budget, curves([RISING]), GRID, ffn_matrices=GATED)
 
 
 def test_sparsity_beyond_the_path_is_refused() -> None:
     with pytest.raises(
         UsageError, match=r"^Sparsity 0\.9 is more than the calibration measured \(0\.699\)\. Give a lower"
     ):
-        allocate(Budget(sparsity=0.9), curves([RISING, RISING]), GRID, path_table())
+        allocate(Budget(sparsity=0.9), curves([RISING, RISING]), GRID, path_table(), ffn_matrices=GATED)
 
 
 @pytest.mark.parametrize("budget", [Budget(cett=0.9), uniform(0.95), Budget(sparsity=0.805), Budget(max_kl=9.0)])
@@ -337,7 +340,7 @@ def test_budgets_within_reach_stay(budget: Budget) -> None:
 def test_the_nearest_budget_within_reach_can_be_met(sparsity: float) -> None:
     nearest = nearest_reachable(Budget(sparsity=sparsity), path_table())
     assert nearest == Budget(sparsity=0.699)
-    assert allocate(nearest, curves([RISING, RISING]), GRID, path_table()).kl is not None
+    assert allocate(nearest, curves([RISING, RISING]), GRID, path_table(), ffn_matrices=GATED).kl is not None
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,10 @@ from tda_export.calibration.file import (
 )
 from tda_export.calibration.kl_table import KlTable
 from tda_export.errors import TdaError, UsageError
+from tda_export.ffn_share import GATED
 
 PROVENANCE: dict[str, Any] = {
-    "model": {"name": "tiny", "architecture": "LlamaForCausalLM", "fingerprint": "f" * 64},
+    "model": {"name": "tiny", "architecture": "LlamaForCausalLM", "fingerprint": "f" * 64, "ffn_matrices": 3},
     "dataset": {"name": "builtin — ‘text’", "sequences": 2},
     "budget": {"cett": 0.2},
     "settings": {"prompt_tokens": 4, "seed": 0},
@@ -56,8 +57,10 @@ def calibration(request: pytest.FixtureRequest) -> Calibration:
 
 def kl_table() -> KlTable:
     """A path of two settings and two layers; no two numbers are equal."""
-    values = torch.rand(8, 2, 2, generator=torch.Generator().manual_seed(1)) + 0.1
-    return KlTable(torch.tensor([0.7, 0.4]), values[0].sort(dim=0).values, *values[1:], torch.tensor([64.0]))
+    values = 0.1 + 0.8 * torch.rand(8, 2, 2, generator=torch.Generator().manual_seed(1))
+    kl, stderr, thresholds, token_thresholds, mask, token, cett, sensitivity = values
+    columns = (kl.sort(dim=0).values, stderr, thresholds, token_thresholds, mask, mask * token, cett, sensitivity)
+    return KlTable(torch.tensor([0.7, 0.4]), *columns, torch.tensor([64.0]))
 
 
 @pytest.fixture
@@ -224,7 +227,7 @@ def test_record_without_what_build_needs(calibration: Calibration, path: Path, m
 def test_thresholds_of_a_file_are_those_of_its_curves(calibration: Calibration, path: Path, budget: Budget) -> None:
     write_calibration(calibration, path)
     thresholds = allocation_from(path, budget).thresholds
-    assert thresholds == allocate(budget, calibration.sums, calibration.grid).thresholds
+    assert thresholds == allocate(budget, calibration.sums, calibration.grid, ffn_matrices=GATED).thresholds
     assert len(thresholds) == 2
     assert set(thresholds) <= set(calibration.grid.tolist())
 
@@ -237,7 +240,7 @@ def test_thresholds_of_a_missing_file(path: Path) -> None:
 @pytest.mark.parametrize("budget", [Budget(sparsity=0.4), Budget(max_kl=0.3)], ids=str)
 def test_budget_by_kl_of_a_file(calibration: Calibration, path: Path, budget: Budget) -> None:
     write_calibration(dataclasses.replace(calibration, kl=kl_table()), path)
-    expected = allocate(budget, calibration.sums, calibration.grid, kl_table())
+    expected = allocate(budget, calibration.sums, calibration.grid, kl_table(), ffn_matrices=GATED)
     assert allocation_from(path, budget) == read_calibration(path).allocate(budget) == expected
     assert expected.token_thresholds
     write_calibration(calibration, path)
@@ -291,7 +294,8 @@ def full_disk() -> Iterator[None]:
 
 
 def test_full_disk_leaves_nothing(path: Path) -> None:
-    accumulator = CurveAccumulator(2, 7, threshold_grid(2000), "prompt", prompt_tokens=4)
+    accumulator = CurveAccumulator(1, 7, threshold_grid(2000), "prompt", prompt_tokens=4)
+    accumulator.add(0, torch.randn(9, 7), torch.randn(3, 7))
     calibration = Calibration(threshold_grid(2000), accumulator.sums, PROVENANCE)
     with pytest.raises(TdaError, match=r"tiny\.safetensors: could not be written \(.*File too large"), full_disk():
         write_calibration(calibration, path)

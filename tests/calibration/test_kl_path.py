@@ -28,6 +28,7 @@ from tda_export.calibration.kl_path import (
     share_of_step,
 )
 from tda_export.calibration.marginals import Densities, EstimateHistogram, Level, score_thresholds
+from tda_export.ffn_share import GATED
 from tests.calibration.kl_case import KlCase, with_down_scaled
 
 SHARE = st.floats(0.01, 1.0)
@@ -57,14 +58,14 @@ def test_shares_of_steps_fall_evenly_from_first_to_last() -> None:
 
 @given(densities=any_densities(), share=SHARE)
 def test_scaling_hits_the_budget_within_bounds(densities: Densities, share: float) -> None:
-    scaled = scale_to(densities, share)
-    assert scaled.ffn_share() == pytest.approx(share, abs=1e-5)
+    scaled = scale_to(densities, share, GATED)
+    assert scaled.ffn_share(GATED) == pytest.approx(share, abs=1e-5)
     check_bounds(scaled)
 
 
 @given(densities=any_densities(), share=SHARE)
 def test_scaling_keeps_the_order_of_layers(densities: Densities, share: float) -> None:
-    scaled = scale_to(densities, share)
+    scaled = scale_to(densities, share, GATED)
     for name in ("mask", "token"):
         order = getattr(densities, name).argsort()
         assert (getattr(scaled, name)[order].diff() >= -1e-6).all()
@@ -72,9 +73,9 @@ def test_scaling_keeps_the_order_of_layers(densities: Densities, share: float) -
 
 def test_scaling_at_both_ends() -> None:
     densities = Densities(torch.tensor([0.5, 0.01]), torch.tensor([0.2, 0.005]))
-    dense = scale_to(densities, 1.0)
+    dense = scale_to(densities, 1.0, GATED)
     assert dense.mask.tolist() == dense.token.tolist() == [1.0, 1.0]
-    sparse = scale_to(densities, SMALLEST_DENSITY / 10)  # out of reach: as sparse as bounds allow
+    sparse = scale_to(densities, SMALLEST_DENSITY / 10, GATED)  # out of reach: as sparse as bounds allow
     assert sparse.mask.tolist() == sparse.token.tolist() == pytest.approx([SMALLEST_DENSITY] * 2)
 
 
@@ -82,8 +83,8 @@ def test_scaling_at_both_ends() -> None:
 def test_moving_hits_the_budget_whatever_the_prices(densities: Densities, share: float, data: st.DataObject) -> None:
     layers = len(densities.mask)
     row = st.lists(st.floats(-1e6, 1e6, width=32), min_size=layers, max_size=layers)
-    moved = move(densities, torch.tensor([data.draw(row), data.draw(row)]), share)
-    assert moved.ffn_share() == pytest.approx(share, abs=1e-5)
+    moved = move(densities, torch.tensor([data.draw(row), data.draw(row)]), share, GATED)
+    assert moved.ffn_share(GATED) == pytest.approx(share, abs=1e-5)
     check_bounds(moved)
 
 
@@ -93,15 +94,15 @@ def test_a_higher_price_gets_more_density(low: float, ratio: float, share: float
     alike = Densities(torch.full((4,), 0.6), torch.full((4,), 0.5))
     prices = torch.full((2, 4), low)
     prices[:, 3] *= ratio
-    moved = move(alike, prices, share)
+    moved = move(alike, prices, share, GATED)
     for density in (moved.mask, moved.token):
         assert density[3] > density[0]
         assert density[:3].tolist() == pytest.approx([float(density[0])] * 3)
 
 
 def test_equal_prices_move_nothing() -> None:
-    densities = scale_to(Densities(torch.tensor([0.9, 0.3]), torch.tensor([0.4, 0.2])), 0.4)
-    moved = move(densities, torch.full((2, 2), 7.0), 0.4)
+    densities = scale_to(Densities(torch.tensor([0.9, 0.3]), torch.tensor([0.4, 0.2])), 0.4, GATED)
+    moved = move(densities, torch.full((2, 2), 7.0), 0.4, GATED)
     torch.testing.assert_close(moved.mask, densities.mask)
     torch.testing.assert_close(moved.token, densities.token)
 
@@ -109,21 +110,22 @@ def test_equal_prices_move_nothing() -> None:
 def test_one_extreme_price_counts_as_the_widest() -> None:
     densities = Densities(torch.full((3,), 0.5), torch.full((3,), 0.4))
     moved = [
-        move(densities, torch.tensor([[1.0, 1.0, high], [1.0, 1.0, high]]), 0.4).mask for high in (WIDEST, 1e6 * WIDEST)
+        move(densities, torch.tensor([[1.0, 1.0, high], [1.0, 1.0, high]]), 0.4, GATED).mask
+        for high in (WIDEST, 1e6 * WIDEST)
     ]
     torch.testing.assert_close(moved[0], moved[1])
 
 
 @pytest.mark.parametrize("prices", [[0.0, 0.0, 0.0], [-1.0, -2.0, -3.0]])
 def test_prices_that_say_nothing_move_nothing(prices: list[float]) -> None:
-    densities = scale_to(Densities(torch.tensor([0.9, 0.5, 0.2]), torch.tensor([0.6, 0.4, 0.1])), 0.5)
-    moved = move(densities, torch.tensor([prices, prices]), 0.5)
+    densities = scale_to(Densities(torch.tensor([0.9, 0.5, 0.2]), torch.tensor([0.6, 0.4, 0.1])), 0.5, GATED)
+    moved = move(densities, torch.tensor([prices, prices]), 0.5, GATED)
     torch.testing.assert_close(moved.mask, densities.mask)
 
 
 def test_few_positive_prices_keep_their_order() -> None:
     densities = Densities(torch.full((4,), 0.5), torch.full((4,), 0.4))
-    moved = move(densities, torch.tensor([[-1.0, 0.0, 1.0, 2.0]] * 2), 0.4)
+    moved = move(densities, torch.tensor([[-1.0, 0.0, 1.0, 2.0]] * 2), 0.4, GATED)
     assert moved.mask[0] < moved.mask[1] < moved.mask[2] < moved.mask[3]
 
 
@@ -186,7 +188,7 @@ def swept(kl_case: KlCase) -> PathState:
 
 def test_the_first_state_has_every_layer_alike_at_the_first_share(kl_case: KlCase) -> None:
     state = search_of(kl_case).start()
-    assert state.densities.ffn_share() == pytest.approx(FIRST_SHARE)
+    assert state.densities.ffn_share(GATED) == pytest.approx(FIRST_SHARE)
     assert len(state.densities.mask.unique()) == len(state.densities.token.unique()) == 1
     assert (state.token_thresholds > 0).all()
 
@@ -195,7 +197,7 @@ def test_densities_follow_the_shares_of_steps(swept: PathState) -> None:
     assert swept.step == len(swept.mask_densities) == len(swept.token_densities) == WARM_UP + STEPS
     for step, (mask, token) in enumerate(zip(swept.mask_densities, swept.token_densities, strict=True)):
         densities = Densities(mask, token)
-        assert densities.ffn_share() == pytest.approx(share_of_step(step), abs=1e-5)
+        assert densities.ffn_share(GATED) == pytest.approx(share_of_step(step), abs=1e-5)
         check_bounds(densities)
 
 
@@ -230,7 +232,7 @@ def test_every_sequence_has_its_turn(kl_case: KlCase, batch: int) -> None:
 def test_a_layer_that_matters_more_keeps_more(kl_case: KlCase, important: int) -> None:
     case = with_down_scaled(kl_case, [1.0 if layer == important else 0.1 for layer in range(3)])
     search = search_of(case)
-    found = densities_at(sweep(search, search.start()), 0.4)
+    found = densities_at(sweep(search, search.start()), 0.4, GATED)
     share = (found.mask + 2 * found.token) / 3
     others = [float(share[layer]) for layer in range(3) if layer != important]
     assert float(share[important]) > 2 * max(others)
@@ -246,8 +248,8 @@ def test_one_sequence_is_enough(kl_case: KlCase) -> None:
 
 @given(share=st.floats(0.2, 0.95))
 def test_densities_at_a_share_hit_it(swept: PathState, share: float) -> None:
-    found = densities_at(swept, share)
-    assert found.ffn_share() == pytest.approx(share, abs=1e-5)
+    found = densities_at(swept, share, GATED)
+    assert found.ffn_share(GATED) == pytest.approx(share, abs=1e-5)
     check_bounds(found)
 
 
@@ -262,7 +264,7 @@ def test_densities_are_means_of_the_three_nearest_steps(swept: PathState, share:
         )
         for rows in ([swept.mask_densities[s] for s in steps], [swept.token_densities[s] for s in steps])
     ]
-    expected, found = scale_to(Densities(*means), share), densities_at(swept, share)
+    expected, found = scale_to(Densities(*means), share, GATED), densities_at(swept, share, GATED)
     torch.testing.assert_close(found.mask, expected.mask, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.token, expected.token, rtol=1e-4, atol=1e-5)
 

@@ -23,6 +23,7 @@ from tda_export.calibration.marginals import (
     score_thresholds,
 )
 from tda_export.calibration.masked import LayerRun, choose_masking, masked_kl, two_level_ffn
+from tda_export.ffn_share import GATED
 from tests.calibration.kl_case import KlCase, make_case
 
 CPU = torch.device("cpu")
@@ -145,7 +146,7 @@ def test_score_thresholds_at_both_ends() -> None:
 
 
 def test_the_ffn_share_counts_three_equal_matrices() -> None:
-    assert Densities(torch.tensor([0.9, 0.5]), torch.tensor([0.3, 0.5])).ffn_share() == pytest.approx(0.5)
+    assert Densities(torch.tensor([0.9, 0.5]), torch.tensor([0.3, 0.5])).ffn_share(GATED) == pytest.approx(0.5)
 
 
 def ranked(case: KlCase) -> list[Blended]:

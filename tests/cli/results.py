@@ -14,6 +14,7 @@ CHECK_NAMES = [
     "prefill.onnx passes onnx.checker",
     "decode.onnx passes onnx.checker",
     "decode_explicit.onnx passes onnx.checker",
+    "manifest is that of the graphs",
     "prefill logits",
     "neuron scores",
     "selection of the mask",

@@ -34,9 +34,9 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_build_verifies(built: tuple[str, Path]) -> None:
     _, folder = built
     checks = json.loads((folder / "built.json").read_text())["checks"]
-    assert len(checks) == 16  # with the prior, which budgets by KL have
+    assert len(checks) == 17  # with the prior, which budgets by KL have
     assert all(check["passed"] for check in checks)
-    assert run_ok("verify", folder / "artifact").stdout.count(" ok ") == 16
+    assert run_ok("verify", folder / "artifact").stdout.count(" ok ") == 17
 
 
 def test_greedy_text_is_that_of_transformers(built: tuple[str, Path]) -> None:

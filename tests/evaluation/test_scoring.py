@@ -15,6 +15,7 @@ from tda_export.errors import TdaError, UsageError
 from tda_export.evaluation.methods import Request, open_setting
 from tda_export.evaluation.scoring import DECODE_TOKENS, Scorer, token_log_probabilities
 from tda_export.evaluation.setting import Counted, Setting
+from tda_export.ffn_share import GATED
 from tda_export.graph import contract
 from tda_export.runtime import Model, load
 from tda_export.runtime.deployment import Refresh, one_level
@@ -81,7 +82,7 @@ def test_strict_scores_every_token_under_the_mask_of_the_context(
 def test_griffin_scores_the_last_step_alone_under_a_mask(
     setting: Setting, context: list[int], continuation: list[int]
 ) -> None:
-    dense = Setting("dense", setting.shape, setting.sessions, one_level(None, 3), masked=False)
+    dense = Setting("dense", setting.shape, setting.sessions, one_level(None, 3, GATED), masked=False)
     fed = [*context, *continuation[:-1]]
     before, _ = slow_score(dense, context[:-1], [context[-1], *continuation[:-2]], continuation[:-1])
     last, _ = slow_score(setting, fed[:-1], fed[-1:], continuation[-1:])

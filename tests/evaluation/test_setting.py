@@ -16,6 +16,7 @@ from tda_export.deployments import mask_deployment
 from tda_export.errors import TdaError, UsageError
 from tda_export.evaluation.methods import METHODS, PAPER_CETT, Request, check_request, open_setting
 from tda_export.evaluation.setting import Counted, Setting
+from tda_export.ffn_share import GATED
 from tda_export.graph import contract
 from tda_export.graph.derive import counting_sessions
 from tda_export.graph.reference import masked_ffn
@@ -203,7 +204,7 @@ def test_paper_is_one_level_by_the_cett_of_tokens(model: Model, token_artifact: 
         cache = KvCache(model.artifact.shape, "cpu", len(PROMPT) + len(READ))
         _, mask = setting.read(PROMPT, cache)
         counted = setting.decode_counted(cache, READ, mask)
-        expected = continuation_logits(model, PROMPT, READ, mask="tda", deployment=one_level(thresholds, 3))
+        expected = continuation_logits(model, PROMPT, READ, mask="tda", deployment=one_level(thresholds, 3, GATED))
         np.testing.assert_allclose(counted.logits, expected, atol=1e-5)
         assert counted.ffn_share == counted.density == setting.density(mask) < 1.0
 

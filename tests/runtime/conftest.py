@@ -14,6 +14,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from tda_export.ffn_share import GATED
 from tda_export.files import sha256
 from tda_export.graph import contract
 from tda_export.graph.reference import SecondLevel
@@ -52,7 +53,7 @@ def add_unknown_token(folder: Path) -> None:
 def mask_alone(model: Model) -> Deployment:
     """The artifact's own thresholds and prior, without token thresholds."""
     layers = model.artifact.shape.num_layers
-    return Deployment(model.artifact.deployment.thresholds, np.zeros(layers, np.float32))
+    return Deployment(model.artifact.deployment.thresholds, np.zeros(layers, np.float32), ffn_matrices=GATED)
 
 
 def second_level(model: Model, thresholds: np.ndarray) -> SecondLevel:

@@ -13,6 +13,7 @@ import torch
 
 from tda_export.calibration.file import read_calibration
 from tda_export.errors import UsageError
+from tda_export.ffn_share import GATED
 from tda_export.graph import contract
 from tda_export.graph.reference import masked_ffn
 from tda_export.models.source import ModelSource
@@ -257,13 +258,13 @@ def test_a_cancelled_generation_ends_before_its_next_token(tiny_artifact: Path, 
 
 
 def test_threshold_zero_is_dense(model: Model) -> None:
-    generation = model.generate(PROMPT, deployment=one_level([0.0] * 3, 3), max_new_tokens=32)
+    generation = model.generate(PROMPT, deployment=one_level([0.0] * 3, 3, GATED), max_new_tokens=32)
     assert [token.id for token in generation] == ids(model, PROMPT, mask="dense", max_new_tokens=32)
     assert generation.metrics.density == 1.0
 
 
 def test_threshold_beyond_every_score_keeps_nothing(model: Model) -> None:
-    generation = model.generate(PROMPT, deployment=one_level([2.0] * 3, 3), max_new_tokens=8)
+    generation = model.generate(PROMPT, deployment=one_level([2.0] * 3, 3, GATED), max_new_tokens=8)
     assert len(list(generation)) == 8
     metrics = generation.metrics
     assert (metrics.density, metrics.sparsity, metrics.bytes_per_token) == (0.0, 1.0, 0)
@@ -275,6 +276,7 @@ def test_deployment_of_the_artifact_is_the_default(model: Model) -> None:
         np.asarray(manifest["thresholds"], np.float32),
         np.asarray(manifest["token_thresholds"], np.float32),
         survivors=np.asarray(manifest["survivors"], np.float32),
+        ffn_matrices=GATED,
     )
     ours, default = (model.generate(PROMPT, max_new_tokens=24, deployment=how) for how in (own, None))
     assert [token.id for token in ours] == [token.id for token in default]

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tda_export.errors import TdaError, UsageError
+from tda_export.ffn_share import GATED
 from tda_export.graph import contract
 from tda_export.runtime import Model, load, memory, open_artifact
 from tda_export.runtime.decode_step import DecodeStep
@@ -217,7 +218,7 @@ def test_another_budget_goes_on_with_the_same_statistics(model: Model) -> None:
     """They do not depend on thresholds."""
     held, tokens = model.memory(), model.text.encode(TEXT)
     list(model.generate(tokens[:60], memory=held, max_new_tokens=40))
-    other = Deployment(model.artifact.deployment.thresholds * 1.5, np.zeros(3, np.float32))
+    other = Deployment(model.artifact.deployment.thresholds * 1.5, np.zeros(3, np.float32), ffn_matrices=GATED)
     ours, alone = (
         model.generate(tokens[:80], deployment=other, memory=kept, max_new_tokens=12) for kept in (held, None)
     )

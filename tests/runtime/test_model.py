@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tda_export.errors import TdaError, UsageError
+from tda_export.ffn_share import GATED
 from tda_export.graph import contract
 from tda_export.runtime import Conversation, Model, Sampling, load
 from tda_export.runtime.deployment import Deployment, Refresh, one_level
@@ -65,10 +66,10 @@ def test_prompt_longer_than_the_context(model: Model) -> None:
         ({"context": 513}, r"A context of 513 tokens is outside \[2, 512\]"),
         ({"context": 1}, r"A context of 1 tokens is outside \[2, 512\]"),
         ({"context": 0}, r"A context of 0 tokens is outside \[2, 512\]"),
-        ({"deployment": one_level([0.1], 3)}, "1 thresholds for 3 layers"),
-        ({"deployment": one_level([], 3)}, "0 thresholds for 3 layers"),
-        ({"deployment": one_level([0.1] * 3, 2)}, "2 thresholds for 3 layers"),
-        ({"deployment": Deployment(None, np.full(4, 0.1))}, "4 thresholds for 3 layers"),
+        ({"deployment": one_level([0.1], 3, GATED)}, "1 thresholds for 3 layers"),
+        ({"deployment": one_level([], 3, GATED)}, "0 thresholds for 3 layers"),
+        ({"deployment": one_level([0.1] * 3, 2, GATED)}, "2 thresholds for 3 layers"),
+        ({"deployment": Deployment(None, np.full(4, 0.1), ffn_matrices=GATED)}, "4 thresholds for 3 layers"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -80,7 +81,7 @@ def test_argument_out_of_range(model: Model, options: dict[str, Any], text: str)
 def test_threshold_that_is_no_number(model: Model) -> None:
     """No score reaches NaN, so it would silently drop every neuron."""
     bad = [0.1, float("nan"), 0.1]
-    for how in (one_level(bad, 3), Deployment(None, np.array(bad, np.float32))):
+    for how in (one_level(bad, 3, GATED), Deployment(None, np.array(bad, np.float32), ffn_matrices=GATED)):
         with pytest.raises(UsageError, match=r"^Thresholds must be finite: a score reaches neither nan nor inf\.$"):
             model.generate(PROMPT, deployment=how)
 
@@ -89,7 +90,7 @@ def test_token_thresholds_of_a_graph_without_a_second_level(artifact_copy: Path)
     edit_manifest(artifact_copy, lambda manifest: manifest["method"].update(two_levels=False))
     loaded = load(artifact_copy, provider="cpu")
     with pytest.raises(UsageError, match="has no second level, so it takes no token thresholds"):
-        loaded.generate(PROMPT, deployment=Deployment(None, np.full(3, 0.1, np.float32)))
+        loaded.generate(PROMPT, deployment=Deployment(None, np.full(3, 0.1, np.float32), ffn_matrices=GATED))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_thresholds_for_top_k_selection(artifact_copy: Path) -> None:
     """Its graph reads no thresholds, so they would silently do nothing."""
     edit_manifest(artifact_copy, lambda manifest: manifest["method"].update(selection="topk", density=0.5))
     with pytest.raises(UsageError, match="selects its neurons by rank, so it takes no other budget"):
-        load(artifact_copy, provider="cpu").generate(PROMPT, deployment=one_level([0.1] * 3, 3))
+        load(artifact_copy, provider="cpu").generate(PROMPT, deployment=one_level([0.1] * 3, 3, GATED))
 
 
 @pytest.mark.parametrize("token", [-1, 259])

@@ -13,6 +13,7 @@ import torch
 
 from tda_export.calibration.file import read_calibration
 from tda_export.errors import TdaError
+from tda_export.ffn_share import GATED
 from tda_export.graph import contract
 from tda_export.graph.prefill import calibrated_prior
 from tda_export.graph.reference import reference_scores
@@ -85,7 +86,7 @@ def test_refreshed_generation_equals_reading_anew(model: Model, refresh: Refresh
 
 @pytest.mark.parametrize("period", [2, 3, 7])
 def test_refreshes_of_a_mask_that_drops_nothing_are_dense(model: Model, period: int) -> None:
-    how = Deployment(np.zeros(3, np.float32), np.zeros(3, np.float32), refresh=Refresh(period))
+    how = Deployment(np.zeros(3, np.float32), np.zeros(3, np.float32), refresh=Refresh(period), ffn_matrices=GATED)
     generation = model.generate(PROMPT, max_new_tokens=30, deployment=how)
     dense = model.generate(PROMPT, max_new_tokens=30, mask="dense")
     assert [token.id for token in generation] == [token.id for token in dense]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tda_export.errors import TdaError
+from tda_export.ffn_share import GATED
 from tda_export.graph.reference import reference_logits
 from tda_export.models.source import ModelSource
 from tda_export.runtime import Model
@@ -95,11 +96,11 @@ def test_fidelity_of_masks(model: Model) -> None:
     dense = continuation_logits(model, prompt, continuation, mask="dense")
     again = continuation_logits(model, prompt, continuation, mask="dense")
     assert compare(dense, again) == Fidelity(0.0, 1.0)
-    everything = continuation_logits(model, prompt, continuation, mask="tda", deployment=one_level([0.0] * 3, 3))
+    everything = continuation_logits(model, prompt, continuation, mask="tda", deployment=one_level([0.0] * 3, 3, GATED))
     assert compare(dense, everything).kl == pytest.approx(0.0, abs=1e-8)
     losses = [
         compare(dense, continuation_logits(model, prompt, continuation, mask="tda", deployment=how)).kl
-        for how in (one_level([threshold] * 3, 3) for threshold in (0.03, 0.08, 2.0))
+        for how in (one_level([threshold] * 3, 3, GATED) for threshold in (0.03, 0.08, 2.0))
     ]
     assert 0 < losses[0] < losses[1] < losses[2]
 

@@ -1,0 +1,186 @@
+"""Mutations of files by seed, and what runs them: worker processes, so that a crash is not pytest's."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import shutil
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+WORKERS = 2
+NUMBERS = (0, -1, 1, 2**31, 1e39, -1e39, float("nan"), float("inf"), 10**400, 0.5)
+TEXTS = ("", "text", "\x1b[2J\n", "\ud800", "../../x", "x" * 5000)
+OTHERS: tuple[Any, ...] = (None, True, False, [], {}, [[]], {"a": 1}, *TEXTS)
+
+
+def places(content: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The places of all values within JSON, those of objects and arrays too."""
+    if isinstance(content, dict | list):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield (*place, key)
+            yield from places(value, (*place, key))
+
+
+def mutate_json(text: str, random: random.Random) -> str:
+    """Change one value: another number or kind, a key deleted, renamed or doubled, values swapped, nested deeply."""
+    content = json.loads(text)
+    # First by depth, so that long arrays do not take all mutations.
+    every = list(places(content))
+    depth = random.choice(sorted({len(place) for place in every}))
+    place = random.choice([place for place in every if len(place) == depth])
+    holder = content
+    for key in place[:-1]:
+        holder = holder[key]
+    key, kind = place[-1], random.choice(["number", "number", "other", "delete", "rename", "swap", "nest", "near"])
+    if kind == "number":
+        holder[key] = random.choice(NUMBERS)
+    elif kind == "other":
+        holder[key] = random.choice(OTHERS)
+    elif kind == "delete":
+        del holder[key]
+    elif kind == "rename" and isinstance(holder, dict):
+        holder[random.choice(["\x1b]0;x\x07", "a\nb", "x" * 5000, "../x", "", key + "s"])] = holder.pop(key)
+    elif kind == "swap":
+        other = random.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
+        holder[key], holder[other] = holder[other], holder[key]
+    elif kind == "nest":
+        marker = "here it is nested"
+        holder[key] = marker
+        return json.dumps(content).replace(json.dumps(marker), "[" * 100_000 + "]" * random.choice([0, 100_000]), 1)
+    elif isinstance(holder[key], bool | None | str | list | dict):
+        holder[key] = [holder[key]]
+    else:
+        holder[key] = holder[key] * random.choice([0.5, 1.001, 2]) + random.choice([0, 1])
+    return json.dumps(content)
+
+
+def mutate_bytes(data: bytes, random: random.Random) -> bytes:
+    """Flip a bit, some bits or a byte, cut off, put in, swap blocks, fill."""
+    kind = random.choice(["bit", "bit", "bits", "byte", "cut", "insert", "swap", "fill", "nothing"])
+    changed = bytearray(data)
+    at = random.randrange(len(changed))
+    if kind in ("bit", "bits"):
+        for _ in range(1 if kind == "bit" else 20):
+            changed[random.randrange(len(changed))] ^= 1 << random.randrange(8)
+    elif kind == "byte":
+        changed[at] = random.randrange(256)
+    elif kind == "cut":
+        del changed[random.choice([0, 1, 7, at, len(changed) - 1]) :]
+    elif kind == "insert":
+        changed[at:at] = random.randbytes(random.choice([1, 8, 1000]))
+    elif kind == "swap":
+        size, other = min(16, len(changed) // 2), random.randrange(len(changed))
+        changed[at : at + size], changed[other : other + size] = changed[other : other + size], changed[at : at + size]
+    elif kind == "fill":
+        changed[at : at + 64] = bytes([random.choice([0, 255])]) * len(changed[at : at + 64])
+    else:
+        changed.clear()
+    return bytes(changed)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did: its exit code, what it said, and the traceback of what it did not handle."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+    traceback: str = ""
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with it, nothing if it succeeded or failed as a command may."""
+        if self.traceback:
+            return self.traceback
+        if self.exit_code not in (0, 1, 2):
+            return f"exit code {self.exit_code}: {self.stderr}"
+        lines = self.stderr.split("\n")
+        errors = [line for line in lines if line.startswith("Error: ")]
+        if self.exit_code and (len(errors) != 1 or lines[-2:] != [*errors, ""]):
+            return f"not one line: {self.stderr[:1000]!r}"
+        if self.exit_code and (not errors[0].isprintable() or len(errors[0]) > 2100):
+            return f"not escaped or not cut: {errors[0][:1000]!r}"
+        return ""
+
+
+def run(*arguments: object) -> Outcome:
+    """Run a command in this process."""
+    from tests.conftest import run_cli
+
+    result = run_cli(*arguments)
+    text = ""
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        text = "".join(traceback.format_exception(*result.exc_info))  # type: ignore[misc]
+    return Outcome(result.exit_code, result.stdout, result.stderr, text)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mutation by its seed: `check` is given a folder of its own, a generator, and `where` the good files are."""
+
+    check: Callable[[Path, random.Random, Path], str]
+    seed: int
+    where: Path
+
+    def __str__(self) -> str:
+        return f"{self.check.__name__} with seed {self.seed}"
+
+    def run(self) -> str:
+        """Return what is wrong, or nothing."""
+        folder = Path(tempfile.mkdtemp(dir=self.where.parent))
+        try:
+            return self.check(folder, random.Random(self.seed), self.where)
+        except Exception:
+            return traceback.format_exc()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start() -> None:
+    """Load once what every mutation needs."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def run_all(cases: list[Case], timeout: float) -> dict[str, str]:
+    """Run cases in worker processes, and return what is wrong by case. One that kills its worker is named."""
+    wrong: dict[str, str] = {}
+    waiting = cases
+    while waiting:
+        pool = ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn"), _start)
+        futures = [(case, pool.submit(case.run)) for case in waiting]
+        killed: list[Case] = []
+        for case, future in futures:
+            try:
+                if problem := future.result(timeout):
+                    wrong[str(case)] = problem
+            except BrokenProcessPool:
+                killed.append(case)
+            except TimeoutError:
+                wrong[str(case)] = f"not done after {timeout} s"
+                for process in list(pool._processes.values()):
+                    process.kill()
+        pool.shutdown(cancel_futures=True)
+        # With two workers one of the first two unfinished cases killed its own: they run alone to tell.
+        waiting = killed[WORKERS:]
+        for case in killed[:WORKERS]:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start) as alone:
+                try:
+                    if problem := alone.submit(case.run).result(timeout):
+                        wrong[str(case)] = problem
+                except BrokenProcessPool:
+                    wrong[str(case)] = "killed its process by a signal"
+                except TimeoutError:
+                    wrong[str(case)] = f"not done after {timeout} s"
+                    for process in list(alone._processes.values()):
+                        process.kill()
+    return wrong
