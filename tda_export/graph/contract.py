@@ -1,7 +1,7 @@
 """The contract of the two graphs: every input, output and weight by name, dtype and axes.
 
 This is the only place where a tensor name is spelled. Names follow ONNX Runtime GenAI's where it has one. The module
-imports nothing outside the standard library, so that every other part of the project can import it.
+imports nothing but the names of weights, so that every other part of the project can import it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,94 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+
+from tda_export.graph.weight_names import (
+    COS_CACHE as COS_CACHE,
+)
+from tda_export.graph.weight_names import (
+    EMBEDDING as EMBEDDING,
+)
+from tda_export.graph.weight_names import (
+    FINAL_NORM as FINAL_NORM,
+)
+from tda_export.graph.weight_names import (
+    HEAD as HEAD,
+)
+from tda_export.graph.weight_names import (
+    LOCAL_ROPE_CACHES as LOCAL_ROPE_CACHES,
+)
+from tda_export.graph.weight_names import (
+    POSITIONS as POSITIONS,
+)
+from tda_export.graph.weight_names import (
+    PROJECT_IN as PROJECT_IN,
+)
+from tda_export.graph.weight_names import (
+    PROJECT_OUT as PROJECT_OUT,
+)
+from tda_export.graph.weight_names import (
+    ROPE_CACHES as ROPE_CACHES,
+)
+from tda_export.graph.weight_names import (
+    SIN_CACHE as SIN_CACHE,
+)
+from tda_export.graph.weight_names import (
+    attention_norm as attention_norm,
+)
+from tda_export.graph.weight_names import (
+    attention_out_bias as attention_out_bias,
+)
+from tda_export.graph.weight_names import (
+    attention_out_weight as attention_out_weight,
+)
+from tda_export.graph.weight_names import (
+    attention_output_norm as attention_output_norm,
+)
+from tda_export.graph.weight_names import (
+    down_squared_norms as down_squared_norms,
+)
+from tda_export.graph.weight_names import (
+    ffn_bias as ffn_bias,
+)
+from tda_export.graph.weight_names import (
+    ffn_norm as ffn_norm,
+)
+from tda_export.graph.weight_names import (
+    ffn_output_norm as ffn_output_norm,
+)
+from tda_export.graph.weight_names import (
+    ffn_weight as ffn_weight,
+)
+from tda_export.graph.weight_names import (
+    key_norm as key_norm,
+)
+from tda_export.graph.weight_names import (
+    linear_bias as linear_bias,
+)
+from tda_export.graph.weight_names import (
+    linear_weight as linear_weight,
+)
+from tda_export.graph.weight_names import (
+    neuron_scale as neuron_scale,
+)
+from tda_export.graph.weight_names import (
+    norm_bias as norm_bias,
+)
+from tda_export.graph.weight_names import (
+    qkv_bias as qkv_bias,
+)
+from tda_export.graph.weight_names import (
+    qkv_weight as qkv_weight,
+)
+from tda_export.graph.weight_names import (
+    query_norm as query_norm,
+)
+from tda_export.graph.weight_names import (
+    row_price as row_price,
+)
+from tda_export.graph.weight_names import (
+    transposed as transposed,
+)
 
 FORMAT = "tda-export"
 # 2: greedy_tokens, token_thresholds, the spec in the manifest, linear weights [out, in].
@@ -171,105 +259,6 @@ def ffn_input(layer: int) -> str:
     return f"ffn_input.{layer}"
 
 
-# Weights in weights.bin. FFN weights are neuron-major: row i is neuron i.
-EMBEDDING = "embedding"
-HEAD = "head"
-POSITIONS = "positions"  # learned, [positions, M]
-PROJECT_IN = "project_in"
-PROJECT_OUT = "project_out"
-FINAL_NORM = "final_norm"
-COS_CACHE = "cos_cache"
-SIN_CACHE = "sin_cache"
-ROPE_CACHES = (COS_CACHE, SIN_CACHE)
-LOCAL_ROPE_CACHES = ("cos_cache.local", "sin_cache.local")  # of layers with a window, where they have their own
-
-
-def linear_weight(layer: int, stored: str) -> str:
-    """Name a matrix of a layer: q, k, v, o, gate, up, down, or a site whose parts lie side by side (qkv, gate_up)."""
-    if stored in ("q", "k", "v", "qkv"):
-        return f"layers.{layer}.attention.{stored}"
-    return attention_out_weight(layer) if stored == "o" else ffn_weight(layer, stored)
-
-
-def linear_bias(matrix: str) -> str:
-    """Name the bias of a matrix."""
-    return f"{matrix}.bias"
-
-
-def row_price(matrix: str) -> str:
-    """Name what the rows of a matrix are worth: expected squared gradient of the input a byte, float32 [in]."""
-    return f"{matrix}.row_price"
-
-
-def attention_norm(layer: int) -> str:
-    return f"layers.{layer}.attention.norm"
-
-
-def norm_bias(norm: str) -> str:
-    """Name the bias of a norm, given the name of its weight."""
-    return f"{norm}.bias"
-
-
-def query_norm(layer: int) -> str:
-    return f"layers.{layer}.attention.query_norm"
-
-
-def key_norm(layer: int) -> str:
-    return f"layers.{layer}.attention.key_norm"
-
-
-def attention_output_norm(layer: int) -> str:
-    return f"layers.{layer}.attention.output_norm"
-
-
-def qkv_weight(layer: int) -> str:
-    return f"layers.{layer}.attention.qkv"
-
-
-def qkv_bias(layer: int) -> str:
-    return f"layers.{layer}.attention.qkv.bias"
-
-
-def attention_out_weight(layer: int) -> str:
-    return f"layers.{layer}.attention.out"
-
-
-def attention_out_bias(layer: int) -> str:
-    return f"layers.{layer}.attention.out.bias"
-
-
-def ffn_norm(layer: int) -> str:
-    return f"layers.{layer}.ffn.norm"
-
-
-def ffn_output_norm(layer: int) -> str:
-    return f"layers.{layer}.ffn.output_norm"
-
-
-def ffn_weight(layer: int, part: str) -> str:
-    """Name the weight of `part`, one of gate, up, down."""
-    return f"layers.{layer}.ffn.{part}"
-
-
-def ffn_bias(layer: int, part: str) -> str:
-    return f"layers.{layer}.ffn.{part}.bias"
-
-
-def neuron_scale(layer: int) -> str:
-    """What turns a neuron's activated gate into an estimate of its output's length, float32 [F]."""
-    return f"layers.{layer}.ffn.neuron_scale"
-
-
-def transposed(name: str) -> str:
-    """A weight as the plain dense graph has it; it is in no artifact."""
-    return f"{name}.transposed"
-
-
-def down_squared_norms(layer: int) -> str:
-    """Squared length of each down column, float32 [F]: the weight of a neuron in the magnitude statistic."""
-    return f"layers.{layer}.ffn.down_squared_norms"
-
-
 @dataclass(frozen=True)
 class ModelShape:
     """The sizes that appear in the contract, in elements, and the model's dtype (a value of `DTYPES`)."""
@@ -366,6 +355,23 @@ def priced_decode_outputs(shape: ModelShape, *, counted: int = 0) -> list[IoTens
     """List the outputs of `decode.onnx` of a priced artifact in order; counts, by matrix, are in no artifact."""
     counts = [IoTensor(KEPT_ROWS, "int64", (counted, "sequence_length"))] if counted else []
     return [*decode_outputs(shape), *counts]
+
+
+def graph_io(shape: ModelShape, layout: str, *, two_levels: bool) -> dict[str, tuple[list[IoTensor], list[IoTensor]]]:
+    """List inputs and outputs of each graph of an artifact by file name; `two_levels` is of indexed ones."""
+    if layout == "priced":
+        outputs = priced_decode_outputs(shape)
+        return {
+            PREFILL_FILE: (priced_prefill_inputs(shape), dense_outputs(shape)),
+            DECODE_FILE: (priced_decode_inputs(shape), outputs),
+            EXPLICIT_DECODE_FILE: (priced_decode_inputs(shape, explicit=True), outputs),
+        }
+    outputs = decode_outputs(shape)
+    return {
+        PREFILL_FILE: (prefill_inputs(shape), prefill_outputs(shape)),
+        DECODE_FILE: (decode_inputs(shape, two_levels=two_levels), outputs),
+        EXPLICIT_DECODE_FILE: (decode_inputs(shape, two_levels=two_levels, explicit=True), outputs),
+    }
 
 
 def truncation_inputs(shape: ModelShape) -> list[IoTensor]:

@@ -16,7 +16,6 @@ import tda_export
 from tda_export.errors import TdaError
 from tda_export.files import as_os_error, atomic_folder, sha256
 from tda_export.graph import contract
-from tda_export.graph.contract import IoTensor, ModelShape
 from tda_export.graph.decoder import model_shape
 from tda_export.graph.genai import genai_config
 from tda_export.graph.seal import SEAL_KEY, manifest_hash
@@ -48,10 +47,6 @@ class Design(Protocol):
 
     def graphs(self, spec: DecoderSpec, table: WeightTable, dtype: str) -> dict[str, ir.Model]:
         """Build the graphs, by file name."""
-        ...
-
-    def io(self, shape: ModelShape) -> dict[str, tuple[list[IoTensor], list[IoTensor]]]:
-        """List inputs and outputs of each graph."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -154,6 +149,9 @@ def _manifest(
 ) -> dict[str, Any]:
     spec, shape = request.source.spec, model_shape(request.source.spec, request.dtype)
     files = sorted(path for path in folder.iterdir() if path.name != contract.MANIFEST_FILE)
+    described = request.design.describe()
+    two_levels = described["method"].get("two_levels", False)
+    io = contract.graph_io(shape, request.design.layout, two_levels=two_levels)
     return {
         "format": contract.FORMAT,
         "format_version": contract.FORMAT_VERSION,
@@ -168,10 +166,10 @@ def _manifest(
         "shape": asdict(shape),
         "spec": asdict(spec),
         "budget": request.budget,
-        **request.design.describe(),
+        **described,
         "calibration": request.calibration or {},
         "files": {path.name: _file_entry(path, known.get(path.name)) for path in files},
-        "io": {file: _io(*tensors) for file, tensors in request.design.io(shape).items()},
+        "io": {file: _io(*tensors) for file, tensors in io.items()},
         "layout": request.design.layout,
         "matrices": {name: matrix.describe() for name, matrix in table.matrices.items()},
         "weights": {

@@ -11,7 +11,6 @@ import torch
 
 from tda_export.calibration.budgets import Allocation
 from tda_export.graph import contract
-from tda_export.graph.contract import IoTensor, ModelShape
 from tda_export.graph.decode import build_decode
 from tda_export.graph.method import Method
 from tda_export.graph.prefill import Prior, build_prefill
@@ -75,18 +74,6 @@ class IndexedDesign:
             contract.PREFILL_FILE: build_prefill(spec, table, dtype, self.method, thresholds, self.prior),
             contract.DECODE_FILE: build_decode(spec, table, dtype, self.method, token_thresholds),
             contract.EXPLICIT_DECODE_FILE: build_decode(spec, table, dtype, self.method, explicit=True),
-        }
-
-    def io(self, shape: ModelShape) -> dict[str, tuple[list[IoTensor], list[IoTensor]]]:
-        """List inputs and outputs of each graph."""
-        two_levels, outputs = self.method.two_levels, contract.decode_outputs(shape)
-        return {
-            contract.PREFILL_FILE: (contract.prefill_inputs(shape), contract.prefill_outputs(shape)),
-            contract.DECODE_FILE: (contract.decode_inputs(shape, two_levels=two_levels), outputs),
-            contract.EXPLICIT_DECODE_FILE: (
-                contract.decode_inputs(shape, two_levels=two_levels, explicit=True),
-                outputs,
-            ),
         }
 
     def describe(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 
 from tda_export.graph import contract
 from tda_export.graph.attention import attention_lengths, call_tokens
-from tda_export.graph.contract import IoTensor, ModelShape
+from tda_export.graph.contract import IoTensor
 from tda_export.graph.decoder import GraphBuilder, last_positions, model_shape
 from tda_export.graph.ffn import plain_ffn
 from tda_export.graph.gated_activation import gated_activation, gated_activation_functions
@@ -167,15 +167,6 @@ class PricedDesign:
             contract.PREFILL_FILE: build_priced_prefill(spec, table, dtype),
             contract.DECODE_FILE: build_priced_decode(spec, table, dtype, self.price),
             contract.EXPLICIT_DECODE_FILE: build_priced_decode(spec, table, dtype, explicit=True),
-        }
-
-    def io(self, shape: ModelShape) -> dict[str, tuple[list[IoTensor], list[IoTensor]]]:
-        """List inputs and outputs of each graph."""
-        outputs = contract.priced_decode_outputs(shape)
-        return {
-            contract.PREFILL_FILE: (contract.priced_prefill_inputs(shape), contract.dense_outputs(shape)),
-            contract.DECODE_FILE: (contract.priced_decode_inputs(shape), outputs),
-            contract.EXPLICIT_DECODE_FILE: (contract.priced_decode_inputs(shape, explicit=True), outputs),
         }
 
     def describe(self) -> dict[str, Any]:

@@ -79,11 +79,9 @@ class Sessions:
             # Function bodies of a priced artifact multiply by whole matrices, which need no second copy.
             prepack=native or not self.priced,
         )
-        shape, levels = artifact.shape, self.two_levels
-        inputs, outputs = contract.prefill_inputs(shape), contract.prefill_outputs(shape)
-        check_graph(self.prefill, artifact.file(prefill), inputs, outputs)
-        inputs, outputs = contract.decode_inputs(shape, two_levels=levels), contract.decode_outputs(shape)
-        check_graph(self.decode, artifact.file(decode), inputs, outputs)
+        declared = contract.graph_io(artifact.shape, artifact.layout, two_levels=self.two_levels)
+        check_graph(self.prefill, artifact.file(prefill), *declared[prefill])
+        check_graph(self.decode, artifact.file(decode), *declared[decode])
 
     def weights_of(self, artifact: Artifact, file: str) -> dict[str, ort.OrtValue]:
         """Return the shared weights that a graph reads."""

@@ -37,7 +37,7 @@ def test_family_matches_transformers(family: str, packing: Packing, tmp_path: Pa
     source = resolve_model(str(save_tiny_model(family, tmp_path / "model")))
     artifact = build_priced(source, tmp_path / "artifact", packing)
     checks = verify_artifact(artifact, lambda name: source, provider="cpu", quiet=True)
-    assert len(checks) == 9
+    assert len(checks) == 10
     assert [check for check in checks if not check.passed] == []
 
 

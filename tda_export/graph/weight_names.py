@@ -1,0 +1,101 @@
+"""The names of tensors in weights.bin, a part of the contract (`contract.py` has them too)."""
+
+from __future__ import annotations
+
+# Weights in weights.bin. FFN weights are neuron-major: row i is neuron i.
+EMBEDDING = "embedding"
+HEAD = "head"
+POSITIONS = "positions"  # learned, [positions, M]
+PROJECT_IN = "project_in"
+PROJECT_OUT = "project_out"
+FINAL_NORM = "final_norm"
+COS_CACHE = "cos_cache"
+SIN_CACHE = "sin_cache"
+ROPE_CACHES = (COS_CACHE, SIN_CACHE)
+LOCAL_ROPE_CACHES = ("cos_cache.local", "sin_cache.local")  # of layers with a window, where they have their own
+
+
+def linear_weight(layer: int, stored: str) -> str:
+    """Name a matrix of a layer: q, k, v, o, gate, up, down, or a site whose parts lie side by side (qkv, gate_up)."""
+    if stored in ("q", "k", "v", "qkv"):
+        return f"layers.{layer}.attention.{stored}"
+    return attention_out_weight(layer) if stored == "o" else ffn_weight(layer, stored)
+
+
+def linear_bias(matrix: str) -> str:
+    """Name the bias of a matrix."""
+    return f"{matrix}.bias"
+
+
+def row_price(matrix: str) -> str:
+    """Name what the rows of a matrix are worth: expected squared gradient of the input a byte, float32 [in]."""
+    return f"{matrix}.row_price"
+
+
+def attention_norm(layer: int) -> str:
+    return f"layers.{layer}.attention.norm"
+
+
+def norm_bias(norm: str) -> str:
+    """Name the bias of a norm, given the name of its weight."""
+    return f"{norm}.bias"
+
+
+def query_norm(layer: int) -> str:
+    return f"layers.{layer}.attention.query_norm"
+
+
+def key_norm(layer: int) -> str:
+    return f"layers.{layer}.attention.key_norm"
+
+
+def attention_output_norm(layer: int) -> str:
+    return f"layers.{layer}.attention.output_norm"
+
+
+def qkv_weight(layer: int) -> str:
+    return f"layers.{layer}.attention.qkv"
+
+
+def qkv_bias(layer: int) -> str:
+    return f"layers.{layer}.attention.qkv.bias"
+
+
+def attention_out_weight(layer: int) -> str:
+    return f"layers.{layer}.attention.out"
+
+
+def attention_out_bias(layer: int) -> str:
+    return f"layers.{layer}.attention.out.bias"
+
+
+def ffn_norm(layer: int) -> str:
+    return f"layers.{layer}.ffn.norm"
+
+
+def ffn_output_norm(layer: int) -> str:
+    return f"layers.{layer}.ffn.output_norm"
+
+
+def ffn_weight(layer: int, part: str) -> str:
+    """Name the weight of `part`, one of gate, up, down."""
+    return f"layers.{layer}.ffn.{part}"
+
+
+def ffn_bias(layer: int, part: str) -> str:
+    return f"layers.{layer}.ffn.{part}.bias"
+
+
+def neuron_scale(layer: int) -> str:
+    """What turns a neuron's activated gate into an estimate of its output's length, float32 [F]."""
+    return f"layers.{layer}.ffn.neuron_scale"
+
+
+def transposed(name: str) -> str:
+    """A weight as the plain dense graph has it; it is in no artifact."""
+    return f"{name}.transposed"
+
+
+def down_squared_norms(layer: int) -> str:
+    """Squared length of each down column, float32 [F]: the weight of a neuron in the magnitude statistic."""
+    return f"layers.{layer}.ffn.down_squared_norms"
