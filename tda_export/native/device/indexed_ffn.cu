@@ -44,7 +44,7 @@ static __device__ __forceinline__ int NeuronAt(const FfnArguments& a, int k) {
 }
 
 // One warp computes the activations of one neuron after another, for a tile of tokens (blockIdx.y).
-template <int kTokens, int kWidth>
+template <int kTokens, class Format>
 static __device__ __forceinline__ void Activations(const FfnArguments& a) {
   const int lane = threadIdx.x % kWarp;
   const int warp = (blockIdx.x * kThreads + threadIdx.x) / kWarp;
@@ -53,6 +53,10 @@ static __device__ __forceinline__ void Activations(const FfnArguments& a) {
   const int tokens = min(kTokens, a.tokens - first_token);
   const Element* x = a.x + static_cast<size_t>(first_token) * a.hidden;
 
+  const Format up_matrix = {a.up, a.hidden};
+#if TDA_GATED
+  const Format gate_matrix = {a.gate, a.hidden};
+#endif
   Gate ready;
   if (!a.early) ready();
   const float threshold = a.threshold == nullptr ? 0.0f : *a.threshold;
@@ -62,7 +66,6 @@ static __device__ __forceinline__ void Activations(const FfnArguments& a) {
     next = NeuronAt(a, k + warps);
     float h[kTokens] = {};
     if (static_cast<unsigned>(neuron) < static_cast<unsigned>(a.neurons)) {
-      const size_t row = static_cast<size_t>(neuron) * a.hidden;
       const float up_bias = a.up_bias == nullptr ? 0.0f : ToFloat(a.up_bias[neuron]);
       const float scale = threshold > 0.0f ? a.neuron_scale[neuron] : 0.0f;
 #if TDA_GATED
@@ -71,8 +74,8 @@ static __device__ __forceinline__ void Activations(const FfnArguments& a) {
       float up[1][kTokens];
       if (threshold > 0.0f || TDA_ACTIVATION == 3) {  // the gate decides whether the up row is read
         float gate[1][kTokens];
-        const Element* const rows[1] = {a.gate + row};
-        Products<kTokens, kWidth, 1>(rows, x, a.hidden, tokens, lane, gate, ready);
+        const typename Format::Row rows[1] = {gate_matrix.At(neuron)};
+        Products<kTokens, Format, 1>(rows, x, a.hidden, tokens, lane, gate, ready);
         needed = false;
 #pragma unroll
         for (int t = 0; t < kTokens; ++t) {
@@ -81,13 +84,13 @@ static __device__ __forceinline__ void Activations(const FfnArguments& a) {
           needed |= t < tokens && h[t] != 0.0f;
         }
         if (needed) {
-          const Element* const up_rows[1] = {a.up + row};
-          Products<kTokens, kWidth, 1>(up_rows, x, a.hidden, tokens, lane, up, ready);
+          const typename Format::Row up_rows[1] = {up_matrix.At(neuron)};
+          Products<kTokens, Format, 1>(up_rows, x, a.hidden, tokens, lane, up, ready);
         }
       } else {
         float both[2][kTokens];
-        const Element* const rows[2] = {a.gate + row, a.up + row};
-        Products<kTokens, kWidth, 2>(rows, x, a.hidden, tokens, lane, both, ready);
+        const typename Format::Row rows[2] = {gate_matrix.At(neuron), up_matrix.At(neuron)};
+        Products<kTokens, Format, 2>(rows, x, a.hidden, tokens, lane, both, ready);
 #pragma unroll
         for (int t = 0; t < kTokens; ++t) {
           h[t] = Activate(both[0][t] + gate_bias);
@@ -100,8 +103,8 @@ static __device__ __forceinline__ void Activations(const FfnArguments& a) {
       }
 #else
       float up[1][kTokens];
-      const Element* const rows[1] = {a.up + row};
-      Products<kTokens, kWidth, 1>(rows, x, a.hidden, tokens, lane, up, ready);
+      const typename Format::Row rows[1] = {up_matrix.At(neuron)};
+      Products<kTokens, Format, 1>(rows, x, a.hidden, tokens, lane, up, ready);
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
         h[t] = Activate(up[0][t] + up_bias);
@@ -127,8 +130,9 @@ static __device__ __forceinline__ void Activations(const FfnArguments& a) {
 
 // Sum h * down rows. A warp sums kSlice columns (slice blockIdx.y) of every warps-th group of rows for a tile of tokens
 // (blockIdx.z); the warps of a block are added in shared memory, and the blocks of a slice by the last one to arrive.
-template <int kTokens, int kWidth>
+template <int kTokens, class Format>
 static __device__ __forceinline__ void DownSums(const FfnArguments& a) {
+  constexpr int kWidth = Format::kWidth;
   constexpr int kSlice = kWarp * kWidth;
   __shared__ float sums[kWarps][kTokens][kSlice];
   __shared__ bool last;
@@ -146,6 +150,7 @@ static __device__ __forceinline__ void DownSums(const FfnArguments& a) {
   // Unless activations may be zero, which rows are needed is known before the first kernel has ended, and the first of
   // them are under way meanwhile.
   const bool every_row = TDA_ACTIVATION != 3 && (a.threshold == nullptr || *a.threshold <= 0.0f);
+  const Format down = {a.down, a.hidden};
   float accumulators[kTokens][kWidth] = {};
   int next = NeuronAt(a, lane_offset);
   for (int base = 0; base < a.indices; base += stride) {
@@ -172,7 +177,7 @@ static __device__ __forceinline__ void DownSums(const FfnArguments& a) {
     next = NeuronAt(a, k + stride);
     unsigned rows = __ballot_sync(0xffffffffu, needed);
     while (rows != 0) {
-      Pack<kWidth> weights[kRowLoads];
+      decltype(down.At(0).Load(0)) weights[kRowLoads];
       // Where fewer rows are left than a batch holds, the first one is read again and counts for nothing.
       const int first = __ffs(rows) - 1;
       unsigned left = rows;
@@ -181,7 +186,7 @@ static __device__ __forceinline__ void DownSums(const FfnArguments& a) {
         const int source = left != 0 ? __ffs(left) - 1 : first;
         left &= left - 1;
         const int row = __shfl_sync(0xffffffffu, neuron, source);
-        weights[b] = LoadWeights<kWidth>(a.down + static_cast<size_t>(row) * a.hidden + column);
+        weights[b] = down.At(row).Load(column);
       }
       if (!loaded) load_activations();
 #pragma unroll
@@ -239,11 +244,11 @@ static __device__ __forceinline__ void DownSums(const FfnArguments& a) {
 #define TDA_KERNELS(tokens, width)                                                                              \
   extern "C" __global__ void __launch_bounds__(kThreads, tokens == 1 ? 2 : 1)                                   \
       Activations_##tokens##_##width(FfnArguments arguments) {                                                  \
-    Activations<tokens, width>(arguments);                                                                      \
+    Activations<tokens, ElementFormat<width>>(arguments);                                                                      \
   }                                                                                                             \
   extern "C" __global__ void __launch_bounds__(kThreads, tokens == 1 ? 2 : 1)                                   \
       DownSums_##tokens##_##width(FfnArguments arguments) {                                                     \
-    DownSums<tokens, width>(arguments);                                                                         \
+    DownSums<tokens, ElementFormat<width>>(arguments);                                                                         \
   }
 
 TDA_KERNELS(1, 8)
