@@ -36,6 +36,27 @@ GREEDY_TOKEN = "GreedyToken"
 LINEAR = "Linear"
 ADD_NORM = "AddNorm"
 ADD_BIAS_NORM = "AddBiasNorm"
+ROW_LINEAR = "RowLinear"
+CALL_PRICE = "CallPrice"
+
+
+class RowLinearInput:
+    """The inputs of RowLinear by position; the bias may be absent."""
+
+    X = "x"  # [.., in]
+    WEIGHT = "w"  # [in, out]
+    ROW_PRICE = "row_price"  # float32 [in]
+    PRICE = "price"  # float32 [1]
+    BIAS = "bias"  # [out]
+
+
+ROW_LINEAR_INPUTS = (
+    RowLinearInput.X,
+    RowLinearInput.WEIGHT,
+    RowLinearInput.ROW_PRICE,
+    RowLinearInput.PRICE,
+    RowLinearInput.BIAS,
+)
 
 
 class FfnInput:

@@ -34,9 +34,11 @@ class Ops:
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._weights: dict[str, ir.Value] = {}
 
-    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+    def op(
+        self, op_type: str, *inputs: ir.Value | None, domain: str = "", overload: str = "", **attributes: Any
+    ) -> ir.Value:
         """Add a node with one output and return that."""
-        return self.tape.op(op_type, inputs, attributes, domain=domain)
+        return self.tape.op(op_type, inputs, attributes, domain=domain, overload=overload)
 
     def multi(
         self, op_type: str, *inputs: ir.Value | None, outputs: Sequence[bool], domain: str = "", **attributes: Any
@@ -72,6 +74,10 @@ class Ops:
 
     def cast(self, value: ir.Value, dtype: str) -> ir.Value:
         return self.op("Cast", value, to=int(DTYPES[dtype]))
+
+    def matmul(self, x: ir.Value, weight: ir.Value) -> ir.Value:
+        """Multiply x [.., M] by weight [M, N]."""
+        return self.op("MatMul", x, weight)
 
     def transposed_matmul(self, x: ir.Value, weight: ir.Value) -> ir.Value:
         """Multiply x [.., M] by weight [N, M] transposed, without a transposed copy of the weight."""

@@ -1,0 +1,81 @@
+"""`tda::RowLinear`: a product that reads row i of an input-major matrix only where its input is worth the bytes.
+
+Row i is dropped for a token where x_i² row_price_i < price. Both are compared in float32, from the x that the product
+sees. *Less*, and not its opposite: a NaN in x reaches the output, and a NaN price reads every row.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from tda_export.graph import contract
+from tda_export.graph.ops import OPSET, Ops
+
+WITH_BIAS = "bias"  # the function's overload: an absent input cannot reach Add
+
+
+def row_linear(
+    ops: Ops, x: ir.Value, weight: ir.Value, row_price: ir.Value, price: ir.Value, bias: ir.Value | None = None
+) -> ir.Value:
+    """Add the node that multiplies x [.., in] by weight [in, out], given float32 row_price [in] and price [1]."""
+    return ops.op(
+        contract.ROW_LINEAR,
+        *(x, weight, row_price, price),
+        *([] if bias is None else [bias]),
+        domain=contract.FUNCTION_DOMAIN,
+        overload="" if bias is None else WITH_BIAS,
+        early=0,  # price comes from a node of the graph
+    )
+
+
+def dropped_rows(ops: Ops, x: ir.Value, row_price: ir.Value, price: ir.Value) -> ir.Value:
+    """Say which rows each token drops, bool [.., in]."""
+    x32 = ops.cast(x, "float32")
+    return ops.op("Less", ops.op("Mul", ops.op("Mul", x32, x32), row_price), price)
+
+
+def row_linear_functions() -> list[ir.Function]:
+    """Define `tda::RowLinear` without and with a bias: what any ONNX Runtime computes without a native kernel."""
+    return [_row_linear_function(biased=False), _row_linear_function(biased=True)]
+
+
+def _row_linear_function(*, biased: bool) -> ir.Function:
+    ops = Ops()
+    inputs = [ir.Value(name=name) for name in contract.ROW_LINEAR_INPUTS[: 5 if biased else 4]]
+    x, weight, row_price, price, *bias = inputs
+    zero = ops.op("CastLike", ops.constant(0.0, "float32"), x)
+    y = ops.matmul(ops.op("Where", dropped_rows(ops, x, row_price, price), zero, x), weight)
+    if bias:
+        y = ops.op("Add", y, *bias)
+    y.name = "y"
+    graph = ir.Graph(inputs, [y], nodes=ops.tape.nodes, opset_imports={"": OPSET}, name=contract.ROW_LINEAR)
+    return ir.Function(
+        contract.FUNCTION_DOMAIN,
+        contract.ROW_LINEAR,
+        WITH_BIAS if biased else "",
+        graph=graph,
+        attributes=[ir.AttrInt64("early", 0)],
+    )
+
+
+def call_price(ops: Ops, input_ids: ir.Value, attention_mask: ir.Value, price: ir.Value) -> ir.Value:
+    """Add the node that gives the price of a call, float32 [1]: `price`, and 0 for a call without a past."""
+    return ops.op(contract.CALL_PRICE, input_ids, attention_mask, price, domain=contract.FUNCTION_DOMAIN)
+
+
+def call_price_function() -> ir.Function:
+    """Define `tda::CallPrice`: 0 where the attention mask [1, T] counts no more tokens than input_ids [1, S] has.
+
+    S is summed on the device, so that no shape leaves it.
+    """
+    ops = Ops()
+    input_ids, mask, price = (ir.Value(name=name) for name in (contract.INPUT_IDS, contract.ATTENTION_MASK, "given"))
+    ones = ops.op("Add", ops.op("Mul", input_ids, ops.constant(0, "int64")), ops.constant(1, "int64"))
+    tokens = ops.op("ReduceSum", ones, ops.constant([1], "int64"), keepdims=0)  # int64 [1]: S
+    total = ops.op("ReduceSum", mask, ops.constant([1], "int64"), keepdims=0)  # int64 [1]
+    chosen = ops.op("Where", ops.op("Greater", total, tokens), price, ops.constant([0.0], "float32"))
+    chosen.name = "chosen"
+    graph = ir.Graph(
+        [input_ids, mask, price], [chosen], nodes=ops.tape.nodes, opset_imports={"": OPSET}, name=contract.CALL_PRICE
+    )
+    return ir.Function(contract.FUNCTION_DOMAIN, contract.CALL_PRICE, graph=graph, attributes=[])
