@@ -29,6 +29,8 @@ CudaDriver::CudaDriver() {
   find("cuLibraryGetKernel", LibraryGetKernel);
   find("cuKernelGetFunction", KernelGetFunction);
   find("cuOccupancyMaxActiveBlocksPerMultiprocessor", OccupancyMaxActiveBlocksPerMultiprocessor);
+  find("cuOccupancyMaxActiveClusters", OccupancyMaxActiveClusters);
+  find("cuFuncSetAttribute", FuncSetAttribute);
   find("cuLaunchKernelEx", LaunchKernelEx);
   if (missing != nullptr) Fail("the NVIDIA driver has no ", missing, "; update it to one for CUDA 12 or newer");
   Check(Init(0), "start the driver");

@@ -23,6 +23,9 @@ struct CuLaunchAttribute {
   union {
     char bytes[64];
     int programmatic_stream_serialization_allowed;
+    struct {
+      unsigned x, y, z;
+    } cluster;
   } value;
 };
 
@@ -39,8 +42,10 @@ static_assert(sizeof(CuLaunchAttribute) == 72, "CUlaunchAttribute has another la
 static_assert(offsetof(CuLaunchConfig, stream) == 32 && offsetof(CuLaunchConfig, attribute_count) == 48,
               "CUlaunchConfig has another layout");
 
+constexpr int kClusterDimension = 4;                 // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 constexpr int kProgrammaticStreamSerialization = 6;  // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 constexpr int kMultiprocessorCount = 16;             // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+constexpr int kNonPortableClusterSizeAllowed = 14;   // CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 constexpr int kComputeCapabilityMajor = 75;
 constexpr int kComputeCapabilityMinor = 76;
 
@@ -61,6 +66,8 @@ struct CudaDriver {
   CuResult (*LibraryGetKernel)(CuFunction* kernel, CuLibrary library, const char* name);
   CuResult (*KernelGetFunction)(CuFunction* function, CuFunction kernel);
   CuResult (*OccupancyMaxActiveBlocksPerMultiprocessor)(int* blocks, CuFunction function, int threads, size_t shared);
+  CuResult (*OccupancyMaxActiveClusters)(int* clusters, CuFunction function, const CuLaunchConfig* config);
+  CuResult (*FuncSetAttribute)(CuFunction function, int attribute, int value);
   CuResult (*LaunchKernelEx)(const CuLaunchConfig* config, CuFunction function, void** arguments, void** extra);
 
  private:

@@ -14,6 +14,13 @@ namespace {
 constexpr int kFirstWithEarlyStart = 90;  // compute capability
 constexpr int kFirstWithBfloat16 = 80;
 
+CuLaunchAttribute ClusterOf(unsigned blocks) {
+  CuLaunchAttribute attribute = {};
+  attribute.id = kClusterDimension;
+  attribute.value.cluster = {blocks, 1, 1};
+  return attribute;
+}
+
 // The name under which code is kept: everything that it depends on.
 std::string CacheName(const std::string& name, const std::string& source, const std::vector<std::string>& defines,
                       int capability) {
@@ -85,15 +92,28 @@ CudaKernel CudaModule::Kernel(const char* name, int threads) const {
 }
 
 void CudaKernel::Launch(void* stream, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned threads,
-                        const void* arguments) const {
+                        const void* arguments, unsigned cluster) const {
   const CudaDriver& driver = CudaDriver::Get();
-  CuLaunchAttribute early = {};
-  early.id = kProgrammaticStreamSerialization;
-  early.value.programmatic_stream_serialization_allowed = 1;
-  CuLaunchConfig config = {grid_x, grid_y, grid_z, threads, 1, 1, 0, static_cast<CuStream>(stream), &early,
-                           overlaps ? 1u : 0u};
+  CuLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (overlaps) {
+    attributes[count].id = kProgrammaticStreamSerialization;
+    attributes[count++].value.programmatic_stream_serialization_allowed = 1;
+  }
+  if (cluster > 0) attributes[count++] = ClusterOf(cluster);
+  CuLaunchConfig config = {grid_x, grid_y, grid_z, threads, 1, 1, 0, static_cast<CuStream>(stream), attributes, count};
   void* parameters[] = {const_cast<void*>(arguments)};
   driver.Check(driver.LaunchKernelEx(&config, function, parameters, nullptr), "start a kernel");
+}
+
+int CudaKernel::ResidentClusters(unsigned cluster, unsigned threads) const {
+  const CudaDriver& driver = CudaDriver::Get();
+  // Sizes above 8 must be allowed, and whether the GPU has them is for it to say.
+  if (driver.FuncSetAttribute(function, kNonPortableClusterSizeAllowed, 1) != 0) return 0;
+  CuLaunchAttribute attribute = ClusterOf(cluster);
+  CuLaunchConfig config = {cluster, 1, 1, threads, 1, 1, 0, nullptr, &attribute, 1};
+  int clusters = 0;
+  return driver.OccupancyMaxActiveClusters(&clusters, function, &config) == 0 ? clusters : 0;
 }
 
 }  // namespace tda

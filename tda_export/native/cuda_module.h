@@ -14,9 +14,12 @@ struct CudaKernel {
   int resident_blocks = 0;  // how many blocks the whole GPU holds at once
 
   // Launch on a stream; `arguments` is the kernel's one parameter. The kernel may begin before the one ahead of it has
-  // ended, and waits for that itself (device/common.cuh).
+  // ended, and waits for that itself (device/common.cuh). Each `cluster` blocks along x are one cluster; 0 is none.
   void Launch(void* stream, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned threads,
-              const void* arguments) const;
+              const void* arguments, unsigned cluster = 0) const;
+
+  // How many clusters of so many blocks the whole GPU holds at once; 0 where it has none of that size.
+  int ResidentClusters(unsigned cluster, unsigned threads) const;
 
   bool overlaps = false;  // the GPU can begin kernels early
 };
@@ -34,6 +37,9 @@ class CudaModule {
   CudaDevice device_;
   CuLibrary library_ = nullptr;
 };
+
+// Whether a GPU has clusters: blocks that reach each other's shared memory.
+constexpr bool HasClusters(int capability) { return capability >= 90; }
 
 // The source of device/<name>.cu with what it includes.
 std::string DeviceSource(const std::string& name);

@@ -5,7 +5,7 @@
 // result does not depend on which thread ran what.
 //
 // A chunk goes through its neurons in blocks: gates of the block, then up rows of those that are still needed, then down
-// rows. Within each of the three, kRows rows are read at once while those of the next groups are asked for: rows of a
+// rows. Within each of the three, a few rows are read at once while those of the next groups are asked for: rows of a
 // mask lie apart, and one row alone is too short for the processor to see ahead. Where neurons lie side by side it does
 // see ahead, and one neuron after another is the faster way. Both read at about the memory's bandwidth.
 #include "indexed_ffn_cpu.h"
@@ -16,8 +16,7 @@
 #include <thread>
 
 #include "indexed_ffn.h"
-
-#define TDA_INLINE inline __attribute__((always_inline))
+#include "rows_cpu.h"
 
 namespace tda {
 namespace {
@@ -26,92 +25,6 @@ constexpr int64_t kTokenTile = 16;
 constexpr int64_t kChunkBytes = 64 << 10;  // of weights, at least, so that handing out work costs little
 constexpr int64_t kChunksPerThread = 4;    // evens out threads that are slowed down by others
 constexpr int kBlock = 32;                 // neurons
-constexpr int kRows = 4;                   // read at once
-constexpr int kLineFloats = 16;            // of a cache line
-constexpr int kGroupsAhead = 2;            // groups of kRows rows that are asked for early
-
-// A processor's vector of kLanes floats, and the same at any address.
-template <int kLanes>
-struct VectorOf;
-template <>
-struct VectorOf<4> {
-  typedef float Type __attribute__((vector_size(16)));
-  typedef float Unaligned __attribute__((vector_size(16), aligned(4)));
-};
-template <>
-struct VectorOf<8> {
-  typedef float Type __attribute__((vector_size(32)));
-  typedef float Unaligned __attribute__((vector_size(32), aligned(4)));
-};
-template <>
-struct VectorOf<16> {
-  typedef float Type __attribute__((vector_size(64)));
-  typedef float Unaligned __attribute__((vector_size(64), aligned(4)));
-};
-
-template <int kLanes>
-struct Lanes {
-  using Vector = typename VectorOf<kLanes>::Type;
-  using Unaligned = typename VectorOf<kLanes>::Unaligned;
-
-  static TDA_INLINE Vector Load(const float* address) { return *reinterpret_cast<const Unaligned*>(address); }
-  static TDA_INLINE void Store(float* address, Vector vector) { *reinterpret_cast<Unaligned*>(address) = vector; }
-  static TDA_INLINE float Sum(Vector vector) {
-    float lanes[kLanes];
-    __builtin_memcpy(lanes, &vector, sizeof(vector));
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-      for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-    }
-    return lanes[0];
-  }
-};
-
-// Ask for the cache lines of kCount floats.
-template <int kCount>
-TDA_INLINE void Prefetch(const float* address) {
-  for (int i = 0; i < kCount; i += kLineFloats) __builtin_prefetch(address + i);
-}
-
-// Compute x . row for kCount rows at once, asking for the rows `ahead` meanwhile.
-template <int kLanes, int kCount>
-TDA_INLINE void Dots(const float* x, const float* const* rows, const float* const* ahead, int64_t size, float* products) {
-  using V = Lanes<kLanes>;
-  typename V::Vector even[kCount] = {}, odd[kCount] = {};
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
-    const typename V::Vector x0 = V::Load(x + i), x1 = V::Load(x + i + kLanes);
-    for (int r = 0; r < kCount; ++r) {
-      Prefetch<2 * kLanes>(ahead[r] + i);
-      even[r] += x0 * V::Load(rows[r] + i);
-      odd[r] += x1 * V::Load(rows[r] + i + kLanes);
-    }
-  }
-  for (int r = 0; r < kCount; ++r) products[r] = V::Sum(even[r] + odd[r]);
-  for (; i < size; ++i) {
-    for (int r = 0; r < kCount; ++r) products[r] += x[i] * rows[r][i];
-  }
-}
-
-// Add scale * row for kCount rows to y, with rows ahead as above.
-template <int kLanes, int kCount>
-TDA_INLINE void AddScaled(float* y, const float* const* rows, const float* const* ahead, int64_t size,
-                          const float* scales) {
-  using V = Lanes<kLanes>;
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
-    typename V::Vector y0 = V::Load(y + i), y1 = V::Load(y + i + kLanes);
-    for (int r = 0; r < kCount; ++r) {
-      Prefetch<2 * kLanes>(ahead[r] + i);
-      y0 += scales[r] * V::Load(rows[r] + i);
-      y1 += scales[r] * V::Load(rows[r] + i + kLanes);
-    }
-    V::Store(y + i, y0);
-    V::Store(y + i + kLanes, y1);
-  }
-  for (; i < size; ++i) {
-    for (int r = 0; r < kCount; ++r) y[i] += scales[r] * rows[r][i];
-  }
-}
 
 float Activate(Activation activation, float value) {
   switch (activation) {
@@ -127,6 +40,8 @@ float Activate(Activation activation, float value) {
   return 0.0f;
 }
 
+using Format = FloatFormat;
+
 // What the chunks of one tile of tokens share.
 struct Tile {
   Activation activation;
@@ -134,9 +49,10 @@ struct Tile {
   int64_t tokens;
   const float* x;          // [tokens, hidden]
   const int32_t* mask;     // valid indices alone
-  const float* gate;       // [F, hidden] or null
-  const float* up;         // [F, hidden]
-  const float* down;       // [F, hidden]
+  bool gated;
+  Format gate;             // [F, hidden]
+  Format up;               // [F, hidden]
+  Format down;             // [F, hidden]
   const float* gate_bias;  // [F] or null
   const float* up_bias;    // [F] or null
   const float* scale;      // [F] or null
@@ -145,20 +61,19 @@ struct Tile {
 
 // Up to kBlock rows of one matrix, and what is read after them.
 struct RowList {
-  const float* matrix;
+  Format matrix;
   const int32_t* neurons;
   int count;
-  const float* next_matrix;  // null where nothing follows
+  Format next_matrix;
   const int32_t* next_neurons;
-  int next_count;
-  int64_t hidden;
+  int next_count;  // 0 where nothing follows
 
-  TDA_INLINE const float* Row(int i) const { return matrix + neurons[i] * hidden; }
+  TDA_INLINE Format::Row Row(int i) const { return matrix.At(neurons[i]); }
 
   // The row that is read `i` rows after the first, in this list or the next; a row of this one where there is none.
-  TDA_INLINE const float* Ahead(int i) const {
+  TDA_INLINE Format::Row Ahead(int i) const {
     if (i < count) return Row(i);
-    if (next_matrix != nullptr && i - count < next_count) return next_matrix + next_neurons[i - count] * hidden;
+    if (i - count < next_count) return next_matrix.At(next_neurons[i - count]);
     return Row(count - 1);
   }
 };
@@ -167,18 +82,18 @@ struct RowList {
 // the values as scales into y [tokens, hidden].
 template <int kLanes, int kCount, bool kAdd>
 TDA_INLINE void VisitGroup(const RowList& list, int first, int64_t tokens, const float* x, float* y, float* values) {
-  const float* rows[kCount];
-  const float* ahead[kCount];
+  const int64_t hidden = list.matrix.columns;
+  Format::Row rows[kCount], ahead[kCount];
   for (int r = 0; r < kCount; ++r) {
     rows[r] = list.Row(first + r);
-    ahead[r] = list.Ahead(first + r + kGroupsAhead * kRows);
+    ahead[r] = list.Ahead(first + r + kGroupsAhead * kRowsAtOnce);
   }
   for (int64_t t = 0; t < tokens; ++t) {
     float* own = values + t * kBlock + first;
     if (kAdd) {
-      AddScaled<kLanes, kCount>(y + t * list.hidden, rows, ahead, list.hidden, own);
+      AddScaled<kLanes, kCount>(y + t * hidden, rows, ahead, 0, hidden, own);
     } else {
-      Dots<kLanes, kCount>(x + t * list.hidden, rows, ahead, list.hidden, own);
+      Dots<kLanes, kCount>(x + t * hidden, rows, ahead, hidden, own);
     }
   }
 }
@@ -186,7 +101,9 @@ TDA_INLINE void VisitGroup(const RowList& list, int first, int64_t tokens, const
 template <int kLanes, bool kAdd>
 TDA_INLINE void VisitRows(const RowList& list, int64_t tokens, const float* x, float* y, float* values) {
   int i = 0;
-  for (; i + kRows <= list.count; i += kRows) VisitGroup<kLanes, kRows, kAdd>(list, i, tokens, x, y, values);
+  for (; i + kRowsAtOnce <= list.count; i += kRowsAtOnce) {
+    VisitGroup<kLanes, kRowsAtOnce, kAdd>(list, i, tokens, x, y, values);
+  }
   for (; i < list.count; ++i) VisitGroup<kLanes, 1, kAdd>(list, i, tokens, x, y, values);
 }
 
@@ -213,24 +130,23 @@ int ActivateAndDrop(const Tile& tile, const float* bias, int32_t* neurons, int c
 template <int kLanes>
 TDA_INLINE void AddSideBySide(const Tile& tile, int64_t begin, int64_t end, float* y) {
   const int64_t hidden = tile.hidden;
-  const float* bias = tile.gate != nullptr ? tile.gate_bias : tile.up_bias;
+  const float* bias = tile.gated ? tile.gate_bias : tile.up_bias;
+  const Format first_matrix = tile.gated ? tile.gate : tile.up;
   for (int64_t k = begin; k < end; ++k) {
     const int32_t neuron = tile.mask[k];
-    const float* gate = tile.gate != nullptr ? tile.gate + neuron * hidden : nullptr;
-    const float* up = tile.up + neuron * hidden;
-    const float* down = tile.down + neuron * hidden;
-    const float* next = (gate != nullptr ? gate : up) + (k + 1 < end ? hidden : 0);
+    const Format::Row first = first_matrix.At(neuron), up = tile.up.At(neuron), down = tile.down.At(neuron);
+    const Format::Row next = first_matrix.At(neuron + (k + 1 < end ? 1 : 0));
     for (int64_t t = 0; t < tile.tokens; ++t) {
       const float* x = tile.x + t * hidden;
       float h, product;
-      Dots<kLanes, 1>(x, gate != nullptr ? &gate : &up, gate != nullptr ? &up : &down, hidden, &h);
+      Dots<kLanes, 1>(x, &first, tile.gated ? &up : &down, hidden, &h);
       h = Activate(tile.activation, h + (bias == nullptr ? 0.0f : bias[neuron]));
       if (h == 0.0f || (tile.threshold > 0.0f && std::fabs(h) * tile.scale[neuron] < tile.threshold)) continue;
-      if (gate != nullptr) {
+      if (tile.gated) {
         Dots<kLanes, 1>(x, &up, &down, hidden, &product);
         h *= product + (tile.up_bias == nullptr ? 0.0f : tile.up_bias[neuron]);
       }
-      AddScaled<kLanes, 1>(y + t * hidden, &down, &next, hidden, &h);
+      AddScaled<kLanes, 1>(y + t * hidden, &down, &next, 0, hidden, &h);
     }
   }
 }
@@ -242,14 +158,14 @@ TDA_INLINE void AddBlock(const Tile& tile, int64_t start, int64_t stop, int64_t 
   float h[kTokenTile * kBlock], up[kTokenTile * kBlock];
   int count = static_cast<int>(stop - start);
   std::copy_n(tile.mask + start, count, neurons);
-  const float* first_matrix = tile.gate != nullptr ? tile.gate : tile.up;
-  const float* second_matrix = tile.gate != nullptr ? tile.up : tile.down;
-  const RowList first = {first_matrix, neurons, count, second_matrix, neurons, count, tile.hidden};
+  const Format first_matrix = tile.gated ? tile.gate : tile.up;
+  const Format second_matrix = tile.gated ? tile.up : tile.down;
+  const RowList first = {first_matrix, neurons, count, second_matrix, neurons, count};
   VisitRows<kLanes, false>(first, tile.tokens, tile.x, y, h);
-  count = ActivateAndDrop(tile, tile.gate != nullptr ? tile.gate_bias : tile.up_bias, neurons, count, h);
+  count = ActivateAndDrop(tile, tile.gated ? tile.gate_bias : tile.up_bias, neurons, count, h);
   if (count == 0) return;
-  if (tile.gate != nullptr) {
-    const RowList second = {tile.up, neurons, count, tile.down, neurons, count, tile.hidden};
+  if (tile.gated) {
+    const RowList second = {tile.up, neurons, count, tile.down, neurons, count};
     VisitRows<kLanes, false>(second, tile.tokens, tile.x, y, up);
     for (int64_t t = 0; t < tile.tokens; ++t) {
       for (int i = 0; i < count; ++i) {
@@ -259,7 +175,7 @@ TDA_INLINE void AddBlock(const Tile& tile, int64_t start, int64_t stop, int64_t 
     }
   }
   const int next_count = static_cast<int>(std::min<int64_t>(kBlock, end - stop));
-  const RowList last = {tile.down, neurons, count, first_matrix, tile.mask + stop, next_count, tile.hidden};
+  const RowList last = {tile.down, neurons, count, first_matrix, tile.mask + stop, next_count};
   VisitRows<kLanes, true>(last, tile.tokens, tile.x, y, h);
 }
 
@@ -276,20 +192,11 @@ TDA_INLINE void AddNeuronsOf(const Tile& tile, int64_t begin, int64_t end, float
   }
 }
 
-// Compiled for several instruction sets; the processor's own is chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(TDA_ONE_TARGET)
-__attribute__((target("arch=x86-64-v4"))) void AddNeurons(const Tile& tile, int64_t begin, int64_t end, float* y) {
-  AddNeuronsOf<16>(tile, begin, end, y);
-}
-__attribute__((target("arch=x86-64-v3"))) void AddNeurons(const Tile& tile, int64_t begin, int64_t end, float* y) {
-  AddNeuronsOf<8>(tile, begin, end, y);
-}
-__attribute__((target("default"))) void AddNeurons(const Tile& tile, int64_t begin, int64_t end, float* y) {
-  AddNeuronsOf<4>(tile, begin, end, y);
-}
-#else
-void AddNeurons(const Tile& tile, int64_t begin, int64_t end, float* y) { AddNeuronsOf<4>(tile, begin, end, y); }
-#endif
+#define TDA_ADD_NEURONS(attribute, lanes)                                                 \
+  attribute void AddNeurons(const Tile& tile, int64_t begin, int64_t end, float* y) { \
+    AddNeuronsOf<lanes>(tile, begin, end, y);                                             \
+  }
+TDA_FOR_EACH_TARGET(TDA_ADD_NEURONS)
 
 class IndexedFfnCpu : public Kernel {
  public:
@@ -361,9 +268,10 @@ class IndexedFfnCpu : public Kernel {
             tokens,
             call.x.As<const float>() + start * call.hidden,
             mask,
-            call.gate.As<const float>(),
-            call.up.As<const float>(),
-            call.down.As<const float>(),
+            call.gate.present,
+            {call.gate.As<const float>(), call.hidden},
+            {call.up.As<const float>(), call.hidden},
+            {call.down.As<const float>(), call.hidden},
             call.gate_bias.As<const float>(),
             call.up_bias.As<const float>(),
             call.neuron_scale.As<const float>(),

@@ -4,6 +4,8 @@
 #include "indexed_ffn_cuda.h"
 #include "linear_cuda.h"
 #include "op.h"
+#include "row_linear_cpu.h"
+#include "row_linear_cuda.h"
 #include "statistics_cuda.h"
 
 namespace tda {
@@ -14,6 +16,7 @@ const std::vector<OpDefinition>& Definitions() {
     std::vector<OpDefinition> all = StatisticsOnCuda();
     for (const OpDefinition& definition : LinearOnCuda()) all.push_back(definition);
     for (const OpDefinition& definition : {IndexedFfnOnCpu(), IndexedFfnOnCuda(kHalf), IndexedFfnOnCuda(kBfloat16),
+                                           RowLinearOnCpu(), RowLinearOnCuda(kHalf), RowLinearOnCuda(kBfloat16),
                                            GreedyTokenOnCpu(), GreedyTokenOnCuda()}) {
       all.push_back(definition);
     }

@@ -13,6 +13,7 @@ from tda_export.graph.ffn import FfnForm
 from tests.ffn_model import NUMPY_DTYPES, ffn_session, random_feeds, run
 from tests.native.test_functions import CUDA
 from tests.native.test_functions import run as run_function
+from tests.row_model import price_for, random_rows, row_session
 
 FORMS = [
     FfnForm("silu", two_levels=True),
@@ -66,9 +67,20 @@ def functions(rng: np.random.Generator, dtype: str) -> None:
     run_function(contract.GREEDY_TOKEN, {"logits": floats[None, :, :777]}, ("int64",), CUDA, True)
 
 
+def rows(rng: np.random.Generator, dtype: str) -> None:
+    for bias, early in ((True, False), (False, True)):
+        session = row_session(bias=bias, early=early, dtype=dtype)
+        for inputs, outputs, tokens in ((33, 577, 1), (700, 264, 5), (3000, 1024, 1), (9, 8, 4), (40, 9000, 1)):
+            feeds = random_rows(rng, tokens=tokens, inputs=inputs, outputs=outputs, dtype=dtype, zeros=0.2)
+            for density in (0.0, 0.4, 1.0):
+                feeds["price"] = price_for(feeds, density)
+                assert np.isfinite(run(session, feeds).astype(np.float32)).all()
+
+
 if __name__ == "__main__":
     for dtype in ("float16", "bfloat16"):
         generator = np.random.default_rng(0)
         ffn(generator, dtype)
         functions(generator, dtype)
+        rows(generator, dtype)
         print(f"every kernel ran in {dtype}")

@@ -21,11 +21,14 @@ DEFINES = {
     ],
     "statistics": ["TDA_BF16=0", "TDA_BF16=1"],
     "linear": ["TDA_BF16=0", "TDA_BF16=1"],
+    "row_linear": [f"TDA_BF16={bf16} TDA_CLUSTERS=1" for bf16 in (0, 1)],
     "greedy": ["TDA_BF16=0"],
 }
 CASES = [(name, defines, 90) for name, all_defines in DEFINES.items() for defines in all_defines]
 CASES += [
-    (name, all_defines[0], capability) for name, all_defines in DEFINES.items() for capability in (75, 80, 89, 120)
+    (name, all_defines[0].replace("TDA_CLUSTERS=1", f"TDA_CLUSTERS={int(capability >= 90)}"), capability)
+    for name, all_defines in DEFINES.items()
+    for capability in (75, 80, 89, 120)
 ]
 
 pytestmark = pytest.mark.skipif(

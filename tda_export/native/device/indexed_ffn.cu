@@ -4,9 +4,6 @@
 // [F, M]. Everything is accumulated in float32, in an order that depends on sizes alone, so that equal calls give equal
 // results.
 
-constexpr int kRowLoads = 8;      // the same of the second: one of each row
-constexpr int kRowsTogether = 4;  // neighbours in mask_indices that go to the same warp of the second kernel
-
 static __device__ __forceinline__ float Activate(float value) {
 #if TDA_ACTIVATION == 0
   return value / (1.0f + __expf(-value));
@@ -44,7 +41,7 @@ static __device__ __forceinline__ int NeuronAt(const FfnArguments& a, int k) {
 }
 
 // One warp computes the activations of one neuron after another, for a tile of tokens (blockIdx.y).
-template <int kTokens, int kWidth>
+template <int kTokens, class Format>
 static __device__ __forceinline__ void Activations(const FfnArguments& a) {
   const int lane = threadIdx.x % kWarp;
   const int warp = (blockIdx.x * kThreads + threadIdx.x) / kWarp;
@@ -53,6 +50,10 @@ static __device__ __forceinline__ void Activations(const FfnArguments& a) {
   const int tokens = min(kTokens, a.tokens - first_token);
   const Element* x = a.x + static_cast<size_t>(first_token) * a.hidden;
 
+  const Format up_matrix = {a.up, a.hidden};
+#if TDA_GATED
+  const Format gate_matrix = {a.gate, a.hidden};
+#endif
   Gate ready;
   if (!a.early) ready();
   const float threshold = a.threshold == nullptr ? 0.0f : *a.threshold;
@@ -62,7 +63,6 @@ static __device__ __forceinline__ void Activations(const FfnArguments& a) {
     next = NeuronAt(a, k + warps);
     float h[kTokens] = {};
     if (static_cast<unsigned>(neuron) < static_cast<unsigned>(a.neurons)) {
-      const size_t row = static_cast<size_t>(neuron) * a.hidden;
       const float up_bias = a.up_bias == nullptr ? 0.0f : ToFloat(a.up_bias[neuron]);
       const float scale = threshold > 0.0f ? a.neuron_scale[neuron] : 0.0f;
 #if TDA_GATED
@@ -71,8 +71,8 @@ static __device__ __forceinline__ void Activations(const FfnArguments& a) {
       float up[1][kTokens];
       if (threshold > 0.0f || TDA_ACTIVATION == 3) {  // the gate decides whether the up row is read
         float gate[1][kTokens];
-        const Element* const rows[1] = {a.gate + row};
-        Products<kTokens, kWidth, 1>(rows, x, a.hidden, tokens, lane, gate, ready);
+        const typename Format::Row rows[1] = {gate_matrix.At(neuron)};
+        Products<kTokens, Format, 1>(rows, x, a.hidden, tokens, lane, gate, ready);
         needed = false;
 #pragma unroll
         for (int t = 0; t < kTokens; ++t) {
@@ -81,13 +81,13 @@ static __device__ __forceinline__ void Activations(const FfnArguments& a) {
           needed |= t < tokens && h[t] != 0.0f;
         }
         if (needed) {
-          const Element* const up_rows[1] = {a.up + row};
-          Products<kTokens, kWidth, 1>(up_rows, x, a.hidden, tokens, lane, up, ready);
+          const typename Format::Row up_rows[1] = {up_matrix.At(neuron)};
+          Products<kTokens, Format, 1>(up_rows, x, a.hidden, tokens, lane, up, ready);
         }
       } else {
         float both[2][kTokens];
-        const Element* const rows[2] = {a.gate + row, a.up + row};
-        Products<kTokens, kWidth, 2>(rows, x, a.hidden, tokens, lane, both, ready);
+        const typename Format::Row rows[2] = {gate_matrix.At(neuron), up_matrix.At(neuron)};
+        Products<kTokens, Format, 2>(rows, x, a.hidden, tokens, lane, both, ready);
 #pragma unroll
         for (int t = 0; t < kTokens; ++t) {
           h[t] = Activate(both[0][t] + gate_bias);
@@ -100,8 +100,8 @@ static __device__ __forceinline__ void Activations(const FfnArguments& a) {
       }
 #else
       float up[1][kTokens];
-      const Element* const rows[1] = {a.up + row};
-      Products<kTokens, kWidth, 1>(rows, x, a.hidden, tokens, lane, up, ready);
+      const typename Format::Row rows[1] = {up_matrix.At(neuron)};
+      Products<kTokens, Format, 1>(rows, x, a.hidden, tokens, lane, up, ready);
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
         h[t] = Activate(up[0][t] + up_bias);
@@ -125,125 +125,69 @@ static __device__ __forceinline__ void Activations(const FfnArguments& a) {
   }
 }
 
-// Sum h * down rows. A warp sums kSlice columns (slice blockIdx.y) of every warps-th group of rows for a tile of tokens
-// (blockIdx.z); the warps of a block are added in shared memory, and the blocks of a slice by the last one to arrive.
-template <int kTokens, int kWidth>
+// The mask's neurons as candidates for the sum of down rows.
+template <int kTokens>
+struct MaskedNeurons {
+  struct Candidate {
+    int row;
+  };
+
+  const FfnArguments& a;
+  int first_token, tokens;
+  bool every_row;
+
+  __device__ __forceinline__ bool EveryRow() const { return every_row; }
+
+  __device__ __forceinline__ Candidate Look(int k) const {
+    const int neuron = k < 0 ? -1 : NeuronAt(a, k);
+    return {static_cast<unsigned>(neuron) < static_cast<unsigned>(a.neurons) ? neuron : -1};
+  }
+
+  __device__ __forceinline__ void Values(const Candidate& candidate, int k, float (&values)[kTokens]) const {
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      const bool there = candidate.row >= 0 && t < tokens;
+      values[t] = there ? a.h[static_cast<size_t>(first_token + t) * a.indices + k] : 0.0f;
+    }
+  }
+};
+
+// Sum h * down rows: kSlice columns (slice blockIdx.y) of a block's share of the rows for a tile of tokens (blockIdx.z).
+template <int kTokens, class Format>
 static __device__ __forceinline__ void DownSums(const FfnArguments& a) {
-  constexpr int kSlice = kWarp * kWidth;
-  __shared__ float sums[kWarps][kTokens][kSlice];
-  __shared__ bool last;
+  constexpr int kWidth = Format::kWidth;
+  __shared__ union {
+    RowList<kTokens> lists[kWarps];
+    WarpSums<kTokens, kWidth, kWarps> sums;
+  } shared;
   const int lane = threadIdx.x % kWarp;
-  const int warp_in_block = threadIdx.x / kWarp;
-  const int warps = gridDim.x * kWarps;
-  const int warp = warp_in_block * gridDim.x + blockIdx.x;
+  const int warp = threadIdx.x / kWarp;
   // Lanes past the end of a row read its last columns, and their sums are thrown away.
-  const int column = min(blockIdx.y * kSlice + lane * kWidth, a.hidden - kWidth);
+  const int column = min(blockIdx.y * kWarp * kWidth + lane * kWidth, a.hidden - kWidth);
   const int first_token = blockIdx.z * kTokens;
   const int tokens = min(kTokens, a.tokens - first_token);
-  const int lane_offset = (lane / kRowsTogether * warps + warp) * kRowsTogether + lane % kRowsTogether;
-  const int stride = warps * kWarp;
-
-  // Unless activations may be zero, which rows are needed is known before the first kernel has ended, and the first of
-  // them are under way meanwhile.
+  // Unless activations may be zero, which rows are needed is known before the first kernel has ended.
   const bool every_row = TDA_ACTIVATION != 3 && (a.threshold == nullptr || *a.threshold <= 0.0f);
-  float accumulators[kTokens][kWidth] = {};
-  int next = NeuronAt(a, lane_offset);
-  for (int base = 0; base < a.indices; base += stride) {
-    const int k = base + lane_offset;
-    const int neuron = next;
-    const bool valid = static_cast<unsigned>(neuron) < static_cast<unsigned>(a.neurons);
-    float h[kTokens] = {};
-    bool loaded = false;
-    auto load_activations = [&] {
-      WaitForEarlierKernels();
-#pragma unroll
-      for (int t = 0; t < kTokens; ++t) {
-        if (valid && t < tokens) h[t] = a.h[static_cast<size_t>(first_token + t) * a.indices + k];
-      }
-      loaded = true;
-    };
-    bool needed = valid;
-    if (!every_row) {
-      load_activations();
-      needed = false;
-#pragma unroll
-      for (int t = 0; t < kTokens; ++t) needed |= h[t] != 0.0f;
-    }
-    next = NeuronAt(a, k + stride);
-    unsigned rows = __ballot_sync(0xffffffffu, needed);
-    while (rows != 0) {
-      Pack<kWidth> weights[kRowLoads];
-      // Where fewer rows are left than a batch holds, the first one is read again and counts for nothing.
-      const int first = __ffs(rows) - 1;
-      unsigned left = rows;
-#pragma unroll
-      for (int b = 0; b < kRowLoads; ++b) {
-        const int source = left != 0 ? __ffs(left) - 1 : first;
-        left &= left - 1;
-        const int row = __shfl_sync(0xffffffffu, neuron, source);
-        weights[b] = LoadWeights<kWidth>(a.down + static_cast<size_t>(row) * a.hidden + column);
-      }
-      if (!loaded) load_activations();
-#pragma unroll
-      for (int b = 0; b < kRowLoads; ++b) {
-        const int source = rows != 0 ? __ffs(rows) - 1 : first;
-        const float count = rows != 0 ? 1.0f : 0.0f;
-        rows &= rows - 1;
-        float w[kWidth];
-        weights[b].ToFloats(w);
-#pragma unroll
-        for (int t = 0; t < kTokens; ++t) {
-          const float scale = count * __shfl_sync(0xffffffffu, h[t], source);
-#pragma unroll
-          for (int i = 0; i < kWidth; ++i) accumulators[t][i] = fmaf(scale, w[i], accumulators[t][i]);
-        }
-      }
-    }
-  }
+  const MaskedNeurons<kTokens> source = {a, first_token, tokens, every_row};
+  const Format down = {a.down, a.hidden};
+  float sums[kTokens][kWidth] = {};
+  AddRows<kTokens>(source, down, a.indices, warp * gridDim.x + blockIdx.x, gridDim.x * kWarps, column,
+                   shared.lists[warp], sums, [] { WaitForEarlierKernels(); });
   WaitForEarlierKernels();
   LetNextKernelStart();
-
-#pragma unroll
-  for (int t = 0; t < kTokens; ++t)
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) sums[warp_in_block][t][lane * kWidth + i] = accumulators[t][i];
-  __syncthreads();
-  const int cells = kTokens * kSlice;
-  const size_t place = static_cast<size_t>(blockIdx.z) * gridDim.y + blockIdx.y;
-  float* partial = a.partial + place * gridDim.x * cells;
-  for (int cell = threadIdx.x; cell < cells; cell += kThreads) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += (&sums[w][0][0])[cell];
-    partial[static_cast<size_t>(blockIdx.x) * cells + cell] = sum;
-  }
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(&a.arrived[place], 1u) == gridDim.x - 1;
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
-  for (int cell = threadIdx.x; cell < cells; cell += kThreads) {
-    const int t = cell / kSlice;
-    const int at = blockIdx.y * kSlice + cell % kSlice;
-    if (t >= tokens || at >= a.hidden) continue;
-    float sum = a.down_bias == nullptr ? 0.0f : ToFloat(a.down_bias[at]);
-#pragma unroll 8
-    for (int group = 0; group < gridDim.x; ++group) {
-      sum += __ldcg(partial + static_cast<size_t>(group) * cells + cell);
-    }
-    a.y[static_cast<size_t>(first_token + t) * a.hidden + at] = FromFloat(sum);
-  }
+  const Totals totals = {a.down_bias, a.y + static_cast<size_t>(first_token) * a.hidden, a.hidden, tokens};
+  __syncthreads();  // the lists give way to the sums
+  AddBlocksInMemory(sums, shared.sums, a.partial, a.arrived, totals);
 }
 
 #define TDA_KERNELS(tokens, width)                                                                              \
   extern "C" __global__ void __launch_bounds__(kThreads, tokens == 1 ? 2 : 1)                                   \
       Activations_##tokens##_##width(FfnArguments arguments) {                                                  \
-    Activations<tokens, width>(arguments);                                                                      \
+    Activations<tokens, ElementFormat<width>>(arguments);                                                                      \
   }                                                                                                             \
-  extern "C" __global__ void __launch_bounds__(kThreads, tokens == 1 ? 2 : 1)                                   \
+  extern "C" __global__ void __launch_bounds__(kThreads, tokens == 1 ? 3 : 2)                                   \
       DownSums_##tokens##_##width(FfnArguments arguments) {                                                     \
-    DownSums<tokens, width>(arguments);                                                                         \
+    DownSums<tokens, ElementFormat<width>>(arguments);                                                                         \
   }
 
 TDA_KERNELS(1, 8)

@@ -11,7 +11,7 @@ struct LinearArguments {
 constexpr int kRowsAtOnce = 2;  // of a warp
 
 // One warp multiplies two rows after two others with a tile of tokens (blockIdx.y).
-template <int kTokens, int kWidth>
+template <int kTokens, class Format>
 static __device__ __forceinline__ void Linear(const LinearArguments& a) {
   const int lane = threadIdx.x % kWarp;
   const int warp = (blockIdx.x * kThreads + threadIdx.x) / kWarp;
@@ -19,15 +19,15 @@ static __device__ __forceinline__ void Linear(const LinearArguments& a) {
   const int first_token = blockIdx.y * kTokens;
   const int tokens = min(kTokens, a.tokens - first_token);
   const Element* x = a.x + static_cast<size_t>(first_token) * a.inputs;
+  const Format weight = {a.weight, a.inputs};
   Gate ready;
   if (!a.early) ready();
   for (int row = warp * kRowsAtOnce; row < a.outputs; row += warps * kRowsAtOnce) {
     // An odd number of rows: the last one is multiplied twice and stored once.
     const int second = min(row + 1, a.outputs - 1);
-    const Element* const rows[kRowsAtOnce] = {a.weight + static_cast<size_t>(row) * a.inputs,
-                                              a.weight + static_cast<size_t>(second) * a.inputs};
+    const typename Format::Row rows[kRowsAtOnce] = {weight.At(row), weight.At(second)};
     float sums[kRowsAtOnce][kTokens];
-    Products<kTokens, kWidth, kRowsAtOnce>(rows, x, a.inputs, tokens, lane, sums, ready);
+    Products<kTokens, Format, kRowsAtOnce>(rows, x, a.inputs, tokens, lane, sums, ready);
     if (lane != 0) continue;
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
@@ -129,7 +129,7 @@ static __device__ __forceinline__ void AddNorm(const AddNormArguments& a) {
 #define TDA_LINEAR(tokens, width)                                                                                \
   extern "C" __global__ void __launch_bounds__(kThreads, tokens == 1 ? 2 : 1)                                   \
       Linear_##tokens##_##width(LinearArguments arguments) {                                                    \
-    Linear<tokens, width>(arguments);                                                                           \
+    Linear<tokens, ElementFormat<width>>(arguments);                                                                           \
   }
 
 TDA_LINEAR(1, 8)

@@ -23,10 +23,11 @@ static __device__ __forceinline__ void MultiplyAdd(const Pack<kWidth>& weights, 
 
 // Compute the products of kRows rows with every token, by one warp. `ready` is called when the first loads of weights are
 // under way and before x is read: weights are there from the start, x may still be on its way from an earlier kernel.
-template <int kTokens, int kWidth, int kRows, class Ready>
-static __device__ __forceinline__ void Products(const Element* const (&rows)[kRows], const Element* x, int hidden,
+template <int kTokens, class Format, int kRows, class Ready>
+static __device__ __forceinline__ void Products(const typename Format::Row (&rows)[kRows], const Element* x, int hidden,
                                                 int tokens, int lane, float (&sums)[kRows][kTokens],
                                                 const Ready& ready) {
+  constexpr int kWidth = Format::kWidth;
   constexpr int kBatch = kLoads / kRows;
   constexpr int kStep = kWarp * kWidth;  // elements that a warp loads at once
 #pragma unroll
@@ -41,7 +42,7 @@ static __device__ __forceinline__ void Products(const Element* const (&rows)[kRo
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) weights[r][b] = LoadWeights<kWidth>(rows[r] + column + b * kStep);
+      for (int b = 0; b < kBatch; ++b) weights[r][b] = rows[r].Load(column, b * kStep);
     ready();
 #pragma unroll
     for (int b = 0; b < kBatch; ++b)
@@ -56,7 +57,7 @@ static __device__ __forceinline__ void Products(const Element* const (&rows)[kRo
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        weights[r][b] = LoadWeightsIf<kWidth>(column + b * kStep < hidden, rows[r] + column + b * kStep);
+        weights[r][b] = rows[r].LoadIf(column + b * kStep < hidden, column, b * kStep);
       }
     ready();
 #pragma unroll

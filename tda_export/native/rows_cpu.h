@@ -1,0 +1,114 @@
+// Rows of a weight matrix on the CPU, and what kernels do with several of them at once.
+//
+// A Format says how rows lie in memory. Kernels reach weights through one, and never by address:
+//
+//   Row At(i)                  row i of the matrix, with
+//     Step<kLanes>()             how many columns are read at once, a whole number of vectors
+//     Load<kLanes>(column, out)  those columns as vectors of floats
+//     Value(column)              one of them
+//     Prefetch<kColumns>(column) ask for the memory of kColumns columns early
+#pragma once
+
+#include <cstdint>
+
+#include "vectors.h"
+
+namespace tda {
+
+constexpr int kRowsAtOnce = 4;
+constexpr int kGroupsAhead = 2;  // groups of kRowsAtOnce rows that are asked for early
+
+// float32, row after row.
+struct FloatFormat {
+  struct Row {
+    static constexpr int kLineFloats = 16;  // of a cache line
+    static constexpr int kVectors = 2;      // read at once
+
+    template <int kLanes>
+    static constexpr int Step() {
+      return kVectors * kLanes;
+    }
+    template <int kLanes>
+    TDA_INLINE void Load(int64_t column, typename Lanes<kLanes>::Vector (&out)[kVectors]) const {
+      for (int v = 0; v < kVectors; ++v) out[v] = Lanes<kLanes>::Load(first + column + v * kLanes);
+    }
+    TDA_INLINE float Value(int64_t column) const { return first[column]; }
+    template <int kColumns>
+    TDA_INLINE void Prefetch(int64_t column) const {
+      for (int i = 0; i < kColumns; i += kLineFloats) __builtin_prefetch(first + column + i);
+    }
+
+    const float* first;
+  };
+
+  TDA_INLINE Row At(int64_t i) const { return {weights + i * columns}; }
+
+  const float* weights;
+  int64_t columns;
+};
+
+// Compute x . row for kCount rows at once, asking for the rows `ahead` meanwhile.
+template <int kLanes, int kCount, class Row>
+TDA_INLINE void Dots(const float* x, const Row* rows, const Row* ahead, int64_t size, float* products) {
+  using V = Lanes<kLanes>;
+  using Vector = typename V::Vector;
+  constexpr int kStep = Row::template Step<kLanes>();
+  constexpr int kVectors = Row::kVectors;
+  Vector sums[kCount][kVectors] = {};
+  int64_t i = 0;
+  for (; i + kStep <= size; i += kStep) {
+    Vector values[kVectors], weights[kVectors];
+    for (int v = 0; v < kVectors; ++v) values[v] = V::Load(x + i + v * kLanes);
+    for (int r = 0; r < kCount; ++r) {
+      ahead[r].template Prefetch<kStep>(i);
+      rows[r].template Load<kLanes>(i, weights);
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += values[v] * weights[v];
+    }
+  }
+  for (int r = 0; r < kCount; ++r) {
+    Vector sum = sums[r][0];
+    for (int v = 1; v < kVectors; ++v) sum += sums[r][v];
+    products[r] = V::Sum(sum);
+  }
+  for (; i < size; ++i) {
+    for (int r = 0; r < kCount; ++r) products[r] += x[i] * rows[r].Value(i);
+  }
+}
+
+// Add scale * row for kCount rows to y, in the columns [begin, end), with rows ahead as above. A column's sum is added
+// row by row in the order given, however many rows are added at once.
+template <int kLanes, int kCount, class Row>
+TDA_INLINE void AddScaled(float* y, const Row* rows, const Row* ahead, int64_t begin, int64_t end,
+                          const float* scales) {
+  using V = Lanes<kLanes>;
+  using Vector = typename V::Vector;
+  constexpr int kStep = Row::template Step<kLanes>();
+  constexpr int kVectors = Row::kVectors;
+  int64_t i = begin;
+  for (; i + kStep <= end; i += kStep) {
+    Vector sums[kVectors], weights[kVectors];
+    for (int v = 0; v < kVectors; ++v) sums[v] = V::Load(y + i + v * kLanes);
+    for (int r = 0; r < kCount; ++r) {
+      ahead[r].template Prefetch<kStep>(i);
+      rows[r].template Load<kLanes>(i, weights);
+      for (int v = 0; v < kVectors; ++v) sums[v] += scales[r] * weights[v];
+    }
+    for (int v = 0; v < kVectors; ++v) V::Store(y + i + v * kLanes, sums[v]);
+  }
+  for (; i < end; ++i) {
+    for (int r = 0; r < kCount; ++r) y[i] += scales[r] * rows[r].Value(i);
+  }
+}
+
+}  // namespace tda
+
+// Defines kernels for several instruction sets; the processor's own is chosen when the library is loaded:
+// TDA_FOR_EACH_TARGET(define), where define(attribute, lanes) defines one function of the same name.
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(TDA_ONE_TARGET)
+#define TDA_FOR_EACH_TARGET(define)                        \
+  define(__attribute__((target("arch=x86-64-v4"))), 16)    \
+  define(__attribute__((target("arch=x86-64-v3"))), 8)     \
+  define(__attribute__((target("default"))), 4)
+#else
+#define TDA_FOR_EACH_TARGET(define) define(, 4)
+#endif

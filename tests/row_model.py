@@ -1,0 +1,82 @@
+"""Models of one RowLinear node whose weights are inputs, and the slow reference: one row and token at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from tda_export.graph import contract
+from tda_export.graph.ops import DTYPES, IR_VERSION, OPSET, Ops
+from tda_export.graph.row_linear import row_linear, row_linear_functions
+from tda_export.native.library import register_native
+from tests.ffn_model import NUMPY_DTYPES, PROVIDERS
+
+PRICES = (contract.RowLinearInput.ROW_PRICE, contract.RowLinearInput.PRICE)  # float32, whatever the weights are
+
+
+def row_session(
+    *, bias: bool = False, early: bool = False, dtype: str = "float32", native: bool = True, threads: int = 0
+) -> ort.InferenceSession:
+    """A session on the CPU for float32 and on CUDA otherwise; without `native` the function body runs."""
+    names = contract.ROW_LINEAR_INPUTS[: 5 if bias else 4]
+    values = [ir.Value(name=name, type=ir.TensorType(DTYPES["float32" if name in PRICES else dtype])) for name in names]
+    ops = Ops()
+    y = row_linear(ops, *values)
+    (node,) = ops.tape.nodes
+    node.attributes.add(ir.AttrInt64("early", int(early)))
+    y.name, y.type = "y", ir.TensorType(DTYPES[dtype])
+    imports = {"": OPSET, contract.FUNCTION_DOMAIN: 1}
+    graph = ir.Graph(values, [y], nodes=ops.tape.nodes, opset_imports=imports, name="rows")
+    model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, functions=row_linear_functions()))
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    if native:
+        register_native(options)
+    return ort.InferenceSession(model.SerializeToString(), options, providers=[PROVIDERS[dtype]])
+
+
+def random_rows(
+    rng: np.random.Generator, *, tokens: int, inputs: int, outputs: int, dtype: str, zeros: float = 0.0
+) -> dict[str, np.ndarray]:
+    """Inputs at price 0, scaled so that results are of order one; `zeros` is the share of x that is zero."""
+
+    def draw(*shape: int, scale: float = 1.0) -> np.ndarray:
+        return (scale * rng.standard_normal(shape)).astype(NUMPY_DTYPES[dtype])
+
+    x = draw(1, tokens, inputs)
+    x[rng.random(x.shape) < zeros] = 0
+    return {
+        "x": x,
+        "w": draw(inputs, outputs, scale=inputs**-0.5),
+        "row_price": np.exp(rng.standard_normal(inputs)).astype(np.float32),
+        "price": np.zeros(1, np.float32),
+        "bias": draw(outputs, scale=0.3),
+    }
+
+
+def worth(feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+    """What is compared with the price, float32 [S, in]."""
+    x = feeds["x"].astype(np.float32).reshape(-1, len(feeds["w"]))
+    with np.errstate(invalid="ignore", over="ignore"):
+        return (x * x * feeds["row_price"]).astype(np.float32)
+
+
+def price_for(feeds: Mapping[str, np.ndarray], density: float) -> np.ndarray:
+    """A price, float32 [1], at which about this share of rows is read."""
+    values = np.sort(worth(feeds), axis=None)
+    at = round((1 - density) * len(values))
+    return np.full(1, values[at] if at < len(values) else np.inf, np.float32)
+
+
+def reference(feeds: Mapping[str, np.ndarray], *, bias: bool) -> np.ndarray:
+    """Compute y [.., out] in float64."""
+    weight = feeds["w"].astype(np.float64)
+    x = feeds["x"].astype(np.float64).reshape(-1, len(weight))
+    with np.errstate(invalid="ignore"):
+        kept = np.where(worth(feeds) < feeds["price"], 0, x)
+        y = kept @ weight + (feeds["bias"].astype(np.float64) if bias else 0)
+    return y.reshape(*feeds["x"].shape[:-1], weight.shape[1])
