@@ -7,13 +7,10 @@
 // contributes nothing to that token, and its rows of w_up and w_down are not read.
 #pragma once
 
+#include "activation.h"
 #include "op.h"
 
 namespace tda {
-
-enum class Activation { kSilu, kGelu, kGeluTanh, kRelu };
-
-Activation ParseActivation(const std::string& name);
 
 // Inputs by position.
 enum IndexedFfnInput : size_t {

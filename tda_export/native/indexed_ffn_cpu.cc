@@ -26,20 +26,6 @@ constexpr int64_t kChunkBytes = 64 << 10;  // of weights, at least, so that hand
 constexpr int64_t kChunksPerThread = 4;    // evens out threads that are slowed down by others
 constexpr int kBlock = 32;                 // neurons
 
-float Activate(Activation activation, float value) {
-  switch (activation) {
-    case Activation::kSilu:
-      return value / (1.0f + std::exp(-value));
-    case Activation::kGelu:
-      return 0.5f * value * (1.0f + std::erf(value * 0.70710678f));
-    case Activation::kGeluTanh:
-      return 0.5f * value * (1.0f + std::tanh(0.79788456f * (value + 0.044715f * value * value * value)));
-    case Activation::kRelu:
-      return std::max(value, 0.0f);
-  }
-  return 0.0f;
-}
-
 using Format = FloatFormat;
 
 // What the chunks of one tile of tokens share.

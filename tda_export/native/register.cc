@@ -7,6 +7,7 @@
 #include "row_linear_cpu.h"
 #include "row_linear_cuda.h"
 #include "statistics_cuda.h"
+#include "step_ops.h"
 
 namespace tda {
 namespace {
@@ -15,6 +16,7 @@ const std::vector<OpDefinition>& Definitions() {
   static const std::vector<OpDefinition> definitions = [] {
     std::vector<OpDefinition> all = StatisticsOnCuda();
     for (const OpDefinition& definition : LinearOnCuda()) all.push_back(definition);
+    for (const OpDefinition& definition : StepOps()) all.push_back(definition);
     for (const OpDefinition& definition : {IndexedFfnOnCpu(), IndexedFfnOnCuda(kHalf), IndexedFfnOnCuda(kBfloat16),
                                            RowLinearOnCpu(), RowLinearOnCuda(kHalf), RowLinearOnCuda(kBfloat16),
                                            GreedyTokenOnCpu(), GreedyTokenOnCuda()}) {

@@ -23,6 +23,8 @@ DEFINES = {
     "linear": ["TDA_BF16=0", "TDA_BF16=1"],
     "row_linear": [f"TDA_BF16={bf16} TDA_CLUSTERS=1" for bf16 in (0, 1)],
     "greedy": ["TDA_BF16=0"],
+    "gated_activation": [f"TDA_BF16={activation % 2} TDA_ACTIVATION={activation}" for activation in ACTIVATIONS],
+    "call_price": ["TDA_BF16=0"],
 }
 CASES = [(name, defines, 90) for name, all_defines in DEFINES.items() for defines in all_defines]
 CASES += [

@@ -4,18 +4,6 @@
 // [F, M]. Everything is accumulated in float32, in an order that depends on sizes alone, so that equal calls give equal
 // results.
 
-static __device__ __forceinline__ float Activate(float value) {
-#if TDA_ACTIVATION == 0
-  return value / (1.0f + __expf(-value));
-#elif TDA_ACTIVATION == 1
-  return 0.5f * value * (1.0f + erff(value * 0.70710678f));
-#elif TDA_ACTIVATION == 2
-  return 0.5f * value * (1.0f + tanhf(0.79788456f * (value + 0.044715f * value * value * value)));
-#else
-  return fmaxf(value, 0.0f);
-#endif
-}
-
 struct FfnArguments {
   const Element* x;           // [tokens, M]
   const int* mask_indices;    // [indices], or null for all neurons in order

@@ -1,0 +1,27 @@
+// tda::GatedActivation on CUDA: h = act(gate) * up. Compile-time constant: TDA_ACTIVATION (device/activation.cuh).
+
+struct GatedArguments {
+  const Element* gate;  // row t begins at t * stride
+  const Element* up;
+  Element* h;  // [tokens, neurons]
+  int neurons, stride;
+};
+
+template <int kWidth>
+static __device__ __forceinline__ void Gated(const GatedArguments& a) {
+  WaitForEarlierKernels();
+  LetNextKernelStart();
+  const int first = (blockIdx.x * kThreads + threadIdx.x) * kWidth;
+  if (first >= a.neurons) return;
+  const size_t row = static_cast<size_t>(blockIdx.y) * a.stride;
+  float gate[kWidth], up[kWidth];
+  Load<kWidth>(a.gate + row + first).ToFloats(gate);
+  Load<kWidth>(a.up + row + first).ToFloats(up);
+  // The product of rounded activations, as separate operators compute it.
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) gate[i] = ToFloat(FromFloat(Activate(gate[i]))) * up[i];
+  Store<kWidth>(a.h + static_cast<size_t>(blockIdx.y) * a.neurons + first, gate);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads) Gated_8(GatedArguments arguments) { Gated<8>(arguments); }
+extern "C" __global__ void __launch_bounds__(kThreads) Gated_1(GatedArguments arguments) { Gated<1>(arguments); }

@@ -1,0 +1,161 @@
+// tda::GatedActivation, act(gate) * up, and tda::CallPrice, the price of a call: 0 where it has no past.
+#include "step_ops.h"
+
+#include <string>
+
+#include "activation.h"
+#include "cuda_module.h"
+#include "indexed_ffn_device.h"
+
+namespace tda {
+namespace {
+
+// Describe the call: gate and up [.., F], or one input [.., 2 F] that holds them side by side; h is [.., F].
+struct GatedCall {
+  explicit GatedCall(const KernelContext& context) : gate(context.Input(0)), up(context.Input(1)) {
+    if (gate.rank == 0) Fail("gate: expected shape [.., neurons], got ", gate.Shape());
+    const int64_t width = gate.sizes[gate.rank - 1];
+    Tensor shape = gate;
+    if (up.present) {
+      if (up.Shape() != gate.Shape()) Fail("up: expected shape ", gate.Shape(), ", got ", up.Shape());
+    } else {
+      if (width % 2) Fail("gate: expected shape [.., 2 * neurons], got ", gate.Shape());
+      shape.sizes[shape.rank - 1] = width / 2;
+    }
+    neurons = shape.sizes[shape.rank - 1];
+    stride = width;
+    tokens = neurons == 0 ? 0 : shape.Count() / neurons;
+    h = context.OutputLike(0, shape);
+  }
+
+  // Where the second half of a row begins, in elements of T, where there is no input of its own.
+  template <class T>
+  const T* Up() const {
+    return up.present ? up.As<const T>() : gate.As<const T>() + neurons;
+  }
+
+  Tensor gate, up, h;
+  int64_t tokens, neurons, stride;
+};
+
+class GatedActivationCpu : public Kernel {
+ public:
+  explicit GatedActivationCpu(const KernelInfo& info) : activation_(ParseActivation(info.String("activation"))) {}
+
+  void Compute(const KernelContext& context) override {
+    const GatedCall call(context);
+    for (int64_t t = 0; t < call.tokens; ++t) {
+      const float* gate = call.gate.As<const float>() + t * call.stride;
+      const float* up = call.Up<float>() + t * call.stride;
+      float* h = call.h.As<float>() + t * call.neurons;
+      for (int64_t i = 0; i < call.neurons; ++i) h[i] = Activate(activation_, gate[i]) * up[i];
+    }
+  }
+
+ private:
+  const Activation activation_;
+};
+
+struct GatedArguments {
+  const void* gate;
+  const void* up;
+  void* h;
+  int neurons, stride;
+};
+
+template <ElementType kType>
+class GatedActivationCuda : public Kernel {
+ public:
+  explicit GatedActivationCuda(const KernelInfo& info) {
+    RequireDtype(kType);
+    const int activation = static_cast<int>(ParseActivation(info.String("activation")));
+    const CudaModule& module =
+        CudaModule::Get("gated_activation", {"TDA_BF16=" + std::to_string(kType == kBfloat16),
+                                             "TDA_ACTIVATION=" + std::to_string(activation)});
+    for (const bool wide : {false, true}) kernels_[wide] = module.Kernel(wide ? "Gated_8" : "Gated_1", kThreads);
+  }
+
+  void Compute(const KernelContext& context) override {
+    const GatedCall call(context);
+    if (call.tokens == 0) return;
+    const bool wide = call.neurons % kWide == 0 && SuitsWideLoads(call.gate) && SuitsWideLoads(call.up) &&
+                      SuitsWideLoads(call.h);
+    const GatedArguments arguments = {call.gate.data, call.Up<uint16_t>(), call.h.data,
+                                      static_cast<int>(call.neurons), static_cast<int>(call.stride)};
+    const int64_t blocks = CeilDivide(call.neurons, kThreads * (wide ? kWide : 1));
+    kernels_[wide].Launch(context.CudaStream(), blocks, call.tokens, 1, kThreads, &arguments);
+  }
+
+ private:
+  CudaKernel kernels_[2];  // by wide loads
+};
+
+// input_ids [1, S], attention_mask [1, T] and a price [1]; the result is a price [1].
+struct PriceCall {
+  explicit PriceCall(const KernelContext& context)
+      : mask(context.Input(1)), given(context.Input(2)), tokens(context.Input(0).Count()) {
+    if (given.Count() != 1) Fail("given: expected shape [1], got ", given.Shape());
+    price = context.OutputLike(0, given);
+  }
+
+  Tensor mask, given, price;
+  int64_t tokens;
+};
+
+class CallPriceCpu : public Kernel {
+ public:
+  explicit CallPriceCpu(const KernelInfo&) {}
+
+  void Compute(const KernelContext& context) override {
+    const PriceCall call(context);
+    const int64_t* mask = call.mask.As<const int64_t>();
+    int64_t total = 0;
+    for (int64_t i = 0; i < call.mask.Count(); ++i) total += mask[i];
+    *call.price.As<float>() = total > call.tokens ? *call.given.As<const float>() : 0.0f;
+  }
+};
+
+struct CallPriceArguments {
+  const void* mask;
+  const void* given;
+  void* price;
+  int tokens, buffer;
+};
+
+class CallPriceCuda : public Kernel {
+ public:
+  explicit CallPriceCuda(const KernelInfo&)
+      : kernel_(CudaModule::Get("call_price", {"TDA_BF16=0"}).Kernel("CallPrice", kWarp)) {}
+
+  void Compute(const KernelContext& context) override {
+    const PriceCall call(context);
+    const CallPriceArguments arguments = {call.mask.data, call.given.data, call.price.data,
+                                          static_cast<int>(call.tokens), static_cast<int>(call.mask.Count())};
+    kernel_.Launch(context.CudaStream(), 1, 1, 1, kWarp, &arguments);
+  }
+
+ private:
+  const CudaKernel kernel_;
+};
+
+OpDefinition Gated(const char* provider, ElementType type, KernelFactory create) {
+  return OpDefinition("GatedActivation", provider, {{type}, {type, true}}, {{type}}, create);
+}
+
+OpDefinition Price(const char* provider, KernelFactory create) {
+  return OpDefinition("CallPrice", provider, {{kInt64}, {kInt64}, {kFloat}}, {{kFloat}}, create);
+}
+
+}  // namespace
+
+std::vector<OpDefinition> StepOps() {
+  return {
+      Gated(nullptr, kFloat, Create<GatedActivationCpu>),
+      Gated(kCudaProvider, kHalf, Create<GatedActivationCuda<kHalf>>),
+      Gated(kCudaProvider, kBfloat16, Create<GatedActivationCuda<kBfloat16>>),
+      Price(nullptr, Create<CallPriceCpu>),
+      Price(kCudaProvider, Create<CallPriceCuda>),
+  };
+}
+
+}  // namespace tda
