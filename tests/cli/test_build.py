@@ -246,7 +246,7 @@ def test_several_chat_templates(tiny_model: Path, tiny_calibration: Path, tmp_pa
 
 def test_verify_files_only(tiny_artifact: Path) -> None:
     names = [check["name"] for check in result_of("verify", tiny_artifact, "--files-only")["checks"]]
-    assert names == CHECK_NAMES[:4]
+    assert names == CHECK_NAMES[:5]
 
 
 def test_verify_against_a_moved_model(tiny_model: Path, tiny_artifact: Path, tmp_path: Path) -> None:
