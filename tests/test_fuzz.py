@@ -93,7 +93,8 @@ def graph_names(folder: Path, random: random.Random, where: Path) -> str:
     if kind in ("input", "output", "initializer"):
         random.choice(getattr(graph, kind)).name = other
     elif kind in ("node input", "node output"):
-        names = getattr(random.choice(graph.node), kind.split()[1])
+        part = kind.split()[1]
+        names = random.choice([values for node in graph.node if (values := getattr(node, part))])
         names[random.randrange(len(names))] = other
     elif kind == "operator":
         random.choice(graph.node).op_type = other

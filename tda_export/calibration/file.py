@@ -26,7 +26,7 @@ FORMAT_VERSION = 4  # 4: prices of rows; 3: the KL path; 2: up_square
 OLDEST_VERSION = 3  # that is still read
 METADATA_KEY = "tda_export"
 PRICED = "priced"  # in the metadata: what of the prices is no tensor
-DIGEST_KEY = "sha256"  # of the provenance's text and of all tensors
+DIGEST_KEY = "sha256"  # of the provenance and of all tensors
 KL = "kl_path."  # begins the names of its tensors
 SUMS, PATH = fields(CurveSums), fields(KlTable)
 
@@ -105,8 +105,8 @@ def write_calibration(calibration: Calibration, path: Path) -> None:
         _check(calibration)
     except ValueError as error:
         raise TdaError(f"{path}: not written, since the calibration went wrong ({error}). Use --dtype fp32.") from error
-    metadata = {METADATA_KEY: json.dumps(content)}
-    metadata[DIGEST_KEY] = _digest(metadata[METADATA_KEY], tensors)
+    # One entry alone: safetensors writes several in any order, and equal calibrations are equal files.
+    metadata = {METADATA_KEY: json.dumps(content | {DIGEST_KEY: _digest(content, tensors)})}
     with atomic_file(path) as part:
         try:
             save_file(tensors, part, metadata=metadata)
@@ -125,9 +125,9 @@ def read_calibration(path: Path) -> Calibration:
         raise TdaError(f"{path}: no such calibration file. Make one with 'tda-export calibrate MODEL -o {path}'.")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            content = metadata.get(METADATA_KEY, "{}")
-            provenance = json.loads(content)
+            provenance = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            digest = provenance.pop(DIGEST_KEY, None) if isinstance(provenance, dict) else None
+            content = provenance.copy() if isinstance(provenance, dict) else {}
             _check_format(path, provenance)
             _check_provenance(provenance)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
@@ -141,7 +141,7 @@ def read_calibration(path: Path) -> Calibration:
         calibration = Calibration(tensors["grid"], sums, provenance, table, priced)
         _check(calibration)
         # Files of before have none.
-        if DIGEST_KEY in metadata and metadata[DIGEST_KEY] != _digest(content, tensors):
+        if digest is not None and digest != _digest(content, tensors):
             raise ValueError("its content is not what was written")
         return calibration
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
@@ -209,9 +209,9 @@ def _check(calibration: Calibration) -> None:
             raise ValueError(f"{KL}{error}") from error
 
 
-def _digest(content: str, tensors: dict[str, torch.Tensor]) -> str:
+def _digest(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
     """Hash provenance and tensors, so that a bit that was flipped in between is found."""
-    digest = hashlib.sha256(content.encode("utf-8", "surrogatepass"))
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().numpy().data)

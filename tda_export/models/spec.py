@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tda_export.errors import TdaError
+from tda_export.errors import TdaError, first_line
 
 HEAD_SIZE_MULTIPLE = 16  # ONNX Runtime's GroupQueryAttention fails or is silently slow on other head sizes
 
@@ -207,7 +207,7 @@ def spec_from_dict(content: dict[str, Any]) -> DecoderSpec:
         fields["rope_layers"] = None if rotates is None else tuple(rotates)
         return DecoderSpec(**fields)
     except (KeyError, TypeError) as error:
-        raise TdaError(f"The manifest's spec is incomplete ({error}). Build the artifact again.") from error
+        raise TdaError(f"The manifest's spec is incomplete ({first_line(error)}). Build the artifact again.") from error
     except TdaError as error:  # its way out is a configuration's
         raise TdaError(f"The manifest's spec is none that can be built ({error}) Build the artifact again.") from error
 

@@ -23,6 +23,7 @@ from tda_export.calibration.budgets import Budget, allocate
 from tda_export.calibration.cett import threshold_grid
 from tda_export.calibration.curves import CurveAccumulator, CurveSums
 from tda_export.calibration.file import (
+    DIGEST_KEY,
     FORMAT,
     FORMAT_VERSION,
     KL,
@@ -112,6 +113,7 @@ def test_file_is_plain_data(calibration: Calibration, path: Path) -> None:
     write_calibration(calibration, path)
     with safe_open(path, framework="pt") as file:
         metadata = json.loads(file.metadata()[METADATA_KEY])
+    assert len(metadata.pop(DIGEST_KEY)) == 64
     assert metadata == {"format": FORMAT, "format_version": FORMAT_VERSION, **PROVENANCE}
 
 

@@ -341,7 +341,7 @@ def set_templates(model: Path, templates: list[dict[str, str]]) -> None:
 
 def test_verify_files_only(tiny_artifact: Path) -> None:
     names = [check["name"] for check in result_of("verify", tiny_artifact, "--files-only")["checks"]]
-    assert names == CHECK_NAMES[:4]
+    assert names == CHECK_NAMES[:5]
 
 
 def test_verify_against_a_moved_model(tiny_model: Path, tiny_artifact: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from click.testing import Result
 from tda_export.graph import contract
 from tests.cli.conftest import FAILURE, USAGE, assert_error
 from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
+from tests.graph.test_verify import rehash
 from tests.runtime.conftest import add_token, edit_manifest
 
 
@@ -197,10 +198,10 @@ def test_altered_file(artifact_copy: Path, name: str, options: list[str]) -> Non
         file.seek(500)
         file.write(bytes([byte[0] ^ 1]))
     result = run_cli("verify", artifact_copy, *options)
-    assert_error(result, FAILURE, "1 of 4 checks failed: files match their hashes")
+    assert_error(result, FAILURE, "1 of 5 checks failed: files match their hashes")
     assert f"{name}: altered since the build" in result.stdout
     if "--json" in options:
-        assert [check["passed"] for check in json.loads(result.stdout)["checks"]] == [False, True, True, True]
+        assert [check["passed"] for check in json.loads(result.stdout)["checks"]] == [False, True, True, True, True]
 
 
 def test_damaged_graph(artifact_copy: Path) -> None:
@@ -222,6 +223,7 @@ def test_verify_against_another_model(tiny_artifact: Path, other_model: Path) ->
 
 def test_verify_where_the_model_is_gone(artifact_copy: Path) -> None:
     edit_manifest(artifact_copy, lambda manifest: manifest["model"].update(name="/nowhere/model"))
+    rehash(artifact_copy)
     result = run_cli("verify", artifact_copy)
     assert_error(result, FAILURE, "is not to be had", "/nowhere/model", "--against MODEL or --files-only")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -69,3 +70,76 @@ def test_failing_run(model: Model) -> None:
     call.allocate(contract.LOGITS, "cpu")
     with pytest.raises(TdaError, match=r"ONNX Runtime failed \(.*\). Run 'tda-export verify'"):
         call.run()
+
+
+def rename(folder: Path, file: str, old: str, new: str) -> None:
+    """Give an input or output of a graph another name everywhere in it, as a flipped bit may do."""
+    path = folder / file
+    model = onnx.load(path, load_external_data=False)
+    values = [*model.graph.input, *model.graph.output, *model.graph.initializer]
+    for value in values:
+        value.name = new if value.name == old else value.name
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            for number, name in enumerate(names):
+                names[number] = new if name == old else name
+    path.write_bytes(model.SerializeToString())
+    edit_manifest(folder, lambda manifest: manifest["files"][file].update(size=path.stat().st_size))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "problem"),
+    [
+        (contract.DECODE_FILE, contract.INPUT_IDS, "no input input_ids"),
+        (contract.DECODE_FILE, contract.past_key(1), r"no input past_key_values\.1\.key"),
+        (contract.DECODE_FILE, contract.mask_indices(0), r"no input mask_indices\.0"),
+        (contract.DECODE_FILE, contract.TOKEN_THRESHOLDS, "no input token_thresholds"),
+        (contract.DECODE_FILE, contract.LOGITS, "no output logits"),
+        (contract.DECODE_FILE, contract.GREEDY_TOKENS, "no output greedy_tokens"),
+        (contract.PREFILL_FILE, contract.ATTENTION_MASK, "no input attention_mask"),
+        (contract.PREFILL_FILE, contract.past_neuron_stats(2), r"no input past_neuron_stats\.2"),
+        (contract.PREFILL_FILE, contract.THRESHOLDS, "no input thresholds"),
+        (contract.PREFILL_FILE, contract.present_mask_indices(0), r"no output present_mask_indices\.0"),
+        (contract.PREFILL_FILE, contract.present_tail_mean(0), r"no output present_tail_mean\.0"),
+    ],
+)
+def test_a_name_that_is_another(artifact_copy: Path, file: str, old: str, problem: str) -> None:
+    """A file whose hash is right may still be another version's, or hostile."""
+    rename(artifact_copy, file, old, "other")
+    with pytest.raises(TdaError, match=rf"{file}: the graph has {problem}\. Copy or build the artifact again\.$"):
+        load(artifact_copy, provider="cpu")
+
+
+def test_sizes_and_dtypes_that_are_others(artifact_copy: Path) -> None:
+    edit_manifest(artifact_copy, lambda manifest: manifest["shape"].update(num_kv_heads=4))
+    with pytest.raises(TdaError, match=r"an input past_key_values\.0\.key of .* instead of float32 \[1, 4, "):
+        load(artifact_copy, provider="cpu")
+
+
+def test_an_input_without_a_default_that_is_not_known(artifact_copy: Path) -> None:
+    path = artifact_copy / contract.DECODE_FILE
+    model = onnx.load(path, load_external_data=False)
+    model.graph.input.append(onnx.helper.make_tensor_value_info("new\n", onnx.TensorProto.FLOAT, [1]))
+    path.write_bytes(model.SerializeToString())
+    edit_manifest(artifact_copy, lambda manifest: manifest["files"][path.name].update(size=path.stat().st_size))
+    with pytest.raises(TdaError, match=r"an input 'new\\n' that this format does not know"):
+        load(artifact_copy, provider="cpu")
+
+
+@pytest.mark.parametrize("bind", ["feed an array", "feed a value", "write_to", "allocate"])
+def test_what_cannot_be_bound(model: Model, bind: str) -> None:
+    """ONNX Runtime says so when binding, or when running."""
+    call, value = Call(model.sessions.decode), device_tensor(np.zeros(1, np.float32), "cpu")
+    binding: dict[str, Callable[[], None]] = {
+        "feed an array": lambda: call.feed("other", np.zeros(1, np.float32)),
+        "feed a value": lambda: call.feed("other", value),
+        "write_to": lambda: call.write_to("other", value),
+        "allocate": lambda: call.allocate("other", "cpu"),
+    }
+
+    def bind_and_run() -> None:
+        binding[bind]()
+        call.run()
+
+    with pytest.raises(TdaError, match=r"^ONNX Runtime failed \(.*\)\. Run 'tda-export verify' on the artifact\.$"):
+        bind_and_run()
