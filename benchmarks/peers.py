@@ -6,7 +6,9 @@ Makes a random model of a true shape in FOLDER, then measures, each in a process
 
 - Hugging Face transformers, eager, and with a static cache and torch.compile;
 - ONNX Runtime GenAI, built by its own builder, CUDA graph on;
-- ours: plain dense, dense by the native kernel, TDA and two levels at --sparsity.
+- ours: plain dense, dense by the native kernel, TDA and two levels at --sparsity;
+- ours with priced rows: dense by the row kernel, and 0.7 and 0.5 of the bytes of all linears. Rows are drawn, since
+  random weights have no prices: the share of each matrix is that of a real model (`bench/artifact.py`).
 
 Every stack's logits after the prompt are compared with transformers' before its times count. Prints one JSON object:
 median milliseconds a token with their range, and milliseconds to the first token. Needs `onnxruntime-genai-cuda` and
@@ -32,6 +34,7 @@ HF_TOKENS = 64  # transformers is slower by factors, and as steady
 ROUND = 16  # tokens, as tda-export bench takes them
 LARGEST_ERROR = 5e-2  # of logits, relative to the largest
 FIRST_TOKENS = 5  # repetitions
+PRICED_SPARSITIES = (0.3, 0.5)
 
 
 def prompt_of(options: argparse.Namespace) -> list[int]:
@@ -76,6 +79,16 @@ def build(options: argparse.Namespace) -> dict[str, Any]:
 
     source = resolve_model(str(options.folder / "model"))
     build_random_artifact(source, options.folder / "artifact", "float16", options.sparsity, quiet=True)
+    return {}
+
+
+def build_priced(options: argparse.Namespace) -> dict[str, Any]:
+    from tda_export.bench.artifact import build_random_priced
+    from tda_export.models.source import resolve_model
+
+    source = resolve_model(str(options.folder / "model"))
+    _, prices = build_random_priced(source, options.folder / "priced", "float16", PRICED_SPARSITIES, quiet=True)
+    (options.folder / "prices.json").write_text(json.dumps({f"priced_{1 - p:.2f}": v for p, v in prices.items()}))
     return {}
 
 
@@ -187,14 +200,34 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     return run_bench(open_artifact(folder), "cuda", settings, prompt) | {"error": error}
 
 
+def priced(options: argparse.Namespace) -> dict[str, Any]:
+    from tda_export.bench.decode import BenchSettings, run_bench
+    from tda_export.runtime import load, open_artifact
+    from tda_export.runtime.scoring import continuation_logits
+
+    folder, prompt = options.folder / "priced", prompt_of(options)
+    model = load(folder, provider="cuda")
+    error = check("priced", continuation_logits(model, prompt[:-1], prompt[-1:], mask="dense")[0], options)
+    del model
+    settings = BenchSettings(
+        ("dense", "dense_native", "priced"),
+        prices=json.loads((options.folder / "prices.json").read_text()),
+        prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+    )
+    return run_bench(open_artifact(folder), "cuda", settings, prompt) | {"error": error}
+
+
 STEPS = {
     "make": make,
     "genai_build": genai_build,
     "build": build,
+    "build_priced": build_priced,
     "transformers_eager": lambda options: transformers(options, compiled=False),
     "transformers_compiled": lambda options: transformers(options, compiled=True),
     "genai": genai,
     "ours": ours,
+    "priced": priced,
 }
 
 
@@ -229,10 +262,11 @@ def main() -> None:
             report[step] = content
         print(f"{step}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
         (options.folder / "report.json").write_text(json.dumps(report, indent=1))  # so far
-    if isinstance(report.get("genai"), dict) and isinstance(report.get("ours"), dict):
-        baseline = report["genai"]["ms_per_token"]
-        for name in ("dense", "dense_native", "tda", "two_levels"):
-            report["ours"][name]["times_faster_than_genai"] = baseline / report["ours"][name]["ms_per_token"]
+    for step in ("ours", "priced"):
+        if isinstance(report.get("genai"), dict) and isinstance(report.get(step), dict):
+            for row in report[step].values():
+                if isinstance(row, dict) and "ms_per_token" in row:
+                    row["times_faster_than_genai"] = report["genai"]["ms_per_token"] / row["ms_per_token"]
     print(json.dumps(report, indent=1))
 
 
