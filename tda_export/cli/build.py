@@ -110,7 +110,9 @@ def build(
         request = BuildRequest(source, DTYPES[dtype], griffin(sparsity), [0.0] * source.spec.num_layers, budget)
     else:
         if calibration_file is None:
-            raise UsageError("--method tda needs --calibration FILE. Make one with 'tda-export calibrate'.")
+            raise UsageError(
+                "--method tda needs --calibration FILE. Make one with 'tda-export calibrate --method tda'."
+            )
         calibration = read_calibration(calibration_file)
         budget = chosen_budget(cett, sparsity, allocation, max_kl, calibration.provenance["budget"])
         source = resolve_model(model, notify=lambda line: click.echo(line, err=True))
