@@ -60,7 +60,7 @@ class Matrices:
     def __init__(self, inputs: int, outputs: int, dtype: str, provider: str) -> None:
         self.inputs, self.outputs, self.dtype, self.provider = inputs, outputs, dtype, provider
         generator = torch.Generator(provider).manual_seed(0)
-        draw = {"generator": generator, "device": provider}
+        draw: Any = {"generator": generator, "device": provider}
         self.row_bytes = outputs * contract.DTYPE_BYTES[dtype]
         self.layers = min(MOST_LAYERS, max(4, TOTAL_BYTES // (inputs * self.row_bytes)))
         torch_dtype = ALL_TORCH_DTYPES[dtype]

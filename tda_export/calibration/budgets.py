@@ -257,7 +257,7 @@ def allocate_truncation(
     if curves.token_density.shape[1] == 0:
         raise UsageError(
             "Threshold truncation drops neurons token by token, and this calibration is of prompts. Calibrate with "
-            "'tda-export calibrate --estimator token'."
+            "'tda-export calibrate --method tda --estimator token'."
         )
     if budget.sparsity is not None and budget.sparsity > 1 / ffn_matrices:
         rows = "gate and up row" if ffn_matrices == GATED else "up row"

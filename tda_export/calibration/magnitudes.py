@@ -7,6 +7,7 @@ and ||W_i||² / θ².
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from tda_export.calibration.prices import priced_matrices
 from tda_export.models.linear_modules import layer_linears
 from tda_export.models.spec import DecoderSpec
-from tda_export.packing import linear_sites
+from tda_export.packing import Packing, linear_shape, linear_sites, packed_matrices
 
 # A float32's exponent and the first bits of its mantissa name its bin: 32 bins an octave, from 2^-24 to 2^16.
 MANTISSA_BITS = 5
@@ -90,6 +91,51 @@ def thresholds_at(histogram: torch.Tensor, density: torch.Tensor) -> torch.Tenso
     inside = (reach[rows, chosen] - wanted) / histogram[rows, chosen].clamp_min(1)  # of the bin, from below
     thresholds = edges[chosen] + inside.clamp(0, 1) * (edges[chosen + 1] - edges[chosen])
     return torch.where(density >= 1, 0.0, thresholds)
+
+
+def teal_row_prices(
+    magnitudes: Magnitudes, spec: DecoderSpec, packing: Packing, densities: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return the row prices with which a price of 1 is TEAL: 1 / θ², float32 [L, in] of each matrix.
+
+    Args:
+        magnitudes: From calibration.
+        spec: The model's architecture.
+        packing: Which matrices there are.
+        densities: The share of rows that a token shall read, by matrix, float [L].
+    """
+    prices = {}
+    for name, parts in packed_matrices(spec, packing).items():
+        site = next(site for site, members in linear_sites(spec).items() if set(parts) <= set(members))
+        thresholds = thresholds_at(magnitudes.inputs[site], densities[name])  # [L]
+        inputs = linear_shape(spec, parts[0])[0]
+        prices[name] = thresholds.square().reciprocal().float()[:, None].repeat(1, inputs)
+    return prices
+
+
+def wina_row_prices(
+    magnitudes: Magnitudes,
+    norms: Mapping[str, torch.Tensor],
+    spec: DecoderSpec,
+    packing: Packing,
+    densities: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Return the row prices with which a price of 1 is WINA by thresholds: ||W_i||² / θ², as `teal_row_prices`.
+
+    Args:
+        magnitudes: From calibration.
+        norms: ||W_i|| by matrix, float32 [L, in].
+        spec: The model's architecture.
+        packing: Which matrices there are.
+        densities: The share of rows that a token shall read, by matrix, float [L].
+    """
+    prices = {}
+    for name in packed_matrices(spec, packing):
+        thresholds = thresholds_at(magnitudes.weighted[name], densities[name])  # [L]
+        # A row without weights is worth nothing, also where all others are read.
+        worth = norms[name].double().cpu().square() / thresholds.square()[:, None]
+        prices[name] = worth.nan_to_num(nan=0.0, posinf=torch.inf).float()
+    return prices
 
 
 def row_norms(model: Any, spec: DecoderSpec) -> dict[str, torch.Tensor]:

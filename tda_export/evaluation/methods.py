@@ -146,7 +146,7 @@ def _token_calibration(artifact: Artifact, request: Request, what: str) -> Calib
     if calibration.sums.token_density.shape[1] == 0:
         raise UsageError(
             f"{what} takes thresholds of single tokens, and this calibration is of prompts. Make one with "
-            "'tda-export calibrate --estimator token --curves-only' and give it with --calibration."
+            "'tda-export calibrate --method tda --estimator token --curves-only' and give it with --calibration."
         )
     return calibration
 

@@ -230,7 +230,7 @@ def test_sparsity_counts_the_matrices_that_there_are(matrices: int) -> None:
 
 
 def test_truncation_refuses_curves_of_prompts() -> None:
-    with pytest.raises(UsageError, match="Calibrate with 'tda-export calibrate --estimator token'"):
+    with pytest.raises(UsageError, match="Calibrate with 'tda-export calibrate --method tda --estimator token'"):
         allocate_truncation(Budget(cett=0.2), curves([RISING]), GRID, ffn_matrices=GATED)
 
 

@@ -19,10 +19,14 @@ from tda_export.calibration.magnitudes import (
     float_bins,
     magnitude_edges,
     row_norms,
+    teal_row_prices,
     thresholds_at,
+    wina_row_prices,
 )
 from tda_export.models.linear_modules import watch_sites
+from tda_export.models.row_dropping import dropping
 from tda_export.models.spec import DecoderSpec
+from tda_export.packing import PACKINGS, Packing, packed_matrices
 from tests.linears_by_hand import by_hand
 
 Family = Callable[[str], tuple[Any, DecoderSpec]]
@@ -101,3 +105,46 @@ def test_inputs_of_all_sites_are_counted(family: Family, name: str) -> None:
     assert torch.equal(counter.counts.weighted["qkv"][1], count_magnitudes(inputs["qkv"] * norms["qkv"][1]))
     total = counter.counts + counter.counts
     assert torch.equal(total.weighted["down"], 2 * counter.counts.weighted["down"])
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("method", ["teal", "wina"])
+def test_row_prices_of_other_methods_have_their_densities(family: Family, packing: Packing, method: str) -> None:
+    """Of the first layer's first site, whose inputs nothing has changed: the densities that were asked for."""
+    model, spec = family("llama")
+    tokens = torch.arange(3, 120)[None]
+    norms = row_norms(model, spec)
+    counter = MagnitudeCounter(spec, norms)
+    with torch.no_grad(), watch_sites(model, spec, counter.observe):
+        model(tokens)
+    asked = {name: torch.linspace(0.3, 0.9, spec.num_layers) for name in packed_matrices(spec, packing)}
+    if method == "teal":
+        prices = teal_row_prices(counter.counts, spec, packing, asked)
+    else:
+        prices = wina_row_prices(counter.counts, norms, spec, packing, asked)
+    with torch.no_grad(), dropping(model, spec, prices, 1.0) as count:
+        model(tokens)
+    for part in ("q", "k", "v"):
+        assert float(count.densities(spec)[part][0]) == pytest.approx(0.3, abs=0.01)
+    scores = prices["o"][0].sqrt()
+    assert (len(scores.unique()) == 1) == (method == "teal")
+    if method == "wina":
+        torch.testing.assert_close(scores / scores[0], norms["o"][0] / norms["o"][0, 0])
+
+
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_all_rows_or_none(family: Family, density: float) -> None:
+    model, spec = family("llama")
+    norms = row_norms(model, spec)
+    counter = MagnitudeCounter(spec, norms)
+    tokens = torch.arange(3, 20)[None]
+    with torch.no_grad(), watch_sites(model, spec, counter.observe):
+        model(tokens)
+    asked = {name: torch.full((spec.num_layers,), density) for name in packed_matrices(spec, "separate")}
+    for prices in (
+        teal_row_prices(counter.counts, spec, "separate", asked),
+        wina_row_prices(counter.counts, norms, spec, "separate", asked),
+    ):
+        with torch.no_grad(), dropping(model, spec, prices, 1.0) as count:
+            model(tokens)
+        assert float(count.densities(spec)["gate"][0]) == pytest.approx(density, abs=1e-3)

@@ -103,7 +103,10 @@ def price_session(provider: str, native: bool) -> ort.InferenceSession:
     ids=["body", "cpu", "cuda"],
 )
 @given(
-    tokens=st.integers(1, 70), past=st.integers(0, 300), room=st.integers(0, 50), price=st.floats(-1, 2.0**100, width=32)
+    tokens=st.integers(1, 70),
+    past=st.integers(0, 300),
+    room=st.integers(0, 50),
+    price=st.floats(-1, 2.0**100, width=32),
 )
 def test_a_call_without_a_past_is_dense(
     provider: str, native: bool, tokens: int, past: int, room: int, price: float
