@@ -53,7 +53,8 @@ def weight_sizes(spec: DecoderSpec, weights: Mapping[str, int], dtype: str) -> S
         looked_up.add(contract.EMBEDDING)
     ffn = 0
     for layer in range(spec.num_layers):
-        ffn += sum(weights[contract.ffn_weight(layer, part)] for part in spec.ffn_parts)
+        stored = (contract.ffn_weight(layer, part) for part in (*spec.ffn_parts, "gate_up"))
+        ffn += sum(weights.get(name, 0) for name in stored)
         looked_up |= {contract.down_squared_norms(layer), contract.neuron_scale(layer)}
     return Sizes(
         stored=sum(weights.values()),
