@@ -32,7 +32,7 @@ from tda_export.runtime.providers import CPU, CUDA, choose_provider, provider_ar
 SHAPES = ("4096x22016", "4096x12288", "4096x4096", "11008x4096")
 CPU_SHAPES = ("576x1536", "576x3072", "1536x576", "896x9728", "4864x896")
 DENSITIES = (1.0, 0.7, 0.5, 0.3)
-TOTAL_BYTES = 600 << 20  # of all matrices
+TOTAL_BYTES = {CUDA: 3 << 30, CPU: 600 << 20}  # of all matrices: the start of a graph should not count
 MOST_LAYERS = 200
 ALL_TOLERANCES = TOLERANCES | {"float32": 2e-5}
 ALL_TORCH_DTYPES = TORCH_DTYPES | {"float32": torch.float32}
@@ -62,7 +62,7 @@ class Matrices:
         generator = torch.Generator(provider).manual_seed(0)
         draw = {"generator": generator, "device": provider}
         self.row_bytes = outputs * contract.DTYPE_BYTES[dtype]
-        self.layers = min(MOST_LAYERS, max(4, TOTAL_BYTES // (inputs * self.row_bytes)))
+        self.layers = min(MOST_LAYERS, max(4, TOTAL_BYTES[provider] // (inputs * self.row_bytes)))
         torch_dtype = ALL_TORCH_DTYPES[dtype]
         self.x = torch.randn((1, 1, inputs), **draw).to(torch_dtype)
         self.weights = [
