@@ -62,15 +62,16 @@ class Matrices:
     def __init__(self, inputs: int, outputs: int, dtype: str, provider: str) -> None:
         self.inputs, self.outputs, self.dtype, self.provider = inputs, outputs, dtype, provider
         generator = torch.Generator(provider).manual_seed(0)
-        draw = {"generator": generator, "device": provider}
         self.row_bytes = outputs * contract.DTYPE_BYTES[dtype]
         self.layers = min(MOST_LAYERS, max(4, TOTAL_BYTES[provider] // (inputs * self.row_bytes)))
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=provider)
+
         torch_dtype = ALL_TORCH_DTYPES[dtype]
-        self.x = torch.randn((1, 1, inputs), **draw).to(torch_dtype)
-        self.weights = [
-            (torch.randn((inputs, outputs), **draw) * inputs**-0.5).to(torch_dtype) for _ in range(self.layers)
-        ]
-        self.row_price = torch.randn(inputs, **draw).exp()
+        self.x = draw(1, 1, inputs).to(torch_dtype)
+        self.weights = [(draw(inputs, outputs) * inputs**-0.5).to(torch_dtype) for _ in range(self.layers)]
+        self.row_price = draw(inputs).exp()
         self.worth = self.x[0, 0].float() ** 2 * self.row_price
 
     def price(self, density: float) -> torch.Tensor:
