@@ -27,12 +27,14 @@ from tda_export.graph.contract import RowLinearInput
 from tda_export.graph.ops import DTYPES, IR_VERSION, OPSET, Ops
 from tda_export.graph.row_linear import row_linear, row_linear_functions
 from tda_export.native.library import register_native
-from tda_export.runtime.providers import CPU, CUDA, choose_provider, provider_arguments
+from tda_export.runtime.providers import CPU, CUDA, choose_provider, cuda_problem, provider_arguments
 
-SHAPES = ("4096x22016", "4096x12288", "4096x4096", "11008x4096")
-CPU_SHAPES = ("576x1536", "576x3072", "1536x576", "896x9728", "4864x896")
+SHAPES = {
+    CUDA: ("4096x22016", "4096x12288", "4096x4096", "11008x4096"),
+    CPU: ("576x1536", "576x3072", "1536x576", "896x9728", "4864x896"),
+}
 DENSITIES = (1.0, 0.7, 0.5, 0.3)
-TOTAL_BYTES = 600 << 20  # of all matrices
+TOTAL_BYTES = {CUDA: 3 << 30, CPU: 600 << 20}  # of all matrices: the start of a graph should not count
 MOST_LAYERS = 200
 ALL_TOLERANCES = TOLERANCES | {"float32": 2e-5}
 ALL_TORCH_DTYPES = TORCH_DTYPES | {"float32": torch.float32}
@@ -60,15 +62,16 @@ class Matrices:
     def __init__(self, inputs: int, outputs: int, dtype: str, provider: str) -> None:
         self.inputs, self.outputs, self.dtype, self.provider = inputs, outputs, dtype, provider
         generator = torch.Generator(provider).manual_seed(0)
-        draw: Any = {"generator": generator, "device": provider}
         self.row_bytes = outputs * contract.DTYPE_BYTES[dtype]
-        self.layers = min(MOST_LAYERS, max(4, TOTAL_BYTES // (inputs * self.row_bytes)))
+        self.layers = min(MOST_LAYERS, max(4, TOTAL_BYTES[provider] // (inputs * self.row_bytes)))
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=provider)
+
         torch_dtype = ALL_TORCH_DTYPES[dtype]
-        self.x = torch.randn((1, 1, inputs), **draw).to(torch_dtype)
-        self.weights = [
-            (torch.randn((inputs, outputs), **draw) * inputs**-0.5).to(torch_dtype) for _ in range(self.layers)
-        ]
-        self.row_price = torch.randn(inputs, **draw).exp()
+        self.x = draw(1, 1, inputs).to(torch_dtype)
+        self.weights = [(draw(inputs, outputs) * inputs**-0.5).to(torch_dtype) for _ in range(self.layers)]
+        self.row_price = draw(inputs).exp()
         self.worth = self.x[0, 0].float() ** 2 * self.row_price
 
     def price(self, density: float) -> torch.Tensor:
@@ -200,32 +203,41 @@ def measure(shapes: list[tuple[int, int]], densities: list[float], dtype: str, p
     }
 
 
-def parse_shape(text: str) -> tuple[int, int]:
-    """Read `4096x22016`.
-
-    Raises:
-        UsageError: It is no pair of positive numbers.
-    """
+def shape(text: str) -> tuple[int, int]:
+    """Read `4096x22016`."""
     first, _, second = text.partition("x")
     if not (first.isdigit() and second.isdigit() and int(first) and int(second)):
-        raise UsageError(f"{text!r} is no shape; write INPUTSxOUTPUTS, such as 4096x22016.")
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape; write INPUTSxOUTPUTS, such as 4096x22016")
     return int(first), int(second)
+
+
+def share(text: str) -> float:
+    """Read a share above 0, up to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share of rows; give a number above 0, up to 1")
+    return value
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--provider", choices=["auto", CPU, CUDA], default="auto")
-    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="fp16 on CUDA and fp32 on the CPU by default")
-    parser.add_argument("--shape", nargs="+", help="INPUTSxOUTPUTS, such as 4096x22016")
-    parser.add_argument("--density", nargs="+", type=float, default=DENSITIES, help="shares of rows read")
+    parser.add_argument("--dtype", choices=[*contract.DTYPES], help="by default fp16 on CUDA and fp32 on the CPU")
+    parser.add_argument("--shape", nargs="+", type=shape, help="INPUTSxOUTPUTS, such as 4096x22016")
+    parser.add_argument("--density", nargs="+", type=share, default=DENSITIES, help="shares of rows read")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     options = parser.parse_args()
-    dtype = contract.DTYPES[options.dtype or ("fp32" if options.provider == CPU else "fp16")]
-    provider = choose_provider(options.provider, dtype)
-    if provider == CPU:
-        dtype = "float32"
-    shapes = [parse_shape(text) for text in options.shape or (SHAPES if provider == CUDA else CPU_SHAPES)]
-    result = measure(shapes, options.density, dtype, provider)
+    try:
+        dtype = contract.DTYPES[options.dtype or ("fp32" if options.provider == CPU or cuda_problem() else "fp16")]
+        provider = choose_provider(options.provider, dtype)
+        if provider == CPU and dtype != "float32":
+            raise UsageError("The kernel on the CPU is float32. Use --dtype fp32.")
+        result = measure(options.shape or list(map(shape, SHAPES[provider])), options.density, dtype, provider)
+    except TdaError as error:
+        parser.exit(2 if isinstance(error, UsageError) else 1, f"{error}\n")
     if options.json:
         print(json.dumps(result, indent=1))
         return

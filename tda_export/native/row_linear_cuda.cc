@@ -48,8 +48,9 @@ struct RowLinearKernels {
   explicit RowLinearKernels(ElementType type)
       : multiprocessors(CudaDevice::Current().multiprocessors),
         clusters(HasClusters(CudaDevice::Current().capability)) {
-    const CudaModule& module = CudaModule::Get(
-        "row_linear", {"TDA_BF16=" + std::to_string(type == kBfloat16), "TDA_CLUSTERS=" + std::to_string(clusters)});
+    const std::vector<std::string> defines = {"TDA_BF16=" + std::to_string(type == kBfloat16),
+                                              "TDA_CLUSTERS=" + std::to_string(clusters)};
+    const CudaModule& module = CudaModule::Get("row_linear", defines);
     auto shared = [&](const char* name, int64_t warps) {
       SharedKernel made = {module.Kernel(name, static_cast<int>(warps * kWarp)), warps};
       for (unsigned ranks = 1; clusters && ranks <= kMostRanks; ++ranks) {
@@ -57,11 +58,12 @@ struct RowLinearKernels {
       }
       return made;
     };
-    one_token = shared("RowLinear_1_8_8", 8);
-    one_token_few_columns = shared("RowLinear_1_8_16", 16);
-    tile = shared("RowLinear_4_8_8", 8);
-    narrow_one_token = shared("RowLinear_1_1_8", 8);
-    narrow_tile = shared("RowLinear_4_1_8", 8);
+    few_slices = shared("RowLinear_1_8_16_1", 16);
+    some_slices = shared("RowLinear_1_8_8_2", 8);
+    many_slices = shared("RowLinear_1_8_8_3", 8);
+    tile = shared("RowLinear_4_8_8_1", 8);
+    narrow = shared("RowLinear_1_1_8_3", 8);
+    narrow_tile = shared("RowLinear_4_1_8_1", 8);
     if (!clusters) clear_counters = module.Kernel("ClearCounters", kThreads);
   }
 
@@ -75,15 +77,17 @@ struct RowLinearKernels {
   }
 
   const SharedKernel& Choose(int64_t tokens, int64_t slices, bool wide) const {
-    if (!wide) return tokens == 1 ? narrow_one_token : narrow_tile;
+    if (!wide) return tokens == 1 ? narrow : narrow_tile;
     if (tokens > 1) return tile;
-    // With few slices larger blocks take fewer steps to add up.
-    return 4 * slices < multiprocessors ? one_token_few_columns : one_token;
+    // The fewer slices there are, the more warps share the rows of one, and larger blocks take fewer steps to add up.
+    if (4 * slices < multiprocessors) return few_slices;
+    return 2 * slices < multiprocessors ? some_slices : many_slices;
   }
 
   int64_t multiprocessors;
   bool clusters;
-  SharedKernel one_token, one_token_few_columns, tile, narrow_one_token, narrow_tile;
+  SharedKernel few_slices, some_slices, many_slices, tile;  // wide loads; of one token, and of a tile of tokens
+  SharedKernel narrow, narrow_tile;
   CudaKernel clear_counters;
 };
 

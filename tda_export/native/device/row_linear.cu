@@ -90,14 +90,15 @@ static __device__ __forceinline__ void RowLinear(const RowLinearArguments& a) {
 #endif
 }
 
-// Registers are shared out so that a warp has all its loads under way at once.
-#define TDA_ROW_LINEAR(tokens, width, warps, blocks)                          \
-  extern "C" __global__ void __launch_bounds__(warps* kWarp, blocks)          \
-      RowLinear_##tokens##_##width##_##warps(RowLinearArguments arguments) {  \
-    RowLinear<tokens, ElementFormat<width>, warps>(arguments);                \
+// `blocks` on a multiprocessor at once leave so many registers that a warp has all its loads under way together.
+#define TDA_ROW_LINEAR(tokens, width, warps, blocks)                                    \
+  extern "C" __global__ void __launch_bounds__(warps* kWarp, blocks)                    \
+      RowLinear_##tokens##_##width##_##warps##_##blocks(RowLinearArguments arguments) { \
+    RowLinear<tokens, ElementFormat<width>, warps>(arguments);                          \
   }
 
 TDA_ROW_LINEAR(1, 8, 8, 3)
+TDA_ROW_LINEAR(1, 8, 8, 2)
 TDA_ROW_LINEAR(1, 8, 16, 1)
 TDA_ROW_LINEAR(4, 8, 8, 1)
 TDA_ROW_LINEAR(1, 1, 8, 3)

@@ -2,8 +2,8 @@
 // kernels whose weights lie input-major.
 //
 // A warp sums kSlice columns of the rows that are its own. Which rows those are depends on their place among the
-// candidates alone, and each warp adds its rows in order, so that a token's result depends neither on the other tokens of
-// its call nor on which other rows they need.
+// candidates and on the number of warps alone, and each warp adds its rows in order: which rows other tokens of the call
+// need changes nothing.
 //
 // A Source says which rows are candidates and what they are multiplied with:
 //
