@@ -78,7 +78,14 @@ def build(folder: Path) -> dict[str, Any]:
     from tda_export.cli.main import cli
 
     output = folder / "artifact"
-    arguments = ["build", str(folder / "model"), "--method", "tda", "--calibration", str(folder / "calibration.safetensors")]
+    arguments = [
+        "build",
+        str(folder / "model"),
+        "--method",
+        "tda",
+        "--calibration",
+        str(folder / "calibration.safetensors"),
+    ]
     started = time.perf_counter()
     with PeakMemory() as memory:
         result = CliRunner().invoke(cli, [*arguments, "--dtype", "fp16", "--no-verify", "--json", "-o", str(output)])

@@ -16,7 +16,7 @@ from tda_export.pricing import PriceRow, PriceTable
 
 
 def row(price: float, share: float, kl: float) -> PriceRow:
-    parts = {part: share for part in ("q", "k", "v", "o", "up", "down")}
+    parts = dict.fromkeys(("q", "k", "v", "o", "up", "down"), share)
     return PriceRow(price, share, share, share, parts, kl, kl / 10, 1 - kl / (1 + kl))
 
 
@@ -198,7 +198,7 @@ def test_content_that_is_no_table(change: Any, text: str) -> None:
 
 
 def test_rescaling_to_nothing() -> None:
-    with pytest.raises(ValueError, match="sizes are not positive|prices do not rise"):
+    with pytest.raises(ValueError, match=r"sizes are not positive|prices do not rise"):
         TABLE.rescaled(0)
 
 

@@ -17,7 +17,7 @@ from tda_export.calibration.prices import no_prices, price_continuation, read_pr
 from tda_export.errors import TdaError
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import PACKINGS, linear_parts, linear_shape, matrix_row_bytes, packed_matrices
-from tests.linears_by_hand import by_hand, patched, sites_of
+from tests.linears_by_hand import by_hand, patched
 
 Family = Callable[[str], tuple[Any, DecoderSpec]]
 PROMPT, CONTINUATION = 10, 6
