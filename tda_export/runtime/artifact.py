@@ -72,7 +72,7 @@ class Artifact:
     @property
     def linear_bytes(self) -> int:
         """Weight bytes of the linears of all layers, attention and FFN, which a dense step reads for a token."""
-        return sum(matrix.bytes for name, matrix in self.matrices.items() if name.startswith("layers."))
+        return sum(matrix.bytes for name, matrix in self.matrices.items() if contract.in_a_layer(name))
 
     @property
     def sparse_bytes(self) -> int:
@@ -185,7 +185,7 @@ def _check_priced(manifest: dict[str, Any], shape: ModelShape, matrices: dict[st
     if manifest["price_table"] is not None:
         _require(PriceTable.from_dict(manifest["price_table"]).packing == manifest["packing"], "packing")
     for name, matrix in matrices.items():
-        if name.startswith("layers."):
+        if contract.in_a_layer(name):
             entry = manifest["weights"][contract.row_price(name)]
             _require(matrix.major == "input", f"matrices.{name}.major")
             _require((entry["shape"], entry["dtype"]) == ([matrix.rows], "float32"), f"weights.{name}.row_price")
