@@ -13,6 +13,7 @@ import numpy as np
 from tda_export.errors import TdaError, UsageError
 from tda_export.graph import contract
 from tda_export.graph.contract import DTYPES, ModelShape
+from tda_export.packing import PACKINGS
 from tda_export.pricing import PriceTable
 from tda_export.runtime.deployment import AnyDeployment, Deployment, Refresh, price_deployment
 from tda_export.weights.matrix import Matrix, read_matrix
@@ -182,6 +183,7 @@ def _check_priced(manifest: dict[str, Any], shape: ModelShape, matrices: dict[st
     _require(manifest["method"] == {"name": "priced"}, "method")
     price = manifest["price"]
     _require(type(price) in (int, float) and math.isfinite(price) and price >= 0, "price")
+    _require(manifest["packing"] in PACKINGS, "packing")
     if manifest["price_table"] is not None:
         _require(PriceTable.from_dict(manifest["price_table"]).packing == manifest["packing"], "packing")
     for name, matrix in matrices.items():
