@@ -171,7 +171,7 @@ def test_newer_format(path: Path) -> None:
 
 def test_older_format(path: Path) -> None:
     write_metadata(path, json.dumps({"format": FORMAT, "format_version": 1}))
-    with pytest.raises(TdaError, match=r"format 1 is older than .*\(3\)\. Run 'tda-export calibrate' again"):
+    with pytest.raises(TdaError, match=r"format 1 is older than .*\(4\)\. Run 'tda-export calibrate' again"):
         read_calibration(path)
 
 

@@ -78,19 +78,20 @@ def schema_names(schema: object) -> set[str]:
 
 
 def weight_names() -> set[str]:
-    attention = (contract.attention_norm, contract.qkv_weight, contract.qkv_bias)
-    rest = (contract.attention_out_weight, contract.attention_out_bias, contract.ffn_norm)
-    names = {name(0) for name in (*attention, *rest, contract.down_squared_norms, contract.neuron_scale)}
-    names |= {name(0, part) for name in (contract.ffn_weight, contract.ffn_bias) for part in contract.FFN_PARTS}
+    norms = (contract.attention_norm, contract.ffn_norm)
+    names = {name(0) for name in (*norms, contract.down_squared_norms, contract.neuron_scale)}
     stored = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
     names |= {contract.linear_weight(0, name) for name in stored}
     plain = {contract.EMBEDDING, contract.HEAD, contract.FINAL_NORM, contract.COS_CACHE, contract.SIN_CACHE}
     return plain | {by_layer(name) for name in names}
 
 
+ENDINGS = (contract.linear_bias, contract.row_price)
+
+
 def beside(names: set[str]) -> set[str]:
     """What may stand beside matrices in weights.bin, which the document names by its ending."""
-    return {of(name) for name in names if "{i}" in name for of in (contract.linear_bias, contract.row_price)}
+    return {of(name) for name in names if "{i}" in name for of in ENDINGS}
 
 
 def tensor_names() -> set[str]:
@@ -102,8 +103,7 @@ QUOTED = set(re.findall(r"`([^`\n]+)`", DOCUMENT))
 
 def test_every_weight_and_file_appears() -> None:
     assert weight_names() <= QUOTED
-    endings = (of("") for of in (contract.linear_bias, contract.row_price))
-    assert QUOTED.issuperset(endings)
+    assert QUOTED.issuperset(of("") for of in ENDINGS)
     files = {getattr(contract, name) for name in dir(contract) if name.endswith("_FILE")}
     assert len(files) == 10
     assert files <= QUOTED
@@ -122,15 +122,9 @@ def test_every_property_of_the_manifest_appears() -> None:
 def test_every_name_exists() -> None:
     """A quoted word with an underscore, or with a layer, is a name of the contract or of a file of the artifact."""
     elsewhere = {"bind_cpu_input", "bind_ortvalue_input", "past_present_share_buffer"}  # ONNX Runtime's, GenAI's
-    elsewhere |= {"session.disable_prepacking", "set_model_input"}
-    known = (
-        tensor_names()
-        | weight_names()
-        | beside(weight_names())
-        | schema_names(SCHEMA)
-        | {contract.FfnInput.NEURON_SCALE}
-        | elsewhere
-    )
+    elsewhere |= {"set_model_input"}
+    weights = weight_names() | beside(weight_names()) | {of("") for of in ENDINGS}
+    known = tensor_names() | weights | schema_names(SCHEMA) | {contract.FfnInput.NEURON_SCALE} | elsewhere
     names = {word for word in QUOTED if re.fullmatch(r"[a-z_.{}]+", word) and ("_" in word or "{i}" in word)}
     files = {word for word in names if re.search(r"\.(onnx|json|jinja|bin|safetensors)$", word)}
     assert len(names - files) > 40
