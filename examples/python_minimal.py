@@ -1,7 +1,7 @@
 """Run an artifact with numpy, onnxruntime and tokenizers alone: `python python_minimal.py ARTIFACT "Once upon a time"`.
 
 What is fed and what comes back is described in docs/artifact-format.md. This driver is as short as the contract
-allows: no sampling, no shared buffers, no native kernels (without them a mask costs more time than it saves).
+allows: no sampling, no shared buffers, no native kernels (without them sparse decoding costs more time than it saves).
 """
 
 import argparse
@@ -26,7 +26,19 @@ def run(session: ort.InferenceSession, feeds: dict) -> dict:
     return dict(zip(names, session.run(names, feeds), strict=True))
 
 
-def generate(folder: Path, prompt: list[int], *, dense: bool = False):
+def sparse_inputs(manifest: dict, prefilled: dict, price: float | None) -> dict:
+    """What decode takes beside tokens and cache: a price where rows have prices, otherwise the prompt's mask."""
+    if manifest["layout"] == "priced":  # left out, it is manifest["price"], that of the budget
+        return {} if price is None else {"price": np.array([price], np.float32)}
+    mask = {}  # which neurons decode computes, and what stands in for the others
+    for i in range(manifest["shape"]["num_layers"]):
+        chosen = prefilled[f"present_mask_indices.{i}"]
+        mask[f"mask_indices.{i}"] = chosen if len(chosen) else np.array([-1], np.int32)  # no neuron at all
+        mask[f"tail_mean.{i}"] = prefilled[f"present_tail_mean.{i}"]
+    return mask
+
+
+def generate(folder: Path, prompt: list[int], *, dense: bool = False, price: float | None = None):
     """Yield the likeliest tokens, one after another, until the model ends its answer."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     shape = manifest["shape"]
@@ -35,19 +47,15 @@ def generate(folder: Path, prompt: list[int], *, dense: bool = False):
 
     empty = np.zeros((1, shape["num_kv_heads"], 0, shape["head_size"]), NUMPY_TYPES[shape["dtype"]])
     cache = {f"past_key_values.{i}.{part}": empty for i in layers for part in ("key", "value")}
-    mask: dict[str, np.ndarray] = {}  # which neurons decode computes, and what stands in for the others
+    sparse: dict[str, np.ndarray] = {}
     length, tokens, graph = 0, prompt, prefill
     while True:
         length += len(tokens)
         counted = {"input_ids": np.array([tokens]), "attention_mask": np.ones((1, length), np.int64)}
-        outputs = run(graph, counted | cache | mask)
+        outputs = run(graph, counted | cache | sparse)
         cache = {name: outputs[name.replace("past_key_values", "present")] for name in cache}
-        if graph is prefill and not dense:  # the prompt's mask serves every token after it
-            for i in layers:
-                chosen = outputs[f"present_mask_indices.{i}"]
-                mask[f"mask_indices.{i}"] = chosen if len(chosen) else np.array([-1], np.int32)  # no neuron at all
-                mask[f"tail_mean.{i}"] = outputs[f"present_tail_mean.{i}"]
-            graph = decode  # reading one token after another with the prefill graph instead is dense decoding
+        if graph is prefill and not dense:  # reading one token after another with the prefill graph is dense decoding
+            graph, sparse = decode, sparse_inputs(manifest, outputs, price)  # which serve every token after the prompt
         token = int(outputs["logits"][0, -1].argmax())
         if length >= shape["max_positions"] or token in manifest["model"]["eos_token_ids"]:
             return
@@ -59,13 +67,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("artifact", type=Path)
     parser.add_argument("prompt")
-    parser.add_argument("--mask", choices=["tda", "dense"], default="tda")
+    parser.add_argument("--dense", action="store_true", help="Read every weight.")
+    parser.add_argument("--price", type=float, help="Read a row only if it is worth so much a byte (priced artifacts).")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--ids", action="store_true", help="Print token ids instead of text.")
     args = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(args.artifact / "tokenizer.json"))
     answer: list[int] = []
-    for token in generate(args.artifact, tokenizer.encode(args.prompt).ids, dense=args.mask == "dense"):
+    prompt = tokenizer.encode(args.prompt).ids
+    for token in generate(args.artifact, prompt, dense=args.dense, price=args.price):
         answer.append(token)
         if len(answer) == args.max_new_tokens:
             break

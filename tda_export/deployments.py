@@ -14,14 +14,8 @@ import numpy as np
 from tda_export.errors import UsageError
 from tda_export.graph import contract
 from tda_export.runtime.artifact import Artifact
-from tda_export.runtime.deployment import (
-    AnyDeployment,
-    Deployment,
-    PriceDeployment,
-    Refresh,
-    one_level,
-    price_deployment,
-)
+from tda_export.runtime.deployment import AnyDeployment, Deployment, Refresh, one_level
+from tda_export.runtime.price_budget import chosen_price
 
 if TYPE_CHECKING:
     from tda_export.calibration.budgets import Allocation, AllocationRule, Budget
@@ -92,30 +86,6 @@ def refuse_masks(artifact: Artifact, asked: Asked) -> None:
                 f"{option} belongs to masks of prompts, and {artifact.folder} has prices of rows. Leave it out, or "
                 "build an artifact with 'tda-export build MODEL --method tda'."
             )
-
-
-def chosen_price(
-    artifact: Artifact, *, price: float | None = None, sparsity: float | None = None, max_kl: float | None = None
-) -> PriceDeployment:
-    """Return the deployment for one of three budgets of a priced artifact.
-
-    Args:
-        artifact: On disk.
-        price: Of a byte, as in the table; 0 is dense.
-        sparsity: Share of the linears' bytes not to read, in [0, 1).
-        max_kl: The most predicted KL to dense, nats a token.
-
-    Raises:
-        UsageError: None or several are given, one is out of range, or nothing was measured.
-    """
-    if sum(value is not None for value in (price, sparsity, max_kl)) != 1:
-        raise UsageError("A budget is one of --price, --sparsity and --max-kl. Give one of them.")
-    table = artifact.price_table
-    if price is not None:
-        return price_deployment(price, table)
-    if table is None:
-        raise UsageError(f"{artifact.folder} carries no table of prices. Give --price, or build it with --calibration.")
-    return price_deployment(table.price_for(sparsity=sparsity, max_kl=max_kl), table)
 
 
 def mask_deployment(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
+import tda_export
 from tda_export.cli.main import cli
+
+PACKAGE = Path(tda_export.__file__).parent
 
 CONVERSION = ("torch", "transformers", "onnx", "onnx_ir", "datasets", "safetensors", "huggingface_hub")
 SERVER = ("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client")
@@ -23,6 +29,45 @@ def loaded(code: str) -> set[str]:
     report = "import json, sys; print('\\n' + json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
     done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True)
     return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def parents(module: str) -> list[str]:
+    """The packages whose import comes before a module's."""
+    parts = module.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
+
+
+def imported_at_once(body: Iterable[ast.stmt]) -> Iterator[str]:
+    """What the statements of a module import when it is imported itself, not later in a function."""
+    for statement in body:
+        if isinstance(statement, ast.ImportFrom) and statement.module:
+            yield statement.module
+            yield from (f"{statement.module}.{alias.name}" for alias in statement.names)
+        elif isinstance(statement, ast.Import):
+            yield from (alias.name for alias in statement.names)
+        elif isinstance(statement, ast.If) and ast.unparse(statement.test) != "TYPE_CHECKING":
+            yield from imported_at_once([*statement.body, *statement.orelse])
+        elif isinstance(statement, ast.Try | ast.ClassDef):
+            yield from imported_at_once(statement.body)
+
+
+def test_no_module_imports_itself_on_the_way() -> None:
+    """Whichever module is imported first. A package counts too, where a module of another one is imported."""
+    modules = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    graph = {
+        module: {
+            needed
+            for name in imported_at_once(ast.parse(path.read_text(encoding="utf-8")).body)
+            for needed in (name, *parents(name))
+            if needed in modules and needed not in (module, *parents(module))
+        }
+        for module, path in modules.items()
+    }
+    assert len(graph) > 150
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("module", ["tda_export.runtime", "tda_export.runtime.scoring"])

@@ -1,10 +1,11 @@
 // Greedy generation from token ids with a float32 artifact: ONNX Runtime's C API, on the CPU.
 //
-//   generate ARTIFACT [--dense] [--library PATH] [--max-new-tokens N] [--eos ID] ID...
+//   generate ARTIFACT [--dense] [--price P] [--library PATH] [--max-new-tokens N] [--eos ID] ID...
 //
-// The prefill graph reads the prompt and chooses neurons, the decode graph computes those alone. Keys and values lie in
-// one buffer per layer, which both graphs read and write in place; everything is bound once and nothing is copied between
-// steps. What is fed and what comes back is described in docs/artifact-format.md. Text is left to a tokenizer library.
+// The prefill graph reads the prompt; the decode graph reads of the weights what the prompt's mask says, or, of an
+// artifact with prices, what is worth the price. Keys and values lie in one buffer per layer, which both graphs read and
+// write in place; everything is bound once and nothing is copied between steps. What is fed and what comes back is
+// described in docs/artifact-format.md. Text is left to a tokenizer library.
 #include <onnxruntime_c_api.h>
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include <cstring>
 #include <iostream>
 #include <list>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -111,6 +113,7 @@ int64_t Likeliest(OrtValue* logits) {
 struct Arguments {
   std::string artifact, library;
   bool dense = false;
+  std::optional<float> price;
   int64_t max_new_tokens = 64;
   std::vector<int64_t> prompt, eos;
 };
@@ -124,6 +127,7 @@ Arguments Parse(int argc, char** argv) {
       return std::string(argv[i]);
     };
     if (word == "--dense") given.dense = true;
+    else if (word == "--price") given.price = std::stof(value());
     else if (word == "--library") given.library = value();
     else if (word == "--max-new-tokens") given.max_new_tokens = std::stoll(value());
     else if (word == "--eos") given.eos.push_back(std::stoll(value()));
@@ -174,7 +178,13 @@ void Generate(const Arguments& given) {
       }
     }
   }
-  for (int i = 0; i < layers && !given.dense; ++i) {
+  size_t outputs_of_prefill = 0;  // logits, keys and values; where neurons have masks, more
+  Check(api->SessionGetOutputCount(prefill.session, &outputs_of_prefill));
+  const bool masks = outputs_of_prefill > 1 + 2 * static_cast<size_t>(layers) && !given.dense;
+  Tensor<float> price(memory, {1}, given.price.value_or(0));
+  if (given.price) decode.Feed("price", price.value);  // by default the one that was built
+
+  for (int i = 0; i < layers && masks; ++i) {
     prefill.Allocate("present_mask_indices." + std::to_string(i), memory);
     prefill.Allocate("present_tail_mean." + std::to_string(i), memory);
   }
@@ -182,7 +192,7 @@ void Generate(const Arguments& given) {
   std::vector<OrtValue*> outputs = prefill.Run();
   // The mask belongs to the prompt and stays bound. Dense decoding reads one token after another with prefill instead.
   Tensor<int32_t> nothing(memory, {1}, -1);  // an empty mask is written as one padding index
-  for (int i = 0; i < layers && !given.dense; ++i) {
+  for (int i = 0; i < layers && masks; ++i) {
     OrtValue* const* chosen = &outputs[outputs.size() - 2 * static_cast<size_t>(layers - i)];
     decode.Feed("mask_indices." + std::to_string(i), Sizes(chosen[0])[0] ? chosen[0] : nothing.value);
     decode.Feed("tail_mean." + std::to_string(i), chosen[1]);
@@ -209,7 +219,8 @@ int main(int argc, char** argv) {
     if (api == nullptr) throw std::runtime_error("this ONNX Runtime is older than the header");
     Generate(Parse(argc, argv));
   } catch (const std::invalid_argument&) {  // std::stoll's as well
-    std::cerr << "Usage: generate ARTIFACT [--dense] [--library PATH] [--max-new-tokens N] [--eos ID] ID..." << std::endl;
+    std::cerr << "Usage: generate ARTIFACT [--dense] [--price P] [--library PATH] [--max-new-tokens N] [--eos ID] ID..."
+              << std::endl;
     return 2;
   } catch (const std::exception& error) {
     std::cerr << "generate: " << error.what() << std::endl;

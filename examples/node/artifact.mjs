@@ -1,4 +1,4 @@
-// An artifact in ONNX Runtime: prefill reads a prompt and chooses neurons, decode computes those alone.
+// An artifact in ONNX Runtime: prefill reads a prompt, decode reads of the weights what a mask or a price says.
 // What is fed and what comes back is described in docs/artifact-format.md.
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
@@ -44,31 +44,25 @@ class Artifact {
   }
 
   /** Yield the likeliest tokens after a prompt of token ids. */
-  async *generate(prompt, { dense = false, maxNewTokens = 64 } = {}) {
-    const { shape, model, token_thresholds } = this.manifest;
+  async *generate(prompt, { dense = false, price = this.manifest.price, maxNewTokens = 64 } = {}) {
+    const { shape, model } = this.manifest;
     const layers = [...Array(shape.num_layers).keys()];
     const parts = layers.flatMap((i) => [`${i}.key`, `${i}.value`]);
     const empty = new ort.Tensor("float32", new Float32Array(0), [1, shape.num_kv_heads, 0, shape.head_size]);
     let cache = Object.fromEntries(parts.map((part) => [`past_key_values.${part}`, empty]));
-    let [session, tokens, length, mask] = [this.prefill, prompt, 0, {}];
+    let [session, tokens, length, sparse] = [this.prefill, prompt, 0, {}];
     for (let count = 0; count < maxNewTokens; count++) {
       length += tokens.length;
       const outputs = await session.run({
         input_ids: new ort.Tensor("int64", BigInt64Array.from(tokens, BigInt), [1, tokens.length]),
         attention_mask: new ort.Tensor("int64", new BigInt64Array(length).fill(1n), [1, length]),
         ...cache,
-        ...mask,
+        ...sparse,
       });
       cache = Object.fromEntries(parts.map((part) => [`past_key_values.${part}`, outputs[`present.${part}`]]));
       if (session === this.prefill && !dense) {
-        // The prompt's mask serves every token after it. Reading on with prefill instead is dense decoding.
-        for (const i of layers) {
-          const chosen = outputs[`present_mask_indices.${i}`];
-          mask[`mask_indices.${i}`] = chosen.dims[0] ? chosen : NO_NEURON;
-          mask[`tail_mean.${i}`] = outputs[`present_tail_mean.${i}`];
-        }
-        if (this.decode.inputNames.includes("token_thresholds"))
-          mask.token_thresholds = new ort.Tensor("float32", Float32Array.from(token_thresholds), [layers.length]);
+        // They serve every token after the prompt. Reading on with prefill instead is dense decoding.
+        sparse = this.manifest.layout === "priced" ? { price: floats([price]) } : this.mask(outputs, layers);
         session = this.decode;
       }
       const token = argmax(outputs.logits.data);
@@ -76,6 +70,19 @@ class Artifact {
       yield token;
       tokens = [token];
     }
+  }
+
+  /** What decode takes of a prompt's mask. */
+  mask(prefilled, layers) {
+    const mask = {};
+    for (const i of layers) {
+      const chosen = prefilled[`present_mask_indices.${i}`];
+      mask[`mask_indices.${i}`] = chosen.dims[0] ? chosen : NO_NEURON;
+      mask[`tail_mean.${i}`] = prefilled[`present_tail_mean.${i}`];
+    }
+    if (this.decode.inputNames.includes("token_thresholds"))
+      mask.token_thresholds = floats(this.manifest.token_thresholds);
+    return mask;
   }
 
   /** Turn tokens into pieces of text as they come; bytes that are no whole character yet are held back. */
@@ -89,6 +96,10 @@ class Artifact {
       shown = text;
     }
   }
+}
+
+function floats(values) {
+  return new ort.Tensor("float32", Float32Array.from(values), [values.length]);
 }
 
 function argmax(values) {

@@ -49,7 +49,7 @@ def evaluate_tasks(
         "model": lm.artifact.manifest["model"]["name"],
         "dtype": lm.artifact.shape.dtype,
         "provider": lm.scorer.setting.sessions.provider,
-        "method": request.method,
+        "method": lm.scorer.setting.method,
         "budget": lm.scorer.setting.budget,
         "protocol": protocol,
         "lm_eval": importlib.metadata.version("lm_eval"),

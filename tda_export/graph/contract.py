@@ -68,6 +68,9 @@ from tda_export.graph.weight_names import (
     ffn_weight as ffn_weight,
 )
 from tda_export.graph.weight_names import (
+    in_a_layer as in_a_layer,
+)
+from tda_export.graph.weight_names import (
     key_norm as key_norm,
 )
 from tda_export.graph.weight_names import (

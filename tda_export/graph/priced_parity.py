@@ -21,7 +21,8 @@ from tda_export.runtime.priced import PricedPrefill, PricedStep
 from tda_export.runtime.session import device_tensor, map_weight
 
 CHUNK = 7  # tokens of a chunk in the chunked-prefill check
-BORDER = 1e-3  # rows whose worth is so near the price, relative to it, may fall on either side
+# Rows whose worth is so near the price, relative to it, may fall on either side: rounding of x decides of them.
+BORDER = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
 
 
 class PricedComparison(Comparison):
@@ -42,10 +43,12 @@ class PricedComparison(Comparison):
         prices = self._row_prices()
         price = self._price_of_half(prices, prompt, continuation)
         expected = self._dropped(self.reference, prices, price, prompt, continuation)
+        width = BORDER[self.shape.dtype]
         near = [
-            self._dropped(self.reference, prices, price * (1 + sign * BORDER), prompt, continuation) for sign in (-1, 1)
+            self._dropped(self.reference, prices, price * factor, prompt, continuation)
+            for factor in (1 - width, 1 + width)
         ]
-        # Rounding decides of rows at the border of the price: as much may differ as they make.
+        # As much may differ as rows at the border of the price make.
         border = max(float((other - expected).abs().max()) for other in near)
         allowed = FLOAT32_LOGITS
         if self.half:

@@ -87,7 +87,7 @@ def priced_request(
     design = PricedDesign(
         chosen,
         calibration.priced.sums.row_prices(source.spec, chosen, element_bytes),
-        float(price),
+        max(float(price), 0.0),
         table.to_dict(),
         {"sparsity": 1.0 - expected.share, "kl": expected.kl, "share": expected.share, "parts": expected.parts},
     )

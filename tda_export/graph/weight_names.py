@@ -22,6 +22,11 @@ def linear_weight(layer: int, stored: str) -> str:
     return attention_out_weight(layer) if stored == "o" else ffn_weight(layer, stored)
 
 
+def in_a_layer(name: str) -> bool:
+    """Tell whether a weight belongs to a layer. Of the matrices, linears alone do."""
+    return name.startswith("layers.")
+
+
 def linear_bias(matrix: str) -> str:
     """Name the bias of a matrix."""
     return f"{matrix}.bias"

@@ -47,7 +47,8 @@ struct OrtApi {
   OrtStatus* (*AddCustomOpDomain)(OrtSessionOptions* options, OrtCustomOpDomain* domain);       // 28
   OrtStatus* (*RegisterCustomOpsLibrary)(OrtSessionOptions* options, const char* path, void** handle);  // 29
   OrtStatus* (*SessionGetInputCount)(const OrtSession* session, size_t* count);                        // 30
-  void* unused_31[2];
+  OrtStatus* (*SessionGetOutputCount)(const OrtSession* session, size_t* count);                       // 31
+  void* unused_32;
   OrtStatus* (*SessionGetInputTypeInfo)(const OrtSession* session, size_t index, OrtTypeInfo** info);  // 33
   void* unused_34[15];
   OrtStatus* (*CreateTensorWithDataAsOrtValue)(const OrtMemoryInfo* memory, void* data, size_t bytes,

@@ -75,7 +75,7 @@ class Artifact:
     @property
     def linear_bytes(self) -> int:
         """Weight bytes of the linears of all layers, attention and FFN, which a dense step reads for a token."""
-        return sum(matrix.bytes for name, matrix in self.matrices.items() if name.startswith("layers."))
+        return sum(matrix.bytes for name, matrix in self.matrices.items() if contract.in_a_layer(name))
 
     @property
     def sparse_bytes(self) -> int:

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from tda_export.deployments import chosen_price
 from tda_export.errors import TdaError, UsageError
 from tda_export.runtime.artifact import Artifact, open_artifact
 from tda_export.runtime.deployment import AnyDeployment, PriceDeployment
 from tda_export.runtime.generate import Decoding, Generation, MaskMode
 from tda_export.runtime.memory import PromptMemory
+from tda_export.runtime.price_budget import chosen_price
 from tda_export.runtime.providers import choose_provider
 from tda_export.runtime.sampling import RepetitionPenalty, Sampling, make_sampler
 from tda_export.runtime.session import Sessions

@@ -35,7 +35,7 @@ def test_build_json(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) ->
 def test_build_says_what_it_did(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
     arguments = ("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, "-o")
     verified = run_ok(*arguments, tmp_path / "a")
-    assert "sparsity 0.5, kl: expected FFN sparsity 0.500, predicted KL " in verified.stdout
+    assert "sparsity 0.5, allocation kl: expected sparsity 0.500 of the FFN, predicted KL " in verified.stdout
     assert "MiB, verified)" in verified.stdout
     assert verified.stdout.count(" ok ") == CHECKS
     unverified = run_ok(*arguments, tmp_path / "b", "--no-verify")
@@ -171,8 +171,10 @@ def test_build_with_refresh(tiny_model: Path, tiny_calibration: Path, tiny_artif
 def test_refreshes_leave_too_much_to_the_steps_between(
     tiny_model: Path, tiny_calibration: Path, tmp_path: Path
 ) -> None:
-    arguments = ("--calibration", tiny_calibration, "--sparsity", 0.7, "--refresh", 4, "-o", tmp_path / "a")
-    result = run_cli("build", tiny_model, *arguments)
+    budget = ("--sparsity", 0.7, "--refresh", 4)
+    result = run_cli(
+        *("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, *budget, "-o", tmp_path / "a")
+    )
     assert result.exit_code == 2
     assert "Sparsity 0.7, kl with a refresh every 4 tokens leaves 0.933 to the steps between. Sparsity" in result.stderr
     assert not (tmp_path / "a").exists()

@@ -114,7 +114,7 @@ def test_failures_from_a_pipe(tiny_artifact: Path, artifact_copy: Path) -> None:
         (("--context", 9999), "A context of 9999 tokens is outside [2, 512]"),
         (("--repetition-penalty", 0), "Repetition penalty 0.0 is outside [0.01, 100.0]"),
         (("--stop", ""), "A stop string is empty"),
-        (("--mask", "dense", "--sparsity", 0.5), "--mask dense reads every neuron"),
+        (("--mask", "dense", "--sparsity", 0.5), "--mask dense reads every row"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else None,
 )
@@ -126,7 +126,8 @@ def test_usage(tiny_artifact: Path, options: tuple[object, ...], text: str) -> N
 def test_status(loaded: Model) -> None:
     two_levels = loaded.artifact.deployment
     one_level = dataclasses.replace(two_levels, token_thresholds=np.zeros(3, np.float32))
-    metrics = Metrics("cpu", "tda", 50, 30, 8, sparsity=0.514, decode_tokens_per_second=12.34, finish_reason="stop")
+    counts = {"prompt_tokens": 50, "reused_tokens": 30, "new_tokens": 8}
+    metrics = Metrics("cpu", "tda", **counts, sparsity=0.514, decode_tokens_per_second=12.34, finish_reason="stop")
     expected = "12.3 tokens/s, 8 tokens, 20 of 50 prompt tokens read]"
     assert status(metrics, one_level) == f"[49% of FFN bytes read, {expected}"
     how = "(masks counted, rows skipped by tokens as calibrated)"

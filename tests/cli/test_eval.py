@@ -159,7 +159,8 @@ def test_options_that_do_not_go_together(tiny_artifact: Path, text: Path, option
 def test_tda_of_an_artifact_that_selects_by_rank(tiny_model: Path, text: Path, tmp_path: Path) -> None:
     artifact = tmp_path / "griffin"
     run_ok("build", tiny_model, "--method", "griffin", "--sparsity", 0.5, "--no-verify", "-o", artifact)
-    assert_error(run_cli("eval", artifact, "--text", text), USAGE, "built with --method griffin")
+    assert_error(run_cli("eval", artifact, "--text", text, "--method", "tda"), USAGE, "built with --method griffin")
+    assert_error(run_cli("eval", artifact, "--text", text), USAGE, "--method griffin takes --sparsity")
     printed = run_ok("eval", artifact, "--text", text, "--method", "griffin", "--sparsity", 0.5, "--json", *SMALL)
     assert json.loads(printed.stdout)["density"] == pytest.approx(0.5, abs=0.01)
 

@@ -175,8 +175,8 @@ def refuse_with(error: BaseException) -> Callable[..., None]:
     ("command", "step"),
     [
         ("calibrate", "tda_export.models.source.resolve_model"),
-        ("build", "tda_export.calibration.file.read_calibration"),
-        ("generate", "tda_export.runtime.model.open_artifact"),
+        ("build", "tda_export.graph.requests.read_calibration"),
+        ("generate", "tda_export.runtime.open_artifact"),
         ("verify", "tda_export.graph.verify.open_artifact"),
     ],
 )
@@ -222,7 +222,7 @@ def test_out_of_memory(
     steps = {
         "calibrate": "tda_export.calibration.run.accumulate_curves",
         "build": "tda_export.graph.comparison.Comparison.run",
-        "generate": "tda_export.runtime.decode_step.KvCache",
+        "generate": "tda_export.runtime.token_step.KvCache",
     }
     monkeypatch.setattr(steps[command], refuse_with(error))
     arguments = {
@@ -240,7 +240,7 @@ def test_an_array_that_no_memory_holds(tiny_artifact: Path, monkeypatch: pytest.
 
 
 def test_a_bug_is_not_hidden(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tda_export.runtime.model.open_artifact", refuse_with(ZeroDivisionError("a bug")))
+    monkeypatch.setattr("tda_export.runtime.open_artifact", refuse_with(ZeroDivisionError("a bug")))
     assert isinstance(run_cli("generate", tiny_artifact, "Hi").exception, ZeroDivisionError)
 
 
@@ -306,7 +306,7 @@ def test_interrupted_calibration_goes_on(tmp_path: Path, tiny_model: Path, step:
     ("step", "stand_in"),
     [
         ("tda_export.graph.export.write_weights", interrupted_writing),
-        ("tda_export.graph.export.build_decode", interrupt),
+        ("tda_export.graph.indexed.build_decode", interrupt),
         ("tda_export.graph.verify.sha256", interrupt),
         ("tda_export.graph.comparison.Comparison.run", interrupt),
     ],
@@ -367,7 +367,7 @@ def test_signal_while_calibrating(
 def test_failed_verification_leaves_no_artifact(
     outputs: Path, tiny_model: Path, tiny_calibration: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tda_export.graph.parity.FLOAT32_LOGITS", 0.0)  # nothing is as exact as that
+    monkeypatch.setattr("tda_export.graph.comparison.FLOAT32_LOGITS", 0.0)  # nothing is as exact as that
     result = build(tiny_model, tiny_calibration, outputs / "x")
     assert_error(result, FAILURE, "Verification failed (prefill logits, ", "x was not written")
     assert "FAILED" in result.stdout

@@ -77,7 +77,7 @@ def test_impossible_budget(
     tiny_calibration: Path,
 ) -> None:
     arguments = {
-        "calibrate": [tiny_model, "-o", outputs / "x"],
+        "calibrate": [tiny_model, "-o", outputs / "x", "--method", "tda"],
         "build": [tiny_model, "-o", outputs / "x", "--method", "tda", "--calibration", tiny_calibration],
         "generate": [tiny_artifact, "Hi"],
     }[command]
@@ -91,7 +91,7 @@ def test_impossible_budget(
 )
 def test_budget_of_dense_decoding(tiny_artifact: Path, budget: list[str]) -> None:
     result = run_cli("generate", tiny_artifact, "Hi", "--mask", "dense", *budget)
-    assert_error(result, USAGE, "--mask dense reads every neuron, so a budget means nothing. Leave one of them out")
+    assert_error(result, USAGE, "--mask dense reads every row, so a budget means nothing. Leave one of them out")
 
 
 def test_griffin_of_an_impossible_sparsity(outputs: Path, tiny_model: Path) -> None:
@@ -170,9 +170,10 @@ def test_griffin_with_what_is_not_its_own(outputs: Path, tiny_model: Path, optio
     assert_error(result, USAGE, "--method griffin takes --sparsity, and neither")
 
 
-def test_tda_without_calibration(outputs: Path, tiny_model: Path) -> None:
-    result = run_cli("build", tiny_model, "-o", outputs / "x")
-    assert_error(result, USAGE, "--method tda needs --calibration FILE", "tda-export calibrate")
+@pytest.mark.parametrize("method", ["priced", "tda"])
+def test_no_calibration(outputs: Path, tiny_model: Path, method: str) -> None:
+    result = run_cli("build", tiny_model, "--method", method, "-o", outputs / "x")
+    assert_error(result, USAGE, f"--method {method} needs --calibration FILE", "tda-export calibrate")
 
 
 @pytest.mark.parametrize("budget", [[], ["--sparsity", "0.3"], ["--max-kl", "0.3"]], ids=" ".join)

@@ -109,8 +109,8 @@ def test_greedy_tokens_are_those_of_the_driver(model: Model, prompts: list[list[
     step = setting.open_step(64)
     for prompt in prompts:
         step.cache.truncate(0)
-        logits, mask = step.read(prompt, setting.deployment.thresholds, prior=setting.deployment.prior)
-        setting.use(step, mask)
+        logits = step.begin(prompt, setting.deployment)
+        step.follow(setting.deployment)
         tokens = greedy_tokens(setting, step, likeliest(logits))
         driver = [token.id for token in model.generate(prompt, max_new_tokens=24, deployment=setting.deployment)]
         assert [next(tokens) for _ in driver] == driver

@@ -135,12 +135,12 @@ def test_strict_generations_with_refreshes_equal_a_loop(tiny_artifact: Path, ref
     how, tokens, new = lm.setting.deployment, lm.text.encode("The boats come home"), list[int]()
     step = lm.setting.open_step(len(tokens) + 12)
     _, mask = step.read(tokens[:-1], how.thresholds, prior=how.prior)
-    lm.setting.use(step, mask)
+    step.use(mask, how.token_thresholds, tail_mean=how.tail_mean)
     new.append(step.greedy(tokens[-1]))
     while len(new) < 12:
         if len(new) % refresh == 0:
             logits, mask = step.reread(new[-refresh:], how.thresholds, how.refresh.decay)
-            lm.setting.use(step, mask)
+            step.use(mask, how.token_thresholds, tail_mean=how.tail_mean)
             new.append(int(logits.argmax()))
         else:
             new.append(step.greedy(new[-1]))

@@ -144,8 +144,8 @@ def test_a_step_decodes_as_the_setting_does(model: Model, request_: Request) -> 
     setting = open_setting(model.artifact, model.sessions, request_)
     step = setting.open_step(len(PROMPT) + len(READ))
     how = setting.deployment
-    _, mask = step.read(PROMPT, how.thresholds, prior=how.prior)
-    setting.use(step, mask)
+    step.begin(PROMPT, how)
+    step.follow(how if setting.masked else None)
     logits = np.stack([step.logits(token) for token in READ])
     cache = KvCache(setting.shape, "cpu", len(PROMPT) + len(READ))
     _, mask = setting.read(PROMPT, cache)

@@ -22,17 +22,17 @@ from tda_export.runtime.generate import MaskMode
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NODE_IDS = """
 import { load } from "./artifact.mjs";
-const [folder, prompt, dense, count] = process.argv.slice(1);
+const [folder, prompt, dense, count, price] = process.argv.slice(1);
 const artifact = await load(folder);
 const tokens = [];
-const options = { dense: dense === "dense", maxNewTokens: Number(count) };
+const options = { dense: dense === "dense", maxNewTokens: Number(count), price: price && Number(price) };
 for await (const token of artifact.generate(artifact.encode(prompt), options)) tokens.push(token);
 console.log(tokens.join(" "));
 """
 # What a clean environment of an example does not have; None in sys.modules makes an import fail.
 FOREIGN = ("tda_export", "torch", "transformers", "onnx", "onnx_ir", "onnxruntime_genai")
 
-Application = Callable[[Path, str, MaskMode, int], list[int]]
+Application = Callable[[Path, str, MaskMode | None, int], list[int]]
 
 
 def run(*command: object, folder: Path | None = None, text: str | None = None) -> str:
@@ -53,19 +53,26 @@ def node_problem() -> str | None:
     return f"{' and '.join(missing)} not found" if missing and not os.environ.get("CI") else None
 
 
-def ours(artifact: Path, prompt: str, mask: MaskMode, count: int) -> list[int]:
-    """The package's own driver."""
-    return [token.id for token in load(artifact, provider="cpu").generate(prompt, mask=mask, max_new_tokens=count)]
+def ours(artifact: Path, prompt: str, mask: MaskMode | None, count: int, price: float | None = None) -> list[int]:
+    """The package's own driver; without a mask by the artifact's own method, at its own price or another."""
+    model = load(artifact, provider="cpu")
+    how = None if price is None else model.at(price=price)
+    return [token.id for token in model.generate(prompt, mask=mask, max_new_tokens=count, deployment=how)]
 
 
-def genai(artifact: Path, prompt: str, mask: MaskMode, count: int, *options: object) -> list[int]:
-    options = (*options, "--mask", mask, "--max-new-tokens", count, "--ids")
+def dense_option(mask: MaskMode | None) -> list[str]:
+    return ["--dense"] if mask == "dense" else []
+
+
+def genai(artifact: Path, prompt: str, mask: MaskMode | None, count: int, *options: object) -> list[int]:
+    options = (*options, *dense_option(mask), "--max-new-tokens", count, "--ids")
     return ids(run(sys.executable, EXAMPLES / "genai_generate.py", artifact, prompt, *options))
 
 
-def minimal(artifact: Path, prompt: str, mask: MaskMode, count: int) -> list[int]:
+def minimal(artifact: Path, prompt: str, mask: MaskMode | None, count: int, price: float | None = None) -> list[int]:
     """The script in an interpreter that cannot import what it claims not to need."""
-    words = [str(artifact), prompt, "--mask", mask, "--max-new-tokens", str(count), "--ids"]
+    words = [str(artifact), prompt, *dense_option(mask), "--max-new-tokens", str(count), "--ids"]
+    words += [] if price is None else [f"--price={price}"]
     code = (
         f"import sys, runpy; sys.modules.update(dict.fromkeys({FOREIGN})); sys.argv[1:] = {words!r}\n"
         f"runpy.run_path({str(EXAMPLES / 'python_minimal.py')!r}, run_name='__main__')"
@@ -99,15 +106,22 @@ class Applications:
         run(find_compiler(), *flags, EXAMPLES / "cpp" / "generate.cc", *link, "-o", program)
         return program
 
-    def node(self, artifact: Path, prompt: str, mask: MaskMode, count: int) -> list[int]:
+    def node(
+        self, artifact: Path, prompt: str, mask: MaskMode | None, count: int, price: float | None = None
+    ) -> list[int]:
         command = ("node", "--input-type=module", "-e", NODE_IDS, artifact, prompt, mask, count)
-        return ids(run(*command, folder=self.node_folder))
+        return ids(run(*command, *([] if price is None else [price]), folder=self.node_folder))
 
-    def cpp(self, artifact: Path, prompt: str, mask: MaskMode, count: int, *options: object) -> list[int]:
+    def cpp(self, artifact: Path, prompt: str, mask: MaskMode | None, count: int, *options: object) -> list[int]:
         """It takes token ids; tokenizing is the caller's part."""
         tokens = Tokenizer.from_file(str(artifact / contract.TOKENIZER_FILE)).encode(prompt).ids
-        dense = ["--dense"] if mask == "dense" else []
-        return ids(run(self.cpp_program, artifact, *dense, "--max-new-tokens", count, *options, *tokens))
+        return ids(run(self.cpp_program, artifact, *dense_option(mask), "--max-new-tokens", count, *options, *tokens))
+
+    def priced(self, name: str, artifact: Path, prompt: str, count: int, price: float) -> list[int]:
+        """Run one of those that take a price, all but GenAI."""
+        if name == "cpp":
+            return self.cpp(artifact, prompt, None, count, "--price", price)
+        return {"minimal": minimal, "node": self.node}[name](artifact, prompt, None, count, price)
 
     def named(self, name: str) -> Application:
         """An application of APPLICATIONS."""

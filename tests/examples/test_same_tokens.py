@@ -15,6 +15,7 @@ from tda_export.graph.indexed import IndexedDesign
 from tda_export.graph.method import tda
 from tda_export.models.source import resolve_model
 from tda_export.native.library import LIBRARY
+from tda_export.runtime import load
 from tda_export.runtime.generate import MaskMode
 from tests.conftest import run_ok
 from tests.examples.applications import EXAMPLES, Applications, genai, ours
@@ -44,7 +45,7 @@ def empty_artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_minimal_driver_is_short() -> None:
-    assert len((EXAMPLES / "python_minimal.py").read_text().splitlines()) < 80
+    assert len((EXAMPLES / "python_minimal.py").read_text().splitlines()) < 90
 
 
 def test_dense_and_masked_tokens_differ(tiny_artifact: Path) -> None:
@@ -62,19 +63,47 @@ def test_tokens_are_those_of_our_driver(
     assert applications.named(name)(tiny_artifact, PROMPT, mask, TOKENS) == expected
 
 
+@pytest.mark.parametrize("mask", [None, "dense"], ids=["priced", "dense"])
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_at_a_price(name: str, mask: MaskMode | None, priced_artifact: Path, applications: Applications) -> None:
+    expected = ours(priced_artifact, PROMPT, mask, TOKENS)
+    assert len(expected) == TOKENS
+    assert applications.named(name)(priced_artifact, PROMPT, mask, TOKENS) == expected
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.65])
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_price_is_turned_at_run_time(
+    name: str, sparsity: float, priced_artifact: Path, applications: Applications
+) -> None:
+    price = load(priced_artifact, provider="cpu").at(sparsity=sparsity).price
+    expected = ours(priced_artifact, PROMPT, None, TOKENS, price)
+    assert (expected == ours(priced_artifact, PROMPT, "dense", TOKENS)) == (sparsity == 0)
+    assert expected != ours(priced_artifact, PROMPT, None, TOKENS)
+    assert applications.priced(name, priced_artifact, PROMPT, TOKENS, price) == expected
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_other_methods_run_too(name: str, griffin_artifact: Path, applications: Applications) -> None:
     expected = ours(griffin_artifact, PROMPT, "tda", 16)
     assert applications.named(name)(griffin_artifact, PROMPT, "tda", 16) == expected
 
 
+@pytest.mark.parametrize("method", ["tda", "priced"])
 @pytest.mark.parametrize("name", ["genai", "minimal"])
 def test_float16(
-    name: str, tiny_model: Path, tiny_calibration: Path, applications: Applications, tmp_path: Path
+    name: str,
+    method: str,
+    tiny_model: Path,
+    tiny_calibration: Path,
+    priced_calibration: Path,
+    applications: Applications,
+    tmp_path: Path,
 ) -> None:
     path, half = tmp_path / "artifact", ("--dtype", "fp16", "--no-verify")
-    run_ok("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, *half, "-o", path)
-    assert applications.named(name)(path, PROMPT, "tda", 16) == ours(path, PROMPT, "tda", 16)
+    calibration = {"tda": tiny_calibration, "priced": priced_calibration}[method]
+    run_ok("build", tiny_model, "--method", method, "--calibration", calibration, *half, "-o", path)
+    assert applications.named(name)(path, PROMPT, None, 16) == ours(path, PROMPT, None, 16)
 
 
 @pytest.mark.node
@@ -111,14 +140,18 @@ def test_answer_ends_at_a_stop_token(
     assert answer == tokens[: tokens.index(stop)]
 
 
-def test_native_kernels_in_genai(tiny_artifact: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("built", ["tiny_artifact", "priced_artifact"])
+def test_native_kernels_in_genai(built: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """GenAI takes a library only from the folder of its configuration."""
-    folder = Path(shutil.copytree(tiny_artifact, tmp_path / "artifact"))
+    artifact = request.getfixturevalue(built)
+    folder = Path(shutil.copytree(artifact, tmp_path / "artifact"))
     shutil.copy(LIBRARY, folder)
-    tokens = genai(folder, PROMPT, "tda", TOKENS, "--library", LIBRARY.name)
-    assert tokens == ours(tiny_artifact, PROMPT, "tda", TOKENS)
+    tokens = genai(folder, PROMPT, None, TOKENS, "--library", LIBRARY.name)
+    assert tokens == ours(artifact, PROMPT, None, TOKENS)
 
 
-def test_native_kernels_in_cpp(tiny_artifact: Path, applications: Applications) -> None:
-    tokens = applications.cpp(tiny_artifact, PROMPT, "tda", TOKENS, "--library", LIBRARY)
-    assert tokens == ours(tiny_artifact, PROMPT, "tda", TOKENS)
+@pytest.mark.parametrize("built", ["tiny_artifact", "priced_artifact"])
+def test_native_kernels_in_cpp(built: str, applications: Applications, request: pytest.FixtureRequest) -> None:
+    artifact = request.getfixturevalue(built)
+    tokens = applications.cpp(artifact, PROMPT, None, TOKENS, "--library", LIBRARY)
+    assert tokens == ours(artifact, PROMPT, None, TOKENS)

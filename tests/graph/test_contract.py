@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -16,7 +17,8 @@ from tda_export.graph import contract
 from tda_export.runtime.artifact import open_artifact
 
 PACKAGE = Path(tda_export.__file__).parent
-GRAPHS = {
+Listed = Callable[..., list[contract.IoTensor]]
+GRAPHS: dict[str, tuple[Listed, Listed]] = {
     contract.PREFILL_FILE: (contract.prefill_inputs, contract.prefill_outputs),
     contract.DECODE_FILE: (functools.partial(contract.decode_inputs, two_levels=True), contract.decode_outputs),
     contract.EXPLICIT_DECODE_FILE: (
@@ -24,6 +26,15 @@ GRAPHS = {
         contract.decode_outputs,
     ),
 }
+PRICED_GRAPHS: dict[str, tuple[Listed, Listed]] = {
+    contract.PREFILL_FILE: (contract.priced_prefill_inputs, contract.dense_outputs),
+    contract.DECODE_FILE: (contract.priced_decode_inputs, contract.priced_decode_outputs),
+    contract.EXPLICIT_DECODE_FILE: (
+        functools.partial(contract.priced_decode_inputs, explicit=True),
+        contract.priced_decode_outputs,
+    ),
+}
+Built = tuple[Path, dict[str, tuple[Listed, Listed]]]
 ONNX_TYPES = {
     "float32": "tensor(float)",
     "float16": "tensor(float16)",
@@ -32,13 +43,23 @@ ONNX_TYPES = {
 }
 
 
-@pytest.mark.parametrize("file", GRAPHS)
-def test_graph_has_exactly_the_inputs_and_outputs_of_the_contract(file: str, tiny_artifact: Path) -> None:
-    artifact = open_artifact(tiny_artifact)
+@pytest.fixture(params=["indexed", "priced"])
+def built(request: pytest.FixtureRequest) -> Built:
+    """An artifact of each layout, and the contract of its graphs."""
+    name, graphs = {"indexed": ("tiny_artifact", GRAPHS), "priced": ("priced_artifact", PRICED_GRAPHS)}[request.param]
+    folder = request.getfixturevalue(name)
+    assert open_artifact(folder).layout == request.param
+    return folder, graphs
+
+
+@pytest.mark.parametrize("file", contract.GRAPH_FILES)
+def test_graph_has_exactly_the_inputs_and_outputs_of_the_contract(file: str, built: Built) -> None:
+    folder, graphs = built
+    artifact = open_artifact(folder)
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    session = ort.InferenceSession(str(tiny_artifact / file), options, providers=["CPUExecutionProvider"])
-    inputs, outputs = (part(artifact.shape) for part in GRAPHS[file])
+    session = ort.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
+    inputs, outputs = (part(artifact.shape) for part in graphs[file])
     needed = [tensor for tensor in inputs if not tensor.default]
     defaulted = {tensor.name: tensor for tensor in inputs if tensor.default}
     assert [(node.name, node.type) for node in session.get_inputs()] == [
@@ -52,9 +73,11 @@ def test_graph_has_exactly_the_inputs_and_outputs_of_the_contract(file: str, tin
     ]
 
 
-def test_manifest_repeats_the_contract(tiny_artifact: Path) -> None:
-    artifact = open_artifact(tiny_artifact)
-    for file, (inputs, outputs) in GRAPHS.items():
+def test_manifest_repeats_the_contract(built: Built) -> None:
+    folder, graphs = built
+    artifact = open_artifact(folder)
+    assert set(artifact.manifest["io"]) == set(graphs)
+    for file, (inputs, outputs) in graphs.items():
         io = artifact.manifest["io"][file]
         for listed, tensors in ((io["inputs"], inputs(artifact.shape)), (io["outputs"], outputs(artifact.shape))):
             assert [entry["name"] for entry in listed] == [tensor.name for tensor in tensors]
@@ -72,11 +95,13 @@ def external_tensors(path: Path) -> dict[str, tuple[int, int]]:
     return tensors
 
 
-def test_no_ffn_weight_is_stored_twice(tiny_artifact: Path) -> None:
-    artifact = open_artifact(tiny_artifact)
+def test_no_weight_of_a_layer_is_stored_twice(built: Built) -> None:
+    folder, _ = built
+    artifact = open_artifact(folder)
     shape = artifact.shape
-    graphs = {file: external_tensors(tiny_artifact / file) for file in GRAPHS}
-    names = [contract.ffn_weight(i, part) for i in range(shape.num_layers) for part in ("gate", "up", "down")]
+    graphs = {file: external_tensors(folder / file) for file in GRAPHS}
+    names = [name for name in artifact.matrices if contract.in_a_layer(name)]
+    assert len(names) == shape.num_layers * (7 if artifact.layout == "priced" else 5)
     for name in names:
         places = {tensors[name] for tensors in graphs.values()}
         assert len(places) == 1, f"{name} lies at {places}"
@@ -86,21 +111,18 @@ def test_no_ffn_weight_is_stored_twice(tiny_artifact: Path) -> None:
         assert offset >= ends, "two tensors overlap"
         ends = offset + length
     # The file holds those tensors and less than a page of padding for each: no room for a second copy.
-    assert (
-        0
-        <= (tiny_artifact / contract.WEIGHTS_FILE).stat().st_size - sum(n for _, n in every.values())
-        < 4096 * len(every)
-    )
+    assert 0 <= (folder / contract.WEIGHTS_FILE).stat().st_size - sum(n for _, n in every.values()) < 4096 * len(every)
     for file in GRAPHS:  # and none is inside a graph file
         largest = max(shape.hidden_size * shape.ffn_size, 1) * 4
-        model = onnx.load(tiny_artifact / file, load_external_data=False)
+        model = onnx.load(folder / file, load_external_data=False)
         assert all(len(tensor.raw_data) < largest for tensor in model.graph.initializer)
 
 
-def test_manifest_places_weights_where_the_graphs_do(tiny_artifact: Path) -> None:
-    manifest = json.loads((tiny_artifact / contract.MANIFEST_FILE).read_text())
+def test_manifest_places_weights_where_the_graphs_do(built: Built) -> None:
+    folder, _ = built
+    manifest = json.loads((folder / contract.MANIFEST_FILE).read_text())
     for file in GRAPHS:
-        tensors = external_tensors(tiny_artifact / file)
+        tensors = external_tensors(folder / file)
         assert set(manifest["graph_weights"][file]) == set(tensors)
         for name, (offset, _) in tensors.items():
             assert manifest["weights"][name]["offset"] == offset
@@ -127,9 +149,10 @@ def test_tensor_names_are_spelled_in_the_contract_module_only() -> None:
     shape = contract.ModelShape(2, 1, 16, 8, 8, 8, 8, "float32")
     spelled = {
         tensor.name.split(".")[0]
-        for listed in (*GRAPHS[contract.PREFILL_FILE], *GRAPHS[contract.DECODE_FILE])
+        for graphs in (GRAPHS, PRICED_GRAPHS)
+        for listed in (*graphs[contract.PREFILL_FILE], *graphs[contract.DECODE_FILE])
         for tensor in listed(shape)
-    } - {"logits", "present", "thresholds", "token_thresholds"}  # also plain English words and manifest fields
+    } - {"logits", "present", "thresholds", "token_thresholds", "price"}  # also plain English words, manifest fields
     spelled |= {"past_key_values.", "present.", "layers.", "cos_cache", "sin_cache"}
     assert len(spelled) > 12
     for path in PACKAGE.rglob("*.py"):

@@ -21,9 +21,14 @@ AXES = {1: "1", 2: "2", 17: "L", 3: "KV", 5: "D", 7: "M", 11: "F", 13: "V"} | {
     "total_sequence_length": "T",
     "num_mask_indices_0": "K",
 }
-TABLES = {
-    contract.PREFILL_FILE: (contract.prefill_inputs(SHAPE), contract.prefill_outputs(SHAPE)),
-    contract.DECODE_FILE: (contract.decode_inputs(SHAPE, two_levels=True), contract.decode_outputs(SHAPE)),
+TABLES = {  # by the headings of their sections
+    f"{contract.PREFILL_FILE}, priced": (contract.priced_prefill_inputs(SHAPE), contract.dense_outputs(SHAPE)),
+    f"{contract.DECODE_FILE}, priced": (contract.priced_decode_inputs(SHAPE), contract.priced_decode_outputs(SHAPE)),
+    f"{contract.PREFILL_FILE}, indexed": (contract.prefill_inputs(SHAPE), contract.prefill_outputs(SHAPE)),
+    f"{contract.DECODE_FILE}, indexed": (
+        contract.decode_inputs(SHAPE, two_levels=True),
+        contract.decode_outputs(SHAPE),
+    ),
 }
 
 
@@ -44,9 +49,9 @@ def rows(tensors: Sequence[contract.IoTensor]) -> list[tuple[str, ...]]:
     ]
 
 
-def written_tables(file: str) -> list[list[tuple[str, ...]]]:
+def written_tables(heading: str) -> list[list[tuple[str, ...]]]:
     """The tables of a section: name, dtype and axes of each row."""
-    section = DOCUMENT.split(f"\n### {file}\n")[1].split("\n#")[0]
+    section = DOCUMENT.split(f"\n### {heading}\n")[1].split("\n#")[0]
     tables: list[list[tuple[str, ...]]] = []
     for line in section.splitlines():
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
@@ -57,9 +62,9 @@ def written_tables(file: str) -> list[list[tuple[str, ...]]]:
     return tables
 
 
-@pytest.mark.parametrize("file", TABLES)
-def test_tables_are_the_contract(file: str) -> None:
-    assert written_tables(file) == [rows(tensors) for tensors in TABLES[file]]
+@pytest.mark.parametrize("heading", TABLES)
+def test_tables_are_the_contract(heading: str) -> None:
+    assert written_tables(heading) == [rows(tensors) for tensors in TABLES[heading]]
 
 
 def schema_names(schema: object) -> set[str]:
@@ -73,12 +78,20 @@ def schema_names(schema: object) -> set[str]:
 
 
 def weight_names() -> set[str]:
-    attention = (contract.attention_norm, contract.qkv_weight, contract.qkv_bias)
-    rest = (contract.attention_out_weight, contract.attention_out_bias, contract.ffn_norm)
-    names = {name(0) for name in (*attention, *rest, contract.down_squared_norms, contract.neuron_scale)}
-    names |= {name(0, part) for name in (contract.ffn_weight, contract.ffn_bias) for part in contract.FFN_PARTS}
+    norms = (contract.attention_norm, contract.ffn_norm)
+    names = {name(0) for name in (*norms, contract.down_squared_norms, contract.neuron_scale)}
+    stored = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
+    names |= {contract.linear_weight(0, name) for name in stored}
     plain = {contract.EMBEDDING, contract.HEAD, contract.FINAL_NORM, contract.COS_CACHE, contract.SIN_CACHE}
     return plain | {by_layer(name) for name in names}
+
+
+ENDINGS = (contract.linear_bias, contract.row_price)
+
+
+def beside(names: set[str]) -> set[str]:
+    """What may stand beside matrices in weights.bin, which the document names by its ending."""
+    return {of(name) for name in names if "{i}" in name for of in ENDINGS}
 
 
 def tensor_names() -> set[str]:
@@ -90,6 +103,7 @@ QUOTED = set(re.findall(r"`([^`\n]+)`", DOCUMENT))
 
 def test_every_weight_and_file_appears() -> None:
     assert weight_names() <= QUOTED
+    assert QUOTED.issuperset(of("") for of in ENDINGS)
     files = {getattr(contract, name) for name in dir(contract) if name.endswith("_FILE")}
     assert len(files) == 10
     assert files <= QUOTED
@@ -98,24 +112,30 @@ def test_every_weight_and_file_appears() -> None:
 def test_every_property_of_the_manifest_appears() -> None:
     missing = set(SCHEMA["properties"]) - QUOTED
     assert not missing
-    for part in ("model", "shape", "method", "refresh"):
-        properties = set(SCHEMA["properties"][part]["properties"]) - QUOTED
-        assert not properties, part
+    parts = {name: SCHEMA["properties"][name] for name in ("model", "shape", "refresh", "price_table")}
+    parts |= {name: SCHEMA["$defs"][name] for name in ("mask_method", "price_row")}
+    for name, part in parts.items():
+        properties = set(part["properties"]) - QUOTED
+        assert not properties, name
 
 
 def test_every_name_exists() -> None:
     """A quoted word with an underscore, or with a layer, is a name of the contract or of a file of the artifact."""
-    elsewhere = {"bind_cpu_input", "bind_ortvalue_input", "past_present_share_buffer", "metadata_props"}  # of others
-    known = tensor_names() | weight_names() | schema_names(SCHEMA) | {contract.FfnInput.NEURON_SCALE} | elsewhere
+    elsewhere = {"bind_cpu_input", "bind_ortvalue_input", "past_present_share_buffer"}  # ONNX Runtime's, GenAI's
+    elsewhere |= {"set_model_input", "metadata_props"}
+    weights = weight_names() | beside(weight_names()) | {of("") for of in ENDINGS}
+    known = tensor_names() | weights | schema_names(SCHEMA) | {contract.FfnInput.NEURON_SCALE} | elsewhere
     names = {word for word in QUOTED if re.fullmatch(r"[a-z_.{}]+", word) and ("_" in word or "{i}" in word)}
     files = {word for word in names if re.search(r"\.(onnx|json|jinja|bin|safetensors)$", word)}
     assert len(names - files) > 40
     assert names - files <= known
 
 
-def test_tiny_artifact_has_no_other_weights(tiny_artifact: Path) -> None:
-    manifest = json.loads((tiny_artifact / contract.MANIFEST_FILE).read_text())
-    assert {by_layer(name) for name in manifest["weights"] if not re.search(r"\.[1-9]", name)} <= weight_names()
+@pytest.mark.parametrize("built", ["tiny_artifact", "priced_artifact"])
+def test_tiny_artifacts_have_no_other_weights(built: str, request: pytest.FixtureRequest) -> None:
+    manifest = json.loads((request.getfixturevalue(built) / contract.MANIFEST_FILE).read_text())
+    stored = {by_layer(name) for name in manifest["weights"] if not re.search(r"\.[1-9]", name)}
+    assert stored <= weight_names() | beside(weight_names())
     assert set(manifest["files"]) | {contract.MANIFEST_FILE} <= QUOTED
 
 

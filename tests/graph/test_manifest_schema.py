@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,70 @@ def test_every_method_and_budget(
     run_ok("build", tiny_model, *calibration, *options, "--no-verify", "-o", tmp_path / "artifact")
     manifest = manifest_of(tmp_path / "artifact")
     VALIDATOR.validate(manifest)
-    assert set(manifest) == set(SCHEMA["properties"])
+    assert set(manifest) == properties_of("indexed")
+
+
+def properties_of(layout: str) -> set[str]:
+    """What the schema asks for of a layout."""
+    by_layout = {part["if"]["properties"]["layout"]["const"]: part["then"]["required"] for part in SCHEMA["allOf"]}
+    assert set(by_layout) == set(SCHEMA["properties"]["layout"]["enum"])
+    assert {*SCHEMA["required"]}.union(*by_layout.values()) == set(SCHEMA["properties"])
+    return {*SCHEMA["required"], *by_layout[layout]}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--max-kl", "0.05"),
+        ("--price", "0"),
+        ("--sparsity", "0.3", "--packing", "sites"),
+        ("--sparsity", "0.3", "--dtype", "fp16"),
+    ],
+    ids=" ".join,
+)
+def test_every_budget_of_prices(
+    options: tuple[str, ...], tiny_model: Path, priced_calibration: Path, tmp_path: Path
+) -> None:
+    arguments = ("--calibration", priced_calibration, *options, "--no-verify", "-o", tmp_path / "artifact")
+    run_ok("build", tiny_model, *arguments)
+    manifest = manifest_of(tmp_path / "artifact")
+    VALIDATOR.validate(manifest)
+    assert set(manifest) == properties_of("priced")
+    VALIDATOR.validate(manifest | {"price_table": None})
+
+
+def first_row(manifest: dict[str, Any]) -> dict[str, Any]:
+    return manifest["price_table"]["rows"][0]
+
+
+PRICED_DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "unknown layout": lambda manifest: manifest.update(layout="blocked"),
+    "layout of masks": lambda manifest: manifest.update(layout="indexed"),
+    "method of masks": lambda manifest: manifest.update(method={"name": "tda"}),
+    "more of a method": lambda manifest: manifest["method"].update(statistic="magnitude"),
+    "no price": lambda manifest: manifest.pop("price"),
+    "negative price": lambda manifest: manifest.update(price=-1.0),
+    "price of text": lambda manifest: manifest.update(price="0"),
+    "no table": lambda manifest: manifest.pop("price_table"),
+    "unknown packing": lambda manifest: manifest.update(packing="blocks"),
+    "unknown packing without a table": lambda manifest: manifest.update(packing="blocks", price_table=None),
+    "table of one row": lambda manifest: manifest["price_table"].update(rows=manifest["price_table"]["rows"][:1]),
+    "table of no size": lambda manifest: manifest["price_table"].update(element_bytes=0),
+    "row without a KL": lambda manifest: first_row(manifest).pop("kl"),
+    "share above one": lambda manifest: first_row(manifest).update(share=1.5),
+    "negative KL": lambda manifest: first_row(manifest).update(kl=-0.1),
+    "rows of outputs": lambda manifest: manifest["matrices"][contract.linear_weight(0, "q")].update(major="output"),
+}
+
+
+@pytest.mark.parametrize("name", PRICED_DAMAGES)
+def test_damage_of_prices_is_refused_by_schema_and_driver(name: str, priced_artifact: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(priced_artifact, tmp_path / "artifact"))
+    edit_manifest(folder, PRICED_DAMAGES[name])
+    assert not VALIDATOR.is_valid(manifest_of(folder))
+    with pytest.raises(TdaError, match="incomplete manifest"):
+        open_artifact(folder)
 
 
 DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {

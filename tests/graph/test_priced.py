@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from tda_export.graph.export import BuildRequest, export_artifact
 from tda_export.graph.priced import PricedDesign
+from tda_export.graph.priced_parity import PricedComparison
 from tda_export.graph.verify import verify_artifact
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.packing import PACKINGS, Packing, linear_shape, packed_matrices
@@ -31,19 +34,51 @@ def build_priced(source: ModelSource, output: Path, packing: Packing, *, dtype: 
     return output
 
 
+@pytest.fixture(scope="session")
+def source_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelSource]:
+    """The tiny model of a family, which is loaded once: its checks share the module in transformers."""
+
+    @functools.cache
+    def load(family: str) -> ModelSource:
+        source = resolve_model(str(save_tiny_model(family, tmp_path_factory.mktemp("priced") / family)))
+        object.__setattr__(source, "reference", functools.cache(source.reference))  # it is frozen
+        return source
+
+    return load
+
+
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family_matches_transformers(family: str, packing: Packing, tmp_path: Path) -> None:
-    source = resolve_model(str(save_tiny_model(family, tmp_path / "model")))
+def test_family_matches_transformers(
+    family: str, packing: Packing, source_of: Callable[[str], ModelSource], tmp_path: Path
+) -> None:
+    source = source_of(family)
     artifact = build_priced(source, tmp_path / "artifact", packing)
     checks = verify_artifact(artifact, lambda name: source, provider="cpu", quiet=True)
     assert len(checks) == 10
     assert [check for check in checks if not check.passed] == []
 
 
+@pytest.mark.parametrize("matrix", ["q", "v", "o", "gate", "down"])
+def test_a_matrix_of_other_prices_is_found(
+    matrix: str, source_of: Callable[[str], ModelSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_of("llama")
+    artifact = build_priced(source, tmp_path / "artifact", "separate")
+    own = PricedComparison._row_prices
+
+    def other(comparison: PricedComparison) -> dict[str, torch.Tensor]:
+        prices = own(comparison)
+        return prices | {matrix: 2 * prices[matrix]}
+
+    monkeypatch.setattr(PricedComparison, "_row_prices", other)
+    checks = verify_artifact(artifact, lambda name: source, provider="cpu", quiet=True)
+    assert {check.name for check in checks if not check.passed} == {"decode at a price", "decode token by token"}
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "opt-post-norm", "gpt-neox", "phi4-mini"])
-def test_float16_on_the_cpu(family: str, tmp_path: Path) -> None:
-    source = resolve_model(str(save_tiny_model(family, tmp_path / "model")))
+def test_float16_on_the_cpu(family: str, source_of: Callable[[str], ModelSource], tmp_path: Path) -> None:
+    source = source_of(family)
     artifact = build_priced(source, tmp_path / "artifact", "sites", dtype="float16")
     checks = verify_artifact(artifact, lambda name: source, provider="cpu", quiet=True)
     assert [check for check in checks if not check.passed] == []

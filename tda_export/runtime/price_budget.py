@@ -1,0 +1,31 @@
+"""From a budget to a price: what a priced artifact's table says, without PyTorch."""
+
+from __future__ import annotations
+
+from tda_export.errors import UsageError
+from tda_export.runtime.artifact import Artifact
+from tda_export.runtime.deployment import PriceDeployment, price_deployment
+
+
+def chosen_price(
+    artifact: Artifact, *, price: float | None = None, sparsity: float | None = None, max_kl: float | None = None
+) -> PriceDeployment:
+    """Return the deployment for one of three budgets of a priced artifact.
+
+    Args:
+        artifact: On disk.
+        price: Of a byte, as in the table; 0 is dense.
+        sparsity: Share of the linears' bytes not to read, in [0, 1).
+        max_kl: The most predicted KL to dense, nats a token.
+
+    Raises:
+        UsageError: None or several are given, one is out of range, or nothing was measured.
+    """
+    if sum(value is not None for value in (price, sparsity, max_kl)) != 1:
+        raise UsageError("A budget is one of --price, --sparsity and --max-kl. Give one of them.")
+    table = artifact.price_table
+    if price is not None:
+        return price_deployment(price, table)
+    if table is None:
+        raise UsageError(f"{artifact.folder} carries no table of prices. Give --price, or build it with --calibration.")
+    return price_deployment(table.price_for(sparsity=sparsity, max_kl=max_kl), table)
