@@ -28,6 +28,7 @@ collect_ignore = [] if os.environ.get("TDA_EXPORT_GEMMA3") else ["test_gemma3.py
 
 TINY_LENGTHS = ("--sequences", "4", "--prompt-tokens", "32", "--continuation-tokens", "16")
 CALIBRATE_TINY = ("--method", "tda", *TINY_LENGTHS)
+PRICE_TINY = ("--method", "priced", *TINY_LENGTHS)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -88,6 +89,22 @@ def tiny_artifact(tiny_model: Path, tiny_calibration: Path, tmp_path_factory: py
     """Its verified artifact. Session-wide: copy it before changing anything in it."""
     path = tmp_path_factory.mktemp("artifacts") / "tiny"
     run_ok("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, "-o", path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def priced_calibration(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its prices at sparsity 0.5 on the built-in text."""
+    path = tmp_path_factory.mktemp("calibrations") / "priced.safetensors"
+    run_ok("calibrate", tiny_model, "-o", path, "--sparsity", "0.5", *PRICE_TINY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def priced_artifact(tiny_model: Path, priced_calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its verified artifact of priced rows. Session-wide: copy it before changing anything in it."""
+    path = tmp_path_factory.mktemp("artifacts") / "priced"
+    run_ok("build", tiny_model, "--calibration", priced_calibration, "-o", path)
     return path
 
 

@@ -16,9 +16,11 @@ from tokenizers import Tokenizer
 
 from tda_export.files import sha256
 from tda_export.graph import contract
+from tda_export.graph.derive import artifact_spec
 from tda_export.graph.reference import SecondLevel
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.native.library import SWITCH, native_problem
+from tda_export.packing import packed_matrices
 from tda_export.runtime import Model, load
 from tda_export.runtime.deployment import Deployment
 from tda_export.runtime.kv_cache import KvCache
@@ -91,6 +93,15 @@ def model(tiny_artifact: Path, request: pytest.FixtureRequest) -> Model:
     return loaded
 
 
+@pytest.fixture(scope="session", params=["native", "stock"])
+def priced_model(priced_artifact: Path, request: pytest.FixtureRequest) -> Model:
+    """The tiny artifact of priced rows on the CPU; tests may share it as well."""
+    with without_native_kernels() if request.param == "stock" else contextlib.nullcontext():
+        loaded = load(priced_artifact, provider="cpu")
+    assert loaded.sessions.native == (request.param == "native")
+    return loaded
+
+
 @pytest.fixture(scope="session")
 def source(tiny_model: Path) -> ModelSource:
     """The model that it was built from."""
@@ -107,6 +118,18 @@ def reference(source: ModelSource) -> Any:
 def artifact_copy(tiny_artifact: Path, tmp_path: Path) -> Path:
     """A copy of the tiny artifact, to be damaged."""
     return Path(shutil.copytree(tiny_artifact, tmp_path / "artifact"))
+
+
+def row_prices(model: Model) -> dict[str, torch.Tensor]:
+    """What the rows of a priced artifact are worth, float32 [L, in] by stored matrix."""
+    artifact = model.artifact
+    spec, layers = artifact_spec(artifact), range(artifact.shape.num_layers)
+    names = packed_matrices(spec, artifact.manifest["packing"])
+    stored = {
+        name: [map_weight(artifact, contract.row_price(contract.linear_weight(i, name))) for i in layers]
+        for name in names
+    }
+    return {name: torch.from_numpy(np.stack(rows)) for name, rows in stored.items()}
 
 
 def prompt_mask(model: Model, prompt: str) -> PromptMask:
