@@ -48,7 +48,7 @@ class ServerMetrics:
         )
         self._read = Counter(
             "tda_export_skippable_read_bytes",
-            "Weights that decode steps read of the matrices whose rows they may skip: all linears with prices, the FFN's "
+            "Weights that decode steps read of the matrices whose rows they may skip: all linears with prices, the FFN "
             "with masks; what tokens skip one by one, as calibrated",
             registry=registry,
         )
