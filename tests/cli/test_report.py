@@ -99,8 +99,8 @@ def test_stored_budget_beyond_the_path(tiny_calibration: Path, tmp_path: Path) -
 def test_artifact_with_refreshes(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
     """The allocation is the one that was built: of the steps between refreshes."""
     artifact, output = tmp_path / "a", tmp_path / "report.html"
-    arguments = ("--calibration", tiny_calibration, "--sparsity", 0.5, "--refresh", 5, "--no-verify", "-o", artifact)
-    run_ok("build", tiny_model, "--method", "tda", *arguments)
+    budget = ("--method", "tda", "--sparsity", 0.5, "--refresh", 5)
+    run_ok("build", tiny_model, *budget, "--calibration", tiny_calibration, "--no-verify", "-o", artifact)
     run_ok("report", artifact, "-o", output)
     text = text_of(parse(output))
     assert "Budget: sparsity 0.5, allocation kl, with a refresh every 5 tokens." in text
