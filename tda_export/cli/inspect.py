@@ -71,15 +71,21 @@ def _of_artifact(folder: Path, context: int | None) -> dict[str, Any]:
     spec, dtype = artifact_spec(artifact), artifact.shape.dtype
     sizes = manifest_sizes(spec, artifact.manifest["weights"], dtype)
     described = _described(artifact.name, spec, sizes, dtype, context)
-    return described | {
-        "artifact": str(folder),
-        "layout": artifact.layout,
-        "method": artifact.manifest["method"]["name"],
-        "budget": artifact.manifest["budget"],
-        "expected_sparsity": artifact.manifest["expected"].get("sparsity"),
-        "artifact_bytes": sum(entry["size"] for entry in artifact.manifest["files"].values()),
-        **{name: artifact.manifest[name] for name in ("packing", "price", "price_table") if name in artifact.manifest},
+    prices = {
+        name: artifact.manifest[name] for name in ("packing", "price", "price_table") if name in artifact.manifest
     }
+    return (
+        described
+        | prices
+        | {
+            "artifact": str(folder),
+            "layout": artifact.layout,
+            "method": artifact.manifest["method"]["name"],
+            "budget": artifact.manifest["budget"],
+            "expected_sparsity": artifact.manifest["expected"].get("sparsity"),
+            "artifact_bytes": sum(entry["size"] for entry in artifact.manifest["files"].values()),
+        }
+    )
 
 
 def _described(name: str, spec: Any, sizes: Any, dtype: str, context: int | None) -> dict[str, Any]:
