@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -140,12 +139,15 @@ def test_another_budget_without_the_model(artifact: Path) -> None:
     assert sparse > json.loads(result.stdout)["metrics"]["sparsity"] + 0.1
 
 
-def test_demo_uses_what_is_there_and_compares_two_budgets(artifact: Path, tmp_path: Path) -> None:
-    shutil.copy(artifact.parent / "calibration.safetensors", tmp_path / f"{MODEL}.calibration.safetensors")
-    (tmp_path / MODEL).symlink_to(artifact)
+def test_demo_builds_by_prices_and_compares_two_budgets(tmp_path: Path) -> None:
+    calibration = tmp_path / f"{MODEL}.calibration.safetensors"
+    run_ok("calibrate", MODEL, "-o", calibration, "--sequences", 4, "--prompt-tokens", 96, "--continuation-tokens", 32)
     result = run_ok("demo", "--artifacts", tmp_path)
-    assert f"Using {tmp_path / MODEL}" in result.stdout
-    rows = [line.split("│")[1:4] for line in result.stdout.splitlines() if line.startswith("│")]
-    names, sparsities = [row[0].strip() for row in rows], [float(row[1]) for row in rows]
-    assert names == ["dense", "tda, sparsity 0.5, kl", "tda, KL 0.1"]
-    assert sparsities[0] == 0 < sparsities[2] < sparsities[1] < 1
+    assert f"Using {calibration}" in result.stdout
+    rows = [line.split("│")[1:6] for line in result.stdout[result.stdout.index("all linears, as") :].splitlines()[1:]]
+    names, sparsities, kls = zip(
+        *((row[0].strip(), float(row[2]), float(row[4])) for row in rows if len(row) == 5), strict=True
+    )
+    assert names == ("dense", "KL 0.05", "sparsity 0.5")
+    assert 0 == sparsities[0] < sparsities[1] < sparsities[2] == 0.5
+    assert 0 == kls[0] < kls[1] < kls[2] < 1

@@ -21,6 +21,7 @@ from tda_export.cli.options import (
     artifact_argument,
     context_option,
     deployment_options,
+    keep_answers_option,
 )
 from tda_export.errors import TdaError
 
@@ -41,18 +42,27 @@ Anything else is a message. Ctrl-C stops an answer."""
 @answer_options(512)
 @context_option
 @deployment_options
-def chat(artifact: Path, system: str | None, answering: Answering, context: int | None, deployed: Deployed) -> None:
+@keep_answers_option
+def chat(
+    artifact: Path,
+    system: str | None,
+    answering: Answering,
+    context: int | None,
+    deployed: Deployed,
+    keep_answers: bool,
+) -> None:
     """Chat with ARTIFACT, turn by turn.
 
     Each line is a message, on a terminal and from a pipe. Keys, values and statistics stay from turn to turn; only
-    what is new is read. When the context is full, the oldest turns are left out, and that is said.
+    what is new is read, and the last answer again unless it is kept. When the context is full, the oldest turns are
+    left out, and that is said.
 
-    Answers go to standard output. After each, a line on standard error says what share of the FFN's bytes its tokens
-    read, and how fast they came; on a terminal its title says so while they come.
+    Answers go to standard output. After each, a line on standard error says what share of the bytes its tokens read of
+    the weights that may be skipped, and how fast they came; on a terminal its title says so while they come.
     """
     from tda_export.runtime import Conversation
 
-    model, deployment = deployed.load(artifact)
+    model, deployment = deployed.load(artifact, keep_answers=keep_answers)
     conversation = Conversation(
         model,
         system=system,
@@ -60,6 +70,7 @@ def chat(artifact: Path, system: str | None, answering: Answering, context: int 
         context=context,
         deployment=deployment,
         chat_template_kwargs=answering.chat_template_kwargs,
+        keep_answers=keep_answers,
     )
     if not sys.stdin.isatty():
         _talk(_piped_lines(), conversation, answering, deployment)

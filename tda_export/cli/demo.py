@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
-
-if TYPE_CHECKING:
-    from tda_export.runtime.generate import MaskMode
 
 MODEL = "smollm2-135m"
 PROMPT = (
@@ -23,7 +19,8 @@ PROMPT = (
 )
 NEW_TOKENS = 64
 SEQUENCES = 12  # fewer than by default: minutes count more here than the last of the quality
-SECOND_BUDGET = 0.1  # nats a token
+MAX_KL = 0.05  # nats a token
+SPARSITY = 0.5
 
 
 @click.command()
@@ -36,23 +33,24 @@ SECOND_BUDGET = 0.1  # nats a token
 )
 def demo(artifacts: Path) -> None:
     """Calibrate, build, verify and generate on the built-in model, and show what it cost and kept."""
-    from tda_export.calibration.budgets import Budget
     from tda_export.cli.build import build
     from tda_export.cli.calibrate import calibrate
     from tda_export.cli.generate import summary
     from tda_export.cli.tables import print_table
-    from tda_export.deployments import mask_deployment
-    from tda_export.runtime import load
+    from tda_export.errors import UsageError
+    from tda_export.runtime import load, open_artifact
     from tda_export.runtime.scoring import compare, continuation_logits
 
     artifacts.mkdir(parents=True, exist_ok=True)
     calibration, artifact = artifacts / f"{MODEL}.calibration.safetensors", artifacts / MODEL
     context = click.get_current_context()
+    if artifact.exists() and open_artifact(artifact).layout != "priced":
+        raise UsageError(f"{artifact} has masks, and the demo is of prices. Give another folder with --artifacts.")
     if calibration.exists():
         click.echo(f"Using {calibration}")
     else:
-        click.echo(f"$ tda-export calibrate {MODEL} -o {calibration} --method tda --sequences {SEQUENCES}")
-        context.invoke(calibrate, model=MODEL, output=calibration, method="tda", sequences=SEQUENCES)
+        click.echo(f"$ tda-export calibrate {MODEL} -o {calibration} --sequences {SEQUENCES}")
+        context.invoke(calibrate, model=MODEL, output=calibration, sequences=SEQUENCES)
     if artifact.exists():
         click.echo(f"Using {artifact}")
     else:
@@ -60,32 +58,32 @@ def demo(artifacts: Path) -> None:
         context.invoke(build, model=MODEL, calibration_file=calibration, output=artifact)
 
     model = load(artifact)
-    budgets = {
-        "dense": None,
-        f"tda, {Budget(**model.artifact.manifest['budget'])}": model.artifact.deployment,
-        f"tda, KL {SECOND_BUDGET}": mask_deployment(model.artifact, Budget(max_kl=SECOND_BUDGET)),
+    settings = {
+        "dense": model.at(price=0.0),
+        f"KL {MAX_KL}": model.at(max_kl=MAX_KL),
+        f"sparsity {SPARSITY}": model.at(sparsity=SPARSITY),
     }
     prompt = model.text.encode(model.text.chat([{"role": "user", "content": PROMPT}]), special_tokens=False)
     rows: list[list[str]] = []
     dense_tokens: list[int] = []
     dense_logits = None
-    for name, deployment in budgets.items():
-        mask: MaskMode = "dense" if deployment is None else "tda"
+    for name, deployment in settings.items():
         click.secho(f"\n{name}", bold=True)
-        generation = model.generate(prompt, mask=mask, max_new_tokens=NEW_TOKENS, deployment=deployment)
+        generation = model.generate(prompt, max_new_tokens=NEW_TOKENS, deployment=deployment)
         tokens = []
         for token in generation:
             tokens.append(token.id)
             click.echo(token.text, nl=False)
         click.echo(f"\n{summary(generation.metrics)}")
         dense_tokens = dense_tokens or tokens
-        logits = continuation_logits(model, prompt, dense_tokens, mask=mask, deployment=deployment)
+        logits = continuation_logits(model, prompt, dense_tokens, deployment=deployment)
         dense_logits = logits if dense_logits is None else dense_logits
         fidelity, metrics = compare(dense_logits, logits), generation.metrics
         rate = metrics.decode_tokens_per_second
         rows.append(
             [
                 name,
+                f"{deployment.price:.3g}",
                 f"{metrics.sparsity:.3f}",
                 f"{metrics.bytes_per_token / 2**20:.1f}",
                 f"{fidelity.kl:.3f}",
@@ -94,9 +92,12 @@ def demo(artifacts: Path) -> None:
             ]
         )
     click.echo()
-    columns = ["decode", "sparsity", "FFN MiB", "KL", "agreement", "tokens/s"]
+    columns = ["decode", "price", "sparsity", "MiB", "KL", "agreement", "tokens/s"]
     print_table(
-        f"Cost a token, and KL (nats) and top-1 agreement to dense over its {len(dense_tokens)} tokens", columns, rows
+        "What a token reads of all linears, as calibrated, and KL (nats) and top-1 agreement to dense over its "
+        f"{len(dense_tokens)} tokens",
+        columns,
+        rows,
     )
     if not model.sessions.native:
-        click.echo("Without native kernels the rows of a mask are gathered, which costs more than it saves.")
+        click.echo("Without native kernels every row is read, and what is not worth its bytes counts as zero.")

@@ -11,7 +11,7 @@ import click
 from tda_export.cli.options import json_option
 
 CONTEXT = 1024  # tokens
-SPARSITIES = (0.3, 0.5)
+SPARSITIES = (0.3, 0.5, 0.7)
 MIB = 2**20
 
 
@@ -31,8 +31,9 @@ MIB = 2**20
 def inspect(name: str, dtype: str | None, context: int | None, as_json: bool) -> None:
     """Say what MODEL or ARTIFACT is, how large, and how much faster sparse decoding of it can be.
 
-    Of a MODEL no weights are read. The ceiling is the ratio of bytes that a dense and a sparse step read: decoding one
-    token at a time is bound by memory. A session holds the weights once and the keys and values of the context.
+    Of a MODEL no weights are read; what is said is of its artifact of prices. The ceiling is the ratio of bytes that a
+    dense and a sparse step read: decoding one token at a time is bound by memory. A session holds the weights once and
+    the keys and values of the context.
     """
     from tda_export.errors import UsageError
     from tda_export.graph.contract import DTYPES, MANIFEST_FILE
@@ -50,17 +51,19 @@ def inspect(name: str, dtype: str | None, context: int | None, as_json: bool) ->
 
 
 def _of_model(name: str, dtype: str, context: int | None) -> dict[str, Any]:
+    from tda_export.graph.requests import default_packing
     from tda_export.graph.sizes import planned_sizes
     from tda_export.models.skeleton import skeleton_shapes
     from tda_export.models.source import resolve_model
 
     source = resolve_model(name, notify=lambda line: click.echo(line, err=True))
     spec = source.spec
-    return _described(name, spec, planned_sizes(spec, skeleton_shapes(source.config), dtype), dtype, context)
+    sizes = planned_sizes(spec, skeleton_shapes(source.config), dtype, default_packing(dtype))
+    return _described(name, spec, sizes, dtype, context)
 
 
 def _of_artifact(folder: Path, context: int | None) -> dict[str, Any]:
-    from tda_export.graph.derive import artifact_method, artifact_spec
+    from tda_export.graph.derive import artifact_spec
     from tda_export.graph.sizes import manifest_sizes
     from tda_export.runtime.artifact import open_artifact
 
@@ -68,13 +71,21 @@ def _of_artifact(folder: Path, context: int | None) -> dict[str, Any]:
     spec, dtype = artifact_spec(artifact), artifact.shape.dtype
     sizes = manifest_sizes(spec, artifact.manifest["weights"], dtype)
     described = _described(artifact.name, spec, sizes, dtype, context)
-    return described | {
-        "artifact": str(folder),
-        "method": artifact_method(artifact).name,
-        "budget": artifact.manifest["budget"],
-        "expected_sparsity": artifact.manifest["expected"].get("sparsity"),
-        "artifact_bytes": sum(entry["size"] for entry in artifact.manifest["files"].values()),
+    prices = {
+        name: artifact.manifest[name] for name in ("packing", "price", "price_table") if name in artifact.manifest
     }
+    return (
+        described
+        | prices
+        | {
+            "artifact": str(folder),
+            "layout": artifact.layout,
+            "method": artifact.manifest["method"]["name"],
+            "budget": artifact.manifest["budget"],
+            "expected_sparsity": artifact.manifest["expected"].get("sparsity"),
+            "artifact_bytes": sum(entry["size"] for entry in artifact.manifest["files"].values()),
+        }
+    )
 
 
 def _described(name: str, spec: Any, sizes: Any, dtype: str, context: int | None) -> dict[str, Any]:
@@ -104,13 +115,19 @@ def _described(name: str, spec: Any, sizes: Any, dtype: str, context: int | None
         "bytes_per_token": sizes.read + sizes.cache_read(context),
         "ffn_bytes": sizes.ffn,
         "ffn_share": sizes.ffn / sizes.read,
+        "linear_bytes": sizes.linears,
+        "linear_share": sizes.linears / sizes.read,
         "ceiling": {str(sparsity): sizes.ceiling(sparsity, context) for sparsity in SPARSITIES},
+        "linear_ceiling": {str(sparsity): sizes.ceiling(sparsity, context, linears=True) for sparsity in SPARSITIES},
         "cache_bytes": sizes.cache(context),
         "session_bytes": sizes.stored + sizes.cache(context),
     }
 
 
 def _print(result: dict[str, Any]) -> None:
+    from tda_export.cli.tables import print_prices
+    from tda_export.pricing import PriceTable
+
     click.echo(f"{result['model']}: {result['architecture']}")
     click.echo(f"  {'; '.join(result['features'])}")
     click.echo(
@@ -119,18 +136,32 @@ def _print(result: dict[str, Any]) -> None:
         f"{result['ffn_matrices']} rows, {result['vocab_size']:,} tokens, {result['max_positions']:,} positions"
     )
     if "artifact" in result:
-        expected = result["expected_sparsity"]
-        suffix = "" if expected is None else f", expected FFN sparsity {expected:.3f}"
-        budget = ", ".join(f"{key} {value}" for key, value in result["budget"].items())
-        click.echo(f"  built with {result['method']}, {budget}{suffix}")
+        _print_build(result)
     click.echo(
-        f"  FFN {result['ffn_bytes'] / MIB:,.0f} MiB in {result['dtype']}, {result['ffn_share']:.0%} of the weights "
-        f"that a token reads; with {result['context']:,} tokens in the cache a token reads "
+        f"  linears of the layers {result['linear_bytes'] / MIB:,.0f} MiB in {result['dtype']}, "
+        f"{result['linear_share']:.0%} of the weights that a token reads; the FFN's {result['ffn_bytes'] / MIB:,.0f} "
+        f"MiB, {result['ffn_share']:.0%}; with {result['context']:,} tokens in the cache a token reads "
         f"{result['bytes_per_token'] / MIB:,.0f} MiB"
     )
     for sparsity, ceiling in result["ceiling"].items():
-        click.echo(f"  at {float(sparsity):.0%} FFN sparsity at most {ceiling:.2f} times as fast as dense")
+        click.echo(
+            f"  at {float(sparsity):.0%} sparsity at most {result['linear_ceiling'][sparsity]:.2f} times as fast as "
+            f"dense where it is of all linears, {ceiling:.2f} of the FFN"
+        )
     click.echo(
         f"  artifact {result['artifact_bytes'] / MIB:,.0f} MiB, a session {result['session_bytes'] / MIB:,.0f} MiB, "
         f"{result['cache_bytes'] / MIB:,.0f} of them for the cache"
     )
+    if result.get("price_table"):
+        print_prices(PriceTable.from_dict(result["price_table"]))
+
+
+def _print_build(result: dict[str, Any]) -> None:
+    expected, budget = (
+        result["expected_sparsity"],
+        ", ".join(f"{key} {value}" for key, value in result["budget"].items()),
+    )
+    what = "sparsity of all linears" if result["layout"] == "priced" else "FFN sparsity"
+    suffix = "" if expected is None else f", expected {what} {expected:.3f}"
+    price = f", price {result['price']:.4g}, packing {result['packing']}" if result["layout"] == "priced" else ""
+    click.echo(f"  built with {result['method']}, {budget}{price}{suffix}")

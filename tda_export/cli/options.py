@@ -47,6 +47,12 @@ mask_option = click.option(
 price_option = click.option(
     "--price", type=float, help="Budget: read a row only if it is worth so much a byte; 0 is dense."
 )
+keep_answers_option = click.option(
+    "--keep-answers/--reread-answers",
+    default=False,
+    help="With prices: go on behind an answer as sparse steps have written it, or read it again, densely, with the "
+    "next message.  [default: reread]",
+)
 ANSWER_OPTIONS = (
     click.option("--stop", multiple=True, help="Stop before this string; may be given many times."),
     click.option("--stop-token-id", multiple=True, type=int, help="Stop at this token; may be given many times."),
@@ -170,11 +176,12 @@ class Deployed:
     refresh: int | None
     provider: str
 
-    def load(self, artifact: Path) -> tuple[Model, AnyDeployment]:
+    def load(self, artifact: Path, *, keep_answers: bool = False) -> tuple[Model, AnyDeployment]:
         """Load an artifact; where a budget is given, choose from what its calibration measured."""
         from tda_export.deployments import Asked, deployed
         from tda_export.errors import UsageError
         from tda_export.runtime import Model, open_artifact
+        from tda_export.runtime.model import check_keeping
         from tda_export.runtime.providers import choose_provider
 
         asked = Asked(
@@ -190,6 +197,8 @@ class Deployed:
         provider = choose_provider(self.provider, opened.shape.dtype)
         asked = replace(asked, refresh=chosen_refresh(opened, self.refresh))
         check_mask(opened, self.mask)
+        if keep_answers:
+            check_keeping(opened)
         deployment = deployed(opened, asked)  # refused before any session is opened
         return Model(opened, provider), deployment
 

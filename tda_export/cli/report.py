@@ -32,8 +32,9 @@ from tda_export.cli.options import PATH, overwrite_option, provider_option
 def report(source: Path, output: Path, result_files: tuple[Path, ...], provider: str, overwrite: bool) -> None:
     """Draw what a calibration or an artifact holds as one HTML file that needs nothing else.
 
-    From a calibration file: curves, allocation, and KL where it was measured. From an artifact's folder also how its
-    neurons behave, measured with its own graphs.
+    From a calibration file or an artifact of prices: the table of prices, and the rows that are read by matrix and
+    layer. Of masks: curves, allocation, and KL where it was measured; from an artifact's folder also how its neurons
+    behave, measured with its own graphs.
     """
     from tda_export.errors import TdaError, UsageError
     from tda_export.files import atomic_file, check_output

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import click
 
-from tda_export.cli.options import Deployed, artifact_argument, context_option, deployment_options
+from tda_export.cli.options import (
+    Deployed,
+    artifact_argument,
+    context_option,
+    deployment_options,
+    keep_answers_option,
+)
 from tda_export.errors import TdaError
 
 PACKAGES = ("fastapi", "prometheus_client", "pydantic", "starlette", "h11", "uvicorn")  # of the extra
@@ -61,6 +67,7 @@ PACKAGES = ("fastapi", "prometheus_client", "pydantic", "starlette", "h11", "uvi
 )
 @context_option
 @deployment_options
+@keep_answers_option
 def serve(
     artifact: Path,
     host: str,
@@ -75,11 +82,14 @@ def serve(
     grace: int,
     context: int | None,
     deployed: Deployed,
+    keep_answers: bool,
 ) -> None:
     """Serve ARTIFACT by OpenAI's chat and completions API, with streaming.
 
-    One model, one answer at a time, in order of arrival. /v1/models lists it, /health says whether it answers,
-    /metrics is for Prometheus. There is no authentication: put a proxy in front of it where others can reach it.
+    One model, one answer at a time, in order of arrival. On artifacts of prices a request may say how much of the
+    weights its answer reads, by one of the fields price, sparsity and max_kl. /v1/models lists it, /health says whether
+    it answers, /metrics is for Prometheus. There is no authentication: put a proxy in front of it where others can
+    reach it.
     """
     try:
         from tda_export.serve.access import make_access
@@ -99,7 +109,7 @@ def serve(
 
     with listen(host, port) as opened:
         access = make_access(host=host, loopback=is_loopback(opened), allowed_hosts=allowed_host, origins=cors)
-        model, deployment = deployed.load(artifact)
+        model, deployment = deployed.load(artifact, keep_answers=keep_answers)
         context = model.check_context(context)
         worker = Worker(
             model,
@@ -108,6 +118,7 @@ def serve(
             mask=deployed.mask,
             deployment=deployment,
             metrics=ServerMetrics(),
+            keep_answers=keep_answers,
         )
         name = name or artifact.resolve().name
         app = create_app(worker, name, Limits(body_bytes=max_body, new_tokens=max_new_tokens), access)

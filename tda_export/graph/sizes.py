@@ -9,19 +9,25 @@ from typing import Any
 import torch
 
 from tda_export.graph import contract
-from tda_export.graph.weight_plan import IndexedRows, plan_weights
+from tda_export.graph.weight_plan import PricedRows, plan_weights
 from tda_export.models.spec import DecoderSpec
+from tda_export.packing import Packing, linear_shape, packed_matrices
 
 KEY_AND_VALUE = 2
+# Matrices of a layer, however they are packed.
+ATTENTION_MATRICES = ("q", "k", "v", "qkv", "o")
+FFN_MATRICES = ("gate", "up", "gate_up", "down")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes: `stored` of all weights, `read` of those that a dense decode step reads, `ffn` of the FFN's among them
-    (without biases, as sparsity counts), `cache_row` of one token's key and value in one layer."""
+    """Bytes: `stored` of all weights, `read` of those that a dense decode step reads, `linears` of the layers' linears
+    among them and `ffn` of the FFN's (without biases, as sparsity counts), `cache_row` of one token's key and value in
+    one layer."""
 
     stored: int
     read: int
+    linears: int
     ffn: int
     cache_row: int
     windows: tuple[int | None, ...]
@@ -34,10 +40,16 @@ class Sizes:
         """Return what of them a step reads: of layers with a window no more than that."""
         return sum(min(window or context, context) for window in self.windows) * self.cache_row
 
-    def ceiling(self, sparsity: float, context: int) -> float:
-        """Return how many times as fast as dense decode can be at a sparsity, were bytes all that it takes."""
+    def ceiling(self, sparsity: float, context: int, *, linears: bool = False) -> float:
+        """Return how many times as fast as dense decode can be at a sparsity, were bytes all that it takes.
+
+        Args:
+            sparsity: Share of the FFN's bytes that is not read.
+            context: Tokens in the cache.
+            linears: The sparsity is of all linears instead.
+        """
         dense = self.read + self.cache_read(context)
-        return dense / (dense - sparsity * self.ffn)
+        return dense / (dense - sparsity * (self.linears if linears else self.ffn))
 
 
 def weight_sizes(spec: DecoderSpec, weights: Mapping[str, int], dtype: str) -> Sizes:
@@ -51,33 +63,38 @@ def weight_sizes(spec: DecoderSpec, weights: Mapping[str, int], dtype: str) -> S
     looked_up = {*contract.ROPE_CACHES, *contract.LOCAL_ROPE_CACHES, contract.POSITIONS}  # a row of each is read
     if not spec.tied_head:
         looked_up.add(contract.EMBEDDING)
-    ffn = 0
+    ffn = attention = 0
     for layer in range(spec.num_layers):
-        stored = (contract.ffn_weight(layer, part) for part in (*spec.ffn_parts, "gate_up"))
-        ffn += sum(weights.get(name, 0) for name in stored)
+        ffn += sum(weights.get(contract.linear_weight(layer, stored), 0) for stored in FFN_MATRICES)
+        attention += sum(weights.get(contract.linear_weight(layer, stored), 0) for stored in ATTENTION_MATRICES)
         looked_up |= {contract.down_squared_norms(layer), contract.neuron_scale(layer)}
     return Sizes(
         stored=sum(weights.values()),
         read=sum(size for name, size in weights.items() if name not in looked_up),
+        linears=ffn + attention,
         ffn=ffn,
         cache_row=KEY_AND_VALUE * spec.num_kv_heads * spec.head_size * contract.DTYPE_BYTES[dtype],
         windows=spec.sliding_windows,
     )
 
 
-def planned_sizes(spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> Sizes:
-    """Return the sizes of a two-level artifact of a model, before it is built.
+def planned_sizes(spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]], dtype: str, packing: Packing) -> Sizes:
+    """Return the sizes of an artifact of prices of a model, before it is built.
 
     Args:
         spec: The architecture.
         shapes: Of the checkpoint's tensors, by name.
         dtype: A value of `contract.DTYPES`.
+        packing: Of the linears.
 
     Raises:
         TdaError: The shapes do not fit the architecture.
     """
-    up_rms = torch.empty(spec.num_layers, spec.ffn_size, device="meta")
-    plan = plan_weights(spec, _Shapes(shapes), dtype, IndexedRows(up_rms))
+    prices = {
+        stored: torch.empty(spec.num_layers, linear_shape(spec, parts[0])[0], device="meta")
+        for stored, parts in packed_matrices(spec, packing).items()
+    }
+    plan = plan_weights(spec, _Shapes(shapes), dtype, PricedRows(packing, prices))
     sizes = {planned.name: planned.bytes for planned in plan}
     return weight_sizes(spec, sizes, dtype)
 

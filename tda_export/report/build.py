@@ -8,7 +8,7 @@ from typing import Any
 
 from tda_export.calibration.budgets import Budget
 from tda_export.calibration.file import Calibration, read_calibration
-from tda_export.errors import TdaError
+from tda_export.errors import TdaError, UsageError
 from tda_export.graph import contract
 from tda_export.progress import progress
 from tda_export.report.activity import Reader
@@ -21,6 +21,7 @@ from tda_export.report.activity_sections import (
 )
 from tda_export.report.methods_section import methods_section
 from tda_export.report.page import Page, Section
+from tda_export.report.priced_sections import artifact_prices, calibration_prices
 from tda_export.report.results import Result
 from tda_export.report.sections import (
     allocation_section,
@@ -47,18 +48,20 @@ def calibration_page(path: Path, results: Sequence[Result]) -> Page:
         TdaError: It cannot be read.
     """
     calibration = read_calibration(path)
-    sections = [
-        calibration_summary(calibration),
-        *_chosen_sections(calibration, calibration.provenance["budget"]),
-        sensitivity_section(calibration),
-        *([methods_section(results)] if results else []),
-    ]
+    sections = [calibration_summary(calibration)]
+    if calibration.priced is not None:
+        sections += calibration_prices(calibration, calibration.priced)
+    if calibration.curves is not None:
+        sections += _chosen_sections(calibration, calibration.provenance["budget"])
+        sections.append(sensitivity_section(calibration))
+    if results:
+        sections.append(methods_section(results))
     name = calibration.provenance["model"]["name"]
     return Page(f"{name}: calibration", path.name, sections)
 
 
 def artifact_page(folder: Path, results: Sequence[Result], provider: str) -> Page:
-    """Report on an artifact, whose graphs are run for it; shows progress.
+    """Report on an artifact. The graphs of one of masks are run for it; shows progress.
 
     Args:
         folder: The artifact.
@@ -66,19 +69,21 @@ def artifact_page(folder: Path, results: Sequence[Result], provider: str) -> Pag
         provider: `auto`, `cpu` or `cuda`.
 
     Raises:
-        UsageError: The provider cannot run it.
+        UsageError: The provider cannot run it, or is chosen where nothing is run.
         TdaError: It cannot be opened, read or run, or its model takes too few tokens.
     """
     artifact = open_artifact(folder)
+    if artifact.layout == "priced":
+        if provider != "auto":
+            raise UsageError(f"{folder} has prices of rows, whose report runs no graph. Leave --provider out.")
+        return Page(f"{artifact.name}: artifact", folder.resolve().name, _priced_sections(artifact, results))
     chosen = choose_provider(provider, artifact.shape.dtype)
     if artifact.shape.max_positions < LONGEST:
         raise TdaError(
             f"{folder}: the model takes {artifact.shape.max_positions} tokens, and the report's own texts up to "
             f"{LONGEST}. Report on its calibration file instead."
         )
-    calibration = None
-    if contract.CALIBRATION_FILE in artifact.manifest["files"]:
-        calibration = read_calibration(artifact.file(contract.CALIBRATION_FILE))
+    calibration = _own_calibration(artifact)
     sections = [artifact_summary(artifact)]
     if calibration is not None:
         sections += _calibration_sections(artifact, calibration)
@@ -86,6 +91,21 @@ def artifact_page(folder: Path, results: Sequence[Result], provider: str) -> Pag
         sections.append(methods_section(results))
     sections += _activity_sections(artifact, chosen)
     return Page(f"{artifact.name}: artifact", folder.resolve().name, sections)
+
+
+def _own_calibration(artifact: Artifact) -> Calibration | None:
+    if contract.CALIBRATION_FILE not in artifact.manifest["files"]:
+        return None
+    return read_calibration(artifact.file(contract.CALIBRATION_FILE))
+
+
+def _priced_sections(artifact: Artifact, results: Sequence[Result]) -> list[Section]:
+    calibration, sections = _own_calibration(artifact), [artifact_summary(artifact)]
+    table = artifact.price_table
+    if table is not None:
+        priced = None if calibration is None else calibration.priced
+        sections += artifact_prices(table, float(artifact.manifest["price"]), priced)
+    return [*sections, methods_section(results)] if results else sections
 
 
 def _chosen_sections(calibration: Calibration, budget: dict[str, Any], refresh_tokens: int = 0) -> list[Section]:

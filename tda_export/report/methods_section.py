@@ -15,9 +15,10 @@ def methods_section(results: Sequence[Result]) -> Section:
     """Compare methods by results of evaluations, one chart for each model, text and prompt length."""
     figures, rows, lossless = [], [], False
     for about, group in grouped(results).items():
-        chart = methods_chart(group)
-        if chart is not None:
-            figures.append(Figure(chart, f"{_about(about)}. Bars: one standard error."))
+        for linears, what in ((True, "All linears' bytes"), (False, "FFN bytes")):
+            chart = methods_chart(group, linears=linears)
+            if chart is not None:
+                figures.append(Figure(chart, f"{what}: {_about(about)}. Bars: one standard error."))
         lossless = lossless or any(one.lossless for one in group)
         rows += [
             [
@@ -28,6 +29,7 @@ def methods_section(results: Sequence[Result]) -> Section:
                 one.budget_text,
                 f"{one.share:.3f}",
                 f"{one.ffn_bytes / MIB:,.1f}",
+                "–" if one.linear_share is None else f"{one.linear_share:.3f}",
                 f"{one.density:.3f}",
                 f"{one.kl:.4f} ± {one.kl_stderr:.4f}",
                 f"{one.perplexity:.3f}",
@@ -43,7 +45,8 @@ def methods_section(results: Sequence[Result]) -> Section:
         "method",
         "budget",
         "FFN bytes, share of dense",
-        "MiB a token",
+        "FFN MiB a token",
+        "bytes of all linears, share of dense",
         "density",
         "KL, nats a token",
         "perplexity",
@@ -51,8 +54,12 @@ def methods_section(results: Sequence[Result]) -> Section:
         "top-1 agreement",
     )
     return Section(
-        "Quality against FFN bytes",
-        ["KL(dense || sparse) of the tokens decoded after a prompt, against the FFN weight bytes that a token reads."],
+        "Quality against bytes",
+        [
+            "KL(dense || sparse) of the tokens decoded after a prompt, against the weight bytes that a token reads: of "
+            "all linears of the layers, where a result knows them, and of the FFN. A method that drops rows of "
+            "attention as well pays for them in KL, and saves bytes that the second count does not show."
+        ],
         figures,
         [Table("All results", columns, rows, texts=5)],
         ["Results without loss (KL of 0 but for rounding, as dense has) have no place on a logarithmic axis."]

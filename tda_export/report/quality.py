@@ -23,6 +23,7 @@ KL = "KL to dense (nats a token, log scale)"
 SUM = "sum of single layers"
 HALVES = ("fitted sequences", "other sequences (predicted KL)")
 BYTES = "FFN bytes read (share of dense)"
+LINEAR_BYTES = "bytes of all linears read (share of dense)"
 
 
 @dataclass(frozen=True)
@@ -126,21 +127,32 @@ def _extent(data: QualityData) -> list[float]:
     return [float(value) for values in (data.sum_of_layers, data.joint, *bounds) for value in values.ravel()]
 
 
-def methods_chart(results: Sequence[Result]) -> Markup | None:
-    """Draw KL against the share of FFN bytes read, one line for each method, with bars of one standard error.
+def methods_chart(results: Sequence[Result], *, linears: bool = False) -> Markup | None:
+    """Draw KL against the share of bytes read, one line for each method, with bars of one standard error.
 
-    Results without loss (dense, but for rounding) have no place on a logarithmic axis. None where nothing is left.
+    Results without loss (dense, but for rounding) have no place on a logarithmic axis, nor have those whose bytes are
+    not known. None where nothing is left.
+
+    Args:
+        results: Of one chart.
+        linears: Count bytes of all linears instead of the FFN's.
     """
+
+    def share(one: Result) -> float:
+        found = one.linear_share if linears else one.share
+        assert found is not None
+        return found
+
+    known = [one for one in results if not one.lossless and (not linears or one.linear_share is not None)]
     lines: dict[str, list[Result]] = {}
-    for result in sorted(results, key=lambda one: one.share):
-        if not result.lossless:
-            lines.setdefault(result.line, []).append(result)
+    for result in sorted(known, key=share):
+        lines.setdefault(result.line, []).append(result)
     if not lines:
         return None
     series = [
         Series(
             label,
-            [one.share for one in points],
+            [share(one) for one in points],
             [one.kl for one in points],
             style=style,
             errors=[one.kl_stderr for one in points],
@@ -149,8 +161,9 @@ def methods_chart(results: Sequence[Result]) -> Markup | None:
         for style, (label, points) in enumerate(sorted(lines.items()))
     ]
     drawn = [one for points in lines.values() for one in points]
-    x = around(BYTES, [one.share for one in drawn])
+    x = around(LINEAR_BYTES if linears else BYTES, [share(one) for one in drawn])
     y = around(
         KL, [bound for one in drawn for bound in (one.kl, one.kl + one.kl_stderr, one.kl - one.kl_stderr)], log=True
     )
-    return line_chart("KL against FFN bytes, by method", series, x, y)
+    title = f"KL against {'bytes of all linears' if linears else 'FFN bytes'}, by method"
+    return line_chart(title, series, x, y)

@@ -16,8 +16,13 @@ METHODS = {
     "static": "static masks",
     "cats": "CATS",
     "dejavu": "DejaVu's predictors",
+    "priced": "priced rows",
+    "teal": "TEAL",
+    "wina": "WINA",
+    "moefication": "MoEfication",
 }
 RULES = {"kl": "by KL", "max_kl": "by KL", "cett": "equal CETT"}  # others are called as they are
+AMOUNTS = {"priced": ("sparsity", "max_kl", "price")}  # what says how much, not by which rule; otherwise the sparsity
 
 
 class Group(NamedTuple):
@@ -31,7 +36,8 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """One evaluation. KL in nats a token, with its standard error; `model` and `continuation_tokens` may be unknown."""
+    """One evaluation. KL in nats a token, with its standard error; bytes that a token reads, of the FFN and of all
+    linears. `model`, `continuation_tokens` and the bytes of linears may be unknown."""
 
     model: str | None
     method: str
@@ -47,6 +53,8 @@ class Result:
     density: float
     ffn_bytes: float
     dense_ffn_bytes: float
+    linear_bytes: float | None = None
+    dense_linear_bytes: float | None = None
 
     @property
     def group(self) -> Group:
@@ -63,13 +71,20 @@ class Result:
         return self.ffn_bytes / self.dense_ffn_bytes
 
     @property
+    def linear_share(self) -> float | None:
+        """Bytes of all linears that a token reads, of those of the dense model, if they are known."""
+        if self.linear_bytes is None or self.dense_linear_bytes is None:
+            return None
+        return self.linear_bytes / self.dense_linear_bytes
+
+    @property
     def line(self) -> str:
         """The line that it is a point of: the method, and the rule of its budget where there are several."""
         name = METHODS.get(self.method, self.method)
         rules = [
             key if isinstance(value, int | float) else str(value)
             for key, value in self.budget.items()
-            if key != "sparsity"
+            if key not in AMOUNTS.get(self.method, ("sparsity",))
         ]
         if self.method == "paper" or not rules:  # the paper's method has no other rule than equal CETT
             return name

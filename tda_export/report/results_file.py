@@ -24,6 +24,7 @@ NUMBERS = (
     "ffn_bytes",
     "dense_ffn_bytes",
 )
+LINEARS = ("linear_bytes", "dense_linear_bytes")  # both or neither
 ALLOCATIONS = {"tda": "kl", "uniform": "uniform"}  # of the methods that quality_table.py names so
 WAY_OUT = "Give the output of 'tda-export eval --text … --json', or of quality_table.py or baselines.py with --json."
 
@@ -102,7 +103,7 @@ def _unreadable(error: Exception, path: Path, line: int) -> TdaError:
 
 
 def _result(content: Any, where: str) -> Result:
-    """Check one result. `model`, `continuation_tokens` and `budget` are labels, and may be left out."""
+    """Check one result. Labels (`model`, `continuation_tokens`, `budget`) may be left out, and so may `LINEARS`."""
 
     def refuse(reason: str) -> TdaError:
         return TdaError(f"{where}: not a result{reason}. {WAY_OUT}")
@@ -113,12 +114,14 @@ def _result(content: Any, where: str) -> Result:
     for name in (*TEXTS, *({"model"} & given.keys())):
         if not isinstance(given.get(name), str):
             raise refuse(f", {name!r} is not there or no text")
-    for name in (*NUMBERS, *({"continuation_tokens"} & given.keys())):
+    linears = LINEARS if given.keys() & set(LINEARS) else ()
+    for name in (*NUMBERS, *linears, *({"continuation_tokens"} & given.keys())):
         value = given.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise refuse(f", {name!r} is not there or no number")
-    if given["dense_ffn_bytes"] <= 0:
-        raise refuse(", 'dense_ffn_bytes' is not positive")
+    for name in ("dense_ffn_bytes", *linears[1:]):
+        if given[name] <= 0:
+            raise refuse(f", {name!r} is not positive")
     budget = given.get("budget", _asked_budget(given))
     if not isinstance(budget, dict):
         raise refuse(", 'budget' is no object")
@@ -126,7 +129,7 @@ def _result(content: Any, where: str) -> Result:
         model=given.get("model"),
         budget={name: value for name, value in budget.items() if value is not None},
         continuation_tokens=given.get("continuation_tokens"),
-        **{name: given[name] for name in (*TEXTS, *NUMBERS)},
+        **{name: given[name] for name in (*TEXTS, *NUMBERS, *linears)},
     )
 
 

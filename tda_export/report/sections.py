@@ -58,7 +58,7 @@ def calibration_summary(calibration: Calibration) -> Section:
 def artifact_summary(artifact: Artifact) -> Section:
     """Say what an artifact is, what it was made of, and which files it has."""
     manifest = artifact.manifest
-    names = ("model", "method", "budget", "shape", "versions")
+    names = ("model", "layout", "method", "packing", "price", "budget", "shape", "versions")
     parts: dict[str, Any] = {name: manifest[name] for name in names if name in manifest}
     files = [[name, f"{entry['size']:,}", entry["sha256"]] for name, entry in manifest["files"].items()]
     tables = [Table("The artifact", ("what", "value"), list(_flat(parts)), texts=2)]

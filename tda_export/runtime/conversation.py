@@ -20,8 +20,9 @@ class Conversation:
 
     A turn renders all messages with the chat template and reads the prompt into a `PromptMemory`, which goes on behind
     the prompt of the turn before: the last answer is read again, densely, with the new message. So the mask of a turn
-    is that of one prefill of the whole chat. A template that renders earlier messages differently than before costs a
-    longer reading, no more.
+    is that of one prefill of the whole chat. With `keep_answers` it goes on behind the last answer, which stays as
+    sparse steps have written it: less to read before an answer, and what they lost is not made good. A template that
+    renders earlier messages differently than before costs a longer reading, no more.
 
     When the chat outgrows the context, its oldest turns are left out, so many that a quarter of the context is free.
     """
@@ -35,6 +36,7 @@ class Conversation:
         context: int | None = None,
         deployment: AnyDeployment | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        keep_answers: bool = False,
     ) -> None:
         """Begin a chat.
 
@@ -45,10 +47,12 @@ class Conversation:
             context: As for `Model.generate`.
             deployment: As for `Model.generate`.
             chat_template_kwargs: As for `Text.chat`, in every turn.
+            keep_answers: As for `Model.memory`.
 
         Raises:
             TdaError: The model has no chat template.
-            UsageError: The context is out of range, or a variable for the template has a name that is taken.
+            UsageError: The context is out of range, a variable for the template has a name that is taken, or answers
+                are to stay and the artifact has masks.
         """
         if not model.text.has_chat_template:
             raise TdaError(
@@ -59,7 +63,7 @@ class Conversation:
         check_template_kwargs(self._template_kwargs)
         self._model, self._mask, self._deployment = model, mask, deployment
         self._context = model.check_context(context)
-        self._memory = model.memory(context=self._context)
+        self._memory = model.memory(context=self._context, keep_answers=keep_answers)
         self._before: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._turns: list[list[Message]] = []  # each begins with the user's message
         self._answer: Generation | None = None  # to the last of them, until it is added

@@ -139,6 +139,7 @@ class Decoding:
         self._sparse_share = 1.0
         self._capacity, self._borrow_step = min(context, len(prompt) + max_new_tokens), borrow_step
         self._memory = memory
+        self._decoded: list[int] = []  # tokens of the answer that are in the cache
         self.cancelled = False
         self.text = ""
         self.metrics = Metrics(sessions.provider, mask, len(prompt), "linears" if sessions.priced else "ffn")
@@ -147,8 +148,12 @@ class Decoding:
         """Read the prompt, then yield the answer token by token, on a step borrowed meanwhile."""
         with self._borrow_step(self._capacity) as step:
             step.capture()
-            with contextlib.suppress(Cancelled):
-                yield from self._generate(step)
+            try:
+                with contextlib.suppress(Cancelled):
+                    yield from self._generate(step)
+            finally:
+                if self._memory is not None:
+                    self._memory.keep(self._decoded, self._deployment)
 
     def _generate(self, step: TokenStep) -> Iterator[Token]:
         metrics, started, how = self.metrics, time.perf_counter(), self._deployment
@@ -188,7 +193,9 @@ class Decoding:
                 metrics.refreshes += 1
                 self._shares.append(1.0)
             else:
-                token = self._next(step, token)
+                following = self._next(step, token)
+                self._decoded.append(token)
+                token = following
                 self._shares.append(self._sparse_share)
             self._account()
             metrics.decode_steps += 1

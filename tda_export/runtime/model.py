@@ -61,16 +61,20 @@ class Model:
             tokens = min(-(-tokens // CAPACITY_STEP) * CAPACITY_STEP, shape.max_positions)
         return open_step(self.sessions, shape, tokens)
 
-    def memory(self, *, context: int | None = None) -> PromptMemory:
+    def memory(self, *, context: int | None = None, keep_answers: bool = False) -> PromptMemory:
         """Make a memory for generations of which each begins with the prompt of the one before, as in a chat.
 
         Args:
             context: That of the generations, beyond which it needs no room; as for `generate`.
+            keep_answers: Let the keys and values of answers stay as sparse steps have written them, instead of reading
+                answers again, densely, with the next prompt.
 
         Raises:
-            UsageError: The context is out of range.
+            UsageError: The context is out of range, or answers are to stay and the artifact has masks.
         """
-        return PromptMemory(self._new_step, self.check_context(context))
+        if keep_answers:
+            check_keeping(self.artifact)
+        return PromptMemory(self._new_step, self.check_context(context), keep_answers=keep_answers)
 
     def at(
         self, *, price: float | None = None, sparsity: float | None = None, max_kl: float | None = None
@@ -151,6 +155,8 @@ class Model:
             raise UsageError(f"Mask {mask!r} is not one of this artifact's. Use {own} or dense.")
         how = deployment or self.artifact.deployment
         self._check(how)
+        if isinstance(how, PriceDeployment) and mask == "dense":
+            how = PriceDeployment(0.0)
         ends = self.end_tokens(stop_token_ids, ignore_eos=ignore_eos)
         tokens = self.tokenize(prompt, chat=chat, chat_template_kwargs=chat_template_kwargs)
         if len(tokens) >= context:
@@ -254,6 +260,19 @@ class Model:
         if not tokens:
             raise TdaError("The prompt is empty. Give some text.")
         return tokens
+
+
+def check_keeping(artifact: Artifact) -> None:
+    """Refuse to let answers stay where masks come from statistics of all that was read.
+
+    Raises:
+        UsageError: The artifact has masks.
+    """
+    if artifact.layout != "priced":
+        raise UsageError(
+            f"{artifact.folder} has masks, whose statistics know nothing of answers that are not read again. Let "
+            "answers be read again, or build an artifact with 'tda-export build MODEL --method priced'."
+        )
 
 
 def load(folder: str | Path, *, provider: str = "auto") -> Model:

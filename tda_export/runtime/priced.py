@@ -42,6 +42,8 @@ class PricedPrefill:
 class PricedStep(TokenStep):
     """Decodes at a price, which lies in memory of the step: one captured graph serves every price and prompt."""
 
+    any_length = True
+
     def __init__(self, sessions: Sessions, shape: ModelShape, capacity: int) -> None:
         super().__init__(sessions, shape, capacity)
         self._price = device_tensor(np.zeros(1, np.float32), sessions.provider)

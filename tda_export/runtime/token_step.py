@@ -45,7 +45,11 @@ class TokenStep(ABC):
 
     The likeliest token is chosen where the logits are and written where the next step reads its input, so that greedy
     decoding copies one number to the host for each token. ONNX Runtime keeps captured graphs for each thread.
+
+    `any_length`: the cache alone says where reading stands, so that `rewind` takes any length and no checkpoint.
     """
+
+    any_length = False
 
     def __init__(self, sessions: Sessions, shape: ModelShape, capacity: int) -> None:
         self.cache = KvCache(shape, sessions.provider, capacity)

@@ -47,15 +47,20 @@ class ServerMetrics:
             "tda_export_tokens_per_second", "Of an answer, from its second token on", buckets=RATES, registry=registry
         )
         self._read = Counter(
-            "tda_export_ffn_read_bytes",
-            "FFN weights that decode steps read; what token thresholds skip, as calibrated",
+            "tda_export_skippable_read_bytes",
+            "Weights that decode steps read of the matrices whose rows they may skip: all linears with prices, the FFN "
+            "with masks; what tokens skip one by one, as calibrated",
             registry=registry,
         )
         self._dense = Counter(
-            "tda_export_ffn_dense_bytes", "FFN weights that they would have read densely", registry=registry
+            "tda_export_skippable_dense_bytes",
+            "Weights that they would have read of these matrices densely",
+            registry=registry,
         )
         self._share = Gauge(
-            "tda_export_ffn_bytes_share", "Share of FFN bytes read in the last answer", registry=registry
+            "tda_export_skippable_bytes_share",
+            "Share of these matrices' bytes that the last answer read",
+            registry=registry,
         )
 
     def watch(self, waiting: Callable[[], int], running: Callable[[], int]) -> None:

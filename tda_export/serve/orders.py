@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tda_export.errors import TdaError
+from tda_export.errors import TdaError, UsageError
+from tda_export.runtime import Model
+from tda_export.runtime.deployment import PriceDeployment
 from tda_export.serve.errors import ApiError, invalid
 from tda_export.serve.protocol import NO_LIMIT, ChatRequest, CompletionRequest, GenerationRequest, Order
 from tda_export.serve.worker import Worker
@@ -32,6 +34,7 @@ def check_request(body: GenerationRequest, model: str) -> None:
     check_model(body.model, model)
     body.check_supported()
     body.stops()
+    body.budget()
 
 
 def check_model(asked: str, name: str) -> None:
@@ -56,6 +59,7 @@ def make_order(body: GenerationRequest, worker: Worker, limits: Limits) -> Order
         ApiError: The prompt cannot be, or is too long; the server is shutting down.
     """
     worker.check_open()
+    deployment = _deployment(body.budget(), worker.model)
     prompt = _prompt(body, worker)
     room = worker.context - len(prompt)
     if room <= 0:
@@ -79,7 +83,34 @@ def make_order(body: GenerationRequest, worker: Worker, limits: Limits) -> Order
         body.stops(),
         stop_token_ids,
         bool(body.ignore_eos),
+        deployment,
     )
+
+
+def _deployment(budget: dict[str, float], model: Model) -> PriceDeployment | None:
+    """Choose a price for a request's budget; what lies beyond the table is refused, as its bytes are not known."""
+    if not budget:
+        return None
+    ((name, value),) = budget.items()
+    table = model.artifact.price_table
+    if model.artifact.layout != "priced":
+        problem = (
+            "this server's artifact has masks and no prices, so a request cannot say how much is read. Leave it out, "
+            "or serve an artifact that 'tda-export build --method priced' made."
+        )
+        raise invalid(f"'{name}': {problem}", param=name, code="unsupported_parameter")
+    if table is None and name != "price":
+        raise invalid(
+            f"'{name}': this server's artifact was built without a table of prices. Give 'price', or leave it out.",
+            param=name,
+            code="unsupported_parameter",
+        )
+    try:
+        if table is not None and name == "price":
+            table.predicted(value)
+        return model.at(**budget)
+    except UsageError as error:
+        raise invalid(str(error), param=name, code="invalid_value") from error
 
 
 def _prompt(body: GenerationRequest, worker: Worker) -> list[int]:

@@ -11,6 +11,7 @@ from tda_export.errors import UsageError
 from tda_export.runtime import Sampling
 from tda_export.runtime.chat_template import check_template_kwargs
 from tda_export.runtime.conversation import Message
+from tda_export.runtime.deployment import AnyDeployment
 from tda_export.runtime.sampling import LEAST_PENALTY, MOST_PENALTY
 from tda_export.serve.errors import invalid
 from tda_export.serve.fields import (
@@ -27,6 +28,7 @@ Item = TypeVar("Item")
 Items = Annotated[list[Item], Field(fail_fast=True)]
 
 MOST_STOPS = 4
+BUDGETS = ("price", "sparsity", "max_kl")
 SEEDS = 1 << 64
 
 NO_LIMIT = -1
@@ -67,6 +69,10 @@ class GenerationRequest(BaseModel):
     repetition_penalty: Annotated[float, Field(ge=LEAST_PENALTY, le=MOST_PENALTY)] | None = None
     stop_token_ids: Items[int] | None = None
     ignore_eos: bool | None = None
+    # Of this project: how much of the weights is read. At most one of them.
+    price: Annotated[float, Field(ge=0)] | None = None
+    sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None
+    max_kl: Annotated[float, Field(gt=0)] | None = None
 
     @property
     def new_tokens(self) -> int | None:
@@ -99,6 +105,20 @@ class GenerationRequest(BaseModel):
             seed=None if self.seed is None else self.seed % SEEDS,
             repetition_penalty=self.repetition_penalty or 1.0,
         )
+
+    def budget(self) -> dict[str, float]:
+        """Return the budget by its name, or nothing where none is given.
+
+        Raises:
+            ApiError: There are several.
+        """
+        given = {name: getattr(self, name) for name in BUDGETS if getattr(self, name) is not None}
+        if len(given) > 1:
+            first, second = list(given)[:2]
+            raise invalid(
+                f"'{first}' and '{second}' are two budgets. Give one of them.", param=second, code="invalid_value"
+            )
+        return given
 
     def stops(self) -> tuple[str, ...]:
         """Return the stop strings.
@@ -217,7 +237,8 @@ class CompletionRequest(GenerationRequest):
 
 @dataclass(frozen=True)
 class Order:
-    """What the worker is asked for: an answer to `prompt` (token ids)."""
+    """What the worker is asked for: an answer to `prompt` (token ids), read by `deployment` or, for None, as the server
+    was told."""
 
     prompt: list[int]
     max_new_tokens: int
@@ -225,3 +246,4 @@ class Order:
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    deployment: AnyDeployment | None = None

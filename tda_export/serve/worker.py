@@ -80,6 +80,7 @@ class Worker:
         mask: MaskMode | None,
         deployment: AnyDeployment,
         metrics: ServerMetrics,
+        keep_answers: bool = False,
     ) -> None:
         """Prepare; `start` begins.
 
@@ -88,12 +89,13 @@ class Worker:
             queue_size: The most requests that wait beside the one that runs.
             context: The most tokens of prompt and answer.
             mask: How to decode.
-            deployment: What decode reads.
+            deployment: What decode reads for requests that do not say.
             metrics: Where requests are counted.
+            keep_answers: As for `Model.memory`.
         """
         self.model, self.context, self.metrics = model, context, metrics
         self._mask, self._deployment, self._queue_size = mask, deployment, queue_size
-        self._memory = model.memory(context=context)
+        self._memory = model.memory(context=context, keep_answers=keep_answers)
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
         self._closed = False  # to new jobs
@@ -232,13 +234,14 @@ class Worker:
 
     def _answer(self, job: Job) -> None:
         order = job.order
+        given = order.deployment is not None
         generation = self.model.generate(
             order.prompt,
             max_new_tokens=order.max_new_tokens,
-            mask=self._mask,
+            mask=None if given else self._mask,
             sampling=order.sampling,
             context=self.context,
-            deployment=self._deployment,
+            deployment=order.deployment if given else self._deployment,
             stop=order.stop,
             stop_token_ids=order.stop_token_ids,
             ignore_eos=order.ignore_eos,

@@ -59,7 +59,6 @@ def test_calibrate_json(tiny_model: Path, tmp_path: Path) -> None:
         "device": "cpu",
         "curves_only": False,
         "prior_tokens": 32,
-        "method": "tda",
     }
     assert result["budget"] == {"sparsity": 0.4, "allocation": "kl"}
     allocation = result["allocation"]

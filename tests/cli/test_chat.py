@@ -81,6 +81,26 @@ def test_system_message_and_dense(tiny_artifact: Path, loaded: Model) -> None:
     assert result.stderr.startswith("[100% of FFN bytes read, ")
 
 
+def test_answers_may_be_kept(priced_artifact: Path) -> None:
+    expected: dict[bool, list[str]] = {}
+    read: dict[bool, list[int]] = {}
+    model = load(priced_artifact, provider="cpu")
+    for keep in (False, True):
+        chat = Conversation(model, deployment=model.at(sparsity=0.4), keep_answers=keep)
+        expected[keep] = []
+        for text in TURNS:
+            answer = chat.say(text, max_new_tokens=12)
+            list(answer)
+            expected[keep].append(answer.text)
+    options = (priced_artifact, "--max-new-tokens", 12, "--sparsity", 0.4)
+    for flags, keep in (((), False), (("--reread-answers",), False), (("--keep-answers",), True)):
+        result = run_cli("chat", *options, *flags, input="\n".join(TURNS))
+        assert result.stdout == "".join(f"{answer}\n" for answer in expected[keep])
+        read[keep] = [int(count) for count in re.findall(r"(\d+) of \d+ prompt", result.stderr)]
+        assert result.stderr.startswith("[60% of linear bytes read (as calibrated), ")
+    assert sum(read[True]) < sum(read[False])
+
+
 def test_commands(tiny_artifact: Path, loaded: Model) -> None:
     lines = [TURNS[0], "/help", "/nothing of that", "/reset", TURNS[0], "/quit", "never sent"]
     result = run_cli("chat", tiny_artifact, "--max-new-tokens", 12, input="\n".join(lines))
@@ -114,6 +134,7 @@ def test_failures_from_a_pipe(tiny_artifact: Path, artifact_copy: Path) -> None:
         (("--context", 9999), "A context of 9999 tokens is outside [2, 512]"),
         (("--repetition-penalty", 0), "Repetition penalty 0.0 is outside [0.01, 100.0]"),
         (("--stop", ""), "A stop string is empty"),
+        (("--keep-answers",), "has masks, whose statistics know nothing of answers"),
         (("--mask", "dense", "--sparsity", 0.5), "--mask dense reads every row"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else None,
@@ -126,8 +147,16 @@ def test_usage(tiny_artifact: Path, options: tuple[object, ...], text: str) -> N
 def test_status(loaded: Model) -> None:
     two_levels = loaded.artifact.deployment
     one_level = dataclasses.replace(two_levels, token_thresholds=np.zeros(3, np.float32))
-    counts = {"prompt_tokens": 50, "reused_tokens": 30, "new_tokens": 8}
-    metrics = Metrics("cpu", "tda", **counts, sparsity=0.514, decode_tokens_per_second=12.34, finish_reason="stop")
+    metrics = Metrics(
+        "cpu",
+        "tda",
+        50,
+        reused_tokens=30,
+        new_tokens=8,
+        sparsity=0.514,
+        decode_tokens_per_second=12.34,
+        finish_reason="stop",
+    )
     expected = "12.3 tokens/s, 8 tokens, 20 of 50 prompt tokens read]"
     assert status(metrics, one_level) == f"[49% of FFN bytes read, {expected}"
     how = "(masks counted, rows skipped by tokens as calibrated)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tda_export.models.source import resolve_model
 from tda_export.runtime.artifact import open_artifact
 from tests.conftest import run_cli, run_ok
 from tests.graph.test_parity import build_tiny
+from tests.graph.test_priced import build_priced
 from tests.tiny import FAMILIES, save_tiny_model
 
 CONTEXT = 100
@@ -26,7 +28,8 @@ def inspected(*arguments: object) -> dict[str, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_is_as_large_as_its_artifact(family: str, tmp_path: Path) -> None:
     model = save_tiny_model(family, tmp_path / "model")
-    artifact = open_artifact(build_tiny(resolve_model(str(model)), tmp_path / "artifact"))
+    source = resolve_model(str(model))
+    artifact = open_artifact(build_priced(source, tmp_path / "artifact", "separate"))
     before, after = inspected(model, "--dtype", "fp32"), inspected(artifact.folder)
     weights = artifact.manifest["weights"]
     stored = sum(math.prod(entry["shape"]) * contract.DTYPE_BYTES[entry["dtype"]] for entry in weights.values())
@@ -41,8 +44,17 @@ def test_a_model_is_as_large_as_its_artifact(family: str, tmp_path: Path) -> Non
     assert {key: value for key, value in after.items() if key in before and key not in own} == {
         key: value for key, value in before.items() if key not in own
     }
-    assert after["method"] == "tda"
-    assert before["ffn_bytes"] == 3 * before["ffn_matrices"] * 96 * 64 * 4
+    assert (after["layout"], after["method"], after["packing"]) == ("priced", "priced", "separate")
+    assert before["ffn_bytes"] == 3 * before["ffn_matrices"] * 96 * 64 * 4 == artifact.dense_ffn_bytes
+    assert before["linear_bytes"] == artifact.linear_bytes
+    packed = inspected(build_priced(source, tmp_path / "packed", "sites"))
+    masks = inspected(build_tiny(source, tmp_path / "masks"))
+    for other in (packed, masks):
+        assert [other[name] for name in ("ffn_bytes", "linear_bytes")] == [
+            before[name] for name in ("ffn_bytes", "linear_bytes")
+        ]
+    assert (masks["layout"], masks["method"]) == ("indexed", "tda")
+    assert "packing" not in masks
     assert before["session_bytes"] == stored + before["cache_bytes"]
     heads = before["kv_heads"] * before["head_size"]
     assert before["cache_bytes"] == 3 * CONTEXT * 2 * heads * 4
@@ -54,11 +66,14 @@ def test_ceiling_is_the_ratio_of_bytes(tiny_model: Path) -> None:
     hidden, ffn, vocabulary, kv = 64, 96, 259, 2 * 16
     layer = 3 * ffn * hidden + hidden * (hidden + 2 * kv) + hidden * hidden + 2 * hidden
     read = 2 * (3 * layer + hidden + vocabulary * hidden)  # the embedding is looked up, the head is read
+    read += 4 * 3 * (3 * hidden + ffn)  # what the rows of qkv, o, gate_up and down are worth
     dense = read + 3 * CONTEXT * 2 * kv * 2
     assert result["bytes_per_token"] == dense
     saved = 2 * 3 * 3 * ffn * hidden
-    assert result["ceiling"] == {str(p): pytest.approx(dense / (dense - p * saved)) for p in (0.3, 0.5)}
-    assert result["ffn_share"] == pytest.approx(saved / read)
+    linears = saved + 2 * 3 * (hidden * (hidden + 2 * kv) + hidden * hidden)
+    for name, skippable in (("ceiling", saved), ("linear_ceiling", linears)):
+        assert result[name] == {str(p): pytest.approx(dense / (dense - p * skippable)) for p in (0.3, 0.5, 0.7)}
+    assert (result["ffn_share"], result["linear_share"]) == (pytest.approx(saved / read), pytest.approx(linears / read))
 
 
 def test_a_window_bounds_what_is_read_of_the_cache(tmp_path: Path) -> None:
@@ -97,8 +112,21 @@ def test_artifact_in_words(tiny_artifact: Path) -> None:
     output = run_ok("inspect", tiny_artifact, "--context", CONTEXT).stdout
     assert "LlamaForCausalLM" in output
     assert "built with tda, sparsity 0.5, allocation kl, expected FFN sparsity 0." in output
-    assert "at 50% FFN sparsity at most 1." in output
+    assert re.search(
+        r"at 70% sparsity at most \d\.\d+ times as fast as dense where it is of all linears, 1\.\d+ of", output
+    )
     assert "of them for the cache" in output
+
+
+def test_artifact_of_prices_in_words(priced_artifact: Path) -> None:
+    output = run_ok("inspect", priced_artifact, "--context", CONTEXT).stdout
+    assert "built with priced, sparsity 0.5, price " in output
+    assert "packing separate, expected sparsity of all linears 0.500" in output
+    assert "Prices with one threshold a matrix (separate)" in output
+    result = inspected(priced_artifact)
+    artifact = open_artifact(priced_artifact)
+    assert result["price_table"] == artifact.manifest["price_table"]
+    assert (result["price"], result["budget"]) == (artifact.manifest["price"], {"sparsity": 0.5})
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from tda_export.calibration.file import METADATA_KEY
 from tda_export.files import sha256
 from tda_export.graph import contract
 from tests.cli.conftest import FAILURE, USAGE, assert_error, listing
-from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
+from tests.conftest import CALIBRATE_TINY, TINY_LENGTHS, run_cli, run_ok
 from tests.report.test_results import CONTENT
 from tests.report.test_results_file import lines, table_rows
 from tests.runtime.conftest import edit_manifest
@@ -91,7 +92,7 @@ def test_stored_budget_beyond_the_path(tiny_calibration: Path, tmp_path: Path) -
     output = tmp_path / "report.html"
     run_ok("report", calibration, "-o", output, "--results", write_result(tmp_path, "r.json"))
     root = parse(output)
-    assert headings(root) == [*CALIBRATED, "Quality against FFN bytes"]
+    assert headings(root) == [*CALIBRATED, "Quality against bytes"]
     assert "The stored budget (sparsity 0.95, allocation kl) cannot be met with this calibration" in text_of(root)
 
 
@@ -114,7 +115,7 @@ def test_artifact(tiny_artifact: Path, tmp_path: Path) -> None:
     root = parse(output)
     assert headings(root) == [
         *CALIBRATED,
-        "Quality against FFN bytes",
+        "Quality against bytes",
         "Neuron activity",
         "Similarity of prompts",
         "History-related uncertainty",
@@ -122,6 +123,52 @@ def test_artifact(tiny_artifact: Path, tmp_path: Path) -> None:
     assert sha256(tiny_artifact / contract.DECODE_FILE) in text_of(root)
     assert output.stat().st_size < 3_000_000
     assert "Traceback" not in result.stderr
+
+
+PRICES = ["Summary", "Prices of rows", "Densities of rows"]
+
+
+def test_calibration_of_prices(priced_calibration: Path, tmp_path: Path) -> None:
+    """Without curves and masks."""
+    output = tmp_path / "report.html"
+    run_ok("report", priced_calibration, "-o", output, "--results", write_result(tmp_path, "r.json"))
+    root = parse(output)
+    assert headings(root) == [*PRICES, "Quality against bytes"]
+    text = text_of(root)
+    assert "One threshold a matrix: the budget asks for price" in text
+    assert "One threshold a site: the budget asks for price" in text
+    assert "which reads 0.500 of the linears' bytes" in text
+
+
+def test_artifact_of_prices(priced_artifact: Path, tmp_path: Path) -> None:
+    """No graph is run."""
+    output = tmp_path / "report.html"
+    run_ok("report", priced_artifact, "-o", output, "--results", write_result(tmp_path, "r.json"))
+    root = parse(output)
+    assert headings(root) == [*PRICES, "Quality against bytes"]
+    assert text_of(root).count("the budget asks for price") == 1
+    text = f"{priced_artifact} has prices of rows, whose report runs no graph. Leave --provider out."
+    output = tmp_path / "other.html"
+    assert_error(run_cli("report", priced_artifact, "-o", output, "--provider", "cpu"), USAGE, text)
+
+
+def test_artifacts_of_prices_that_know_less(priced_artifact: Path, tmp_path: Path) -> None:
+    """Without its calibration file the manifest's table is there; without that, a summary."""
+    artifact = Path(shutil.copytree(priced_artifact, tmp_path / "artifact"))
+    (artifact / contract.CALIBRATION_FILE).unlink()
+    edit_manifest(artifact, lambda manifest: manifest["files"].pop(contract.CALIBRATION_FILE))
+    run_ok("report", artifact, "-o", tmp_path / "table.html")
+    assert headings(parse(tmp_path / "table.html")) == PRICES[:2]
+    edit_manifest(artifact, lambda manifest: manifest.update(price_table=None))
+    run_ok("report", artifact, "-o", tmp_path / "bare.html")
+    assert headings(parse(tmp_path / "bare.html")) == PRICES[:1]
+
+
+def test_calibration_of_all_methods(tiny_model: Path, tmp_path: Path) -> None:
+    calibration, output = tmp_path / "all.safetensors", tmp_path / "report.html"
+    run_ok("calibrate", tiny_model, "-o", calibration, "--sparsity", 0.4, "--method", "all", *TINY_LENGTHS)
+    run_ok("report", calibration, "-o", output)
+    assert headings(parse(output)) == [*PRICES, *CALIBRATED[1:]]
 
 
 def test_artifact_without_thresholds_and_calibration(tiny_model: Path, tmp_path: Path) -> None:
@@ -147,7 +194,7 @@ def test_results(tiny_calibration: Path, tmp_path: Path) -> None:
     output = tmp_path / "report.html"
     run_ok("report", tiny_calibration, "-o", output, *(word for file in files for word in ("--results", file)))
     root = parse(output)
-    assert headings(root)[-1] == "Quality against FFN bytes"
+    assert headings(root)[-1] == "Quality against bytes"
     captions = [caption.text or "" for caption in root.iter("figcaption")]
     assert (
         sum("decoded. Bars: one standard error" in caption for caption in captions) == 2
@@ -161,7 +208,7 @@ def test_rows_of_several_results(tiny_calibration: Path, tmp_path: Path) -> None
     rows.write_text(lines(table_rows()))
     run_ok("report", tiny_calibration, "-o", output, "--results", rows)
     captions = [caption.text or "" for caption in parse(output).iter("figcaption")]
-    about = "smollm2-135m on stories, prompts of 32 tokens and 128 decoded. Bars: one standard error."
+    about = "FFN bytes: smollm2-135m on stories, prompts of 32 tokens and 128 decoded. Bars: one standard error."
     assert [caption for caption in captions if "decoded" in caption] == [about]
 
 

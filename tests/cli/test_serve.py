@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -82,7 +83,21 @@ def test_options_reach_the_server(tiny_artifact: Path) -> None:
         with pytest.raises(openai.APIStatusError, match="larger than 500 bytes"):
             client.completions.create(model="tiny", prompt="x" * 600)
         page = openai.DefaultHttpxClient().get(url.removesuffix("v1") + "metrics").text
-        assert "tda_export_ffn_bytes_share 1.0" in page
+        assert "tda_export_skippable_bytes_share 1.0" in page
+
+
+def test_answers_are_kept(priced_artifact: Path) -> None:
+    ask: dict[str, Any] = {"model": "priced", "max_tokens": 12, "temperature": 0}
+    cached = {}
+    for option in ("--reread-answers", "--keep-answers"):
+        with started(priced_artifact, "--sparsity", 0.4, option) as (_, _, url):
+            client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+            first = client.completions.create(prompt="The sea is calm", **ask)
+            second = client.completions.create(prompt="The sea is calm" + first.choices[0].text, **ask)
+            assert second.usage is not None
+            assert second.usage.prompt_tokens_details is not None
+            cached[option] = second.usage.prompt_tokens_details.cached_tokens
+    assert cached["--keep-answers"] >= cached["--reread-answers"]
 
 
 def test_an_address_that_others_reach_is_said(tiny_artifact: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from tda_export.report.methods_section import methods_section
 from tda_export.report.results import Result, grouped
+from tests.report.svg import by_class, centre, parse, reader
 
 CONTENT: dict[str, Any] = {
     "model": "tiny",
@@ -32,7 +33,7 @@ def result(**changes: Any) -> Result:
     content = CONTENT | changes
     if content["method"] != "tda" and "budget" not in changes:
         content["budget"] = {} if content["method"] == "dense" else {"sparsity": 0.5}
-    return Result(**{name: content[name] for name in Result.__dataclass_fields__})
+    return Result(**{name: content[name] for name in Result.__dataclass_fields__ if name in content})
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,13 @@ def result(**changes: Any) -> Result:
         ("cats", {"sparsity": 0.3}, "CATS"),
         ("dejavu", {"sparsity": 0.3}, "DejaVu's predictors"),
         ("dense", {}, "dense"),
+        ("priced", {"sparsity": 0.5}, "priced rows"),
+        ("priced", {"max_kl": 0.05}, "priced rows"),
+        ("priced", {"price": 1e-6}, "priced rows"),
+        ("priced", {"sparsity": 0.5, "parts": "ffn"}, "priced rows (ffn)"),
+        ("teal", {"sparsity": 0.5, "densities": "greedy"}, "TEAL (greedy)"),
+        ("wina", {"sparsity": 0.5, "parts": "ffn"}, "WINA (ffn)"),
+        ("moefication", {"sparsity": 0.5}, "MoEfication"),
         ("another", {"rule": "its own"}, "another (its own)"),
     ],
 )
@@ -78,10 +86,25 @@ def test_section_without_labels() -> None:
     unknown = result(model=None, continuation_tokens=None)
     section = methods_section([result(), unknown])
     assert [figure.caption for figure in section.figures] == [
-        "harbour.txt, prompts of 16 tokens. Bars: one standard error.",
-        "tiny on harbour.txt, prompts of 16 tokens and 4 decoded. Bars: one standard error.",
+        "FFN bytes: harbour.txt, prompts of 16 tokens. Bars: one standard error.",
+        "FFN bytes: tiny on harbour.txt, prompts of 16 tokens and 4 decoded. Bars: one standard error.",
     ]
     assert [row[:4] for row in section.tables[0].rows] == [
         ["–", "harbour.txt", "16", "TDA (uniform)"],
         ["tiny", "harbour.txt", "16\u00a0+\u00a04", "TDA (uniform)"],
     ]
+
+
+def test_bytes_of_linears_have_a_chart_and_a_column_where_they_are_known() -> None:
+    known = result(method="priced", linear_bytes=120.0, dense_linear_bytes=200)
+    assert (known.share, known.linear_share) == (0.5, 0.6)
+    assert result().linear_share is None
+    section = methods_section([result(), known])
+    assert [figure.caption.partition(":")[0] for figure in section.figures] == ["All linears' bytes", "FFN bytes"]
+    legends = [[text.text for text in by_class(parse(figure.chart), "legend")] for figure in section.figures]
+    assert legends == [["priced rows"], ["TDA (uniform)", "priced rows"]]
+    root = parse(section.figures[0].chart)
+    (mark,) = by_class(root, "mark")[1:]  # the other one is the legend's
+    assert reader(root, "x")(centre(mark)[0]) == pytest.approx(0.6, rel=2e-2)
+    column = section.tables[0].columns.index("bytes of all linears, share of dense")
+    assert [row[column] for row in section.tables[0].rows] == ["–", "0.600"]

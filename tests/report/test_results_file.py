@@ -94,6 +94,11 @@ def test_one_result(tmp_path: Path, text: str) -> None:
     assert read_results(write(tmp_path, text)) == [result()]
 
 
+def test_bytes_of_linears(tmp_path: Path) -> None:
+    rows = [CONTENT, CONTENT | {"method": "teal", "linear_bytes": 70.0, "dense_linear_bytes": 140}]
+    assert [one.linear_share for one in read_results(write(tmp_path, lines(rows)))] == [None, 0.5]
+
+
 @pytest.mark.parametrize("form", ["lines", "array"])
 def test_baselines(tmp_path: Path, form: str) -> None:
     rows = [baseline_row(method, sparsity) for method in ("static", "cats", "dejavu") for sparsity in (0.3, 0.5)]
@@ -184,6 +189,12 @@ GOOD = json.dumps(CONTENT)
         (json.dumps(CONTENT | {"continuation_tokens": "4"}), ": not a result, 'continuation_tokens' is not there"),
         (json.dumps(CONTENT | {"budget": [1]}), ": not a result, 'budget' is no object"),
         (json.dumps(CONTENT | {"dense_ffn_bytes": 0}), ": not a result, 'dense_ffn_bytes' is not positive"),
+        (json.dumps(CONTENT | {"linear_bytes": 1}), ": not a result, 'dense_linear_bytes' is not there or no number"),
+        (json.dumps(CONTENT | {"dense_linear_bytes": 1}), ": not a result, 'linear_bytes' is not there or no number"),
+        (
+            json.dumps(CONTENT | {"linear_bytes": 1, "dense_linear_bytes": 0}),
+            ": not a result, 'dense_linear_bytes' is not positive",
+        ),
         (f"{GOOD}\n\n{GOOD[:40]}\n{GOOD}\n", ", line 3: not readable as JSON"),
         (f"{GOOD[:40]}\n{GOOD}\n", ", line 1: not readable as JSON"),
         (f"{GOOD}\n{GOOD}\nkilled\n", ", line 3: not readable as JSON (Expecting value)"),

@@ -15,6 +15,7 @@ import openai
 import pytest
 
 from tda_export.runtime import Model, load
+from tda_export.runtime.generate import MaskMode
 from tda_export.serve.access import Access, make_access
 from tda_export.serve.app import create_app
 from tda_export.serve.metrics import ServerMetrics
@@ -58,6 +59,8 @@ def serving(
     grace: float = PATIENCE,
     access: Access = LOOPBACK_ALONE,
     most_connections: int = 200,
+    mask: MaskMode | None = None,
+    keep_answers: bool = False,
 ) -> Iterator[Served]:
     """Serve a model in threads of this process."""
     opened = listen("127.0.0.1", 0)
@@ -65,9 +68,10 @@ def serving(
         model,
         queue_size=queue,
         context=context,
-        mask="tda",
+        mask=mask,
         deployment=model.artifact.deployment,
         metrics=ServerMetrics(),
+        keep_answers=keep_answers,
     )
     app = create_app(worker, NAME, Limits(BODY_BYTES, new_tokens), access)
     server = Server(app, worker, grace, most_connections)
@@ -125,6 +129,18 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
 @pytest.fixture(scope="session")
 def model(tiny_artifact: Path) -> Model:
     return load(tiny_artifact, provider="cpu")
+
+
+@pytest.fixture(scope="session")
+def priced_model(priced_artifact: Path) -> Model:
+    return load(priced_artifact, provider="cpu")
+
+
+@pytest.fixture(scope="session")
+def priced_served(priced_model: Model) -> Iterator[Served]:
+    """The same around the tiny artifact of priced rows."""
+    with serving(priced_model) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

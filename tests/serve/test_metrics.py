@@ -42,9 +42,9 @@ def test_an_answer_is_counted(model: Model) -> None:
         assert found["tda_export_generated_tokens_total"] == 12
         assert found["tda_export_queue_seconds_count"] == found["tda_export_time_to_first_token_seconds_count"] == 1
         assert found["tda_export_tokens_per_second_count"] == 1
-        assert found["tda_export_ffn_read_bytes_total"] == 11 * ours.metrics.bytes_per_token
-        assert found["tda_export_ffn_dense_bytes_total"] == 11 * ours.metrics.dense_bytes_per_token
-        assert found["tda_export_ffn_bytes_share"] == pytest.approx(1 - ours.metrics.sparsity)
+        assert found["tda_export_skippable_read_bytes_total"] == 11 * ours.metrics.bytes_per_token
+        assert found["tda_export_skippable_dense_bytes_total"] == 11 * ours.metrics.dense_bytes_per_token
+        assert found["tda_export_skippable_bytes_share"] == pytest.approx(1 - ours.metrics.sparsity)
         assert found["tda_export_queue_length"] == found["tda_export_running_requests"] == 0
         served.client().completions.create(**ask | {"prompt": "The sea is calm tonight, my love"})
         assert samples(served)["tda_export_reused_prompt_tokens_total"] == len(prompt)
@@ -65,8 +65,8 @@ def test_the_step_that_gives_an_end_token_is_counted(artifact_copy: Path) -> Non
         assert answer.choices[0].finish_reason == "stop"
         found = samples(served)
         assert found["tda_export_generated_tokens_total"] == end
-        assert found["tda_export_ffn_read_bytes_total"] == end * ours.metrics.bytes_per_token
-        assert found["tda_export_ffn_dense_bytes_total"] == end * ours.metrics.dense_bytes_per_token
+        assert found["tda_export_skippable_read_bytes_total"] == end * ours.metrics.bytes_per_token
+        assert found["tda_export_skippable_dense_bytes_total"] == end * ours.metrics.dense_bytes_per_token
 
 
 def test_refusals_cancellations_and_the_queue(model: Model, gate: Gate) -> None:

@@ -1,0 +1,193 @@
+"""Sections on prices of rows: what they save and cost, and which rows are read at them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from tda_export.calibration.file import Calibration
+from tda_export.calibration.price_file import Priced
+from tda_export.errors import UsageError
+from tda_export.packing import Packing
+from tda_export.pricing import PriceRow, PriceTable
+from tda_export.report.axes import Axis, around
+from tda_export.report.charts import line_chart
+from tda_export.report.drawing import Series
+from tda_export.report.page import Figure, Section, Table
+from tda_export.report.quality import KL, LINEAR_BYTES
+
+DENSITY = "rows read (share of a matrix)"
+THRESHOLDS = {"separate": "one threshold a matrix", "sites": "one threshold a site"}
+
+
+@dataclass(frozen=True)
+class LayerDensities:
+    """Shares of rows that a token reads at a measured price, by part: L numbers each, of one packing."""
+
+    packing: Packing
+    row: PriceRow
+    parts: Mapping[str, Sequence[float]]
+
+
+def calibration_prices(calibration: Calibration, priced: Priced) -> list[Section]:
+    """Show all that a calibration measured, and the rows that its own budget reads."""
+    tables = priced.tables()
+    budget = {name: calibration.provenance["budget"].get(name) for name in ("sparsity", "max_kl")}
+    if sum(value is not None for value in budget.values()) != 1:  # a budget of masks alone
+        budget = {}
+    prices = {packing: _chosen(table, budget) for packing, table in tables.items()}
+    densities = [layer_densities(priced, packing, prices[packing]) for packing in tables]
+    return [prices_section(list(tables.values()), prices), densities_section(densities)]
+
+
+def artifact_prices(table: PriceTable, price: float, priced: Priced | None) -> list[Section]:
+    """Show what an artifact's prices save and cost, and the rows that it reads by default.
+
+    Args:
+        table: The artifact's own, for its dtype.
+        price: The artifact's.
+        priced: What its calibration measured by layer; None where it carries none of this packing.
+    """
+    sections = [prices_section([table], {table.packing: price})]
+    if priced is not None and table.packing in priced.measured:
+        # A price is per byte: what was measured was for rows of another size.
+        measured = price * table.element_bytes / priced.element_bytes
+        sections.append(densities_section([layer_densities(priced, table.packing, measured)]))
+    return sections
+
+
+def _chosen(table: PriceTable, budget: Mapping[str, float | None]) -> float | None:
+    """Return the price of a budget that came with the file; None where the table cannot meet it."""
+    try:
+        return table.price_for(**budget) if budget else None
+    except UsageError:  # its way out is an option, and whoever reads a report gave none
+        return None
+
+
+def layer_densities(priced: Priced, packing: Packing, price: float | None) -> LayerDensities:
+    """Take the densities at the measured price that reads most nearly what `price` does, or half for None."""
+    table, measured = priced.table(packing), priced.measured[packing]
+    within = price is not None and price <= table.most_price
+    share = table.predicted(price).share if price is not None and within else 0.5 if price is None else 0.0
+    nearest = min(range(len(table.rows)), key=lambda i: abs(table.rows[i].share - share))
+    densities = measured.densities(priced.linears)
+    return LayerDensities(
+        packing, table.rows[nearest], {part: values[nearest].tolist() for part, values in densities.items()}
+    )
+
+
+def prices_section(tables: Sequence[PriceTable], chosen: Mapping[Packing, float | None]) -> Section:
+    """Draw and list tables of prices of one model, one for each packing; `chosen` are prices that a budget asks for."""
+    notes = []
+    for table in tables:
+        price = chosen.get(table.packing)
+        if price is not None and price <= table.most_price:
+            row = table.predicted(price)
+            notes.append(
+                f"{THRESHOLDS[table.packing].capitalize()}: the budget asks for price {price:.4g}, which reads "
+                f"{row.share:.3f} of the linears' bytes (FFN {row.ffn_share:.3f}, attention {row.attention_share:.3f}) "
+                f"at a predicted KL of {row.kl:.4f} nats a token."
+            )
+        else:
+            notes.append(f"{THRESHOLDS[table.packing].capitalize()}: no price of this table was chosen.")
+    notes.append(
+        f"A price is of a byte, for {tables[0].element_bytes} bytes an element, and grows with the number of tokens "
+        f"after a token: calibration had {tables[0].continuation_tokens}."
+    )
+    figures = [Figure(price_chart(tables), "KL by the bytes that are read. Bars: one standard error over sequences.")]
+    figures += [
+        Figure(parts_chart(table), f"Rows read of each matrix, {THRESHOLDS[table.packing]}; means over layers.")
+        for table in tables
+    ]
+    return Section(
+        "Prices of rows",
+        [
+            "A row of a linear, what leaves one input channel, is read by a token only if it is worth its bytes: if "
+            "x² times the row's price reaches the price of a byte, λ, which is one number for the whole model. Each "
+            "point is one λ, measured on sequences that gave no price."
+        ],
+        figures,
+        [_price_table(table) for table in tables],
+        notes,
+    )
+
+
+def price_chart(tables: Sequence[PriceTable]) -> Markup:
+    """Draw KL against the share of the linears' bytes; dense, without loss, has no place on a logarithmic axis."""
+    series = [
+        Series(
+            THRESHOLDS[table.packing],
+            [row.share for row in table.rows],
+            [row.kl for row in table.rows],
+            style=style,
+            errors=[row.kl_stderr for row in table.rows],
+            names=[f"price {row.price:.4g}" for row in table.rows],
+        )
+        for style, table in enumerate(tables)
+    ]
+    rows = [row for table in tables for row in table.rows if row.kl > 0]
+    y = around(KL, [kl for row in rows for kl in (row.kl, row.kl - row.kl_stderr, row.kl + row.kl_stderr)], log=True)
+    return line_chart(
+        "KL against bytes of all linears, by price", series, around(LINEAR_BYTES, [r.share for r in rows]), y
+    )
+
+
+def parts_chart(table: PriceTable) -> Markup:
+    """Draw the share of rows that is read of each matrix against the share of all linears' bytes."""
+    shares = [row.share for row in table.rows]
+    series = [
+        Series(part, shares, [row.parts[part] for row in table.rows], style=style)
+        for style, part in enumerate(table.rows[0].parts)
+    ]
+    return line_chart("Rows read by matrix", series, around(LINEAR_BYTES, shares), Axis(DENSITY, 0.0, 1.0))
+
+
+def densities_section(found: Sequence[LayerDensities]) -> Section:
+    """Show which rows a token reads in each layer at one price."""
+    figures, tables = [], []
+    for one in found:
+        thresholds = THRESHOLDS[one.packing]
+        at = f"{thresholds}, price {one.row.price:.4g}, which reads {one.row.share:.3f} of the linears' bytes"
+        figures.append(Figure(layers_chart(one), f"Rows read in each layer: {at}."))
+        layers = len(next(iter(one.parts.values())))
+        rows = [[layer, *(f"{values[layer]:.3f}" for values in one.parts.values())] for layer in range(layers)]
+        tables.append(Table(f"Rows read, layer by layer: {at}", ("layer", *one.parts), rows, folded=True))
+    return Section(
+        "Densities of rows",
+        [
+            "The price is one for the whole model, so matrices and layers that matter more keep more of their rows. "
+            "Shown for the measured price whose bytes are nearest to those of the budget."
+        ],
+        figures,
+        tables,
+    )
+
+
+def layers_chart(one: LayerDensities) -> Markup:
+    """Draw the share of rows that is read of each matrix in each layer."""
+    series = [
+        Series(part, list(range(len(values))), list(values), style=style)
+        for style, (part, values) in enumerate(one.parts.items())
+    ]
+    x = Axis("layer", 0.0, float(max(len(series[0].x) - 1, 1)))
+    return line_chart("Rows read by layer and matrix", series, x, Axis(DENSITY, 0.0, 1.0))
+
+
+def _price_table(table: PriceTable) -> Table:
+    parts = list(table.rows[0].parts)
+    rows = [
+        [
+            f"{row.price:.4g}",
+            f"{row.share:.3f}",
+            f"{row.ffn_share:.3f}",
+            f"{row.attention_share:.3f}",
+            *(f"{row.parts[part]:.3f}" for part in parts),
+            f"{row.kl:.4f}" + (f" ± {row.kl_stderr:.4f}" if row.kl_stderr else ""),
+            f"{row.agreement:.3f}",
+        ]
+        for row in table.rows
+    ]
+    columns = ("price", "all linears", "FFN", "attention", *parts, "KL, nats a token", "top-1 agreement")
+    return Table(f"Prices, {THRESHOLDS[table.packing]}: shares of bytes read", columns, rows)
