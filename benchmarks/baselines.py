@@ -79,6 +79,7 @@ def read_calibration_text(model: Any, source: ModelSource, options: argparse.Nam
         sequences=options.sequences,
         length=CALIBRATION_LENGTH,
         seed=options.seed,
+        vocab_size=source.spec.vocab_size,
     )
     with progress("Reading the calibration text", len(corpus.tokens), quiet=options.json) as advance:
         return ffn_inputs(model, source.spec, corpus.tokens, advance)

@@ -60,6 +60,7 @@ def sequences(source: ModelSource, options: argparse.Namespace, length: int) -> 
         sequences=options.sequences,
         length=length,
         seed=options.seed,
+        vocab_size=source.spec.vocab_size,
     )
     return corpus.tokens
 

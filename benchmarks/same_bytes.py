@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from rows import Row
@@ -69,6 +70,29 @@ def at_same_bytes(cell: Cell, within: float, measure: Callable[[Cell], Row], *, 
             break
         asked = next_asked([(row["asked"], row["miss"]) for row in tried])
     return min(tried, key=lambda row: abs(row["miss"]))
+
+
+def kl_at(points: Sequence[tuple[float, float]], share: float) -> float | None:
+    """Interpolate the KL at a share of bytes between two settings: its logarithm is taken as linear in the share.
+
+    Args:
+        points: Of settings of one method: share of bytes that was read, KL.
+        share: Of bytes.
+
+    Returns:
+        None where no setting read less, or none more.
+    """
+    below = [point for point in points if point[0] <= share]
+    above = [point for point in points if point[0] >= share]
+    if not below or not above:
+        return None
+    (low, kl_low), (high, kl_high) = max(below), min(above)
+    if low == high:
+        return kl_low
+    if min(kl_low, kl_high) <= 0:
+        return kl_low + (kl_high - kl_low) * (share - low) / (high - low)
+    weight = (share - low) / (high - low)
+    return math.exp((1 - weight) * math.log(kl_low) + weight * math.log(kl_high))
 
 
 def require_same_bytes(rows: Iterable[Row]) -> None:

@@ -35,8 +35,8 @@ class Metric:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Of one task: questions asked, metrics by name, seconds, and the mean shares of the FFN's bytes and of those of all
-    linears that a scored token read (of artifacts)."""
+    """Of one task: questions asked, metrics by name, seconds, and (of artifacts) the mean shares of the FFN's bytes and
+    of those of all linears that a scored token read."""
 
     questions: int
     metrics: dict[str, Metric]
