@@ -131,7 +131,7 @@ def greedy_densities(
     sparsity: list[list[float]] = []
     density: dict[str, list[list[float]]] = {name: [] for name in sizes}
     for layer in range(spec.num_layers):
-        block = _Block(model, spec, priced, layer, tokens, prompt_tokens, packing)
+        block = Block(model, spec, priced, layer, tokens, prompt_tokens, packing)
         path = search_path(sizes, block.error)
         sparsity.append([sum((1 - step[name]) * size for name, size in sizes.items()) / total for step in path])
         for name in sizes:
@@ -167,7 +167,7 @@ def search_path(sizes: dict[str, int], error: Callable[[dict[str, float]], float
     return path
 
 
-class _Block:
+class Block:
     """A layer with the inputs that the dense model gives it."""
 
     def __init__(

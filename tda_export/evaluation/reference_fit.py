@@ -1,4 +1,4 @@
-"""Fit the methods of `reference_methods.py`, `predictor.py` and `moefication.py` to a calibration text, in one pass over the layers."""
+"""Fit the methods in PyTorch to a calibration text, in one pass over the layers."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 import torch
 
 from tda_export.calibration.file import read_calibration
-from tda_export.errors import UsageError
+from tda_export.errors import TdaError, UsageError
 from tda_export.evaluation.greedy_densities import (
     MOST_SPARSITY,
     STEP,
+    Block,
     GreedyDensities,
     greedy_densities,
     read_densities,
@@ -38,7 +40,7 @@ def test_each_step_costs_least_error_for_its_bytes() -> None:
 
     path = search_path(SIZES, error)
     assert path[0] == {"small": 1.0, "large": 1.0}
-    for before, after in zip(path, path[1:], strict=False):
+    for before, after in itertools.pairwise(path):
         [changed] = [name for name in SIZES if before[name] != after[name]]
         assert before[changed] - after[changed] == pytest.approx(STEP)
         costs = {}
@@ -116,14 +118,12 @@ def test_densities_of_a_model(
 
 def test_greedy_is_no_worse_than_uniform(reference: Any, source: ModelSource, priced_calibration: Path) -> None:
     """At a block's output, on the tokens that were searched."""
-    from tda_export.evaluation.greedy_densities import _Block
-
     priced = read_calibration(priced_calibration).priced
     assert priced is not None
     tokens = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(0))
     found = greedy_densities(reference, source.spec, priced, tokens, 12, "separate", "all", "f")
     for layer in range(3):
-        block = _Block(reference, source.spec, priced, layer, tokens, 12, "separate")
+        block = Block(reference, source.spec, priced, layer, tokens, 12, "separate")
         greedy = {name: float(density[layer]) for name, density in found.at(0.5).items()}
         assert block.error(dict.fromkeys(greedy, 1.0)) == pytest.approx(0.0, abs=1e-5)
         assert block.error(greedy) < block.error(dict.fromkeys(greedy, 0.5))
@@ -136,7 +136,5 @@ def test_densities_of_another_shape(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     content["density"]["up"][0].pop()
     path.write_text(json.dumps(content))
-    from tda_export.errors import TdaError
-
-    with pytest.raises(TdaError, match="no greedy densities .paths of other lengths."):
+    with pytest.raises(TdaError, match=r"no greedy densities \(paths of other lengths\)"):
         read_densities(path)

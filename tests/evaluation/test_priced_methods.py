@@ -207,9 +207,9 @@ def test_methods_of_rows_on_an_artifact_of_masks(model: Model) -> None:
     for request in (Request("teal", sparsity=0.5), Request("wina", sparsity=0.5)):
         with pytest.raises(UsageError, match=r"has the layout indexed.*--method priced'\.$"):
             check_request(model.artifact, request)
-    with pytest.raises(UsageError, match="^--parts means nothing with --method tda"):
+    with pytest.raises(UsageError, match=r"^--parts means nothing with --method tda"):
         check_request(model.artifact, Request("tda", parts="ffn"))
-    with pytest.raises(UsageError, match="^--densities means nothing with --method tda"):
+    with pytest.raises(UsageError, match=r"^--densities means nothing with --method tda"):
         check_request(model.artifact, Request("tda", densities=Path("x")))
 
 
