@@ -1,4 +1,4 @@
-"""Measure other methods on a text beside `tda-export eval`: static masks, CATS, and Deja Vu's predictors.
+"""Measure other methods on a text beside `tda-export eval`: static masks, CATS, Deja Vu's predictors, MoEfication.
 
     python benchmarks/baselines.py TEXT [--model smollm2-135m] [--sparsity 0.3 0.5 0.7] [--prompts 32] [--json]
 
@@ -9,7 +9,8 @@ them:
 
 - static: each layer's neurons of the largest scores over the whole text, the same for every prompt;
 - cats: |act(gate · x)| against a layer's quantile; reads every gate row, and so saves at most 2/3;
-- dejavu: a low-rank predictor a layer, trained here; what it reads itself counts, and is shown as `predictor_bytes`.
+- dejavu: a low-rank predictor a layer, trained here; what it reads itself counts, and is shown as `predictor_bytes`;
+- moe-true, moe: MoEfication, experts of 32 neurons chosen by their true activation (an upper bound) or by a router.
 
 Sparsity is the share of FFN bytes that is not read, as asked for; `ffn_bytes` is what was read. A method that cannot
 reach one is left out, and why is said on standard error. About ten minutes for SmolLM2-135M on two cores.
@@ -106,7 +107,7 @@ def line(result: dict[str, Any]) -> str:
     read = result["ffn_bytes"] / result["dense_ffn_bytes"]
     own = result["predictor_bytes"] / result["dense_ffn_bytes"]
     return (
-        f"{result['method']:7} {result['budget']['sparsity']:8.3f} {read:9.3f} {own:9.3f} {result['density']:7.3f}   "
+        f"{result['method']:8} {result['budget']['sparsity']:8.3f} {read:9.3f} {own:9.3f} {result['density']:7.3f}   "
         f"{result['kl']:.4f} ± {result['kl_stderr']:.4f}   {result['perplexity']:8.3f} ± "
         f"{result['perplexity_stderr']:.3f}   {result['agreement']:.4f} ± {result['agreement_stderr']:.4f}"
     )
@@ -173,7 +174,7 @@ def main() -> int:
         return 0
     first = results[0]
     print(f"dense perplexity {first['dense_perplexity']:.3f} ± {first['dense_perplexity_stderr']:.3f}")
-    print("method  sparsity FFN bytes predictor density   KL (nats a token)   perplexity          top-1 agreement")
+    print("method   sparsity FFN bytes predictor density   KL (nats a token)   perplexity          top-1 agreement")
     for result in results:
         print(line(result))
     return 0

@@ -1,17 +1,23 @@
-"""Measure all methods on texts and prompt lengths at the same FFN bytes, and print a table of them.
+"""Measure all methods on texts and prompt lengths at the same bytes, and print a table of them.
 
-    python benchmarks/quality_table.py ARTIFACT TEXT... --token-calibration FILE [--prompt-tokens 32 384] [--rows FILE]
+    python benchmarks/quality_table.py ARTIFACT TEXT... --priced ARTIFACT [--of ffn linears] [--token-calibration FILE]
+        [--densities FILE] [--prompt-tokens 32 384] [--rows FILE]
 
-ARTIFACT is one of --method tda --allocation kl, FILE a calibration of the same model with --estimator token
---curves-only (for the paper's method and TT). Each TEXT is a UTF-8 file that calibration has not seen, or a .jsonl
-file whose lines hold a "story" (as `tda-export eval-data` writes coqa.jsonl), of which each is read once.
+ARTIFACT is one of --method tda --allocation kl, the one of --priced of --method priced, of the same model. FILE of
+--token-calibration is a calibration with --estimator token --curves-only (for the paper's method and TT), those of
+--densities are of benchmarks/teal_densities.py (for TEAL's greedy densities). Each TEXT is a UTF-8 file that
+calibration has not seen, or a .jsonl file whose lines hold a "story" (as `tda-export eval-data` writes coqa.jsonl), of
+which each is read once.
 
-By the strict protocol of `tda-export eval --text`: tda, uniform (masks alone), griffin, tt and paper on the artifact,
-and static, cats and dejavu of `benchmarks/baselines.py` (without them: --no-baselines).
+By the strict protocol of `tda-export eval --text`: tda, uniform (masks alone), griffin, tt and paper on the artifact;
+priced, teal and wina on the priced one, dropping rows of the FFN alone where FFN bytes are compared and of all linears
+where those are; and static, cats, dejavu, moe-true and moe of `benchmarks/baselines.py` (without them: --no-baselines).
+Methods of the FFN alone read attention whole.
 
 A threshold that was calibrated on other text or longer prompts reads more or fewer bytes than it was chosen for. So
 that methods are compared at the same bytes, one that misses the bytes of --sparsity by more than --within is measured
-again at another sparsity (the column "asked"). The paper's method chooses its own bytes.
+again at another sparsity (the column "asked"), and once more on the other side of the bytes: "KL there" is
+interpolated between the two. The paper's method chooses its own bytes.
 
 --rows keeps what was measured, one JSON object a line: an interrupted run goes on from there.
 """
@@ -32,8 +38,10 @@ from rows import Row, Rows, artifact_id, file_id, print_rows
 from same_bytes import Cell, at_same_bytes, require_same_bytes
 
 from tda_export.errors import TdaError, UsageError
+from tda_export.evaluation.greedy_densities import read_densities
 from tda_export.evaluation.methods import Request, open_setting
 from tda_export.evaluation.text import TextSettings, cut_windows, evaluate_text
+from tda_export.packing import Parts
 from tda_export.runtime import Model, load
 
 LARGEST_TT_SPARSITY = 1 / 3  # TT saves down rows alone
@@ -47,8 +55,12 @@ KEYS = (
     "prompts",
     "continuation_tokens",
     "within",
+    "share",
+    "densities",
 )
-HEADER = ("method", "sparsity", "asked", "text", "prompt", "FFN bytes", "KL", "perplexity", "agreement")
+HEADER = ("method", "sparsity", "of", "asked", "text", "prompt", "FFN bytes", "all linears", "KL", "KL there")
+HEADER += ("perplexity", "agreement")
+SHARES = {"ffn": "ffn_share", "linears": "linear_share"}
 
 
 def read_text(path: Path) -> str:
@@ -71,18 +83,44 @@ def read_text(path: Path) -> str:
 
 
 def artifact_cells(options: argparse.Namespace) -> list[Cell]:
-    """What is measured on the artifact."""
+    """What is measured on the artifact of masks."""
     cells = [Cell("dense")]
-    for sparsity in options.sparsity:
-        cells += [Cell("tda", sparsity), Cell("uniform", sparsity), Cell("griffin", sparsity)]
-        if options.token_calibration is not None and sparsity < LARGEST_TT_SPARSITY:
+    for sparsity, share in product(options.sparsity, options.shares):
+        cells += [Cell("tda", sparsity, share), Cell("uniform", sparsity, share), Cell("griffin", sparsity, share)]
+        if options.token_calibration is not None and share == "ffn_share" and sparsity < LARGEST_TT_SPARSITY:
             cells.append(Cell("tt", sparsity))
     return [*cells, *([Cell("paper")] if options.token_calibration is not None else [])]
 
 
-def request(cell: Cell, tokens: Path | None) -> Request:
+def priced_cells(options: argparse.Namespace) -> list[Cell]:
+    """What is measured on the priced artifact."""
+    methods = ["priced", "teal", "wina"]
+    return [
+        Cell(method, sparsity, share)
+        for sparsity, share in product(options.sparsity, options.shares)
+        for method in [*methods, *(["teal-greedy"] if _densities(options, share) else [])]
+    ]
+
+
+def _densities(options: argparse.Namespace, share: str) -> Path | None:
+    """The file of greedy densities for what is compared."""
+    parts = _parts(share)
+    return next((path for path in options.densities if read_densities(path).parts == parts), None)
+
+
+def _parts(share: str) -> Parts:
+    return "ffn" if share == "ffn_share" else "all"
+
+
+def request(cell: Cell, options: argparse.Namespace) -> Request:
     """How `tda-export eval` would be asked for a cell."""
+    tokens = options.token_calibration
     match cell.method:
+        case "priced" | "teal" | "wina":
+            return Request(cell.method, sparsity=cell.sparsity, parts=_parts(cell.share))
+        case "teal-greedy":
+            densities = _densities(options, cell.share)
+            return Request("teal", sparsity=cell.sparsity, parts=_parts(cell.share), densities=densities)
         case "tda":
             return Request("tda", sparsity=cell.sparsity, allocation="kl")
         case "uniform":
@@ -94,23 +132,24 @@ def request(cell: Cell, tokens: Path | None) -> Request:
 
 
 def with_share(row: Row) -> Row:
-    """Add `ffn_share`, the share of the dense FFN bytes that was read."""
-    return row | {"ffn_share": row["ffn_bytes"] / row["dense_ffn_bytes"]}
+    """Add the shares of the FFN's bytes and of those of all linears that were read."""
+    linears = row["linear_bytes"] / row["dense_linear_bytes"]
+    return row | {"ffn_share": row["ffn_bytes"] / row["dense_ffn_bytes"], "linear_share": linears}
 
 
 class OnArtifact:
     """Measures cells on an artifact."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, artifact: Path) -> None:
         self.options = options
-        self.model: Model = load(options.artifact, provider="cpu")
+        self.model: Model = load(artifact, provider="cpu")
 
     def measure(self, text: str, prompt_tokens: int, cell: Cell) -> Row:
         """Measure a cell on a text, with prompts of a length."""
         settings = TextSettings(self.options.prompts, prompt_tokens, self.options.continuation_tokens)
         artifact, encode = self.model.artifact, self.model.text.encode
         windows = cut_windows(encode(text, special_tokens=False), encode(""), settings)
-        setting = open_setting(artifact, self.model.sessions, request(cell, self.options.token_calibration))
+        setting = open_setting(artifact, self.model.sessions, request(cell, self.options))
         quality = asdict(evaluate_text(artifact, setting, windows, settings))
         described = {"model": artifact.name, "dtype": artifact.shape.dtype, "budget": setting.budget}
         return with_share(described | quality)
@@ -123,7 +162,7 @@ class InPyTorch:
         given = ["any", "--model", model, "--prompts", str(options.prompts), "--json", "--sparsity"]
         given += [*map(str, options.sparsity), "--continuation-tokens", str(options.continuation_tokens)]
         self.fitted = baselines.Baselines(baselines.arguments(given))
-        self.cells = [Cell(one.method, one.sparsity) for one in self.fitted.wanted]
+        self.cells = [Cell(one.method, one.sparsity, share) for one in self.fitted.wanted for share in options.shares]
 
     def measure(self, text: str, prompt_tokens: int, cell: Cell) -> Row:
         """Measure a cell on a text, with prompts of a length."""
@@ -138,11 +177,14 @@ def line(row: Row) -> str:
     cells = (
         row["method"],
         "" if row["sparsity"] is None else f"{row['sparsity']:g}",
+        {"ffn_share": "FFN", "linear_share": "all linears"}[row["share"]],
         "" if row["asked"] is None else f"{row['asked']:.3f}",
         row["text"],
         str(row["prompt_tokens"]),
         f"{row['ffn_share']:.3f}",
+        f"{row['linear_share']:.3f}",
         f"{row['kl']:.3f} ± {row['kl_stderr']:.3f}",
+        "" if row.get("kl_at") is None else f"{row['kl_at']:.3f}",
         f"{row['perplexity']:.2f} ± {row['perplexity_stderr']:.2f}",
         f"{row['agreement']:.3f} ± {row['agreement_stderr']:.3f}",
     )
@@ -153,9 +195,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure all methods on texts and prompt lengths at the same bytes.")
     parser.add_argument("artifact", type=Path)
     parser.add_argument("texts", type=Path, nargs="+", metavar="TEXT")
+    parser.add_argument("--priced", type=Path, metavar="ARTIFACT", help="Of the same model, of --method priced.")
+    parser.add_argument("--of", nargs="+", choices=tuple(SHARES), default=["ffn"], help="Whose bytes are the same.")
+    parser.add_argument("--densities", type=Path, nargs="+", default=[], metavar="FILE", help="Of TEAL, greedy.")
     parser.add_argument("--token-calibration", type=Path, metavar="FILE")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.3, 0.5, 0.7])
-    parser.add_argument("--within", type=float, default=0.01, help="Share of the dense FFN bytes.  [default: 0.01]")
+    parser.add_argument("--within", type=float, default=0.01, help="Share of the dense bytes.  [default: 0.01]")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--prompt-tokens", nargs="+", type=int, default=[32, 384])
     parser.add_argument("--continuation-tokens", type=int, default=128)
@@ -163,7 +208,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-baselines", action="store_true")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="Keep what was measured here, and go on from it.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object a line.")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.shares = [SHARES[name] for name in options.of]
+    return options
 
 
 def measured(options: argparse.Namespace) -> Iterator[Row]:
@@ -183,12 +230,16 @@ def measured(options: argparse.Namespace) -> Iterator[Row]:
         for name, prompt, cell in product(texts, options.prompt_tokens, cells):
             asked = described | cell._asdict() | {"text": name, "prompt_tokens": prompt}
             if (row := rows.get(asked)) is None:
-                found = at_same_bytes(cell, options.within, partial(where.measure, texts[name], prompt))
+                found = at_same_bytes(cell, options.within, partial(where.measure, texts[name], prompt), between=True)
                 row = rows.add(found | asked)
             yielded.append(row)
             yield row
 
-    on_artifact = OnArtifact(options)
+    on_artifact = OnArtifact(options, options.artifact)
+    on_priced = None if options.priced is None else OnArtifact(options, options.priced)
+    fingerprints = {on.model.artifact.manifest["model"]["fingerprint"] for on in (on_artifact, on_priced) if on}
+    if len(fingerprints) > 1:
+        raise UsageError(f"{options.priced} is of another model than {options.artifact}. Give artifacts of one model.")
     artifact = on_artifact.model.artifact
     described = {
         "artifact": artifact_id(artifact),
@@ -196,8 +247,15 @@ def measured(options: argparse.Namespace) -> Iterator[Row]:
         "prompts": options.prompts,
         "continuation_tokens": options.continuation_tokens,
         "within": options.within,
+        "densities": None,
     }
     yield from of(on_artifact, artifact_cells(options))
+    if on_priced is not None:
+        masks = described
+        described = masks | {"artifact": artifact_id(on_priced.model.artifact)}
+        described |= {"densities": " ".join(map(file_id, options.densities))}
+        yield from of(on_priced, priced_cells(options))
+        described = masks
     if not options.no_baselines:
         in_pytorch = InPyTorch(options, options.model or artifact.name)
         yield from of(in_pytorch, in_pytorch.cells)

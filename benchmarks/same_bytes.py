@@ -1,8 +1,9 @@
-"""Compare methods at the same FFN bytes: ask for another sparsity until what is read is what was meant."""
+"""Compare methods at the same bytes, of the FFN or of all linears: ask again until what is read is what was meant."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from rows import Row
@@ -14,15 +15,19 @@ FLATTEST = -0.2  # points of bytes for a point of sparsity: what the secant is b
 
 
 class Cell(NamedTuple):
-    """A method and the share of FFN bytes that it shall not read; None for what chooses its own."""
+    """A method and the share of bytes that it shall not read; None for what chooses its own.
+
+    `share`: the key of a row that says what was read, `ffn_share` or `linear_share`.
+    """
 
     method: str
     sparsity: float | None = None
+    share: str = "ffn_share"
 
 
 def miss(row: Row) -> float:
     """How much more was read than the sparsity of the row's cell allows, as a share of dense."""
-    return 0.0 if row["sparsity"] is None else float(row["ffn_share"]) - (1 - row["sparsity"])
+    return 0.0 if row["sparsity"] is None else float(row[row["share"]]) - (1 - row["sparsity"])
 
 
 def next_asked(tried: list[tuple[float, float]]) -> float:
@@ -38,37 +43,71 @@ def next_asked(tried: list[tuple[float, float]]) -> float:
     return min(max(asked - missed / slope, 0.0), 0.95)
 
 
-def at_same_bytes(cell: Cell, within: float, measure: Callable[[Cell], Row], *, first: float | None = None) -> Row:
-    """Measure a cell until it misses its bytes by at most `within`, or MOST_TRIES times.
+def at_same_bytes(
+    cell: Cell, within: float, measure: Callable[[Cell], Row], *, first: float | None = None, between: bool = False
+) -> Row:
+    """Measure a cell until it misses its bytes by at most `within`, or MOST_TRIES times (two more with `between`).
 
     Args:
         cell: What shall be measured.
-        within: Share of the dense FFN bytes.
-        measure: Given the cell with the sparsity to ask for, returns a row; of what it has, `ffn_share` is used.
+        within: Share of the dense bytes.
+        measure: Given the cell with the sparsity to ask for, returns a row; of what it has, the cell's share is used.
         first: The sparsity to ask for first, where it is known to be better than the cell's own.
+        between: Also measure on the other side of the bytes; rows then have a `kl`.
 
     Returns:
-        The row that misses least, with `method`, `sparsity` (the cell's), `asked`, `within` and `miss`. A method that
-        refuses the next sparsity keeps the best that it has.
+        The row that misses least, with `method`, `sparsity` and `share` (the cell's), `asked`, `within` and `miss`. A
+        method that refuses the next sparsity keeps the best that it has. With `between`, `kl_at` is the KL at the very
+        bytes, interpolated between two settings around them (None where there are none).
 
     Raises:
         UsageError: It refuses the first.
     """
     tried: list[Row] = []
     asked = cell.sparsity if first is None else first
-    for _ in range(MOST_TRIES):
+    for _ in range(MOST_TRIES + 2 * between):
         try:
-            row = measure(Cell(cell.method, asked))
+            row = measure(cell._replace(sparsity=asked))
         except UsageError:
             if not tried:
                 raise
             break
-        row |= {"method": cell.method, "sparsity": cell.sparsity, "asked": asked, "within": within}
+        row |= cell._asdict() | {"asked": asked, "within": within}
         tried.append(row | {"miss": miss(row)})
-        if abs(tried[-1]["miss"]) <= within:
+        misses = [row["miss"] for row in tried]
+        near = min(map(abs, misses)) <= within
+        if near and (not between or cell.sparsity is None or min(misses) <= 0 <= max(misses)):
             break
         asked = next_asked([(row["asked"], row["miss"]) for row in tried])
-    return min(tried, key=lambda row: abs(row["miss"]))
+        if near:  # on the other side of the bytes
+            asked = min(max(asked + math.copysign(within, misses[-1]), 0.0), 0.95)
+    best = min(tried, key=lambda row: abs(row["miss"]))
+    if not between or cell.sparsity is None:
+        return best
+    return best | {"kl_at": kl_at([(row[cell.share], row["kl"]) for row in tried], 1 - cell.sparsity)}
+
+
+def kl_at(points: Sequence[tuple[float, float]], share: float) -> float | None:
+    """Interpolate the KL at a share of bytes between two settings: its logarithm is taken as linear in the share.
+
+    Args:
+        points: Of settings of one method: share of bytes that was read, KL.
+        share: Of bytes.
+
+    Returns:
+        None where no setting read less, or none more.
+    """
+    below = [point for point in points if point[0] <= share]
+    above = [point for point in points if point[0] >= share]
+    if not below or not above:
+        return None
+    (low, kl_low), (high, kl_high) = max(below), min(above)
+    if low == high:
+        return kl_low
+    if min(kl_low, kl_high) <= 0:
+        return kl_low + (kl_high - kl_low) * (share - low) / (high - low)
+    weight = (share - low) / (high - low)
+    return math.exp((1 - weight) * math.log(kl_low) + weight * math.log(kl_high))
 
 
 def require_same_bytes(rows: Iterable[Row]) -> None:

@@ -7,6 +7,7 @@ channel, is long enough to be worth a read of its own in small models.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ Packing = Literal["separate", "sites"]
 PACKINGS: tuple[Packing, ...] = get_args(Packing)
 
 ATTENTION_PARTS = ("q", "k", "v", "o")
+Parts = Literal["all", "ffn", "attention"]  # whose rows may be dropped
 
 
 def linear_parts(spec: DecoderSpec) -> tuple[str, ...]:
@@ -39,12 +41,24 @@ def packed_matrices(spec: DecoderSpec, packing: Packing) -> dict[str, tuple[str,
     return linear_sites(spec) if packing == "sites" else {part: (part,) for part in linear_parts(spec)}
 
 
+def droppable_matrices(spec: DecoderSpec, packing: Packing, parts: Parts) -> dict[str, tuple[str, ...]]:
+    """Name the matrices of FFN, attention or both with their parts."""
+    attention = {"all": (True, False), "ffn": (False,), "attention": (True,)}[parts]
+    stored = packed_matrices(spec, packing)
+    return {name: members for name, members in stored.items() if (members[0] in ATTENTION_PARTS) in attention}
+
+
 def linear_shape(spec: DecoderSpec, part: str) -> tuple[int, int]:
     """Return the input channels and the outputs of a linear."""
     hidden, ffn = spec.hidden_size, spec.ffn_size
     heads, kv_heads = spec.num_heads * spec.head_size, spec.num_kv_heads * spec.head_size
     shapes = {"q": (hidden, heads), "k": (hidden, kv_heads), "v": (hidden, kv_heads), "o": (heads, hidden)}
     return (shapes | {"gate": (hidden, ffn), "up": (hidden, ffn), "down": (ffn, hidden)})[part]
+
+
+def linear_elements(spec: DecoderSpec) -> int:
+    """Return the elements of all linears of a layer."""
+    return sum(math.prod(linear_shape(spec, part)) for part in linear_parts(spec))
 
 
 def row_bytes(columns: int, element_bytes: int) -> int:

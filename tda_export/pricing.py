@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args
 
 from tda_export.errors import UsageError
-from tda_export.packing import Packing
+from tda_export.packing import Packing, Parts
 
 KL_POWER = 1.5  # near dense: KL goes with the cube of what is dropped, which is the root of the price
 SHARE_POWER = 0.5
@@ -168,6 +168,16 @@ class PriceTable:
         factor = self.element_bytes / element_bytes if element_bytes > 0 else 0.0
         rows = tuple(replace(row, price=row.price * factor) for row in self.rows)
         return replace(self, element_bytes=element_bytes, rows=rows)
+
+    def of_parts(self, parts: Parts) -> PriceTable:
+        """Return the table with `share` of the FFN's bytes, or of attention's, where those alone may drop rows.
+
+        Shares were measured while all linears drop rows, and hardly depend on that. KL does: it stays that of all.
+        """
+        if parts == "all":
+            return self
+        rows = tuple(replace(row, share=getattr(row, f"{parts}_share")) for row in self.rows)
+        return replace(self, rows=rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as plain data."""

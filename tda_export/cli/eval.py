@@ -24,6 +24,7 @@ from tda_export.cli.options import (
 
 if TYPE_CHECKING:
     from tda_export.calibration.budgets import AllocationRule
+    from tda_export.packing import Parts
 
 TEXT_OPTIONS = ("prompts", "prompt_tokens", "continuation_tokens", "free", "refresh")
 TASK_OPTIONS = ("data", "limit", "protocol", "reference")
@@ -36,8 +37,10 @@ TASK_OPTIONS = ("data", "limit", "protocol", "reference")
 @click.option("--tasks", help="Tasks of lm-evaluation-harness in place of a text, with commas between; all for all.")
 @click.option(
     "--method",
-    type=click.Choice(["priced", "tda", "paper", "griffin", "tt", "dense"]),
-    help="priced: the rows that are worth the artifact's price, or that of a budget. tda: the artifact's thresholds, "
+    type=click.Choice(["priced", "teal", "wina", "tda", "paper", "griffin", "tt", "dense"]),
+    help="Of priced artifacts: priced, the rows that are worth the artifact's price, or that of a budget; teal, the "
+    "rows whose input reaches a threshold of the matrix; wina, the same of input times norm of the row, by threshold; "
+    "both take --sparsity. Of others: tda: the artifact's thresholds, "
     "or those of a budget. paper: exactly the paper's (equal CETT of tokens, 0.2 unless --cett; the mask alone). "
     "griffin: the same number of neurons in every layer by Griffin's score; takes --sparsity. tt: every token drops "
     "its own small neurons, saving their down rows alone; takes --cett or --sparsity up to 1/3. paper and tt take a "
@@ -45,6 +48,17 @@ TASK_OPTIONS = ("data", "limit", "protocol", "reference")
 )
 @price_option
 @budget_options
+@click.option(
+    "--parts",
+    type=click.Choice(["all", "ffn", "attention"]),
+    help="With priced, teal and wina: the linears whose rows may be dropped; --sparsity is of their bytes.  [default: "
+    "all]",
+)
+@click.option(
+    "--densities",
+    type=PATH,
+    help="With teal: the file of greedy densities that benchmarks/teal_densities.py wrote.  [default: uniform ones]",
+)
 @refresh_option
 @click.option("--calibration", type=PATH, help="Choose the budget from this file in place of the artifact's own.")
 @click.option(
@@ -94,6 +108,8 @@ def evaluate(
     sparsity: float | None,
     allocation: AllocationRule | None,
     max_kl: float | None,
+    parts: Parts | None,
+    densities: Path | None,
     refresh: int | None,
     calibration: Path | None,
     prompts: int,
@@ -134,6 +150,8 @@ def evaluate(
         allocation=allocation,
         refresh=chosen,
         calibration=calibration,
+        parts=parts,
+        densities=densities,
     )
     if tasks is not None:
         evaluate_tasks(
@@ -213,7 +231,18 @@ def _bytes_read(result: dict[str, Any]) -> str:
     more = result["refresh_ffn_bytes"]
     of_them = f", {more / 2**20:,.1f} of them because of refreshes" if more else ""
     density = f" (density {result['density']:.3f})" if "density" in result else ""
-    return f"{result['ffn_bytes'] / 2**20:,.1f} of {result['dense_ffn_bytes'] / 2**20:,.1f} MiB{density}{of_them}"
+    return f"{_of_dense(result['ffn_bytes'], result['dense_ffn_bytes'])}{density}{of_them}"
+
+
+def _linear_bytes(result: dict[str, Any]) -> str:
+    """Say what is read of all linears, and the share of attention's."""
+    dense = result["dense_linear_bytes"] - result["dense_ffn_bytes"]
+    attention = (result["linear_bytes"] - result["ffn_bytes"]) / dense
+    return f"{_of_dense(result['linear_bytes'], result['dense_linear_bytes'])}, attention's {attention:.3f}"
+
+
+def _of_dense(read: float, dense: float) -> str:
+    return f"{read / 2**20:,.1f} of {dense / 2**20:,.1f} MiB: {read / dense:.3f}"
 
 
 def _summary(result: dict[str, Any]) -> str:
@@ -225,6 +254,7 @@ def _summary(result: dict[str, Any]) -> str:
             f"dense perplexity    {result['dense_perplexity']:.3f} ± {result['dense_perplexity_stderr']:.3f}",
             f"top-1 agreement     {result['agreement']:.4f} ± {result['agreement_stderr']:.4f}",
             f"FFN bytes a token   {_bytes_read(result)}",
+            f"of all linears      {_linear_bytes(result)}",
         ]
     )
 
@@ -242,5 +272,6 @@ def _free_summary(result: dict[str, Any]) -> str:
                 for start, (kl, error) in enumerate(zip(result["kl"], result["kl_stderr"], strict=True))
             ],
             f"FFN bytes a token   {_bytes_read(result)}",
+            f"of all linears      {_linear_bytes(result)}",
         ]
     )

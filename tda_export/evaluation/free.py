@@ -19,6 +19,7 @@ import numpy as np
 from tda_export.errors import TdaError, UsageError
 from tda_export.evaluation.greedy import greedy_tokens, likeliest
 from tda_export.evaluation.methods import AnySetting
+from tda_export.evaluation.text import linear_bytes
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.phases import decode
@@ -34,7 +35,8 @@ class FreeQuality:
 
     `divergence`: tokens before the first that differs, `new_tokens` where none does; `identical`: the share of prompts
     where none does. `kl`: nats a token, of each block of `block_tokens` tokens of the dense model's text.
-    `ffn_bytes`: what a token of it read of the FFN weights on average, `refresh_ffn_bytes` of it for refreshes.
+    `ffn_bytes`: what a token of it read of the FFN weights on average, `refresh_ffn_bytes` of it for refreshes;
+    `linear_bytes`: of the linears of all layers, FFN and attention.
     """
 
     prompts: int
@@ -49,16 +51,19 @@ class FreeQuality:
     ffn_bytes: float
     refresh_ffn_bytes: float
     dense_ffn_bytes: int
+    linear_bytes: float
+    dense_linear_bytes: int
 
 
 @dataclass(frozen=True)
 class FreeText:
-    """Of one prompt: divergence length in tokens, KL of each block, and shares of FFN bytes (see `Counted`)."""
+    """Of one prompt: divergence length in tokens, KL of each block, and shares of bytes (see `Counted`)."""
 
     divergence: int
     kl: np.ndarray  # float64 [blocks]
     ffn_share: float
     refresh_share: float
+    attention_share: float
 
 
 def evaluate_free(
@@ -84,6 +89,18 @@ def evaluate_free(
     """
     if new_tokens < 2 or len(prompts) < 2:
         raise UsageError("Free generation takes 2 prompts or more, and 2 new tokens or more.")
+    measured = measure_free(artifact, setting, prompts, new_tokens, advance)
+    return summarise_free(measured, new_tokens, artifact.dense_ffn_bytes, artifact.linear_bytes)
+
+
+def measure_free(
+    artifact: Artifact,
+    setting: AnySetting,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    advance: Callable[[int], None] = lambda prompts: None,
+) -> list[FreeText]:
+    """Do as `evaluate_free`, for any number of prompts and without averaging."""
     longest = max(len(prompt) for prompt in prompts) + new_tokens
     if longest > artifact.shape.max_positions:
         raise TdaError(
@@ -101,7 +118,7 @@ def evaluate_free(
         equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(dense, sparse, strict=True))
         measured.append(_drift(setting, cache, reader, prompt, dense, divergence=len(list(equal))))
         advance(1)
-    return _summarise(measured, new_tokens, artifact.dense_ffn_bytes)
+    return measured
 
 
 def _write(
@@ -132,10 +149,16 @@ def _drift(
     cache.truncate(len(prompt))
     kl = token_kl(decode(setting.sessions, cache, read, None), counted.logits)
     blocks = [kl[start : start + BLOCK_TOKENS].mean() for start in range(0, len(kl), BLOCK_TOKENS)]
-    return FreeText(divergence, np.array(blocks), counted.ffn_share, counted.refresh_share)
+    return FreeText(divergence, np.array(blocks), counted.ffn_share, counted.refresh_share, counted.attention_share)
 
 
-def _summarise(measured: Sequence[FreeText], new_tokens: int, dense_ffn_bytes: int) -> FreeQuality:
+def summarise_free(
+    measured: Sequence[FreeText], new_tokens: int, dense_ffn_bytes: int, dense_linear_bytes: int
+) -> FreeQuality:
+    """Average over prompts."""
+    ffn, attention = (
+        float(np.mean([getattr(text, name) for text in measured])) for name in ("ffn_share", "attention_share")
+    )
     lengths = np.array([text.divergence for text in measured], np.float64)
     blocks = np.stack([text.kl for text in measured])
     root = math.sqrt(len(measured))
@@ -149,7 +172,9 @@ def _summarise(measured: Sequence[FreeText], new_tokens: int, dense_ffn_bytes: i
         block_tokens=BLOCK_TOKENS,
         kl=blocks.mean(axis=0).tolist(),
         kl_stderr=(blocks.std(axis=0, ddof=1) / root).tolist(),
-        ffn_bytes=float(np.mean([text.ffn_share for text in measured])) * dense_ffn_bytes,
+        ffn_bytes=ffn * dense_ffn_bytes,
         refresh_ffn_bytes=float(np.mean([text.refresh_share for text in measured])) * dense_ffn_bytes,
         dense_ffn_bytes=dense_ffn_bytes,
+        linear_bytes=linear_bytes(ffn, attention, dense_ffn_bytes, dense_linear_bytes),
+        dense_linear_bytes=dense_linear_bytes,
     )

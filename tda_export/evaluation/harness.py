@@ -26,6 +26,7 @@ from tda_export.errors import TdaError, UsageError
 from tda_export.evaluation.greedy import greedy_tokens, likeliest
 from tda_export.evaluation.methods import Request, check_request, open_setting
 from tda_export.evaluation.scoring import Score, Scorer
+from tda_export.packing import Parts
 from tda_export.progress import progress
 from tda_export.runtime.artifact import open_artifact
 from tda_export.runtime.deployment import Refresh
@@ -53,6 +54,8 @@ class TdaLM(TemplateLM):
         max_kl: float | None = None,
         refresh: int | None = None,
         calibration: str | None = None,
+        parts: Parts | None = None,
+        densities: str | None = None,
         protocol: str = "strict",
         provider: str = "auto",
         max_length: int | None = None,
@@ -72,6 +75,8 @@ class TdaLM(TemplateLM):
             max_kl: Budget.
             refresh: Tokens between refreshes while generating; by default the artifact's own.
             calibration: A calibration file in place of the artifact's own.
+            parts: Whose rows may be dropped, `all`, `ffn` or `attention`, of methods of priced artifacts.
+            densities: A file of greedy densities, of `teal`.
             protocol: `strict` or `griffin`.
             provider: `auto`, `cpu` or `cuda`.
             max_length: The most tokens that the model is fed, at least 2; by default the model's maximum.
@@ -98,6 +103,8 @@ class TdaLM(TemplateLM):
             allocation=allocation,
             refresh=None if refresh is None else Refresh(refresh, opened.deployment.refresh.decay),
             calibration=None if calibration is None else Path(calibration),
+            parts=parts,
+            densities=None if densities is None else Path(densities),
         )
         check_request(opened, request)
         self.artifact, self.text = opened, Text(opened)
@@ -111,8 +118,9 @@ class TdaLM(TemplateLM):
     def of(cls, artifact: Path, request: Request, *, protocol: str, provider: str) -> TdaLM:
         """Open an artifact for a request."""
         refresh = None if request.refresh is None else request.refresh.tokens
-        calibration = None if request.calibration is None else str(request.calibration)
-        arguments = asdict(request) | {"refresh": refresh, "calibration": calibration}
+        given = ("calibration", request.calibration), ("densities", request.densities)
+        files = {name: None if path is None else str(path) for name, path in given}
+        arguments = asdict(request) | {"refresh": refresh} | files
         return cls(str(artifact), **arguments, protocol=protocol, provider=provider)
 
     # Text

@@ -1,6 +1,7 @@
 """The methods by name: what budgets they take, and how their settings are made from an artifact.
 
-A new method is a row of `METHODS`: how it checks its budget, and how it is opened.
+A new method is a row of `METHODS`: how it checks its budget, and how it is opened. Those of priced artifacts are in
+`priced_methods.py`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,17 @@ from dataclasses import dataclass
 
 from tda_export.calibration.budgets import Budget, allocate_truncation
 from tda_export.calibration.file import Calibration
-from tda_export.deployments import Asked, deployed, own_calibration, refuse_masks
+from tda_export.deployments import deployed, own_calibration
 from tda_export.errors import UsageError
-from tda_export.evaluation.priced_setting import PricedSetting, open_priced
+from tda_export.evaluation.priced_methods import (
+    check_priced,
+    check_threshold,
+    open_priced_dense,
+    open_priced_rows,
+    open_threshold,
+)
+from tda_export.evaluation.priced_setting import PricedSetting
+from tda_export.evaluation.requests import Request
 from tda_export.evaluation.setting import Setting, TruncationSetting
 from tda_export.graph.derive import (
     artifact_method,
@@ -23,20 +32,13 @@ from tda_export.graph.derive import (
 )
 from tda_export.graph.method import griffin
 from tda_export.runtime.artifact import Artifact
-from tda_export.runtime.deployment import Deployment, PriceDeployment, one_level
+from tda_export.runtime.deployment import Deployment, one_level
 from tda_export.runtime.session import Sessions
 
 PAPER_CETT = 0.2
-
+ROW_METHODS = ("priced", "teal", "wina")  # which may drop rows of all linears
 
 AnySetting = Setting | PricedSetting
-
-
-@dataclass(frozen=True)
-class Request(Asked):
-    """A method by name (None: the artifact's own), and what was asked of it."""
-
-    method: str | None = None
 
 
 def check_request(artifact: Artifact, request: Request) -> None:
@@ -46,7 +48,14 @@ def check_request(artifact: Artifact, request: Request) -> None:
         UsageError: The method is not known, its budget is missing, incomplete or not one that it takes, or the
             artifact does not fit it.
     """
-    _entry(artifact, request).check(artifact, request)
+    entry = _entry(artifact, request)
+    name = method_name(artifact, request)
+    for option, value in (("--parts", request.parts), ("--densities", request.densities)):
+        if value is not None and name not in ROW_METHODS:
+            raise UsageError(
+                f"{option} means nothing with --method {name}, but with {', '.join(ROW_METHODS)}. Leave it out."
+            )
+    entry.check(artifact, request)
 
 
 def method_name(artifact: Artifact, request: Request) -> str:
@@ -81,9 +90,8 @@ def open_setting(artifact: Artifact, sessions: Sessions, request: Request) -> An
         UsageError: See `check_request`.
         TdaError: The artifact's calibration cannot be read, or the derived graph cannot be loaded.
     """
-    entry = _entry(artifact, request)
-    entry.check(artifact, request)
-    return entry.open(artifact, sessions, request)
+    check_request(artifact, request)
+    return _entry(artifact, request).open(artifact, sessions, request)
 
 
 @dataclass(frozen=True)
@@ -214,34 +222,17 @@ def _open_dense(artifact: Artifact, sessions: Sessions, request: Request) -> Set
     return Setting("dense", artifact.shape, sessions, deployment, _counting(artifact, sessions), masked=False)
 
 
-def _check_priced(artifact: Artifact, request: Request) -> None:
-    refuse_masks(artifact, request)
-    if request.calibration is not None:
-        raise UsageError("--calibration: a priced artifact carries its table. Build it again with another calibration.")
-    deployed(artifact, request)
-
-
-def _open_priced(artifact: Artifact, sessions: Sessions, request: Request) -> PricedSetting:
-    given = {"price": request.price, "sparsity": request.sparsity, "max_kl": request.max_kl}
-    budget = {name: value for name, value in given.items() if value is not None} or dict(artifact.manifest["budget"])
-    deployment = deployed(artifact, request)
-    assert isinstance(deployment, PriceDeployment)
-    return open_priced("priced", artifact, sessions, deployment, budget)
-
-
-def _open_priced_dense(artifact: Artifact, sessions: Sessions, request: Request) -> PricedSetting:
-    return open_priced("dense", artifact, sessions, PriceDeployment(0.0), {})
-
-
 # By method, and by the layouts of artifacts that run it.
 METHODS: dict[str, dict[str, MethodEntry]] = {
-    "priced": {"priced": MethodEntry(_check_priced, _open_priced)},
+    "priced": {"priced": MethodEntry(check_priced, open_priced_rows)},
+    "teal": {"priced": MethodEntry(check_threshold, open_threshold)},
+    "wina": {"priced": MethodEntry(check_threshold, open_threshold)},
     "tda": {"indexed": MethodEntry(_check_tda, _open_tda)},
     "paper": {"indexed": MethodEntry(_check_paper, _open_paper)},
     "griffin": {"indexed": MethodEntry(_check_griffin, _open_griffin)},
     "tt": {"indexed": MethodEntry(_check_tt, _open_tt)},
     "dense": {
         "indexed": MethodEntry(_check_dense, _open_dense),
-        "priced": MethodEntry(_check_dense, _open_priced_dense),
+        "priced": MethodEntry(_check_dense, open_priced_dense),
     },
 }

@@ -40,7 +40,7 @@ class PricedSetting:
     """How a method decodes with a priced artifact; it serves where `setting.Setting` does.
 
     `sessions`: decode has the method's row prices. `counting`: sessions whose decode also counts the rows that tokens
-    read, with the same row prices. `row_bytes`: of each counted matrix, in order, and whether it is of an FFN.
+    read, with the same row prices. `held`: the row prices, which sessions on the CPU use where they lie.
     """
 
     method: str
@@ -50,6 +50,7 @@ class PricedSetting:
     counting: Sessions
     budget: dict[str, Any] = field(default_factory=dict)
     masked: bool = True
+    held: Mapping[str, Any] = field(default_factory=dict)
     per_token = True
 
     @property
@@ -148,4 +149,4 @@ def open_priced(
     weights = {name: value for name, value in (sessions.shared_weights | changed).items() if name in names}
     counting = copy.copy(sessions)
     counting.decode = open_session(artifact, model, sessions.provider, weights, native=sessions.native)
-    return PricedSetting(method, artifact, own, deployment, counting, budget)
+    return PricedSetting(method, artifact, own, deployment, counting, budget, held=changed)

@@ -1,4 +1,4 @@
-"""Fit the methods of `reference_methods.py` and `predictor.py` to a calibration text, in one pass over the layers."""
+"""Fit the methods in PyTorch to a calibration text, in one pass over the layers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from tda_export.calibration.cett import neuron_scores
 from tda_export.errors import UsageError
+from tda_export.evaluation.moefication import ExpertMethod, expert_scores, kept_experts, layer_experts
 from tda_export.evaluation.predictor import (
     Predictor,
     PredictorMethod,
@@ -27,7 +28,8 @@ from tda_export.evaluation.reference_methods import (
 from tda_export.graph.method import kept_neurons
 from tda_export.models.spec import DecoderSpec
 
-MethodName = Literal["static", "cats", "dejavu"]
+# moe-true: experts by their true activation, an upper bound; moe: by a router.
+MethodName = Literal["static", "cats", "dejavu", "moe-true", "moe"]
 
 
 class Wanted(NamedTuple):
@@ -49,6 +51,12 @@ def check_wanted(wanted: Wanted, spec: DecoderSpec, settings: PredictorSettings)
         cats_density(wanted.sparsity)
     if wanted.method == "dejavu":
         predictor_density(spec, wanted.sparsity, settings.rank)
+    if wanted.method in ("moe-true", "moe"):
+        kept_experts(spec, wanted.sparsity, _router_rank(wanted, settings))
+
+
+def _router_rank(wanted: Wanted, settings: PredictorSettings) -> int | None:
+    return settings.rank if wanted.method == "moe" else None
 
 
 def fit_methods(
@@ -81,6 +89,14 @@ def fit_methods(
     thresholds: dict[Wanted, list[float]] = {one: [] for one in wanted if one.method == "cats"}
     predictors: dict[Wanted, list[Predictor]] = {one: [] for one in wanted if one.method == "dejavu"}
     density = {one: predictor_density(spec, one.sparsity, settings.rank) for one in predictors}
+    kept = {
+        one: kept_experts(spec, one.sparsity, _router_rank(one, settings))
+        for one in wanted
+        if one.method in ("moe-true", "moe")
+    }
+    routers: dict[Wanted, list[Predictor]] = {one: [] for one in kept if one.method == "moe"}
+    experts: list[torch.Tensor] = []
+    norms: list[torch.Tensor] = []
     for layer, x in enumerate(inputs):
         activations = layer_activations(model, spec, layer, x)
         prior.append(neuron_scores(activations.relative))
@@ -88,6 +104,14 @@ def fit_methods(
             chosen.append(cats_threshold(activations.activated, one.sparsity))
         for one, trained in predictors.items():
             trained.append(train_predictor(x, activations.relative, density[one], settings))
+        if kept:
+            experts.append(layer_experts(model, spec, layer, settings.seed))
+            down = model.get_submodule(spec.names.down.format(i=layer)).weight
+            norms.append(down.detach().float().cpu().norm(dim=0))
+        for one, trained in routers.items():
+            scores = expert_scores(experts[layer], activations.relative)
+            share = kept[one] / scores.shape[1]
+            trained.append(train_predictor(x, scores, share, settings))
         advance(1)
     size = model.get_submodule(spec.names.down.format(i=0)).weight.element_size()
 
@@ -96,6 +120,8 @@ def fit_methods(
             return static_method(torch.stack(prior), one.sparsity)
         if one.method == "cats":
             return CatsMethod(thresholds[one])
+        if one in kept:
+            return ExpertMethod(experts, norms, kept[one], routers.get(one), size)
         return PredictorMethod(predictors[one], kept_neurons(density[one], spec.ffn_size), size)
 
     return {one: fitted(one) for one in wanted}

@@ -20,6 +20,7 @@ from tda_export.evaluation.text import TextQuality, TextSettings, WindowQuality,
 from tda_export.graph.method import kept_neurons
 from tda_export.models.ffn_modules import ACTIVATIONS
 from tda_export.models.spec import DecoderSpec
+from tda_export.packing import linear_elements
 
 CATS_LARGEST_SPARSITY = 2 / 3  # all that reading no up and down row saves
 
@@ -193,7 +194,8 @@ def measure_methods(
     """Measure methods on windows of a text by the protocol of `evaluation/text.py`.
 
     The prompt is read densely; then its continuation in one call, densely and by every method, over the same keys and
-    values. `density` of the results is the share of down rows; `ffn_bytes` holds a method's `extra_bytes`.
+    values. `density` of the results is the share of down rows; `ffn_bytes` holds a method's `extra_bytes`. Attention is
+    read whole.
 
     Args:
         model: A transformers model in evaluation mode.
@@ -227,7 +229,8 @@ def measure_methods(
                 quality = window_quality(dense.numpy(), sparse.numpy(), predicted, count.shares[2], share)
                 measured[key].append(quality)
         advance(1)
-    return {key: summarise(qualities, dense_bytes) for key, qualities in measured.items()}
+    linears = spec.num_layers * linear_elements(spec) * down.element_size()
+    return {key: summarise(qualities, dense_bytes, linears) for key, qualities in measured.items()}
 
 
 def _ids(model: Any, tokens: Sequence[int]) -> torch.Tensor:

@@ -16,6 +16,7 @@ from lm_eval.tasks import TaskManager
 
 from tda_export.errors import TdaError, UsageError
 from tda_export.evaluation.harness import TdaLM
+from tda_export.evaluation.text import linear_bytes
 from tda_export.models.source import ModelSource
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
@@ -34,12 +35,14 @@ class Metric:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Of one task: questions asked, metrics by name, seconds, and the mean share of FFN bytes read (if sparse)."""
+    """Of one task: questions asked, metrics by name, seconds, and (of artifacts) the mean shares of the FFN's bytes and
+    of those of all linears that a scored token read."""
 
     questions: int
     metrics: dict[str, Metric]
     seconds: float
     ffn_share: float | None
+    linear_share: float | None
 
 
 def chosen_tasks(names: Sequence[str]) -> list[str]:
@@ -99,15 +102,26 @@ def run_tasks(
         found = simple_evaluate(
             model=lm, tasks=[task], limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=1
         )
+        ffn, linears = _shares(lm)
         results[task] = TaskResult(
             questions=int(found["n-samples"][task]["effective"]),
             metrics=_metrics(found["results"][task]),
             seconds=time.monotonic() - began,
-            ffn_share=lm.scorer.take_ffn_share() if isinstance(lm, TdaLM) else None,
+            ffn_share=ffn,
+            linear_share=linears,
         )
         means = ", ".join(f"{name} {metric.value:.4f}" for name, metric in results[task].metrics.items())
         notify(f"{task}: {means} ({results[task].seconds:.0f} s)")  # a long run that is ended later has said this
     return results
+
+
+def _shares(lm: LM) -> tuple[float | None, float | None]:
+    """Return what a scored token read of the FFN and of all linears; nothing of a model that does not count."""
+    shares = lm.scorer.take_shares() if isinstance(lm, TdaLM) else None
+    if shares is None:
+        return None, None
+    dense = lm.artifact.linear_bytes
+    return shares[0], linear_bytes(*shares, lm.artifact.dense_ffn_bytes, dense) / dense
 
 
 def reference_model(source: ModelSource, *, dtype: str, device: str) -> LM:

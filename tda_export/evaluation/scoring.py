@@ -50,18 +50,21 @@ class Scorer:
         if protocol not in get_args(Protocol):
             raise UsageError(f"Protocol {protocol!r} is not known. Use {' or '.join(get_args(Protocol))}.")
         self.setting, self.protocol = setting.without_refresh(), protocol
-        self._shares: list[float] = []
+        self._shares: list[tuple[float, float]] = []
         self._mask_share = 1.0  # of the last context, where all its tokens read the same
         self._cache = KvCache(setting.shape, setting.sessions.provider, 1)
         self._reader: Any = None
 
-    def take_ffn_share(self) -> float | None:
-        """Return the mean share of FFN bytes that a scored token read since this was asked last; None without any.
+    def take_shares(self) -> tuple[float, float] | None:
+        """Return what a scored token read since this was asked last, None without any: of FFN bytes, of attention's.
 
-        Where a protocol or a context of one token has it scored densely, that is 1.
+        The mean shares; where a protocol or a context of one token has it scored densely, they are 1.
         """
         shares, self._shares = self._shares, []
-        return float(np.mean(shares)) if shares else None
+        if not shares:
+            return None
+        ffn, attention = np.mean(shares, axis=0)
+        return float(ffn), float(attention)
 
     def reserve(self, tokens: int) -> None:
         """Make room for so many tokens that are fed: n + m - 1."""
@@ -127,10 +130,10 @@ class Scorer:
             piece = tokens[start : start + DECODE_TOKENS]
             if mask is not None and self.setting.per_token:
                 counted = self.setting.decode_counted(self._cache, piece, mask)  # [C, V]
-                logits, share = counted.logits, counted.sparse_share
+                logits, share = counted.logits, (counted.sparse_share, counted.attention_share)
             else:
                 logits = self.setting.decode(self._cache, piece, mask)
-                share = 1.0 if mask is None else self._mask_share
+                share = (1.0 if mask is None else self._mask_share, 1.0)
             self._shares += [share] * len(piece)
             wanted = targets[:, start : start + len(piece)]  # [N, C]
             sums += token_log_probabilities(logits, wanted).sum(axis=1)

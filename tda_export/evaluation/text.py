@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tda_export.errors import TdaError, UsageError
 from tda_export.evaluation.methods import AnySetting
+from tda_export.evaluation.setting import Counted
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.phases import decode
@@ -46,7 +47,7 @@ class TextQuality:
     KL is KL(dense || sparse) in nats a token, perplexities are exp of the mean negative log-likelihood a token,
     agreement is the share of equal top-1 tokens, density the share of neurons that are kept (of the mask, or by a
     token), `ffn_bytes` what a token reads of the FFN weights on average, `refresh_ffn_bytes` how much of it
-    is more than without refreshes.
+    is more than without refreshes, `linear_bytes` what it reads of the linears of all layers, FFN and attention.
     """
 
     prompts: int
@@ -62,12 +63,14 @@ class TextQuality:
     ffn_bytes: float
     refresh_ffn_bytes: float
     dense_ffn_bytes: int
+    linear_bytes: float
+    dense_linear_bytes: int
 
 
 @dataclass(frozen=True)
 class WindowQuality:
     """Of one window: mean KL, mean negative log-likelihoods (nats a token), agreement, density, the share of FFN bytes
-    that a token read on average, and the part of it that is more than without refreshes."""
+    that a token read on average, the part of it that is more than without refreshes, and the share of attention's."""
 
     kl: float
     nll: float
@@ -76,6 +79,7 @@ class WindowQuality:
     density: float
     ffn_share: float
     refresh_share: float = 0.0
+    attention_share: float = 1.0
 
 
 def cut_windows(tokens: Sequence[int], prefix: Sequence[int], settings: TextSettings) -> list[list[int]]:
@@ -122,31 +126,52 @@ def evaluate_text(
     Raises:
         TdaError: A window is longer than the model's maximum, or logits are not finite.
     """
+    check_lengths(artifact, settings)
+    measured = []
+    for window in windows:
+        measured.append(measure_window(artifact, setting, window, settings))
+        advance(1)
+    return summarise(measured, artifact.dense_ffn_bytes, artifact.linear_bytes)
+
+
+def check_lengths(artifact: Artifact, settings: TextSettings) -> None:
+    """Refuse windows that are longer than the model's maximum.
+
+    Raises:
+        TdaError: They are.
+    """
     if settings.window > artifact.shape.max_positions:
         raise TdaError(
             f"{settings.prompt_tokens} and {settings.continuation_tokens} tokens are more than the model's "
             f"{artifact.shape.max_positions} positions. Shorten one of them."
         )
-    measured = []
-    for window in windows:
-        measured.append(_measure(artifact, setting, window, settings))
-        advance(1)
-    return summarise(measured, artifact.dense_ffn_bytes)
 
 
-def _measure(artifact: Artifact, setting: AnySetting, window: Sequence[int], settings: TextSettings) -> WindowQuality:
+def measure_window(
+    artifact: Artifact, setting: AnySetting, window: Sequence[int], settings: TextSettings
+) -> WindowQuality:
+    """Measure a method on one window."""
     length = settings.prompt_tokens
     prompt, read, predicted = window[:length], window[length:-1], window[length + 1 :]
     cache = KvCache(artifact.shape, setting.sessions.provider, settings.window)
     reader = setting.open_reader(cache)
     _, mask = setting.read(prompt, cache, reader)
     counted = setting.decode_counted(cache, read, mask, reader)
-    sparse = counted.logits
     cache.truncate(length)  # the context of the dense reading is the dense prompt again
     dense = decode(setting.sessions, cache, read, None)
-    if not (np.isfinite(sparse).all() and np.isfinite(dense).all()):
+    return counted_quality(artifact, dense, counted, predicted)
+
+
+def counted_quality(artifact: Artifact, dense: np.ndarray, counted: Counted, predicted: Sequence[int]) -> WindowQuality:
+    """Compare what a method gave of a window's continuation with the dense logits, float32 [C, V].
+
+    Raises:
+        TdaError: Logits are not finite.
+    """
+    if not (np.isfinite(counted.logits).all() and np.isfinite(dense).all()):
         raise TdaError(f"{artifact.folder}: the logits are not finite. Build the artifact in another dtype.")
-    return window_quality(dense, sparse, predicted, counted.density, counted.ffn_share, counted.refresh_share)
+    quality = window_quality(dense, counted.logits, predicted, counted.density, counted.ffn_share)
+    return replace(quality, refresh_share=counted.refresh_share, attention_share=counted.attention_share)
 
 
 def window_quality(
@@ -155,7 +180,6 @@ def window_quality(
     predicted: Sequence[int],
     density: float,
     ffn_share: float,
-    refresh_share: float = 0.0,
 ) -> WindowQuality:
     """Compare the logits of a window's continuation, float32 [C, V], at the C tokens that were to be predicted."""
     fidelity = compare(dense, sparse)
@@ -166,7 +190,6 @@ def window_quality(
         agreement=fidelity.agreement,
         density=density,
         ffn_share=ffn_share,
-        refresh_share=refresh_share,
     )
 
 
@@ -174,7 +197,7 @@ def _nll(logits: np.ndarray, predicted: Sequence[int]) -> float:
     return float(-log_softmax(logits)[np.arange(len(predicted)), list(predicted)].mean())
 
 
-def summarise(measured: Sequence[WindowQuality], dense_ffn_bytes: int) -> TextQuality:
+def summarise(measured: Sequence[WindowQuality], dense_ffn_bytes: int, dense_linear_bytes: int) -> TextQuality:
     """Average over windows; the standard error of exp(mean) is exp(mean) times that of the mean (delta method)."""
     kl, kl_error = _mean([window.kl for window in measured])
     nll, nll_error = _mean([window.nll for window in measured])
@@ -183,6 +206,7 @@ def summarise(measured: Sequence[WindowQuality], dense_ffn_bytes: int) -> TextQu
     density, _ = _mean([window.density for window in measured])
     share, _ = _mean([window.ffn_share for window in measured])
     refresh, _ = _mean([window.refresh_share for window in measured])
+    attention, _ = _mean([window.attention_share for window in measured])
     return TextQuality(
         prompts=len(measured),
         kl=kl,
@@ -197,7 +221,14 @@ def summarise(measured: Sequence[WindowQuality], dense_ffn_bytes: int) -> TextQu
         ffn_bytes=share * dense_ffn_bytes,
         refresh_ffn_bytes=refresh * dense_ffn_bytes,
         dense_ffn_bytes=dense_ffn_bytes,
+        linear_bytes=linear_bytes(share, attention, dense_ffn_bytes, dense_linear_bytes),
+        dense_linear_bytes=dense_linear_bytes,
     )
+
+
+def linear_bytes(ffn_share: float, attention_share: float, dense_ffn_bytes: int, dense_linear_bytes: int) -> float:
+    """Return what is read of all linears at shares of the FFN's bytes and of attention's."""
+    return ffn_share * dense_ffn_bytes + attention_share * (dense_linear_bytes - dense_ffn_bytes)
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float]:

@@ -41,7 +41,9 @@ def kept_rows(x: torch.Tensor, row_price: torch.Tensor, price: torch.Tensor) -> 
 
 
 @contextlib.contextmanager
-def dropping(model: Any, spec: DecoderSpec, row_prices: Mapping[str, torch.Tensor], price: float) -> Iterator[RowsRead]:
+def dropping(
+    model: Any, spec: DecoderSpec, row_prices: Mapping[str, torch.Tensor], price: float | torch.Tensor
+) -> Iterator[RowsRead]:
     """Drop rows of a model's linears while the block runs, and count those that are read.
 
     Calls of the model are of batch 1, and every token of a call drops rows: a prompt that is read densely is a call
@@ -52,14 +54,14 @@ def dropping(model: Any, spec: DecoderSpec, row_prices: Mapping[str, torch.Tenso
         spec: Its architecture.
         row_prices: float32 [L, in] of each matrix, by the name of its part or of its site, whose parts then drop the
             same rows. Parts that are in none are read whole.
-        price: What a row must be worth; 0 is dense.
+        price: What a row must be worth, or float [T, 1] for each token of a call; 0 is dense.
 
     Yields:
         The count, of all parts, which grows with each call.
     """
     names = _matrices(spec, row_prices)
     device = model.device
-    level = torch.tensor(price, dtype=torch.float32, device=device)
+    level = torch.as_tensor(price, dtype=torch.float32, device=device)
     on_device = {name: value.to(device, torch.float32) for name, value in row_prices.items()}
     count = RowsRead({part: torch.zeros(spec.num_layers, dtype=torch.float64, device=device) for part in names})
     handles: list[Any] = []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import numpy as np
 import onnxruntime as ort
 
-from tda_export.errors import TdaError, first_line
+from tda_export.errors import TdaError, UsageError, first_line
 from tda_export.graph import contract
 from tda_export.native.library import native_problem, register_native, warn_once
 from tda_export.runtime.artifact import Artifact
@@ -17,6 +18,7 @@ from tda_export.runtime.providers import CUDA, EXECUTION_PROVIDERS, provider_arg
 ERRORS_ONLY = 3  # ONNX Runtime warns of every input that has a default
 ONNX_TYPES = {"float32": 1, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16}
 STORAGE = {"bfloat16": "uint16"}  # numpy has no bfloat16: its bits stand for it
+THREADS = "TDA_EXPORT_THREADS"  # environment: of a session on the CPU; all cores unless it is set
 GRAPH_ID = "gpu_graph_id"  # a run option: which captured graph to replay
 NO_GRAPH = "-1"
 KERNEL_ERROR = f"{contract.FUNCTION_DOMAIN}::"  # how the native library begins its errors
@@ -126,6 +128,8 @@ def open_session(
     """
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
+    if threads := os.environ.get(THREADS):
+        options.intra_op_num_threads = _thread_count(threads)
     options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
     if isinstance(graph, bytes):
         folder = str(artifact.weights_file.parent)
@@ -149,6 +153,12 @@ def open_session(
             "'tda-export[cuda]', or use --provider cpu."
         )
     return session
+
+
+def _thread_count(given: str) -> int:
+    if not given.isdecimal() or int(given) < 1:
+        raise UsageError(f"{THREADS}={given}: give a whole number of threads from 1, or leave it out for all cores.")
+    return int(given)
 
 
 class Call:

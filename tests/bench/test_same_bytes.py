@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +34,7 @@ def test_what_reads_other_bytes_is_asked_again(
 
     def measure(cell: Any) -> dict[str, Any]:
         asked.append(cell.sparsity)
+        assert cell.share == "ffn_share"
         return {"ffn_share": 1 - slope * cell.sparsity + offset}
 
     row = same_bytes.at_same_bytes(same_bytes.Cell("tda", sparsity), 0.01, measure)
@@ -42,6 +44,34 @@ def test_what_reads_other_bytes_is_asked_again(
     if 0 <= (sparsity + offset) / slope <= 0.95:
         assert abs(row["miss"]) <= 0.01
         same_bytes.require_same_bytes([row])
+
+
+@given(
+    sparsity=st.floats(0.1, 0.6),
+    offset=st.floats(-0.1, 0.1),
+    slope=st.floats(0.5, 1.3),
+)
+def test_kl_is_taken_between_two_settings(same_bytes: ModuleType, sparsity: float, offset: float, slope: float) -> None:
+    """Of the bytes of all linears; the logarithm of KL is linear in them here, so that nothing is lost."""
+
+    def measure(cell: Any) -> dict[str, Any]:
+        share = min(1.0, 1 - slope * cell.sparsity + offset)
+        return {"ffn_share": 0.1, "linear_share": share, "kl": math.exp(-5 * share)}
+
+    cell = same_bytes.Cell("tda", sparsity, "linear_share")
+    row = same_bytes.at_same_bytes(cell, 0.01, measure, between=True)
+    if 0.05 <= (sparsity + offset) / slope <= 0.9:
+        assert abs(row["miss"]) <= 0.01
+        assert row["kl_at"] == pytest.approx(math.exp(-5 * (1 - sparsity)))
+
+
+def test_kl_at_bytes_that_no_two_settings_are_around(same_bytes: ModuleType) -> None:
+    points = [(0.4, 0.8), (0.6, 0.2), (0.9, 0.0)]
+    assert same_bytes.kl_at(points, 0.5) == pytest.approx(0.4)
+    assert same_bytes.kl_at(points, 0.4) == pytest.approx(0.8)
+    assert same_bytes.kl_at(points, 0.75) == pytest.approx(0.1)  # a KL of 0 has no logarithm
+    assert same_bytes.kl_at(points, 0.3) is None
+    assert same_bytes.kl_at(points, 0.95) is None
 
 
 def test_what_chooses_its_own_bytes_is_measured_once(same_bytes: ModuleType) -> None:

@@ -1,5 +1,31 @@
-"""The tiny artifact, loaded, beside the model that it was built from."""
+"""The tiny artifacts of both layouts, loaded, beside the model that they were built from."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tda_export.packing import PACKINGS
+from tests.conftest import TINY_LENGTHS, run_ok
 from tests.runtime.conftest import model, priced_model, reference, source
 
-__all__ = ["model", "priced_model", "reference", "source"]
+__all__ = ["model", "priced_calibration", "priced_folders", "priced_model", "reference", "source"]
+
+
+@pytest.fixture(scope="session")
+def priced_calibration(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prices of the tiny model, and their tables."""
+    path = tmp_path_factory.mktemp("priced") / "c.safetensors"
+    run_ok("calibrate", tiny_model, "-o", path, "--sparsity", "0.4", *TINY_LENGTHS)
+    return path
+
+
+@pytest.fixture(scope="session")
+def priced_folders(tiny_model: Path, priced_calibration: Path) -> dict[str, Path]:
+    """Its priced artifact of either packing."""
+    folders = {packing: priced_calibration.parent / packing for packing in PACKINGS}
+    for packing, folder in folders.items():
+        given = ("--calibration", priced_calibration, "--packing", packing)
+        run_ok("build", tiny_model, *given, "--no-verify", "-o", folder)
+    return folders

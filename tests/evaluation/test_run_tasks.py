@@ -137,6 +137,8 @@ def test_limit_and_ffn_share(data: Path, tiny_artifact: Path) -> None:
     for result in found.values():
         assert result.ffn_share is not None
         assert 0.0 < result.ffn_share < 1.0
+        assert result.linear_share is not None
+        assert result.ffn_share < result.linear_share < 1.0  # attention is read whole
 
 
 def test_gold_likelihoods_by_hand() -> None:

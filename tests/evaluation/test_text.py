@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -171,7 +172,7 @@ def test_windows_longer_than_the_model_are_refused(model: Model) -> None:
 
 def test_standard_errors_are_over_windows() -> None:
     measured = [WindowQuality(0.1, 1.0, 0.5, 0.8, 0.25, 0.6), WindowQuality(0.3, 2.0, 0.5, 0.6, 0.75, 0.8, 0.1)]
-    quality = summarise(measured, 1000)
+    quality = summarise([measured[0], replace(measured[1], attention_share=0.5)], 1000, 1500)
     assert quality.kl == pytest.approx(0.2)
     assert quality.kl_stderr == pytest.approx(0.1)
     assert quality.perplexity == pytest.approx(math.exp(1.5))
@@ -180,3 +181,4 @@ def test_standard_errors_are_over_windows() -> None:
     assert quality.density == pytest.approx(0.5)
     assert (quality.ffn_bytes, quality.dense_ffn_bytes) == (pytest.approx(700), 1000)
     assert quality.refresh_ffn_bytes == pytest.approx(50)
+    assert (quality.linear_bytes, quality.dense_linear_bytes) == (pytest.approx(700 + 0.75 * 500), 1500)

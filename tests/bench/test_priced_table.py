@@ -1,0 +1,87 @@
+"""The table of priced rows and other methods: what is compared, one small run, and going on from its rows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.bench.test_scripts import BENCHMARKS, load
+from tests.conftest import TINY_LENGTHS, run_ok
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        return load("priced_table", patch)
+
+
+def row(name: str, parts: str, ffn: float, linears: float, kl: float) -> dict[str, Any]:
+    method = name.partition("-")[0]
+    shares = {"ffn_share": ffn, "linear_share": linears, "attention_share": 0.5}
+    return {"name": name, "method": method, "parts": parts, "kl": kl, **shares} | {
+        "text": "t",
+        "prompt_tokens": 8,
+        "new_tokens": None,
+    }
+
+
+def test_methods_are_compared_at_the_same_bytes(script: ModuleType) -> None:
+    """Methods of the FFN alone stand beside those of all linears by what they read of them."""
+    rows = [
+        row("priced", "all", 0.5, 0.45, 0.4),
+        row("priced", "all", 0.5, 0.55, 0.1),
+        row("priced", "ffn", 0.5, 0.6, 0.05),
+        row("teal-uniform", "all", 0.5, 0.5, 0.5),
+        row("teal-greedy", "all", 0.5, 0.5, 0.4),
+        row("griffin", "ffn", 0.4, 0.5, 0.9),
+        row("griffin", "ffn", 0.6, 0.6, 0.6),
+    ]
+    found = {one["bytes_of"]: one for one in script.comparisons(rows, [0.5])}
+    assert found["all linears"]["kl"] == {
+        "priced": pytest.approx(0.2),
+        "teal-uniform": 0.5,
+        "teal-greedy": 0.4,
+        "griffin": 0.9,
+    }
+    assert found["all linears"]["priced_to_teal"] == pytest.approx(0.5)
+    assert found["ffn"]["kl"] == {"priced": 0.05, "griffin": pytest.approx((0.9 * 0.6) ** 0.5)}
+    assert found["ffn"]["priced_to_teal"] is None
+    assert found["attention"]["kl"] == {}
+    assert "KL –" not in script.comparison_line(found["attention"])
+
+
+def test_small_run_in_two_processes(tiny_model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "harbour.txt"
+    text.write_text(" ".join(f"Boat {i} comes home at {i % 12}." for i in range(100)), encoding="utf-8")
+    calibration = tmp_path / "c.safetensors"
+    run_ok("calibrate", tiny_model, "-o", calibration, "--sparsity", "0.4", *TINY_LENGTHS)
+    command = [sys.executable, str(BENCHMARKS / "priced_table.py"), str(tiny_model), str(tmp_path / "work")]
+    command += ["--text", str(text), "--calibration", str(calibration), "--sparsity", "0.3", "--prompts", "3"]
+    command += ["--prompt-tokens", "12", "--continuation-tokens", "6", "--jobs", "2", "--json", str(tmp_path / "o")]
+    first = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = [json.loads(line) for line in (tmp_path / "o").read_text().splitlines()]
+    settings = [one for one in rows if "asked" not in one and "kl_stderr" in one]
+    assert {one["name"] for one in settings} == {"priced", "teal-uniform", "teal-greedy", "wina", "griffin"}
+    assert all(one["prompts"] == 3 for one in settings)
+    for one in settings:
+        read = {"ffn": "ffn_share", "all": "linear_share", "attention": "attention_share"}[one["parts"]]
+        assert one[read] == pytest.approx(1 - one["sparsity"], abs=0.12)
+        assert ("predicted_kl" in one) == (one["method"] == "priced" and one["parts"] == "all")
+    assert "priced / better TEAL" in first.stdout
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert again.stdout == first.stdout
+
+
+def test_bad_input_is_one_line(tiny_model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "priced_table.py"), str(tiny_model), str(tmp_path / "work")]
+    command += ["--text", "t", "--calibration", str(BENCHMARKS / "rows.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode in (1, 2)
+    assert done.stderr.startswith("Error: ")
+    assert done.stderr.count("\n") == 1
