@@ -56,7 +56,9 @@ class RowGraphBuilder(GraphBuilder):
             unread = ops.op("Or", dropped_rows(ops, x, row_price, self.price), ops.op("Equal", x, zero))
             read = ops.cast(ops.op("Not", unread), "int64")  # [1, S, in]
             self.kept.append(ops.op("ReduceSum", read, ops.constant([2], "int64"), keepdims=0))
-        return row_linear(self.ops, x, self.weight(name), row_price, self.price, bias)
+        # The first layer has waited for the price, so that it is there for all that follow.
+        early = not name.startswith("layers.0.")
+        return row_linear(self.ops, x, self.weight(name), row_price, self.price, bias, early=early)
 
 
 class HalfRowGraphBuilder(RowGraphBuilder, HalfGraphBuilder):

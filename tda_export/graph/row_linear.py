@@ -15,16 +15,27 @@ WITH_BIAS = "bias"  # the function's overload: an absent input cannot reach Add
 
 
 def row_linear(
-    ops: Ops, x: ir.Value, weight: ir.Value, row_price: ir.Value, price: ir.Value, bias: ir.Value | None = None
+    ops: Ops,
+    x: ir.Value,
+    weight: ir.Value,
+    row_price: ir.Value,
+    price: ir.Value,
+    bias: ir.Value | None = None,
+    *,
+    early: bool = False,
 ) -> ir.Value:
-    """Add the node that multiplies x [.., in] by weight [in, out], given float32 row_price [in] and price [1]."""
+    """Add the node that multiplies x [.., in] by weight [in, out], given float32 row_price [in] and price [1].
+
+    `early` says that whatever computes the price has ended before the node ahead of this one begins, so that a kernel
+    may read it early.
+    """
     return ops.op(
         contract.ROW_LINEAR,
         *(x, weight, row_price, price),
         *([] if bias is None else [bias]),
         domain=contract.FUNCTION_DOMAIN,
         overload="" if bias is None else WITH_BIAS,
-        early=0,  # price comes from a node of the graph
+        early=int(early),
     )
 
 
