@@ -103,9 +103,9 @@ def kept_experts(spec: DecoderSpec, sparsity: float, rank: int | None) -> int:
     own = 0.0 if rank is None else router_bytes_share(spec, rank)
     kept = round((1.0 - sparsity - own) * experts)
     if kept < 1:
+        beside = "" if rank is None else " and their router"
         raise UsageError(
-            f"Sparsity {sparsity} leaves less than one of {experts} experts{'' if rank is None else ' and their router'}"
-            ". Lower the sparsity or the rank."
+            f"Sparsity {sparsity} leaves less than one of {experts} experts{beside}. Lower the sparsity or the rank."
         )
     return kept
 
