@@ -64,6 +64,7 @@ class ChatTemplate:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._end: weakref.finalize[..., ChatTemplate] | None = None
+        self._closed = 0  # how often
 
     def render(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> str:
         """Render messages, up to where the assistant's answer begins.
@@ -94,11 +95,18 @@ class ChatTemplate:
 
     def close(self) -> None:
         """End the process, also under a rendering in another thread, which fails by it. The next one starts another."""
+        self._closed += 1
+        self._stop()
+
+    def _stop(self) -> None:
         if (end := self._end) is not None:
             end()
 
     def _ask(self, request: bytes) -> dict[str, str]:
+        closed = self._closed
         process = self._started()
+        if self._closed != closed:  # while it started, so that nothing was there to end
+            self._stop()
         assert process.stdin is not None
         assert process.stdout is not None
         late = threading.Event()
@@ -120,18 +128,18 @@ class ChatTemplate:
         except (OSError, ValueError):  # it is gone, and its pipes with it
             pass
         except BaseException:  # Ctrl-C: its reply would be taken for that to the next request
-            self.close()
+            self._stop()
             raise
         finally:
             watch.cancel()
-        self.close()
+        self._stop()
         reason = f"it takes more than {RENDER_SECONDS} seconds" if late.is_set() else "its process was ended"
         raise self._error(reason)
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._end is not None and self._end.alive and self._process is not None and self._process.poll() is None:
             return self._process
-        self.close()
+        self._stop()
         paths = os.pathsep.join(path for path in sys.path if path)
         # In a group of its own, Ctrl-C on a terminal does not reach it.
         group: dict[str, Any] = (
@@ -148,14 +156,14 @@ class ChatTemplate:
             )
         except (OSError, ValueError) as error:
             raise TdaError(f"The process that renders chat templates cannot be started ({error}).") from error
-        self._process, self._end = process, weakref.finalize(self, _stop, process)
+        self._process, self._end = process, weakref.finalize(self, _end, process)
         return process
 
     def _error(self, reason: str) -> TdaError:
         return TdaError(f"{self._path}: the chat template cannot be rendered ({reason}).")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()
     for pipe in (process.stdin, process.stdout):

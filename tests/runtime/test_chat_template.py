@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -115,6 +116,22 @@ def test_closing_ends_a_rendering(tmp_path: Path) -> None:
     with pytest.raises(TdaError, match="its process was ended"):
         made.render(HELLO, {})
     timer.join()
+
+
+def test_closing_while_the_process_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing to end yet; the rendering ends all the same, and the next one is rendered."""
+    made, start = template(tmp_path, ENDLESS), subprocess.Popen
+
+    def slow_start(*arguments: Any, **options: Any) -> Any:
+        made.close()
+        return start(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", slow_start)
+        with pytest.raises(TdaError, match="its process was ended"):
+            made.render(HELLO, {})
+    (tmp_path / "chat_template.jinja").write_text(GOOD)
+    assert made.render(HELLO, {}) == "Hi!"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
