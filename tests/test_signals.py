@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -114,6 +115,34 @@ def test_what_was_under_way_is_undone(tmp_path: Path, number: signal.Signals) ->
     """All of it, even where something fails meanwhile."""
     assert end_once_ready(run_python("-c", START + UNDOING, tmp_path), number) == "undone\nundone\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@SIGNALS
+def test_the_cursor_comes_back(number: signal.Signals) -> None:
+    """A progress bar hides it."""
+    code = """
+import os
+from tda_export.progress import progress
+with progress("Waiting", 10):
+    os.write(1, b"ready\\n")  # what is printed goes above the bar
+    while True: time.sleep(0.05)
+"""
+    ours, theirs = os.openpty()
+    environment = ENVIRONMENT | {"TERM": "xterm"}
+    process = run_python("-c", START + code, stderr=theirs, env=environment)
+    os.close(theirs)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    shown = b""
+    with contextlib.suppress(OSError):  # which is how a terminal's other end says that it was closed
+        while block := os.read(ours, 4096):
+            shown += block
+    os.close(ours)
+    process.stdout.close()
+    assert b"\x1b[?25l" in shown
+    assert b"\x1b[?25h" in shown.rpartition(b"\x1b[?25l")[2]
 
 
 def test_a_child_leaves_its_parents_work_alone(tmp_path: Path) -> None:
