@@ -104,8 +104,8 @@ def kept_experts(spec: DecoderSpec, sparsity: float, rank: int | None) -> int:
     kept = round((1.0 - sparsity - own) * experts)
     if kept < 1:
         raise UsageError(
-            f"Sparsity {sparsity} leaves less than one of {experts} experts{'' if rank is None else ' and their router'}."
-            " Lower the sparsity or the rank."
+            f"Sparsity {sparsity} leaves less than one of {experts} experts"
+            f"{'' if rank is None else ' and their router'}. Lower the sparsity or the rank."
         )
     return kept
 
