@@ -255,8 +255,8 @@ def comparisons(rows: list[Row], sparsities: list[float]) -> Iterator[Row]:
             name: kl_at([(row[share], row["kl"]) for row in here if row["name"] == name], 1 - sparsity)
             for name in names
         }
-        teal = min((kl[name] for name in names if name.startswith("teal") and kl[name] is not None), default=None)
-        ours = kl["priced"]
+        teal = min((value for name, value in kl.items() if value and name.startswith("teal")), default=None)
+        ours = kl.get("priced")
         yield {
             "text": text,
             "prompt_tokens": prompt,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,3 +154,20 @@ def test_what_came_before_an_error_is_printed(
     assert rows.print_rows(come()) == status
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ('{"kl": 0.1}\n', "Error: no.\n")
+
+
+def test_tasks_ask_each_method_of_its_own_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks, cell = load("task_table", monkeypatch), load("same_bytes", monkeypatch).Cell
+    options = argparse.Namespace(artifact=tmp_path / "masks", priced=tmp_path / "rows")
+    assert tasks.folder_of(options, "griffin") == tasks.folder_of(options, "dense") == tmp_path / "masks"
+    assert tasks.folder_of(options, "teal") == tmp_path / "rows"
+    with pytest.raises(
+        UsageError, match=r"^Method priced needs an artifact of --method priced\. Give it with --priced"
+    ):
+        tasks.folder_of(argparse.Namespace(artifact=tmp_path, priced=None), "priced")
+    greedy = tmp_path / "d.json"
+    asked = tasks.request(cell("teal", 0.4, "linear_share"), greedy)
+    assert (asked.method, asked.sparsity, asked.parts, asked.densities) == ("teal", 0.4, "all", greedy)
+    asked = tasks.request(cell("priced", 0.4, "ffn_share"), greedy)
+    assert (asked.parts, asked.densities) == ("ffn", None)
+    assert not tasks.request(cell("dense", None, "linear_share")).has_budget

@@ -207,3 +207,14 @@ def test_free_generation(tiny_artifact: Path, text: Path) -> None:
     assert f"same text as dense  {result['divergence']:.1f} ±" in printed
     assert f"  tokens   65 to   69  {result['kl'][1]:.4f} ±" in printed
     assert "of them because of refreshes" in printed
+
+
+def test_parts_of_an_artifact_of_masks(tiny_artifact: Path, text: Path) -> None:
+    result = run_cli("eval", tiny_artifact, "--text", text, "--parts", "ffn")
+    assert_error(result, USAGE, "--parts means nothing with --method tda", "Leave it out")
+
+
+def test_bytes_of_all_linears_are_printed(tiny_artifact: Path, text: Path) -> None:
+    """Attention is read whole by masks."""
+    printed = run_ok("eval", tiny_artifact, "--text", text, "--method", "griffin", "--sparsity", 0.5, *SMALL).stdout
+    assert "of all linears      0.2 of 0.4 MiB: 0.700, attention's 1.000" in printed

@@ -10,12 +10,12 @@ import numpy as np
 import onnx
 import pytest
 
-from tda_export.errors import TdaError
+from tda_export.errors import TdaError, UsageError
 from tda_export.graph import contract
 from tda_export.runtime import Model, load
 from tda_export.runtime.artifact import open_artifact
 from tda_export.runtime.kv_cache import KvCache
-from tda_export.runtime.session import Call, device_tensor, open_session
+from tda_export.runtime.session import THREADS, Call, device_tensor, open_session
 from tests.runtime.conftest import edit_manifest
 
 
@@ -143,3 +143,15 @@ def test_what_cannot_be_bound(model: Model, bind: str) -> None:
 
     with pytest.raises(TdaError, match=r"^ONNX Runtime failed \(.*\)\. Run 'tda-export verify' on the artifact\.$"):
         bind_and_run()
+
+
+def test_threads_of_sessions(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(THREADS, "2")
+    sessions = load(tiny_artifact, provider="cpu").sessions
+    assert sessions.decode.get_session_options().intra_op_num_threads == 2
+    for wrong in ("0", "-1", "two", "1.5"):
+        monkeypatch.setenv(THREADS, wrong)
+        with pytest.raises(
+            UsageError, match=rf"^TDA_EXPORT_THREADS={wrong}: give a whole number of threads from 1, or"
+        ):
+            load(tiny_artifact, provider="cpu")
