@@ -124,6 +124,20 @@ def test_explicit_decode_is_decode_without_defaults(
     assert not {tensor.name for tensor in explicit.initializer} & {value.name for value in explicit.input}
 
 
+def test_explicit_decode_of_prices(priced_artifact: Path) -> None:
+    """The price may be left out of decode alone, and is the budget's then."""
+    plain = PlainArtifact(priced_artifact)
+    feeds = plain.needed(TOKENS[:, :1], plain.run(contract.PREFILL_FILE, plain.needed(TOKENS)))
+    own = {contract.PRICE: np.array([plain.manifest["price"]], np.float32)}
+    expected = plain.run(contract.DECODE_FILE, feeds)
+    assert_equal(expected, plain.run(contract.DECODE_FILE, feeds | own))
+    assert_equal(expected, plain.run(contract.EXPLICIT_DECODE_FILE, feeds | own))
+    dense = plain.run(contract.DECODE_FILE, feeds | {contract.PRICE: np.zeros(1, np.float32)})
+    assert not np.allclose(dense[contract.LOGITS], expected[contract.LOGITS], atol=1e-3)
+    with pytest.raises(ValueError, match="price"):
+        plain.run(contract.EXPLICIT_DECODE_FILE, feeds)
+
+
 def test_genai_reads_a_prompt_of_one_token_by_decode(tiny_artifact: Path, plain: PlainArtifact) -> None:
     """A limit of its pipelines: there is no prefill then, so that decode's defaults count."""
     tokenizer = Tokenizer.from_file(str(tiny_artifact / contract.TOKENIZER_FILE))

@@ -13,6 +13,8 @@ import onnxruntime as ort
 import pytest
 
 from tda_export.graph import contract
+from tda_export.runtime import load
+from tda_export.runtime.steps import open_step
 from tests.examples.applications import run
 
 SCRIPT = """
@@ -29,6 +31,22 @@ for turn in range(turns):
     generator.append_tokens(np.stack([prompt] * batch))
     for step in range(4):
         generator.generate_next_token()
+"""
+
+
+SECOND_PROMPT = """
+import sys
+import numpy as np
+import onnxruntime_genai as og
+model = og.Model(sys.argv[1])
+params = og.GeneratorParams(model)
+params.set_search_options(max_length=64, do_sample=False)
+generator = og.Generator(model, params)
+for prompt, count in (({first}, 3), ({second}, 1)):
+    generator.append_tokens(np.array([prompt], np.int32))
+    for step in range(count):
+        generator.generate_next_token()
+        print(generator.get_next_tokens()[0])
 """
 
 
@@ -65,8 +83,38 @@ def test_configuration_is_that_of_the_model(config: dict[str, Any], tiny_artifac
     assert model["decoder"]["num_attention_heads"] == manifest["spec"]["num_heads"]
 
 
-def test_no_library_is_named(config: dict[str, Any]) -> None:
-    assert "custom_ops_library" not in json.dumps(config)
+@pytest.mark.parametrize("built", ["tiny_artifact", "priced_artifact"])
+def test_no_library_is_named(built: str, request: pytest.FixtureRequest) -> None:
+    config = (request.getfixturevalue(built) / contract.GENAI_CONFIG_FILE).read_text()
+    assert "custom_ops_library" not in config
+
+
+def test_prices_need_no_pipeline(config: dict[str, Any], priced_artifact: Path) -> None:
+    """Their configuration is a plain decoder's, of the decode graph; what it says of the model is the same."""
+    priced = json.loads((priced_artifact / contract.GENAI_CONFIG_FILE).read_text())
+    decoder = priced["model"].pop("decoder")
+    assert (priced["model"]["type"], decoder.pop("filename")) == ("llama", contract.DECODE_FILE)
+    pipeline = config["model"].pop("decoder")
+    assert decoder == {name: value for name, value in pipeline.items() if name != "pipeline"}
+    assert priced["model"] == config["model"] | {"type": "llama"}
+
+
+def test_prompts_after_the_first_are_read_at_the_price(priced_artifact: Path) -> None:
+    """Unlike a pipeline, a plain decoder takes them; they have a past."""
+    model = load(priced_artifact, provider="cpu")
+    first, second = list(range(40, 60)), list(range(60, 70))
+    step = open_step(model.sessions, model.artifact.shape, 64)
+    how = model.artifact.deployment
+    tokens = [int(step.begin(first, how).argmax())]
+    step.follow(how)
+    while len(tokens) < 3:
+        tokens.append(step.greedy(tokens[-1]))
+    step.logits(tokens[-1])  # GenAI has the last token in the cache when a prompt follows it
+    for token in second:
+        logits = step.logits(token)
+    code = SECOND_PROMPT.format(first=first, second=second)
+    printed = [int(word) for word in run(sys.executable, "-c", code, priced_artifact).split()]
+    assert printed == [*tokens, int(logits.argmax())]
 
 
 @pytest.mark.parametrize(("batch", "turns", "problem"), [(2, 1, "Got: 2 Expected: 1"), (1, 2, "total_sequence_length")])
