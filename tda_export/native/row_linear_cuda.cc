@@ -50,9 +50,9 @@ struct RowLinearKernels {
         clusters(HasClusters(CudaDevice::Current().capability)) {
     const std::vector<std::string> defines = {"TDA_BF16=" + std::to_string(type == kBfloat16),
                                               "TDA_CLUSTERS=" + std::to_string(clusters)};
-    const CudaModule& module = CudaModule::Get("row_linear", defines);
+    const CudaModule* const module = &CudaModule::Get("row_linear", defines);
     auto shared = [&](const char* name, int64_t warps) {
-      SharedKernel made = {module.Kernel(name, static_cast<int>(warps * kWarp)), warps};
+      SharedKernel made = {module->Kernel(name, static_cast<int>(warps * kWarp)), warps};
       for (unsigned ranks = 1; clusters && ranks <= kMostRanks; ++ranks) {
         made.resident_clusters[ranks] = made.kernel.ResidentClusters(ranks, warps * kWarp);
       }
@@ -64,7 +64,7 @@ struct RowLinearKernels {
     tile = shared("RowLinear_4_8_8_1", 8);
     narrow = shared("RowLinear_1_1_8_3", 8);
     narrow_tile = shared("RowLinear_4_1_8_1", 8);
-    if (!clusters) clear_counters = module.Kernel("ClearCounters", kThreads);
+    if (!clusters) clear_counters = module->Kernel("ClearCounters", kThreads);
   }
 
   static const RowLinearKernels& Get(ElementType type) {
