@@ -242,7 +242,7 @@ def _linear_bytes(result: dict[str, Any]) -> str:
 
 
 def _of_dense(read: float, dense: float) -> str:
-    return f"{read / 2**20:,.1f} of {dense / 2**20:,.1f} MiB: {read / dense:.3f}"
+    return f"{read / dense:.3f}: {read / 2**20:,.1f} of {dense / 2**20:,.1f} MiB"
 
 
 def _summary(result: dict[str, Any]) -> str:
