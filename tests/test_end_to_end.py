@@ -22,7 +22,8 @@ from tests.runtime.conftest import without_native_kernels
 pytestmark = pytest.mark.real_model
 
 MODEL = "smollm2-135m"
-PROMPT = "The history of the lighthouse began in the year"
+# One at which no neuron stands within rounding (1e-6 of it) of its token threshold: there applications may differ.
+PROMPT = "The lighthouse on the northern cape was built in"
 GREEDY_TOKENS = 64
 LARGEST_LOGIT_DIFFERENCE = 2e-3
 LOGIT_CHECKS = (
