@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import tempfile
+import threading
 import traceback
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -144,43 +145,77 @@ class Case:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start() -> None:
-    """Load once what every mutation needs."""
-    import torch
+def _serve(pipe: Connection) -> None:
+    """Run the cases that come through a pipe, None being the last, and send back what is wrong with them."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # before anything heavy is imported, which the first case does
+    pipe.send(None)
+    while case := pipe.recv():
+        pipe.send(case.run())
 
-    torch.set_num_threads(1)
+
+class Worker:
+    """A process that runs one case after another, and is replaced when one ends it or takes too long."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._begin()
+
+    def _begin(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other,), daemon=True)
+        self._process.start()
+        other.close()  # so that the process's end is the pipe's end
+        self._pipe.recv()
+
+    def run(self, case: Case) -> str:
+        self._pipe.send(case)
+        try:
+            if self._pipe.poll(self._timeout):
+                return str(self._pipe.recv())
+            problem = f"not done after {self._timeout} s"
+        except (EOFError, OSError):
+            self._process.join()
+            problem = f"ended its process with {self._process.exitcode}"
+        self._end()
+        self._begin()
+        return problem
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+    def close(self) -> None:
+        self._pipe.send(None)
+        self._process.join(self._timeout)
+        self._end()
 
 
-def run_all(cases: list[Case], timeout: float) -> dict[str, str]:
-    """Run cases in worker processes, and return what is wrong by case. One that kills its worker is named."""
-    wrong: dict[str, str] = {}
-    waiting = cases
-    while waiting:
-        pool = ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn"), _start)
-        futures = [(case, pool.submit(case.run)) for case in waiting]
-        killed: list[Case] = []
-        for case, future in futures:
-            try:
-                if problem := future.result(timeout):
-                    wrong[str(case)] = problem
-            except BrokenProcessPool:
-                killed.append(case)
-            except TimeoutError:
-                wrong[str(case)] = f"not done after {timeout} s"
-                for process in list(pool._processes.values()):
-                    process.kill()
-        pool.shutdown(cancel_futures=True)
-        # With two workers one of the first two unfinished cases killed its own: they run alone to tell.
-        waiting = killed[WORKERS:]
-        for case in killed[:WORKERS]:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start) as alone:
-                try:
-                    if problem := alone.submit(case.run).result(timeout):
-                        wrong[str(case)] = problem
-                except BrokenProcessPool:
-                    wrong[str(case)] = "killed its process by a signal"
-                except TimeoutError:
-                    wrong[str(case)] = f"not done after {timeout} s"
-                    for process in list(alone._processes.values()):
-                        process.kill()
+def run_all(cases: Sequence[Case], timeout: float) -> dict[str, str]:
+    """Run cases in worker processes, and return what is wrong by case.
+
+    Args:
+        cases: To run.
+        timeout: Seconds for one; a process's first case imports what it needs.
+    """
+    waiting, wrong = iter(cases), dict[str, str]()
+    lock = threading.Lock()
+
+    def work() -> None:
+        worker = Worker(timeout)
+        while True:
+            with lock:
+                case = next(waiting, None)
+            if case is None:
+                break
+            if problem := worker.run(case):
+                wrong[str(case)] = problem
+        worker.close()
+
+    threads = [threading.Thread(target=work) for _ in range(WORKERS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     return wrong
