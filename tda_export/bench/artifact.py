@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ def build_random_artifact(source: ModelSource, folder: Path, dtype: str, sparsit
 
 # Shares of rows read at half of the bytes, as measured on a real model of half a billion weights.
 DENSITIES = {"q": 0.42, "k": 0.63, "v": 0.76, "o": 0.64, "gate": 0.49, "up": 0.59, "down": 0.39}
-WORTH = (1e15, math.inf)  # of a row: read at all prices but the highest, or at every one
+WORTH = (1e15, 0.0)  # of a row: read at all prices but the highest, or at none
 PRICES = (1e-3, 1e30)  # of the milder sparsity and of the stronger one
 
 
@@ -49,7 +50,7 @@ def build_random_priced(
     source: ModelSource,
     folder: Path,
     dtype: str,
-    sparsities: tuple[float, float],
+    sparsities: Sequence[float],
     *,
     packing: Packing | None = None,
     seed: int = 0,
@@ -64,7 +65,7 @@ def build_random_priced(
         source: A model with random weights.
         folder: The artifact to create.
         dtype: A value of `contract.DTYPES`.
-        sparsities: A milder and a stronger one, shares of the linears' bytes that are not read.
+        sparsities: One, or a milder and a stronger one: shares of the linears' bytes that are not read.
         packing: Of the linears; None chooses by dtype.
         seed: Of the draw.
         quiet: No progress.
@@ -82,15 +83,15 @@ def build_random_priced(
         for name, parts in matrices.items()
     }
     mean = sum(unread[name] * size[name] for name in matrices) / sum(size.values())
+    levels = WORTH[-len(sparsities) :]
     prices = {}
     for name in matrices:
         order = torch.rand(spec.num_layers, inputs[name], generator=generator).argsort(dim=1).argsort(dim=1)
-        dropped = [min(1.0, unread[name] * sparsity / mean) * inputs[name] for sparsity in sorted(sparsities)]
-        worth = torch.full(order.shape, WORTH[1])
-        worth[order < dropped[1]] = WORTH[0]
-        worth[order < dropped[0]] = 0.0
+        worth = torch.full(order.shape, math.inf)
+        for sparsity, level in zip(sorted(sparsities, reverse=True), levels, strict=True):
+            worth[order < min(1.0, unread[name] * sparsity / mean) * inputs[name]] = level
         prices[name] = worth
     design = PricedDesign(chosen, prices, 0.0)
     request = BuildRequest(source, dtype, design, {"price": 0.0})
     export_artifact(request, folder, quiet=quiet, check=lambda folder: None)
-    return open_artifact(folder), dict(zip(sorted(sparsities), PRICES, strict=True))
+    return open_artifact(folder), dict(zip(sorted(sparsities), PRICES, strict=False))

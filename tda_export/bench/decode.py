@@ -31,10 +31,9 @@ from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.providers import CUDA
 from tda_export.runtime.session import Sessions
 
-METHODS = {
-    "indexed": ("dense", "dense_native", "tda", "two_levels", "griffin", "tt"),
-    "priced": ("dense", "dense_native", "priced"),
-}
+PRICED_METHODS = ("dense", "dense_native", "priced")
+MASK_METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin", "tt")
+METHODS = (*MASK_METHODS, "priced")
 DEFAULT_METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin")
 TOKENS_A_ROUND = 16
 PREFILLS = 5
@@ -52,14 +51,13 @@ class BenchSettings:
 
     methods: tuple[str, ...] = DEFAULT_METHODS
     sparsity: float = 0.5
-    prices: Mapping[str, float] | None = None
     prompt_tokens: int = 1024
     new_tokens: int = 256
+    prices: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        known = list(dict.fromkeys(name for names in METHODS.values() for name in names))
-        if unknown := [name for name in self.methods if name not in known]:
-            raise UsageError(f"Unknown method {unknown[0]!r}. Use {', '.join(known)}.")
+        if unknown := [name for name in self.methods if name not in METHODS]:
+            raise UsageError(f"Unknown method {unknown[0]!r}. Use {', '.join(METHODS)}.")
         if len(set(self.methods)) < len(self.methods):
             raise UsageError("A method is named twice.")
         if not 0 <= self.sparsity < 1:
@@ -95,6 +93,7 @@ def run_bench(
             f"{settings.prompt_tokens} and {settings.new_tokens} tokens are more than the model's "
             f"{artifact.shape.max_positions} positions. Shorten one of them."
         )
+    check_methods(artifact.layout, settings.methods)
     say("Loading")
     sessions = Sessions(artifact, provider)
     from tda_export.bench.masks import MaskBench
@@ -108,10 +107,24 @@ def run_bench(
     return bench.measure()
 
 
+def check_methods(layout: str, methods: Sequence[str]) -> None:
+    """Refuse methods that artifacts of a layout do not run.
+
+    Raises:
+        UsageError: There is one.
+    """
+    possible, build = (PRICED_METHODS, "tda") if layout == "priced" else (MASK_METHODS, "priced")
+    if foreign := [name for name in methods if name not in possible]:
+        raise UsageError(
+            f"{foreign[0]} does not run on an artifact of the layout {layout}, which runs {', '.join(possible)}. Build "
+            f"one with 'tda-export build MODEL --method {build}'."
+        )
+
+
 def default_methods(artifact: Artifact, new_tokens: int) -> tuple[str, ...]:
     """Return `DEFAULT_METHODS`, less what an artifact has no graph for, or too few tokens leave no thresholds for."""
     if artifact.layout == "priced":
-        return METHODS["priced"]
+        return PRICED_METHODS
     possible = artifact_method(artifact).two_levels and new_tokens >= 2 * PROBED_TOKENS
     return tuple(name for name in DEFAULT_METHODS if possible or name != "two_levels")
 

@@ -12,7 +12,8 @@ import click
 
 from tda_export.cli.options import FRACTION, PATH, json_option, provider_option
 
-METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin", "tt")  # those of tda_export.bench.decode
+MILD_SPARSITY = 0.3  # of --shape, beside the one that is asked for
+METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin", "tt", "priced")  # those of tda_export.bench.decode
 
 
 @click.command()
@@ -25,10 +26,15 @@ METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin", "tt")  # tho
     "methods",
     multiple=True,
     type=click.Choice(METHODS),
-    help="What to compare; may be given several times.  [default: dense, dense_native, tda, two_levels, griffin]",
+    help="What to compare; may be given several times.  [default: dense, dense_native, priced; of an artifact of "
+    "masks dense, dense_native, tda, two_levels, griffin]",
 )
 @click.option(
-    "--sparsity", type=FRACTION, default=0.5, show_default=True, help="Share of FFN bytes that a mask shall not read."
+    "--sparsity",
+    type=FRACTION,
+    default=0.5,
+    show_default=True,
+    help="Share of weight bytes to skip: of all linears with prices, of the FFN with masks.",
 )
 @click.option("--prompt-tokens", type=click.IntRange(2), default=1024, show_default=True, help="Length of the prompt.")
 @click.option("--new-tokens", type=click.IntRange(16), default=256, show_default=True, help="Tokens to decode.")
@@ -50,10 +56,11 @@ def bench(
 ) -> None:
     """Compare ways of generating from ARTIFACT, side by side in one run.
 
-    dense is the plain graph with ONNX Runtime's own operators, dense_native the decode graph with every neuron, tda and
-    griffin the same with a prompt's mask, two_levels with a token threshold too. All masks read exactly the same number
-    of bytes; tt keeps as many neurons, each token its own, and can skip down rows alone. Logits are checked before
-    anything is timed; times are medians over rounds of 16 tokens, and the speed-up is that of the same round.
+    dense is the plain graph with ONNX Runtime's own operators, dense_native the decode graph that reads every row,
+    priced the same at the price for --sparsity (with --shape: at 0.3 too, and rows are drawn). tda and griffin read by
+    a prompt's mask, two_levels with a token threshold too. All masks read exactly the same number of bytes; tt keeps
+    as many neurons, each token its own, and can skip down rows alone. Logits are checked before anything is timed;
+    times are medians over rounds of 16 tokens, and the speed-up is that of the same round.
     """
     from tda_export.bench.decode import BenchSettings, default_methods
     from tda_export.errors import UsageError
@@ -73,7 +80,7 @@ def bench(
         chosen_methods = methods or default_methods(opened, new_tokens)
         result = _run(opened, choose_provider(provider, opened.shape.dtype), settings(chosen_methods), as_json)
     else:
-        from tda_export.bench.artifact import build_random_artifact
+        from tda_export.bench.artifact import build_random_artifact, build_random_priced
         from tda_export.bench.shapes import random_source
 
         assert shape is not None
@@ -82,13 +89,21 @@ def bench(
         resolved = choose_provider(provider, chosen)
         source = random_source(shape)
         with owned_folder(Path(tempfile.gettempdir()), "tda-export-bench") as folder:
-            opened = build_random_artifact(source, folder / "artifact", chosen, sparsity, quiet=as_json)
+            place, prices = folder / "artifact", None
+            if masks := set(methods) & {"tda", "two_levels", "griffin", "tt"}:
+                if "priced" in methods:
+                    raise UsageError(f"priced and {min(masks)} are of different artifacts. Bench one after the other.")
+                opened = build_random_artifact(source, place, chosen, sparsity, quiet=as_json)
+            else:
+                sparsities = sorted({MILD_SPARSITY, sparsity})
+                opened, drawn = build_random_priced(source, place, chosen, sparsities, quiet=as_json)
+                prices = {f"priced_{1 - share:.2f}": price for share, price in drawn.items()}
             chosen_methods = methods or default_methods(opened, new_tokens)
-            result = _run(opened, resolved, settings(chosen_methods), as_json)
+            result = _run(opened, resolved, settings(chosen_methods, prices=prices), as_json)
     if as_json:
         click.echo(json.dumps(result))
     else:
-        _print(result, chosen_methods)
+        _print(result)
 
 
 def _run(artifact: Any, provider: str, settings: Any, as_json: bool) -> dict[str, Any]:
@@ -106,12 +121,13 @@ def _run(artifact: Any, provider: str, settings: Any, as_json: bool) -> dict[str
     )
 
 
-def _print(result: dict[str, Any], methods: tuple[str, ...]) -> None:
+def _print(result: dict[str, Any]) -> None:
     from tda_export.cli.tables import print_table
 
     rows = []
-    for name in methods:
-        row = result[name]
+    for name, row in result.items():
+        if not isinstance(row, dict) or "ms_per_token" not in row:
+            continue
         low, high = row["ms_per_token_range"]
         rows.append(
             [
@@ -120,18 +136,19 @@ def _print(result: dict[str, Any], methods: tuple[str, ...]) -> None:
                 f"{low:.2f}-{high:.2f}",
                 f"{row['speedup']:.2f}" if "speedup" in row else "",
                 f"{row['prefill_ms']:.1f}",
-                f"{row['ffn_bytes_per_token'] / 2**20:,.0f}",
+                f"{row['skippable_bytes_per_token'] / 2**20:,.0f}",
                 f"{row['share_of_copy_bandwidth']:.2f}",
             ]
         )
-    columns = ["decode", "ms", "from-to", "faster", "prefill", "FFN MiB", "of copy"]
+    columns = ["decode", "ms", "from-to", "faster", "prefill", "MiB", "of copy"]
     click.echo(
         f"{result['model']} in {result['dtype']} on {result['device']}, {result['prompt_tokens']} + "
         f"{result['new_tokens']} tokens, {'native kernels' if result['native'] else 'no native kernels'}, "
         f"copy {result['copy_gb_per_second']:,.0f} GB/s"
     )
     title = (
-        "Milliseconds a token and of prefill, times faster than dense, FFN bytes that a token reads, and "
+        "Milliseconds a token and of prefill, times faster than dense, bytes that a token reads of matrices whose "
+        "rows may be skipped, and "
         "the bandwidth of a whole step beside a copy's"
     )
     print_table(title, columns, rows)

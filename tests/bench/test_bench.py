@@ -12,7 +12,7 @@ import torch
 
 from tda_export.bench import decode as decode_module
 from tda_export.bench.bandwidth import copy_bandwidth
-from tda_export.bench.decode import METHODS, BenchSettings, run_bench
+from tda_export.bench.decode import MASK_METHODS, METHODS, BenchSettings, run_bench
 from tda_export.bench.runners import DenseRunner, SparseRunner, TruncationRunner, ffn_inputs
 from tda_export.bench.shapes import SHAPES, RandomWeights, random_source
 from tda_export.bench.timing import Spread, speedup, take_turns
@@ -27,7 +27,7 @@ from tests.tiny import save_tiny_model
 
 PROMPT = list(range(5, 69))
 SHORT = ("--prompt-tokens", 64, "--new-tokens", 32)
-ALL_METHODS = [word for name in METHODS for word in ("--method", name)]
+ALL_METHODS = [word for name in MASK_METHODS for word in ("--method", name)]
 SMALL = {
     "model_type": "llama",
     "vocab_size": 300,
@@ -107,13 +107,13 @@ def test_json(artifact: Artifact) -> None:
     assert result["speedup"] == result["tda"]["speedup"] > 0
     assert (result["prompt_tokens"], result["new_tokens"], result["native"]) == (64, 32, True)
     dense_bytes = 3 * 96 * 3 * 64 * 4
-    for name in METHODS:
+    for name in MASK_METHODS:
         row = result[name]
         low, high = row["ms_per_token_range"]
         assert 0 < low <= row["ms_per_token"] <= high
-        assert row["ffn_bytes_per_token"] == pytest.approx((1 - row["sparsity"]) * dense_bytes)
+        assert row["skippable_bytes_per_token"] == pytest.approx((1 - row["sparsity"]) * dense_bytes)
         assert row["share_of_copy_bandwidth"] > 0
-        assert row["bytes_per_token"] > row["ffn_bytes_per_token"]
+        assert row["bytes_per_token"] > row["skippable_bytes_per_token"]
     assert [result[name]["sparsity"] for name in ("dense", "dense_native", "tda", "griffin")] == [0, 0, 0.5, 0.5]
     assert result["two_levels"]["sparsity"] == pytest.approx(0.5, abs=0.15)  # thresholds meet other tokens
 
@@ -175,7 +175,7 @@ def test_wrong_logits_are_not_timed(artifact: Artifact, monkeypatch: pytest.Monk
     monkeypatch.setattr(SparseRunner, "logits", logits)
     monkeypatch.setattr(decode_module, "take_turns", lambda *arguments: pytest.fail("timed"))
     with pytest.raises(TdaError, match=rf"{name}: its logits are .* from the reference, so nothing is timed"):
-        run_bench(artifact, "cpu", BenchSettings(METHODS, prompt_tokens=64, new_tokens=32), PROMPT)
+        run_bench(artifact, "cpu", BenchSettings(MASK_METHODS, prompt_tokens=64, new_tokens=32), PROMPT)
 
 
 @pytest.mark.parametrize(
@@ -307,3 +307,36 @@ def test_config_that_transformers_refuses(tmp_path: Path, config: dict[str, Any]
     result = run_cli("bench", "--shape", path, *SHORT)
     assert result.exit_code == 2, result.output
     assert "not a usable config.json" in result.stderr
+
+
+def test_prices_of_an_artifact(priced_artifact: Path) -> None:
+    result = json.loads(run_ok("bench", priced_artifact, *SHORT, "--sparsity", 0.3, "--json").stdout)
+    assert [result[name]["sparsity"] for name in ("dense", "dense_native")] == [0, 0]
+    assert result["priced"]["sparsity"] == pytest.approx(0.3, abs=0.15)  # the price meets another text
+    shown = run_ok("bench", priced_artifact, *SHORT, "--method", "priced")
+    assert " priced " in shown.stdout
+
+
+@pytest.mark.parametrize("name", ["tda", "griffin", "two_levels", "tt"])
+def test_masks_do_not_run_on_prices(priced_artifact: Path, name: str) -> None:
+    result = run_cli("bench", priced_artifact, *SHORT, "--method", name)
+    assert result.exit_code == 2
+    assert f"{name} does not run on an artifact of the layout priced" in result.stderr
+    assert "'tda-export build MODEL --method tda'" in result.stderr
+
+
+def test_prices_do_not_run_on_masks(artifact: Artifact) -> None:
+    result = run_cli("bench", artifact.folder, *SHORT, "--method", "priced")
+    assert result.exit_code == 2
+    assert "priced does not run on an artifact of the layout indexed" in result.stderr
+
+
+def test_random_rows_read_exactly_what_was_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(SMALL))
+    result = json.loads(run_ok("bench", "--shape", path, *SHORT, "--sparsity", 0.5, "--json").stdout)
+    for name, sparsity in (("priced_0.70", 0.3), ("priced_0.50", 0.5)):
+        assert result[name]["sparsity"] == pytest.approx(sparsity, abs=0.03)  # whole rows
+    both = run_cli("bench", "--shape", path, *SHORT, "--method", "priced", "--method", "tda")
+    assert both.exit_code == 2
+    assert "priced and tda are of different artifacts" in both.stderr
