@@ -20,7 +20,7 @@ PROMPT = "The sea is calm tonight"
 SECONDS = 60.0  # for one mutation, of which each takes a fraction of a second
 GENERATE = (PROMPT, "--max-new-tokens", 6, "--provider", "cpu", "--json")
 # What a generation says that does not differ from run to run.
-FIGURES = ("prompt_tokens", "new_tokens", "density", "sparsity", "dense_ffn_bytes_per_token")
+FIGURES = ("prompt_tokens", "new_tokens", "density", "sparsity", "dense_bytes_per_token")
 
 
 def told(stdout: str) -> list[object]:

@@ -57,7 +57,7 @@ class RowGraphBuilder(GraphBuilder):
             read = ops.cast(ops.op("Not", unread), "int64")  # [1, S, in]
             self.kept.append(ops.op("ReduceSum", read, ops.constant([2], "int64"), keepdims=0))
         # The first layer has waited for the price, so that it is there for all that follow.
-        early = not name.startswith("layers.0.")
+        early = not contract.in_a_layer(name, 0)
         return row_linear(self.ops, x, self.weight(name), row_price, self.price, bias, early=early)
 
 

@@ -79,6 +79,8 @@ def priced_request(
             raise UsageError(f"{path} has a budget of CETT as its own, which prices do not have. Give --max-kl.")
     if sum(value is not None for value in (asked.price, asked.sparsity, asked.max_kl)) != 1:
         raise UsageError("A budget is one of --price, --sparsity and --max-kl. Give one of them.")
+    if asked.price is not None:
+        asked = replace(asked, price=max(float(asked.price), 0.0))  # a negative one is dense too
     price = asked.price
     if price is None:
         price = table.price_for(sparsity=asked.sparsity, max_kl=asked.max_kl)
@@ -87,7 +89,7 @@ def priced_request(
     design = PricedDesign(
         chosen,
         calibration.priced.sums.row_prices(source.spec, chosen, element_bytes),
-        max(float(price), 0.0),
+        price,
         table.to_dict(),
         {"sparsity": 1.0 - expected.share, "kl": expected.kl, "share": expected.share, "parts": expected.parts},
     )

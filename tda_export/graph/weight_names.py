@@ -22,9 +22,9 @@ def linear_weight(layer: int, stored: str) -> str:
     return attention_out_weight(layer) if stored == "o" else ffn_weight(layer, stored)
 
 
-def in_a_layer(name: str) -> bool:
-    """Tell whether a weight belongs to a layer. Of the matrices, linears alone do."""
-    return name.startswith("layers.")
+def in_a_layer(name: str, layer: int | None = None) -> bool:
+    """Tell whether a weight belongs to a layer, or to this one. Of the matrices, linears alone do."""
+    return name.startswith("layers." if layer is None else f"layers.{layer}.")
 
 
 def linear_bias(matrix: str) -> str:

@@ -73,7 +73,7 @@ def _check_priced(manifest: dict[str, Any], shape: ModelShape, matrices: dict[st
     if manifest["price_table"] is not None:
         _require(PriceTable.from_dict(manifest["price_table"]).packing == manifest["packing"], "price_table.packing")
     for name, matrix in matrices.items():
-        if name.startswith("layers."):
+        if contract.in_a_layer(name):
             entry = manifest["weights"][contract.row_price(name)]
             _require(matrix.major == "input", f"matrices.{name}.major")
             _require((entry["shape"], entry["dtype"]) == ([matrix.rows], "float32"), _of(contract.row_price(name)))

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tda_export.calibration.cett import threshold_grid
 from tda_export.calibration.curves import CurveAccumulator
 from tda_export.calibration.file import (
+    DIGEST_KEY,
     FORMAT_VERSION,
     METADATA_KEY,
     PRICED,
@@ -30,7 +31,7 @@ from tda_export.errors import TdaError
 
 LAYERS, PRICES, SEQUENCES = 2, 3, 4
 PROVENANCE: dict[str, Any] = {
-    "model": {"name": "tiny", "architecture": "LlamaForCausalLM", "fingerprint": "f" * 64},
+    "model": {"name": "tiny", "architecture": "LlamaForCausalLM", "fingerprint": "f" * 64, "ffn_matrices": 3},
     "budget": {"max_kl": 0.05},
 }
 GATED = {"q": (4, 6), "k": (4, 2), "v": (4, 2), "o": (6, 4), "gate": (4, 5), "up": (4, 5), "down": (5, 4)}
@@ -108,6 +109,7 @@ def rewrite(path: Path, change: Any) -> None:
     with safe_open(path, framework="pt") as file:
         metadata = json.loads(file.metadata()[METADATA_KEY])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata.pop(DIGEST_KEY)
     change(metadata, tensors)
     save_file(tensors, path, metadata={METADATA_KEY: json.dumps(metadata)})
 

@@ -24,7 +24,7 @@ def test_calibrate(tiny_model: Path, tmp_path: Path) -> None:
     result = run_ok("calibrate", tiny_model, "-o", output, *CALIBRATE_TINY)
     assert "prompt estimator, sparsity 0.5, kl" in result.stdout
     assert "up/down density" in result.stdout
-    assert f"\n4 sequences; wrote {output}" in result.stdout
+    assert f"Calibrated on 4 sequences; wrote {output}" in result.stdout
     table = read_calibration(output).kl
     assert table is not None
     assert "KL to dense along the path, nats a token" in result.stdout
@@ -144,7 +144,7 @@ def test_a_sparsity_that_is_just_missed_becomes_the_nearest(
 def test_one_sequence_is_enough_for_curves_alone(tiny_model: Path, tmp_path: Path) -> None:
     options = (*CALIBRATE_TINY, "--sequences", "1")
     result = run_ok("calibrate", tiny_model, "-o", tmp_path / "c", *options, "--curves-only")
-    assert "\n1 sequences; wrote " in result.stdout
+    assert "Calibrated on 1 sequences; wrote " in result.stdout
     assert "KL to dense along the path" not in result.stdout
 
 
@@ -165,7 +165,7 @@ def test_less_text_than_asked_for(tiny_model: Path, tmp_path: Path) -> None:
         *("--dataset", tmp_path / "rows.jsonl", "--text-column", "body"),
     )
     assert "holds text for 2 sequences of 48 tokens; calibrating on those" in result.stderr
-    assert "\n2 sequences; wrote " in result.stdout
+    assert "Calibrated on 2 sequences; wrote " in result.stdout
 
 
 def test_names_in_brackets_are_shown_as_they_are(tiny_model: Path, tmp_path: Path) -> None:

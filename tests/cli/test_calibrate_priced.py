@@ -90,8 +90,9 @@ def test_all_methods(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert result["prices"]["separate"]["share"] == pytest.approx(0.7)
     assert result["allocation"]["sparsity"] == pytest.approx(0.3, abs=0.02)
     assert result["predicted_kl"]
-    result = result_of("build", tiny_model, "--calibration", output, "-o", tmp_path / "a", "--no-verify")
-    assert result["budget"] == {"sparsity": 0.3, "allocation": "kl"}
+    for method, budget in (("tda", {"sparsity": 0.3, "allocation": "kl"}), ("priced", {"sparsity": 0.3})):
+        options = ("--method", method, "--calibration", output, "--no-verify")
+        assert result_of("build", tiny_model, *options, "-o", tmp_path / method)["budget"] == budget
 
 
 def test_interrupted_and_started_again(
@@ -158,7 +159,7 @@ def test_options_that_are_refused(outputs: Path, tiny_model: Path, options: list
 
 def test_masks_are_not_built_from_prices(outputs: Path, tiny_model: Path, priced: tuple[Path, str]) -> None:
     result = build(tiny_model, priced[0], outputs / "x", "--method", "tda")
-    assert_error(result, USAGE, "holds prices of rows", "Calibrate with --method tda, or all")
+    assert_error(result, USAGE, "holds no CETT curves. Calibrate again with 'tda-export calibrate --method tda'")
 
 
 def test_an_earlier_calibration_is_replaced(tiny_calibration: Path, tiny_model: Path, tmp_path: Path) -> None:

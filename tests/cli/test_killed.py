@@ -64,7 +64,17 @@ class Forks:
 def forks(tiny_model: Path, tiny_calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     folder = tmp_path_factory.mktemp("forks")
     calibrate = ("calibrate", tiny_model, *CALIBRATE_TINY, "-o", folder / "c")
-    build = ("build", tiny_model, "--calibration", tiny_calibration, "--no-verify", "-o", folder / "a")
+    build = (
+        "build",
+        tiny_model,
+        "--method",
+        "tda",
+        "--calibration",
+        tiny_calibration,
+        "--no-verify",
+        "-o",
+        folder / "a",
+    )
     forks = Forks(folder, calibrate, build)
     yield forks
     forks.process.communicate(timeout=60)
@@ -75,7 +85,7 @@ def forks(tiny_model: Path, tiny_calibration: Path, tmp_path_factory: pytest.Tem
 def test_killed_at_any_moment(
     command: str, forks: Forks, tiny_model: Path, tiny_calibration: Path, tmp_path: Path
 ) -> None:
-    options = {"build": ("--calibration", tiny_calibration), "calibrate": CALIBRATE_TINY}[command]
+    options = {"build": ("--method", "tda", "--calibration", tiny_calibration), "calibrate": CALIBRATE_TINY}[command]
 
     def writing_to(folder: str, *more: str) -> tuple[object, ...]:
         return (command, tiny_model, *options, *more, "-o", tmp_path / folder / "x")

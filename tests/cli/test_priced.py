@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tda_export.calibration.file import METADATA_KEY
+from tda_export.calibration.file import DIGEST_KEY, METADATA_KEY
 from tda_export.graph import contract
 from tda_export.pricing import PriceTable
 from tda_export.runtime import load
@@ -25,6 +25,7 @@ CHECK_NAMES = [
     "prefill.onnx passes onnx.checker",
     "decode.onnx passes onnx.checker",
     "decode_explicit.onnx passes onnx.checker",
+    "manifest is that of the graphs",
     "prefill logits",
     "keys and values after chunked prefill",
     "decode at price 0",
@@ -356,7 +357,7 @@ def test_calibration_of_the_version_before_serves_masks(
         content = json.loads(file.metadata()[METADATA_KEY])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     content["format_version"] = 3
-    del content["settings"]["method"]
+    del content["settings"]["method"], content[DIGEST_KEY]
     save_file(tensors, path, metadata={METADATA_KEY: json.dumps(content)})
     run_ok("build", tiny_model, "--method", "tda", "--calibration", path, "--no-verify", "-o", tmp_path / "a")
     assert generated(tmp_path / "a")["tokens"] == generated(tiny_artifact)["tokens"]

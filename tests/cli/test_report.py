@@ -16,7 +16,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tda_export.calibration.file import METADATA_KEY
+from tda_export.calibration.file import DIGEST_KEY, METADATA_KEY
 from tda_export.files import sha256
 from tda_export.graph import contract
 from tests.cli.conftest import FAILURE, USAGE, assert_error, listing
@@ -56,6 +56,7 @@ def edited(calibration: Path, path: Path, edit: Callable[[dict[str, Any]], None]
     """A copy of a calibration with other metadata."""
     with safe_open(calibration, framework="pt") as file:
         metadata = json.loads(file.metadata()[METADATA_KEY])
+    metadata.pop(DIGEST_KEY)
     edit(metadata)
     save_file(load_file(calibration), path, metadata={METADATA_KEY: json.dumps(metadata)})
     return path

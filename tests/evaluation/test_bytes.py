@@ -40,8 +40,18 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp(request.param)
     model = save_tiny_model(request.param, folder / "model")
     sequences = ("--sequences", "2", "--prompt-tokens", "24", "--continuation-tokens", "8")
-    run_ok("calibrate", model, "-o", folder / "calibration", "--estimator", "token", *sequences)
-    run_ok("build", model, "--calibration", folder / "calibration", "--no-verify", "-o", folder / "artifact")
+    run_ok("calibrate", model, "-o", folder / "calibration", "--method", "tda", "--estimator", "token", *sequences)
+    run_ok(
+        "build",
+        model,
+        "--method",
+        "tda",
+        "--calibration",
+        folder / "calibration",
+        "--no-verify",
+        "-o",
+        folder / "artifact",
+    )
     return Built(request.param, resolve_model(str(model)), load(folder / "artifact", provider="cpu"))
 
 

@@ -38,7 +38,7 @@ def test_family_matches_transformers(family: str, tmp_path: Path) -> None:
     source = resolve_model(str(save_tiny_model(family, tmp_path / "model")))
     artifact = build_tiny(source, tmp_path / "artifact")
     checks = verify_artifact(artifact, lambda name: source, provider="cpu", quiet=True)
-    assert len(checks) == 15
+    assert len(checks) == 16
     assert [check for check in checks if not check.passed] == []
 
 
@@ -68,7 +68,7 @@ def test_tokenizer_that_makes_one_token_of_a_text(positions: int, tmp_path: Path
     assert len(source.tokenizer(PROMPTS[0]).input_ids) == 1
     artifact = build_tiny(source, tmp_path / "artifact")
     checks = verify_artifact(artifact, lambda name: source, provider="cpu", quiet=True)
-    assert len(checks) == 15
+    assert len(checks) == 16
     assert [check for check in checks if not check.passed] == []
 
 
