@@ -377,24 +377,6 @@ def graph_io(shape: ModelShape, layout: str, *, two_levels: bool) -> dict[str, t
     }
 
 
-def truncation_inputs(shape: ModelShape) -> list[IoTensor]:
-    """List the inputs of the threshold-truncation graph, which `eval` derives as a baseline; it is in no artifact."""
-    return [
-        *_token_inputs(),
-        *_kv_cache(shape, past_key, past_value, "past_sequence_length"),
-        IoTensor(THRESHOLDS, "float32", (shape.num_layers,), default=True),
-    ]
-
-
-def truncation_outputs(shape: ModelShape) -> list[IoTensor]:
-    """List the outputs of the threshold-truncation graph."""
-    return [
-        IoTensor(LOGITS, "float32", (1, "sequence_length", shape.vocab_size)),
-        *_kv_cache(shape, present_key, present_value, "total_sequence_length"),
-        IoTensor(KEPT_NEURONS, "int64", (shape.num_layers, "sequence_length")),
-    ]
-
-
 def dense_inputs(shape: ModelShape) -> list[IoTensor]:
     """List the inputs of the plain dense graph, which `bench` derives as a baseline; it is in no artifact."""
     return [*_token_inputs(), *_kv_cache(shape, past_key, past_value, "past_sequence_length")]

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from tda_export.graph import contract
 from tda_export.graph.attention import attention_lengths
+from tda_export.graph.contract import IoTensor
 from tda_export.graph.decoder import GraphBuilder, model_shape
 from tda_export.graph.ffn import dense_activations
 from tda_export.graph.linear import HalfGraphBuilder, linear_functions
@@ -20,6 +21,23 @@ from tda_export.graph.weights_file import WeightTable
 from tda_export.models.spec import DecoderSpec
 
 TINY = 1e-30  # guards the division of a token without any activation
+
+
+def truncation_inputs(shape: contract.ModelShape) -> list[IoTensor]:
+    """List the inputs of the threshold-truncation graph, which `eval` derives as a baseline; it is in no artifact."""
+    return [
+        *contract.dense_inputs(shape),
+        IoTensor(contract.THRESHOLDS, "float32", (shape.num_layers,), default=True),
+    ]
+
+
+def truncation_outputs(shape: contract.ModelShape) -> list[IoTensor]:
+    """List the outputs of the threshold-truncation graph."""
+    return [
+        IoTensor(contract.LOGITS, "float32", (1, "sequence_length", shape.vocab_size)),
+        *contract.dense_outputs(shape)[1:],
+        IoTensor(contract.KEPT_NEURONS, "int64", (shape.num_layers, "sequence_length")),
+    ]
 
 
 def build_truncation(spec: DecoderSpec, weights: WeightTable, dtype: str) -> ir.Model:
@@ -31,11 +49,11 @@ def build_truncation(spec: DecoderSpec, weights: WeightTable, dtype: str) -> ir.
         dtype: A value of `contract.DTYPES`.
 
     Returns:
-        The model with the inputs and outputs of `contract.truncation_inputs` and `contract.truncation_outputs`. The
+        The model with the inputs and outputs of `truncation_inputs` and `truncation_outputs`. The
         default thresholds are 0 and keep every neuron. `kept_neurons` int64 [L, S] counts the kept ones.
     """
     shape, half = model_shape(spec, dtype), dtype != "float32"
-    graph = (HalfGraphBuilder if half else GraphBuilder)(spec, weights, dtype, contract.truncation_inputs(shape))
+    graph = (HalfGraphBuilder if half else GraphBuilder)(spec, weights, dtype, truncation_inputs(shape))
     ops, inputs, outputs = graph.ops, graph.inputs, graph.outputs
     kept: list[ir.Value] = []
 
@@ -54,7 +72,7 @@ def build_truncation(spec: DecoderSpec, weights: WeightTable, dtype: str) -> ir.
     outputs[contract.KEPT_NEURONS] = ops.op("Concat", *kept, axis=0)  # [L, S]
     defaults = {contract.THRESHOLDS: np.zeros(spec.num_layers, np.float32)}
     functions = linear_functions(spec.norm) if half else []
-    return graph.model("truncation", contract.truncation_outputs(shape), defaults, functions)
+    return graph.model("truncation", truncation_outputs(shape), defaults, functions)
 
 
 def _relative_magnitudes(ops: Ops, h: ir.Value, squared_norms: ir.Value) -> ir.Value:

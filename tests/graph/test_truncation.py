@@ -13,7 +13,7 @@ import torch
 from tda_export.graph import contract
 from tda_export.graph.derive import artifact_spec, truncation_sessions, weight_table
 from tda_export.graph.method import griffin
-from tda_export.graph.truncation import build_truncation
+from tda_export.graph.truncation import build_truncation, truncation_inputs, truncation_outputs
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.runtime import Model, load
 from tda_export.runtime.kv_cache import KvCache
@@ -111,10 +111,10 @@ def test_a_threshold_above_every_magnitude_keeps_none(model: Model) -> None:
 
 def test_graph_has_the_inputs_and_outputs_of_the_contract(model: Model) -> None:
     session = truncation_sessions(model.artifact, model.sessions).decode
-    inputs = contract.truncation_inputs(model.artifact.shape)
+    inputs = truncation_inputs(model.artifact.shape)
     assert [node.name for node in session.get_inputs()] == [tensor.name for tensor in inputs if not tensor.default]
     assert [node.name for node in session.get_overridable_initializers()] == [contract.THRESHOLDS]
-    outputs = contract.truncation_outputs(model.artifact.shape)
+    outputs = truncation_outputs(model.artifact.shape)
     assert [(node.name, tuple(node.shape)) for node in session.get_outputs()] == [
         (tensor.name, tensor.axes) for tensor in outputs
     ]
