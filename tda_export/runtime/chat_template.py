@@ -132,6 +132,7 @@ class ChatTemplate:
             raise
         finally:
             watch.cancel()
+            watch.join()
         self._stop()
         reason = f"it takes more than {RENDER_SECONDS} seconds" if late.is_set() else "its process was ended"
         raise self._error(reason)
