@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/tda-export demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
