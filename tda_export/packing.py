@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Packing = Literal["separate", "sites"]
 PACKINGS: tuple[Packing, ...] = get_args(Packing)
+THRESHOLDS: dict[Packing, str] = {"separate": "one threshold a matrix", "sites": "one threshold a site"}  # for readers
 
 ATTENTION_PARTS = ("q", "k", "v", "o")
 Parts = Literal["all", "ffn", "attention"]  # whose rows may be dropped

@@ -42,6 +42,11 @@ class PriceRow:
         """Share of the linears' bytes that is not read."""
         return 1.0 - self.share
 
+    @property
+    def kl_text(self) -> str:
+        """The KL with one standard error where there is one, for readers."""
+        return f"{self.kl:.4f}" + (f" ± {self.kl_stderr:.4f}" if self.kl_stderr else "")
+
 
 @dataclass(frozen=True)
 class PriceTable:

@@ -38,6 +38,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=problem))
 
 
+def build_tda(model: object, calibration: object) -> tuple[object, ...]:
+    """Arguments of `tda-export build --method tda`, without an output."""
+    return "build", model, "--method", "tda", "--calibration", calibration
+
+
 def run_cli(*arguments: object, **options: object) -> Result:
     """Run `tda-export` in this process. The result has exit_code, stdout and stderr."""
     return CliRunner().invoke(cli, [str(argument) for argument in arguments], **options)  # type: ignore[arg-type]
@@ -88,7 +93,7 @@ def tiny_calibration(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory)
 def tiny_artifact(tiny_model: Path, tiny_calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its verified artifact. Session-wide: copy it before changing anything in it."""
     path = tmp_path_factory.mktemp("artifacts") / "tiny"
-    run_ok("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, "-o", path)
+    run_ok(*build_tda(tiny_model, tiny_calibration), "-o", path)
     return path
 
 

@@ -14,7 +14,7 @@ from tda_export.calibration.file import allocation_from
 from tda_export.models.source import resolve_model
 from tda_export.runtime import Model, load
 from tda_export.runtime.generate import MaskMode
-from tests.conftest import run_ok
+from tests.conftest import build_tda, run_ok
 from tests.examples.applications import Applications, ours, run
 from tests.examples.test_same_tokens import NAMES
 from tests.runtime.conftest import without_native_kernels
@@ -44,12 +44,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     calibrated = run_ok("calibrate", MODEL, "-o", folder / "calibration.safetensors", *short, "--json")
     (folder / "calibrated.json").write_text(calibrated.stdout)
     built = run_ok(
-        "build",
-        MODEL,
-        "--method",
-        "tda",
-        "--calibration",
-        folder / "calibration.safetensors",
+        *build_tda(MODEL, folder / "calibration.safetensors"),
         "-o",
         folder / "artifact",
         "--json",

@@ -53,7 +53,7 @@ def test_first_line_of_an_error() -> None:
 @pytest.mark.parametrize("kind", [TdaError, UsageError])
 def test_every_error_is_one_line_with_its_beginning_and_its_end(kind: type[TdaError]) -> None:
     assert str(kind("file: two\nlines \x1b[2J. Do this.")) == r"file: two\nlines \x1b[2J. Do this."
-    message = str(kind("file: " + "x" * 10**6 + ". Do this."))
+    message = str(kind("file: " + "b" * 10**6 + ". Do this."))
     assert len(message) == MESSAGE_LENGTH
-    assert message.startswith("file: xxx")
-    assert message.endswith("xxx. Do this.")
+    assert message.startswith("file: bbb")
+    assert message.endswith("bbb. Do this.")

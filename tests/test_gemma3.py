@@ -15,7 +15,7 @@ import torch
 from tda_export.calibration.corpus import builtin_folder
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.runtime import Model, load
-from tests.conftest import run_ok
+from tests.conftest import build_tda, run_ok
 from tests.test_end_to_end import LOGIT_CHECKS
 
 pytestmark = pytest.mark.timeout(3600)  # calibrating takes its time on two cores
@@ -37,9 +37,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, model = tmp_path_factory.mktemp("gemma3"), os.environ["TDA_EXPORT_GEMMA3"]
     lengths = ("--method", "tda", "--sequences", 4, "--prompt-tokens", 600, "--continuation-tokens", 32)
     run_ok("calibrate", model, "-o", folder / "calibration", *lengths)
-    result = run_ok(
-        "build", model, "--method", "tda", "--calibration", folder / "calibration", "-o", folder / "artifact", "--json"
-    )
+    result = run_ok(*build_tda(model, folder / "calibration"), "-o", folder / "artifact", "--json")
     (folder / "built.json").write_text(result.stdout)
     return folder / "artifact"
 

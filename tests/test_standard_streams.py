@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import FAILURE, USAGE, assert_error_text
-from tests.conftest import run_ok
+from tests.conftest import build_tda, run_ok
 
 if sys.platform == "win32":
     pytest.skip("a POSIX shell", allow_module_level=True)
@@ -50,9 +50,7 @@ def test_no_output_file_takes_the_number_of_a_closed_stream(
     tiny_model: Path, tiny_calibration: Path, tiny_artifact: Path, tmp_path: Path
 ) -> None:
     """Or what libraries print would stand in the weights."""
-    done = shell(
-        "<&- >&- 2>&-", "build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, "-o", tmp_path / "a"
-    )
+    done = shell("<&- >&- 2>&-", *build_tda(tiny_model, tiny_calibration), "-o", tmp_path / "a")
     assert done.returncode == 0
     for path in tiny_artifact.iterdir():
         assert (tmp_path / "a" / path.name).read_bytes() == path.read_bytes(), path.name

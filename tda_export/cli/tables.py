@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from tda_export.packing import THRESHOLDS
+
 if TYPE_CHECKING:
     from tda_export.calibration.budgets import Allocation
     from tda_export.graph.verify import Check
@@ -79,14 +81,15 @@ def print_prices(table: PriceTable) -> None:
             f"{row.share:.3f}",
             f"{row.ffn_share:.3f}",
             f"{row.attention_share:.3f}",
-            f"{row.kl:.4f}" + (f" ± {row.kl_stderr:.4f}" if row.kl_stderr else ""),
+            row.kl_text,
             f"{row.agreement:.3f}",
         ]
         for row in table.rows
     ]
-    thresholds = {"separate": "one threshold a matrix", "sites": "one threshold a site"}[table.packing]
     columns = ["price", "linears", "FFN", "attention", "KL to dense", "agreement"]
-    print_table(f"Prices with {thresholds} ({table.packing}): shares of bytes read, nats a token", columns, rows)
+    print_table(
+        f"Prices with {THRESHOLDS[table.packing]} ({table.packing}): shares of bytes read, nats a token", columns, rows
+    )
 
 
 def print_checks(checks: list[Check]) -> None:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from tda_export.calibration.file import Calibration
 from tda_export.calibration.price_file import Priced
 from tda_export.errors import UsageError
-from tda_export.packing import Packing
+from tda_export.packing import THRESHOLDS, Packing
 from tda_export.pricing import PriceRow, PriceTable
 from tda_export.report.axes import Axis, around
 from tda_export.report.charts import line_chart
@@ -19,7 +19,6 @@ from tda_export.report.page import Figure, Section, Table
 from tda_export.report.quality import KL, LINEAR_BYTES
 
 DENSITY = "rows read (share of a matrix)"
-THRESHOLDS = {"separate": "one threshold a matrix", "sites": "one threshold a site"}
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,7 @@ def _price_table(table: PriceTable) -> Table:
             f"{row.ffn_share:.3f}",
             f"{row.attention_share:.3f}",
             *(f"{row.parts[part]:.3f}" for part in parts),
-            f"{row.kl:.4f}" + (f" ± {row.kl_stderr:.4f}" if row.kl_stderr else ""),
+            row.kl_text,
             f"{row.agreement:.3f}",
         ]
         for row in table.rows

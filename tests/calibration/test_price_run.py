@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tda_export.calibration import price_run, price_table
+from tda_export.calibration import price_run
 from tda_export.calibration.corpus import Corpus
 from tda_export.calibration.file import Calibration, read_calibration, write_calibration
 from tda_export.calibration.price_file import Priced, priced_tensors
@@ -20,30 +18,13 @@ from tda_export.calibration.run import CalibrationSettings, calibrate
 from tda_export.errors import UsageError
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.packing import PACKINGS
-from tda_export.progress import Advance
+from tests.calibration.shown import Shown
+from tests.few_prices import SHARES, few_prices  # noqa: F401 -- a fixture
 
 CORPUS = Corpus(torch.arange(5, 77).reshape(6, 12), "some.txt", "0" * 64)
 SETTINGS = CalibrationSettings(prompt_tokens=8, continuation_tokens=4, sequences=6)
-SHARES = (0.9, 0.6, 0.3)  # fewer than the product's, which are measured alike
 PASSES = 1 + 2 * len(SHARES)
 BUDGET = {"max_kl": 0.05}
-
-
-class Shown:
-    """Progress that remembers what it was told: description, units, and units that came."""
-
-    def __init__(self) -> None:
-        self.bars: list[list[Any]] = []
-
-    @contextlib.contextmanager
-    def __call__(self, description: str, units: int) -> Iterator[Advance]:
-        bar = [description, units, 0]
-        self.bars.append(bar)
-
-        def advance(count: int) -> None:
-            bar[2] += count
-
-        yield advance
 
 
 class Interruption(Exception):
@@ -64,14 +45,6 @@ def interrupt(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int, *, af
         return result
 
     patch.setattr(owner, name, broken)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _few_prices() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (price_run, price_table):
-            patch.setattr(module, "SHARES", SHARES)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator
+import math
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +25,7 @@ from tda_export.calibration.resume import PartialFile
 from tda_export.calibration.run import CalibrationSettings, calibrate
 from tda_export.errors import UsageError
 from tda_export.models.source import ModelSource, resolve_model
+from tests.calibration.shown import Shown
 
 
 @pytest.mark.parametrize(
@@ -80,23 +80,6 @@ def test_smallest_settings_are_allowed() -> None:
     assert CalibrationSettings(method="tda", sequences=1, curves_only=True).sequences == 1
 
 
-class Shown:
-    """Stands in for progress bars: what was shown, of how many units, and how many came."""
-
-    def __init__(self) -> None:
-        self.bars: list[list[Any]] = []
-
-    @contextlib.contextmanager
-    def __call__(self, description: str, units: int) -> Iterator[Any]:
-        bar = [description, units, 0]
-        self.bars.append(bar)
-
-        def advance(count: int) -> None:
-            bar[2] += count
-
-        yield advance
-
-
 CORPUS = Corpus(torch.arange(5, 77).reshape(6, 12), "some.txt", "0" * 64)
 SETTINGS = CalibrationSettings(method="tda", prompt_tokens=8, continuation_tokens=4, sequences=6)
 BUDGET = {"sparsity": 0.5, "allocation": "kl"}
@@ -109,6 +92,12 @@ def equal(one: Calibration, other: Calibration) -> bool:
     if one.kl is not None:
         pairs += [(getattr(one.kl, field.name), getattr(other.kl, field.name)) for field in fields(KlTable)]
     return all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+@pytest.fixture(autouse=True)
+def _no_save_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves are saved once, when they are whole, however slow the machine is: tests count saves."""
+    monkeypatch.setattr(run_module, "SAVE_SECONDS", math.inf)
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +277,6 @@ def test_short_runs_keep_curves_only_when_they_are_complete(
 ) -> None:
     """Saving takes little of the time."""
     saved = calls_of(monkeypatch, PartialFile, "save")
-    monkeypatch.setattr(run_module, "SAVE_SECONDS", 1e9)
     settings = dataclasses.replace(SETTINGS, curves_only=True)
     calibrate(tiny, CORPUS, settings, {"cett": 0.2}, show=Shown(), output=tmp_path / "calibration.safetensors")
     assert [int(sums.sequences) for sums, *_ in saved] == [6]

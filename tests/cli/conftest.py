@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from tests.conftest import run_cli
+from tests.conftest import build_tda, run_cli
 from tests.tiny import save_tiny_model
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 
 
 def build(model: Path, calibration: Path, output: Path, *options: object) -> Result:
-    return run_cli("build", model, "--method", "tda", "--calibration", calibration, "-o", output, *options)
+    return run_cli(*build_tda(model, calibration), "-o", output, *options)
 
 
 def assert_error(result: Result, code: int, *texts: str) -> str:

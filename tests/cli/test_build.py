@@ -13,7 +13,7 @@ from tda_export.bench.random_model import CHAT_TEMPLATE, byte_tokenizer
 from tda_export.graph import contract
 from tda_export.runtime import load
 from tests.cli.results import CHECK_NAMES, PROMPT, generated, result_of
-from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
+from tests.conftest import CALIBRATE_TINY, build_tda, run_cli, run_ok
 from tests.tiny import save_tiny_model
 
 DENSE_FFN_BYTES = 3 * 96 * 3 * 64 * 4  # layers, neurons, matrices, hidden size, float32
@@ -22,7 +22,7 @@ CHECKS = len(CHECK_NAMES)
 
 def test_build_json(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
     output = tmp_path / "a"
-    result = result_of("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, "-o", output)
+    result = result_of(*build_tda(tiny_model, tiny_calibration), "-o", output)
     assert result["output"] == str(output)
     assert result["bytes"] == sum(path.stat().st_size for path in output.iterdir())
     assert result["budget"] == {"sparsity": 0.5, "allocation": "kl"}  # the calibration's own
@@ -33,7 +33,7 @@ def test_build_json(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) ->
 
 
 def test_build_says_what_it_did(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
-    arguments = ("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, "-o")
+    arguments = (*build_tda(tiny_model, tiny_calibration), "-o")
     verified = run_ok(*arguments, tmp_path / "a")
     assert "sparsity 0.5, allocation kl: expected sparsity 0.500 of the FFN, predicted KL " in verified.stdout
     assert "MiB, verified)" in verified.stdout
@@ -87,12 +87,7 @@ def test_another_budget_needs_no_calibration(
     for budget in budgets:
         output = tmp_path / "".join(budget)
         built = result_of(
-            "build",
-            tiny_model,
-            "--method",
-            "tda",
-            "--calibration",
-            tiny_calibration,
+            *build_tda(tiny_model, tiny_calibration),
             *budget,
             "--no-verify",
             "-o",
@@ -112,12 +107,7 @@ def test_build_by_max_kl(tiny_model: Path, tiny_calibration: Path, tmp_path: Pat
     def built(max_kl: float) -> Any:
         output = tmp_path / str(max_kl)
         arguments = (
-            "build",
-            tiny_model,
-            "--method",
-            "tda",
-            "--calibration",
-            tiny_calibration,
+            *build_tda(tiny_model, tiny_calibration),
             "--max-kl",
             max_kl,
             "-o",
@@ -138,12 +128,7 @@ def test_build_with_refresh(tiny_model: Path, tiny_calibration: Path, tiny_artif
     """It is the default of generate and eval there, of another budget too, and 0 turns it off."""
     output = tmp_path / "a"
     arguments = (
-        "build",
-        tiny_model,
-        "--method",
-        "tda",
-        "--calibration",
-        tiny_calibration,
+        *build_tda(tiny_model, tiny_calibration),
         "--refresh",
         5,
         "--no-verify",
@@ -172,9 +157,7 @@ def test_refreshes_leave_too_much_to_the_steps_between(
     tiny_model: Path, tiny_calibration: Path, tmp_path: Path
 ) -> None:
     budget = ("--sparsity", 0.7, "--refresh", 4)
-    result = run_cli(
-        *("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, *budget, "-o", tmp_path / "a")
-    )
+    result = run_cli(*(*build_tda(tiny_model, tiny_calibration), *budget, "-o", tmp_path / "a"))
     assert result.exit_code == 2
     assert "Sparsity 0.7, kl with a refresh every 4 tokens leaves 0.933 to the steps between. Sparsity" in result.stderr
     assert not (tmp_path / "a").exists()
@@ -187,12 +170,7 @@ def test_overwrite_replaces_an_artifact(
     shutil.copytree(tiny_artifact, output)
     (output / contract.GENERATION_CONFIG_FILE).unlink()  # an earlier output need not be a whole one
     arguments = (
-        "build",
-        tiny_model,
-        "--method",
-        "tda",
-        "--calibration",
-        tiny_calibration,
+        *build_tda(tiny_model, tiny_calibration),
         "--sparsity",
         "0.2",
         "-o",
@@ -207,12 +185,7 @@ def test_overwrite_replaces_an_artifact(
 def test_tail_mean(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
     """Of a budget that does not bring it; another budget of that kind leaves it."""
     arguments = (
-        "build",
-        tiny_model,
-        "--method",
-        "tda",
-        "--calibration",
-        tiny_calibration,
+        *build_tda(tiny_model, tiny_calibration),
         "--sparsity",
         "0.5",
         "--allocation",
@@ -232,12 +205,7 @@ def test_tail_mean(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> 
 def test_float16(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
     output = tmp_path / "a"
     arguments = (
-        "build",
-        tiny_model,
-        "--method",
-        "tda",
-        "--calibration",
-        tiny_calibration,
+        *build_tda(tiny_model, tiny_calibration),
         "--dtype",
         "fp16",
         "--provider",
@@ -269,7 +237,7 @@ def test_token_estimator(tiny_model: Path, tmp_path: Path) -> None:
     )
     assert result["settings"]["estimator"] == "token"
     assert all(0 < cett <= 0.2 for cett in result["allocation"]["cett"])
-    built = result_of("build", tiny_model, "--method", "tda", "--calibration", calibration, "-o", output)
+    built = result_of(*build_tda(tiny_model, calibration), "-o", output)
     assert built["budget"] == {"cett": 0.2}
     assert all(check["passed"] for check in built["checks"])
     assert 0 < generated(output)["metrics"]["sparsity"] < 1
@@ -290,7 +258,7 @@ def test_model_of_a_short_context(tmp_path: Path) -> None:
     """Verification's own prompts are longer than this model's 128 positions."""
     model = save_tiny_model("llama", tmp_path / "model", max_position_embeddings=128)
     run_ok("calibrate", model, "-o", tmp_path / "c", *CALIBRATE_TINY)
-    built = result_of("build", model, "--method", "tda", "--calibration", tmp_path / "c", "-o", tmp_path / "a")
+    built = result_of(*build_tda(model, tmp_path / "c"), "-o", tmp_path / "a")
     assert [check["name"] for check in built["checks"]] == CHECK_NAMES
     assert all(check["passed"] for check in built["checks"])
     metrics = result_of("generate", tmp_path / "a", "x" * 120, "--max-new-tokens", 24)["metrics"]
@@ -305,14 +273,12 @@ def test_several_chat_templates(tiny_model: Path, tiny_calibration: Path, tmp_pa
     tokenizer.save_pretrained(model)
     assert (model / "additional_chat_templates").is_dir()
     output = tmp_path / "a"
-    built = result_of("build", model, "--method", "tda", "--calibration", tiny_calibration, "-o", output)
+    built = result_of(*build_tda(model, tiny_calibration), "-o", output)
     assert all(check["passed"] for check in built["checks"])
     assert all(path.is_file() for path in output.iterdir())
     rendered = load(output).text.chat([{"role": "user", "content": "Hi"}])
     assert rendered == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    run_ok(
-        "build", model, "--method", "tda", "--calibration", tiny_calibration, "-o", output, "--no-verify", "--overwrite"
-    )
+    run_ok(*build_tda(model, tiny_calibration), "-o", output, "--no-verify", "--overwrite")
 
 
 def test_chat_templates_without_a_default(tiny_model: Path, tmp_path: Path) -> None:

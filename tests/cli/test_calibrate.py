@@ -14,7 +14,7 @@ from tda_export.calibration.file import read_calibration
 from tda_export.calibration.kl_table import SHARES
 from tda_export.graph import contract
 from tests.cli.results import CHECK_NAMES, result_of
-from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
+from tests.conftest import CALIBRATE_TINY, build_tda, run_cli, run_ok
 
 ONE_LEVEL_CHECKS = [name for name in CHECK_NAMES if name not in ("tail mean", "statistics with the prior")]
 
@@ -95,7 +95,7 @@ def test_curves_only(tiny_model: Path, tmp_path: Path, options: list[str], budge
     assert allocation["sparsity"] == pytest.approx(1 - sum(allocation["density"]) / 3)
     assert read_calibration(output).kl is None
     assert result["predicted_kl"] == []
-    built = result_of("build", tiny_model, "--method", "tda", "--calibration", output, "-o", tmp_path / "a")
+    built = result_of(*build_tda(tiny_model, output), "-o", tmp_path / "a")
     assert [check["name"] for check in built["checks"]] == ONE_LEVEL_CHECKS
     assert built["budget"] == budget
     manifest = json.loads((tmp_path / "a" / contract.MANIFEST_FILE).read_text())
@@ -138,7 +138,7 @@ def test_a_sparsity_that_is_just_missed_becomes_the_nearest(
     assert f"The KL path reaches sparsity {most}, not 0.79: that is the file's budget.\n" in result.stderr
     assert f"prompt estimator, sparsity {most}, kl" in result.stdout
     assert calibration.allocate(Budget(**calibration.provenance["budget"])).sparsity == pytest.approx(most, abs=1e-3)
-    run_ok("build", tiny_model, "--method", "tda", "--calibration", output, "-o", tmp_path / "a", "--no-verify")
+    run_ok(*build_tda(tiny_model, output), "-o", tmp_path / "a", "--no-verify")
 
 
 def test_one_sequence_is_enough_for_curves_alone(tiny_model: Path, tmp_path: Path) -> None:

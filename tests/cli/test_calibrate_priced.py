@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tda_export.calibration import price_run, price_table
 from tda_export.calibration.file import read_calibration
 from tda_export.pricing import PriceTable
 from tests.cli.conftest import INTERRUPTED, USAGE, assert_error, build
 from tests.cli.results import result_of
 from tests.conftest import TINY_LENGTHS, run_cli, run_ok
-
-SHARES = (0.9, 0.6, 0.3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _few_prices() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (price_run, price_table):
-            patch.setattr(module, "SHARES", SHARES)
-        yield
+from tests.few_prices import SHARES, few_prices  # noqa: F401 -- a fixture
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from click.testing import Result
 
 from tda_export.graph import contract
 from tests.cli.conftest import FAILURE, USAGE, assert_error
-from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
+from tests.conftest import CALIBRATE_TINY, build_tda, run_cli, run_ok
 from tests.graph.test_verify import rehash
 from tests.runtime.conftest import add_token, edit_manifest
 
@@ -50,7 +50,7 @@ def test_unsupported_architecture(outputs: Path, model_copy: Path) -> None:
 
 def test_unsupported_activation(outputs: Path, model_copy: Path, tiny_calibration: Path) -> None:
     edit_config(model_copy, hidden_act="tanh")
-    result = run_cli("build", model_copy, "--method", "tda", "--calibration", tiny_calibration, "-o", outputs / "x")
+    result = run_cli(*build_tda(model_copy, tiny_calibration), "-o", outputs / "x")
     assert_error(result, FAILURE, "LlamaForCausalLM with activation 'tanh' is not supported", "silu")
 
 
@@ -129,25 +129,23 @@ def test_text_column_of_a_text_file(outputs: Path, tiny_model: Path) -> None:
 
 
 def test_calibration_of_another_model(outputs: Path, other_model: Path, tiny_calibration: Path) -> None:
-    result = run_cli("build", other_model, "--method", "tda", "--calibration", tiny_calibration, "-o", outputs / "x")
+    result = run_cli(*build_tda(other_model, tiny_calibration), "-o", outputs / "x")
     assert_error(result, FAILURE, "was calibrated on another model", "tda-export calibrate")
 
 
 def test_missing_calibration(outputs: Path, tiny_model: Path, tmp_path: Path) -> None:
-    result = run_cli("build", tiny_model, "--method", "tda", "--calibration", tmp_path / "none", "-o", outputs / "x")
+    result = run_cli(*build_tda(tiny_model, tmp_path / "none"), "-o", outputs / "x")
     assert_error(result, FAILURE, "none: no such calibration file")
 
 
 def test_file_that_is_no_calibration(outputs: Path, tiny_model: Path) -> None:
-    result = run_cli(
-        "build", tiny_model, "--method", "tda", "--calibration", tiny_model / "model.safetensors", "-o", outputs / "x"
-    )
+    result = run_cli(*build_tda(tiny_model, tiny_model / "model.safetensors"), "-o", outputs / "x")
     assert_error(result, FAILURE, "not a calibration")
 
 
 def test_truncated_calibration(outputs: Path, tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
     (tmp_path / "c").write_bytes(tiny_calibration.read_bytes()[:1000])
-    result = run_cli("build", tiny_model, "--method", "tda", "--calibration", tmp_path / "c", "-o", outputs / "x")
+    result = run_cli(*build_tda(tiny_model, tmp_path / "c"), "-o", outputs / "x")
     assert_error(result, FAILURE, "not a readable calibration")
 
 

@@ -11,7 +11,7 @@ import torch
 from tda_export.calibration.file import read_calibration
 from tda_export.models.source import resolve_model
 from tda_export.runtime import load
-from tests.conftest import CALIBRATE_TINY, run_ok
+from tests.conftest import CALIBRATE_TINY, build_tda, run_ok
 from tests.tiny import save_tiny_model
 
 PROMPT = "The keeper of the light wrote down the height of every tide"
@@ -24,9 +24,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp(request.param)
     model = save_tiny_model(request.param, folder / "model")
     run_ok("calibrate", model, "-o", folder / "calibration", "--sparsity", "0.5", *CALIBRATE_TINY)
-    result = run_ok(
-        "build", model, "--method", "tda", "--calibration", folder / "calibration", "-o", folder / "artifact", "--json"
-    )
+    result = run_ok(*build_tda(model, folder / "calibration"), "-o", folder / "artifact", "--json")
     (folder / "built.json").write_text(result.stdout)
     return request.param, folder
 

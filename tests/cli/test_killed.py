@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import listing
-from tests.conftest import CALIBRATE_TINY
+from tests.conftest import CALIBRATE_TINY, build_tda
 
 if not hasattr(os, "fork"):
     pytest.skip("forks", allow_module_level=True)
@@ -65,12 +65,7 @@ def forks(tiny_model: Path, tiny_calibration: Path, tmp_path_factory: pytest.Tem
     folder = tmp_path_factory.mktemp("forks")
     calibrate = ("calibrate", tiny_model, *CALIBRATE_TINY, "-o", folder / "c")
     build = (
-        "build",
-        tiny_model,
-        "--method",
-        "tda",
-        "--calibration",
-        tiny_calibration,
+        *build_tda(tiny_model, tiny_calibration),
         "--no-verify",
         "-o",
         folder / "a",

@@ -8,7 +8,7 @@ import pytest
 
 from tda_export.graph import contract
 from tests.cli.conftest import FAILURE, USAGE, assert_error, build, listing
-from tests.conftest import CALIBRATE_TINY, run_cli, run_ok
+from tests.conftest import CALIBRATE_TINY, build_tda, run_cli, run_ok
 
 
 @pytest.fixture(scope="session")
@@ -16,12 +16,7 @@ def half_artifact(tiny_model: Path, tiny_calibration: Path, tmp_path_factory: py
     """The tiny artifact in float16."""
     path = tmp_path_factory.mktemp("artifacts") / "half"
     run_ok(
-        "build",
-        tiny_model,
-        "--method",
-        "tda",
-        "--calibration",
-        tiny_calibration,
+        *build_tda(tiny_model, tiny_calibration),
         "--dtype",
         "fp16",
         "--no-verify",

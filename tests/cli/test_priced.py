@@ -16,7 +16,7 @@ from tda_export.pricing import PriceTable
 from tda_export.runtime import load
 from tests.cli.conftest import FAILURE, USAGE, assert_error
 from tests.cli.results import PROMPT, generated, result_of
-from tests.conftest import PRICE_TINY, run_cli, run_ok
+from tests.conftest import PRICE_TINY, build_tda, run_cli, run_ok
 from tests.runtime.conftest import edit_manifest
 
 LINEARS = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)  # numbers: layers, of q, o, k, v and the FFN
@@ -359,7 +359,7 @@ def test_calibration_of_the_version_before_serves_masks(
     content["format_version"] = 3
     del content["settings"]["method"], content[DIGEST_KEY]
     save_file(tensors, path, metadata={METADATA_KEY: json.dumps(content)})
-    run_ok("build", tiny_model, "--method", "tda", "--calibration", path, "--no-verify", "-o", tmp_path / "a")
+    run_ok(*build_tda(tiny_model, path), "--no-verify", "-o", tmp_path / "a")
     assert generated(tmp_path / "a")["tokens"] == generated(tiny_artifact)["tokens"]
     result = run_cli("build", tiny_model, "--calibration", path, "-o", outputs / "x")
     assert_error(result, USAGE, "holds no prices. Calibrate again with 'tda-export calibrate --method priced', or")

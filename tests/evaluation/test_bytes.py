@@ -16,7 +16,7 @@ from tda_export.models.source import ModelSource, resolve_model
 from tda_export.runtime import Model, load
 from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.phases import PromptMask
-from tests.conftest import run_ok
+from tests.conftest import build_tda, run_ok
 from tests.runtime.conftest import reference_mask, second_level
 from tests.tiny import save_tiny_model
 
@@ -42,12 +42,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     sequences = ("--sequences", "2", "--prompt-tokens", "24", "--continuation-tokens", "8")
     run_ok("calibrate", model, "-o", folder / "calibration", "--method", "tda", "--estimator", "token", *sequences)
     run_ok(
-        "build",
-        model,
-        "--method",
-        "tda",
-        "--calibration",
-        folder / "calibration",
+        *build_tda(model, folder / "calibration"),
         "--no-verify",
         "-o",
         folder / "artifact",

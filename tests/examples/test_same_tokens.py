@@ -17,7 +17,7 @@ from tda_export.models.source import resolve_model
 from tda_export.native.library import LIBRARY
 from tda_export.runtime import load
 from tda_export.runtime.generate import MaskMode
-from tests.conftest import run_ok
+from tests.conftest import build_tda, run_ok
 from tests.examples.applications import EXAMPLES, Applications, genai, ours
 from tests.runtime.conftest import edit_manifest
 
@@ -111,7 +111,7 @@ def test_node_refuses_other_dtypes(
     tiny_model: Path, tiny_calibration: Path, applications: Applications, tmp_path: Path
 ) -> None:
     path, half = tmp_path / "artifact", ("--dtype", "fp16", "--no-verify")
-    run_ok("build", tiny_model, "--method", "tda", "--calibration", tiny_calibration, *half, "-o", path)
+    run_ok(*build_tda(tiny_model, tiny_calibration), *half, "-o", path)
     with pytest.raises(AssertionError, match="build it with --dtype fp32"):
         applications.node(path, PROMPT, "tda", 16)
 

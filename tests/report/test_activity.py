@@ -33,7 +33,7 @@ from tda_export.report.texts import SIMILARITY_PROMPTS, shuffled
 from tda_export.runtime.artifact import Artifact, open_artifact
 from tda_export.runtime.session import device_tensor
 from tda_export.runtime.text import Text
-from tests.conftest import run_ok
+from tests.conftest import build_tda, run_ok
 from tests.tiny import save_tiny_model
 
 TOKENS = [72, 101, 108, 108, 111, 32, 119]
@@ -67,12 +67,7 @@ def test_relative_magnitudes_with_biases_in_half_precision(tmp_path: Path) -> No
     small = ("--method", "tda", "--sequences", 2, "--prompt-tokens", 8, "--continuation-tokens", 4)
     run_ok("calibrate", model, "-o", calibration, "--sparsity", 0.5, *small)
     run_ok(
-        "build",
-        model,
-        "--method",
-        "tda",
-        "--calibration",
-        calibration,
+        *build_tda(model, calibration),
         "-o",
         artifact,
         "--dtype",
@@ -227,12 +222,7 @@ def test_weights_of_any_dtype(tmp_path: Path, dtype: str) -> None:
 def test_reader_on_a_gpu(tiny_model: Path, tiny_calibration: Path, tmp_path: Path, dtype: str) -> None:
     path = tmp_path / dtype
     run_ok(
-        "build",
-        tiny_model,
-        "--method",
-        "tda",
-        "--calibration",
-        tiny_calibration,
+        *build_tda(tiny_model, tiny_calibration),
         "-o",
         path,
         "--dtype",
