@@ -49,7 +49,10 @@ from tda_export.runtime.text import Text
 AROUND = 0.03  # of a sparsity: the settings between which KL is interpolated
 SCOPES: dict[Parts, str] = {"ffn": "ffn_share", "all": "linear_share", "attention": "attention_share"}
 MASKS = ("tda", "griffin")
-KEYS = ("artifact", "method", "parts", "densities", "sparsity", "text", "prompt_tokens", "prompts", "new_tokens")
+KEYS = (
+    *("artifact", "method", "parts", "densities", "sparsity", "text"),
+    *("prompt_tokens", "prompts", "continuation_tokens", "new_tokens"),
+)
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,13 @@ def prepare(options: argparse.Namespace) -> Prepared:
     if not calibration.exists():
         _tda_export("calibrate", options.model, "-o", str(calibration), "--method", "all")
     found = read_calibration(calibration)
+    source = resolve_model(options.model, notify=lambda line: print(line, file=sys.stderr))
+    if found.model_fingerprint != source.fingerprint:
+        raise UsageError(f"{calibration} is of another model than {options.model}. Give another FOLDER.")
     masks = MASKS if found.kl is not None else ("griffin",)
     chosen = ("--calibration", str(calibration))
     built = {
-        "priced": ("priced", ("--method", "priced", "--packing", options.packing, *chosen)),
+        "priced": (f"priced-{options.packing}", ("--method", "priced", "--packing", options.packing, *chosen)),
         "indexed": ("tda", ("--method", "tda", *chosen))
         if "tda" in masks
         else ("griffin", ("--method", "griffin", "--sparsity", "0.5")),
@@ -114,7 +120,6 @@ def prepare(options: argparse.Namespace) -> Prepared:
     for parts in SCOPES:
         densities[parts] = path = folder / f"densities-{parts}-{options.packing}.json"
         if not path.exists():
-            source = resolve_model(options.model, notify=lambda line: print(line, file=sys.stderr))
             write_densities(search(source, calibration, options.packing, parts), path)
     return Prepared(artifacts, densities, masks)
 
@@ -184,10 +189,10 @@ def _measured(
     free: bool,
 ) -> Iterator[Row]:
     about = {"text": name, "prompt_tokens": settings.prompt_tokens, "prompts": settings.prompts}
+    about |= {"continuation_tokens": None, "new_tokens": None}
     about |= {"new_tokens" if free else "continuation_tokens": settings.continuation_tokens}
     asked = {
-        cell: {"new_tokens": None}
-        | about
+        cell: about
         | {"method": cell.method, "parts": cell.parts, "sparsity": cell.sparsity, "name": cell.name}
         | {"artifact": artifact_id(prepared.artifact(cell))}
         | {"densities": file_id(prepared.densities[cell.parts]) if cell.densities == "greedy" else cell.densities}

@@ -23,6 +23,7 @@ WAYS_OUT = {
     errno.EFBIG: "Raise the limit on the size of files, or choose",
     errno.ENAMETOOLONG: "Choose a shorter name for it, or",
 }  # and then "another output."
+NEW = "new"  # what is written, under no name of the user's, which may be one of these
 OLD = "old"  # an earlier output, moved away for a moment
 REPLACED = "replaced"  # the same once the new one is there
 
@@ -69,7 +70,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     parent = path.absolute().parent
     with _readable_errors(path), owned_folder(parent, path.name) as folder:
-        part = folder / path.name
+        part = folder / NEW
         part.touch()
         yield part
         _fsync(part)
@@ -89,7 +90,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     parent = path.absolute().parent
     with _readable_errors(path), owned_folder(parent, path.name, _put_back(path)) as folder:
-        part = folder / path.name
+        part = folder / NEW
         part.mkdir()
         yield part
         for file in part.iterdir():
@@ -116,7 +117,7 @@ def _put_back(path: Path) -> Rescue:
         try:
             (folder / OLD).rename(path)
         except OSError as error:
-            remove(folder / path.name)
+            remove(folder / NEW)
             raise TdaError(
                 f"{path}: could not be replaced ({error.strerror or error}). The earlier one is {folder / OLD}; the "
                 "next run with this output puts it back."

@@ -118,6 +118,19 @@ def test_failure_leaves_nothing(atomic: Atomic, tmp_path: Path, error: BaseExcep
     assert not existing or content(tmp_path / "x") == "old"
 
 
+@pytest.mark.parametrize("name", ["new", "old", "replaced", "lock", "wheels"])
+def test_no_name_of_an_output_is_in_the_way(atomic: Atomic, tmp_path: Path, name: str) -> None:
+    """They are names that the temporary folder has."""
+    for text in ("first", "second"):
+        with pytest.raises(RuntimeError, match="halfway"):
+            fail_halfway(atomic, tmp_path / name, RuntimeError("halfway"))
+        assert names(tmp_path) == ([] if text == "first" else [name])
+        with atomic(tmp_path / name) as part:
+            put(part, text)
+        assert names(tmp_path) == [name]
+        assert content(tmp_path / name) == text
+
+
 @pytest.mark.parametrize(
     ("error", "text"),
     [

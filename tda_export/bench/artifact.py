@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -46,6 +46,20 @@ WORTH = (1e15, 0.0)  # of a row: read at all prices but the highest, or at none
 PRICES = (1e-3, 1e30)  # of the milder sparsity and of the stronger one
 
 
+def scaled(unread: Mapping[str, float], size: Mapping[str, int], sparsity: float) -> dict[str, float]:
+    """Scale what is unread of each matrix, so that `sparsity` of all is: towards 0, or, beyond what it is, towards 1.
+
+    Args:
+        unread: Share of each matrix, in (0, 1).
+        size: Of each matrix, in any unit.
+        sparsity: In [0, 1].
+    """
+    mean = sum(share * size[name] for name, share in unread.items()) / sum(size.values())
+    if sparsity <= mean:
+        return {name: share * sparsity / mean for name, share in unread.items()}
+    return {name: 1 - (1 - share) * (1 - sparsity) / (1 - mean) for name, share in unread.items()}
+
+
 def build_random_priced(
     source: ModelSource,
     folder: Path,
@@ -82,14 +96,13 @@ def build_random_priced(
         name: 1 - sum(DENSITIES[part] * linear_shape(spec, part)[1] for part in parts) * inputs[name] / size[name]
         for name, parts in matrices.items()
     }
-    mean = sum(unread[name] * size[name] for name in matrices) / sum(size.values())
     levels = WORTH[-len(sparsities) :]
     prices = {}
     for name in matrices:
         order = torch.rand(spec.num_layers, inputs[name], generator=generator).argsort(dim=1).argsort(dim=1)
         worth = torch.full(order.shape, math.inf)
         for sparsity, level in zip(sorted(sparsities, reverse=True), levels, strict=True):
-            worth[order < min(1.0, unread[name] * sparsity / mean) * inputs[name]] = level
+            worth[order < scaled(unread, size, sparsity)[name] * inputs[name]] = level
         prices[name] = worth
     design = PricedDesign(chosen, prices, 0.0)
     request = BuildRequest(source, dtype, design, {"price": 0.0})

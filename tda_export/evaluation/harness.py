@@ -46,7 +46,7 @@ class TdaLM(TemplateLM):
     def __init__(
         self,
         artifact: str,
-        method: str = "tda",
+        method: str | None = None,
         sparsity: float | None = None,
         price: float | None = None,
         cett: float | None = None,
@@ -67,7 +67,7 @@ class TdaLM(TemplateLM):
 
         Args:
             artifact: Its folder.
-            method: A key of `evaluation.methods.METHODS`.
+            method: A key of `evaluation.methods.METHODS`; by default the artifact's own.
             sparsity: Budget, as in `evaluation.methods.Request`; so are `price`, `cett`, `allocation` and `max_kl`.
             price: Budget.
             cett: Budget.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tda_export.errors import TdaError
+from tda_export.errors import TdaError, shown
 
 LARGEST_SIZE = 1 << 24
 MOST_LAYERS = 10_000
@@ -54,9 +54,7 @@ def check_sizes(config: Mapping[str, Any], name: str, place: str) -> None:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
-            shown = repr(value)
-            shown = shown if len(shown) <= 40 else f"{shown[:40]}…"
             raise TdaError(
-                f"{name}: {field} in {place} is {shown}, which is no whole number from 1 to {limit:,}. "
-                "Correct it, or give another copy of the model."
+                f"{name}: {field} in {place} is {shown(repr(value), 40)}, which is no whole "
+                f"number from 1 to {limit:,}. Correct it, or give another copy of the model."
             )

@@ -19,7 +19,9 @@ METHODS = {
     "priced": "priced rows",
     "teal": "TEAL",
     "wina": "WINA",
-    "moefication": "MoEfication",
+    "moe": "MoEfication",
+    "moe-true": "MoEfication by true activation",
+    "teal-greedy": "TEAL",
 }
 RULES = {"kl": "by KL", "max_kl": "by KL", "cett": "equal CETT"}  # others are called as they are
 AMOUNTS = {"priced": ("sparsity", "max_kl", "price")}  # what says how much, not by which rule; otherwise the sparsity

@@ -19,13 +19,16 @@ def chosen_price(
         max_kl: The most predicted KL to dense, nats a token.
 
     Raises:
-        UsageError: None or several are given, one is out of range, or nothing was measured.
+        UsageError: None or several are given, one is out of range or beyond the table, or nothing was measured.
     """
     if sum(value is not None for value in (price, sparsity, max_kl)) != 1:
         raise UsageError("A budget is one of --price, --sparsity and --max-kl. Give one of them.")
     table = artifact.price_table
     if price is not None:
-        return price_deployment(price, table)
+        chosen = price_deployment(price, table)
+        if table is not None:
+            table.predicted(price)  # refuses what lies beyond it: its bytes are not known
+        return chosen
     if table is None:
         raise UsageError(f"{artifact.folder} carries no table of prices. Give --price, or build it with --calibration.")
     return price_deployment(table.price_for(sparsity=sparsity, max_kl=max_kl), table)

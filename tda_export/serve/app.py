@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -118,14 +119,14 @@ class Api:
         return {"id": self._name, "object": "model", "created": self._reply.created, "owned_by": "tda-export"}
 
     async def _answer(self, endpoint: str, body: GenerationRequest, request: Request) -> Response:
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        loop, events, arrived = asyncio.get_running_loop(), asyncio.Queue[Event](), time.monotonic()
 
         def deliver(event: Event) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and its clients with it
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         def read() -> Job:
-            job = Job(endpoint, make_order(body, self._worker, self._limits), deliver)
+            job = Job(endpoint, make_order(body, self._worker, self._limits), deliver, arrived)
             self._worker.submit(job)
             return job
 

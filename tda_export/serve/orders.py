@@ -56,9 +56,9 @@ def make_order(body: GenerationRequest, worker: Worker, limits: Limits) -> Order
     """Read a request's prompt. It takes as long as a chat template wants: not for the event loop.
 
     Raises:
-        ApiError: The prompt cannot be, or is too long; the server is shutting down.
+        ApiError: The prompt cannot be, or is too long; the queue is full, or the server is shutting down.
     """
-    worker.check_open()
+    worker.check_room()
     deployment = _deployment(body.budget(), worker.model)
     prompt = _prompt(body, worker)
     room = worker.context - len(prompt)
@@ -88,10 +88,10 @@ def make_order(body: GenerationRequest, worker: Worker, limits: Limits) -> Order
 
 
 def _deployment(budget: dict[str, float], model: Model) -> PriceDeployment | None:
-    """Choose a price for a request's budget; what lies beyond the table is refused, as its bytes are not known."""
+    """Choose a price for a request's budget."""
     if not budget:
         return None
-    ((name, value),) = budget.items()
+    (name,) = budget
     table = model.artifact.price_table
     if model.artifact.layout != "priced":
         problem = (
@@ -106,8 +106,6 @@ def _deployment(budget: dict[str, float], model: Model) -> PriceDeployment | Non
             code="unsupported_parameter",
         )
     try:
-        if table is not None and name == "price":
-            table.predicted(value)
         return model.at(**budget)
     except UsageError as error:
         raise invalid(str(error), param=name, code="invalid_value") from error

@@ -59,7 +59,7 @@ class Job:
     endpoint: str
     order: Order
     deliver: Callable[[Event], None]
-    arrived: float = field(default_factory=time.monotonic)
+    arrived: float = field(default_factory=time.monotonic)  # before its prompt was read
     started: float = math.nan
     generation: Generation | None = None
     cancelled: bool = False
@@ -142,6 +142,17 @@ class Worker:
             ApiError: The queue is full, the server is shutting down, or its thread broke down.
         """
         with self._changed:
+            self.check_room()
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def check_room(self) -> None:
+        """Refuse whoever comes too late, or has no place in the queue.
+
+        Raises:
+            ApiError: The queue is full, the server is shutting down, or its thread broke down.
+        """
+        with self._changed:
             self.check_open()
             # A worker that idles takes the first of the queue at once, so that one does not wait.
             if len(self._waiting) - (self._running is None) >= self._queue_size:
@@ -152,8 +163,6 @@ class Worker:
                     code="queue_full",
                     retry_after=min(wait, LONGEST_RETRY),
                 )
-            self._waiting.append(job)
-            self._changed.notify()
 
     def check_open(self) -> None:
         """Refuse whoever comes too late.

@@ -106,6 +106,14 @@ def test_dense_prices_are_written_as_0(tiny_model: Path, priced_calibration: Pat
     assert generated(tmp_path / "a")["metrics"]["sparsity"] == 0.0
 
 
+@pytest.mark.parametrize("command", [("generate", PROMPT), ("chat",)], ids=["generate", "chat"])
+def test_prices_beyond_the_table_are_refused(command: tuple[str, ...], priced_artifact: Path) -> None:
+    """Nobody knows what they read."""
+    name, *rest = command
+    result = run_cli(name, priced_artifact, *rest, "--price", 1e9)
+    assert_error(result, USAGE, "Price 1e+09 is beyond what was measured: up to ")
+
+
 def test_packing_and_dtype(tiny_model: Path, priced_calibration: Path, tmp_path: Path) -> None:
     """Rows of half the size are worth twice the price, and lie side by side unless it is said."""
     prices = {}

@@ -58,7 +58,7 @@ def result(**changes: Any) -> Result:
         ("priced", {"sparsity": 0.5, "parts": "ffn"}, "priced rows (ffn)"),
         ("teal", {"sparsity": 0.5, "densities": "greedy"}, "TEAL (greedy)"),
         ("wina", {"sparsity": 0.5, "parts": "ffn"}, "WINA (ffn)"),
-        ("moefication", {"sparsity": 0.5}, "MoEfication"),
+        ("moe", {"sparsity": 0.5}, "MoEfication"),
         ("another", {"rule": "its own"}, "another (its own)"),
     ],
 )
