@@ -92,11 +92,11 @@ def test_dense_prices(priced: Artifact, asked: dict[str, float]) -> None:
     assert deployment.by_calibration == ""
 
 
-def test_price_beyond_the_table_expects_nothing(priced: Artifact) -> None:
+def test_price_beyond_the_table_is_refused(priced: Artifact) -> None:
     table = priced.price_table
     assert table is not None
-    price = 10 * table.most_price
-    assert price_of(priced, price=price) == PriceDeployment(price, 1.0)
+    with pytest.raises(UsageError, match=r"^Price .* is beyond what was measured: up to .*Give a price up to that, or"):
+        price_of(priced, price=10 * table.most_price)
 
 
 @pytest.mark.parametrize(
