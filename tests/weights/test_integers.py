@@ -1,0 +1,82 @@
+"""Codes of integer formats: packing, rounding, and what they decode to."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tda_export.weights.formats import INTEGER_FORMATS, IntegerFormat, integer_format
+from tda_export.weights.integers import Codes, pack_bits, round_to_nearest, unpack_bits
+
+formats = st.sampled_from(list(INTEGER_FORMATS.values()))
+sizes = st.tuples(st.integers(1, 5), st.integers(1, 200))
+
+
+def random_weight(size: tuple[int, int], seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(size).astype(np.float32)
+
+
+@given(bits=st.sampled_from([4, 8]), size=sizes, seed=st.integers(0, 9))
+def test_packed_numbers_come_back(bits: int, size: tuple[int, int], seed: int) -> None:
+    numbers = np.random.default_rng(seed).integers(0, 1 << bits, size, dtype=np.uint8)
+    packed = pack_bits(numbers, bits)
+    assert packed.shape == (size[0], -(-size[1] * bits // 8))
+    assert np.array_equal(unpack_bits(packed, size[1], bits), numbers)
+
+
+def test_the_first_of_a_byte_lies_in_its_low_bits() -> None:
+    assert pack_bits(np.array([[1, 2, 3]], np.uint8), 4).tolist() == [[0x21, 0x03]]
+
+
+@given(format=formats, size=sizes, seed=st.integers(0, 9))
+def test_tensors_have_the_shapes_and_bytes_of_the_format(
+    format: IntegerFormat, size: tuple[int, int], seed: int
+) -> None:
+    codes = round_to_nearest(random_weight(size, seed), format)
+    stored = format.tensors("w", *size)
+    packed = codes.pack()
+    assert [tensor.shape for tensor in stored] == [array.shape for array in packed]
+    assert [tensor.dtype for tensor in stored] == [array.dtype.name for array in packed]
+    assert sum(array.nbytes for array in packed) == size[0] * format.row_bytes(size[1])
+    again = Codes.unpack(format, size[1], *packed)
+    assert np.array_equal(again.decode(), codes.decode())
+
+
+@given(format=formats, size=sizes, seed=st.integers(0, 9), symmetric=st.booleans())
+def test_elements_are_off_by_half_a_step_at_most(
+    format: IntegerFormat, size: tuple[int, int], seed: int, symmetric: bool
+) -> None:
+    weight = random_weight(size, seed)
+    codes = round_to_nearest(weight, format, symmetric=symmetric, search=False)
+    step = np.repeat(codes.scales.astype(np.float32), format.group, axis=1)[:, : size[1]]
+    # A step of the ends, since scale and zero point are rounded themselves.
+    assert (np.abs(codes.decode() - weight) <= 1.01 * step).all()
+    assert np.median(np.abs(codes.decode() - weight) / step) <= 0.5
+    if symmetric:
+        assert (codes.zero_points == format.levels // 2).all()
+
+
+@given(format=formats, seed=st.integers(0, 9))
+def test_a_searched_range_is_no_worse(format: IntegerFormat, seed: int) -> None:
+    weight = random_weight((4, 256), seed)
+    plain, searched = (round_to_nearest(weight, format, search=search).decode() for search in (False, True))
+    assert np.square(searched - weight).sum() <= np.square(plain - weight).sum()
+
+
+@given(format=formats, values=st.lists(st.sampled_from([0.0, 1e-9, -3e4, 3e4, 1.0]), min_size=1, max_size=150))
+def test_odd_groups_decode_to_finite_numbers(format: IntegerFormat, values: list[float]) -> None:
+    weight = np.array([values], np.float32)
+    decoded = round_to_nearest(weight, format).decode()
+    assert np.isfinite(decoded).all()
+    assert (decoded[weight == 0] == 0).all()
+
+
+def test_matrices_side_by_side() -> None:
+    format = integer_format(4)
+    parts = [round_to_nearest(random_weight((3, columns), columns), format) for columns in (64, 32, 5)]
+    joined = parts[0].beside(*parts[1:])
+    assert np.array_equal(joined.decode(), np.concatenate([part.decode() for part in parts], axis=1))
+    with pytest.raises(ValueError, match="no whole groups of 32"):
+        parts[2].beside(parts[0])
