@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from hypothesis import strategies as st
 
-from tda_export.graph import contract
+from tda_export.graph import operators
 from tda_export.graph.ffn import FfnForm, indexed_ffn, indexed_ffn_function
 from tda_export.graph.ops import DTYPES, IR_VERSION, MICROSOFT, OPSET, Ops
 from tda_export.native.library import register_native
@@ -35,7 +35,7 @@ forms = st.builds(
 
 def input_names(form: FfnForm, down_bias: bool) -> list[str]:
     present = {*form.inputs, *(["b_down"] if down_bias else [])}
-    return [name for name in contract.INDEXED_FFN_INPUTS if name in present]
+    return [name for name in operators.INDEXED_FFN_INPUTS if name in present]
 
 
 def ffn_session(
@@ -49,7 +49,7 @@ def ffn_session(
     ops = Ops()
     y = indexed_ffn(ops, form, layer, inputs)
     y.name, y.type = "y", ir.TensorType(DTYPES[dtype])
-    imports = {"": OPSET, MICROSOFT: 1, contract.FUNCTION_DOMAIN: 1}
+    imports = {"": OPSET, MICROSOFT: 1, operators.FUNCTION_DOMAIN: 1}
     graph = ir.Graph(list(inputs.values()), [y], nodes=ops.tape.nodes, opset_imports=imports, name="ffn")
     functions = (indexed_ffn_function(form, down_bias=down_bias),)
     model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, functions=functions))

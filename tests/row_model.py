@@ -8,27 +8,27 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from tda_export.graph import contract
+from tda_export.graph import operators
 from tda_export.graph.ops import DTYPES, IR_VERSION, OPSET, Ops
 from tda_export.graph.row_linear import row_linear, row_linear_functions
 from tda_export.native.library import register_native
 from tests.ffn_model import NUMPY_DTYPES, PROVIDERS
 
-PRICES = (contract.RowLinearInput.ROW_PRICE, contract.RowLinearInput.PRICE)  # float32, whatever the weights are
+PRICES = (operators.RowLinearInput.ROW_PRICE, operators.RowLinearInput.PRICE)  # float32, whatever the weights are
 
 
 def row_session(
     *, bias: bool = False, early: bool = False, dtype: str = "float32", native: bool = True, threads: int = 0
 ) -> ort.InferenceSession:
     """A session on the CPU for float32 and on CUDA otherwise; without `native` the function body runs."""
-    names = contract.ROW_LINEAR_INPUTS[: 5 if bias else 4]
+    names = operators.ROW_LINEAR_INPUTS[: 5 if bias else 4]
     values = [ir.Value(name=name, type=ir.TensorType(DTYPES["float32" if name in PRICES else dtype])) for name in names]
     ops = Ops()
     y = row_linear(ops, *values)
     (node,) = ops.tape.nodes
     node.attributes.add(ir.AttrInt64("early", int(early)))
     y.name, y.type = "y", ir.TensorType(DTYPES[dtype])
-    imports = {"": OPSET, contract.FUNCTION_DOMAIN: 1}
+    imports = {"": OPSET, operators.FUNCTION_DOMAIN: 1}
     graph = ir.Graph(values, [y], nodes=ops.tape.nodes, opset_imports=imports, name="rows")
     model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, functions=row_linear_functions()))
     options = ort.SessionOptions()

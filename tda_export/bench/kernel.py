@@ -21,9 +21,9 @@ import onnxruntime as ort
 import torch
 
 from tda_export.errors import TdaError
-from tda_export.graph import contract
-from tda_export.graph.contract import FfnInput
+from tda_export.graph import contract, operators
 from tda_export.graph.ffn import FfnForm, indexed_ffn, indexed_ffn_function
+from tda_export.graph.operators import FfnInput
 from tda_export.graph.ops import DTYPES, IR_VERSION, MICROSOFT, OPSET, Ops
 from tda_export.models.ffn_modules import ACTIVATIONS
 from tda_export.native.library import register_native
@@ -134,7 +134,7 @@ def kernel_session(dtype: str, form: FfnForm) -> ort.InferenceSession:
         y = indexed_ffn(ops, form, layer, shared | own)
         y.name, y.type = f"y.{layer}", ir.TensorType(DTYPES[dtype])
         outputs.append(y)
-    imports = {"": OPSET, MICROSOFT: 1, contract.FUNCTION_DOMAIN: 1}
+    imports = {"": OPSET, MICROSOFT: 1, operators.FUNCTION_DOMAIN: 1}
     graph = ir.Graph(list(inputs.values()), outputs, nodes=ops.tape.nodes, opset_imports=imports, name="kernel")
     model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, functions=(indexed_ffn_function(form),)))
     options = ort.SessionOptions()

@@ -22,8 +22,8 @@ import torch
 from tda_export.bench.bandwidth import copy_bandwidth
 from tda_export.bench.kernel import TOLERANCES, TORCH_DTYPES, median_ms
 from tda_export.errors import TdaError, UsageError
-from tda_export.graph import contract
-from tda_export.graph.contract import RowLinearInput
+from tda_export.graph import contract, operators
+from tda_export.graph.operators import RowLinearInput
 from tda_export.graph.ops import DTYPES, IR_VERSION, OPSET, Ops
 from tda_export.graph.row_linear import row_linear, row_linear_functions
 from tda_export.native.library import register_native
@@ -105,7 +105,7 @@ def rows_session(matrices: Matrices, *, stock: bool, early: bool) -> ort.Inferen
         for node in ops.tape.nodes:
             node.attributes.add(ir.AttrInt64("early", int(early)))
     inputs = [x, *weights] if stock else [*shared.values(), *weights]
-    imports = {"": OPSET, contract.FUNCTION_DOMAIN: 1}
+    imports = {"": OPSET, operators.FUNCTION_DOMAIN: 1}
     graph = ir.Graph(inputs, outputs, nodes=ops.tape.nodes, opset_imports=imports, name="rows")
     model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, functions=[] if stock else row_linear_functions()))
     options = ort.SessionOptions()

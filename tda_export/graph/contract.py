@@ -119,71 +119,7 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_CONFIG_FILE = "generation_config.json"
 GENAI_CONFIG_FILE = "genai_config.json"
 
-# Model-local functions, which the native library has kernels for.
-FUNCTION_DOMAIN = "tda"
-INDEXED_FFN = "IndexedFFN"
-NEURON_STATS = "NeuronStats"
-SELECT_MASK = "SelectMask"
-TAIL_MEAN = "TailMean"
-GREEDY_TOKEN = "GreedyToken"
-LINEAR = "Linear"
-ADD_NORM = "AddNorm"
-ADD_BIAS_NORM = "AddBiasNorm"
-ROW_LINEAR = "RowLinear"
-CALL_PRICE = "CallPrice"
-GATED_ACTIVATION = "GatedActivation"
-
-
-class RowLinearInput:
-    """The inputs of RowLinear by position; the bias may be absent."""
-
-    X = "x"  # [.., in]
-    WEIGHT = "w"  # [in, out]
-    ROW_PRICE = "row_price"  # float32 [in]
-    PRICE = "price"  # float32 [1]
-    BIAS = "bias"  # [out]
-
-
-ROW_LINEAR_INPUTS = (
-    RowLinearInput.X,
-    RowLinearInput.WEIGHT,
-    RowLinearInput.ROW_PRICE,
-    RowLinearInput.PRICE,
-    RowLinearInput.BIAS,
-)
-
-
-class FfnInput:
-    """The inputs of IndexedFFN; a part is gate, up or down."""
-
-    X = "x"  # [.., M]
-    MASK_INDICES = "mask_indices"  # int32 [K]
-    NEURON_SCALE = "neuron_scale"  # float32 [F]
-    TOKEN_THRESHOLDS = "token_thresholds"  # float32 [L]
-
-    @staticmethod
-    def weight(part: str) -> str:
-        """Neuron-major weights, [F, M]."""
-        return f"w_{part}"
-
-    @staticmethod
-    def bias(part: str) -> str:
-        """[F], of down [M]."""
-        return f"b_{part}"
-
-
 FFN_PARTS = ("gate", "up", "down")
-# IndexedFFN's inputs by position. Those that a model does not have stay empty. Attributes: `activation`, `gated` (1
-# where there are gates), `layer`, the entry of token_thresholds that counts, and `early` (of this and other functions):
-# 1 where all inputs but activations are inputs of the graph or constants, so that a kernel may read them early.
-INDEXED_FFN_INPUTS = (
-    FfnInput.X,
-    FfnInput.MASK_INDICES,
-    *(FfnInput.weight(part) for part in FFN_PARTS),
-    *(FfnInput.bias(part) for part in FFN_PARTS),
-    FfnInput.NEURON_SCALE,
-    FfnInput.TOKEN_THRESHOLDS,
-)
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}

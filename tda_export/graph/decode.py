@@ -7,12 +7,12 @@ import onnx_ir as ir
 
 from tda_export.graph import contract
 from tda_export.graph.attention import attention_lengths
-from tda_export.graph.contract import FfnInput
 from tda_export.graph.decoder import GraphBuilder, model_shape
 from tda_export.graph.ffn import FfnForm, activate, ffn_form, indexed_ffn, indexed_ffn_function
 from tda_export.graph.greedy import greedy_token_function, greedy_tokens
 from tda_export.graph.linear import HalfGraphBuilder, linear_functions
 from tda_export.graph.method import Method
+from tda_export.graph.operators import FfnInput
 from tda_export.graph.ops import to_numpy
 from tda_export.graph.weights_file import WeightTable
 from tda_export.models.spec import DecoderSpec

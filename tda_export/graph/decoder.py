@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 import tda_export
-from tda_export.graph import contract
+from tda_export.graph import contract, operators
 from tda_export.graph.attention import Lengths, attention, call_positions
 from tda_export.graph.contract import IoTensor, ModelShape
 from tda_export.graph.ops import IR_VERSION, MICROSOFT, OPSET, Ops, io_value, name_output
@@ -188,7 +188,7 @@ class GraphBuilder:
             [name_output(self.outputs[tensor.name], tensor) for tensor in outputs],
             nodes=self.ops.tape.nodes,
             initializers=[*self.ops.weights, *(self.inputs[input_name] for input_name in defaults)],
-            opset_imports={"": OPSET, MICROSOFT: 1, contract.FUNCTION_DOMAIN: 1},
+            opset_imports={"": OPSET, MICROSOFT: 1, operators.FUNCTION_DOMAIN: 1},
             name=name,
         )
         return ir.Model(

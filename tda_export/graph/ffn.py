@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from tda_export.graph import contract
-from tda_export.graph.contract import FfnInput
+from tda_export.graph import contract, operators
 from tda_export.graph.decoder import Ffn, GraphBuilder
+from tda_export.graph.operators import FfnInput
 from tda_export.graph.ops import MICROSOFT, OPSET, Ops
 from tda_export.models.spec import Activation, DecoderSpec
 
@@ -35,7 +35,7 @@ class FfnForm:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The inputs of IndexedFFN that this form has, in the order of `contract.INDEXED_FFN_INPUTS`."""
+        """The inputs of IndexedFFN that this form has, in the order of `operators.INDEXED_FFN_INPUTS`."""
         absent = {FfnInput.bias("down")}
         if not self.gated:
             absent |= {FfnInput.weight("gate"), FfnInput.bias("gate")}
@@ -43,7 +43,7 @@ class FfnForm:
             absent |= {FfnInput.bias("gate"), FfnInput.bias("up")}
         if not self.two_levels:
             absent |= {FfnInput.NEURON_SCALE, FfnInput.TOKEN_THRESHOLDS}
-        return tuple(name for name in contract.INDEXED_FFN_INPUTS if name not in absent)
+        return tuple(name for name in operators.INDEXED_FFN_INPUTS if name not in absent)
 
 
 def ffn_form(spec: DecoderSpec, *, two_levels: bool = False) -> FfnForm:
@@ -124,13 +124,13 @@ def indexed_ffn(ops: Ops, form: FfnForm, layer: int, inputs: dict[str, ir.Value]
     Returns:
         y [1, S, M].
     """
-    positions = [inputs.get(name) for name in contract.INDEXED_FFN_INPUTS]
+    positions = [inputs.get(name) for name in operators.INDEXED_FFN_INPUTS]
     while positions[-1] is None:
         positions.pop()
     return ops.op(
-        contract.INDEXED_FFN,
+        operators.INDEXED_FFN,
         *positions,
-        domain=contract.FUNCTION_DOMAIN,
+        domain=operators.FUNCTION_DOMAIN,
         activation=form.activation,
         gated=int(form.gated),
         layer=layer,
@@ -141,12 +141,12 @@ def indexed_ffn(ops: Ops, form: FfnForm, layer: int, inputs: dict[str, ir.Value]
 def indexed_ffn_function(form: FfnForm, *, down_bias: bool = False) -> ir.Function:
     """Define `tda::IndexedFFN`: what any ONNX Runtime computes where no native kernel is registered.
 
-    The inputs are those of `contract.INDEXED_FFN_INPUTS`, by position; those that the form has not are left empty. The
+    The inputs are those of `operators.INDEXED_FFN_INPUTS`, by position; those that the form has not are left empty. The
     body gathers the rows. For a padded entry it gathers row 0 and sets its activation to zero; an index below -1
     becomes one past every row, which Gather refuses (on CUDA it reads nothing).
     """
     ops = Ops()
-    inputs = {name: ir.Value(name=name) for name in contract.INDEXED_FFN_INPUTS}
+    inputs = {name: ir.Value(name=name) for name in operators.INDEXED_FFN_INPUTS}
     x, indices = inputs[FfnInput.X], inputs[FfnInput.MASK_INDICES]
     padded = ops.op("Equal", indices, ops.constant([contract.PADDING_INDEX], "int32"))  # [K]
     foreign = ops.op("Less", indices, ops.constant([contract.PADDING_INDEX], "int32"))  # [K]
@@ -176,8 +176,8 @@ def indexed_ffn_function(form: FfnForm, *, down_bias: bool = False) -> ir.Functi
         list(inputs.values()), [y], nodes=ops.tape.nodes, opset_imports={"": OPSET, MICROSOFT: 1}, name="IndexedFFN"
     )
     return ir.Function(
-        contract.FUNCTION_DOMAIN,
-        contract.INDEXED_FFN,
+        operators.FUNCTION_DOMAIN,
+        operators.INDEXED_FFN,
         graph=graph,
         attributes=[
             ir.AttrString("activation", form.activation),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from tda_export.graph import contract
+from tda_export.graph import operators
 from tda_export.graph.ffn import activate
 from tda_export.graph.ops import MICROSOFT, OPSET, Ops
 from tda_export.models.spec import Activation
@@ -15,10 +15,10 @@ SIDE_BY_SIDE = "side_by_side"  # the function's overload: gate and up in one inp
 def gated_activation(ops: Ops, activation: Activation, gate: ir.Value, up: ir.Value | None = None) -> ir.Value:
     """Add the node that gives act(gate) * up, [.., F], from two inputs [.., F], or from one of [.., 2 F]."""
     return ops.op(
-        contract.GATED_ACTIVATION,
+        operators.GATED_ACTIVATION,
         gate,
         *([] if up is None else [up]),
-        domain=contract.FUNCTION_DOMAIN,
+        domain=operators.FUNCTION_DOMAIN,
         overload=SIDE_BY_SIDE if up is None else "",
         activation=activation,
     )
@@ -36,10 +36,10 @@ def _function(activation: Activation, *, packed: bool) -> ir.Function:
     h = ops.op("Mul", activate(ops, activation, gate), up)
     h.name = "h"
     imports = {"": OPSET, MICROSOFT: 1}
-    graph = ir.Graph(inputs, [h], nodes=ops.tape.nodes, opset_imports=imports, name=contract.GATED_ACTIVATION)
+    graph = ir.Graph(inputs, [h], nodes=ops.tape.nodes, opset_imports=imports, name=operators.GATED_ACTIVATION)
     return ir.Function(
-        contract.FUNCTION_DOMAIN,
-        contract.GATED_ACTIVATION,
+        operators.FUNCTION_DOMAIN,
+        operators.GATED_ACTIVATION,
         SIDE_BY_SIDE if packed else "",
         graph=graph,
         attributes=[ir.AttrString("activation", activation)],

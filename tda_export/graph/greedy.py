@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from tda_export.graph import contract
+from tda_export.graph import contract, operators
 from tda_export.graph.ops import IR_VERSION, OPSET, Ops
 
 NOT_FINITE = -1
@@ -12,7 +12,7 @@ NOT_FINITE = -1
 
 def greedy_tokens(ops: Ops, logits: ir.Value) -> ir.Value:
     """Add the node that chooses tokens, int64 [1, S], from logits, float32 [1, S, V]."""
-    return ops.op(contract.GREEDY_TOKEN, logits, domain=contract.FUNCTION_DOMAIN)
+    return ops.op(operators.GREEDY_TOKEN, logits, domain=operators.FUNCTION_DOMAIN)
 
 
 def greedy_model(vocabulary: int) -> bytes:
@@ -23,7 +23,7 @@ def greedy_model(vocabulary: int) -> bytes:
     tokens = greedy_tokens(ops, logits)
     tokens.name, tokens.shape = contract.GREEDY_TOKENS, ir.Shape([1, 1])
     tokens.type = ir.TensorType(ir.DataType.INT64)
-    imports = {"": OPSET, contract.FUNCTION_DOMAIN: 1}
+    imports = {"": OPSET, operators.FUNCTION_DOMAIN: 1}
     graph = ir.Graph([logits], [tokens], nodes=ops.tape.nodes, opset_imports=imports, name="greedy")
     serialised: bytes = ir.to_proto(
         ir.Model(graph, ir_version=IR_VERSION, functions=[greedy_token_function()])
@@ -41,5 +41,5 @@ def greedy_token_function() -> ir.Function:
     spoiled = ops.op("IsNaN", ops.op("Squeeze", spoiled, ops.constant([-1], "int64")))  # bool [1, S]
     tokens = ops.op("Where", spoiled, ops.constant(NOT_FINITE, "int64"), best)
     tokens.name = "tokens"
-    graph = ir.Graph([logits], [tokens], nodes=ops.tape.nodes, opset_imports={"": OPSET}, name=contract.GREEDY_TOKEN)
-    return ir.Function(contract.FUNCTION_DOMAIN, contract.GREEDY_TOKEN, graph=graph, attributes=[])
+    graph = ir.Graph([logits], [tokens], nodes=ops.tape.nodes, opset_imports={"": OPSET}, name=operators.GREEDY_TOKEN)
+    return ir.Function(operators.FUNCTION_DOMAIN, operators.GREEDY_TOKEN, graph=graph, attributes=[])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from tda_export.graph import contract
+from tda_export.graph import operators
 from tda_export.graph.decoder import GraphBuilder
 from tda_export.graph.ops import MICROSOFT, OPSET, Ops
 from tda_export.models.spec import NormKind
@@ -18,7 +18,7 @@ class HalfGraphBuilder(GraphBuilder):
     """Builds products and norms as functions; for half precision, which runs on CUDA."""
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:
-        return self.ops.op(contract.LINEAR, x, self.weight(name), domain=contract.FUNCTION_DOMAIN, early=1)
+        return self.ops.op(operators.LINEAR, x, self.weight(name), domain=operators.FUNCTION_DOMAIN, early=1)
 
     def add_and_norm(
         self, norm: str, x: ir.Value, residual: ir.Value, bias: ir.Value | None
@@ -26,13 +26,13 @@ class HalfGraphBuilder(GraphBuilder):
         if self.spec.norm != "rms":
             return super().add_and_norm(norm, x, residual, bias)
         normed, total = self.ops.multi(
-            contract.ADD_NORM if bias is None else contract.ADD_BIAS_NORM,
+            operators.ADD_NORM if bias is None else operators.ADD_BIAS_NORM,
             x,
             residual,
             self.weight(norm),
             *([] if bias is None else [bias]),
             outputs=(True, True),
-            domain=contract.FUNCTION_DOMAIN,
+            domain=operators.FUNCTION_DOMAIN,
             epsilon=self.spec.norm_epsilon,
             early=1,
         )
@@ -50,7 +50,7 @@ def _linear_function() -> ir.Function:
     ops = Ops()
     x, weight = ir.Value(name="x"), ir.Value(name="weight")
     y = ops.transposed_matmul(x, weight)
-    return _function(contract.LINEAR, ops, [x, weight], [y], [ir.AttrInt64("early", 0)])
+    return _function(operators.LINEAR, ops, [x, weight], [y], [ir.AttrInt64("early", 0)])
 
 
 def _add_norm_function(*, biased: bool) -> ir.Function:
@@ -65,7 +65,7 @@ def _add_norm_function(*, biased: bool) -> ir.Function:
         epsilon=ir.RefAttr("epsilon", "epsilon", ir.AttributeType.FLOAT),
     )
     attributes = [ir.AttrFloat32("epsilon", 1e-6), ir.AttrInt64("early", 0)]
-    return _function(contract.ADD_BIAS_NORM if biased else contract.ADD_NORM, ops, inputs, outputs, attributes)
+    return _function(operators.ADD_BIAS_NORM if biased else operators.ADD_NORM, ops, inputs, outputs, attributes)
 
 
 def _function(
@@ -75,4 +75,4 @@ def _function(
         value.name = f"output_{number}"
     imports = {"": OPSET, MICROSOFT: 1}
     graph = ir.Graph(inputs, outputs, nodes=ops.tape.nodes, opset_imports=imports, name=name)
-    return ir.Function(contract.FUNCTION_DOMAIN, name, graph=graph, attributes=attributes)
+    return ir.Function(operators.FUNCTION_DOMAIN, name, graph=graph, attributes=attributes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from tda_export.graph import contract
+from tda_export.graph import contract, operators
 from tda_export.graph.ops import OPSET, Ops
 
 WITH_BIAS = "bias"  # the function's overload: an absent input cannot reach Add
@@ -30,10 +30,10 @@ def row_linear(
     may read it early.
     """
     return ops.op(
-        contract.ROW_LINEAR,
+        operators.ROW_LINEAR,
         *(x, weight, row_price, price),
         *([] if bias is None else [bias]),
-        domain=contract.FUNCTION_DOMAIN,
+        domain=operators.FUNCTION_DOMAIN,
         overload="" if bias is None else WITH_BIAS,
         early=int(early),
     )
@@ -52,17 +52,17 @@ def row_linear_functions() -> list[ir.Function]:
 
 def _row_linear_function(*, biased: bool) -> ir.Function:
     ops = Ops()
-    inputs = [ir.Value(name=name) for name in contract.ROW_LINEAR_INPUTS[: 5 if biased else 4]]
+    inputs = [ir.Value(name=name) for name in operators.ROW_LINEAR_INPUTS[: 5 if biased else 4]]
     x, weight, row_price, price, *bias = inputs
     zero = ops.op("CastLike", ops.constant(0.0, "float32"), x)
     y = ops.matmul(ops.op("Where", dropped_rows(ops, x, row_price, price), zero, x), weight)
     if bias:
         y = ops.op("Add", y, *bias)
     y.name = "y"
-    graph = ir.Graph(inputs, [y], nodes=ops.tape.nodes, opset_imports={"": OPSET}, name=contract.ROW_LINEAR)
+    graph = ir.Graph(inputs, [y], nodes=ops.tape.nodes, opset_imports={"": OPSET}, name=operators.ROW_LINEAR)
     return ir.Function(
-        contract.FUNCTION_DOMAIN,
-        contract.ROW_LINEAR,
+        operators.FUNCTION_DOMAIN,
+        operators.ROW_LINEAR,
         WITH_BIAS if biased else "",
         graph=graph,
         attributes=[ir.AttrInt64("early", 0)],
@@ -71,7 +71,7 @@ def _row_linear_function(*, biased: bool) -> ir.Function:
 
 def call_price(ops: Ops, input_ids: ir.Value, attention_mask: ir.Value, price: ir.Value) -> ir.Value:
     """Add the node that gives the price of a call, float32 [1]: `price`, and 0 for a call without a past."""
-    return ops.op(contract.CALL_PRICE, input_ids, attention_mask, price, domain=contract.FUNCTION_DOMAIN)
+    return ops.op(operators.CALL_PRICE, input_ids, attention_mask, price, domain=operators.FUNCTION_DOMAIN)
 
 
 def call_price_function() -> ir.Function:
@@ -87,6 +87,6 @@ def call_price_function() -> ir.Function:
     chosen = ops.op("Where", ops.op("Greater", total, tokens), price, ops.constant([0.0], "float32"))
     chosen.name = "chosen"
     graph = ir.Graph(
-        [input_ids, mask, price], [chosen], nodes=ops.tape.nodes, opset_imports={"": OPSET}, name=contract.CALL_PRICE
+        [input_ids, mask, price], [chosen], nodes=ops.tape.nodes, opset_imports={"": OPSET}, name=operators.CALL_PRICE
     )
-    return ir.Function(contract.FUNCTION_DOMAIN, contract.CALL_PRICE, graph=graph, attributes=[])
+    return ir.Function(operators.FUNCTION_DOMAIN, operators.CALL_PRICE, graph=graph, attributes=[])

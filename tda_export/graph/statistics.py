@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from tda_export.graph import contract
+from tda_export.graph import contract, operators
 from tda_export.graph.decoder import GraphBuilder
 from tda_export.graph.method import Method
 from tda_export.graph.ops import OPSET, Ops
@@ -33,7 +33,9 @@ def neuron_stats(
 ) -> ir.Value:
     """Add the node that computes `present_neuron_stats` [2, F] from h [1, S, F] and counted, bool [S]."""
     weights = [graph.weight(contract.down_squared_norms(layer))] if method.statistic == "magnitude" else []
-    return graph.ops.op(contract.NEURON_STATS, h, counted, past_stats, decay, *weights, domain=contract.FUNCTION_DOMAIN)
+    return graph.ops.op(
+        operators.NEURON_STATS, h, counted, past_stats, decay, *weights, domain=operators.FUNCTION_DOMAIN
+    )
 
 
 def mask_and_tail(
@@ -47,12 +49,12 @@ def mask_and_tail(
     ops = graph.ops
     if method.selection == "threshold":
         indices, keep = ops.multi(
-            contract.SELECT_MASK,
+            operators.SELECT_MASK,
             stats,
             weight,
             thresholds,
             outputs=(True, True),
-            domain=contract.FUNCTION_DOMAIN,
+            domain=operators.FUNCTION_DOMAIN,
             layer=layer,
         )
     else:
@@ -62,7 +64,7 @@ def mask_and_tail(
         zeros = ops.op("ConstantOfShape", ops.constant([graph.spec.hidden_size], "int64"), value=ir.tensor([0.0]))
         return indices, zeros if graph.dtype == "float32" else ops.cast(zeros, graph.dtype)
     down = graph.weight(contract.ffn_weight(layer, "down"))
-    return indices, ops.op(contract.TAIL_MEAN, stats, weight, keep, down, domain=contract.FUNCTION_DOMAIN)
+    return indices, ops.op(operators.TAIL_MEAN, stats, weight, keep, down, domain=operators.FUNCTION_DOMAIN)
 
 
 def statistics_functions(method: Method) -> list[ir.Function]:
@@ -105,7 +107,7 @@ def neuron_stats_function(method: Method) -> ir.Function:
     sums = ops.op("MatMul", counted_row, activations)  # [1, F]
     new = ops.op("Concat", scores, sums, axis=0)  # [2, F]
     present = ops.op("Add", ops.op("Mul", past_stats, decay), new)
-    return _function(contract.NEURON_STATS, ops, inputs, {"present_stats": present})
+    return _function(operators.NEURON_STATS, ops, inputs, {"present_stats": present})
 
 
 def select_mask_function() -> ir.Function:
@@ -122,7 +124,7 @@ def select_mask_function() -> ir.Function:
     reaches = ops.op("GreaterOrEqual", _scores(ops, stats, weight), threshold)
     keep = ops.op("Or", reaches, _without_tokens(ops, weight))  # [F]
     outputs = {"indices": _indices(ops, keep), "keep": keep}
-    return _function(contract.SELECT_MASK, ops, inputs, outputs, attributes=[ir.AttrInt64("layer", 0)])
+    return _function(operators.SELECT_MASK, ops, inputs, outputs, attributes=[ir.AttrInt64("layer", 0)])
 
 
 def tail_mean_function() -> ir.Function:
@@ -137,7 +139,7 @@ def tail_mean_function() -> ir.Function:
     dropped = ops.op("Where", keep, ops.constant(0.0, "float32"), means)  # [1, F]
     product = ops.op("MatMul", ops.op("CastLike", dropped, down), down)  # [1, M]
     tail = ops.op("Squeeze", product, ops.constant([0], "int64"))
-    return _function(contract.TAIL_MEAN, ops, inputs, {"tail": tail})
+    return _function(operators.TAIL_MEAN, ops, inputs, {"tail": tail})
 
 
 def _scores(ops: Ops, stats: ir.Value, weight: ir.Value) -> ir.Value:
@@ -171,4 +173,4 @@ def _function(
     for output_name, value in outputs.items():
         value.name = output_name
     graph = ir.Graph(inputs, list(outputs.values()), nodes=ops.tape.nodes, opset_imports={"": OPSET}, name=name)
-    return ir.Function(contract.FUNCTION_DOMAIN, name, graph=graph, attributes=attributes or [])
+    return ir.Function(operators.FUNCTION_DOMAIN, name, graph=graph, attributes=attributes or [])

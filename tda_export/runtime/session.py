@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from tda_export.errors import TdaError, UsageError, first_line
-from tda_export.graph import contract
+from tda_export.graph import contract, operators
 from tda_export.native.library import native_problem, register_native, warn_once
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.graph_check import check_graph
@@ -21,7 +21,7 @@ STORAGE = {"bfloat16": "uint16"}  # numpy has no bfloat16: its bits stand for it
 THREADS = "TDA_EXPORT_THREADS"  # environment: of a session on the CPU; all cores unless it is set
 GRAPH_ID = "gpu_graph_id"  # a run option: which captured graph to replay
 NO_GRAPH = "-1"
-KERNEL_ERROR = f"{contract.FUNCTION_DOMAIN}::"  # how the native library begins its errors
+KERNEL_ERROR = f"{operators.FUNCTION_DOMAIN}::"  # how the native library begins its errors
 
 
 class Sessions:

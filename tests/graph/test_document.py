@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tda_export.graph import contract
+from tda_export.graph import contract, operators
 from tests.graph.test_manifest_schema import SCHEMA
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "artifact-format.md").read_text(encoding="utf-8")
@@ -124,7 +124,7 @@ def test_every_name_exists() -> None:
     elsewhere = {"bind_cpu_input", "bind_ortvalue_input", "past_present_share_buffer"}  # ONNX Runtime's, GenAI's
     elsewhere |= {"set_model_input", "metadata_props"}
     weights = weight_names() | beside(weight_names()) | {of("") for of in ENDINGS}
-    known = tensor_names() | weights | schema_names(SCHEMA) | {contract.FfnInput.NEURON_SCALE} | elsewhere
+    known = tensor_names() | weights | schema_names(SCHEMA) | {operators.FfnInput.NEURON_SCALE} | elsewhere
     names = {word for word in QUOTED if re.fullmatch(r"[a-z_.{}]+", word) and ("_" in word or "{i}" in word)}
     files = {word for word in names if re.search(r"\.(onnx|json|jinja|bin|safetensors)$", word)}
     assert len(names - files) > 40

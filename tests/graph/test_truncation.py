@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from tda_export.graph import contract
+from tda_export.graph import contract, operators
 from tda_export.graph.derive import artifact_spec, truncation_sessions, weight_table
 from tda_export.graph.method import griffin
 from tda_export.graph.truncation import build_truncation, truncation_inputs, truncation_outputs
@@ -125,9 +125,9 @@ def test_half_precision_has_the_functions_of_decode(model: Model) -> None:
     proto = ir.to_proto(build_truncation(artifact_spec(model.artifact), weight_table(model.artifact), "float16"))
     assert {tensor.name for tensor in proto.graph.output} >= {contract.KEPT_NEURONS}
     assert {function.name for function in proto.functions} == {
-        contract.LINEAR,
-        contract.ADD_NORM,
-        contract.ADD_BIAS_NORM,
+        operators.LINEAR,
+        operators.ADD_NORM,
+        operators.ADD_BIAS_NORM,
     }
 
 

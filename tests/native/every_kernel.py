@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tda_export.graph import contract
+from tda_export.graph import operators
 from tda_export.graph.ffn import FfnForm
 from tests.ffn_model import NUMPY_DTYPES, ffn_session, random_feeds, run
 from tests.native.test_functions import CUDA
@@ -53,18 +53,18 @@ def functions(rng: np.random.Generator, dtype: str) -> None:
             "decay": np.ones(1, np.float32),
             "squared_norms": floats[0, :neurons],
         }
-        run_function(contract.NEURON_STATS, feeds, ("float32",), CUDA, True)
+        run_function(operators.NEURON_STATS, feeds, ("float32",), CUDA, True)
         feeds = {"stats": floats[:, :neurons], "weight": np.ones(1, np.float32)}
         mask = feeds | {"thresholds": np.full(2, 0.7, np.float32)}
-        _, keep = run_function(contract.SELECT_MASK, mask, ("int32", "bool"), CUDA, True, layer=1)
-        run_function(contract.TAIL_MEAN, feeds | {"keep": keep, "w_down": draw(neurons, 577)}, (dtype,), CUDA, True)
+        _, keep = run_function(operators.SELECT_MASK, mask, ("int32", "bool"), CUDA, True, layer=1)
+        run_function(operators.TAIL_MEAN, feeds | {"keep": keep, "w_down": draw(neurons, 577)}, (dtype,), CUDA, True)
     for inputs, outputs, tokens in ((577, 33, 1), (264, 1025, 5), (4096, 40, 1), (4360, 40, 2)):
         feeds = {"x": draw(1, tokens, inputs), "weight": draw(outputs, inputs)}
-        run_function(contract.LINEAR, feeds, (dtype,), CUDA, True, early=1)
+        run_function(operators.LINEAR, feeds, (dtype,), CUDA, True, early=1)
     for hidden in (577, 4096, 8200):
         feeds = {"x": draw(1, 3, hidden), "residual": draw(1, 3, hidden), "weight": draw(hidden), "bias": draw(hidden)}
-        run_function(contract.ADD_BIAS_NORM, feeds, (dtype, dtype), CUDA, True, epsilon=1e-5, early=1)
-    run_function(contract.GREEDY_TOKEN, {"logits": floats[None, :, :777]}, ("int64",), CUDA, True)
+        run_function(operators.ADD_BIAS_NORM, feeds, (dtype, dtype), CUDA, True, epsilon=1e-5, early=1)
+    run_function(operators.GREEDY_TOKEN, {"logits": floats[None, :, :777]}, ("int64",), CUDA, True)
 
 
 def rows(rng: np.random.Generator, dtype: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tda_export.graph import contract
+from tda_export.graph import contract, operators
 from tda_export.graph.greedy import greedy_token_function
 from tda_export.graph.linear import linear_functions
 from tda_export.graph.method import griffin, tda
@@ -24,10 +24,10 @@ from tests.ffn_model import NUMPY_DTYPES, TOLERANCES, array_of, ort_value
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 HALF = ["float16", "bfloat16"]
 FUNCTIONS = {
-    contract.NEURON_STATS: neuron_stats_function(tda()),
-    contract.SELECT_MASK: select_mask_function(),
-    contract.TAIL_MEAN: tail_mean_function(),
-    contract.GREEDY_TOKEN: greedy_token_function(),
+    operators.NEURON_STATS: neuron_stats_function(tda()),
+    operators.SELECT_MASK: select_mask_function(),
+    operators.TAIL_MEAN: tail_mean_function(),
+    operators.GREEDY_TOKEN: greedy_token_function(),
 } | {function.name: function for function in linear_functions()}
 
 
@@ -44,14 +44,14 @@ def session(
     ops = Ops()
     values = [ir.Value(name=each, type=ir.TensorType(DTYPES[dtype])) for each, dtype in inputs]
     results = ops.multi(
-        name, *values, outputs=[True] * len(outputs), domain=contract.FUNCTION_DOMAIN, **dict(attributes)
+        name, *values, outputs=[True] * len(outputs), domain=operators.FUNCTION_DOMAIN, **dict(attributes)
     )
     for number, (value, dtype) in enumerate(zip(results, outputs, strict=True)):
         value.name, value.type = f"output_{number}", ir.TensorType(DTYPES[dtype])
     function = FUNCTIONS[name]
-    if name == contract.NEURON_STATS and len(inputs) == 4:
+    if name == operators.NEURON_STATS and len(inputs) == 4:
         function = neuron_stats_function(griffin(0.5))
-    imports = {"": OPSET, MICROSOFT: 1, contract.FUNCTION_DOMAIN: 1}
+    imports = {"": OPSET, MICROSOFT: 1, operators.FUNCTION_DOMAIN: 1}
     graph = ir.Graph(values, results, nodes=ops.tape.nodes, opset_imports=imports, name="one")
     model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, functions=[function]))
     options = ort.SessionOptions()
@@ -99,7 +99,7 @@ def test_neuron_stats(
     feeds |= {"squared_norms": norms} if magnitude else {}
     if not native:
         feeds["h"] = h = np.where(np.isinf(h), 3, h)  # the body's products with the row of counted tokens keep inf
-    (present,) = run(contract.NEURON_STATS, feeds, ("float32",), provider, native)
+    (present,) = run(operators.NEURON_STATS, feeds, ("float32",), provider, native)
     values = np.where(counted[:, None], np.asarray(h[0], np.float64), 0)
     squares = values**2 * norms
     total = squares.sum(axis=1, keepdims=True)
@@ -127,7 +127,7 @@ def test_select_mask(provider: str, native: bool, neurons: int, weight: float, d
         "weight": np.array([weight], np.float32),
         "thresholds": np.array([9.0, threshold], np.float32),
     }
-    indices, keep = run(contract.SELECT_MASK, feeds, ("int32", "bool"), provider, native, layer=1)
+    indices, keep = run(operators.SELECT_MASK, feeds, ("int32", "bool"), provider, native, layer=1)
     expected = (scores >= np.float32(threshold)) | (weight <= 0)
     np.testing.assert_array_equal(keep, expected)
     assert indices[indices >= 0].tolist() == np.flatnonzero(expected).tolist()
@@ -152,7 +152,7 @@ def test_tail_mean(
     keep = rng.random(neurons) < 0.5
     down = (rng.standard_normal((neurons, hidden)) * neurons**-0.5).astype(NUMPY_DTYPES[dtype])
     feeds = {"stats": stats, "weight": np.array([weight], np.float32), "keep": keep, "w_down": down}
-    (tail,) = run(contract.TAIL_MEAN, feeds, (dtype,), provider, native)
+    (tail,) = run(operators.TAIL_MEAN, feeds, (dtype,), provider, native)
     means = np.where(keep, 0, stats[1] / max(weight, 1e-30)).astype(np.float64)
     expected = means @ down.astype(np.float64)
     scale = max(1.0, float(np.abs(expected).max()))
@@ -182,7 +182,7 @@ def test_greedy_token(
     if spoiled is not None:
         logits[0, 0, rng.integers(vocabulary)] = spoiled
         expected[0, 0] = -1
-    (chosen,) = run(contract.GREEDY_TOKEN, {"logits": logits}, ("int64",), provider, native)
+    (chosen,) = run(operators.GREEDY_TOKEN, {"logits": logits}, ("int64",), provider, native)
     np.testing.assert_array_equal(chosen, expected)
 
 
@@ -198,7 +198,7 @@ def test_linear(provider: str, native: bool, dtype: str, inputs: int, outputs: i
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((1, tokens, inputs)).astype(NUMPY_DTYPES[dtype])
     weight = (rng.standard_normal((outputs, inputs)) * inputs**-0.5).astype(NUMPY_DTYPES[dtype])
-    (y,) = run(contract.LINEAR, {"x": x, "weight": weight}, (dtype,), provider, native, early=seed % 2)
+    (y,) = run(operators.LINEAR, {"x": x, "weight": weight}, (dtype,), provider, native, early=seed % 2)
     expected = x.astype(np.float64) @ weight.astype(np.float64).T
     np.testing.assert_allclose(y.astype(np.float64), expected, rtol=0, atol=5 * TOLERANCES[dtype])
 
@@ -216,7 +216,7 @@ def test_add_norm(provider: str, native: bool, dtype: str, hidden: int, tokens: 
     x, residual = rng.standard_normal((2, 1, tokens, hidden)).astype(NUMPY_DTYPES[dtype])
     weight, bias = rng.standard_normal((2, hidden)).astype(NUMPY_DTYPES[dtype])
     feeds = {"x": x, "residual": residual, "weight": weight} | ({"bias": bias} if biased else {})
-    name = contract.ADD_BIAS_NORM if biased else contract.ADD_NORM
+    name = operators.ADD_BIAS_NORM if biased else operators.ADD_NORM
     normed, total = run(name, feeds, (dtype, dtype), provider, native, epsilon=1e-5, early=seed % 2)
     expected = sum(np.asarray(feeds[key], np.float64) for key in feeds if key != "weight")
     np.testing.assert_allclose(total.astype(np.float64), expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
@@ -229,11 +229,16 @@ def test_add_norm(provider: str, native: bool, dtype: str, hidden: int, tokens: 
 @pytest.mark.parametrize(
     ("name", "feeds", "outputs", "message"),
     [
-        (contract.LINEAR, {"x": (1, 3), "weight": (4, 2)}, 1, r"x: expected shape \[.., 2\], got \[1, 3\]"),
-        (contract.LINEAR, {"x": (1, 0), "weight": (4, 0)}, 1, r"weight: a product of no inputs, shape \[4, 0\]"),
-        (contract.LINEAR, {"x": (1, 3), "weight": (3,)}, 1, r"weight: expected shape \[outputs, inputs\], got \[3\]"),
-        (contract.ADD_NORM, {"x": (1, 3), "residual": (1, 3), "weight": (2,)}, 2, r"x: expected shape \[.., 2\]"),
-        (contract.ADD_NORM, {"x": (1, 2), "residual": (2, 2), "weight": (2,)}, 2, r"residual: expected shape \[1, 2\]"),
+        (operators.LINEAR, {"x": (1, 3), "weight": (4, 2)}, 1, r"x: expected shape \[.., 2\], got \[1, 3\]"),
+        (operators.LINEAR, {"x": (1, 0), "weight": (4, 0)}, 1, r"weight: a product of no inputs, shape \[4, 0\]"),
+        (operators.LINEAR, {"x": (1, 3), "weight": (3,)}, 1, r"weight: expected shape \[outputs, inputs\], got \[3\]"),
+        (operators.ADD_NORM, {"x": (1, 3), "residual": (1, 3), "weight": (2,)}, 2, r"x: expected shape \[.., 2\]"),
+        (
+            operators.ADD_NORM,
+            {"x": (1, 2), "residual": (2, 2), "weight": (2,)},
+            2,
+            r"residual: expected shape \[1, 2\]",
+        ),
     ],
 )
 def test_shapes_that_do_not_fit(name: str, feeds: dict[str, tuple], outputs: int, message: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tda_export.graph import contract
+from tda_export.graph import contract, operators
 from tda_export.graph.gated_activation import gated_activation, gated_activation_functions
 from tda_export.graph.ops import DTYPES, IR_VERSION, MICROSOFT, OPSET, Ops
 from tda_export.graph.row_linear import call_price, call_price_function
@@ -32,7 +32,7 @@ WAYS = [
 def open_model(
     ops: Ops, inputs: list[ir.Value], output: ir.Value, functions: list[ir.Function], provider: str, native: bool
 ) -> ort.InferenceSession:
-    imports = {"": OPSET, MICROSOFT: 1, contract.FUNCTION_DOMAIN: 1}
+    imports = {"": OPSET, MICROSOFT: 1, operators.FUNCTION_DOMAIN: 1}
     graph = ir.Graph(inputs, [output], nodes=ops.tape.nodes, opset_imports=imports, name="one")
     model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, functions=functions))
     options = ort.SessionOptions()
