@@ -7,8 +7,13 @@ channel, is long enough to be worth a read of its own in small models.
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
+
+from tda_export.weights.formats import IntegerFormat
 
 if TYPE_CHECKING:
     from tda_export.models.spec import DecoderSpec
@@ -17,6 +22,7 @@ Packing = Literal["separate", "sites"]
 PACKINGS: tuple[Packing, ...] = get_args(Packing)
 THRESHOLDS: dict[Packing, str] = {"separate": "one threshold a matrix", "sites": "one threshold a site"}  # for readers
 
+FLOAT = "float"  # the label of formats where all are floats
 ATTENTION_PARTS = ("q", "k", "v", "o")
 Parts = Literal["all", "ffn", "attention"]  # whose rows may be dropped
 
@@ -62,11 +68,46 @@ def linear_elements(spec: DecoderSpec) -> int:
     return sum(math.prod(linear_shape(spec, part)) for part in linear_parts(spec))
 
 
-def row_bytes(columns: int, element_bytes: int) -> int:
-    """Return the bytes of a row, stored as floats."""
-    return columns * element_bytes
+def format_name(layer: int, part: str) -> str:
+    """Name a linear of a layer as plans of formats and quantised checkpoints do."""
+    return f"layers.{layer}.{part}"
 
 
-def matrix_row_bytes(spec: DecoderSpec, parts: tuple[str, ...], element_bytes: int) -> int:
-    """Return the bytes of a row of the matrix that packs these parts."""
-    return row_bytes(sum(linear_shape(spec, part)[1] for part in parts), element_bytes)
+@dataclass(frozen=True)
+class RowBytes:
+    """What rows of the layers' linears take.
+
+    `element_bytes`: of floats. `formats`: of the linears that are integers, by `format_name`.
+    """
+
+    element_bytes: int
+    formats: Mapping[str, IntegerFormat] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """A name that tells formats apart: `float`, that of the one format, or one with a hash of them all."""
+        found = {format.name for format in self.formats.values()}
+        if not found:
+            return FLOAT
+        parts = {tuple(name.split(".")[::2]) for name in self.formats}
+        if len(found) == 1 and {*ATTENTION_PARTS, "up", "down"} <= {part for _, part in parts}:
+            return found.pop()
+        named = sorted((name, format.name) for name, format in self.formats.items())
+        return f"mixed-{hashlib.sha256(repr(named).encode()).hexdigest()[:16]}"
+
+    def of(self, layer: int, parts: Sequence[str], outputs: Mapping[str, int]) -> int:
+        """Return the bytes of a row of the matrix that these parts of a layer lie side by side in.
+
+        Args:
+            layer: Its number.
+            parts: Of one format.
+            outputs: Of each part.
+        """
+        columns = sum(outputs[part] for part in parts)
+        format = self.formats.get(format_name(layer, parts[0]))
+        return columns * self.element_bytes if format is None else format.row_bytes(columns)
+
+
+def linear_outputs(spec: DecoderSpec) -> dict[str, int]:
+    """Return the outputs of each part."""
+    return {part: linear_shape(spec, part)[1] for part in linear_parts(spec)}

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args
 
 from tda_export.errors import UsageError
-from tda_export.packing import Packing, Parts
+from tda_export.packing import FLOAT, Packing, Parts
 
 KL_POWER = 1.5  # near dense: KL goes with the cube of what is dropped, which is the root of the price
 SHARE_POWER = 0.5
@@ -52,14 +52,16 @@ class PriceRow:
 class PriceTable:
     """Measured rows, from dense (price 0) to sparse.
 
-    A price is meant for one packing and for rows of `element_bytes` an element (`rescaled`). It grows with the tokens
-    that come after a token, of which calibration had `continuation_tokens`.
+    A price is meant for one packing and for the rows that it was measured with: of the label `formats` (`RowBytes`),
+    floats of `element_bytes` (`rescaled`). It grows with the tokens that come after a token, of which calibration had
+    `continuation_tokens`.
     """
 
     packing: Packing
     element_bytes: int
     continuation_tokens: int
     rows: tuple[PriceRow, ...]
+    formats: str = FLOAT
 
     def __post_init__(self) -> None:
         numbers = [[*_numbers(row)] for row in self.rows]
@@ -165,11 +167,13 @@ class PriceTable:
         )
 
     def rescaled(self, element_bytes: int) -> PriceTable:
-        """Return the table for rows of another size an element: a price is per byte.
+        """Return the table for floats of another size: a price is per byte.
 
         Raises:
-            ValueError: The size is not positive.
+            ValueError: The size is not positive, or rows are no floats.
         """
+        if self.formats != FLOAT:
+            raise ValueError(f"table of prices: measured for {self.formats}, not for floats")
         factor = self.element_bytes / element_bytes if element_bytes > 0 else 0.0
         rows = tuple(replace(row, price=row.price * factor) for row in self.rows)
         return replace(self, element_bytes=element_bytes, rows=rows)
@@ -201,7 +205,7 @@ class PriceTable:
                 for row in content["rows"]
             )
             sizes = (int(content["element_bytes"]), int(content["continuation_tokens"]))
-            return cls(content["packing"], *sizes, rows)
+            return cls(content["packing"], *sizes, rows, str(content.get("formats", FLOAT)))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"table of prices: incomplete ({error})") from error
 

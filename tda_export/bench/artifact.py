@@ -14,6 +14,7 @@ from tda_export.graph.indexed import IndexedDesign
 from tda_export.graph.method import tda
 from tda_export.graph.priced import PricedDesign
 from tda_export.graph.requests import default_packing
+from tda_export.graph.storage import Storage
 from tda_export.models.source import ModelSource
 from tda_export.packing import Packing, linear_shape, packed_matrices
 from tda_export.runtime.artifact import Artifact, open_artifact
@@ -35,7 +36,7 @@ def build_random_artifact(source: ModelSource, folder: Path, dtype: str, sparsit
     method, thresholds = tda("mean", two_levels=True), [0.0] * spec.num_layers
     budget = Budget(sparsity=sparsity, allocation="uniform")
     design = IndexedDesign(method, thresholds, up_rms=up_rms)
-    request = BuildRequest(source, dtype, design, budget.describe())
+    request = BuildRequest(source, Storage(dtype), design, budget.describe())
     export_artifact(request, folder, quiet=quiet, check=lambda folder: None)
     return open_artifact(folder)
 
@@ -87,7 +88,7 @@ def build_random_priced(
     Returns:
         The artifact, and the price of each sparsity.
     """
-    spec, chosen = source.spec, packing or default_packing(dtype)
+    spec, chosen = source.spec, packing or default_packing(Storage(dtype))
     generator = torch.Generator().manual_seed(seed)
     matrices = packed_matrices(spec, chosen)
     inputs = {name: linear_shape(spec, parts[0])[0] for name, parts in matrices.items()}
@@ -105,6 +106,6 @@ def build_random_priced(
             worth[order < scaled(unread, size, sparsity)[name] * inputs[name]] = level
         prices[name] = worth
     design = PricedDesign(chosen, prices, 0.0)
-    request = BuildRequest(source, dtype, design, {"price": 0.0})
+    request = BuildRequest(source, Storage(dtype), design, {"price": 0.0})
     export_artifact(request, folder, quiet=quiet, check=lambda folder: None)
     return open_artifact(folder), dict(zip(sorted(sparsities), PRICES, strict=False))

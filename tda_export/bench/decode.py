@@ -26,7 +26,7 @@ from tda_export.bench.runners import (
 from tda_export.bench.timing import Spread, speedup, take_turns
 from tda_export.errors import TdaError, UsageError
 from tda_export.graph.derive import artifact_method, artifact_spec
-from tda_export.graph.sizes import manifest_sizes
+from tda_export.graph.sizes import artifact_sizes
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.providers import CUDA
 from tda_export.runtime.session import Sessions
@@ -158,7 +158,7 @@ class Bench(ABC):
     def other_bytes(self) -> int:
         """Bytes that every token reads: other weights, and keys and values of a middling context."""
         artifact = self.artifact
-        sizes = manifest_sizes(artifact_spec(artifact), artifact.manifest["weights"], artifact.shape.dtype)
+        sizes = artifact_sizes(artifact_spec(artifact), artifact)
         context = self.settings.prompt_tokens + self.settings.new_tokens // 2
         return sizes.read - artifact.sparse_bytes + sizes.cache_read(context)
 

@@ -11,8 +11,9 @@ import torch
 from tda_export.calibration.magnitudes import BINS, Magnitudes
 from tda_export.calibration.price_table import LinearShapes, Measured
 from tda_export.calibration.prices import PriceSums
-from tda_export.packing import ATTENTION_PARTS, PACKINGS, Packing, sites_of
+from tda_export.packing import ATTENTION_PARTS, PACKINGS, Packing, RowBytes, sites_of
 from tda_export.pricing import PriceTable
+from tda_export.weights.formats import INTEGER_FORMATS
 
 # What the names of tensors begin with.
 PRICES, INPUTS, WEIGHTED, NORMS, MEASURED = "prices.", "inputs.", "weighted.", "row_norms.", "measured."
@@ -24,21 +25,21 @@ class Priced:
     """Prices and what they cost.
 
     `linears`: input channels and outputs of each part. `norms`: ||W_i|| by matrix, float32 [L, in]. `measured`: for
-    each packing that was measured. `element_bytes`: of the rows that measured prices are meant for.
-    `continuation_tokens`: of a sequence.
+    each packing that was measured. `row_bytes`: of the rows that measured prices are meant for. `continuation_tokens`:
+    of a sequence.
     """
 
     linears: LinearShapes
     sums: PriceSums
     magnitudes: Magnitudes
     norms: dict[str, torch.Tensor]
-    element_bytes: int
+    row_bytes: RowBytes
     continuation_tokens: int
     measured: dict[Packing, Measured] = field(default_factory=dict)
 
     def table(self, packing: Packing) -> PriceTable:
         """Return the table of a packing that was measured."""
-        return self.measured[packing].table(self.linears, packing, self.element_bytes, self.continuation_tokens)
+        return self.measured[packing].table(self.linears, packing, self.row_bytes, self.continuation_tokens)
 
     def tables(self) -> dict[Packing, PriceTable]:
         """Return all tables."""
@@ -49,7 +50,8 @@ def describe_priced(priced: Priced) -> dict[str, Any]:
     """Return what is no tensor, as plain data."""
     return {
         "linears": {part: list(shape) for part, shape in priced.linears.items()},
-        "element_bytes": priced.element_bytes,
+        "element_bytes": priced.row_bytes.element_bytes,
+        "formats": {name: format.name for name, format in priced.row_bytes.formats.items()},
         "continuation_tokens": priced.continuation_tokens,
     }
 
@@ -102,8 +104,9 @@ def priced_from(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor])
     norms = read(NORMS, inputs, None, torch.float32)
     found = {name.split(".")[1] for name in tensors if name.startswith(MEASURED)}
     measured = {packing: _measured(packing, linears, layers, tensors) for packing in PACKINGS if packing in found}
-    sizes = int(content["element_bytes"]), int(content["continuation_tokens"])
-    return Priced(linears, sums, magnitudes, norms, *sizes, measured)
+    formats = {str(name): INTEGER_FORMATS[format] for name, format in dict(content.get("formats", {})).items()}
+    row_bytes = RowBytes(int(content["element_bytes"]), formats)
+    return Priced(linears, sums, magnitudes, norms, row_bytes, int(content["continuation_tokens"]), measured)
 
 
 def finished(priced: Priced) -> Priced:

@@ -23,7 +23,7 @@ from tda_export.calibration.prices import no_prices, price_continuation, read_pr
 from tda_export.errors import UsageError
 from tda_export.models.linear_modules import watch_sites
 from tda_export.models.spec import DecoderSpec
-from tda_export.packing import Packing, linear_parts, linear_shape
+from tda_export.packing import Packing, RowBytes, linear_parts, linear_shape
 from tda_export.progress import Advance
 
 SAVE_SECONDS = 5.0  # least time between two saves of prices
@@ -42,11 +42,11 @@ class PriceSettings:
 
 
 def begin_priced(
-    spec: DecoderSpec, norms: dict[str, torch.Tensor], element_bytes: int, continuation_tokens: int
+    spec: DecoderSpec, norms: dict[str, torch.Tensor], row_bytes: RowBytes, continuation_tokens: int
 ) -> Priced:
     """Return prices of a model before any work."""
     linears = {part: linear_shape(spec, part) for part in linear_parts(spec)}
-    return Priced(linears, no_prices(spec), no_magnitudes(spec), norms, element_bytes, continuation_tokens)
+    return Priced(linears, no_prices(spec), no_magnitudes(spec), norms, row_bytes, continuation_tokens)
 
 
 def check_sequences(count: int) -> None:
@@ -92,14 +92,12 @@ def price_rows(
         with show("Pricing", half) as advance:
             priced = _take_prices(model, spec, tokens[::2], settings, priced, advance, save)
         save(priced)
-    row_prices = {packing: priced.sums.row_prices(spec, packing, priced.element_bytes) for packing in settings.packings}
+    row_prices = {packing: priced.sums.row_prices(spec, packing, priced.row_bytes) for packing in settings.packings}
     scanned = tokens[::2][:SCAN_SEQUENCES]
     passes = 1 + len(SHARES) * len(settings.packings)
     with show("Measuring prices", len(scanned) + passes * len(tokens[1::2])) as advance:
         if not priced.measured:
-            chosen = choose_prices(
-                model, spec, scanned, settings.prompt_tokens, row_prices, priced.element_bytes, advance
-            )
+            chosen = choose_prices(model, spec, scanned, settings.prompt_tokens, row_prices, priced.row_bytes, advance)
             priced = replace(priced, measured={name: Measured.begin(spec, prices) for name, prices in chosen.items()})
             save(priced)
         else:

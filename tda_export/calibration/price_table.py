@@ -19,9 +19,10 @@ from tda_export.models.spec import DecoderSpec
 from tda_export.packing import (
     ATTENTION_PARTS,
     Packing,
+    RowBytes,
+    linear_outputs,
     linear_parts,
     linear_sites,
-    matrix_row_bytes,
     packed_matrices,
 )
 from tda_export.pricing import PriceRow, PriceTable
@@ -40,7 +41,7 @@ def choose_prices(
     tokens: torch.Tensor,
     prompt_tokens: int,
     row_prices: Mapping[Packing, RowPrices],
-    element_bytes: int,
+    row_bytes: RowBytes,
     advance: Advance = lambda units: None,
 ) -> dict[Packing, list[float]]:
     """Choose the prices to measure, such that dense inputs at them would read `SHARES` of what dense reads.
@@ -51,7 +52,7 @@ def choose_prices(
         tokens: int64 [N, P + C].
         prompt_tokens: P.
         row_prices: float32 [L, in] of each matrix, for each packing.
-        element_bytes: Of the rows.
+        row_bytes: What rows take.
         advance: Told of every sequence.
 
     Raises:
@@ -59,6 +60,7 @@ def choose_prices(
     """
     bytes_worth = {packing: torch.zeros(ALL_BINS, dtype=torch.float64, device=model.device) for packing in row_prices}
     names = {packing: _by_site(spec, packing) for packing in row_prices}
+    outputs = linear_outputs(spec)
     on_device = {p: {name: value.to(model.device) for name, value in of.items()} for p, of in row_prices.items()}
 
     def observe(layer: int, site: str, x: torch.Tensor) -> None:
@@ -67,7 +69,7 @@ def choose_prices(
             for name, parts in names[packing][site].items():
                 bins = float_bins(square * on_device[packing][name][layer]).flatten()
                 count = torch.bincount(bins, minlength=ALL_BINS)
-                found.add_(count, alpha=matrix_row_bytes(spec, parts, element_bytes))
+                found.add_(count, alpha=row_bytes.of(layer, parts, outputs))
 
     for sequence in tokens:
         cache = read_prompt(model, sequence[:prompt_tokens])
@@ -134,22 +136,31 @@ class Measured:
         return {part: read / (self.tokens * linears[part][0]) for part, read in self.read.items()}
 
     def table(
-        self, linears: LinearShapes, packing: Packing, element_bytes: int, continuation_tokens: int
+        self, linears: LinearShapes, packing: Packing, row_bytes: RowBytes, continuation_tokens: int
     ) -> PriceTable:
         """Return the table. Standard errors are over sequences, 0 of one alone.
 
         Args:
             linears: Input channels and outputs of each part.
             packing: That was measured.
-            element_bytes: Of the rows whose prices these are.
+            row_bytes: What the rows take whose prices these are.
             continuation_tokens: C.
         """
         count = len(self.kl)
         error = self.kl.std(dim=0) / math.sqrt(count) if count > 1 else torch.zeros_like(self.kl[0])
-        parts = {part: density.mean(dim=1) for part, density in self.densities(linears).items()}  # [A]
-        ffn = _share(linears, parts, [part for part in linears if part not in ATTENTION_PARTS])
-        attention = _share(linears, parts, ATTENTION_PARTS)
-        share = _share(linears, parts, linears)
+        densities = self.densities(linears)
+        parts = {part: density.mean(dim=1) for part, density in densities.items()}  # [A]
+        outputs = {part: shape[1] for part, shape in linears.items()}
+        sizes = {
+            part: torch.tensor(
+                [linears[part][0] * row_bytes.of(layer, (part,), outputs) for layer in range(density.shape[1])],
+                dtype=torch.float64,
+            )
+            for part, density in densities.items()
+        }  # [L]
+        ffn = _share(sizes, densities, [part for part in linears if part not in ATTENTION_PARTS])
+        attention = _share(sizes, densities, ATTENTION_PARTS)
+        share = _share(sizes, densities, linears)
         rows = [
             PriceRow(
                 price=float(price),
@@ -164,7 +175,7 @@ class Measured:
             )
             for i, price in enumerate(self.prices)
         ]
-        return PriceTable(packing, element_bytes, continuation_tokens, tuple(rows))
+        return PriceTable(packing, row_bytes.element_bytes, continuation_tokens, tuple(rows), row_bytes.label)
 
 
 def measure_sequence(
@@ -227,11 +238,13 @@ def _adding(
     return add
 
 
-def _share(linears: LinearShapes, densities: dict[str, torch.Tensor], parts: Iterable[str]) -> torch.Tensor:
-    """Return the share of these parts' bytes that is read, [A], from the shares of their rows."""
-    sizes = {part: math.prod(linears[part]) for part in parts}
-    read = torch.stack([densities[part] * size for part, size in sizes.items()]).sum(dim=0)
-    return (read / sum(sizes.values())).clamp(0.0, 1.0)
+def _share(
+    sizes: Mapping[str, torch.Tensor], densities: Mapping[str, torch.Tensor], parts: Iterable[str]
+) -> torch.Tensor:
+    """Return the share of these parts' bytes [L] that is read, [A], from the shares of their rows [A, L]."""
+    chosen = list(parts)
+    read = torch.stack([densities[part] @ sizes[part] for part in chosen]).sum(dim=0)
+    return (read / torch.stack([sizes[part].sum() for part in chosen]).sum()).clamp(0.0, 1.0)
 
 
 def _by_site(spec: DecoderSpec, packing: Packing) -> dict[str, dict[str, tuple[str, ...]]]:

@@ -16,7 +16,7 @@ import torch
 from tda_export.errors import TdaError
 from tda_export.models.linear_modules import layer_linears
 from tda_export.models.spec import DecoderSpec
-from tda_export.packing import Packing, linear_shape, linear_sites, matrix_row_bytes, packed_matrices
+from tda_export.packing import Packing, RowBytes, linear_outputs, linear_shape, linear_sites, packed_matrices
 
 # Gradients of float16 models are multiplied by this, and by less where that overflows.
 HALF_SCALE, SMALLEST_SCALE, SCALE_STEP = 2.0**10, 2.0**-10, 2.0**5
@@ -46,12 +46,14 @@ class PriceSums:
         square = {name: value + other.square[name] for name, value in self.square.items()}
         return PriceSums(square, self.tokens + other.tokens, self.sequences + other.sequences)
 
-    def row_prices(self, spec: DecoderSpec, packing: Packing, element_bytes: int) -> dict[str, torch.Tensor]:
+    def row_prices(self, spec: DecoderSpec, packing: Packing, row_bytes: RowBytes) -> dict[str, torch.Tensor]:
         """Return c_i² / bytes_i of each matrix of a packing, float32 [L, in]."""
-        return {
-            name: (self.square[name] / self.tokens / matrix_row_bytes(spec, parts, element_bytes)).float()
-            for name, parts in packed_matrices(spec, packing).items()
-        }
+        outputs, layers = linear_outputs(spec), range(spec.num_layers)
+        found = {}
+        for name, parts in packed_matrices(spec, packing).items():
+            sizes = torch.tensor([row_bytes.of(layer, parts, outputs) for layer in layers], dtype=torch.float64)
+            found[name] = (self.square[name] / self.tokens / sizes[:, None]).float()
+        return found
 
 
 def no_prices(spec: DecoderSpec) -> PriceSums:

@@ -25,7 +25,7 @@ from tda_export.calibration.resume import PartialFile
 from tda_export.errors import UsageError
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
-from tda_export.packing import PACKINGS, Packing
+from tda_export.packing import PACKINGS, Packing, RowBytes
 from tda_export.progress import Advance
 from tda_export.versions import installed_versions
 
@@ -227,7 +227,8 @@ def _price(
     show: Show,
     partial: PartialFile | None,
 ) -> Priced:
-    begun = begin_priced(spec, row_norms(model, spec), ELEMENT_BYTES[settings.dtype], settings.continuation_tokens)
+    row_bytes = RowBytes(ELEMENT_BYTES[settings.dtype])
+    begun = begin_priced(spec, row_norms(model, spec), row_bytes, settings.continuation_tokens)
     return price_rows(
         model,
         spec,

@@ -192,13 +192,14 @@ def _request(
     tail: Tail | None,
 ) -> BuildRequest:
     from tda_export.graph.requests import griffin_request, mask_request, priced_request
+    from tda_export.graph.storage import Storage
 
     if method == "griffin":
         assert asked.sparsity is not None
         return griffin_request(source, dtype, asked.sparsity)
     assert calibration is not None
     if method == "priced":
-        return priced_request(source, dtype, calibration, asked, packing)
+        return priced_request(source, Storage(dtype), calibration, asked, packing)
     return mask_request(source, dtype, calibration, asked, tail)
 
 

@@ -53,23 +53,24 @@ def inspect(name: str, dtype: str | None, context: int | None, as_json: bool) ->
 def _of_model(name: str, dtype: str, context: int | None) -> dict[str, Any]:
     from tda_export.graph.requests import default_packing
     from tda_export.graph.sizes import planned_sizes
+    from tda_export.graph.storage import Storage
     from tda_export.models.skeleton import skeleton_shapes
     from tda_export.models.source import resolve_model
 
     source = resolve_model(name, notify=lambda line: click.echo(line, err=True))
-    spec = source.spec
-    sizes = planned_sizes(spec, skeleton_shapes(source.config), dtype, default_packing(dtype))
+    spec, storage = source.spec, Storage(dtype)
+    sizes = planned_sizes(spec, skeleton_shapes(source.config), storage, default_packing(storage))
     return _described(name, spec, sizes, dtype, context)
 
 
 def _of_artifact(folder: Path, context: int | None) -> dict[str, Any]:
     from tda_export.graph.derive import artifact_spec
-    from tda_export.graph.sizes import manifest_sizes
+    from tda_export.graph.sizes import artifact_sizes
     from tda_export.runtime.artifact import open_artifact
 
     artifact = open_artifact(folder)
     spec, dtype = artifact_spec(artifact), artifact.shape.dtype
-    sizes = manifest_sizes(spec, artifact.manifest["weights"], dtype)
+    sizes = artifact_sizes(spec, artifact)
     described = _described(artifact.name, spec, sizes, dtype, context)
     prices = {
         name: artifact.manifest[name] for name in ("packing", "price", "price_table") if name in artifact.manifest

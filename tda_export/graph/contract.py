@@ -122,7 +122,7 @@ GENAI_CONFIG_FILE = "genai_config.json"
 FFN_PARTS = ("gate", "up", "down")
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "uint8": 1}
 
 
 def tensor_bytes(shape: Sequence[int], dtype: str) -> int:

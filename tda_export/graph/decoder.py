@@ -11,6 +11,7 @@ import tda_export
 from tda_export.graph import contract, operators
 from tda_export.graph.attention import Lengths, attention, call_positions
 from tda_export.graph.contract import IoTensor, ModelShape
+from tda_export.graph.integer_linear import integer_functions, integer_linear, integer_row_linear, integer_rows
 from tda_export.graph.ops import IR_VERSION, MICROSOFT, OPSET, Ops, io_value, name_output
 from tda_export.graph.weights_file import WeightTable
 from tda_export.models.spec import DecoderSpec
@@ -76,7 +77,7 @@ class GraphBuilder:
     def _embedded(self, lengths: Lengths) -> ir.Value:
         """Look tokens up, and add their positions where these are learned: [1, S, M]."""
         ops, spec, input_ids = self.ops, self.spec, self.inputs[contract.INPUT_IDS]
-        embedded = ops.op("Gather", self.weight(contract.EMBEDDING), input_ids)  # [1, S, width]
+        embedded = self._rows_of(contract.EMBEDDING, input_ids)  # [1, S, width]
         if spec.embedding_scale != 1.0:
             embedded = self._scaled(embedded, spec.embedding_scale)
         if spec.embedding_width != spec.hidden_size:
@@ -102,10 +103,26 @@ class GraphBuilder:
     def _scaled(self, x: ir.Value, scale: float) -> ir.Value:
         return self.ops.op("Mul", x, self.ops.op("CastLike", self.ops.constant(scale, "float32"), x))
 
+    def stored(self, name: str) -> list[ir.Value]:
+        """Return the tensors of a matrix of weights.bin."""
+        return [self.weight(tensor.name) for tensor in self.weights.matrices[name].tensors]
+
+    def _rows_of(self, name: str, indices: ir.Value) -> ir.Value:
+        """Look up rows of a matrix of weights.bin: [.., columns] in the graph's dtype."""
+        matrix = self.weights.matrices[name]
+        if matrix.format.is_float:
+            return self.ops.op("Gather", self.weight(name), indices)
+        return integer_rows(self.ops, matrix, indices, self.stored(name), self.dtype)
+
     def product(self, x: ir.Value, name: str) -> ir.Value:
         """Multiply x [.., in] by a matrix of weights.bin, whatever its rows are: y [.., out], without bias."""
-        by_input = self.weights.matrices[name].major == "input"
-        return (self.ops.matmul if by_input else self.ops.transposed_matmul)(x, self.weight(name))
+        ops, matrix = self.ops, self.weights.matrices[name]
+        if matrix.format.is_float:
+            return (ops.matmul if matrix.major == "input" else ops.transposed_matmul)(x, self.weight(name))
+        if matrix.major == "output":
+            return integer_linear(ops, matrix, x, self.stored(name))
+        row_price, dense = self.weight(contract.row_price(name)), ops.constant([0.0], "float32")
+        return integer_row_linear(ops, matrix, x, self.stored(name), row_price, dense)
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:
         """Multiply as `product` does, for products outside the FFN, which some graphs have a function for."""
@@ -196,7 +213,7 @@ class GraphBuilder:
             ir_version=IR_VERSION,
             producer_name=contract.FORMAT,
             producer_version=tda_export.__version__,
-            functions=functions,
+            functions=[*functions, *integer_functions(self.weights.matrices.values())],
         )
 
 

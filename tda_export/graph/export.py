@@ -19,6 +19,7 @@ from tda_export.graph import contract
 from tda_export.graph.decoder import model_shape
 from tda_export.graph.genai import genai_config
 from tda_export.graph.seal import SEAL_KEY, manifest_hash
+from tda_export.graph.storage import Storage
 from tda_export.graph.weight_plan import Rows, plan_weights
 from tda_export.graph.weights_file import WeightTable, write_weights
 from tda_export.models.notes import say
@@ -56,14 +57,19 @@ class Design(Protocol):
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build: a model, the dtype of its weights (a value of `contract.DTYPES`), and what is done with them."""
+    """What to build: a model, how its weights are stored, and what is done with them."""
 
     source: ModelSource
-    dtype: str
+    storage: Storage
     design: Design
     budget: dict[str, Any]  # as it was asked for
     calibration_file: Path | None = None
     calibration: dict[str, Any] | None = None  # provenance
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of activations, a value of `contract.DTYPES`."""
+        return self.storage.dtype
 
 
 def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: Callable[[Path], None]) -> None:
@@ -80,7 +86,7 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
     """
     source, spec = request.source, request.source.spec
     tokenizer = source.tokenizer  # it may be damaged, which shows before anything is written
-    plan = list(plan_weights(spec, source.weights(), request.dtype, request.design.rows))
+    plan = list(plan_weights(spec, source.weights(), request.storage, request.design.rows))
     size = sum(planned.bytes for planned in plan)
     free = shutil.disk_usage(output.absolute().parent).free
     if size > free:

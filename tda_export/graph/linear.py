@@ -18,6 +18,8 @@ class HalfGraphBuilder(GraphBuilder):
     """Builds products and norms as functions; for half precision, which runs on CUDA."""
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:
+        if not self.weights.matrices[name].format.is_float:
+            return super().linear(x, name)
         return self.ops.op(operators.LINEAR, x, self.weight(name), domain=operators.FUNCTION_DOMAIN, early=1)
 
     def add_and_norm(

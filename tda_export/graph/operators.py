@@ -41,6 +41,37 @@ ROW_LINEAR_INPUTS = (
 )
 
 
+# Products with integer formats, named by bits: RowLinear4, RowLinear8 of input-major matrices, Linear4, Linear8 of
+# output-major ones. Attributes: `columns` of the matrix, `group`, and `early`.
+INTEGER_BITS = (4, 8)
+
+
+def row_linear_of(bits: int) -> str:
+    """Name the operator that multiplies as RowLinear does, by codes of so many bits."""
+    return f"{ROW_LINEAR}{bits}"
+
+
+def linear_of(bits: int) -> str:
+    """Name the operator that multiplies as Linear does, by codes of so many bits."""
+    return f"{LINEAR}{bits}"
+
+
+class IntegerInput:
+    """The inputs of products with integer formats; a bias may be absent, and Linear4 and Linear8 end before prices."""
+
+    X = "x"  # [.., in]
+    WEIGHT = "w"  # codes, uint8 [rows, bytes]
+    SCALES = "scales"  # float16 [rows, groups]
+    ZERO_POINTS = "zero_points"  # uint8 [rows, bytes]
+    ROW_PRICE = "row_price"  # float32 [in]
+    PRICE = "price"  # float32 [1]
+    BIAS = "bias"  # [out]
+
+
+INTEGER_LINEAR_INPUTS = (IntegerInput.X, IntegerInput.WEIGHT, IntegerInput.SCALES, IntegerInput.ZERO_POINTS)
+INTEGER_ROW_LINEAR_INPUTS = (*INTEGER_LINEAR_INPUTS, IntegerInput.ROW_PRICE, IntegerInput.PRICE, IntegerInput.BIAS)
+
+
 class FfnInput:
     """The inputs of IndexedFFN; a part is gate, up or down."""
 

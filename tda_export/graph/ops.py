@@ -23,6 +23,7 @@ DTYPES = {
     "int32": ir.DataType.INT32,
     "int64": ir.DataType.INT64,
     "bool": ir.DataType.BOOL,
+    "uint8": ir.DataType.UINT8,
 }
 
 

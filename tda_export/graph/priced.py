@@ -18,6 +18,7 @@ from tda_export.graph.decoder import GraphBuilder, last_positions, model_shape
 from tda_export.graph.ffn import plain_ffn
 from tda_export.graph.gated_activation import gated_activation, gated_activation_functions
 from tda_export.graph.greedy import greedy_token_function, greedy_tokens
+from tda_export.graph.integer_linear import integer_row_linear
 from tda_export.graph.linear import HalfGraphBuilder, linear_functions
 from tda_export.graph.row_linear import call_price, call_price_function, dropped_rows, row_linear, row_linear_functions
 from tda_export.graph.weight_plan import PricedRows
@@ -58,7 +59,11 @@ class RowGraphBuilder(GraphBuilder):
             self.kept.append(ops.op("ReduceSum", read, ops.constant([2], "int64"), keepdims=0))
         # The first layer has waited for the price, so that it is there for all that follow.
         early = not contract.in_a_layer(name, 0)
-        return row_linear(self.ops, x, self.weight(name), row_price, self.price, bias, early=early)
+        matrix = self.weights.matrices[name]
+        if matrix.format.is_float:
+            return row_linear(self.ops, x, self.weight(name), row_price, self.price, bias, early=early)
+        stored = self.stored(name)
+        return integer_row_linear(self.ops, matrix, x, stored, row_price, self.price, bias, early=early)
 
 
 class HalfRowGraphBuilder(RowGraphBuilder, HalfGraphBuilder):

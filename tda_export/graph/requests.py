@@ -9,14 +9,15 @@ from tda_export.calibration.budgets import Budget
 from tda_export.calibration.file import Calibration, read_calibration
 from tda_export.deployments import Asked
 from tda_export.errors import TdaError, UsageError
-from tda_export.graph.contract import DTYPE_BYTES
 from tda_export.graph.export import BuildRequest
 from tda_export.graph.indexed import IndexedDesign
 from tda_export.graph.method import Tail, griffin, tda
 from tda_export.graph.prefill import calibrated_prior
 from tda_export.graph.priced import PricedDesign
+from tda_export.graph.storage import Storage
 from tda_export.models.source import ModelSource
-from tda_export.packing import Packing
+from tda_export.packing import FLOAT, Packing, RowBytes, format_name
+from tda_export.pricing import PriceTable
 from tda_export.runtime.deployment import NO_REFRESH
 
 
@@ -36,29 +37,32 @@ def calibration_of(path: Path, source: ModelSource) -> Calibration:
     return calibration
 
 
-def default_packing(dtype: str) -> Packing:
-    """Return how linears are packed unless it is said: one threshold a site where a launch costs more than bytes."""
-    return "separate" if dtype == "float32" else "sites"
+def default_packing(storage: Storage) -> Packing:
+    """Return how linears are packed unless it is said: one threshold a site where a launch, or a short row, costs more
+    than bytes."""
+    integers = storage.format_of(format_name(0, "q")) is not None
+    return "separate" if storage.dtype == "float32" and not integers else "sites"
 
 
 def priced_request(
-    source: ModelSource, dtype: str, path: Path, asked: Asked, packing: Packing | None = None
+    source: ModelSource, storage: Storage, path: Path, asked: Asked, packing: Packing | None = None
 ) -> BuildRequest:
     """Return what --method priced builds.
 
     Args:
         source: The model.
-        dtype: A value of `contract.DTYPES`.
+        storage: How its weights are stored.
         path: Its calibration.
         asked: A price, sparsity or KL; without one the calibration's own budget.
-        packing: Of the linears; None chooses by dtype.
+        packing: Of the linears; None chooses by storage.
 
     Raises:
-        UsageError: The calibration holds no prices for this, or the budget is beyond its table.
+        UsageError: The calibration holds no prices for this, was measured with weights of another format, or the budget
+            is beyond its table.
         TdaError: It cannot be read, or is of another model.
     """
     calibration = calibration_of(path, source)
-    chosen = packing or default_packing(dtype)
+    chosen = packing or default_packing(storage)
     if calibration.priced is None:
         raise UsageError(
             f"{path} holds no prices. Calibrate again with 'tda-export calibrate --method priced', or build with "
@@ -70,8 +74,8 @@ def priced_request(
             f"{path} has no table of prices for --packing {chosen}. Calibrate again without --packing, or build with "
             f"--packing {next(iter(tables))}."
         )
-    element_bytes = DTYPE_BYTES[dtype]
-    table = tables[chosen].rescaled(element_bytes)
+    row_bytes = storage.row_bytes(source.spec)
+    table = _table_of(tables[chosen], row_bytes, path, asked)
     if not asked.has_budget:
         own = Budget(**calibration.provenance["budget"])
         asked = replace(asked, sparsity=own.sparsity, max_kl=own.max_kl if own.cett is None else None)
@@ -81,20 +85,35 @@ def priced_request(
         raise UsageError("A budget is one of --price, --sparsity and --max-kl. Give one of them.")
     if asked.price is not None:
         asked = replace(asked, price=max(float(asked.price), 0.0))  # a negative one is dense too
-    price = asked.price
-    if price is None:
-        price = table.price_for(sparsity=asked.sparsity, max_kl=asked.max_kl)
-    expected = table.predicted(price)
+    price, expected = asked.price, {}
+    if table is not None:
+        if price is None:
+            price = table.price_for(sparsity=asked.sparsity, max_kl=asked.max_kl)
+        row = table.predicted(price)
+        expected = {"sparsity": row.sparsity, "kl": row.kl, "share": row.share, "parts": row.parts}
+    assert price is not None
     budget = {"price": asked.price, "sparsity": asked.sparsity, "max_kl": asked.max_kl}
     design = PricedDesign(
         chosen,
-        calibration.priced.sums.row_prices(source.spec, chosen, element_bytes),
+        calibration.priced.sums.row_prices(source.spec, chosen, row_bytes),
         price,
-        table.to_dict(),
-        {"sparsity": 1.0 - expected.share, "kl": expected.kl, "share": expected.share, "parts": expected.parts},
+        None if table is None else table.to_dict(),
+        expected,
     )
     given = {name: value for name, value in budget.items() if value is not None}
-    return BuildRequest(source, dtype, design, given, path, calibration.provenance)
+    return BuildRequest(source, storage, design, given, path, calibration.provenance)
+
+
+def _table_of(table: PriceTable, row_bytes: RowBytes, path: Path, asked: Asked) -> PriceTable | None:
+    """Return the table for rows of these formats; None where it is of others and a price needs none."""
+    if table.formats == row_bytes.label:
+        return table.rescaled(row_bytes.element_bytes) if table.formats == FLOAT else table
+    if asked.price is not None:
+        return None
+    raise UsageError(
+        f"{path} was measured with weights of {table.formats}, and these are {row_bytes.label}: another KL. Make a "
+        "model of the new weights with 'tda-export quantize', and calibrate that; or give --price, 0 for dense."
+    )
 
 
 def mask_request(source: ModelSource, dtype: str, path: Path, asked: Asked, tail: Tail | None = None) -> BuildRequest:
@@ -123,10 +142,10 @@ def mask_request(source: ModelSource, dtype: str, path: Path, asked: Asked, tail
         calibrated_prior(calibration.curves, chosen.prior_tokens) if chosen.prior_tokens else None,
         refresh,
     )
-    return BuildRequest(source, dtype, design, budget.describe(), path, calibration.provenance)
+    return BuildRequest(source, Storage(dtype), design, budget.describe(), path, calibration.provenance)
 
 
 def griffin_request(source: ModelSource, dtype: str, sparsity: float) -> BuildRequest:
     """Return what --method griffin builds, which needs no calibration."""
     design = IndexedDesign(griffin(sparsity), [0.0] * source.spec.num_layers)
-    return BuildRequest(source, dtype, design, Budget(sparsity=sparsity, allocation="uniform").describe())
+    return BuildRequest(source, Storage(dtype), design, Budget(sparsity=sparsity, allocation="uniform").describe())

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from tda_export.graph import contract
+from tda_export.graph.storage import Storage
 from tda_export.graph.weight_plan import PricedRows, plan_weights
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import Packing, linear_shape, packed_matrices
+from tda_export.runtime.artifact import Artifact
+from tda_export.weights.matrix import Matrix
 
 KEY_AND_VALUE = 2
 # Matrices of a layer, however they are packed.
 ATTENTION_MATRICES = ("q", "k", "v", "qkv", "o")
 FFN_MATRICES = ("gate", "up", "gate_up", "down")
+LINEAR_MATRICES = (*ATTENTION_MATRICES, *FFN_MATRICES)
 
 
 @dataclass(frozen=True)
@@ -52,21 +55,24 @@ class Sizes:
         return dense / (dense - sparsity * (self.linears if linears else self.ffn))
 
 
-def weight_sizes(spec: DecoderSpec, weights: Mapping[str, int], dtype: str) -> Sizes:
+def weight_sizes(spec: DecoderSpec, weights: Mapping[str, int], matrices: Mapping[str, Matrix], dtype: str) -> Sizes:
     """Sort the weights of an artifact by what a token reads of them.
 
     Args:
         spec: The architecture.
-        weights: Bytes by name, as in weights.bin.
+        weights: Bytes of tensors by name, as in weights.bin.
+        matrices: Those that tensors belong to, by name.
         dtype: A value of `contract.DTYPES`.
     """
     looked_up = {*contract.ROPE_CACHES, *contract.LOCAL_ROPE_CACHES, contract.POSITIONS}  # a row of each is read
     if not spec.tied_head:
-        looked_up.add(contract.EMBEDDING)
+        looked_up |= {tensor.name for tensor in matrices[contract.EMBEDDING].tensors}
     ffn = attention = 0
     for layer in range(spec.num_layers):
-        ffn += sum(weights.get(contract.linear_weight(layer, stored), 0) for stored in FFN_MATRICES)
-        attention += sum(weights.get(contract.linear_weight(layer, stored), 0) for stored in ATTENTION_MATRICES)
+        of_layer = {stored: matrices.get(contract.linear_weight(layer, stored)) for stored in LINEAR_MATRICES}
+        sizes = {stored: matrix.bytes for stored, matrix in of_layer.items() if matrix is not None}
+        ffn += sum(sizes.get(stored, 0) for stored in FFN_MATRICES)
+        attention += sum(sizes.get(stored, 0) for stored in ATTENTION_MATRICES)
         looked_up |= {contract.down_squared_norms(layer), contract.neuron_scale(layer)}
     return Sizes(
         stored=sum(weights.values()),
@@ -78,13 +84,15 @@ def weight_sizes(spec: DecoderSpec, weights: Mapping[str, int], dtype: str) -> S
     )
 
 
-def planned_sizes(spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]], dtype: str, packing: Packing) -> Sizes:
+def planned_sizes(
+    spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]], storage: Storage, packing: Packing
+) -> Sizes:
     """Return the sizes of an artifact of prices of a model, before it is built.
 
     Args:
         spec: The architecture.
         shapes: Of the checkpoint's tensors, by name.
-        dtype: A value of `contract.DTYPES`.
+        storage: How they are stored.
         packing: Of the linears.
 
     Raises:
@@ -94,15 +102,17 @@ def planned_sizes(spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]], dtyp
         stored: torch.empty(spec.num_layers, linear_shape(spec, parts[0])[0], device="meta")
         for stored, parts in packed_matrices(spec, packing).items()
     }
-    plan = plan_weights(spec, _Shapes(shapes), dtype, PricedRows(packing, prices))
+    plan = list(plan_weights(spec, _Shapes(shapes), storage, PricedRows(packing, prices)))
     sizes = {planned.name: planned.bytes for planned in plan}
-    return weight_sizes(spec, sizes, dtype)
+    matrices = {planned.name: planned.matrix for planned in plan if planned.matrix}
+    return weight_sizes(spec, sizes, matrices, storage.dtype)
 
 
-def manifest_sizes(spec: DecoderSpec, weights: Mapping[str, dict[str, Any]], dtype: str) -> Sizes:
-    """Return the sizes of an artifact, given the weights of its manifest."""
-    sizes = {name: contract.tensor_bytes(entry["shape"], entry["dtype"]) for name, entry in weights.items()}
-    return weight_sizes(spec, sizes, dtype)
+def artifact_sizes(spec: DecoderSpec, artifact: Artifact) -> Sizes:
+    """Return the sizes of an artifact."""
+    entries = artifact.manifest["weights"].items()
+    sizes = {name: contract.tensor_bytes(entry["shape"], entry["dtype"]) for name, entry in entries}
+    return weight_sizes(spec, sizes, artifact.matrices, artifact.shape.dtype)
 
 
 class _Shapes:

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from tda_export.graph import contract
+from tda_export.graph.storage import PlannedWeight, Storage
 from tda_export.models.layout import Layout, Tensor
 from tda_export.models.rope import rope_table
 from tda_export.models.spec import DecoderSpec
 from tda_export.models.weights import Weights
-from tda_export.packing import Packing, packed_matrices
-from tda_export.weights.formats import FORMATS
-from tda_export.weights.matrix import Major, Matrix
-
-
-@dataclass(frozen=True)
-class PlannedWeight:
-    """A tensor of weights.bin: its name in the graphs, shape, dtype, and how to make it; `matrix` if it is one."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    load: Callable[[], torch.Tensor]
-    matrix: Matrix | None = None
-
-    @property
-    def bytes(self) -> int:
-        """What it takes in the file, without padding."""
-        return contract.tensor_bytes(self.shape, self.dtype)
+from tda_export.packing import Packing, format_name, packed_matrices
+from tda_export.weights.matrix import Major
 
 
 @dataclass(frozen=True)
@@ -60,7 +44,7 @@ Rows = IndexedRows | PricedRows
 
 
 def plan_weights(
-    spec: DecoderSpec, weights: Weights, dtype: str, rows: Rows = IndexedRows()
+    spec: DecoderSpec, weights: Weights, storage: Storage, rows: Rows = IndexedRows()
 ) -> Iterator[PlannedWeight]:
     """List the tensors of weights.bin in file order, checking each shape against the spec.
 
@@ -69,29 +53,31 @@ def plan_weights(
     Args:
         spec: The architecture.
         weights: The checkpoint.
-        dtype: A value of `contract.DTYPES`, of everything but row prices and the constants of statistics and estimates.
+        storage: How they are stored; row prices and the constants of statistics and estimates are float32.
         rows: What the rows of the layers' matrices are.
 
     Raises:
         TdaError: A tensor is missing or has another shape than the configuration says.
+        UsageError: What is to lie side by side has different formats.
     """
-    return _Planner(spec, weights, dtype, rows).plan()
+    return _Planner(spec, weights, storage, rows).plan()
 
 
 class _Planner:
-    def __init__(self, spec: DecoderSpec, weights: Weights, dtype: str, rows: Rows) -> None:
-        self._spec, self._dtype, self._rows = spec, dtype, rows
+    def __init__(self, spec: DecoderSpec, weights: Weights, storage: Storage, rows: Rows) -> None:
+        self._spec, self._storage, self._dtype, self._rows = spec, storage, storage.dtype, rows
         self._layout = Layout(spec, weights)
 
     def plan(self) -> Iterator[PlannedWeight]:
         spec, dtype, layout = self._spec, self._dtype, self._layout
         names, m, width = spec.names, spec.hidden_size, spec.embedding_width
-        yield self._matrix(contract.EMBEDDING, layout.plain(f"{names.embedding}.weight", spec.vocab_size, width))
+        embedding = layout.plain(f"{names.embedding}.weight", spec.vocab_size, width)
+        yield from self._outer(contract.EMBEDDING, embedding)
         if spec.position_offset is not None:
             yield self._stored(contract.POSITIONS, layout.positions())
         if width != m:
-            yield self._matrix(contract.PROJECT_IN, layout.linear(names.project_in, m, width))
-            yield self._matrix(contract.PROJECT_OUT, layout.linear(names.project_out, width, m))
+            yield from self._floats(contract.PROJECT_IN, layout.linear(names.project_in, m, width))
+            yield from self._floats(contract.PROJECT_OUT, layout.linear(names.project_out, width, m))
         for rope, caches in ((spec.rope, contract.ROPE_CACHES), (spec.local_rope, contract.LOCAL_ROPE_CACHES)):
             if rope is not None:
                 for function, name in zip(("cos", "sin"), caches, strict=True):
@@ -117,15 +103,18 @@ class _Planner:
         if spec.final_norm:
             yield from self._norm(contract.FINAL_NORM, names.final_norm)
         if not spec.tied_head:
-            yield self._matrix(contract.HEAD, layout.plain(f"{names.head}.weight", spec.vocab_size, width))
+            yield from self._outer(contract.HEAD, layout.plain(f"{names.head}.weight", spec.vocab_size, width))
 
     def _stored(self, target: str, tensor: Tensor, dtype: str | None = None) -> PlannedWeight:
         return PlannedWeight(target, tensor.shape, dtype or self._dtype, tensor.load)
 
-    def _matrix(self, target: str, tensor: Tensor, major: Major = "output") -> PlannedWeight:
-        rows, columns = tensor.shape
-        described = Matrix(target, rows, columns, FORMATS[self._dtype], major)
-        return PlannedWeight(target, tensor.shape, self._dtype, tensor.load, described)
+    def _outer(self, target: str, tensor: Tensor) -> Iterator[PlannedWeight]:
+        """List a matrix outside the layers."""
+        return self._storage.plan(target, tensor, "output", [target])
+
+    def _floats(self, target: str, tensor: Tensor, major: Major = "output") -> Iterator[PlannedWeight]:
+        """List a matrix that is stored as floats, as all of the indexed layout are."""
+        return Storage(self._dtype).plan(target, tensor, major, [target])
 
     def _norm(self, target: str, module: str) -> Iterator[PlannedWeight]:
         size = self._spec.hidden_size
@@ -138,7 +127,7 @@ class _Planner:
         if isinstance(self._rows, PricedRows):
             yield from self._priced(layer, ("q", "k", "v"), biased=self._spec.qkv_bias)
             return
-        yield self._matrix(contract.qkv_weight(layer), self._layout.qkv(layer))
+        yield from self._floats(contract.qkv_weight(layer), self._layout.qkv(layer))
         if self._spec.qkv_bias:
             yield self._stored(contract.qkv_bias(layer), self._layout.qkv_bias(layer))
 
@@ -147,7 +136,7 @@ class _Planner:
         if isinstance(self._rows, PricedRows):
             yield from self._priced(layer, ("o",), biased=spec.attention_out_bias)
             return
-        yield self._matrix(name, self._layout.part(layer, "o"))
+        yield from self._floats(name, self._layout.part(layer, "o"))
         if spec.attention_out_bias:
             yield self._stored(contract.attention_out_bias(layer), self._layout.part_bias(layer, "o"))
 
@@ -158,7 +147,7 @@ class _Planner:
             return
         for part in spec.ffn_parts:
             major: Major = "input" if part == "down" else "output"  # a row is a neuron
-            yield self._matrix(contract.ffn_weight(layer, part), layout.ffn(layer, part), major)
+            yield from self._floats(contract.ffn_weight(layer, part), layout.ffn(layer, part), major)
         if spec.ffn_bias:
             for part in spec.ffn_parts:
                 yield self._stored(contract.ffn_bias(layer, part), layout.ffn_bias(layer, part))
@@ -180,7 +169,8 @@ class _Planner:
             if parts[0] not in wanted:
                 continue
             name, layout = contract.linear_weight(layer, stored), self._layout
-            yield self._matrix(name, _side_by_side([layout.part(layer, part) for part in parts]), "input")
+            tensor = _side_by_side([layout.part(layer, part) for part in parts])
+            yield from self._storage.plan(name, tensor, "input", [format_name(layer, part) for part in parts])
             if biased:
                 yield self._stored(contract.linear_bias(name), _joined([layout.part_bias(layer, p) for p in parts]))
             price = self._rows.prices[stored][layer]

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 
 from tda_export.graph.ops import DTYPES
-from tda_export.graph.weight_plan import PlannedWeight
+from tda_export.graph.storage import PlannedWeight
 from tda_export.weights.matrix import Matrix
 
 ALIGNMENT = 4096  # bytes; lets a runtime map each tensor into memory

@@ -52,7 +52,7 @@ def artifact_prices(table: PriceTable, price: float, priced: Priced | None) -> l
     sections = [prices_section([table], {table.packing: price})]
     if priced is not None and table.packing in priced.measured:
         # A price is per byte: what was measured was for rows of another size.
-        measured = price * table.element_bytes / priced.element_bytes
+        measured = price * table.element_bytes / priced.row_bytes.element_bytes
         sections.append(densities_section([layer_densities(priced, table.packing, measured)]))
     return sections
 

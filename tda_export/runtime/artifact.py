@@ -73,6 +73,11 @@ class Artifact:
         return str(self.manifest["layout"])
 
     @property
+    def has_integers(self) -> bool:
+        """Whether matrices are stored as integers."""
+        return not all(matrix.format.is_float for matrix in self.matrices.values())
+
+    @property
     def linear_bytes(self) -> int:
         """Weight bytes of the linears of all layers, attention and FFN, which a dense step reads for a token."""
         return sum(matrix.bytes for name, matrix in self.matrices.items() if contract.in_a_layer(name))

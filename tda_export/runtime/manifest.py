@@ -111,10 +111,12 @@ def _check_weights(manifest: dict[str, Any], shape: ModelShape, matrices: dict[s
         _require(set(manifest["graph_weights"][file]) <= weights.keys(), f"graph_weights.{file}")
     # Embeddings of another width than M come with a projection.
     width = weights[contract.PROJECT_IN]["shape"][1] if contract.PROJECT_IN in weights else shape.hidden_size
-    _require(weights[contract.EMBEDDING]["shape"] == [shape.vocab_size, width], "shape.vocab_size")
+    _require(matrices[contract.EMBEDDING].shape == (shape.vocab_size, width), "shape.vocab_size")
     for name, matrix in matrices.items():
-        stored = {"dtype": matrix.format.name, "shape": list(matrix.shape)}
-        _require({key: weights[name][key] for key in stored} == stored, f"matrices.{name}")
+        for stored in matrix.tensors:
+            entry = weights[stored.name]
+            fits = (entry["dtype"], entry["shape"]) == (stored.dtype, list(stored.shape))
+            _require(fits, f"matrices.{name}")
     for layer in range(shape.num_layers):
         down = contract.ffn_weight(layer, "down")
         _require(down in matrices and matrices[down].shape == (shape.ffn_size, shape.hidden_size), f"matrices.{down}")

@@ -16,7 +16,7 @@ from tda_export.runtime.graph_check import check_graph
 from tda_export.runtime.providers import CUDA, EXECUTION_PROVIDERS, provider_arguments
 
 ERRORS_ONLY = 3  # ONNX Runtime warns of every input that has a default
-ONNX_TYPES = {"float32": 1, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16}
+ONNX_TYPES = {"float32": 1, "uint8": 2, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16}
 STORAGE = {"bfloat16": "uint16"}  # numpy has no bfloat16: its bits stand for it
 THREADS = "TDA_EXPORT_THREADS"  # environment: of a session on the CPU; all cores unless it is set
 GRAPH_ID = "gpu_graph_id"  # a run option: which captured graph to replay
@@ -27,9 +27,10 @@ KERNEL_ERROR = f"{operators.FUNCTION_DOMAIN}::"  # how the native library begins
 class Sessions:
     """Prefill and decode of one artifact on one provider.
 
-    `native` says whether the native kernels are in use: on CUDA in both sessions, on the CPU in decode (prefill's
-    operators have kernels for CUDA alone, and their function bodies are as fast on the CPU). Without them, which is
-    said once on standard error, the function bodies run. With them decode on CUDA is captured as a CUDA graph.
+    `native` says whether the native kernels are in use: on CUDA in both sessions, on the CPU in decode and, where
+    weights are integers, in prefill (whose other operators have kernels for CUDA alone, and function bodies that are as
+    fast on the CPU). Without them, which is said once on standard error, the function bodies run. With them decode on
+    CUDA is captured as a CUDA graph.
 
     On CUDA the weights are uploaded once and given to both sessions as initializers. On the CPU both map weights.bin
     into memory. Decode also packs the weights of attention and head for its products, a copy that makes it faster;
@@ -64,13 +65,13 @@ class Sessions:
     def _open(self, artifact: Artifact, *, native: bool) -> None:
         provider = self.provider
         self.native = native
+        self.native_prefill = provider == CUDA or artifact.has_integers
         self.captures = native and provider == CUDA
         # The kernel that selects by threshold pads masks to all neurons, so that buffers keep their size.
         self.pads_masks = self.captures and artifact.manifest["method"].get("selection") == "threshold"
         prefill, decode = contract.PREFILL_FILE, contract.DECODE_FILE
-        self.prefill = open_session(
-            artifact, prefill, provider, self.weights_of(artifact, prefill), native=self.captures
-        )
+        weights = self.weights_of(artifact, prefill)
+        self.prefill = open_session(artifact, prefill, provider, weights, native=native and self.native_prefill)
         self.decode = open_session(
             artifact,
             decode,
@@ -99,6 +100,8 @@ class Sessions:
 def _native_problem(artifact: Artifact, provider: str) -> str | None:
     if provider != CUDA and artifact.shape.dtype != "float32":
         return f"on the CPU they compute in float32 alone, and this artifact is {artifact.shape.dtype}"
+    if provider == CUDA and artifact.has_integers:
+        return "those for CUDA multiply by floats alone, and this artifact has integers"
     return native_problem()
 
 

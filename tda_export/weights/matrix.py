@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tda_export.weights.formats import FORMATS, WeightFormat
+from tda_export.weights.formats import FORMATS, StoredTensor, WeightFormat
 
 # What a row of a stored matrix belongs to. `input`: row i holds what leaves input channel i, so that y is the sum of
 # x_i times row i, and a row whose x_i does not matter need not be read. `output`: row j is multiplied by x and gives
@@ -15,7 +15,7 @@ Major = Literal["input", "output"]
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix of weights.bin, [rows, columns], one row after another. `name` is that of its tensor in the graphs."""
+    """A matrix of weights.bin, [rows, columns], one row after another. `name` is that of its first tensor."""
 
     name: str
     rows: int
@@ -47,6 +47,11 @@ class Matrix:
         """Bytes of all rows."""
         return self.rows * self.row_bytes
 
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """The tensors of weights.bin that it is stored in."""
+        return self.format.tensors(self.name, self.rows, self.columns)
+
     def describe(self) -> dict[str, Any]:
         """Return what a manifest keeps under the matrix's name."""
         return {
@@ -54,7 +59,7 @@ class Matrix:
             "rows": self.rows,
             "columns": self.columns,
             "major": self.major,
-            "tensors": [self.name],
+            "tensors": [tensor.name for tensor in self.tensors],
         }
 
 
@@ -71,6 +76,7 @@ def read_matrix(name: str, content: dict[str, Any]) -> Matrix:
         raise ValueError(f"matrices.{name}.format")
     if content["major"] not in ("input", "output"):
         raise ValueError(f"matrices.{name}.major")
-    if content["tensors"] != [name]:
+    matrix = Matrix(name, rows, columns, FORMATS[content["format"]], content["major"])
+    if content["tensors"] != matrix.describe()["tensors"]:
         raise ValueError(f"matrices.{name}.tensors")
-    return Matrix(name, rows, columns, FORMATS[content["format"]], content["major"])
+    return matrix

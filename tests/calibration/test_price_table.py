@@ -16,7 +16,7 @@ from tda_export.calibration.price_table import SHARES, Measured, choose_prices, 
 from tda_export.calibration.prices import no_prices, price_continuation, read_prompt, sampled_labels
 from tda_export.errors import TdaError
 from tda_export.models.spec import DecoderSpec
-from tda_export.packing import PACKINGS, linear_parts, linear_shape, matrix_row_bytes, packed_matrices
+from tda_export.packing import PACKINGS, RowBytes, linear_parts, linear_shape, packed_matrices
 from tests.linears_by_hand import by_hand, patched
 
 Family = Callable[[str], tuple[Any, DecoderSpec]]
@@ -33,7 +33,7 @@ def row_prices_of(model: Any, spec: DecoderSpec, tokens: torch.Tensor) -> dict[A
     for index, sequence in enumerate(tokens):
         cache = read_prompt(model, sequence[:PROMPT])
         sums = sums + price_continuation(model, spec, cache, sequence[PROMPT:], sampled_labels(1, 0, index))
-    return {packing: sums.row_prices(spec, packing, 4) for packing in PACKINGS}
+    return {packing: sums.row_prices(spec, packing, RowBytes(4)) for packing in PACKINGS}
 
 
 def shapes(spec: DecoderSpec) -> dict[str, tuple[int, int]]:
@@ -74,7 +74,7 @@ def test_chosen_prices_leave_their_shares_of_dense_inputs(family: Family, name: 
     model, spec = family(name)
     tokens = draw_tokens(spec, 2)
     row_prices = row_prices_of(model, spec, tokens)
-    chosen = choose_prices(model, spec, tokens, PROMPT, row_prices, 4)
+    chosen = choose_prices(model, spec, tokens, PROMPT, row_prices, RowBytes(4))
     inputs: list[tuple[int, str, torch.Tensor]] = []
 
     def see(layer: int, part: str, x: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
@@ -110,9 +110,9 @@ def test_bytes_and_kl_by_hand(family: Family, name: str, packing: Any) -> None:
     done: list[int] = []
     for sequence in tokens[1::2]:
         measure_sequence(model, spec, sequence, PROMPT, {packing: row_prices}, {packing: measured}, done.append)
-    table = measured.table(shapes(spec), packing, 4, CONTINUATION)
+    table = measured.table(shapes(spec), packing, RowBytes(4), CONTINUATION)
     assert done == [1] * 4
-    assert (table.packing, table.element_bytes, table.continuation_tokens) == (packing, 4, CONTINUATION)
+    assert (table.packing, table.element_bytes, table.continuation_tokens) == (packing, RowBytes(4), CONTINUATION)
 
     kls: list[torch.Tensor] = []
     agreements: list[torch.Tensor] = []
@@ -154,7 +154,7 @@ def test_bytes_and_kl_by_hand(family: Family, name: str, packing: Any) -> None:
         ("ffn_share", spec.ffn_parts),
         ("attention_share", ("q", "k", "v", "o")),
     ):
-        size = {part: matrix_row_bytes(spec, (part,), 4) * shapes(spec)[part][0] for part in parts}
+        size = {part: 4 * shapes(spec)[part][1] * shapes(spec)[part][0] for part in parts}
         expected = sum(row.parts[part] * size[part] for part in parts) / sum(size.values())
         assert getattr(row, share) == pytest.approx(expected), share
     assert (first.share < 0.95) == (name == "opt")  # ReLU's zeros
@@ -164,12 +164,12 @@ def test_sparser_is_worse(family: Family) -> None:
     model, spec = family("llama")
     tokens = draw_tokens(spec, 4)
     row_prices = row_prices_of(model, spec, tokens[::2])
-    chosen = choose_prices(model, spec, tokens[::2], PROMPT, row_prices, 4)
+    chosen = choose_prices(model, spec, tokens[::2], PROMPT, row_prices, RowBytes(4))
     measured = {packing: Measured.begin(spec, prices) for packing, prices in chosen.items()}
     for sequence in tokens[1::2]:
         measure_sequence(model, spec, sequence, PROMPT, row_prices, measured)
     for packing in PACKINGS:
-        rows = measured[packing].table(shapes(spec), packing, 4, CONTINUATION).rows
+        rows = measured[packing].table(shapes(spec), packing, RowBytes(4), CONTINUATION).rows
         assert len(rows) == 1 + len(SHARES)
         shares = [row.share for row in rows]
         assert shares == sorted(shares, reverse=True)
@@ -181,7 +181,7 @@ def test_an_interrupted_sequence_is_not_counted(family: Family) -> None:
     model, spec = family("llama")
     tokens = draw_tokens(spec, 2)
     row_prices = row_prices_of(model, spec, tokens[:1])
-    chosen = choose_prices(model, spec, tokens[:1], PROMPT, row_prices, 4)
+    chosen = choose_prices(model, spec, tokens[:1], PROMPT, row_prices, RowBytes(4))
     measured = {packing: Measured.begin(spec, prices) for packing, prices in chosen.items()}
     before = copy.deepcopy(measured)
     calls = 0
@@ -213,5 +213,5 @@ def test_one_sequence_has_no_standard_error(family: Family) -> None:
     measured = Measured.begin(spec, [1e-30])
     prices = row_prices_of(model, spec, tokens)["separate"]
     measure_sequence(model, spec, tokens[0], PROMPT, {"separate": prices}, {"separate": measured})
-    row = measured.table(shapes(spec), "separate", 4, CONTINUATION).rows[1]
+    row = measured.table(shapes(spec), "separate", RowBytes(4), CONTINUATION).rows[1]
     assert (row.kl_stderr, row.share) == (0.0, 1.0)

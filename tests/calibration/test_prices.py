@@ -19,6 +19,7 @@ from tda_export.calibration.prices import (
 )
 from tda_export.errors import TdaError
 from tda_export.models.spec import DecoderSpec
+from tda_export.packing import RowBytes
 from tests.linears_by_hand import by_hand, patched, sites_of
 from tests.tiny import FAMILIES
 
@@ -171,11 +172,11 @@ def test_row_prices(family: Family) -> None:
     """c² a byte, of the rows that a packing stores."""
     model, spec = family("llama")
     sums = price(model, spec, draw_tokens(spec.vocab_size), sampled_labels(1, 0, 0))
-    separate, sites = (sums.row_prices(spec, packing, 4) for packing in ("separate", "sites"))
+    separate, sites = (sums.row_prices(spec, packing, RowBytes(4)) for packing in ("separate", "sites"))
     assert list(separate) == ["q", "k", "v", "o", "gate", "up", "down"]
     assert list(sites) == ["qkv", "o", "gate_up", "down"]
     mean = {name: square / CONTINUATION for name, square in sums.square.items()}
     torch.testing.assert_close(separate["k"], (mean["k"] / (32 * 4)).float())
     torch.testing.assert_close(sites["qkv"], (mean["qkv"] / ((64 + 32 + 32) * 4)).float())
     torch.testing.assert_close(sites["gate_up"], (mean["gate_up"] / (2 * 96 * 4)).float())
-    torch.testing.assert_close(sums.row_prices(spec, "separate", 2)["down"], 2 * separate["down"])
+    torch.testing.assert_close(sums.row_prices(spec, "separate", RowBytes(2))["down"], 2 * separate["down"])

@@ -22,7 +22,7 @@ from tda_export.evaluation.text import TextSettings, evaluate_text
 from tda_export.graph import contract
 from tda_export.models.row_dropping import dropping
 from tda_export.models.source import ModelSource
-from tda_export.packing import PACKINGS, Packing, Parts, droppable_matrices, linear_shape, packed_matrices
+from tda_export.packing import PACKINGS, Packing, Parts, RowBytes, droppable_matrices, linear_shape, packed_matrices
 from tda_export.runtime import Model, load
 from tda_export.runtime.kv_cache import KvCache
 
@@ -50,7 +50,7 @@ def row_prices(model: Model, request: Request, source: ModelSource) -> tuple[dic
     assert table is not None
     assert request.sparsity is not None
     if request.method == "priced":
-        own = priced.sums.row_prices(spec, packing, 4)
+        own = priced.sums.row_prices(spec, packing, RowBytes(4))
         kept = {name: own[name] for name in droppable_matrices(spec, packing, parts)}
         return kept, table.of_parts(parts).price_for(sparsity=request.sparsity)
     densities = uniform_densities(spec, packing, parts, request.sparsity)

@@ -13,6 +13,7 @@ from tda_export.graph import contract
 from tda_export.graph.export import BuildRequest, export_artifact
 from tda_export.graph.indexed import IndexedDesign
 from tda_export.graph.method import tda
+from tda_export.graph.storage import Storage
 from tda_export.models.source import resolve_model
 from tda_export.native.library import LIBRARY
 from tda_export.runtime import load
@@ -39,7 +40,7 @@ def empty_artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     """Thresholds that no score reaches: the masks hold no neuron."""
     path, source = tmp_path_factory.mktemp("empty") / "artifact", resolve_model(str(tiny_model))
     design = IndexedDesign(tda(), [10.0] * source.spec.num_layers)
-    request = BuildRequest(source, "float32", design, Budget(sparsity=0.5).describe())
+    request = BuildRequest(source, Storage("float32"), design, Budget(sparsity=0.5).describe())
     export_artifact(request, path, quiet=True, check=lambda folder: None)
     return path
 

@@ -16,6 +16,7 @@ from tda_export.graph.comparison import PROMPTS
 from tda_export.graph.export import BuildRequest, export_artifact
 from tda_export.graph.indexed import IndexedDesign
 from tda_export.graph.method import Method, griffin, tda
+from tda_export.graph.storage import Storage
 from tda_export.graph.verify import verify_artifact
 from tda_export.models.source import ModelSource, resolve_model
 from tests.tiny import FAMILIES, save_tiny_model
@@ -28,7 +29,7 @@ def build_tiny(source: ModelSource, output: Path, *, method: Method | None = Non
     spec = source.spec
     up_rms = torch.ones(spec.num_layers, spec.ffn_size) if method.two_levels else None
     design = IndexedDesign(method, [THRESHOLD] * spec.num_layers, up_rms=up_rms)
-    request = BuildRequest(source, dtype, design, Budget(sparsity=0.5).describe())
+    request = BuildRequest(source, Storage(dtype), design, Budget(sparsity=0.5).describe())
     export_artifact(request, output, quiet=True, check=lambda folder: None)
     return output
 

@@ -12,6 +12,7 @@ import torch
 from tda_export.graph.export import BuildRequest, export_artifact
 from tda_export.graph.priced import PricedDesign
 from tda_export.graph.priced_parity import PricedComparison
+from tda_export.graph.storage import Storage
 from tda_export.graph.verify import verify_artifact
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.packing import PACKINGS, Packing, linear_shape, packed_matrices
@@ -29,7 +30,7 @@ def random_prices(source: ModelSource, packing: Packing, seed: int = 0) -> dict[
 
 def build_priced(source: ModelSource, output: Path, packing: Packing, *, dtype: str = "float32") -> Path:
     design = PricedDesign(packing, random_prices(source, packing), 0.0)
-    request = BuildRequest(source, dtype, design, {"price": 0.0})
+    request = BuildRequest(source, Storage(dtype), design, {"price": 0.0})
     export_artifact(request, output, quiet=True, check=lambda folder: None)
     return output
 

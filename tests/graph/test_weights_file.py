@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tda_export.errors import TdaError
 from tda_export.graph import contract
 from tda_export.graph.ops import to_numpy
+from tda_export.graph.storage import Storage
 from tda_export.graph.weight_plan import IndexedRows, plan_weights
 from tda_export.graph.weights_file import ALIGNMENT, write_weights
 from tda_export.models.source import resolve_model
@@ -38,7 +39,9 @@ def test_tensors_lie_where_the_table_says(model_folder: Path, tmp_path: Path, dt
     up_rms = torch.rand(source.spec.num_layers, source.spec.ffn_size)
     advanced: list[int] = []
     table, digest = write_weights(
-        list(plan_weights(source.spec, weights, dtype, IndexedRows(up_rms))), tmp_path / "weights.bin", advanced.append
+        list(plan_weights(source.spec, weights, Storage(dtype), IndexedRows(up_rms))),
+        tmp_path / "weights.bin",
+        advanced.append,
     )
     content = (tmp_path / "weights.bin").read_bytes()
     assert len(digest) == 64
@@ -69,7 +72,7 @@ def test_missing_tensor(model_folder: Path) -> None:
     change_weight(model_folder, "model.layers.1.mlp.up_proj.weight", None)
     source = resolve_model(str(model_folder))
     with pytest.raises(TdaError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is missing from the checkpoint"):
-        list(plan_weights(source.spec, source.weights(), "float32"))
+        list(plan_weights(source.spec, source.weights(), Storage("float32")))
 
 
 def test_tensor_of_another_shape(model_folder: Path) -> None:
@@ -78,4 +81,4 @@ def test_tensor_of_another_shape(model_folder: Path) -> None:
     with pytest.raises(
         TdaError, match=r"down_proj\.weight: config\.json says shape \[64, 96\], the checkpoint has \[96, 64\]"
     ):
-        list(plan_weights(source.spec, source.weights(), "float32"))
+        list(plan_weights(source.spec, source.weights(), Storage("float32")))

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from tda_export.errors import TdaError
+from tda_export.graph.storage import Storage
 from tda_export.graph.weight_plan import plan_weights
 from tda_export.models.families import ACTIVATIONS, FAMILIES, check_architecture, read_spec
 from tda_export.models.spec import DecoderSpec, RopeSpec, spec_from_dict
@@ -83,7 +84,7 @@ def test_spec_describes_the_checkpoint(name: str, tmp_path: Path) -> None:
             seen.add(self._key(name))
             return super().shape(name)
 
-    plan = list(plan_weights(spec, Recorded(folder), "float32"))
+    plan = list(plan_weights(spec, Recorded(folder), Storage("float32")))
     assert seen == set(weights.names)
     assert len({planned.name for planned in plan}) == len(plan)
     for planned in plan:

@@ -19,6 +19,7 @@ from tda_export.graph.export import BuildRequest, export_artifact
 from tda_export.graph.indexed import IndexedDesign
 from tda_export.graph.method import tda
 from tda_export.graph.reference import reference_logits
+from tda_export.graph.storage import Storage
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.runtime import Model, load
 from tda_export.runtime.decode_step import DecodeStep
@@ -263,7 +264,9 @@ def test_logits_of_a_padded_prompt(model: Model, padding: int, number: int | Non
 def test_prompt_longer_than_a_chunk(tmp_path: Path) -> None:
     """The driver's own way with long prompts, against transformers, which reads them at once."""
     source = resolve_model(str(save_tiny_model("llama", tmp_path / "model", max_position_embeddings=4096)))
-    request = BuildRequest(source, "float32", IndexedDesign(tda(), [0.08] * 3), Budget(sparsity=0.5).describe())
+    request = BuildRequest(
+        source, Storage("float32"), IndexedDesign(tda(), [0.08] * 3), Budget(sparsity=0.5).describe()
+    )
     export_artifact(request, tmp_path / "artifact", quiet=True, check=lambda folder: None)
     model = load(tmp_path / "artifact", provider="cpu")
     tokens = torch.randint(
