@@ -6,7 +6,7 @@ and no more than one tensor of the checkpoint at a time but for Q, K and V in th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,8 +16,47 @@ from tda_export.errors import TdaError
 from tda_export.models.rope import rotary_order
 from tda_export.models.spec import DecoderSpec
 from tda_export.models.weights import OTHER_FILES, Weights
+from tda_export.packing import linear_parts
 
 QKV_PARTS = ("q", "k", "v")
+
+
+def module_parts(spec: DecoderSpec) -> dict[str, tuple[str, ...]]:
+    """Return the parts of a layer that are in each module, in the order that a module packs them.
+
+    Modules have `{i}` in place of the layer.
+    """
+    names = spec.names
+    modules = {"q": names.query, "k": names.key, "v": names.value, "o": names.attention_out}
+    modules |= {"gate": names.gate, "up": names.up, "down": names.down}
+    found: dict[str, tuple[str, ...]] = {}
+    for part in linear_parts(spec):
+        found[modules[part]] = (*found.get(modules[part], ()), part)
+    return found
+
+
+def checkpoint_order(spec: DecoderSpec, part: str, weight: torch.Tensor) -> torch.Tensor:
+    """Put the outputs of a part [in, out] from the order of the graphs back into the checkpoint's."""
+    if part not in ("q", "k") or spec.rotary_size is None:
+        return weight
+    heads = weight.unflatten(1, (-1, spec.head_size))  # [in, heads, D]
+    return heads[:, :, rotary_order(spec.head_size, spec.rotary_size).argsort()].flatten(1)
+
+
+def module_weight(spec: DecoderSpec, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Make the weight of a module, as the checkpoint has it, from its parts: undo what `Layout.part` does.
+
+    Args:
+        spec: The architecture.
+        parts: All parts of the module, [in, out] of each, in the order of `module_parts`.
+    """
+    ordered = [checkpoint_order(spec, part, weight) for part, weight in parts.items()]
+    if "q" in parts and spec.qkv_layout == "by_head":
+        heads = [weight.unflatten(1, (spec.num_heads, spec.head_size)) for weight in ordered]  # [in, H, D] of each
+        whole = torch.stack(heads, dim=2).flatten(1)
+    else:
+        whole = torch.cat(ordered, dim=1)
+    return (whole if spec.transposed_linears else whole.T).contiguous()
 
 
 @dataclass(frozen=True)

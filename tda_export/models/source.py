@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,17 +23,20 @@ from tda_export.models.gguf_file import GgufHeader, read_gguf_header
 from tda_export.models.gguf_header import check_gguf_header
 from tda_export.models.gguf_tokenizer import correct_gguf_tokenizer
 from tda_export.models.notes import nothing_but_notes, quiet_transformers, say
+from tda_export.models.quantised import QuantisedWeights, read_quantisation
 from tda_export.models.skeleton import skeleton_shapes
 from tda_export.models.spec import DecoderSpec
 from tda_export.models.weights import (
     OTHER_FILES,
     SINGLE_FILE,
+    SafetensorsWeights,
     StateDictWeights,
     Weights,
     has_own_head,
     has_safetensors,
     open_safetensors,
 )
+from tda_export.weights.integers import Codes
 
 HUB_FILES = ["*.json", "model*.safetensors", "*.jinja", "tokenizer*", "merges.txt", "vocab.txt", "spiece.model"]
 HUB_IGNORED = ["*/*", "consolidated*"]  # other layouts of the same weights
@@ -67,7 +70,30 @@ class ModelSource:
         else:
             self._check_configuration_file()
         with _readable_errors(self):
-            return AutoConfig.from_pretrained(self.folder, trust_remote_code=False, **self._gguf_argument)
+            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False, **self._gguf_argument)
+        if self.quantisation is not None:  # what is handed out is the de-quantised model's
+            del config.quantization_config
+        return config
+
+    @cached_property
+    def quantisation(self) -> dict[str, Any] | None:
+        """What config.json says of how `tda-export quantize` made the folder, None of other models."""
+        return None if self.gguf else read_quantisation(self.folder)
+
+    @property
+    def codes(self) -> Mapping[str, Codes]:
+        """The matrices that the folder has as integers, exactly; none of a float model.
+
+        By name: `layers.{i}.{part}` [in, out] as `Layout.part` transposed has it, `embedding` and `head` [V, M]. A tied
+        head is the embedding and has no entry. Each is read from the file when it is looked at.
+        """
+        return {} if self.quantisation is None else self._quantised.codes
+
+    @cached_property
+    def _quantised(self) -> QuantisedWeights:
+        assert self.quantisation is not None
+        with _readable_errors(self):
+            return QuantisedWeights(self.folder, read_spec(self.config), self.quantisation)
 
     @cached_property
     def header(self) -> GgufHeader:
@@ -84,7 +110,7 @@ class ModelSource:
             spec = read_spec(config)
         if self.gguf or not has_safetensors(self.folder):
             return spec
-        weights = open_safetensors(self.folder)
+        weights = self._checkpoint
         if spec.num_layers > len(weights.names):
             raise TdaError(
                 f"{self.name}: num_hidden_layers in config.json is {spec.num_layers} and the checkpoint has "
@@ -128,14 +154,19 @@ class ModelSource:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of architecture and weights (see `tda_export.models.fingerprint`)."""
-        files = [self.folder / self.gguf] if self.gguf else open_safetensors(self.folder).files
+        files = [self.folder / self.gguf] if self.gguf else self._checkpoint.files
         return fingerprint(self.spec, files)
 
     def weights(self) -> Weights:
         """Open the checkpoint's weights for reading one tensor at a time."""
         if self.gguf is None:
-            return open_safetensors(self.folder)
+            return self._checkpoint
         return StateDictWeights(self._dequantised.state_dict())
+
+    @property
+    def _checkpoint(self) -> SafetensorsWeights | QuantisedWeights:
+        """The weights of a folder."""
+        return open_safetensors(self.folder) if self.quantisation is None else self._quantised
 
     def reference(self, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
         """Load the model in PyTorch with transformers, in evaluation mode."""
@@ -146,18 +177,27 @@ class ModelSource:
             import copy
 
             return copy.deepcopy(self._dequantised).to(device=device, dtype=dtype).eval()
-        open_safetensors(self.folder)  # refuses pickled weights, and names a missing shard
-        return self._load(dtype=dtype, use_safetensors=True).to(device)
+        checkpoint = self._checkpoint  # refuses pickled weights, and names a missing shard
+        if isinstance(checkpoint, QuantisedWeights):
+            tensors = {name: checkpoint.load(name) for name in checkpoint.names}
+            return self._load(None, dtype=dtype, config=self.config, state_dict=tensors).to(device)
+        return self._load(self.folder, dtype=dtype, use_safetensors=True).to(device)
 
     @cached_property
     def _dequantised(self) -> Any:
         from transformers import GgufConfig
 
         with nothing_but_notes():  # the conversion draws a progress bar
-            return self._load(gguf_file=self.gguf, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
+            return self._load(
+                self.folder, gguf_file=self.gguf, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            )
 
-    def _load(self, **options: Any) -> Any:
-        """Load the model, and refuse a checkpoint whose missing tensors transformers would draw at random."""
+    def _load(self, folder: Path | None, **options: Any) -> Any:
+        """Load the model, and refuse a checkpoint whose missing tensors transformers would draw at random.
+
+        Args:
+            folder: Its files, None where `options` have configuration and tensors.
+        """
         from transformers import AutoModelForCausalLM
 
         softcap = self.spec.attention_softcap is not None
@@ -165,8 +205,13 @@ class ModelSource:
         if softcap:
             options["attn_implementation"] = "eager"  # some releases choose one by default that ignores soft caps
         with _readable_errors(self):
-            model, report = AutoModelForCausalLM.from_pretrained(
-                self.folder, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            loader = AutoModelForCausalLM
+            if folder is None:  # which the class of a model takes, and Auto classes do not
+                loader = AutoModelForCausalLM._model_mapping[type(self.config)]
+            else:
+                options["trust_remote_code"] = False
+            model, report = loader.from_pretrained(
+                folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
         for problem, meaning in LOADING_PROBLEMS.items():
             # A mismatch comes with both shapes, a missing tensor as its name alone.
@@ -186,7 +231,7 @@ class ModelSource:
         if self.gguf:
             shapes = list(self.header.tensors.values())
         else:
-            weights = open_safetensors(self.folder)
+            weights = self._checkpoint
             shapes = [weights.shape(name) for name in weights.names]
         present = sum(math.prod(shape) for shape in shapes)
         if wanted > MOST_ABSENT * present:

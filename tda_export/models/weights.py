@@ -66,6 +66,11 @@ class SafetensorsWeights:
         key = self._key(name)
         return tuple(self._owner[key].get_slice(key).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """Return a tensor's dtype as safetensors calls it, such as F16."""
+        key = self._key(name)
+        return str(self._owner[key].get_slice(key).get_dtype())
+
     def load(self, name: str) -> torch.Tensor:
         key = self._key(name)
         return self._owner[key].get_tensor(key)

@@ -1,0 +1,208 @@
+"""Folders that `tda-export quantize` writes: codes of integer formats, and the checkpoint that they stand for.
+
+config.json says so under `quantization_config`, with the format of every matrix. model.safetensors holds each matrix
+of integers by itself, as an artifact stores it: `layers.{i}.{part}` [in, out] with heads in the order of the graphs,
+`embedding` and `head` [V, M], each with its `.scales` and `.zero_points`; all else is there by the checkpoint's names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tda_export.errors import TdaError, first_line, shown
+from tda_export.models.layout import module_parts, module_weight
+from tda_export.models.spec import DecoderSpec
+from tda_export.models.weights import SINGLE_FILE, SafetensorsWeights, open_safetensors
+from tda_export.packing import linear_parts, linear_shape
+from tda_export.weights.formats import IntegerFormat
+from tda_export.weights.integers import Codes
+from tda_export.weights.plan import EMBEDDING, HEAD, FormatPlan, matrix_names, part_name
+
+CONFIG_FILE = "config.json"
+CONFIG_KEY = "quantization_config"
+METHOD = "tda_export"
+VERSION = 1
+AGAIN = "Make it again with 'tda-export quantize'."
+TORCH_DTYPES = {"U8": "uint8", "F16": "float16"}  # safetensors' names
+
+
+def read_quantisation(folder: Path) -> dict[str, Any] | None:
+    """Return what a folder's config.json says of how it was quantised, None where `quantize` did not write it.
+
+    Raises:
+        TdaError: It is of a version that is not known.
+    """
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        content = config.get(CONFIG_KEY)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None  # a missing or damaged file: transformers says what is wrong with it
+    if not isinstance(content, dict) or content.get("quant_method") != METHOD:
+        return None
+    if content.get("version") != VERSION:
+        raise TdaError(
+            f"{folder / CONFIG_FILE}: {CONFIG_KEY} has version {shown(content.get('version'))}, and this version of "
+            f"tda-export reads {VERSION}. Upgrade tda-export, or make the folder again with 'tda-export quantize'."
+        )
+    return content
+
+
+def matrix_shape(spec: DecoderSpec, name: str) -> tuple[int, int]:
+    """Return rows and columns of a stored matrix: those of layers are input-major, embedding and head output-major."""
+    if name in (EMBEDDING, HEAD):
+        return spec.vocab_size, spec.embedding_width
+    return linear_shape(spec, name.rpartition(".")[2])
+
+
+def made_tensors(spec: DecoderSpec, plan: FormatPlan) -> dict[str, tuple[str, ...]]:
+    """Name the checkpoint's tensors that matrices of integers are in, with all matrices that each is made of."""
+    made: dict[str, tuple[str, ...]] = {}
+    for layer in range(spec.num_layers):
+        for module, parts in module_parts(spec).items():
+            matrices = tuple(part_name(layer, part) for part in parts)
+            if any(plan.of(name) for name in matrices):
+                made[f"{module.format(i=layer)}.weight"] = matrices
+    outside = {EMBEDDING: spec.names.embedding, HEAD: spec.names.head}
+    return made | {
+        f"{module}.weight": (name,) for name, module in outside.items() if name in plan.formats and plan.of(name)
+    }
+
+
+class QuantisedWeights:
+    """The checkpoint of a quantised folder: tensors of integers come de-quantised, float32, all others as they are."""
+
+    def __init__(self, folder: Path, spec: DecoderSpec, content: dict[str, Any]) -> None:
+        """Open the folder and check that it is whole.
+
+        Args:
+            folder: With config.json and model.safetensors.
+            spec: Of its configuration. Whether the head is tied is read off the formats.
+            content: From `read_quantisation`.
+
+        Raises:
+            TdaError: Something is missing, of another shape or not known.
+        """
+        self._folder, self._spec = folder, spec
+        self._stored: SafetensorsWeights = open_safetensors(folder)
+        self.files = self._stored.files
+        self.plan = _read_plan(folder, spec, content)
+        self._made = made_tensors(spec, self.plan)
+        self._inside = {matrix for matrices in self._made.values() for matrix in matrices}
+        for name in self._inside:
+            self._check(name)
+
+    @property
+    def names(self) -> list[str]:
+        """The checkpoint's names."""
+        inside = {
+            tensor.name
+            for name, format in self.plan.integers.items()
+            for tensor in format.tensors(name, *matrix_shape(self._spec, name))
+        }
+        return [*self._made, *(name for name in self._stored.names if name not in inside | self._inside)]
+
+    @property
+    def codes(self) -> Mapping[str, Codes]:
+        """The matrices of integers by name, each read when asked for."""
+        return StoredCodes(self)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._made or name in self._stored
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._made:
+            return self._stored.shape(name)
+        shapes = [matrix_shape(self._spec, matrix) for matrix in self._made[name]]
+        if name in (f"{self._spec.names.embedding}.weight", f"{self._spec.names.head}.weight"):
+            return shapes[0]
+        inputs, outputs = shapes[0][0], sum(columns for _, columns in shapes)
+        return (inputs, outputs) if self._spec.transposed_linears else (outputs, inputs)
+
+    def load(self, name: str) -> torch.Tensor:
+        if name not in self._made:
+            return self._stored.load(name)
+        matrices = self._made[name]
+        if matrices[0] in (EMBEDDING, HEAD):
+            return self._matrix(matrices[0])
+        parts = {matrix.rpartition(".")[2]: self._matrix(matrix) for matrix in matrices}
+        return module_weight(self._spec, parts)
+
+    def read_codes(self, name: str) -> Codes:
+        """Read a matrix of integers.
+
+        Raises:
+            TdaError: It has a scale that is no number.
+        """
+        format = self.plan.integers[name]
+        tensors = format.tensors(name, *matrix_shape(self._spec, name))
+        packed, scales, zero_points = (self._stored.load(tensor.name).numpy() for tensor in tensors)
+        if not np.isfinite(scales).all():
+            raise TdaError(f"{self._file}: {tensors[1].name} has scales that are no numbers. {AGAIN}")
+        return Codes.unpack(format, matrix_shape(self._spec, name)[1], packed, scales, zero_points)
+
+    def _matrix(self, name: str) -> torch.Tensor:
+        if self.plan.of(name) is None:  # beside integers in one tensor of the checkpoint
+            return self._stored.load(name).float()
+        return torch.from_numpy(self.read_codes(name).decode())
+
+    def _check(self, name: str) -> None:
+        format, shape = self.plan.of(name), matrix_shape(self._spec, name)
+        if not isinstance(format, IntegerFormat):
+            self._check_tensor(name, shape, None)
+            return
+        for tensor in format.tensors(name, *shape):
+            self._check_tensor(tensor.name, tensor.shape, tensor.dtype)
+
+    def _check_tensor(self, name: str, shape: tuple[int, ...], dtype: str | None) -> None:
+        if name not in self._stored.names:
+            raise TdaError(f"{self._file}: {name} is missing. {AGAIN}")
+        found = TORCH_DTYPES.get(self._stored.dtype(name), self._stored.dtype(name))
+        if self._stored.shape(name) != shape or dtype not in (None, found):
+            raise TdaError(
+                f"{self._file}: {name} should be {dtype or 'a float'} {list(shape)} and is {found} "
+                f"{list(self._stored.shape(name))}. {AGAIN}"
+            )
+
+    @property
+    def _file(self) -> Path:
+        return self._folder / SINGLE_FILE
+
+
+class StoredCodes(Mapping[str, Codes]):
+    """Matrices of integers, `layers.{i}.{part}`, `embedding` and, where it is not tied, `head`; read at each look."""
+
+    def __init__(self, weights: QuantisedWeights) -> None:
+        self._read = {name: partial(weights.read_codes, name) for name in weights.plan.integers}
+
+    def __getitem__(self, name: str) -> Codes:
+        return self._read[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._read
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read)
+
+    def __len__(self) -> int:
+        return len(self._read)
+
+
+def _read_plan(folder: Path, spec: DecoderSpec, content: dict[str, Any]) -> FormatPlan:
+    try:
+        plan = FormatPlan.from_dict(content["formats"])
+    except (KeyError, ValueError) as error:
+        reason = "formats are missing" if isinstance(error, KeyError) else first_line(error)
+        raise TdaError(f"{folder / CONFIG_FILE}: {CONFIG_KEY}: {reason}. {AGAIN}") from error
+    tied = HEAD not in plan.formats
+    expected = set(matrix_names(spec.num_layers, linear_parts(spec), tied_head=tied))
+    if wrong := sorted(expected ^ set(plan.formats)):
+        what = "has no format" if wrong[0] in expected else "is no matrix of this model"
+        raise TdaError(f"{folder / CONFIG_FILE}: {CONFIG_KEY}: {shown(wrong[0])} {what}. {AGAIN}")
+    return plan

@@ -1,0 +1,1 @@
+"""Making models of integers: GPTQ, rounding to nearest, and the folder that holds the result."""

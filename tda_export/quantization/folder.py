@@ -1,0 +1,112 @@
+"""Writing a quantised model as a folder that every command takes (`models.quantised` says what is in it)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from tda_export.files import as_os_error, atomic_folder
+from tda_export.models.layout import Layout
+from tda_export.models.quantised import CONFIG_FILE, CONFIG_KEY, METHOD, VERSION, made_tensors, read_quantisation
+from tda_export.models.skeleton import skeleton_shapes
+from tda_export.models.source import GENERATION_CONFIG_FILE, ModelSource
+from tda_export.models.weights import SINGLE_FILE
+from tda_export.weights.integers import Codes
+from tda_export.weights.plan import FormatPlan
+
+COPIED = ("tokenizer*", "*.jinja", "*.json", "merges.txt", "vocab.txt", "spiece.model")
+NOT_COPIED = (CONFIG_FILE, "*.index.json")
+
+
+def is_quantised_folder(path: Path) -> bool:
+    """Whether `quantize` wrote what is there, in whatever version."""
+    try:
+        return path.is_dir() and read_quantisation(path) is not None
+    except Exception:
+        return True  # of another version
+
+
+def write_quantised(
+    source: ModelSource, output: Path, codes: Mapping[str, Codes], plan: FormatPlan, about: dict[str, Any]
+) -> None:
+    """Write the folder, whole or not at all; an earlier one is replaced.
+
+    Args:
+        source: The float model.
+        output: The folder.
+        codes: All matrices of integers in the plan.
+        plan: The format of each matrix.
+        about: How it was made and what it costs, as plain data, for config.json.
+
+    Raises:
+        TdaError: The operating system refused to write.
+    """
+    content = {"quant_method": METHOD, "version": VERSION, **about, "formats": plan.to_dict()}
+    config = _config(source) | {CONFIG_KEY: content}
+    with atomic_folder(output) as folder:
+        tensors = dict(_codes(codes, plan)) | dict(_floats(source, plan))
+        try:
+            save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise as_os_error(error) from error
+        _write_json(folder / CONFIG_FILE, config)
+        if source.gguf:
+            source.tokenizer.save_pretrained(folder)
+            for path in folder.iterdir():
+                if path.is_dir():  # further chat templates
+                    shutil.rmtree(path)
+            _write_json(folder / GENERATION_CONFIG_FILE, source.generation_config)
+        else:
+            for path in _copied(source.folder):
+                shutil.copyfile(path, folder / path.name)
+
+
+def _codes(codes: Mapping[str, Codes], plan: FormatPlan) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, format in plan.integers.items():
+        found = codes[name]
+        tensors = format.tensors(name, *found.codes.shape)
+        for tensor, stored in zip(tensors, found.pack(), strict=True):
+            yield tensor.name, torch.from_numpy(stored)
+
+
+def _floats(source: ModelSource, plan: FormatPlan) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield everything else by transformers' names, and floats that share a tensor with integers by their own."""
+    spec, weights = source.spec, source.weights()
+    made, layout = made_tensors(spec, plan), Layout(spec, weights)
+    for matrices in made.values():
+        for name in matrices:
+            if plan.of(name) is None:
+                _, layer, part = name.split(".")
+                yield name, layout.part(int(layer), part).load().T.contiguous()
+    names = dict.fromkeys(skeleton_shapes(source.config))
+    if not spec.tied_head:  # of which a configuration that ties it says nothing
+        names[f"{spec.names.head}.weight"] = None
+    for name in names:
+        if name not in made and not (spec.tied_head and name == f"{spec.names.head}.weight"):
+            yield name, weights.load(name).contiguous()
+
+
+def _config(source: ModelSource) -> dict[str, Any]:
+    if not source.gguf:
+        content: dict[str, Any] = json.loads((source.folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        return content
+    content = json.loads(source.config.to_json_string(use_diff=False))
+    content.pop(CONFIG_KEY, None)
+    return content | {"architectures": [source.spec.architecture]}
+
+
+def _copied(folder: Path) -> list[Path]:
+    left_out = {path for pattern in NOT_COPIED for path in folder.glob(pattern)}
+    found = {path for pattern in COPIED for path in folder.glob(pattern) if path.is_file()}
+    return sorted(found - left_out)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

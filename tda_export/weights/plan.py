@@ -1,0 +1,154 @@
+"""Which format each matrix of a model is stored in, decided once, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from tda_export.errors import UsageError, shown
+from tda_export.weights.formats import (
+    DEFAULT_GROUP,
+    GROUPS,
+    INTEGER_FORMATS,
+    IntegerFormat,
+    WeightFormat,
+    integer_format,
+)
+
+EMBEDDING, HEAD = "embedding", "head"
+FLOAT = "float"  # the name of no format: elements stay in the float dtype of whatever is made
+BITS = {"int4": 4, "int8": 8}
+OUTSIDE_BITS = 8  # of embedding and head, unless a rule says otherwise
+
+Rule = tuple[str, WeightFormat | None]  # a pattern of names, and the format of what it matches
+
+
+def part_name(layer: int, part: str) -> str:
+    """Name one linear of a layer (q, k, v, o, gate, up, down), as patterns and folders do."""
+    return f"layers.{layer}.{part}"
+
+
+def matrix_names(layers: int, parts: tuple[str, ...], *, tied_head: bool) -> list[str]:
+    """Name all matrices of a model. A tied head is the embedding, one matrix of that name."""
+    linears = [part_name(layer, part) for layer in range(layers) for part in parts]
+    return [*linears, EMBEDDING] if tied_head else [*linears, EMBEDDING, HEAD]
+
+
+@dataclass(frozen=True)
+class FormatPlan:
+    """The format of every matrix by name, None for floats."""
+
+    formats: Mapping[str, WeightFormat | None]
+
+    def of(self, name: str) -> WeightFormat | None:
+        """Return a matrix's format: `layers.{i}.{part}`, `embedding` or `head`; None is a float.
+
+        A tied head has the embedding's.
+
+        Raises:
+            KeyError: There is no such matrix.
+        """
+        return self.formats[EMBEDDING if name == HEAD and name not in self.formats else name]
+
+    @property
+    def integers(self) -> dict[str, IntegerFormat]:
+        """Return the matrices that are stored as integers, with their formats."""
+        return {name: format for name, format in self.formats.items() if isinstance(format, IntegerFormat)}
+
+    def to_dict(self) -> dict[str, str]:
+        """Return it as plain data."""
+        return {name: FLOAT if format is None else format.name for name, format in self.formats.items()}
+
+    @staticmethod
+    def from_dict(content: Mapping[str, str]) -> FormatPlan:
+        """Read back what `to_dict` gave.
+
+        Raises:
+            ValueError: A format is not known; the message names the matrix.
+        """
+        if not isinstance(content, Mapping):
+            raise ValueError(f"formats are {shown(content)}, not names with formats")
+        formats: dict[str, WeightFormat | None] = {}
+        for name, format in content.items():
+            if format != FLOAT and (not isinstance(format, str) or format not in INTEGER_FORMATS):
+                raise ValueError(f"the format of {shown(name)} is {shown(format)}, which is not known")
+            formats[name] = None if format == FLOAT else INTEGER_FORMATS[format]
+        return FormatPlan(formats)
+
+
+def plan_formats(
+    layers: int,
+    parts: tuple[str, ...],
+    *,
+    tied_head: bool,
+    weights: str,
+    group: int = DEFAULT_GROUP,
+    rules: Iterable[Rule] = (),
+) -> FormatPlan:
+    """Choose the format of every matrix.
+
+    Args:
+        layers: How many the model has.
+        parts: The linears of a layer (`packing.linear_parts`).
+        tied_head: Whether head and embedding are one matrix. Rules for either then hold for it.
+        weights: `int4`, `int8` or `float`, of the linears of the layers. With integers embedding and head are int8.
+        group: Elements that share a scale, where a rule does not say otherwise.
+        rules: Exceptions; the last that matches a name wins.
+
+    Raises:
+        UsageError: A rule matches nothing.
+    """
+    inside = read_format(weights, group)
+    outside = None if inside is None else integer_format(OUTSIDE_BITS, group)
+    formats: dict[str, WeightFormat | None] = {}
+    for name in matrix_names(layers, parts, tied_head=tied_head):
+        formats[name] = outside if name in (EMBEDDING, HEAD) else inside
+    for pattern, format in rules:
+        matched = [name for name in formats if fnmatchcase(name, pattern)]
+        if tied_head and fnmatchcase(HEAD, pattern):
+            matched.append(EMBEDDING)
+        if not matched:
+            last = part_name(layers - 1, parts[-1])
+            raise UsageError(
+                f"--weights-for: {shown(pattern)} matches no matrix. They are {part_name(0, parts[0])} to {last} "
+                f"({', '.join(parts)} in each layer), {EMBEDDING} and {HEAD}."
+            )
+        formats |= dict.fromkeys(matched, format)
+    return FormatPlan(formats)
+
+
+def read_rules(text: str, group: int = DEFAULT_GROUP) -> list[Rule]:
+    """Read rules such as `layers.*.v=int8,head=int4_g64`: patterns, as of file names, with formats.
+
+    Raises:
+        UsageError: It is none.
+    """
+    rules: list[Rule] = []
+    for rule in text.split(","):
+        pattern, equals, format = (word.strip() for word in rule.partition("="))
+        if not (pattern and equals and format):
+            raise UsageError(
+                f"--weights-for: {shown(rule)!r} is no PATTERN=FORMAT. Give rules such as 'layers.*.v=int8,head=int4'."
+            )
+        rules.append((pattern, read_format(format, group, option="--weights-for")))
+    return rules
+
+
+def read_format(name: str, group: int = DEFAULT_GROUP, *, option: str = "--weights") -> WeightFormat | None:
+    """Return the format of a name: `int4`, `int8`, either with its own group (`int4_g64`), or `float`, which is None.
+
+    Raises:
+        UsageError: It is none; the message names `option`.
+    """
+    if name == FLOAT:
+        return None
+    if name in BITS and group in GROUPS:
+        return integer_format(BITS[name], group)
+    if name in INTEGER_FORMATS:
+        return INTEGER_FORMATS[name]
+    if name in BITS:
+        raise UsageError(f"A group of {group} is not known. Give {', '.join(map(str, GROUPS))}.")
+    raise UsageError(
+        f"{option}: {shown(name)} is no format. Give {', '.join(BITS)} or {FLOAT}, with a group if need be (int4_g64)."
+    )
