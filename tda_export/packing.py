@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
-from tda_export.weights.formats import IntegerFormat
+from tda_export.weights.formats import IntegerFormat, WeightFormat
+from tda_export.weights.plan import part_name
 
 if TYPE_CHECKING:
     from tda_export.models.spec import DecoderSpec
@@ -22,6 +23,7 @@ Packing = Literal["separate", "sites"]
 PACKINGS: tuple[Packing, ...] = get_args(Packing)
 THRESHOLDS: dict[Packing, str] = {"separate": "one threshold a matrix", "sites": "one threshold a site"}  # for readers
 
+FormatOf = Callable[[str], WeightFormat | None]
 FLOAT = "float"  # the label of formats where all are floats
 ATTENTION_PARTS = ("q", "k", "v", "o")
 Parts = Literal["all", "ffn", "attention"]  # whose rows may be dropped
@@ -68,16 +70,11 @@ def linear_elements(spec: DecoderSpec) -> int:
     return sum(math.prod(linear_shape(spec, part)) for part in linear_parts(spec))
 
 
-def format_name(layer: int, part: str) -> str:
-    """Name a linear of a layer as plans of formats and quantised checkpoints do."""
-    return f"layers.{layer}.{part}"
-
-
 @dataclass(frozen=True)
 class RowBytes:
     """What rows of the layers' linears take.
 
-    `element_bytes`: of floats. `formats`: of the linears that are integers, by `format_name`.
+    `element_bytes`: of floats. `formats`: of the linears that are integers, by `part_name`.
     """
 
     element_bytes: int
@@ -95,6 +92,14 @@ class RowBytes:
         named = sorted((name, format.name) for name, format in self.formats.items())
         return f"mixed-{hashlib.sha256(repr(named).encode()).hexdigest()[:16]}"
 
+    def suits(self, spec: DecoderSpec, packing: Packing) -> bool:
+        """Tell whether all that this packing puts side by side has one format."""
+        return all(
+            len({self.formats.get(part_name(layer, part)) for part in parts}) == 1
+            for layer in range(spec.num_layers)
+            for parts in packed_matrices(spec, packing).values()
+        )
+
     def of(self, layer: int, parts: Sequence[str], outputs: Mapping[str, int]) -> int:
         """Return the bytes of a row of the matrix that these parts of a layer lie side by side in.
 
@@ -104,8 +109,15 @@ class RowBytes:
             outputs: Of each part.
         """
         columns = sum(outputs[part] for part in parts)
-        format = self.formats.get(format_name(layer, parts[0]))
+        format = self.formats.get(part_name(layer, parts[0]))
         return columns * self.element_bytes if format is None else format.row_bytes(columns)
+
+
+def row_bytes_of(spec: DecoderSpec, element_bytes: int, format_of: FormatOf) -> RowBytes:
+    """Return what rows take, given the format of each linear by `part_name`; None is a float."""
+    names = [part_name(layer, part) for layer in range(spec.num_layers) for part in linear_parts(spec)]
+    formats = {name: found for name in names if isinstance(found := format_of(name), IntegerFormat)}
+    return RowBytes(element_bytes, formats)
 
 
 def linear_outputs(spec: DecoderSpec) -> dict[str, int]:

@@ -25,7 +25,7 @@ from tda_export.calibration.resume import PartialFile
 from tda_export.errors import UsageError
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
-from tda_export.packing import PACKINGS, Packing, RowBytes
+from tda_export.packing import PACKINGS, Packing, row_bytes_of
 from tda_export.progress import Advance
 from tda_export.versions import installed_versions
 
@@ -190,7 +190,7 @@ def calibrate(
     partial = PartialFile(output, about | {"versions": versions}) if output else None
     earlier = partial.load(settings.device) if partial and settings.masks else None
     model = source.reference(dtype=TORCH_DTYPES[settings.dtype], device=settings.device)
-    priced = _price(model, source.spec, corpus, settings, show, partial) if settings.priced else None
+    priced = _price(model, source, corpus, settings, show, partial) if settings.priced else None
     sums, sweep = earlier or (None, None)
     save = partial.save if partial else lambda sums, sweep=None: None
     if settings.masks and (sums is None or int(sums.sequences) < len(corpus.tokens)):
@@ -221,19 +221,26 @@ def calibrate(
 
 def _price(
     model: Any,
-    spec: DecoderSpec,
+    source: ModelSource,
     corpus: Corpus,
     settings: CalibrationSettings,
     show: Show,
     partial: PartialFile | None,
 ) -> Priced:
-    row_bytes = RowBytes(ELEMENT_BYTES[settings.dtype])
+    spec = source.spec
+    row_bytes = row_bytes_of(spec, ELEMENT_BYTES[settings.dtype], source.format_of)
+    packings = [packing for packing in settings.packings if row_bytes.suits(spec, packing)]
+    if not packings:
+        raise UsageError(
+            f"{source.name}: linears that read the same input have different formats, so they have no common "
+            "threshold. Calibrate with --packing separate."
+        )
     begun = begin_priced(spec, row_norms(model, spec), row_bytes, settings.continuation_tokens)
     return price_rows(
         model,
         spec,
         corpus.tokens,
-        PriceSettings(settings.prompt_tokens, settings.labels, settings.seed, settings.packings),
+        PriceSettings(settings.prompt_tokens, settings.labels, settings.seed, packings),
         begun,
         show=show,
         resume=partial.load_priced(begun) if partial else None,

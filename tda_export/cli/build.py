@@ -17,6 +17,7 @@ from tda_export.cli.options import (
     overwrite_option,
     price_option,
     provider_option,
+    weight_options,
 )
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from tda_export.deployments import Asked
     from tda_export.graph.export import BuildRequest
     from tda_export.graph.method import Tail
+    from tda_export.graph.storage import Storage
     from tda_export.packing import Packing
 
 
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
     help="With tda: read the last N generated tokens again densely after every N, which renews the mask; 0 never.  "
     "[default: 0]",
 )
+@weight_options
 @overwrite_option
 @click.option("--no-verify", is_flag=True, help="Leave the comparison with transformers out.")
 @provider_option
@@ -86,6 +89,9 @@ def build(
     packing: Packing | None,
     tail: Tail | None,
     refresh: int | None,
+    weights: str,
+    group: str,
+    weights_for: str | None,
     overwrite: bool,
     no_verify: bool,
     provider: str,
@@ -95,6 +101,9 @@ def build(
 
     The budget is the calibration's own unless --price, --sparsity, --max-kl or --cett asks for another. The result is
     compared with transformers before it appears at OUTPUT, unless --no-verify.
+
+    --weights rounds a float model; of a folder from 'tda-export quantize', which loses less, the integers are stored as
+    they are.
     """
     from tda_export.cli.tables import print_checks
     from tda_export.deployments import Asked
@@ -102,6 +111,7 @@ def build(
     from tda_export.files import check_output
     from tda_export.graph.contract import DTYPES
     from tda_export.graph.export import export_artifact
+    from tda_export.graph.storage import read_plan, storage_of
     from tda_export.graph.verify import verify_artifact
     from tda_export.models.source import resolve_model
     from tda_export.runtime.artifact import is_artifact
@@ -120,7 +130,11 @@ def build(
     )
     _refuse_foreign(method, asked, calibration_file, {"--packing": packing, "--tail": tail})
     source = resolve_model(model, notify=lambda line: click.echo(line, err=True))
-    request = _request(source, DTYPES[dtype], method, asked, calibration_file, packing, tail)
+    plan = read_plan(source, weights, int(group), weights_for)
+    if plan is not None and not as_json:
+        click.echo("Weights are rounded to the nearest integers; 'tda-export quantize' loses less.", err=True)
+    storage = storage_of(source, DTYPES[dtype], plan)
+    request = _request(source, storage, method, asked, calibration_file, packing, tail)
     if not as_json and request.design.expected:
         click.echo(_expectation(model, request))
     checks = []
@@ -184,23 +198,28 @@ def _refuse_foreign(method: str, asked: Asked, calibration: Path | None, options
 
 def _request(
     source: Any,
-    dtype: str,
+    storage: Storage,
     method: str,
     asked: Asked,
     calibration: Path | None,
     packing: Packing | None,
     tail: Tail | None,
 ) -> BuildRequest:
+    from tda_export.errors import UsageError
     from tda_export.graph.requests import griffin_request, mask_request, priced_request
-    from tda_export.graph.storage import Storage
 
+    if method == "priced":
+        assert calibration is not None
+        return priced_request(source, storage, calibration, asked, packing)
+    if storage.has_integers:
+        raise UsageError(
+            f"--method {method} builds artifacts of floats alone. Build the float model, or build with --method priced."
+        )
     if method == "griffin":
         assert asked.sparsity is not None
-        return griffin_request(source, dtype, asked.sparsity)
+        return griffin_request(source, storage.dtype, asked.sparsity)
     assert calibration is not None
-    if method == "priced":
-        return priced_request(source, Storage(dtype), calibration, asked, packing)
-    return mask_request(source, dtype, calibration, asked, tail)
+    return mask_request(source, storage.dtype, calibration, asked, tail)
 
 
 def _expectation(model: str, request: BuildRequest) -> str:

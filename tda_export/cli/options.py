@@ -119,6 +119,35 @@ def check_mask(artifact: Artifact, mask: MaskMode | None) -> None:
         )
 
 
+def weight_options(command: F) -> F:
+    """Add --weights, --group and --weights-for."""
+    for option in reversed(
+        (
+            click.option(
+                "--weights",
+                type=click.Choice(["float", "int8", "int4"]),
+                default="float",
+                show_default=True,
+                help="How linears are stored; with integers embedding and head are int8.",
+            ),
+            click.option(
+                "--group",
+                type=click.Choice(["32", "64", "128"]),
+                default="32",
+                show_default=True,
+                help="Integers that share a scale.",
+            ),
+            click.option(
+                "--weights-for",
+                metavar="RULES",
+                help="Other formats by matrix, the last that matches counting: 'layers.*.v=int8,head=int4'.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 def budget_options(command: F) -> F:
     """Add --cett, --sparsity, --allocation and --max-kl."""
     for option in reversed(

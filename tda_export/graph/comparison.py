@@ -11,6 +11,7 @@ import onnxruntime as ort
 import torch
 
 from tda_export.graph import contract
+from tda_export.graph.stored_integers import with_stored_integers
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
 from tda_export.progress import Advance
@@ -79,9 +80,12 @@ class Comparison(ABC):
         self.artifact, self.shape, self.advance = artifact, artifact.shape, advance
         self.spec: DecoderSpec = source.spec
         device = "cuda" if provider == CUDA and torch.cuda.is_available() else "cpu"
-        self.reference = source.reference(device=device)
+        self.reference = with_stored_integers(source.reference(device=device), artifact, source)
         half = self.shape.dtype if self.shape.dtype != "float32" else None
-        self.half = source.reference(dtype=getattr(torch, half), device=device) if half else None
+        self.half = None
+        if half:
+            reference = source.reference(dtype=getattr(torch, half), device=device)
+            self.half = with_stored_integers(reference, artifact, source)
         self.sessions = Sessions(artifact, provider)
         self.provider = provider
         self.worst: dict[str, Worst] = {}

@@ -16,9 +16,10 @@ from tda_export.graph.prefill import calibrated_prior
 from tda_export.graph.priced import PricedDesign
 from tda_export.graph.storage import Storage
 from tda_export.models.source import ModelSource
-from tda_export.packing import FLOAT, Packing, RowBytes, format_name
+from tda_export.packing import FLOAT, Packing, RowBytes
 from tda_export.pricing import PriceTable
 from tda_export.runtime.deployment import NO_REFRESH
+from tda_export.weights.plan import part_name
 
 
 def calibration_of(path: Path, source: ModelSource) -> Calibration:
@@ -40,7 +41,7 @@ def calibration_of(path: Path, source: ModelSource) -> Calibration:
 def default_packing(storage: Storage) -> Packing:
     """Return how linears are packed unless it is said: one threshold a site where a launch, or a short row, costs more
     than bytes."""
-    integers = storage.format_of(format_name(0, "q")) is not None
+    integers = storage.format_of(part_name(0, "q")) is not None
     return "separate" if storage.dtype == "float32" and not integers else "sites"
 
 

@@ -11,13 +11,14 @@ import torch
 from tda_export.errors import TdaError, UsageError
 from tda_export.graph import contract
 from tda_export.models.layout import Tensor
+from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
-from tda_export.packing import RowBytes, format_name, linear_parts
-from tda_export.weights.formats import FORMATS, IntegerFormat
-from tda_export.weights.integers import Codes, round_to_nearest
+from tda_export.packing import FormatOf, RowBytes, linear_parts, row_bytes_of
+from tda_export.quantization.nearest import round_matrix
+from tda_export.weights.formats import FORMATS, IntegerFormat, WeightFormat
+from tda_export.weights.integers import Codes
 from tda_export.weights.matrix import Major, Matrix
-
-FormatOf = Callable[[str], IntegerFormat | None]
+from tda_export.weights.plan import FLOAT, FormatPlan, plan_formats, read_rules
 
 
 @dataclass(frozen=True)
@@ -39,25 +40,32 @@ class PlannedWeight:
         return contract.tensor_bytes(self.shape, self.dtype)
 
 
+def _floats(name: str) -> WeightFormat | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Storage:
     """How tensors are stored.
 
     `dtype`: a value of `contract.DTYPES`, of activations and of all that is no integer. `format_of`: the format of a
-    matrix by its name: `layers.0.q` (`packing.format_name`), `embedding`, which a tied head is too, or `head`; None is
-    a float. `codes`: those that the checkpoint has, [in, out] in layers, [out, in] outside, which are stored as they
-    are; others are rounded.
+    matrix by its name (`weights.plan`): `layers.0.q`, `embedding`, which a tied head is too, or `head`; None is a
+    float. `codes`: those that the checkpoint has, [in, out] in layers, [out, in] outside, which are stored as they are;
+    others are rounded.
     """
 
     dtype: str
-    format_of: FormatOf = lambda name: None
+    format_of: FormatOf = _floats
     codes: Mapping[str, Codes] = field(default_factory=dict)
+
+    @property
+    def has_integers(self) -> bool:
+        """Whether there are formats of integers."""
+        return self.format_of is not _floats
 
     def row_bytes(self, spec: DecoderSpec) -> RowBytes:
         """Return what rows of the layers' linears take."""
-        names = [format_name(layer, part) for layer in range(spec.num_layers) for part in linear_parts(spec)]
-        formats = {name: found for name in names if (found := self.format_of(name)) is not None}
-        return RowBytes(contract.DTYPE_BYTES[self.dtype], formats)
+        return row_bytes_of(spec, contract.DTYPE_BYTES[self.dtype], self.format_of)
 
     def plan(self, target: str, tensor: Tensor, major: Major, members: Sequence[str]) -> Iterator[PlannedWeight]:
         """List the tensors of a matrix.
@@ -79,7 +87,7 @@ class Storage:
                 "with --packing separate."
             )
         found = formats.pop()
-        if found is None:
+        if not isinstance(found, IntegerFormat):
             matrix = Matrix(target, rows, columns, FORMATS[self.dtype], major)
             yield PlannedWeight(target, tensor.shape, self.dtype, tensor.load, matrix)
             return
@@ -92,7 +100,7 @@ class Storage:
     def _codes(self, tensor: Tensor, members: Sequence[str], format: IntegerFormat) -> Codes:
         given = [self.codes[name] for name in members if name in self.codes]
         if len(given) < len(members):
-            return round_to_nearest(tensor.load().float().contiguous().numpy(), format)
+            return round_matrix(tensor.load().float().contiguous().numpy(), format, symmetric=False)
         try:
             codes = given[0].beside(*given[1:])
         except ValueError as error:
@@ -105,6 +113,38 @@ class Storage:
                 f"{list(tensor.shape)}. Quantise the model again."
             )
         return codes
+
+
+def storage_of(source: ModelSource, dtype: str, plan: FormatPlan | None = None) -> Storage:
+    """Return how a model is stored: as it is quantised, or by a plan of formats; None is all floats."""
+    chosen = source.formats or plan
+    return Storage(dtype) if chosen is None else Storage(dtype, chosen.of, source.codes)
+
+
+def read_plan(source: ModelSource, weights: str, group: int, rules: str | None) -> FormatPlan | None:
+    """Read the formats that a float model is asked to be stored in, None where none is.
+
+    Args:
+        source: The model.
+        weights: `float`, `int8` or `int4`.
+        group: Integers that share a scale.
+        rules: Exceptions (`weights.plan.read_rules`).
+
+    Raises:
+        UsageError: A rule is none or matches nothing, or the model is quantised already.
+    """
+    if weights == FLOAT and not rules:
+        return None
+    if source.formats is not None:
+        raise UsageError(
+            f"{source.name} is quantised already, and is stored as it is. Leave --weights and --weights-for out, or "
+            "give the float model."
+        )
+    spec = source.spec
+    read = read_rules(rules, group) if rules else []
+    return plan_formats(
+        spec.num_layers, linear_parts(spec), tied_head=spec.tied_head, weights=weights, group=group, rules=read
+    )
 
 
 class _CodesToCome:

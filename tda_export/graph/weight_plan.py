@@ -14,8 +14,9 @@ from tda_export.models.layout import Layout, Tensor
 from tda_export.models.rope import rope_table
 from tda_export.models.spec import DecoderSpec
 from tda_export.models.weights import Weights
-from tda_export.packing import Packing, format_name, packed_matrices
+from tda_export.packing import Packing, packed_matrices
 from tda_export.weights.matrix import Major
+from tda_export.weights.plan import part_name
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class _Planner:
                 continue
             name, layout = contract.linear_weight(layer, stored), self._layout
             tensor = _side_by_side([layout.part(layer, part) for part in parts])
-            yield from self._storage.plan(name, tensor, "input", [format_name(layer, part) for part in parts])
+            yield from self._storage.plan(name, tensor, "input", [part_name(layer, part) for part in parts])
             if biased:
                 yield self._stored(contract.linear_bias(name), _joined([layout.part_bias(layer, p) for p in parts]))
             price = self._rows.prices[stored][layer]

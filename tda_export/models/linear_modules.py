@@ -46,6 +46,11 @@ class Linear:
         weight: torch.Tensor = self.module.weight.detach()
         return self.of_outputs(weight if self._transposed else weight.T)
 
+    def set_weight(self, weight: torch.Tensor) -> None:
+        """Write W [in, out] into the module, in place."""
+        whole = self.module.weight.detach()
+        self.put_outputs(whole if self._transposed else whole.T, weight.to(whole))
+
     @property
     def bias(self) -> torch.Tensor | None:
         """The bias [out] without gradient, None where there is none."""

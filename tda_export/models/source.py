@@ -36,7 +36,9 @@ from tda_export.models.weights import (
     has_safetensors,
     open_safetensors,
 )
+from tda_export.weights.formats import WeightFormat
 from tda_export.weights.integers import Codes
+from tda_export.weights.plan import FormatPlan
 
 HUB_FILES = ["*.json", "model*.safetensors", "*.jinja", "tokenizer*", "merges.txt", "vocab.txt", "spiece.model"]
 HUB_IGNORED = ["*/*", "consolidated*"]  # other layouts of the same weights
@@ -79,6 +81,15 @@ class ModelSource:
     def quantisation(self) -> dict[str, Any] | None:
         """What config.json says of how `tda-export quantize` made the folder, None of other models."""
         return None if self.gguf else read_quantisation(self.folder)
+
+    @property
+    def formats(self) -> FormatPlan | None:
+        """The formats of a quantised folder's matrices, None of a float model."""
+        return None if self.quantisation is None else self._quantised.plan
+
+    def format_of(self, name: str) -> WeightFormat | None:
+        """Return the format of a matrix by its name in a plan of formats; None is a float."""
+        return None if self.formats is None else self.formats.of(name)
 
     @property
     def codes(self) -> Mapping[str, Codes]:

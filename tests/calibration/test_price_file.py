@@ -28,6 +28,7 @@ from tda_export.calibration.price_file import Priced, priced_tensors
 from tda_export.calibration.price_table import Measured
 from tda_export.calibration.prices import PriceSums
 from tda_export.errors import TdaError
+from tda_export.packing import RowBytes
 
 LAYERS, PRICES, SEQUENCES = 2, 3, 4
 PROVENANCE: dict[str, Any] = {
@@ -59,7 +60,13 @@ def make_priced(linears: dict[str, tuple[int, int]]) -> Priced:
     )
     count = torch.ones(1, dtype=torch.float64)
     return Priced(
-        linears, PriceSums(square, 8 * count, count), Magnitudes(inputs, weighted), norms, 4, 128, {"sites": measured}
+        linears,
+        PriceSums(square, 8 * count, count),
+        Magnitudes(inputs, weighted),
+        norms,
+        RowBytes(4),
+        128,
+        {"sites": measured},
     )
 
 

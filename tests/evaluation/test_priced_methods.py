@@ -112,7 +112,7 @@ def magnitudes_of(samples: dict[str, torch.Tensor], norms: dict[str, torch.Tenso
         name: count_magnitudes(samples[sites.get(name, name)] * norm[0])[None].expand(3, -1)
         for name, norm in norms.items()
     }
-    return Priced({}, None, Magnitudes(counts, weighted), norms, 4, 8)  # type: ignore[arg-type]
+    return Priced({}, None, Magnitudes(counts, weighted), norms, RowBytes(4), 8)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("packing", PACKINGS)

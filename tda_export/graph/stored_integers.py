@@ -1,0 +1,56 @@
+"""The integers of an artifact, de-quantised into transformers: what its kernels are compared with."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from tda_export.graph import contract
+from tda_export.models.layout import checkpoint_order
+from tda_export.models.linear_modules import layer_linears
+from tda_export.models.source import ModelSource
+from tda_export.packing import packed_matrices
+from tda_export.runtime.artifact import Artifact
+from tda_export.runtime.session import map_weight
+from tda_export.weights.formats import IntegerFormat
+from tda_export.weights.integers import Codes
+
+
+def stored_codes(artifact: Artifact, name: str) -> Codes:
+    """Read a matrix of integers out of weights.bin."""
+    matrix = artifact.matrices[name]
+    assert isinstance(matrix.format, IntegerFormat)
+    arrays = [map_weight(artifact, tensor.name) for tensor in matrix.tensors]
+    return Codes.unpack(matrix.format, matrix.columns, *arrays)
+
+
+def with_stored_integers(model: Any, artifact: Artifact, source: ModelSource) -> Any:
+    """Return a model of transformers whose weights are what the artifact stores as integers.
+
+    Args:
+        model: The artifact's, of floats. It is returned as it is where nothing differs.
+        artifact: Of the priced layout, or without integers.
+        source: Where the model comes from; one of integers has these already.
+    """
+    if not artifact.has_integers or source.formats is not None:
+        return model
+    spec, changed = source.spec, copy.deepcopy(model)  # a source may hand the same model out again
+    stored_parts = packed_matrices(spec, artifact.manifest["packing"])
+    with torch.no_grad():
+        for layer in range(spec.num_layers):
+            linears = layer_linears(changed, spec, layer)
+            for stored, parts in stored_parts.items():
+                name = contract.linear_weight(layer, stored)
+                if artifact.matrices[name].format.is_float:
+                    continue
+                weight = torch.from_numpy(stored_codes(artifact, name).decode())
+                sizes = [linears[part].outputs for part in parts]
+                for part, own in zip(parts, weight.split(sizes, dim=1), strict=True):
+                    linears[part].set_weight(checkpoint_order(spec, part, own))
+        modules = {contract.EMBEDDING: changed.get_input_embeddings(), contract.HEAD: changed.get_output_embeddings()}
+        for name, module in modules.items():
+            if name in artifact.matrices and not artifact.matrices[name].format.is_float:
+                module.weight.copy_(torch.from_numpy(stored_codes(artifact, name).decode()))
+    return changed
