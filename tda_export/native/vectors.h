@@ -1,36 +1,41 @@
 // A processor's vectors of floats, in GCC's and Clang's notation: code written once for every width.
 #pragma once
 
+#include <cstdint>
+
 #define TDA_INLINE inline __attribute__((always_inline))
 
 namespace tda {
 
-// A vector of kLanes floats, and the same at any address.
+// A vector of kLanes floats, and the same at any address; words and integers of as many bits.
 template <int kLanes>
 struct VectorOf;
-template <>
-struct VectorOf<4> {
-  typedef float Type __attribute__((vector_size(16)));
-  typedef float Unaligned __attribute__((vector_size(16), aligned(4)));
-};
-template <>
-struct VectorOf<8> {
-  typedef float Type __attribute__((vector_size(32)));
-  typedef float Unaligned __attribute__((vector_size(32), aligned(4)));
-};
-template <>
-struct VectorOf<16> {
-  typedef float Type __attribute__((vector_size(64)));
-  typedef float Unaligned __attribute__((vector_size(64), aligned(4)));
-};
+#define TDA_VECTOR_OF(lanes)                                                                    \
+  template <>                                                                                   \
+  struct VectorOf<lanes> {                                                                      \
+    typedef float Type __attribute__((vector_size(4 * lanes)));                                 \
+    typedef float Unaligned __attribute__((vector_size(4 * lanes), aligned(4)));                \
+    typedef uint32_t Words __attribute__((vector_size(4 * lanes)));                             \
+    typedef uint32_t AnyWords __attribute__((vector_size(4 * lanes), aligned(1), may_alias));   \
+    typedef int32_t Integers __attribute__((vector_size(4 * lanes)));                           \
+  };
+TDA_VECTOR_OF(4)
+TDA_VECTOR_OF(8)
+TDA_VECTOR_OF(16)
+#undef TDA_VECTOR_OF
 
 template <int kLanes>
 struct Lanes {
   using Vector = typename VectorOf<kLanes>::Type;
   using Unaligned = typename VectorOf<kLanes>::Unaligned;
+  using Words = typename VectorOf<kLanes>::Words;
+  using Integers = typename VectorOf<kLanes>::Integers;
 
   static TDA_INLINE Vector Load(const float* address) { return *reinterpret_cast<const Unaligned*>(address); }
   static TDA_INLINE void Store(float* address, Vector vector) { *reinterpret_cast<Unaligned*>(address) = vector; }
+  static TDA_INLINE Words LoadWords(const uint8_t* address) {
+    return *reinterpret_cast<const typename VectorOf<kLanes>::AnyWords*>(address);
+  }
   static TDA_INLINE float Sum(Vector vector) {
     float lanes[kLanes];
     __builtin_memcpy(lanes, &vector, sizeof(vector));
