@@ -5,16 +5,21 @@
 // the row's value, zero points are summed by group apart, so that a code itself is what is multiplied:
 //
 //   sum over rows i of x[i] * scale * (code - zero) = sum of (x[i] * scale) * code - sum of (x[i] * scale) * zero
+//
+// Vectors run over the end of a row into the next one. What they compute there is left where nobody looks; only pieces
+// at the very end of a tensor are copied to where there is room.
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
-#include "half.h"
 #include "row_list.h"
 
 namespace tda {
 
 constexpr int64_t kSmallestGroup = 32;
+constexpr int64_t kMostBlock = 128;  // columns of the widest block
+constexpr int64_t kLine = 64;        // bytes of a cache line
 
 #if defined(__GNUC__) && !defined(__clang__)
 #define TDA_SHUFFLES 1  // of vectors by vectors
@@ -22,12 +27,25 @@ constexpr int64_t kSmallestGroup = 32;
 #define TDA_SHUFFLES 0
 #endif
 
+// Memory that may be read in whole vectors: a piece of a tensor, or a copy of it where the tensor ends.
+template <class T, int kRoom>
+struct Piece {
+  TDA_INLINE const T* Of(const T* begin, int64_t count, int64_t read, const T* tensor_end) {
+    if (begin + read <= tensor_end) return begin;
+    std::memcpy(copy, begin, count * sizeof(T));
+    return copy;
+  }
+
+  T copy[kRoom];
+};
+
 // The vectors of a block: kLanes words, each of kPerLane codes.
 template <int kLanes, int kBits>
 struct CodeBlock {
   using V = Lanes<kLanes>;
   using Vector = typename V::Vector;
   using Words = typename V::Words;
+  using Integers = typename V::Integers;
   static constexpr int kPerLane = 32 / kBits;
   static constexpr int kColumns = kLanes * kPerLane;
 
@@ -40,15 +58,11 @@ struct CodeBlock {
       return __builtin_shuffle(table, shifted);
     }
 #endif
-    return __builtin_convertvector(reinterpret_cast<typename V::Integers>(shifted & ((1u << kBits) - 1)), Vector);
+    return __builtin_convertvector(reinterpret_cast<Integers>(shifted & ((1u << kBits) - 1)), Vector);
   }
 
   // Which of a block's groups each lane is of.
-  static TDA_INLINE Words GroupOfLane(int64_t group) {
-    Words of_lane = {};
-    for (int lane = 0; lane < kLanes; ++lane) of_lane[lane] = static_cast<uint32_t>(lane * kPerLane / group);
-    return of_lane;
-  }
+  static TDA_INLINE Words GroupOfLane(int group_shift) { return V::Counting() * kPerLane >> group_shift; }
 
   // Give each lane the number of its group; `first` is that of the block's first group, with kLanes floats to read.
   static TDA_INLINE Vector Spread(const float* first, Words of_lane) {
@@ -57,145 +71,141 @@ struct CodeBlock {
 #endif
     return Vector{} + first[0];
   }
+
+  // Return kLanes codes that follow one another, the first at `address`.
+  static TDA_INLINE Vector InOrder(const uint8_t* address) {
+    if constexpr (kBits == 8) return V::LoadBytes(address);
+    uint32_t low = 0, high = 0;
+    std::memcpy(&low, address, std::min(4, kLanes / 2));
+    Words words = Words{} + low;
+    if constexpr (kLanes == 16) {
+      std::memcpy(&high, address + 4, 4);
+      words = V::Counting() < 8 ? words : Words{} + high;
+    }
+    words = words >> (V::Counting() % 8 * 4) & 15;
+    return __builtin_convertvector(reinterpret_cast<Integers>(words), Vector);
+  }
 };
 
 // A matrix of codes, row after row.
 template <int kBits>
 struct CodeFormat {
-  static constexpr int64_t kTileColumns = 2048;  // their sums stay in the first cache
+  static constexpr int64_t kTileColumns = 4096;  // their sums stay in the first cache, and pieces of rows are long
   static constexpr int64_t kTileGroups = kTileColumns / kSmallestGroup;
   static constexpr int64_t kRowsAtOnce = 8;
-  static constexpr int64_t kOverread = 16;  // floats that vectors may read past the last group
+  static constexpr int64_t kMostLanes = 16;
 
   // Sums of the zero points of a tile, by group.
   struct Apart {
-    float sums[kTileGroups + kOverread] = {};
+    float sums[kTileGroups + kMostLanes] = {};
   };
 
   int64_t RowBytes() const { return row_bytes + 2 * groups + zero_bytes; }
 
-  // Bytes of the codes of so many columns, all but the last row's end in whole bytes.
-  static TDA_INLINE int64_t CodeBytes(int64_t count) { return count * kBits / 8; }
+  static constexpr int64_t CodeBytes(int64_t count) { return (count * kBits + 7) / 8; }
 
   // Add the rows of a list, in the columns [begin, end) of a tile, to its sums and what is summed apart.
   template <int kLanes>
   TDA_INLINE void AddRows(const RowList& list, int64_t begin, int64_t end, float* sums, Apart& apart) const {
-    float scales_of[kRowsAtOnce][kTileGroups + kOverread];
+    using Block = CodeBlock<kLanes, kBits>;
+    using V = typename Block::V;
+    constexpr int kPerLane = Block::kPerLane;
+    Piece<uint8_t, CodeBytes(kTileColumns)> pieces[kRowsAtOnce];
+    float scales_of[kRowsAtOnce][kTileGroups + kMostLanes];
     const uint8_t* first[kRowsAtOnce];
     const uint8_t* ahead[kRowsAtOnce];
-    const int64_t first_group = begin / group, tile_groups = (end - begin + group - 1) / group;
+    const int64_t first_group = begin >> group_shift, tile_groups = ((end - 1) >> group_shift) + 1 - first_group;
+    const int64_t blocks = (end - begin + Block::kColumns - 1) / Block::kColumns;
+    const int64_t piece_bytes = CodeBytes(end) - CodeBytes(begin);
+    const typename V::Words of_lane = Block::GroupOfLane(group_shift);
+    for (int64_t i = 0; i < std::min(list.ahead, list.count); ++i) {
+      PrefetchGroups(list.At(i), first_group, tile_groups);
+      for (int64_t byte = 0; byte < piece_bytes; byte += kLine) {
+        __builtin_prefetch(codes + list.At(i) * row_bytes + CodeBytes(begin) + byte);
+      }
+    }
     for (int64_t i = 0; i < list.count; i += kRowsAtOnce) {
       const int64_t count = std::min(kRowsAtOnce, list.count - i);
       for (int64_t r = 0; r < count; ++r) {
         const int64_t row = list.At(i + r), later = list.Ahead(i + r);
-        first[r] = codes + row * row_bytes + CodeBytes(begin);
+        first[r] = pieces[r].Of(codes + row * row_bytes + CodeBytes(begin), piece_bytes,
+                                blocks * Block::kColumns * kBits / 8, codes + rows * row_bytes);
         ahead[r] = codes + later * row_bytes + CodeBytes(begin);
-        const uint16_t* later_scales = scales + later * groups + first_group;
-        for (int64_t g = 0; g < tile_groups; g += 32) __builtin_prefetch(later_scales + g);
-        __builtin_prefetch(zeros + later * zero_bytes + CodeBytes(first_group));
-        ScaleGroups(scales + row * groups + first_group, zeros + row * zero_bytes + CodeBytes(first_group),
-                    tile_groups, list.values[i + r], scales_of[r], apart.sums);
+        PrefetchGroups(later, first_group, tile_groups);
+        ScaleGroups<kLanes>(row, first_group, tile_groups, list.values[i + r], scales_of[r], apart.sums);
       }
-      AddBlocks<kLanes>(first, ahead, scales_of, count, 0, end - begin, sums);
+      for (int64_t block = 0; block < blocks; ++block) {
+        float* block_sums = sums + block * Block::kColumns;
+        const int64_t block_group = block * Block::kColumns >> group_shift;
+        const int64_t at = CodeBytes(block * Block::kColumns);
+        typename V::Vector totals[kPerLane];
+        for (int k = 0; k < kPerLane; ++k) totals[k] = V::Load(block_sums + k * kLanes);
+        for (int64_t r = 0; r < count; ++r) {
+          __builtin_prefetch(ahead[r] + at);
+          const typename V::Words words = V::LoadWords(first[r] + at);
+          const typename V::Vector scale = Block::Spread(scales_of[r] + block_group, of_lane);
+          for (int k = 0; k < kPerLane; ++k) totals[k] += scale * Block::Codes(words, k);
+        }
+        for (int k = 0; k < kPerLane; ++k) V::Store(block_sums + k * kLanes, totals[k]);
+      }
     }
   }
 
   // Subtract what was summed apart from the sums of the columns [begin, end).
   template <int kLanes>
   TDA_INLINE void Complete(int64_t begin, int64_t end, float* sums, const Apart& apart) const {
-    SubtractZeros<kLanes>(0, end - begin, sums, apart.sums);
-  }
-
-  // Write the sums of a tile of so many columns in the columns' order.
-  template <int kLanes>
-  static TDA_INLINE void InOrder(const float* sums, int64_t columns, float* y) {
-    using Block = CodeBlock<kLanes, kBits>;
-    int64_t at = 0;
-    for (; at + Block::kColumns <= columns; at += Block::kColumns) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        for (int k = 0; k < Block::kPerLane; ++k) y[at + lane * Block::kPerLane + k] = sums[at + k * kLanes + lane];
-      }
-    }
-    if constexpr (kLanes > 4) {
-      InOrder<kLanes / 2>(sums + at, columns - at, y + at);
-    } else {
-      std::copy_n(sums + at, columns - at, y + at);
-    }
-  }
-
-  // Return code `column` of a row of codes.
-  static TDA_INLINE float Code(const uint8_t* row, int64_t column) {
-    if constexpr (kBits == 8) return row[column];
-    return static_cast<float>(row[column / 2] >> 4 * (column % 2) & 15);
-  }
-
-  // Multiply the scales of `count` groups with `value`, and add what that makes of the groups' zero points to `sums`.
-  static TDA_INLINE void ScaleGroups(const uint16_t* __restrict scales, const uint8_t* __restrict zeros, int64_t count,
-                                     float value, float* __restrict scaled, float* __restrict sums) {
-    for (int64_t g = 0; g < count; ++g) scaled[g] = HalfToFloat(scales[g]) * value;
-    if constexpr (kBits == 8) {
-      for (int64_t g = 0; g < count; ++g) sums[g] += scaled[g] * static_cast<float>(zeros[g]);
-    } else {
-      int64_t pair = 0;
-      for (; 2 * pair + 1 < count; ++pair) {
-        sums[2 * pair] += scaled[2 * pair] * static_cast<float>(zeros[pair] & 15);
-        sums[2 * pair + 1] += scaled[2 * pair + 1] * static_cast<float>(zeros[pair] >> 4);
-      }
-      if (count % 2) sums[count - 1] += scaled[count - 1] * static_cast<float>(zeros[pair] & 15);
-    }
-  }
-
-  template <int kLanes>
-  TDA_INLINE void AddBlocks(const uint8_t* const* first, const uint8_t* const* ahead,
-                            const float (*scales_of)[kTileGroups + kOverread], int64_t count, int64_t at, int64_t end,
-                            float* sums) const {
     using Block = CodeBlock<kLanes, kBits>;
     using V = typename Block::V;
-    constexpr int kPerLane = Block::kPerLane;
-    const typename V::Words of_lane = Block::GroupOfLane(group);
-    for (; at + Block::kColumns <= end; at += Block::kColumns) {
-      typename V::Vector totals[kPerLane];
-      for (int k = 0; k < kPerLane; ++k) totals[k] = V::Load(sums + at + k * kLanes);
-      const int64_t block_group = at / group;
-      for (int64_t r = 0; r < count; ++r) {
-        __builtin_prefetch(ahead[r] + CodeBytes(at));
-        const typename V::Words words = V::LoadWords(first[r] + CodeBytes(at));
-        const typename V::Vector scale = Block::Spread(scales_of[r] + block_group, of_lane);
-        for (int k = 0; k < kPerLane; ++k) totals[k] += scale * Block::Codes(words, k);
-      }
-      for (int k = 0; k < kPerLane; ++k) V::Store(sums + at + k * kLanes, totals[k]);
-    }
-    if constexpr (kLanes > 4) {
-      AddBlocks<kLanes / 2>(first, ahead, scales_of, count, at, end, sums);
-    } else {
-      for (; at < end; ++at) {
-        for (int64_t r = 0; r < count; ++r) sums[at] += scales_of[r][at / group] * Code(first[r], at);
-      }
-    }
-  }
-
-  template <int kLanes>
-  TDA_INLINE void SubtractZeros(int64_t at, int64_t end, float* sums, const float* zero_sums) const {
-    using Block = CodeBlock<kLanes, kBits>;
-    using V = typename Block::V;
-    const typename V::Words of_lane = Block::GroupOfLane(group);
-    for (; at + Block::kColumns <= end; at += Block::kColumns) {
-      const typename V::Vector zero_sum = Block::Spread(zero_sums + at / group, of_lane);
+    const typename V::Words of_lane = Block::GroupOfLane(group_shift);
+    for (int64_t at = 0; at < end - begin; at += Block::kColumns) {
+      const typename V::Vector zero_sum = Block::Spread(apart.sums + (at >> group_shift), of_lane);
       for (int k = 0; k < Block::kPerLane; ++k) {
         V::Store(sums + at + k * kLanes, V::Load(sums + at + k * kLanes) - zero_sum);
       }
     }
-    if constexpr (kLanes > 4) {
-      SubtractZeros<kLanes / 2>(at, end, sums, zero_sums);
-    } else {
-      for (; at < end; ++at) sums[at] -= zero_sums[at / group];
+  }
+
+  // Write the sums of so many columns of a tile, whole blocks of them, in the columns' order.
+  template <int kLanes>
+  static TDA_INLINE void InOrder(const float* sums, int64_t columns, float* y) {
+    using Block = CodeBlock<kLanes, kBits>;
+    for (int64_t at = 0; at < columns; at += Block::kColumns) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        for (int k = 0; k < Block::kPerLane; ++k) y[at + lane * Block::kPerLane + k] = sums[at + k * kLanes + lane];
+      }
+    }
+  }
+
+  TDA_INLINE void PrefetchGroups(int64_t row, int64_t first_group, int64_t count) const {
+    const uint16_t* first = scales + row * groups + first_group;
+    for (int64_t g = 0; g < count; g += kLine / 2) __builtin_prefetch(first + g);
+    __builtin_prefetch(zeros + row * zero_bytes + CodeBytes(first_group));
+  }
+
+  // Multiply the scales of a row's groups with `value`, and add what that makes of their zero points to `sums`.
+  template <int kLanes>
+  TDA_INLINE void ScaleGroups(int64_t row, int64_t first_group, int64_t count, float value, float* scaled,
+                              float* sums) const {
+    using V = Lanes<kLanes>;
+    for (int64_t g = 0; g < count; g += kLanes) {
+      Piece<uint16_t, kLanes> scales_piece;
+      Piece<uint8_t, kLanes> zeros_piece;
+      const int64_t rest = std::min<int64_t>(kLanes, count - g), at = first_group + g;
+      const uint16_t* halves =
+          scales_piece.Of(scales + row * groups + at, rest, kLanes, scales + rows * groups);
+      const uint8_t* zero_points = zeros_piece.Of(zeros + row * zero_bytes + CodeBytes(at), CodeBytes(rest),
+                                                  CodeBytes(kLanes), zeros + rows * zero_bytes);
+      const typename V::Vector own = V::LoadHalves(halves) * value;
+      V::Store(scaled + g, own);
+      V::Store(sums + g, V::Load(sums + g) + own * CodeBlock<kLanes, kBits>::InOrder(zero_points));
     }
   }
 
   const uint8_t* codes;    // [rows, row_bytes]
   const uint16_t* scales;  // [rows, groups], float16
   const uint8_t* zeros;    // [rows, zero_bytes]
-  int64_t columns, group, row_bytes, groups, zero_bytes;
+  int64_t rows, columns, row_bytes, groups, zero_bytes;
+  int group_shift;  // a group has 1 << group_shift columns
 };
 
 }  // namespace tda

@@ -30,7 +30,8 @@ void Multiply(const KernelContext& context, const Allocator& allocator, const Ro
               const Format& weight) {
   const RowChunks<Format> chunks(weight, call.inputs);
   const RowPrices prices = {call.row_price.As<const float>(), *call.price.As<const float>()};
-  const size_t sums_bytes = (chunks.count * call.outputs * sizeof(float) + 63) / 64 * 64;
+  const int64_t stride = WholeBlocks(call.outputs);
+  const size_t sums_bytes = chunks.count * stride * sizeof(float);
   const Scratch scratch(context, allocator, sums_bytes + chunks.tiles * sizeof(std::atomic<int64_t>), false);
   std::atomic<int64_t>* ended = scratch.As<std::atomic<int64_t>>(sums_bytes);
   for (int64_t t = 0; t < call.tokens; ++t) {
@@ -42,9 +43,9 @@ void Multiply(const KernelContext& context, const Allocator& allocator, const Ro
       const int64_t begin = chunks.FirstColumn(tile), end = chunks.FirstColumn(tile + 1);
       float* sums = scratch.As<float>() + begin;
       SumChunk(weight, {x, prices, chunks.FirstRow(chunk), chunks.FirstRow(chunk + 1), begin, end},
-               sums + chunk * call.outputs);
+               sums + chunk * stride);
       if (ended[tile].fetch_add(1) + 1 < chunks.count) return;
-      AddChunks(weight, sums, chunks.count, call.outputs, end - begin, y + begin);
+      AddChunks(weight, sums, chunks.count, stride, end - begin, y + begin);
     });
   }
 }
@@ -87,11 +88,12 @@ class RowLinearCodesCpu : public Kernel {
     const CodeFormat<kBits> weight = {call.weight.As<const uint8_t>(),
                                       call.scales.As<const uint16_t>(),
                                       call.zero_points.As<const uint8_t>(),
+                                      call.inputs,
                                       layout_.columns,
-                                      layout_.group,
                                       layout_.Packed(layout_.columns),
                                       layout_.Groups(),
-                                      layout_.Packed(layout_.Groups())};
+                                      layout_.Packed(layout_.Groups()),
+                                      __builtin_ctzll(layout_.group)};
     Multiply(context, allocator_, call, weight);
   }
 

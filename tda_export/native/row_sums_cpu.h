@@ -14,8 +14,9 @@
 
 namespace tda {
 
-constexpr int64_t kMostChunks = 8;
-constexpr int64_t kChunkBytes = 32 << 10;  // of weights, at least, so that handing out work costs little
+// A few chunks at least, where handing out work costs little beside it; more only where they stay long.
+constexpr int64_t kFewChunks = 4, kMostChunks = 16;
+constexpr int64_t kShortChunk = 32 << 10, kLongChunk = 256 << 10;  // bytes of weights
 constexpr int64_t kListed = 512;           // rows at once
 constexpr int64_t kAheadBytes = 6 << 10;   // of what a thread reads are asked for early
 
@@ -24,7 +25,10 @@ template <class Format>
 struct RowChunks {
   RowChunks(const Format& weight, int64_t inputs) : inputs(inputs), outputs(weight.columns) {
     const int64_t bytes = inputs * weight.RowBytes();
-    while (count < kMostChunks && 2 * count * kChunkBytes <= bytes && 2 * count <= inputs) count *= 2;
+    while (count < kMostChunks && 2 * count <= inputs &&
+           2 * count * (count < kFewChunks ? kShortChunk : kLongChunk) <= bytes) {
+      count *= 2;
+    }
     tiles = (outputs + Format::kTileColumns - 1) / Format::kTileColumns;
   }
 
@@ -36,6 +40,8 @@ struct RowChunks {
   int64_t tiles;
 };
 
+constexpr int64_t WholeBlocks(int64_t columns) { return (columns + kMostBlock - 1) / kMostBlock * kMostBlock; }
+
 // What a token multiplies with a chunk of rows, in a tile of columns.
 struct ChunkOfToken {
   const float* x;  // [inputs]
@@ -44,7 +50,7 @@ struct ChunkOfToken {
   int64_t begin, end;  // columns
 };
 
-// Compute the sums of a chunk, float [end - begin], in the Format's own order of columns.
+// Compute the sums of a chunk, float [end - begin], whole blocks of them, in the Format's own order of columns.
 template <int kLanes, class Format>
 TDA_INLINE void SumChunkOf(const Format& weight, const ChunkOfToken& chunk, float* sums) {
   int32_t rows[kListed];
@@ -52,7 +58,7 @@ TDA_INLINE void SumChunkOf(const Format& weight, const ChunkOfToken& chunk, floa
   const int64_t piece = weight.RowBytes() * (chunk.end - chunk.begin) / weight.columns + 1;
   const int64_t groups_ahead = 1 + kAheadBytes / (piece * Format::kRowsAtOnce);
   typename Format::Apart apart;
-  std::fill_n(sums, chunk.end - chunk.begin, 0.0f);
+  std::fill_n(sums, WholeBlocks(chunk.end - chunk.begin), 0.0f);
   for (int64_t first = chunk.first_row; first < chunk.end_row; first += kListed) {
     const int64_t end = std::min(first + kListed, chunk.end_row);
     const int64_t count = ListRows(chunk.x, chunk.prices, first, end, rows, values);
@@ -66,9 +72,10 @@ TDA_INLINE void SumChunkOf(const Format& weight, const ChunkOfToken& chunk, floa
 template <int kLanes, class Format>
 TDA_INLINE void AddChunksOf(float* sums, int64_t chunks, int64_t stride, int64_t columns, float* y) {
   float in_order[Format::kTileColumns];
+  const int64_t whole = WholeBlocks(columns);
   for (int64_t chunk = 1; chunk < chunks; ++chunk) {
     const float* own = sums + chunk * stride;
-    for (int64_t i = 0; i < columns; ++i) sums[i] += own[i];
+    for (int64_t i = 0; i < whole; ++i) sums[i] += own[i];
   }
   Format::template InOrder<kLanes>(sums, columns, in_order);
   for (int64_t i = 0; i < columns; ++i) y[i] += in_order[i];
