@@ -86,11 +86,12 @@ class KernelContext {
   Tensor OutputLike(size_t index, const Tensor& other) const;
   void* CudaStream() const;
 
-  // Call work(task) for every task in [0, tasks) on ONNX Runtime's own thread pool.
+  // Call work(task) for every task in [0, tasks) on ONNX Runtime's own thread pool. Threads take one task after another:
+  // without a number of batches each would be given its share beforehand.
   template <class Work>
   void ParallelFor(size_t tasks, const Work& work) const {
     auto call = [](void* user, size_t task) { (*static_cast<const Work*>(user))(task); };
-    Check(api_, api_->KernelContext_ParallelFor(context_, call, tasks, 0, const_cast<Work*>(&work)));
+    Check(api_, api_->KernelContext_ParallelFor(context_, call, tasks, tasks, const_cast<Work*>(&work)));
   }
 
   const OrtApi* api() const { return api_; }

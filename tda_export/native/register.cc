@@ -15,10 +15,11 @@ namespace {
 const std::vector<OpDefinition>& Definitions() {
   static const std::vector<OpDefinition> definitions = [] {
     std::vector<OpDefinition> all = StatisticsOnCuda();
-    for (const OpDefinition& definition : LinearOnCuda()) all.push_back(definition);
-    for (const OpDefinition& definition : StepOps()) all.push_back(definition);
+    for (const std::vector<OpDefinition>& some : {LinearOnCuda(), StepOps(), RowLinearOnCpu()}) {
+      all.insert(all.end(), some.begin(), some.end());
+    }
     for (const OpDefinition& definition : {IndexedFfnOnCpu(), IndexedFfnOnCuda(kHalf), IndexedFfnOnCuda(kBfloat16),
-                                           RowLinearOnCpu(), RowLinearOnCuda(kHalf), RowLinearOnCuda(kBfloat16),
+                                           RowLinearOnCuda(kHalf), RowLinearOnCuda(kBfloat16),
                                            GreedyTokenOnCpu(), GreedyTokenOnCuda()}) {
       all.push_back(definition);
     }

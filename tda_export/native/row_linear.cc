@@ -3,29 +3,43 @@
 namespace tda {
 namespace {
 
-enum Input : size_t { kX, kWeight, kRowPrice, kPrice, kBias };
+constexpr size_t kX = 0, kWeight = 1;
+constexpr size_t kRowPrice = 0, kPrice = 1, kBias = 2;  // behind the tensors of the matrix
 
 }  // namespace
 
-std::vector<IoType> RowLinearInputs(ElementType type) {
-  return {
-      {type},        // x
-      {type},        // w
-      {kFloat},      // row_price
-      {kFloat},      // price
-      {type, true},  // bias
-  };
+std::vector<IoType> RowLinearInputs(ElementType type, std::vector<IoType> weight) {
+  std::vector<IoType> inputs = {{type}};  // x
+  for (const IoType& tensor : weight) inputs.push_back(tensor);
+  inputs.push_back({kFloat});      // row_price
+  inputs.push_back({kFloat});      // price
+  inputs.push_back({type, true});  // bias
+  return inputs;
 }
 
-RowLinearCall::RowLinearCall(const KernelContext& context)
+RowLinearCall::RowLinearCall(const KernelContext& context, size_t weight_tensors)
     : x(context.Input(kX)),
       weight(context.Input(kWeight)),
-      row_price(context.Input(kRowPrice)),
-      price(context.Input(kPrice)),
-      bias(context.Input(kBias)) {
+      row_price(context.Input(kWeight + weight_tensors + kRowPrice)),
+      price(context.Input(kWeight + weight_tensors + kPrice)),
+      bias(context.Input(kWeight + weight_tensors + kBias)) {}
+
+RowLinearCall::RowLinearCall(const KernelContext& context) : RowLinearCall(context, 1) {
   if (weight.rank != 2) Fail("w: expected shape [inputs, outputs], got ", weight.Shape());
-  inputs = weight.sizes[0];
   outputs = weight.sizes[1];
+  CheckAndAllocate(context);
+}
+
+RowLinearCall::RowLinearCall(const KernelContext& context, const CodeLayout& layout) : RowLinearCall(context, 3) {
+  scales = context.Input(kWeight + 1);
+  zero_points = context.Input(kWeight + 2);
+  layout.Check(weight, scales, zero_points);
+  outputs = layout.columns;
+  CheckAndAllocate(context);
+}
+
+void RowLinearCall::CheckAndAllocate(const KernelContext& context) {
+  inputs = weight.sizes[0];
   if (inputs == 0) Fail("w: a product of no inputs, shape ", weight.Shape());
   if (x.rank == 0 || x.sizes[x.rank - 1] != inputs) {
     Fail("x: expected shape [.., ", inputs, "], as w has ", inputs, " rows, got ", x.Shape());

@@ -1,25 +1,30 @@
-// tda::RowLinear, the part that both providers share: its inputs, and what must hold of them.
+// tda::RowLinear and its forms for integers, the part that all providers share: inputs, and what must hold of them.
 //
 //   y = sum over i of x[i] * w[i, :] + bias,   over the rows i that a token does not drop
 //
 // A token drops row i where x[i]^2 * row_price[i] < price, in float32. A row of which no token needs anything is not read.
 #pragma once
 
-#include "op.h"
+#include "codes.h"
 
 namespace tda {
 
-// Types of inputs for weights of `type`.
-std::vector<IoType> RowLinearInputs(ElementType type);
+// Types of inputs for activations of `type`, and a matrix of these tensors.
+std::vector<IoType> RowLinearInputs(ElementType type, std::vector<IoType> weight);
 
 struct RowLinearCall {
-  // Read and check the inputs of a call.
+  // Read and check the inputs of a call: of floats, or of codes, for which there are scales and zero points.
   explicit RowLinearCall(const KernelContext& context);
+  RowLinearCall(const KernelContext& context, const CodeLayout& layout);
 
   int64_t tokens;   // S
   int64_t inputs;   // rows of w
   int64_t outputs;  // columns of w
-  Tensor x, weight, row_price, price, bias, y;
+  Tensor x, weight, scales, zero_points, row_price, price, bias, y;
+
+ private:
+  RowLinearCall(const KernelContext& context, size_t weight_tensors);
+  void CheckAndAllocate(const KernelContext& context);
 };
 
 }  // namespace tda

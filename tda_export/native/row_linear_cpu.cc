@@ -1,133 +1,116 @@
-// tda::RowLinear on the CPU, float32: the needed rows are listed first, then read where they lie, each once for a tile of
-// tokens.
-//
-// ONNX Runtime's thread pool gets ranges of columns. A column's sum is added row by row in order, so that a token's result
-// depends neither on the number of threads nor on the other tokens of the call. A few rows are read at once while the next
-// ones are asked for: where rows are skipped, the processor does not see ahead by itself.
+// tda::RowLinear and its forms for integers on the CPU, float32 activations.
 #include "row_linear_cpu.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
-#include <thread>
 
 #include "row_linear.h"
-#include "rows_cpu.h"
+#include "row_sums_cpu.h"
 
 namespace tda {
 namespace {
 
-constexpr int64_t kTokenTile = 16;
-constexpr int64_t kRangeBytes = 64 << 10;  // of weights, at least, so that handing out work costs little
-constexpr int64_t kRangesPerThread = 2;    // evens out threads that are slowed down by others
-constexpr int64_t kRangeStep = 64;         // columns: whole cache lines, and whole vectors
-
-using Format = FloatFormat;
-
-// The rows that a tile of tokens needs.
-struct NeededRows {
-  Format weight;
-  const int32_t* rows;
-  int64_t count;
-  const float* values;  // [tokens, stride]: what a token multiplies each row with, 0 where it drops it
-  int64_t stride;
-  int64_t tokens;
-
-  TDA_INLINE Format::Row At(int64_t i) const { return weight.At(rows[std::min(i, count - 1)]); }
-};
-
-template <int kLanes, int kCount>
-TDA_INLINE void AddGroup(const NeededRows& needed, int64_t first, int64_t begin, int64_t end, float* y) {
-  Format::Row rows[kCount], ahead[kCount];
-  for (int r = 0; r < kCount; ++r) {
-    rows[r] = needed.At(first + r);
-    ahead[r] = needed.At(first + r + kGroupsAhead * kRowsAtOnce);
+#define TDA_SUMS(attribute, lanes, Format)                                                             \
+  attribute void SumChunk(const Format& weight, const ChunkOfToken& chunk, float* sums) {              \
+    SumChunkOf<lanes>(weight, chunk, sums);                                                            \
+  }                                                                                                    \
+  attribute void AddChunks(const Format&, float* sums, int64_t chunks, int64_t stride, int64_t columns, float* y) { \
+    AddChunksOf<lanes, Format>(sums, chunks, stride, columns, y);                                      \
   }
-  for (int64_t t = 0; t < needed.tokens; ++t) {
-    const float* values = needed.values + t * needed.stride + first;
-    AddScaled<kLanes, kCount>(y + t * needed.weight.columns, rows, ahead, begin, end, values);
+#define TDA_ALL_SUMS(attribute, lanes)     \
+  TDA_SUMS(attribute, lanes, FloatFormat)   \
+  TDA_SUMS(attribute, lanes, CodeFormat<4>) \
+  TDA_SUMS(attribute, lanes, CodeFormat<8>)
+TDA_FOR_EACH_TARGET(TDA_ALL_SUMS)
+
+// Multiply, given y [tokens, outputs] that holds the bias.
+template <class Format>
+void Multiply(const KernelContext& context, const Allocator& allocator, const RowLinearCall& call,
+              const Format& weight) {
+  const RowChunks<Format> chunks(weight, call.inputs);
+  const RowPrices prices = {call.row_price.As<const float>(), *call.price.As<const float>()};
+  const int64_t stride = WholeBlocks(call.outputs);
+  const size_t sums_bytes = chunks.count * stride * sizeof(float);
+  const Scratch scratch(context, allocator, sums_bytes + chunks.tiles * sizeof(std::atomic<int64_t>), false);
+  std::atomic<int64_t>* ended = scratch.As<std::atomic<int64_t>>(sums_bytes);
+  for (int64_t t = 0; t < call.tokens; ++t) {
+    const float* x = call.x.As<const float>() + t * call.inputs;
+    float* y = call.y.As<float>() + t * call.outputs;
+    for (int64_t tile = 0; tile < chunks.tiles; ++tile) new (&ended[tile]) std::atomic<int64_t>(0);
+    context.ParallelFor(chunks.count * chunks.tiles, [&](size_t task) {
+      const int64_t chunk = task % chunks.count, tile = task / chunks.count;
+      const int64_t begin = chunks.FirstColumn(tile), end = chunks.FirstColumn(tile + 1);
+      float* sums = scratch.As<float>() + begin;
+      SumChunk(weight, {x, prices, chunks.FirstRow(chunk), chunks.FirstRow(chunk + 1), begin, end},
+               sums + chunk * stride);
+      if (ended[tile].fetch_add(1) + 1 < chunks.count) return;
+      AddChunks(weight, sums, chunks.count, stride, end - begin, y + begin);
+    });
   }
 }
 
-// Add the needed rows to y [tokens, columns], in the columns [begin, end).
-template <int kLanes>
-TDA_INLINE void AddNeededOf(const NeededRows& needed, int64_t begin, int64_t end, float* y) {
-  int64_t i = 0;
-  for (; i + kRowsAtOnce <= needed.count; i += kRowsAtOnce) AddGroup<kLanes, kRowsAtOnce>(needed, i, begin, end, y);
-  for (; i < needed.count; ++i) AddGroup<kLanes, 1>(needed, i, begin, end, y);
-}
-
-#define TDA_ADD_NEEDED(attribute, lanes)                                                          \
-  attribute void AddNeeded(const NeededRows& needed, int64_t begin, int64_t end, float* y) {      \
-    AddNeededOf<lanes>(needed, begin, end, y);                                                    \
-  }
-TDA_FOR_EACH_TARGET(TDA_ADD_NEEDED)
-
-// List the rows that some of the tokens x [tokens, inputs] need, and what each token multiplies them with, into values
-// [tokens, inputs]. Returns how many there are.
-int64_t ListNeeded(const float* x, int64_t tokens, int64_t inputs, const float* row_price, float price, int32_t* rows,
-                   float* values) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < inputs; ++i) {
-    bool needed = false;
-    for (int64_t t = 0; t < tokens; ++t) {
-      const float value = x[t * inputs + i];
-      const float own = value * value * row_price[i] < price ? 0.0f : value;  // less, not its opposite: NaN is kept
-      values[t * inputs + count] = own;
-      needed |= own != 0.0f;
+void WriteBias(const RowLinearCall& call) {
+  float* y = call.y.As<float>();
+  for (int64_t t = 0; t < call.tokens; ++t) {
+    if (call.bias.present) {
+      std::memcpy(y + t * call.outputs, call.bias.data, call.outputs * sizeof(float));
+    } else {
+      std::memset(y + t * call.outputs, 0, call.outputs * sizeof(float));
     }
-    rows[count] = static_cast<int32_t>(i);
-    count += needed;
   }
-  return count;
 }
 
 class RowLinearCpu : public Kernel {
  public:
-  explicit RowLinearCpu(const KernelInfo& info)
-      : allocator_(info), most_ranges_(kRangesPerThread * std::max(1u, std::thread::hardware_concurrency())) {}
+  explicit RowLinearCpu(const KernelInfo& info) : allocator_(info) {}
 
   void Compute(const KernelContext& context) override {
     const RowLinearCall call(context);
-    const int64_t inputs = call.inputs, outputs = call.outputs;
     if (call.y.Count() == 0) return;
-    const int64_t tile_tokens = std::min(call.tokens, kTokenTile);
-    const Scratch scratch(context, allocator_, inputs * (tile_tokens * sizeof(float) + sizeof(int32_t)), false);
-    float* values = scratch.As<float>();
-    int32_t* rows = scratch.As<int32_t>(inputs * tile_tokens * sizeof(float));
-    for (int64_t start = 0; start < call.tokens; start += tile_tokens) {
-      const int64_t tokens = std::min(tile_tokens, call.tokens - start);
-      const int64_t count = ListNeeded(call.x.As<const float>() + start * inputs, tokens, inputs,
-                                       call.row_price.As<const float>(), *call.price.As<const float>(), rows, values);
-      const NeededRows needed = {{call.weight.As<const float>(), outputs}, rows, count, values, inputs, tokens};
-      float* y = call.y.As<float>() + start * outputs;
-      const int64_t bytes = std::max<int64_t>(count, 1) * outputs * int64_t{sizeof(float)} * tokens;
-      const int64_t steps = (outputs + kRangeStep - 1) / kRangeStep;
-      const int64_t ranges = std::clamp<int64_t>(bytes / kRangeBytes, 1, std::min(most_ranges_, steps));
-      context.ParallelFor(ranges, [&](size_t range) {
-        const int64_t begin = static_cast<int64_t>(range) * steps / ranges * kRangeStep;
-        const int64_t end = std::min<int64_t>(static_cast<int64_t>(range + 1) * steps / ranges * kRangeStep, outputs);
-        for (int64_t t = 0; t < tokens; ++t) {
-          float* own = y + t * outputs + begin;
-          if (call.bias.present) {
-            std::memcpy(own, call.bias.As<const float>() + begin, (end - begin) * sizeof(float));
-          } else {
-            std::memset(own, 0, (end - begin) * sizeof(float));
-          }
-        }
-        AddNeeded(needed, begin, end, y);
-      });
-    }
+    WriteBias(call);
+    Multiply(context, allocator_, call, FloatFormat{call.weight.As<const float>(), call.outputs});
   }
 
  private:
   const Allocator allocator_;
-  const int64_t most_ranges_;
+};
+
+template <int kBits>
+class RowLinearCodesCpu : public Kernel {
+ public:
+  explicit RowLinearCodesCpu(const KernelInfo& info) : allocator_(info), layout_(info, kBits) {}
+
+  void Compute(const KernelContext& context) override {
+    const RowLinearCall call(context, layout_);
+    if (call.y.Count() == 0) return;
+    WriteBias(call);
+    const CodeFormat<kBits> weight = {call.weight.As<const uint8_t>(),
+                                      call.scales.As<const uint16_t>(),
+                                      call.zero_points.As<const uint8_t>(),
+                                      call.inputs,
+                                      layout_.columns,
+                                      layout_.Packed(layout_.columns),
+                                      layout_.Groups(),
+                                      layout_.Packed(layout_.Groups()),
+                                      __builtin_ctzll(layout_.group)};
+    Multiply(context, allocator_, call, weight);
+  }
+
+ private:
+  const Allocator allocator_;
+  const CodeLayout layout_;
 };
 
 }  // namespace
 
-OpDefinition RowLinearOnCpu() {
-  return OpDefinition("RowLinear", nullptr, RowLinearInputs(kFloat), {{kFloat}}, Create<RowLinearCpu>);
+std::vector<OpDefinition> RowLinearOnCpu() {
+  const std::vector<IoType> of_codes = RowLinearInputs(kFloat, CodeTypes());
+  return {
+      {"RowLinear", nullptr, RowLinearInputs(kFloat, {{kFloat}}), {{kFloat}}, Create<RowLinearCpu>},
+      {"RowLinear4", nullptr, of_codes, {{kFloat}}, Create<RowLinearCodesCpu<4>>},
+      {"RowLinear8", nullptr, of_codes, {{kFloat}}, Create<RowLinearCodesCpu<8>>},
+  };
 }
 
 }  // namespace tda

@@ -4,6 +4,7 @@
 
 namespace tda {
 
-OpDefinition RowLinearOnCpu();
+// RowLinear, RowLinear4 and RowLinear8.
+std::vector<OpDefinition> RowLinearOnCpu();
 
 }  // namespace tda

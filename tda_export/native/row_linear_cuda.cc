@@ -145,7 +145,7 @@ class RowLinearCuda : public Kernel {
 }  // namespace
 
 OpDefinition RowLinearOnCuda(ElementType type) {
-  return OpDefinition("RowLinear", kCudaProvider, RowLinearInputs(type), {{type}},
+  return OpDefinition("RowLinear", kCudaProvider, RowLinearInputs(type, {{type}}), {{type}},
                       type == kHalf ? Create<RowLinearCuda<kHalf>> : Create<RowLinearCuda<kBfloat16>>);
 }
 

@@ -10,8 +10,9 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
-#include "vectors.h"
+#include "row_list.h"
 
 namespace tda {
 
@@ -20,6 +21,9 @@ constexpr int kGroupsAhead = 2;  // groups of kRowsAtOnce rows that are asked fo
 
 // float32, row after row.
 struct FloatFormat {
+  static constexpr int64_t kTileColumns = 1024;  // of which sums stay in the first cache, and the next rows' pieces too
+  static constexpr int64_t kRowsAtOnce = tda::kRowsAtOnce;
+
   struct Row {
     static constexpr int kLineFloats = 16;  // of a cache line
     static constexpr int kVectors = 2;      // read at once
@@ -41,7 +45,22 @@ struct FloatFormat {
     const float* first;
   };
 
+  struct Apart {};  // nothing is summed apart
+
   TDA_INLINE Row At(int64_t i) const { return {weights + i * columns}; }
+  int64_t RowBytes() const { return columns * int64_t{sizeof(float)}; }
+
+  // Add the rows of a list, in the columns [begin, end), to sums of these columns.
+  template <int kLanes>
+  TDA_INLINE void AddRows(const RowList& list, int64_t begin, int64_t end, float* sums, Apart&) const;
+
+  template <int kLanes>
+  TDA_INLINE void Complete(int64_t, int64_t, float*, const Apart&) const {}
+
+  template <int kLanes>
+  static TDA_INLINE void InOrder(const float* sums, int64_t columns, float* y) {
+    std::memcpy(y, sums, columns * sizeof(float));
+  }
 
   const float* weights;
   int64_t columns;
@@ -97,6 +116,23 @@ TDA_INLINE void AddScaled(float* y, const Row* rows, const Row* ahead, int64_t b
   }
   for (; i < end; ++i) {
     for (int r = 0; r < kCount; ++r) y[i] += scales[r] * rows[r].Value(i);
+  }
+}
+
+template <int kLanes>
+TDA_INLINE void FloatFormat::AddRows(const RowList& list, int64_t begin, int64_t end, float* sums, Apart&) const {
+  Row rows[kRowsAtOnce], ahead[kRowsAtOnce];
+  int64_t i = 0;
+  for (; i + kRowsAtOnce <= list.count; i += kRowsAtOnce) {
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      rows[r] = {At(list.At(i + r)).first + begin};
+      ahead[r] = {At(list.Ahead(i + r)).first + begin};
+    }
+    AddScaled<kLanes, kRowsAtOnce>(sums, rows, ahead, 0, end - begin, list.values + i);
+  }
+  for (; i < list.count; ++i) {
+    rows[0] = {At(list.At(i)).first + begin};
+    AddScaled<kLanes, 1>(sums, rows, rows, 0, end - begin, list.values + i);
   }
 }
 

@@ -1,36 +1,84 @@
-// A processor's vectors of floats, in GCC's and Clang's notation: code written once for every width.
+// A processor's vectors of floats, in GCC's and Clang's notation: code written once for every width. Only what widens
+// smaller numbers is written for a processor, since compilers make one number after another of it.
 #pragma once
+
+#include <cstdint>
+#include <cstring>
 
 #define TDA_INLINE inline __attribute__((always_inline))
 
 namespace tda {
 
-// A vector of kLanes floats, and the same at any address.
+// Return a float16's value; the smallest go through integers, since they are no normal floats.
+TDA_INLINE float HalfToFloat(uint16_t half) {
+  const uint32_t magnitude = half & 0x7fffu;
+  const uint32_t rebias = 0x38000000;  // 127 - 15, where a float has its exponent
+  uint32_t bits = (magnitude << 13) + rebias;
+  if (magnitude >= 0x7c00u) bits += rebias;  // infinity and NaN
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  if (magnitude < 0x400u) value = static_cast<float>(magnitude) * 0x1p-24f;
+  return half & 0x8000u ? -value : value;
+}
+
+// A vector of kLanes floats, and the same at any address; words and integers of as many bits.
 template <int kLanes>
 struct VectorOf;
-template <>
-struct VectorOf<4> {
-  typedef float Type __attribute__((vector_size(16)));
-  typedef float Unaligned __attribute__((vector_size(16), aligned(4)));
-};
-template <>
-struct VectorOf<8> {
-  typedef float Type __attribute__((vector_size(32)));
-  typedef float Unaligned __attribute__((vector_size(32), aligned(4)));
-};
-template <>
-struct VectorOf<16> {
-  typedef float Type __attribute__((vector_size(64)));
-  typedef float Unaligned __attribute__((vector_size(64), aligned(4)));
-};
+#define TDA_VECTOR_OF(lanes)                                                                    \
+  template <>                                                                                   \
+  struct VectorOf<lanes> {                                                                      \
+    typedef float Type __attribute__((vector_size(4 * lanes)));                                 \
+    typedef float Unaligned __attribute__((vector_size(4 * lanes), aligned(4)));                \
+    typedef uint32_t Words __attribute__((vector_size(4 * lanes)));                             \
+    typedef uint32_t AnyWords __attribute__((vector_size(4 * lanes), aligned(1), may_alias));   \
+    typedef int32_t Integers __attribute__((vector_size(4 * lanes)));                           \
+  };
+TDA_VECTOR_OF(4)
+TDA_VECTOR_OF(8)
+TDA_VECTOR_OF(16)
+#undef TDA_VECTOR_OF
 
 template <int kLanes>
 struct Lanes {
   using Vector = typename VectorOf<kLanes>::Type;
   using Unaligned = typename VectorOf<kLanes>::Unaligned;
+  using Words = typename VectorOf<kLanes>::Words;
+  using Integers = typename VectorOf<kLanes>::Integers;
 
   static TDA_INLINE Vector Load(const float* address) { return *reinterpret_cast<const Unaligned*>(address); }
   static TDA_INLINE void Store(float* address, Vector vector) { *reinterpret_cast<Unaligned*>(address) = vector; }
+  static TDA_INLINE Words LoadWords(const uint8_t* address) {
+    return *reinterpret_cast<const typename VectorOf<kLanes>::AnyWords*>(address);
+  }
+  // Load float16 numbers, and bytes, as floats.
+  static TDA_INLINE Vector LoadHalves(const uint16_t* address) {
+    Vector values = {};
+#if defined(__x86_64__) && defined(__GNUC__)
+    if constexpr (kLanes > 4) {
+      asm("vcvtph2ps %1, %0" : "=v"(values) : "m"(*reinterpret_cast<const uint16_t(*)[kLanes]>(address)));
+      return values;
+    }
+#endif
+    for (int lane = 0; lane < kLanes; ++lane) values[lane] = HalfToFloat(address[lane]);
+    return values;
+  }
+  static TDA_INLINE Vector LoadBytes(const uint8_t* address) {
+    Integers values = {};
+#if defined(__x86_64__) && defined(__GNUC__)
+    if constexpr (kLanes > 4) {
+      asm("vpmovzxbd %1, %0" : "=v"(values) : "m"(*reinterpret_cast<const uint8_t(*)[kLanes]>(address)));
+      return __builtin_convertvector(values, Vector);
+    }
+#endif
+    for (int lane = 0; lane < kLanes; ++lane) values[lane] = address[lane];
+    return __builtin_convertvector(values, Vector);
+  }
+  // Return 0, 1, 2 and so on.
+  static TDA_INLINE Words Counting() {
+    Words lanes = {};
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
+    return lanes;
+  }
   static TDA_INLINE float Sum(Vector vector) {
     float lanes[kLanes];
     __builtin_memcpy(lanes, &vector, sizeof(vector));

@@ -1,0 +1,84 @@
+// Sums over the rows that one token needs, read where they lie.
+//
+// Rows are cut into chunks, and a chunk's rows are added one after another in order; the sums of the chunks are added in
+// order as well. Where the chunks begin is decided by the shape of the matrix alone, so that neither the number of threads
+// nor the other tokens of a call change a bit of a token's result.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "codes_cpu.h"
+#include "row_list.h"
+#include "rows_cpu.h"
+
+namespace tda {
+
+// A few chunks at least, where handing out work costs little beside it; more only where they stay long.
+constexpr int64_t kFewChunks = 4, kMostChunks = 16;
+constexpr int64_t kShortChunk = 32 << 10, kLongChunk = 256 << 10;  // bytes of weights
+constexpr int64_t kListed = 512;           // rows at once
+constexpr int64_t kAheadBytes = 6 << 10;   // of what a thread reads are asked for early
+
+// A matrix [inputs, outputs] cut into chunks of rows and tiles of columns.
+template <class Format>
+struct RowChunks {
+  RowChunks(const Format& weight, int64_t inputs) : inputs(inputs), outputs(weight.columns) {
+    const int64_t bytes = inputs * weight.RowBytes();
+    while (count < kMostChunks && 2 * count <= inputs &&
+           2 * count * (count < kFewChunks ? kShortChunk : kLongChunk) <= bytes) {
+      count *= 2;
+    }
+    tiles = (outputs + Format::kTileColumns - 1) / Format::kTileColumns;
+  }
+
+  int64_t FirstRow(int64_t chunk) const { return chunk * inputs / count; }
+  int64_t FirstColumn(int64_t tile) const { return std::min(tile * Format::kTileColumns, outputs); }
+
+  int64_t inputs, outputs;
+  int64_t count = 1;  // chunks
+  int64_t tiles;
+};
+
+constexpr int64_t WholeBlocks(int64_t columns) { return (columns + kMostBlock - 1) / kMostBlock * kMostBlock; }
+
+// What a token multiplies with a chunk of rows, in a tile of columns.
+struct ChunkOfToken {
+  const float* x;  // [inputs]
+  RowPrices prices;
+  int64_t first_row, end_row;
+  int64_t begin, end;  // columns
+};
+
+// Compute the sums of a chunk, float [end - begin], whole blocks of them, in the Format's own order of columns.
+template <int kLanes, class Format>
+TDA_INLINE void SumChunkOf(const Format& weight, const ChunkOfToken& chunk, float* sums) {
+  int32_t rows[kListed];
+  float values[kListed];
+  const int64_t piece = weight.RowBytes() * (chunk.end - chunk.begin) / weight.columns + 1;
+  const int64_t groups_ahead = 1 + kAheadBytes / (piece * Format::kRowsAtOnce);
+  typename Format::Apart apart;
+  std::fill_n(sums, WholeBlocks(chunk.end - chunk.begin), 0.0f);
+  for (int64_t first = chunk.first_row; first < chunk.end_row; first += kListed) {
+    const int64_t end = std::min(first + kListed, chunk.end_row);
+    const int64_t count = ListRows(chunk.x, chunk.prices, first, end, rows, values);
+    const RowList list = {rows, values, count, groups_ahead * Format::kRowsAtOnce};
+    weight.template AddRows<kLanes>(list, chunk.begin, chunk.end, sums, apart);
+  }
+  weight.template Complete<kLanes>(chunk.begin, chunk.end, sums, apart);
+}
+
+// Add the sums of all chunks, `stride` floats apart, and then to `y` [columns], which may hold a bias.
+template <int kLanes, class Format>
+TDA_INLINE void AddChunksOf(float* sums, int64_t chunks, int64_t stride, int64_t columns, float* y) {
+  float in_order[Format::kTileColumns];
+  const int64_t whole = WholeBlocks(columns);
+  for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+    const float* own = sums + chunk * stride;
+    for (int64_t i = 0; i < whole; ++i) sums[i] += own[i];
+  }
+  Format::template InOrder<kLanes>(sums, columns, in_order);
+  for (int64_t i = 0; i < columns; ++i) y[i] += in_order[i];
+}
+
+}  // namespace tda
