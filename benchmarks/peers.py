@@ -84,10 +84,13 @@ def build(options: argparse.Namespace) -> dict[str, Any]:
 
 def build_priced(options: argparse.Namespace) -> dict[str, Any]:
     from tda_export.bench.artifact import build_random_priced
+    from tda_export.graph.storage import Storage
     from tda_export.models.source import resolve_model
 
     source = resolve_model(str(options.folder / "model"))
-    _, prices = build_random_priced(source, options.folder / "priced", "float16", PRICED_SPARSITIES, quiet=True)
+    _, prices = build_random_priced(
+        source, options.folder / "priced", Storage("float16"), PRICED_SPARSITIES, quiet=True
+    )
     (options.folder / "prices.json").write_text(json.dumps({f"priced_{1 - p:.2f}": v for p, v in prices.items()}))
     return {}
 

@@ -64,7 +64,7 @@ def scaled(unread: Mapping[str, float], size: Mapping[str, int], sparsity: float
 def build_random_priced(
     source: ModelSource,
     folder: Path,
-    dtype: str,
+    storage: Storage,
     sparsities: Sequence[float],
     *,
     packing: Packing | None = None,
@@ -79,16 +79,16 @@ def build_random_priced(
     Args:
         source: A model with random weights.
         folder: The artifact to create.
-        dtype: A value of `contract.DTYPES`.
+        storage: How its weights are stored.
         sparsities: One, or a milder and a stronger one: shares of the linears' bytes that are not read.
-        packing: Of the linears; None chooses by dtype.
+        packing: Of the linears; None chooses by storage.
         seed: Of the draw.
         quiet: No progress.
 
     Returns:
         The artifact, and the price of each sparsity.
     """
-    spec, chosen = source.spec, packing or default_packing(Storage(dtype))
+    spec, chosen = source.spec, packing or default_packing(storage)
     generator = torch.Generator().manual_seed(seed)
     matrices = packed_matrices(spec, chosen)
     inputs = {name: linear_shape(spec, parts[0])[0] for name, parts in matrices.items()}
@@ -106,6 +106,6 @@ def build_random_priced(
             worth[order < scaled(unread, size, sparsity)[name] * inputs[name]] = level
         prices[name] = worth
     design = PricedDesign(chosen, prices, 0.0)
-    request = BuildRequest(source, Storage(dtype), design, {"price": 0.0})
+    request = BuildRequest(source, storage, design, {"price": 0.0})
     export_artifact(request, folder, quiet=quiet, check=lambda folder: None)
     return open_artifact(folder), dict(zip(sorted(sparsities), PRICES, strict=False))

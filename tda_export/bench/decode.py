@@ -93,7 +93,7 @@ def run_bench(
             f"{settings.prompt_tokens} and {settings.new_tokens} tokens are more than the model's "
             f"{artifact.shape.max_positions} positions. Shorten one of them."
         )
-    check_methods(artifact.layout, settings.methods)
+    check_methods(artifact, settings.methods)
     say("Loading")
     sessions = Sessions(artifact, provider)
     from tda_export.bench.masks import MaskBench
@@ -107,12 +107,15 @@ def run_bench(
     return bench.measure()
 
 
-def check_methods(layout: str, methods: Sequence[str]) -> None:
-    """Refuse methods that artifacts of a layout do not run.
+def check_methods(artifact: Artifact, methods: Sequence[str]) -> None:
+    """Refuse methods that an artifact does not run.
 
     Raises:
         UsageError: There is one.
     """
+    layout = artifact.layout
+    if artifact.has_integers and "dense" in methods:
+        raise UsageError("dense is a graph of floats, and this artifact has integers. Take --method dense_native.")
     possible, build = (PRICED_METHODS, "tda") if layout == "priced" else (MASK_METHODS, "priced")
     if foreign := [name for name in methods if name not in possible]:
         raise UsageError(
@@ -124,7 +127,7 @@ def check_methods(layout: str, methods: Sequence[str]) -> None:
 def default_methods(artifact: Artifact, new_tokens: int) -> tuple[str, ...]:
     """Return `DEFAULT_METHODS`, less what an artifact has no graph for, or too few tokens leave no thresholds for."""
     if artifact.layout == "priced":
-        return PRICED_METHODS
+        return PRICED_METHODS[1:] if artifact.has_integers else PRICED_METHODS
     possible = artifact_method(artifact).two_levels and new_tokens >= 2 * PROBED_TOKENS
     return tuple(name for name in DEFAULT_METHODS if possible or name != "two_levels")
 

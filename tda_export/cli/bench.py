@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from tda_export.cli.options import FRACTION, PATH, json_option, provider_option
+from tda_export.cli.options import FRACTION, PATH, json_option, provider_option, weight_options
 
 MILD_SPARSITY = 0.3  # of --shape, beside the one that is asked for
 METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin", "tt", "priced")  # those of tda_export.bench.decode
@@ -26,8 +26,8 @@ METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin", "tt", "price
     "methods",
     multiple=True,
     type=click.Choice(METHODS),
-    help="What to compare; may be given several times.  [default: dense, dense_native, priced; of an artifact of "
-    "masks dense, dense_native, tda, two_levels, griffin]",
+    help="What to compare; may be given several times.  [default: dense, dense_native, priced; of integers "
+    "without dense, of masks dense, dense_native, tda, two_levels, griffin]",
 )
 @click.option(
     "--sparsity",
@@ -41,6 +41,7 @@ METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin", "tt", "price
 @click.option(
     "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of --shape.  [default: fp16 on CUDA, fp32 on the CPU]"
 )
+@weight_options
 @provider_option
 @json_option
 def bench(
@@ -51,16 +52,19 @@ def bench(
     prompt_tokens: int,
     new_tokens: int,
     dtype: str | None,
+    weights: str,
+    group: str,
+    weights_for: str | None,
     provider: str,
     as_json: bool,
 ) -> None:
     """Compare ways of generating from ARTIFACT, side by side in one run.
 
-    dense is the plain graph with ONNX Runtime's own operators, dense_native the decode graph that reads every row,
-    priced the same at the price for --sparsity (with --shape: at 0.3 too, and rows are drawn). tda and griffin read by
-    a prompt's mask, two_levels with a token threshold too. All masks read exactly the same number of bytes; tt keeps
-    as many neurons, each token its own, and can skip down rows alone. Logits are checked before anything is timed;
-    times are medians over rounds of 16 tokens, and the speed-up is that of the same round.
+    dense is the plain graph of floats with ONNX Runtime's own operators, dense_native the decode graph that reads every
+    row, priced the same at the price for --sparsity (with --shape: at 0.3 too, and rows are drawn). tda and griffin
+    read by a prompt's mask, two_levels with a token threshold too. All masks read exactly the same number of bytes; tt
+    keeps as many neurons, each token its own, and can skip down rows alone. Logits are checked before anything is
+    timed; times are medians over rounds of 16 tokens, and the speed-up is that of the same round.
     """
     from tda_export.bench.decode import BenchSettings, default_methods
     from tda_export.errors import UsageError
@@ -71,8 +75,9 @@ def bench(
 
     if (artifact is None) == (shape is None):
         raise UsageError("Give an ARTIFACT, or a --shape to bench with random weights.")
-    if dtype and artifact:
-        raise UsageError("--dtype belongs to --shape; an artifact has its own.")
+    of_shape = {"--dtype": dtype, "--weights": weights if weights != "float" else None, "--weights-for": weights_for}
+    if given := [option for option, value in of_shape.items() if value is not None and artifact]:
+        raise UsageError(f"{given[0]} belongs to --shape; an artifact has its own.")
     settings = partial(BenchSettings, sparsity=sparsity, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
     settings(methods or ("dense",))  # refused before anything is built
     if artifact:
@@ -82,21 +87,25 @@ def bench(
     else:
         from tda_export.bench.artifact import build_random_artifact, build_random_priced
         from tda_export.bench.shapes import random_source
+        from tda_export.graph.storage import read_plan, storage_of
 
         assert shape is not None
         on_gpu = provider == "cuda" or (provider == "auto" and cuda_problem() is None)
         chosen = DTYPES[dtype or ("fp16" if on_gpu else "fp32")]
         resolved = choose_provider(provider, chosen)
         source = random_source(shape)
+        storage = storage_of(source, chosen, read_plan(source, weights, int(group), weights_for))
         with owned_folder(Path(tempfile.gettempdir()), "tda-export-bench") as folder:
             place, prices = folder / "artifact", None
             if masks := set(methods) & {"tda", "two_levels", "griffin", "tt"}:
+                if storage.has_integers:
+                    raise UsageError(f"{min(masks)} is of artifacts of floats. Leave --weights and --weights-for out.")
                 if "priced" in methods:
                     raise UsageError(f"priced and {min(masks)} are of different artifacts. Bench one after the other.")
                 opened = build_random_artifact(source, place, chosen, sparsity, quiet=as_json)
             else:
                 sparsities = sorted({MILD_SPARSITY, sparsity})
-                opened, drawn = build_random_priced(source, place, chosen, sparsities, quiet=as_json)
+                opened, drawn = build_random_priced(source, place, storage, sparsities, quiet=as_json)
                 prices = {f"priced_{1 - share:.2f}": price for share, price in drawn.items()}
             chosen_methods = methods or default_methods(opened, new_tokens)
             result = _run(opened, resolved, settings(chosen_methods, prices=prices), as_json)

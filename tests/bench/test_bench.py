@@ -184,6 +184,7 @@ def test_wrong_logits_are_not_timed(artifact: Artifact, monkeypatch: pytest.Monk
         ([], "Give an ARTIFACT, or a --shape to bench with random weights."),
         (["ARTIFACT", "--shape", "llama-2-7b"], "Give an ARTIFACT, or a --shape"),
         (["ARTIFACT", "--dtype", "fp16"], "--dtype belongs to --shape; an artifact has its own."),
+        (["ARTIFACT", "--weights", "int4"], "--weights belongs to --shape; an artifact has its own."),
         (["--shape", "llama-9"], "Unknown shape 'llama-9'. Give a config.json, or one of smollm2-135m,"),
         (["ARTIFACT", "--method", "tda", "--method", "tda"], "A method is named twice."),
         (["ARTIFACT", "--method", "fastest"], "'fastest' is not one of"),
@@ -340,3 +341,23 @@ def test_random_rows_read_exactly_what_was_asked_for(tmp_path: Path) -> None:
     both = run_cli("bench", "--shape", path, *SHORT, "--method", "priced", "--method", "tda")
     assert both.exit_code == 2
     assert "priced and tda are of different artifacts" in both.stderr
+
+
+def test_integers(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(SMALL))
+    shape = ("--shape", path, *SHORT)
+    floats, integers = (
+        json.loads(run_ok("bench", *shape, "--method", "dense_native", "--method", "priced", *more, "--json").stdout)
+        for more in ((), ("--weights", "int4"))
+    )
+    assert list(integers)[-3:] == ["dense_native", "priced_0.70", "priced_0.50"]
+    sizes = [result["dense_native"]["skippable_bytes_per_token"] for result in (floats, integers)]
+    assert sizes[1] / sizes[0] == pytest.approx(4.625 / 32, rel=0.05)
+    assert integers["priced_0.50"]["sparsity"] == pytest.approx(0.5, abs=0.03)
+    dense = run_cli("bench", *shape, "--weights", "int4", "--method", "dense")
+    assert dense.exit_code == 2
+    assert "dense is a graph of floats, and this artifact has integers. Take --method dense_native." in dense.stderr
+    masks = run_cli("bench", *shape, "--weights", "int4", "--method", "tda")
+    assert masks.exit_code == 2
+    assert "tda is of artifacts of floats. Leave --weights and --weights-for out." in masks.stderr

@@ -1,0 +1,247 @@
+"""Compare four-bit stacks on the CPU by turns, in one run: same model, same depth of context, batch 1.
+
+    python benchmarks/cpu_peers.py FOLDER --llama LLAMA_CPP_BIN [--model smollm2-135m | --shape qwen2.5-0.5b]
+        [--artifact INT4_ARTIFACT] [--depth 1024] [--rounds 6]
+
+- llama.cpp, Q4_0: LLAMA_CPP_BIN is the folder of its `llama-bench` and `llama-quantize`. The source distribution of
+  llama-cpp-python holds llama.cpp: `pip download --no-deps --no-binary llama-cpp-python llama-cpp-python`, unpack, and
+  in its vendor/llama.cpp `cmake -B build -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF && cmake --build build --target
+  llama-bench llama-quantize`.
+- ONNX Runtime GenAI, int4 in blocks of 32, made by its own builder.
+- Ours: an artifact of four-bit priced rows, dense and at 0.7 and 0.5 of the rows' bytes; of --shape, with random
+  weights, it is made here (`bench/artifact.py`).
+
+Every round times all of them, one after another. Prints one JSON object: milliseconds a token and of a prompt of
+--depth tokens as medians with ranges, and how many times faster than the faster peer in the same round. Run it with
+nothing beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TOKENS = 32  # of a round
+PEERS = ("llama.cpp Q4_0", "GenAI int4")
+SPARSITIES = (0.3, 0.5)
+GGUF_TYPE = "Q4_0"
+
+
+def hugging_face(options: argparse.Namespace) -> Path:
+    """Make the folder that peers are made of, float32."""
+    folder = options.folder / "model"
+    if (folder / "config.json").is_file():
+        return folder
+    if options.shape:
+        import torch
+
+        from tda_export.bench.random_model import write_random_model
+        from tda_export.bench.shapes import random_source
+
+        config = random_source(options.shape).config
+        config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
+        return write_random_model(config, folder, dtype=torch.float32)
+    from tda_export.models.source import resolve_model
+
+    source = resolve_model(options.model)
+    source.reference().save_pretrained(folder)
+    source.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def genai_folder(options: argparse.Namespace, model: Path) -> Path:
+    folder: Path = options.folder / "genai"
+    if not (folder / "genai_config.json").is_file():
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", model, "-o", folder]
+        command += ["-p", "int4", "-e", "cpu", "-c", options.folder / "cache"]
+        command += ["--extra_options", "int4_block_size=32"]
+        subprocess.run([str(word) for word in command], check=True, stdout=sys.stderr)
+    return folder
+
+
+def gguf_file(options: argparse.Namespace, model: Path) -> Path:
+    """Write the weights as GGUF without a vocabulary, float16, and let llama.cpp quantise them."""
+    quantised: Path = options.folder / f"model-{GGUF_TYPE}.gguf"
+    if quantised.is_file():
+        return quantised
+    import gguf
+    from transformers import AutoConfig
+
+    from tda_export.models.weights import open_safetensors
+
+    config, weights = AutoConfig.from_pretrained(model), open_safetensors(model)
+    writer = gguf.GGUFWriter(options.folder / "model-f16.gguf", config.model_type)
+    layers = config.num_hidden_layers
+    writer.add_block_count(layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    if config.model_type == "llama":
+        writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    architecture = gguf.MODEL_ARCH.LLAMA if config.model_type == "llama" else gguf.MODEL_ARCH.QWEN2
+    names = gguf.get_tensor_name_map(architecture, layers)
+    for name in weights.names:
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if target is None:
+            raise SystemExit(f"{name}: GGUF has no name for it.")
+        array = weights.load(name).float().numpy()
+        writer.add_tensor(target, array if array.ndim == 1 else array.astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    command = [options.llama / "llama-quantize", "--pure", options.folder / "model-f16.gguf", quantised, GGUF_TYPE]
+    subprocess.run([str(word) for word in command], check=True, stdout=sys.stderr, stderr=sys.stderr)
+    return quantised
+
+
+def llama_bench(options: argparse.Namespace, model: Path) -> Callable[[], tuple[float, float]]:
+    """Return what times one round: seconds a token, and of a prompt."""
+    command = [options.llama / "llama-bench", "-m", model, "-t", options.threads, "-r", 1, "-o", "json"]
+
+    def run(*arguments: Any) -> float:
+        words = [str(word) for word in (*command, *arguments)]
+        done = subprocess.run(words, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        return float(json.loads(done.stdout)[0]["avg_ts"])
+
+    def measure() -> tuple[float, float]:
+        decode = run("-p", 0, "-n", TOKENS, "-d", options.depth)
+        return 1 / decode, options.depth / run("-p", options.depth, "-n", 0)
+
+    return measure
+
+
+def genai(options: argparse.Namespace, folder: Path, prompt: list[int]) -> Callable[[], tuple[float, float]]:
+    import onnxruntime_genai as og
+
+    config = og.Config(str(folder))
+    model = og.Model(config)
+
+    def measure() -> tuple[float, float]:
+        parameters = og.GeneratorParams(model)
+        length = len(prompt) + TOKENS + 2
+        parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
+        generator = og.Generator(model, parameters)
+        started = time.perf_counter()
+        generator.append_tokens(prompt)
+        generator.generate_next_token()
+        first = time.perf_counter() - started
+        started = time.perf_counter()
+        for _ in range(TOKENS):
+            generator.generate_next_token()
+        return (time.perf_counter() - started) / TOKENS, first
+
+    return measure
+
+
+def ours(artifact: Path, prices: dict[str, float], prompt: list[int]) -> dict[str, Callable[[], tuple[float, float]]]:
+    from tda_export.bench.priced import PricedRunner
+    from tda_export.runtime.artifact import open_artifact
+    from tda_export.runtime.session import Sessions
+
+    opened = open_artifact(artifact)
+    sessions = Sessions(opened, "cpu")
+    if not sessions.native:
+        raise SystemExit("The native library is not in use, so nothing is timed.")
+
+    def measuring(price: float) -> Callable[[], tuple[float, float]]:
+        runner = PricedRunner(opened, sessions, len(prompt) + TOKENS + 2, price)
+
+        def measure() -> tuple[float, float]:
+            started = time.perf_counter()
+            runner.prefill(prompt)
+            runner.step()
+            first = time.perf_counter() - started
+            started = time.perf_counter()
+            for _ in range(TOKENS):
+                runner.step()
+            return (time.perf_counter() - started) / TOKENS, first
+
+        return measure
+
+    return {f"ours {name}": measuring(price) for name, price in prices.items()}
+
+
+def our_artifact(options: argparse.Namespace, model: Path) -> tuple[Path, dict[str, float]]:
+    """Return the artifact, and the price of each share of the rows' bytes."""
+    from tda_export.runtime.artifact import open_artifact
+
+    if options.artifact:
+        from tda_export.deployments import chosen_price
+
+        opened = open_artifact(options.artifact)
+        prices = {f"{1 - share:.2f}": chosen_price(opened, sparsity=share).price for share in SPARSITIES}
+        return options.artifact, {"1.00": 0.0} | prices
+    from tda_export.bench.artifact import build_random_priced
+    from tda_export.graph.storage import read_plan, storage_of
+    from tda_export.models.source import resolve_model
+
+    folder, known = options.folder / "artifact", options.folder / "prices.json"
+    if not known.is_file():
+        source = resolve_model(str(model))
+        storage = storage_of(source, "float32", read_plan(source, "int4", 32, options.weights_for))
+        _, drawn = build_random_priced(source, folder, storage, SPARSITIES, quiet=True)
+        known.write_text(json.dumps({f"{1 - share:.2f}": price for share, price in drawn.items()}))
+    return folder, {"1.00": 0.0} | json.loads(known.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--llama", type=Path, required=True, help="folder of llama-bench and llama-quantize")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--shape", help="random weights of a name of tda_export.bench.shapes instead of --model")
+    parser.add_argument("--artifact", type=Path, help="of --model, four bits, with a table of prices")
+    parser.add_argument("--weights-for", help="as of build, for an artifact that is made here")
+    parser.add_argument("--depth", type=int, default=1024, help="tokens of context")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prepare-only", action="store_true")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    model = hugging_face(options)
+    places = gguf_file(options, model), genai_folder(options, model), our_artifact(options, model)
+    if options.prepare_only:
+        return
+    prompt = [3 + i * 7919 % 250 for i in range(options.depth)]
+    ways = {
+        PEERS[0]: llama_bench(options, places[0]),
+        PEERS[1]: genai(options, places[1], prompt),
+        **ours(*places[2], prompt),
+    }
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for number in range(1 + options.rounds):
+        for name, measure in reversed(list(ways.items())) if number % 2 else ways.items():
+            times[name].append(measure())
+            print(f"{number} {name}: {1e3 * times[name][-1][0]:.2f} ms a token", file=sys.stderr, flush=True)
+    report: dict[str, Any] = {"model": options.shape or options.model, "depth": options.depth, "tokens": TOKENS}
+    best = [min(times[name][i][0] for name in PEERS) for i in range(1, 1 + options.rounds)]
+    for name, measured in times.items():
+        decode, prefill = zip(*measured[1:], strict=True)
+        report[name] = {
+            "ms_per_token": 1e3 * statistics.median(decode),
+            "ms_per_token_range": [1e3 * min(decode), 1e3 * max(decode)],
+            "prefill_ms": 1e3 * statistics.median(prefill),
+            "times_faster_than_best_peer": statistics.median(
+                peer / own for peer, own in zip(best, decode, strict=True)
+            ),
+        }
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
