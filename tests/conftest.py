@@ -114,6 +114,14 @@ def priced_artifact(tiny_model: Path, priced_calibration: Path, tmp_path_factory
 
 
 @pytest.fixture(scope="session")
+def integer_artifact(tiny_model: Path, priced_calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its verified artifact of four-bit rows, dense unless it is given a price."""
+    path = tmp_path_factory.mktemp("artifacts") / "integers"
+    run_ok("build", tiny_model, "--calibration", priced_calibration, "--weights", "int4", "--price", "0", "-o", path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def token_artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its artifact with a calibration of the token estimator, which threshold truncation needs."""
     folder = tmp_path_factory.mktemp("token")

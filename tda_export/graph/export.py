@@ -168,6 +168,7 @@ def _manifest(
             "fingerprint": request.source.fingerprint,
             "eos_token_ids": request.source.eos_token_ids,
             "ffn_matrices": len(spec.ffn_parts),
+            "quantisation": _quantisation(request),
         },
         "shape": asdict(shape),
         "spec": asdict(spec),
@@ -190,6 +191,14 @@ def _manifest(
             file: [name for name in table if name in model.graph.initializers] for file, model in graphs.items()
         },
     }
+
+
+def _quantisation(request: BuildRequest) -> dict[str, Any] | None:
+    """Say how weights became integers, None where they are floats."""
+    known = request.source.quantisation
+    if known is None:
+        return {"quantizer": "rtn"} if request.storage.has_integers else None
+    return {name: value for name, value in known.items() if name not in ("quant_method", "version", "formats")}
 
 
 def _io(inputs: list[contract.IoTensor], outputs: list[contract.IoTensor]) -> dict[str, list[dict[str, Any]]]:

@@ -86,12 +86,12 @@ def weight_names() -> set[str]:
     return plain | {by_layer(name) for name in names}
 
 
-ENDINGS = (contract.linear_bias, contract.row_price)
+ENDINGS = (contract.linear_bias, contract.row_price, "{}.scales".format, "{}.zero_points".format)
 
 
 def beside(names: set[str]) -> set[str]:
     """What may stand beside matrices in weights.bin, which the document names by its ending."""
-    return {of(name) for name in names if "{i}" in name for of in ENDINGS}
+    return {of(name) for name in names if "{i}" in name or name in ("embedding", "head") for of in ENDINGS}
 
 
 def tensor_names() -> set[str]:
@@ -131,7 +131,7 @@ def test_every_name_exists() -> None:
     assert names - files <= known
 
 
-@pytest.mark.parametrize("built", ["tiny_artifact", "priced_artifact"])
+@pytest.mark.parametrize("built", ["tiny_artifact", "priced_artifact", "integer_artifact"])
 def test_tiny_artifacts_have_no_other_weights(built: str, request: pytest.FixtureRequest) -> None:
     manifest = json.loads((request.getfixturevalue(built) / contract.MANIFEST_FILE).read_text())
     stored = {by_layer(name) for name in manifest["weights"] if not re.search(r"\.[1-9]", name)}

@@ -32,7 +32,7 @@ def test_schema_is_one_and_is_of_this_format() -> None:
     assert properties["format"]["const"] == contract.FORMAT
     assert properties["format_version"]["const"] == contract.FORMAT_VERSION
     assert set(properties["files"]["required"]) == set(NEEDED_FILES)
-    assert set(SCHEMA["$defs"]["tensor"]["properties"]["dtype"]["enum"]) == set(contract.DTYPE_BYTES)
+    assert set(SCHEMA["$defs"]["tensor"]["properties"]["dtype"]["enum"]) == set(contract.DTYPE_BYTES) - {"uint8"}
     assert set(SCHEMA["$defs"]["model_dtype"]["enum"]) == set(contract.DTYPES.values())
 
 
@@ -73,6 +73,7 @@ def properties_of(layout: str) -> set[str]:
         ("--price", "0"),
         ("--sparsity", "0.3", "--packing", "sites"),
         ("--sparsity", "0.3", "--dtype", "fp16"),
+        ("--price", "0", "--weights", "int4", "--weights-for", "head=int8_g64"),
     ],
     ids=" ".join,
 )
