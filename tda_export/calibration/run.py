@@ -70,7 +70,7 @@ class CalibrationSettings:
             check_sequences(self.sequences)
         if self.masks and not self.curves_only:
             KlPlan(self.sequences)  # refuses too few
-        _check_device(self.device)
+        check_device(self.device)
         if self.device == "cpu" and self.dtype == "fp16":
             raise UsageError("--dtype fp16 on the CPU is slow and imprecise. Use fp32, or --device cuda.")
 
@@ -97,7 +97,12 @@ class CalibrationSettings:
         return content | ({"packings": list(self.packings)} if self.priced else {})
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Refuse a --device that is not known or not there.
+
+    Raises:
+        UsageError: It is.
+    """
     kind, _, number = device.partition(":")
     if device != "cpu" and (kind != "cuda" or (":" in device and not number.isdecimal())):
         raise UsageError(f"--device {device} is not known. Use cpu, cuda or cuda:N.")

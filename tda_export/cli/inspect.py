@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from tda_export.cli.options import json_option
+from tda_export.cli.quantize import describe_quantisation
 
 CONTEXT = 1024  # tokens
 SPARSITIES = (0.3, 0.5, 0.7)
@@ -53,14 +54,15 @@ def inspect(name: str, dtype: str | None, context: int | None, as_json: bool) ->
 def _of_model(name: str, dtype: str, context: int | None) -> dict[str, Any]:
     from tda_export.graph.requests import default_packing
     from tda_export.graph.sizes import planned_sizes
-    from tda_export.graph.storage import Storage
+    from tda_export.graph.storage import storage_of
     from tda_export.models.skeleton import skeleton_shapes
     from tda_export.models.source import resolve_model
 
     source = resolve_model(name, notify=lambda line: click.echo(line, err=True))
-    spec, storage = source.spec, Storage(dtype)
+    spec, storage = source.spec, storage_of(source, dtype)
     sizes = planned_sizes(spec, skeleton_shapes(source.config), storage, default_packing(storage))
-    return _described(name, spec, sizes, dtype, context)
+    quantised = {} if source.quantisation is None else {"quantization": source.quantisation}
+    return _described(name, spec, sizes, dtype, context) | quantised
 
 
 def _of_artifact(folder: Path, context: int | None) -> dict[str, Any]:
@@ -136,6 +138,8 @@ def _print(result: dict[str, Any]) -> None:
         f"{result['head_size']} over {result['kv_heads']} key-value heads, {result['ffn_size']:,} FFN neurons of "
         f"{result['ffn_matrices']} rows, {result['vocab_size']:,} tokens, {result['max_positions']:,} positions"
     )
+    if "quantization" in result:
+        click.echo(f"  {describe_quantisation(result['quantization'])}")
     if "artifact" in result:
         _print_build(result)
     click.echo(

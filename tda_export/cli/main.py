@@ -19,6 +19,7 @@ from tda_export.cli.eval import evaluate
 from tda_export.cli.eval_data import eval_data
 from tda_export.cli.generate import generate
 from tda_export.cli.inspect import inspect
+from tda_export.cli.quantize import quantize
 from tda_export.cli.report import report
 from tda_export.cli.serve import serve
 from tda_export.cli.verify import verify
@@ -73,13 +74,15 @@ def _os_message(error: OSError) -> str:
 def cli() -> None:
     """Fast, training-free LLM generation in ONNX Runtime by dynamic activation (TDA).
 
-    inspect says what a model is, calibrate measures which FFN neurons may be dropped, build writes the prefill and
-    decode graphs, verify checks them against transformers, generate, chat and serve run them, eval measures what a
-    mask loses, bench what it gains, and report draws it all as one page.
+    inspect says what a model is, quantize writes it in integers, calibrate measures what may be dropped, build writes
+    the prefill and decode graphs, verify checks them against transformers, generate, chat and serve run them, eval
+    measures what a mask loses, bench what it gains, and report draws it all as one page.
     """
 
 
-for command in (inspect, calibrate, build, verify, generate, chat, serve, evaluate, eval_data, bench, report, demo):
+for command in (inspect, quantize, calibrate, build, verify, generate, chat, serve, evaluate, eval_data, bench):
+    cli.add_command(command)
+for command in (report, demo):
     cli.add_command(command)
 
 

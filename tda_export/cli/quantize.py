@@ -1,0 +1,189 @@
+"""`tda-export quantize`: a model in integers of 4 or 8 bits, and what that costs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tda_export.cli.options import json_option, model_argument, overwrite_option
+
+if TYPE_CHECKING:
+    from tda_export.quantization.run import Quantizer
+
+
+@click.command()
+@model_argument
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Model folder to write."
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["int4", "int8"]),
+    default="int4",
+    show_default=True,
+    help="Of all linears of the layers; embedding and head are int8.",
+)
+@click.option(
+    "--group",
+    type=click.Choice(["32", "64", "128"]),
+    default="32",
+    show_default=True,
+    help="Elements of a row that share a scale.",
+)
+@click.option(
+    "--weights-for",
+    metavar="RULES",
+    multiple=True,
+    help="Other formats for some matrices, such as 'layers.*.v=int8,head=int4,layers.0.*=float'; the last rule that "
+    "matches wins. May be given many times.",
+)
+@click.option(
+    "--quantizer",
+    type=click.Choice(["gptq", "rtn"]),
+    default="gptq",
+    show_default=True,
+    help="gptq: rows make up for the errors of those before them, on calibration text. rtn: round to nearest; needs no "
+    "text but to measure the loss.",
+)
+@click.option("--symmetric", is_flag=True, help="Let every zero point be the middle code.")
+@click.option(
+    "--dataset",
+    default="builtin",
+    show_default=True,
+    help="builtin, a .txt, .jsonl, .json, .csv or .parquet file, or a hub dataset (name or name:config:split).",
+)
+@click.option("--text-column", help="Column that holds the text.  [default: text]")
+@click.option(
+    "--sequences", type=click.IntRange(1), default=64, show_default=True, help="Token sequences that GPTQ reads."
+)
+@click.option(
+    "--kl-sequences",
+    type=click.IntRange(0),
+    default=16,
+    show_default=True,
+    help="Further sequences that the KL to the float model is measured on; 0 does not measure it.",
+)
+@click.option(
+    "--prompt-tokens",
+    type=click.IntRange(2),
+    default=384,
+    show_default=True,
+    help="Tokens of a sequence before those that the KL is of.",
+)
+@click.option(
+    "--continuation-tokens",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="Tokens of a sequence that the KL is of.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Order of the documents.")
+@click.option("--device", default="cpu", show_default=True, help="Where PyTorch runs the model: cpu, cuda or cuda:N.")
+@overwrite_option
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+@json_option
+def quantize(
+    model: str,
+    output: Path,
+    weights: str,
+    group: str,
+    weights_for: tuple[str, ...],
+    quantizer: Quantizer,
+    symmetric: bool,
+    dataset: str,
+    text_column: str | None,
+    sequences: int,
+    kl_sequences: int,
+    prompt_tokens: int,
+    continuation_tokens: int,
+    seed: int,
+    device: str,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Write MODEL in integers of 4 or 8 bits as a folder that every other command takes as a MODEL.
+
+    Elements share scales in groups along the outputs, so that what leaves an input channel stays a row that can be
+    left unread. The folder keeps codes exactly, and in config.json how they were made and the KL to the float model on
+    text that was not used for it. A run that was interrupted goes on where it was when it is started again.
+    """
+    from tda_export.calibration.corpus import load_corpus
+    from tda_export.errors import UsageError
+    from tda_export.files import check_output
+    from tda_export.models.source import resolve_model
+    from tda_export.progress import progress
+    from tda_export.quantization.folder import is_quantised_folder, write_quantised
+    from tda_export.quantization.resume import PartialLayers
+    from tda_export.quantization.run import QuantizeSettings
+    from tda_export.quantization.run import quantize as run
+    from tda_export.weights.plan import read_rules
+
+    settings = QuantizeSettings(
+        weights,
+        int(group),
+        tuple(rule for text in weights_for for rule in read_rules(text, int(group))),
+        quantizer,
+        symmetric,
+        sequences,
+        kl_sequences,
+        prompt_tokens,
+        continuation_tokens,
+        seed,
+        device,
+    )
+    check_output(output, overwrite=overwrite, what="a quantised model", is_earlier_output=is_quantised_folder)
+    source = resolve_model(model, notify=lambda line: click.echo(line, err=True))
+    if source.quantisation is not None:
+        raise UsageError(f"{model} is quantised already. Give the float model that it was made from.")
+    settings.plan(source.spec)  # rules are refused before any text is read
+    corpus = None
+    if settings.all_sequences:
+        if settings.length > source.spec.max_positions:
+            raise UsageError(
+                f"{settings.length} tokens (prompt and continuation) are more than the {source.spec.max_positions} "
+                f"positions of {model}. Lower --prompt-tokens or --continuation-tokens."
+            )
+        corpus = load_corpus(
+            dataset,
+            source.tokenizer,
+            text_column=text_column,
+            sequences=settings.all_sequences,
+            length=settings.length,
+            seed=seed,
+            vocab_size=source.spec.vocab_size,
+        )
+        found = len(corpus.tokens)
+        if found < settings.all_sequences:
+            click.echo(
+                f"{dataset} holds text for {found} sequences of {settings.length} tokens; using those.", err=True
+            )
+    quantised = run(source, corpus, settings, show=partial(progress, quiet=quiet or as_json), output=output.absolute())
+    write_quantised(source, output, quantised.codes, quantised.plan, quantised.about)
+    PartialLayers(output.absolute(), {}).remove()
+    if as_json:
+        click.echo(json.dumps({"output": str(output), **quantised.about, "formats": quantised.plan.to_dict()}))
+        return
+    click.echo(describe_quantisation(quantised.about | {"formats": quantised.plan.to_dict()}))
+    click.echo(f"Wrote {output}")
+
+
+def describe_quantisation(content: dict[str, Any]) -> str:
+    """Say in one line how a model was quantised and what it lost, from what its config.json has."""
+    counts = Counter(content["formats"].values())
+    formats = ", ".join(f"{count} {'matrix' if count == 1 else 'matrices'} {name}" for name, count in counts.items())
+    quantizer = content.get("quantizer", {})
+    how = str(quantizer.get("name", "unknown")) + (", symmetric" if quantizer.get("symmetric") else "")
+    text = f"quantised by {how}: {formats}"
+    loss = content.get("loss")
+    if not loss:
+        return f"{text}; KL to the float model not measured"
+    return (
+        f"{text}; KL to the float model {loss['kl']:.4f} ± {loss['stderr']:.4f} nats a token over "
+        f"{loss['tokens']:,} tokens, {loss['agreement']:.1%} of the likeliest tokens the same"
+    )

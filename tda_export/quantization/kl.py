@@ -1,0 +1,56 @@
+"""What a quantised model loses: its KL to the float model on continuations that it was not made with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Loss:
+    """KL to the float model in nats a token, and how often both have the same likeliest token.
+
+    `stderr` is of `kl`, over sequences, 0 of one alone.
+    """
+
+    kl: float
+    stderr: float
+    agreement: float
+    tokens: int
+    sequences: int
+
+    def describe(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def continuations(model: Any, tokens: torch.Tensor, prompt_tokens: int) -> Iterator[torch.Tensor]:
+    """Yield the log-probabilities after each token of each continuation, float32 [C, V] on the CPU.
+
+    Args:
+        model: A transformers model in evaluation mode. It reads the prompts itself, too.
+        tokens: int64 [N, P + C].
+        prompt_tokens: P.
+    """
+    for sequence in tokens:
+        kept = len(sequence) - prompt_tokens
+        logits = model(sequence[None].to(model.device), use_cache=False, logits_to_keep=kept).logits[0]
+        yield logits.float().log_softmax(dim=-1).cpu()
+
+
+def loss(dense: list[torch.Tensor], quantised: Iterator[torch.Tensor]) -> Loss:
+    """Compare log-probabilities [C, V] of the float model with the quantised model's, sequence by sequence."""
+    kl, agreement = [], []
+    for p, q in zip(dense, quantised, strict=True):
+        kl.append(float((p.exp() * (p - q)).sum(dim=-1).mean()))
+        agreement.append(float((p.argmax(dim=-1) == q.argmax(dim=-1)).double().mean()))
+    values = torch.tensor(kl, dtype=torch.float64)
+    error = float(values.std()) / math.sqrt(len(kl)) if len(kl) > 1 else 0.0
+    # Of what is the same but for rounding the KL may come out below 0.
+    mean = max(0.0, float(values.mean()))
+    return Loss(mean, error, sum(agreement) / len(agreement), sum(len(p) for p in dense), len(kl))

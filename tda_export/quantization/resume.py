@@ -1,0 +1,93 @@
+"""A quantisation that was interrupted goes on behind the last layer that it finished: a file a layer, beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from tda_export.errors import TdaError
+from tda_export.files import as_os_error, atomic_file, remove_leftovers
+from tda_export.weights.formats import IntegerFormat
+from tda_export.weights.integers import Codes
+
+SUFFIX = ".partial"
+KEY = "tda_export_partial"
+UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError)
+
+
+class PartialLayers:
+    """The folder of finished layers. They are used again only for the same model, data, settings and versions."""
+
+    def __init__(self, output: Path, key: dict[str, Any]) -> None:
+        """Name the folder beside `output`.
+
+        Args:
+            output: The folder to come.
+            key: Plain data that says what is quantised and how.
+        """
+        self.folder = output.with_name(output.name + SUFFIX)
+        self._key = json.dumps(key, sort_keys=True)
+
+    def save(self, layer: int, codes: dict[str, Codes]) -> None:
+        """Write the matrices of a layer, whole or not at all.
+
+        Raises:
+            TdaError: The operating system refused to write.
+        """
+        tensors: dict[str, np.ndarray] = {}
+        for name, found in codes.items():
+            packed = zip(found.format.tensors(name, *found.codes.shape), found.pack(), strict=True)
+            tensors |= {tensor.name: array for tensor, array in packed}
+        path = self._path(layer)
+        try:
+            self.folder.mkdir(exist_ok=True)
+            with atomic_file(path) as part:
+                try:
+                    save_file(tensors, part, metadata={KEY: self._key})
+                except SafetensorError as error:
+                    raise as_os_error(error) from error
+        except (TdaError, OSError) as error:
+            goes_on = f" Started again, it goes on behind the layers in {self.folder}." if layer else ""
+            text = str(error) if isinstance(error, TdaError) else f"{path}: {error.strerror or error}."
+            raise TdaError(f"{text} The quantisation has stopped.{goes_on}") from error
+
+    def load(self, layer: int, formats: dict[str, tuple[IntegerFormat, tuple[int, int]]]) -> dict[str, Codes] | None:
+        """Read what an earlier run left of a layer, if it was of the same quantisation; None otherwise.
+
+        Args:
+            layer: Which.
+            formats: Of its matrices of integers, with rows and columns.
+        """
+        try:
+            with safe_open(self._path(layer), framework="numpy") as file:
+                if (file.metadata() or {}).get(KEY) != self._key:
+                    return None
+                return {
+                    name: Codes.unpack(
+                        format, shape[1], *(file.get_tensor(tensor.name) for tensor in format.tensors(name, *shape))
+                    )
+                    for name, (format, shape) in formats.items()
+                }
+        except UNREADABLE:
+            return None  # missing or damaged: quantise it again
+
+    def remove(self) -> None:
+        """Delete the folder with its layers, if there is one, and what killed runs left in it."""
+        if not self.folder.is_dir():
+            return
+        for path in self.folder.glob("layer-*.safetensors"):
+            remove_leftovers(path)
+            path.unlink()
+        remove_leftovers(self._path(0))
+        try:
+            self.folder.rmdir()
+        except OSError:
+            return  # something of somebody else's is in it
+
+    def _path(self, layer: int) -> Path:
+        return self.folder / f"layer-{layer:05}.safetensors"

@@ -1,0 +1,292 @@
+"""Quantising a model: embedding and head first, then layer after layer, each under what is quantised before it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import tda_export
+from tda_export.calibration.corpus import Corpus
+from tda_export.calibration.run import RECORDED_PACKAGES, check_device
+from tda_export.errors import TdaError, UsageError
+from tda_export.models.layout import module_parts, module_weight
+from tda_export.models.quantised import matrix_shape
+from tda_export.models.source import ModelSource
+from tda_export.models.spec import DecoderSpec
+from tda_export.packing import linear_parts, linear_sites
+from tda_export.progress import Advance
+from tda_export.quantization.gptq import DAMPING, quantise_rows, row_order
+from tda_export.quantization.hessians import FIRST_TOKEN_WEIGHT, site_hessian
+from tda_export.quantization.kl import Loss, continuations, loss
+from tda_export.quantization.layers import Call, first_inputs, layer_calls, pass_on
+from tda_export.quantization.nearest import read_matrix_rows, round_matrix
+from tda_export.quantization.resume import PartialLayers
+from tda_export.versions import installed_versions
+from tda_export.weights.formats import DEFAULT_GROUP, IntegerFormat
+from tda_export.weights.integers import Codes
+from tda_export.weights.plan import EMBEDDING, HEAD, FormatPlan, Rule, part_name, plan_formats
+
+Quantizer = Literal["gptq", "rtn"]
+Show = Callable[[str, int], AbstractContextManager[Advance]]
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """How to quantise. Lengths in tokens; a sequence is `prompt_tokens` and then `continuation_tokens`.
+
+    `sequences` are what GPTQ reads, `kl_sequences` others that the loss is measured on, 0 for not at all.
+    """
+
+    weights: str = "int4"
+    group: int = DEFAULT_GROUP
+    rules: tuple[Rule, ...] = ()
+    quantizer: Quantizer = "gptq"
+    symmetric: bool = False
+    sequences: int = 64
+    kl_sequences: int = 16
+    prompt_tokens: int = 384
+    continuation_tokens: int = 128
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return self.prompt_tokens + self.continuation_tokens
+
+    @property
+    def all_sequences(self) -> int:
+        """Sequences to draw, 0 where no data are needed."""
+        return (self.sequences if self.quantizer == "gptq" else 0) + self.kl_sequences
+
+    def plan(self, spec: DecoderSpec) -> FormatPlan:
+        """Return the format of every matrix of a model.
+
+        Raises:
+            UsageError: A rule matches nothing, or there are no integers in the plan.
+        """
+        plan = plan_formats(
+            spec.num_layers,
+            linear_parts(spec),
+            tied_head=spec.tied_head,
+            weights=self.weights,
+            group=self.group,
+            rules=self.rules,
+        )
+        if not plan.integers:
+            raise UsageError("All matrices would stay floats, so there is nothing to quantise. Change --weights-for.")
+        return plan
+
+    def describe(self) -> dict[str, Any]:
+        """Return how it quantises, as plain data: what a folder keeps."""
+        content: dict[str, Any] = {"name": self.quantizer, "symmetric": self.symmetric}
+        if self.quantizer == "gptq":
+            content |= {"damping": DAMPING, "first_token_weight": FIRST_TOKEN_WEIGHT}
+        return content
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A quantised model: its codes by matrix, their formats, and what config.json says of it beside them."""
+
+    codes: dict[str, Codes]
+    plan: FormatPlan
+    about: dict[str, Any]
+    loss: Loss | None
+
+
+def split(corpus: Corpus | None, settings: QuantizeSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sequences that GPTQ reads and those that the loss is measured on, the last; int64 [.., P + C].
+
+    Raises:
+        UsageError: There are too few for that.
+    """
+    if corpus is None:
+        none = torch.zeros(0, settings.length, dtype=torch.int64)
+        return none, none
+    found = len(corpus.tokens)
+    held_out = found
+    if settings.quantizer == "gptq":
+        # Where there is less text than was asked for, both have less of it.
+        held_out = min(settings.kl_sequences, found - settings.sequences) if found > settings.sequences else 0
+        if settings.kl_sequences and found < settings.all_sequences:
+            held_out = max(1, found * settings.kl_sequences // settings.all_sequences)
+        if found - held_out < 1:
+            raise UsageError(
+                f"GPTQ reads sequences and measures on others, and {found} is too few for that. Give text for more, or "
+                "--kl-sequences 0, or --quantizer rtn."
+            )
+    return corpus.tokens[: found - held_out], corpus.tokens[found - held_out :]
+
+
+def quantize(
+    source: ModelSource,
+    corpus: Corpus | None,
+    settings: QuantizeSettings,
+    *,
+    show: Show,
+    output: Path | None = None,
+) -> Quantised:
+    """Quantise a model.
+
+    Args:
+        source: The float model.
+        corpus: Sequences of `settings.length` tokens; None where none are needed.
+        settings: How.
+        show: Opens the progress of a step, given its description and its units.
+        output: The folder to come; layers that an interrupted run finished are read beside it (`PartialLayers`).
+
+    Raises:
+        UsageError: A rule matches nothing, or there is too little text.
+        TdaError: The model holds numbers that are not finite.
+    """
+    spec, plan = source.spec, settings.plan(source.spec)
+    tokens, held_out = split(corpus, settings)
+    about = _about(source, corpus, settings, len(tokens), len(held_out))
+    versions = {"tda-export": tda_export.__version__, **installed_versions(RECORDED_PACKAGES)}
+    key = about | {"formats": plan.to_dict(), "device": settings.device, "versions": versions}
+    partial = PartialLayers(output, key) if output else None
+    model = _reference(source, settings.device) if len(tokens) or len(held_out) else None
+    dense: list[torch.Tensor] = []
+    if len(held_out):
+        with show("Reading the float model", len(held_out)) as advance:
+            for found in continuations(model, held_out, settings.prompt_tokens):
+                dense.append(found)
+                advance(1)
+    run = _Run(source, plan, settings, model, tokens, partial)
+    with show("Quantising", spec.num_layers + 1) as advance:
+        codes = run.outside()
+        advance(1)
+        for layer in range(spec.num_layers):
+            codes |= run.layer(layer)
+            advance(1)
+    measured = None
+    if len(held_out):
+        with show("Measuring", len(held_out)) as advance:
+            measured = loss(dense, _counted(continuations(model, held_out, settings.prompt_tokens), advance))
+        about |= {"loss": measured.describe()}
+    return Quantised(codes, plan, about | {"versions": versions}, measured)
+
+
+class _Run:
+    """One quantisation on its way through the model. Without a model weights are rounded, and nothing is run."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        plan: FormatPlan,
+        settings: QuantizeSettings,
+        model: Any,
+        tokens: torch.Tensor,
+        partial: PartialLayers | None,
+    ) -> None:
+        self._spec, self._weights = source.spec, source.weights()
+        self._plan, self._settings, self._model, self._partial = plan, settings, model, partial
+        self._tokens = tokens
+        self._calls: list[Call] = []
+        self._inputs: list[torch.Tensor] = []
+
+    def outside(self) -> dict[str, Codes]:
+        """Quantise embedding and head, and read the sequences up to the first layer."""
+        names = {EMBEDDING: self._spec.names.embedding, HEAD: self._spec.names.head}
+        codes = {}
+        for name in (EMBEDDING, HEAD):
+            format = self._plan.integers.get(name)
+            if format is not None:
+                rows = read_matrix_rows(self._spec, self._weights, name)
+                codes[name] = round_matrix(rows, format, symmetric=self._settings.symmetric)
+                self._put(names[name], torch.from_numpy(codes[name].decode()))
+        if len(self._tokens):
+            self._calls = layer_calls(self._model, self._spec, self._tokens[0])
+            self._inputs = first_inputs(self._model, self._spec, self._tokens)
+        return codes
+
+    def layer(self, layer: int) -> dict[str, Codes]:
+        """Quantise the linears of a layer, site by site, each under its quantised predecessors."""
+        formats = {
+            name: (format, matrix_shape(self._spec, name))
+            for part in linear_parts(self._spec)
+            if (format := self._plan.integers.get(name := part_name(layer, part))) is not None
+        }
+        earlier = self._partial.load(layer, formats) if self._partial and formats else None
+        codes: dict[str, Codes] = {}
+        for site, parts in linear_sites(self._spec).items():
+            names = [part_name(layer, part) for part in parts]
+            rows = {name: read_matrix_rows(self._spec, self._weights, name) for name in names}
+            found = {name: (earlier or {})[name] for name in names if name in formats} if earlier else None
+            if found is None:
+                found = self._site(layer, site, {name: formats[name][0] for name in names if name in formats}, rows)
+            codes |= found
+            values = {
+                part: torch.from_numpy(found[name].decode() if name in found else rows[name])
+                for part, name in zip(parts, names, strict=True)
+            }
+            self._put_parts(layer, values)
+        if self._partial and formats and earlier is None:
+            self._partial.save(layer, codes)
+        if len(self._tokens) and layer + 1 < self._spec.num_layers:
+            pass_on(self._calls[layer], self._inputs, self._model.device)
+        return codes
+
+    def _site(self, layer: int, site: str, formats: dict[str, IntegerFormat], rows: dict[str, Any]) -> dict[str, Codes]:
+        symmetric = self._settings.symmetric
+        if self._settings.quantizer == "rtn" or not formats:
+            return {name: round_matrix(rows[name], format, symmetric=symmetric) for name, format in formats.items()}
+        hessian = site_hessian(self._model, self._spec, layer, site, self._calls[layer], self._inputs)
+        try:
+            order = row_order(hessian)
+        except TdaError as error:
+            raise TdaError(f"Layer {layer}, {site}: {error}") from error
+        device = self._model.device
+        return {
+            name: quantise_rows(torch.from_numpy(rows[name]).to(device), order, format, symmetric=symmetric)
+            for name, format in formats.items()
+        }
+
+    def _put_parts(self, layer: int, values: dict[str, torch.Tensor]) -> None:
+        if self._model is None:
+            return
+        for module, parts in module_parts(self._spec).items():
+            if parts[0] in values:
+                weight = module_weight(self._spec, {part: values[part] for part in parts})
+                self._put(module.format(i=layer), weight)
+
+    def _put(self, module: str, weight: torch.Tensor) -> None:
+        """Give a module of the model a weight. What shares it, as a tied head does, has it too."""
+        if self._model is not None:
+            parameter = self._model.get_submodule(module).weight
+            parameter.data = weight.to(parameter)
+
+
+def _reference(source: ModelSource, device: str) -> Any:
+    model = source.reference(device=device)
+    if source.gguf and device == "cpu":  # the very model that the source reads weights from
+        model = copy.deepcopy(model)
+    return model.requires_grad_(False)
+
+
+def _about(
+    source: ModelSource, corpus: Corpus | None, settings: QuantizeSettings, read: int, held_out: int
+) -> dict[str, Any]:
+    model = {"name": source.name, "architecture": source.spec.architecture, "fingerprint": source.fingerprint}
+    content: dict[str, Any] = {"quantizer": settings.describe(), "model": model}
+    if corpus is not None:
+        lengths = {"prompt_tokens": settings.prompt_tokens, "continuation_tokens": settings.continuation_tokens}
+        described = corpus.describe() | {"sequences": read, "kl_sequences": held_out, "seed": settings.seed}
+        content["data"] = described | lengths
+    return content
+
+
+def _counted(found: Any, advance: Advance) -> Any:
+    for each in found:
+        yield each
+        advance(1)
