@@ -2,7 +2,7 @@
 //
 // A few tokens go one by one: ONNX Runtime's thread pool gets chunks of rows (row_sums_cpu.h), in tiles of columns where
 // rows are long, and whoever ends the last chunk of a tile adds the chunks up. Many tokens are a product of matrices
-// (row_panels_cpu.h), whose strips of columns are handed out.
+// (row_panels_cpu.h), whose panels of columns are handed out.
 #include "row_linear_cpu.h"
 
 #include <algorithm>
@@ -25,12 +25,12 @@ constexpr int64_t kFewTokens = 3;
                            const float* bias, float* y) {                                                          \
     AddChunksOf<lanes, Format>(sums, chunks, stride, columns, bias, y);                                            \
   }                                                                                                                \
-  attribute void MultiplyStrip(const Format& weight, const TokenTile& tile, int64_t begin, const float* bias, float* y) { \
-    MultiplyStripOf<lanes>(weight, tile, begin, bias, y);                                                          \
+  attribute void MultiplyPanel(const Format& weight, const TokenTile& tile, int64_t begin, const float* bias, float* y) { \
+    MultiplyPanelOf<lanes>(weight, tile, begin, bias, y);                                                          \
   }
 #define TDA_OF_ALL_FORMATS(attribute, lanes)                                                        \
   attribute void PrepareTile(TokenTile& tile) { PrepareTileOf<lanes>(tile); }                       \
-  attribute int64_t StripColumns() { return kPanels * PanelShape<lanes>::kColumns; }                \
+  attribute int64_t PanelColumns() { return PanelShape<lanes>::kColumns; }                \
   TDA_OF_FORMAT(attribute, lanes, FloatFormat)                                                      \
   TDA_OF_FORMAT(attribute, lanes, CodeFormat<4>)                                                    \
   TDA_OF_FORMAT(attribute, lanes, CodeFormat<8>)
@@ -69,7 +69,7 @@ template <class Format>
 void MultiplyMany(const KernelContext& context, const Allocator& allocator, const RowLinearCall& call,
                   const Format& weight) {
   const int64_t tiles = (call.tokens + kTokenTile - 1) / kTokenTile;
-  const int64_t strip = StripColumns(), strips = (call.outputs + strip - 1) / strip;
+  const int64_t width = PanelColumns(), panels = (call.outputs + width - 1) / width;
   const int64_t tile_bytes = call.inputs * (kTokenTile * sizeof(float) + sizeof(int32_t) + sizeof(uint8_t));
   const Scratch scratch(context, allocator, tiles * ((tile_bytes + 63) / 64 * 64), false);
   std::vector<TokenTile> made(tiles);
@@ -81,16 +81,17 @@ void MultiplyMany(const KernelContext& context, const Allocator& allocator, cons
     tile.tokens = std::min(kTokenTile, call.tokens - first);
     tile.inputs = call.inputs;
     tile.prices = PricesOf(call);
+    tile.chunks = RowChunks<Format>(weight, call.inputs).count;
     tile.values = scratch.As<float>(at);
     tile.rows = scratch.As<int32_t>(at + call.inputs * kTokenTile * sizeof(float));
     tile.needed = scratch.As<uint8_t>(at + call.inputs * (kTokenTile * sizeof(float) + sizeof(int32_t)));
     PrepareTile(tile);
   });
   const float* bias = call.bias.As<const float>();
-  context.ParallelFor(tiles * strips, [&](size_t task) {
+  context.ParallelFor(tiles * panels, [&](size_t task) {
     const int64_t number = task % tiles;
     float* y = call.y.As<float>() + number * kTokenTile * call.outputs;
-    MultiplyStrip(weight, made[number], static_cast<int64_t>(task) / tiles * strip, bias, y);
+    MultiplyPanel(weight, made[number], static_cast<int64_t>(task) / tiles * width, bias, y);
   });
 }
 

@@ -1,6 +1,6 @@
 // Sums over rows for many tokens: a product of matrices, in which rows become floats once for a tile of tokens.
 //
-// A strip of columns is unpacked panel by panel, and multiplied with blocks of tokens whose sums stay in registers. Every
+// A panel of columns is unpacked, and multiplied with blocks of tokens whose sums stay in registers. Every
 // sum goes through the chunks of row_sums_cpu.h, and through the same operations in the same order as there, so that a
 // token's result has the same bits alone and in a crowd. A row that some token of a tile needs is multiplied with 0 for
 // those that do not.
@@ -14,8 +14,7 @@ namespace tda {
 
 constexpr int64_t kTokenTile = 128;
 constexpr int64_t kPanelRows = 256;
-constexpr int kPanels = 2;  // of a strip
-constexpr int64_t kMostStrip = kPanels * 2 * 16;
+constexpr int64_t kScaledAhead = 8;  // rows: what is stored is loaded again once it has arrived
 
 // How many tokens and columns have their sums in registers.
 template <int kLanes>
@@ -33,8 +32,16 @@ struct TokenTile {
   RowPrices prices;
   uint8_t* needed;  // [inputs]
   int32_t* rows;    // [inputs], of which `count` are used
-  float* values;    // [blocks of tokens, count, tokens of a block]: what a token multiplies each row with
+  // What a token multiplies each row with, in the order of use: segments of rows, blocks of tokens, rows, tokens.
+  float* values;
   int64_t count;
+  int64_t chunks;
+
+  // Return where the segment ends that begins with the list's row `first`: with its chunk, or with a panel.
+  TDA_INLINE int64_t SegmentEnd(int64_t first, int64_t chunk) const {
+    const int64_t next = (chunk + 1) * inputs / chunks;
+    return std::lower_bound(rows + first, rows + std::min(first + kPanelRows, count), next) - rows;
+  }
 };
 
 // List the rows that the tile needs, and what they are multiplied with.
@@ -51,116 +58,123 @@ TDA_INLINE void PrepareTileOf(TokenTile& tile) {
     tile.rows[tile.count] = static_cast<int32_t>(i);
     tile.count += tile.needed[i];
   }
-  for (int64_t t = 0; t < tile.Padded(); ++t) {
-    float* values = tile.values + t / kTokens * kTokens * tile.count + t % kTokens;
-    const float* x = tile.x + t * tile.inputs;
-    for (int64_t k = 0; k < tile.count; ++k) {
-      values[k * kTokens] = t < tile.tokens ? tile.prices.Kept(x[tile.rows[k]], tile.rows[k]) : 0.0f;
+  float* values = tile.values;
+  int64_t chunk = 0;
+  for (int64_t first = 0; first < tile.count;) {
+    const int64_t end = tile.SegmentEnd(first, chunk);
+    if (end == first) ++chunk;
+    for (int64_t t = 0; t < tile.Padded(); ++t) {
+      const float* x = tile.x + t * tile.inputs;
+      float* own = values + t / kTokens * kTokens * (end - first) + t % kTokens;
+      for (int64_t k = first; k < end; ++k, own += kTokens) {
+        *own = t < tile.tokens ? tile.prices.Kept(x[tile.rows[k]], tile.rows[k]) : 0.0f;
+      }
     }
+    values += (end - first) * tile.Padded();
+    first = end;
   }
 }
 
-// Add the products of kTokens tokens with `count` rows of a panel to sums [kTokens, kColumns].
+// Rows of a panel as floats, [count, kColumns], and for codes the scale and the zero point of each.
 template <int kLanes>
-TDA_INLINE void AddPanel(const float* values, const float* panel, int64_t count, float* sums) {
-  using V = Lanes<kLanes>;
+struct Panel {
+  alignas(64) float floats[kPanelRows][PanelShape<kLanes>::kColumns];
+  float scales[kPanelRows], zeros[kPanelRows];
+};
+
+// Add the products of a block of tokens with `count` rows of a panel to sums [kTokens, kColumns], and those with the zero
+// points to zero_sums [kTokens].
+template <int kLanes, bool kScaled>
+TDA_INLINE void AddPanel(const float* values, const Panel<kLanes>& panel, int64_t count, float* sums, float* zero_sums) {
   constexpr int kTokens = PanelShape<kLanes>::kTokens;
+  using V = Lanes<kLanes>;
+  using OfTokens = Lanes<kTokens>;
   typename V::Vector totals[kTokens][2];
   for (int t = 0; t < kTokens; ++t) {
     for (int v = 0; v < 2; ++v) totals[t][v] = V::Load(sums + (2 * t + v) * kLanes);
   }
+  typename OfTokens::Vector zero_total = OfTokens::Load(zero_sums);
+  alignas(64) float scaled[kScaled ? kPanelRows * kTokens : 1];
+  const auto scale = [&](int64_t k) __attribute__((always_inline)) {
+    const typename OfTokens::Vector own = OfTokens::Load(values + k * kTokens) * panel.scales[k];
+    OfTokens::Store(scaled + k * kTokens, own);
+    zero_total += own * panel.zeros[k];
+  };
+  if constexpr (kScaled) {
+    for (int64_t k = 0; k < std::min(kScaledAhead, count); ++k) scale(k);
+  }
   for (int64_t k = 0; k < count; ++k) {
-    const typename V::Vector low = V::Load(panel + 2 * kLanes * k), high = V::Load(panel + 2 * kLanes * k + kLanes);
+    if constexpr (kScaled) {
+      if (k + kScaledAhead < count) scale(k + kScaledAhead);
+    }
+    const float* factors = (kScaled ? scaled : values) + k * kTokens;
+    const typename V::Vector low = V::Load(panel.floats[k]), high = V::Load(panel.floats[k] + kLanes);
     for (int t = 0; t < kTokens; ++t) {
-      totals[t][0] += values[k * kTokens + t] * low;
-      totals[t][1] += values[k * kTokens + t] * high;
+      totals[t][0] += factors[t] * low;
+      totals[t][1] += factors[t] * high;
     }
   }
+  OfTokens::Store(zero_sums, zero_total);
   for (int t = 0; t < kTokens; ++t) {
     for (int v = 0; v < 2; ++v) V::Store(sums + (2 * t + v) * kLanes, totals[t][v]);
   }
 }
 
-// Up to kPanelRows rows of a strip as floats, and what a Format has for each row of a panel.
 template <int kLanes, class Format>
-struct Strip {
-  static constexpr int kTokens = PanelShape<kLanes>::kTokens;
-  static constexpr int kColumns = PanelShape<kLanes>::kColumns;
-
-  TDA_INLINE void Unpack(const Format& weight, const int32_t* rows, int64_t row_count, int64_t begin) {
-    count = row_count;
-    for (int64_t k = 0; k < count; ++k) {
-      for (int p = 0; p < kPanels && begin + p * kColumns < weight.columns; ++p) {
-        const int64_t column = begin + p * kColumns;
-        weight.template Unpack<kLanes>(rows[k], column, floats[p][k]);
-        if constexpr (Format::kScaled) {
-          scales[p][k] = weight.Scale(rows[k], column);
-          zeros[p][k] = weight.Zero(rows[k], column);
-        }
-      }
+TDA_INLINE void UnpackPanel(const Format& weight, const int32_t* rows, int64_t count, int64_t column,
+                            Panel<kLanes>& panel) {
+  for (int64_t k = 0; k < count; ++k) {
+    weight.template Unpack<kLanes>(rows[k], column, panel.floats[k]);
+    if constexpr (Format::kScaled) {
+      panel.scales[k] = weight.Scale(rows[k], column);
+      panel.zeros[k] = weight.Zero(rows[k], column);
     }
   }
+}
 
-  // Add the products with a block of tokens to sums [kTokens, kColumns] and zero_sums [kTokens].
-  TDA_INLINE void Add(int panel, const float* values, float* sums, float* zero_sums) const {
-    if constexpr (!Format::kScaled) {
-      AddPanel<kLanes>(values, floats[panel][0], count, sums);
+// Write what a chunk of rows makes of a block of tokens into the columns [column, ..) of y [tokens, outputs].
+template <int kLanes>
+TDA_INLINE void WritePart(const float* sums, const float* zero_sums, int64_t tokens, bool first, const float* bias,
+                          int64_t columns, int64_t outputs, float* y) {
+  constexpr int kColumns = PanelShape<kLanes>::kColumns;
+  for (int64_t t = 0; t < tokens; ++t, y += outputs, sums += kColumns) {
+    const float zero_sum = zero_sums[t];
+    if (first) {
+      for (int64_t i = 0; i < columns; ++i) y[i] = sums[i] - zero_sum;
     } else {
-      using Some = Lanes<kTokens>;
-      alignas(64) float scaled[kPanelRows * kTokens];
-      typename Some::Vector zero_sum = Some::Load(zero_sums);
-      for (int64_t k = 0; k < count; ++k) {
-        const typename Some::Vector own = Some::Load(values + k * kTokens) * scales[panel][k];
-        Some::Store(scaled + k * kTokens, own);
-        zero_sum += own * zeros[panel][k];
-      }
-      Some::Store(zero_sums, zero_sum);
-      AddPanel<kLanes>(scaled, floats[panel][0], count, sums);
+      for (int64_t i = 0; i < columns; ++i) y[i] += sums[i] - zero_sum;
+    }
+    if (bias != nullptr) {
+      for (int64_t i = 0; i < columns; ++i) y[i] += bias[i];
     }
   }
+}
 
-  int64_t count;
-  alignas(64) float floats[kPanels][kPanelRows][kColumns];
-  float scales[kPanels][kPanelRows], zeros[kPanels][kPanelRows];
-};
-
-// Compute y [tokens, outputs] of a tile in the strip of columns that begins with `begin`, which has kStrip columns or
+// Compute y [tokens, outputs] of a tile in the panel of columns that begins with `begin`, which has kColumns columns or
 // those that are left.
 template <int kLanes, class Format>
-TDA_INLINE void MultiplyStripOf(const Format& weight, const TokenTile& tile, int64_t begin, const float* bias, float* y) {
-  using OneStrip = Strip<kLanes, Format>;
-  constexpr int kTokens = OneStrip::kTokens, kColumns = OneStrip::kColumns;
-  const RowChunks<Format> chunks(weight, tile.inputs);
-  OneStrip strip;
-  alignas(64) float sums[kTokenTile / kTokens][kPanels][kTokens * kColumns];
-  float zero_sums[kTokenTile / kTokens][kPanels][kTokens];
-  const int64_t outputs = weight.columns, blocks = tile.Padded() / kTokens;
+TDA_INLINE void MultiplyPanelOf(const Format& weight, const TokenTile& tile, int64_t begin, const float* bias, float* y) {
+  constexpr int kTokens = PanelShape<kLanes>::kTokens, kColumns = PanelShape<kLanes>::kColumns;
+  Panel<kLanes> panel;
+  alignas(64) float sums[kTokenTile / kTokens][kTokens * kColumns];
+  alignas(64) float zero_sums[kTokenTile / kTokens][kTokens];
+  const int64_t blocks = tile.Padded() / kTokens, columns = std::min<int64_t>(kColumns, weight.columns - begin);
+  const float* values = tile.values;
   int64_t first = 0;
-  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-    const int64_t end = std::lower_bound(tile.rows + first, tile.rows + tile.count, chunks.FirstRow(chunk + 1)) - tile.rows;
-    std::fill_n(sums[0][0], blocks * kPanels * kTokens * kColumns, 0.0f);
-    std::fill_n(zero_sums[0][0], blocks * kPanels * kTokens, 0.0f);
-    for (; first < end; first = std::min(first + kPanelRows, end)) {
-      strip.Unpack(weight, tile.rows + first, std::min(kPanelRows, end - first), begin);
-      for (int64_t b = 0; b < blocks; ++b) {
-        const float* values = tile.values + (b * tile.count + first) * kTokens;
-        for (int p = 0; p < kPanels && begin + p * kColumns < outputs; ++p) {
-          strip.Add(p, values, sums[b][p], zero_sums[b][p]);
-        }
+  for (int64_t chunk = 0; chunk < tile.chunks; ++chunk) {
+    std::fill_n(sums[0], blocks * kTokens * kColumns, 0.0f);
+    std::fill_n(zero_sums[0], blocks * kTokens, 0.0f);
+    for (int64_t end; (end = tile.SegmentEnd(first, chunk)) > first; first = end) {
+      UnpackPanel<kLanes>(weight, tile.rows + first, end - first, begin, panel);
+      for (int64_t b = 0; b < blocks; ++b, values += (end - first) * kTokens) {
+        AddPanel<kLanes, Format::kScaled>(values, panel, end - first, sums[b], zero_sums[b]);
       }
     }
-    for (int64_t t = 0; t < tile.tokens; ++t) {
-      for (int p = 0; p < kPanels; ++p) {
-        const int64_t column = begin + p * kColumns;
-        const float* own = sums[t / kTokens][p] + t % kTokens * kColumns;
-        const float zero_sum = zero_sums[t / kTokens][p][t % kTokens];
-        for (int64_t i = 0; i < std::min<int64_t>(kColumns, outputs - column); ++i) {
-          float& total = y[t * outputs + column + i];
-          const float part = Format::kScaled ? own[i] - zero_sum : own[i];
-          total = chunk == 0 ? part : total + part;
-          if (chunk + 1 == chunks.count && bias != nullptr) total += bias[column + i];
-        }
-      }
+    const float* last_bias = chunk + 1 == tile.chunks && bias != nullptr ? bias + begin : nullptr;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t tokens = std::min<int64_t>(kTokens, tile.tokens - b * kTokens);
+      WritePart<kLanes>(sums[b], zero_sums[b], tokens, chunk == 0, last_bias, columns, weight.columns,
+                        y + b * kTokens * weight.columns + begin);
     }
   }
 }
