@@ -29,7 +29,8 @@ constexpr int64_t kFewTokens = 3;
     MultiplyPanelOf<lanes>(weight, tile, begin, bias, y);                                                          \
   }
 #define TDA_OF_ALL_FORMATS(attribute, lanes)                                                        \
-  attribute void PrepareTile(TokenTile& tile) { PrepareTileOf<lanes>(tile); }                       \
+  attribute void ListRowsOf(TokenTile& tile) { ListTileRows(tile); }                                \
+  attribute void PrepareValues(const TokenTile& tile, int64_t begin) { PrepareValuesOf<lanes>(tile, begin); } \
   attribute int64_t PanelColumns() { return PanelShape<lanes>::kColumns; }                \
   TDA_OF_FORMAT(attribute, lanes, FloatFormat)                                                      \
   TDA_OF_FORMAT(attribute, lanes, CodeFormat<4>)                                                    \
@@ -69,8 +70,9 @@ template <class Format>
 void MultiplyMany(const KernelContext& context, const Allocator& allocator, const RowLinearCall& call,
                   const Format& weight) {
   const int64_t tiles = (call.tokens + kTokenTile - 1) / kTokenTile;
+  const int64_t tile_tokens = std::min(kTokenTile, (call.tokens + 7) / 8 * 8);
   const int64_t width = PanelColumns(), panels = (call.outputs + width - 1) / width;
-  const int64_t tile_bytes = call.inputs * (kTokenTile * sizeof(float) + sizeof(int32_t) + sizeof(uint8_t));
+  const int64_t tile_bytes = call.inputs * (tile_tokens * sizeof(float) + sizeof(int32_t) + sizeof(uint8_t));
   const Scratch scratch(context, allocator, tiles * ((tile_bytes + 63) / 64 * 64), false);
   std::vector<TokenTile> made(tiles);
   context.ParallelFor(tiles, [&](size_t number) {
@@ -83,9 +85,13 @@ void MultiplyMany(const KernelContext& context, const Allocator& allocator, cons
     tile.prices = PricesOf(call);
     tile.chunks = RowChunks<Format>(weight, call.inputs).count;
     tile.values = scratch.As<float>(at);
-    tile.rows = scratch.As<int32_t>(at + call.inputs * kTokenTile * sizeof(float));
-    tile.needed = scratch.As<uint8_t>(at + call.inputs * (kTokenTile * sizeof(float) + sizeof(int32_t)));
-    PrepareTile(tile);
+    tile.rows = scratch.As<int32_t>(at + call.inputs * tile_tokens * sizeof(float));
+    tile.needed = scratch.As<uint8_t>(at + call.inputs * (tile_tokens * sizeof(float) + sizeof(int32_t)));
+    ListRowsOf(tile);
+  });
+  constexpr int64_t kParts = kTokenTile / kTokensAtOnce;
+  context.ParallelFor((call.tokens + kTokensAtOnce - 1) / kTokensAtOnce, [&](size_t part) {
+    PrepareValues(made[part / kParts], part % kParts * kTokensAtOnce);
   });
   const float* bias = call.bias.As<const float>();
   context.ParallelFor(tiles * panels, [&](size_t task) {

@@ -12,7 +12,8 @@
 
 namespace tda {
 
-constexpr int64_t kTokenTile = 128;
+constexpr int64_t kTokenTile = 512;
+constexpr int64_t kTokensAtOnce = 32;  // whose values are prepared together
 constexpr int64_t kPanelRows = 256;
 constexpr int64_t kScaledAhead = 8;  // rows: what is stored is loaded again once it has arrived
 
@@ -44,35 +45,49 @@ struct TokenTile {
   }
 };
 
-// List the rows that the tile needs, and what they are multiplied with.
-template <int kLanes>
-TDA_INLINE void PrepareTileOf(TokenTile& tile) {
-  constexpr int kTokens = PanelShape<kLanes>::kTokens;
+// List the rows that the tile needs. Dense calls have seen all of them after a token or two.
+TDA_INLINE void ListTileRows(TokenTile& tile) {
   std::fill_n(tile.needed, tile.inputs, 0);
-  for (int64_t t = 0; t < tile.tokens; ++t) {
+  int64_t needed = 0;
+  for (int64_t t = 0; t < tile.tokens && needed < tile.inputs; ++t) {
     const float* x = tile.x + t * tile.inputs;
     for (int64_t i = 0; i < tile.inputs; ++i) tile.needed[i] |= tile.prices.Kept(x[i], i) != 0.0f;
+    needed = std::count(tile.needed, tile.needed + tile.inputs, 1);
   }
   tile.count = 0;
   for (int64_t i = 0; i < tile.inputs; ++i) {
     tile.rows[tile.count] = static_cast<int32_t>(i);
     tile.count += tile.needed[i];
   }
-  float* values = tile.values;
+}
+
+// Prepare the values of a block of tokens.
+template <int kTokens>
+TDA_INLINE void PrepareBlock(const TokenTile& tile, int64_t begin) {
+  const float* x[kTokens];
+  for (int t = 0; t < kTokens; ++t) x[t] = tile.x + std::min(begin + t, tile.tokens - 1) * tile.inputs;
+  float* segment = tile.values;
   int64_t chunk = 0;
   for (int64_t first = 0; first < tile.count;) {
     const int64_t end = tile.SegmentEnd(first, chunk);
     if (end == first) ++chunk;
-    for (int64_t t = 0; t < tile.Padded(); ++t) {
-      const float* x = tile.x + t * tile.inputs;
-      float* own = values + t / kTokens * kTokens * (end - first) + t % kTokens;
-      for (int64_t k = first; k < end; ++k, own += kTokens) {
-        *own = t < tile.tokens ? tile.prices.Kept(x[tile.rows[k]], tile.rows[k]) : 0.0f;
-      }
+    float* own = segment + begin * (end - first);
+    for (int64_t k = first; k < end; ++k, own += kTokens) {
+      const int64_t row = tile.rows[k];
+      float values[kTokens];
+      for (int t = 0; t < kTokens; ++t) values[t] = x[t][row];
+      for (int t = 0; t < kTokens; ++t) own[t] = tile.prices.Kept(values[t], row);
     }
-    values += (end - first) * tile.Padded();
+    segment += (end - first) * tile.Padded();
     first = end;
   }
+}
+
+template <int kLanes>
+TDA_INLINE void PrepareValuesOf(const TokenTile& tile, int64_t begin) {
+  constexpr int kTokens = PanelShape<kLanes>::kTokens;
+  const int64_t end = std::min(begin + kTokensAtOnce, tile.Padded());
+  for (; begin < end; begin += kTokens) PrepareBlock<kTokens>(tile, begin);
 }
 
 // Rows of a panel as floats, [count, kColumns], and for codes the scale and the zero point of each.
