@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "codes.h"
 #include "row_list.h"
 
 namespace tda {
@@ -90,6 +91,7 @@ struct CodeBlock {
 // A matrix of codes, row after row.
 template <int kBits>
 struct CodeFormat {
+  static constexpr bool kScaled = true;
   static constexpr int64_t kTileColumns = 4096;  // their sums stay in the first cache, and pieces of rows are long
   static constexpr int64_t kTileGroups = kTileColumns / kSmallestGroup;
   static constexpr int64_t kRowsAtOnce = 8;
@@ -99,6 +101,17 @@ struct CodeFormat {
   struct Apart {
     float sums[kTileGroups + kMostLanes] = {};
   };
+
+  CodeFormat(const CodeLayout& layout, const Tensor& weight, const Tensor& scales, const Tensor& zero_points)
+      : codes(weight.As<const uint8_t>()),
+        scales(scales.As<const uint16_t>()),
+        zeros(zero_points.As<const uint8_t>()),
+        rows(weight.sizes[0]),
+        columns(layout.columns),
+        row_bytes(layout.Packed(columns)),
+        groups(layout.Groups()),
+        zero_bytes(layout.Packed(groups)),
+        group_shift(__builtin_ctzll(layout.group)) {}
 
   int64_t RowBytes() const { return row_bytes + 2 * groups + zero_bytes; }
 
@@ -174,6 +187,29 @@ struct CodeFormat {
         for (int k = 0; k < Block::kPerLane; ++k) y[at + lane * Block::kPerLane + k] = sums[at + k * kLanes + lane];
       }
     }
+  }
+
+  // Write the codes from `column` on as floats, those of two vectors of one group; past the end of the row anything.
+  template <int kLanes>
+  TDA_INLINE void Unpack(int64_t row, int64_t column, float* out) const {
+    constexpr int kBytes = CodeBytes(2 * kLanes);
+    Piece<uint8_t, kBytes> piece;
+    const int64_t rest = std::min<int64_t>(2 * kLanes, columns - column);
+    const uint8_t* first =
+        piece.Of(codes + row * row_bytes + CodeBytes(column), CodeBytes(rest), kBytes, codes + rows * row_bytes);
+    for (int v = 0; v < 2; ++v) {
+      Lanes<kLanes>::Store(out + v * kLanes, CodeBlock<kLanes, kBits>::InOrder(first + CodeBytes(v * kLanes)));
+    }
+  }
+
+  // Return the scale and the zero point of a row's group that has a column.
+  TDA_INLINE float Scale(int64_t row, int64_t column) const {
+    return HalfToFloat(scales[row * groups + (column >> group_shift)]);
+  }
+  TDA_INLINE float Zero(int64_t row, int64_t column) const {
+    const int64_t at = column >> group_shift;
+    const uint8_t* first = zeros + row * zero_bytes;
+    return static_cast<float>(kBits == 8 ? first[at] : first[at / 2] >> 4 * (at % 2) & 15);
   }
 
   TDA_INLINE void PrefetchGroups(int64_t row, int64_t first_group, int64_t count) const {

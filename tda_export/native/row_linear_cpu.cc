@@ -1,63 +1,114 @@
 // tda::RowLinear and its forms for integers on the CPU, float32 activations.
+//
+// A few tokens go one by one: ONNX Runtime's thread pool gets chunks of rows (row_sums_cpu.h), in tiles of columns where
+// rows are long, and whoever ends the last chunk of a tile adds the chunks up. Many tokens are a product of matrices
+// (row_panels_cpu.h), whose panels of columns are handed out.
 #include "row_linear_cpu.h"
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 
 #include "row_linear.h"
+#include "row_panels_cpu.h"
 #include "row_sums_cpu.h"
 
 namespace tda {
 namespace {
 
-#define TDA_SUMS(attribute, lanes, Format)                                                             \
-  attribute void SumChunk(const Format& weight, const ChunkOfToken& chunk, float* sums) {              \
-    SumChunkOf<lanes>(weight, chunk, sums);                                                            \
-  }                                                                                                    \
-  attribute void AddChunks(const Format&, float* sums, int64_t chunks, int64_t stride, int64_t columns, float* y) { \
-    AddChunksOf<lanes, Format>(sums, chunks, stride, columns, y);                                      \
-  }
-#define TDA_ALL_SUMS(attribute, lanes)     \
-  TDA_SUMS(attribute, lanes, FloatFormat)   \
-  TDA_SUMS(attribute, lanes, CodeFormat<4>) \
-  TDA_SUMS(attribute, lanes, CodeFormat<8>)
-TDA_FOR_EACH_TARGET(TDA_ALL_SUMS)
+constexpr int64_t kFewTokens = 3;
 
-// Multiply, given y [tokens, outputs] that holds the bias.
+#define TDA_OF_FORMAT(attribute, lanes, Format)                                                                    \
+  attribute void SumChunk(const Format& weight, const ChunkOfToken& chunk, float* sums) {                          \
+    SumChunkOf<lanes>(weight, chunk, sums);                                                                        \
+  }                                                                                                                \
+  attribute void AddChunks(const Format&, float* sums, int64_t chunks, int64_t stride, int64_t columns,            \
+                           const float* bias, float* y) {                                                          \
+    AddChunksOf<lanes, Format>(sums, chunks, stride, columns, bias, y);                                            \
+  }                                                                                                                \
+  attribute void MultiplyPanel(const Format& weight, const TokenTile& tile, int64_t begin, const float* bias, float* y) { \
+    MultiplyPanelOf<lanes>(weight, tile, begin, bias, y);                                                          \
+  }
+#define TDA_OF_ALL_FORMATS(attribute, lanes)                                                        \
+  attribute void ListRowsOf(TokenTile& tile) { ListTileRows(tile); }                                \
+  attribute void PrepareValues(const TokenTile& tile, int64_t begin) { PrepareValuesOf<lanes>(tile, begin); } \
+  attribute int64_t PanelColumns() { return PanelShape<lanes>::kColumns; }                \
+  TDA_OF_FORMAT(attribute, lanes, FloatFormat)                                                      \
+  TDA_OF_FORMAT(attribute, lanes, CodeFormat<4>)                                                    \
+  TDA_OF_FORMAT(attribute, lanes, CodeFormat<8>)
+TDA_FOR_EACH_TARGET(TDA_OF_ALL_FORMATS)
+
+RowPrices PricesOf(const RowLinearCall& call) { return {call.row_price.As<const float>(), *call.price.As<const float>()}; }
+
+template <class Format>
+void MultiplyFew(const KernelContext& context, const Allocator& allocator, const RowLinearCall& call,
+                 const Format& weight) {
+  const RowChunks<Format> chunks(weight, call.inputs);
+  const RowPrices prices = PricesOf(call);
+  const int64_t stride = WholeBlocks(call.outputs), tasks = chunks.count * chunks.tiles;
+  const size_t sums_bytes = call.tokens * chunks.count * stride * sizeof(float);
+  const Scratch scratch(context, allocator, sums_bytes + chunks.tiles * sizeof(std::atomic<int64_t>), false);
+  std::atomic<int64_t>* ended = scratch.As<std::atomic<int64_t>>(sums_bytes);
+  for (int64_t tile = 0; tile < chunks.tiles; ++tile) new (&ended[tile]) std::atomic<int64_t>(0);
+  context.ParallelFor(tasks, [&](size_t task) {
+    const int64_t chunk = task % chunks.count, tile = task / chunks.count;
+    const int64_t begin = chunks.FirstColumn(tile), end = chunks.FirstColumn(tile + 1);
+    const auto sums = [&](int64_t t, int64_t of) { return scratch.As<float>() + (t * chunks.count + of) * stride + begin; };
+    for (int64_t t = 0; t < call.tokens; ++t) {
+      const float* x = call.x.As<const float>() + t * call.inputs;
+      SumChunk(weight, {x, prices, chunks.FirstRow(chunk), chunks.FirstRow(chunk + 1), begin, end}, sums(t, chunk));
+    }
+    if (ended[tile].fetch_add(1) + 1 < chunks.count) return;
+    const float* bias = call.bias.present ? call.bias.As<const float>() + begin : nullptr;
+    for (int64_t t = 0; t < call.tokens; ++t) {
+      float* y = call.y.As<float>() + t * call.outputs + begin;
+      AddChunks(weight, sums(t, 0), chunks.count, stride, end - begin, bias, y);
+    }
+  });
+}
+
+template <class Format>
+void MultiplyMany(const KernelContext& context, const Allocator& allocator, const RowLinearCall& call,
+                  const Format& weight) {
+  const int64_t tiles = (call.tokens + kTokenTile - 1) / kTokenTile;
+  const int64_t tile_tokens = std::min(kTokenTile, (call.tokens + 7) / 8 * 8);
+  const int64_t width = PanelColumns(), panels = (call.outputs + width - 1) / width;
+  const int64_t tile_bytes = call.inputs * (tile_tokens * sizeof(float) + sizeof(int32_t) + sizeof(uint8_t));
+  const Scratch scratch(context, allocator, tiles * ((tile_bytes + 63) / 64 * 64), false);
+  std::vector<TokenTile> made(tiles);
+  context.ParallelFor(tiles, [&](size_t number) {
+    const int64_t first = number * kTokenTile;
+    const size_t at = number * ((tile_bytes + 63) / 64 * 64);
+    TokenTile& tile = made[number];
+    tile.x = call.x.As<const float>() + first * call.inputs;
+    tile.tokens = std::min(kTokenTile, call.tokens - first);
+    tile.inputs = call.inputs;
+    tile.prices = PricesOf(call);
+    tile.chunks = RowChunks<Format>(weight, call.inputs).count;
+    tile.values = scratch.As<float>(at);
+    tile.rows = scratch.As<int32_t>(at + call.inputs * tile_tokens * sizeof(float));
+    tile.needed = scratch.As<uint8_t>(at + call.inputs * (tile_tokens * sizeof(float) + sizeof(int32_t)));
+    ListRowsOf(tile);
+  });
+  constexpr int64_t kParts = kTokenTile / kTokensAtOnce;
+  context.ParallelFor((call.tokens + kTokensAtOnce - 1) / kTokensAtOnce, [&](size_t part) {
+    PrepareValues(made[part / kParts], part % kParts * kTokensAtOnce);
+  });
+  const float* bias = call.bias.As<const float>();
+  context.ParallelFor(tiles * panels, [&](size_t task) {
+    const int64_t number = task % tiles;
+    float* y = call.y.As<float>() + number * kTokenTile * call.outputs;
+    MultiplyPanel(weight, made[number], static_cast<int64_t>(task) / tiles * width, bias, y);
+  });
+}
+
 template <class Format>
 void Multiply(const KernelContext& context, const Allocator& allocator, const RowLinearCall& call,
               const Format& weight) {
-  const RowChunks<Format> chunks(weight, call.inputs);
-  const RowPrices prices = {call.row_price.As<const float>(), *call.price.As<const float>()};
-  const int64_t stride = WholeBlocks(call.outputs);
-  const size_t sums_bytes = chunks.count * stride * sizeof(float);
-  const Scratch scratch(context, allocator, sums_bytes + chunks.tiles * sizeof(std::atomic<int64_t>), false);
-  std::atomic<int64_t>* ended = scratch.As<std::atomic<int64_t>>(sums_bytes);
-  for (int64_t t = 0; t < call.tokens; ++t) {
-    const float* x = call.x.As<const float>() + t * call.inputs;
-    float* y = call.y.As<float>() + t * call.outputs;
-    for (int64_t tile = 0; tile < chunks.tiles; ++tile) new (&ended[tile]) std::atomic<int64_t>(0);
-    context.ParallelFor(chunks.count * chunks.tiles, [&](size_t task) {
-      const int64_t chunk = task % chunks.count, tile = task / chunks.count;
-      const int64_t begin = chunks.FirstColumn(tile), end = chunks.FirstColumn(tile + 1);
-      float* sums = scratch.As<float>() + begin;
-      SumChunk(weight, {x, prices, chunks.FirstRow(chunk), chunks.FirstRow(chunk + 1), begin, end},
-               sums + chunk * stride);
-      if (ended[tile].fetch_add(1) + 1 < chunks.count) return;
-      AddChunks(weight, sums, chunks.count, stride, end - begin, y + begin);
-    });
-  }
-}
-
-void WriteBias(const RowLinearCall& call) {
-  float* y = call.y.As<float>();
-  for (int64_t t = 0; t < call.tokens; ++t) {
-    if (call.bias.present) {
-      std::memcpy(y + t * call.outputs, call.bias.data, call.outputs * sizeof(float));
-    } else {
-      std::memset(y + t * call.outputs, 0, call.outputs * sizeof(float));
-    }
+  if (call.y.Count() == 0) return;
+  if (call.tokens <= kFewTokens) {
+    MultiplyFew(context, allocator, call, weight);
+  } else {
+    MultiplyMany(context, allocator, call, weight);
   }
 }
 
@@ -67,8 +118,6 @@ class RowLinearCpu : public Kernel {
 
   void Compute(const KernelContext& context) override {
     const RowLinearCall call(context);
-    if (call.y.Count() == 0) return;
-    WriteBias(call);
     Multiply(context, allocator_, call, FloatFormat{call.weight.As<const float>(), call.outputs});
   }
 
@@ -83,18 +132,7 @@ class RowLinearCodesCpu : public Kernel {
 
   void Compute(const KernelContext& context) override {
     const RowLinearCall call(context, layout_);
-    if (call.y.Count() == 0) return;
-    WriteBias(call);
-    const CodeFormat<kBits> weight = {call.weight.As<const uint8_t>(),
-                                      call.scales.As<const uint16_t>(),
-                                      call.zero_points.As<const uint8_t>(),
-                                      call.inputs,
-                                      layout_.columns,
-                                      layout_.Packed(layout_.columns),
-                                      layout_.Groups(),
-                                      layout_.Packed(layout_.Groups()),
-                                      __builtin_ctzll(layout_.group)};
-    Multiply(context, allocator_, call, weight);
+    Multiply(context, allocator_, call, CodeFormat<kBits>(layout_, call.weight, call.scales, call.zero_points));
   }
 
  private:

@@ -68,9 +68,10 @@ TDA_INLINE void SumChunkOf(const Format& weight, const ChunkOfToken& chunk, floa
   weight.template Complete<kLanes>(chunk.begin, chunk.end, sums, apart);
 }
 
-// Add the sums of all chunks, `stride` floats apart, and then to `y` [columns], which may hold a bias.
+// Write the sum of all chunks, whose sums are `stride` floats apart, and of the bias, if there is one, to y [columns].
 template <int kLanes, class Format>
-TDA_INLINE void AddChunksOf(float* sums, int64_t chunks, int64_t stride, int64_t columns, float* y) {
+TDA_INLINE void AddChunksOf(float* sums, int64_t chunks, int64_t stride, int64_t columns, const float* bias,
+                            float* y) {
   float in_order[Format::kTileColumns];
   const int64_t whole = WholeBlocks(columns);
   for (int64_t chunk = 1; chunk < chunks; ++chunk) {
@@ -78,7 +79,7 @@ TDA_INLINE void AddChunksOf(float* sums, int64_t chunks, int64_t stride, int64_t
     for (int64_t i = 0; i < whole; ++i) sums[i] += own[i];
   }
   Format::template InOrder<kLanes>(sums, columns, in_order);
-  for (int64_t i = 0; i < columns; ++i) y[i] += in_order[i];
+  for (int64_t i = 0; i < columns; ++i) y[i] = bias == nullptr ? in_order[i] : in_order[i] + bias[i];
 }
 
 }  // namespace tda

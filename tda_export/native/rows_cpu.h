@@ -45,7 +45,9 @@ struct FloatFormat {
     const float* first;
   };
 
-  struct Apart {};  // nothing is summed apart
+  static constexpr bool kScaled = false;  // nothing is summed apart, and a row has one scale
+
+  struct Apart {};
 
   TDA_INLINE Row At(int64_t i) const { return {weights + i * columns}; }
   int64_t RowBytes() const { return columns * int64_t{sizeof(float)}; }
@@ -60,6 +62,17 @@ struct FloatFormat {
   template <int kLanes>
   static TDA_INLINE void InOrder(const float* sums, int64_t columns, float* y) {
     std::memcpy(y, sums, columns * sizeof(float));
+  }
+
+  // Write the columns from `column` on as floats, those of two vectors; past the end of the row anything.
+  template <int kLanes>
+  TDA_INLINE void Unpack(int64_t row, int64_t column, float* out) const {
+    const float* first = weights + row * columns + column;
+    if (column + 2 * kLanes <= columns) {
+      for (int v = 0; v < 2; ++v) Lanes<kLanes>::Store(out + v * kLanes, Lanes<kLanes>::Load(first + v * kLanes));
+    } else {
+      std::memcpy(out, first, (columns - column) * sizeof(float));
+    }
   }
 
   const float* weights;
