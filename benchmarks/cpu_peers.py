@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--shape", help="random weights of a name of tda_export.bench.shapes instead of --model")
     parser.add_argument("--artifact", type=Path, help="of --model, four bits, with a table of prices")
-    parser.add_argument("--weights-for", help="as of build, for an artifact that is made here")
+    parser.add_argument("--weights-for", action="append", default=[], help="as of build, for what is made here")
     parser.add_argument("--depth", type=int, default=1024, help="tokens of context")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2)

@@ -41,7 +41,7 @@ METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin", "tt", "price
 @click.option(
     "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of --shape.  [default: fp16 on CUDA, fp32 on the CPU]"
 )
-@weight_options
+@weight_options("float", "int8", "int4")
 @provider_option
 @json_option
 def bench(
@@ -54,7 +54,7 @@ def bench(
     dtype: str | None,
     weights: str,
     group: str,
-    weights_for: str | None,
+    weights_for: tuple[str, ...],
     provider: str,
     as_json: bool,
 ) -> None:
@@ -75,7 +75,11 @@ def bench(
 
     if (artifact is None) == (shape is None):
         raise UsageError("Give an ARTIFACT, or a --shape to bench with random weights.")
-    of_shape = {"--dtype": dtype, "--weights": weights if weights != "float" else None, "--weights-for": weights_for}
+    of_shape = {
+        "--dtype": dtype,
+        "--weights": weights if weights != "float" else None,
+        "--weights-for": weights_for or None,
+    }
     if given := [option for option, value in of_shape.items() if value is not None and artifact]:
         raise UsageError(f"{given[0]} belongs to --shape; an artifact has its own.")
     settings = partial(BenchSettings, sparsity=sparsity, prompt_tokens=prompt_tokens, new_tokens=new_tokens)

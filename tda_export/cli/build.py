@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     help="With tda: read the last N generated tokens again densely after every N, which renews the mask; 0 never.  "
     "[default: 0]",
 )
-@weight_options
+@weight_options("float", "int8", "int4")
 @overwrite_option
 @click.option("--no-verify", is_flag=True, help="Leave the comparison with transformers out.")
 @provider_option
@@ -91,7 +91,7 @@ def build(
     refresh: int | None,
     weights: str,
     group: str,
-    weights_for: str | None,
+    weights_for: tuple[str, ...],
     overwrite: bool,
     no_verify: bool,
     provider: str,

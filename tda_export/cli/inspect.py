@@ -74,9 +74,12 @@ def _of_artifact(folder: Path, context: int | None) -> dict[str, Any]:
     spec, dtype = artifact_spec(artifact), artifact.shape.dtype
     sizes = artifact_sizes(spec, artifact)
     described = _described(artifact.name, spec, sizes, dtype, context)
-    prices = {
+    prices: dict[str, Any] = {
         name: artifact.manifest[name] for name in ("packing", "price", "price_table") if name in artifact.manifest
     }
+    if artifact.has_integers:
+        formats = {name: matrix.format.name for name, matrix in artifact.matrices.items()}
+        prices["quantization"] = (artifact.manifest["model"].get("quantization") or {}) | {"formats": formats}
     return (
         described
         | prices
@@ -86,6 +89,7 @@ def _of_artifact(folder: Path, context: int | None) -> dict[str, Any]:
             "method": artifact.manifest["method"]["name"],
             "budget": artifact.manifest["budget"],
             "expected_sparsity": artifact.manifest["expected"].get("sparsity"),
+            "expected_kl": artifact.manifest["expected"].get("kl"),
             "artifact_bytes": sum(entry["size"] for entry in artifact.manifest["files"].values()),
         }
     )
@@ -170,3 +174,9 @@ def _print_build(result: dict[str, Any]) -> None:
     suffix = "" if expected is None else f", expected {what} {expected:.3f}"
     price = f", price {result['price']:.4g}, packing {result['packing']}" if result["layout"] == "priced" else ""
     click.echo(f"  built with {result['method']}, {budget}{price}{suffix}")
+    loss, kl = (result.get("quantization") or {}).get("loss"), result["expected_kl"]
+    if loss and kl is not None:
+        click.echo(
+            f"  KL to the float model about {loss['kl'] + kl:.4f} nats a token: {loss['kl']:.4f} by the integers and "
+            f"{kl:.4f} by the rows that are left out"
+        )

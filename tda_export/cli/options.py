@@ -119,33 +119,38 @@ def check_mask(artifact: Artifact, mask: MaskMode | None) -> None:
         )
 
 
-def weight_options(command: F) -> F:
-    """Add --weights, --group and --weights-for."""
-    for option in reversed(
-        (
-            click.option(
-                "--weights",
-                type=click.Choice(["float", "int8", "int4"]),
-                default="float",
-                show_default=True,
-                help="How linears are stored; with integers embedding and head are int8.",
-            ),
-            click.option(
-                "--group",
-                type=click.Choice(["32", "64", "128"]),
-                default="32",
-                show_default=True,
-                help="Integers that share a scale.",
-            ),
-            click.option(
-                "--weights-for",
-                metavar="RULES",
-                help="Other formats by matrix, the last that matches counting: 'layers.*.v=int8,head=int4'.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
+def weight_options(*formats: str) -> Callable[[F], F]:
+    """Return what adds --weights, one of these formats and the first by default, --group and --weights-for."""
+    options = (
+        click.option(
+            "--weights",
+            type=click.Choice(formats),
+            default=formats[0],
+            show_default=True,
+            help="Of all linears of the layers; with integers embedding and head are int8.",
+        ),
+        click.option(
+            "--group",
+            type=click.Choice(["32", "64", "128"]),
+            default="32",
+            show_default=True,
+            help="Elements of a row that share a scale.",
+        ),
+        click.option(
+            "--weights-for",
+            metavar="RULES",
+            multiple=True,
+            help="Other formats for some matrices, such as 'layers.*.v=int8,head=int4,layers.0.*=float'; the last rule "
+            "that matches wins. May be given many times.",
+        ),
+    )
+
+    def add(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 def budget_options(command: F) -> F:

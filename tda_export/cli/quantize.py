@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tda_export.cli.options import json_option, model_argument, overwrite_option
+from tda_export.cli.options import json_option, model_argument, overwrite_option, weight_options
 
 if TYPE_CHECKING:
     from tda_export.quantization.run import Quantizer
@@ -21,27 +21,7 @@ if TYPE_CHECKING:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Model folder to write."
 )
-@click.option(
-    "--weights",
-    type=click.Choice(["int4", "int8"]),
-    default="int4",
-    show_default=True,
-    help="Of all linears of the layers; embedding and head are int8.",
-)
-@click.option(
-    "--group",
-    type=click.Choice(["32", "64", "128"]),
-    default="32",
-    show_default=True,
-    help="Elements of a row that share a scale.",
-)
-@click.option(
-    "--weights-for",
-    metavar="RULES",
-    multiple=True,
-    help="Other formats for some matrices, such as 'layers.*.v=int8,head=int4,layers.0.*=float'; the last rule that "
-    "matches wins. May be given many times.",
-)
+@weight_options("int4", "int8")
 @click.option(
     "--quantizer",
     type=click.Choice(["gptq", "rtn"]),
@@ -127,7 +107,7 @@ def quantize(
     settings = QuantizeSettings(
         weights,
         int(group),
-        tuple(rule for text in weights_for for rule in read_rules(text, int(group))),
+        read_rules(weights_for, int(group)),
         quantizer,
         symmetric,
         sequences,

@@ -168,7 +168,7 @@ def _manifest(
             "fingerprint": request.source.fingerprint,
             "eos_token_ids": request.source.eos_token_ids,
             "ffn_matrices": len(spec.ffn_parts),
-            "quantisation": _quantisation(request),
+            "quantization": _quantization(request),
         },
         "shape": asdict(shape),
         "spec": asdict(spec),
@@ -193,11 +193,11 @@ def _manifest(
     }
 
 
-def _quantisation(request: BuildRequest) -> dict[str, Any] | None:
+def _quantization(request: BuildRequest) -> dict[str, Any] | None:
     """Say how weights became integers, None where they are floats."""
     known = request.source.quantisation
     if known is None:
-        return {"quantizer": "rtn"} if request.storage.has_integers else None
+        return {"quantizer": {"name": "rtn"}} if request.storage.has_integers else None
     return {name: value for name, value in known.items() if name not in ("quant_method", "version", "formats")}
 
 

@@ -121,7 +121,7 @@ def storage_of(source: ModelSource, dtype: str, plan: FormatPlan | None = None) 
     return Storage(dtype) if chosen is None else Storage(dtype, chosen.of, source.codes)
 
 
-def read_plan(source: ModelSource, weights: str, group: int, rules: str | None) -> FormatPlan | None:
+def read_plan(source: ModelSource, weights: str, group: int, rules: Sequence[str]) -> FormatPlan | None:
     """Read the formats that a float model is asked to be stored in, None where none is.
 
     Args:
@@ -141,9 +141,13 @@ def read_plan(source: ModelSource, weights: str, group: int, rules: str | None) 
             "give the float model."
         )
     spec = source.spec
-    read = read_rules(rules, group) if rules else []
     return plan_formats(
-        spec.num_layers, linear_parts(spec), tied_head=spec.tied_head, weights=weights, group=group, rules=read
+        spec.num_layers,
+        linear_parts(spec),
+        tied_head=spec.tied_head,
+        weights=weights,
+        group=group,
+        rules=read_rules(rules, group),
     )
 
 

@@ -118,21 +118,21 @@ def plan_formats(
     return FormatPlan(formats)
 
 
-def read_rules(text: str, group: int = DEFAULT_GROUP) -> list[Rule]:
+def read_rules(texts: Iterable[str], group: int = DEFAULT_GROUP) -> tuple[Rule, ...]:
     """Read rules such as `layers.*.v=int8,head=int4_g64`: patterns, as of file names, with formats.
 
     Raises:
         UsageError: It is none.
     """
     rules: list[Rule] = []
-    for rule in text.split(","):
+    for rule in (rule for text in texts for rule in text.split(",")):
         pattern, equals, format = (word.strip() for word in rule.partition("="))
         if not (pattern and equals and format):
             raise UsageError(
                 f"--weights-for: {shown(rule)!r} is no PATTERN=FORMAT. Give rules such as 'layers.*.v=int8,head=int4'."
             )
         rules.append((pattern, read_format(format, group, option="--weights-for")))
-    return rules
+    return tuple(rules)
 
 
 def read_format(name: str, group: int = DEFAULT_GROUP, *, option: str = "--weights") -> WeightFormat | None:

@@ -113,7 +113,7 @@ def test_codes_of_a_quantised_model_are_stored_as_they_are(
         linear_parts(spec),
         tied_head=spec.tied_head,
         weights="int4",
-        rules=read_rules("layers.1.down=int8_g64"),
+        rules=read_rules(["layers.1.down=int8_g64"]),
     )
     codes = {
         name: round_matrix(read_matrix_rows(spec, source.weights(), name), format, symmetric=False)

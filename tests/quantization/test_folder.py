@@ -30,7 +30,7 @@ def rounded(source: ModelSource, output: Path, weights: str = "int8", rules: str
         tied_head=spec.tied_head,
         weights=weights,
         group=group,
-        rules=read_rules(rules) if rules else [],
+        rules=read_rules([rules]) if rules else [],
     )
     codes = {
         name: round_matrix(read_matrix_rows(spec, source.weights(), name), format, symmetric=False)

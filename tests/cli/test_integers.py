@@ -1,0 +1,108 @@
+"""Integer weights by the command line: quantize, calibrate, build, and what runs the result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tda_export.graph import contract
+from tda_export.runtime.artifact import open_artifact
+from tests.cli.conftest import USAGE, assert_error
+from tests.conftest import run_cli, run_ok
+from tests.few_prices import few_prices  # noqa: F401 - a fixture
+
+LENGTHS = ("--prompt-tokens", "24", "--continuation-tokens", "8")
+
+
+@pytest.fixture(scope="module")
+def quantised(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quantised") / "model"
+    run_ok("quantize", tiny_model, "-o", folder, "--sequences", "4", "--kl-sequences", "2", *LENGTHS, "--quiet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calibration(quantised: Path) -> Path:
+    path = quantised.parent / "c.safetensors"
+    run_ok("calibrate", quantised, "-o", path, "--sequences", "4", *LENGTHS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def artifact(quantised: Path, calibration: Path) -> Path:
+    folder = quantised.parent / "artifact"
+    run_ok("build", quantised, "--calibration", calibration, "--sparsity", "0.3", "-o", folder)
+    return folder
+
+
+def test_a_quantised_model_is_built_with_its_table(artifact: Path) -> None:
+    opened = open_artifact(artifact)
+    assert opened.price_table is not None
+    assert opened.price_table.formats == "int4_g32"
+    assert opened.manifest["packing"] == "sites"
+    formats = {matrix.format.name for name, matrix in opened.matrices.items() if contract.in_a_layer(name)}
+    assert formats == {"int4_g32"}
+    known = opened.manifest["model"]["quantization"]
+    assert known["quantizer"]["name"] == "gptq"
+    assert known["loss"]["kl"] >= 0
+
+
+def test_it_generates_and_answers_to_budgets(artifact: Path) -> None:
+    metrics = {}
+    for budget in ((), ("--price", "0"), ("--sparsity", "0.2"), ("--max-kl", "0.01")):
+        result = run_ok("generate", artifact, "The tide", "--max-new-tokens", "8", *budget, "--json")
+        metrics[budget] = json.loads(result.stdout)["metrics"]
+    assert metrics["--price", "0"]["sparsity"] == 0
+    assert metrics[()]["sparsity"] > metrics["--sparsity", "0.2"]["sparsity"] > 0
+
+
+def test_inspect_says_what_the_integers_cost(artifact: Path, quantised: Path) -> None:
+    shown = run_ok("inspect", artifact).stdout
+    assert "quantised by gptq" in shown
+    assert "KL to the float model about " in shown
+    sizes = [json.loads(run_ok("inspect", place, "--json").stdout)["linear_bytes"] for place in (artifact, quantised)]
+    assert sizes[0] == sizes[1]
+
+
+def test_eval_and_verify(artifact: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The tide came in and the boats went out again, as they did on every day of the year. " * 20)
+    options = ("--text", text, "--prompts", "2", *LENGTHS, "--json")
+    row = json.loads(run_ok("eval", artifact, *options, "--method", "priced").stdout)
+    assert 0.5 < row["linear_bytes"] < 1
+    run_ok("verify", artifact)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--weights", "int4"], "was measured with weights of float, and these are int4_g32: another KL. Make a model"),
+        (["--weights-for", "head"], "--weights-for: 'head' is no PATTERN=FORMAT."),
+        (["--weights-for", "layers.*.z=int8"], "--weights-for: layers.*.z matches no matrix."),
+        (["--weights-for", "head=int3"], "--weights-for: int3 is no format."),
+        (["--weights", "int4", "--group", "16"], "'16' is not one of"),
+        (
+            ["--weights", "int4", "--weights-for", "*.v=int8", "--packing", "sites", "--price", "0"],
+            "layers.0.q, layers.0.k, layers.0.v have different formats, and lie side by side.",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_refusals(options: list[str], words: str, tiny_model: Path, priced_calibration: Path, tmp_path: Path) -> None:
+    result = run_cli("build", tiny_model, "--calibration", priced_calibration, *options, "-o", tmp_path / "a")
+    assert_error(result, USAGE, words)
+    assert not (tmp_path / "a").exists()
+
+
+def test_masks_are_of_floats(tiny_model: Path, quantised: Path, tiny_calibration: Path, tmp_path: Path) -> None:
+    arguments = ("--method", "griffin", "--sparsity", "0.5", "-o", tmp_path / "a")
+    for model, more in ((tiny_model, ("--weights", "int8")), (quantised, ())):
+        result = run_cli("build", model, *arguments, *more)
+        assert_error(result, USAGE, "--method griffin builds artifacts of floats alone.")
+
+
+def test_a_quantised_model_is_stored_as_it_is(quantised: Path, calibration: Path, tmp_path: Path) -> None:
+    result = run_cli("build", quantised, "--calibration", calibration, "--weights", "int8", "-o", tmp_path / "a")
+    assert_error(result, USAGE, "is quantised already, and is stored as it is. Leave --weights and --weights-for out")
