@@ -2,6 +2,7 @@
 #include "greedy.h"
 #include "indexed_ffn_cpu.h"
 #include "indexed_ffn_cuda.h"
+#include "linear_cpu.h"
 #include "linear_cuda.h"
 #include "op.h"
 #include "row_linear_cpu.h"
@@ -15,7 +16,7 @@ namespace {
 const std::vector<OpDefinition>& Definitions() {
   static const std::vector<OpDefinition> definitions = [] {
     std::vector<OpDefinition> all = StatisticsOnCuda();
-    for (const std::vector<OpDefinition>& some : {LinearOnCuda(), StepOps(), RowLinearOnCpu()}) {
+    for (const std::vector<OpDefinition>& some : {LinearOnCuda(), StepOps(), RowLinearOnCpu(), LinearOnCpu()}) {
       all.insert(all.end(), some.begin(), some.end());
     }
     for (const OpDefinition& definition : {IndexedFfnOnCpu(), IndexedFfnOnCuda(kHalf), IndexedFfnOnCuda(kBfloat16),

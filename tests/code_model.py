@@ -1,0 +1,68 @@
+"""Models of one node whose weights are integers, all of them inputs, and the slow reference in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnxruntime as ort
+from onnx import TensorProto, helper
+
+from tda_export.native.library import register_native
+from tda_export.weights.formats import IntegerFormat
+from tda_export.weights.integers import Codes
+
+TYPES = {"w": TensorProto.UINT8, "scales": TensorProto.FLOAT16, "zero_points": TensorProto.UINT8}
+DOT_INPUTS = ("x", *TYPES)
+ROW_INPUTS = (*DOT_INPUTS, "row_price", "price", "bias")
+
+
+def code_session(
+    format: IntegerFormat, columns: int, *, rows: bool, bias: bool = False, threads: int = 0, group: int | None = None
+) -> ort.InferenceSession:
+    """A session of RowLinear4 or RowLinear8 (`rows`), or of Linear4 or Linear8; `group` in place of the format's own."""
+    names = (ROW_INPUTS if bias else ROW_INPUTS[:-1]) if rows else DOT_INPUTS
+    node = helper.make_node(
+        f"{'Row' if rows else ''}Linear{format.bits}",
+        names,
+        ["y"],
+        domain="tda",
+        columns=columns,
+        group=format.group if group is None else group,
+        early=0,
+    )
+    values = [helper.make_tensor_value_info(name, TYPES.get(name, TensorProto.FLOAT), None) for name in names]
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    imports = [helper.make_opsetid("", 21), helper.make_opsetid("tda", 1)]
+    model = helper.make_model(helper.make_graph([node], "codes", values, [y]), opset_imports=imports, ir_version=10)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    register_native(options)
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def random_codes(rng: np.random.Generator, format: IntegerFormat, rows: int, columns: int) -> Codes:
+    """Codes of every value, scaled so that elements are of order one."""
+    groups, most = format.groups(columns), format.levels - 1
+    return Codes(
+        format,
+        rng.integers(0, format.levels, (rows, columns), dtype=np.uint8),
+        (rng.uniform(0.2, 2.0, (rows, groups)) * rng.choice([-1, 1], (rows, groups)) / most).astype(np.float16),
+        rng.integers(0, format.levels, (rows, groups), dtype=np.uint8),
+    )
+
+
+def feeds_of(codes: Codes, x: np.ndarray) -> dict[str, np.ndarray]:
+    return {"x": x, **dict(zip(TYPES, codes.pack(), strict=True))}
+
+
+def run(session: ort.InferenceSession, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+    y: np.ndarray = session.run(None, {item.name: feeds[item.name] for item in session.get_inputs()})[0]
+    return y
+
+
+def tolerance(x: np.ndarray, codes: Codes) -> float:
+    """What sums of float32 may be off by: they hold codes and zero points before one is subtracted from the other."""
+    largest = float(np.abs(codes.scales.astype(np.float64)).max()) * codes.format.levels
+    return 2e-6 * max(1.0, float(np.linalg.norm(x, axis=-1).max(initial=0.0))) * max(1.0, largest)
