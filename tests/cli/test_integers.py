@@ -54,7 +54,7 @@ def test_it_generates_and_answers_to_budgets(artifact: Path) -> None:
     for budget in ((), ("--price", "0"), ("--sparsity", "0.2"), ("--max-kl", "0.01")):
         result = run_ok("generate", artifact, "The tide", "--max-new-tokens", "8", *budget, "--json")
         metrics[budget] = json.loads(result.stdout)["metrics"]
-    assert metrics["--price", "0"]["sparsity"] == 0
+    assert metrics["--price", "0"]["sparsity"] < 0.01  # of inputs that are zero
     assert metrics[()]["sparsity"] > metrics["--sparsity", "0.2"]["sparsity"] > 0
 
 
@@ -71,7 +71,7 @@ def test_eval_and_verify(artifact: Path, tmp_path: Path) -> None:
     text.write_text("The tide came in and the boats went out again, as they did on every day of the year. " * 20)
     options = ("--text", text, "--prompts", "2", *LENGTHS, "--json")
     row = json.loads(run_ok("eval", artifact, *options, "--method", "priced").stdout)
-    assert 0.5 < row["linear_bytes"] < 1
+    assert 0.5 < row["linear_bytes"] / open_artifact(artifact).linear_bytes < 1
     run_ok("verify", artifact)
 
 
