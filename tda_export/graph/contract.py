@@ -190,6 +190,7 @@ def present_tail_mean(layer: int) -> str:
 
 
 KEPT_ROWS = "kept_rows"  # by matrix and token; an output of derived graphs that measure
+READ_ROWS = "read_rows"  # of all matrices, one after another, by token; an output of derived graphs that verify
 KEPT_NEURONS = "kept_neurons"  # by layer and token; an output of derived graphs that measure
 
 
@@ -290,10 +291,14 @@ def priced_decode_inputs(shape: ModelShape, *, explicit: bool = False) -> list[I
     return [*dense_inputs(shape), IoTensor(PRICE, "float32", (1,), default=not explicit)]
 
 
-def priced_decode_outputs(shape: ModelShape, *, counted: int = 0) -> list[IoTensor]:
-    """List the outputs of `decode.onnx` of a priced artifact in order; counts, by matrix, are in no artifact."""
+def priced_decode_outputs(shape: ModelShape, *, counted: int = 0, listed: int = 0) -> list[IoTensor]:
+    """List the outputs of `decode.onnx` of a priced artifact in order.
+
+    Counts, of so many matrices, and lists, of so many rows, are in no artifact.
+    """
     counts = [IoTensor(KEPT_ROWS, "int64", (counted, "sequence_length"))] if counted else []
-    return [*decode_outputs(shape), *counts]
+    lists = [IoTensor(READ_ROWS, "bool", (1, "sequence_length", listed))] if listed else []
+    return [*decode_outputs(shape), *counts, *lists]
 
 
 def graph_io(shape: ModelShape, layout: str, *, two_levels: bool) -> dict[str, tuple[list[IoTensor], list[IoTensor]]]:

@@ -123,6 +123,13 @@ def counted_rows(artifact: Artifact) -> bytes:
         return _serialised(build_priced_decode(spec, weight_table(artifact), artifact.shape.dtype, counted=True))
 
 
+def listed_rows(artifact: Artifact) -> bytes:
+    """Build the decode graph of a priced artifact that also tells which rows are worth the price to each token."""
+    spec = artifact_spec(artifact)
+    with _of_manifest(artifact):
+        return _serialised(build_priced_decode(spec, weight_table(artifact), artifact.shape.dtype, listed=True))
+
+
 def derived_counting(artifact: Artifact) -> bytes:
     """Build the decode graph that also counts the neurons which each token computes."""
     spec, method = artifact_spec(artifact), artifact_method(artifact)

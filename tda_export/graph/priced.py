@@ -30,15 +30,17 @@ from tda_export.packing import Packing
 class RowGraphBuilder(GraphBuilder):
     """Builds products of matrices whose rows have prices as `tda::RowLinear`.
 
-    `price` is set once it is computed; `kept`, int64 [1, S] by matrix, counts the rows that each token reads.
+    `price` is set once it is computed. Where they are asked for, `kept`, int64 [1, S] by matrix, counts the rows that
+    each token reads, and `read`, bool [1, S, in] by matrix, tells which are worth the price.
     """
 
     price: ir.Value
-    counted = False
+    counted = listed = False
 
     def __init__(self, spec: DecoderSpec, weights: WeightTable, dtype: str, inputs: Sequence[IoTensor]) -> None:
         super().__init__(spec, weights, dtype, inputs)
         self.kept: list[ir.Value] = []
+        self.read: list[ir.Value] = []
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:
         return self._rows(x, name, None) if contract.row_price(name) in self.weights else super().linear(x, name)
@@ -57,6 +59,8 @@ class RowGraphBuilder(GraphBuilder):
             unread = ops.op("Or", dropped_rows(ops, x, row_price, self.price), ops.op("Equal", x, zero))
             read = ops.cast(ops.op("Not", unread), "int64")  # [1, S, in]
             self.kept.append(ops.op("ReduceSum", read, ops.constant([2], "int64"), keepdims=0))
+        if self.listed:
+            self.read.append(self.ops.op("Not", dropped_rows(self.ops, x, row_price, self.price)))
         # The first layer has waited for the price, so that it is there for all that follow.
         early = not contract.in_a_layer(name, 0)
         matrix = self.weights.matrices[name]
@@ -101,6 +105,7 @@ def build_priced_decode(
     *,
     explicit: bool = False,
     counted: bool = False,
+    listed: bool = False,
 ) -> ir.Model:
     """Build the graph in which every token reads the rows that are worth their bytes at a price.
 
@@ -112,6 +117,8 @@ def build_priced_decode(
         explicit: Let no input have a default.
         counted: Give the number of rows that each token reads of each matrix, in the order that they are computed, as a
             further output. Rows whose input is zero are not read.
+        listed: Tell which rows of each matrix are worth the price to each token, in the same order, as a further
+            output.
 
     Returns:
         The model with the inputs and outputs of `contract.priced_decode_inputs` and `contract.priced_decode_outputs`. A
@@ -121,7 +128,7 @@ def build_priced_decode(
     builder = HalfRowGraphBuilder if half else RowGraphBuilder
     graph = builder(spec, weights, dtype, contract.priced_decode_inputs(shape, explicit=explicit))
     ops, inputs, outputs = graph.ops, graph.inputs, graph.outputs
-    graph.counted = counted
+    graph.counted, graph.listed = counted, listed
     mask = inputs[contract.ATTENTION_MASK]
     graph.price = call_price(ops, inputs[contract.INPUT_IDS], mask, inputs[contract.PRICE])
     gated = partial(gated_activation, ops, spec.activation)
@@ -130,13 +137,16 @@ def build_priced_decode(
     outputs[contract.GREEDY_TOKENS] = greedy_tokens(ops, outputs[contract.LOGITS])
     if counted:
         outputs[contract.KEPT_ROWS] = ops.op("Concat", *graph.kept, axis=0)  # [matrices, S]
+    rows = sum(weights.matrices[name].rows for name in priced_matrices(spec, weights)) if listed else 0
+    if listed:
+        outputs[contract.READ_ROWS] = ops.op("Concat", *graph.read, axis=2)  # [1, S, rows]
     defaults = {} if explicit else {contract.PRICE: np.array([price], np.float32)}
     functions = [*row_linear_functions(), call_price_function(), greedy_token_function()]
     if spec.gated:
         functions += gated_activation_functions(spec.activation)
     if half:
         functions += linear_functions(spec.norm)
-    declared = contract.priced_decode_outputs(shape, counted=len(graph.kept))
+    declared = contract.priced_decode_outputs(shape, counted=len(graph.kept), listed=rows)
     return graph.model("decode", declared, defaults, functions)
 
 

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import torch
 
 from tda_export.graph import contract
-from tda_export.graph.comparison import FLOAT32_LOGITS, HALF_FACTOR, Comparison, to_host
+from tda_export.graph.comparison import Comparison, to_host
+from tda_export.graph.derive import initializer_names, listed_rows, weight_table
+from tda_export.graph.priced import priced_matrices
 from tda_export.graph.reference import reference_logits
 from tda_export.models.linear_modules import watch_sites
 from tda_export.models.row_dropping import dropping
 from tda_export.packing import linear_sites, packed_matrices
 from tda_export.runtime.deployment import PriceDeployment
 from tda_export.runtime.kv_cache import KvCache
-from tda_export.runtime.phases import decode
+from tda_export.runtime.phases import bind_call, decode
 from tda_export.runtime.priced import PricedPrefill, PricedStep
-from tda_export.runtime.session import device_tensor, map_weight
+from tda_export.runtime.session import device_tensor, map_weight, open_session
 
 CHUNK = 7  # tokens of a chunk in the chunked-prefill check
-# Rows whose worth is so near the price, relative to it, may fall on either side: rounding of x decides of them.
-BORDER = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
+# Share of rows on which rounding of x may decide otherwise than in transformers.
+OTHERWISE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 class PricedComparison(Comparison):
@@ -42,29 +46,40 @@ class PricedComparison(Comparison):
         self._logits("decode at price 0", self._decode(continuation, step.cache, 0.0), dense_continuation, half[1])
         prices = self._row_prices()
         price = self._price_of_half(prices, prompt, continuation)
-        expected = self._dropped(self.reference, prices, price, prompt, continuation)
-        width = BORDER[self.shape.dtype]
-        near = [
-            self._dropped(self.reference, prices, price * factor, prompt, continuation)
-            for factor in (1 - width, 1 + width)
-        ]
-        # As much may differ as rows at the border of the price make.
-        border = max(float((other - expected).abs().max()) for other in near)
-        allowed = FLOAT32_LOGITS
-        if self.half:
-            half_dropped = self._dropped(self.half, prices, price, prompt, continuation)
-            allowed = HALF_FACTOR * float((half_dropped - expected).abs().max())
-        allowed += HALF_FACTOR * border
+        step.cache.truncate(start)
+        rows = self._listed(continuation, step.cache, price, [1, len(continuation) - 1])
+        step.cache.truncate(start)
+        at_price = self._decode(continuation, step.cache, price)
+        self._at_price("decode at a price", at_price, prices, price, rows, prompt, continuation)
         self.advance(1)
 
         step.cache.truncate(start)
-        at_price = self._decode(continuation, step.cache, price)
-        self._add("decode at a price", float(np.abs(at_price - expected.numpy()).max()), allowed)
+        rows = self._listed(continuation, step.cache, price, [1] * len(continuation))
         step.cache.truncate(start)
         step.follow(PriceDeployment(price))
         one_by_one = np.stack([step.logits(token) for token in continuation])
-        self._add("decode token by token", float(np.abs(one_by_one - expected.numpy()).max()), allowed)
+        self._at_price("decode token by token", one_by_one, prices, price, rows, prompt, continuation)
         self.advance(1)
+
+    def _at_price(
+        self,
+        name: str,
+        ours: np.ndarray,
+        prices: Mapping[str, torch.Tensor],
+        price: float,
+        rows: Mapping[str, torch.Tensor],
+        prompt: list[int],
+        continuation: list[int],
+    ) -> None:
+        """Compare with transformers that read the rows which the artifact reads, and these with the price's own.
+
+        Rounding decides of rows at the border of the price, and one row more changes what all layers after it read: of
+        logits alone nothing could be said.
+        """
+        expected, otherwise = self._dropped(self.reference, prices, price, rows, prompt, continuation)
+        half = self._dropped(self.half, prices, price, rows, prompt, continuation)[0] if self.half else None
+        self._logits(name, ours, expected, half)
+        self._add("rows read at a price", otherwise, OTHERWISE[self.shape.dtype])
 
     def _chunked(self, prompt: list[int], cache: KvCache) -> None:
         pieces = KvCache(self.shape, self.provider, len(prompt))
@@ -111,14 +126,52 @@ class PricedComparison(Comparison):
             self.reference(torch.tensor([prompt + continuation], device=self.reference.device))
         return float(torch.cat(worth).median())
 
+    def _listed(
+        self, continuation: list[int], cache: KvCache, price: float, calls: Sequence[int]
+    ) -> dict[str, torch.Tensor]:
+        """Decode a continuation in calls of so many tokens, and return which rows each token reads, bool [L, C, in]."""
+        inputs = {contract.PRICE: device_tensor(np.array([price], np.float32), self.provider)}
+        found, start = [], 0
+        for size in calls:
+            if not size:
+                continue
+            call = bind_call(self._listing, cache, continuation[start : start + size], inputs)
+            call.allocate(contract.READ_ROWS, "cpu")
+            found.append(torch.from_numpy(call.run()[contract.READ_ROWS].numpy()[0].copy()))
+            cache.commit()
+            start += size
+        names = priced_matrices(self.spec, weight_table(self.artifact))
+        sizes = [self.artifact.matrices[name].rows for name in names]
+        every = dict(zip(names, torch.cat(found).split(sizes, dim=1), strict=True))
+        layers, stored = range(self.shape.num_layers), packed_matrices(self.spec, self.artifact.manifest["packing"])
+        return {name: torch.stack([every[contract.linear_weight(layer, name)] for layer in layers]) for name in stored}
+
+    @cached_property
+    def _listing(self) -> ort.InferenceSession:
+        """A session of decode that tells which rows it reads."""
+        model = listed_rows(self.artifact)
+        names = initializer_names(model)
+        weights = {name: value for name, value in self.sessions.shared_weights.items() if name in names}
+        return open_session(self.artifact, model, self.provider, weights, native=self.sessions.native)
+
     def _dropped(
-        self, model: Any, prices: Mapping[str, torch.Tensor], price: float, prompt: list[int], continuation: list[int]
-    ) -> torch.Tensor:
-        """Decode a continuation in transformers at a price after a prompt that is read densely, float32 [C, V]."""
+        self,
+        model: Any,
+        prices: Mapping[str, torch.Tensor],
+        price: float,
+        rows: Mapping[str, torch.Tensor],
+        prompt: list[int],
+        continuation: list[int],
+    ) -> tuple[torch.Tensor, float]:
+        """Decode a continuation in transformers, which reads given rows, after a prompt that is read densely.
+
+        Returns:
+            Logits, float32 [C, V], and the share of rows that the price decides on otherwise.
+        """
         device = model.device
         with torch.inference_mode():
             past = model(torch.tensor([prompt], device=device), use_cache=True).past_key_values
-            with dropping(model, self.spec, prices, price):
+            with dropping(model, self.spec, prices, price, rows) as count:
                 output = model(torch.tensor([continuation], device=device), past_key_values=past, use_cache=True)
         logits: torch.Tensor = output.logits[0].float().cpu()
-        return logits
+        return logits, count.otherwise / count.decided

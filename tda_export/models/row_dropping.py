@@ -23,6 +23,8 @@ class RowsRead:
 
     read: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: int = 0
+    decided: int = 0  # rows that others have decided on, by matrix and token
+    otherwise: int = 0  # of these, rows that the price decides on otherwise
 
     def densities(self, spec: DecoderSpec) -> dict[str, torch.Tensor]:
         """Return the share of each part's rows that a token read on average, float64 [L]."""
@@ -42,7 +44,11 @@ def kept_rows(x: torch.Tensor, row_price: torch.Tensor, price: torch.Tensor) -> 
 
 @contextlib.contextmanager
 def dropping(
-    model: Any, spec: DecoderSpec, row_prices: Mapping[str, torch.Tensor], price: float | torch.Tensor
+    model: Any,
+    spec: DecoderSpec,
+    row_prices: Mapping[str, torch.Tensor],
+    price: float | torch.Tensor,
+    decisions: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[RowsRead]:
     """Drop rows of a model's linears while the block runs, and count those that are read.
 
@@ -55,6 +61,8 @@ def dropping(
         row_prices: float32 [L, in] of each matrix, by the name of its part or of its site, whose parts then drop the
             same rows. Parts that are in none are read whole.
         price: What a row must be worth, or float [T, 1] for each token of a call; 0 is dense.
+        decisions: Of others, bool [L, T, in] by the names of `row_prices`, true where a row is read. They count in
+            place of the price's, which are compared with them, and are of the one call in the block.
 
     Yields:
         The count, of all parts, which grows with each call.
@@ -70,6 +78,11 @@ def dropping(
         def kept(linear: Linear, x: torch.Tensor) -> torch.Tensor | None:
             name = names[linear.part]
             rows = None if name is None else kept_rows(x.detach(), on_device[name][layer], level)
+            if rows is not None and decisions is not None and name is not None:
+                others = decisions[name][layer].to(device)
+                count.decided += rows.numel()
+                count.otherwise += int((rows != others).sum())
+                rows = others
             read = x != 0 if rows is None else rows & (x != 0)
             count.read[linear.part][layer] += read.sum()
             return rows

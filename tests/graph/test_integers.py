@@ -68,7 +68,7 @@ def test_family_matches_transformers(
     packing = PACKINGS[list(FAMILIES).index(family) % 2]
     artifact = build(source, Storage("float32", by_name), tmp_path / "artifact", packing)
     checks = verify_artifact(artifact, lambda name: source, provider="cpu", quiet=True)
-    assert len(checks) == 10
+    assert len(checks) == 11
     assert [check for check in checks if not check.passed] == []
 
 
