@@ -20,7 +20,7 @@ ROW_INPUTS = (*DOT_INPUTS, "row_price", "price", "bias")
 def code_session(
     format: IntegerFormat, columns: int, *, rows: bool, bias: bool = False, threads: int = 0, group: int | None = None
 ) -> ort.InferenceSession:
-    """A session of RowLinear4 or RowLinear8 (`rows`), or of Linear4 or Linear8; `group` in place of the format's own."""
+    """A session of RowLinear4 or RowLinear8 (`rows`), or of Linear4 or Linear8; `group` replaces the format's."""
     names = (ROW_INPUTS if bias else ROW_INPUTS[:-1]) if rows else DOT_INPUTS
     node = helper.make_node(
         f"{'Row' if rows else ''}Linear{format.bits}",

@@ -2,26 +2,23 @@
 //
 //   y[j] = sum over groups of scale * (sum of x * code - zero * sum of x)
 //
-// x comes in the order of the codes (codes_cpu.h), with zeros past its end, and is summed by group once a call. A token's
-// result has the same bits alone and in a crowd.
+// x comes in the order of the codes (codes_cpu.h), with zeros past its end, and is summed by group once a call. The
+// result of a token has the same bits alone and in a crowd.
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
 #include "codes_cpu.h"
 
 namespace tda {
 
-constexpr int64_t kRowsAtATime = 32;      // for all tokens, so that they stay in a near cache
-constexpr int64_t kDotAhead = 2 << 10;    // bytes of codes
+constexpr int64_t kRowsAtATime = 32;    // for all tokens, so that they stay in a near cache
+constexpr int64_t kDotAhead = 2 << 10;  // bytes of codes
 
 // Activations [tokens, columns] as dots want them.
 struct DotInputs {
   DotInputs(const CodeLayout& layout, int64_t tokens)
-      : size(Rounded(layout.columns, kMostBlock)),
-        groups(Rounded(layout.Groups(), 16)),
-        tokens(tokens) {}
+      : size(Rounded(layout.columns, kMostBlock)), groups(Rounded(layout.Groups(), 16)), tokens(tokens) {}
 
   static int64_t Rounded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
   int64_t Floats() const { return tokens * (size + groups); }
@@ -33,7 +30,8 @@ struct DotInputs {
 
 // Prepare one token's x [columns].
 template <int kLanes, int kBits>
-TDA_INLINE void PrepareTokenOf(const CodeFormat<kBits>& weight, const float* x, int64_t token, const DotInputs& inputs) {
+TDA_INLINE void PrepareTokenOf(const CodeFormat<kBits>& weight, const float* x, int64_t token,
+                               const DotInputs& inputs) {
   using Block = CodeBlock<kLanes, kBits>;
   float* values = inputs.values + token * inputs.size;
   float* sums = inputs.sums + token * inputs.groups;
@@ -121,7 +119,8 @@ TDA_INLINE void DotRow(const CodeFormat<kBits>& weight, int64_t row, const DotIn
 
 // Compute y [tokens, rows] for the rows [begin, end).
 template <int kLanes, int kBits>
-TDA_INLINE void DotRowsOf(const CodeFormat<kBits>& weight, int64_t begin, int64_t end, const DotInputs& inputs, float* y) {
+TDA_INLINE void DotRowsOf(const CodeFormat<kBits>& weight, int64_t begin, int64_t end, const DotInputs& inputs,
+                          float* y) {
   constexpr int kTokens = kLanes > 8 ? 8 : 4;
   for (int64_t first = begin; first < end; first += kRowsAtATime) {
     const int64_t stop = std::min(first + kRowsAtATime, end);

@@ -13,12 +13,14 @@ enum Input : size_t { kX, kWeight, kScales, kZeroPoints };
 
 constexpr int64_t kRangeBytes = 128 << 10;  // of weights, about
 
-#define TDA_DOTS(attribute, lanes, bits)                                                                            \
-  attribute void PrepareToken(const CodeFormat<bits>& weight, const float* x, int64_t token, const DotInputs& inputs) { \
-    PrepareTokenOf<lanes>(weight, x, token, inputs);                                                                \
-  }                                                                                                                 \
-  attribute void DotRows(const CodeFormat<bits>& weight, int64_t begin, int64_t end, const DotInputs& inputs, float* y) { \
-    DotRowsOf<lanes>(weight, begin, end, inputs, y);                                                                \
+#define TDA_DOTS(attribute, lanes, bits)                                                                    \
+  attribute void PrepareToken(const CodeFormat<bits>& weight, const float* x, int64_t token,                \
+                              const DotInputs& inputs) {                                                    \
+    PrepareTokenOf<lanes>(weight, x, token, inputs);                                                        \
+  }                                                                                                         \
+  attribute void DotRows(const CodeFormat<bits>& weight, int64_t begin, int64_t end, const DotInputs& inputs, \
+                         float* y) {                                                                        \
+    DotRowsOf<lanes>(weight, begin, end, inputs, y);                                                        \
   }
 #define TDA_ALL_DOTS(attribute, lanes) \
   TDA_DOTS(attribute, lanes, 4)        \

@@ -17,27 +17,30 @@ namespace {
 
 constexpr int64_t kFewTokens = 3;
 
-#define TDA_OF_FORMAT(attribute, lanes, Format)                                                                    \
-  attribute void SumChunk(const Format& weight, const ChunkOfToken& chunk, float* sums) {                          \
-    SumChunkOf<lanes>(weight, chunk, sums);                                                                        \
-  }                                                                                                                \
-  attribute void AddChunks(const Format&, float* sums, int64_t chunks, int64_t stride, int64_t columns,            \
-                           const float* bias, float* y) {                                                          \
-    AddChunksOf<lanes, Format>(sums, chunks, stride, columns, bias, y);                                            \
-  }                                                                                                                \
-  attribute void MultiplyPanel(const Format& weight, const TokenTile& tile, int64_t begin, const float* bias, float* y) { \
-    MultiplyPanelOf<lanes>(weight, tile, begin, bias, y);                                                          \
+#define TDA_OF_FORMAT(attribute, lanes, Format)                                                           \
+  attribute void SumChunk(const Format& weight, const ChunkOfToken& chunk, float* sums) {                 \
+    SumChunkOf<lanes>(weight, chunk, sums);                                                               \
+  }                                                                                                       \
+  attribute void AddChunks(const Format&, float* sums, int64_t chunks, int64_t stride, int64_t columns,   \
+                           const float* bias, float* y) {                                                 \
+    AddChunksOf<lanes, Format>(sums, chunks, stride, columns, bias, y);                                   \
+  }                                                                                                       \
+  attribute void MultiplyPanel(const Format& weight, const TokenTile& tile, int64_t begin, const float* bias, \
+                               float* y) {                                                                \
+    MultiplyPanelOf<lanes>(weight, tile, begin, bias, y);                                                 \
   }
-#define TDA_OF_ALL_FORMATS(attribute, lanes)                                                        \
-  attribute void ListRowsOf(TokenTile& tile) { ListTileRows(tile); }                                \
+#define TDA_OF_ALL_FORMATS(attribute, lanes)                                                                  \
+  attribute void ListRowsOf(TokenTile& tile) { ListTileRows(tile); }                                          \
   attribute void PrepareValues(const TokenTile& tile, int64_t begin) { PrepareValuesOf<lanes>(tile, begin); } \
-  attribute int64_t PanelColumns() { return PanelShape<lanes>::kColumns; }                \
-  TDA_OF_FORMAT(attribute, lanes, FloatFormat)                                                      \
-  TDA_OF_FORMAT(attribute, lanes, CodeFormat<4>)                                                    \
+  attribute int64_t PanelColumns() { return PanelShape<lanes>::kColumns; }                                    \
+  TDA_OF_FORMAT(attribute, lanes, FloatFormat)                                                                \
+  TDA_OF_FORMAT(attribute, lanes, CodeFormat<4>)                                                              \
   TDA_OF_FORMAT(attribute, lanes, CodeFormat<8>)
 TDA_FOR_EACH_TARGET(TDA_OF_ALL_FORMATS)
 
-RowPrices PricesOf(const RowLinearCall& call) { return {call.row_price.As<const float>(), *call.price.As<const float>()}; }
+RowPrices PricesOf(const RowLinearCall& call) {
+  return {call.row_price.As<const float>(), *call.price.As<const float>()};
+}
 
 template <class Format>
 void MultiplyFew(const KernelContext& context, const Allocator& allocator, const RowLinearCall& call,
@@ -52,7 +55,9 @@ void MultiplyFew(const KernelContext& context, const Allocator& allocator, const
   context.ParallelFor(tasks, [&](size_t task) {
     const int64_t chunk = task % chunks.count, tile = task / chunks.count;
     const int64_t begin = chunks.FirstColumn(tile), end = chunks.FirstColumn(tile + 1);
-    const auto sums = [&](int64_t t, int64_t of) { return scratch.As<float>() + (t * chunks.count + of) * stride + begin; };
+    const auto sums = [&](int64_t t, int64_t of) {
+      return scratch.As<float>() + (t * chunks.count + of) * stride + begin;
+    };
     for (int64_t t = 0; t < call.tokens; ++t) {
       const float* x = call.x.As<const float>() + t * call.inputs;
       SumChunk(weight, {x, prices, chunks.FirstRow(chunk), chunks.FirstRow(chunk + 1), begin, end}, sums(t, chunk));

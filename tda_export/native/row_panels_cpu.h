@@ -100,7 +100,8 @@ struct Panel {
 // Add the products of a block of tokens with `count` rows of a panel to sums [kTokens, kColumns], and those with the zero
 // points to zero_sums [kTokens].
 template <int kLanes, bool kScaled>
-TDA_INLINE void AddPanel(const float* values, const Panel<kLanes>& panel, int64_t count, float* sums, float* zero_sums) {
+TDA_INLINE void AddPanel(const float* values, const Panel<kLanes>& panel, int64_t count, float* sums,
+                         float* zero_sums) {
   constexpr int kTokens = PanelShape<kLanes>::kTokens;
   using V = Lanes<kLanes>;
   using OfTokens = Lanes<kTokens>;
@@ -168,7 +169,8 @@ TDA_INLINE void WritePart(const float* sums, const float* zero_sums, int64_t tok
 // Compute y [tokens, outputs] of a tile in the panel of columns that begins with `begin`, which has kColumns columns or
 // those that are left.
 template <int kLanes, class Format>
-TDA_INLINE void MultiplyPanelOf(const Format& weight, const TokenTile& tile, int64_t begin, const float* bias, float* y) {
+TDA_INLINE void MultiplyPanelOf(const Format& weight, const TokenTile& tile, int64_t begin, const float* bias,
+                                float* y) {
   constexpr int kTokens = PanelShape<kLanes>::kTokens, kColumns = PanelShape<kLanes>::kColumns;
   Panel<kLanes> panel;
   alignas(64) float sums[kTokenTile / kTokens][kTokens * kColumns];

@@ -164,7 +164,8 @@ import tda_export.native.library as library
 library.LIBRARY = Path(sys.argv[1])
 sys.exit(pytest.main(["-q", "-s", "-p", "no:cacheprovider", "tests/native/test_indexed_ffn.py",
                       "tests/native/test_functions.py", "tests/native/test_row_linear.py",
-                      "tests/native/test_step_ops.py", "-k", "float32 or cpu or shapes"]))
+                      "tests/native/test_codes_cpu.py", "tests/native/test_step_ops.py",
+                      "-k", "float32 or cpu or shapes"]))
 """
 
 
