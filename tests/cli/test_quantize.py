@@ -113,7 +113,7 @@ def test_less_text_than_asked_for(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_too_little_text(tiny_model: Path, tmp_path: Path) -> None:
     text = tmp_path / "some.txt"
-    text.write_text("A few words of text, just about enough for one. ")
+    text.write_text("A few words of text, and just about enough of them for one sequence.")
     message = refusal(tiny_model, "-o", tmp_path / "out", "--dataset", text, *FEW)
     assert "GPTQ reads sequences and measures on others, and 1 is too few for that." in message
 
