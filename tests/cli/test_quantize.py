@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,18 @@ def test_inspect_shows_formats_and_loss(quantised: Path) -> None:
     shown = json.loads(run_ok("inspect", quantised, "--json").stdout)
     assert shown["quantization"]["formats"]["layers.0.q"] == "int4_g32"
     assert shown["quantization"]["loss"]["sequences"] == 2
+
+
+@pytest.mark.parametrize("change", [{"loss": {"kl": "much"}}, {"quantizer": None}, {"quantizer": {"name": "gptq"}}])
+def test_inspect_of_a_config_that_was_changed(quantised: Path, tmp_path: Path, change: dict[str, object]) -> None:
+    folder = shutil.copytree(quantised, tmp_path / "changed")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    expected = (
+        "quantised: 21 matrices int4_g32, 2 matrices int8_g32; config.json does not say how, or not what was lost"
+    )
+    assert expected in run_ok("inspect", folder).stdout
 
 
 def test_the_folder_is_calibrated_built_and_run(quantised: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tda_export.bench.random_model import byte_tokenizer
 from tda_export.calibration.corpus import Corpus
 from tda_export.errors import TdaError, UsageError
 from tda_export.models.linear_modules import watch_sites
@@ -23,6 +24,7 @@ from tda_export.quantization.resume import PartialLayers
 from tda_export.quantization.run import QuantizeSettings, quantize, split
 from tda_export.weights.plan import read_rules
 from tests.calibration.shown import Shown
+from tests.models.test_source_gguf import write_gguf
 from tests.tiny import FAMILIES, save_tiny_model
 
 TOKENS = torch.randint(3, 259, (5, 24), generator=torch.Generator().manual_seed(0))
@@ -86,6 +88,26 @@ def test_the_folder_is_the_model_whose_loss_was_measured(name: str, tmp_path: Pa
     assert 0 < measured.kl < 1
     for name, codes in quantised.codes.items():
         assert np.array_equal(again.codes[name].decode(), codes.decode())
+
+
+def test_a_gguf_file_becomes_a_folder(tmp_path: Path) -> None:
+    """The model that transformers made of it, which is the source of its weights, stays as it is."""
+    source = write_gguf(tmp_path / "model.gguf")
+    vars(source)["tokenizer"] = byte_tokenizer()
+    before = {name: value.clone() for name, value in source.reference().state_dict().items()}
+    corpus = Corpus(TOKENS % 8, "some.txt", "0" * 64)
+    quantised = quantize(source, corpus, SETTINGS, show=Shown(), output=tmp_path / "out")
+    write_quantised(source, tmp_path / "out", quantised.codes, quantised.plan, quantised.about)
+    assert all(torch.equal(value, before[name]) for name, value in source.reference().state_dict().items())
+    again = resolve_model(str(tmp_path / "out"))
+    assert again.spec == source.spec
+    assert again.generation_config == source.generation_config
+    measured = loss(
+        list(continuations(source.reference(), corpus.tokens[3:], 16)),
+        continuations(again.reference(), corpus.tokens[3:], 16),
+    )
+    assert measured == quantised.loss
+    assert again.tokenizer("Hi").input_ids == source.tokenizer("Hi").input_ids
 
 
 def test_gptq_loses_less_than_rounding(tiny: ModelSource) -> None:
