@@ -157,13 +157,16 @@ def describe_quantisation(content: dict[str, Any]) -> str:
     """Say in one line how a model was quantised and what it lost, from what its config.json has."""
     counts = Counter(content["formats"].values())
     formats = ", ".join(f"{count} {'matrix' if count == 1 else 'matrices'} {name}" for name, count in counts.items())
-    quantizer = content.get("quantizer", {})
-    how = str(quantizer.get("name", "unknown")) + (", symmetric" if quantizer.get("symmetric") else "")
-    text = f"quantised by {how}: {formats}"
-    loss = content.get("loss")
-    if not loss:
-        return f"{text}; KL to the float model not measured"
-    return (
-        f"{text}; KL to the float model {loss['kl']:.4f} ± {loss['stderr']:.4f} nats a token over "
-        f"{loss['tokens']:,} tokens, {loss['agreement']:.1%} of the likeliest tokens the same"
-    )
+    try:
+        quantizer = content["quantizer"]
+        how = quantizer["name"] + (", symmetric" if quantizer["symmetric"] else "")
+        text = f"quantised by {how}: {formats}"
+        loss = content.get("loss")
+        if loss is None:
+            return f"{text}; KL to the float model not measured"
+        return (
+            f"{text}; KL to the float model {loss['kl']:.4f} ± {loss['stderr']:.4f} nats a token over "
+            f"{loss['tokens']:,} tokens, {loss['agreement']:.1%} of the likeliest tokens the same"
+        )
+    except (KeyError, TypeError, ValueError):  # config.json was changed by hand
+        return f"quantised: {formats}; config.json does not say how, or not what was lost"

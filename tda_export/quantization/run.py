@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 import tda_export
@@ -212,44 +213,39 @@ class _Run:
 
     def layer(self, layer: int) -> dict[str, Codes]:
         """Quantise the linears of a layer, site by site, each under its quantised predecessors."""
-        formats = {
-            name: (format, matrix_shape(self._spec, name))
-            for part in linear_parts(self._spec)
-            if (format := self._plan.integers.get(name := part_name(layer, part))) is not None
-        }
-        earlier = self._partial.load(layer, formats) if self._partial and formats else None
+        names = [part_name(layer, part) for part in linear_parts(self._spec)]
+        formats = {name: format for name in names if (format := self._plan.integers.get(name)) is not None}
+        shapes = {name: (format, matrix_shape(self._spec, name)) for name, format in formats.items()}
+        earlier = self._partial.load(layer, shapes) if self._partial else None
         codes: dict[str, Codes] = {}
         for site, parts in linear_sites(self._spec).items():
-            names = [part_name(layer, part) for part in parts]
-            rows = {name: read_matrix_rows(self._spec, self._weights, name) for name in names}
-            found = {name: (earlier or {})[name] for name in names if name in formats} if earlier else None
-            if found is None:
-                found = self._site(layer, site, {name: formats[name][0] for name in names if name in formats}, rows)
-            codes |= found
-            values = {
-                part: torch.from_numpy(found[name].decode() if name in found else rows[name])
-                for part, name in zip(parts, names, strict=True)
-            }
-            self._put_parts(layer, values)
-        if self._partial and formats and earlier is None:
+            rows = {part: read_matrix_rows(self._spec, self._weights, part_name(layer, part)) for part in parts}
+            found = self._site(layer, site, rows, formats) if earlier is None else _of_parts(layer, parts, earlier)
+            codes |= {part_name(layer, part): of_part for part, of_part in found.items()}
+            decoded = {part: found[part].decode() if part in found else own for part, own in rows.items()}
+            self._put_parts(layer, {part: torch.from_numpy(weight) for part, weight in decoded.items()})
+        if self._partial and codes and earlier is None:
             self._partial.save(layer, codes)
         if len(self._tokens) and layer + 1 < self._spec.num_layers:
             pass_on(self._calls[layer], self._inputs, self._model.device)
         return codes
 
-    def _site(self, layer: int, site: str, formats: dict[str, IntegerFormat], rows: dict[str, Any]) -> dict[str, Codes]:
+    def _site(
+        self, layer: int, site: str, rows: dict[str, np.ndarray], formats: dict[str, IntegerFormat]
+    ) -> dict[str, Codes]:
+        """Quantise those parts of a site that have a format, by part."""
         symmetric = self._settings.symmetric
-        if self._settings.quantizer == "rtn" or not formats:
-            return {name: round_matrix(rows[name], format, symmetric=symmetric) for name, format in formats.items()}
+        wanted = {part: formats[name] for part in rows if (name := part_name(layer, part)) in formats}
+        if self._settings.quantizer == "rtn" or not wanted:
+            return {part: round_matrix(rows[part], format, symmetric=symmetric) for part, format in wanted.items()}
         hessian = site_hessian(self._model, self._spec, layer, site, self._calls[layer], self._inputs)
         try:
             order = row_order(hessian)
         except TdaError as error:
             raise TdaError(f"Layer {layer}, {site}: {error}") from error
-        device = self._model.device
         return {
-            name: quantise_rows(torch.from_numpy(rows[name]).to(device), order, format, symmetric=symmetric)
-            for name, format in formats.items()
+            part: quantise_rows(torch.from_numpy(rows[part]).to(hessian.device), order, format, symmetric=symmetric)
+            for part, format in wanted.items()
         }
 
     def _put_parts(self, layer: int, values: dict[str, torch.Tensor]) -> None:
@@ -265,6 +261,11 @@ class _Run:
         if self._model is not None:
             parameter = self._model.get_submodule(module).weight
             parameter.data = weight.to(parameter)
+
+
+def _of_parts(layer: int, parts: tuple[str, ...], codes: dict[str, Codes]) -> dict[str, Codes]:
+    """Pick those of these parts that are among a layer's codes, by part."""
+    return {part: codes[name] for part in parts if (name := part_name(layer, part)) in codes}
 
 
 def _reference(source: ModelSource, device: str) -> Any:

@@ -1,0 +1,153 @@
+"""`tda-export quantize`: its folder is a model for the other commands, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import run_cli, run_ok
+
+LENGTHS = ("--prompt-tokens", "32", "--continuation-tokens", "16")
+FEW = ("--sequences", "4", "--kl-sequences", "2", *LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def quantised(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quantised") / "int4"
+    result = run_ok("quantize", tiny_model, "-o", folder, *FEW)
+    assert "quantised by gptq: 21 matrices int4_g32, 2 matrices int8_g32; KL to the float model 0." in result.stdout
+    assert " nats a token over 32 tokens, " in result.stdout
+    assert result.stdout.endswith(f"Wrote {folder}\n")
+    assert not folder.with_name("int4.partial").exists()
+    return folder
+
+
+def test_what_the_folder_says(quantised: Path, tiny_model: Path) -> None:
+    content = json.loads((quantised / "config.json").read_text())["quantization_config"]
+    assert content["quant_method"] == "tda_export"
+    assert content["quantizer"] == {"name": "gptq", "symmetric": False, "damping": 0.01, "first_token_weight": 100.0}
+    assert content["data"]["name"] == "builtin"
+    assert (content["data"]["sequences"], content["data"]["kl_sequences"]) == (4, 2)
+    assert content["model"]["name"] == str(tiny_model)
+    assert 0 < content["loss"]["kl"] < 0.2
+    assert content["loss"]["tokens"] == 32
+
+
+def test_inspect_shows_formats_and_loss(quantised: Path) -> None:
+    text = run_ok("inspect", quantised).stdout
+    assert "quantised by gptq: 21 matrices int4_g32, 2 matrices int8_g32; KL to the float model 0." in text
+    shown = json.loads(run_ok("inspect", quantised, "--json").stdout)
+    assert shown["quantization"]["formats"]["layers.0.q"] == "int4_g32"
+    assert shown["quantization"]["loss"]["sequences"] == 2
+
+
+@pytest.mark.parametrize("change", [{"loss": {"kl": "much"}}, {"quantizer": None}, {"quantizer": {"name": "gptq"}}])
+def test_inspect_of_a_config_that_was_changed(quantised: Path, tmp_path: Path, change: dict[str, object]) -> None:
+    folder = shutil.copytree(quantised, tmp_path / "changed")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    expected = (
+        "quantised: 21 matrices int4_g32, 2 matrices int8_g32; config.json does not say how, or not what was lost"
+    )
+    assert expected in run_ok("inspect", folder).stdout
+
+
+def test_the_folder_is_calibrated_built_and_run(quantised: Path, tmp_path: Path) -> None:
+    calibration = tmp_path / "calibration.safetensors"
+    run_ok("calibrate", quantised, "-o", calibration, "--sequences", "2", *LENGTHS, "--labels", "1")
+    run_ok("build", quantised, "--calibration", calibration, "--dtype", "fp32", "-o", tmp_path / "artifact")
+    run_ok("generate", tmp_path / "artifact", "Hi", "--max-new-tokens", "4")
+
+
+def test_rounding_and_rules_as_json(tiny_model: Path, tmp_path: Path) -> None:
+    rules = ("--weights-for", "layers.*.v=int8,layers.1.*=float", "--weights-for", "head=int4")
+    options = ("--quantizer", "rtn", "--symmetric", "--kl-sequences", "0", "--group", "64")
+    result = run_ok("quantize", tiny_model, "-o", tmp_path / "out", *rules, *options, "--json")
+    content = json.loads(result.stdout)
+    assert content["output"] == str(tmp_path / "out")
+    assert content["quantizer"] == {"name": "rtn", "symmetric": True}
+    assert "data" not in content
+    formats = content["formats"]
+    assert (formats["layers.0.v"], formats["layers.1.v"], formats["head"]) == ("int8_g64", "float", "int4_g64")
+    text = run_ok("inspect", tmp_path / "out").stdout
+    assert "quantised by rtn, symmetric: " in text
+    assert "7 matrices float" in text
+    assert "KL to the float model not measured" in text
+
+
+def test_an_earlier_folder_is_replaced_on_demand(quantised: Path, tiny_model: Path, tmp_path: Path) -> None:
+    arguments = ("quantize", tiny_model, "--quantizer", "rtn", "--kl-sequences", "0", "-o")
+    output = tmp_path / "out"
+    run_ok(*arguments, output)
+    refused = run_cli(*arguments, output)
+    assert refused.exit_code == 2
+    assert f"{output} exists. Choose another output, or replace it with --overwrite." in refused.stderr
+    run_ok(*arguments, output, "--overwrite")
+    refused = run_cli(*arguments, tiny_model, "--overwrite")
+    assert f"{tiny_model} exists and is not a quantised model, so it is not replaced." in refused.stderr
+
+
+def refusal(*arguments: object) -> str:
+    result = run_cli("quantize", *arguments)
+    assert result.exit_code == 2
+    return result.stderr.strip().splitlines()[-1]
+
+
+def test_a_quantised_model_is_refused(quantised: Path, tmp_path: Path) -> None:
+    assert refusal(quantised, "-o", tmp_path / "out") == (
+        f"Error: {quantised} is quantised already. Give the float model that it was made from."
+    )
+
+
+def test_what_is_refused_before_any_work(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tda_export.calibration.corpus.load_corpus", None)
+    output = tmp_path / "out"
+    rule = refusal(tiny_model, "-o", output, "--weights-for", "layers.*.x=int8")
+    assert rule.startswith("Error: --weights-for: layers.*.x matches no matrix. They are layers.0.q to layers.2.down ")
+    assert "'nothing' is no PATTERN=FORMAT" in refusal(tiny_model, "-o", output, "--weights-for", "nothing")
+    assert "are more than the 512 positions of" in refusal(tiny_model, "-o", output, "--prompt-tokens", "500")
+    assert "--device tpu is not known" in refusal(tiny_model, "-o", output, "--device", "tpu")
+    assert "'48' is not one of" in refusal(tiny_model, "-o", output, "--group", "48")
+    assert not list(tmp_path.iterdir())
+
+
+def test_less_text_than_asked_for(tiny_model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "some.txt"
+    text.write_text("A few words of text, again and again. " * 8)
+    result = run_ok("quantize", tiny_model, "-o", tmp_path / "out", "--dataset", text, *FEW, "--sequences", "40")
+    assert "holds text for 6 sequences of 48 tokens; using those." in result.stderr
+    content = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["data"]
+    assert (content["sequences"], content["kl_sequences"]) == (5, 1)
+
+
+def test_too_little_text(tiny_model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "some.txt"
+    text.write_text("A few words of text, and just about enough of them for one sequence.")
+    message = refusal(tiny_model, "-o", tmp_path / "out", "--dataset", text, *FEW)
+    assert "GPTQ reads sequences and measures on others, and 1 is too few for that." in message
+
+
+def test_an_interrupted_run_goes_on(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the command: layers are kept beside the output, and gone when it is there."""
+    from tda_export.quantization import run
+
+    original, calls = run.pass_on, iter(range(10))
+
+    def broken(*arguments: object) -> None:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "pass_on", broken)
+        assert run_cli("quantize", tiny_model, "-o", tmp_path / "out", *FEW).exit_code != 0
+    assert len(list((tmp_path / "out.partial").iterdir())) == 2
+    run_ok("quantize", tiny_model, "-o", tmp_path / "out", *FEW)
+    run_ok("quantize", tiny_model, "-o", tmp_path / "whole", *FEW)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    for path in (tmp_path / "out").iterdir():
+        assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()

@@ -1,0 +1,260 @@
+"""A quantisation as a whole: layers of every family, interruptions, and what it says that it loses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tda_export.bench.random_model import byte_tokenizer
+from tda_export.calibration.corpus import Corpus
+from tda_export.errors import TdaError, UsageError
+from tda_export.models.linear_modules import watch_sites
+from tda_export.models.source import ModelSource, resolve_model
+from tda_export.packing import linear_sites
+from tda_export.quantization import hessians, run
+from tda_export.quantization.folder import write_quantised
+from tda_export.quantization.hessians import site_hessian
+from tda_export.quantization.kl import continuations, loss
+from tda_export.quantization.layers import first_inputs, layer_calls, layer_module, pass_on
+from tda_export.quantization.resume import PartialLayers
+from tda_export.quantization.run import QuantizeSettings, quantize, split
+from tda_export.weights.plan import read_rules
+from tests.calibration.shown import Shown
+from tests.models.test_source_gguf import write_gguf
+from tests.tiny import FAMILIES, save_tiny_model
+
+TOKENS = torch.randint(3, 259, (5, 24), generator=torch.Generator().manual_seed(0))
+CORPUS = Corpus(TOKENS, "some.txt", "0" * 64)
+SETTINGS = QuantizeSettings(sequences=3, kl_sequences=2, prompt_tokens=16, continuation_tokens=8)
+
+
+class Interruption(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: Path) -> ModelSource:
+    return resolve_model(str(tiny_model))
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_layers_alone_do_what_the_model_does(name: str, family: Any) -> None:
+    """Inputs of each layer, what its sites read, and so the Hessians, are those of a whole pass."""
+    model, spec = family(name)
+    calls, inputs = layer_calls(model, spec, TOKENS[0]), first_inputs(model, spec, TOKENS[:2])
+    read: dict[tuple[int, str], torch.Tensor] = {}
+    left: list[torch.Tensor] = []
+    last = layer_module(model, spec, spec.num_layers - 1)
+    handle = last.register_forward_hook(
+        lambda module, arguments, output: left.append(output[0] if isinstance(output, tuple) else output)
+    )
+
+    def observe(layer: int, site: str, x: torch.Tensor) -> None:
+        if site == "qkv":
+            x = torch.cat([10 * x[:1], x[1:]])
+        read[layer, site] = read.get((layer, site), torch.zeros(())) + x.T @ x
+
+    with torch.no_grad(), watch_sites(model, spec, observe):
+        for sequence in TOKENS[:2]:
+            model.base_model(sequence[None], use_cache=False)
+    handle.remove()
+    for layer in range(spec.num_layers):
+        for site in linear_sites(spec):
+            hessian = site_hessian(model, spec, layer, site, calls[layer], inputs)
+            assert torch.allclose(hessian, read[layer, site], rtol=1e-4, atol=1e-3)
+        pass_on(calls[layer], inputs, model.device)
+    for mine, theirs in zip(inputs, left, strict=True):
+        assert torch.allclose(mine, theirs.view_as(mine), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_the_folder_is_the_model_whose_loss_was_measured(name: str, tmp_path: Path) -> None:
+    """Of every family; packed, transposed and rotated weights were put into the model as the folder has them."""
+    source = resolve_model(str(save_tiny_model(name, tmp_path / "float")))
+    before = {name: value.clone() for name, value in source.reference().state_dict().items()}
+    quantised = quantize(source, CORPUS, SETTINGS, show=Shown(), output=tmp_path / "out")
+    assert all(torch.equal(value, before[name]) for name, value in source.reference().state_dict().items())
+    write_quantised(source, tmp_path / "out", quantised.codes, quantised.plan, quantised.about)
+    again = resolve_model(str(tmp_path / "out"))
+    dense = list(continuations(source.reference(), TOKENS[3:], 16))
+    measured = loss(dense, continuations(again.reference(), TOKENS[3:], 16))
+    assert again.quantisation is not None
+    assert again.quantisation["loss"] == measured.describe()
+    assert measured.tokens == 16
+    assert 0 < measured.kl < 1
+    for name, codes in quantised.codes.items():
+        assert np.array_equal(again.codes[name].decode(), codes.decode())
+
+
+def test_a_gguf_file_becomes_a_folder(tmp_path: Path) -> None:
+    """The model that transformers made of it, which is the source of its weights, stays as it is."""
+    source = write_gguf(tmp_path / "model.gguf")
+    vars(source)["tokenizer"] = byte_tokenizer()
+    before = {name: value.clone() for name, value in source.reference().state_dict().items()}
+    corpus = Corpus(TOKENS % 8, "some.txt", "0" * 64)
+    quantised = quantize(source, corpus, SETTINGS, show=Shown(), output=tmp_path / "out")
+    write_quantised(source, tmp_path / "out", quantised.codes, quantised.plan, quantised.about)
+    assert all(torch.equal(value, before[name]) for name, value in source.reference().state_dict().items())
+    again = resolve_model(str(tmp_path / "out"))
+    assert again.spec == source.spec
+    assert again.generation_config == source.generation_config
+    measured = loss(
+        list(continuations(source.reference(), corpus.tokens[3:], 16)),
+        continuations(again.reference(), corpus.tokens[3:], 16),
+    )
+    assert measured == quantised.loss
+    assert again.tokenizer("Hi").input_ids == source.tokenizer("Hi").input_ids
+
+
+def test_gptq_loses_less_than_rounding(tiny: ModelSource) -> None:
+    tokens = torch.randint(3, 259, (24, 64), generator=torch.Generator().manual_seed(1))
+    corpus = Corpus(tokens, "some.txt", "0" * 64)
+
+    def kl(**options: Any) -> float:
+        settings = QuantizeSettings(sequences=16, kl_sequences=8, prompt_tokens=32, continuation_tokens=32, **options)
+        found = quantize(tiny, Corpus(tokens[-settings.all_sequences :], "some.txt", "0" * 64), settings, show=Shown())
+        assert found.loss is not None
+        return found.loss.kl
+
+    assert len(corpus.tokens) == 24
+    assert kl() < 0.8 * kl(quantizer="rtn")
+    assert kl() < kl(symmetric=True)
+    assert kl(weights="int8", quantizer="rtn") < 0.05 * kl()
+
+
+def test_progress_reaches_its_end(tiny: ModelSource) -> None:
+    show = Shown()
+    quantize(tiny, CORPUS, SETTINGS, show=show)
+    assert show.bars == [["Reading the float model", 2, 2], ["Quantising", 4, 4], ["Measuring", 2, 2]]
+
+
+def test_rounding_needs_no_data(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no model: matrices are read and rounded one by one."""
+    monkeypatch.setattr(ModelSource, "reference", None)
+    settings = QuantizeSettings(quantizer="rtn", kl_sequences=0)
+    found = quantize(tiny, None, settings, show=Shown())
+    assert found.loss is None
+    assert "loss" not in found.about
+    assert found.about["quantizer"] == {"name": "rtn", "symmetric": False}
+    assert len(found.codes) == 23
+
+
+def test_first_tokens_weigh_more(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = quantize(tiny, CORPUS, SETTINGS, show=Shown()).codes
+    monkeypatch.setattr(hessians, "FIRST_TOKEN_WEIGHT", 1.0)
+    other = quantize(tiny, CORPUS, SETTINGS, show=Shown()).codes
+    assert not np.array_equal(first["layers.0.k"].codes, other["layers.0.k"].codes)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def finished(source: ModelSource, output: Path, **options: Any) -> dict[str, bytes]:
+    found = quantize(source, CORPUS, QuantizeSettings(**{**vars(SETTINGS), **options}), show=Shown(), output=output)
+    write_quantised(source, output, found.codes, found.plan, found.about)
+    return files(output)
+
+
+def interrupt(patch: pytest.MonkeyPatch, call: int) -> None:
+    original, calls = run.quantise_rows, iter(range(10**6))
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == call:
+            raise Interruption
+        return original(*arguments, **options)
+
+    patch.setattr(run, "quantise_rows", broken)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-neox"])
+@pytest.mark.parametrize("call", [3, 11, 16])
+def test_an_interrupted_run_gives_the_same_folder(name: str, call: int, tmp_path: Path) -> None:
+    source = resolve_model(str(save_tiny_model(name, tmp_path / "float")))
+    expected = finished(source, tmp_path / "whole")
+    parts = len(source.spec.ffn_parts) + 4
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, call)
+        with pytest.raises(Interruption):
+            finished(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = run.quantise_rows
+        patch.setattr(run, "quantise_rows", lambda *given, **options: calls.append(1) or original(*given, **options))
+        assert finished(source, tmp_path / "out") == expected
+    assert len(calls) == (3 - call // parts) * parts  # whole layers are not done again
+
+
+def test_layers_of_another_quantisation_are_not_used(tiny: ModelSource, tmp_path: Path) -> None:
+    expected = finished(tiny, tmp_path / "expected", symmetric=True)
+    finished(tiny, tmp_path / "out")
+    assert finished(tiny, tmp_path / "out", symmetric=True) == expected
+
+
+def test_damaged_layers_are_done_again(tiny: ModelSource, tmp_path: Path) -> None:
+    expected = finished(tiny, tmp_path / "out")
+    layer = tmp_path / "out.partial" / "layer-00001.safetensors"
+    layer.write_bytes(layer.read_bytes()[:-100])
+    assert finished(tiny, tmp_path / "out") == expected
+
+
+def test_finished_layers_are_removed(tiny: ModelSource, tmp_path: Path) -> None:
+    finished(tiny, tmp_path / "out")
+    partial = PartialLayers(tmp_path / "out", {})
+    assert len(list(partial.folder.iterdir())) == 3
+    (partial.folder / "notes.txt").write_text("mine")
+    partial.remove()
+    assert [path.name for path in partial.folder.iterdir()] == ["notes.txt"]
+    (partial.folder / "notes.txt").unlink()
+    partial.remove()
+    assert not partial.folder.exists()
+    partial.remove()
+
+
+def test_layers_that_cannot_be_kept(tiny: ModelSource, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").write_text("in the way")
+    with pytest.raises(TdaError, match=r"out\.partial.*: .*\. The quantisation has stopped\.$"):
+        quantize(tiny, CORPUS, SETTINGS, show=Shown(), output=tmp_path / "out")
+
+
+def test_inputs_that_are_not_finite(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = run.site_hessian
+    monkeypatch.setattr(run, "site_hessian", lambda *arguments: original(*arguments) / 0)
+    with pytest.raises(TdaError, match=r"^Layer 0, qkv: Its inputs are not finite\. Check the checkpoint\.$"):
+        quantize(tiny, CORPUS, SETTINGS, show=Shown())
+
+
+@pytest.mark.parametrize(
+    ("found", "options", "read", "held_out"),
+    [
+        (80, {}, 64, 16),
+        (40, {}, 32, 8),
+        (2, {}, 1, 1),
+        (64, {"kl_sequences": 0}, 64, 0),
+        (9, {"kl_sequences": 0}, 9, 0),
+        (16, {"quantizer": "rtn"}, 0, 16),
+        (3, {"quantizer": "rtn"}, 0, 3),
+    ],
+)
+def test_sequences_are_read_or_held_out(found: int, options: dict[str, Any], read: int, held_out: int) -> None:
+    tokens = torch.arange(found * 4).view(found, 4)
+    first, last = split(Corpus(tokens, "some.txt", "0" * 64), QuantizeSettings(**options))
+    assert (len(first), len(last)) == (read, held_out)
+    assert torch.equal(torch.cat([first, last]), tokens)
+
+
+def test_too_little_text() -> None:
+    message = r"^GPTQ reads sequences and measures on others, and 1 is too few for that\. Give text for more, or"
+    with pytest.raises(UsageError, match=message):
+        split(Corpus(TOKENS[:1], "some.txt", "0" * 64), QuantizeSettings())
+
+
+def test_nothing_to_quantise(tiny: ModelSource) -> None:
+    settings = QuantizeSettings(rules=tuple(read_rules("*=float")))
+    with pytest.raises(UsageError, match=r"^All matrices would stay floats, so there is nothing to quantise\. Change"):
+        settings.plan(tiny.spec)
