@@ -131,6 +131,11 @@ def attention(
         rotary_interleaved=0,
         **settings,
     )
+    packed = weights.matrices.get(contract.qkv_weight(layer))
+    if packed is not None and packed.major == "input":
+        # ONNX Runtime before 1.31 infers the width of Q, K and V together, which the next product refuses.
+        width = spec.num_heads * spec.head_size
+        attended = ops.op("Reshape", attended, ops.constant([0, 0, width], "int64"))
     return attended, present_key, present_value
 
 

@@ -62,11 +62,13 @@ def integer_linear(ops: Ops, matrix: Matrix, x: ir.Value, stored: list[ir.Value]
 
 
 def integer_rows(ops: Ops, matrix: Matrix, indices: ir.Value, stored: list[ir.Value], dtype: str) -> ir.Value:
-    """De-quantise the rows [..] of a matrix: [.., columns] of `dtype`."""
+    """De-quantise rows [1, S] of a matrix: [1, S, columns] of `dtype`."""
     weight, scales, zero_points = stored
     bits = matrix.format.bits
     rows = _gathered(ops, bits, weight, ops.cast(scales, dtype), zero_points, indices, group_of(matrix))
-    if matrix.columns * bits % 8 == 0:
+    padded = 8 // bits * matrix.tensors[0].shape[1]
+    rows = ops.op("Reshape", rows, ops.constant([0, 0, padded], "int64"))
+    if padded == matrix.columns:
         return rows
     return ops.op("Slice", rows, *(ops.constant([number], "int64") for number in (0, matrix.columns, -1)))
 
@@ -122,8 +124,13 @@ def _linear_function(bits: int) -> ir.Function:
 
 def _function_rows(ops: Ops, bits: int, inputs: dict[str, ir.Value], rows: ir.Value, like: ir.Value) -> ir.Value:
     scales = ops.op("CastLike", inputs[IntegerInput.SCALES], like)
-    group = ir.RefAttr("block_size", GROUP, ir.AttributeType.INT)
-    return _gathered(ops, bits, inputs[IntegerInput.WEIGHT], scales, inputs[IntegerInput.ZERO_POINTS], rows, group)
+    group, weight = ir.RefAttr("block_size", GROUP, ir.AttributeType.INT), inputs[IntegerInput.WEIGHT]
+    gathered = _gathered(ops, bits, weight, scales, inputs[IntegerInput.ZERO_POINTS], rows, group)
+    if bits == 8:
+        return gathered
+    # ONNX Runtime before 1.31 infers other shapes; this one is right.
+    padded = ops.op("Mul", ops.op("Shape", weight, start=1, end=2), ops.constant([8 // bits], "int64"))
+    return ops.op("Reshape", gathered, ops.op("Concat", ops.constant([-1], "int64"), padded, axis=0))
 
 
 def _gathered(

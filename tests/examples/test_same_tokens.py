@@ -72,6 +72,25 @@ def test_tokens_at_a_price(name: str, mask: MaskMode | None, priced_artifact: Pa
     assert applications.named(name)(priced_artifact, PROMPT, mask, TOKENS) == expected
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_of_integers(name: str, integer_artifact: Path, applications: Applications) -> None:
+    expected = ours(integer_artifact, PROMPT, None, 16)
+    assert applications.named(name)(integer_artifact, PROMPT, None, 16) == expected
+
+
+def test_genai_takes_the_kernels_of_a_library_in_the_folder(integer_artifact: Path, tmp_path: Path) -> None:
+    """As docs/artifact-format.md says; a library that is not there is refused, so it is in use."""
+    folder = Path(shutil.copytree(integer_artifact, tmp_path / "artifact"))
+    path = folder / contract.GENAI_CONFIG_FILE
+    config = json.loads(path.read_text())
+    config["model"]["decoder"]["session_options"]["custom_ops_library"] = LIBRARY.name
+    path.write_text(json.dumps(config))
+    with pytest.raises(AssertionError, match="cannot open shared object file"):
+        genai(folder, PROMPT, None, 16)
+    shutil.copyfile(LIBRARY, folder / LIBRARY.name)
+    assert genai(folder, PROMPT, None, 16) == ours(integer_artifact, PROMPT, None, 16)
+
+
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.65])
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_price_is_turned_at_run_time(
