@@ -20,6 +20,8 @@ constexpr int64_t kShortChunk = 32 << 10, kLongChunk = 256 << 10;  // bytes of w
 constexpr int64_t kListed = 512;           // rows at once
 constexpr int64_t kAheadBytes = 6 << 10;   // of what a thread reads are asked for early
 
+constexpr int64_t WholeBlocks(int64_t columns) { return (columns + kMostBlock - 1) / kMostBlock * kMostBlock; }
+
 // A matrix [inputs, outputs] cut into chunks of rows and tiles of columns.
 template <class Format>
 struct RowChunks {
@@ -39,8 +41,6 @@ struct RowChunks {
   int64_t count = 1;  // chunks
   int64_t tiles;
 };
-
-constexpr int64_t WholeBlocks(int64_t columns) { return (columns + kMostBlock - 1) / kMostBlock * kMostBlock; }
 
 // What a token multiplies with a chunk of rows, in a tile of columns.
 struct ChunkOfToken {
