@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 )
 @click.option("--text-column", help="Column that holds the text.  [default: text]")
 @click.option(
-    "--sequences", type=click.IntRange(1), default=64, show_default=True, help="Token sequences that GPTQ reads."
+    "--sequences", type=click.IntRange(1), default=48, show_default=True, help="Token sequences that GPTQ reads."
 )
 @click.option(
     "--kl-sequences",
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 @click.option(
     "--prompt-tokens",
     type=click.IntRange(2),
-    default=384,
+    default=256,
     show_default=True,
     help="Tokens of a sequence before those that the KL is of.",
 )

@@ -49,9 +49,9 @@ class QuantizeSettings:
     rules: tuple[Rule, ...] = ()
     quantizer: Quantizer = "gptq"
     symmetric: bool = False
-    sequences: int = 64
+    sequences: int = 48
     kl_sequences: int = 16
-    prompt_tokens: int = 384
+    prompt_tokens: int = 256
     continuation_tokens: int = 128
     seed: int = 0
     device: str = "cpu"

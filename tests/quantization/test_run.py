@@ -112,7 +112,6 @@ def test_a_gguf_file_becomes_a_folder(tmp_path: Path) -> None:
 
 def test_gptq_loses_less_than_rounding(tiny: ModelSource) -> None:
     tokens = torch.randint(3, 259, (24, 64), generator=torch.Generator().manual_seed(1))
-    corpus = Corpus(tokens, "some.txt", "0" * 64)
 
     def kl(**options: Any) -> float:
         settings = QuantizeSettings(sequences=16, kl_sequences=8, prompt_tokens=32, continuation_tokens=32, **options)
@@ -120,10 +119,10 @@ def test_gptq_loses_less_than_rounding(tiny: ModelSource) -> None:
         assert found.loss is not None
         return found.loss.kl
 
-    assert len(corpus.tokens) == 24
-    assert kl() < 0.8 * kl(quantizer="rtn")
-    assert kl() < kl(symmetric=True)
-    assert kl(weights="int8", quantizer="rtn") < 0.05 * kl()
+    best = kl()
+    assert best < 0.8 * kl(quantizer="rtn")
+    assert best < kl(symmetric=True)
+    assert kl(weights="int8", quantizer="rtn") < 0.05 * best
 
 
 def test_progress_reaches_its_end(tiny: ModelSource) -> None:
@@ -171,8 +170,7 @@ def interrupt(patch: pytest.MonkeyPatch, call: int) -> None:
     patch.setattr(run, "quantise_rows", broken)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt-neox"])
-@pytest.mark.parametrize("call", [3, 11, 16])
+@pytest.mark.parametrize(("name", "call"), [("llama", 3), ("llama", 16), ("gpt-neox", 8)])
 def test_an_interrupted_run_gives_the_same_folder(name: str, call: int, tmp_path: Path) -> None:
     source = resolve_model(str(save_tiny_model(name, tmp_path / "float")))
     expected = finished(source, tmp_path / "whole")
@@ -243,7 +241,7 @@ def test_inputs_that_are_not_finite(tiny: ModelSource, monkeypatch: pytest.Monke
 )
 def test_sequences_are_read_or_held_out(found: int, options: dict[str, Any], read: int, held_out: int) -> None:
     tokens = torch.arange(found * 4).view(found, 4)
-    first, last = split(Corpus(tokens, "some.txt", "0" * 64), QuantizeSettings(**options))
+    first, last = split(Corpus(tokens, "some.txt", "0" * 64), QuantizeSettings(**{"sequences": 64, **options}))
     assert (len(first), len(last)) == (read, held_out)
     assert torch.equal(torch.cat([first, last]), tokens)
 
