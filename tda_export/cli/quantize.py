@@ -39,12 +39,16 @@ if TYPE_CHECKING:
 )
 @click.option("--text-column", help="Column that holds the text.  [default: text]")
 @click.option(
-    "--sequences", type=click.IntRange(1), default=48, show_default=True, help="Token sequences that GPTQ reads."
+    "--sequences",
+    type=click.IntRange(1),
+    default=60,
+    show_default=True,
+    help="Token sequences that GPTQ reads; more text, and text of the kind that is to be written, loses less.",
 )
 @click.option(
     "--kl-sequences",
     type=click.IntRange(0),
-    default=16,
+    default=8,
     show_default=True,
     help="Further sequences that the KL to the float model is measured on; 0 does not measure it.",
 )

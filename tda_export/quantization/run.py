@@ -49,8 +49,8 @@ class QuantizeSettings:
     rules: tuple[Rule, ...] = ()
     quantizer: Quantizer = "gptq"
     symmetric: bool = False
-    sequences: int = 48
-    kl_sequences: int = 16
+    sequences: int = 60
+    kl_sequences: int = 8
     prompt_tokens: int = 256
     continuation_tokens: int = 128
     seed: int = 0

@@ -241,7 +241,9 @@ def test_inputs_that_are_not_finite(tiny: ModelSource, monkeypatch: pytest.Monke
 )
 def test_sequences_are_read_or_held_out(found: int, options: dict[str, Any], read: int, held_out: int) -> None:
     tokens = torch.arange(found * 4).view(found, 4)
-    first, last = split(Corpus(tokens, "some.txt", "0" * 64), QuantizeSettings(**{"sequences": 64, **options}))
+    first, last = split(
+        Corpus(tokens, "some.txt", "0" * 64), QuantizeSettings(**{"sequences": 64, "kl_sequences": 16, **options})
+    )
     assert (len(first), len(last)) == (read, held_out)
     assert torch.equal(torch.cat([first, last]), tokens)
 
