@@ -3,8 +3,8 @@
     python benchmarks/cpu_peers.py FOLDER --llama LLAMA_CPP_BIN [--model smollm2-135m | --shape qwen2.5-0.5b]
         [--artifact INT4_ARTIFACT] [--depth 1024] [--rounds 6]
 
-- llama.cpp, Q4_0, with and without flash attention, whichever is faster: LLAMA_CPP_BIN is the folder of its `llama-bench` and `llama-quantize`. The source distribution of
-  llama-cpp-python holds llama.cpp: `pip download --no-deps --no-binary llama-cpp-python llama-cpp-python`, unpack, and
+- llama.cpp, Q4_0, with and without flash attention, whichever is faster: LLAMA_CPP_BIN is the folder of its
+  `llama-bench` and `llama-quantize`. The source distribution of llama-cpp-python holds llama.cpp: `pip download --no-deps --no-binary llama-cpp-python llama-cpp-python`, unpack, and
   in its vendor/llama.cpp `cmake -B build -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF && cmake --build build --target
   llama-bench llama-quantize`.
 - ONNX Runtime GenAI, int4 in blocks of 32, int8 arithmetic (accuracy level 4), made by its own builder.
