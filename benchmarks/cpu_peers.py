@@ -4,9 +4,9 @@
         [--artifact INT4_ARTIFACT] [--depth 1024] [--rounds 6]
 
 - llama.cpp, Q4_0, with and without flash attention, whichever is faster: LLAMA_CPP_BIN is the folder of its
-  `llama-bench` and `llama-quantize`. The source distribution of llama-cpp-python holds llama.cpp: `pip download --no-deps --no-binary llama-cpp-python llama-cpp-python`, unpack, and
-  in its vendor/llama.cpp `cmake -B build -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF && cmake --build build --target
-  llama-bench llama-quantize`.
+  `llama-bench` and `llama-quantize`. The source distribution of llama-cpp-python holds llama.cpp: `pip download
+  --no-deps --no-binary llama-cpp-python llama-cpp-python`, unpack, and in its vendor/llama.cpp `cmake -B build
+  -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF && cmake --build build --target llama-bench llama-quantize`.
 - ONNX Runtime GenAI, int4 in blocks of 32, int8 arithmetic (accuracy level 4), made by its own builder.
 - Ours: an artifact of four-bit priced rows, dense and at 0.7 and 0.5 of the rows' bytes; of --shape, with random
   weights, it is made here (`bench/artifact.py`).
