@@ -216,7 +216,7 @@ def test_half_precision(tiny: ModelSource, uninterrupted: Calibration) -> None:
     exact = uninterrupted.priced
     assert isinstance(half, Priced)
     assert exact is not None
-    assert (half.element_bytes, exact.element_bytes) == (2, 4)
+    assert (half.row_bytes.element_bytes, exact.row_bytes.element_bytes) == (2, 4)
     for name, square in exact.sums.square.items():
         assert float(half.sums.square[name].sum()) == pytest.approx(float(square.sum()), rel=0.5)
     assert half.table("separate").rows[2].price == pytest.approx(2 * exact.table("separate").rows[2].price, rel=0.5)

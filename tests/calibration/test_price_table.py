@@ -105,14 +105,14 @@ def test_bytes_and_kl_by_hand(family: Family, name: str, packing: Any) -> None:
     model, spec = family(name)
     tokens = draw_tokens(spec, 4)
     row_prices = row_prices_of(model, spec, tokens[::2])[packing]
-    price = choose_prices(model, spec, tokens[::2], PROMPT, {packing: row_prices}, 4)[packing][6]
+    price = choose_prices(model, spec, tokens[::2], PROMPT, {packing: row_prices}, RowBytes(4))[packing][6]
     measured = Measured.begin(spec, [price])
     done: list[int] = []
     for sequence in tokens[1::2]:
         measure_sequence(model, spec, sequence, PROMPT, {packing: row_prices}, {packing: measured}, done.append)
     table = measured.table(shapes(spec), packing, RowBytes(4), CONTINUATION)
     assert done == [1] * 4
-    assert (table.packing, table.element_bytes, table.continuation_tokens) == (packing, RowBytes(4), CONTINUATION)
+    assert (table.packing, table.element_bytes, table.continuation_tokens) == (packing, 4, CONTINUATION)
 
     kls: list[torch.Tensor] = []
     agreements: list[torch.Tensor] = []
@@ -204,7 +204,7 @@ def test_a_model_whose_rows_do_nothing(family: Family) -> None:
     tokens = draw_tokens(spec, 1)
     none = {name: torch.zeros_like(value) for name, value in row_prices_of(model, spec, tokens)["sites"].items()}
     with pytest.raises(TdaError, match=r"^All rows have the price 0: the model's output does not depend on its layers"):
-        choose_prices(model, spec, tokens, PROMPT, {"sites": none}, 4)
+        choose_prices(model, spec, tokens, PROMPT, {"sites": none}, RowBytes(4))
 
 
 def test_one_sequence_has_no_standard_error(family: Family) -> None:

@@ -255,6 +255,6 @@ def test_too_little_text() -> None:
 
 
 def test_nothing_to_quantise(tiny: ModelSource) -> None:
-    settings = QuantizeSettings(rules=tuple(read_rules("*=float")))
+    settings = QuantizeSettings(rules=read_rules(["*=float"]))
     with pytest.raises(UsageError, match=r"^All matrices would stay floats, so there is nothing to quantise\. Change"):
         settings.plan(tiny.spec)
