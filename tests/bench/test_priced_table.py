@@ -82,6 +82,8 @@ def test_small_run_in_two_processes(tiny_model: Path, tmp_path: Path) -> None:
     assert settings_of_some == [
         line for line in first.stdout.splitlines() if " priced ffn: asked" in line or " wina ffn: asked" in line
     ]
+    [exact] = subprocess.run([*some, "--exact"], capture_output=True, text=True, check=True).stdout.splitlines()[:-1]
+    assert " priced ffn: asked 0.700" in exact
 
 
 def test_bad_input_is_one_line(tiny_model: Path, tmp_path: Path) -> None:
