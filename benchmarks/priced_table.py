@@ -1,6 +1,7 @@
 """Measure priced rows beside TEAL, WINA, tda and Griffin on texts and prompt lengths, in one run of many processes.
 
     python benchmarks/priced_table.py MODEL FOLDER --text wikitext2_valid.txt --text coqa.jsonl [--jobs 16] [--free 512]
+        [--parts ffn all] [--methods priced teal-uniform]
 
 MODEL is calibrated on the built-in text (or --calibration FILE is taken, of --method all), its artifacts of both kinds
 are built, and TEAL's greedy densities searched; all of it is kept in FOLDER, as is every row that was measured
@@ -49,6 +50,7 @@ from tda_export.runtime.text import Text
 AROUND = 0.03  # of a sparsity: the settings between which KL is interpolated
 SCOPES: dict[Parts, str] = {"ffn": "ffn_share", "all": "linear_share", "attention": "attention_share"}
 MASKS = ("tda", "griffin")
+METHODS = ("priced", "teal-uniform", "teal-greedy", "wina", *MASKS)
 KEYS = (
     *("artifact", "method", "parts", "densities", "sparsity", "text"),
     *("prompt_tokens", "prompts", "continuation_tokens", "new_tokens"),
@@ -117,7 +119,7 @@ def prepare(options: argparse.Namespace) -> Prepared:
             _tda_export("build", options.model, *how, "--no-verify", "-o", str(folder / name))
         artifacts[layout] = open_artifact(folder / name)
     densities: dict[Parts, Path] = {}
-    for parts in SCOPES:
+    for parts in options.parts if "teal-greedy" in options.methods and not options.exact else ():
         densities[parts] = path = folder / f"densities-{parts}-{options.packing}.json"
         if not path.exists():
             write_densities(search(source, calibration, options.packing, parts), path)
@@ -133,9 +135,10 @@ def _tda_export(*arguments: str) -> None:
 
 def cells(options: argparse.Namespace, prepared: Prepared) -> list[Cell]:
     """List the settings: each sparsity and those around it, of priced rows exactly as well."""
-    around = [round(sparsity + step, 4) for sparsity in options.sparsity for step in (-AROUND, AROUND)]
+    steps = () if options.exact else (-AROUND, AROUND)
+    around = [round(sparsity + step, 4) for sparsity in options.sparsity for step in steps]
     listed = []
-    for parts in SCOPES:
+    for parts in options.parts:
         listed += [Cell("priced", parts, sparsity) for sparsity in sorted({*around, *options.sparsity})]
         listed += [Cell("teal", parts, sparsity, kind) for kind in ("uniform", "greedy") for sparsity in around]
         if parts != "attention":
@@ -144,7 +147,7 @@ def cells(options: argparse.Namespace, prepared: Prepared) -> list[Cell]:
     whole = artifact.linear_bytes / artifact.dense_ffn_bytes
     of_ffn = sorted({*around, *(round(sparsity * whole, 4) for sparsity in around)})
     listed += [Cell(name, "ffn", sparsity) for name in prepared.masks for sparsity in of_ffn]
-    return [cell for cell in listed if _reachable(prepared, cell)]
+    return [cell for cell in listed if cell.name in options.methods and _reachable(prepared, cell)]
 
 
 def _reachable(prepared: Prepared, cell: Cell) -> bool:
@@ -306,6 +309,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, action="append", required=True, help="May be given many times.")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="In place of a new one, of --method all.")
     parser.add_argument("--packing", choices=PACKINGS, default="separate")
+    parser.add_argument("--parts", nargs="+", choices=tuple(SCOPES), default=list(SCOPES), help="Whose rows may drop.")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--exact", action="store_true", help="Priced rows at each sparsity itself, and nothing else.")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.3, 0.5])
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--prompt-tokens", nargs="+", type=int, default=[384, 32])

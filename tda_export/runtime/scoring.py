@@ -85,7 +85,11 @@ def compare(dense: np.ndarray, sparse: np.ndarray) -> Fidelity:
 
 def token_kl(dense: np.ndarray, sparse: np.ndarray) -> np.ndarray:
     """Return KL(dense || sparse) of each of C tokens from logits float32 [C, V], in nats, float64 [C]."""
-    log_p, log_q = log_softmax(dense), log_softmax(sparse)
+    return log_kl(log_softmax(dense), log_softmax(sparse))
+
+
+def log_kl(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
+    """Return KL(p || q) of each of C tokens from log-probabilities float64 [C, V], in nats, float64 [C]."""
     kl: np.ndarray = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
     return kl
 

@@ -76,6 +76,14 @@ def test_small_run_in_two_processes(tiny_model: Path, tmp_path: Path) -> None:
     assert "priced / better TEAL" in first.stdout
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     assert again.stdout == first.stdout
+    some = [*command, "--parts", "ffn", "--methods", "priced", "wina"]
+    lines = subprocess.run(some, capture_output=True, text=True, check=True).stdout.splitlines()
+    settings_of_some = [line for line in lines if ": asked " in line]
+    assert settings_of_some == [
+        line for line in first.stdout.splitlines() if " priced ffn: asked" in line or " wina ffn: asked" in line
+    ]
+    [exact] = subprocess.run([*some, "--exact"], capture_output=True, text=True, check=True).stdout.splitlines()[:-1]
+    assert " priced ffn: asked 0.700" in exact
 
 
 def test_bad_input_is_one_line(tiny_model: Path, tmp_path: Path) -> None:
