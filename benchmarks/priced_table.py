@@ -10,7 +10,8 @@ are built, and TEAL's greedy densities searched; all of it is kept in FOLDER, as
 
 Prices and thresholds come from the calibration alone: bytes asked for stand beside bytes read. At each of --sparsity
 methods are compared at the same bytes, of the FFN, of attention, or of all linears: KL is interpolated between the two
-settings of a method around them. Methods of the FFN alone read attention whole.
+settings of a method around them, --around a sparsity. With --around 0 each sparsity is measured itself, and --shares
+between them are compared. Methods of the FFN alone read attention whole.
 
 It prints a row for each setting (asked and read), then a row for each comparison; --json FILE has all of them.
 """
@@ -119,7 +120,7 @@ def prepare(options: argparse.Namespace) -> Prepared:
             _tda_export("build", options.model, *how, "--no-verify", "-o", str(folder / name))
         artifacts[layout] = open_artifact(folder / name)
     densities: dict[Parts, Path] = {}
-    for parts in options.parts if "teal-greedy" in options.methods and not options.exact else ():
+    for parts in options.parts if "teal-greedy" in options.methods else ():
         densities[parts] = path = folder / f"densities-{parts}-{options.packing}.json"
         if not path.exists():
             write_densities(search(source, calibration, options.packing, parts), path)
@@ -135,7 +136,7 @@ def _tda_export(*arguments: str) -> None:
 
 def cells(options: argparse.Namespace, prepared: Prepared) -> list[Cell]:
     """List the settings: each sparsity and those around it, of priced rows exactly as well."""
-    steps = () if options.exact else (-AROUND, AROUND)
+    steps = sorted({-options.around, options.around})
     around = [round(sparsity + step, 4) for sparsity in options.sparsity for step in steps]
     listed = []
     for parts in options.parts:
@@ -252,24 +253,21 @@ def _quality(
     return row
 
 
-def comparisons(rows: list[Row], sparsities: list[float]) -> Iterator[Row]:
+def comparisons(rows: list[Row], shares: list[float]) -> Iterator[Row]:
     """Every method's KL at the same bytes, and priced rows' against the better TEAL's."""
     texts = list(dict.fromkeys((row["text"], row["prompt_tokens"]) for row in rows if row["new_tokens"] is None))
-    for (text, prompt), (parts, share), sparsity in product(texts, SCOPES.items(), sparsities):
+    for (text, prompt), (parts, read), share in product(texts, SCOPES.items(), shares):
         here = [row for row in rows if (row["text"], row["prompt_tokens"], row["new_tokens"]) == (text, prompt, None)]
         here = [row for row in here if row["parts"] == parts or (row["method"] in MASKS and parts != "attention")]
         names = dict.fromkeys(row["name"] for row in here)
-        kl = {
-            name: kl_at([(row[share], row["kl"]) for row in here if row["name"] == name], 1 - sparsity)
-            for name in names
-        }
+        kl = {name: kl_at([(row[read], row["kl"]) for row in here if row["name"] == name], share) for name in names}
         teal = min((value for name, value in kl.items() if value and name.startswith("teal")), default=None)
         ours = kl.get("priced")
         yield {
             "text": text,
             "prompt_tokens": prompt,
             "bytes_of": "all linears" if parts == "all" else parts,
-            "share": round(1 - sparsity, 4),
+            "share": round(share, 4),
             "kl": kl,
             "priced_to_teal": None if teal is None or ours is None else ours / teal,
         }
@@ -311,7 +309,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--packing", choices=PACKINGS, default="separate")
     parser.add_argument("--parts", nargs="+", choices=tuple(SCOPES), default=list(SCOPES), help="Whose rows may drop.")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--exact", action="store_true", help="Priced rows at each sparsity itself, and nothing else.")
+    parser.add_argument("--around", type=float, default=AROUND, metavar="STEP", help=f"Of a sparsity.  [{AROUND}]")
+    parser.add_argument("--shares", nargs="+", type=float, help="Of bytes, to compare at.  [1 - each of --sparsity]")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.3, 0.5])
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--prompt-tokens", nargs="+", type=int, default=[384, 32])
@@ -333,7 +332,7 @@ def main() -> int:
             for row in measured(options, prepared, pool):
                 print(setting_line(row), flush=True)
                 rows.append(row)
-        compared = list(comparisons(rows, options.sparsity))
+        compared = list(comparisons(rows, options.shares or [1 - sparsity for sparsity in options.sparsity]))
         for row in compared:
             print(comparison_line(row))
         if options.json:

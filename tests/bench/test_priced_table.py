@@ -82,8 +82,12 @@ def test_small_run_in_two_processes(tiny_model: Path, tmp_path: Path) -> None:
     assert settings_of_some == [
         line for line in first.stdout.splitlines() if " priced ffn: asked" in line or " wina ffn: asked" in line
     ]
-    [exact] = subprocess.run([*some, "--exact"], capture_output=True, text=True, check=True).stdout.splitlines()[:-1]
-    assert " priced ffn: asked 0.700" in exact
+    exact = subprocess.run([*some, "--around", "0", "--shares", "0.71"], capture_output=True, text=True, check=True)
+    assert [line.partition(", read")[0] for line in exact.stdout.splitlines() if ": asked " in line] == [
+        "harbour 12 priced ffn: asked 0.700",
+        "harbour 12 wina ffn: asked 0.700",
+    ]
+    assert "0.71 of the bytes of ffn: KL " in exact.stdout
 
 
 def test_bad_input_is_one_line(tiny_model: Path, tmp_path: Path) -> None:
