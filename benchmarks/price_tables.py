@@ -71,7 +71,7 @@ def measured(options: argparse.Namespace) -> Iterator[Row]:
         raise UsageError(f"{options.calibration} has no table of prices with packing {packing}. Calibrate with it.")
     table = priced.table(packing)
     prices = [table.price_for(sparsity=sparsity) for sparsity in sorted(options.sparsity)]
-    row_prices = {packing: priced.sums.row_prices(spec, packing, priced.element_bytes)}
+    row_prices = {packing: priced.sums.row_prices(spec, packing, priced.row_bytes)}
     tokens, continuation = sequences(source, found, options), priced.continuation_tokens
     prefix = list(source.tokenizer("").input_ids)
     model = source.reference().requires_grad_(False)
@@ -82,7 +82,7 @@ def measured(options: argparse.Namespace) -> Iterator[Row]:
             for sequence in tokens:
                 short = shortened(sequence, prompt + continuation, prefix)
                 measure_sequence(model, spec, short, prompt, row_prices, here, advance)
-        rows = here[packing].table(priced.linears, packing, priced.element_bytes, continuation).rows
+        rows = here[packing].table(priced.linears, packing, priced.row_bytes, continuation).rows
         for sparsity, row in zip(sorted(options.sparsity), rows[1:], strict=True):
             predicted = table.predicted(row.price)
             yield {

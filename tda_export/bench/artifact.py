@@ -88,7 +88,7 @@ def build_random_priced(
     Returns:
         The artifact, and the price of each sparsity.
     """
-    spec, chosen = source.spec, packing or default_packing(storage)
+    spec, chosen = source.spec, packing or default_packing(source.spec, storage)
     generator = torch.Generator().manual_seed(seed)
     matrices = packed_matrices(spec, chosen)
     inputs = {name: linear_shape(spec, parts[0])[0] for name, parts in matrices.items()}

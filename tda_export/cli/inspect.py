@@ -60,7 +60,7 @@ def _of_model(name: str, dtype: str, context: int | None) -> dict[str, Any]:
 
     source = resolve_model(name, notify=lambda line: click.echo(line, err=True))
     spec, storage = source.spec, storage_of(source, dtype)
-    sizes = planned_sizes(spec, skeleton_shapes(source.config), storage, default_packing(storage))
+    sizes = planned_sizes(spec, skeleton_shapes(source.config), storage, default_packing(spec, storage))
     quantised = {} if source.quantisation is None else {"quantization": source.quantisation}
     return _described(name, spec, sizes, dtype, context) | quantised
 

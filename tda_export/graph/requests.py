@@ -16,10 +16,10 @@ from tda_export.graph.prefill import calibrated_prior
 from tda_export.graph.priced import PricedDesign
 from tda_export.graph.storage import Storage
 from tda_export.models.source import ModelSource
+from tda_export.models.spec import DecoderSpec
 from tda_export.packing import FLOAT, Packing, RowBytes
 from tda_export.pricing import PriceTable
 from tda_export.runtime.deployment import NO_REFRESH
-from tda_export.weights.plan import part_name
 
 
 def calibration_of(path: Path, source: ModelSource) -> Calibration:
@@ -38,11 +38,14 @@ def calibration_of(path: Path, source: ModelSource) -> Calibration:
     return calibration
 
 
-def default_packing(storage: Storage) -> Packing:
-    """Return how linears are packed unless it is said: one threshold a site where a launch, or a short row, costs more
-    than bytes."""
-    integers = storage.format_of(part_name(0, "q")) is not None
-    return "separate" if storage.dtype == "float32" and not integers else "sites"
+def default_packing(spec: DecoderSpec, storage: Storage) -> Packing:
+    """Return how linears are packed unless it is said.
+
+    That is one threshold a site where a launch, or a short row, costs more than bytes, and a site has one format.
+    """
+    row_bytes = storage.row_bytes(spec)
+    small = storage.dtype != "float32" or row_bytes.formats
+    return "sites" if small and row_bytes.suits(spec, "sites") else "separate"
 
 
 def priced_request(
@@ -63,7 +66,7 @@ def priced_request(
         TdaError: It cannot be read, or is of another model.
     """
     calibration = calibration_of(path, source)
-    chosen = packing or default_packing(storage)
+    chosen = packing or default_packing(source.spec, storage)
     if calibration.priced is None:
         raise UsageError(
             f"{path} holds no prices. Calibrate again with 'tda-export calibrate --method priced', or build with "

@@ -30,6 +30,7 @@ CHECK_NAMES = [
     "keys and values after chunked prefill",
     "decode at price 0",
     "decode at a price",
+    "rows read at a price",
     "decode token by token",
 ]
 SMALL = ("--prompts", 2, "--prompt-tokens", 24, "--continuation-tokens", 8)

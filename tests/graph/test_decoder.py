@@ -11,6 +11,7 @@ from onnx.reference import ReferenceEvaluator
 
 from tda_export.graph.contract import IoTensor
 from tda_export.graph.decoder import GraphBuilder
+from tda_export.graph.weights_file import WeightTable
 from tda_export.models.source import resolve_model
 from tests.tiny import save_tiny_model
 
@@ -20,7 +21,7 @@ Y, SCALED = IoTensor("y", "float16", (1, 9, 64)), IoTensor("scaled", "float16", 
 def test_a_residual_scale_is_not_rounded_to_half_precision(tmp_path: Path) -> None:
     scale = 0.22  # Granite's; float16 would make it 0.21997
     spec = resolve_model(str(save_tiny_model("granite", tmp_path / "model", residual_multiplier=scale))).spec
-    graph = GraphBuilder(spec, {}, "float16", [Y])
+    graph = GraphBuilder(spec, WeightTable({}, {}), "float16", [Y])
     graph.outputs[SCALED.name], bias = graph.branch(graph.inputs[Y.name], None, "no norm")
     assert bias is None
     # Not ONNX Runtime: on the CPU it computes half precision in float32 and drops casts on the way.
