@@ -156,9 +156,8 @@ def test_tensor_names_are_spelled_in_the_contract_module_only() -> None:
     spelled |= {"past_key_values.", "present.", "layers.", "cos_cache", "sin_cache"}
     assert len(spelled) > 12
     for path in PACKAGE.rglob("*.py"):
-        if (
-            path.name in ("contract.py", "weight_names.py", "operators.py") or path.parts[-2] == "models"
-        ):  # models holds the checkpoints' names
+        names = path.name in ("contract.py", "weight_names.py", "operators.py")
+        if names or path.parts[-2] in ("models", "weights"):  # which hold the names of checkpoints and of formats
             continue
         for literal in literals(path):
             # A sentence in a message may mention an option such as --mask; a name stands alone or begins a literal.
