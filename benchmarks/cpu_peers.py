@@ -125,6 +125,18 @@ def llama_bench(options: argparse.Namespace, model: Path) -> Callable[[], tuple[
     return measure
 
 
+def timed(read: Callable[[], object], step: Callable[[], object]) -> tuple[float, float]:
+    """Return seconds a token, and of a prompt with the first token."""
+    started = time.perf_counter()
+    read()
+    step()
+    first = time.perf_counter() - started
+    started = time.perf_counter()
+    for _ in range(TOKENS):
+        step()
+    return (time.perf_counter() - started) / TOKENS, first
+
+
 def genai(options: argparse.Namespace, folder: Path, prompt: list[int]) -> Callable[[], tuple[float, float]]:
     import onnxruntime_genai as og
 
@@ -136,14 +148,7 @@ def genai(options: argparse.Namespace, folder: Path, prompt: list[int]) -> Calla
         length = len(prompt) + TOKENS + 2
         parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
         generator = og.Generator(model, parameters)
-        started = time.perf_counter()
-        generator.append_tokens(prompt)
-        generator.generate_next_token()
-        first = time.perf_counter() - started
-        started = time.perf_counter()
-        for _ in range(TOKENS):
-            generator.generate_next_token()
-        return (time.perf_counter() - started) / TOKENS, first
+        return timed(lambda: generator.append_tokens(prompt), generator.generate_next_token)
 
     return measure
 
@@ -162,14 +167,7 @@ def ours(artifact: Path, prices: dict[str, float], prompt: list[int]) -> dict[st
         runner = PricedRunner(opened, sessions, len(prompt) + TOKENS + 2, price)
 
         def measure() -> tuple[float, float]:
-            started = time.perf_counter()
-            runner.prefill(prompt)
-            runner.step()
-            first = time.perf_counter() - started
-            started = time.perf_counter()
-            for _ in range(TOKENS):
-                runner.step()
-            return (time.perf_counter() - started) / TOKENS, first
+            return timed(lambda: runner.prefill(prompt), runner.step)
 
         return measure
 

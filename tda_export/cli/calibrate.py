@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tda_export.cli.options import budget_options, json_option, model_argument, overwrite_option
+from tda_export.cli.options import (
+    budget_options,
+    corpus_options,
+    device_option,
+    json_option,
+    model_argument,
+    overwrite_option,
+)
 
 if TYPE_CHECKING:
     from tda_export.calibration.budgets import AllocationRule, Budget
@@ -33,13 +40,7 @@ CURVES_BUDGET = {"cett": 0.2}  # the paper's
     required=True,
     help="Calibration file to write (.safetensors).",
 )
-@click.option(
-    "--dataset",
-    default="builtin",
-    show_default=True,
-    help="builtin, a .txt, .jsonl, .json, .csv or .parquet file, or a hub dataset (name or name:config:split).",
-)
-@click.option("--text-column", help="Column that holds the text.  [default: text]")
+@corpus_options
 @click.option(
     "--method",
     type=click.Choice(["priced", "tda", "all"]),
@@ -97,8 +98,7 @@ CURVES_BUDGET = {"cett": 0.2}  # the paper's
     show_default=True,
     help="Tokens of a sequence that prices are taken from, and losses measured on.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Order of the documents.")
-@click.option("--device", default="cpu", show_default=True, help="Where PyTorch runs the model: cpu, cuda or cuda:N.")
+@device_option
 @click.option(
     "--dtype",
     type=click.Choice(["fp32", "fp16", "bf16"]),

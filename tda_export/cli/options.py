@@ -47,6 +47,9 @@ mask_option = click.option(
 price_option = click.option(
     "--price", type=float, help="Budget: read a row only if it is worth so much a byte; 0 is dense."
 )
+device_option = click.option(
+    "--device", default="cpu", show_default=True, help="Where PyTorch runs the model: cpu, cuda or cuda:N."
+)
 keep_answers_option = click.option(
     "--keep-answers/--reread-answers",
     default=False,
@@ -117,6 +120,27 @@ def check_mask(artifact: Artifact, mask: MaskMode | None) -> None:
             f"--mask tda: {artifact.folder} has prices of rows and no masks. Leave it out, or build an artifact with "
             "'tda-export build MODEL --method tda'."
         )
+
+
+def corpus_options(command: F) -> F:
+    """Add --dataset, --text-column and --seed: the text that a model is read with."""
+    for option in reversed(
+        (
+            click.option(
+                "--dataset",
+                default="builtin",
+                show_default=True,
+                help="builtin, a .txt, .jsonl, .json, .csv or .parquet file, or a hub dataset (name or "
+                "name:config:split).",
+            ),
+            click.option("--text-column", help="Column that holds the text.  [default: text]"),
+            click.option(
+                "--seed", type=click.IntRange(0), default=0, show_default=True, help="Order of the documents."
+            ),
+        )
+    ):
+        command = option(command)
+    return command
 
 
 def weight_options(*formats: str) -> Callable[[F], F]:

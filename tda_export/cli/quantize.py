@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tda_export.cli.options import json_option, model_argument, overwrite_option, weight_options
+from tda_export.cli.options import (
+    corpus_options,
+    device_option,
+    json_option,
+    model_argument,
+    overwrite_option,
+    weight_options,
+)
 
 if TYPE_CHECKING:
     from tda_export.quantization.run import Quantizer
@@ -31,13 +38,7 @@ if TYPE_CHECKING:
     "text but to measure the loss.",
 )
 @click.option("--symmetric", is_flag=True, help="Let every zero point be the middle code.")
-@click.option(
-    "--dataset",
-    default="builtin",
-    show_default=True,
-    help="builtin, a .txt, .jsonl, .json, .csv or .parquet file, or a hub dataset (name or name:config:split).",
-)
-@click.option("--text-column", help="Column that holds the text.  [default: text]")
+@corpus_options
 @click.option(
     "--sequences",
     type=click.IntRange(1),
@@ -66,8 +67,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Tokens of a sequence that the KL is of.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Order of the documents.")
-@click.option("--device", default="cpu", show_default=True, help="Where PyTorch runs the model: cpu, cuda or cuda:N.")
+@device_option
 @overwrite_option
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @json_option
