@@ -197,7 +197,11 @@ def _quantization(request: BuildRequest) -> dict[str, Any] | None:
     """Say how weights became integers, None where they are floats."""
     known = request.source.quantisation
     if known is None:
-        return {"quantizer": {"name": "rtn"}} if request.storage.has_integers else None
+        return (
+            {"quantizer": {"name": request.storage.quantizer, "symmetric": False}}
+            if request.storage.has_integers
+            else None
+        )
     return {name: value for name, value in known.items() if name not in ("quant_method", "version", "formats")}
 
 
