@@ -23,6 +23,7 @@ from tda_export.calibration.price_file import Priced
 from tda_export.calibration.price_run import PriceSettings, Show, begin_priced, check_sequences, price_rows
 from tda_export.calibration.resume import PartialFile
 from tda_export.errors import UsageError
+from tda_export.models.quantised import kept_of
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import PACKINGS, Packing, row_bytes_of
@@ -187,6 +188,7 @@ def calibrate(
             "architecture": source.spec.architecture,
             "fingerprint": source.fingerprint,
             "ffn_matrices": len(source.spec.ffn_parts),
+            **({} if source.quantisation is None else {"quantization": kept_of(source.quantisation)}),
         },
         "dataset": corpus.describe(),
         "settings": settings.describe(),
