@@ -4,10 +4,11 @@
 
 Makes the model in FOLDER/SHAPE-DTYPE, where it stays and is found again, and calibrates prices on built-in text, in
 bytes. Each run is a process of its own, or as many as it has ranks, started by torchrun; every process has as many of
-the processor's cores as a rank of the largest run. Prints one JSON line a run: seconds of the calibration as a whole, of loading and of each step,
-seconds of the whole run with its start, the same in terms of the first run (`speedup`), and by how much the prices and
-the KL of the table differ from the first run's, relative to their largest. Sequences differ, so give several for
-each rank: the first of a run also takes what starting CUDA takes.
+the processor's cores as a rank of the largest run. Prints
+one JSON line a run: seconds of the calibration as a whole, of loading and of each step, seconds of the whole run with
+its start, the same in terms of the first run (`speedup`), and by how much the prices and the KL of the table differ
+from the first run's, relative to their largest. Give several sequences for each rank: the first of a run also takes
+what starting CUDA takes.
 """
 
 from __future__ import annotations

@@ -55,6 +55,24 @@ class Ranks:
         """Return the device of this rank's model, given --device."""
         return f"cuda:{self.local_number}" if device == "cuda" and self.count > 1 else device
 
+    def take_own_gpu(self, provider: str) -> None:
+        """Let what counts no GPUs, as ONNX Runtime's sessions here, find this rank's alone: before any uses CUDA.
+
+        Raises:
+            UsageError: The provider may be CUDA, and this machine has fewer GPUs than ranks.
+        """
+        if self.count == 1 or provider == "cpu":
+            return
+        import torch
+
+        gpus = torch.cuda.device_count()
+        if not gpus:
+            return
+        if gpus < self.local_count:
+            raise UsageError(_too_few(f"--provider {provider}", self.local_count, gpus))
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen[self.local_number]
+
     def in_order(self, items: Sequence[T], work: Callable[[T, int], R]) -> Iterator[R]:
         """Yield what `work` makes of each item, in their order, on every rank. Each rank works on every count-th.
 
@@ -199,11 +217,15 @@ def join(device: str) -> Ranks:
     if device.startswith("cuda:"):
         raise UsageError(f"--device {device}: each of {count} ranks takes a GPU of its own. Give --device cuda.")
     if device in ("cuda", "auto") and gpus and not enough:
-        raise UsageError(
-            f"--device {device}: {local_count} ranks on this machine, and PyTorch finds {gpus} CUDA GPU here. Start "
-            f"torchrun with --nproc-per-node {gpus}."
-        )
+        raise UsageError(_too_few(f"--device {device}", local_count, gpus))
     return ranks
+
+
+def _too_few(option: str, local_count: int, gpus: int) -> str:
+    return (
+        f"{option}: {local_count} ranks on this machine, and PyTorch finds {gpus} CUDA GPU here. Start torchrun with "
+        f"--nproc-per-node {gpus}."
+    )
 
 
 def leave() -> None:
