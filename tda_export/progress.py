@@ -6,10 +6,12 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from tda_export.signals import undo_on_signal
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LINE_EVERY_SECONDS = 10.0
 SHOW_CURSOR = b"\x1b[?25h\r\x1b[2K"  # and clear the bar's line
@@ -29,10 +31,13 @@ def progress(description: str, total: int, *, quiet: bool = False) -> Iterator[A
     Yields:
         A function to call with the number of units done since the last call.
     """
-    console = Console(stderr=True)
     if quiet:
         yield lambda units: None
-    elif console.is_terminal:
+        return
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal:
         from rich.progress import (
             BarColumn,
             Progress,

@@ -15,6 +15,7 @@ from types import FrameType
 
 UNDO_SECONDS = 10.0  # then the process ends with things left; the next run removes them
 
+_at_terminate: list[Callable[[], str]] = []
 _undo: dict[object, tuple[int, Callable[[], None]]] = {}  # with the process that registered it: forks have copies
 
 
@@ -27,6 +28,11 @@ def undo_on_signal(undo: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         del _undo[key]
+
+
+def say_at_terminate(line: Callable[[], str]) -> None:
+    """Have the process say this on standard error when SIGTERM ends it; nothing where it is empty."""
+    _at_terminate[:] = [line]
 
 
 def end_on_signals() -> None:
@@ -46,7 +52,13 @@ def _end(number: int, frame: FrameType | None) -> None:
         if process == os.getpid():
             with contextlib.suppress(Exception):
                 undo()
-    if number == signal.SIGINT:
-        with contextlib.suppress(OSError):
-            os.write(2, b"Interrupted.\n")
+    with contextlib.suppress(Exception):
+        if line := _last_line(number):
+            os.write(2, f"{line}\n".encode())
     os._exit(128 + number)
+
+
+def _last_line(number: int) -> str:
+    if number == signal.SIGINT:  # which a terminal sends to all processes that torchrun started: one says so
+        return "Interrupted." if os.environ.get("RANK", "0") == "0" else ""
+    return _at_terminate[0]() if _at_terminate else ""

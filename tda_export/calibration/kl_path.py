@@ -25,8 +25,9 @@ from tda_export.calibration.marginals import (
     price,
     score_thresholds,
 )
-from tda_export.calibration.masked import choose_masking, down_weights, masked_kl, two_level_ffn
+from tda_export.calibration.masked import LayerRun, choose_masking, down_weights, masked_kl, two_level_ffn
 from tda_export.models.spec import DecoderSpec
+from tda_export.ranks import ALONE, Ranks
 
 FIRST_SHARE, LAST_SHARE = 0.85, 0.19  # of FFN bytes
 FIRST_MASK = 0.97  # the first share's mask density; prices nearer to dense are noise
@@ -51,6 +52,18 @@ class PathState:
     mask_densities: list[torch.Tensor]
     token_densities: list[torch.Tensor]
 
+    def to(self, device: torch.device) -> PathState:
+        """Return it on a device."""
+        return PathState(
+            self.step,
+            Densities(self.densities.mask.to(device), self.densities.token.to(device)),
+            self.token_thresholds.to(device),
+            self.histogram.to(device),
+            self.prices.to(device),
+            [value.to(device) for value in self.mask_densities],
+            [value.to(device) for value in self.token_densities],
+        )
+
 
 def share_of_step(step: int) -> float:
     """Return the share of FFN bytes that a step aims at."""
@@ -70,6 +83,7 @@ class PathSearch:
         scale: torch.Tensor,
         batch: int,
         seed: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Prepare.
 
@@ -81,7 +95,9 @@ class PathSearch:
             scale: Neuron scales, float32 [L, F].
             batch: Sequences of one step.
             seed: Their order.
+            ranks: That share the sequences of a step.
         """
+        self._ranks = ranks
         self._model, self._spec, self._scale = model, spec, scale
         self._sequences, self._blended = sequences, blended
         self._down, self._matrices = down_weights(model, spec), len(spec.ffn_parts)
@@ -102,7 +118,16 @@ class PathSearch:
         )
         state = PathState(0, densities, torch.zeros(layers, device=device), self._histogram(), torch.empty(0), [], [])
         level = Level(score_thresholds(self._blended, densities.mask), state.token_thresholds)
-        collect_estimates(self._model, self._spec, *self._draw(0), level, self._scale, self._down, state.histogram)
+        collect_estimates(
+            self._model,
+            self._spec,
+            *self._draw(0),
+            level,
+            self._scale,
+            self._down,
+            state.histogram,
+            ranks=self._ranks,
+        )
         state.token_thresholds = state.histogram.thresholds(densities.token)
         return state
 
@@ -135,6 +160,7 @@ class PathSearch:
             self._scale,
             self._down,
             state.histogram,
+            self._ranks,
         )
         state.prices = remember(state.prices, torch.stack([found.mask, found.token]))
         state.densities = move(densities, state.prices, share_of_step(state.step), self._matrices)
@@ -213,14 +239,22 @@ def collect_estimates(
     down: list[torch.Tensor],
     histogram: EstimateHistogram,
     advance: Callable[[int], None] = lambda units: None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Run sequences at a setting and add the estimates of their masks' neurons to a histogram."""
-    for sequence, statistics in zip(sequences, blended, strict=True):
-        masking = choose_masking(down, statistics, level.score_square, level.token, scale)
 
-        def add(layer: int, run: Any, masking: Any = masking) -> None:
-            histogram.add(layer, run.estimates, masking.keep[layer])
+    def run(case: tuple[DenseSequence, Blended], together: int) -> EstimateHistogram:
+        sequence, statistics = case
+        masking = choose_masking(down, statistics, level.score_square, level.token, scale)
+        found = histogram.empty()
+
+        def add(layer: int, run: LayerRun) -> None:
+            found.add(layer, run.estimates, masking.keep[layer])
 
         with torch.no_grad(), two_level_ffn(model, spec, masking, add):
             masked_kl(model, sequence)
+        return found.to("cpu")
+
+    for found in ranks.in_order(list(zip(sequences, blended, strict=True)), run):
+        histogram.merge(found)
         advance(1)

@@ -26,6 +26,7 @@ from tda_export.calibration.masked import LayerRun, choose_masking, down_weights
 from tda_export.ffn_share import two_level_share
 from tda_export.models.spec import DecoderSpec
 from tda_export.progress import Advance
+from tda_export.ranks import ALONE, Ranks
 
 TINY = 1e-30
 
@@ -38,6 +39,10 @@ class Sweep:
 
     state: PathState
     rows: list[Row] = field(default_factory=list)
+
+    def to(self, device: torch.device) -> Sweep:
+        """Return it with its state on a device."""
+        return Sweep(self.state.to(device), self.rows)
 
 
 def neuron_scales(model: Any, spec: DecoderSpec, sums: CurveSums) -> torch.Tensor:
@@ -58,6 +63,7 @@ def find_path(
     advance: Advance,
     resume: Sweep | None = None,
     save: Callable[[Sweep], None] = lambda sweep: None,
+    ranks: Ranks = ALONE,
 ) -> KlTable:
     """Find the KL path and measure it.
 
@@ -72,6 +78,7 @@ def find_path(
         advance: Told of passes over a sequence (`KlPlan.units`).
         resume: A sweep that was interrupted.
         save: Given the sweep after every step and every measured setting.
+        ranks: That share the sequences of a step and of a measurement. Each reads all of them densely, before.
 
     Raises:
         UsageError: N is less than 2.
@@ -81,7 +88,7 @@ def find_path(
     tokens = torch.cat([tokens[::2], tokens[1::2]])
     sequences = read_dense(model, spec, tokens, prompt_tokens, advance)
     blended = blend(sequences, prior_tokens)
-    search = PathSearch(model, spec, sequences[: plan.fitted], blended[: plan.fitted], scale, plan.batch, seed)
+    search = PathSearch(model, spec, sequences[: plan.fitted], blended[: plan.fitted], scale, plan.batch, seed, ranks)
     sweep = resume or Sweep(search.start())
     state, rows = sweep.state, sweep.rows
     advance(state.step * min(plan.batch, plan.fitted) * 2)
@@ -89,7 +96,7 @@ def find_path(
         search.advance(state)
         save(sweep)
         advance(min(plan.batch, plan.fitted) * 2)
-    measuring = _Measuring(model, spec, sequences, blended, plan.fitted, scale, advance)
+    measuring = _Measuring(model, spec, sequences, blended, plan.fitted, scale, advance, ranks)
     advance(sum(plan.setting_units(share, spec.num_layers) for share in plan.settings[: len(rows)]))
     for share in plan.settings[len(rows) :]:
         measured = measuring.dense() if share is None else measuring.measure(state, share)
@@ -111,32 +118,42 @@ class _Measuring:
         fitted: int,
         scale: torch.Tensor,
         advance: Advance,
+        ranks: Ranks,
     ) -> None:
-        self._model, self._spec, self._scale, self._advance = model, spec, scale, advance
+        self._model, self._spec, self._scale, self._advance, self._ranks = model, spec, scale, advance, ranks
         self._sequences, self._blended, self._fitted = sequences, blended, fitted
+        self._cases = list(zip(sequences, blended, strict=True))
         self._down = down_weights(model, spec)
 
     def measure(self, state: PathState, share: float) -> tuple[torch.Tensor, ...]:
         """Measure the path at a share of FFN bytes; return a row of each tensor of `KlTable`."""
-        spec, device = self._spec, self._scale.device
+        spec = self._spec
         densities = densities_at(state, share, len(spec.ffn_parts))
         level = self._settle(state, densities.token, score_thresholds(self._blended[: self._fitted], densities.mask))
-        kls: list[list[float]] = [[], []]
-        density = torch.zeros(2, spec.num_layers, device=device)
-        cett = torch.zeros(spec.num_layers, device=device)
-        for number, (sequence, statistics) in enumerate(zip(self._sequences, self._blended, strict=True)):
-            masking = choose_masking(self._down, statistics, level.score_square, level.token, self._scale)
 
-            def observe(layer: int, run: LayerRun, masking: Any = masking) -> None:
-                density[0, layer] += masking.keep[layer].float().mean()
-                density[1, layer] += run.survivors.float().mean()
+        def run(case: tuple[DenseSequence, Blended], together: int) -> tuple[float, torch.Tensor, torch.Tensor]:
+            sequence, statistics = case
+            masking = choose_masking(self._down, statistics, level.score_square, level.token, self._scale)
+            density, cett = torch.zeros(2, spec.num_layers), torch.zeros(spec.num_layers)
+
+            def observe(layer: int, run: LayerRun) -> None:
+                density[0, layer] = masking.keep[layer].float().mean()
+                density[1, layer] = run.survivors.float().mean()
                 whole = run.h @ self._down[layer].T  # [T, M]
                 kept = run.used[0] @ self._down[layer].T + masking.tail[layer].to(run.used.dtype)
                 lost = (whole - kept).float().norm(dim=1) / whole.float().norm(dim=1).clamp_min(TINY)
-                cett[layer] += lost.mean()
+                cett[layer] = lost.mean()
 
             with torch.no_grad(), two_level_ffn(self._model, spec, masking, observe):
-                kls[int(number >= self._fitted)].append(float(masked_kl(self._model, sequence)))
+                kl = float(masked_kl(self._model, sequence))
+            return kl, density, cett
+
+        kls: list[list[float]] = [[], []]
+        density, cett = torch.zeros(2, spec.num_layers), torch.zeros(spec.num_layers)
+        for number, (kl, of_density, of_cett) in enumerate(self._ranks.in_order(self._cases, run)):
+            kls[int(number >= self._fitted)].append(kl)
+            density += of_density
+            cett += of_cett
             self._advance(1)
         count = len(self._sequences)
         density, cett = density / count, cett / count
@@ -157,17 +174,25 @@ class _Measuring:
 
     def dense(self) -> tuple[torch.Tensor, ...]:
         """Measure what dense reads when zero activations are not read; return a row of each tensor of `KlTable`."""
-        spec, count = self._spec, len(self._sequences)
-        zeros = torch.zeros(spec.num_layers, device=self._scale.device)
-        active = zeros.clone()
-        for sequence, statistics in zip(self._sequences, self._blended, strict=True):
-            masking = choose_masking(self._down, statistics, zeros, zeros, self._scale)
+        spec, layers = self._spec, self._spec.num_layers
+        none = torch.zeros(layers, device=self._scale.device)
+
+        def run(case: tuple[DenseSequence, Blended], together: int) -> torch.Tensor:
+            sequence, statistics = case
+            masking = choose_masking(self._down, statistics, none, none, self._scale)
+            active = torch.zeros(layers)
 
             def observe(layer: int, run: LayerRun) -> None:
-                active[layer] += run.survivors.float().mean() / count
+                active[layer] = run.survivors.float().mean() / len(self._cases)
 
             with torch.no_grad(), two_level_ffn(self._model, spec, masking, observe):
                 masked_kl(self._model, sequence)
+            return active
+
+        zeros = torch.zeros(layers)
+        active = zeros.clone()
+        for of_sequence in self._ranks.in_order(self._cases, run):
+            active += of_sequence
             self._advance(1)
         ones, free = torch.ones_like(zeros), zeros.new_zeros(2)
         share = two_level_share(ones, active, len(spec.ffn_parts)).mean()
@@ -189,20 +214,25 @@ class _Measuring:
             self._down,
             histogram,
             self._advance,
+            self._ranks,
         )
         return Level(score_square, histogram.thresholds(token_density))
 
     def _sensitivities(self, level: Level) -> torch.Tensor:
         """Measure the KL of masking each layer alone, [L], on sequences that the path was not fitted on if possible."""
-        number = min(SENSITIVITY_SEQUENCES, len(self._sequences))
-        found = torch.zeros(self._spec.num_layers)
-        for sequence, statistics in zip(self._sequences[-number:], self._blended[-number:], strict=True):
+        cases = self._cases[-SENSITIVITY_SEQUENCES:]
+
+        def run(case: tuple[DenseSequence, Blended], together: int) -> torch.Tensor:
+            sequence, statistics = case
             masking = choose_masking(self._down, statistics, level.score_square, level.token, self._scale)
+            found = torch.zeros(self._spec.num_layers)
             for layer in range(self._spec.num_layers):
                 with (
                     torch.no_grad(),
                     two_level_ffn(self._model, self._spec, masking, layers=range(layer, layer + 1)),
                 ):
-                    found[layer] += float(masked_kl(self._model, sequence)) / number
-                self._advance(1)
-        return found
+                    found[layer] = float(masked_kl(self._model, sequence)) / len(cases)
+                self._advance(together)
+            return found
+
+        return torch.stack(list(self._ranks.in_order(cases, run))).sum(dim=0)

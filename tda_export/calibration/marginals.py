@@ -18,6 +18,7 @@ from tda_export.calibration.dense import Blended, DenseSequence
 from tda_export.calibration.masked import LayerRun, Masking, choose_masking, masked_kl, two_level_ffn
 from tda_export.ffn_share import two_level_share
 from tda_export.models.spec import DecoderSpec
+from tda_export.ranks import ALONE, Ranks
 
 BAND = 0.08  # neurons on either side of a threshold whose price counts, as a share of those that are kept
 BINS = 4096
@@ -51,6 +52,21 @@ class EstimateHistogram:
         bins = torch.searchsorted(self.edges, estimates[:, keep].contiguous(), right=True)
         self.counts[layer] += torch.bincount(bins.reshape(-1), minlength=BINS)
         self.total[layer] += estimates.numel()
+
+    def empty(self) -> EstimateHistogram:
+        """Return one of no estimates, on the same device."""
+        return EstimateHistogram(len(self.counts), self.counts.device)
+
+    def to(self, device: torch.device | str) -> EstimateHistogram:
+        """Return it on a device."""
+        moved = EstimateHistogram(len(self.counts), torch.device(device))
+        moved.counts, moved.total = self.counts.to(device), self.total.to(device)
+        return moved
+
+    def merge(self, other: EstimateHistogram) -> None:
+        """Add the estimates of another, on any device."""
+        self.counts += other.counts.to(self.counts.device)
+        self.total += other.total.to(self.total.device)
 
     def fade(self, weight: float) -> None:
         """Let what was added so far count less."""
@@ -112,6 +128,7 @@ def price(
     scale: torch.Tensor,
     down: list[torch.Tensor],
     histogram: EstimateHistogram,
+    ranks: Ranks = ALONE,
 ) -> Prices:
     """Price both densities of every layer at a setting, with one forward and one backward pass for each sequence.
 
@@ -125,29 +142,35 @@ def price(
         scale: Neuron scales, float32 [L, F].
         down: W_down of every layer.
         histogram: Estimates are added to it.
+        ranks: That share the batch.
     """
     layers, device = spec.num_layers, scale.device
-    cost, size = torch.zeros(2, layers, device=device), torch.zeros(2, layers, device=device)
-    mask, token = torch.zeros(layers, device=device), torch.zeros(layers, device=device)
-    kls = []
-    for sequence, statistics in zip(sequences, blended, strict=True):
+
+    def price_one(case: tuple[DenseSequence, Blended], together: int) -> tuple[float, torch.Tensor, EstimateHistogram]:
+        sequence, statistics = case
         masking = choose_masking(down, statistics, level.score_square, level.token, scale)
         runs: dict[int, LayerRun] = {}
         with torch.enable_grad(), two_level_ffn(model, spec, masking, runs.__setitem__):
             kl = masked_kl(model, sequence)
             (kl * GRADIENT_SCALE).backward()
-        kls.append(float(kl.detach()))
+        sums, estimates = torch.zeros(6, layers, device=device), histogram.empty()
         for layer, run in runs.items():
             keep, survivors = masking.keep[layer], run.survivors
-            histogram.add(layer, run.estimates, keep)
-            mask[layer] += keep.float().mean()
-            token[layer] += survivors.float().mean()
+            estimates.add(layer, run.estimates, keep)
             band = _bands(layer, run, statistics, masking, neighbours, len(spec.ffn_parts))
-            cost[:, layer] += torch.stack(band[:2])
-            size[:, layer] += torch.stack(band[2:])
-    number = len(sequences)
+            sums[:, layer] = torch.stack([*band, keep.float().mean(), survivors.float().mean()])
+        return float(kl.detach()), sums.cpu(), estimates.to("cpu")
+
+    kls: list[float] = []
+    sums = torch.zeros(6, layers)
+    for kl, of_sequence, estimates in ranks.in_order(list(zip(sequences, blended, strict=True)), price_one):
+        kls.append(kl)
+        sums += of_sequence
+        histogram.merge(estimates)
+    cost, size, densities = sums.to(device).split(2)
     prices = torch.where(size > 0, cost / size, torch.nan)
-    return Prices(prices[0], prices[1], sum(kls) / number, Densities(mask / number, token / number))
+    densities /= len(sequences)
+    return Prices(prices[0], prices[1], sum(kls) / len(sequences), Densities(densities[0], densities[1]))
 
 
 def _bands(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tda_export.calibration.magnitudes import MagnitudeCounter, no_magnitudes
+from tda_export.calibration.magnitudes import MagnitudeCounter, Magnitudes, no_magnitudes
 from tda_export.calibration.price_file import Priced
 from tda_export.calibration.price_table import (
     SCAN_SEQUENCES,
@@ -19,12 +19,13 @@ from tda_export.calibration.price_table import (
     choose_prices,
     measure_sequence,
 )
-from tda_export.calibration.prices import no_prices, price_continuation, read_prompt, sampled_labels
+from tda_export.calibration.prices import PriceSums, no_prices, price_continuation, read_prompt, sampled_labels
 from tda_export.errors import UsageError
 from tda_export.models.linear_modules import watch_sites
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import Packing, RowBytes, linear_parts, linear_shape
 from tda_export.progress import Advance
+from tda_export.ranks import ALONE, Ranks
 
 SAVE_SECONDS = 5.0  # least time between two saves of prices
 
@@ -72,6 +73,7 @@ def price_rows(
     show: Show,
     resume: Priced | None = None,
     save: Callable[[Priced], None] = lambda priced: None,
+    ranks: Ranks = ALONE,
 ) -> Priced:
     """Take prices from the even sequences, and measure tables of them on the odd ones.
 
@@ -84,29 +86,39 @@ def price_rows(
         show: Opens the progress of a step, given its description and its units.
         resume: What an interrupted run had.
         save: Given what there is from time to time, and after each sequence that was measured.
+        ranks: That share the sequences.
     """
     model.requires_grad_(False)
     priced = resume or begun
     half = len(tokens[::2])
     if int(priced.sums.sequences) < half:
         with show("Pricing", half) as advance:
-            priced = _take_prices(model, spec, tokens[::2], settings, priced, advance, save)
+            priced = _take_prices(model, spec, tokens[::2], settings, priced, advance, save, ranks)
         save(priced)
     row_prices = {packing: priced.sums.row_prices(spec, packing, priced.row_bytes) for packing in settings.packings}
     scanned = tokens[::2][:SCAN_SEQUENCES]
     passes = 1 + len(SHARES) * len(settings.packings)
+    prompt = settings.prompt_tokens
     with show("Measuring prices", len(scanned) + passes * len(tokens[1::2])) as advance:
         if not priced.measured:
-            chosen = choose_prices(model, spec, scanned, settings.prompt_tokens, row_prices, priced.row_bytes, advance)
+            chosen = choose_prices(model, spec, scanned, prompt, row_prices, priced.row_bytes, advance, ranks)
             priced = replace(priced, measured={name: Measured.begin(spec, prices) for name, prices in chosen.items()})
             save(priced)
         else:
             advance(len(scanned))
         done = min(len(measured.kl) for measured in priced.measured.values())
         advance(done * passes)
-        for sequence in tokens[1::2][done:]:
-            measure_sequence(model, spec, sequence, settings.prompt_tokens, row_prices, priced.measured, advance)
-            advance(passes - sum(len(measured.prices) for measured in priced.measured.values()) + len(row_prices) - 1)
+        left_out = passes - sum(len(measured.prices) for measured in priced.measured.values()) + len(row_prices) - 1
+
+        def measure(sequence: torch.Tensor, together: int) -> dict[Packing, Measured]:
+            own = {packing: measured.empty() for packing, measured in priced.measured.items()}
+            measure_sequence(model, spec, sequence, prompt, row_prices, own, lambda units: advance(units * together))
+            advance(left_out * together)
+            return own
+
+        for found in ranks.in_order(list(tokens[1::2])[done:], measure):
+            for packing, of_sequence in found.items():
+                priced.measured[packing].add(of_sequence)
             save(priced)
     return priced
 
@@ -119,19 +131,25 @@ def _take_prices(
     priced: Priced,
     advance: Advance,
     save: Callable[[Priced], None],
+    ranks: Ranks,
 ) -> Priced:
     done = int(priced.sums.sequences)
     advance(done)
     saved = time.monotonic()
     norms = {name: value.to(model.device) for name, value in priced.norms.items()}
-    for index, sequence in list(enumerate(tokens))[done:]:
+
+    def take(item: tuple[int, torch.Tensor], together: int) -> tuple[PriceSums, Magnitudes]:
+        index, sequence = item
         cache = read_prompt(model, sequence[: settings.prompt_tokens])
         counter = MagnitudeCounter(spec, norms)
         # The number of the sequence in the corpus, of which these are the even ones.
         choose = sampled_labels(settings.labels, settings.seed, 2 * index)
         with watch_sites(model, spec, counter.observe):
             found = price_continuation(model, spec, cache, sequence[settings.prompt_tokens :], choose)
-        priced = replace(priced, sums=priced.sums + found, magnitudes=priced.magnitudes + counter.counts)
+        return found, counter.counts
+
+    for sums, magnitudes in ranks.in_order(list(enumerate(tokens))[done:], take):
+        priced = replace(priced, sums=priced.sums + sums, magnitudes=priced.magnitudes + magnitudes)
         advance(1)
         if time.monotonic() - saved >= SAVE_SECONDS:
             save(priced)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from tda_export.packing import (
 )
 from tda_export.pricing import PriceRow, PriceTable
 from tda_export.progress import Advance
+from tda_export.ranks import ALONE, Ranks
 
 SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3)  # of what dense reads, that prices are chosen for
 SCAN_SEQUENCES = 4  # whose inputs the prices are chosen on
@@ -43,6 +44,7 @@ def choose_prices(
     row_prices: Mapping[Packing, RowPrices],
     row_bytes: RowBytes,
     advance: Advance = lambda units: None,
+    ranks: Ranks = ALONE,
 ) -> dict[Packing, list[float]]:
     """Choose the prices to measure, such that dense inputs at them would read `SHARES` of what dense reads.
 
@@ -54,30 +56,38 @@ def choose_prices(
         row_prices: float32 [L, in] of each matrix, for each packing.
         row_bytes: What rows take.
         advance: Told of every sequence.
+        ranks: That share the sequences.
 
     Raises:
         TdaError: No row is worth anything.
     """
-    bytes_worth = {packing: torch.zeros(ALL_BINS, dtype=torch.float64, device=model.device) for packing in row_prices}
     names = {packing: _by_site(spec, packing) for packing in row_prices}
     outputs = linear_outputs(spec)
     on_device = {p: {name: value.to(model.device) for name, value in of.items()} for p, of in row_prices.items()}
 
-    def observe(layer: int, site: str, x: torch.Tensor) -> None:
-        square = x.float().square()
-        for packing, found in bytes_worth.items():
-            for name, parts in names[packing][site].items():
-                bins = float_bins(square * on_device[packing][name][layer]).flatten()
-                count = torch.bincount(bins, minlength=ALL_BINS)
-                found.add_(count, alpha=row_bytes.of(layer, parts, outputs))
+    def scan(sequence: torch.Tensor, together: int) -> dict[Packing, torch.Tensor]:
+        worth = {name: torch.zeros(ALL_BINS, dtype=torch.float64, device=model.device) for name in row_prices}
 
-    for sequence in tokens:
+        def observe(layer: int, site: str, x: torch.Tensor) -> None:
+            square = x.float().square()
+            for packing, found in worth.items():
+                for name, parts in names[packing][site].items():
+                    bins = float_bins(square * on_device[packing][name][layer]).flatten()
+                    count = torch.bincount(bins, minlength=ALL_BINS)
+                    found.add_(count, alpha=row_bytes.of(layer, parts, outputs))
+
         cache = read_prompt(model, sequence[:prompt_tokens])
         with torch.no_grad(), watch_sites(model, spec, observe):
             continuation = sequence[None, prompt_tokens:].to(model.device)
             model(continuation, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return {packing: found.cpu() for packing, found in worth.items()}
+
+    bytes_worth = {packing: torch.zeros(ALL_BINS, dtype=torch.float64) for packing in row_prices}
+    for found in ranks.in_order(list(tokens), scan):
+        for packing, worth in found.items():
+            bytes_worth[packing] += worth
         advance(1)
-    prices = {packing: prices_at(found.cpu(), SHARES) for packing, found in bytes_worth.items()}
+    prices = {packing: prices_at(found, SHARES) for packing, found in bytes_worth.items()}
     if not all(prices.values()):
         raise TdaError(
             "All rows have the price 0: the model's output does not depend on its layers. Check the checkpoint."
@@ -130,6 +140,19 @@ class Measured:
         rows = torch.tensor([0.0, *prices], dtype=torch.float64)
         read = {part: torch.zeros(len(rows), spec.num_layers, dtype=torch.float64) for part in linear_parts(spec)}
         return cls(rows, torch.zeros(0, len(rows), dtype=torch.float64), rows.new_zeros(0, len(rows)), read)
+
+    def empty(self) -> Measured:
+        """Return the same prices with nothing measured."""
+        none = self.kl.new_zeros(0, len(self.prices))
+        return Measured(self.prices, none, none, {part: torch.zeros_like(rows) for part, rows in self.read.items()})
+
+    def add(self, other: Measured) -> None:
+        """Add what was measured of further sequences at the same prices."""
+        self.kl = torch.cat([self.kl, other.kl])
+        self.agreement = torch.cat([self.agreement, other.agreement])
+        for part, rows in other.read.items():
+            self.read[part] += rows
+        self.tokens += other.tokens
 
     def densities(self, linears: LinearShapes) -> dict[str, torch.Tensor]:
         """Return the share of rows that a token read, by part, float64 [A, L]."""
@@ -211,7 +234,7 @@ def measure_sequence(
 
     dense, dense_read = read({}, 0.0)
     advance(1)
-    found: list[Callable[[], None]] = []
+    found: dict[Packing, Measured] = {}
     for packing, table in measured.items():
         kl, agreement, rows = [0.0], [1.0], [dense_read]
         for price in table.prices[1:].tolist():
@@ -220,22 +243,15 @@ def measure_sequence(
             agreement.append(float((dense.argmax(dim=-1) == sparse.argmax(dim=-1)).double().mean()))
             rows.append(sparse_read)
             advance(1)
-        found.append(_adding(table, kl, agreement, rows, continuation.shape[1]))
-    for add in found:
-        add()
-
-
-def _adding(
-    table: Measured, kl: list[float], agreement: list[float], rows: list[dict[str, torch.Tensor]], tokens: int
-) -> Callable[[], None]:
-    def add() -> None:
-        table.kl = torch.cat([table.kl, torch.tensor([kl], dtype=torch.float64)])
-        table.agreement = torch.cat([table.agreement, torch.tensor([agreement], dtype=torch.float64)])
-        for part, read in table.read.items():
-            read += torch.stack([row[part] for row in rows])
-        table.tokens += tokens
-
-    return add
+        found[packing] = Measured(
+            table.prices,
+            torch.tensor([kl], dtype=torch.float64),
+            torch.tensor([agreement], dtype=torch.float64),
+            {part: torch.stack([row[part] for row in rows]) for part in table.read},
+            continuation.shape[1],
+        )
+    for packing, of_sequence in found.items():
+        measured[packing].add(of_sequence)
 
 
 def _share(

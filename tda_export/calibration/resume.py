@@ -75,15 +75,15 @@ class PartialFile:
             goes_on = f" Started again, it goes on from what {self.path} holds." if self.path.exists() else ""
             raise TdaError(f"{error} The calibration has stopped.{goes_on}") from error
 
-    def load(self, device: torch.device | str) -> tuple[CurveSums, Sweep | None] | None:
+    def load(self) -> tuple[CurveSums, Sweep | None] | None:
         """Read what an earlier run left of masks, if it was of the same calibration; None otherwise."""
         try:
-            tensors = {name: value.to(device) for name, value in self._read().items() if not name.startswith(PRICED)}
-            sums = CurveSums(*(tensors[field.name].cpu() for field in fields(CurveSums)))
+            tensors = {name: value for name, value in self._read().items() if not name.startswith(PRICED)}
+            sums = CurveSums(*(tensors[field.name] for field in fields(CurveSums)))
             found = sums, _sweep(tensors) if "path.step" in tensors else None
         except UNREADABLE:
             return None  # missing, damaged or of another kind: begin anew
-        self._parts[""] = {name: value.cpu() for name, value in tensors.items()}
+        self._parts[""] = tensors
         return found
 
     def load_priced(self, begun: Priced) -> Priced | None:
@@ -130,7 +130,7 @@ def _state_tensors(state: PathState) -> dict[str, torch.Tensor]:
 def _sweep(tensors: dict[str, torch.Tensor]) -> Sweep:
     if MEASURED + COLUMNS[0] not in tensors:
         return Sweep(_state(tensors))
-    columns = [tensors[MEASURED + name].cpu() for name in COLUMNS]
+    columns = [tensors[MEASURED + name] for name in COLUMNS]
     return Sweep(_state(tensors), list(zip(*columns, strict=True)))
 
 

@@ -28,6 +28,7 @@ from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import PACKINGS, Packing, row_bytes_of
 from tda_export.progress import Advance
+from tda_export.ranks import ALONE, Ranks
 from tda_export.versions import installed_versions
 
 CalibrationMethod = Literal["priced", "tda", "all"]
@@ -121,6 +122,7 @@ def accumulate_curves(
     *,
     resume: CurveSums | None = None,
     save: Callable[[CurveSums], None] = lambda sums: None,
+    ranks: Ranks = ALONE,
 ) -> tuple[torch.Tensor, CurveSums]:
     """Run the sequences through the model and add up the curves.
 
@@ -130,28 +132,36 @@ def accumulate_curves(
         tokens: int64 [N, P + C].
         settings: Estimator and lengths are used here.
         advance: Told of sequences that are in the sums.
-        resume: Sums of the first sequences, from a run that was interrupted; they are added to in place.
+        resume: Sums of the first sequences, from a run that was interrupted.
         save: Given the sums of whole sequences from time to time (`SAVE_SECONDS`).
+        ranks: That share the sequences.
 
     Returns:
         The threshold grid, float32 [K], and the sums.
     """
     grid = threshold_grid()
-    accumulator = CurveAccumulator(
-        spec.num_layers, spec.ffn_size, grid, settings.estimator, settings.prompt_tokens, resume
-    )
-    done = int(accumulator.sums.sequences)
+
+    def begin() -> CurveAccumulator:
+        return CurveAccumulator(spec.num_layers, spec.ffn_size, grid, settings.estimator, settings.prompt_tokens)
+
+    def add(sequence: torch.Tensor, together: int) -> CurveSums:
+        own = begin()
+        with torch.inference_mode(), capture_activations(model, spec, own.add, own.add_up):
+            model.base_model(sequence[None].to(model.device), use_cache=False)  # [1, P + C]
+        return own.sums
+
+    sums = resume or begin().sums
+    done = int(sums.sequences)
     if done:
         advance(done)
     saved = time.monotonic()
-    with torch.inference_mode(), capture_activations(model, spec, accumulator.add, accumulator.add_up):
-        for sequence in tokens[done:]:
-            model.base_model(sequence[None].to(model.device), use_cache=False)  # [1, P + C]
-            advance(1)
-            if time.monotonic() - saved >= SAVE_SECONDS:
-                save(accumulator.sums)
-                saved = time.monotonic()
-    return grid, accumulator.sums
+    for found in ranks.in_order(list(tokens)[done:], add):
+        sums = sums.merge(found)
+        advance(1)
+        if time.monotonic() - saved >= SAVE_SECONDS:
+            save(sums)
+            saved = time.monotonic()
+    return grid, sums
 
 
 def calibrate(
@@ -162,6 +172,7 @@ def calibrate(
     *,
     show: Show,
     output: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Calibration:
     """Calibrate a model on a corpus.
 
@@ -171,7 +182,9 @@ def calibrate(
         settings: How.
         budget: The budget that was asked for, as plain data; build takes it as its default.
         show: Opens the progress of a step, given its description and its units.
-        output: The file to come; what an interrupted run left beside it is used again (`resume.PartialFile`).
+        output: The file to come; what an interrupted run left beside it is used again (`resume.PartialFile`). The
+            first rank alone writes there.
+        ranks: That share the sequences; all of them return the same.
 
     Returns:
         Prices, curves, KL path and provenance, ready to be written.
@@ -186,7 +199,7 @@ def calibrate(
         "model": {
             "name": source.name,
             "architecture": source.spec.architecture,
-            "fingerprint": source.fingerprint,
+            "fingerprint": ranks.from_first(lambda: source.fingerprint),
             "ffn_matrices": len(source.spec.ffn_parts),
             **({} if source.quantisation is None else {"quantization": kept_of(source.quantisation)}),
         },
@@ -194,16 +207,16 @@ def calibrate(
         "settings": settings.describe(),
     }
     versions = {"tda-export": tda_export.__version__, **installed_versions(RECORDED_PACKAGES)}
-    partial = PartialFile(output, about | {"versions": versions}) if output else None
-    earlier = partial.load(settings.device) if partial and settings.masks else None
-    model = source.reference(dtype=TORCH_DTYPES[settings.dtype], device=settings.device)
-    priced = _price(model, source, corpus, settings, show, partial) if settings.priced else None
+    partial = PartialFile(output, about | {"versions": versions}) if output and ranks.first else None
+    earlier = ranks.from_first(lambda: partial.load() if partial and settings.masks else None)
+    model = source.reference(dtype=TORCH_DTYPES[settings.dtype], device=ranks.own_device(settings.device))
+    priced = _price(model, source, corpus, settings, show, partial, ranks) if settings.priced else None
     sums, sweep = earlier or (None, None)
     save = partial.save if partial else lambda sums, sweep=None: None
     if settings.masks and (sums is None or int(sums.sequences) < len(corpus.tokens)):
         with show("Calibrating", len(corpus.tokens)) as advance:
             sums = accumulate_curves(
-                model, source.spec, corpus.tokens, settings, advance, resume=sums, save=lambda sums: save(sums)
+                model, source.spec, corpus.tokens, settings, advance, resume=sums, save=save, ranks=ranks
             )[1]
         save(sums)
     table = None
@@ -219,8 +232,9 @@ def calibrate(
                 prior_tokens=settings.prior_tokens,
                 seed=settings.seed,
                 advance=advance,
-                resume=sweep,
+                resume=sweep.to(model.device) if sweep else None,
                 save=lambda sweep: save(sums, sweep),
+                ranks=ranks,
             )
     provenance = {**about, "budget": budget, "versions": versions}
     return Calibration(threshold_grid(), sums, provenance, table, priced)
@@ -233,6 +247,7 @@ def _price(
     settings: CalibrationSettings,
     show: Show,
     partial: PartialFile | None,
+    ranks: Ranks,
 ) -> Priced:
     spec = source.spec
     row_bytes = row_bytes_of(spec, ELEMENT_BYTES[settings.dtype], source.format_of)
@@ -250,6 +265,7 @@ def _price(
         PriceSettings(settings.prompt_tokens, settings.labels, settings.seed, packings),
         begun,
         show=show,
-        resume=partial.load_priced(begun) if partial else None,
+        resume=ranks.from_first(lambda: partial.load_priced(begun) if partial else None),
         save=partial.save_priced if partial else lambda priced: None,
+        ranks=ranks,
     )

@@ -152,7 +152,9 @@ def calibrate(
     from tda_export.models.source import resolve_model
     from tda_export.packing import PACKINGS
     from tda_export.progress import progress
+    from tda_export.ranks import join
 
+    ranks = join(device)
     _check_options(method, {"--labels": labels, "--packing": packing}, "tda")
     of_masks = {"--estimator": estimator, "--curves-only": curves_only or None, "--prior-tokens": prior_tokens}
     _check_options(method, of_masks | {"--cett": cett, "--allocation": allocation}, "priced")
@@ -180,29 +182,34 @@ def calibrate(
                 "--curves-only leaves out what this budget needs. Give --cett, or --sparsity with --allocation uniform."
             )
         check_reach(budget)
-    check_output(output, overwrite=overwrite, what="a calibration", is_earlier_output=is_calibration)
-    source = resolve_model(model, notify=lambda line: click.echo(line, err=True))
+    if ranks.first:
+        check_output(output, overwrite=overwrite, what="a calibration", is_earlier_output=is_calibration)
+    source = ranks.first_here(lambda: resolve_model(model, notify=lambda line: click.echo(line, err=True)))
     if settings.length > source.spec.max_positions:
         raise UsageError(
             f"{settings.length} tokens (prompt and continuation) are more than the {source.spec.max_positions} "
             f"positions of {model}. Lower --prompt-tokens or --continuation-tokens."
         )
-    corpus = load_corpus(
-        dataset,
-        source.tokenizer,
-        text_column=text_column,
-        sequences=sequences,
-        length=settings.length,
-        seed=seed,
-        vocab_size=source.spec.vocab_size,
+    corpus = ranks.from_first(
+        lambda: load_corpus(
+            dataset,
+            source.tokenizer,
+            text_column=text_column,
+            sequences=sequences,
+            length=settings.length,
+            seed=seed,
+            vocab_size=source.spec.vocab_size,
+        )
     )
     found = corpus.tokens.shape[0]
     if found < sequences:
         click.echo(
             f"{dataset} holds text for {found} sequences of {settings.length} tokens; calibrating on those.", err=True
         )
-    show = partial(progress, quiet=as_json)
-    calibration = run(source, corpus, settings, _describe(budget, settings), show=show, output=output)
+    show = partial(progress, quiet=as_json or not ranks.first)
+    calibration = run(source, corpus, settings, _describe(budget, settings), show=show, output=output, ranks=ranks)
+    if not ranks.first:
+        return
     reachable = _reachable(budget, calibration)
     if reachable != budget:
         budget = reachable

@@ -129,16 +129,22 @@ def evaluate(
     Strict protocol: the prompt is read densely and gives the mask, every token after it is decoded under the mask.
     Standard errors are over the prompts or the questions.
     """
+    from tda_export.errors import UsageError
     from tda_export.evaluation.free import evaluate_free
     from tda_export.evaluation.methods import Request, check_request, open_setting
     from tda_export.evaluation.text import TextSettings, cut_windows, evaluate_text
     from tda_export.progress import progress
+    from tda_export.ranks import join
     from tda_export.runtime.artifact import open_artifact
     from tda_export.runtime.providers import choose_provider
     from tda_export.runtime.session import Sessions
     from tda_export.runtime.text import Text
 
+    ranks = join("cpu")
+    ranks.take_own_gpu(provider)
     _refuse_foreign_options(context, text_file, tasks)
+    if tasks is not None and ranks.count > 1:
+        raise UsageError("--tasks runs in one process. Start it without torchrun.")
     opened = open_artifact(artifact)
     chosen = chosen_refresh(opened, refresh)
     request = Request(
@@ -182,13 +188,13 @@ def evaluate(
         "text": text_file.name,
         "prompt_tokens": prompt_tokens,
     }
-    with progress("Evaluating", len(windows), quiet=as_json) as advance:
+    with progress("Evaluating", len(windows), quiet=as_json or not ranks.first) as advance:
         if free is None:
-            quality = evaluate_text(opened, setting, windows, settings, advance=advance)
+            quality = evaluate_text(opened, setting, windows, settings, advance=advance, ranks=ranks)
             result |= {"continuation_tokens": continuation_tokens, **asdict(quality)}
         else:
             starts = [window[:prompt_tokens] for window in windows]
-            result |= asdict(evaluate_free(opened, setting, starts, free, advance=advance))
+            result |= asdict(evaluate_free(opened, setting, starts, free, advance=advance, ranks=ranks))
     click.echo(json.dumps(result) if as_json else (_summary if free is None else _free_summary)(result))
 
 

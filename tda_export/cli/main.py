@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from tda_export import __version__
+from tda_export import __version__, ranks
 from tda_export.cli.bench import bench
 from tda_export.cli.build import build
 from tda_export.cli.calibrate import calibrate
@@ -43,6 +43,19 @@ class ErrorMappingGroup(click.Group):
             sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run a command. Of several ranks one shows the error that ends them all."""
+        try:
+            result = self._invoke(ctx)
+        except click.exceptions.Exit:
+            raise
+        except Exception as error:
+            if ranks.speaks():
+                raise
+            ctx.exit(error.exit_code if isinstance(error, click.ClickException) else 1)
+        ranks.leave()
+        return result
+
+    def _invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except UsageError as error:

@@ -106,8 +106,10 @@ def quantize(
     from tda_export.quantization.resume import PartialLayers
     from tda_export.quantization.run import QuantizeSettings
     from tda_export.quantization.run import quantize as run
+    from tda_export.ranks import join
     from tda_export.weights.plan import read_rules
 
+    ranks = join(device)
     settings = QuantizeSettings(
         weights,
         int(group),
@@ -121,8 +123,9 @@ def quantize(
         seed,
         device,
     )
-    check_output(output, overwrite=overwrite, what="a quantised model", is_earlier_output=is_quantised_folder)
-    source = resolve_model(model, notify=lambda line: click.echo(line, err=True))
+    if ranks.first:
+        check_output(output, overwrite=overwrite, what="a quantised model", is_earlier_output=is_quantised_folder)
+    source = ranks.first_here(lambda: resolve_model(model, notify=lambda line: click.echo(line, err=True)))
     if source.quantisation is not None:
         raise UsageError(f"{model} is quantised already. Give the float model that it was made from.")
     settings.plan(source.spec)  # rules are refused before any text is read
@@ -133,21 +136,26 @@ def quantize(
                 f"{settings.length} tokens (prompt and continuation) are more than the {source.spec.max_positions} "
                 f"positions of {model}. Lower --prompt-tokens or --continuation-tokens."
             )
-        corpus = load_corpus(
-            dataset,
-            source.tokenizer,
-            text_column=text_column,
-            sequences=settings.all_sequences,
-            length=settings.length,
-            seed=seed,
-            vocab_size=source.spec.vocab_size,
+        corpus = ranks.from_first(
+            lambda: load_corpus(
+                dataset,
+                source.tokenizer,
+                text_column=text_column,
+                sequences=settings.all_sequences,
+                length=settings.length,
+                seed=seed,
+                vocab_size=source.spec.vocab_size,
+            )
         )
         found = len(corpus.tokens)
         if found < settings.all_sequences:
             click.echo(
                 f"{dataset} holds text for {found} sequences of {settings.length} tokens; using those.", err=True
             )
-    quantised = run(source, corpus, settings, show=partial(progress, quiet=quiet or as_json), output=output.absolute())
+    show = partial(progress, quiet=quiet or as_json or not ranks.first)
+    quantised = run(source, corpus, settings, show=show, output=output.absolute(), ranks=ranks)
+    if not ranks.first:
+        return
     write_quantised(source, output, quantised.codes, quantised.plan, quantised.about)
     PartialLayers(output.absolute(), {}).remove()
     if as_json:

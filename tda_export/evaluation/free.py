@@ -20,6 +20,7 @@ from tda_export.errors import TdaError, UsageError
 from tda_export.evaluation.greedy import greedy_tokens, likeliest
 from tda_export.evaluation.methods import AnySetting
 from tda_export.evaluation.text import linear_bytes
+from tda_export.ranks import ALONE, Ranks
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.phases import decode
@@ -73,6 +74,7 @@ def evaluate_free(
     new_tokens: int,
     *,
     advance: Callable[[int], None] = lambda prompts: None,
+    ranks: Ranks = ALONE,
 ) -> FreeQuality:
     """Let a method and the dense model write on after prompts.
 
@@ -82,6 +84,7 @@ def evaluate_free(
         prompts: N >= 2 of them, token ids.
         new_tokens: How many to write after each, at least 2.
         advance: Told of every prompt that is done.
+        ranks: That share the prompts; all of them return the same.
 
     Raises:
         UsageError: The method does not generate, or the numbers are out of range.
@@ -89,7 +92,7 @@ def evaluate_free(
     """
     if new_tokens < 2 or len(prompts) < 2:
         raise UsageError("Free generation takes 2 prompts or more, and 2 new tokens or more.")
-    measured = measure_free(artifact, setting, prompts, new_tokens, advance)
+    measured = measure_free(artifact, setting, prompts, new_tokens, advance, ranks)
     return summarise_free(measured, new_tokens, artifact.dense_ffn_bytes, artifact.linear_bytes)
 
 
@@ -99,6 +102,7 @@ def measure_free(
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     advance: Callable[[int], None] = lambda prompts: None,
+    ranks: Ranks = ALONE,
 ) -> list[FreeText]:
     """Do as `evaluate_free`, for any number of prompts and without averaging."""
     longest = max(len(prompt) for prompt in prompts) + new_tokens
@@ -111,12 +115,16 @@ def measure_free(
     step.capture()
     cache = KvCache(artifact.shape, setting.sessions.provider, longest)
     reader = setting.open_reader(cache)
-    measured = []
-    for prompt in prompts:
+
+    def measure(prompt: Sequence[int], together: int) -> FreeText:
         dense = _write(artifact, setting, step, prompt, new_tokens, masked=False)
         sparse = _write(artifact, setting, step, prompt, new_tokens, masked=True)
         equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(dense, sparse, strict=True))
-        measured.append(_drift(setting, cache, reader, prompt, dense, divergence=len(list(equal))))
+        return _drift(setting, cache, reader, prompt, dense, divergence=len(list(equal)))
+
+    measured = []
+    for found in ranks.in_order(prompts, measure):
+        measured.append(found)
         advance(1)
     return measured
 

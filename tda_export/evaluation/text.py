@@ -16,6 +16,7 @@ import numpy as np
 from tda_export.errors import TdaError, UsageError
 from tda_export.evaluation.methods import AnySetting
 from tda_export.evaluation.setting import Counted
+from tda_export.ranks import ALONE, Ranks
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.phases import decode
@@ -113,6 +114,7 @@ def evaluate_text(
     settings: TextSettings,
     *,
     advance: Callable[[int], None] = lambda windows: None,
+    ranks: Ranks = ALONE,
 ) -> TextQuality:
     """Measure a method on windows of a text.
 
@@ -122,14 +124,15 @@ def evaluate_text(
         windows: N windows of `settings.window` token ids.
         settings: The lengths.
         advance: Told of every window that is done.
+        ranks: That share the windows; all of them return the same.
 
     Raises:
         TdaError: A window is longer than the model's maximum, or logits are not finite.
     """
     check_lengths(artifact, settings)
     measured = []
-    for window in windows:
-        measured.append(measure_window(artifact, setting, window, settings))
+    for found in ranks.in_order(windows, lambda window, together: measure_window(artifact, setting, window, settings)):
+        measured.append(found)
         advance(1)
     return summarise(measured, artifact.dense_ffn_bytes, artifact.linear_bytes)
 

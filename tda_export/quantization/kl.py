@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,14 +43,31 @@ def continuations(model: Any, tokens: torch.Tensor, prompt_tokens: int) -> Itera
         yield logits.float().log_softmax(dim=-1).cpu()
 
 
-def loss(dense: list[torch.Tensor], quantised: Iterator[torch.Tensor]) -> Loss:
-    """Compare log-probabilities [C, V] of the float model with the quantised model's, sequence by sequence."""
-    kl, agreement = [], []
-    for p, q in zip(dense, quantised, strict=True):
-        kl.append(float((p.exp() * (p - q)).sum(dim=-1).mean()))
-        agreement.append(float((p.argmax(dim=-1) == q.argmax(dim=-1)).double().mean()))
-    values = torch.tensor(kl, dtype=torch.float64)
-    error = float(values.std()) / math.sqrt(len(kl)) if len(kl) > 1 else 0.0
+@dataclass(frozen=True)
+class Compared:
+    """Of the continuation of one sequence: mean KL and agreement, and its tokens."""
+
+    kl: float
+    agreement: float
+    tokens: int
+
+
+def compare(p: torch.Tensor, q: torch.Tensor) -> Compared:
+    """Compare log-probabilities [C, V] of the float model with the quantised model's."""
+    same = p.argmax(dim=-1) == q.argmax(dim=-1)
+    return Compared(float((p.exp() * (p - q)).sum(dim=-1).mean()), float(same.double().mean()), len(p))
+
+
+def summarise(compared: Sequence[Compared]) -> Loss:
+    """Average over sequences."""
+    values = torch.tensor([each.kl for each in compared], dtype=torch.float64)
+    error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     # Of what is the same but for rounding the KL may come out below 0.
     mean = max(0.0, float(values.mean()))
-    return Loss(mean, error, sum(agreement) / len(agreement), sum(len(p) for p in dense), len(kl))
+    agreement = sum(each.agreement for each in compared) / len(compared)
+    return Loss(mean, error, agreement, sum(each.tokens for each in compared), len(compared))
+
+
+def loss(dense: list[torch.Tensor], quantised: Iterator[torch.Tensor]) -> Loss:
+    """Compare log-probabilities [C, V] of the float model with the quantised model's, sequence by sequence."""
+    return summarise([compare(p, q) for p, q in zip(dense, quantised, strict=True)])

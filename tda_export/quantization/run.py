@@ -24,10 +24,11 @@ from tda_export.packing import linear_parts, linear_sites
 from tda_export.progress import Advance
 from tda_export.quantization.gptq import DAMPING, quantise_rows, row_order
 from tda_export.quantization.hessians import FIRST_TOKEN_WEIGHT, site_hessian
-from tda_export.quantization.kl import Loss, continuations, loss
+from tda_export.quantization.kl import Compared, Loss, compare, continuations, summarise
 from tda_export.quantization.layers import Call, first_inputs, layer_calls, pass_on
 from tda_export.quantization.nearest import read_matrix_rows, round_matrix
 from tda_export.quantization.resume import PartialLayers
+from tda_export.ranks import ALONE, Ranks
 from tda_export.versions import installed_versions
 from tda_export.weights.formats import DEFAULT_GROUP, IntegerFormat
 from tda_export.weights.integers import Codes
@@ -136,6 +137,7 @@ def quantize(
     *,
     show: Show,
     output: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Quantised:
     """Quantise a model.
 
@@ -144,7 +146,9 @@ def quantize(
         corpus: Sequences of `settings.length` tokens; None where none are needed.
         settings: How.
         show: Opens the progress of a step, given its description and its units.
-        output: The folder to come; layers that an interrupted run finished are read beside it (`PartialLayers`).
+        output: The folder to come; layers that an interrupted run finished are read beside it (`PartialLayers`). The
+            first rank alone writes there.
+        ranks: That share sequences and matrices; all of them return the same.
 
     Raises:
         UsageError: A rule matches nothing, or there is too little text.
@@ -152,18 +156,20 @@ def quantize(
     """
     spec, plan = source.spec, settings.plan(source.spec)
     tokens, held_out = split(corpus, settings)
-    about = _about(source, corpus, settings, len(tokens), len(held_out))
+    about = _about(source, ranks.from_first(lambda: source.fingerprint), corpus, settings, len(tokens), len(held_out))
     versions = {"tda-export": tda_export.__version__, **installed_versions(RECORDED_PACKAGES)}
     key = about | {"formats": plan.to_dict(), "device": settings.device, "versions": versions}
-    partial = PartialLayers(output, key) if output else None
-    model = _reference(source, settings.device) if len(tokens) or len(held_out) else None
+    partial = PartialLayers(output, key) if output and ranks.first else None
+    device = ranks.own_device(settings.device)
+    model = _reference(source, device) if len(tokens) or len(held_out) else None
     dense: list[torch.Tensor] = []
     if len(held_out):
         with show("Reading the float model", len(held_out)) as advance:
-            for found in continuations(model, held_out, settings.prompt_tokens):
+            own = held_out[ranks.number :: ranks.count]
+            for found in continuations(model, own, settings.prompt_tokens):
                 dense.append(found)
-                advance(1)
-    run = _Run(source, plan, settings, model, tokens, partial)
+                advance(min(ranks.count, len(held_out) - (len(dense) - 1) * ranks.count))
+    run = _Run(source, plan, settings, model, tokens, partial, ranks)
     with show("Quantising", spec.num_layers + 1) as advance:
         codes = run.outside()
         advance(1)
@@ -172,8 +178,15 @@ def quantize(
             advance(1)
     measured = None
     if len(held_out):
+        float_model = iter(dense)
+
+        def measure(sequence: torch.Tensor, together: int) -> Compared:
+            (found,) = continuations(model, sequence[None], settings.prompt_tokens)
+            advance(together)
+            return compare(next(float_model), found)
+
         with show("Measuring", len(held_out)) as advance:
-            measured = loss(dense, _counted(continuations(model, held_out, settings.prompt_tokens), advance))
+            measured = summarise(list(ranks.in_order(list(held_out), measure)))
         about |= {"loss": measured.describe()}
     return Quantised(codes, plan, about | {"versions": versions}, measured)
 
@@ -189,26 +202,31 @@ class _Run:
         model: Any,
         tokens: torch.Tensor,
         partial: PartialLayers | None,
+        ranks: Ranks,
     ) -> None:
         self._spec, self._weights = source.spec, source.weights()
         self._plan, self._settings, self._model, self._partial = plan, settings, model, partial
-        self._tokens = tokens
+        self._tokens, self._ranks = tokens, ranks
         self._calls: list[Call] = []
         self._inputs: list[torch.Tensor] = []
 
     def outside(self) -> dict[str, Codes]:
         """Quantise embedding and head, and read the sequences up to the first layer."""
         names = {EMBEDDING: self._spec.names.embedding, HEAD: self._spec.names.head}
-        codes = {}
-        for name in (EMBEDDING, HEAD):
-            format = self._plan.integers.get(name)
-            if format is not None:
-                rows = read_matrix_rows(self._spec, self._weights, name)
-                codes[name] = round_matrix(rows, format, symmetric=self._settings.symmetric)
-                self._put(names[name], torch.from_numpy(codes[name].decode()))
+        integers = self._plan.integers
+
+        def rounded(name: str, together: int) -> Codes:
+            rows = read_matrix_rows(self._spec, self._weights, name)
+            return round_matrix(rows, integers[name], symmetric=self._settings.symmetric)
+
+        wanted = [name for name in (EMBEDDING, HEAD) if name in integers]
+        codes = dict(zip(wanted, self._ranks.in_order(wanted, rounded), strict=True))
+        for name, found in codes.items():
+            self._put(names[name], torch.from_numpy(found.decode()))
         if len(self._tokens):
             self._calls = layer_calls(self._model, self._spec, self._tokens[0])
-            self._inputs = first_inputs(self._model, self._spec, self._tokens)
+            own = self._tokens[self._ranks.number :: self._ranks.count]
+            self._inputs = first_inputs(self._model, self._spec, own)
         return codes
 
     def layer(self, layer: int) -> dict[str, Codes]:
@@ -216,7 +234,7 @@ class _Run:
         names = [part_name(layer, part) for part in linear_parts(self._spec)]
         formats = {name: format for name in names if (format := self._plan.integers.get(name)) is not None}
         shapes = {name: (format, matrix_shape(self._spec, name)) for name, format in formats.items()}
-        earlier = self._partial.load(layer, shapes) if self._partial else None
+        earlier = self._ranks.from_first(lambda: self._partial.load(layer, shapes) if self._partial else None)
         codes: dict[str, Codes] = {}
         for site, parts in linear_sites(self._spec).items():
             rows = {part: read_matrix_rows(self._spec, self._weights, part_name(layer, part)) for part in parts}
@@ -237,16 +255,22 @@ class _Run:
         symmetric = self._settings.symmetric
         wanted = {part: formats[name] for part in rows if (name := part_name(layer, part)) in formats}
         if self._settings.quantizer == "rtn" or not wanted:
-            return {part: round_matrix(rows[part], format, symmetric=symmetric) for part, format in wanted.items()}
-        hessian = site_hessian(self._model, self._spec, layer, site, self._calls[layer], self._inputs)
-        try:
-            order = row_order(hessian)
-        except TdaError as error:
-            raise TdaError(f"Layer {layer}, {site}: {error}") from error
-        return {
-            part: quantise_rows(torch.from_numpy(rows[part]).to(hessian.device), order, format, symmetric=symmetric)
-            for part, format in wanted.items()
-        }
+
+            def quantised(part: str, together: int) -> Codes:
+                return round_matrix(rows[part], wanted[part], symmetric=symmetric)
+        else:
+            hessian = site_hessian(self._model, self._spec, layer, site, self._calls[layer], self._inputs)
+            self._ranks.add_up(hessian)
+            try:
+                order = row_order(hessian)
+            except TdaError as error:
+                raise TdaError(f"Layer {layer}, {site}: {error}") from error
+
+            def quantised(part: str, together: int) -> Codes:
+                weight = torch.from_numpy(rows[part]).to(hessian.device)
+                return quantise_rows(weight, order, wanted[part], symmetric=symmetric)
+
+        return dict(zip(wanted, self._ranks.in_order(list(wanted), quantised), strict=True))
 
     def _put_parts(self, layer: int, values: dict[str, torch.Tensor]) -> None:
         if self._model is None:
@@ -276,18 +300,17 @@ def _reference(source: ModelSource, device: str) -> Any:
 
 
 def _about(
-    source: ModelSource, corpus: Corpus | None, settings: QuantizeSettings, read: int, held_out: int
+    source: ModelSource,
+    fingerprint: str,
+    corpus: Corpus | None,
+    settings: QuantizeSettings,
+    read: int,
+    held_out: int,
 ) -> dict[str, Any]:
-    model = {"name": source.name, "architecture": source.spec.architecture, "fingerprint": source.fingerprint}
+    model = {"name": source.name, "architecture": source.spec.architecture, "fingerprint": fingerprint}
     content: dict[str, Any] = {"quantizer": settings.describe(), "model": model}
     if corpus is not None:
         lengths = {"prompt_tokens": settings.prompt_tokens, "continuation_tokens": settings.continuation_tokens}
         described = corpus.describe() | {"sequences": read, "kl_sequences": held_out, "seed": settings.seed}
         content["data"] = described | lengths
     return content
-
-
-def _counted(found: Any, advance: Advance) -> Any:
-    for each in found:
-        yield each
-        advance(1)

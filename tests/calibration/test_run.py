@@ -363,7 +363,7 @@ def test_a_damaged_partial_file_is_not_used(
     if damage == "folder":
         partial.unlink()
         partial.mkdir()
-        assert PartialFile(output, {}).load("cpu") is None
+        assert PartialFile(output, {}).load() is None
         return
     steps = steps_of(monkeypatch)
     assert equal(calibrate(tiny, CORPUS, SETTINGS, BUDGET, show=Shown(), output=output), uninterrupted)
@@ -373,12 +373,12 @@ def test_a_damaged_partial_file_is_not_used(
 def test_removing_a_partial_file_twice(tmp_path: Path, uninterrupted: Calibration) -> None:
     partial = PartialFile(tmp_path / "x", {"a": 1})
     partial.save(uninterrupted.sums)
-    loaded = partial.load("cpu")
+    loaded = partial.load()
     assert loaded is not None
     assert torch.equal(loaded[0].ratio, uninterrupted.sums.ratio)
     assert loaded[1] is None
-    assert PartialFile(tmp_path / "x", {"a": 2}).load("cpu") is None
+    assert PartialFile(tmp_path / "x", {"a": 2}).load() is None
     partial.remove()
     partial.remove()
-    assert partial.load("cpu") is None
+    assert partial.load() is None
     assert list(tmp_path.iterdir()) == []

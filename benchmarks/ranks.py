@@ -1,0 +1,181 @@
+"""Time a calibration of one process against that of several ranks, on a model of a true shape with random weights.
+
+    python benchmarks/ranks.py FOLDER [--shape llama-3.2-1b] [--ranks 1 --ranks 2] [--device cuda] [--dtype bf16]
+
+Makes the model in FOLDER/SHAPE-DTYPE, where it stays and is found again, and calibrates prices on built-in text, in
+bytes. Each run is a process of its own, or as many as it has ranks, started by torchrun; every process has as many of
+the processor's cores as a rank of the largest run. Prints
+one JSON line a run: seconds of the calibration as a whole, of loading and of each step, seconds of the whole run with
+its start, the same in terms of the first run (`speedup`), and by how much the prices and the KL of the table differ
+from the first run's, relative to their largest. Give several sequences for each rank: the first of a run also takes
+what starting CUDA takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tda_export.bench.shapes import SHAPES
+from tda_export.progress import Advance
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+
+
+class Timed:
+    """Stands in for progress bars, and says how long each took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, description: str, units: int) -> Iterator[Advance]:
+        started = time.perf_counter()
+        yield lambda done: None
+        self.seconds[description] = time.perf_counter() - started
+
+
+def make(options: argparse.Namespace) -> Path:
+    """Make the model, unless it is there."""
+    import torch
+
+    from tda_export.bench.random_model import write_random_model
+    from tda_export.bench.shapes import random_source
+    from tda_export.graph.contract import DTYPES
+
+    folder: Path = options.folder / f"{options.shape}-{options.dtype}"
+    if not (folder / "tokenizer.json").is_file():  # written last
+        source = random_source(options.shape)
+        config = source.config
+        config.architectures = [source.spec.architecture]
+        write_random_model(config, folder, dtype=getattr(torch, DTYPES[options.dtype]))
+    return folder
+
+
+def builtin_corpus(tokenizer: Any, sequences: int, length: int) -> Any:
+    """Cut the built-in text as it comes: what the CLI does with a dataset needs a package that may be missing."""
+    import torch
+
+    from tda_export.calibration.corpus import Corpus, builtin_folder
+
+    text = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(builtin_folder().glob("*.txt")))
+    tokens = tokenizer(text[: 2 * sequences * length]).input_ids[: sequences * length]
+    cut = torch.tensor(tokens, dtype=torch.int64).view(sequences, length)
+    return Corpus(cut, "builtin", hashlib.sha256(cut.numpy().tobytes()).hexdigest())
+
+
+def calibrate(options: argparse.Namespace) -> None:
+    """Calibrate as one rank; the first prints what it took, and keeps the calibration."""
+    import torch
+
+    from tda_export import ranks as group
+    from tda_export.calibration.file import write_calibration
+    from tda_export.calibration.run import CalibrationSettings
+    from tda_export.calibration.run import calibrate as run
+    from tda_export.models.source import resolve_model
+
+    ranks = group.join(options.device)
+    source = resolve_model(str(make(options)))
+    settings = CalibrationSettings(
+        sequences=options.sequences,
+        prompt_tokens=options.prompt_tokens,
+        continuation_tokens=options.continuation_tokens,
+        dtype=options.dtype,
+        device=options.device,
+    )
+    corpus = builtin_corpus(source.tokenizer, settings.sequences, settings.length)
+    shown = Timed()
+    started = time.perf_counter()
+    calibration = run(source, corpus, settings, {"max_kl": 0.05}, show=shown, ranks=ranks)
+    seconds = time.perf_counter() - started
+    if ranks.first:
+        write_calibration(calibration, options.output)
+        on_gpu = options.device != "cpu"
+        report = {
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "calibration_seconds": seconds,
+            "load_seconds": seconds - sum(shown.seconds.values()),
+            "steps_seconds": shown.seconds,
+            "peak_gpu_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
+        }
+        print(json.dumps(report), flush=True)
+    group.leave()
+
+
+def differences(one: Path, other: Path) -> dict[str, float]:
+    """Return by how much two calibrations differ."""
+    from tda_export.calibration.file import read_calibration
+
+    first, second = read_calibration(one).priced, read_calibration(other).priced
+    assert first is not None
+    assert second is not None
+    prices = max(
+        float((square - second.sums.square[name]).abs().max() / square.max())
+        for name, square in first.sums.square.items()
+    )
+    kl = max(
+        float((measured.kl.mean(dim=0) - second.measured[packing].kl.mean(dim=0)).abs().max() / measured.kl.max())
+        for packing, measured in first.measured.items()
+    )
+    return {"price_difference": prices, "kl_difference": kl}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b")
+    parser.add_argument("--ranks", type=int, action="append", help="1 and 2 by default")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="bf16")
+    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--continuation-tokens", type=int, default=128)
+    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.output:
+        calibrate(options)
+        return
+    options.folder.mkdir(parents=True, exist_ok=True)
+    make(options)
+    root = str(Path(__file__).parents[1])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    first: tuple[Path, dict[str, Any]] | None = None
+    counts = options.ranks or [1, 2]
+    threads = max(1, len(os.sched_getaffinity(0)) // max(counts))  # as many for all, so that sums are rounded alike
+    for count in counts:
+        output = options.folder / f"ranks-{count}.safetensors"
+        start = [*TORCHRUN, str(count)] if count > 1 else []
+        started = time.perf_counter()
+        result = subprocess.run(
+            [sys.executable, *start, __file__, *sys.argv[1:], "--output", str(output)],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)},
+        )
+        if result.returncode:
+            raise SystemExit(f"{count} ranks: failed")
+        measured = json.loads(result.stdout.splitlines()[-1])
+        report = {"shape": options.shape, "dtype": options.dtype, "ranks": count, "sequences": options.sequences}
+        report |= measured | {"run_seconds": time.perf_counter() - started}
+        if first is None:
+            first = output, report
+        else:
+            report["speedup"] = {
+                name: first[1][name] / report[name] for name in ("calibration_seconds", "run_seconds")
+            } | {name: first[1]["steps_seconds"][name] / taken for name, taken in report["steps_seconds"].items()}
+            report |= differences(first[0], output)
+        print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""The ranks of a run: the processes that torchrun started, which share its sequences. A process alone is one rank.
+
+What a rank finds of a sequence is handed to all of them, and each adds it up in the order of the sequences. So sums
+are the same on every rank, to the bit those of one process that computes alike, and a run that was interrupted goes
+on with any number of ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tda_export.errors import TdaError, UsageError, first_line
+from tda_export.signals import say_at_terminate
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+LONGEST_WAIT = timedelta(hours=6)  # for a rank that does what the others do not, such as hashing a checkpoint
+POLL_SECONDS = 0.0005  # in between a signal can end the process
+GOES_ON = "Started again, with any number of ranks, it goes on from what was saved."
+LOST = f"Another rank of this run has ended, and no rank can go on without it. {GOES_ON}"
+ENDED = f"This run was ended, by torchrun because another rank has ended, or from outside. {GOES_ON}"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `count` that share a run: its `number`, and the same of those on its machine.
+
+    `device`: where what is exchanged has to be, `cpu` or this rank's GPU.
+    """
+
+    number: int = 0
+    count: int = 1
+    local_number: int = 0
+    local_count: int = 1
+    device: str = "cpu"
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that prints and writes."""
+        return self.number == 0
+
+    def own_device(self, device: str) -> str:
+        """Return the device of this rank's model, given --device."""
+        return f"cuda:{self.local_number}" if device == "cuda" and self.count > 1 else device
+
+    def take_own_gpu(self, provider: str) -> None:
+        """Let what counts no GPUs, as ONNX Runtime's sessions here, find this rank's alone: before any uses CUDA.
+
+        Raises:
+            UsageError: The provider may be CUDA, and this machine has fewer GPUs than ranks.
+        """
+        if self.count == 1 or provider == "cpu":
+            return
+        import torch
+
+        gpus = torch.cuda.device_count()
+        if not gpus:
+            return
+        if gpus < self.local_count:
+            raise UsageError(_too_few(f"--provider {provider}", self.local_count, gpus))
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen[self.local_number]
+
+    def in_order(self, items: Sequence[T], work: Callable[[T, int], R]) -> Iterator[R]:
+        """Yield what `work` makes of each item, in their order, on every rank. Each rank works on every count-th.
+
+        Args:
+            items: The same on every rank.
+            work: Given an item, and how many ranks work on one at this time, for progress. What it returns is pickled;
+                tensors are on the CPU.
+
+        Raises:
+            TdaError: Another rank has ended.
+        """
+        for start in range(0, len(items), self.count):
+            together = min(self.count, len(items) - start)
+            mine = work(items[start + self.number], together) if self.number < together else None
+            yield from self._gather(mine)[:together]
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Have the first rank make something, and return it on every rank.
+
+        Raises:
+            TdaError: Another rank has ended.
+        """
+        if self.count == 1:
+            return make()
+        import torch
+        from torch import distributed
+
+        made = _packed(make()) if self.first else torch.empty(0, dtype=torch.uint8)
+        size = torch.tensor([len(made)], device=self.device)
+        _await(lambda: distributed.broadcast(size, 0, async_op=True))
+        buffer = made.to(self.device) if self.first else torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        _await(lambda: distributed.broadcast(buffer, 0, async_op=True))
+        return _unpacked(buffer.cpu())
+
+    def first_here(self, make: Callable[[], T]) -> T:
+        """Do something on one rank of each machine, such as a download, and then on the others, who find it done.
+
+        Raises:
+            TdaError: Another rank has ended.
+        """
+        made = [make()] if self.local_number == 0 else []
+        self._gather(None)
+        return made[0] if made else make()
+
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """Replace a tensor by its sum over ranks, in place, rounded as the order of the sum has it.
+
+        Raises:
+            TdaError: Another rank has ended.
+        """
+        if self.count == 1:
+            return
+        from torch import distributed
+
+        shared = tensor.to(self.device)
+        _await(lambda: distributed.all_reduce(shared, async_op=True))
+        if shared is not tensor:
+            tensor.copy_(shared)
+
+    def _gather(self, mine: Any) -> list[Any]:
+        """Return what each rank has, by its number."""
+        if self.count == 1:
+            return [mine]
+        import torch
+        from torch import distributed
+
+        def gather(own: torch.Tensor) -> list[torch.Tensor]:
+            found = [torch.empty_like(own) for _ in range(self.count)]
+            _await(lambda: distributed.all_gather(found, own, async_op=True))
+            return [each.cpu() for each in found]
+
+        own = _packed(mine).to(self.device)
+        sizes = [int(size) for size in gather(torch.tensor([len(own)], device=self.device))]
+        padded = torch.cat([own, own.new_empty(max(sizes) - len(own))])
+        return [_unpacked(each[:size]) for each, size in zip(gather(padded), sizes, strict=True)]
+
+
+ALONE = Ranks()
+
+
+@dataclass
+class _Group:
+    """The ranks that this process has joined: what all of them see, and its own standard error."""
+
+    ranks: Ranks
+    store: Any
+    streams: contextlib.ExitStack
+
+
+_joined: list[_Group] = []
+
+
+def environment_rank() -> int:
+    """Return this process's number as torchrun says it, 0 of one alone."""
+    return _number("RANK", 0)
+
+
+def join(device: str) -> Ranks:
+    """Join the ranks that torchrun started, as its environment variables have it; without them be one alone.
+
+    From then on only the first rank prints, and of several errors only the first is shown (`speaks`).
+
+    Args:
+        device: As --device has it; `cuda` is this rank's own GPU, and exchanges go through it.
+
+    Raises:
+        UsageError: The device cannot be that of several ranks, or this machine has fewer GPUs than ranks.
+        TdaError: The variables are not torchrun's, or the others cannot be reached.
+    """
+    count = _number("WORLD_SIZE", 1)
+    if count == 1:
+        return ALONE
+    import torch
+    from torch import distributed
+
+    number, local_number, local_count = environment_rank(), _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", count)
+    gpus = torch.cuda.device_count()
+    enough = gpus >= local_count and distributed.is_nccl_available()
+    on_gpu = device in ("cuda", "auto") and enough
+    exchange = f"cuda:{local_number * (gpus // local_count if device == 'auto' else 1)}" if on_gpu else "cpu"
+    ranks = Ranks(number, count, local_number, local_count, exchange)
+    streams = contextlib.ExitStack()
+    if not ranks.first:
+        nowhere = streams.enter_context(open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - closed by leave
+        streams.enter_context(contextlib.redirect_stdout(nowhere))
+        streams.enter_context(contextlib.redirect_stderr(nowhere))
+    try:
+        store, _, _ = next(distributed.rendezvous("env://", timeout=LONGEST_WAIT))
+        _joined.append(_Group(ranks, store, streams))
+        say_at_terminate(_last_line)
+        store.add("here", 1)
+        while store.add("here", 0) < count:  # not a wait within the store, which no signal would end
+            time.sleep(0.05)
+        if on_gpu:
+            torch.cuda.set_device(exchange)
+        backend = "nccl" if on_gpu else "gloo"
+        group = distributed.PrefixStore("group", store)
+        distributed.init_process_group(backend, store=group, rank=number, world_size=count, timeout=LONGEST_WAIT)
+    except (RuntimeError, ValueError) as error:
+        reason = first_line(error)
+        raise TdaError(f"Rank {number} cannot reach the others ({reason}). Start all with torchrun.") from error
+    if device.startswith("cuda:"):
+        raise UsageError(f"--device {device}: each of {count} ranks takes a GPU of its own. Give --device cuda.")
+    if device in ("cuda", "auto") and gpus and not enough:
+        raise UsageError(_too_few(f"--device {device}", local_count, gpus))
+    return ranks
+
+
+def _too_few(option: str, local_count: int, gpus: int) -> str:
+    return (
+        f"{option}: {local_count} ranks on this machine, and PyTorch finds {gpus} CUDA GPU here. Start torchrun with "
+        f"--nproc-per-node {gpus}."
+    )
+
+
+def leave() -> None:
+    """Leave the ranks that this process joined, once its work is done."""
+    if not _joined:
+        return
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    _joined.pop().streams.close()
+
+
+def speaks() -> bool:
+    """Tell whether this process is the one that says why the run ends: the first rank that has something to say."""
+    if not _joined:
+        return environment_rank() == 0
+    group = _joined[-1]
+    own = str(group.ranks.number)
+    try:
+        first = group.store.compare_set("says", "", own).decode() == own
+    except RuntimeError:  # the store has ended with the rank that kept it, which has said why
+        first = False
+    if first:
+        group.streams.close()
+    return first
+
+
+def _last_line() -> str:
+    return f"Error: {ENDED}" if speaks() else ""
+
+
+def _await(start: Callable[[], Any]) -> None:
+    import torch
+
+    try:
+        work = start()
+        while not work.is_completed():
+            time.sleep(POLL_SECONDS)
+        work.wait()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise TdaError(LOST) from error
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles tensors of the CPU as NumPy's arrays, many times faster than as PyTorch does."""
+
+    def reducer_override(self, value: Any) -> Any:
+        import torch
+
+        if type(value) is torch.Tensor:
+            return torch.from_numpy, (value.detach().contiguous().numpy(),)
+        return NotImplemented
+
+
+def _packed(value: Any) -> torch.Tensor:
+    import torch
+
+    file = io.BytesIO()
+    _Pickler(file, protocol=5).dump(value)
+    return torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+
+
+def _unpacked(buffer: torch.Tensor) -> Any:
+    return pickle.loads(buffer.numpy().data)
+
+
+def _number(variable: str, default: int) -> int:
+    value = os.environ.get(variable, str(default))
+    try:
+        return int(value)
+    except ValueError:
+        raise TdaError(f"{variable}={value} is no number. Start several processes with torchrun alone.") from None
