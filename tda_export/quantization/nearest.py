@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import numpy as np
+import torch
 
 from tda_export.errors import TdaError
 from tda_export.models.layout import Layout
@@ -12,7 +16,7 @@ from tda_export.weights.formats import IntegerFormat
 from tda_export.weights.integers import FIELDS, Codes, round_to_nearest
 from tda_export.weights.plan import EMBEDDING, HEAD
 
-ROWS_AT_ONCE = 4096  # of which a search holds several copies
+ELEMENTS_AT_ONCE = 1 << 22  # of a matrix, that one thread rounds
 
 
 def read_matrix_rows(spec: DecoderSpec, weights: Weights, name: str) -> np.ndarray:
@@ -34,9 +38,13 @@ def read_matrix_rows(spec: DecoderSpec, weights: Weights, name: str) -> np.ndarr
 
 
 def round_matrix(rows: np.ndarray, format: IntegerFormat, *, symmetric: bool) -> Codes:
-    """Round a matrix float32 [rows, columns] to the nearest codes with searched ranges, some rows at a time."""
-    blocks = [
-        round_to_nearest(rows[start : start + ROWS_AT_ONCE], format, symmetric=symmetric)
-        for start in range(0, len(rows), ROWS_AT_ONCE)
-    ]
+    """Round a matrix float32 [rows, columns] to the nearest codes with searched ranges, with PyTorch's threads."""
+    step = max(1, ELEMENTS_AT_ONCE // rows.shape[1])
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        blocks = list(
+            threads.map(
+                partial(round_to_nearest, format=format, symmetric=symmetric),
+                (rows[start : start + step] for start in range(0, len(rows), step)),
+            )
+        )
     return Codes(format, *(np.concatenate([getattr(block, field) for block in blocks]) for field in FIELDS))
