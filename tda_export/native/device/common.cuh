@@ -34,7 +34,7 @@ struct Pack;
 
 template <>
 struct Pack<8> {
-  static constexpr bool kScale = false;
+  static constexpr bool kScale = false, kHalfSums = false;
   uint4 bits;
 
   __device__ __forceinline__ void ToFloats(float* values) const {
@@ -49,7 +49,7 @@ struct Pack<8> {
 
 template <>
 struct Pack<1> {
-  static constexpr bool kScale = false;
+  static constexpr bool kScale = false, kHalfSums = false;
   Element bits;
 
   __device__ __forceinline__ void ToFloats(float* values) const { values[0] = ToFloat(bits); }

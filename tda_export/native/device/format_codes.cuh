@@ -1,24 +1,50 @@
 // Rows of codes of 4 or 8 bits (codes.h): element = (code - zero point) * scale, both of the group that a column is of.
 
-// Write the differences of a word's eight codes of four bits from a zero point. 1024 + a code is a float16 whose lowest
-// bits are the code, so that two codes at once are one instruction away, and their differences are exact.
-static __device__ __forceinline__ void FourBitsToFloats(unsigned word, unsigned zero_point, float* values) {
-  const unsigned both_zeros = (0x6400u + zero_point) * 0x10001u;
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    unsigned codes;
-    asm("lop3.b32 %0, %1, 0x000f000f, 0x64006400, 0xea;" : "=r"(codes) : "r"(word >> (4 * k)));
-    asm("{\n"
-        ".reg .b32 differences;\n"
-        ".reg .b16 low, high;\n"
-        "sub.f16x2 differences, %2, %3;\n"
-        "mov.b32 {low, high}, differences;\n"
-        "cvt.f32.f16 %0, low;\n"
-        "cvt.f32.f16 %1, high;\n"
-        "}"
-        : "=f"(values[k]), "=f"(values[k + 4])
-        : "r"(codes), "r"(both_zeros));
+static __device__ __forceinline__ void HalvesToFloats(unsigned halves, float& low, float& high) {
+  asm("{\n"
+      ".reg .b16 l, h;\n"
+      "mov.b32 {l, h}, %2;\n"
+      "cvt.f32.f16 %0, l;\n"
+      "cvt.f32.f16 %1, h;\n"
+      "}"
+      : "=f"(low), "=f"(high)
+      : "r"(halves));
+}
+
+// Twice in a word, as float16: what is subtracted from 1024 + a code, and added to 64 + a code.
+struct ZeroHalves {
+  unsigned subtracted, added;
+
+  __device__ __forceinline__ explicit ZeroHalves(unsigned zero_point) {
+    const unsigned both = zero_point * 0x10001u;
+    subtracted = 0x64006400u + both;     // 1024 + zero point
+    added = 0xd400d400u + (both << 4);  // -(64 + zero point)
   }
+};
+
+// Return the differences of the codes k and k + 4 of a word from a zero point, as float16. Bits of a code below the
+// exponent of 1024 are the number 1024 + c, or 1024 + 16 c: two codes at once are one instruction away, a second one
+// gives their differences, and all of it is exact.
+template <int k>
+static __device__ __forceinline__ unsigned Differences(unsigned word, const ZeroHalves& zero) {
+  unsigned codes, differences;
+  const unsigned shifted = k < 2 ? word : word >> 8;
+  if constexpr (k % 2 == 0) {
+    asm("lop3.b32 %0, %1, 0x000f000f, 0x64006400, 0xea;" : "=r"(codes) : "r"(shifted));
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(differences) : "r"(codes), "r"(zero.subtracted));
+  } else {
+    asm("lop3.b32 %0, %1, 0x00f000f0, 0x64006400, 0xea;" : "=r"(codes) : "r"(shifted));
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(differences) : "r"(codes), "r"(0x2c002c00u), "r"(zero.added));
+  }
+  return differences;
+}
+
+// Write the differences of a word's eight codes of four bits from a zero point.
+static __device__ __forceinline__ void FourBitsToFloats(unsigned word, const ZeroHalves& zero, float* values) {
+  HalvesToFloats(Differences<0>(word, zero), values[0], values[4]);
+  HalvesToFloats(Differences<1>(word, zero), values[1], values[5]);
+  HalvesToFloats(Differences<2>(word, zero), values[2], values[6]);
+  HalvesToFloats(Differences<3>(word, zero), values[3], values[7]);
 }
 
 // The same of four codes of eight bits, by way of 2^23 + a code.
@@ -32,21 +58,41 @@ static __device__ __forceinline__ void EightBitsToFloats(unsigned word, unsigned
 template <int kBits, int kWords>
 struct CodePack {
   static constexpr bool kScale = true;
+  static constexpr bool kHalfSums = kBits == 4 && !TDA_BF16;  // bfloat16 may be larger than any float16
   static constexpr int kPerWord = 32 / kBits;
 
   __device__ __forceinline__ void ToFloats(float* values) const {
-    const unsigned zero_point = zero_byte >> zero_shift & ((1u << kBits) - 1);
+    const ZeroHalves halves(ZeroPoint());
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
       if constexpr (kBits == 4) {
-        FourBitsToFloats(words[w], zero_point, values + w * kPerWord);
+        FourBitsToFloats(words[w], halves, values + w * kPerWord);
       } else {
-        EightBitsToFloats(words[w], zero_point, values + w * kPerWord);
+        EightBitsToFloats(words[w], ZeroPoint(), values + w * kPerWord);
       }
     }
   }
 
   __device__ __forceinline__ float Scale() const { return HalfToFloat(scale); }
+
+  // Add value times what this stands for: halves[4 w + k] is of the codes k and k + 4 of word w.
+  __device__ __forceinline__ void AddHalves(float value, unsigned* halves) const {
+    const ZeroHalves zero(ZeroPoint());
+    unsigned factor;
+    asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(factor) : "f"(value * Scale()));
+    const auto add = [&](unsigned differences, unsigned& sum) {
+      asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(differences), "r"(factor));
+    };
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      add(Differences<0>(words[w], zero), halves[4 * w]);
+      add(Differences<1>(words[w], zero), halves[4 * w + 1]);
+      add(Differences<2>(words[w], zero), halves[4 * w + 2]);
+      add(Differences<3>(words[w], zero), halves[4 * w + 3]);
+    }
+  }
+
+  __device__ __forceinline__ unsigned ZeroPoint() const { return zero_byte >> zero_shift & ((1u << kBits) - 1); }
 
   unsigned words[kWords];
   unsigned short scale;
@@ -57,7 +103,7 @@ struct CodePack {
 // One code.
 template <int kBits>
 struct CodePack<kBits, 0> {
-  static constexpr bool kScale = true;
+  static constexpr bool kScale = true, kHalfSums = false;
 
   __device__ __forceinline__ void ToFloats(float* values) const {
     constexpr unsigned kMask = (1u << kBits) - 1;
@@ -71,6 +117,20 @@ struct CodePack<kBits, 0> {
   unsigned char code_byte, zero_byte;
   int code_shift, zero_shift;
 };
+
+// Load words of codes, as LoadWeights does.
+template <int kWords>
+static __device__ __forceinline__ void LoadWords(const void* address, unsigned (&words)[kWords]) {
+  if constexpr (kWords == 4) {
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+        : "l"(address));
+  } else if constexpr (kWords == 2) {
+    asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(address));
+  } else {
+    asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(words[0]) : "l"(address));
+  }
+}
 
 // Load words of codes where they are wanted, as LoadWeightsIf does.
 template <int kWords>
@@ -111,6 +171,9 @@ template <int kBits, int kWords>
 struct CodeFormat {
   static constexpr int kWidth = kWords == 0 ? 1 : kWords * 32 / kBits;
   static constexpr int kLoads = 8;
+  static constexpr int kRowLoads = kWords == 4 ? 4 : 8;
+
+  using Weights = CodePack<kBits, kWords>;
 
   struct Row {
     const unsigned char* codes;
@@ -118,11 +181,9 @@ struct CodeFormat {
     const unsigned char* zero_points;
     int group_shift;
 
-    __device__ __forceinline__ CodePack<kBits, kWords> Load(int column, int offset = 0) const {
-      return LoadIf(true, column, offset);
-    }
-    __device__ __forceinline__ CodePack<kBits, kWords> LoadIf(bool wanted, int column, int offset = 0) const {
-      CodePack<kBits, kWords> pack;
+    __device__ __forceinline__ Weights Load(int column, int offset = 0) const { return LoadIf(true, column, offset); }
+    __device__ __forceinline__ Weights LoadIf(bool wanted, int column, int offset = 0) const {
+      Weights pack;
       const int at = column + offset;
       const int group = at >> group_shift;
       if constexpr (kWords > 0) {
@@ -138,16 +199,54 @@ struct CodeFormat {
     }
   };
 
+  struct Column {
+    const unsigned char* codes;
+    const unsigned short* scales;
+    const unsigned char* zero_points;
+    int row_bytes, groups, zero_bytes;
+    int code_shift, zero_shift;
+
+    __device__ __forceinline__ Weights Load(int row) const {
+      Weights pack;
+      const unsigned char* first = codes + Product(row, row_bytes);
+      if constexpr (kWords > 0) {
+        LoadWords<kWords>(first, pack.words);
+      } else {
+        pack.code_byte = __ldg(first);
+        pack.code_shift = code_shift;
+      }
+      pack.scale = __ldg(scales + Product(row, groups));
+      pack.zero_byte = __ldg(zero_points + Product(row, zero_bytes));
+      pack.zero_shift = zero_shift;
+      return pack;
+    }
+  };
+
   __device__ __forceinline__ explicit CodeFormat(const StoredMatrix& matrix)
       : matrix(matrix),
         row_bytes((matrix.columns * kBits + 7) / 8),
         groups((matrix.columns + (1 << matrix.group_shift) - 1) >> matrix.group_shift),
         zero_bytes((groups * kBits + 7) / 8) {}
 
+  __device__ __forceinline__ const unsigned char* Codes() const {
+    return static_cast<const unsigned char*>(matrix.weights);
+  }
+
   __device__ __forceinline__ Row At(int row) const {
-    const size_t place = row;
-    return {static_cast<const unsigned char*>(matrix.weights) + place * row_bytes, matrix.scales + place * groups,
-            matrix.zero_points + place * zero_bytes, matrix.group_shift};
+    return {Codes() + Product(row, row_bytes), matrix.scales + Product(row, groups),
+            matrix.zero_points + Product(row, zero_bytes), matrix.group_shift};
+  }
+
+  __device__ __forceinline__ Column From(int column) const {
+    const int group = column >> matrix.group_shift;
+    return {Codes() + column * kBits / 8,
+            matrix.scales + group,
+            matrix.zero_points + group * kBits / 8,
+            row_bytes,
+            groups,
+            zero_bytes,
+            column * kBits % 8,
+            group * kBits % 8};
   }
 
   const StoredMatrix matrix;

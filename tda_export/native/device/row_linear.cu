@@ -62,7 +62,8 @@ static __device__ __forceinline__ void RowLinear(const RowLinearArguments& a) {
   // Lanes past the end of a row read its last columns, and their sums are thrown away.
   const int column = min(blockIdx.y * kSlice + lane * kWidth, a.outputs - kWidth);
 #if TDA_CLUSTERS
-  ArriveAtCluster();
+  __shared__ ClusterSums<kTokens, kWidth> cluster_sums;
+  cluster_sums.Begin();
 #endif
   float price = a.early ? *a.price : 0.0f;
   const PricedRows<kTokens> source = {a.x + static_cast<size_t>(first_token) * a.inputs,
@@ -86,7 +87,7 @@ static __device__ __forceinline__ void RowLinear(const RowLinearArguments& a) {
   const Totals totals = {a.bias, a.y + static_cast<size_t>(first_token) * a.outputs, a.outputs, tokens};
   __syncthreads();  // the lists give way to the sums
 #if TDA_CLUSTERS
-  AddBlocksInCluster(sums, shared.sums, totals);
+  AddBlocksInCluster(sums, shared.sums, cluster_sums, totals);
 #else
   AddBlocksInMemory(sums, shared.sums, a.partial, a.arrived, totals);
 #endif
@@ -105,19 +106,17 @@ static __device__ __forceinline__ void RowLinear(const RowLinearArguments& a) {
     RowLinear<tokens, TDA_ROW_FORMAT(width), warps>(arguments);                         \
   }
 
+#if TDA_BITS == 4
+TDA_ROW_LINEAR(1, 32, 8, 2)
+TDA_ROW_LINEAR(1, 16, 8, 2)
+#else
 TDA_ROW_LINEAR(1, 8, 8, 3)
 TDA_ROW_LINEAR(1, 8, 8, 2)
+#endif
 TDA_ROW_LINEAR(1, 8, 16, 1)
 TDA_ROW_LINEAR(4, 8, 8, 1)
 TDA_ROW_LINEAR(1, 1, 8, 3)
 TDA_ROW_LINEAR(4, 1, 8, 1)
-#if TDA_BITS
-TDA_ROW_LINEAR(1, 16, 8, 2)
-TDA_ROW_LINEAR(1, 16, 16, 1)
-#endif
-#if TDA_BITS == 4
-TDA_ROW_LINEAR(1, 32, 8, 2)
-#endif
 
 #if !TDA_CLUSTERS
 // Set the counters to zero, ahead of the kernel that counts arrivals.

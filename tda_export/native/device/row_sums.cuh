@@ -13,15 +13,19 @@
 //                                 ended: the first rows are read meanwhile
 //   Values(candidate, k, values)  after earlier kernels: what each token multiplies it with; 0 where it does not need it
 
-constexpr int kRowLoads = 8;      // loads that a warp has under way at once, each of one row
 constexpr int kRowsTogether = 4;  // neighbouring candidates that go to the same warp
 constexpr int kLooks = 4;         // candidates that a lane looks at together
+
+template <int kTokens>
+struct alignas(kTokens == 1 ? 8 : 4) ListedRow {
+  int row;
+  float values[kTokens];
+};
 
 // The needed rows among the candidates that a warp looks at together.
 template <int kTokens>
 struct RowList {
-  int rows[kLooks * kWarp];
-  float values[kLooks * kWarp][kTokens];
+  ListedRow<kTokens> rows[kLooks * kWarp];
 };
 
 template <int kTokens>
@@ -46,13 +50,49 @@ static __device__ __forceinline__ void AddScaled(const Weights& weights, const f
   }
 }
 
+// How a few rows are added: each by itself.
+template <bool kHalves, int kTokens, int kWidth>
+struct FewRows {
+  float (&sums)[kTokens][kWidth];
+
+  template <class Weights>
+  __device__ __forceinline__ void Add(const Weights& weights, const float (&values)[kTokens]) {
+    AddScaled(weights, values, sums);
+  }
+  __device__ __forceinline__ void Finish() {}
+};
+
+// Or in float16 first, of one token: products are rounded as elements of float16 would be, and take half the time.
+template <int kWidth>
+struct FewRows<true, 1, kWidth> {
+  float (&sums)[1][kWidth];
+  unsigned halves[kWidth / 2] = {};
+
+  template <class Weights>
+  __device__ __forceinline__ void Add(const Weights& weights, const float (&values)[1]) {
+    weights.AddHalves(values[0], halves);
+  }
+  __device__ __forceinline__ void Finish() {
+#pragma unroll
+    for (int i = 0; i < kWidth / 2; ++i) {
+      float low, high;
+      HalvesToFloats(halves[i], low, high);
+      sums[0][i / 4 * 8 + i % 4] += low;
+      sums[0][i / 4 * 8 + i % 4 + 4] += high;
+    }
+  }
+};
+
 // Add the rows of warp `warp` of `warps` at `column` to sums. `ready` waits for earlier kernels; it is called before
 // values are asked for, if there are candidates.
 template <int kTokens, class Format, class Source, class Ready>
 static __device__ __forceinline__ void AddRows(const Source& source, const Format& matrix, int count, int warp,
                                                int warps, int column, RowList<kTokens>& list,
                                                float (&sums)[kTokens][Format::kWidth], const Ready& ready) {
-  using Weights = decltype(matrix.At(0).Load(0));
+  using Weights = decltype(matrix.From(0).Load(0));
+  constexpr int kRowLoads = Format::kRowLoads;
+  constexpr int kHalf = kRowLoads / 2;
+  const auto weights = matrix.From(column);
   const int lane = threadIdx.x % kWarp;
   const int own = (lane / kRowsTogether * warps + warp) * kRowsTogether + lane % kRowsTogether;
   const int stride = warps * kWarp;
@@ -69,8 +109,7 @@ static __device__ __forceinline__ void AddRows(const Source& source, const Forma
     if (early) {
 #pragma unroll
       for (int b = 0; b < kRowLoads; ++b) {
-        const int row = __shfl_sync(0xffffffffu, candidates[0].row, b);
-        first[b] = matrix.At(max(row, 0)).LoadIf(row >= 0, column);
+        first[b] = weights.Load(max(__shfl_sync(0xffffffffu, candidates[0].row, b), 0));
       }
     }
     ready();
@@ -84,12 +123,21 @@ static __device__ __forceinline__ void AddRows(const Source& source, const Forma
       const bool listed = Needed(values[j]) && !under_way;
       const unsigned all = __ballot_sync(0xffffffffu, listed);
       if (listed) {
-        const int place = listed_rows + __popc(all & lanes_before);
-        list.rows[place] = candidates[j].row;
+        ListedRow<kTokens>& place = list.rows[listed_rows + __popc(all & lanes_before)];
+        place.row = candidates[j].row;
 #pragma unroll
-        for (int t = 0; t < kTokens; ++t) list.values[place][t] = values[j][t];
+        for (int t = 0; t < kTokens; ++t) place.values[t] = values[j][t];
       }
       listed_rows += __popc(all);
+    }
+    __syncwarp();
+    // Loads come kRowLoads together: the last row fills the list up, times 0.
+    const int end = (listed_rows + kRowLoads - 1) / kRowLoads * kRowLoads;
+    if (listed_rows + lane < end) {
+      ListedRow<kTokens>& place = list.rows[listed_rows + lane];
+      place.row = list.rows[listed_rows - 1].row;
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) place.values[t] = 0.0f;
     }
     __syncwarp();
     if (early) {
@@ -101,23 +149,24 @@ static __device__ __forceinline__ void AddRows(const Source& source, const Forma
         if (Needed(shared)) AddScaled(first[b], shared, sums);  // 0 times what is there may be NaN
       }
     }
+    // While the rows of one half are added, those of the other are under way.
+    const auto load = [&](int at, Weights(&half)[kHalf]) {
+#pragma unroll
+      for (int b = 0; b < kHalf; ++b) half[b] = weights.Load(list.rows[at + b].row);
+    };
+    Weights halves[2][kHalf];
+    if (end > 0) load(0, halves[0]);
 #pragma unroll 1
-    for (int at = 0; at < listed_rows; at += kRowLoads) {
-      Weights weights[kRowLoads];
+    for (int at = 0; at < end; at += kRowLoads) {
+      FewRows<Weights::kHalfSums && kTokens == 1, kTokens, Format::kWidth> rows{sums};
+      load(at + kHalf, halves[1]);
 #pragma unroll
-      for (int b = 0; b < kRowLoads; ++b) {
-        const bool there = at + b < listed_rows;
-        weights[b] = matrix.At(list.rows[there ? at + b : at]).LoadIf(there, column);
-      }
+      for (int b = 0; b < kHalf; ++b) rows.Add(halves[0][b], list.rows[at + b].values);
+      if (at + kRowLoads < end) load(at + kRowLoads, halves[0]);
 #pragma unroll
-      for (int b = 0; b < kRowLoads; ++b) {
-        float shared[kTokens];
-#pragma unroll
-        for (int t = 0; t < kTokens; ++t) shared[t] = at + b < listed_rows ? list.values[at + b][t] : 0.0f;
-        AddScaled(weights[b], shared, sums);
-      }
+      for (int b = 0; b < kHalf; ++b) rows.Add(halves[1][b], list.rows[at + kHalf + b].values);
+      rows.Finish();
     }
     __syncwarp();
   }
 }
-

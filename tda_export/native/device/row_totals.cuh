@@ -108,47 +108,94 @@ static __device__ __forceinline__ void AddBlocksInMemory(const float (&sums)[kTo
 
 constexpr int kMostRanks = 16;  // blocks of a cluster
 
-// Tell the cluster's other blocks that this one runs, or has written what it writes to their memory.
-static __device__ __forceinline__ void ArriveAtCluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
+// Where the sums of the cluster's blocks meet: each adds a part of the cells. `bytes_to_come` is a barrier of shared
+// memory that opens when the sums of all blocks are there, without any of them waiting for another's memory.
+template <int kTokens, int kWidth>
+struct ClusterSums {
+  static constexpr int kCells = kTokens * kWarp * kWidth;
 
-static __device__ __forceinline__ void WaitForCluster() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+  float received[kCells + kMostRanks * kWarp];  // [ranks, cells of a rank]
+  unsigned long long bytes_to_come;
 
-// Store to shared memory of another block of the cluster, at the same address as here.
-static __device__ __forceinline__ void StoreAtRank(float* address, int rank, float value) {
-  unsigned own = static_cast<unsigned>(__cvta_generic_to_shared(address)), there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(own), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
-}
+  static __device__ __forceinline__ unsigned Address(const void* own) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(own));
+  }
 
-// Add the blocks through each other's shared memory; the blocks along the grid's x are one cluster. Each adds a part of
-// the cells. ArriveAtCluster was called when the block began.
+  static __device__ __forceinline__ unsigned AtRank(unsigned own, int rank) {
+    unsigned there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(own), "r"(rank));
+    return there;
+  }
+
+  __device__ __forceinline__ int OwnCells() const { return (kCells + gridDim.x - 1) / gridDim.x; }
+
+  // Called when the block begins: tell the other blocks that this one can be written to.
+  __device__ __forceinline__ void Begin() {
+    if (threadIdx.x == 0) {
+      const int cells = min(OwnCells(), kCells - static_cast<int>(blockIdx.x) * OwnCells());
+      const unsigned barrier = Address(&bytes_to_come);
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+                   "r"(max(cells, 0) * static_cast<int>(gridDim.x * sizeof(float)))
+                   : "memory");
+    }
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  }
+
+  // Wait for the other blocks to begin.
+  __device__ __forceinline__ void WaitForBlocks() const {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  }
+
+  // Send the block's sum of a cell to the block that adds it.
+  __device__ __forceinline__ void Send(int cell, float sum) {
+    const int own_cells = OwnCells(), rank = cell / own_cells;
+    const unsigned place = AtRank(Address(&received[blockIdx.x * own_cells + cell - rank * own_cells]), rank);
+    const unsigned barrier = AtRank(Address(&bytes_to_come), rank);
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(place),
+                 "r"(__float_as_uint(sum)), "r"(barrier)
+                 : "memory");
+  }
+
+  // Wait for all sums of this block's cells.
+  __device__ __forceinline__ void WaitForSums() const {
+    unsigned there = 0;
+    while (there == 0) {
+      asm volatile(
+          "{\n"
+          ".reg .pred there;\n"
+          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 there, [%1], 0;\n"
+          "selp.u32 %0, 1, 0, there;\n"
+          "}"
+          : "=r"(there)
+          : "r"(Address(&bytes_to_come))
+          : "memory");
+    }
+  }
+};
+
+// Add the blocks along the grid's x, which are one cluster. cluster_sums.Begin() was called when the block began.
 template <int kTokens, int kWidth, int kBlockWarps>
 static __device__ __forceinline__ void AddBlocksInCluster(const float (&sums)[kTokens][kWidth],
                                                           WarpSums<kTokens, kWidth, kBlockWarps>& shared,
+                                                          ClusterSums<kTokens, kWidth>& cluster_sums,
                                                           const Totals& totals) {
   constexpr int kSlice = kWarp * kWidth;
   constexpr int kCells = kTokens * kSlice;
-  __shared__ float received[kCells + kMostRanks * kWarp];  // [ranks, cells of a rank]
-  const int ranks = gridDim.x;
-  const int own_cells = (kCells + ranks - 1) / ranks;
   StoreWarpSums(sums, shared);
   __syncthreads();
-  WaitForCluster();  // all blocks run, so that their memory is there
+  cluster_sums.WaitForBlocks();
   for (int cell = threadIdx.x; cell < kCells; cell += kBlockWarps * kWarp) {
-    const int rank = cell / own_cells;
-    StoreAtRank(&received[blockIdx.x * own_cells + cell - rank * own_cells], rank, BlockSum(shared, cell));
+    cluster_sums.Send(cell, BlockSum(shared, cell));
   }
-  ArriveAtCluster();
-  WaitForCluster();
+  cluster_sums.WaitForSums();
+  const int own_cells = cluster_sums.OwnCells();
   for (int own = threadIdx.x; own < own_cells; own += kBlockWarps * kWarp) {
     const int cell = blockIdx.x * own_cells + own;
     if (cell >= kCells || !totals.Wanted<kSlice>(cell)) continue;
     float sum = totals.First<kSlice>(cell);
-    for (int rank = 0; rank < ranks; ++rank) sum += received[rank * own_cells + own];
+    for (int rank = 0; rank < gridDim.x; ++rank) sum += cluster_sums.received[rank * own_cells + own];
     totals.Store<kSlice>(cell, sum);
   }
 }
