@@ -14,9 +14,10 @@ import torch
 
 import tda_export
 from tda_export.calibration.corpus import Corpus
-from tda_export.calibration.run import RECORDED_PACKAGES, check_device
+from tda_export.calibration.run import RECORDED_PACKAGES, check_device, load_reference
 from tda_export.errors import TdaError, UsageError
 from tda_export.models.layout import module_parts, module_weight
+from tda_export.models.placement import is_offloaded
 from tda_export.models.quantised import matrix_shape
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
@@ -160,8 +161,7 @@ def quantize(
     versions = {"tda-export": tda_export.__version__, **installed_versions(RECORDED_PACKAGES)}
     key = about | {"formats": plan.to_dict(), "device": settings.device, "versions": versions}
     partial = PartialLayers(output, key) if output and ranks.first else None
-    device = ranks.own_device(settings.device)
-    model = _reference(source, device) if len(tokens) or len(held_out) else None
+    model = _reference(source, settings.device, ranks) if len(tokens) or len(held_out) else None
     dense: list[torch.Tensor] = []
     if len(held_out):
         with show("Reading the float model", len(held_out)) as advance:
@@ -292,8 +292,13 @@ def _of_parts(layer: int, parts: tuple[str, ...], codes: dict[str, Codes]) -> di
     return {part: codes[name] for part in parts if (name := part_name(layer, part)) in codes}
 
 
-def _reference(source: ModelSource, device: str) -> Any:
-    model = source.reference(device=device)
+def _reference(source: ModelSource, device: str, ranks: Ranks) -> Any:
+    model = load_reference(source, torch.float32, device, ranks)
+    if any(map(is_offloaded, model.modules())):
+        raise TdaError(
+            f"{source.name}: quantizing holds the model in float32, which does not fit the GPUs' memory. Use more of "
+            "them, or --device cpu."
+        )
     if source.gguf and device == "cpu":  # the very model that the source reads weights from
         model = copy.deepcopy(model)
     return model.requires_grad_(False)
