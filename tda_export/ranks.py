@@ -11,6 +11,7 @@ import contextlib
 import io
 import os
 import pickle
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -250,6 +251,7 @@ def speaks() -> bool:
     except RuntimeError:  # the store has ended with the rank that kept it, which has said why
         first = False
     if first:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends soon: the line comes first, and once
         group.streams.close()
     return first
 
