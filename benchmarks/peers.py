@@ -8,11 +8,14 @@ Makes a random model of a true shape in FOLDER, then measures, each in a process
 - ONNX Runtime GenAI, built by its own builder, CUDA graph on;
 - ours: plain dense, dense by the native kernel, TDA and two levels at --sparsity;
 - ours with priced rows: dense by the row kernel, and 0.7 and 0.5 of the bytes of all linears. Rows are drawn, since
-  random weights have no prices: the share of each matrix is that of a real model (`bench/artifact.py`).
+  random weights have no prices: the share of each matrix is that of a real model (`bench/artifact.py`);
+- both in int4, in groups of 32: GenAI by its own builder, with and without its kernels `fpA_intB`, and ours with priced
+  rows, its codes drawn (`bench/random_codes.py`).
 
-Every stack's logits after the prompt are compared with transformers' before its times count. Prints one JSON object:
-median milliseconds a token with their range, and milliseconds to the first token. Needs `onnxruntime-genai-cuda` and
-about 45 GB of disk for 7B.
+The logits after the prompt of every stack of floats are compared with transformers' before its times count; those of
+int4, which are of other numbers, must be finite, and ours those of the function bodies. Prints one JSON object: median
+milliseconds a token with their range, and milliseconds to the first token. Needs `onnxruntime-genai-cuda` and about 55
+GB of disk for 7B.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ ROUND = 16  # tokens, as tda-export bench takes them
 LARGEST_ERROR = 5e-2  # of logits, relative to the largest
 FIRST_TOKENS = 5  # repetitions
 PRICED_SPARSITIES = (0.3, 0.5)
+PEERS = {"ours": ("genai",), "priced": ("genai",), "int4": ("genai_int4", "genai_int4_fpa")}
 
 
 def prompt_of(options: argparse.Namespace) -> list[int]:
@@ -61,6 +65,12 @@ def check(name: str, logits: np.ndarray, options: argparse.Namespace) -> float:
     return error
 
 
+def check_finite(name: str, logits: np.ndarray) -> None:
+    """Refuse logits that are no finite numbers."""
+    if not np.isfinite(logits).all():
+        raise SystemExit(f"{name}: logits are not finite, so nothing is timed.")
+
+
 def make(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
@@ -83,15 +93,30 @@ def build(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_priced(options: argparse.Namespace) -> dict[str, Any]:
-    from tda_export.bench.artifact import build_random_priced
     from tda_export.graph.storage import Storage
     from tda_export.models.source import resolve_model
 
-    source = resolve_model(str(options.folder / "model"))
-    _, prices = build_random_priced(
-        source, options.folder / "priced", Storage("float16"), PRICED_SPARSITIES, quiet=True
-    )
-    (options.folder / "prices.json").write_text(json.dumps({f"priced_{1 - p:.2f}": v for p, v in prices.items()}))
+    return build_rows(options, resolve_model(str(options.folder / "model")), Storage("float16"), "priced")
+
+
+def build_int4(options: argparse.Namespace) -> dict[str, Any]:
+    from tda_export.bench.random_codes import random_storage
+    from tda_export.bench.shapes import random_source
+    from tda_export.graph.storage import read_plan
+    from tda_export.weights.formats import DEFAULT_GROUP
+
+    source = random_source(options.shape)
+    storage = random_storage("float16", read_plan(source, "int4", DEFAULT_GROUP, ()))
+    return build_rows(options, source, storage, "int4")
+
+
+def build_rows(options: argparse.Namespace, source: Any, storage: Any, name: str) -> dict[str, Any]:
+    """Build an artifact with priced rows in a folder of this name, and keep its prices beside it."""
+    from tda_export.bench.artifact import build_random_priced
+
+    _, prices = build_random_priced(source, options.folder / name, storage, PRICED_SPARSITIES, quiet=True)
+    named = {f"priced_{1 - sparsity:.2f}": price for sparsity, price in prices.items()}
+    (options.folder / f"{name}-prices.json").write_text(json.dumps(named))
     return {}
 
 
@@ -138,19 +163,21 @@ def transformers(options: argparse.Namespace, compiled: bool) -> dict[str, Any]:
     return summary(runs[-1][0], [first for _, first in runs]) | {"error": error, "new_tokens": HF_TOKENS}
 
 
-def genai_build(options: argparse.Namespace) -> dict[str, Any]:
-    """Run GenAI's own model builder, CUDA graph on."""
+def genai_build(options: argparse.Namespace, precision: str) -> dict[str, Any]:
+    """Run GenAI's own model builder, CUDA graph on; its int4 is in blocks of 32."""
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", options.folder / "model"]
-    command += ["-o", options.folder / "genai", "-p", "fp16", "-e", "cuda", "-c", options.folder / "cache"]
-    command += ["--extra_options", "enable_cuda_graph=1"]
+    command += ["-o", options.folder / f"genai-{precision}", "-p", precision, "-e", "cuda"]
+    command += ["-c", options.folder / "cache", "--extra_options", "enable_cuda_graph=1"]
     subprocess.run([str(word) for word in command], check=True, stdout=sys.stderr)
     return {}
 
 
-def genai(options: argparse.Namespace) -> dict[str, Any]:
+def genai(options: argparse.Namespace, precision: str, session_options: dict[str, str] | None = None) -> dict[str, Any]:
     import onnxruntime_genai as og
 
-    model = og.Model(str(options.folder / "genai"))
+    config = og.Config(str(options.folder / f"genai-{precision}"))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": session_options or {}}}}))
+    model = og.Model(config)
     prompt = prompt_of(options)
 
     def begin() -> Any:
@@ -161,9 +188,9 @@ def genai(options: argparse.Namespace) -> dict[str, Any]:
 
     generator = begin()
     generator.append_tokens(prompt)
-    error = check(
-        "GenAI", np.asarray(generator.get_logits()).astype(np.float32).reshape(-1)[-vocabulary(options) :], options
-    )
+    logits = np.asarray(generator.get_logits()).astype(np.float32).reshape(-1)[-vocabulary(options) :]
+    check_finite("GenAI", logits)
+    error = check("GenAI", logits, options) if precision == "fp16" else None
     firsts = []
     for _ in range(1 + FIRST_TOKENS):
         del generator
@@ -185,7 +212,7 @@ def genai(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def vocabulary(options: argparse.Namespace) -> int:
-    return len(np.load(options.folder / "logits.npy"))
+    return int(json.loads((options.folder / "model" / "config.json").read_text())["vocab_size"])
 
 
 def ours(options: argparse.Namespace) -> dict[str, Any]:
@@ -204,33 +231,56 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def priced(options: argparse.Namespace) -> dict[str, Any]:
-    from tda_export.bench.decode import BenchSettings, run_bench
-    from tda_export.runtime import load, open_artifact
+    from tda_export.runtime import load
     from tda_export.runtime.scoring import continuation_logits
 
-    folder, prompt = options.folder / "priced", prompt_of(options)
-    model = load(folder, provider="cuda")
+    prompt = prompt_of(options)
+    model = load(options.folder / "priced", provider="cuda")
     error = check("priced", continuation_logits(model, prompt[:-1], prompt[-1:], mask="dense")[0], options)
     del model
+    return bench_rows(options, "priced", ("dense", "dense_native", "priced")) | {"error": error}
+
+
+def bench_rows(options: argparse.Namespace, name: str, methods: tuple[str, ...]) -> dict[str, Any]:
+    """Time what `build_rows` made."""
+    from tda_export.bench.decode import BenchSettings, run_bench
+    from tda_export.runtime import open_artifact
+
     settings = BenchSettings(
-        ("dense", "dense_native", "priced"),
-        prices=json.loads((options.folder / "prices.json").read_text()),
+        methods,
+        prices=json.loads((options.folder / f"{name}-prices.json").read_text()),
         prompt_tokens=options.prompt_tokens,
         new_tokens=options.new_tokens,
     )
-    return run_bench(open_artifact(folder), "cuda", settings, prompt) | {"error": error}
+    return run_bench(open_artifact(options.folder / name), "cuda", settings, prompt_of(options))
+
+
+def beside_genai(report: dict[str, Any]) -> None:
+    """Enter in rows of ours how many times faster they are than GenAI's fastest of the same precision."""
+    for step, peers in PEERS.items():
+        times = [report[peer]["ms_per_token"] for peer in peers if isinstance(report.get(peer), dict)]
+        if not times or not isinstance(report.get(step), dict):
+            continue
+        for row in report[step].values():
+            if isinstance(row, dict) and "ms_per_token" in row:
+                row["times_faster_than_genai"] = min(times) / row["ms_per_token"]
 
 
 STEPS = {
     "make": make,
-    "genai_build": genai_build,
+    "genai_build": lambda options: genai_build(options, "fp16"),
+    "genai_int4_build": lambda options: genai_build(options, "int4"),
     "build": build,
     "build_priced": build_priced,
+    "build_int4": build_int4,
     "transformers_eager": lambda options: transformers(options, compiled=False),
     "transformers_compiled": lambda options: transformers(options, compiled=True),
-    "genai": genai,
+    "genai": lambda options: genai(options, "fp16"),
+    "genai_int4": lambda options: genai(options, "int4"),
+    "genai_int4_fpa": lambda options: genai(options, "int4", {"ep.cuda.fpa_intb_gemm": "1"}),
     "ours": ours,
     "priced": priced,
+    "int4": lambda options: bench_rows(options, "int4", ("dense_native", "priced")),
 }
 
 
@@ -265,11 +315,7 @@ def main() -> None:
             report[step] = content
         print(f"{step}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
         (options.folder / "report.json").write_text(json.dumps(report, indent=1))  # so far
-    for step in ("ours", "priced"):
-        if isinstance(report.get("genai"), dict) and isinstance(report.get(step), dict):
-            for row in report[step].values():
-                if isinstance(row, dict) and "ms_per_token" in row:
-                    row["times_faster_than_genai"] = report["genai"]["ms_per_token"] / row["ms_per_token"]
+    beside_genai(report)
     print(json.dumps(report, indent=1))
 
 

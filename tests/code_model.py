@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
@@ -11,16 +9,32 @@ from onnx import TensorProto, helper
 from tda_export.native.library import register_native
 from tda_export.weights.formats import IntegerFormat
 from tda_export.weights.integers import Codes
+from tests.ffn_model import NUMPY_DTYPES, PROVIDERS
+from tests.row_model import worth
 
 TYPES = {"w": TensorProto.UINT8, "scales": TensorProto.FLOAT16, "zero_points": TensorProto.UINT8}
 DOT_INPUTS = ("x", *TYPES)
 ROW_INPUTS = (*DOT_INPUTS, "row_price", "price", "bias")
 
 
+FLOATS = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+
+
 def code_session(
-    format: IntegerFormat, columns: int, *, rows: bool, bias: bool = False, threads: int = 0, group: int | None = None
+    format: IntegerFormat,
+    columns: int,
+    *,
+    rows: bool,
+    bias: bool = False,
+    threads: int = 0,
+    group: int | None = None,
+    dtype: str = "float32",
+    early: bool = False,
 ) -> ort.InferenceSession:
-    """A session of RowLinear4 or RowLinear8 (`rows`), or of Linear4 or Linear8; `group` replaces the format's."""
+    """A session of RowLinear4 or RowLinear8 (`rows`), or of Linear4 or Linear8; `group` replaces the format's.
+
+    It is on the CPU for activations of float32 and on CUDA otherwise.
+    """
     names = (ROW_INPUTS if bias else ROW_INPUTS[:-1]) if rows else DOT_INPUTS
     node = helper.make_node(
         f"{'Row' if rows else ''}Linear{format.bits}",
@@ -29,17 +43,18 @@ def code_session(
         domain="tda",
         columns=columns,
         group=format.group if group is None else group,
-        early=0,
+        early=int(early),
     )
-    values = [helper.make_tensor_value_info(name, TYPES.get(name, TensorProto.FLOAT), None) for name in names]
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    types = TYPES | dict.fromkeys(("x", "bias"), FLOATS[dtype])
+    values = [helper.make_tensor_value_info(name, types.get(name, TensorProto.FLOAT), None) for name in names]
+    y = helper.make_tensor_value_info("y", FLOATS[dtype], None)
     imports = [helper.make_opsetid("", 21), helper.make_opsetid("tda", 1)]
     model = helper.make_model(helper.make_graph([node], "codes", values, [y]), opset_imports=imports, ir_version=10)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     register_native(options)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model.SerializeToString(), options, providers=[PROVIDERS[dtype]])
 
 
 def random_codes(rng: np.random.Generator, format: IntegerFormat, rows: int, columns: int) -> Codes:
@@ -57,12 +72,27 @@ def feeds_of(codes: Codes, x: np.ndarray) -> dict[str, np.ndarray]:
     return {"x": x, **dict(zip(TYPES, codes.pack(), strict=True))}
 
 
-def run(session: ort.InferenceSession, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-    y: np.ndarray = session.run(None, {item.name: feeds[item.name] for item in session.get_inputs()})[0]
-    return y
-
-
 def tolerance(x: np.ndarray, codes: Codes) -> float:
     """What sums of float32 may be off by: they hold codes and zero points before one is subtracted from the other."""
     largest = float(np.abs(codes.scales.astype(np.float64)).max()) * codes.format.levels
     return 2e-6 * max(1.0, float(np.linalg.norm(x, axis=-1).max(initial=0.0))) * max(1.0, largest)
+
+
+def row_feeds(
+    rng: np.random.Generator, format: IntegerFormat, inputs: int, outputs: int, count: int, dtype: str = "float32"
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Inputs of a product with rows at price 0, and the elements of its matrix."""
+    codes = random_codes(rng, format, inputs, outputs)
+    feeds = feeds_of(codes, rng.standard_normal((1, count, inputs)).astype(NUMPY_DTYPES[dtype]))
+    feeds["row_price"] = np.exp(rng.standard_normal(inputs)).astype(np.float32)
+    feeds["price"] = np.zeros(1, np.float32)
+    feeds["bias"] = rng.standard_normal(outputs).astype(NUMPY_DTYPES[dtype])
+    feeds["tolerance"] = np.array(tolerance(feeds["x"], codes))
+    return feeds, codes.decode().astype(np.float64)
+
+
+def row_reference(feeds: dict[str, np.ndarray], elements: np.ndarray, *, bias: bool) -> np.ndarray:
+    """Compute y [1, S, out] in float64."""
+    x = feeds["x"][0].astype(np.float64)
+    kept = np.where(worth(feeds) < feeds["price"], 0, x)
+    return (kept @ elements + (feeds["bias"].astype(np.float64) if bias else 0))[None]

@@ -77,6 +77,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768,
         "tie_word_embeddings": True,
     },
+    "qwen2.5-1.5b": {
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+    },
     "llama-3.2-1b": {
         "model_type": "llama",
         "vocab_size": 128256,
@@ -99,6 +110,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 32,
         "max_position_embeddings": 4096,
     },
+    "llama-2-13b": {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+        "max_position_embeddings": 4096,
+    },
     "mistral-7b": {
         "model_type": "mistral",
         "vocab_size": 32768,
@@ -118,6 +139,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 14336,
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+    },
+    "llama-3-70b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
         "num_key_value_heads": 8,
         "max_position_embeddings": 8192,
     },
@@ -143,7 +174,8 @@ class RandomWeights:
     def load(self, name: str) -> torch.Tensor:
         shape = self._shapes[name]
         size = int(torch.Size(shape).numel())
-        numbers = self._pool.roll(-self._starts[name]).repeat(-(-size // POOL_NUMBERS))[:size].view(shape)
+        first = self._pool[self._starts[name] :][:size]
+        numbers = torch.cat([first, *[self._pool] * -(-(size - len(first)) // POOL_NUMBERS)])[:size].view(shape)
         if len(shape) == 1:
             return 0.1 * numbers if name.endswith(".bias") else 1 + 0.1 * numbers
         return numbers * shape[1] ** -0.5

@@ -24,6 +24,7 @@ from tda_export.calibration.price_run import PriceSettings, Show, begin_priced, 
 from tda_export.calibration.resume import PartialFile
 from tda_export.errors import UsageError
 from tda_export.models.placement import AUTO, own_memory
+from tda_export.models.quantised import kept_of
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import PACKINGS, Packing, row_bytes_of
@@ -211,6 +212,7 @@ def calibrate(
             "architecture": source.spec.architecture,
             "fingerprint": ranks.from_first(lambda: source.fingerprint),
             "ffn_matrices": len(source.spec.ffn_parts),
+            **({} if source.quantisation is None else {"quantization": kept_of(source.quantisation)}),
         },
         "dataset": corpus.describe(),
         "settings": settings.describe(),

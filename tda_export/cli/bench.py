@@ -65,6 +65,8 @@ def bench(
     read by a prompt's mask, two_levels with a token threshold too. All masks read exactly the same number of bytes; tt
     keeps as many neurons, each token its own, and can skip down rows alone. Logits are checked before anything is
     timed; times are medians over rounds of 16 tokens, and the speed-up is that of the same round.
+
+    The artifact of a --shape is written to the folder for temporary files (TMPDIR), and removed afterwards.
     """
     from tda_export.bench.decode import BenchSettings, default_methods
     from tda_export.errors import UsageError
@@ -90,15 +92,16 @@ def bench(
         result = _run(opened, choose_provider(provider, opened.shape.dtype), settings(chosen_methods), as_json)
     else:
         from tda_export.bench.artifact import build_random_artifact, build_random_priced
+        from tda_export.bench.random_codes import random_storage
         from tda_export.bench.shapes import random_source
-        from tda_export.graph.storage import read_plan, storage_of
+        from tda_export.graph.storage import read_plan
 
         assert shape is not None
         on_gpu = provider == "cuda" or (provider == "auto" and cuda_problem() is None)
         chosen = DTYPES[dtype or ("fp16" if on_gpu else "fp32")]
         resolved = choose_provider(provider, chosen)
         source = random_source(shape)
-        storage = storage_of(source, chosen, read_plan(source, weights, int(group), weights_for))
+        storage = random_storage(chosen, read_plan(source, weights, int(group), weights_for))
         with owned_folder(Path(tempfile.gettempdir()), "tda-export-bench") as folder:
             place, prices = folder / "artifact", None
             if masks := set(methods) & {"tda", "two_levels", "griffin", "tt"}:
@@ -150,18 +153,18 @@ def _print(result: dict[str, Any]) -> None:
                 f"{row['speedup']:.2f}" if "speedup" in row else "",
                 f"{row['prefill_ms']:.1f}",
                 f"{row['skippable_bytes_per_token'] / 2**20:,.0f}",
+                f"{row['bytes_per_token'] / 2**20:,.0f}",
                 f"{row['share_of_copy_bandwidth']:.2f}",
             ]
         )
-    columns = ["decode", "ms", "from-to", "faster", "prefill", "MiB", "of copy"]
+    columns = ["decode", "ms", "from-to", "faster", "prefill", "rows", "MiB", "of copy"]
     click.echo(
         f"{result['model']} in {result['dtype']} on {result['device']}, {result['prompt_tokens']} + "
         f"{result['new_tokens']} tokens, {'native kernels' if result['native'] else 'no native kernels'}, "
         f"copy {result['copy_gb_per_second']:,.0f} GB/s"
     )
     title = (
-        "Milliseconds a token and of prefill, times faster than dense, bytes that a token reads of matrices whose "
-        "rows may be skipped, and "
-        "the bandwidth of a whole step beside a copy's"
+        "Milliseconds a token and of prefill, times faster than dense, MiB that a token reads of matrices whose rows "
+        "may be skipped and in all, and the bandwidth of a whole step beside a copy's"
     )
     print_table(title, columns, rows)

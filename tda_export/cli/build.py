@@ -223,8 +223,13 @@ def _request(
 
 
 def _expectation(model: str, request: BuildRequest) -> str:
+    from tda_export.float_kl import float_kl_text, integers_kl
+
     expected, budget = request.design.expected, ", ".join(f"{name} {value}" for name, value in request.budget.items())
     what = "all linears" if request.design.layout == "priced" else "the FFN"
     kl = expected.get("kl")
     predicted = "" if kl is None else f", predicted KL {kl:.3f} nats a token"
+    integers = integers_kl(request.source.quantisation)
+    if kl is not None and integers is not None:
+        predicted += f"; {float_kl_text(integers, kl)}"
     return f"{model}, {budget}: expected sparsity {expected['sparsity']:.3f} of {what}{predicted}"

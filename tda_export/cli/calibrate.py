@@ -283,10 +283,11 @@ def _of_masks(calibration: Calibration, budget: Budget) -> bool:
 
 def _print(calibration: Calibration, budget: Budget, settings: CalibrationSettings, model: str) -> None:
     from tda_export.cli.tables import print_allocation, print_measurements, print_prices
+    from tda_export.float_kl import integers_kl
 
     if calibration.priced is not None:
         for name, table in calibration.priced.tables().items():
-            print_prices(table)
+            print_prices(table, integers_kl(calibration.provenance["model"].get("quantization")))
             price = table.price_for(sparsity=budget.sparsity, max_kl=budget.max_kl)
             row = table.predicted(price)
             reads = f"price {price:.4g} reads {row.share:.3f} of the linears' bytes at KL {row.kl:.4f}"

@@ -10,6 +10,7 @@ import click
 
 from tda_export.cli.options import json_option
 from tda_export.cli.quantize import describe_quantisation
+from tda_export.float_kl import float_kl_text, integers_kl
 
 CONTEXT = 1024  # tokens
 SPARSITIES = (0.3, 0.5, 0.7)
@@ -162,7 +163,7 @@ def _print(result: dict[str, Any]) -> None:
         f"{result['cache_bytes'] / MIB:,.0f} of them for the cache"
     )
     if result.get("price_table"):
-        print_prices(PriceTable.from_dict(result["price_table"]))
+        print_prices(PriceTable.from_dict(result["price_table"]), integers_kl(result.get("quantization")))
 
 
 def _print_build(result: dict[str, Any]) -> None:
@@ -174,9 +175,6 @@ def _print_build(result: dict[str, Any]) -> None:
     suffix = "" if expected is None else f", expected {what} {expected:.3f}"
     price = f", price {result['price']:.4g}, packing {result['packing']}" if result["layout"] == "priced" else ""
     click.echo(f"  built with {result['method']}, {budget}{price}{suffix}")
-    loss, kl = (result.get("quantization") or {}).get("loss"), result["expected_kl"]
-    if loss and kl is not None:
-        click.echo(
-            f"  KL to the float model about {loss['kl'] + kl:.4f} nats a token: {loss['kl']:.4f} by the integers and "
-            f"{kl:.4f} by the rows that are left out"
-        )
+    integers, kl = integers_kl(result.get("quantization")), result["expected_kl"]
+    if integers is not None and kl is not None:
+        click.echo(f"  {float_kl_text(integers, kl)}")

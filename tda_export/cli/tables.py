@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from tda_export.float_kl import float_kl_cells, float_kl_columns
 from tda_export.packing import THRESHOLDS
 
 if TYPE_CHECKING:
@@ -73,8 +74,13 @@ def print_measurements(measurements: list[dict[str, float]]) -> None:
     print_table("KL to dense along the path, nats a token", columns, rows)
 
 
-def print_prices(table: PriceTable) -> None:
-    """Print what prices save and cost, with one standard error where there is one."""
+def print_prices(table: PriceTable, integers: float | None = None) -> None:
+    """Print what prices save and cost, with one standard error where there is one.
+
+    Args:
+        table: What was measured.
+        integers: The KL of the model's integers to the float model, where it is known (`float_kl.integers_kl`).
+    """
     rows = [
         [
             f"{row.price:.3e}" if row.price else "0 (dense)",
@@ -82,11 +88,12 @@ def print_prices(table: PriceTable) -> None:
             f"{row.ffn_share:.3f}",
             f"{row.attention_share:.3f}",
             row.kl_text,
+            *float_kl_cells(integers, row.kl),
             f"{row.agreement:.3f}",
         ]
         for row in table.rows
     ]
-    columns = ["price", "linears", "FFN", "attention", "KL to dense", "agreement"]
+    columns = ["price", "linears", "FFN", "attention", "KL to dense", *float_kl_columns(integers), "agreement"]
     print_table(
         f"Prices with {THRESHOLDS[table.packing]} ({table.packing}): shares of bytes read, nats a token", columns, rows
     )

@@ -23,6 +23,7 @@ from tda_export.graph.storage import Storage
 from tda_export.graph.weight_plan import Rows, plan_weights
 from tda_export.graph.weights_file import WeightTable, write_weights
 from tda_export.models.notes import say
+from tda_export.models.quantised import kept_of
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
 from tda_export.progress import progress
@@ -197,8 +198,12 @@ def _quantization(request: BuildRequest) -> dict[str, Any] | None:
     """Say how weights became integers, None where they are floats."""
     known = request.source.quantisation
     if known is None:
-        return {"quantizer": {"name": "rtn"}} if request.storage.has_integers else None
-    return {name: value for name, value in known.items() if name not in ("quant_method", "version", "formats")}
+        return (
+            {"quantizer": {"name": request.storage.quantizer, "symmetric": False}}
+            if request.storage.has_integers
+            else None
+        )
+    return kept_of(known)
 
 
 def _io(inputs: list[contract.IoTensor], outputs: list[contract.IoTensor]) -> dict[str, list[dict[str, Any]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import torch
 
@@ -57,6 +58,7 @@ class Storage:
     dtype: str
     format_of: FormatOf = _floats
     codes: Mapping[str, Codes] = field(default_factory=dict)
+    quantizer: ClassVar[str] = "rtn"  # how integers come about that the checkpoint does not have
 
     @property
     def has_integers(self) -> bool:
@@ -92,10 +94,25 @@ class Storage:
             yield PlannedWeight(target, tensor.shape, self.dtype, tensor.load, matrix)
             return
         matrix = Matrix(target, rows, columns, found, major)
-        coming = _CodesToCome(partial(self._codes, tensor, members, found))
+        coming = _TensorsToCome(partial(self.packed, matrix, tensor, members))
         for index, stored in enumerate(matrix.tensors):
             load = partial(coming.tensor, index)
             yield PlannedWeight(stored.name, stored.shape, stored.dtype, load, None if index else matrix)
+
+    def packed(self, matrix: Matrix, tensor: Tensor, members: Sequence[str]) -> list[torch.Tensor]:
+        """Make the tensors of a matrix of integers, in the order of `Matrix.tensors`.
+
+        Args:
+            matrix: What is stored.
+            tensor: Its elements [rows, columns].
+            members: The names of what lies side by side in it.
+
+        Raises:
+            UsageError: The checkpoint's codes cannot lie side by side.
+            TdaError: They have another shape.
+        """
+        assert isinstance(matrix.format, IntegerFormat)
+        return [torch.from_numpy(array) for array in self._codes(tensor, members, matrix.format).pack()]
 
     def _codes(self, tensor: Tensor, members: Sequence[str], format: IntegerFormat) -> Codes:
         given = [self.codes[name] for name in members if name in self.codes]
@@ -151,16 +168,16 @@ def read_plan(source: ModelSource, weights: str, group: int, rules: Sequence[str
     )
 
 
-class _CodesToCome:
+class _TensorsToCome:
     """The tensors of a matrix of codes, which are made when its first is read, and let go with its last."""
 
-    def __init__(self, make: Callable[[], Codes]) -> None:
+    def __init__(self, make: Callable[[], list[torch.Tensor]]) -> None:
         self._make = make
         self._made: list[torch.Tensor] = []
 
     def tensor(self, index: int) -> torch.Tensor:
         if not self._made:
-            self._made = [torch.from_numpy(array) for array in self._make().pack()]
+            self._made = self._make()
         tensor = self._made[index]
         if index == len(self._made) - 1:
             self._made = []

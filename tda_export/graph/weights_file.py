@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnx_ir as ir
@@ -41,7 +42,7 @@ def write_weights(
     table = WeightTable({}, {planned.name: planned.matrix for planned in plan if planned.matrix})
     digest = hashlib.sha256()
     offset = 0
-    with path.open("wb") as file:
+    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
         for planned in plan:
             padding = bytes(-offset % ALIGNMENT)
             content = planned.load().to(getattr(torch, planned.dtype)).contiguous()
@@ -49,8 +50,9 @@ def write_weights(
                 raise AssertionError(f"{planned.name}: planned {planned.shape}, made {tuple(content.shape)}")
             raw = content.reshape(-1).view(torch.uint8).numpy().data
             for piece in (padding, raw):
+                hashing = beside.submit(digest.update, piece)
                 file.write(piece)
-                digest.update(piece)
+                hashing.result()
             offset += len(padding)
             table[planned.name] = ir.ExternalTensor(
                 path.name,

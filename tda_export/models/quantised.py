@@ -54,6 +54,11 @@ def read_quantisation(folder: Path) -> dict[str, Any] | None:
     return content
 
 
+def kept_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a manifest and a calibration keep of a folder's quantisation: how it was made, and what it lost."""
+    return {name: value for name, value in content.items() if name not in ("quant_method", "version", "formats")}
+
+
 def matrix_shape(spec: DecoderSpec, name: str) -> tuple[int, int]:
     """Return rows and columns of a stored matrix: those of layers are input-major, embedding and head output-major."""
     if name in (EMBEDDING, HEAD):

@@ -81,6 +81,13 @@ void* KernelContext::CudaStream() const {
   return stream;
 }
 
+void* KernelContext::CublasHandle() const {
+  constexpr int kResourceVersion = 1, kCublasHandle = 10002;  // onnxruntime/core/providers/cuda/cuda_resource.h
+  void* handle = nullptr;
+  Check(api_, api_->KernelContext_GetResource(context_, kResourceVersion, kCublasHandle, &handle));
+  return handle;
+}
+
 Tensor KernelContext::Allocate(size_t index, const int64_t* sizes, size_t rank) const {
   OrtValue* value = nullptr;
   Check(api_, api_->KernelContext_GetOutput(context_, index, sizes, rank, &value));

@@ -85,6 +85,7 @@ class KernelContext {
   Tensor Output(size_t index, std::initializer_list<int64_t> sizes) const;
   Tensor OutputLike(size_t index, const Tensor& other) const;
   void* CudaStream() const;
+  void* CublasHandle() const;  // of the provider, bound to the stream
 
   // Call work(task) for every task in [0, tasks) on ONNX Runtime's own thread pool. Threads take one task after another:
   // without a number of batches each would be given its share beforehand.

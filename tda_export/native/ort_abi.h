@@ -98,7 +98,10 @@ struct OrtApi {
                                      size_t* count);  // 140
   void* unused_141[52];
   OrtStatus* (*KernelContext_GetGPUComputeStream)(const OrtKernelContext* context, void** stream);  // 193
-  void* unused_194[80];
+  void* unused_194[71];
+  OrtStatus* (*KernelContext_GetResource)(const OrtKernelContext* context, int version, int resource,
+                                          void** out);  // 265
+  void* unused_266[8];
   OrtStatus* (*KernelContext_ParallelFor)(const OrtKernelContext* context, void (*work)(void* user, size_t task),
                                           size_t tasks, size_t batches, void* user);  // 274
   void* unused_275[2];
@@ -171,6 +174,7 @@ TDA_CHECK_SLOT(ReleaseTensorTypeAndShapeInfo, 99);
 TDA_CHECK_SLOT(ReleaseAllocator, 132);
 TDA_CHECK_SLOT(GetBoundOutputValues, 140);
 TDA_CHECK_SLOT(KernelContext_GetGPUComputeStream, 193);
+TDA_CHECK_SLOT(KernelContext_GetResource, 265);
 TDA_CHECK_SLOT(KernelContext_ParallelFor, 274);
 TDA_CHECK_SLOT(KernelContext_GetScratchBuffer, 277);
 TDA_CHECK_SLOT(KernelInfoGetAllocator, 278);

@@ -16,11 +16,11 @@ namespace {
 const std::vector<OpDefinition>& Definitions() {
   static const std::vector<OpDefinition> definitions = [] {
     std::vector<OpDefinition> all = StatisticsOnCuda();
-    for (const std::vector<OpDefinition>& some : {LinearOnCuda(), StepOps(), RowLinearOnCpu(), LinearOnCpu()}) {
+    for (const std::vector<OpDefinition>& some :
+         {LinearOnCuda(), StepOps(), RowLinearOnCpu(), RowLinearOnCuda(), LinearOnCpu()}) {
       all.insert(all.end(), some.begin(), some.end());
     }
     for (const OpDefinition& definition : {IndexedFfnOnCpu(), IndexedFfnOnCuda(kHalf), IndexedFfnOnCuda(kBfloat16),
-                                           RowLinearOnCuda(kHalf), RowLinearOnCuda(kBfloat16),
                                            GreedyTokenOnCpu(), GreedyTokenOnCuda()}) {
       all.push_back(definition);
     }

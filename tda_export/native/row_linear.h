@@ -2,7 +2,8 @@
 //
 //   y = sum over i of x[i] * w[i, :] + bias,   over the rows i that a token does not drop
 //
-// A token drops row i where x[i]^2 * row_price[i] < price, in float32. A row of which no token needs anything is not read.
+// A token drops row i where x[i]^2 * row_price[i] < price, in float32. A row of which no token needs anything is not read,
+// except by many tokens on CUDA (many_tokens_cuda.h).
 #pragma once
 
 #include "codes.h"

@@ -4,7 +4,7 @@
 
 namespace tda {
 
-// For weights of kHalf or kBfloat16.
-OpDefinition RowLinearOnCuda(ElementType type);
+// RowLinear, RowLinear4 and RowLinear8, for activations of kHalf and kBfloat16.
+std::vector<OpDefinition> RowLinearOnCuda();
 
 }  // namespace tda

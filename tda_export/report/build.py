@@ -9,6 +9,7 @@ from typing import Any
 from tda_export.calibration.budgets import Budget
 from tda_export.calibration.file import Calibration, read_calibration
 from tda_export.errors import TdaError, UsageError
+from tda_export.float_kl import integers_kl
 from tda_export.graph import contract
 from tda_export.progress import progress
 from tda_export.report.activity import Reader
@@ -104,7 +105,8 @@ def _priced_sections(artifact: Artifact, results: Sequence[Result]) -> list[Sect
     table = artifact.price_table
     if table is not None:
         priced = None if calibration is None else calibration.priced
-        sections += artifact_prices(table, float(artifact.manifest["price"]), priced)
+        integers = integers_kl(artifact.manifest["model"].get("quantization"))
+        sections += artifact_prices(table, float(artifact.manifest["price"]), priced, integers)
     return [*sections, methods_section(results)] if results else sections
 
 

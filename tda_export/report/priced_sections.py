@@ -10,6 +10,7 @@ from markupsafe import Markup
 from tda_export.calibration.file import Calibration
 from tda_export.calibration.price_file import Priced
 from tda_export.errors import UsageError
+from tda_export.float_kl import float_kl_cells, float_kl_columns, float_kl_text, integers_kl
 from tda_export.packing import THRESHOLDS, Packing
 from tda_export.pricing import PriceRow, PriceTable
 from tda_export.report.axes import Axis, around
@@ -38,18 +39,22 @@ def calibration_prices(calibration: Calibration, priced: Priced) -> list[Section
         budget = {}
     prices = {packing: _chosen(table, budget) for packing, table in tables.items()}
     densities = [layer_densities(priced, packing, prices[packing]) for packing in tables]
-    return [prices_section(list(tables.values()), prices), densities_section(densities)]
+    integers = integers_kl(calibration.provenance["model"].get("quantization"))
+    return [prices_section(list(tables.values()), prices, integers), densities_section(densities)]
 
 
-def artifact_prices(table: PriceTable, price: float, priced: Priced | None) -> list[Section]:
+def artifact_prices(
+    table: PriceTable, price: float, priced: Priced | None, integers: float | None = None
+) -> list[Section]:
     """Show what an artifact's prices save and cost, and the rows that it reads by default.
 
     Args:
         table: The artifact's own, for its dtype.
         price: The artifact's.
         priced: What its calibration measured by layer; None where it carries none of this packing.
+        integers: The KL of its integers to the float model, where it is known.
     """
-    sections = [prices_section([table], {table.packing: price})]
+    sections = [prices_section([table], {table.packing: price}, integers)]
     if priced is not None and table.packing in priced.measured:
         # A price is per byte: what was measured was for rows of another size.
         measured = price * table.element_bytes / priced.row_bytes.element_bytes
@@ -77,8 +82,16 @@ def layer_densities(priced: Priced, packing: Packing, price: float | None) -> La
     )
 
 
-def prices_section(tables: Sequence[PriceTable], chosen: Mapping[Packing, float | None]) -> Section:
-    """Draw and list tables of prices of one model, one for each packing; `chosen` are prices that a budget asks for."""
+def prices_section(
+    tables: Sequence[PriceTable], chosen: Mapping[Packing, float | None], integers: float | None = None
+) -> Section:
+    """Draw and list tables of prices of one model, one for each packing.
+
+    Args:
+        tables: What was measured.
+        chosen: Prices that a budget asks for.
+        integers: The KL of the model's integers to the float model, nats a token; None for floats, or if not measured.
+    """
     notes = []
     for table in tables:
         price = chosen.get(table.packing)
@@ -88,6 +101,7 @@ def prices_section(tables: Sequence[PriceTable], chosen: Mapping[Packing, float 
                 f"{THRESHOLDS[table.packing].capitalize()}: the budget asks for price {price:.4g}, which reads "
                 f"{row.share:.3f} of the linears' bytes (FFN {row.ffn_share:.3f}, attention {row.attention_share:.3f}) "
                 f"at a predicted KL of {row.kl:.4f} nats a token."
+                + ("" if integers is None else f" {float_kl_text(integers, row.kl)}.")
             )
         else:
             notes.append(f"{THRESHOLDS[table.packing].capitalize()}: no price of this table was chosen.")
@@ -106,9 +120,15 @@ def prices_section(tables: Sequence[PriceTable], chosen: Mapping[Packing, float 
             "A row of a linear, what leaves one input channel, is read by a token only if it is worth its bytes: if "
             "x² times the row's price reaches the price of a byte, λ, which is one number for the whole model. Each "
             "point is one λ, measured on sequences that gave no price."
+            + (
+                ""
+                if integers is None
+                else " KL is to the same integers, all of them read; what they lost to the float model, "
+                f"{integers:.4f} nats a token, comes on top of it."
+            )
         ],
         figures,
-        [_price_table(table) for table in tables],
+        [_price_table(table, integers) for table in tables],
         notes,
     )
 
@@ -174,7 +194,7 @@ def layers_chart(one: LayerDensities) -> Markup:
     return line_chart("Rows read by layer and matrix", series, x, Axis(DENSITY, 0.0, 1.0))
 
 
-def _price_table(table: PriceTable) -> Table:
+def _price_table(table: PriceTable, integers: float | None) -> Table:
     parts = list(table.rows[0].parts)
     rows = [
         [
@@ -184,9 +204,11 @@ def _price_table(table: PriceTable) -> Table:
             f"{row.attention_share:.3f}",
             *(f"{row.parts[part]:.3f}" for part in parts),
             row.kl_text,
+            *float_kl_cells(integers, row.kl),
             f"{row.agreement:.3f}",
         ]
         for row in table.rows
     ]
-    columns = ("price", "all linears", "FFN", "attention", *parts, "KL, nats a token", "top-1 agreement")
+    kls = ("KL, nats a token", *float_kl_columns(integers))
+    columns = ("price", "all linears", "FFN", "attention", *parts, *kls, "top-1 agreement")
     return Table(f"Prices, {THRESHOLDS[table.packing]}: shares of bytes read", columns, rows)

@@ -100,8 +100,6 @@ class Sessions:
 def _native_problem(artifact: Artifact, provider: str) -> str | None:
     if provider != CUDA and artifact.shape.dtype != "float32":
         return f"on the CPU they compute in float32 alone, and this artifact is {artifact.shape.dtype}"
-    if provider == CUDA and artifact.has_integers:
-        return "those for CUDA multiply by floats alone, and this artifact has integers"
     return native_problem()
 
 

@@ -35,8 +35,21 @@ def test_rows_and_bytes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         assert row["fixed_us"] == pytest.approx(row["us"] * (1 - row["share"]))
     call(monkeypatch, "--provider", "cpu", "--shape", "40x24", "--density", "0.25")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "CPU, float32, copy 10 GB/s"
+    assert lines[0] == "CPU, float32, weights float32, copy 10 GB/s"
     assert len(lines) == 4
+
+
+@pytest.mark.parametrize(("bits", "row_bytes"), [(4, 12 + 2 + 1), (8, 24 + 2 + 1)])
+def test_rows_of_integers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bits: int, row_bytes: int
+) -> None:
+    shape = ["--provider", "cpu", "--shape", "40x24", "--density", "0.25"]
+    call(monkeypatch, *shape, "--weights", f"int{bits}", "--group", "64", "--json")
+    result = json.loads(capsys.readouterr().out)
+    assert result["weights"] == f"int{bits}_g64"
+    assert [row["kernel"] for row in result["rows"]] == [f"RowLinear{bits}", f"RowLinear{bits}, price late"]
+    for row in result["rows"]:
+        assert row["gb_per_second"] * 1e3 * row["us"] == pytest.approx(10 * row_bytes)
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -112,3 +113,48 @@ def test_a_build_over_its_bound_fails_at_the_end(tmp_path: Path, monkeypatch: py
     run_true_shapes(tmp_path, monkeypatch, None, 1, "gemma-2b")
     with pytest.raises(SystemExit, match=r"^gemma-2b: the build took more memory than allowed$"):
         run_true_shapes(tmp_path, monkeypatch, None, 1 << 40, "gemma-2b")
+
+
+def test_rows_are_compared_with_the_faster_peer_of_their_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load("peers", monkeypatch)
+    row = {"ms_per_token": 2.0}
+    report: dict[str, Any] = {
+        "genai": "failed",
+        "genai_int4": {"ms_per_token": 4.0},
+        "genai_int4_fpa": {"ms_per_token": 3.0},
+        "priced": {"dense": dict(row)},
+        "int4": {"device": "a GPU", "priced_0.50": dict(row)},
+    }
+    script.beside_genai(report)
+    assert report["int4"] == {"device": "a GPU", "priced_0.50": row | {"times_faster_than_genai": 1.5}}
+    assert report["priced"] == {"dense": row}
+
+
+def test_int4_of_a_shape_is_built_and_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from argparse import Namespace
+
+    from tda_export.runtime.artifact import Artifact, open_artifact
+    from tests.bench.test_bench import SMALL
+
+    script = load("peers", monkeypatch)
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    options = Namespace(folder=tmp_path, shape=str(tmp_path / "config.json"), prompt_tokens=64, new_tokens=32)
+    script.build_int4(options)
+    assert open_artifact(tmp_path / "int4").matrices["layers.0.ffn.down"].format.name == "int4_g32"
+    timed: list[Any] = []
+
+    def run(artifact: Artifact, provider: str, settings: Any, prompt: list[int]) -> dict[str, Any]:
+        timed.extend((artifact.folder, provider, settings.prices, len(prompt)))
+        return {}
+
+    monkeypatch.setattr("tda_export.bench.decode.run_bench", run)
+    script.STEPS["int4"](options)
+    prices = {"priced_0.70": 1e-3, "priced_0.50": 1e30}
+    assert timed == [tmp_path / "int4", "cuda", prices, 64]
+
+
+def test_logits_that_are_not_finite_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load("peers", monkeypatch)
+    script.check_finite("GenAI", np.zeros(3))
+    with pytest.raises(SystemExit, match=r"^GenAI: logits are not finite, so nothing is timed\.$"):
+        script.check_finite("GenAI", np.array([1.0, np.nan]))

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tda_export.calibration.file import read_calibration
+from tda_export.float_kl import COLUMN
 from tda_export.graph import contract
 from tda_export.runtime.artifact import open_artifact
 from tests.cli.conftest import USAGE, assert_error
@@ -26,14 +28,17 @@ def quantised(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def calibration(quantised: Path) -> Path:
     path = quantised.parent / "c.safetensors"
-    run_ok("calibrate", quantised, "-o", path, "--sequences", "4", *LENGTHS)
+    shown = run_ok("calibrate", quantised, "-o", path, "--sequences", "4", *LENGTHS).stdout
+    lost = json.loads((quantised / "config.json").read_text())["quantization_config"]["loss"]["kl"]
+    assert f" {lost:.4f} │ " in shown  # of dense
     return path
 
 
 @pytest.fixture(scope="module")
 def artifact(quantised: Path, calibration: Path) -> Path:
     folder = quantised.parent / "artifact"
-    run_ok("build", quantised, "--calibration", calibration, "--sparsity", "0.3", "-o", folder)
+    built = run_ok("build", quantised, "--calibration", calibration, "--sparsity", "0.3", "-o", folder)
+    assert "nats a token; KL to the float model about 0." in built.stdout
     return folder
 
 
@@ -64,6 +69,31 @@ def test_inspect_says_what_the_integers_cost(artifact: Path, quantised: Path) ->
     assert "KL to the float model about " in shown
     sizes = [json.loads(run_ok("inspect", place, "--json").stdout)["linear_bytes"] for place in (artifact, quantised)]
     assert sizes[0] == sizes[1]
+
+
+def test_tables_have_the_kl_to_the_float_model(artifact: Path, calibration: Path, tmp_path: Path) -> None:
+    """Of an artifact and of a calibration: what `quantize` measured, and what each price adds."""
+    opened = open_artifact(artifact)
+    assert opened.price_table is not None
+    lost = opened.manifest["model"]["quantization"]["loss"]["kl"]
+    assert read_calibration(calibration).provenance["model"]["quantization"]["loss"]["kl"] == lost
+    shown = run_ok("inspect", artifact).stdout
+    assert all(f" {lost + row.kl:.4f} │ " in shown for row in opened.price_table.rows)
+    page = tmp_path / "report.html"
+    for place in (artifact, calibration):
+        run_ok("report", place, "-o", page, "--overwrite")
+        text = page.read_text()
+        assert f"what they lost to the float model, {lost:.4f} nats a token, comes on top of it." in text
+        assert f"{lost:.4f} by the integers and " in text
+        for row in opened.price_table.rows:
+            assert f">{lost + row.kl:.4f}<" in text
+
+
+def test_tables_of_floats_have_one_kl(priced_artifact: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    run_ok("report", priced_artifact, "-o", page)
+    assert not [words for words in ("float model", COLUMN) if words in page.read_text()]
+    assert "float" not in run_ok("inspect", priced_artifact).stdout.partition("Prices with")[2]
 
 
 def test_eval_and_verify(artifact: Path, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tda_export.weights.formats import INTEGER_FORMATS, IntegerFormat
-from tests.code_model import code_session, feeds_of, random_codes, run, tolerance
+from tests.code_model import code_session, feeds_of, random_codes, row_feeds, row_reference, tolerance
+from tests.ffn_model import run
 from tests.row_model import price_for, worth
 
 session = functools.lru_cache(maxsize=256)(code_session)
@@ -20,25 +21,6 @@ sizes = st.one_of(st.integers(1, 200), st.sampled_from([255, 576, 577, 1025, 409
 tokens = st.sampled_from([1, 1, 1, 2, 3, 4, 5, 8, 9, 17, 64])
 FORMATS = [pytest.param(format, id=format.name) for format in INTEGER_FORMATS.values()]
 SOME = [pytest.param(INTEGER_FORMATS[name], id=name) for name in ("int4_g32", "int4_g128", "int8_g64")]
-
-
-def row_feeds(
-    rng: np.random.Generator, format: IntegerFormat, inputs: int, outputs: int, count: int
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Inputs of a product with rows at price 0, and the elements of its matrix."""
-    codes = random_codes(rng, format, inputs, outputs)
-    feeds = feeds_of(codes, rng.standard_normal((1, count, inputs)).astype(np.float32))
-    feeds["row_price"] = np.exp(rng.standard_normal(inputs)).astype(np.float32)
-    feeds["price"] = np.zeros(1, np.float32)
-    feeds["bias"] = rng.standard_normal(outputs).astype(np.float32)
-    feeds["tolerance"] = np.array(tolerance(feeds["x"], codes))
-    return feeds, codes.decode().astype(np.float64)
-
-
-def row_reference(feeds: dict[str, np.ndarray], elements: np.ndarray, *, bias: bool) -> np.ndarray:
-    x = feeds["x"][0].astype(np.float64)
-    kept = np.where(worth(feeds) < feeds["price"], 0, x)
-    return (kept @ elements + (feeds["bias"] if bias else 0))[None]
 
 
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -14,23 +14,27 @@ import pytest
 from tda_export.native.build import LIBRARY, device_sources
 
 ACTIVATIONS = range(4)
+BITS = (0, 4, 8)
 DEFINES = {
     "indexed_ffn": [
         f"TDA_BF16={bf16} TDA_ACTIVATION={activation} TDA_GATED={1 - bf16}"
         for bf16, activation in itertools.product((0, 1), ACTIVATIONS)
     ],
     "statistics": ["TDA_BF16=0", "TDA_BF16=1"],
-    "linear": ["TDA_BF16=0", "TDA_BF16=1"],
-    "row_linear": [f"TDA_BF16={bf16} TDA_CLUSTERS=1" for bf16 in (0, 1)],
+    "linear": [f"TDA_BF16={bf16} TDA_BITS={bits}" for bf16 in (0, 1) for bits in BITS],
+    "row_linear": [f"TDA_BF16={bf16} TDA_BITS={bits} TDA_CLUSTERS=1" for bf16 in (0, 1) for bits in BITS],
+    "expand": [f"TDA_BF16={bf16} TDA_BITS={bits}" for bf16 in (0, 1) for bits in BITS],
     "greedy": ["TDA_BF16=0"],
     "gated_activation": [f"TDA_BF16={activation % 2} TDA_ACTIVATION={activation}" for activation in ACTIVATIONS],
     "call_price": ["TDA_BF16=0"],
 }
 CASES = [(name, defines, 90) for name, all_defines in DEFINES.items() for defines in all_defines]
 CASES += [
-    (name, all_defines[0].replace("TDA_CLUSTERS=1", f"TDA_CLUSTERS={int(capability >= 90)}"), capability)
+    (name, defines.replace("TDA_CLUSTERS=1", f"TDA_CLUSTERS={int(capability >= 90)}"), capability)
     for name, all_defines in DEFINES.items()
+    for defines in (all_defines if name in ("linear", "row_linear", "expand") else all_defines[:1])
     for capability in (75, 80, 89, 120)
+    if capability >= 80 or "TDA_BF16=1" not in defines
 ]
 
 pytestmark = pytest.mark.skipif(

@@ -229,7 +229,12 @@ def test_add_norm(provider: str, native: bool, dtype: str, hidden: int, tokens: 
 @pytest.mark.parametrize(
     ("name", "feeds", "outputs", "message"),
     [
-        (operators.LINEAR, {"x": (1, 3), "weight": (4, 2)}, 1, r"x: expected shape \[.., 2\], got \[1, 3\]"),
+        (
+            operators.LINEAR,
+            {"x": (1, 3), "weight": (4, 2)},
+            1,
+            r"x: expected shape \[.., 2\], as w has 2 columns, got \[1, 3\]",
+        ),
         (operators.LINEAR, {"x": (1, 0), "weight": (4, 0)}, 1, r"weight: a product of no inputs, shape \[4, 0\]"),
         (operators.LINEAR, {"x": (1, 3), "weight": (3,)}, 1, r"weight: expected shape \[outputs, inputs\], got \[3\]"),
         (operators.ADD_NORM, {"x": (1, 3), "residual": (1, 3), "weight": (2,)}, 2, r"x: expected shape \[.., 2\]"),

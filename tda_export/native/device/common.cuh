@@ -4,13 +4,17 @@
 
 typedef unsigned short Element;  // float16 or bfloat16, as bits
 
+static __device__ __forceinline__ float HalfToFloat(unsigned short bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
 static __device__ __forceinline__ float ToFloat(Element bits) {
 #if TDA_BF16
   return __uint_as_float(static_cast<unsigned>(bits) << 16);
 #else
-  float value;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-  return value;
+  return HalfToFloat(bits);
 #endif
 }
 
@@ -30,6 +34,7 @@ struct Pack;
 
 template <>
 struct Pack<8> {
+  static constexpr bool kScale = false;
   uint4 bits;
 
   __device__ __forceinline__ void ToFloats(float* values) const {
@@ -44,6 +49,7 @@ struct Pack<8> {
 
 template <>
 struct Pack<1> {
+  static constexpr bool kScale = false;
   Element bits;
 
   __device__ __forceinline__ void ToFloats(float* values) const { values[0] = ToFloat(bits); }

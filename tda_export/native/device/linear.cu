@@ -1,8 +1,9 @@
-// tda::Linear and tda::AddNorm on CUDA: what stands between the FFNs of decode, for few tokens at a time.
+// tda::Linear, Linear4, Linear8 and tda::AddNorm on CUDA: products with output-major matrices, and norms, for few tokens
+// at a time. Compile-time constant: TDA_BITS of a code, 0 where weights are elements.
 
 struct LinearArguments {
   const Element* x;       // [tokens, inputs]
-  const Element* weight;  // [outputs, inputs]
+  StoredMatrix weight;    // [outputs, inputs]
   Element* y;             // [tokens, outputs]
   int tokens, inputs, outputs;
   int early;  // 1: no kernel that may still run writes the weight
@@ -19,7 +20,7 @@ static __device__ __forceinline__ void Linear(const LinearArguments& a) {
   const int first_token = blockIdx.y * kTokens;
   const int tokens = min(kTokens, a.tokens - first_token);
   const Element* x = a.x + static_cast<size_t>(first_token) * a.inputs;
-  const Format weight = {a.weight, a.inputs};
+  const Format weight(a.weight);
   Gate ready;
   if (!a.early) ready();
   for (int row = warp * kRowsAtOnce; row < a.outputs; row += warps * kRowsAtOnce) {
@@ -126,15 +127,28 @@ static __device__ __forceinline__ void AddNorm(const AddNormArguments& a) {
   }
 }
 
-#define TDA_LINEAR(tokens, width)                                                                                \
-  extern "C" __global__ void __launch_bounds__(kThreads, tokens == 1 ? 2 : 1)                                   \
-      Linear_##tokens##_##width(LinearArguments arguments) {                                                    \
-    Linear<tokens, ElementFormat<width>>(arguments);                                                                           \
+#if TDA_BITS
+#define TDA_LINEAR_FORMAT(width) CodeFormat<TDA_BITS, width * TDA_BITS / 32>
+#else
+#define TDA_LINEAR_FORMAT(width) ElementFormat<width>
+#endif
+#define TDA_LINEAR(tokens, width)                                              \
+  extern "C" __global__ void __launch_bounds__(kThreads, tokens == 1 ? 2 : 1) \
+      Linear_##tokens##_##width(LinearArguments arguments) {                  \
+    Linear<tokens, TDA_LINEAR_FORMAT(width)>(arguments);                      \
   }
 
 TDA_LINEAR(1, 8)
 TDA_LINEAR(4, 8)
 TDA_LINEAR(1, 1)
 TDA_LINEAR(4, 1)
+#if TDA_BITS
+TDA_LINEAR(1, 16)
+#endif
+#if TDA_BITS == 4
+TDA_LINEAR(1, 32)
+#endif
+#if !TDA_BITS
 extern "C" __global__ void __launch_bounds__(kNormThreads) AddNorm_8(AddNormArguments a) { AddNorm<8>(a); }
 extern "C" __global__ void __launch_bounds__(kNormThreads) AddNorm_1(AddNormArguments a) { AddNorm<1>(a); }
+#endif

@@ -3,21 +3,31 @@
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kLoads = 16;  // loads that a warp has under way at once
+constexpr int kWide = 8;  // elements of x that a thread loads at once
 
 // Add weights . x of one load to the sums of every token.
-template <int kTokens, int kWidth>
-static __device__ __forceinline__ void MultiplyAdd(const Pack<kWidth>& weights, const Element* x, int hidden,
-                                                   int tokens, float* sums) {
+template <int kTokens, int kWidth, class Weights>
+static __device__ __forceinline__ void MultiplyAdd(const Weights& weights, const Element* x, int hidden, int tokens,
+                                                   float* sums) {
+  constexpr int kPart = kWidth < kWide ? kWidth : kWide;
   float w[kWidth];
   weights.ToFloats(w);
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
     if (t > 0 && t >= tokens) break;
-    float v[kWidth];
-    Load<kWidth>(x + static_cast<size_t>(t) * hidden).ToFloats(v);
+    float sum = Weights::kScale ? 0.0f : sums[t];
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) sums[t] = fmaf(w[i], v[i], sums[t]);
+    for (int at = 0; at < kWidth; at += kPart) {
+      float v[kPart];
+      Load<kPart>(x + static_cast<size_t>(t) * hidden + at).ToFloats(v);
+#pragma unroll
+      for (int i = 0; i < kPart; ++i) sum = fmaf(w[at + i], v[i], sum);
+    }
+    if constexpr (Weights::kScale) {
+      sums[t] = fmaf(weights.Scale(), sum, sums[t]);
+    } else {
+      sums[t] = sum;
+    }
   }
 }
 
@@ -28,7 +38,7 @@ static __device__ __forceinline__ void Products(const typename Format::Row (&row
                                                 int tokens, int lane, float (&sums)[kRows][kTokens],
                                                 const Ready& ready) {
   constexpr int kWidth = Format::kWidth;
-  constexpr int kBatch = kLoads / kRows;
+  constexpr int kBatch = Format::kLoads / kRows;
   constexpr int kStep = kWarp * kWidth;  // elements that a warp loads at once
 #pragma unroll
   for (int r = 0; r < kRows; ++r)
@@ -38,7 +48,7 @@ static __device__ __forceinline__ void Products(const typename Format::Row (&row
   const int last_batch = hidden - kBatch * kStep;  // where a whole batch fits for the last time
 #pragma unroll 1
   for (; column - lane * kWidth <= last_batch; column += kBatch * kStep) {
-    Pack<kWidth> weights[kRows][kBatch];
+    decltype(rows[0].Load(0)) weights[kRows][kBatch];
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
@@ -52,7 +62,7 @@ static __device__ __forceinline__ void Products(const typename Format::Row (&row
       }
   }
   if (column - lane * kWidth < hidden) {  // what is left is no whole batch, and under way at once all the same
-    Pack<kWidth> weights[kRows][kBatch];
+    decltype(rows[0].Load(0)) weights[kRows][kBatch];
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
 #pragma unroll

@@ -1,10 +1,12 @@
-// tda::RowLinear on CUDA: y = sum over i of x[i] * w[i, :] + bias, over the rows that a token needs.
+// tda::RowLinear, RowLinear4 and RowLinear8 on CUDA: y = sum over i of x[i] * w[i, :] + bias, over the rows that a token
+// needs. Compile-time constants: TDA_BITS of a code, 0 where weights are elements, and TDA_CLUSTERS, whether the GPU has
+// them.
 //
 // One launch. A token drops row i where x[i]^2 * row_price[i] < price, compared in float32; rows of zeros are never read.
 
 struct RowLinearArguments {
   const Element* x;        // [tokens, inputs]
-  const Element* weight;   // [inputs, outputs]
+  StoredMatrix weight;     // [inputs, outputs]
   const float* row_price;  // [inputs]
   const float* price;      // [1]
   const Element* bias;     // [outputs] or null
@@ -77,7 +79,7 @@ static __device__ __forceinline__ void RowLinear(const RowLinearArguments& a) {
     LetNextKernelStart();
     if (!a.early) price = *a.price;
   };
-  const Format weight = {a.weight, a.outputs};
+  const Format weight(a.weight);
   float sums[kTokens][kWidth] = {};
   AddRows<kTokens>(source, weight, a.inputs, warp * gridDim.x + blockIdx.x, gridDim.x * kBlockWarps, column,
                    shared.lists[warp], sums, ready);
@@ -90,11 +92,17 @@ static __device__ __forceinline__ void RowLinear(const RowLinearArguments& a) {
 #endif
 }
 
+#if TDA_BITS
+#define TDA_ROW_FORMAT(width) CodeFormat<TDA_BITS, width * TDA_BITS / 32>
+#else
+#define TDA_ROW_FORMAT(width) ElementFormat<width>
+#endif
+
 // `blocks` on a multiprocessor at once leave so many registers that a warp has all its loads under way together.
 #define TDA_ROW_LINEAR(tokens, width, warps, blocks)                                    \
   extern "C" __global__ void __launch_bounds__(warps* kWarp, blocks)                    \
       RowLinear_##tokens##_##width##_##warps##_##blocks(RowLinearArguments arguments) { \
-    RowLinear<tokens, ElementFormat<width>, warps>(arguments);                          \
+    RowLinear<tokens, TDA_ROW_FORMAT(width), warps>(arguments);                         \
   }
 
 TDA_ROW_LINEAR(1, 8, 8, 3)
@@ -103,6 +111,13 @@ TDA_ROW_LINEAR(1, 8, 16, 1)
 TDA_ROW_LINEAR(4, 8, 8, 1)
 TDA_ROW_LINEAR(1, 1, 8, 3)
 TDA_ROW_LINEAR(4, 1, 8, 1)
+#if TDA_BITS
+TDA_ROW_LINEAR(1, 16, 8, 2)
+TDA_ROW_LINEAR(1, 16, 16, 1)
+#endif
+#if TDA_BITS == 4
+TDA_ROW_LINEAR(1, 32, 8, 2)
+#endif
 
 #if !TDA_CLUSTERS
 // Set the counters to zero, ahead of the kernel that counts arrivals.

@@ -38,9 +38,12 @@ static __device__ __forceinline__ void AddScaled(const Weights& weights, const f
   float w[kWidth];
   weights.ToFloats(w);
 #pragma unroll
-  for (int t = 0; t < kTokens; ++t)
+  for (int t = 0; t < kTokens; ++t) {
+    float value = values[t];
+    if constexpr (Weights::kScale) value *= weights.Scale();
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) sums[t][i] = fmaf(values[t], w[i], sums[t][i]);
+    for (int i = 0; i < kWidth; ++i) sums[t][i] = fmaf(value, w[i], sums[t][i]);
+  }
 }
 
 // Add the rows of warp `warp` of `warps` at `column` to sums. `ready` waits for earlier kernels; it is called before

@@ -1,9 +1,22 @@
 // From the sums of each warp to the result: warps of a block are added in shared memory, then the blocks that share a
 // slice of columns (those along the grid's x), always in the same order.
 
+// A cell is a token's sum of a column. The sums of a lane are neighbours, so four of them are stored at once; they are
+// turned by their lane, so that lanes meet different banks.
 template <int kTokens, int kWidth, int kBlockWarps>
 struct WarpSums {
-  float cells[kBlockWarps][kTokens * kWarp * kWidth];
+  static constexpr int kFours = kWidth / 4;  // 0: one column a lane
+
+  static __device__ __forceinline__ int Place(int cell) {
+    if constexpr (kFours == 0) {
+      return cell;
+    } else {
+      const int lane = cell / kWidth, four = cell % kWidth / 4;
+      return lane * kWidth + (four + lane * kWidth / kWarp) % kFours * 4 + cell % 4;
+    }
+  }
+
+  alignas(16) float cells[kBlockWarps][kTokens * kWarp * kWidth];
 };
 
 // Where the totals of a slice (blockIdx.y) and a tile of tokens (blockIdx.z) go.
@@ -32,20 +45,29 @@ struct Totals {
 template <int kTokens, int kWidth, int kBlockWarps>
 static __device__ __forceinline__ void StoreWarpSums(const float (&sums)[kTokens][kWidth],
                                                      WarpSums<kTokens, kWidth, kBlockWarps>& shared) {
+  using Cells = WarpSums<kTokens, kWidth, kBlockWarps>;
+  constexpr int kStored = kWidth < 4 ? 1 : 4;
   const int lane = threadIdx.x % kWarp;
+  float* cells = shared.cells[threadIdx.x / kWarp];
 #pragma unroll
   for (int t = 0; t < kTokens; ++t)
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      shared.cells[threadIdx.x / kWarp][(t * kWarp + lane) * kWidth + i] = sums[t][i];
+    for (int i = 0; i < kWidth; i += kStored) {
+      float* place = cells + Cells::Place((t * kWarp + lane) * kWidth + i);
+      if constexpr (kStored == 1) {
+        *place = sums[t][i];
+      } else {
+        *reinterpret_cast<float4*>(place) = make_float4(sums[t][i], sums[t][i + 1], sums[t][i + 2], sums[t][i + 3]);
+      }
     }
 }
 
 template <int kTokens, int kWidth, int kBlockWarps>
 static __device__ __forceinline__ float BlockSum(const WarpSums<kTokens, kWidth, kBlockWarps>& shared, int cell) {
+  const int place = WarpSums<kTokens, kWidth, kBlockWarps>::Place(cell);
   float sum = 0.0f;
 #pragma unroll
-  for (int w = 0; w < kBlockWarps; ++w) sum += shared.cells[w][cell];
+  for (int w = 0; w < kBlockWarps; ++w) sum += shared.cells[w][place];
   return sum;
 }
 

@@ -1,0 +1,76 @@
+"""Matrices of integers drawn as codes, without floats: a large model takes no longer than its file."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from tda_export.graph.storage import Storage
+from tda_export.models.layout import Tensor
+from tda_export.weights.formats import IntegerFormat
+from tda_export.weights.matrix import Matrix
+from tda_export.weights.plan import FormatPlan
+
+SPREAD = 0.25  # scales are uniform within this share of their mean
+
+
+@dataclass(frozen=True)
+class RandomStorage(Storage):
+    """How a random model is stored: its matrices of integers are drawn, all else comes from its weights."""
+
+    seed: int = 0
+    quantizer: ClassVar[str] = "random"
+
+    def packed(self, matrix: Matrix, tensor: Tensor, members: Sequence[str]) -> list[torch.Tensor]:
+        return [torch.from_numpy(array) for array in draw_packed(matrix, self.seed)]
+
+
+def random_storage(dtype: str, plan: FormatPlan | None, seed: int = 0) -> Storage:
+    """Return how a random model is stored by a plan of formats; None is all floats."""
+    return Storage(dtype) if plan is None else RandomStorage(dtype, plan.of, seed=seed)
+
+
+def draw_packed(matrix: Matrix, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw the tensors of a matrix of integers, as weights.bin has them: the same on every machine.
+
+    Codes are uniform, and zero points one of the two in the middle, so that elements have a mean of 0. Their standard
+    deviation is that of float random models, 1 / sqrt(inputs): activations keep their size.
+
+    Args:
+        matrix: Of an integer format.
+        seed: Each matrix has numbers of its own, by its name.
+
+    Returns:
+        Codes uint8 [rows, bytes], scales float16 [rows, groups] and zero points uint8 [rows, bytes].
+    """
+    format = matrix.format
+    assert isinstance(format, IntegerFormat)
+    numbers = np.random.SFC64([seed, zlib.crc32(matrix.name.encode())])
+    codes, scales, zero_points = matrix.tensors
+    low = format.levels // 2 - 1
+    middle = low if format.bits == 8 else low * 0x11  # in every half of a byte
+    upper = 0x01 if format.bits == 8 else 0x11
+    scale = matrix.inputs**-0.5 / code_deviation(format)
+    spread = 1 + SPREAD * (2 * np.random.Generator(numbers).random(scales.shape, np.float32) - 1)
+    return (
+        _random_bytes(numbers, codes.shape),
+        (np.float32(scale / np.sqrt(1 + SPREAD**2 / 3)) * spread).astype(np.float16),
+        middle + (_random_bytes(numbers, zero_points.shape) & np.uint8(upper)),
+    )
+
+
+def code_deviation(format: IntegerFormat) -> float:
+    """Return the standard deviation of uniform codes less a zero point that is either of the two in the middle."""
+    return float(np.sqrt((format.levels**2 - 1) / 12 + 0.25))
+
+
+def _random_bytes(numbers: np.random.SFC64, shape: tuple[int, ...]) -> np.ndarray:
+    """Draw uint8 of a shape, eight at a time: as fast as memory is filled."""
+    count = int(np.prod(shape))
+    drawn = numbers.random_raw(-(-count // 8)).astype("<u8", copy=False)
+    return drawn.view(np.uint8)[:count].reshape(shape)

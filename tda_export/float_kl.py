@@ -1,0 +1,41 @@
+"""KL of a quantised model to its float model: what the integers lost, and what prices add to it.
+
+Prices are measured beside the same integers, read densely, and `--max-kl` limits that KL. `quantize` measures what the
+integers lost, on text of its own. The two add up approximately.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+COLUMN = "KL to float"
+
+
+def integers_kl(quantization: Any) -> float | None:
+    """Return what integers lost, nats a token; None where nothing was measured, or for floats.
+
+    Args:
+        quantization: What `quantize` says of a model, as config.json, a manifest or a calibration keeps it.
+    """
+    loss = quantization.get("loss") if isinstance(quantization, dict) else None
+    kl = loss.get("kl") if isinstance(loss, dict) else None
+    return float(kl) if isinstance(kl, int | float) and math.isfinite(kl) else None
+
+
+def float_kl_cells(integers: float | None, kl: float) -> list[str]:
+    """Return what a row of a table has under `COLUMN`: nothing for floats."""
+    return [] if integers is None else [f"{integers + kl:.4f}"]
+
+
+def float_kl_columns(integers: float | None) -> list[str]:
+    """Return the columns that `float_kl_cells` fills."""
+    return [] if integers is None else [COLUMN]
+
+
+def float_kl_text(integers: float, kl: float) -> str:
+    """Say what a model at a price loses to the float model."""
+    return (
+        f"KL to the float model about {integers + kl:.4f} nats a token: {integers:.4f} by the integers and {kl:.4f} by "
+        "the rows that are left out"
+    )
