@@ -23,7 +23,7 @@ from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import linear_parts, linear_sites
 from tda_export.progress import Advance
-from tda_export.quantization.gptq import DAMPING, quantise_rows, row_order
+from tda_export.quantization.gptq import DAMPING, quantise_together, row_order
 from tda_export.quantization.hessians import FIRST_TOKEN_WEIGHT, site_hessian
 from tda_export.quantization.kl import Compared, Loss, compare, continuations, summarise
 from tda_export.quantization.layers import Call, first_inputs, layer_calls, pass_on
@@ -252,25 +252,27 @@ class _Run:
         self, layer: int, site: str, rows: dict[str, np.ndarray], formats: dict[str, IntegerFormat]
     ) -> dict[str, Codes]:
         """Quantise those parts of a site that have a format, by part."""
-        symmetric = self._settings.symmetric
+        symmetric, ranks = self._settings.symmetric, self._ranks
         wanted = {part: formats[name] for part in rows if (name := part_name(layer, part)) in formats}
         if self._settings.quantizer == "rtn" or not wanted:
 
-            def quantised(part: str, together: int) -> Codes:
+            def rounded(part: str, together: int) -> Codes:
                 return round_matrix(rows[part], wanted[part], symmetric=symmetric)
-        else:
-            hessian = site_hessian(self._model, self._spec, layer, site, self._calls[layer], self._inputs)
-            self._ranks.add_up(hessian)
-            try:
-                order = row_order(hessian)
-            except TdaError as error:
-                raise TdaError(f"Layer {layer}, {site}: {error}") from error
 
-            def quantised(part: str, together: int) -> Codes:
-                weight = torch.from_numpy(rows[part]).to(hessian.device)
-                return quantise_rows(weight, order, wanted[part], symmetric=symmetric)
-
-        return dict(zip(wanted, self._ranks.in_order(list(wanted), quantised), strict=True))
+            return dict(zip(wanted, ranks.in_order(list(wanted), rounded), strict=True))
+        hessian = site_hessian(self._model, self._spec, layer, site, self._calls[layer], self._inputs)
+        ranks.add_up(hessian)
+        try:
+            order = row_order(hessian)
+        except TdaError as error:
+            raise TdaError(f"Layer {layer}, {site}: {error}") from error
+        found: dict[str, Codes] = {}
+        for format in dict.fromkeys(wanted.values()):
+            parts = [part for part in wanted if wanted[part] == format]
+            weights = [torch.from_numpy(rows[part]).to(hessian.device) for part in parts]
+            codes = quantise_together(weights, order, format, symmetric=symmetric, ranks=ranks)
+            found |= dict(zip(parts, codes, strict=True))
+        return {part: found[part] for part in wanted}
 
     def _put_parts(self, layer: int, values: dict[str, torch.Tensor]) -> None:
         if self._model is None:
