@@ -1,14 +1,14 @@
-"""Time a calibration of one process against that of several ranks, on a model of a true shape with random weights.
+"""Time calibrating, or quantising, of one process against that of several ranks, on random weights of a true shape.
 
-    python benchmarks/ranks.py FOLDER [--shape llama-3.2-1b] [--ranks 1 --ranks 2] [--device cuda] [--dtype bf16]
+    python benchmarks/ranks.py FOLDER [--work quantize] [--shape llama-3.2-1b] [--ranks 1 --ranks 2] [--device cuda]
 
-Makes the model in FOLDER/SHAPE-DTYPE, where it stays and is found again, and calibrates prices on built-in text, in
-bytes. Each run is a process of its own, or as many as it has ranks, started by torchrun; every process has as many of
-the processor's cores as a rank of the largest run. Prints
-one JSON line a run: seconds of the calibration as a whole, of loading and of each step, seconds of the whole run with
-its start, the same in terms of the first run (`speedup`), and by how much the prices and the KL of the table differ
-from the first run's, relative to their largest. Give several sequences for each rank: the first of a run also takes
-what starting CUDA takes.
+Makes the model in FOLDER/SHAPE-DTYPE, where it stays and is found again, and reads built-in text, in bytes. Each run is
+a process of its own, or as many as it has ranks, started by torchrun; every process has as many of the processor's
+cores as a rank of the largest run. Prints one JSON line a run: seconds of the work as a whole, of each step and of the
+rest, which is mostly loading, seconds of the whole run with its start, the same in terms of the first run (`speedup`),
+and how the results differ: prices and KL of the table relative to the first run's largest, or the KL to the float
+model. Give several sequences for each rank: the first of a run also takes what starting CUDA takes. An eighth of the
+sequences of `quantize` measure the KL.
 """
 
 from __future__ import annotations
@@ -73,18 +73,36 @@ def builtin_corpus(tokenizer: Any, sequences: int, length: int) -> Any:
     return Corpus(cut, "builtin", hashlib.sha256(cut.numpy().tobytes()).hexdigest())
 
 
-def calibrate(options: argparse.Namespace) -> None:
-    """Calibrate as one rank; the first prints what it took, and keeps the calibration."""
+def run_rank(options: argparse.Namespace) -> None:
+    """Work as one rank; the first prints what it took, and keeps what came of it."""
     import torch
 
     from tda_export import ranks as group
-    from tda_export.calibration.file import write_calibration
-    from tda_export.calibration.run import CalibrationSettings
-    from tda_export.calibration.run import calibrate as run
     from tda_export.models.source import resolve_model
 
     ranks = group.join(options.device)
     source = resolve_model(str(make(options)))
+    shown = Timed()
+    seconds, save = WORK[options.work](options, source, ranks, shown)
+    if ranks.first:
+        save(options.output)
+        on_gpu = options.device != "cpu"
+        report = {
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "work_seconds": seconds,
+            "other_seconds": seconds - sum(shown.seconds.values()),
+            "steps_seconds": shown.seconds,
+            "peak_gpu_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
+        }
+        print(json.dumps(report), flush=True)
+    group.leave()
+
+
+def calibrate(options: argparse.Namespace, source: Any, ranks: Any, shown: Timed) -> tuple[float, Any]:
+    from tda_export.calibration.file import write_calibration
+    from tda_export.calibration.run import CalibrationSettings
+    from tda_export.calibration.run import calibrate as run
+
     settings = CalibrationSettings(
         sequences=options.sequences,
         prompt_tokens=options.prompt_tokens,
@@ -93,25 +111,33 @@ def calibrate(options: argparse.Namespace) -> None:
         device=options.device,
     )
     corpus = builtin_corpus(source.tokenizer, settings.sequences, settings.length)
-    shown = Timed()
     started = time.perf_counter()
     calibration = run(source, corpus, settings, {"max_kl": 0.05}, show=shown, ranks=ranks)
-    seconds = time.perf_counter() - started
-    if ranks.first:
-        write_calibration(calibration, options.output)
-        on_gpu = options.device != "cpu"
-        report = {
-            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-            "calibration_seconds": seconds,
-            "load_seconds": seconds - sum(shown.seconds.values()),
-            "steps_seconds": shown.seconds,
-            "peak_gpu_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
-        }
-        print(json.dumps(report), flush=True)
-    group.leave()
+    return time.perf_counter() - started, lambda output: write_calibration(calibration, output)
 
 
-def differences(one: Path, other: Path) -> dict[str, float]:
+def quantize(options: argparse.Namespace, source: Any, ranks: Any, shown: Timed) -> tuple[float, Any]:
+    from tda_export.quantization.run import QuantizeSettings
+    from tda_export.quantization.run import quantize as run
+
+    held_out = max(1, options.sequences // 8)
+    settings = QuantizeSettings(
+        sequences=options.sequences - held_out,
+        kl_sequences=held_out,
+        prompt_tokens=options.prompt_tokens,
+        continuation_tokens=options.continuation_tokens,
+        device=options.device,
+    )
+    corpus = builtin_corpus(source.tokenizer, settings.all_sequences, settings.length)
+    started = time.perf_counter()
+    quantised = run(source, corpus, settings, show=shown, ranks=ranks)
+    return time.perf_counter() - started, lambda output: output.write_text(json.dumps(quantised.about["loss"]))
+
+
+WORK = {"calibrate": calibrate, "quantize": quantize}
+
+
+def calibrations_differ(one: Path, other: Path) -> dict[str, float]:
     """Return by how much two calibrations differ."""
     from tda_export.calibration.file import read_calibration
 
@@ -129,6 +155,11 @@ def differences(one: Path, other: Path) -> dict[str, float]:
     return {"price_difference": prices, "kl_difference": kl}
 
 
+def losses_differ(one: Path, other: Path) -> dict[str, float]:
+    """Return the KL to the float model of two quantised models."""
+    return {"first_kl": json.loads(one.read_text())["kl"], "kl": json.loads(other.read_text())["kl"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -139,41 +170,42 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--continuation-tokens", type=int, default=128)
+    parser.add_argument("--work", choices=WORK, default="calibrate")
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.make:
+        make(options)
+        return
     if options.output:
-        calibrate(options)
+        run_rank(options)
         return
     options.folder.mkdir(parents=True, exist_ok=True)
-    make(options)
-    root = str(Path(__file__).parents[1])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    first: tuple[Path, dict[str, Any]] | None = None
     counts = options.ranks or [1, 2]
     threads = max(1, len(os.sched_getaffinity(0)) // max(counts))  # as many for all, so that sums are rounded alike
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
+
+    def run(*arguments: str, start: tuple[str, ...] = ()) -> str:
+        command = [sys.executable, *start, __file__, *sys.argv[1:], *arguments]
+        return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
+
+    run("--make")  # in a process of its own, which holds no memory of a GPU meanwhile
+    first: tuple[Path, dict[str, Any]] | None = None
     for count in counts:
-        output = options.folder / f"ranks-{count}.safetensors"
-        start = [*TORCHRUN, str(count)] if count > 1 else []
+        output = options.folder / f"{options.work}-{count}"
         started = time.perf_counter()
-        result = subprocess.run(
-            [sys.executable, *start, __file__, *sys.argv[1:], "--output", str(output)],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=False,
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)},
-        )
-        if result.returncode:
-            raise SystemExit(f"{count} ranks: failed")
-        measured = json.loads(result.stdout.splitlines()[-1])
-        report = {"shape": options.shape, "dtype": options.dtype, "ranks": count, "sequences": options.sequences}
-        report |= measured | {"run_seconds": time.perf_counter() - started}
+        printed = run("--output", str(output), start=(*TORCHRUN, str(count)) if count > 1 else ())
+        report = {"work": options.work, "shape": options.shape, "dtype": options.dtype, "ranks": count}
+        report |= {"sequences": options.sequences} | json.loads(printed.splitlines()[-1])
+        report["run_seconds"] = time.perf_counter() - started
         if first is None:
             first = output, report
         else:
-            report["speedup"] = {
-                name: first[1][name] / report[name] for name in ("calibration_seconds", "run_seconds")
-            } | {name: first[1]["steps_seconds"][name] / taken for name, taken in report["steps_seconds"].items()}
-            report |= differences(first[0], output)
+            whole = {name: first[1][name] / report[name] for name in ("work_seconds", "run_seconds")}
+            steps = {name: first[1]["steps_seconds"][name] / taken for name, taken in report["steps_seconds"].items()}
+            report["speedup"] = whole | steps
+            report |= (calibrations_differ if options.work == "calibrate" else losses_differ)(first[0], output)
         print(json.dumps(report), flush=True)
 
 

@@ -11,6 +11,7 @@ import contextlib
 import io
 import os
 import pickle
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -190,8 +191,8 @@ def join(device: str) -> Ranks:
 
     number, local_number, local_count = environment_rank(), _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", count)
     gpus = torch.cuda.device_count()
-    enough = gpus >= local_count and distributed.is_nccl_available()
-    on_gpu = device in ("cuda", "auto") and enough
+    enough = gpus >= local_count
+    on_gpu = device in ("cuda", "auto") and enough and distributed.is_nccl_available()
     exchange = f"cuda:{local_number * (gpus // local_count if device == 'auto' else 1)}" if on_gpu else "cpu"
     ranks = Ranks(number, count, local_number, local_count, exchange)
     streams = contextlib.ExitStack()
@@ -250,6 +251,7 @@ def speaks() -> bool:
     except RuntimeError:  # the store has ended with the rank that kept it, which has said why
         first = False
     if first:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends soon: the line comes first, and once
         group.streams.close()
     return first
 

@@ -147,7 +147,8 @@ def row_norms(model: Any, spec: DecoderSpec) -> dict[str, torch.Tensor]:
             for part, linear in layer_linears(model, spec, layer).items()
         }
         for name, parts in priced_matrices(spec).items():
-            norms.setdefault(name, []).append(torch.stack([squares[part] for part in parts]).sum(dim=0).sqrt())
+            together = torch.stack([squares[part] for part in parts]).sum(dim=0)
+            norms.setdefault(name, []).append(together.sqrt().to(model.device))
     return {name: torch.stack(layers) for name, layers in norms.items()}
 
 
@@ -167,7 +168,7 @@ class MagnitudeCounter:
         size = x.detach().float().abs()
         self.counts.inputs[site][layer] += count_magnitudes(size).cpu()
         for name in self._by_site[site]:
-            self.counts.weighted[name][layer] += count_magnitudes(size * self._norms[name][layer]).cpu()
+            self.counts.weighted[name][layer] += count_magnitudes(size * self._norms[name][layer].to(x.device)).cpu()
 
 
 def _sum(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

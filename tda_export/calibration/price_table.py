@@ -72,8 +72,8 @@ def choose_prices(
             square = x.float().square()
             for packing, found in worth.items():
                 for name, parts in names[packing][site].items():
-                    bins = float_bins(square * on_device[packing][name][layer]).flatten()
-                    count = torch.bincount(bins, minlength=ALL_BINS)
+                    bins = float_bins(square * on_device[packing][name][layer].to(x.device)).flatten()
+                    count = torch.bincount(bins, minlength=ALL_BINS).to(found.device)
                     found.add_(count, alpha=row_bytes.of(layer, parts, outputs))
 
         cache = read_prompt(model, sequence[:prompt_tokens])

@@ -15,6 +15,7 @@ import torch
 
 from tda_export.errors import TdaError
 from tda_export.models.linear_modules import layer_linears
+from tda_export.models.placement import weights_fetched_again
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import Packing, RowBytes, linear_outputs, linear_shape, linear_sites, packed_matrices
 
@@ -111,7 +112,7 @@ def price_continuation(
         lambda module, inputs, output: output.detach().requires_grad_()
     )
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), weights_fetched_again(model):
             logits = model(continuation[None].to(model.device), past_key_values=cache, use_cache=True).logits[0]
             log_probs = logits[:-1].float().log_softmax(dim=-1)  # [C - 1, V]
             rows = choose(logits[:-1].detach().float())
@@ -129,7 +130,7 @@ class _Gradients:
     """Squares of the gradients by the input of every matrix, summed over tokens, from backward passes."""
 
     def __init__(self, model: Any, spec: DecoderSpec) -> None:
-        self._spec = spec
+        self._spec, self._device = spec, model.device
         self._sites = {part: (site, parts) for site, parts in linear_sites(spec).items() for part in parts}
         self._found: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
         self._square: dict[str, list[torch.Tensor]] = {}
@@ -149,7 +150,10 @@ class _Gradients:
         while True:
             self._square = {name: [torch.empty(0)] * self._spec.num_layers for name in priced_matrices(self._spec)}
             (loss * self._scale).backward(retain_graph=True)
-            square = {name: torch.stack(layers).cpu() for name, layers in self._square.items()}
+            square = {
+                name: torch.stack([each.to(self._device) for each in layers]).cpu()
+                for name, layers in self._square.items()
+            }
             if all(bool(value.isfinite().all()) for value in square.values()):
                 return square
             self._scale /= SCALE_STEP

@@ -23,6 +23,7 @@ from tda_export.calibration.price_file import Priced
 from tda_export.calibration.price_run import PriceSettings, Show, begin_priced, check_sequences, price_rows
 from tda_export.calibration.resume import PartialFile
 from tda_export.errors import UsageError
+from tda_export.models.placement import AUTO, own_memory
 from tda_export.models.quantised import kept_of
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
@@ -73,7 +74,9 @@ class CalibrationSettings:
         if self.masks and not self.curves_only:
             KlPlan(self.sequences)  # refuses too few
         check_device(self.device)
-        if self.device == "cpu" and self.dtype == "fp16":
+        if self.device == AUTO and self.masks:
+            raise UsageError("--device auto calibrates prices alone. Give --method priced, or --device cuda.")
+        if self.dtype == "fp16" and (self.device == "cpu" or (self.device == AUTO and not torch.cuda.device_count())):
             raise UsageError("--dtype fp16 on the CPU is slow and imprecise. Use fp32, or --device cuda.")
 
     @property
@@ -106,11 +109,19 @@ def check_device(device: str) -> None:
         UsageError: It is.
     """
     kind, _, number = device.partition(":")
+    if device == AUTO:
+        return
     if device != "cpu" and (kind != "cuda" or (":" in device and not number.isdecimal())):
-        raise UsageError(f"--device {device} is not known. Use cpu, cuda or cuda:N.")
+        raise UsageError(f"--device {device} is not known. Use cpu, cuda, cuda:N or auto.")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count() or "no"
         raise UsageError(f"--device {device}: PyTorch finds {found} CUDA GPU here. Use --device cpu.")
+
+
+def load_reference(source: ModelSource, dtype: torch.dtype, device: str, ranks: Ranks) -> Any:
+    """Load a model in PyTorch where --device says: on this rank's GPU, or spread over its share of the machine."""
+    memory = own_memory(ranks.local_number, ranks.local_count) if device == AUTO else None
+    return source.reference(dtype=dtype, device=ranks.own_device(device), memory=memory)
 
 
 def accumulate_curves(
@@ -209,7 +220,7 @@ def calibrate(
     versions = {"tda-export": tda_export.__version__, **installed_versions(RECORDED_PACKAGES)}
     partial = PartialFile(output, about | {"versions": versions}) if output and ranks.first else None
     earlier = ranks.from_first(lambda: partial.load() if partial and settings.masks else None)
-    model = source.reference(dtype=TORCH_DTYPES[settings.dtype], device=ranks.own_device(settings.device))
+    model = load_reference(source, TORCH_DTYPES[settings.dtype], settings.device, ranks)
     priced = _price(model, source, corpus, settings, show, partial, ranks) if settings.priced else None
     sums, sweep = earlier or (None, None)
     save = partial.save if partial else lambda sums, sweep=None: None

@@ -138,7 +138,8 @@ def calibrate(
     every linear by backward passes; on the others about ten prices are measured: bytes read, KL to dense. --method tda
     measures masks of FFN neurons instead: the CETT curves of every layer, and a sweep from dense to sparse that finds
     where bytes are worth most by KL, which takes several times as long. Build can choose any budget from the file. A
-    run that was interrupted goes on where it was when it is started again.
+    run that was interrupted goes on where it was when it is started again. Several processes that torchrun starts share
+    the sequences (docs/large-models.md).
     """
     from tda_export.calibration.budgets import check_priced, check_reach
     from tda_export.calibration.corpus import load_corpus

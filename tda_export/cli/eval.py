@@ -127,7 +127,7 @@ def evaluate(
 
     On a text: KL, perplexity, agreement, and the bytes it reads. On tasks: accuracy or the likelihood of the answers.
     Strict protocol: the prompt is read densely and gives the mask, every token after it is decoded under the mask.
-    Standard errors are over the prompts or the questions.
+    Standard errors are over the prompts or the questions. Processes that torchrun starts share a text's prompts.
     """
     from tda_export.errors import UsageError
     from tda_export.evaluation.free import evaluate_free

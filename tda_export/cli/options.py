@@ -48,7 +48,11 @@ price_option = click.option(
     "--price", type=float, help="Budget: read a row only if it is worth so much a byte; 0 is dense."
 )
 device_option = click.option(
-    "--device", default="cpu", show_default=True, help="Where PyTorch runs the model: cpu, cuda or cuda:N."
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Where PyTorch runs the model: cpu, cuda, cuda:N, or auto, which spreads it over all GPUs and, where they are "
+    "full, the CPU's memory.",
 )
 keep_answers_option = click.option(
     "--keep-answers/--reread-answers",

@@ -95,7 +95,8 @@ def quantize(
 
     Elements share scales in groups along the outputs, so that what leaves an input channel stays a row that can be
     left unread. The folder keeps codes exactly, and in config.json how they were made and the KL to the float model on
-    text that was not used for it. A run that was interrupted goes on where it was when it is started again.
+    text that was not used for it. A run that was interrupted goes on where it was when it is started again. Several
+    processes that torchrun starts share the work (docs/large-models.md).
     """
     from tda_export.calibration.corpus import load_corpus
     from tda_export.errors import UsageError

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tda_export.models.placement import present
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import ATTENTION_PARTS, linear_parts, linear_shape, linear_sites
 
@@ -43,7 +44,8 @@ class Linear:
     @property
     def weight(self) -> torch.Tensor:
         """W [in, out] without gradient, row i what leaves input channel i: a view, but of heads that interleave."""
-        weight: torch.Tensor = self.module.weight.detach()
+        with present(self.module):
+            weight: torch.Tensor = self.module.weight.detach()
         return self.of_outputs(weight if self._transposed else weight.T)
 
     def set_weight(self, weight: torch.Tensor) -> None:
@@ -54,7 +56,8 @@ class Linear:
     @property
     def bias(self) -> torch.Tensor | None:
         """The bias [out] without gradient, None where there is none."""
-        bias = getattr(self.module, "bias", None)
+        with present(self.module):
+            bias = getattr(self.module, "bias", None)
         return None if bias is None else self.of_outputs(bias.detach())
 
     def of_outputs(self, outputs: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ def quiet_transformers() -> None:
     transformers_logging.set_verbosity_warning()
     transformers_logging.disable_progress_bar()
     transformers_logging.disable_default_handler()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it says where weights are, as was asked for
     logger = logging.getLogger("transformers")
     if _NOTES not in logger.handlers:
         logger.addHandler(_NOTES)

@@ -77,14 +77,15 @@ def dropping(
     def patch(layer: int, group: list[Linear]) -> None:
         def kept(linear: Linear, x: torch.Tensor) -> torch.Tensor | None:
             name = names[linear.part]
-            rows = None if name is None else kept_rows(x.detach(), on_device[name][layer], level)
+            own = None if name is None else on_device[name][layer].to(x.device)
+            rows = None if own is None else kept_rows(x.detach(), own, level.to(x.device))
             if rows is not None and decisions is not None and name is not None:
-                others = decisions[name][layer].to(device)
+                others = decisions[name][layer].to(x.device)
                 count.decided += rows.numel()
                 count.otherwise += int((rows != others).sum())
                 rows = others
             read = x != 0 if rows is None else rows & (x != 0)
-            count.read[linear.part][layer] += read.sum()
+            count.read[linear.part][layer] += read.sum().to(device)
             return rows
 
         def together(x: torch.Tensor) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -23,6 +24,7 @@ from tda_export.models.gguf_file import GgufHeader, read_gguf_header
 from tda_export.models.gguf_header import check_gguf_header
 from tda_export.models.gguf_tokenizer import correct_gguf_tokenizer
 from tda_export.models.notes import nothing_but_notes, quiet_transformers, say
+from tda_export.models.placement import AUTO, Memory, check_places, own_memory, spread
 from tda_export.models.quantised import QuantisedWeights, read_quantisation
 from tda_export.models.skeleton import skeleton_shapes
 from tda_export.models.spec import DecoderSpec
@@ -179,20 +181,37 @@ class ModelSource:
         """The weights of a folder."""
         return open_safetensors(self.folder) if self.quantisation is None else self._quantised
 
-    def reference(self, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
-        """Load the model in PyTorch with transformers, in evaluation mode."""
+    def reference(
+        self, *, dtype: torch.dtype = torch.float32, device: str = "cpu", memory: Memory | None = None
+    ) -> Any:
+        """Load the model in PyTorch with transformers, in evaluation mode.
+
+        Args:
+            dtype: Of its weights.
+            device: `auto` spreads it over this machine's GPUs and the CPU's memory (`placement`).
+            memory: That `auto` may fill, all by default.
+
+        Raises:
+            TdaError: The checkpoint is damaged, or larger than this memory.
+        """
+        if device == AUTO:
+            return self._spread(dtype, own_memory() if memory is None else memory)
         if self.gguf is not None:
             # The cached model is the source of `weights()`: hand out a converted copy, never move it itself.
             if dtype == torch.float32 and device == "cpu":
                 return self._dequantised
-            import copy
-
             return copy.deepcopy(self._dequantised).to(device=device, dtype=dtype).eval()
         checkpoint = self._checkpoint  # refuses pickled weights, and names a missing shard
         if isinstance(checkpoint, QuantisedWeights):
             tensors = {name: checkpoint.load(name) for name in checkpoint.names}
             return self._load(None, dtype=dtype, config=self.config, state_dict=tensors).to(device)
         return self._load(self.folder, dtype=dtype, use_safetensors=True).to(device)
+
+    def _spread(self, dtype: torch.dtype, memory: Memory) -> Any:
+        if self.gguf is not None or self.quantisation is not None:  # which is made in the CPU's memory anyway
+            model = self.reference(dtype=dtype)
+            return spread(copy.deepcopy(model) if self.gguf is not None else model, memory)
+        return self._load(self.folder, dtype=dtype, use_safetensors=True, device_map=AUTO, max_memory=memory)
 
     @cached_property
     def _dequantised(self) -> Any:
@@ -233,6 +252,7 @@ class ModelSource:
                     f"{self.name}: the checkpoint does not fit its configuration ({meaning}: {found[0]}{more}). "
                     f"{OTHER_FILES}"
                 )
+        check_places(getattr(model, "hf_device_map", {}))
         return model.eval()
 
     def _check_parameters(self) -> None:

@@ -9,12 +9,14 @@ Source: GPTQ, arXiv 2210.17323, algorithm 1; the order is `act_order` of its cod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from tda_export.errors import TdaError
+from tda_export.ranks import ALONE, Ranks
 from tda_export.weights.formats import IntegerFormat
 from tda_export.weights.integers import SHRINKS, SMALLEST_SCALE, Codes
 
@@ -73,15 +75,59 @@ def quantise_rows(weight: torch.Tensor, rows: RowOrder, format: IntegerFormat, *
     Returns:
         The codes, with rows in the order of `weight`.
     """
-    inputs, outputs = weight.shape
-    groups = format.groups(outputs)
-    # Copies of the last column fill the last group: they change as it does, and so widen no range.
-    filled = torch.cat([weight, weight[:, -1:].expand(-1, groups * format.group - outputs)], dim=1)
-    left = filled[rows.order]
-    codes = torch.empty(inputs, groups, format.group, dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(inputs, groups, dtype=torch.float16, device=weight.device)
-    zero_points = torch.empty(inputs, groups, dtype=torch.uint8, device=weight.device)
-    shrinks = torch.from_numpy(SHRINKS).to(weight.device)[:, None]
+    (codes,) = quantise_together([weight], rows, format, symmetric=symmetric)
+    return codes
+
+
+def quantise_together(
+    weights: Sequence[torch.Tensor],
+    rows: RowOrder,
+    format: IntegerFormat,
+    *,
+    symmetric: bool = False,
+    ranks: Ranks = ALONE,
+) -> list[Codes]:
+    """Do as `quantise_rows` for matrices that read the same inputs, side by side: no group depends on another.
+
+    Args:
+        weights: float32 [in, out] each.
+        rows: From `row_order`.
+        format: Of all codes.
+        symmetric: Let zero points be the middle code.
+        ranks: Each takes a share of the groups; all of them return the same.
+    """
+    filled = [_whole_groups(weight, format) for weight in weights]
+    side_by_side = torch.cat(filled, dim=1)
+    share = -(-side_by_side.shape[1] // format.group // ranks.count) * format.group  # of columns
+
+    def quantise(columns: torch.Tensor, together: int) -> tuple[torch.Tensor, ...]:
+        return tuple(found.cpu() for found in _quantise_groups(columns, rows, format, symmetric=symmetric))
+
+    pieces = list(ranks.in_order(side_by_side.split(share, dim=1), quantise))
+    widths = [each.shape[1] // format.group for each in filled]
+    found = [torch.cat(each, dim=1).split(widths, dim=1) for each in zip(*pieces, strict=True)]
+    return [
+        Codes(format, _array(codes.flatten(1)[:, : weight.shape[1]]), _array(scales), _array(zero_points))
+        for weight, codes, scales, zero_points in zip(weights, *found, strict=True)
+    ]
+
+
+def _whole_groups(weight: torch.Tensor, format: IntegerFormat) -> torch.Tensor:
+    """Fill the last group with copies of the last column: they change as it does, and so widen no range."""
+    missing = format.groups(weight.shape[1]) * format.group - weight.shape[1]
+    return torch.cat([weight, weight[:, -1:].expand(-1, missing)], dim=1)
+
+
+def _quantise_groups(
+    columns: torch.Tensor, rows: RowOrder, format: IntegerFormat, *, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantise whole groups [in, G group]; return codes uint8 [in, G, group], scales and zero points [in, G]."""
+    inputs, groups = len(columns), columns.shape[1] // format.group
+    left = columns[rows.order]
+    codes = torch.empty(inputs, groups, format.group, dtype=torch.uint8, device=columns.device)
+    scales = torch.empty(inputs, groups, dtype=torch.float16, device=columns.device)
+    zero_points = torch.empty(inputs, groups, dtype=torch.uint8, device=columns.device)
+    shrinks = torch.from_numpy(SHRINKS).to(columns.device)[:, None]
     diagonal = rows.factor.diagonal()
     for start in range(0, inputs, BLOCK):
         end = min(start + BLOCK, inputs)
@@ -96,12 +142,7 @@ def quantise_rows(weight: torch.Tensor, rows: RowOrder, format: IntegerFormat, *
             errors[row - start] = error
         left[end:].addmm_(rows.factor[start:end, end:].T, errors, alpha=-1)
     back = rows.order.argsort()
-    return Codes(
-        format,
-        _array(codes[back].flatten(1)[:, :outputs]),
-        _array(scales[back]),
-        _array(zero_points[back]),
-    )
+    return codes[back], scales[back], zero_points[back]
 
 
 def search_groups(
@@ -138,4 +179,4 @@ def search_groups(
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
-    return np.ascontiguousarray(tensor.cpu().numpy())
+    return np.ascontiguousarray(tensor.numpy())

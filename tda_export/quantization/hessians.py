@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tda_export.models.placement import module_device
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import linear_shape, linear_sites
 from tda_export.quantization.layers import Call, watch_site
@@ -19,7 +20,7 @@ WEIGHTED_SITE = "qkv"
 def site_hessian(
     model: Any, spec: DecoderSpec, layer: int, site: str, call: Call, inputs: list[torch.Tensor]
 ) -> torch.Tensor:
-    """Add up x x^T over all tokens of all sequences, float32 [in, in] on the model's device.
+    """Add up x x^T over all tokens of all sequences, float32 [in, in] on the layer's device.
 
     Args:
         model: A transformers model.
@@ -30,7 +31,7 @@ def site_hessian(
         inputs: What enters the layer, [1, T, M] of each sequence.
     """
     size = linear_shape(spec, linear_sites(spec)[site][0])[0]
-    hessian = torch.zeros(size, size, device=model.device)
+    hessian = torch.zeros(size, size, device=module_device(call.module))
     first = FIRST_TOKEN_WEIGHT**0.5 if site == WEIGHTED_SITE else 1.0
 
     def observe(x: torch.Tensor) -> None:

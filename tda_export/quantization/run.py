@@ -14,15 +14,16 @@ import torch
 
 import tda_export
 from tda_export.calibration.corpus import Corpus
-from tda_export.calibration.run import RECORDED_PACKAGES, check_device
+from tda_export.calibration.run import RECORDED_PACKAGES, check_device, load_reference
 from tda_export.errors import TdaError, UsageError
 from tda_export.models.layout import module_parts, module_weight
+from tda_export.models.placement import is_offloaded
 from tda_export.models.quantised import matrix_shape
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import linear_parts, linear_sites
 from tda_export.progress import Advance
-from tda_export.quantization.gptq import DAMPING, quantise_rows, row_order
+from tda_export.quantization.gptq import DAMPING, quantise_together, row_order
 from tda_export.quantization.hessians import FIRST_TOKEN_WEIGHT, site_hessian
 from tda_export.quantization.kl import Compared, Loss, compare, continuations, summarise
 from tda_export.quantization.layers import Call, first_inputs, layer_calls, pass_on
@@ -160,8 +161,7 @@ def quantize(
     versions = {"tda-export": tda_export.__version__, **installed_versions(RECORDED_PACKAGES)}
     key = about | {"formats": plan.to_dict(), "device": settings.device, "versions": versions}
     partial = PartialLayers(output, key) if output and ranks.first else None
-    device = ranks.own_device(settings.device)
-    model = _reference(source, device) if len(tokens) or len(held_out) else None
+    model = _reference(source, settings.device, ranks) if len(tokens) or len(held_out) else None
     dense: list[torch.Tensor] = []
     if len(held_out):
         with show("Reading the float model", len(held_out)) as advance:
@@ -252,25 +252,27 @@ class _Run:
         self, layer: int, site: str, rows: dict[str, np.ndarray], formats: dict[str, IntegerFormat]
     ) -> dict[str, Codes]:
         """Quantise those parts of a site that have a format, by part."""
-        symmetric = self._settings.symmetric
+        symmetric, ranks = self._settings.symmetric, self._ranks
         wanted = {part: formats[name] for part in rows if (name := part_name(layer, part)) in formats}
         if self._settings.quantizer == "rtn" or not wanted:
 
-            def quantised(part: str, together: int) -> Codes:
+            def rounded(part: str, together: int) -> Codes:
                 return round_matrix(rows[part], wanted[part], symmetric=symmetric)
-        else:
-            hessian = site_hessian(self._model, self._spec, layer, site, self._calls[layer], self._inputs)
-            self._ranks.add_up(hessian)
-            try:
-                order = row_order(hessian)
-            except TdaError as error:
-                raise TdaError(f"Layer {layer}, {site}: {error}") from error
 
-            def quantised(part: str, together: int) -> Codes:
-                weight = torch.from_numpy(rows[part]).to(hessian.device)
-                return quantise_rows(weight, order, wanted[part], symmetric=symmetric)
-
-        return dict(zip(wanted, self._ranks.in_order(list(wanted), quantised), strict=True))
+            return dict(zip(wanted, ranks.in_order(list(wanted), rounded), strict=True))
+        hessian = site_hessian(self._model, self._spec, layer, site, self._calls[layer], self._inputs)
+        ranks.add_up(hessian)
+        try:
+            order = row_order(hessian)
+        except TdaError as error:
+            raise TdaError(f"Layer {layer}, {site}: {error}") from error
+        found: dict[str, Codes] = {}
+        for format in dict.fromkeys(wanted.values()):
+            parts = [part for part in wanted if wanted[part] == format]
+            weights = [torch.from_numpy(rows[part]).to(hessian.device) for part in parts]
+            codes = quantise_together(weights, order, format, symmetric=symmetric, ranks=ranks)
+            found |= dict(zip(parts, codes, strict=True))
+        return {part: found[part] for part in wanted}
 
     def _put_parts(self, layer: int, values: dict[str, torch.Tensor]) -> None:
         if self._model is None:
@@ -292,8 +294,13 @@ def _of_parts(layer: int, parts: tuple[str, ...], codes: dict[str, Codes]) -> di
     return {part: codes[name] for part in parts if (name := part_name(layer, part)) in codes}
 
 
-def _reference(source: ModelSource, device: str) -> Any:
-    model = source.reference(device=device)
+def _reference(source: ModelSource, device: str, ranks: Ranks) -> Any:
+    model = load_reference(source, torch.float32, device, ranks)
+    if any(map(is_offloaded, model.modules())):
+        raise TdaError(
+            f"{source.name}: quantizing holds the model in float32, which does not fit the GPUs' memory. Use more of "
+            "them, or --device cpu."
+        )
     if source.gguf and device == "cpu":  # the very model that the source reads weights from
         model = copy.deepcopy(model)
     return model.requires_grad_(False)

@@ -47,7 +47,7 @@ def test_invalid_settings_are_refused(arguments: dict[str, Any], message: str) -
 
 @pytest.mark.parametrize("device", ["gpu", "", "mps", "CUDA", "cuda:", "cuda:one", "cuda:-1", "cuda:0:1", "cpu:0"])
 def test_unknown_device_is_refused(device: str) -> None:
-    with pytest.raises(UsageError, match=rf"^--device {device} is not known\. Use cpu, cuda or cuda:N\.$"):
+    with pytest.raises(UsageError, match=rf"^--device {device} is not known\. Use cpu, cuda, cuda:N or auto\.$"):
         CalibrationSettings(device=device)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,8 @@ from hypothesis import strategies as st
 
 from tda_export.errors import TdaError
 from tda_export.quantization import gptq
-from tda_export.quantization.gptq import quantise_rows, row_order, search_groups
+from tda_export.quantization.gptq import quantise_rows, quantise_together, row_order, search_groups
+from tda_export.ranks import Ranks
 from tda_export.weights.formats import INTEGER_FORMATS, IntegerFormat, integer_format
 from tda_export.weights.integers import SHRINKS, Codes, round_to_nearest
 
@@ -158,3 +161,30 @@ def test_the_search_is_the_one_of_rounding_to_nearest() -> None:
             codes, scales, _ = search_groups(grouped, format, torch.from_numpy(SHRINKS)[:, None], symmetric=False)
             assert np.array_equal(codes.flatten().numpy(), expected.codes[row])
             assert np.array_equal(scales.half().numpy(), expected.scales[row])
+
+
+@settings(max_examples=25)
+@given(
+    outputs=st.lists(st.integers(1, 90), min_size=1, max_size=3),
+    format=formats,
+    symmetric=st.booleans(),
+    count=st.integers(1, 5),
+)
+def test_matrices_side_by_side(outputs: list[int], format: IntegerFormat, symmetric: bool, count: int) -> None:
+    """As each alone, but for products that may be rounded otherwise; also where ranks share the groups."""
+
+    class InTurns(Ranks):
+        """Does what all ranks do."""
+
+        def in_order(self, items: Any, work: Any) -> Any:
+            return [work(item, count) for item in items]
+
+    weights = [torch.from_numpy(random_weight(40, size, size)) for size in outputs]
+    hessian = random_hessian(40, 6)
+    found = quantise_together(weights, row_order(hessian), format, symmetric=symmetric, ranks=InTurns(0, count))
+    assert len(found) == len(weights)
+    for weight, codes in zip(weights, found, strict=True):
+        alone = quantise_rows(weight, row_order(hessian), format, symmetric=symmetric)
+        assert codes.codes.shape == weight.shape
+        assert (codes.codes != alone.codes).mean() < 0.01
+        assert error(weight.numpy(), codes, hessian) == pytest.approx(error(weight.numpy(), alone, hessian), rel=0.02)
