@@ -147,13 +147,13 @@ class AttentionCpu : public Kernel {
 
   void Compute(const KernelContext& context) override {
     const AttentionCall call(context, settings_);
-    if (call.tokens == 0) return;
     const int64_t kv_heads = settings_.kv_heads;
     const bool in_place = IsInPlace(call.past_key, call.present_key) && IsInPlace(call.past_value, call.present_value);
     ForEach(context, kv_heads, in_place, [&](int64_t head) {
       CopyPast(call, call.past_key, call.present_key, head);
       CopyPast(call, call.past_value, call.present_value, head);
     });
+    if (call.tokens == 0) return;
     int64_t most = 0;  // floats of a tile
     for (int64_t first = 0; first < call.tokens; first += kTokenTile) most = std::max(most, Tile(call, first).Floats());
     const int64_t query_floats = call.tokens * settings_.heads * call.size, floats = query_floats + most;
