@@ -1,9 +1,10 @@
-"""The attention half of a layer: packed projections and ONNX Runtime's GroupQueryAttention."""
+"""The attention half of a layer, from what queries, keys and values are to ONNX Runtime's GroupQueryAttention."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 
@@ -13,6 +14,8 @@ from tda_export.graph.weights_file import WeightTable
 from tda_export.models.spec import DecoderSpec
 
 Norm = Callable[[ir.Value, str], ir.Value]  # (x [.., N], name of a weight [N]) -> [.., N]
+# (GroupQueryAttention's inputs, its attributes) -> what attention gives [1, S, H D], present key, present value
+Attend = Callable[[Sequence[ir.Value | None], dict[str, float]], list[ir.Value]]
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ def attention(
     past: tuple[ir.Value, ir.Value],
     lengths: Lengths,
     norm: Norm,
+    attend: Attend,
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Attend from queries, keys and values.
 
@@ -100,6 +104,7 @@ def attention(
         past: Past keys and values.
         lengths: Of past and call.
         norm: Applies an RMS norm over the last axis.
+        attend: Adds the node.
 
     Returns:
         What the output projection takes, [1, S, H D], and the present key and value.
@@ -110,33 +115,26 @@ def attention(
     rope = spec.layer_rope(layer)
     caches = contract.LOCAL_ROPE_CACHES if rope is not None and rope is spec.local_rope else contract.ROPE_CACHES
     tables = [] if rope is None else [ops.weight(weights[name]) for name in caches]
-    settings: dict[str, float] = {}
+    settings: dict[str, float] = {
+        "num_heads": spec.num_heads,
+        "kv_num_heads": spec.num_kv_heads,
+        "local_window_size": spec.sliding_windows[layer] or -1,
+        "do_rotary": int(rope is not None),
+        "rotary_interleaved": 0,
+    }
     if spec.attention_scale is not None:
         settings["scale"] = spec.attention_scale
     if spec.attention_softcap is not None:
         settings["softcap"] = spec.attention_softcap
-    attended, present_key, present_value = ops.multi(
-        "GroupQueryAttention",
-        *inputs,
-        *past,
-        lengths.last_index,
-        lengths.buffer_scalar,
-        *tables,
-        outputs=(True, True, True),
-        domain=MICROSOFT,
-        num_heads=spec.num_heads,
-        kv_num_heads=spec.num_kv_heads,
-        local_window_size=spec.sliding_windows[layer] or -1,
-        do_rotary=int(rope is not None),
-        rotary_interleaved=0,
-        **settings,
+    attended, present_key, present_value = attend(
+        [*inputs, *past, lengths.last_index, lengths.buffer_scalar, *tables], settings
     )
-    packed = weights.matrices.get(contract.qkv_weight(layer))
-    if packed is not None and packed.major == "input":
-        # ONNX Runtime before 1.31 infers the width of Q, K and V together, which the next product refuses.
-        width = spec.num_heads * spec.head_size
-        attended = ops.op("Reshape", attended, ops.constant([0, 0, width], "int64"))
     return attended, present_key, present_value
+
+
+def group_query_attention(ops: Ops, inputs: Sequence[ir.Value | None], **settings: Any) -> list[ir.Value]:
+    """Add ONNX Runtime's GroupQueryAttention, whose outputs are those of `Attend`."""
+    return ops.multi("GroupQueryAttention", *inputs, outputs=(True, True, True), domain=MICROSOFT, **settings)
 
 
 def _normed(

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 import tda_export
 from tda_export.graph import contract, operators
-from tda_export.graph.attention import Lengths, attention, call_positions
+from tda_export.graph.attention import Lengths, attention, call_positions, group_query_attention
 from tda_export.graph.contract import IoTensor, ModelShape
 from tda_export.graph.integer_linear import integer_functions, integer_linear, integer_row_linear, integer_rows
 from tda_export.graph.ops import IR_VERSION, MICROSOFT, OPSET, Ops, io_value, name_output
@@ -56,7 +56,9 @@ class GraphBuilder:
             x = stream.normed(contract.attention_norm(layer)) if normed_input else stream.value
             past = self.inputs[contract.past_key(layer)], self.inputs[contract.past_value(layer)]
             projected = [self.affine(x, name) for name in self._projections(layer)]
-            attended, key, value = attention(ops, spec, self.weights, layer, projected, past, lengths, self._rms_norm)
+            attended, key, value = attention(
+                ops, spec, self.weights, layer, projected, past, lengths, self._rms_norm, self.attend
+            )
             y = self.linear(attended, contract.attention_out_weight(layer))  # [1, S, M]; the next norm adds the bias
             self.outputs[contract.present_key(layer)], self.outputs[contract.present_value(layer)] = key, value
             bias = self.weight(contract.attention_out_bias(layer)) if spec.attention_out_bias else None
@@ -132,6 +134,16 @@ class GraphBuilder:
         """Multiply as `linear` does, and add the bias where the matrix has one."""
         y, bias = self.linear(x, name), contract.linear_bias(name)
         return self.ops.op("Add", y, self.weight(bias)) if bias in self.weights else y
+
+    def attend(self, inputs: Sequence[ir.Value | None], settings: dict[str, float]) -> list[ir.Value]:
+        """Add the node of attention (`attention.Attend`), which some graphs have a function for."""
+        attended, *present = group_query_attention(self.ops, inputs, **settings)
+        packed = self.weights.matrices.get(contract.qkv_weight(0))
+        if packed is not None and packed.major == "input":
+            # ONNX Runtime before 1.31 infers the width of Q, K and V together, which the next product refuses.
+            width = self.spec.num_heads * self.spec.head_size
+            attended = self.ops.op("Reshape", attended, self.ops.constant([0, 0, width], "int64"))
+        return [attended, *present]
 
     def _projections(self, layer: int) -> list[str]:
         """Name the matrices of queries, keys and values: one, or three."""

@@ -20,6 +20,22 @@ ADD_BIAS_NORM = "AddBiasNorm"
 ROW_LINEAR = "RowLinear"
 CALL_PRICE = "CallPrice"
 GATED_ACTIVATION = "GatedActivation"
+ATTENTION = "Attention"
+
+# Attention's inputs by position, which are GroupQueryAttention's. Where queries, keys and values lie side by side in
+# `query` there are no others, and without rotary embedding there are no tables. Attributes: those of
+# GroupQueryAttention, all of them given, and `width`, H D.
+ATTENTION_INPUTS = (
+    "query",  # [1, S, H D], or with keys and values [1, S, (H + 2 KV) D]
+    "key",  # [1, S, KV D]
+    "value",  # [1, S, KV D]
+    "past_key",  # [1, KV, P, D]
+    "past_value",  # [1, KV, P, D]
+    "last_index",  # int32 [1]: the tokens of past and call together, less one
+    "buffer",  # int32 scalar: T, the length of the attention mask
+    "cos_cache",  # [positions, D / 2]
+    "sin_cache",  # [positions, D / 2]
+)
 
 
 class RowLinearInput:

@@ -42,11 +42,17 @@ class Ops:
         return self.tape.op(op_type, inputs, attributes, domain=domain, overload=overload)
 
     def multi(
-        self, op_type: str, *inputs: ir.Value | None, outputs: Sequence[bool], domain: str = "", **attributes: Any
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        outputs: Sequence[bool],
+        domain: str = "",
+        overload: str = "",
+        **attributes: Any,
     ) -> list[ir.Value]:
         """Add a node with several outputs; `outputs[k]` says whether the k-th is wanted. Return the wanted ones."""
         values = [ir.Value(name=None if wanted else "") for wanted in outputs]
-        self.tape.op_multi_out(op_type, inputs, attributes, outputs=values, domain=domain)
+        self.tape.op_multi_out(op_type, inputs, attributes, outputs=values, domain=domain, overload=overload)
         return [value for value, wanted in zip(values, outputs, strict=True) if wanted]
 
     def constant(self, values: Any, dtype: str) -> ir.Value:

@@ -13,6 +13,7 @@ import torch
 
 from tda_export.graph import contract
 from tda_export.graph.attention import attention_lengths, call_tokens
+from tda_export.graph.attention_function import FloatGraphBuilder, attention_functions
 from tda_export.graph.contract import IoTensor
 from tda_export.graph.decoder import GraphBuilder, last_positions, model_shape
 from tda_export.graph.ffn import plain_ffn
@@ -70,6 +71,10 @@ class RowGraphBuilder(GraphBuilder):
         return integer_row_linear(self.ops, matrix, x, stored, row_price, self.price, bias, early=early)
 
 
+class FloatRowGraphBuilder(RowGraphBuilder, FloatGraphBuilder):
+    """The same in float32, where attention is a function."""
+
+
 class HalfRowGraphBuilder(RowGraphBuilder, HalfGraphBuilder):
     """The same in half precision, where the other products and norms of decode are functions."""
 
@@ -125,7 +130,7 @@ def build_priced_decode(
         call without a past is dense.
     """
     shape, half = model_shape(spec, dtype), dtype != "float32"
-    builder = HalfRowGraphBuilder if half else RowGraphBuilder
+    builder = HalfRowGraphBuilder if half else FloatRowGraphBuilder
     graph = builder(spec, weights, dtype, contract.priced_decode_inputs(shape, explicit=explicit))
     ops, inputs, outputs = graph.ops, graph.inputs, graph.outputs
     graph.counted, graph.listed = counted, listed
@@ -144,8 +149,7 @@ def build_priced_decode(
     functions = [*row_linear_functions(), call_price_function(), greedy_token_function()]
     if spec.gated:
         functions += gated_activation_functions(spec.activation)
-    if half:
-        functions += linear_functions(spec.norm)
+    functions += linear_functions(spec.norm) if half else attention_functions()
     declared = contract.priced_decode_outputs(shape, counted=len(graph.kept), listed=rows)
     return graph.model("decode", declared, defaults, functions)
 

@@ -1,4 +1,5 @@
 // The entry point that ONNX Runtime calls when the library is registered with a session's options.
+#include "attention_cpu.h"
 #include "greedy.h"
 #include "indexed_ffn_cpu.h"
 #include "indexed_ffn_cuda.h"
@@ -21,7 +22,7 @@ const std::vector<OpDefinition>& Definitions() {
       all.insert(all.end(), some.begin(), some.end());
     }
     for (const OpDefinition& definition : {IndexedFfnOnCpu(), IndexedFfnOnCuda(kHalf), IndexedFfnOnCuda(kBfloat16),
-                                           GreedyTokenOnCpu(), GreedyTokenOnCuda()}) {
+                                           GreedyTokenOnCpu(), GreedyTokenOnCuda(), AttentionOnCpu()}) {
       all.push_back(definition);
     }
     return all;

@@ -73,6 +73,9 @@ struct Lanes {
     for (int lane = 0; lane < kLanes; ++lane) values[lane] = address[lane];
     return __builtin_convertvector(values, Vector);
   }
+  static TDA_INLINE Words Bits(Vector vector) { return reinterpret_cast<Words>(vector); }
+  static TDA_INLINE Vector FromBits(Words bits) { return reinterpret_cast<Vector>(bits); }
+  static TDA_INLINE Vector Larger(Vector a, Vector b) { return b > a ? b : a; }  // of a and a NaN, a
   // Return 0, 1, 2 and so on.
   static TDA_INLINE Words Counting() {
     Words lanes = {};
@@ -86,6 +89,42 @@ struct Lanes {
       for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
     }
     return lanes[0];
+  }
+  static TDA_INLINE float Largest(Vector vector) {
+    float lanes[kLanes];
+    __builtin_memcpy(lanes, &vector, sizeof(vector));
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+      for (int lane = 0; lane < half; ++lane) lanes[lane] = lanes[lane + half] > lanes[lane] ? lanes[lane + half] : lanes[lane];
+    }
+    return lanes[0];
+  }
+  // Write the sums of four vectors, each added up as Sum does. Wider vectors are there only where compilers can shuffle.
+  static TDA_INLINE void SumsOfFour(const Vector (&of)[4], float* sums) {
+    if constexpr (kLanes == 16) {
+      const Vector of_0_1 = __builtin_shufflevector(of[0], of[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                            __builtin_shufflevector(of[0], of[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+      const Vector of_2_3 = __builtin_shufflevector(of[2], of[3], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                            __builtin_shufflevector(of[2], of[3], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+      const Vector quarters =
+          __builtin_shufflevector(of_0_1, of_2_3, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+          __builtin_shufflevector(of_0_1, of_2_3, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+      const Vector pairs =
+          quarters + __builtin_shufflevector(quarters, quarters, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+      const Vector whole =
+          pairs + __builtin_shufflevector(pairs, pairs, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+      Lanes<4>::Store(sums, __builtin_shufflevector(whole, whole, 0, 4, 8, 12));
+    } else if constexpr (kLanes == 8) {
+      const Vector of_0_1 = __builtin_shufflevector(of[0], of[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+                            __builtin_shufflevector(of[0], of[1], 4, 5, 6, 7, 12, 13, 14, 15);
+      const Vector of_2_3 = __builtin_shufflevector(of[2], of[3], 0, 1, 2, 3, 8, 9, 10, 11) +
+                            __builtin_shufflevector(of[2], of[3], 4, 5, 6, 7, 12, 13, 14, 15);
+      const Vector pairs = __builtin_shufflevector(of_0_1, of_2_3, 0, 1, 8, 9, 4, 5, 12, 13) +
+                           __builtin_shufflevector(of_0_1, of_2_3, 2, 3, 10, 11, 6, 7, 14, 15);
+      Lanes<4>::Store(sums, __builtin_shufflevector(pairs, pairs, 0, 4, 2, 6) +
+                                __builtin_shufflevector(pairs, pairs, 1, 5, 3, 7));
+    } else {
+      for (int k = 0; k < 4; ++k) sums[k] = Sum(of[k]);
+    }
   }
 };
 

@@ -165,6 +165,7 @@ library.LIBRARY = Path(sys.argv[1])
 sys.exit(pytest.main(["-q", "-s", "-p", "no:cacheprovider", "tests/native/test_indexed_ffn.py",
                       "tests/native/test_functions.py", "tests/native/test_row_linear.py",
                       "tests/native/test_codes_cpu.py", "tests/native/test_step_ops.py",
+                      "tests/native/test_attention.py",
                       "-k", "float32 or cpu or shapes"]))
 """
 

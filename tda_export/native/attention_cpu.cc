@@ -1,0 +1,190 @@
+// tda::Attention on the CPU, float32.
+//
+// Queries are rotated and scaled, keys and values appended to the cache. Then ONNX Runtime's thread pool gets chunks of
+// the cache of each key-value head, for a few tokens at a time, and whoever ends the last chunk of a head joins them.
+#include "attention_cpu.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "attention.h"
+#include "attention_chunk_cpu.h"
+
+namespace tda {
+namespace {
+
+constexpr int64_t kTokenTile = 16;
+constexpr int64_t kAlone = 64 << 10;      // bytes of keys and values that one thread reads before another has woken up
+constexpr int64_t kTokensAlone = 8;       // likewise, whose heads are rotated
+
+#define TDA_ATTENTION(attribute, lanes)                                                                       \
+  attribute void AttendChunk(const HeadsOfToken& token) { AttendChunkOf<lanes>(token); }                      \
+  attribute void JoinChunks(float* results, int64_t chunks, int64_t stride, int64_t size, float* out) {       \
+    JoinChunksOf<lanes>(results, chunks, stride, size, out);                                                  \
+  }                                                                                                           \
+  attribute void Rotate(const Rotation& rotation, const float* x, int64_t size, float scale, float* y) {      \
+    RotateHead(rotation, x, size, scale, y);                                                                  \
+  }
+TDA_FOR_EACH_TARGET(TDA_ATTENTION)
+
+// Call work(i) for i in [0, count): on the pool, or here, where that is sooner.
+template <class Work>
+void ForEach(const KernelContext& context, int64_t count, bool here, const Work& work) {
+  if (!here) return context.ParallelFor(count, [&](size_t i) { work(static_cast<int64_t>(i)); });
+  for (int64_t i = 0; i < count; ++i) work(i);
+}
+
+// Rotate a token's queries and keys, and write them, the keys and the values where attention reads them.
+void PlaceToken(const AttentionCall& call, int64_t token, float* queries) {
+  const AttentionSettings& settings = call.settings;
+  const int64_t size = call.size, position = call.past + token;
+  Rotation rotation = {nullptr, nullptr, call.pairs, settings.interleaved};
+  if (call.pairs > 0) {
+    rotation.cos = call.cos.As<const float>() + position * call.pairs;
+    rotation.sin = call.sin.As<const float>() + position * call.pairs;
+  }
+  for (int64_t h = 0; h < settings.heads; ++h) {
+    Rotate(rotation, call.Query(token) + h * size, size, call.scale, queries + (token * settings.heads + h) * size);
+  }
+  for (int64_t h = 0; h < settings.kv_heads; ++h) {
+    const int64_t at = (h * call.room + position) * size;
+    Rotate(rotation, call.Key(token) + h * size, size, 1.0f, call.present_key.As<float>() + at);
+    std::memcpy(call.present_value.As<float>() + at, call.Value(token) + h * size, size * sizeof(float));
+  }
+}
+
+bool IsInPlace(const Tensor& past, const Tensor& present) { return past.data == present.data; }
+
+// Copy a head's past where the present is another buffer, and fill what lies behind the call's tokens with zeros.
+void CopyPast(const AttentionCall& call, const Tensor& past, const Tensor& present, int64_t head) {
+  if (IsInPlace(past, present)) return;
+  const int64_t size = call.size, end = call.past + call.tokens;
+  float* own = present.As<float>() + head * call.room * size;
+  if (call.past > 0) {
+    std::memcpy(own, past.As<const float>() + head * call.past_room * size, call.past * size * sizeof(float));
+  }
+  std::fill(own + end * size, own + call.room * size, 0.0f);
+}
+
+// The chunks that a tile of tokens attends to, and what each gives each of its heads.
+class Tile {
+ public:
+  Tile(const AttentionCall& call, int64_t first)
+      : call_(call),
+        first_(first),
+        tokens_(std::min(kTokenTile, call.tokens - first)),
+        rows_(ChunkRows(call.size)),
+        begin_(call.Attended(first).begin / rows_),
+        end_(std::max((call.Attended(first + tokens_ - 1).end + rows_ - 1) / rows_, begin_ + 1)) {}
+
+  int64_t Chunks() const { return end_ - begin_; }
+  int64_t Floats() const { return Chunks() * Stride(); }
+  // Return the bytes of the keys and values that it reads.
+  int64_t Bytes() const {
+    const int64_t rows = call_.Attended(first_ + tokens_ - 1).end - call_.Attended(first_).begin;
+    return rows * call_.size * call_.settings.kv_heads * 2 * int64_t{sizeof(float)};
+  }
+
+  // Compute what one of the chunks gives the heads that share a key-value head; `queries` are of all tokens.
+  void Attend(int64_t chunk, int64_t kv_head, const float* queries, float* results) const {
+    const int64_t size = call_.size;
+    for (int64_t t = 0; t < tokens_; ++t) {
+      const AttentionCall::Range range = InChunk(t, chunk);
+      if (range.begin >= range.end) continue;
+      const int64_t at = (kv_head * call_.room + range.begin) * size;
+      AttendChunk({queries + FirstHead(t, kv_head) * size,
+                   call_.present_key.As<const float>() + at,
+                   call_.present_value.As<const float>() + at,
+                   Group(),
+                   range.end - range.begin,
+                   size,
+                   call_.settings.softcap,
+                   Result(results, chunk, t, kv_head)});
+    }
+  }
+
+  // Join the chunks of the heads that share a key-value head. Padding may attend to nothing, which gives zeros.
+  void Join(int64_t kv_head, float* results) const {
+    for (int64_t t = 0; t < tokens_; ++t) {
+      const AttentionCall::Range range = call_.Attended(first_ + t);
+      const int64_t begin = range.begin / rows_ - begin_, end = (range.end + rows_ - 1) / rows_ - begin_;
+      float* own = Result(results, begin, t, kv_head);
+      float* out = call_.attended.As<float>() + FirstHead(t, kv_head) * call_.size;
+      if (range.begin >= range.end) std::fill_n(out, Group() * call_.size, 0.0f);
+      for (int64_t h = 0; h < Group() && range.begin < range.end; ++h) {
+        JoinChunks(own + h * ChunkResult::Floats(call_.size), end - begin, Stride(), call_.size, out + h * call_.size);
+      }
+    }
+  }
+
+ private:
+  int64_t Group() const { return call_.settings.heads / call_.settings.kv_heads; }
+  // Number a token's first head that shares a key-value head, among the heads of all tokens.
+  int64_t FirstHead(int64_t token, int64_t kv_head) const {
+    return (first_ + token) * call_.settings.heads + kv_head * Group();
+  }
+  int64_t Stride() const { return tokens_ * call_.settings.heads * ChunkResult::Floats(call_.size); }
+  float* Result(float* results, int64_t chunk, int64_t token, int64_t kv_head) const {
+    const int64_t head = token * call_.settings.heads + kv_head * Group();
+    return results + chunk * Stride() + head * ChunkResult::Floats(call_.size);
+  }
+  AttentionCall::Range InChunk(int64_t token, int64_t chunk) const {
+    const AttentionCall::Range range = call_.Attended(first_ + token);
+    const int64_t start = (begin_ + chunk) * rows_;
+    return {std::max(range.begin, start), std::min(range.end, start + rows_)};
+  }
+
+  const AttentionCall& call_;
+  const int64_t first_, tokens_;
+  const int64_t rows_;         // of a chunk
+  const int64_t begin_, end_;  // chunks
+};
+
+class AttentionCpu : public Kernel {
+ public:
+  explicit AttentionCpu(const KernelInfo& info) : allocator_(info), settings_(info) {}
+
+  void Compute(const KernelContext& context) override {
+    const AttentionCall call(context, settings_);
+    const int64_t kv_heads = settings_.kv_heads;
+    const bool in_place = IsInPlace(call.past_key, call.present_key) && IsInPlace(call.past_value, call.present_value);
+    ForEach(context, kv_heads, in_place, [&](int64_t head) {
+      CopyPast(call, call.past_key, call.present_key, head);
+      CopyPast(call, call.past_value, call.present_value, head);
+    });
+    if (call.tokens == 0) return;
+    int64_t most = 0;  // floats of a tile
+    for (int64_t first = 0; first < call.tokens; first += kTokenTile) most = std::max(most, Tile(call, first).Floats());
+    const int64_t query_floats = call.tokens * settings_.heads * call.size, floats = query_floats + most;
+    const size_t counters = (floats * sizeof(float) + 63) / 64 * 64;
+    const Scratch scratch(context, allocator_, counters + kv_heads * sizeof(std::atomic<int64_t>), false);
+    float* queries = scratch.As<float>();
+    float* results = queries + query_floats;
+    std::atomic<int64_t>* ended = scratch.As<std::atomic<int64_t>>(counters);
+
+    ForEach(context, call.tokens, call.tokens <= kTokensAlone, [&](int64_t t) { PlaceToken(call, t, queries); });
+    for (int64_t first = 0; first < call.tokens; first += kTokenTile) {
+      const Tile tile(call, first);
+      const int64_t chunks = tile.Chunks();
+      for (int64_t h = 0; h < kv_heads; ++h) new (&ended[h]) std::atomic<int64_t>(0);
+      ForEach(context, kv_heads * chunks, tile.Bytes() <= kAlone, [&](int64_t task) {
+        const int64_t kv_head = task / chunks;
+        tile.Attend(task % chunks, kv_head, queries, results);
+        if (ended[kv_head].fetch_add(1) + 1 == chunks) tile.Join(kv_head, results);
+      });
+    }
+  }
+
+ private:
+  const Allocator allocator_;
+  const AttentionSettings settings_;
+};
+
+}  // namespace
+
+OpDefinition AttentionOnCpu() {
+  return OpDefinition("Attention", nullptr, AttentionInputs(), AttentionOutputs(), Create<AttentionCpu>);
+}
+
+}  // namespace tda

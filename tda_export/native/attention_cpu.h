@@ -1,0 +1,9 @@
+#pragma once
+
+#include "op.h"
+
+namespace tda {
+
+OpDefinition AttentionOnCpu();
+
+}  // namespace tda

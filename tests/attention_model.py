@@ -1,0 +1,169 @@
+"""Models of one Attention node, and the slow reference: one token and head at a time, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from tda_export.graph import operators
+from tda_export.graph.attention_function import attention_functions, attention_node
+from tda_export.graph.ops import DTYPES, IR_VERSION, MICROSOFT, OPSET, Ops
+from tda_export.native.library import register_native
+
+NUMBERS = ("last_index", "buffer")  # int32
+TABLES = ("cos_cache", "sin_cache")
+OUTPUTS = ("attended", "present_key", "present_value")
+
+
+@dataclass(frozen=True)
+class AttentionForm:
+    """What attention is made of; `window`, `scale` and `softcap` 0 are none, or by default."""
+
+    heads: int = 4
+    kv_heads: int = 2
+    size: int = 16
+    packed: bool = False
+    rotary: bool = True
+    interleaved: bool = False
+    window: int = 0
+    scale: float = 0.0
+    softcap: float = 0.0
+
+    @property
+    def inputs(self) -> list[str]:
+        """The names of the node's inputs."""
+        left_out = {*(("key", "value") if self.packed else ()), *(() if self.rotary else TABLES)}
+        return [name for name in operators.ATTENTION_INPUTS if name not in left_out]
+
+
+def attention_session(form: AttentionForm, *, native: bool = True, threads: int = 0) -> ort.InferenceSession:
+    """A session on the CPU; without `native` the function body runs."""
+    values = {
+        name: ir.Value(name=name, type=ir.TensorType(DTYPES["int32" if name in NUMBERS else "float32"]))
+        for name in form.inputs
+    }
+    ops = Ops()
+    given = operators.ATTENTION_INPUTS if form.rotary else operators.ATTENTION_INPUTS[:7]
+    outputs = attention_node(
+        ops,
+        [values.get(name) for name in given],
+        num_heads=form.heads,
+        kv_num_heads=form.kv_heads,
+        local_window_size=form.window or -1,
+        do_rotary=int(form.rotary),
+        rotary_interleaved=int(form.interleaved),
+        width=form.heads * form.size,
+        **({"scale": form.scale} if form.scale else {}),
+        **({"softcap": form.softcap} if form.softcap else {}),
+    )
+    for output, name in zip(outputs, OUTPUTS, strict=True):
+        output.name, output.type = name, ir.TensorType(DTYPES["float32"])
+    imports = {"": OPSET, MICROSOFT: 1, operators.FUNCTION_DOMAIN: 1}
+    graph = ir.Graph(list(values.values()), outputs, nodes=ops.tape.nodes, opset_imports=imports, name="attention")
+    model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, functions=attention_functions()))
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    if native:
+        register_native(options)
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def random_attention(
+    rng: np.random.Generator,
+    form: AttentionForm,
+    *,
+    tokens: int,
+    past: int,
+    room: int | None = None,
+    pairs: int | None = None,
+) -> dict[str, np.ndarray]:
+    """Inputs after `past` tokens, in a cache of just these, or with `room` for as many as past and call; `pairs` of a
+    head's elements are rotated, by default all."""
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    total = past + tokens
+    parts = [draw(1, tokens, heads * form.size) for heads in (form.heads, form.kv_heads, form.kv_heads)]
+    projected = {"query": np.concatenate(parts, axis=2)} if form.packed else dict(zip(form.inputs, parts, strict=False))
+    angles = rng.uniform(0, 6, ((room or total) + 3, form.size // 2 if pairs is None else pairs))
+    cache = (1, form.kv_heads, past if room is None else room, form.size)
+    feeds = projected | {
+        "past_key": draw(*cache),
+        "past_value": draw(*cache),
+        "last_index": np.array([total - 1], np.int32),
+        "buffer": np.array(room or total, np.int32),
+        "cos_cache": np.cos(angles).astype(np.float32),
+        "sin_cache": np.sin(angles).astype(np.float32),
+    }
+    return {name: feeds[name] for name in form.inputs}
+
+
+def run_attention(session: ort.InferenceSession, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Run as applications with a growing cache do: what attention gives, present keys and values."""
+    results: list[np.ndarray] = session.run(list(OUTPUTS), dict(feeds))
+    return results
+
+
+def run_in_place(session: ort.InferenceSession, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Run with the past's buffers for the present's, as the driver does."""
+    binding = session.io_binding()
+    arrays = {name: value.copy() for name, value in feeds.items()}  # whose memory the values are
+    values = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in arrays.items()}
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+    binding.bind_output("attended", "cpu")
+    for part in ("key", "value"):
+        binding.bind_ortvalue_output(f"present_{part}", values[f"past_{part}"])
+    session.run_with_iobinding(binding)
+    return [binding.get_outputs()[0].numpy().copy(), arrays["past_key"], arrays["past_value"]]
+
+
+def reference(feeds: Mapping[str, np.ndarray], form: AttentionForm) -> np.ndarray:
+    """Compute what each token attends to, float64 [1, S, H D]."""
+    of: dict[str, Any] = {name: np.asarray(value, np.float64) for name, value in feeds.items() if name not in NUMBERS}
+    tokens, total, size = of["query"].shape[1], int(feeds["last_index"][0]) + 1, form.size
+    past = 0 if tokens == int(feeds["buffer"]) else total - tokens
+    if form.packed:
+        widths = np.cumsum([form.heads * size, form.kv_heads * size])
+        of["query"], of["key"], of["value"] = np.split(of["query"], widths, axis=2)
+
+    def heads(name: str) -> np.ndarray:
+        return of[name][0].reshape(tokens, -1, size)  # [S, heads, D]
+
+    def rotated(rows: np.ndarray) -> np.ndarray:
+        if not form.rotary:
+            return rows
+        cos, sin = (of[name][past : past + tokens, None] for name in TABLES)  # [S, 1, pairs]
+        pairs, out = cos.shape[2], rows.copy()
+        first, second = (
+            (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2))
+            if form.interleaved
+            else (slice(0, pairs), slice(pairs, 2 * pairs))
+        )
+        out[..., first] = rows[..., first] * cos - rows[..., second] * sin
+        out[..., second] = rows[..., second] * cos + rows[..., first] * sin
+        return out
+
+    queries = rotated(heads("query"))
+    keys = np.concatenate([of["past_key"][0, :, :past].swapaxes(0, 1), rotated(heads("key"))])  # [T, KV, D]
+    values = np.concatenate([of["past_value"][0, :, :past].swapaxes(0, 1), heads("value")])
+    attended = np.zeros((1, tokens, form.heads, size))
+    for t in range(tokens):
+        end = past + t + 1
+        seen = slice(max(0, end - form.window) if form.window else 0, end)
+        for h in range(form.heads):
+            kv = h // (form.heads // form.kv_heads)
+            scores = keys[seen, kv] @ queries[t, h] * (form.scale or size**-0.5)
+            if form.softcap:
+                scores = np.tanh(scores / form.softcap) * form.softcap
+            with np.errstate(invalid="ignore"):
+                weights = np.exp(scores - scores.max())
+            attended[0, t, h] = weights @ values[seen, kv] / weights.sum()
+    return attended.reshape(1, tokens, -1)
