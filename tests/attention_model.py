@@ -14,6 +14,7 @@ from tda_export.graph import operators
 from tda_export.graph.attention_function import attention_functions, attention_node
 from tda_export.graph.ops import DTYPES, IR_VERSION, MICROSOFT, OPSET, Ops
 from tda_export.native.library import register_native
+from tests.ffn_model import NUMPY_DTYPES, PROVIDERS
 
 NUMBERS = ("last_index", "buffer")  # int32
 TABLES = ("cos_cache", "sin_cache")
@@ -41,10 +42,12 @@ class AttentionForm:
         return [name for name in operators.ATTENTION_INPUTS if name not in left_out]
 
 
-def attention_session(form: AttentionForm, *, native: bool = True, threads: int = 0) -> ort.InferenceSession:
-    """A session on the CPU; without `native` the function body runs."""
+def attention_session(
+    form: AttentionForm, *, native: bool = True, threads: int = 0, dtype: str = "float32"
+) -> ort.InferenceSession:
+    """A session on the CPU for float32 and on CUDA otherwise; without `native` the function body runs."""
     values = {
-        name: ir.Value(name=name, type=ir.TensorType(DTYPES["int32" if name in NUMBERS else "float32"]))
+        name: ir.Value(name=name, type=ir.TensorType(DTYPES["int32" if name in NUMBERS else dtype]))
         for name in form.inputs
     }
     ops = Ops()
@@ -62,7 +65,7 @@ def attention_session(form: AttentionForm, *, native: bool = True, threads: int 
         **({"softcap": form.softcap} if form.softcap else {}),
     )
     for output, name in zip(outputs, OUTPUTS, strict=True):
-        output.name, output.type = name, ir.TensorType(DTYPES["float32"])
+        output.name, output.type = name, ir.TensorType(DTYPES[dtype])
     imports = {"": OPSET, MICROSOFT: 1, operators.FUNCTION_DOMAIN: 1}
     graph = ir.Graph(list(values.values()), outputs, nodes=ops.tape.nodes, opset_imports=imports, name="attention")
     model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, functions=attention_functions()))
@@ -71,7 +74,7 @@ def attention_session(form: AttentionForm, *, native: bool = True, threads: int 
     options.intra_op_num_threads = threads
     if native:
         register_native(options)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model.SerializeToString(), options, providers=[PROVIDERS[dtype]])
 
 
 def random_attention(
@@ -82,12 +85,13 @@ def random_attention(
     past: int,
     room: int | None = None,
     pairs: int | None = None,
+    dtype: str = "float32",
 ) -> dict[str, np.ndarray]:
     """Inputs after `past` tokens, in a cache of just these, or with `room` for as many as past and call; `pairs` of a
     head's elements are rotated, by default all."""
 
     def draw(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape).astype(np.float32)
+        return rng.standard_normal(shape).astype(NUMPY_DTYPES[dtype])
 
     total = past + tokens
     parts = [draw(1, tokens, heads * form.size) for heads in (form.heads, form.kv_heads, form.kv_heads)]
@@ -99,8 +103,8 @@ def random_attention(
         "past_value": draw(*cache),
         "last_index": np.array([total - 1], np.int32),
         "buffer": np.array(room or total, np.int32),
-        "cos_cache": np.cos(angles).astype(np.float32),
-        "sin_cache": np.sin(angles).astype(np.float32),
+        "cos_cache": np.cos(angles).astype(NUMPY_DTYPES[dtype]),
+        "sin_cache": np.sin(angles).astype(NUMPY_DTYPES[dtype]),
     }
     return {name: feeds[name] for name in form.inputs}
 

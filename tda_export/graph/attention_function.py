@@ -1,7 +1,4 @@
-"""`tda::Attention`: ONNX Runtime's GroupQueryAttention as a function, which a native kernel may replace.
-
-It is for float32, which runs on the CPU: a function that has no kernel for CUDA would be run by the CPU's there.
-"""
+"""`tda::Attention`: ONNX Runtime's GroupQueryAttention as a function, which a native kernel may replace."""
 
 from __future__ import annotations
 
@@ -21,8 +18,8 @@ INTEGERS = ("num_heads", "kv_num_heads", "local_window_size", "do_rotary", "rota
 WIDTH = "width"
 
 
-class FloatGraphBuilder(GraphBuilder):
-    """Builds attention as a function; for float32."""
+class StepGraphBuilder(GraphBuilder):
+    """Builds attention as a function; for graphs of few tokens at a time."""
 
     def attend(self, inputs: Sequence[ir.Value | None], settings: dict[str, float]) -> list[ir.Value]:
         width = self.spec.num_heads * self.spec.head_size

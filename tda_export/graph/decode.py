@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from tda_export.graph import contract
 from tda_export.graph.attention import attention_lengths
-from tda_export.graph.attention_function import FloatGraphBuilder, attention_functions
+from tda_export.graph.attention_function import StepGraphBuilder, attention_functions
 from tda_export.graph.decoder import GraphBuilder, model_shape
 from tda_export.graph.ffn import FfnForm, activate, ffn_form, indexed_ffn, indexed_ffn_function
 from tda_export.graph.greedy import greedy_token_function, greedy_tokens
@@ -49,7 +49,7 @@ def build_decode(
     shape, form = model_shape(spec, dtype), ffn_form(spec, two_levels=method.two_levels)
     half = dtype != "float32"
     declared_inputs = contract.decode_inputs(shape, two_levels=method.two_levels, explicit=explicit)
-    graph = (HalfGraphBuilder if half else FloatGraphBuilder)(spec, weights, dtype, declared_inputs)
+    graph = (HalfGraphBuilder if half else StepGraphBuilder)(spec, weights, dtype, declared_inputs)
     inputs, outputs = graph.inputs, graph.outputs
     kept: list[ir.Value] = []
 
@@ -80,7 +80,9 @@ def build_decode(
     if counted:
         outputs[contract.KEPT_NEURONS] = graph.ops.op("Concat", *kept, axis=0)  # [L, S]
     functions = [indexed_ffn_function(form, down_bias=spec.ffn_bias), greedy_token_function()]
-    functions += linear_functions(spec.norm) if half else attention_functions()
+    functions += attention_functions()
+    if half:
+        functions += linear_functions(spec.norm)
     declared = contract.decode_outputs(shape, ffn_inputs=ffn_inputs, counted=counted)
     return graph.model("decode", declared, {} if explicit else defaults, functions)
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from tda_export.graph import operators
-from tda_export.graph.decoder import GraphBuilder
+from tda_export.graph.attention_function import StepGraphBuilder
 from tda_export.graph.ops import MICROSOFT, OPSET, Ops
 from tda_export.models.spec import NormKind
 
 
-class HalfGraphBuilder(GraphBuilder):
-    """Builds products and norms as functions; for half precision, which runs on CUDA."""
+class HalfGraphBuilder(StepGraphBuilder):
+    """Builds products and norms as functions too; for half precision, which runs on CUDA."""
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:
         if not self.weights.matrices[name].format.is_float:

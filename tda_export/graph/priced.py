@@ -13,7 +13,7 @@ import torch
 
 from tda_export.graph import contract
 from tda_export.graph.attention import attention_lengths, call_tokens
-from tda_export.graph.attention_function import FloatGraphBuilder, attention_functions
+from tda_export.graph.attention_function import StepGraphBuilder, attention_functions
 from tda_export.graph.contract import IoTensor
 from tda_export.graph.decoder import GraphBuilder, last_positions, model_shape
 from tda_export.graph.ffn import plain_ffn
@@ -28,7 +28,7 @@ from tda_export.models.spec import DecoderSpec
 from tda_export.packing import Packing
 
 
-class RowGraphBuilder(GraphBuilder):
+class RowGraphBuilder(StepGraphBuilder):
     """Builds products of matrices whose rows have prices as `tda::RowLinear`.
 
     `price` is set once it is computed. Where they are asked for, `kept`, int64 [1, S] by matrix, counts the rows that
@@ -69,10 +69,6 @@ class RowGraphBuilder(GraphBuilder):
             return row_linear(self.ops, x, self.weight(name), row_price, self.price, bias, early=early)
         stored = self.stored(name)
         return integer_row_linear(self.ops, matrix, x, stored, row_price, self.price, bias, early=early)
-
-
-class FloatRowGraphBuilder(RowGraphBuilder, FloatGraphBuilder):
-    """The same in float32, where attention is a function."""
 
 
 class HalfRowGraphBuilder(RowGraphBuilder, HalfGraphBuilder):
@@ -130,7 +126,7 @@ def build_priced_decode(
         call without a past is dense.
     """
     shape, half = model_shape(spec, dtype), dtype != "float32"
-    builder = HalfRowGraphBuilder if half else FloatRowGraphBuilder
+    builder = HalfRowGraphBuilder if half else RowGraphBuilder
     graph = builder(spec, weights, dtype, contract.priced_decode_inputs(shape, explicit=explicit))
     ops, inputs, outputs = graph.ops, graph.inputs, graph.outputs
     graph.counted, graph.listed = counted, listed
@@ -149,7 +145,9 @@ def build_priced_decode(
     functions = [*row_linear_functions(), call_price_function(), greedy_token_function()]
     if spec.gated:
         functions += gated_activation_functions(spec.activation)
-    functions += linear_functions(spec.norm) if half else attention_functions()
+    functions += attention_functions()
+    if half:
+        functions += linear_functions(spec.norm)
     declared = contract.priced_decode_outputs(shape, counted=len(graph.kept), listed=rows)
     return graph.model("decode", declared, defaults, functions)
 

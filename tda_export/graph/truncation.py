@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from tda_export.graph import contract
 from tda_export.graph.attention import attention_lengths
-from tda_export.graph.attention_function import FloatGraphBuilder, attention_functions
+from tda_export.graph.attention_function import StepGraphBuilder, attention_functions
 from tda_export.graph.contract import IoTensor
 from tda_export.graph.decoder import model_shape
 from tda_export.graph.ffn import dense_activations
@@ -54,7 +54,7 @@ def build_truncation(spec: DecoderSpec, weights: WeightTable, dtype: str) -> ir.
         default thresholds are 0 and keep every neuron. `kept_neurons` int64 [L, S] counts the kept ones.
     """
     shape, half = model_shape(spec, dtype), dtype != "float32"
-    graph = (HalfGraphBuilder if half else FloatGraphBuilder)(spec, weights, dtype, truncation_inputs(shape))
+    graph = (HalfGraphBuilder if half else StepGraphBuilder)(spec, weights, dtype, truncation_inputs(shape))
     ops, inputs, outputs = graph.ops, graph.inputs, graph.outputs
     kept: list[ir.Value] = []
 
@@ -72,7 +72,7 @@ def build_truncation(spec: DecoderSpec, weights: WeightTable, dtype: str) -> ir.
     outputs[contract.LOGITS] = graph.logits(hidden)
     outputs[contract.KEPT_NEURONS] = ops.op("Concat", *kept, axis=0)  # [L, S]
     defaults = {contract.THRESHOLDS: np.zeros(spec.num_layers, np.float32)}
-    functions = linear_functions(spec.norm) if half else attention_functions()
+    functions = [*attention_functions(), *(linear_functions(spec.norm) if half else [])]
     return graph.model("truncation", truncation_outputs(shape), defaults, functions)
 
 

@@ -14,11 +14,6 @@ bool IsShape(const Tensor& tensor, std::initializer_list<int64_t> sizes) {
   return tensor.rank == sizes.size() && std::equal(sizes.begin(), sizes.end(), tensor.sizes);
 }
 
-int64_t OneNumber(const Tensor& tensor, const char* name) {
-  if (tensor.Count() != 1) Fail(name, ": expected one number, got shape ", tensor.Shape());
-  return *tensor.As<const int32_t>();
-}
-
 }  // namespace
 
 AttentionSettings::AttentionSettings(const KernelInfo& info)
@@ -34,21 +29,21 @@ AttentionSettings::AttentionSettings(const KernelInfo& info)
   }
 }
 
-std::vector<IoType> AttentionInputs() {
+std::vector<IoType> AttentionInputs(ElementType type) {
   return {
-      {kFloat},        // query
-      {kFloat, true},  // key
-      {kFloat, true},  // value
-      {kFloat},        // past_key
-      {kFloat},        // past_value
-      {kInt32},        // last_index
-      {kInt32},        // buffer
-      {kFloat, true},  // cos_cache
-      {kFloat, true},  // sin_cache
+      {type},                 // query
+      {type, true},           // key
+      {type, true},           // value
+      {type},                 // past_key
+      {type},                 // past_value
+      {kInt32},               // last_index
+      {kInt32, false, true},  // buffer
+      {type, true},           // cos_cache
+      {type, true},           // sin_cache
   };
 }
 
-std::vector<IoType> AttentionOutputs() { return {{kFloat}, {kFloat}, {kFloat}}; }
+std::vector<IoType> AttentionOutputs(ElementType type) { return {{type}, {type}, {type}}; }
 
 AttentionCall::AttentionCall(const KernelContext& context, const AttentionSettings& settings)
     : settings(settings),
@@ -57,6 +52,7 @@ AttentionCall::AttentionCall(const KernelContext& context, const AttentionSettin
       value(context.Input(kValue)),
       past_key(context.Input(kPastKey)),
       past_value(context.Input(kPastValue)),
+      last_index(context.Input(kLastIndex)),
       cos(context.Input(kCos)),
       sin(context.Input(kSin)) {
   CheckProjections();
@@ -67,15 +63,12 @@ AttentionCall::AttentionCall(const KernelContext& context, const AttentionSettin
       Fail(name, ": expected shape [1, ", kv_heads, ", past, ", size, "], got ", past_tensor->Shape());
     }
   }
-  const int64_t buffer = OneNumber(context.Input(kBuffer), "buffer");
-  total = OneNumber(context.Input(kLastIndex), "last_index") + 1;
-  past = tokens == buffer ? 0 : total - tokens;
+  const Tensor buffer_length = context.Input(kBuffer);
+  if (buffer_length.Count() != 1) Fail("buffer: expected one number, got shape ", buffer_length.Shape());
+  if (last_index.Count() != 1) Fail("last_index: expected one number, got shape ", last_index.Shape());
+  buffer = *buffer_length.As<int32_t>();
   room = std::max(past_room, buffer);
-  if (past < 0 || total < 0 || past > past_room || past + tokens > room || total > room) {
-    Fail("last_index: ", total, " tokens in all, ", tokens, " of them new, do not go with a past of ", past_room,
-         " and a mask of ", buffer);
-  }
-  CheckTables(buffer);
+  CheckTables();
   pairs = settings.rotary ? cos.sizes[1] : 0;
   scale = settings.scale == 0.0f ? 1.0f / std::sqrt(static_cast<float>(size)) : settings.scale;
   attended = context.Output(0, {1, tokens, settings.heads * size});
@@ -98,34 +91,16 @@ void AttentionCall::CheckProjections() {
   if (value.Shape() != key.Shape()) Fail("value: expected shape ", key.Shape(), ", got ", value.Shape());
 }
 
-void AttentionCall::CheckTables(int64_t positions) const {
+void AttentionCall::CheckTables() const {
   if (!settings.rotary) return;
   if (!cos.present || !sin.present) Fail("cos_cache and sin_cache: rotary embedding needs both");
   if (cos.rank != 2 || 2 * cos.sizes[1] > size) {
     Fail("cos_cache: expected shape [positions, at most ", size / 2, "], got ", cos.Shape());
   }
   if (sin.Shape() != cos.Shape()) Fail("sin_cache: expected shape ", cos.Shape(), ", got ", sin.Shape());
-  if (cos.sizes[0] < std::max(positions, past + tokens)) {
-    Fail("cos_cache: it has ", cos.sizes[0], " positions, and the attention mask ", positions);
+  if (cos.sizes[0] < buffer) {
+    Fail("cos_cache: it has ", cos.sizes[0], " positions, and the attention mask ", buffer);
   }
-}
-
-AttentionCall::Range AttentionCall::Attended(int64_t token) const {
-  const int64_t end = std::min(past + token + 1, total);
-  return {settings.window > 0 ? std::max<int64_t>(end - settings.window, 0) : 0, end};
-}
-
-const float* AttentionCall::Query(int64_t token) const {
-  return query.As<const float>() + token * query.sizes[2];
-}
-
-const float* AttentionCall::Key(int64_t token) const {
-  return key.present ? key.As<const float>() + token * key.sizes[2] : Query(token) + settings.heads * size;
-}
-
-const float* AttentionCall::Value(int64_t token) const {
-  const int64_t width = settings.kv_heads * size;
-  return key.present ? value.As<const float>() + token * width : Key(token) + width;
 }
 
 }  // namespace tda

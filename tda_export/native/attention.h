@@ -19,38 +19,43 @@ struct AttentionSettings {
   bool rotary, interleaved;
 };
 
-// Types of inputs and outputs.
-std::vector<IoType> AttentionInputs();
-std::vector<IoType> AttentionOutputs();
+// Types of inputs and outputs, for activations of `type`.
+std::vector<IoType> AttentionInputs(ElementType type);
+std::vector<IoType> AttentionOutputs(ElementType type);
 
 struct AttentionCall {
-  // Read and check the inputs, and allocate the outputs.
+  // Read and check the inputs that are on the CPU for any provider, and the shapes of the others; allocate the outputs.
   AttentionCall(const KernelContext& context, const AttentionSettings& settings);
 
-  // Where a token of the call attends to: positions [begin, end).
-  struct Range {
-    int64_t begin, end;
-  };
-  Range Attended(int64_t token) const;
-
-  // A token's first query, key or value.
-  const float* Query(int64_t token) const;
-  const float* Key(int64_t token) const;
-  const float* Value(int64_t token) const;
+  // A token's first query, key or value, of elements of T.
+  template <class T>
+  const T* Query(int64_t token) const {
+    return query.As<const T>() + token * QueryStride();
+  }
+  template <class T>
+  const T* Key(int64_t token) const {
+    return key.present ? key.As<const T>() + token * KeyStride() : Query<T>(token) + settings.heads * size;
+  }
+  template <class T>
+  const T* Value(int64_t token) const {
+    return key.present ? value.As<const T>() + token * KeyStride() : Key<T>(token) + settings.kv_heads * size;
+  }
+  // Elements from one token to the next, of queries, and of keys and values.
+  int64_t QueryStride() const { return query.sizes[2]; }
+  int64_t KeyStride() const { return key.present ? key.sizes[2] : query.sizes[2]; }
 
   AttentionSettings settings;
-  int64_t size;      // D
-  int64_t tokens;    // S
-  int64_t past;      // tokens before them
-  int64_t total;     // of past and call, without padding
+  int64_t size;    // D
+  int64_t tokens;  // S
+  int64_t buffer;  // the length of the attention mask
   int64_t past_room, room;  // tokens that past and present buffers have room for
-  int64_t pairs;     // that are rotated
+  int64_t pairs;   // that are rotated
   float scale;
-  Tensor query, key, value, past_key, past_value, cos, sin, attended, present_key, present_value;
+  Tensor query, key, value, past_key, past_value, last_index, cos, sin, attended, present_key, present_value;
 
  private:
   void CheckProjections();
-  void CheckTables(int64_t positions) const;
+  void CheckTables() const;
 };
 
 }  // namespace tda

@@ -28,6 +28,33 @@ constexpr int64_t kTokensAlone = 8;       // likewise, whose heads are rotated
   }
 TDA_FOR_EACH_TARGET(TDA_ATTENTION)
 
+// A call whose lengths are read.
+struct CpuCall : AttentionCall {
+  CpuCall(const KernelContext& context, const AttentionSettings& settings) : AttentionCall(context, settings) {
+    total = int64_t{*last_index.As<int32_t>()} + 1;
+    past = tokens == buffer ? 0 : total - tokens;
+    if (past < 0 || total < 0 || past > past_room || past + tokens > room || total > room) {
+      Fail("last_index: ", total, " tokens in all, ", tokens, " of them new, do not go with a past of ", past_room,
+           " and a mask of ", buffer);
+    }
+    if (pairs > 0 && cos.sizes[0] < past + tokens) {
+      Fail("cos_cache: it has ", cos.sizes[0], " positions, and past and call ", past + tokens);
+    }
+  }
+
+  // Where a token of the call attends to: positions [begin, end).
+  struct Range {
+    int64_t begin, end;
+  };
+  Range Attended(int64_t token) const {
+    const int64_t end = std::min(past + token + 1, total);
+    return {settings.window > 0 ? std::max<int64_t>(end - settings.window, 0) : 0, end};
+  }
+
+  int64_t past;   // tokens before the call's
+  int64_t total;  // of past and call, without padding
+};
+
 // Call work(i) for i in [0, count): on the pool, or here, where that is sooner.
 template <class Work>
 void ForEach(const KernelContext& context, int64_t count, bool here, const Work& work) {
@@ -36,7 +63,7 @@ void ForEach(const KernelContext& context, int64_t count, bool here, const Work&
 }
 
 // Rotate a token's queries and keys, and write them, the keys and the values where attention reads them.
-void PlaceToken(const AttentionCall& call, int64_t token, float* queries) {
+void PlaceToken(const CpuCall& call, int64_t token, float* queries) {
   const AttentionSettings& settings = call.settings;
   const int64_t size = call.size, position = call.past + token;
   Rotation rotation = {nullptr, nullptr, call.pairs, settings.interleaved};
@@ -45,19 +72,19 @@ void PlaceToken(const AttentionCall& call, int64_t token, float* queries) {
     rotation.sin = call.sin.As<const float>() + position * call.pairs;
   }
   for (int64_t h = 0; h < settings.heads; ++h) {
-    Rotate(rotation, call.Query(token) + h * size, size, call.scale, queries + (token * settings.heads + h) * size);
+    Rotate(rotation, call.Query<float>(token) + h * size, size, call.scale, queries + (token * settings.heads + h) * size);
   }
   for (int64_t h = 0; h < settings.kv_heads; ++h) {
     const int64_t at = (h * call.room + position) * size;
-    Rotate(rotation, call.Key(token) + h * size, size, 1.0f, call.present_key.As<float>() + at);
-    std::memcpy(call.present_value.As<float>() + at, call.Value(token) + h * size, size * sizeof(float));
+    Rotate(rotation, call.Key<float>(token) + h * size, size, 1.0f, call.present_key.As<float>() + at);
+    std::memcpy(call.present_value.As<float>() + at, call.Value<float>(token) + h * size, size * sizeof(float));
   }
 }
 
 bool IsInPlace(const Tensor& past, const Tensor& present) { return past.data == present.data; }
 
 // Copy a head's past where the present is another buffer, and fill what lies behind the call's tokens with zeros.
-void CopyPast(const AttentionCall& call, const Tensor& past, const Tensor& present, int64_t head) {
+void CopyPast(const CpuCall& call, const Tensor& past, const Tensor& present, int64_t head) {
   if (IsInPlace(past, present)) return;
   const int64_t size = call.size, end = call.past + call.tokens;
   float* own = present.As<float>() + head * call.room * size;
@@ -70,7 +97,7 @@ void CopyPast(const AttentionCall& call, const Tensor& past, const Tensor& prese
 // The chunks that a tile of tokens attends to, and what each gives each of its heads.
 class Tile {
  public:
-  Tile(const AttentionCall& call, int64_t first)
+  Tile(const CpuCall& call, int64_t first)
       : call_(call),
         first_(first),
         tokens_(std::min(kTokenTile, call.tokens - first)),
@@ -90,7 +117,7 @@ class Tile {
   void Attend(int64_t chunk, int64_t kv_head, const float* queries, float* results) const {
     const int64_t size = call_.size;
     for (int64_t t = 0; t < tokens_; ++t) {
-      const AttentionCall::Range range = InChunk(t, chunk);
+      const CpuCall::Range range = InChunk(t, chunk);
       if (range.begin >= range.end) continue;
       const int64_t at = (kv_head * call_.room + range.begin) * size;
       AttendChunk({queries + FirstHead(t, kv_head) * size,
@@ -107,7 +134,7 @@ class Tile {
   // Join the chunks of the heads that share a key-value head. Padding may attend to nothing, which gives zeros.
   void Join(int64_t kv_head, float* results) const {
     for (int64_t t = 0; t < tokens_; ++t) {
-      const AttentionCall::Range range = call_.Attended(first_ + t);
+      const CpuCall::Range range = call_.Attended(first_ + t);
       const int64_t begin = range.begin / rows_ - begin_, end = (range.end + rows_ - 1) / rows_ - begin_;
       float* own = Result(results, begin, t, kv_head);
       float* out = call_.attended.As<float>() + FirstHead(t, kv_head) * call_.size;
@@ -129,13 +156,13 @@ class Tile {
     const int64_t head = token * call_.settings.heads + kv_head * Group();
     return results + chunk * Stride() + head * ChunkResult::Floats(call_.size);
   }
-  AttentionCall::Range InChunk(int64_t token, int64_t chunk) const {
-    const AttentionCall::Range range = call_.Attended(first_ + token);
+  CpuCall::Range InChunk(int64_t token, int64_t chunk) const {
+    const CpuCall::Range range = call_.Attended(first_ + token);
     const int64_t start = (begin_ + chunk) * rows_;
     return {std::max(range.begin, start), std::min(range.end, start + rows_)};
   }
 
-  const AttentionCall& call_;
+  const CpuCall& call_;
   const int64_t first_, tokens_;
   const int64_t rows_;         // of a chunk
   const int64_t begin_, end_;  // chunks
@@ -146,7 +173,7 @@ class AttentionCpu : public Kernel {
   explicit AttentionCpu(const KernelInfo& info) : allocator_(info), settings_(info) {}
 
   void Compute(const KernelContext& context) override {
-    const AttentionCall call(context, settings_);
+    const CpuCall call(context, settings_);
     const int64_t kv_heads = settings_.kv_heads;
     const bool in_place = IsInPlace(call.past_key, call.present_key) && IsInPlace(call.past_value, call.present_value);
     ForEach(context, kv_heads, in_place, [&](int64_t head) {
@@ -184,7 +211,7 @@ class AttentionCpu : public Kernel {
 }  // namespace
 
 OpDefinition AttentionOnCpu() {
-  return OpDefinition("Attention", nullptr, AttentionInputs(), AttentionOutputs(), Create<AttentionCpu>);
+  return OpDefinition("Attention", nullptr, AttentionInputs(kFloat), AttentionOutputs(kFloat), Create<AttentionCpu>);
 }
 
 }  // namespace tda

@@ -57,7 +57,7 @@ OpDefinition::OpDefinition(const char* name, const char* provider, std::vector<I
   GetOutputType = [](const OrtCustomOp* op, size_t i) { return int{Definition(op).outputs[i].type}; };
   GetOutputTypeCount = [](const OrtCustomOp* op) { return Definition(op).outputs.size(); };
   GetOutputCharacteristic = [](const OrtCustomOp* op, size_t i) { return int{Definition(op).outputs[i].optional}; };
-  GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
+  GetInputMemoryType = [](const OrtCustomOp* op, size_t i) { return Definition(op).inputs[i].on_host ? kHostMemory : 0; };
   GetVariadicInputMinArity = GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
   GetVariadicInputHomogeneity = GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };
   CreateKernelV2 = CreateInstance;

@@ -17,6 +17,7 @@ class Kernel {
 struct IoType {
   ElementType type;
   bool optional = false;
+  bool on_host = false;  // an input that kernels of any provider read on the CPU
 };
 
 using KernelFactory = std::unique_ptr<Kernel> (*)(const KernelInfo& info);

@@ -149,6 +149,8 @@ constexpr const char* kCudaProvider = "CUDAExecutionProvider";
 // ONNX Runtime's error codes.
 constexpr int kOrtFail = 1;
 
+constexpr int kHostMemory = -2;  // OrtMemTypeCPUInput
+
 // ONNX element types.
 enum ElementType : int { kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kBool = 9, kHalf = 10, kBfloat16 = 16 };
 

@@ -1,5 +1,6 @@
 // The entry point that ONNX Runtime calls when the library is registered with a session's options.
 #include "attention_cpu.h"
+#include "attention_cuda.h"
 #include "greedy.h"
 #include "indexed_ffn_cpu.h"
 #include "indexed_ffn_cuda.h"
@@ -18,7 +19,7 @@ const std::vector<OpDefinition>& Definitions() {
   static const std::vector<OpDefinition> definitions = [] {
     std::vector<OpDefinition> all = StatisticsOnCuda();
     for (const std::vector<OpDefinition>& some :
-         {LinearOnCuda(), StepOps(), RowLinearOnCpu(), RowLinearOnCuda(), LinearOnCpu()}) {
+         {LinearOnCuda(), StepOps(), RowLinearOnCpu(), RowLinearOnCuda(), LinearOnCpu(), AttentionOnCuda()}) {
       all.insert(all.end(), some.begin(), some.end());
     }
     for (const OpDefinition& definition : {IndexedFfnOnCpu(), IndexedFfnOnCuda(kHalf), IndexedFfnOnCuda(kBfloat16),

@@ -1,0 +1,138 @@
+// tda::Attention on CUDA (device/attention.cu): parts of the cache at the same time, joined by a second kernel.
+#include "attention_cuda.h"
+
+#include <algorithm>
+
+#include "attention.h"
+#include "cuda_matrix.h"
+
+namespace tda {
+namespace {
+
+constexpr int64_t kAttentionThreads = 128;
+constexpr int64_t kLaneElements = 8;    // of a key, for one lane
+constexpr int64_t kMostSize = 256;      // elements of a head
+constexpr int64_t kBlocksAtOnce = 4;    // on a multiprocessor
+constexpr int64_t kMostSplits = 64;
+constexpr int64_t kFewTokens = 16;      // of more there are blocks enough without parts of the cache
+constexpr int64_t kCopyingBlocks = 256;
+
+struct AttentionArguments {
+  const void* query;
+  const void* key;
+  const void* value;
+  const void* past_key;
+  const void* past_value;
+  void* present_key;
+  void* present_value;
+  const void* cos;
+  const void* sin;
+  const int32_t* last_index;
+  float* partial;
+  void* attended;
+  int tokens, heads, kv_heads, size, pairs, past_room, room, most, buffer, splits;
+  int query_stride, key_stride, value_stride;
+  int window;
+  int interleaved;
+  int appends;
+  float scale, softcap;
+};
+
+template <ElementType kType>
+class AttentionCuda : public Kernel {
+ public:
+  explicit AttentionCuda(const KernelInfo& info)
+      : allocator_(info), settings_(info), multiprocessors_(CudaDevice::Current().multiprocessors) {
+    RequireDtype(kType);
+    const CudaModule& module = CudaModule::Get("attention", {"TDA_BF16=" + std::to_string(kType == kBfloat16)});
+    append_ = module.Kernel("AppendTokens", kAttentionThreads);
+    copy_ = module.Kernel("CopyPast", kAttentionThreads);
+    join_ = module.Kernel("JoinParts", kAttentionThreads);
+    const int64_t group = settings_.heads / settings_.kv_heads;
+    heads_at_once_ = group == 1 ? 1 : group == 2 ? 2 : 4;
+    for (int i = 0; i < 3; ++i) {
+      const std::string name = "Attend_" + std::to_string(8 << i) + "_" + std::to_string(heads_at_once_);
+      attend_[i] = module.Kernel(name.c_str(), kAttentionThreads);
+    }
+    tiles_ = settings_.kv_heads * CeilDivide(group, heads_at_once_);
+  }
+
+  void Compute(const KernelContext& context) override {
+    const AttentionCall call(context, settings_);
+    if (call.size % kLaneElements || call.size > kMostSize) {
+      Fail("query: heads of ", call.size, " elements; on CUDA they have a multiple of ", kLaneElements, ", at most ",
+           kMostSize);
+    }
+    const int64_t most = call.pairs > 0 ? std::min(call.room, call.cos.sizes[0]) : call.room;
+    if (call.tokens > most) Fail("query: ", call.tokens, " tokens do not fit into a cache of ", most);
+    const int64_t splits =
+        call.tokens > kFewTokens
+            ? 1
+            : std::clamp<int64_t>(CeilDivide(kBlocksAtOnce * multiprocessors_, tiles_), 1, kMostSplits);
+    const size_t partial_bytes =
+        splits == 1 ? 1 : call.tokens * settings_.heads * splits * (call.size + 2) * sizeof(float);
+    const Scratch scratch(context, allocator_, partial_bytes, true);
+    const bool in_place = call.past_key.data == call.present_key.data && call.past_value.data == call.present_value.data;
+
+    AttentionArguments arguments = {};
+    arguments.query = call.Query<uint16_t>(0);
+    arguments.key = call.Key<uint16_t>(0);
+    arguments.value = call.Value<uint16_t>(0);
+    arguments.past_key = call.past_key.data;
+    arguments.past_value = call.past_value.data;
+    arguments.present_key = call.present_key.data;
+    arguments.present_value = call.present_value.data;
+    arguments.cos = call.cos.data;
+    arguments.sin = call.sin.data;
+    arguments.last_index = call.last_index.As<const int32_t>();
+    arguments.partial = scratch.As<float>();
+    arguments.attended = call.attended.data;
+    arguments.tokens = static_cast<int>(call.tokens);
+    arguments.heads = static_cast<int>(settings_.heads);
+    arguments.kv_heads = static_cast<int>(settings_.kv_heads);
+    arguments.size = static_cast<int>(call.size);
+    arguments.pairs = static_cast<int>(call.pairs);
+    arguments.past_room = static_cast<int>(call.past_room);
+    arguments.room = static_cast<int>(call.room);
+    arguments.most = static_cast<int>(most);
+    arguments.buffer = static_cast<int>(call.buffer);
+    arguments.splits = static_cast<int>(splits);
+    arguments.query_stride = static_cast<int>(call.QueryStride());
+    arguments.key_stride = arguments.value_stride = static_cast<int>(call.KeyStride());
+    arguments.window = static_cast<int>(settings_.window);
+    arguments.interleaved = settings_.interleaved;
+    arguments.appends = call.tokens == 1;
+    arguments.scale = call.scale;
+    arguments.softcap = settings_.softcap;
+
+    void* stream = context.CudaStream();
+    const unsigned kv_heads = static_cast<unsigned>(settings_.kv_heads), tokens = static_cast<unsigned>(call.tokens);
+    if (!in_place && call.room > 0) {
+      copy_.Launch(stream, std::min(call.room, kCopyingBlocks), kv_heads, 2, kAttentionThreads, &arguments);
+    }
+    if (tokens == 0) return;
+    if (!arguments.appends) append_.Launch(stream, tokens, kv_heads, 1, kAttentionThreads, &arguments);
+    const CudaKernel& attend = attend_[call.size <= 64 ? 0 : call.size <= 128 ? 1 : 2];
+    attend.Launch(stream, splits, tiles_, tokens, kAttentionThreads, &arguments);
+    if (splits > 1) join_.Launch(stream, settings_.heads, tokens, 1, kAttentionThreads, &arguments);
+  }
+
+ private:
+  const Allocator allocator_;
+  const AttentionSettings settings_;
+  const int64_t multiprocessors_;
+  int64_t heads_at_once_, tiles_;  // heads that share a key-value head, and how many such tiles there are
+  CudaKernel append_, copy_, join_, attend_[3];  // by the lanes that read a key
+};
+
+OpDefinition Define(ElementType type, KernelFactory create) {
+  return OpDefinition("Attention", kCudaProvider, AttentionInputs(type), AttentionOutputs(type), create);
+}
+
+}  // namespace
+
+std::vector<OpDefinition> AttentionOnCuda() {
+  return {Define(kHalf, Create<AttentionCuda<kHalf>>), Define(kBfloat16, Create<AttentionCuda<kBfloat16>>)};
+}
+
+}  // namespace tda
