@@ -1,7 +1,7 @@
-// Attention of one token to a chunk of the keys and values, float32, for the heads that share them; and what the chunks
-// together give.
+// Attention of some queries to a chunk of the keys and values, float32, of tokens and heads that share them; and what the
+// chunks together give.
 //
-// A chunk gives each head the largest score, the sum of exp(score - largest), and the values' sum weighted with these.
+// A chunk gives each query the largest score, the sum of exp(score - largest), and the values' sum weighted with these.
 // Every sum goes through the same operations in the same order whatever else a call holds, and chunks begin at multiples
 // of their length, so that neither threads nor the other tokens change a bit of a token's result.
 #pragma once
@@ -20,7 +20,7 @@ constexpr int64_t ChunkRows(int64_t head_size) {
   return std::clamp(kElements / head_size / kFewest * kFewest, kFewest, kMostChunkRows);
 }
 
-// What a head has of a chunk.
+// What a query has of a chunk.
 struct ChunkResult {
   static int64_t Floats(int64_t head_size) { return 2 + head_size; }
   static ChunkResult At(float* memory) { return {memory, memory + 1, memory + 2}; }
@@ -30,31 +30,32 @@ struct ChunkResult {
   float* values;  // [size]
 };
 
-// Heads of a token, and the rows of keys and values that it attends to.
-struct HeadsOfToken {
-  const float* queries;  // [heads, size], times the scale
-  const float* keys;     // [rows, size]
-  const float* values;   // [rows, size]
-  int64_t heads, rows, size;
+// Queries, and the rows of keys and values that all of them attend to.
+struct QueriesOfChunk {
+  const float* keys;    // [rows, size]
+  const float* values;  // [rows, size]
+  int64_t rows, size;
   float softcap;  // 0 is none
-  float* results;  // [heads, ChunkResult::Floats(size)]
+  int64_t count;
+  const float* const* queries;  // [count], each [size], times the scale
+  float* const* results;        // [count], each ChunkResult::Floats(size)
 };
 
-// How many heads have their sums in registers, with vectors of kLanes.
+// How many queries have their sums in registers, with vectors of kLanes.
 template <int kLanes>
-constexpr int kHeadsAtOnce = kLanes > 8 ? 4 : 2;
+constexpr int kQueriesAtOnce = kLanes > 8 ? 4 : 2;
 
 constexpr int kKeysAtOnce = 4;
 constexpr int kValueVectors = 4;
 constexpr int64_t kAheadFloats = 1536;  // of what is read are asked for early
 
-// Compute queries . keys for some heads and rows, asking for the rows `ahead` meanwhile; the scores of a head are `stride`
-// apart.
-template <int kLanes, int kHeads, int kRows>
-TDA_INLINE void ScoreRows(const float* queries, const float* keys, const float* ahead, int64_t size, float* scores,
-                          int64_t stride) {
+// Compute queries . keys for some queries and rows, asking for the rows `ahead` meanwhile; the scores of queries are
+// `stride` apart.
+template <int kLanes, int kQueries, int kRows>
+TDA_INLINE void ScoreRows(const float* const* queries, const float* keys, const float* ahead, int64_t size,
+                          float* scores, int64_t stride) {
   using V = Lanes<kLanes>;
-  typename V::Vector sums[kHeads][kRows] = {};
+  typename V::Vector sums[kQueries][kRows] = {};
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
     typename V::Vector of_rows[kRows];
@@ -62,75 +63,75 @@ TDA_INLINE void ScoreRows(const float* queries, const float* keys, const float* 
       of_rows[r] = V::Load(keys + r * size + i);
       __builtin_prefetch(ahead + r * size + i);
     }
-    for (int h = 0; h < kHeads; ++h) {
-      const typename V::Vector query = V::Load(queries + h * size + i);
-      for (int r = 0; r < kRows; ++r) sums[h][r] += query * of_rows[r];
+    for (int q = 0; q < kQueries; ++q) {
+      const typename V::Vector query = V::Load(queries[q] + i);
+      for (int r = 0; r < kRows; ++r) sums[q][r] += query * of_rows[r];
     }
   }
-  for (int h = 0; h < kHeads; ++h) {
+  for (int q = 0; q < kQueries; ++q) {
     if constexpr (kRows == 4) {
-      V::SumsOfFour(sums[h], scores + h * stride);
+      V::SumsOfFour(sums[q], scores + q * stride);
     } else {
-      for (int r = 0; r < kRows; ++r) scores[h * stride + r] = V::Sum(sums[h][r]);
+      for (int r = 0; r < kRows; ++r) scores[q * stride + r] = V::Sum(sums[q][r]);
     }
   }
   for (; i < size; ++i) {
-    for (int h = 0; h < kHeads; ++h) {
-      for (int r = 0; r < kRows; ++r) scores[h * stride + r] += queries[h * size + i] * keys[r * size + i];
+    for (int q = 0; q < kQueries; ++q) {
+      for (int r = 0; r < kRows; ++r) scores[q * stride + r] += queries[q][i] * keys[r * size + i];
     }
   }
 }
 
-// Add weights . values for some heads, in kVectors vectors of columns.
-template <int kLanes, int kHeads, int kVectors>
-TDA_INLINE void WeighColumns(const HeadsOfToken& token, const float* weights, int64_t stride, int64_t column,
-                             float* results) {
+// Add weights . values for some queries, in kVectors vectors of columns.
+template <int kLanes, int kQueries, int kVectors>
+TDA_INLINE void WeighColumns(const QueriesOfChunk& chunk, const float* weights, int64_t stride, int64_t column,
+                             float* const* results) {
   using V = Lanes<kLanes>;
-  typename V::Vector sums[kHeads][kVectors] = {};
-  for (int64_t row = 0; row < token.rows; ++row) {
-    const float* values = token.values + row * token.size + column;
+  typename V::Vector sums[kQueries][kVectors] = {};
+  for (int64_t row = 0; row < chunk.rows; ++row) {
+    const float* values = chunk.values + row * chunk.size + column;
     typename V::Vector of_row[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       of_row[v] = V::Load(values + v * kLanes);
       __builtin_prefetch(values + kAheadFloats + v * kLanes);
     }
-    for (int h = 0; h < kHeads; ++h) {
-      for (int v = 0; v < kVectors; ++v) sums[h][v] += weights[h * stride + row] * of_row[v];
+    for (int q = 0; q < kQueries; ++q) {
+      for (int v = 0; v < kVectors; ++v) sums[q][v] += weights[q * stride + row] * of_row[v];
     }
   }
-  for (int h = 0; h < kHeads; ++h) {
-    float* out = ChunkResult::At(results + h * ChunkResult::Floats(token.size)).values + column;
-    for (int v = 0; v < kVectors; ++v) V::Store(out + v * kLanes, sums[h][v]);
+  for (int q = 0; q < kQueries; ++q) {
+    float* out = ChunkResult::At(results[q]).values + column;
+    for (int v = 0; v < kVectors; ++v) V::Store(out + v * kLanes, sums[q][v]);
   }
 }
 
-template <int kLanes, int kHeads>
-TDA_INLINE void AttendHeads(const HeadsOfToken& token, int64_t first) {
+template <int kLanes, int kQueries>
+TDA_INLINE void AttendQueries(const QueriesOfChunk& chunk, int64_t first) {
   using V = Lanes<kLanes>;
   constexpr int64_t kStride = kMostChunkRows + kLanes;
-  const int64_t floats = ChunkResult::Floats(token.size), rows = token.rows;
-  const float* queries = token.queries + first * token.size;
-  float* results = token.results + first * floats;
-  alignas(64) float scores[kHeads * kStride];
-  const int64_t rows_ahead = kAheadFloats / token.size;
+  const int64_t rows = chunk.rows;
+  const float* const* queries = chunk.queries + first;
+  float* const* results = chunk.results + first;
+  alignas(64) float scores[kQueries * kStride];
+  const int64_t rows_ahead = kAheadFloats / chunk.size;
   int64_t row = 0;
   for (; row + kKeysAtOnce <= rows; row += kKeysAtOnce) {
     const int64_t behind = row + rows_ahead - rows;  // the last key, where the values are next
-    const float* ahead = behind < 0 ? token.keys + (row + rows_ahead) * token.size : token.values + behind * token.size;
-    ScoreRows<kLanes, kHeads, kKeysAtOnce>(queries, token.keys + row * token.size, ahead, token.size, scores + row,
+    const float* ahead = behind < 0 ? chunk.keys + (row + rows_ahead) * chunk.size : chunk.values + behind * chunk.size;
+    ScoreRows<kLanes, kQueries, kKeysAtOnce>(queries, chunk.keys + row * chunk.size, ahead, chunk.size, scores + row,
                                            kStride);
   }
   for (; row < rows; ++row) {
-    const float* keys = token.keys + row * token.size;
-    ScoreRows<kLanes, kHeads, 1>(queries, keys, keys, token.size, scores + row, kStride);
+    const float* keys = chunk.keys + row * chunk.size;
+    ScoreRows<kLanes, kQueries, 1>(queries, keys, keys, chunk.size, scores + row, kStride);
   }
-  for (int h = 0; h < kHeads; ++h) {
-    float* own = scores + h * kStride;
+  for (int q = 0; q < kQueries; ++q) {
+    float* own = scores + q * kStride;
     const auto pad = [&] { std::fill(own + rows, own + (rows + kLanes - 1) / kLanes * kLanes, -__builtin_inff()); };
     pad();
-    if (token.softcap > 0.0f) {
+    if (chunk.softcap > 0.0f) {
       for (int64_t i = 0; i < rows; i += kLanes) {
-        V::Store(own + i, token.softcap * Tanh<kLanes>(V::Load(own + i) / token.softcap));
+        V::Store(own + i, chunk.softcap * Tanh<kLanes>(V::Load(own + i) / chunk.softcap));
       }
       pad();
     }
@@ -142,41 +143,41 @@ TDA_INLINE void AttendHeads(const HeadsOfToken& token, int64_t first) {
       V::Store(own + i, weights);
       sum += weights;
     }
-    const ChunkResult result = ChunkResult::At(results + h * floats);
+    const ChunkResult result = ChunkResult::At(results[q]);
     *result.largest = most;
     *result.sum = V::Sum(sum);
   }
   int64_t column = 0;
-  for (; column + kValueVectors * kLanes <= token.size; column += kValueVectors * kLanes) {
-    WeighColumns<kLanes, kHeads, kValueVectors>(token, scores, kStride, column, results);
+  for (; column + kValueVectors * kLanes <= chunk.size; column += kValueVectors * kLanes) {
+    WeighColumns<kLanes, kQueries, kValueVectors>(chunk, scores, kStride, column, results);
   }
-  for (; column + kLanes <= token.size; column += kLanes) {
-    WeighColumns<kLanes, kHeads, 1>(token, scores, kStride, column, results);
+  for (; column + kLanes <= chunk.size; column += kLanes) {
+    WeighColumns<kLanes, kQueries, 1>(chunk, scores, kStride, column, results);
   }
-  for (; column < token.size; ++column) {
-    for (int h = 0; h < kHeads; ++h) {
+  for (; column < chunk.size; ++column) {
+    for (int q = 0; q < kQueries; ++q) {
       float of_column = 0.0f;
-      for (int64_t r = 0; r < rows; ++r) of_column += scores[h * kStride + r] * token.values[r * token.size + column];
-      ChunkResult::At(results + h * floats).values[column] = of_column;
+      for (int64_t r = 0; r < rows; ++r) of_column += scores[q * kStride + r] * chunk.values[r * chunk.size + column];
+      ChunkResult::At(results[q]).values[column] = of_column;
     }
   }
 }
 
-// Compute the results of all heads, for at least one row and no more than kMostChunkRows.
+// Compute the results of all queries, for at least one row and no more than kMostChunkRows.
 template <int kLanes>
-TDA_INLINE void AttendChunkOf(const HeadsOfToken& token) {
-  constexpr int kMost = kHeadsAtOnce<kLanes>;
+TDA_INLINE void AttendChunkOf(const QueriesOfChunk& chunk) {
+  constexpr int kMost = kQueriesAtOnce<kLanes>;
   int64_t first = 0;
-  for (; first + kMost <= token.heads; first += kMost) AttendHeads<kLanes, kMost>(token, first);
-  const int64_t rest = token.heads - first;
-  if (rest == 1) AttendHeads<kLanes, 1>(token, first);
+  for (; first + kMost <= chunk.count; first += kMost) AttendQueries<kLanes, kMost>(chunk, first);
+  const int64_t rest = chunk.count - first;
+  if (rest == 1) AttendQueries<kLanes, 1>(chunk, first);
   if constexpr (kMost > 2) {
-    if (rest == 2) AttendHeads<kLanes, 2>(token, first);
-    if (rest == 3) AttendHeads<kLanes, 3>(token, first);
+    if (rest == 2) AttendQueries<kLanes, 2>(chunk, first);
+    if (rest == 3) AttendQueries<kLanes, 3>(chunk, first);
   }
 }
 
-// Write what a head attends to, [size], from the results of its chunks, which are `stride` floats apart.
+// Write what a query gives, [size], from the results of its chunks, which are `stride` floats apart.
 template <int kLanes>
 TDA_INLINE void JoinChunksOf(float* results, int64_t chunks, int64_t stride, int64_t size, float* out) {
   float most = -__builtin_inff(), sum = 0.0f;

@@ -15,11 +15,12 @@ namespace tda {
 namespace {
 
 constexpr int64_t kTokenTile = 16;
+constexpr int64_t kMostQueries = 64;      // of a tile that attend to a chunk together
 constexpr int64_t kAlone = 64 << 10;      // bytes of keys and values that one thread reads before another has woken up
 constexpr int64_t kTokensAlone = 8;       // likewise, whose heads are rotated
 
 #define TDA_ATTENTION(attribute, lanes)                                                                       \
-  attribute void AttendChunk(const HeadsOfToken& token) { AttendChunkOf<lanes>(token); }                      \
+  attribute void AttendChunk(const QueriesOfChunk& chunk) { AttendChunkOf<lanes>(chunk); }                    \
   attribute void JoinChunks(float* results, int64_t chunks, int64_t stride, int64_t size, float* out) {       \
     JoinChunksOf<lanes>(results, chunks, stride, size, out);                                                  \
   }                                                                                                           \
@@ -115,20 +116,30 @@ class Tile {
 
   // Compute what one of the chunks gives the heads that share a key-value head; `queries` are of all tokens.
   void Attend(int64_t chunk, int64_t kv_head, const float* queries, float* results) const {
-    const int64_t size = call_.size;
+    const float* queries_of[kMostQueries];
+    float* results_of[kMostQueries];
+    int64_t count = 0;
+    AttentionCall::Range shared = {0, 0};  // what these attend to
+    const auto attend = [&] {
+      const int64_t at = (kv_head * call_.room + shared.begin) * call_.size;
+      if (count > 0) {
+        AttendChunk({call_.present_key.As<const float>() + at, call_.present_value.As<const float>() + at,
+                     shared.end - shared.begin, call_.size, call_.settings.softcap, count, queries_of, results_of});
+      }
+      count = 0;
+    };
     for (int64_t t = 0; t < tokens_; ++t) {
       const CpuCall::Range range = InChunk(t, chunk);
       if (range.begin >= range.end) continue;
-      const int64_t at = (kv_head * call_.room + range.begin) * size;
-      AttendChunk({queries + FirstHead(t, kv_head) * size,
-                   call_.present_key.As<const float>() + at,
-                   call_.present_value.As<const float>() + at,
-                   Group(),
-                   range.end - range.begin,
-                   size,
-                   call_.settings.softcap,
-                   Result(results, chunk, t, kv_head)});
+      if (range.begin != shared.begin || range.end != shared.end) attend();
+      shared = range;
+      for (int64_t h = 0; h < Group(); ++h) {
+        if (count == kMostQueries) attend();
+        queries_of[count] = queries + (FirstHead(t, kv_head) + h) * call_.size;
+        results_of[count++] = Result(results, chunk, t, kv_head) + h * ChunkResult::Floats(call_.size);
+      }
     }
+    attend();
   }
 
   // Join the chunks of the heads that share a key-value head. Padding may attend to nothing, which gives zeros.
