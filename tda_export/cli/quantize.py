@@ -151,7 +151,8 @@ def quantize(
     write_quantised(source, output, quantised.codes, quantised.plan, quantised.about)
     PartialLayers(output.absolute(), {}).remove()
     if as_json:
-        click.echo(json.dumps({"output": str(output), **quantised.about, "formats": quantised.plan.to_dict()}))
+        content = {"output": str(output), **quantised.about, "formats": quantised.plan.to_dict()}
+        click.echo(json.dumps(content, allow_nan=False))
         return
     click.echo(describe_quantisation(quantised.about | {"formats": quantised.plan.to_dict()}))
     click.echo(f"Wrote {output}")

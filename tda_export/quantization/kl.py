@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from tda_export.errors import TdaError
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -44,12 +46,21 @@ def continuations(model: Any, tokens: torch.Tensor, prompt_tokens: int) -> Itera
 
 
 def loss(dense: list[torch.Tensor], quantised: Iterator[torch.Tensor]) -> Loss:
-    """Compare log-probabilities [C, V] of the float model with the quantised model's, sequence by sequence."""
+    """Compare log-probabilities [C, V] of the float model with the quantised model's, sequence by sequence.
+
+    Raises:
+        TdaError: A KL is no finite number.
+    """
     kl, agreement = [], []
     for p, q in zip(dense, quantised, strict=True):
         kl.append(float((p.exp() * (p - q)).sum(dim=-1).mean()))
         agreement.append(float((p.argmax(dim=-1) == q.argmax(dim=-1)).double().mean()))
     values = torch.tensor(kl, dtype=torch.float64)
+    if not bool(values.isfinite().all()):
+        raise TdaError(
+            "The KL of the quantised model to the float model is no finite number. Leave matrices float by "
+            "--weights-for, or quantise to --weights int8."
+        )
     error = float(values.std()) / math.sqrt(len(kl)) if len(kl) > 1 else 0.0
     # Of what is the same but for rounding the KL may come out below 0.
     mean = max(0.0, float(values.mean()))

@@ -161,6 +161,8 @@ def quantize(
     if len(held_out):
         with show("Reading the float model", len(held_out)) as advance:
             for found in continuations(model, held_out, settings.prompt_tokens):
+                if not bool(found.isfinite().all()):
+                    raise TdaError(f"{source.name}: the logits are not finite. Download the weights again.")
                 dense.append(found)
                 advance(1)
     run = _Run(source, plan, settings, model, tokens, partial)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tda_export.bench.random_model import byte_tokenizer
 from tda_export.calibration.corpus import Corpus
@@ -123,6 +126,37 @@ def test_gptq_loses_less_than_rounding(tiny: ModelSource) -> None:
     assert best < 0.8 * kl(quantizer="rtn")
     assert best < kl(symmetric=True)
     assert kl(weights="int8", quantizer="rtn") < 0.05 * best
+
+
+def changed_weights(source: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> ModelSource:
+    """A copy of a model with other weights."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return resolve_model(str(folder))
+
+
+def test_a_model_whose_logits_are_not_finite(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One NaN behind all layers, which no Hessian sees; it shows before any layer is quantised."""
+
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"][0] = float("nan")
+
+    source = changed_weights(tiny_model, tmp_path / "model", damage)
+    monkeypatch.setattr(run, "_Run", None)
+    with pytest.raises(TdaError, match=r"model: the logits are not finite\. Download the weights again\.$"):
+        quantize(source, CORPUS, SETTINGS, show=Shown())
+
+
+def test_a_loss_that_is_not_finite() -> None:
+    dense = [torch.zeros(2, 4).log_softmax(dim=-1)] * 2
+    message = r"^The KL of the quantised model to the float model is no finite number\. Leave matrices float by --w"
+    for wrong in (float("nan"), float("-inf")):
+        with pytest.raises(TdaError, match=message):
+            loss(dense, iter([dense[0], torch.full((2, 4), wrong)]))
 
 
 def test_progress_reaches_its_end(tiny: ModelSource) -> None:
