@@ -108,7 +108,8 @@ def test_eval_and_verify(artifact: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--weights", "int4"], "was measured with weights of float, and these are int4_g32: another KL. Make a model"),
+        (["--weights", "int4"], "as they are, and rounded ones have another KL. Make a model of them with 'tda-export"),
+        (["--weights-for", "head=int4"], "as they are, and rounded ones have another KL. Make a model of them with"),
         (["--weights-for", "head"], "--weights-for: 'head' is no PATTERN=FORMAT."),
         (["--weights-for", "layers.*.z=int8"], "--weights-for: layers.*.z matches no matrix."),
         (["--weights-for", "head=int3"], "--weights-for: int3 is no format."),
@@ -124,6 +125,63 @@ def test_refusals(options: list[str], words: str, tiny_model: Path, priced_calib
     result = run_cli("build", tiny_model, "--calibration", priced_calibration, *options, "-o", tmp_path / "a")
     assert_error(result, USAGE, words)
     assert not (tmp_path / "a").exists()
+
+
+def prepared(model: Path, folder: Path, *options: object) -> tuple[Path, Path]:
+    """A model rounded to nearest, and its calibration."""
+    made, calibration = folder / "rounded", folder / "rounded.safetensors"
+    run_ok("quantize", model, "-o", made, "--quantizer", "rtn", "--kl-sequences", "0", *options)
+    run_ok("calibrate", made, "-o", calibration, "--sequences", "2", *LENGTHS, "--labels", "1")
+    return made, calibration
+
+
+@pytest.mark.parametrize("group", [64, 128])
+def test_groups_that_do_not_end_with_a_part(group: int, tiny_model: Path, tmp_path: Path) -> None:
+    """Keys have 32 outputs: sites would share groups, so parts are stored apart."""
+    model, calibration = prepared(tiny_model, tmp_path, "--group", group)
+    run_ok("build", model, "--calibration", calibration, "-o", tmp_path / "a")
+    opened = open_artifact(tmp_path / "a")
+    assert opened.manifest["packing"] == "separate"
+    assert opened.price_table is not None
+    assert opened.price_table.formats == f"int4_g{group}"
+    sites = ("--packing", "sites", "-o", tmp_path / "b")
+    result = run_cli("build", model, "--calibration", calibration, *sites)
+    assert_error(result, USAGE, "has no table of prices for --packing sites.")
+    result = run_cli("calibrate", model, "--packing", "sites", "-o", tmp_path / "c", "--sequences", "2", *LENGTHS)
+    assert_error(result, USAGE, "or columns that are no whole groups, and cannot lie side by side.")
+
+
+def test_floats_of_another_size_beside_integers(tiny_model: Path, tmp_path: Path) -> None:
+    """A price is of a byte: floats alone would be worth another one, and the table is of one price for all."""
+    model, calibration = prepared(tiny_model, tmp_path, "--weights-for", "layers.0.*=float")
+    arguments = ("build", model, "--calibration", calibration, "-o", tmp_path / "a")
+    words = "was measured with floats of 4 bytes beside the integers, and these are of 2. Choose the --dtype that was"
+    assert_error(run_cli(*arguments, "--dtype", "fp16"), USAGE, words)
+    run_ok(*arguments, "--dtype", "fp16", "--price", "0", "--no-verify")
+    assert open_artifact(tmp_path / "a").price_table is None
+    run_ok(*arguments, "--overwrite")
+    table = open_artifact(tmp_path / "a").price_table
+    assert table is not None
+    assert table.formats.startswith("mixed-")
+
+
+def test_rules_that_leave_floats_alone(tiny_model: Path, priced_calibration: Path, tmp_path: Path) -> None:
+    rules = ("--weights-for", "head=float")
+    built = run_ok("build", tiny_model, "--calibration", priced_calibration, *rules, "-o", tmp_path / "a")
+    assert "rounded" not in built.stderr
+    manifest = open_artifact(tmp_path / "a").manifest
+    assert manifest["model"]["quantization"] is None
+    assert manifest["price_table"] is not None
+    griffin = ("--method", "griffin", "--sparsity", "0.5", "--no-verify", "-o", tmp_path / "b")
+    run_ok("build", tiny_model, *griffin, *rules)
+
+
+def test_inspect_of_rounded_weights(tiny_model: Path, priced_calibration: Path, tmp_path: Path) -> None:
+    options = ("--weights", "int4", "--price", "0", "--no-verify")
+    built = run_ok("build", tiny_model, "--calibration", priced_calibration, *options, "-o", tmp_path / "a")
+    assert "Weights are rounded to the nearest integers; 'tda-export quantize' loses less." in built.stderr
+    shown = run_ok("inspect", tmp_path / "a").stdout
+    assert "quantised by rtn: 2 matrices int8_g32, 12 matrices int4_g32; KL to the float model not measured" in shown
 
 
 def test_masks_are_of_floats(tiny_model: Path, quantised: Path, tiny_calibration: Path, tmp_path: Path) -> None:

@@ -137,9 +137,7 @@ def changed_weights(source: Path, folder: Path, change: Callable[[dict[str, torc
     return resolve_model(str(folder))
 
 
-def test_a_model_whose_logits_are_not_finite(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_whose_logits_are_not_finite(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One NaN behind all layers, which no Hessian sees; it shows before any layer is quantised."""
 
     def damage(tensors: dict[str, torch.Tensor]) -> None:
