@@ -88,7 +88,7 @@ def quantise_rows(weight: torch.Tensor, rows: RowOrder, format: IntegerFormat, *
         block, errors = left[start:end], torch.empty_like(left[start:end])
         for row in range(start, end):
             own = block[row - start]
-            rounded = search_groups(own.view(groups, format.group), format, shrinks, symmetric=symmetric)
+            rounded = search_groups(own.view(groups, format.group), outputs, format, shrinks, symmetric=symmetric)
             codes[row], scales[row], zero_points[row] = rounded
             decoded = (rounded[0] - rounded[2][:, None]) * rounded[1][:, None]
             error = (own - decoded.flatten()) / diagonal[row]
@@ -105,12 +105,13 @@ def quantise_rows(weight: torch.Tensor, rows: RowOrder, format: IntegerFormat, *
 
 
 def search_groups(
-    grouped: torch.Tensor, format: IntegerFormat, shrinks: torch.Tensor, *, symmetric: bool
+    grouped: torch.Tensor, columns: int, format: IntegerFormat, shrinks: torch.Tensor, *, symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Round groups to the nearest codes with the range that costs least: `integers.round_to_nearest` in PyTorch.
 
     Args:
-        grouped: float32 [groups, group].
+        grouped: float32 [groups, group], a row.
+        columns: Elements of the row; what follows fills the last group, and its errors do not count.
         format: Of the codes.
         shrinks: Ranges to try, as parts of a group's own, float32 [n, 1].
         symmetric: Let zero points be the middle code.
@@ -131,8 +132,9 @@ def search_groups(
     else:
         zero_points = (-low * shrinks / scales).round().clamp(0, most)
     codes = ((grouped / scales[..., None]).round() + zero_points[..., None]).clamp(0, most)  # [n, groups, group]
-    errors = ((codes - zero_points[..., None]) * scales[..., None] - grouped).square().sum(dim=2)
-    best = errors.argmin(dim=0)  # [groups]
+    squares = ((codes - zero_points[..., None]) * scales[..., None] - grouped).square()
+    squares.flatten(1)[:, columns:] = 0
+    best = squares.sum(dim=2).argmin(dim=0)  # [groups]
     groups = torch.arange(len(grouped), device=grouped.device)
     return codes[best, groups], scales[best, groups], zero_points[best, groups]
 

@@ -103,7 +103,9 @@ def round_to_nearest(
     for shrink in SHRINKS if search else SHRINKS[:1]:
         scales, zero_points = group_parameters(grouped, format, shrink, symmetric=symmetric)
         codes = nearest_codes(grouped, scales, zero_points, format)
-        error = np.square((codes - zero_points[..., None]) * scales[..., None] - grouped).sum(axis=2)
+        squares = np.square((codes - zero_points[..., None]) * scales[..., None] - grouped)
+        squares.reshape(rows, -1)[:, columns:] = 0  # nor does it count
+        error = squares.sum(axis=2)
         if best is None:
             best = [error, scales, zero_points, codes]
             continue

@@ -155,6 +155,6 @@ def test_the_search_is_the_one_of_rounding_to_nearest() -> None:
         expected = round_to_nearest(weight, format)
         for row in range(7):
             grouped = torch.from_numpy(weight[row]).view(2, 32)
-            codes, scales, _ = search_groups(grouped, format, torch.from_numpy(SHRINKS)[:, None], symmetric=False)
+            codes, scales, _ = search_groups(grouped, 64, format, torch.from_numpy(SHRINKS)[:, None], symmetric=False)
             assert np.array_equal(codes.flatten().numpy(), expected.codes[row])
             assert np.array_equal(scales.half().numpy(), expected.scales[row])

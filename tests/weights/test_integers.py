@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tda_export.weights.formats import INTEGER_FORMATS, IntegerFormat, integer_format
@@ -58,11 +58,17 @@ def test_elements_are_off_by_half_a_step_at_most(
         assert (codes.zero_points == format.levels // 2).all()
 
 
-@given(format=formats, seed=st.integers(0, 9))
-def test_a_searched_range_is_no_worse(format: IntegerFormat, seed: int) -> None:
-    weight = random_weight((4, 256), seed)
-    plain, searched = (round_to_nearest(weight, format, search=search).decode() for search in (False, True))
-    assert np.square(searched - weight).sum() <= np.square(plain - weight).sum()
+@given(format=formats, size=sizes, seed=st.integers(0, 9), symmetric=st.booleans())
+@example(format=integer_format(4, 128), size=(50, 130), seed=0, symmetric=False)
+def test_a_searched_range_is_no_worse(format: IntegerFormat, size: tuple[int, int], seed: int, symmetric: bool) -> None:
+    """In any row and group, the last one too, which may be short."""
+    weight = random_weight(size, seed)
+    starts = np.arange(0, size[1], format.group)
+    plain, searched = (
+        np.add.reduceat(np.square(found.decode() - weight), starts, axis=1)
+        for found in (round_to_nearest(weight, format, symmetric=symmetric, search=search) for search in (False, True))
+    )
+    assert (searched <= 1.0001 * plain + 1e-12).all()
 
 
 @given(format=formats, values=st.lists(st.sampled_from([0.0, 1e-9, -3e4, 3e4, 1.0]), min_size=1, max_size=150))
