@@ -109,7 +109,7 @@ class Storage:
 
         Raises:
             UsageError: The checkpoint's codes cannot lie side by side.
-            TdaError: They have another shape.
+            TdaError: They have another shape, or elements cannot be rounded.
         """
         assert isinstance(matrix.format, IntegerFormat)
         return [torch.from_numpy(array) for array in self._codes(tensor, members, matrix.format).pack()]
@@ -117,7 +117,8 @@ class Storage:
     def _codes(self, tensor: Tensor, members: Sequence[str], format: IntegerFormat) -> Codes:
         given = [self.codes[name] for name in members if name in self.codes]
         if len(given) < len(members):
-            return round_matrix(tensor.load().float().contiguous().numpy(), format, symmetric=False)
+            rows = tensor.load().float().contiguous().numpy()
+            return round_matrix(", ".join(members), rows, format, symmetric=False)
         try:
             codes = given[0].beside(*given[1:])
         except ValueError as error:

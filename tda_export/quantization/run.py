@@ -26,7 +26,7 @@ from tda_export.quantization.gptq import DAMPING, quantise_rows, row_order
 from tda_export.quantization.hessians import FIRST_TOKEN_WEIGHT, site_hessian
 from tda_export.quantization.kl import Loss, continuations, loss
 from tda_export.quantization.layers import Call, first_inputs, layer_calls, pass_on
-from tda_export.quantization.nearest import read_matrix_rows, round_matrix
+from tda_export.quantization.nearest import check_scales, read_matrix_rows, round_matrix
 from tda_export.quantization.resume import PartialLayers
 from tda_export.versions import installed_versions
 from tda_export.weights.formats import DEFAULT_GROUP, IntegerFormat
@@ -206,7 +206,7 @@ class _Run:
             format = self._plan.integers.get(name)
             if format is not None:
                 rows = read_matrix_rows(self._spec, self._weights, name)
-                codes[name] = round_matrix(rows, format, symmetric=self._settings.symmetric)
+                codes[name] = round_matrix(name, rows, format, symmetric=self._settings.symmetric)
                 self._put(names[name], torch.from_numpy(codes[name].decode()))
         if len(self._tokens):
             self._calls = layer_calls(self._model, self._spec, self._tokens[0])
@@ -239,16 +239,22 @@ class _Run:
         symmetric = self._settings.symmetric
         wanted = {part: formats[name] for part in rows if (name := part_name(layer, part)) in formats}
         if self._settings.quantizer == "rtn" or not wanted:
-            return {part: round_matrix(rows[part], format, symmetric=symmetric) for part, format in wanted.items()}
+            return {
+                part: round_matrix(part_name(layer, part), rows[part], format, symmetric=symmetric)
+                for part, format in wanted.items()
+            }
         hessian = site_hessian(self._model, self._spec, layer, site, self._calls[layer], self._inputs)
         try:
             order = row_order(hessian)
         except TdaError as error:
             raise TdaError(f"Layer {layer}, {site}: {error}") from error
-        return {
+        codes = {
             part: quantise_rows(torch.from_numpy(rows[part]).to(hessian.device), order, format, symmetric=symmetric)
             for part, format in wanted.items()
         }
+        for part, found in codes.items():
+            check_scales(part_name(layer, part), found)
+        return codes
 
     def _put_parts(self, layer: int, values: dict[str, torch.Tensor]) -> None:
         if self._model is None:

@@ -79,6 +79,7 @@ def unpack_bits(packed: np.ndarray, count: int, bits: int) -> np.ndarray:
     return np.stack([packed & 15, packed >> 4], axis=2).reshape(packed.shape[0], -1)[:, :count]
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def round_to_nearest(
     weight: np.ndarray, format: IntegerFormat, *, symmetric: bool = False, search: bool = True
 ) -> Codes:
@@ -91,7 +92,8 @@ def round_to_nearest(
         search: Try ranges smaller than the group's own, and take the one of the least squared error.
 
     Returns:
-        The codes. Scales are rounded to float16 before elements are rounded to codes.
+        The codes. Scales are rounded to float16 before elements are rounded to codes; where that is too small for a
+        group its scale is infinite.
     """
     rows, columns = weight.shape
     groups = format.groups(columns)

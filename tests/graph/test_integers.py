@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from tda_export.errors import UsageError
+from tda_export.errors import TdaError, UsageError
 from tda_export.graph import contract, operators
 from tda_export.graph.export import BuildRequest, export_artifact
 from tda_export.graph.integer_linear import (
@@ -98,6 +100,24 @@ def test_one_format_of_what_lies_side_by_side(
     build(source, mixed, tmp_path / "artifact", "separate")
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), r"^layers\.0\.q, layers\.0\.k, layers\.0\.v: the checkpoint has weights that are no finite"),
+        (2e6, r"^layers\.0\.q, layers\.0\.k, layers\.0\.v: some weights are too large for scales of int4_g32, which "),
+    ],
+)
+def test_weights_that_cannot_be_rounded(value: float, message: str, tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.k_proj.weight"][3, 4] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    source = resolve_model(str(folder))
+    with pytest.raises(TdaError, match=message):
+        build(source, rounded(source), tmp_path / "artifact", "sites")
+    assert not (tmp_path / "artifact").exists()
+
+
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt-neox", "gpt2"])
 def test_codes_of_a_quantised_model_are_stored_as_they_are(
     family: str,
@@ -114,7 +134,7 @@ def test_codes_of_a_quantised_model_are_stored_as_they_are(
         rules=read_rules(["layers.1.down=int8_g64"]),
     )
     codes = {
-        name: round_matrix(read_matrix_rows(spec, source.weights(), name), format, symmetric=False)
+        name: round_matrix(name, read_matrix_rows(spec, source.weights(), name), format, symmetric=False)
         for name, format in plan.integers.items()
     }
     write_quantised(source, tmp_path / "model", codes, plan, {})

@@ -157,6 +157,20 @@ def test_a_loss_that_is_not_finite() -> None:
             loss(dense, iter([dense[0], torch.full((2, 4), wrong)]))
 
 
+@pytest.mark.parametrize("quantizer", ["gptq", "rtn"])
+def test_weights_that_no_scale_is_large_enough_for(quantizer: run.Quantizer, tiny_model: Path, tmp_path: Path) -> None:
+    def enlarge(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][5, 7] = 2e6
+
+    source = changed_weights(tiny_model, tmp_path / "model", enlarge)
+    message = r"^layers\.1\.up: some weights are too large for scales of int4_g32, which are float16\. Leave the matrix"
+    settings = QuantizeSettings(**{**vars(SETTINGS), "quantizer": quantizer})
+    with pytest.raises(TdaError, match=message + r" float: --weights-for layers\.1\.up=float\.$"):
+        quantize(source, CORPUS, settings, show=Shown())
+    rules = read_rules(["layers.1.up=float"])
+    quantize(source, CORPUS, QuantizeSettings(**{**vars(settings), "rules": rules}), show=Shown())
+
+
 def test_progress_reaches_its_end(tiny: ModelSource) -> None:
     show = Shown()
     quantize(tiny, CORPUS, SETTINGS, show=show)
