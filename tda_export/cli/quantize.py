@@ -18,6 +18,7 @@ from tda_export.cli.options import (
     overwrite_option,
     weight_options,
 )
+from tda_export.float_kl import integers_kl
 
 if TYPE_CHECKING:
     from tda_export.quantization.run import Quantizer
@@ -169,9 +170,10 @@ def describe_quantisation(content: dict[str, Any]) -> str:
         loss = content.get("loss")
         if loss is None:
             return f"{text}; KL to the float model not measured"
+        kl = integers_kl(content)
         return (
-            f"{text}; KL to the float model {loss['kl']:.4f} ± {loss['stderr']:.4f} nats a token over "
+            f"{text}; KL to the float model {kl:.4f} ± {loss['stderr']:.4f} nats a token over "
             f"{loss['tokens']:,} tokens, {loss['agreement']:.1%} of the likeliest tokens the same"
         )
-    except (KeyError, TypeError, ValueError):  # config.json was changed by hand
+    except (KeyError, TypeError, ValueError, OverflowError):  # config.json was changed by hand
         return f"quantised: {formats}; config.json does not say how, or not what was lost"

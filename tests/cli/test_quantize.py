@@ -44,7 +44,18 @@ def test_inspect_shows_formats_and_loss(quantised: Path) -> None:
     assert shown["quantization"]["loss"]["sequences"] == 2
 
 
-@pytest.mark.parametrize("change", [{"loss": {"kl": "much"}}, {"quantizer": None}, {"quantizer": {"name": "gptq"}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"loss": {"kl": "much"}},
+        {"loss": {"kl": float("nan"), "stderr": 0, "agreement": 1, "tokens": 32}},
+        {"loss": {"kl": 0.1, "stderr": 10**400, "agreement": 1, "tokens": 32}},
+        {"loss": 5},
+        {"quantizer": None},
+        {"quantizer": {"name": "gptq"}},
+    ],
+    ids=lambda change: str(change)[:30],
+)
 def test_inspect_of_a_config_that_was_changed(quantised: Path, tmp_path: Path, change: dict[str, object]) -> None:
     folder = shutil.copytree(quantised, tmp_path / "changed")
     config = json.loads((folder / "config.json").read_text())
