@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -67,8 +68,10 @@ def test_inspect_says_what_the_integers_cost(artifact: Path, quantised: Path) ->
     shown = run_ok("inspect", artifact).stdout
     assert "quantised by gptq" in shown
     assert "KL to the float model about " in shown
-    sizes = [json.loads(run_ok("inspect", place, "--json").stdout)["linear_bytes"] for place in (artifact, quantised)]
-    assert sizes[0] == sizes[1]
+    assert re.search(r"linears of the layers \d MiB in int4_g32, \d+% of the weights", shown)
+    known = [json.loads(run_ok("inspect", place, "--json").stdout) for place in (artifact, quantised)]
+    assert known[0]["linear_bytes"] == known[1]["linear_bytes"]
+    assert known[0]["linear_formats"] == known[1]["linear_formats"] == ["int4_g32"]
 
 
 def test_tables_have_the_kl_to_the_float_model(artifact: Path, calibration: Path, tmp_path: Path) -> None:
@@ -163,6 +166,8 @@ def test_floats_of_another_size_beside_integers(tiny_model: Path, tmp_path: Path
     table = open_artifact(tmp_path / "a").price_table
     assert table is not None
     assert table.formats.startswith("mixed-")
+    assert " MiB in float32 and int4_g32, " in run_ok("inspect", tmp_path / "a").stdout
+    assert " MiB in float16 and int4_g32, " in run_ok("inspect", model).stdout
 
 
 def test_rules_that_leave_floats_alone(tiny_model: Path, priced_calibration: Path, tmp_path: Path) -> None:
