@@ -196,6 +196,16 @@ def test_masks_are_of_floats(tiny_model: Path, quantised: Path, tiny_calibration
         assert_error(result, USAGE, "--method griffin builds artifacts of floats alone.")
 
 
+@pytest.mark.parametrize("method", ["tda", "all"])
+def test_masks_of_a_quantised_model_are_not_calibrated(
+    method: str, quantised: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tda_export.calibration.corpus.load_corpus", None)
+    result = run_cli("calibrate", quantised, "--method", method, "-o", tmp_path / "c.safetensors", *LENGTHS)
+    words = f"--method {method}: masks are of artifacts of floats alone, and {quantised} is quantised. Calibrate the"
+    assert_error(result, USAGE, words)
+
+
 def test_a_quantised_model_is_stored_as_it_is(quantised: Path, calibration: Path, tmp_path: Path) -> None:
     result = run_cli("build", quantised, "--calibration", calibration, "--weights", "int8", "-o", tmp_path / "a")
     assert_error(result, USAGE, "is quantised already, and is stored as it is. Leave --weights and --weights-for out")
