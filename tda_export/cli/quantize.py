@@ -16,6 +16,7 @@ from tda_export.cli.options import (
     json_option,
     model_argument,
     overwrite_option,
+    refuse_given,
     weight_options,
 )
 from tda_export.float_kl import integers_kl
@@ -24,7 +25,12 @@ if TYPE_CHECKING:
     from tda_export.quantization.run import Quantizer
 
 
+OF_GPTQ = ("sequences",)
+OF_TEXT = ("dataset", "text_column", "seed", "prompt_tokens", "continuation_tokens")
+
+
 @click.command()
+@click.pass_context
 @model_argument
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Model folder to write."
@@ -73,10 +79,11 @@ if TYPE_CHECKING:
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @json_option
 def quantize(
+    context: click.Context,
     model: str,
     output: Path,
     weights: str,
-    group: str,
+    group: int | None,
     weights_for: tuple[str, ...],
     quantizer: Quantizer,
     symmetric: bool,
@@ -107,12 +114,18 @@ def quantize(
     from tda_export.quantization.resume import PartialLayers
     from tda_export.quantization.run import QuantizeSettings
     from tda_export.quantization.run import quantize as run
+    from tda_export.weights.formats import DEFAULT_GROUP
     from tda_export.weights.plan import read_rules
 
+    if quantizer == "rtn":
+        refuse_given(context, OF_GPTQ, "--quantizer rtn")
+        if not kl_sequences:
+            refuse_given(context, OF_TEXT, "--quantizer rtn --kl-sequences 0, which reads no text")
+    chosen_group = DEFAULT_GROUP if group is None else group
     settings = QuantizeSettings(
         weights,
-        int(group),
-        read_rules(weights_for, int(group)),
+        chosen_group,
+        read_rules(weights_for, chosen_group),
         quantizer,
         symmetric,
         sequences,

@@ -16,7 +16,7 @@ from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import RowBytes, linear_parts, row_bytes_of
 from tda_export.quantization.nearest import round_matrix
-from tda_export.weights.formats import FORMATS, IntegerFormat
+from tda_export.weights.formats import DEFAULT_GROUP, FORMATS, IntegerFormat
 from tda_export.weights.integers import Codes
 from tda_export.weights.matrix import Major, Matrix
 from tda_export.weights.plan import FLOAT, FormatPlan, plan_formats, read_rules
@@ -138,35 +138,39 @@ def storage_of(source: ModelSource, dtype: str, plan: FormatPlan | None = None) 
     return Storage(dtype, source.formats or plan, source.codes)
 
 
-def read_plan(source: ModelSource, weights: str, group: int, rules: Sequence[str]) -> FormatPlan | None:
+def read_plan(source: ModelSource, weights: str, group: int | None, rules: Sequence[str]) -> FormatPlan | None:
     """Read the formats that a float model is asked to be stored in, None where all stay floats.
 
     Args:
         source: The model.
         weights: `float`, `int8` or `int4`.
-        group: Integers that share a scale.
+        group: Integers that share a scale; None is the default.
         rules: Exceptions (`weights.plan.read_rules`).
 
     Raises:
-        UsageError: A rule is none or matches nothing, or the model is quantised already.
+        UsageError: A rule is none or matches nothing, the model is quantised already, or a group is given for floats.
     """
-    if weights == FLOAT and not rules:
-        return None
     if source.formats is not None:
+        if weights == FLOAT and group is None and not rules:
+            return None
         raise UsageError(
-            f"{source.name} is quantised already, and is stored as it is. Leave --weights and --weights-for out, or "
-            "give the float model."
+            f"{source.name} is quantised already, and is stored as it is. Leave --weights, --group and --weights-for "
+            "out, or give the float model."
         )
-    spec = source.spec
+    spec, chosen = source.spec, DEFAULT_GROUP if group is None else group
     plan = plan_formats(
         spec.num_layers,
         linear_parts(spec),
         tied_head=spec.tied_head,
         weights=weights,
-        group=group,
-        rules=read_rules(rules, group),
+        group=chosen,
+        rules=read_rules(rules, chosen),
     )
-    return plan if plan.integers else None
+    if plan.integers:
+        return plan
+    if group is not None:
+        raise UsageError("--group means nothing where all weights are floats. Leave it out, or give --weights int4.")
+    return None
 
 
 class _TensorsToCome:

@@ -118,6 +118,11 @@ def test_eval_and_verify(artifact: Path, tmp_path: Path) -> None:
         (["--weights-for", "head=int3"], "--weights-for: int3 is no format."),
         (["--weights", "int4", "--group", "16"], "'16' is not one of"),
         (
+            ["--group", "64"],
+            "--group means nothing where all weights are floats. Leave it out, or give --weights int4.",
+        ),
+        (["--group", "64", "--weights-for", "head=float"], "--group means nothing where all weights are floats."),
+        (
             ["--weights", "int4", "--weights-for", "*.v=int8", "--packing", "sites", "--price", "0"],
             "layers.0.q, layers.0.k, layers.0.v have different formats, and lie side by side.",
         ),
@@ -206,6 +211,16 @@ def test_masks_of_a_quantised_model_are_not_calibrated(
     assert_error(result, USAGE, words)
 
 
-def test_a_quantised_model_is_stored_as_it_is(quantised: Path, calibration: Path, tmp_path: Path) -> None:
-    result = run_cli("build", quantised, "--calibration", calibration, "--weights", "int8", "-o", tmp_path / "a")
-    assert_error(result, USAGE, "is quantised already, and is stored as it is. Leave --weights and --weights-for out")
+@pytest.mark.parametrize("option", [("--weights", "int8"), ("--group", "128"), ("--weights-for", "head=float")])
+def test_a_quantised_model_is_stored_as_it_is(
+    option: tuple[str, str], quantised: Path, calibration: Path, tmp_path: Path
+) -> None:
+    result = run_cli("build", quantised, "--calibration", calibration, *option, "-o", tmp_path / "a")
+    words = "is quantised already, and is stored as it is. Leave --weights, --group and --weights-for out, or give the"
+    assert_error(result, USAGE, words)
+
+
+def test_an_artifact_is_benched_as_it_is(artifact: Path) -> None:
+    for option in (("--weights", "int8"), ("--group", "128"), ("--weights-for", "head=float")):
+        words = f"{option[0]} belongs to --shape; an artifact has its own."
+        assert_error(run_cli("bench", artifact, *option), USAGE, words)
