@@ -106,7 +106,9 @@ class Quantised:
 
 
 def split(corpus: Corpus | None, settings: QuantizeSettings) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sequences that GPTQ reads and those that the loss is measured on, the last; int64 [.., P + C].
+    """Return the sequences that GPTQ reads and those that the loss is measured on; int64 [.., P + C].
+
+    The latter come first, so that quantisers, and any number of --sequences, are measured on the same text.
 
     Raises:
         UsageError: There are too few for that.
@@ -115,18 +117,17 @@ def split(corpus: Corpus | None, settings: QuantizeSettings) -> tuple[torch.Tens
         none = torch.zeros(0, settings.length, dtype=torch.int64)
         return none, none
     found = len(corpus.tokens)
-    held_out = found
+    held_out = end = min(settings.kl_sequences, found)
     if settings.quantizer == "gptq":
-        # Where there is less text than was asked for, both have less of it.
-        held_out = min(settings.kl_sequences, found - settings.sequences) if found > settings.sequences else 0
-        if settings.kl_sequences and found < settings.all_sequences:
+        end = found
+        if held_out and found < settings.all_sequences:  # both have less text than was asked for
             held_out = max(1, found * settings.kl_sequences // settings.all_sequences)
-        if found - held_out < 1:
+        if held_out == found:
             raise UsageError(
                 f"GPTQ reads sequences and measures on others, and {found} is too few for that. Give text for more, or "
                 "--kl-sequences 0, or --quantizer rtn."
             )
-    return corpus.tokens[: found - held_out], corpus.tokens[found - held_out :]
+    return corpus.tokens[held_out:end], corpus.tokens[:held_out]
 
 
 def quantize(
