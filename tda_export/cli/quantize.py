@@ -136,6 +136,8 @@ def quantize(
         device,
     )
     check_output(output, overwrite=overwrite, what="a quantised model", is_earlier_output=is_quantised_folder)
+    finished = PartialLayers(output.absolute(), {})
+    finished.check()
     source = resolve_model(model, notify=lambda line: click.echo(line, err=True))
     if source.quantisation is not None:
         raise UsageError(f"{model} is quantised already. Give the float model that it was made from.")
@@ -163,7 +165,7 @@ def quantize(
             )
     quantised = run(source, corpus, settings, show=partial(progress, quiet=quiet or as_json), output=output.absolute())
     write_quantised(source, output, quantised.codes, quantised.plan, quantised.about)
-    PartialLayers(output.absolute(), {}).remove()
+    finished.remove()
     if as_json:
         content = {"output": str(output), **quantised.about, "formats": quantised.plan.to_dict()}
         click.echo(json.dumps(content, allow_nan=False))

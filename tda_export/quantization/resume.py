@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tda_export.errors import TdaError
+from tda_export.errors import TdaError, UsageError
 from tda_export.files import as_os_error, atomic_file, remove_leftovers
 from tda_export.weights.formats import IntegerFormat
 from tda_export.weights.integers import Codes
 
 SUFFIX = ".partial"
 KEY = "tda_export_partial"
+LAYER = re.compile(r"layer-\d{5}\.safetensors")
 UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError)
 
 
@@ -32,6 +35,21 @@ class PartialLayers:
         """
         self.folder = output.with_name(output.name + SUFFIX)
         self._key = json.dumps(key, sort_keys=True)
+
+    def check(self) -> None:
+        """Refuse a folder that cannot be written, or that holds layers of somebody else's, before any long work.
+
+        Raises:
+            UsageError: It is so.
+        """
+        if not os.path.lexists(self.folder):
+            return
+        usable = self.folder.is_dir() and os.access(self.folder, os.W_OK)
+        if not usable or any(path.is_dir() or _key(path) is None for path in self._layers()):
+            raise UsageError(
+                f"{self.folder} is in the way: finished layers are kept there until all are done. Move it away, or "
+                "choose another output."
+            )
 
     def save(self, layer: int, codes: dict[str, Codes]) -> None:
         """Write the matrices of a layer, whole or not at all.
@@ -64,9 +82,9 @@ class PartialLayers:
             formats: Of its matrices of integers, with rows and columns.
         """
         try:
+            if _key(self._path(layer)) != self._key:
+                return None
             with safe_open(self._path(layer), framework="numpy") as file:
-                if (file.metadata() or {}).get(KEY) != self._key:
-                    return None
                 return {
                     name: Codes.unpack(
                         format, shape[1], *(file.get_tensor(tensor.name) for tensor in format.tensors(name, *shape))
@@ -77,12 +95,13 @@ class PartialLayers:
             return None  # missing or damaged: quantise it again
 
     def remove(self) -> None:
-        """Delete the folder with its layers, if there is one, and what killed runs left in it."""
+        """Delete layers of any quantisation, what killed runs left of them, and the folder unless more is in it."""
         if not self.folder.is_dir():
             return
-        for path in self.folder.glob("layer-*.safetensors"):
+        for path in self._layers():
             remove_leftovers(path)
-            path.unlink()
+            if _key(path):
+                path.unlink()
         remove_leftovers(self._path(0))
         try:
             self.folder.rmdir()
@@ -91,3 +110,16 @@ class PartialLayers:
 
     def _path(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:05}.safetensors"
+
+    def _layers(self) -> list[Path]:
+        return [path for path in self.folder.iterdir() if LAYER.fullmatch(path.name)]
+
+
+def _key(path: Path) -> str | None:
+    """Return what a layer was saved for: None of other files, "" of one that is damaged."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            key: str | None = (file.metadata() or {}).get(KEY)
+            return key
+    except UNREADABLE:
+        return ""

@@ -124,6 +124,11 @@ def test_what_is_refused_before_any_work(tiny_model: Path, tmp_path: Path, monke
     assert "--device tpu is not known" in refusal(tiny_model, "-o", output, "--device", "tpu")
     assert "'48' is not one of" in refusal(tiny_model, "-o", output, "--group", "48")
     assert not list(tmp_path.iterdir())
+    (tmp_path / "out.partial").write_text("mine")
+    assert refusal(tiny_model, "-o", output) == (
+        f"Error: {tmp_path}/out.partial is in the way: finished layers are kept there until all are done. Move it "
+        "away, or choose another output."
+    )
 
 
 def test_options_of_text_that_is_not_read(tiny_model: Path, tmp_path: Path) -> None:

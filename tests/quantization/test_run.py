@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tda_export.bench.random_model import byte_tokenizer
@@ -18,7 +20,7 @@ from tda_export.errors import TdaError, UsageError
 from tda_export.models.linear_modules import watch_sites
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.packing import linear_sites
-from tda_export.quantization import hessians, run
+from tda_export.quantization import hessians, resume, run
 from tda_export.quantization.folder import write_quantised
 from tda_export.quantization.hessians import site_hessian
 from tda_export.quantization.kl import continuations, loss
@@ -251,19 +253,62 @@ def test_finished_layers_are_removed(tiny: ModelSource, tmp_path: Path) -> None:
     finished(tiny, tmp_path / "out")
     partial = PartialLayers(tmp_path / "out", {})
     assert len(list(partial.folder.iterdir())) == 3
-    (partial.folder / "notes.txt").write_text("mine")
+    others = ["layer-00001.safetensors", "layer-00002.safetensors", "layer-norms.safetensors", "notes.txt"]
+    save_file({"w": torch.zeros(1)}, partial.folder / others[0])  # of somebody else
+    (partial.folder / others[1]).unlink()
+    (partial.folder / others[1]).mkdir()
+    (partial.folder / others[2]).write_bytes((partial.folder / "layer-00000.safetensors").read_bytes())
+    (partial.folder / others[3]).write_text("mine")
     partial.remove()
-    assert [path.name for path in partial.folder.iterdir()] == ["notes.txt"]
-    (partial.folder / "notes.txt").unlink()
+    assert sorted(path.name for path in partial.folder.iterdir()) == others
+    shutil.rmtree(partial.folder)
+    finished(tiny, tmp_path / "out")
     partial.remove()
     assert not partial.folder.exists()
     partial.remove()
 
 
-def test_layers_that_cannot_be_kept(tiny: ModelSource, tmp_path: Path) -> None:
-    (tmp_path / "out.partial").write_text("in the way")
-    with pytest.raises(TdaError, match=r"out\.partial.*: .*\. The quantisation has stopped\.$"):
+@pytest.mark.parametrize("layer", [0, 1])
+def test_layers_that_cannot_be_kept(
+    layer: int, tiny: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = resume.save_file
+
+    def fill_the_disk(tensors: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
+        if f"layers.{layer}.q" in tensors:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        original(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(resume, "save_file", fill_the_disk)
+    goes_on = f" Started again, it goes on behind the layers in {tmp_path}/out.partial." if layer else ""
+    expected = (
+        f"{tmp_path}/out.partial/layer-0000{layer}.safetensors: could not be written (No space left on device). "
+        f"Nothing was left behind. Free some space, or choose another output. The quantisation has stopped.{goes_on}"
+    )
+    with pytest.raises(TdaError, match=f"^{re.escape(expected)}$"):
         quantize(tiny, CORPUS, SETTINGS, show=Shown(), output=tmp_path / "out")
+
+
+def test_a_folder_of_layers_that_is_in_the_way(tiny: ModelSource, tmp_path: Path) -> None:
+    partial = PartialLayers(tmp_path / "out", {})
+    place, layer = partial.folder, partial.folder / "layer-00000.safetensors"
+    message = f"^{re.escape(str(place))} is in the way: finished layers are kept there until all are done\\. Move it"
+    partial.check()
+    place.write_text("a file")
+    with pytest.raises(UsageError, match=message):
+        partial.check()
+    place.unlink()
+    layer.mkdir(parents=True)
+    with pytest.raises(UsageError, match=message):
+        partial.check()
+    layer.rmdir()
+    save_file({"w": torch.zeros(1)}, layer)
+    with pytest.raises(UsageError, match=message):
+        partial.check()
+    finished(tiny, tmp_path / "out")
+    partial.check()
+    layer.write_bytes(layer.read_bytes()[:-100])
+    partial.check()  # damaged ones are done again
 
 
 def test_inputs_that_are_not_finite(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
