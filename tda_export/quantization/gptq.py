@@ -42,10 +42,10 @@ def row_order(hessian: torch.Tensor) -> RowOrder:
         hessian: X^T X, float [in, in] on any device. Inputs that are always 0 are allowed.
 
     Raises:
-        TdaError: It holds no finite numbers, or has no factor.
+        TdaError: It holds no finite numbers, or has no factor; the message goes behind a name and a colon.
     """
     if not bool(hessian.isfinite().all()):
-        raise TdaError("Its inputs are not finite. Check the checkpoint.")
+        raise TdaError("its inputs are not finite. Check the checkpoint.")
     order = hessian.diagonal().argsort(descending=True, stable=True)
     ordered = hessian[order][:, order].double()
     mean = float(ordered.diagonal().mean()) or 1.0
@@ -58,7 +58,7 @@ def row_order(hessian: torch.Tensor) -> RowOrder:
         if not failed:
             return RowOrder(order, factor.float())
         damping *= MORE_DAMPING
-    raise TdaError("The Hessian of its inputs has no Cholesky factor. Calibrate with more --sequences.")
+    raise TdaError("the Hessian of its inputs has no Cholesky factor. Give more --sequences.")
 
 
 def quantise_rows(weight: torch.Tensor, rows: RowOrder, format: IntegerFormat, *, symmetric: bool = False) -> Codes:

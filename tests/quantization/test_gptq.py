@@ -139,12 +139,12 @@ def test_the_weight_is_left_as_it_is() -> None:
 
 
 def test_inputs_that_are_not_finite() -> None:
-    with pytest.raises(TdaError, match=r"^Its inputs are not finite\. Check the checkpoint\.$"):
+    with pytest.raises(TdaError, match=r"^its inputs are not finite\. Check the checkpoint\.$"):
         row_order(torch.full((3, 3), float("nan")))
 
 
 def test_a_matrix_that_is_no_hessian() -> None:
-    message = r"^The Hessian of its inputs has no Cholesky factor\. Calibrate with more --sequences\.$"
+    message = r"^the Hessian of its inputs has no Cholesky factor\. Give more --sequences\.$"
     with pytest.raises(TdaError, match=message):
         row_order(torch.tensor([[1.0, 9.0], [9.0, 1.0]]))
 

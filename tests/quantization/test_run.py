@@ -314,7 +314,7 @@ def test_a_folder_of_layers_that_is_in_the_way(tiny: ModelSource, tmp_path: Path
 def test_inputs_that_are_not_finite(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
     original = run.site_hessian
     monkeypatch.setattr(run, "site_hessian", lambda *arguments: original(*arguments) / 0)
-    with pytest.raises(TdaError, match=r"^Layer 0, qkv: Its inputs are not finite\. Check the checkpoint\.$"):
+    with pytest.raises(TdaError, match=r"^Layer 0, qkv: its inputs are not finite\. Check the checkpoint\.$"):
         quantize(tiny, CORPUS, SETTINGS, show=Shown())
 
 
