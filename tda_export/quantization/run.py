@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from tda_export.quantization.hessians import FIRST_TOKEN_WEIGHT, site_hessian
 from tda_export.quantization.kl import Loss, continuations, loss
 from tda_export.quantization.layers import Call, first_inputs, layer_calls, pass_on
 from tda_export.quantization.nearest import check_scales, read_matrix_rows, round_matrix
-from tda_export.quantization.resume import PartialLayers
+from tda_export.quantization.resume import KeptCodes, PartialLayers
 from tda_export.versions import installed_versions
 from tda_export.weights.formats import DEFAULT_GROUP, IntegerFormat
 from tda_export.weights.integers import Codes
@@ -97,9 +97,12 @@ class QuantizeSettings:
 
 @dataclass(frozen=True)
 class Quantised:
-    """A quantised model: its codes by matrix, their formats, and what config.json says of it beside them."""
+    """A quantised model: its codes by matrix, their formats, and what config.json says of it beside them.
 
-    codes: dict[str, Codes]
+    Codes of layers lie beside the output, where there is one, until `PartialLayers.remove`.
+    """
+
+    codes: Mapping[str, Codes]
     plan: FormatPlan
     about: dict[str, Any]
     loss: Loss | None
@@ -168,17 +171,17 @@ def quantize(
                 advance(1)
     run = _Run(source, plan, settings, model, tokens, partial)
     with show("Quantising", spec.num_layers + 1) as advance:
-        codes = run.outside()
+        run.outside()
         advance(1)
         for layer in range(spec.num_layers):
-            codes |= run.layer(layer)
+            run.layer(layer)
             advance(1)
     measured = None
     if len(held_out):
         with show("Measuring", len(held_out)) as advance:
             measured = loss(dense, _counted(continuations(model, held_out, settings.prompt_tokens), advance))
         about |= {"loss": measured.describe()}
-    return Quantised(codes, plan, about | {"versions": versions}, measured)
+    return Quantised(run.codes, plan, about | {"versions": versions}, measured)
 
 
 class _Run:
@@ -196,25 +199,25 @@ class _Run:
         self._spec, self._weights = source.spec, source.weights()
         self._plan, self._settings, self._model, self._partial = plan, settings, model, partial
         self._tokens = tokens
+        self.codes = KeptCodes()
         self._calls: list[Call] = []
         self._inputs: list[torch.Tensor] = []
 
-    def outside(self) -> dict[str, Codes]:
+    def outside(self) -> None:
         """Quantise embedding and head, and read the sequences up to the first layer."""
         names = {EMBEDDING: self._spec.names.embedding, HEAD: self._spec.names.head}
-        codes = {}
         for name in (EMBEDDING, HEAD):
             format = self._plan.integers.get(name)
             if format is not None:
                 rows = read_matrix_rows(self._spec, self._weights, name)
-                codes[name] = round_matrix(name, rows, format, symmetric=self._settings.symmetric)
-                self._put(names[name], torch.from_numpy(codes[name].decode()))
+                codes = round_matrix(name, rows, format, symmetric=self._settings.symmetric)
+                self.codes.keep({name: codes})
+                self._put(names[name], torch.from_numpy(codes.decode()))
         if len(self._tokens):
             self._calls = layer_calls(self._model, self._spec, self._tokens[0])
             self._inputs = first_inputs(self._model, self._spec, self._tokens)
-        return codes
 
-    def layer(self, layer: int) -> dict[str, Codes]:
+    def layer(self, layer: int) -> None:
         """Quantise the linears of a layer, site by site, each under its quantised predecessors."""
         names = [part_name(layer, part) for part in linear_parts(self._spec)]
         formats = {name: format for name in names if (format := self._plan.integers.get(name)) is not None}
@@ -227,11 +230,14 @@ class _Run:
             codes |= {part_name(layer, part): of_part for part, of_part in found.items()}
             decoded = {part: found[part].decode() if part in found else own for part, own in rows.items()}
             self._put_parts(layer, {part: torch.from_numpy(weight) for part, weight in decoded.items()})
-        if self._partial and codes and earlier is None:
-            self._partial.save(layer, codes)
+        if self._partial and codes:
+            if earlier is None:
+                self._partial.save(layer, codes)
+            self.codes.keep_saved(self._partial, layer, shapes)
+        else:
+            self.codes.keep(codes)
         if len(self._tokens) and layer + 1 < self._spec.num_layers:
             pass_on(self._calls[layer], self._inputs, self._model.device)
-        return codes
 
     def _site(
         self, layer: int, site: str, rows: dict[str, np.ndarray], formats: dict[str, IntegerFormat]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +61,25 @@ class Codes:
 
 
 FIELDS = ("codes", "scales", "zero_points")
+
+
+class CodesByName(Mapping[str, Codes]):
+    """Matrices by name, each read when it is looked at, every time."""
+
+    def __init__(self, read: Mapping[str, Callable[[], Codes]]) -> None:
+        self._read = dict(read)
+
+    def __getitem__(self, name: str) -> Codes:
+        return self._read[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._read
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read)
+
+    def __len__(self) -> int:
+        return len(self._read)
 
 
 def pack_bits(numbers: np.ndarray, bits: int) -> np.ndarray:

@@ -289,6 +289,22 @@ def test_layers_that_cannot_be_kept(
         quantize(tiny, CORPUS, SETTINGS, show=Shown(), output=tmp_path / "out")
 
 
+def test_codes_of_layers_lie_beside_the_output(tiny: ModelSource, tmp_path: Path) -> None:
+    """And not in memory; without an output they are there, packed, and the same."""
+    inside = quantize(tiny, CORPUS, SETTINGS, show=Shown())
+    found = quantize(tiny, CORPUS, SETTINGS, show=Shown(), output=tmp_path / "out")
+    assert list(found.codes) == list(inside.codes)
+    for name, codes in found.codes.items():
+        for field in ("codes", "scales", "zero_points"):
+            assert np.array_equal(getattr(codes, field), getattr(inside.codes[name], field))
+    layer = tmp_path / "out.partial" / "layer-00001.safetensors"
+    layer.unlink()
+    message = f"^{re.escape(str(layer))}: it was written, and can no longer be read \\(.*\\)\\. Start again; the other"
+    with pytest.raises(TdaError, match=message):
+        write_quantised(tiny, tmp_path / "out", found.codes, found.plan, found.about)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_of_layers_that_is_in_the_way(tiny: ModelSource, tmp_path: Path) -> None:
     partial = PartialLayers(tmp_path / "out", {})
     place, layer = partial.folder, partial.folder / "layer-00000.safetensors"
