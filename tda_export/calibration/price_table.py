@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tda_export.calibration.divergence import agreement, mean_kl
 from tda_export.calibration.magnitudes import ALL_BINS, bin_edges, float_bins
 from tda_export.calibration.prices import read_prompt
 from tda_export.errors import TdaError
@@ -213,14 +214,14 @@ def measure_sequence(
     advance(1)
     found: list[Callable[[], None]] = []
     for packing, table in measured.items():
-        kl, agreement, rows = [0.0], [1.0], [dense_read]
+        kl, agreeing, rows = [0.0], [1.0], [dense_read]
         for price in table.prices[1:].tolist():
             sparse, sparse_read = read(row_prices[packing], price)
-            kl.append(float((dense.exp() * (dense - sparse)).sum(dim=-1).mean()))
-            agreement.append(float((dense.argmax(dim=-1) == sparse.argmax(dim=-1)).double().mean()))
+            kl.append(float(mean_kl(dense, sparse)))
+            agreeing.append(agreement(dense, sparse))
             rows.append(sparse_read)
             advance(1)
-        found.append(_adding(table, kl, agreement, rows, continuation.shape[1]))
+        found.append(_adding(table, kl, agreeing, rows, continuation.shape[1]))
     for add in found:
         add()
 

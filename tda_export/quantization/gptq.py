@@ -18,7 +18,7 @@ from tda_export.errors import TdaError
 from tda_export.weights.formats import IntegerFormat
 from tda_export.weights.integers import SHRINKS, SMALLEST_SCALE, Codes
 
-DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it
+DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it, at least
 MORE_DAMPING, MOST_DAMPING = 10.0, 1.0  # where that is not enough for a factor to exist
 BLOCK = 128  # rows between two updates of all rows that follow
 

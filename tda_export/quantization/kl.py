@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tda_export.calibration.divergence import agreement, mean_kl
 from tda_export.errors import TdaError
 
 
@@ -51,10 +52,10 @@ def loss(dense: list[torch.Tensor], quantised: Iterator[torch.Tensor]) -> Loss:
     Raises:
         TdaError: A KL is no finite number.
     """
-    kl, agreement = [], []
+    kl, agreeing = [], []
     for p, q in zip(dense, quantised, strict=True):
-        kl.append(float((p.exp() * (p - q)).sum(dim=-1).mean()))
-        agreement.append(float((p.argmax(dim=-1) == q.argmax(dim=-1)).double().mean()))
+        kl.append(float(mean_kl(p, q)))
+        agreeing.append(agreement(p, q))
     values = torch.tensor(kl, dtype=torch.float64)
     if not bool(values.isfinite().all()):
         raise TdaError(
@@ -64,4 +65,4 @@ def loss(dense: list[torch.Tensor], quantised: Iterator[torch.Tensor]) -> Loss:
     error = float(values.std()) / math.sqrt(len(kl)) if len(kl) > 1 else 0.0
     # Of what is the same but for rounding the KL may come out below 0.
     mean = max(0.0, float(values.mean()))
-    return Loss(mean, error, sum(agreement) / len(agreement), sum(len(p) for p in dense), len(kl))
+    return Loss(mean, error, sum(agreeing) / len(agreeing), sum(len(p) for p in dense), len(kl))

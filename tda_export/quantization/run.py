@@ -91,7 +91,7 @@ class QuantizeSettings:
         """Return how it quantises, as plain data: what a folder keeps."""
         content: dict[str, Any] = {"name": self.quantizer, "symmetric": self.symmetric}
         if self.quantizer == "gptq":
-            content |= {"damping": DAMPING, "first_token_weight": FIRST_TOKEN_WEIGHT}
+            content |= {"least_damping": DAMPING, "first_token_weight": FIRST_TOKEN_WEIGHT}
         return content
 
 
