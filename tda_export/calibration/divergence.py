@@ -1,4 +1,4 @@
-"""How far a model's distributions over next tokens are from another's, in PyTorch (`runtime.scoring` has NumPy alone)."""
+"""How far a model's distributions over next tokens are from another's, in PyTorch: `runtime.scoring` has NumPy."""
 
 from __future__ import annotations
 
