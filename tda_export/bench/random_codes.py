@@ -16,7 +16,7 @@ from tda_export.weights.formats import IntegerFormat
 from tda_export.weights.matrix import Matrix
 from tda_export.weights.plan import FormatPlan
 
-SPREAD = 0.25  # scales are uniform within this share of their mean
+SPREAD = 0.25  # scales are uniform within this share of their middle
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ def draw_packed(matrix: Matrix, seed: int = 0) -> tuple[np.ndarray, np.ndarray, 
     low = format.levels // 2 - 1
     middle = low if format.bits == 8 else low * 0x11  # in every half of a byte
     upper = 0x01 if format.bits == 8 else 0x11
-    scale = matrix.inputs**-0.5 / code_deviation(format)
-    spread = 1 + SPREAD * (2 * np.random.Generator(numbers).random(scales.shape, np.float32) - 1)
+    spread = np.linspace(1 - SPREAD, 1 + SPREAD, 256)
+    scale = matrix.inputs**-0.5 / code_deviation(format) / np.sqrt(np.square(spread).mean())
     return (
         _random_bytes(numbers, codes.shape),
-        (np.float32(scale / np.sqrt(1 + SPREAD**2 / 3)) * spread).astype(np.float16),
+        (scale * spread).astype(np.float16)[_random_bytes(numbers, scales.shape)],
         middle + (_random_bytes(numbers, zero_points.shape) & np.uint8(upper)),
     )
 

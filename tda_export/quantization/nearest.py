@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import numpy as np
+import torch
 
 from tda_export.errors import TdaError
 from tda_export.models.layout import Layout
@@ -12,7 +16,7 @@ from tda_export.weights.formats import IntegerFormat
 from tda_export.weights.integers import FIELDS, Codes, round_to_nearest
 from tda_export.weights.plan import EMBEDDING, HEAD
 
-ROWS_AT_ONCE = 4096  # of which a search holds several copies
+ELEMENTS_AT_ONCE = 1 << 22  # of a matrix, that one thread rounds
 
 
 def read_matrix_rows(spec: DecoderSpec, weights: Weights, name: str) -> np.ndarray:
@@ -34,7 +38,7 @@ def read_matrix_rows(spec: DecoderSpec, weights: Weights, name: str) -> np.ndarr
 
 
 def round_matrix(name: str, rows: np.ndarray, format: IntegerFormat, *, symmetric: bool) -> Codes:
-    """Round a matrix to the nearest codes with searched ranges, some rows at a time.
+    """Round a matrix to the nearest codes with searched ranges, with PyTorch's threads.
 
     Args:
         name: For messages.
@@ -46,10 +50,14 @@ def round_matrix(name: str, rows: np.ndarray, format: IntegerFormat, *, symmetri
         TdaError: It holds a weight that is no finite number, or that is too large for its scale.
     """
     _check_finite(name, rows)
-    blocks = [
-        round_to_nearest(rows[start : start + ROWS_AT_ONCE], format, symmetric=symmetric)
-        for start in range(0, len(rows), ROWS_AT_ONCE)
-    ]
+    step = max(1, ELEMENTS_AT_ONCE // rows.shape[1])
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        blocks = list(
+            threads.map(
+                partial(round_to_nearest, format=format, symmetric=symmetric),
+                (rows[start : start + step] for start in range(0, len(rows), step)),
+            )
+        )
     codes = Codes(format, *(np.concatenate([getattr(block, field) for block in blocks]) for field in FIELDS))
     check_scales(name, codes)
     return codes

@@ -11,6 +11,7 @@ from tda_export.weights.formats import IntegerFormat, packed_bytes
 
 SHRINKS = np.linspace(1.0, 0.7, 13, dtype=np.float32)  # of a group's range, among which the best is searched for
 SMALLEST_SCALE = np.float32(2.0**-24)  # float16's own
+ELEMENTS_AT_ONCE = 1 << 16  # of a search, whose two arrays of them stay in the cache
 
 
 @dataclass(frozen=True)
@@ -117,42 +118,74 @@ def round_to_nearest(
     """
     rows, columns = weight.shape
     groups = format.groups(columns)
-    padded = np.zeros((rows, groups * format.group), np.float32)
-    padded[:, :columns] = weight
-    padded[:, columns:] = weight[:, -1:]  # what stands past the end changes no group's range
-    grouped = padded.reshape(rows, groups, format.group)
-    best = None
-    for shrink in SHRINKS if search else SHRINKS[:1]:
-        scales, zero_points = group_parameters(grouped, format, shrink, symmetric=symmetric)
-        codes = nearest_codes(grouped, scales, zero_points, format)
-        squares = np.square((codes - zero_points[..., None]) * scales[..., None] - grouped)
-        squares.reshape(rows, -1)[:, columns:] = 0  # nor does it count
-        error = squares.sum(axis=2)
-        if best is None:
-            best = [error, scales, zero_points, codes]
-            continue
-        better = error < best[0]
-        for kept, new in zip(best, (error, scales, zero_points, codes), strict=True):
-            kept[better] = new[better]
-    assert best is not None
-    _, scales, zero_points, codes = best
+    if missing := groups * format.group - columns:  # what fills the last group of a row changes no range
+        weight = np.pad(weight, ((0, 0), (0, missing)), mode="edge")
+    grouped = weight.reshape(-1, format.group)
+    codes = np.empty(grouped.shape, np.uint8)
+    scales, zero_points = np.empty(len(grouped), np.float16), np.empty(len(grouped), np.uint8)
+    step = ELEMENTS_AT_ONCE // format.group
+    for start in range(0, len(grouped), step):
+        some = slice(start, start + step)
+        block = np.ascontiguousarray(grouped[some].T)
+        filling = slice(format.group - missing, None), slice((-1 - start) % groups, None, groups)
+        found = _best_parameters(block, filling, format, SHRINKS if search else SHRINKS[:1], symmetric=symmetric)
+        scales[some], zero_points[some] = found
+        codes[some] = nearest_codes(block, *found, format).T
     return Codes(
         format,
-        codes.reshape(rows, -1)[:, :columns].astype(np.uint8),
-        scales.astype(np.float16),
-        zero_points.astype(np.uint8),
+        codes.reshape(rows, -1)[:, :columns],
+        scales.reshape(rows, groups),
+        zero_points.reshape(rows, groups),
     )
 
 
-def group_parameters(
-    grouped: np.ndarray, format: IntegerFormat, shrink: float = 1.0, *, symmetric: bool = False
+def _best_parameters(
+    block: np.ndarray, filling: tuple[slice, slice], format: IntegerFormat, shrinks: np.ndarray, *, symmetric: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the scale (a float16's value) and zero point of each group, float32 [..]; grouped is float32 [.., group].
+    """Return the scale and zero point of the least squared error of each group, the first of equals, float32 [n].
 
-    The range is that of the elements and zero, times `shrink`.
+    What is in `filling` of the block does not count.
+
+    The passes over `block`, float32 [group, n], are what rounding takes its time for: they lie in the cache, and a
+    group is a column, so that every one runs along what is contiguous.
     """
     most = format.levels - 1
-    low, high = np.minimum(grouped.min(axis=-1), 0), np.maximum(grouped.max(axis=-1), 0)
+    low, high = np.minimum(block.min(axis=0), 0), np.maximum(block.max(axis=0), 0)
+    left = np.empty_like(block)
+    best: tuple[np.ndarray, ...] | None = None
+    for shrink in shrinks:
+        scales, zero_points = group_parameters(low, high, format, shrink, symmetric=symmetric)
+        np.divide(block, scales, out=left)
+        np.rint(left, out=left)
+        np.maximum(left, -zero_points, out=left)
+        np.minimum(left, most - zero_points, out=left)
+        np.multiply(left, scales, out=left)
+        np.subtract(left, block, out=left)
+        left[filling] = 0
+        error = np.einsum("ij,ij->j", left, left)
+        if best is None:
+            best = (error, scales, zero_points)
+            continue
+        better = error < best[0]
+        for kept, new in zip(best, (error, scales, zero_points), strict=True):
+            np.copyto(kept, new, where=better)
+    assert best is not None
+    return best[1], best[2]
+
+
+def group_parameters(
+    low: np.ndarray, high: np.ndarray, format: IntegerFormat, shrink: float = 1.0, *, symmetric: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the scale (a float16's value) and zero point of each group, float32 [n].
+
+    Args:
+        low: The smallest of a group's elements and zero, float32 [n].
+        high: The largest.
+        format: Of the codes.
+        shrink: What the range is multiplied by.
+        symmetric: Let zero points be the middle code.
+    """
+    most = format.levels - 1
     if symmetric:
         middle = format.levels // 2
         scales = np.maximum(-low / middle, high / (most - middle)) * shrink
@@ -164,8 +197,6 @@ def group_parameters(
     return scales, np.clip(np.rint(-low * shrink / scales), 0, most)
 
 
-def nearest_codes(
-    grouped: np.ndarray, scales: np.ndarray, zero_points: np.ndarray, format: IntegerFormat
-) -> np.ndarray:
-    """Return the code nearest to each element [.., group], as float32."""
-    return np.clip(np.rint(grouped / scales[..., None]) + zero_points[..., None], 0, format.levels - 1)
+def nearest_codes(block: np.ndarray, scales: np.ndarray, zero_points: np.ndarray, format: IntegerFormat) -> np.ndarray:
+    """Return the code nearest to each element [group, n], as float32."""
+    return np.clip(np.rint(block / scales) + zero_points, 0, format.levels - 1)

@@ -74,7 +74,7 @@ def test_a_seed_and_a_name_give_the_same_numbers_in_any_order() -> None:
     np.testing.assert_array_equal(first[0][0, :4], PINNED)
 
 
-PINNED = [183, 57, 35, 135]
+PINNED = [254, 208, 230, 204]
 
 
 def test_floats_stay_what_they_were() -> None:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tda_export.weights import integers
 from tda_export.weights.formats import INTEGER_FORMATS, IntegerFormat, integer_format
-from tda_export.weights.integers import Codes, pack_bits, round_to_nearest, unpack_bits
+from tda_export.weights.integers import SHRINKS, SMALLEST_SCALE, Codes, pack_bits, round_to_nearest, unpack_bits
 
 formats = st.sampled_from(list(INTEGER_FORMATS.values()))
 sizes = st.tuples(st.integers(1, 5), st.integers(1, 200))
@@ -69,6 +70,39 @@ def test_a_searched_range_is_no_worse(format: IntegerFormat, size: tuple[int, in
         for found in (round_to_nearest(weight, format, symmetric=symmetric, search=search) for search in (False, True))
     )
     assert (searched <= 1.0001 * plain + 1e-12).all()
+
+
+def parameters_by_hand(group: np.ndarray, format: IntegerFormat, symmetric: bool) -> list[tuple[float, float, float]]:
+    """Scale, zero point and squared error of a group at every range, one after another, from its definition."""
+    most, middle = format.levels - 1, format.levels // 2
+    low, high = min(group.min(), np.float32(0)), max(group.max(), np.float32(0))
+    found = []
+    for shrink in SHRINKS:
+        whole = max(-low / middle, high / (most - middle)) if symmetric else (high - low) / most
+        scale = np.float32(np.float16(max(whole * shrink, SMALLEST_SCALE)))
+        zero_point = middle if symmetric else min(max(np.rint(-low * shrink / scale), 0), most)
+        codes = np.clip(np.rint(group / scale) + zero_point, 0, most).astype(np.float64)
+        error = (((codes - zero_point) * scale - group.astype(np.float64)) ** 2).sum()
+        found.append((float(scale), float(zero_point), float(error)))
+    return found
+
+
+@given(format=formats, size=sizes, seed=st.integers(0, 9), symmetric=st.booleans(), few=st.sampled_from([128, 1 << 16]))
+def test_the_best_of_all_ranges(
+    format: IntegerFormat, size: tuple[int, int], seed: int, symmetric: bool, few: int
+) -> None:
+    weight = random_weight(size, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(integers, "ELEMENTS_AT_ONCE", few)
+        codes = round_to_nearest(weight, format, symmetric=symmetric)
+    for row, group in np.ndindex(codes.scales.shape):
+        own = weight[row, group * format.group :][: format.group]
+        candidates = parameters_by_hand(own, format, symmetric)
+        scale, zero_point = float(codes.scales[row, group]), float(codes.zero_points[row, group])
+        errors = {(scale, zero_point): error for scale, zero_point, error in candidates}
+        assert errors[scale, zero_point] <= min(errors.values()) * (1 + 1e-5)  # sums in float32 decide
+        expected = np.clip(np.rint(own / np.float32(scale)) + zero_point, 0, format.levels - 1)
+        assert np.array_equal(codes.codes[row, group * format.group :][: format.group], expected)
 
 
 @given(format=formats, values=st.lists(st.sampled_from([0.0, 1e-9, -3e4, 3e4, 1.0]), min_size=1, max_size=150))
