@@ -201,6 +201,9 @@ def measure_sequence(
         row_prices: float32 [L, in] of each matrix, for each packing.
         measured: For each packing; changed only when all is measured, so that an interruption loses no count.
         advance: Told of every pass over the continuation.
+
+    Raises:
+        TdaError: A KL is no finite number.
     """
     cache = read_prompt(model, sequence[:prompt_tokens])
     continuation = sequence[None, prompt_tokens:].to(model.device)
@@ -218,6 +221,8 @@ def measure_sequence(
         for price in table.prices[1:].tolist():
             sparse, sparse_read = read(row_prices[packing], price)
             kl.append(float(mean_kl(dense, sparse)))
+            if not math.isfinite(kl[-1]):
+                raise TdaError("Logits are not finite. Calibrate with --dtype bf16 or fp32.")
             agreeing.append(agreement(dense, sparse))
             rows.append(sparse_read)
             advance(1)
