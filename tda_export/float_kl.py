@@ -20,7 +20,10 @@ def integers_kl(quantization: Any) -> float | None:
     """
     loss = quantization.get("loss") if isinstance(quantization, dict) else None
     kl = loss.get("kl") if isinstance(loss, dict) else None
-    return float(kl) if isinstance(kl, int | float) and math.isfinite(kl) else None
+    try:
+        return float(kl) if isinstance(kl, int | float) and math.isfinite(kl) else None
+    except OverflowError:
+        return None
 
 
 def float_kl_cells(integers: float | None, kl: float) -> list[str]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
-from tda_export.weights.formats import IntegerFormat, WeightFormat
-from tda_export.weights.plan import part_name
+from tda_export.weights.formats import IntegerFormat
+from tda_export.weights.plan import FLOAT, FormatPlan, part_name
 
 if TYPE_CHECKING:
     from tda_export.models.spec import DecoderSpec
@@ -23,8 +23,6 @@ Packing = Literal["separate", "sites"]
 PACKINGS: tuple[Packing, ...] = get_args(Packing)
 THRESHOLDS: dict[Packing, str] = {"separate": "one threshold a matrix", "sites": "one threshold a site"}  # for readers
 
-FormatOf = Callable[[str], WeightFormat | None]
-FLOAT = "float"  # the label of formats where all are floats
 ATTENTION_PARTS = ("q", "k", "v", "o")
 Parts = Literal["all", "ffn", "attention"]  # whose rows may be dropped
 
@@ -74,31 +72,48 @@ def linear_elements(spec: DecoderSpec) -> int:
 class RowBytes:
     """What rows of the layers' linears take.
 
-    `element_bytes`: of floats. `formats`: of the linears that are integers, by `part_name`.
+    `element_bytes`: of floats. `formats`: of every linear by `part_name`, None for floats; empty where all are floats.
     """
 
     element_bytes: int
-    formats: Mapping[str, IntegerFormat] = field(default_factory=dict)
+    formats: Mapping[str, IntegerFormat | None] = field(default_factory=dict)
+
+    @property
+    def integers(self) -> dict[str, IntegerFormat]:
+        """The linears that are integers, with their formats."""
+        return {name: format for name, format in self.formats.items() if format is not None}
+
+    @property
+    def has_floats(self) -> bool:
+        """Whether some linear is a float."""
+        return len(self.integers) < len(self.formats) or not self.formats
 
     @property
     def label(self) -> str:
-        """A name that tells formats apart: `float`, that of the one format, or one with a hash of them all."""
-        found = {format.name for format in self.formats.values()}
+        """A name that tells formats apart: that of the one format of every linear (`float`, `int4_g32`), or one with a
+        hash of them all."""
+        named = sorted((name, format.name) for name, format in self.integers.items())
+        found = {format for _, format in named}
         if not found:
             return FLOAT
-        parts = {tuple(name.split(".")[::2]) for name in self.formats}
-        if len(found) == 1 and {*ATTENTION_PARTS, "up", "down"} <= {part for _, part in parts}:
+        if len(found) == 1 and not self.has_floats:
             return found.pop()
-        named = sorted((name, format.name) for name, format in self.formats.items())
         return f"mixed-{hashlib.sha256(repr(named).encode()).hexdigest()[:16]}"
 
     def suits(self, spec: DecoderSpec, packing: Packing) -> bool:
-        """Tell whether all that this packing puts side by side has one format."""
+        """Tell whether all that this packing puts side by side has one format, and groups of its own."""
         return all(
-            len({self.formats.get(part_name(layer, part)) for part in parts}) == 1
+            self._fit(spec, layer, parts)
             for layer in range(spec.num_layers)
             for parts in packed_matrices(spec, packing).values()
         )
+
+    def _fit(self, spec: DecoderSpec, layer: int, parts: Sequence[str]) -> bool:
+        formats = {self.formats.get(part_name(layer, part)) for part in parts}
+        format = formats.pop()
+        if formats or format is None:
+            return not formats
+        return all(linear_shape(spec, part)[1] % format.group == 0 for part in parts[:-1])
 
     def of(self, layer: int, parts: Sequence[str], outputs: Mapping[str, int]) -> int:
         """Return the bytes of a row of the matrix that these parts of a layer lie side by side in.
@@ -113,11 +128,18 @@ class RowBytes:
         return columns * self.element_bytes if format is None else format.row_bytes(columns)
 
 
-def row_bytes_of(spec: DecoderSpec, element_bytes: int, format_of: FormatOf) -> RowBytes:
-    """Return what rows take, given the format of each linear by `part_name`; None is a float."""
-    names = [part_name(layer, part) for layer in range(spec.num_layers) for part in linear_parts(spec)]
-    formats = {name: found for name in names if isinstance(found := format_of(name), IntegerFormat)}
-    return RowBytes(element_bytes, formats)
+def row_bytes_of(spec: DecoderSpec, element_bytes: int, plan: FormatPlan | None) -> RowBytes:
+    """Return what rows take by a plan of formats; None is all floats."""
+    integers = {} if plan is None else plan.integers
+    return row_bytes_from(spec.num_layers, linear_parts(spec), element_bytes, integers)
+
+
+def row_bytes_from(
+    layers: int, parts: Sequence[str], element_bytes: int, integers: Mapping[str, IntegerFormat]
+) -> RowBytes:
+    """Return what rows take, given the linears that are integers, by `part_name`; other names are passed over."""
+    names = [part_name(layer, part) for layer in range(layers) for part in parts]
+    return RowBytes(element_bytes, {name: integers.get(name) for name in names})
 
 
 def linear_outputs(spec: DecoderSpec) -> dict[str, int]:

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args
 
 from tda_export.errors import UsageError
-from tda_export.packing import FLOAT, Packing, Parts
+from tda_export.packing import Packing, Parts
+from tda_export.weights.plan import FLOAT
 
 KL_POWER = 1.5  # near dense: KL goes with the cube of what is dropped, which is the root of the price
 SHARE_POWER = 0.5

@@ -29,6 +29,7 @@ collect_ignore = [] if os.environ.get("TDA_EXPORT_GEMMA3") else ["test_gemma3.py
 TINY_LENGTHS = ("--sequences", "4", "--prompt-tokens", "32", "--continuation-tokens", "16")
 CALIBRATE_TINY = ("--method", "tda", *TINY_LENGTHS)
 PRICE_TINY = ("--method", "priced", *TINY_LENGTHS)
+QUANTIZE_TINY = ("--kl-sequences", "2", *TINY_LENGTHS)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

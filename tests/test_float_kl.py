@@ -19,8 +19,17 @@ def test_both_parts_and_their_sum() -> None:
 
 @pytest.mark.parametrize(
     "quantization",
-    [None, {}, {"loss": None}, {"loss": {}}, {"loss": {"kl": "much"}}, {"loss": {"kl": float("nan")}}, "int4"],
-    ids=str,
+    [
+        None,
+        {},
+        {"loss": None},
+        {"loss": {}},
+        {"loss": {"kl": "much"}},
+        {"loss": {"kl": float("nan")}},
+        {"loss": {"kl": 10**400}},
+        "int4",
+    ],
+    ids=lambda value: str(value)[:20],
 )
 def test_what_was_not_measured_has_no_column(quantization: object) -> None:
     assert integers_kl(quantization) is None

@@ -16,7 +16,7 @@ from tda_export.graph.priced import PricedDesign
 from tda_export.graph.requests import default_packing
 from tda_export.graph.storage import Storage
 from tda_export.models.source import ModelSource
-from tda_export.packing import Packing, linear_shape, packed_matrices
+from tda_export.packing import Packing, linear_outputs, linear_shape, packed_matrices
 from tda_export.runtime.artifact import Artifact, open_artifact
 
 
@@ -71,7 +71,7 @@ def build_random_priced(
     seed: int = 0,
     quiet: bool,
 ) -> tuple[Artifact, dict[float, float]]:
-    """Build a priced artifact of random weights in which two prices read exactly two shares of the bytes.
+    """Build a priced artifact of random weights in which two prices read two shares of the bytes, to a row.
 
     Rows are drawn independently of each other and of x: what of them a price reads is the same for every token. A
     matrix's share follows `DENSITIES`.
@@ -92,9 +92,13 @@ def build_random_priced(
     generator = torch.Generator().manual_seed(seed)
     matrices = packed_matrices(spec, chosen)
     inputs = {name: linear_shape(spec, parts[0])[0] for name, parts in matrices.items()}
-    size = {name: inputs[name] * sum(linear_shape(spec, part)[1] for part in parts) for name, parts in matrices.items()}
+    row_bytes, outputs = storage.row_bytes(spec), linear_outputs(spec)
+    size = {
+        name: inputs[name] * sum(row_bytes.of(layer, parts, outputs) for layer in range(spec.num_layers))
+        for name, parts in matrices.items()
+    }
     unread = {
-        name: 1 - sum(DENSITIES[part] * linear_shape(spec, part)[1] for part in parts) * inputs[name] / size[name]
+        name: 1 - sum(DENSITIES[part] * outputs[part] for part in parts) / sum(outputs[part] for part in parts)
         for name, parts in matrices.items()
     }
     levels = WORTH[-len(sparsities) :]

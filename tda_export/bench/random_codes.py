@@ -32,7 +32,7 @@ class RandomStorage(Storage):
 
 def random_storage(dtype: str, plan: FormatPlan | None, seed: int = 0) -> Storage:
     """Return how a random model is stored by a plan of formats; None is all floats."""
-    return Storage(dtype) if plan is None else RandomStorage(dtype, plan.of, seed=seed)
+    return Storage(dtype) if plan is None else RandomStorage(dtype, plan, seed=seed)
 
 
 def draw_packed(matrix: Matrix, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

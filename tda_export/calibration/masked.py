@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tda_export.calibration.dense import Blended, DenseSequence
+from tda_export.calibration.divergence import mean_kl
 from tda_export.models.ffn_modules import ACTIVATIONS, FfnModules
 from tda_export.models.spec import DecoderSpec
 
@@ -123,4 +124,4 @@ def masked_kl(model: Any, sequence: DenseSequence) -> torch.Tensor:
     log_q = logits.float().log_softmax(dim=-1)
     # float16 rounded the probabilities: unless they add up to 1 again, small divergences are noise and may be negative.
     log_p = sequence.log_probs.float().log_softmax(dim=-1)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean()
+    return mean_kl(log_p, log_q)

@@ -11,7 +11,7 @@ import torch
 from tda_export.calibration.magnitudes import BINS, Magnitudes
 from tda_export.calibration.price_table import LinearShapes, Measured
 from tda_export.calibration.prices import PriceSums
-from tda_export.packing import ATTENTION_PARTS, PACKINGS, Packing, RowBytes, sites_of
+from tda_export.packing import ATTENTION_PARTS, PACKINGS, Packing, RowBytes, row_bytes_from, sites_of
 from tda_export.pricing import PriceTable
 from tda_export.weights.formats import INTEGER_FORMATS
 
@@ -51,7 +51,7 @@ def describe_priced(priced: Priced) -> dict[str, Any]:
     return {
         "linears": {part: list(shape) for part, shape in priced.linears.items()},
         "element_bytes": priced.row_bytes.element_bytes,
-        "formats": {name: format.name for name, format in priced.row_bytes.formats.items()},
+        "formats": {name: format.name for name, format in priced.row_bytes.integers.items()},
         "continuation_tokens": priced.continuation_tokens,
     }
 
@@ -105,7 +105,7 @@ def priced_from(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor])
     found = {name.split(".")[1] for name in tensors if name.startswith(MEASURED)}
     measured = {packing: _measured(packing, linears, layers, tensors) for packing in PACKINGS if packing in found}
     formats = {str(name): INTEGER_FORMATS[format] for name, format in dict(content.get("formats", {})).items()}
-    row_bytes = RowBytes(int(content["element_bytes"]), formats)
+    row_bytes = row_bytes_from(layers, tuple(linears), int(content["element_bytes"]), formats)
     return Priced(linears, sums, magnitudes, norms, row_bytes, int(content["continuation_tokens"]), measured)
 
 

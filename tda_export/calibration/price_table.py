@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tda_export.calibration.divergence import agreement, mean_kl
 from tda_export.calibration.magnitudes import ALL_BINS, bin_edges, float_bins
 from tda_export.calibration.prices import read_prompt
 from tda_export.errors import TdaError
@@ -223,6 +224,9 @@ def measure_sequence(
         row_prices: float32 [L, in] of each matrix, for each packing.
         measured: For each packing; changed only when all is measured, so that an interruption loses no count.
         advance: Told of every pass over the continuation.
+
+    Raises:
+        TdaError: A KL is no finite number.
     """
     cache = read_prompt(model, sequence[:prompt_tokens])
     continuation = sequence[None, prompt_tokens:].to(model.device)
@@ -236,17 +240,19 @@ def measure_sequence(
     advance(1)
     found: dict[Packing, Measured] = {}
     for packing, table in measured.items():
-        kl, agreement, rows = [0.0], [1.0], [dense_read]
+        kl, agreeing, rows = [0.0], [1.0], [dense_read]
         for price in table.prices[1:].tolist():
             sparse, sparse_read = read(row_prices[packing], price)
-            kl.append(float((dense.exp() * (dense - sparse)).sum(dim=-1).mean()))
-            agreement.append(float((dense.argmax(dim=-1) == sparse.argmax(dim=-1)).double().mean()))
+            kl.append(float(mean_kl(dense, sparse)))
+            if not math.isfinite(kl[-1]):
+                raise TdaError("Logits are not finite. Calibrate with --dtype bf16 or fp32.")
+            agreeing.append(agreement(dense, sparse))
             rows.append(sparse_read)
             advance(1)
         found[packing] = Measured(
             table.prices,
             torch.tensor([kl], dtype=torch.float64),
-            torch.tensor([agreement], dtype=torch.float64),
+            torch.tensor([agreeing], dtype=torch.float64),
             {part: torch.stack([row[part] for row in rows]) for part in table.read},
             continuation.shape[1],
         )

@@ -53,7 +53,7 @@ def bench(
     new_tokens: int,
     dtype: str | None,
     weights: str,
-    group: str,
+    group: int | None,
     weights_for: tuple[str, ...],
     provider: str,
     as_json: bool,
@@ -80,6 +80,7 @@ def bench(
     of_shape = {
         "--dtype": dtype,
         "--weights": weights if weights != "float" else None,
+        "--group": group,
         "--weights-for": weights_for or None,
     }
     if given := [option for option, value in of_shape.items() if value is not None and artifact]:
@@ -101,7 +102,7 @@ def bench(
         chosen = DTYPES[dtype or ("fp16" if on_gpu else "fp32")]
         resolved = choose_provider(provider, chosen)
         source = random_source(shape)
-        storage = random_storage(chosen, read_plan(source, weights, int(group), weights_for))
+        storage = random_storage(chosen, read_plan(source, weights, group, weights_for))
         with owned_folder(Path(tempfile.gettempdir()), "tda-export-bench") as folder:
             place, prices = folder / "artifact", None
             if masks := set(methods) & {"tda", "two_levels", "griffin", "tt"}:

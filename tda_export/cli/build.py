@@ -90,7 +90,7 @@ def build(
     tail: Tail | None,
     refresh: int | None,
     weights: str,
-    group: str,
+    group: int | None,
     weights_for: tuple[str, ...],
     overwrite: bool,
     no_verify: bool,
@@ -130,7 +130,7 @@ def build(
     )
     _refuse_foreign(method, asked, calibration_file, {"--packing": packing, "--tail": tail})
     source = resolve_model(model, notify=lambda line: click.echo(line, err=True))
-    plan = read_plan(source, weights, int(group), weights_for)
+    plan = read_plan(source, weights, group, weights_for)
     if plan is not None and not as_json:
         click.echo("Weights are rounded to the nearest integers; 'tda-export quantize' loses less.", err=True)
     storage = storage_of(source, DTYPES[dtype], plan)

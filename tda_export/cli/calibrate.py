@@ -186,6 +186,11 @@ def calibrate(
     if ranks.first:
         check_output(output, overwrite=overwrite, what="a calibration", is_earlier_output=is_calibration)
     source = ranks.first_here(lambda: resolve_model(model, notify=lambda line: click.echo(line, err=True)))
+    if settings.masks and source.quantisation is not None:
+        raise UsageError(
+            f"--method {method}: masks are of artifacts of floats alone, and {model} is quantised. Calibrate the float "
+            "model, or with --method priced."
+        )
     if settings.length > source.spec.max_positions:
         raise UsageError(
             f"{settings.length} tokens (prompt and continuation) are more than the {source.spec.max_positions} "

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from tda_export.cli.eval_tasks import DATA_VARIABLE, evaluate_tasks
 from tda_export.cli.options import (
@@ -20,6 +19,7 @@ from tda_export.cli.options import (
     price_option,
     provider_option,
     refresh_option,
+    refuse_given,
 )
 
 if TYPE_CHECKING:
@@ -204,14 +204,9 @@ def _refuse_foreign_options(context: click.Context, text_file: Path | None, task
     if (text_file is None) == (tasks is None):
         raise UsageError("eval measures on a text or on tasks. Give --text or --tasks, and one of them.")
     given, foreign = ("--tasks", TEXT_OPTIONS) if text_file is None else ("--text", TASK_OPTIONS)
-    for name in foreign:
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise UsageError(f"--{name.replace('_', '-')} means nothing with {given}. Leave one of them out.")
-    given_free, given_length = (
-        context.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in ("free", "continuation_tokens")
-    )
-    if given_free and given_length:
-        raise UsageError("--continuation-tokens means nothing with --free. Leave one of them out.")
+    refuse_given(context, foreign, given)
+    if context.params["free"] is not None:
+        refuse_given(context, ["continuation_tokens"], "--free")
 
 
 def _read(path: Path) -> str:

@@ -124,6 +124,7 @@ def _described(name: str, spec: Any, sizes: Any, dtype: str, context: int | None
         "ffn_bytes": sizes.ffn,
         "ffn_share": sizes.ffn / sizes.read,
         "linear_bytes": sizes.linears,
+        "linear_formats": list(sizes.formats),
         "linear_share": sizes.linears / sizes.read,
         "ceiling": {str(sparsity): sizes.ceiling(sparsity, context) for sparsity in SPARSITIES},
         "linear_ceiling": {str(sparsity): sizes.ceiling(sparsity, context, linears=True) for sparsity in SPARSITIES},
@@ -148,7 +149,8 @@ def _print(result: dict[str, Any]) -> None:
     if "artifact" in result:
         _print_build(result)
     click.echo(
-        f"  linears of the layers {result['linear_bytes'] / MIB:,.0f} MiB in {result['dtype']}, "
+        f"  linears of the layers {result['linear_bytes'] / MIB:,.0f} MiB in "
+        f"{' and '.join(result['linear_formats'])}, "
         f"{result['linear_share']:.0%} of the weights that a token reads; the FFN's {result['ffn_bytes'] / MIB:,.0f} "
         f"MiB, {result['ffn_share']:.0%}; with {result['context']:,} tokens in the cache a token reads "
         f"{result['bytes_per_token'] / MIB:,.0f} MiB"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from tda_export.calibration.budgets import AllocationRule, Budget
@@ -147,6 +148,24 @@ def corpus_options(command: F) -> F:
     return command
 
 
+def refuse_given(context: click.Context, names: Iterable[str], with_what: str) -> None:
+    """Refuse options that are on the command line and mean nothing with others.
+
+    Args:
+        context: Of the command.
+        names: Of its parameters.
+        with_what: The others, for the message.
+
+    Raises:
+        UsageError: One is there.
+    """
+    from tda_export.errors import UsageError
+
+    for name in names:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise UsageError(f"--{name.replace('_', '-')} means nothing with {with_what}. Leave one of them out.")
+
+
 def weight_options(*formats: str) -> Callable[[F], F]:
     """Return what adds --weights, one of these formats and the first by default, --group and --weights-for."""
     options = (
@@ -160,9 +179,8 @@ def weight_options(*formats: str) -> Callable[[F], F]:
         click.option(
             "--group",
             type=click.Choice(["32", "64", "128"]),
-            default="32",
-            show_default=True,
-            help="Elements of a row that share a scale.",
+            callback=lambda context, parameter, given: None if given is None else int(given),
+            help="Elements of a row that share a scale.  [default: 32]",
         ),
         click.option(
             "--weights-for",

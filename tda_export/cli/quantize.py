@@ -16,14 +16,21 @@ from tda_export.cli.options import (
     json_option,
     model_argument,
     overwrite_option,
+    refuse_given,
     weight_options,
 )
+from tda_export.float_kl import integers_kl
 
 if TYPE_CHECKING:
     from tda_export.quantization.run import Quantizer
 
 
+OF_GPTQ = ("sequences",)
+OF_TEXT = ("dataset", "text_column", "seed", "prompt_tokens", "continuation_tokens")
+
+
 @click.command()
+@click.pass_context
 @model_argument
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Model folder to write."
@@ -72,10 +79,11 @@ if TYPE_CHECKING:
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @json_option
 def quantize(
+    context: click.Context,
     model: str,
     output: Path,
     weights: str,
-    group: str,
+    group: int | None,
     weights_for: tuple[str, ...],
     quantizer: Quantizer,
     symmetric: bool,
@@ -108,13 +116,19 @@ def quantize(
     from tda_export.quantization.run import QuantizeSettings
     from tda_export.quantization.run import quantize as run
     from tda_export.ranks import join
+    from tda_export.weights.formats import DEFAULT_GROUP
     from tda_export.weights.plan import read_rules
 
+    if quantizer == "rtn":
+        refuse_given(context, OF_GPTQ, "--quantizer rtn")
+        if not kl_sequences:
+            refuse_given(context, OF_TEXT, "--quantizer rtn --kl-sequences 0, which reads no text")
     ranks = join(device)
+    chosen_group = DEFAULT_GROUP if group is None else group
     settings = QuantizeSettings(
         weights,
-        int(group),
-        read_rules(weights_for, int(group)),
+        chosen_group,
+        read_rules(weights_for, chosen_group),
         quantizer,
         symmetric,
         sequences,
@@ -124,8 +138,10 @@ def quantize(
         seed,
         device,
     )
+    finished = PartialLayers(output.absolute(), {})
     if ranks.first:
         check_output(output, overwrite=overwrite, what="a quantised model", is_earlier_output=is_quantised_folder)
+        finished.check()
     source = ranks.first_here(lambda: resolve_model(model, notify=lambda line: click.echo(line, err=True)))
     if source.quantisation is not None:
         raise UsageError(f"{model} is quantised already. Give the float model that it was made from.")
@@ -158,9 +174,10 @@ def quantize(
     if not ranks.first:
         return
     write_quantised(source, output, quantised.codes, quantised.plan, quantised.about)
-    PartialLayers(output.absolute(), {}).remove()
+    finished.remove()
     if as_json:
-        click.echo(json.dumps({"output": str(output), **quantised.about, "formats": quantised.plan.to_dict()}))
+        content = {"output": str(output), **quantised.about, "formats": quantised.plan.to_dict()}
+        click.echo(json.dumps(content, allow_nan=False))
         return
     click.echo(describe_quantisation(quantised.about | {"formats": quantised.plan.to_dict()}))
     click.echo(f"Wrote {output}")
@@ -177,9 +194,10 @@ def describe_quantisation(content: dict[str, Any]) -> str:
         loss = content.get("loss")
         if loss is None:
             return f"{text}; KL to the float model not measured"
+        kl = integers_kl(content)
         return (
-            f"{text}; KL to the float model {loss['kl']:.4f} ± {loss['stderr']:.4f} nats a token over "
+            f"{text}; KL to the float model {kl:.4f} ± {loss['stderr']:.4f} nats a token over "
             f"{loss['tokens']:,} tokens, {loss['agreement']:.1%} of the likeliest tokens the same"
         )
-    except (KeyError, TypeError, ValueError):  # config.json was changed by hand
+    except (KeyError, TypeError, ValueError, OverflowError):  # config.json was changed by hand
         return f"quantised: {formats}; config.json does not say how, or not what was lost"

@@ -17,9 +17,10 @@ from tda_export.graph.priced import PricedDesign
 from tda_export.graph.storage import Storage
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
-from tda_export.packing import FLOAT, Packing, RowBytes
+from tda_export.packing import Packing
 from tda_export.pricing import PriceTable
 from tda_export.runtime.deployment import NO_REFRESH
+from tda_export.weights.plan import FLOAT
 
 
 def calibration_of(path: Path, source: ModelSource) -> Calibration:
@@ -41,10 +42,11 @@ def calibration_of(path: Path, source: ModelSource) -> Calibration:
 def default_packing(spec: DecoderSpec, storage: Storage) -> Packing:
     """Return how linears are packed unless it is said.
 
-    That is one threshold a site where a launch, or a short row, costs more than bytes, and a site has one format.
+    That is one threshold a site where a launch, or a short row, costs more than bytes, and what it puts side by side
+    can lie there.
     """
     row_bytes = storage.row_bytes(spec)
-    small = storage.dtype != "float32" or row_bytes.formats
+    small = storage.dtype != "float32" or row_bytes.integers
     return "sites" if small and row_bytes.suits(spec, "sites") else "separate"
 
 
@@ -78,8 +80,7 @@ def priced_request(
             f"{path} has no table of prices for --packing {chosen}. Calibrate again without --packing, or build with "
             f"--packing {next(iter(tables))}."
         )
-    row_bytes = storage.row_bytes(source.spec)
-    table = _table_of(tables[chosen], row_bytes, path, asked)
+    table = _table_of(tables[chosen], source, storage, path, asked)
     if not asked.has_budget:
         own = Budget(**calibration.provenance["budget"])
         asked = replace(asked, sparsity=own.sparsity, max_kl=own.max_kl if own.cett is None else None)
@@ -99,7 +100,7 @@ def priced_request(
     budget = {"price": asked.price, "sparsity": asked.sparsity, "max_kl": asked.max_kl}
     design = PricedDesign(
         chosen,
-        calibration.priced.sums.row_prices(source.spec, chosen, row_bytes),
+        calibration.priced.sums.row_prices(source.spec, chosen, storage.row_bytes(source.spec)),
         price,
         None if table is None else table.to_dict(),
         expected,
@@ -108,16 +109,26 @@ def priced_request(
     return BuildRequest(source, storage, design, given, path, calibration.provenance)
 
 
-def _table_of(table: PriceTable, row_bytes: RowBytes, path: Path, asked: Asked) -> PriceTable | None:
-    """Return the table for rows of these formats; None where it is of others and a price needs none."""
-    if table.formats == row_bytes.label:
-        return table.rescaled(row_bytes.element_bytes) if table.formats == FLOAT else table
+def _table_of(table: PriceTable, source: ModelSource, storage: Storage, path: Path, asked: Asked) -> PriceTable | None:
+    """Return the table for what is stored; None where it was measured with other weights and a price needs none."""
+    row_bytes = storage.row_bytes(source.spec)
+    if storage.rounds:
+        problem = (
+            f"{path} was measured with the weights of {source.name} as they are, and rounded ones have another KL. "
+            "Make a model of them with 'tda-export quantize', and calibrate that"
+        )
+    elif table.formats == FLOAT:
+        return table.rescaled(row_bytes.element_bytes)
+    elif table.element_bytes == row_bytes.element_bytes or not row_bytes.has_floats:
+        return table
+    else:
+        problem = (
+            f"{path} was measured with floats of {table.element_bytes} bytes beside the integers, and these are of "
+            f"{row_bytes.element_bytes}. Choose the --dtype that was calibrated with, or calibrate with this one"
+        )
     if asked.price is not None:
         return None
-    raise UsageError(
-        f"{path} was measured with weights of {table.formats}, and these are {row_bytes.label}: another KL. Make a "
-        "model of the new weights with 'tda-export quantize', and calibrate that; or give --price, 0 for dense."
-    )
+    raise UsageError(f"{problem}; or give --price, 0 for dense.")
 
 
 def mask_request(source: ModelSource, dtype: str, path: Path, asked: Asked, tail: Tail | None = None) -> BuildRequest:

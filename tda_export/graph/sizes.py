@@ -26,7 +26,7 @@ LINEAR_MATRICES = (*ATTENTION_MATRICES, *FFN_MATRICES)
 class Sizes:
     """Bytes: `stored` of all weights, `read` of those that a dense decode step reads, `linears` of the layers' linears
     among them and `ffn` of the FFN's (without biases, as sparsity counts), `cache_row` of one token's key and value in
-    one layer."""
+    one layer. `formats`: names of those that the linears are stored in."""
 
     stored: int
     read: int
@@ -34,6 +34,7 @@ class Sizes:
     ffn: int
     cache_row: int
     windows: tuple[int | None, ...]
+    formats: tuple[str, ...]
 
     def cache(self, context: int) -> int:
         """Return what the keys and values of a context take, in tokens."""
@@ -68,9 +69,11 @@ def weight_sizes(spec: DecoderSpec, weights: Mapping[str, int], matrices: Mappin
     if not spec.tied_head:
         looked_up |= {tensor.name for tensor in matrices[contract.EMBEDDING].tensors}
     ffn = attention = 0
+    formats: set[str] = set()
     for layer in range(spec.num_layers):
         of_layer = {stored: matrices.get(contract.linear_weight(layer, stored)) for stored in LINEAR_MATRICES}
         sizes = {stored: matrix.bytes for stored, matrix in of_layer.items() if matrix is not None}
+        formats |= {matrix.format.name for matrix in of_layer.values() if matrix is not None}
         ffn += sum(sizes.get(stored, 0) for stored in FFN_MATRICES)
         attention += sum(sizes.get(stored, 0) for stored in ATTENTION_MATRICES)
         looked_up |= {contract.down_squared_norms(layer), contract.neuron_scale(layer)}
@@ -81,6 +84,7 @@ def weight_sizes(spec: DecoderSpec, weights: Mapping[str, int], matrices: Mappin
         ffn=ffn,
         cache_row=KEY_AND_VALUE * spec.num_kv_heads * spec.head_size * contract.DTYPE_BYTES[dtype],
         windows=spec.sliding_windows,
+        formats=tuple(sorted(formats)),
     )
 
 

@@ -14,9 +14,9 @@ from tda_export.graph import contract
 from tda_export.models.layout import Tensor
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
-from tda_export.packing import FormatOf, RowBytes, linear_parts, row_bytes_of
+from tda_export.packing import RowBytes, linear_parts, row_bytes_of
 from tda_export.quantization.nearest import round_matrix
-from tda_export.weights.formats import FORMATS, IntegerFormat, WeightFormat
+from tda_export.weights.formats import DEFAULT_GROUP, FORMATS, IntegerFormat
 from tda_export.weights.integers import Codes
 from tda_export.weights.matrix import Major, Matrix
 from tda_export.weights.plan import FLOAT, FormatPlan, plan_formats, read_rules
@@ -41,33 +41,33 @@ class PlannedWeight:
         return contract.tensor_bytes(self.shape, self.dtype)
 
 
-def _floats(name: str) -> WeightFormat | None:
-    return None
-
-
 @dataclass(frozen=True)
 class Storage:
     """How tensors are stored.
 
-    `dtype`: a value of `contract.DTYPES`, of activations and of all that is no integer. `format_of`: the format of a
-    matrix by its name (`weights.plan`): `layers.0.q`, `embedding`, which a tied head is too, or `head`; None is a
-    float. `codes`: those that the checkpoint has, [in, out] in layers, [out, in] outside, which are stored as they are;
-    others are rounded.
+    `dtype`: a value of `contract.DTYPES`, of activations and of all that is no integer. `formats`: of every matrix;
+    None is all floats. `codes`: those that the checkpoint has, [in, out] in layers, [out, in] outside, which are stored
+    as they are; others are rounded.
     """
 
     dtype: str
-    format_of: FormatOf = _floats
+    formats: FormatPlan | None = None
     codes: Mapping[str, Codes] = field(default_factory=dict)
     quantizer: ClassVar[str] = "rtn"  # how integers come about that the checkpoint does not have
 
     @property
     def has_integers(self) -> bool:
-        """Whether there are formats of integers."""
-        return self.format_of is not _floats
+        """Whether some matrix is stored as integers."""
+        return self.formats is not None and bool(self.formats.integers)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether some matrix becomes integers that the checkpoint does not have: another model than its own."""
+        return self.formats is not None and any(name not in self.codes for name in self.formats.integers)
 
     def row_bytes(self, spec: DecoderSpec) -> RowBytes:
         """Return what rows of the layers' linears take."""
-        return row_bytes_of(spec, contract.DTYPE_BYTES[self.dtype], self.format_of)
+        return row_bytes_of(spec, contract.DTYPE_BYTES[self.dtype], self.formats)
 
     def plan(self, target: str, tensor: Tensor, major: Major, members: Sequence[str]) -> Iterator[PlannedWeight]:
         """List the tensors of a matrix.
@@ -82,7 +82,7 @@ class Storage:
             UsageError: What lies side by side has different formats.
         """
         rows, columns = tensor.shape
-        formats = {self.format_of(name) for name in members}
+        formats = {None if self.formats is None else self.formats.of(name) for name in members}
         if len(formats) > 1:
             raise UsageError(
                 f"{', '.join(members)} have different formats, and lie side by side. Give them one format, or build "
@@ -109,7 +109,7 @@ class Storage:
 
         Raises:
             UsageError: The checkpoint's codes cannot lie side by side.
-            TdaError: They have another shape.
+            TdaError: They have another shape, or elements cannot be rounded.
         """
         assert isinstance(matrix.format, IntegerFormat)
         return [torch.from_numpy(array) for array in self._codes(tensor, members, matrix.format).pack()]
@@ -117,7 +117,8 @@ class Storage:
     def _codes(self, tensor: Tensor, members: Sequence[str], format: IntegerFormat) -> Codes:
         given = [self.codes[name] for name in members if name in self.codes]
         if len(given) < len(members):
-            return round_matrix(tensor.load().float().contiguous().numpy(), format, symmetric=False)
+            rows = tensor.load().float().contiguous().numpy()
+            return round_matrix(", ".join(members), rows, format, symmetric=False)
         try:
             codes = given[0].beside(*given[1:])
         except ValueError as error:
@@ -134,38 +135,42 @@ class Storage:
 
 def storage_of(source: ModelSource, dtype: str, plan: FormatPlan | None = None) -> Storage:
     """Return how a model is stored: as it is quantised, or by a plan of formats; None is all floats."""
-    chosen = source.formats or plan
-    return Storage(dtype) if chosen is None else Storage(dtype, chosen.of, source.codes)
+    return Storage(dtype, source.formats or plan, source.codes)
 
 
-def read_plan(source: ModelSource, weights: str, group: int, rules: Sequence[str]) -> FormatPlan | None:
-    """Read the formats that a float model is asked to be stored in, None where none is.
+def read_plan(source: ModelSource, weights: str, group: int | None, rules: Sequence[str]) -> FormatPlan | None:
+    """Read the formats that a float model is asked to be stored in, None where all stay floats.
 
     Args:
         source: The model.
         weights: `float`, `int8` or `int4`.
-        group: Integers that share a scale.
+        group: Integers that share a scale; None is the default.
         rules: Exceptions (`weights.plan.read_rules`).
 
     Raises:
-        UsageError: A rule is none or matches nothing, or the model is quantised already.
+        UsageError: A rule is none or matches nothing, the model is quantised already, or a group is given for floats.
     """
-    if weights == FLOAT and not rules:
-        return None
     if source.formats is not None:
+        if weights == FLOAT and group is None and not rules:
+            return None
         raise UsageError(
-            f"{source.name} is quantised already, and is stored as it is. Leave --weights and --weights-for out, or "
-            "give the float model."
+            f"{source.name} is quantised already, and is stored as it is. Leave --weights, --group and --weights-for "
+            "out, or give the float model."
         )
-    spec = source.spec
-    return plan_formats(
+    spec, chosen = source.spec, DEFAULT_GROUP if group is None else group
+    plan = plan_formats(
         spec.num_layers,
         linear_parts(spec),
         tied_head=spec.tied_head,
         weights=weights,
-        group=group,
-        rules=read_rules(rules, group),
+        group=chosen,
+        rules=read_rules(rules, chosen),
     )
+    if plan.integers:
+        return plan
+    if group is not None:
+        raise UsageError("--group means nothing where all weights are floats. Leave it out, or give --weights int4.")
+    return None
 
 
 class _TensorsToCome:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tda_export.models.layout import module_parts
 from tda_export.models.placement import present
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import ATTENTION_PARTS, linear_parts, linear_shape, linear_sites
@@ -23,15 +24,11 @@ class Linear:
     """
 
     def __init__(self, model: Any, spec: DecoderSpec, layer: int, part: str) -> None:
-        names = spec.names
-        modules = {"q": names.query, "k": names.key, "v": names.value, "o": names.attention_out}
-        modules |= {"gate": names.gate, "up": names.up, "down": names.down}
-        name = modules[part]
+        name, shared = next((name, parts) for name, parts in module_parts(spec).items() if part in parts)
         self.part = part
         self.inputs, self.outputs = linear_shape(spec, part)
         self.module = model.get_submodule(name.format(i=layer))
         self._transposed = spec.transposed_linears
-        shared = tuple(other for other in linear_parts(spec) if modules[other] == name)
         self.shares_module = len(shared) > 1
         interleaved = self.shares_module and part in ATTENTION_PARTS and spec.qkv_layout == "by_head"
         self._heads = (spec.num_heads, len(shared), spec.head_size) if interleaved else None

@@ -8,7 +8,7 @@ of integers by itself, as an artifact stores it: `layers.{i}.{part}` [in, out] w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from tda_export.models.spec import DecoderSpec
 from tda_export.models.weights import SINGLE_FILE, SafetensorsWeights, open_safetensors
 from tda_export.packing import linear_parts, linear_shape
 from tda_export.weights.formats import IntegerFormat
-from tda_export.weights.integers import Codes
+from tda_export.weights.integers import Codes, CodesByName
 from tda_export.weights.plan import EMBEDDING, HEAD, FormatPlan, matrix_names, part_name
 
 CONFIG_FILE = "config.json"
@@ -116,7 +116,7 @@ class QuantisedWeights:
     @property
     def codes(self) -> Mapping[str, Codes]:
         """The matrices of integers by name, each read when asked for."""
-        return StoredCodes(self)
+        return CodesByName({name: partial(self.read_codes, name) for name in self.plan.integers})
 
     def __contains__(self, name: str) -> bool:
         return name in self._made or name in self._stored
@@ -178,25 +178,6 @@ class QuantisedWeights:
     @property
     def _file(self) -> Path:
         return self._folder / SINGLE_FILE
-
-
-class StoredCodes(Mapping[str, Codes]):
-    """Matrices of integers, `layers.{i}.{part}`, `embedding` and, where it is not tied, `head`; read at each look."""
-
-    def __init__(self, weights: QuantisedWeights) -> None:
-        self._read = {name: partial(weights.read_codes, name) for name in weights.plan.integers}
-
-    def __getitem__(self, name: str) -> Codes:
-        return self._read[name]()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._read
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._read)
-
-    def __len__(self) -> int:
-        return len(self._read)
 
 
 def _read_plan(folder: Path, spec: DecoderSpec, content: dict[str, Any]) -> FormatPlan:

@@ -38,7 +38,6 @@ from tda_export.models.weights import (
     has_safetensors,
     open_safetensors,
 )
-from tda_export.weights.formats import WeightFormat
 from tda_export.weights.integers import Codes
 from tda_export.weights.plan import FormatPlan
 
@@ -88,10 +87,6 @@ class ModelSource:
     def formats(self) -> FormatPlan | None:
         """The formats of a quantised folder's matrices, None of a float model."""
         return None if self.quantisation is None else self._quantised.plan
-
-    def format_of(self, name: str) -> WeightFormat | None:
-        """Return the format of a matrix by its name in a plan of formats; None is a float."""
-        return None if self.formats is None else self.formats.of(name)
 
     @property
     def codes(self) -> Mapping[str, Codes]:

@@ -21,7 +21,7 @@ from tda_export.models.weights import SINGLE_FILE
 from tda_export.weights.integers import Codes
 from tda_export.weights.plan import FormatPlan
 
-COPIED = ("tokenizer*", "*.jinja", "*.json", "merges.txt", "vocab.txt", "spiece.model")
+COPIED = ("tokenizer*", "*.jinja", "*.json", "merges.txt", "vocab.txt", "spiece.model", "LICEN[CS]E*", "NOTICE*")
 NOT_COPIED = (CONFIG_FILE, "*.index.json")
 
 

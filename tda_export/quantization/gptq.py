@@ -20,7 +20,7 @@ from tda_export.ranks import ALONE, Ranks
 from tda_export.weights.formats import IntegerFormat
 from tda_export.weights.integers import SHRINKS, SMALLEST_SCALE, Codes
 
-DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it
+DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it, at least
 MORE_DAMPING, MOST_DAMPING = 10.0, 1.0  # where that is not enough for a factor to exist
 BLOCK = 128  # rows between two updates of all rows that follow
 
@@ -44,10 +44,10 @@ def row_order(hessian: torch.Tensor) -> RowOrder:
         hessian: X^T X, float [in, in] on any device. Inputs that are always 0 are allowed.
 
     Raises:
-        TdaError: It holds no finite numbers, or has no factor.
+        TdaError: It holds no finite numbers, or has no factor; the message goes behind a name and a colon.
     """
     if not bool(hessian.isfinite().all()):
-        raise TdaError("Its inputs are not finite. Check the checkpoint.")
+        raise TdaError("its inputs are not finite. Check the checkpoint.")
     order = hessian.diagonal().argsort(descending=True, stable=True)
     ordered = hessian[order][:, order].double()
     mean = float(ordered.diagonal().mean()) or 1.0
@@ -60,7 +60,7 @@ def row_order(hessian: torch.Tensor) -> RowOrder:
         if not failed:
             return RowOrder(order, factor.float())
         damping *= MORE_DAMPING
-    raise TdaError("The Hessian of its inputs has no Cholesky factor. Calibrate with more --sequences.")
+    raise TdaError("the Hessian of its inputs has no Cholesky factor. Give more --sequences.")
 
 
 def quantise_rows(weight: torch.Tensor, rows: RowOrder, format: IntegerFormat, *, symmetric: bool = False) -> Codes:
@@ -98,12 +98,16 @@ def quantise_together(
     """
     filled = [_whole_groups(weight, format) for weight in weights]
     side_by_side = torch.cat(filled, dim=1)
+    # 1 of the elements of matrices, 0 of what fills groups.
+    counts = torch.cat([(torch.arange(f.shape[1]) < w.shape[1]) for f, w in zip(filled, weights, strict=True)])
+    counts = counts.to(side_by_side)
     share = -(-side_by_side.shape[1] // format.group // ranks.count) * format.group  # of columns
 
-    def quantise(columns: torch.Tensor, together: int) -> tuple[torch.Tensor, ...]:
-        return tuple(found.cpu() for found in _quantise_groups(columns, rows, format, symmetric=symmetric))
+    def quantise(piece: tuple[torch.Tensor, torch.Tensor], together: int) -> tuple[torch.Tensor, ...]:
+        return tuple(found.cpu() for found in _quantise_groups(*piece, rows, format, symmetric=symmetric))
 
-    pieces = list(ranks.in_order(side_by_side.split(share, dim=1), quantise))
+    shares = list(zip(side_by_side.split(share, dim=1), counts.split(share), strict=True))
+    pieces = list(ranks.in_order(shares, quantise))
     widths = [each.shape[1] // format.group for each in filled]
     found = [torch.cat(each, dim=1).split(widths, dim=1) for each in zip(*pieces, strict=True)]
     return [
@@ -119,10 +123,15 @@ def _whole_groups(weight: torch.Tensor, format: IntegerFormat) -> torch.Tensor:
 
 
 def _quantise_groups(
-    columns: torch.Tensor, rows: RowOrder, format: IntegerFormat, *, symmetric: bool
+    columns: torch.Tensor, counts: torch.Tensor, rows: RowOrder, format: IntegerFormat, *, symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Quantise whole groups [in, G group]; return codes uint8 [in, G, group], scales and zero points [in, G]."""
+    """Quantise whole groups [in, G group], of which `counts` [G group] says which elements count.
+
+    Returns:
+        Codes uint8 [in, G, group], scales and zero points [in, G].
+    """
     inputs, groups = len(columns), columns.shape[1] // format.group
+    counts = counts.view(groups, format.group)
     left = columns[rows.order]
     codes = torch.empty(inputs, groups, format.group, dtype=torch.uint8, device=columns.device)
     scales = torch.empty(inputs, groups, dtype=torch.float16, device=columns.device)
@@ -134,7 +143,7 @@ def _quantise_groups(
         block, errors = left[start:end], torch.empty_like(left[start:end])
         for row in range(start, end):
             own = block[row - start]
-            rounded = search_groups(own.view(groups, format.group), format, shrinks, symmetric=symmetric)
+            rounded = search_groups(own.view(groups, format.group), counts, format, shrinks, symmetric=symmetric)
             codes[row], scales[row], zero_points[row] = rounded
             decoded = (rounded[0] - rounded[2][:, None]) * rounded[1][:, None]
             error = (own - decoded.flatten()) / diagonal[row]
@@ -146,12 +155,13 @@ def _quantise_groups(
 
 
 def search_groups(
-    grouped: torch.Tensor, format: IntegerFormat, shrinks: torch.Tensor, *, symmetric: bool
+    grouped: torch.Tensor, counts: torch.Tensor, format: IntegerFormat, shrinks: torch.Tensor, *, symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Round groups to the nearest codes with the range that costs least: `integers.round_to_nearest` in PyTorch.
 
     Args:
-        grouped: float32 [groups, group].
+        grouped: float32 [groups, group], a row.
+        counts: float32 [groups, group], 1 of elements, and 0 of what fills groups, whose errors do not count.
         format: Of the codes.
         shrinks: Ranges to try, as parts of a group's own, float32 [n, 1].
         symmetric: Let zero points be the middle code.
@@ -172,8 +182,8 @@ def search_groups(
     else:
         zero_points = (-low * shrinks / scales).round().clamp(0, most)
     codes = ((grouped / scales[..., None]).round() + zero_points[..., None]).clamp(0, most)  # [n, groups, group]
-    errors = ((codes - zero_points[..., None]) * scales[..., None] - grouped).square().sum(dim=2)
-    best = errors.argmin(dim=0)  # [groups]
+    squares = ((codes - zero_points[..., None]) * scales[..., None] - grouped).square() * counts
+    best = squares.sum(dim=2).argmin(dim=0)  # [groups]
     groups = torch.arange(len(grouped), device=grouped.device)
     return codes[best, groups], scales[best, groups], zero_points[best, groups]
 

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from tda_export.calibration.divergence import agreement, mean_kl
+from tda_export.errors import TdaError
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -53,9 +56,18 @@ class Compared:
 
 
 def compare(p: torch.Tensor, q: torch.Tensor) -> Compared:
-    """Compare log-probabilities [C, V] of the float model with the quantised model's."""
-    same = p.argmax(dim=-1) == q.argmax(dim=-1)
-    return Compared(float((p.exp() * (p - q)).sum(dim=-1).mean()), float(same.double().mean()), len(p))
+    """Compare log-probabilities [C, V] of the float model with the quantised model's.
+
+    Raises:
+        TdaError: The KL is no finite number.
+    """
+    kl = float(mean_kl(p, q))
+    if not math.isfinite(kl):
+        raise TdaError(
+            "The KL of the quantised model to the float model is no finite number. Leave matrices float by "
+            "--weights-for, or quantise to --weights int8."
+        )
+    return Compared(kl, agreement(p, q), len(p))
 
 
 def summarise(compared: Sequence[Compared]) -> Loss:
@@ -64,10 +76,14 @@ def summarise(compared: Sequence[Compared]) -> Loss:
     error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     # Of what is the same but for rounding the KL may come out below 0.
     mean = max(0.0, float(values.mean()))
-    agreement = sum(each.agreement for each in compared) / len(compared)
-    return Loss(mean, error, agreement, sum(each.tokens for each in compared), len(compared))
+    same = sum(each.agreement for each in compared) / len(compared)
+    return Loss(mean, error, same, sum(each.tokens for each in compared), len(compared))
 
 
 def loss(dense: list[torch.Tensor], quantised: Iterator[torch.Tensor]) -> Loss:
-    """Compare log-probabilities [C, V] of the float model with the quantised model's, sequence by sequence."""
+    """Compare log-probabilities [C, V] of the float model with the quantised model's, sequence by sequence.
+
+    Raises:
+        TdaError: A KL is no finite number.
+    """
     return summarise([compare(p, q) for p, q in zip(dense, quantised, strict=True)])

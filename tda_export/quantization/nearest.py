@@ -32,13 +32,24 @@ def read_matrix_rows(spec: DecoderSpec, weights: Weights, name: str) -> np.ndarr
     else:
         _, layer, part = name.split(".")
         weight = layout.part(int(layer), part).load().T
-    if not bool(weight.isfinite().all()):
-        raise TdaError(f"{name}: the checkpoint has weights that are no finite numbers. Download the weights again.")
-    return np.ascontiguousarray(weight.float().numpy())
+    rows = np.ascontiguousarray(weight.float().numpy())
+    _check_finite(name, rows)
+    return rows
 
 
-def round_matrix(rows: np.ndarray, format: IntegerFormat, *, symmetric: bool) -> Codes:
-    """Round a matrix float32 [rows, columns] to the nearest codes with searched ranges, with PyTorch's threads."""
+def round_matrix(name: str, rows: np.ndarray, format: IntegerFormat, *, symmetric: bool) -> Codes:
+    """Round a matrix to the nearest codes with searched ranges, with PyTorch's threads.
+
+    Args:
+        name: For messages.
+        rows: float32 [rows, columns].
+        format: Of the codes.
+        symmetric: Let zero points be the middle code.
+
+    Raises:
+        TdaError: It holds a weight that is no finite number, or that is too large for its scale.
+    """
+    _check_finite(name, rows)
     step = max(1, ELEMENTS_AT_ONCE // rows.shape[1])
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         blocks = list(
@@ -47,4 +58,24 @@ def round_matrix(rows: np.ndarray, format: IntegerFormat, *, symmetric: bool) ->
                 (rows[start : start + step] for start in range(0, len(rows), step)),
             )
         )
-    return Codes(format, *(np.concatenate([getattr(block, field) for block in blocks]) for field in FIELDS))
+    codes = Codes(format, *(np.concatenate([getattr(block, field) for block in blocks]) for field in FIELDS))
+    check_scales(name, codes)
+    return codes
+
+
+def check_scales(name: str, codes: Codes) -> None:
+    """Refuse codes whose scales float16 does not hold, as of weights of a million.
+
+    Raises:
+        TdaError: It is so; the message names the matrix.
+    """
+    if not np.isfinite(codes.scales).all():
+        raise TdaError(
+            f"{name}: some weights are too large for scales of {codes.format.name}, which are float16. Leave the "
+            f"matrix float: --weights-for {name.replace(', ', '=float,')}=float."
+        )
+
+
+def _check_finite(name: str, rows: np.ndarray) -> None:
+    if not np.isfinite(rows).all():
+        raise TdaError(f"{name}: the checkpoint has weights that are no finite numbers. Download the weights again.")

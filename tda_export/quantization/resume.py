@@ -1,8 +1,15 @@
-"""A quantisation that was interrupted goes on behind the last layer that it finished: a file a layer, beside it."""
+"""Finished layers: a file each beside the output, so that a quantisation goes on behind them after an interruption.
+
+They are read from there once more for the output, so that memory holds the codes of one layer at a time.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +17,17 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tda_export.errors import TdaError
+from tda_export.errors import TdaError, UsageError, first_line
 from tda_export.files import as_os_error, atomic_file, remove_leftovers
 from tda_export.weights.formats import IntegerFormat
-from tda_export.weights.integers import Codes
+from tda_export.weights.integers import Codes, CodesByName
 
 SUFFIX = ".partial"
 KEY = "tda_export_partial"
+LAYER = re.compile(r"layer-\d{5}\.safetensors")
 UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError)
+
+Shapes = Mapping[str, tuple[IntegerFormat, tuple[int, int]]]  # of matrices of integers by name: rows and columns
 
 
 class PartialLayers:
@@ -32,6 +42,21 @@ class PartialLayers:
         """
         self.folder = output.with_name(output.name + SUFFIX)
         self._key = json.dumps(key, sort_keys=True)
+
+    def check(self) -> None:
+        """Refuse a folder that cannot be written, or that holds layers of somebody else's, before any long work.
+
+        Raises:
+            UsageError: It is so.
+        """
+        if not os.path.lexists(self.folder):
+            return
+        usable = self.folder.is_dir() and os.access(self.folder, os.W_OK)
+        if not usable or any(path.is_dir() or _key(path) is None for path in self._layers()):
+            raise UsageError(
+                f"{self.folder} is in the way: finished layers are kept there until all are done. Move it away, or "
+                "choose another output."
+            )
 
     def save(self, layer: int, codes: dict[str, Codes]) -> None:
         """Write the matrices of a layer, whole or not at all.
@@ -56,38 +81,82 @@ class PartialLayers:
             text = str(error) if isinstance(error, TdaError) else f"{path}: {error.strerror or error}."
             raise TdaError(f"{text} The quantisation has stopped.{goes_on}") from error
 
-    def load(self, layer: int, formats: dict[str, tuple[IntegerFormat, tuple[int, int]]]) -> dict[str, Codes] | None:
+    def load(self, layer: int, shapes: Shapes) -> dict[str, Codes] | None:
         """Read what an earlier run left of a layer, if it was of the same quantisation; None otherwise.
 
         Args:
             layer: Which.
-            formats: Of its matrices of integers, with rows and columns.
+            shapes: Of its matrices of integers.
         """
         try:
-            with safe_open(self._path(layer), framework="numpy") as file:
-                if (file.metadata() or {}).get(KEY) != self._key:
-                    return None
-                return {
-                    name: Codes.unpack(
-                        format, shape[1], *(file.get_tensor(tensor.name) for tensor in format.tensors(name, *shape))
-                    )
-                    for name, (format, shape) in formats.items()
-                }
+            if _key(self._path(layer)) != self._key:
+                return None
+            return {name: self._codes(layer, name, *shape) for name, shape in shapes.items()}
         except UNREADABLE:
             return None  # missing or damaged: quantise it again
 
+    def read(self, layer: int, name: str, format: IntegerFormat, shape: tuple[int, int]) -> Codes:
+        """Read a matrix of a layer that is finished.
+
+        Raises:
+            TdaError: It is no longer there.
+        """
+        try:
+            return self._codes(layer, name, format, shape)
+        except UNREADABLE as error:
+            raise TdaError(
+                f"{self._path(layer)}: it was written, and can no longer be read ({first_line(error)}). Start again; "
+                "the other layers are kept."
+            ) from error
+
     def remove(self) -> None:
-        """Delete the folder with its layers, if there is one, and what killed runs left in it."""
+        """Delete layers of any quantisation, what killed runs left of them, and the folder unless more is in it."""
         if not self.folder.is_dir():
             return
-        for path in self.folder.glob("layer-*.safetensors"):
+        for path in self._layers():
             remove_leftovers(path)
-            path.unlink()
+            if _key(path):
+                path.unlink()
         remove_leftovers(self._path(0))
         try:
             self.folder.rmdir()
         except OSError:
             return  # something of somebody else's is in it
 
+    def _codes(self, layer: int, name: str, format: IntegerFormat, shape: tuple[int, int]) -> Codes:
+        with safe_open(self._path(layer), framework="numpy") as file:
+            stored = [file.get_tensor(tensor.name) for tensor in format.tensors(name, *shape)]
+        return Codes.unpack(format, shape[1], *stored)
+
     def _path(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:05}.safetensors"
+
+    def _layers(self) -> list[Path]:
+        return [path for path in self.folder.iterdir() if LAYER.fullmatch(path.name)]
+
+
+class KeptCodes(CodesByName):
+    """Matrices of integers as they come: packed in memory, or in files."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+
+    def keep(self, codes: Mapping[str, Codes]) -> None:
+        """Keep matrices in memory."""
+        for name, found in codes.items():
+            self._read[name] = partial(Codes.unpack, found.format, found.codes.shape[1], *found.pack())
+
+    def keep_saved(self, layers: PartialLayers, layer: int, shapes: Shapes) -> None:
+        """Keep the matrices of a layer where it was saved."""
+        for name, shape in shapes.items():
+            self._read[name] = partial(layers.read, layer, name, *shape)
+
+
+def _key(path: Path) -> str | None:
+    """Return what a layer was saved for: None of other files, "" of one that is damaged."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            key: str | None = (file.metadata() or {}).get(KEY)
+            return key
+    except UNREADABLE:
+        return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,8 @@ from tda_export.quantization.gptq import DAMPING, quantise_together, row_order
 from tda_export.quantization.hessians import FIRST_TOKEN_WEIGHT, site_hessian
 from tda_export.quantization.kl import Compared, Loss, compare, continuations, summarise
 from tda_export.quantization.layers import Call, first_inputs, layer_calls, pass_on
-from tda_export.quantization.nearest import read_matrix_rows, round_matrix
-from tda_export.quantization.resume import PartialLayers
+from tda_export.quantization.nearest import check_scales, read_matrix_rows, round_matrix
+from tda_export.quantization.resume import KeptCodes, PartialLayers
 from tda_export.ranks import ALONE, Ranks
 from tda_export.versions import installed_versions
 from tda_export.weights.formats import DEFAULT_GROUP, IntegerFormat
@@ -93,22 +93,27 @@ class QuantizeSettings:
         """Return how it quantises, as plain data: what a folder keeps."""
         content: dict[str, Any] = {"name": self.quantizer, "symmetric": self.symmetric}
         if self.quantizer == "gptq":
-            content |= {"damping": DAMPING, "first_token_weight": FIRST_TOKEN_WEIGHT}
+            content |= {"least_damping": DAMPING, "first_token_weight": FIRST_TOKEN_WEIGHT}
         return content
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """A quantised model: its codes by matrix, their formats, and what config.json says of it beside them."""
+    """A quantised model: its codes by matrix, their formats, and what config.json says of it beside them.
 
-    codes: dict[str, Codes]
+    Codes of layers lie beside the output, where there is one, until `PartialLayers.remove`.
+    """
+
+    codes: Mapping[str, Codes]
     plan: FormatPlan
     about: dict[str, Any]
     loss: Loss | None
 
 
 def split(corpus: Corpus | None, settings: QuantizeSettings) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sequences that GPTQ reads and those that the loss is measured on, the last; int64 [.., P + C].
+    """Return the sequences that GPTQ reads and those that the loss is measured on; int64 [.., P + C].
+
+    The latter come first, so that quantisers, and any number of --sequences, are measured on the same text.
 
     Raises:
         UsageError: There are too few for that.
@@ -117,18 +122,17 @@ def split(corpus: Corpus | None, settings: QuantizeSettings) -> tuple[torch.Tens
         none = torch.zeros(0, settings.length, dtype=torch.int64)
         return none, none
     found = len(corpus.tokens)
-    held_out = found
+    held_out = end = min(settings.kl_sequences, found)
     if settings.quantizer == "gptq":
-        # Where there is less text than was asked for, both have less of it.
-        held_out = min(settings.kl_sequences, found - settings.sequences) if found > settings.sequences else 0
-        if settings.kl_sequences and found < settings.all_sequences:
+        end = found
+        if held_out and found < settings.all_sequences:  # both have less text than was asked for
             held_out = max(1, found * settings.kl_sequences // settings.all_sequences)
-        if found - held_out < 1:
+        if held_out == found:
             raise UsageError(
                 f"GPTQ reads sequences and measures on others, and {found} is too few for that. Give text for more, or "
                 "--kl-sequences 0, or --quantizer rtn."
             )
-    return corpus.tokens[: found - held_out], corpus.tokens[found - held_out :]
+    return corpus.tokens[held_out:end], corpus.tokens[:held_out]
 
 
 def quantize(
@@ -167,14 +171,16 @@ def quantize(
         with show("Reading the float model", len(held_out)) as advance:
             own = held_out[ranks.number :: ranks.count]
             for found in continuations(model, own, settings.prompt_tokens):
+                if not bool(found.isfinite().all()):
+                    raise TdaError(f"{source.name}: the logits are not finite. Download the weights again.")
                 dense.append(found)
                 advance(min(ranks.count, len(held_out) - (len(dense) - 1) * ranks.count))
     run = _Run(source, plan, settings, model, tokens, partial, ranks)
     with show("Quantising", spec.num_layers + 1) as advance:
-        codes = run.outside()
+        run.outside()
         advance(1)
         for layer in range(spec.num_layers):
-            codes |= run.layer(layer)
+            run.layer(layer)
             advance(1)
     measured = None
     if len(held_out):
@@ -188,7 +194,7 @@ def quantize(
         with show("Measuring", len(held_out)) as advance:
             measured = summarise(list(ranks.in_order(list(held_out), measure)))
         about |= {"loss": measured.describe()}
-    return Quantised(codes, plan, about | {"versions": versions}, measured)
+    return Quantised(run.codes, plan, about | {"versions": versions}, measured)
 
 
 class _Run:
@@ -207,29 +213,29 @@ class _Run:
         self._spec, self._weights = source.spec, source.weights()
         self._plan, self._settings, self._model, self._partial = plan, settings, model, partial
         self._tokens, self._ranks = tokens, ranks
+        self.codes = KeptCodes()
         self._calls: list[Call] = []
         self._inputs: list[torch.Tensor] = []
 
-    def outside(self) -> dict[str, Codes]:
+    def outside(self) -> None:
         """Quantise embedding and head, and read the sequences up to the first layer."""
         names = {EMBEDDING: self._spec.names.embedding, HEAD: self._spec.names.head}
         integers = self._plan.integers
 
         def rounded(name: str, together: int) -> Codes:
             rows = read_matrix_rows(self._spec, self._weights, name)
-            return round_matrix(rows, integers[name], symmetric=self._settings.symmetric)
+            return round_matrix(name, rows, integers[name], symmetric=self._settings.symmetric)
 
         wanted = [name for name in (EMBEDDING, HEAD) if name in integers]
-        codes = dict(zip(wanted, self._ranks.in_order(wanted, rounded), strict=True))
-        for name, found in codes.items():
+        for name, found in zip(wanted, self._ranks.in_order(wanted, rounded), strict=True):
+            self.codes.keep({name: found})
             self._put(names[name], torch.from_numpy(found.decode()))
         if len(self._tokens):
             self._calls = layer_calls(self._model, self._spec, self._tokens[0])
             own = self._tokens[self._ranks.number :: self._ranks.count]
             self._inputs = first_inputs(self._model, self._spec, own)
-        return codes
 
-    def layer(self, layer: int) -> dict[str, Codes]:
+    def layer(self, layer: int) -> None:
         """Quantise the linears of a layer, site by site, each under its quantised predecessors."""
         names = [part_name(layer, part) for part in linear_parts(self._spec)]
         formats = {name: format for name in names if (format := self._plan.integers.get(name)) is not None}
@@ -242,11 +248,14 @@ class _Run:
             codes |= {part_name(layer, part): of_part for part, of_part in found.items()}
             decoded = {part: found[part].decode() if part in found else own for part, own in rows.items()}
             self._put_parts(layer, {part: torch.from_numpy(weight) for part, weight in decoded.items()})
-        if self._partial and codes and earlier is None:
-            self._partial.save(layer, codes)
+        if self._partial and codes:
+            if earlier is None:
+                self._partial.save(layer, codes)
+            self.codes.keep_saved(self._partial, layer, shapes)
+        else:
+            self.codes.keep(codes)
         if len(self._tokens) and layer + 1 < self._spec.num_layers:
             pass_on(self._calls[layer], self._inputs, self._model.device)
-        return codes
 
     def _site(
         self, layer: int, site: str, rows: dict[str, np.ndarray], formats: dict[str, IntegerFormat]
@@ -257,7 +266,7 @@ class _Run:
         if self._settings.quantizer == "rtn" or not wanted:
 
             def rounded(part: str, together: int) -> Codes:
-                return round_matrix(rows[part], wanted[part], symmetric=symmetric)
+                return round_matrix(part_name(layer, part), rows[part], wanted[part], symmetric=symmetric)
 
             return dict(zip(wanted, ranks.in_order(list(wanted), rounded), strict=True))
         hessian = site_hessian(self._model, self._spec, layer, site, self._calls[layer], self._inputs)
@@ -272,6 +281,8 @@ class _Run:
             weights = [torch.from_numpy(rows[part]).to(hessian.device) for part in parts]
             codes = quantise_together(weights, order, format, symmetric=symmetric, ranks=ranks)
             found |= dict(zip(parts, codes, strict=True))
+        for part, codes_of_part in found.items():
+            check_scales(part_name(layer, part), codes_of_part)
         return {part: found[part] for part in wanted}
 
     def _put_parts(self, layer: int, values: dict[str, torch.Tensor]) -> None:

@@ -42,8 +42,10 @@ def check_manifest(manifest: dict[str, Any]) -> tuple[ModelShape, dict[str, Matr
     checks = {"indexed": _check_indexed, "priced": _check_priced}
     _require(isinstance(manifest["layout"], str) and manifest["layout"] in checks, "layout")
     _check_budget(manifest["budget"])
-    sparsity = manifest["expected"].get("sparsity")
+    _require(isinstance(model.get("quantization"), dict | None), "model.quantization")
+    sparsity, kl = manifest["expected"].get("sparsity"), manifest["expected"].get("kl")
     _require(sparsity is None or _is_number(abs(sparsity), 1), "expected.sparsity")
+    _require(kl is None or _is_number(abs(kl), LARGEST_NUMBER), "expected.kl")
     _check_weights(manifest, shape, matrices)
     checks[manifest["layout"]](manifest, shape, matrices)
     # One that is wrong is a wrong figure in every report.

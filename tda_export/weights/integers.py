@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +64,25 @@ class Codes:
 FIELDS = ("codes", "scales", "zero_points")
 
 
+class CodesByName(Mapping[str, Codes]):
+    """Matrices by name, each read when it is looked at, every time."""
+
+    def __init__(self, read: Mapping[str, Callable[[], Codes]]) -> None:
+        self._read = dict(read)
+
+    def __getitem__(self, name: str) -> Codes:
+        return self._read[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._read
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read)
+
+    def __len__(self) -> int:
+        return len(self._read)
+
+
 def pack_bits(numbers: np.ndarray, bits: int) -> np.ndarray:
     """Pack uint8 [rows, n] below 2**bits, the first of a byte in its low bits: uint8 [rows, bytes]."""
     if bits == 8:
@@ -80,6 +100,7 @@ def unpack_bits(packed: np.ndarray, count: int, bits: int) -> np.ndarray:
     return np.stack([packed & 15, packed >> 4], axis=2).reshape(packed.shape[0], -1)[:, :count]
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def round_to_nearest(
     weight: np.ndarray, format: IntegerFormat, *, symmetric: bool = False, search: bool = True
 ) -> Codes:
@@ -92,11 +113,12 @@ def round_to_nearest(
         search: Try ranges smaller than the group's own, and take the one of the least squared error.
 
     Returns:
-        The codes. Scales are rounded to float16 before elements are rounded to codes.
+        The codes. Scales are rounded to float16 before elements are rounded to codes; where that is too small for a
+        group its scale is infinite.
     """
     rows, columns = weight.shape
     groups = format.groups(columns)
-    if missing := groups * format.group - columns:  # what stands past the end changes no group's range
+    if missing := groups * format.group - columns:  # what fills the last group of a row changes no range
         weight = np.pad(weight, ((0, 0), (0, missing)), mode="edge")
     grouped = weight.reshape(-1, format.group)
     codes = np.empty(grouped.shape, np.uint8)
@@ -105,7 +127,8 @@ def round_to_nearest(
     for start in range(0, len(grouped), step):
         some = slice(start, start + step)
         block = np.ascontiguousarray(grouped[some].T)
-        found = _best_parameters(block, format, SHRINKS if search else SHRINKS[:1], symmetric=symmetric)
+        filling = slice(format.group - missing, None), slice((-1 - start) % groups, None, groups)
+        found = _best_parameters(block, filling, format, SHRINKS if search else SHRINKS[:1], symmetric=symmetric)
         scales[some], zero_points[some] = found
         codes[some] = nearest_codes(block, *found, format).T
     return Codes(
@@ -117,9 +140,11 @@ def round_to_nearest(
 
 
 def _best_parameters(
-    block: np.ndarray, format: IntegerFormat, shrinks: np.ndarray, *, symmetric: bool
+    block: np.ndarray, filling: tuple[slice, slice], format: IntegerFormat, shrinks: np.ndarray, *, symmetric: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the scale and zero point of the least squared error of each group, the first of equals, float32 [n].
+
+    What is in `filling` of the block does not count.
 
     The passes over `block`, float32 [group, n], are what rounding takes its time for: they lie in the cache, and a
     group is a column, so that every one runs along what is contiguous.
@@ -136,6 +161,7 @@ def _best_parameters(
         np.minimum(left, most - zero_points, out=left)
         np.multiply(left, scales, out=left)
         np.subtract(left, block, out=left)
+        left[filling] = 0
         error = np.einsum("ij,ij->j", left, left)
         if best is None:
             best = (error, scales, zero_points)

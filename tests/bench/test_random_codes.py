@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from tda_export.bench.artifact import build_random_priced
+from tda_export.bench.artifact import WORTH, build_random_priced
 from tda_export.bench.random_codes import RandomStorage, code_deviation, draw_packed, random_storage
 from tda_export.bench.shapes import POOL_NUMBERS, RandomWeights, random_source
+from tda_export.graph.contract import in_a_layer, row_price
+from tda_export.graph.storage import read_plan
 from tda_export.graph.stored_integers import stored_codes
 from tda_export.models.source import ModelSource
+from tda_export.runtime.session import map_weight
 from tda_export.weights.formats import IntegerFormat, integer_format
 from tda_export.weights.integers import Codes, pack_bits
 from tda_export.weights.matrix import Major, Matrix
-from tda_export.weights.plan import plan_formats
 from tests.bench.test_bench import SMALL
 from tests.conftest import run_ok
 
@@ -92,9 +94,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     return random_source(str(path))
 
 
-def storage_of_small(source: ModelSource) -> RandomStorage:
-    parts = ("q", "k", "v", "o", "gate", "up", "down")
-    plan = plan_formats(source.spec.num_layers, parts, tied_head=False, weights="int4")
+def storage_of_small(source: ModelSource, *rules: str) -> RandomStorage:
+    plan = read_plan(source, "int4", None, rules)
     storage = random_storage("float32", plan)
     assert isinstance(storage, RandomStorage)
     return storage
@@ -116,6 +117,22 @@ def test_an_artifact_of_codes(source: ModelSource, tmp_path: Path) -> None:
     shown = json.loads(run_ok("inspect", artifact.folder, "--json").stdout)
     assert shown["quantization"]["quantizer"] == {"name": "random", "symmetric": False}
     assert "quantised by random: " in run_ok("inspect", artifact.folder).stdout
+
+
+@pytest.mark.parametrize("rules", [(), ("*.down=float", "layers.0.*=int8")])
+def test_a_price_reads_its_share_of_the_bytes(rules: tuple[str, ...], source: ModelSource, tmp_path: Path) -> None:
+    """Whatever formats there are: bytes count, not elements."""
+    storage = storage_of_small(source, *rules)
+    artifact, _ = build_random_priced(source, tmp_path / "artifact", storage, (0.3, 0.5), quiet=True)
+    unread, rows = [0, 0], []
+    for name, matrix in artifact.matrices.items():
+        if in_a_layer(name):
+            worth = map_weight(artifact, row_price(name))
+            for index, level in enumerate(WORTH[::-1]):
+                unread[index] += int((worth <= level).sum()) * matrix.row_bytes
+            rows.append(matrix.row_bytes)
+    shares = [share / artifact.linear_bytes for share in unread]
+    assert shares == pytest.approx([0.3, 0.5], abs=sum(rows) / artifact.linear_bytes)
 
 
 def test_floats_need_no_codes() -> None:

@@ -199,6 +199,18 @@ def test_an_interrupted_sequence_is_not_counted(family: Family) -> None:
         assert all(torch.equal(read, before[packing].read[part]) for part, read in measured[packing].read.items())
 
 
+def test_logits_that_are_not_finite(family: Family) -> None:
+    """Their KL is no 0."""
+    model, spec = family("llama")
+    tokens = draw_tokens(spec, 1)
+    prices = row_prices_of(model, spec, tokens)["sites"]
+    broken = copy.deepcopy(model)
+    broken.model.norm.weight.data[0] = float("nan")
+    measured = Measured.begin(spec, [1e-30])
+    with pytest.raises(TdaError, match=r"^Logits are not finite\. Calibrate with --dtype bf16 or fp32\.$"):
+        measure_sequence(broken, spec, tokens[0], PROMPT, {"sites": prices}, {"sites": measured})
+
+
 def test_a_model_whose_rows_do_nothing(family: Family) -> None:
     model, spec = family("llama")
     tokens = draw_tokens(spec, 1)

@@ -14,7 +14,7 @@ from click.testing import Result
 
 from tda_export.graph import contract
 from tests.cli.conftest import FAILURE, USAGE, assert_error
-from tests.conftest import CALIBRATE_TINY, build_tda, run_cli, run_ok
+from tests.conftest import CALIBRATE_TINY, QUANTIZE_TINY, build_tda, run_cli, run_ok
 from tests.graph.test_verify import rehash
 from tests.runtime.conftest import add_token, edit_manifest
 
@@ -27,7 +27,7 @@ def edit_config(model: Path, **values: Any) -> None:
 # Models
 
 
-@pytest.mark.parametrize("command", ["calibrate", "build"])
+@pytest.mark.parametrize("command", ["calibrate", "build", "quantize"])
 def test_folder_that_is_no_model(command: str, outputs: Path, tmp_path: Path, tiny_calibration: Path) -> None:
     (tmp_path / "empty").mkdir()
     options = ["--method", "tda", "--calibration", tiny_calibration] if command == "build" else []
@@ -82,6 +82,8 @@ def calibrate_on(model: Path, output: Path, dataset: object, *options: object) -
 @pytest.mark.parametrize("name", ["missing.txt", "missing.jsonl", "missing.csv", "missing.parquet"])
 def test_missing_dataset(outputs: Path, tiny_model: Path, tmp_path: Path, name: str) -> None:
     assert_error(calibrate_on(tiny_model, outputs, tmp_path / name), USAGE, f"{name}: no such file")
+    result = run_cli("quantize", tiny_model, "-o", outputs / "x", *QUANTIZE_TINY, "--dataset", tmp_path / name)
+    assert_error(result, USAGE, f"{name}: no such file")
 
 
 def test_dataset_of_unknown_kind(outputs: Path, tiny_model: Path, tmp_path: Path) -> None:

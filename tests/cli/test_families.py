@@ -11,7 +11,8 @@ import torch
 from tda_export.calibration.file import read_calibration
 from tda_export.models.source import resolve_model
 from tda_export.runtime import load
-from tests.conftest import CALIBRATE_TINY, build_tda, run_ok
+from tda_export.runtime.artifact import open_artifact
+from tests.conftest import CALIBRATE_TINY, PRICE_TINY, QUANTIZE_TINY, build_tda, run_ok
 from tests.tiny import save_tiny_model
 
 PROMPT = "The keeper of the light wrote down the height of every tide"
@@ -77,3 +78,13 @@ def test_bench(built: tuple[str, Path]) -> None:
     lengths = ("--prompt-tokens", 32, "--new-tokens", 32)
     result = json.loads(run_ok("bench", folder / "artifact", *methods, *lengths, "--json").stdout)
     assert result["two_levels"]["sparsity"] == pytest.approx(0.5, abs=0.2)
+
+
+def test_quantised(built: tuple[str, Path]) -> None:
+    """From the float model to an artifact of its integers, which build compares with transformers."""
+    _, folder = built
+    run_ok("quantize", folder / "model", "-o", folder / "quantised", *QUANTIZE_TINY)
+    run_ok("calibrate", folder / "quantised", "-o", folder / "prices", "--labels", "1", *PRICE_TINY)
+    run_ok("build", folder / "quantised", "--calibration", folder / "prices", "-o", folder / "integers")
+    assert open_artifact(folder / "integers").has_integers
+    run_ok("generate", folder / "integers", PROMPT, "--max-new-tokens", 8)

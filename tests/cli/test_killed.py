@@ -1,4 +1,4 @@
-"""Kill build and calibrate at any moment: the next run gives what an undisturbed one gives, and leaves nothing else."""
+"""Kill a command at any moment: the next run gives what an undisturbed one gives, and leaves nothing else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import listing
-from tests.conftest import CALIBRATE_TINY, build_tda
+from tests.conftest import CALIBRATE_TINY, QUANTIZE_TINY, build_tda
 
 if not hasattr(os, "fork"):
     pytest.skip("forks", allow_module_level=True)
@@ -70,17 +70,18 @@ def forks(tiny_model: Path, tiny_calibration: Path, tmp_path_factory: pytest.Tem
         "-o",
         folder / "a",
     )
-    forks = Forks(folder, calibrate, build)
+    forks = Forks(folder, calibrate, build, ("quantize", tiny_model, *QUANTIZE_TINY, "-o", folder / "q"))
     yield forks
     forks.process.communicate(timeout=60)
     assert forks.process.returncode == 0
 
 
-@pytest.mark.parametrize("command", ["build", "calibrate"])
+@pytest.mark.parametrize("command", ["build", "calibrate", "quantize"])
 def test_killed_at_any_moment(
     command: str, forks: Forks, tiny_model: Path, tiny_calibration: Path, tmp_path: Path
 ) -> None:
-    options = {"build": ("--method", "tda", "--calibration", tiny_calibration), "calibrate": CALIBRATE_TINY}[command]
+    build = ("--method", "tda", "--calibration", tiny_calibration)
+    options = {"build": build, "calibrate": CALIBRATE_TINY, "quantize": QUANTIZE_TINY}[command]
 
     def writing_to(folder: str, *more: str) -> tuple[object, ...]:
         return (command, tiny_model, *options, *more, "-o", tmp_path / folder / "x")

@@ -28,7 +28,8 @@ def quantised(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_what_the_folder_says(quantised: Path, tiny_model: Path) -> None:
     content = json.loads((quantised / "config.json").read_text())["quantization_config"]
     assert content["quant_method"] == "tda_export"
-    assert content["quantizer"] == {"name": "gptq", "symmetric": False, "damping": 0.01, "first_token_weight": 100.0}
+    how = {"name": "gptq", "symmetric": False, "least_damping": 0.01, "first_token_weight": 100.0}
+    assert content["quantizer"] == how
     assert content["data"]["name"] == "builtin"
     assert (content["data"]["sequences"], content["data"]["kl_sequences"]) == (4, 2)
     assert content["model"]["name"] == str(tiny_model)
@@ -44,7 +45,18 @@ def test_inspect_shows_formats_and_loss(quantised: Path) -> None:
     assert shown["quantization"]["loss"]["sequences"] == 2
 
 
-@pytest.mark.parametrize("change", [{"loss": {"kl": "much"}}, {"quantizer": None}, {"quantizer": {"name": "gptq"}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"loss": {"kl": "much"}},
+        {"loss": {"kl": float("nan"), "stderr": 0, "agreement": 1, "tokens": 32}},
+        {"loss": {"kl": 0.1, "stderr": 10**400, "agreement": 1, "tokens": 32}},
+        {"loss": 5},
+        {"quantizer": None},
+        {"quantizer": {"name": "gptq"}},
+    ],
+    ids=lambda change: str(change)[:30],
+)
 def test_inspect_of_a_config_that_was_changed(quantised: Path, tmp_path: Path, change: dict[str, object]) -> None:
     folder = shutil.copytree(quantised, tmp_path / "changed")
     config = json.loads((folder / "config.json").read_text())
@@ -113,6 +125,30 @@ def test_what_is_refused_before_any_work(tiny_model: Path, tmp_path: Path, monke
     assert "--device tpu is not known" in refusal(tiny_model, "-o", output, "--device", "tpu")
     assert "'48' is not one of" in refusal(tiny_model, "-o", output, "--group", "48")
     assert not list(tmp_path.iterdir())
+    (tmp_path / "out.partial").write_text("mine")
+    assert refusal(tiny_model, "-o", output) == (
+        f"Error: {tmp_path}/out.partial is in the way: finished layers are kept there until all are done. Move it "
+        "away, or choose another output."
+    )
+
+
+def test_options_of_text_that_is_not_read(tiny_model: Path, tmp_path: Path) -> None:
+    rounded = (tiny_model, "-o", tmp_path / "out", "--quantizer", "rtn")
+    assert refusal(*rounded, "--sequences", "60") == (
+        "Error: --sequences means nothing with --quantizer rtn. Leave one of them out."
+    )
+    for option in (
+        ("--dataset", "nofile.txt"),
+        ("--text-column", "text"),
+        ("--seed", "0"),
+        ("--prompt-tokens", "32"),
+        ("--continuation-tokens", "16"),
+    ):
+        assert refusal(*rounded, "--kl-sequences", "0", *option) == (
+            f"Error: {option[0]} means nothing with --quantizer rtn --kl-sequences 0, which reads no text. Leave one "
+            "of them out."
+        )
+    run_ok("quantize", *rounded, "--kl-sequences", "1", "--seed", "1", *LENGTHS)
 
 
 def test_less_text_than_asked_for(tiny_model: Path, tmp_path: Path) -> None:
@@ -144,7 +180,7 @@ def test_an_interrupted_run_goes_on(tiny_model: Path, tmp_path: Path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "pass_on", broken)
-        assert run_cli("quantize", tiny_model, "-o", tmp_path / "out", *FEW).exit_code != 0
+        assert run_cli("quantize", tiny_model, "-o", tmp_path / "out", *FEW).exit_code == 130
     assert len(list((tmp_path / "out.partial").iterdir())) == 2
     run_ok("quantize", tiny_model, "-o", tmp_path / "out", *FEW)
     run_ok("quantize", tiny_model, "-o", tmp_path / "whole", *FEW)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from tda_export.errors import UsageError
+from tda_export.errors import TdaError, UsageError
 from tda_export.graph import contract, operators
 from tda_export.graph.export import BuildRequest, export_artifact
 from tda_export.graph.integer_linear import (
@@ -24,7 +26,7 @@ from tda_export.graph.integer_linear import (
 from tda_export.graph.ops import IR_VERSION, MICROSOFT, OPSET, Ops
 from tda_export.graph.priced import PricedDesign
 from tda_export.graph.sizes import artifact_sizes
-from tda_export.graph.storage import Storage, storage_of
+from tda_export.graph.storage import Storage, read_plan, storage_of
 from tda_export.graph.stored_integers import stored_codes
 from tda_export.graph.verify import verify_artifact
 from tda_export.models.source import ModelSource, resolve_model
@@ -32,19 +34,17 @@ from tda_export.packing import PACKINGS, Packing, linear_parts
 from tda_export.quantization.folder import write_quantised
 from tda_export.quantization.nearest import read_matrix_rows, round_matrix
 from tda_export.runtime.artifact import open_artifact
-from tda_export.weights.formats import INTEGER_FORMATS, IntegerFormat, WeightFormat, integer_format
+from tda_export.weights.formats import INTEGER_FORMATS, IntegerFormat, integer_format
 from tda_export.weights.integers import Codes, round_to_nearest
 from tda_export.weights.matrix import Matrix
 from tda_export.weights.plan import plan_formats, read_rules
 from tests.graph.test_priced import random_prices, source_of  # noqa: F401 - a fixture
 from tests.tiny import FAMILIES
 
-FOUR, EIGHT = integer_format(4), integer_format(8)
 
-
-def by_name(name: str) -> WeightFormat | None:
-    """Four bits in the layers, eight outside, as --weights int4 has it."""
-    return EIGHT if name in (contract.EMBEDDING, contract.HEAD) else FOUR
+def rounded(source: ModelSource, *rules: str) -> Storage:
+    """Four bits in the layers, eight outside, as --weights int4 has it, and rules."""
+    return storage_of(source, "float32", read_plan(source, "int4", 32, rules))
 
 
 def build(source: ModelSource, storage: Storage, output: Path, packing: Packing = "separate") -> Path:
@@ -66,7 +66,7 @@ def test_family_matches_transformers(
 ) -> None:
     source = source_of(family)
     packing = PACKINGS[list(FAMILIES).index(family) % 2]
-    artifact = build(source, Storage("float32", by_name), tmp_path / "artifact", packing)
+    artifact = build(source, rounded(source), tmp_path / "artifact", packing)
     checks = verify_artifact(artifact, lambda name: source, provider="cpu", quiet=True)
     assert len(checks) == 11
     assert [check for check in checks if not check.passed] == []
@@ -74,7 +74,7 @@ def test_family_matches_transformers(
 
 def test_bytes_of_integers(source_of: Callable[[str], ModelSource], tmp_path: Path) -> None:  # noqa: F811
     source = source_of("llama")
-    artifact = open_artifact(build(source, Storage("float32", by_name), tmp_path / "artifact"))
+    artifact = open_artifact(build(source, rounded(source), tmp_path / "artifact"))
     spec = source.spec
     # M = 64, F = 96, heads of 64 outputs, keys and values of 32: rows of 4-bit codes, scales and zero points.
     row = {32: 16 + 2 + 1, 64: 32 + 4 + 1, 96: 48 + 6 + 2}
@@ -92,12 +92,30 @@ def test_one_format_of_what_lies_side_by_side(
     tmp_path: Path,
 ) -> None:
     source = source_of("llama")
-    mixed = Storage("float32", lambda name: EIGHT if name.endswith(".v") else FOUR)
+    mixed = rounded(source, "*.v=int8")
     with pytest.raises(
         UsageError, match=r"layers\.0\.q, layers\.0\.k, layers\.0\.v have different formats.*separate\.$"
     ):
         build(source, mixed, tmp_path / "artifact", "sites")
     build(source, mixed, tmp_path / "artifact", "separate")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), r"^layers\.0\.q, layers\.0\.k, layers\.0\.v: the checkpoint has weights that are no finite"),
+        (2e6, r"^layers\.0\.q, layers\.0\.k, layers\.0\.v: some weights are too large for scales of int4_g32, which "),
+    ],
+)
+def test_weights_that_cannot_be_rounded(value: float, message: str, tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.k_proj.weight"][3, 4] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    source = resolve_model(str(folder))
+    with pytest.raises(TdaError, match=message):
+        build(source, rounded(source), tmp_path / "artifact", "sites")
+    assert not (tmp_path / "artifact").exists()
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt-neox", "gpt2"])
@@ -116,7 +134,7 @@ def test_codes_of_a_quantised_model_are_stored_as_they_are(
         rules=read_rules(["layers.1.down=int8_g64"]),
     )
     codes = {
-        name: round_matrix(read_matrix_rows(spec, source.weights(), name), format, symmetric=False)
+        name: round_matrix(name, read_matrix_rows(spec, source.weights(), name), format, symmetric=False)
         for name, format in plan.integers.items()
     }
     write_quantised(source, tmp_path / "model", codes, plan, {})

@@ -33,7 +33,7 @@ def rounded(source: ModelSource, output: Path, weights: str = "int8", rules: str
         rules=read_rules([rules]) if rules else [],
     )
     codes = {
-        name: round_matrix(read_matrix_rows(spec, source.weights(), name), format, symmetric=False)
+        name: round_matrix(name, read_matrix_rows(spec, source.weights(), name), format, symmetric=False)
         for name, format in plan.integers.items()
     }
     write_quantised(source, output, codes, plan, {})
@@ -43,6 +43,7 @@ def rounded(source: ModelSource, output: Path, weights: str = "int8", rules: str
 def made(name: str, folder: Path, rules: str = "", weights: str = "int8") -> tuple[ModelSource, ModelSource]:
     """A tiny model, and the same quantised."""
     source = resolve_model(str(save_tiny_model(name, folder / "float")))
+    (folder / "float" / "LICENSE.md").write_text("Do what you like.")
     rounded(source, folder / "quantised", weights, rules)
     return source, resolve_model(str(folder / "quantised"))
 
@@ -139,6 +140,7 @@ def test_what_else_is_in_the_folder(good: Path) -> None:
     source = resolve_model(str(good))
     assert source.tokenizer("Hi").input_ids == resolve_model(str(good.parent / "float")).tokenizer("Hi").input_ids
     assert source.eos_token_ids == resolve_model(str(good.parent / "float")).eos_token_ids
+    assert (good / "LICENSE.md").read_text() == "Do what you like."
     assert is_quantised_folder(good)
     assert not is_quantised_folder(good.parent / "float")
     content = json.loads((good / "config.json").read_text())

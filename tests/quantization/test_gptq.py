@@ -142,12 +142,12 @@ def test_the_weight_is_left_as_it_is() -> None:
 
 
 def test_inputs_that_are_not_finite() -> None:
-    with pytest.raises(TdaError, match=r"^Its inputs are not finite\. Check the checkpoint\.$"):
+    with pytest.raises(TdaError, match=r"^its inputs are not finite\. Check the checkpoint\.$"):
         row_order(torch.full((3, 3), float("nan")))
 
 
 def test_a_matrix_that_is_no_hessian() -> None:
-    message = r"^The Hessian of its inputs has no Cholesky factor\. Calibrate with more --sequences\.$"
+    message = r"^the Hessian of its inputs has no Cholesky factor\. Give more --sequences\.$"
     with pytest.raises(TdaError, match=message):
         row_order(torch.tensor([[1.0, 9.0], [9.0, 1.0]]))
 
@@ -158,7 +158,9 @@ def test_the_search_is_the_one_of_rounding_to_nearest() -> None:
         expected = round_to_nearest(weight, format)
         for row in range(7):
             grouped = torch.from_numpy(weight[row]).view(2, 32)
-            codes, scales, _ = search_groups(grouped, format, torch.from_numpy(SHRINKS)[:, None], symmetric=False)
+            codes, scales, _ = search_groups(
+                grouped, torch.ones(2, 32), format, torch.from_numpy(SHRINKS)[:, None], symmetric=False
+            )
             assert np.array_equal(codes.flatten().numpy(), expected.codes[row])
             assert np.array_equal(scales.half().numpy(), expected.scales[row])
 

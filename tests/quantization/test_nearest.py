@@ -20,7 +20,7 @@ def test_pieces_are_the_whole(format: IntegerFormat, elements: int, monkeypatch:
     rows = np.random.default_rng(0).standard_normal((37, 83)).astype(np.float32)
     for symmetric in (False, True):
         found, expected = (
-            round_matrix(rows, format, symmetric=symmetric),
+            round_matrix("w", rows, format, symmetric=symmetric),
             round_to_nearest(rows, format, symmetric=symmetric),
         )
         for field in FIELDS:

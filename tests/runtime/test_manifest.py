@@ -67,6 +67,15 @@ LARGE = 10**400
         *((lambda manifest, key=key: manifest.pop(key), key) for key in ("budget", "expected", "io", "prior_tokens")),
         (lambda manifest: manifest.update(expected={"sparsity": LARGE}), r"expected\.sparsity"),
         (lambda manifest: manifest.update(expected={"sparsity": "much"}), ""),
+        *(
+            (lambda manifest, bad=bad: manifest.update(expected={"kl": bad}), r"expected\.kl")
+            for bad in (LARGE, math.nan)
+        ),
+        (lambda manifest: manifest.update(expected={"kl": "much"}), ""),
+        *(
+            (lambda manifest, bad=bad: manifest["model"].update(quantization=bad), r"model\.quantization")
+            for bad in ("int4", [], 4)
+        ),
         (lambda manifest: manifest["weights"][contract.EMBEDDING].update(offset=LARGE), r"weights\.embedding"),
         (lambda manifest: manifest["weights"][contract.EMBEDDING].update(shape=[0, 64]), r"weights\.embedding"),
     ],
