@@ -119,7 +119,7 @@ class Tile {
     const float* queries_of[kMostQueries];
     float* results_of[kMostQueries];
     int64_t count = 0;
-    AttentionCall::Range shared = {0, 0};  // what these attend to
+    CpuCall::Range shared = {0, 0};  // what these attend to
     const auto attend = [&] {
       const int64_t at = (kv_head * call_.room + shared.begin) * call_.size;
       if (count > 0) {
