@@ -268,3 +268,37 @@ def test_a_matrix_without_rows() -> None:
 def test_attributes_that_do_not_fit(rows: bool, columns: int, group: int, message: str) -> None:
     with pytest.raises(Exception, match=f"Linear4: {message}"):
         code_session(INTEGER_FORMATS["int4_g32"], columns, rows=rows, group=group)
+
+
+@pytest.mark.parametrize("format", SOME)
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", "dots"])
+@pytest.mark.parametrize("count", [513, 1029])
+def test_more_tokens_than_a_tile(format: IntegerFormat, rows: bool, count: int) -> None:
+    """Each gives what it gives alone; those of the last tile too."""
+    rng = np.random.default_rng(10)
+    feeds, _ = row_feeds(rng, format, 70, 90, count)
+    feeds["price"] = price_for(feeds, 0.5)
+    if not rows:
+        feeds |= feeds_of(random_codes(rng, format, 90, 70), feeds["x"])
+    call = session(format, 90 if rows else 70, rows=rows, bias=rows)
+    together = run(call, feeds)
+    for t in (0, 511, 512, count - 1):
+        alone = run(call, feeds | {"x": feeds["x"][:, t : t + 1]})
+        np.testing.assert_array_equal(alone[:, 0], together[:, t])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("row", [0, 1, 32, 33])
+def test_the_smallest_scales_of_rows(format: IntegerFormat, count: int, row: int) -> None:
+    """Subnormal float16 numbers among them: rows 0, 1, 32 and 33 of all 64 hold their smallest, of either sign."""
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    every = every[np.isfinite(every)].reshape(64, -1)
+    codes = random_codes(np.random.default_rng(11), format, 64, every.shape[1] * format.group)
+    codes = replace(codes, scales=every, codes=np.zeros_like(codes.codes), zero_points=np.zeros_like(codes.zero_points))
+    codes.codes[:, :: format.group] = 1
+    x = np.zeros((1, count, 64), np.float32)
+    x[0, :, row] = 0.5
+    feeds = feeds_of(codes, x) | {"row_price": np.ones(64, np.float32), "price": np.zeros(1, np.float32)}
+    y = run(session(format, codes.codes.shape[1], rows=True), feeds)
+    np.testing.assert_array_equal(y[0, :, :: format.group], np.tile(every[row].astype(np.float32) / 2, (count, 1)))

@@ -151,6 +151,17 @@ def test_a_token_alone_gives_the_same_bits_on_the_cpu(threads: int) -> None:
         np.testing.assert_array_equal(alone[:, 0], together[:, t])
 
 
+@pytest.mark.parametrize("tokens", [513, 1029])
+def test_more_tokens_than_a_tile_on_the_cpu(tokens: int) -> None:
+    rng = np.random.default_rng(8)
+    feeds = random_rows(rng, tokens=tokens, inputs=70, outputs=90, dtype="float32")
+    feeds["price"] = price_for(feeds, 0.5)
+    together = run(session(bias=True), feeds)
+    for t in (0, 511, 512, tokens - 1):
+        alone = run(session(bias=True), feeds | {"x": feeds["x"][:, t : t + 1]})
+        np.testing.assert_array_equal(alone[:, 0], together[:, t])
+
+
 @pytest.mark.parametrize("dtype", ["float32", *ON_GPU])
 @pytest.mark.parametrize("shape", [(7,), (2, 7), (2, 1, 3, 7), (1, 0, 7)])
 def test_leading_axes(dtype: str, shape: tuple[int, ...]) -> None:

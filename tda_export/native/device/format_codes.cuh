@@ -79,7 +79,13 @@ struct CodePack {
   __device__ __forceinline__ void AddHalves(float value, unsigned* halves) const {
     const ZeroHalves zero(ZeroPoint());
     unsigned factor;
-    asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(factor) : "f"(value * Scale()));
+    asm("{\n"
+        ".reg .b16 half;\n"
+        "cvt.rn.f16.f32 half, %1;\n"
+        "mov.b32 %0, {half, half};\n"
+        "}"
+        : "=r"(factor)
+        : "f"(value * Scale()));
     const auto add = [&](unsigned differences, unsigned& sum) {
       asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(differences), "r"(factor));
     };
