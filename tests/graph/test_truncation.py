@@ -125,6 +125,7 @@ def test_half_precision_has_the_functions_of_decode(model: Model) -> None:
     proto = ir.to_proto(build_truncation(artifact_spec(model.artifact), weight_table(model.artifact), "float16"))
     assert {tensor.name for tensor in proto.graph.output} >= {contract.KEPT_NEURONS}
     assert {function.name for function in proto.functions} == {
+        operators.ATTENTION,
         operators.LINEAR,
         operators.ADD_NORM,
         operators.ADD_BIAS_NORM,
