@@ -162,7 +162,10 @@ def test_devices_that_ranks_cannot_have(tmp_path: Path, device: str, gpus: int, 
 FAILING = """
 import time
 from tda_export.cli.main import ErrorMappingGroup
+from tda_export.signals import end_on_signals
 import click
+
+end_on_signals()  # as the command itself does
 
 @click.group(cls=ErrorMappingGroup)
 def cli(): pass
