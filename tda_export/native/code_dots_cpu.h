@@ -8,12 +8,12 @@
 
 #include <algorithm>
 
-#include "codes_cpu.h"
+#include "digits_cpu.h"
 
 namespace tda {
 
 constexpr int64_t kRowsAtATime = 32;    // for all tokens, so that they stay in a near cache
-constexpr int64_t kDotAhead = 2 << 10;  // bytes of codes
+constexpr int64_t kDotAhead = 8 << 10;  // bytes of codes
 
 // Activations [tokens, columns] as dots want them.
 struct DotInputs {
@@ -21,11 +21,21 @@ struct DotInputs {
       : size(Rounded(layout.columns, kMostBlock)), groups(Rounded(layout.Groups(), 16)), tokens(tokens) {}
 
   static int64_t Rounded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
-  int64_t Floats() const { return tokens * (size + groups); }
+  int64_t Bytes() const { return tokens * ((size + groups + 1) * sizeof(float) + kDigits * size); }
+
+  // Lay out the inputs in Bytes() of memory.
+  void Place(float* memory) {
+    values = memory;
+    sums = values + tokens * size;
+    steps = sums + tokens * groups;
+    digits = reinterpret_cast<int8_t*>(steps + tokens);
+  }
 
   int64_t size, groups, tokens;
-  float* values;  // [tokens, size], in the order of the codes
-  float* sums;    // [tokens, groups]
+  float* values;   // [tokens, size], in the order of the codes
+  float* sums;     // [tokens, groups]
+  float* steps;    // [tokens]
+  int8_t* digits;  // [tokens, kDigits * size]
 };
 
 // Prepare one token's x [columns].
@@ -115,27 +125,6 @@ TDA_INLINE void DotRow(const CodeFormat<kBits>& weight, int64_t row, const DotIn
     }
   }
   for (int t = 0; t < kTokens; ++t) y[t * stride] = V::Sum(totals[t]);
-}
-
-// Compute y [tokens, rows] for the rows [begin, end).
-template <int kLanes, int kBits>
-TDA_INLINE void DotRowsOf(const CodeFormat<kBits>& weight, int64_t begin, int64_t end, const DotInputs& inputs,
-                          float* y) {
-  constexpr int kTokens = kLanes > 8 ? 8 : 4;
-  for (int64_t first = begin; first < end; first += kRowsAtATime) {
-    const int64_t stop = std::min(first + kRowsAtATime, end);
-    int64_t t = 0;
-    for (; t + kTokens <= inputs.tokens; t += kTokens) {
-      for (int64_t row = first; row < stop; ++row) {
-        DotRow<kLanes, kTokens>(weight, row, inputs, t, y + t * weight.rows + row, weight.rows);
-      }
-    }
-    for (; t < inputs.tokens; ++t) {
-      for (int64_t row = first; row < stop; ++row) {
-        DotRow<kLanes, 1>(weight, row, inputs, t, y + t * weight.rows + row, weight.rows);
-      }
-    }
-  }
 }
 
 }  // namespace tda

@@ -1,6 +1,16 @@
 #include "codes.h"
 
+#include <algorithm>
+#include <cmath>
+
+#include "vectors.h"
+
 namespace tda {
+namespace {
+
+constexpr double kWidestScales = 256.0;  // of the mean
+
+}  // namespace
 
 CodeLayout::CodeLayout(const KernelInfo& info, int bits)
     : bits(bits), columns(info.Int("columns")), group(info.Int("group")) {
@@ -21,6 +31,23 @@ void CodeLayout::Check(const Tensor& codes, const Tensor& scales, const Tensor& 
   };
   check("scales", scales, Groups(), "those");
   check("zero_points", zero_points, Packed(Groups()), "the bytes");
+}
+
+float LargestScale::Of(const Tensor& scales) const {
+  const float known = found_.load(std::memory_order_relaxed);
+  if (known >= 0.0f) return known;
+  const uint16_t* halves = scales.As<const uint16_t>();
+  const int64_t count = scales.Count();
+  float largest = 0.0f;
+  double sum = 0.0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float size = HalfToFloat(halves[i] & 0x7fff);
+    sum += size;
+    largest = std::max(largest, size);
+  }
+  const float found = largest * count <= kWidestScales * sum ? largest : HUGE_VALF;  // not where one is a NaN
+  if (constant_) found_.store(found, std::memory_order_relaxed);
+  return found;
 }
 
 std::vector<IoType> CodeTypes() { return {{kUint8}, {kHalf}, {kUint8}}; }

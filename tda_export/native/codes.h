@@ -2,6 +2,8 @@
 // element = (code - zero point) * scale, both of its group. Every row is a unit of whole bytes.
 #pragma once
 
+#include <atomic>
+
 #include "op.h"
 
 namespace tda {
@@ -19,6 +21,19 @@ struct CodeLayout {
   int bits;
   int64_t columns;
   int64_t group;
+};
+
+// The largest size of a matrix's scales: infinite where one is no finite number, or where most are so much smaller that
+// they have no common unit (digits_cpu.h). Looked for once if they are constant.
+class LargestScale {
+ public:
+  explicit LargestScale(const KernelInfo& info, size_t input) : constant_(info.IsConstant(input)) {}
+
+  float Of(const Tensor& scales) const;
+
+ private:
+  const bool constant_;
+  mutable std::atomic<float> found_ = -1.0f;  // below zero before the first call
 };
 
 // Types of a matrix's tensors: codes, scales, zero points.

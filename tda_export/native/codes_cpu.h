@@ -73,8 +73,8 @@ struct CodeBlock {
     return Vector{} + first[0];
   }
 
-  // Return kLanes codes that follow one another, the first at `address`.
-  static TDA_INLINE Vector InOrder(const uint8_t* address) {
+  // Return kLanes codes that follow one another, the first at `address`, as words or as floats.
+  static TDA_INLINE Words WordsInOrder(const uint8_t* address) {
     if constexpr (kBits == 8) return V::LoadBytes(address);
     uint32_t low = 0, high = 0;
     std::memcpy(&low, address, std::min(4, kLanes / 2));
@@ -83,8 +83,10 @@ struct CodeBlock {
       std::memcpy(&high, address + 4, 4);
       words = V::Counting() < 8 ? words : Words{} + high;
     }
-    words = words >> (V::Counting() % 8 * 4) & 15;
-    return __builtin_convertvector(reinterpret_cast<Integers>(words), Vector);
+    return words >> (V::Counting() % 8 * 4) & 15;
+  }
+  static TDA_INLINE Vector InOrder(const uint8_t* address) {
+    return __builtin_convertvector(reinterpret_cast<Integers>(WordsInOrder(address)), Vector);
   }
 };
 
@@ -92,7 +94,8 @@ struct CodeBlock {
 template <int kBits>
 struct CodeFormat {
   static constexpr bool kScaled = true;
-  static constexpr int64_t kTileColumns = 4096;  // their sums stay in the first cache, and pieces of rows are long
+  static constexpr int kCodeBits = kBits;
+  static constexpr int64_t kTileColumns = 2048;  // their sums stay in the first cache, and pieces of rows are long
   static constexpr int64_t kTileGroups = kTileColumns / kSmallestGroup;
   static constexpr int64_t kRowsAtOnce = 8;
   static constexpr int64_t kMostLanes = 16;
@@ -102,7 +105,8 @@ struct CodeFormat {
     float sums[kTileGroups + kMostLanes] = {};
   };
 
-  CodeFormat(const CodeLayout& layout, const Tensor& weight, const Tensor& scales, const Tensor& zero_points)
+  CodeFormat(const CodeLayout& layout, const Tensor& weight, const Tensor& scales, const Tensor& zero_points,
+             float largest_scale)
       : codes(weight.As<const uint8_t>()),
         scales(scales.As<const uint16_t>()),
         zeros(zero_points.As<const uint8_t>()),
@@ -111,7 +115,8 @@ struct CodeFormat {
         row_bytes(layout.Packed(columns)),
         groups(layout.Groups()),
         zero_bytes(layout.Packed(groups)),
-        group_shift(__builtin_ctzll(layout.group)) {}
+        group_shift(__builtin_ctzll(layout.group)),
+        largest_scale(largest_scale) {}
 
   int64_t RowBytes() const { return row_bytes + 2 * groups + zero_bytes; }
 
@@ -241,7 +246,8 @@ struct CodeFormat {
   const uint16_t* scales;  // [rows, groups], float16
   const uint8_t* zeros;    // [rows, zero_bytes]
   int64_t rows, columns, row_bytes, groups, zero_bytes;
-  int group_shift;  // a group has 1 << group_shift columns
+  int group_shift;      // a group has 1 << group_shift columns
+  float largest_scale;  // or infinity
 };
 
 }  // namespace tda

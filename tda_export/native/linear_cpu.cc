@@ -4,19 +4,20 @@
 
 #include <algorithm>
 
-#include "code_dots_cpu.h"
+#include "digit_dots_cpu.h"
 
 namespace tda {
 namespace {
 
 enum Input : size_t { kX, kWeight, kScales, kZeroPoints };
 
-constexpr int64_t kRangeBytes = 128 << 10;  // of weights, about
+constexpr int64_t kRangeBytes = 256 << 10;  // of weights, about
 
 #define TDA_DOTS(attribute, lanes, bits)                                                                    \
   attribute void PrepareToken(const CodeFormat<bits>& weight, const float* x, int64_t token,                \
                               const DotInputs& inputs) {                                                    \
     PrepareTokenOf<lanes>(weight, x, token, inputs);                                                        \
+    if (inputs.tokens <= kTokensByDigits) PrepareDigitsOf<lanes>(weight, x, token, inputs);                 \
   }                                                                                                         \
   attribute void DotRows(const CodeFormat<bits>& weight, int64_t begin, int64_t end, const DotInputs& inputs, \
                          float* y) {                                                                        \
@@ -30,7 +31,8 @@ TDA_FOR_EACH_TARGET(TDA_ALL_DOTS)
 template <int kBits>
 class LinearCpu : public Kernel {
  public:
-  explicit LinearCpu(const KernelInfo& info) : allocator_(info), layout_(info, kBits) {}
+  explicit LinearCpu(const KernelInfo& info)
+      : allocator_(info), layout_(info, kBits), largest_scale_(info, kScales) {}
 
   void Compute(const KernelContext& context) override {
     const Tensor x = context.Input(kX), codes = context.Input(kWeight);
@@ -39,16 +41,15 @@ class LinearCpu : public Kernel {
     if (x.rank == 0 || x.sizes[x.rank - 1] != layout_.columns) {
       Fail("x: expected shape [.., ", layout_.columns, "], as w has ", layout_.columns, " columns, got ", x.Shape());
     }
-    const CodeFormat<kBits> weight(layout_, codes, scales, zero_points);
+    const CodeFormat<kBits> weight(layout_, codes, scales, zero_points, largest_scale_.Of(scales));
     Tensor shape = x;
     shape.sizes[shape.rank - 1] = weight.rows;
     const Tensor y = context.OutputLike(0, shape);
     if (y.Count() == 0) return;
 
     DotInputs inputs(layout_, x.Count() / layout_.columns);
-    const Scratch scratch(context, allocator_, inputs.Floats() * sizeof(float), false);
-    inputs.values = scratch.As<float>();
-    inputs.sums = inputs.values + inputs.tokens * inputs.size;
+    const Scratch scratch(context, allocator_, inputs.Bytes(), false);
+    inputs.Place(scratch.As<float>());
     context.ParallelFor(inputs.tokens, [&](size_t t) {
       PrepareToken(weight, x.As<const float>() + t * layout_.columns, t, inputs);
     });
@@ -62,6 +63,7 @@ class LinearCpu : public Kernel {
  private:
   const Allocator allocator_;
   const CodeLayout layout_;
+  const LargestScale largest_scale_;
 };
 
 }  // namespace

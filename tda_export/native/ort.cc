@@ -52,6 +52,13 @@ std::string KernelInfo::String(const char* attribute) const {
   return value;
 }
 
+bool KernelInfo::IsConstant(size_t input) const {
+  int constant = 0;
+  const OrtValue* value = nullptr;
+  Check(api_, api_->KernelInfoGetConstantInput_tensor(info_, input, &constant, &value));
+  return constant != 0;
+}
+
 Allocator::Allocator(const KernelInfo& info) : api_(info.api()) {
   Check(api_, api_->KernelInfoGetAllocator(info.get(), 0, &allocator_));
 }

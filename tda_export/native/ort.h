@@ -53,6 +53,7 @@ class KernelInfo {
   bool Flag(const char* attribute) const;  // false where the node does not have it
   float Float(const char* attribute) const;
   std::string String(const char* attribute) const;
+  bool IsConstant(size_t input) const;  // whether an input has the same values in every call
   const OrtApi* api() const { return api_; }
   const OrtKernelInfo* get() const { return info_; }
 

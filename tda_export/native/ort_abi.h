@@ -98,7 +98,10 @@ struct OrtApi {
                                      size_t* count);  // 140
   void* unused_141[52];
   OrtStatus* (*KernelContext_GetGPUComputeStream)(const OrtKernelContext* context, void** stream);  // 193
-  void* unused_194[71];
+  void* unused_194[55];
+  OrtStatus* (*KernelInfoGetConstantInput_tensor)(const OrtKernelInfo* info, size_t index, int* is_constant,
+                                                  const OrtValue** value);  // 249
+  void* unused_250[15];
   OrtStatus* (*KernelContext_GetResource)(const OrtKernelContext* context, int version, int resource,
                                           void** out);  // 265
   void* unused_266[8];
@@ -176,6 +179,7 @@ TDA_CHECK_SLOT(ReleaseTensorTypeAndShapeInfo, 99);
 TDA_CHECK_SLOT(ReleaseAllocator, 132);
 TDA_CHECK_SLOT(GetBoundOutputValues, 140);
 TDA_CHECK_SLOT(KernelContext_GetGPUComputeStream, 193);
+TDA_CHECK_SLOT(KernelInfoGetConstantInput_tensor, 249);
 TDA_CHECK_SLOT(KernelContext_GetResource, 265);
 TDA_CHECK_SLOT(KernelContext_ParallelFor, 274);
 TDA_CHECK_SLOT(KernelContext_GetScratchBuffer, 277);

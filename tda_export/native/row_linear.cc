@@ -31,7 +31,7 @@ RowLinearCall::RowLinearCall(const KernelContext& context) : RowLinearCall(conte
 }
 
 RowLinearCall::RowLinearCall(const KernelContext& context, const CodeLayout& layout) : RowLinearCall(context, 3) {
-  scales = context.Input(kWeight + 1);
+  scales = context.Input(kScales);
   zero_points = context.Input(kWeight + 2);
   layout.Check(weight, scales, zero_points);
   outputs = layout.columns;

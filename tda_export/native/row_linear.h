@@ -14,6 +14,8 @@ namespace tda {
 std::vector<IoType> RowLinearInputs(ElementType type, std::vector<IoType> weight);
 
 struct RowLinearCall {
+  static constexpr size_t kScales = 2;  // the input
+
   // Read and check the inputs of a call: of floats, or of codes, for which there are scales and zero points.
   explicit RowLinearCall(const KernelContext& context);
   RowLinearCall(const KernelContext& context, const CodeLayout& layout);

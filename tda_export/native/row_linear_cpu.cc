@@ -15,9 +15,9 @@
 namespace tda {
 namespace {
 
-constexpr int64_t kFewTokens = 3;
 
 #define TDA_OF_FORMAT(attribute, lanes, Format)                                                           \
+  attribute int64_t FewTokens(const Format&) { return FewTokensOf<lanes, Format>(); }                      \
   attribute void SumChunk(const Format& weight, const ChunkOfToken& chunk, float* sums) {                 \
     SumChunkOf<lanes>(weight, chunk, sums);                                                               \
   }                                                                                                       \
@@ -110,7 +110,7 @@ template <class Format>
 void Multiply(const KernelContext& context, const Allocator& allocator, const RowLinearCall& call,
               const Format& weight) {
   if (call.y.Count() == 0) return;
-  if (call.tokens <= kFewTokens) {
+  if (call.tokens <= FewTokens(weight)) {
     MultiplyFew(context, allocator, call, weight);
   } else {
     MultiplyMany(context, allocator, call, weight);
@@ -133,16 +133,20 @@ class RowLinearCpu : public Kernel {
 template <int kBits>
 class RowLinearCodesCpu : public Kernel {
  public:
-  explicit RowLinearCodesCpu(const KernelInfo& info) : allocator_(info), layout_(info, kBits) {}
+  explicit RowLinearCodesCpu(const KernelInfo& info)
+      : allocator_(info), layout_(info, kBits), largest_scale_(info, RowLinearCall::kScales) {}
 
   void Compute(const KernelContext& context) override {
     const RowLinearCall call(context, layout_);
-    Multiply(context, allocator_, call, CodeFormat<kBits>(layout_, call.weight, call.scales, call.zero_points));
+    const float largest = largest_scale_.Of(call.scales);
+    Multiply(context, allocator_, call,
+             CodeFormat<kBits>(layout_, call.weight, call.scales, call.zero_points, largest));
   }
 
  private:
   const Allocator allocator_;
   const CodeLayout layout_;
+  const LargestScale largest_scale_;
 };
 
 }  // namespace

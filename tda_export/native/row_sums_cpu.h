@@ -2,13 +2,15 @@
 //
 // Rows are cut into chunks, and a chunk's rows are added one after another in order; the sums of the chunks are added in
 // order as well. Where the chunks begin is decided by the shape of the matrix alone, so that neither the number of threads
-// nor the other tokens of a call change a bit of a token's result.
+// nor the other tokens of a call change a bit of a token's result; where products of bytes serve (digits_cpu.h), other
+// tokens up to kTokensByDigits in all.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 
 #include "codes_cpu.h"
+#include "digit_sums_cpu.h"
 #include "row_list.h"
 #include "rows_cpu.h"
 
@@ -50,9 +52,36 @@ struct ChunkOfToken {
   int64_t begin, end;  // columns
 };
 
+// Return how many tokens are summed one by one rather than by a product of matrices.
+template <int kLanes, class Format>
+TDA_INLINE int64_t FewTokensOf() {
+  if constexpr (Format::kScaled) {
+    if (HasByteProducts<kLanes, Format::kCodeBits>()) return kTokensByDigits;
+  }
+  return 3;
+}
+
+// Compute the sums of a chunk by products of bytes. Returns false where they do not serve, with nothing of use in `sums`.
+template <int kLanes, int kBits>
+TDA_INLINE bool SumDigits(const CodeFormat<kBits>& weight, const ChunkOfToken& chunk, float* sums) {
+  int32_t rows[kListed + kQuad];
+  float values[kListed + kQuad];
+  DigitSums<kLanes, kBits> digit_sums(weight, chunk.begin, chunk.end);
+  std::fill_n(sums, WholeBlocks(chunk.end - chunk.begin), 0.0f);
+  for (int64_t first = chunk.first_row; first < chunk.end_row; first += kListed) {
+    const int64_t end = std::min(first + kListed, chunk.end_row);
+    const int64_t count = ListRows<kLanes>(chunk.x, chunk.prices, first, end, rows, values);
+    if (!digit_sums.AddRows(rows, values, count, sums)) return false;
+  }
+  return true;
+}
+
 // Compute the sums of a chunk, float [end - begin], whole blocks of them, in the Format's own order of columns.
 template <int kLanes, class Format>
 TDA_INLINE void SumChunkOf(const Format& weight, const ChunkOfToken& chunk, float* sums) {
+  if constexpr (Format::kScaled) {
+    if (HasByteProducts<kLanes, Format::kCodeBits>() && SumDigits<kLanes>(weight, chunk, sums)) return;
+  }
   int32_t rows[kListed];
   float values[kListed];
   const int64_t piece = weight.RowBytes() * (chunk.end - chunk.begin) / weight.columns + 1;
@@ -61,7 +90,7 @@ TDA_INLINE void SumChunkOf(const Format& weight, const ChunkOfToken& chunk, floa
   std::fill_n(sums, WholeBlocks(chunk.end - chunk.begin), 0.0f);
   for (int64_t first = chunk.first_row; first < chunk.end_row; first += kListed) {
     const int64_t end = std::min(first + kListed, chunk.end_row);
-    const int64_t count = ListRows(chunk.x, chunk.prices, first, end, rows, values);
+    const int64_t count = ListRows<kLanes>(chunk.x, chunk.prices, first, end, rows, values);
     const RowList list = {rows, values, count, groups_ahead * Format::kRowsAtOnce};
     weight.template AddRows<kLanes>(list, chunk.begin, chunk.end, sums, apart);
   }

@@ -32,6 +32,8 @@ struct VectorOf;
     typedef uint32_t Words __attribute__((vector_size(4 * lanes)));                             \
     typedef uint32_t AnyWords __attribute__((vector_size(4 * lanes), aligned(1), may_alias));   \
     typedef int32_t Integers __attribute__((vector_size(4 * lanes)));                           \
+    typedef uint16_t Halves __attribute__((vector_size(4 * lanes)));                            \
+    typedef uint16_t AnyHalves __attribute__((vector_size(4 * lanes), aligned(2), may_alias));  \
   };
 TDA_VECTOR_OF(4)
 TDA_VECTOR_OF(8)
@@ -50,7 +52,7 @@ struct Lanes {
   static TDA_INLINE Words LoadWords(const uint8_t* address) {
     return *reinterpret_cast<const typename VectorOf<kLanes>::AnyWords*>(address);
   }
-  // Load float16 numbers, and bytes, as floats.
+  // Load float16 numbers as floats, and bytes as words.
   static TDA_INLINE Vector LoadHalves(const uint16_t* address) {
     Vector values = {};
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -62,16 +64,16 @@ struct Lanes {
     for (int lane = 0; lane < kLanes; ++lane) values[lane] = HalfToFloat(address[lane]);
     return values;
   }
-  static TDA_INLINE Vector LoadBytes(const uint8_t* address) {
-    Integers values = {};
+  static TDA_INLINE Words LoadBytes(const uint8_t* address) {
+    Words values = {};
 #if defined(__x86_64__) && defined(__GNUC__)
     if constexpr (kLanes > 4) {
       asm("vpmovzxbd %1, %0" : "=v"(values) : "m"(*reinterpret_cast<const uint8_t(*)[kLanes]>(address)));
-      return __builtin_convertvector(values, Vector);
+      return values;
     }
 #endif
     for (int lane = 0; lane < kLanes; ++lane) values[lane] = address[lane];
-    return __builtin_convertvector(values, Vector);
+    return values;
   }
   static TDA_INLINE Words Bits(Vector vector) { return reinterpret_cast<Words>(vector); }
   static TDA_INLINE Vector FromBits(Words bits) { return reinterpret_cast<Vector>(bits); }

@@ -1,0 +1,134 @@
+// Products of tokens with rows of codes by products of bytes (digits_cpu.h): code_dots_cpu.h's, for a few tokens.
+#pragma once
+
+#include "code_dots_cpu.h"
+#include "digits_cpu.h"
+
+namespace tda {
+
+// Compute a token's digits: for each block of codes, and each of the codes of a byte, those of one digit after another.
+// Its step is below zero where they do not serve.
+template <int kLanes, int kBits>
+TDA_INLINE void PrepareDigitsOf(const CodeFormat<kBits>& weight, const float* x, int64_t token,
+                                const DotInputs& inputs) {
+  constexpr int kPerByte = 8 / kBits, kBytes = kLanes * 4;
+  float most = 0.0f;
+  bool finite = true;
+  for (int64_t i = 0; i < weight.columns; ++i) {
+    const float size = std::fabs(x[i]);
+    finite &= size < HUGE_VALF;
+    most = std::max(most, size);
+  }
+  const bool serve = HasByteProducts<kLanes, kBits>() && finite && (most == 0.0f || most >= kSmallestMost);
+  inputs.steps[token] = !serve ? -1.0f : most == 0.0f ? 1.0f : StepFor(most);
+  if (!serve) return;
+  const float per_step = 1.0f / inputs.steps[token];
+  int8_t* digits = inputs.digits + token * inputs.size * kDigits;
+  for (int64_t at = 0; at < inputs.size; at += kBytes * kPerByte) {
+    for (int n = 0; n < kPerByte; ++n, digits += kBytes * kDigits) {
+      for (int byte = 0; byte < kBytes; ++byte) {
+        const int64_t column = at + byte * kPerByte + n;
+        const float value = column < weight.columns ? x[column] : 0.0f;
+        const auto steps = static_cast<uint32_t>(static_cast<int32_t>(std::lrintf(value * per_step))) + 0x00808080u;
+        for (int d = 0; d < kDigits; ++d) digits[d * kBytes + byte] = static_cast<int8_t>((steps >> 8 * d & 255) ^ 128);
+      }
+    }
+  }
+}
+
+// Compute the products of kRows rows with a token, as lanes that are still to be added up.
+template <int kLanes, int kRows, int kBits>
+TDA_INLINE void DotDigits(const CodeFormat<kBits>& weight, int64_t row, const DotInputs& inputs, int64_t token,
+                          typename Lanes<kLanes>::Vector (&totals)[kRows]) {
+  using Block = CodeBlock<kLanes, kBits>;
+  using B = Bytes<kLanes>;
+  using V = typename Block::V;
+  constexpr int kPerByte = 8 / kBits, kBytes = kLanes * 4;
+  constexpr int64_t kReach = CodeFormat<kBits>::kTileColumns;
+  const typename V::Words of_lane = V::Counting() * (4 * kPerByte) >> weight.group_shift;
+  const float* sums = inputs.sums + token * inputs.groups;
+  const float step = inputs.steps[token];
+  Piece<uint8_t, CodeFormat<kBits>::CodeBytes(kReach)> piece;
+  RowScales<kLanes, kBits> scales;
+  for (int r = 0; r < kRows; ++r) {
+    const int8_t* digits = inputs.digits + token * inputs.size * kDigits;
+    const uint8_t* codes = weight.codes + (row + r) * weight.row_bytes;
+    typename V::Vector total = {}, zero_total = {};
+    for (int64_t begin = 0; begin < weight.columns; begin += kReach) {
+      const int64_t columns = std::min(kReach, weight.columns - begin);
+      const int64_t blocks = (columns + Block::kColumns - 1) / Block::kColumns;
+      const int64_t first_group = begin >> weight.group_shift;
+      const int64_t groups = ((columns - 1) >> weight.group_shift) + 1;
+      const uint8_t* first = piece.Of(codes + weight.CodeBytes(begin), weight.CodeBytes(columns), blocks * kBytes,
+                                      weight.codes + weight.rows * weight.row_bytes);
+      scales.Read(weight, row + r, first_group, groups);
+      for (int64_t g = 0; g < groups; g += kLanes) zero_total += V::Load(scales.zeros + g) * V::Load(sums + first_group + g);
+      for (int64_t block = 0; block < blocks; ++block) {
+        __builtin_prefetch(first + block * kBytes + kDotAhead);
+        const typename V::Words words = V::LoadWords(first + block * kBytes);
+        typename V::Integers parts[kDigits] = {};
+        for (int n = 0; n < kPerByte; ++n, digits += kBytes * kDigits) {
+          typename V::Words own = words;
+          if constexpr (kBits == 4) own = own >> 4 * n & 0x0f0f0f0fu;
+          for (int d = 0; d < kDigits; ++d) {
+            const auto of_x = V::LoadWords(reinterpret_cast<const uint8_t*>(digits) + d * kBytes);
+            parts[d] = B::AddProducts(parts[d], own, of_x);
+          }
+        }
+        total += Block::Spread(scales.scales + (block * Block::kColumns >> weight.group_shift), of_lane) * B::Value(parts);
+      }
+    }
+    totals[r] = total * step - zero_total;
+  }
+}
+
+// Compute y of a token for the rows [begin, end).
+template <int kLanes, int kBits>
+TDA_INLINE void DotDigitRows(const CodeFormat<kBits>& weight, int64_t begin, int64_t end, const DotInputs& inputs,
+                             int64_t token, float* y) {
+  using V = Lanes<kLanes>;
+  int64_t row = begin;
+  for (; row + 4 <= end; row += 4) {
+    typename V::Vector totals[4];
+    DotDigits<kLanes>(weight, row, inputs, token, totals);
+    V::SumsOfFour(totals, y + row);
+  }
+  for (; row < end; ++row) {
+    typename V::Vector totals[1];
+    DotDigits<kLanes>(weight, row, inputs, token, totals);
+    y[row] = V::Sum(totals[0]);
+  }
+}
+
+// Compute y [tokens, rows] for the rows [begin, end).
+template <int kLanes, int kBits>
+TDA_INLINE void DotRowsOf(const CodeFormat<kBits>& weight, int64_t begin, int64_t end, const DotInputs& inputs,
+                          float* y) {
+  constexpr int kTokens = kLanes > 8 ? 8 : 4;
+  const bool few = inputs.tokens <= kTokensByDigits;
+  for (int64_t first = begin; first < end; first += kRowsAtATime) {
+    const int64_t stop = std::min(first + kRowsAtATime, end);
+    int64_t t = 0;
+    for (; few && t < inputs.tokens; ++t) {
+      if (inputs.steps[t] < 0.0f) {
+        for (int64_t row = first; row < stop; ++row) {
+          DotRow<kLanes, 1>(weight, row, inputs, t, y + t * weight.rows + row, weight.rows);
+        }
+      } else {
+        DotDigitRows<kLanes>(weight, first, stop, inputs, t, y + t * weight.rows);
+      }
+    }
+    for (; t + kTokens <= inputs.tokens; t += kTokens) {
+      for (int64_t row = first; row < stop; ++row) {
+        DotRow<kLanes, kTokens>(weight, row, inputs, t, y + t * weight.rows + row, weight.rows);
+      }
+    }
+    for (; t < inputs.tokens; ++t) {
+      for (int64_t row = first; row < stop; ++row) {
+        DotRow<kLanes, 1>(weight, row, inputs, t, y + t * weight.rows + row, weight.rows);
+      }
+    }
+  }
+}
+
+}  // namespace tda

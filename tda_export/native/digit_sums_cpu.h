@@ -1,0 +1,258 @@
+// Sums over rows of codes by products of bytes (digits_cpu.h), for the chunks of row_sums_cpu.h.
+//
+// Four rows are taken at once. Their codes of a column come to lie in the four bytes of a lane, beside the digits of what
+// the rows are multiplied with: the token's value times the scale of row and group.
+#pragma once
+
+#include "digits_cpu.h"
+#include "row_list.h"
+
+namespace tda {
+
+constexpr int64_t kQuad = 4;
+constexpr int64_t kQuadsAtOnce = 8;  // their sums stay in registers
+constexpr int64_t kRowsOfQuads = kQuad * kQuadsAtOnce;
+constexpr int64_t kBlocksAhead = 4;  // lines of a row that are asked for early
+
+// The sums of a chunk's rows in a tile, as integers, and what they need of the chunk.
+template <int kLanes, int kBits>
+class DigitSums {
+  using Format = CodeFormat<kBits>;
+  using Block = CodeBlock<kLanes, kBits>;
+  using B = Bytes<kLanes>;
+  using V = Lanes<kLanes>;
+  using Vector = typename V::Vector;
+  using Words = typename V::Words;
+  using Integers = typename V::Integers;
+  static constexpr int kPerByte = 8 / kBits;
+  static constexpr int kVectors = Block::kPerLane;  // of a block
+  static constexpr int kBlockBytes = kLanes * 4;
+  static constexpr int64_t kTileBlocks = Format::kTileColumns / Block::kColumns;
+  static constexpr int64_t kGroups = Format::kTileGroups + kLanes;
+
+ public:
+  TDA_INLINE DigitSums(const Format& weight, int64_t begin, int64_t end)
+      : weight_(weight),
+        begin_(begin),
+        end_(end),
+        blocks_((end - begin + Block::kColumns - 1) / Block::kColumns),
+        first_group_(begin >> weight.group_shift),
+        groups_(((end - 1) >> weight.group_shift) + 1 - first_group_),
+        // 16 bytes of a block are of one group.
+        group_of_lane_(V::Counting() / 4 * (16 * kPerByte) >> weight.group_shift),
+        whole_rows_(WholeRows()) {}
+
+  // Add the rows of a list to sums [end - begin], whole blocks of them. The list has room for kQuad more.
+  // Returns whether they could be added: not where they, or their scales, are no finite numbers or of no common size.
+  TDA_INLINE bool AddRows(int32_t* rows, float* values, int64_t count, float* sums) {
+    if (count == 0) return true;
+    Prefetch(rows, count);
+    const float most = Most(values, count);
+    if (!(most < HUGE_VALF)) return false;
+    if (most == 0.0f) return true;
+    if (most < kSmallestMost) return false;
+    const float step = StepFor(most);
+    per_step_ = 1.0f / step;
+    for (; count % kQuad; ++count) {
+      rows[count] = rows[count - 1];
+      values[count] = 0.0f;
+    }
+    std::fill_n(sums_, blocks_ * kVectors * kDigits, Integers{});
+    std::fill_n(zero_sums_[0], kDigits * kGroups, 0);
+    for (int64_t first = 0; first < count; first += kRowsOfQuads) {
+      AddQuads(rows, values, first, count);
+    }
+    for (int64_t block = 0; block < blocks_; ++block) Complete(block, step, sums + block * Block::kColumns);
+    return true;
+  }
+
+ private:
+  // Return the largest product of a value with a scale, or more; no finite number where a value or a scale is none.
+  TDA_INLINE float Most(const float* values, int64_t count) const {
+    Words largest = {};  // floats' bits without the sign: they are ordered as floats are, and NaN is above infinity
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      const Words size = V::Bits(V::Load(values + i)) & 0x7fffffffu;
+      largest = size > largest ? size : largest;
+    }
+    for (; i < count; ++i) {
+      const Words size = V::Bits(Vector{} + values[i]) & 0x7fffffffu;
+      largest = size > largest ? size : largest;
+    }
+    uint32_t most = 0;
+    for (int lane = 0; lane < kLanes; ++lane) most = std::max(most, static_cast<uint32_t>(largest[lane]));
+    float value;
+    std::memcpy(&value, &most, sizeof(value));
+    return value * weight_.largest_scale;
+  }
+
+  // Ask for the first rows of a list.
+  TDA_INLINE void Prefetch(const int32_t* rows, int64_t count) const {
+    const int64_t piece_bytes = Format::CodeBytes(end_) - Format::CodeBytes(begin_);
+    for (int64_t i = 0; i < std::min(count, kRowsOfQuads); ++i) {
+      weight_.PrefetchGroups(rows[i], first_group_, groups_);
+      for (int64_t byte = 0; byte < std::min(piece_bytes, kBlocksAhead * kBlockBytes); byte += kLine) {
+        __builtin_prefetch(RowCodes(rows[i]) + byte);
+      }
+    }
+  }
+
+  TDA_INLINE void AddQuads(const int32_t* rows, const float* values, int64_t start, int64_t count) {
+    const uint8_t* first[kRowsOfQuads];
+    const uint8_t* later[kRowsOfQuads];
+    const int64_t number = std::min(kRowsOfQuads, count - start), quads = number / kQuad;
+    for (int64_t r = 0; r < number; ++r) {
+      const int64_t row = rows[start + r], next = rows[std::min(start + r + kRowsOfQuads, count - 1)];
+      first[r] = RowCodes(row);
+      scales_[r] = weight_.scales + row * weight_.groups + first_group_;
+      zeros_[r] = weight_.zeros + row * weight_.zero_bytes + Format::CodeBytes(first_group_);
+      if (row >= whole_rows_) CopyRow(r, first[r]);
+      later[r] = RowCodes(next);
+      weight_.PrefetchGroups(next, first_group_, groups_);
+    }
+    for (int64_t q = 0; q < quads; ++q) Prepare(q, values + start + q * kQuad);
+    for (int64_t block = 0; block < blocks_; ++block) {
+      const int64_t at = block * kBlockBytes, ahead = block + kBlocksAhead;
+      const uint8_t* const* asked = ahead < blocks_ ? first : later;
+      const int64_t asked_at = (ahead < blocks_ ? ahead : std::max<int64_t>(ahead - blocks_, 0)) * kBlockBytes;
+      AddBlock(block, first, at, quads, asked, asked_at);
+    }
+  }
+
+  TDA_INLINE const uint8_t* RowCodes(int64_t row) const {
+    return weight_.codes + row * weight_.row_bytes + Format::CodeBytes(begin_);
+  }
+
+  // Return how many rows can be read in whole vectors: what follows them is still of their tensors.
+  TDA_INLINE int64_t WholeRows() const {
+    const auto whole = [&](int64_t row_size, int64_t begin, int64_t read) {
+      const int64_t spare = weight_.rows * row_size - begin - read;
+      return spare < 0 ? 0 : spare / row_size + 1;
+    };
+    const int64_t lanes = (groups_ + kLanes - 1) / kLanes * kLanes;
+    return std::min({whole(weight_.row_bytes, Format::CodeBytes(begin_), blocks_ * kBlockBytes),
+                     whole(weight_.groups, first_group_, lanes),
+                     whole(weight_.zero_bytes, Format::CodeBytes(first_group_), Format::CodeBytes(lanes))});
+  }
+
+  // Have one of the rows read from a copy.
+  TDA_INLINE void CopyRow(int64_t r, const uint8_t*& codes) {
+    RowCopy& copy = copies_[r];
+    codes = static_cast<uint8_t*>(
+        std::memcpy(copy.codes, codes, Format::CodeBytes(end_) - Format::CodeBytes(begin_)));
+    scales_[r] = static_cast<uint16_t*>(std::memcpy(copy.scales, scales_[r], groups_ * sizeof(uint16_t)));
+    zeros_[r] = static_cast<uint8_t*>(std::memcpy(copy.zeros, zeros_[r], Format::CodeBytes(groups_)));
+  }
+
+  // Compute the digits of four rows, by group, and add them times the zero points. Past the last group it is of no use.
+  TDA_INLINE void Prepare(int64_t quad, const float* values) {
+    const uint16_t* const* scales = scales_ + quad * kQuad;
+    const uint8_t* const* zeros = zeros_ + quad * kQuad;
+    for (int64_t g = 0; g < groups_; g += kLanes) {
+      Words in_steps[kQuad], zero_points = {};
+      for (int r = 0; r < kQuad; ++r) {
+        in_steps[r] = B::InSteps(V::LoadHalves(scales[r] + g) * (values[r] * per_step_));
+        zero_points |= Block::WordsInOrder(zeros[r] + Format::CodeBytes(g)) << 8 * r;
+      }
+      const Words digits[kDigits] = {B::template Digit<0>(in_steps), B::template Digit<1>(in_steps),
+                                     B::template Digit<2>(in_steps)};
+      for (int d = 0; d < kDigits; ++d) {
+        StoreWords(digits_[quad][d] + g, digits[d]);
+        const Integers sum = B::AddProducts(LoadIntegers(zero_sums_[d] + g), zero_points, digits[d]);
+        StoreWords(zero_sums_[d] + g, reinterpret_cast<Words>(sum));
+      }
+    }
+  }
+
+  // Add a block of all quads. Of its vectors of bytes, lane e of the l-th 16 bytes has the codes of byte 16 l + 4 j + e, for
+  // the j-th of four.
+  TDA_INLINE void AddBlock(int64_t block, const uint8_t* const* first, int64_t at, int64_t quads,
+                           const uint8_t* const* asked, int64_t asked_at) {
+    Integers* own = sums_ + block * kVectors * kDigits;
+    Integers totals[kVectors][kDigits];
+    for (int v = 0; v < kVectors; ++v) {
+      for (int d = 0; d < kDigits; ++d) totals[v][d] = own[v * kDigits + d];
+    }
+    const int64_t group = block * Block::kColumns >> weight_.group_shift;
+    for (int64_t q = 0; q < quads; ++q) {
+      Words digits[kDigits];
+      for (int d = 0; d < kDigits; ++d) {
+        digits[d] = __builtin_shuffle(LoadWords(digits_[q][d] + group), group_of_lane_);
+      }
+      Words rows[kQuad];
+      for (int r = 0; r < kQuad; ++r) {
+        rows[r] = V::LoadWords(first[q * kQuad + r] + at);
+        __builtin_prefetch(asked[q * kQuad + r] + asked_at);
+      }
+      const Words low[2] = {B::LowBytes(rows[0], rows[1]), B::LowBytes(rows[2], rows[3])};
+      const Words high[2] = {B::HighBytes(rows[0], rows[1]), B::HighBytes(rows[2], rows[3])};
+      const Words quarters[4] = {B::LowPairs(low[0], low[1]), B::HighPairs(low[0], low[1]), B::LowPairs(high[0], high[1]),
+                                 B::HighPairs(high[0], high[1])};
+      for (int j = 0; j < 4; ++j) {
+        for (int n = 0; n < kPerByte; ++n) {
+          Words codes = quarters[j];
+          if constexpr (kBits == 4) codes = codes >> 4 * n & 0x0f0f0f0fu;
+          Integers(&sum)[kDigits] = totals[j * kPerByte + n];
+          for (int d = 0; d < kDigits; ++d) sum[d] = B::AddProducts(sum[d], codes, digits[d]);
+        }
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      for (int d = 0; d < kDigits; ++d) own[v * kDigits + d] = totals[v][d];
+    }
+  }
+
+  // Add a block's sums, less those of the zero points, times the step, in the order of CodeBlock.
+  TDA_INLINE void Complete(int64_t block, float step, float* sums) {
+    const int64_t group = block * Block::kColumns >> weight_.group_shift;
+    const Integers* own = sums_ + block * kVectors * kDigits;
+    Integers zeros[kDigits];
+    for (int d = 0; d < kDigits; ++d) {
+      zeros[d] = reinterpret_cast<Integers>(__builtin_shuffle(LoadWords(zero_sums_[d] + group), group_of_lane_));
+    }
+    for (int n = 0; n < kPerByte; ++n) {
+      Words quarters[4];
+      for (int j = 0; j < 4; ++j) {
+        const Integers* of = own + (j * kPerByte + n) * kDigits;
+        quarters[j] = V::Bits(B::Value({of[0] - zeros[0], of[1] - zeros[1], of[2] - zeros[2]}));
+      }
+      // Lane e of the j-th is column 16 bytes' 4 j + e: make it lane j of the e-th.
+      const Words low_01 = B::LowWords(quarters[0], quarters[1]), high_01 = B::HighWords(quarters[0], quarters[1]);
+      const Words low_23 = B::LowWords(quarters[2], quarters[3]), high_23 = B::HighWords(quarters[2], quarters[3]);
+      const Words in_order[4] = {B::LowDoubleWords(low_01, low_23), B::HighDoubleWords(low_01, low_23),
+                                 B::LowDoubleWords(high_01, high_23), B::HighDoubleWords(high_01, high_23)};
+      for (int e = 0; e < 4; ++e) {
+        float* to = sums + (e * kPerByte + n) * kLanes;
+        V::Store(to, V::Load(to) + step * V::FromBits(in_order[e]));
+      }
+    }
+  }
+
+  static TDA_INLINE Words LoadWords(const int32_t* address) {
+    return V::LoadWords(reinterpret_cast<const uint8_t*>(address));
+  }
+  static TDA_INLINE Integers LoadIntegers(const int32_t* address) {
+    return reinterpret_cast<Integers>(LoadWords(address));
+  }
+  static TDA_INLINE void StoreWords(int32_t* address, Words words) {
+    std::memcpy(address, &words, sizeof(words));
+  }
+
+  const Format& weight_;
+  const int64_t begin_, end_, blocks_, first_group_, groups_;
+  const Words group_of_lane_;
+  float per_step_;
+  const int64_t whole_rows_;
+  const uint16_t* scales_[kRowsOfQuads];
+  const uint8_t* zeros_[kRowsOfQuads];
+  struct RowCopy {
+    uint8_t codes[Format::CodeBytes(Format::kTileColumns)];
+    uint16_t scales[kGroups];
+    uint8_t zeros[kGroups];
+  } copies_[kRowsOfQuads];
+  Integers sums_[kTileBlocks * kVectors * kDigits];
+  int32_t zero_sums_[kDigits][kGroups];
+  int32_t digits_[kQuadsAtOnce][kDigits][kGroups];
+};
+
+}  // namespace tda

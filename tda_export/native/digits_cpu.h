@@ -1,0 +1,123 @@
+// Floats as integers of three digits, each a signed byte, so that a processor's products of bytes multiply them with
+// codes:
+//
+//   x = step * (d0 + 256 d1 + 65536 d2), rounded to a whole number of steps; -128 <= d <= 127
+//
+// A step is a power of two, and the largest |x| has between 2^21 and 2^22 of them, nearly float32's own precision. Sums of
+// products are exact: they do not depend on the order of the rows, or on what other rows are there.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "codes_cpu.h"
+
+namespace tda {
+
+constexpr int kDigits = 3;
+constexpr int64_t kTokensByDigits = 16;  // in a call of more, floats are unpacked once for all of them
+constexpr int kStepBits = 22;
+constexpr float kSmallestMost = 1e-25f;  // below it, steps are no normal floats
+
+// Return the step for numbers up to `most`, a positive finite one.
+TDA_INLINE float StepFor(float most) {
+  uint32_t bits;
+  std::memcpy(&bits, &most, sizeof(bits));
+  bits = (bits & 0x7f800000u) - (static_cast<uint32_t>(kStepBits - 1) << 23);
+  float step;
+  std::memcpy(&step, &bits, sizeof(step));
+  return step;
+}
+
+// Whether the processor has products of bytes for codes of kBits in vectors of kLanes words.
+template <int kLanes, int kBits>
+TDA_INLINE bool HasByteProducts() {
+#if TDA_SHUFFLES && defined(__x86_64__)
+  if constexpr (kLanes == 16) return __builtin_cpu_supports("avx512vnni");
+  if constexpr (kLanes == 8) return kBits == 4;  // sums of two products with codes of 8 bits do not fit AVX2's 16 bits
+#endif
+  return false;
+}
+
+// Four bytes a lane, in the processor's own instructions, which compilers do not make of vectors in C++.
+template <int kLanes>
+struct Bytes {
+  using V = Lanes<kLanes>;
+  using Words = typename V::Words;
+  using Integers = typename V::Integers;
+
+#if TDA_SHUFFLES && defined(__x86_64__)
+#define TDA_OF_TWO(Name, instruction)                             \
+  static TDA_INLINE Words Name(Words a, Words b) {                \
+    Words result;                                                 \
+    asm(instruction " %2, %1, %0" : "=v"(result) : "v"(a), "v"(b)); \
+    return result;                                                \
+  }
+  // Interleave elements of a and b: of each 16 bytes, the lower or the upper eight of both.
+  TDA_OF_TWO(LowBytes, "vpunpcklbw")
+  TDA_OF_TWO(HighBytes, "vpunpckhbw")
+  TDA_OF_TWO(LowPairs, "vpunpcklwd")
+  TDA_OF_TWO(HighPairs, "vpunpckhwd")
+  TDA_OF_TWO(LowWords, "vpunpckldq")
+  TDA_OF_TWO(HighWords, "vpunpckhdq")
+  TDA_OF_TWO(LowDoubleWords, "vpunpcklqdq")
+  TDA_OF_TWO(HighDoubleWords, "vpunpckhqdq")
+#undef TDA_OF_TWO
+
+  // Add the products of unsigned codes with signed digits, the four of a lane together.
+  static TDA_INLINE Integers AddProducts(Integers sum, Words codes, Words digits) {
+    if constexpr (kLanes == 16) {
+      asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(digits));
+      return sum;
+    } else {
+      const Words ones = Words{} + 0x00010001u;
+      Words pairs;
+      asm("vpmaddubsw %2, %1, %0" : "=v"(pairs) : "v"(codes), "v"(digits));
+      asm("vpmaddwd %2, %1, %0" : "=v"(pairs) : "v"(pairs), "v"(ones));
+      return sum + reinterpret_cast<Integers>(pairs);
+    }
+  }
+
+  static TDA_INLINE Integers Rounded(typename V::Vector x) {
+    Integers result;
+    asm("vcvtps2dq %1, %0" : "=v"(result) : "v"(x));
+    return result;
+  }
+#else
+  // Never called: HasByteProducts is false.
+  static TDA_INLINE Words LowBytes(Words a, Words) { return a; }
+  static TDA_INLINE Words HighBytes(Words a, Words) { return a; }
+  static TDA_INLINE Words LowPairs(Words a, Words) { return a; }
+  static TDA_INLINE Words HighPairs(Words a, Words) { return a; }
+  static TDA_INLINE Words LowWords(Words a, Words) { return a; }
+  static TDA_INLINE Words HighWords(Words a, Words) { return a; }
+  static TDA_INLINE Words LowDoubleWords(Words a, Words) { return a; }
+  static TDA_INLINE Words HighDoubleWords(Words a, Words) { return a; }
+  static TDA_INLINE Integers AddProducts(Integers sum, Words, Words) { return sum; }
+  static TDA_INLINE Integers Rounded(typename V::Vector) { return {}; }
+#endif
+
+  // Return x in steps, its digits plus 128 as the lower three bytes of a lane.
+  static TDA_INLINE Words InSteps(typename V::Vector x) {
+    return reinterpret_cast<Words>(Rounded(x)) + 0x00808080u;
+  }
+
+  // Of four vectors that InSteps made, collect a digit: byte i of a lane is that of vector i.
+  template <int kDigit>
+  static TDA_INLINE Words Digit(const Words (&of)[4]) {
+    Words moved[4];
+    for (int i = 0; i < 4; ++i) moved[i] = i >= kDigit ? of[i] << 8 * (i - kDigit) : of[i] >> 8 * (kDigit - i);
+    const Words low = (moved[0] & 0xffu) | (moved[1] & 0xff00u);
+    const Words high = (moved[2] & 0xff0000u) | (moved[3] & 0xff000000u);
+    return (low | high) ^ 0x80808080u;
+  }
+
+  // Return the sum of digits' sums, in steps.
+  static TDA_INLINE typename V::Vector Value(const Integers (&sums)[kDigits]) {
+    using Vector = typename V::Vector;
+    const Vector high = __builtin_convertvector(sums[2], Vector) * 256.0f + __builtin_convertvector(sums[1], Vector);
+    return high * 256.0f + __builtin_convertvector(sums[0], Vector);
+  }
+};
+
+}  // namespace tda
