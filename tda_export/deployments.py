@@ -79,7 +79,7 @@ def deployed(artifact: Artifact, asked: Asked) -> AnyDeployment:
 
 
 def refuse_masks(artifact: Artifact, asked: Asked) -> None:
-    """Refuse what means nothing where rows have prices and no prompt has a mask."""
+    """Refuse what has no effect where rows have prices and no prompt has a mask."""
     for option, value in (("--cett", asked.cett), ("--allocation", asked.allocation), ("--refresh", asked.refresh)):
         if value is not None:
             raise UsageError(

@@ -11,7 +11,7 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 
 GENERAL = "Options"
-BUDGET = "Budget (give one)"
+BUDGET = "What decode reads (give one)"
 SAMPLING = "Sampling"
 TEXT = "Text"
 WEIGHTS = "Weights"
@@ -47,7 +47,7 @@ class GroupedCommand(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in ORDER}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and not isinstance(parameter, click.Argument):
                 sections[self.group_of(parameter)].append(record)
         for title, records in sections.items():
             if records:

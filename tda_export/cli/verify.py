@@ -8,13 +8,14 @@ from pathlib import Path
 
 import click
 
+from tda_export.cli.help_groups import command, option
 from tda_export.cli.options import artifact_argument, json_option, provider_option
 
 
-@click.command()
+@command()
 @artifact_argument
-@click.option("--against", "model", help="Model to compare with.  [default: the one it was built from]")
-@click.option("--files-only", is_flag=True, help="Check hashes and graphs, and compare with no model.")
+@option("--against", "model", help="Model to compare with.  [default: the one it was built from]")
+@option("--files-only", is_flag=True, help="Check hashes and graphs only.")
 @provider_option
 @json_option
 def verify(artifact: Path, model: str | None, files_only: bool, provider: str, as_json: bool) -> None:

@@ -30,7 +30,7 @@ def check_priced(artifact: Artifact, request: Request) -> None:
     """Refuse what prices of rows cannot be measured with.
 
     Raises:
-        UsageError: An option means nothing with them, or the budget is beyond the artifact's table.
+        UsageError: An option has no effect with them, or the budget is beyond the artifact's table.
     """
     refuse_masks(artifact, request)
     if request.calibration is not None:

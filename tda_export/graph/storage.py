@@ -169,7 +169,7 @@ def read_plan(source: ModelSource, weights: str, group: int | None, rules: Seque
     if plan.integers:
         return plan
     if group is not None:
-        raise UsageError("--group means nothing where all weights are floats. Leave it out, or give --weights int4.")
+        raise UsageError("--group has no effect where all weights are floats. Leave it out, or give --weights int4.")
     return None
 
 

@@ -119,9 +119,9 @@ def test_eval_and_verify(artifact: Path, tmp_path: Path) -> None:
         (["--weights", "int4", "--group", "16"], "'16' is not one of"),
         (
             ["--group", "64"],
-            "--group means nothing where all weights are floats. Leave it out, or give --weights int4.",
+            "--group has no effect where all weights are floats. Leave it out, or give --weights int4.",
         ),
-        (["--group", "64", "--weights-for", "head=float"], "--group means nothing where all weights are floats."),
+        (["--group", "64", "--weights-for", "head=float"], "--group has no effect where all weights are floats."),
         (
             ["--weights", "int4", "--weights-for", "*.v=int8", "--packing", "sites", "--price", "0"],
             "layers.0.q, layers.0.k, layers.0.v have different formats, and lie side by side.",

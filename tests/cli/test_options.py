@@ -86,7 +86,7 @@ def test_impossible_budget(
 )
 def test_budget_of_dense_decoding(tiny_artifact: Path, budget: list[str]) -> None:
     result = run_cli("generate", tiny_artifact, "Hi", "--mask", "dense", *budget)
-    assert_error(result, USAGE, "--mask dense reads every row, so a budget means nothing. Leave one of them out")
+    assert_error(result, USAGE, "--mask dense reads every row, so a budget has no effect. Leave one of them out")
 
 
 def test_griffin_of_an_impossible_sparsity(outputs: Path, tiny_model: Path) -> None:

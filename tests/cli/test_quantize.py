@@ -135,7 +135,7 @@ def test_what_is_refused_before_any_work(tiny_model: Path, tmp_path: Path, monke
 def test_options_of_text_that_is_not_read(tiny_model: Path, tmp_path: Path) -> None:
     rounded = (tiny_model, "-o", tmp_path / "out", "--quantizer", "rtn")
     assert refusal(*rounded, "--sequences", "60") == (
-        "Error: --sequences means nothing with --quantizer rtn. Leave one of them out."
+        "Error: --sequences has no effect with --quantizer rtn. Leave one of them out."
     )
     for option in (
         ("--dataset", "nofile.txt"),
@@ -145,7 +145,7 @@ def test_options_of_text_that_is_not_read(tiny_model: Path, tmp_path: Path) -> N
         ("--continuation-tokens", "16"),
     ):
         assert refusal(*rounded, "--kl-sequences", "0", *option) == (
-            f"Error: {option[0]} means nothing with --quantizer rtn --kl-sequences 0, which reads no text. Leave one "
+            f"Error: {option[0]} has no effect with --quantizer rtn --kl-sequences 0, which reads no text. Leave one "
             "of them out."
         )
     run_ok("quantize", *rounded, "--kl-sequences", "1", "--seed", "1", *LENGTHS)
