@@ -1,4 +1,4 @@
-"""Draw docs/picture.svg, loss against time per token, from docs/picture.json: python docs/make_picture.py.
+"""Draw docs/picture.svg, loss against speed, from docs/picture.json: python docs/make_picture.py.
 
 Every figure in the JSON stands in the section of docs/results.md that it names; a test compares them.
 """
@@ -13,11 +13,12 @@ from xml.sax.saxutils import escape
 FOLDER = Path(__file__).parent
 DATA, PICTURE = FOLDER / "picture.json", FOLDER / "picture.svg"
 
-WIDTH, HEIGHT = 860, 330
+WIDTH, HEIGHT = 860, 340
 PANEL, LEFT, GAP = 350, 62, 50  # width of a panel, left margin, space between panels
 TOP, BOTTOM = 78, 262  # y of the largest and of no loss
 UNKNOWN = 58  # y of peers whose loss was not measured
 MOST_KL = 0.3
+MOST_FASTER = 1.75
 STYLE = """
   text { font: 13px system-ui, sans-serif; fill: #24292f; } .small { font-size: 12px; fill: #57606a; }
   .title { font-weight: 600; } .axis { stroke: #8c959f; } .grid { stroke: #d0d7de; stroke-dasharray: 2 3; }
@@ -47,24 +48,25 @@ def height(kl: float) -> float:
 
 def panel(data: dict[str, Any], left: float) -> list[str]:
     """Return the marks of one panel: peers are hollow, and those without a loss lie above the axis."""
-    scale = PANEL / data["most_ms"]
+    scale = PANEL / MOST_FASTER
     parts = [text(left, 22, data["title"], style="title"), line(left, BOTTOM, left + PANEL, BOTTOM, "axis")]
     parts.append(line(left, TOP, left, BOTTOM, "axis"))
     for kl in (0, 0.1, 0.2, 0.3):
         parts.append(text(left - 8, height(kl) + 4, f"{kl:g}", style="small", anchor="end"))
         parts.append(line(left, height(kl), left + PANEL, height(kl), "grid"))
-    for ms in range(0, data["most_ms"] + 1, 10):
-        parts.append(text(left + ms * scale, BOTTOM + 18, f"{ms} ms", style="small", anchor="middle"))
-    points = [(left + float(point["ms"]) * scale, point) for point in data["points"]]
+    for faster in (0, 0.5, 1, 1.5):
+        parts.append(text(left + faster * scale, BOTTOM + 18, f"{faster:g}", style="small", anchor="middle"))
+    parts.append(text(left + PANEL / 2, BOTTOM + 36, data["axis"], style="small", anchor="middle"))
+    points = [(left + float(point["faster"]) * scale, point) for point in data["points"]]
     if any("kl" not in point for _, point in points):
-        parts.append(text(left, UNKNOWN - 16, "loss not measured:", style="small"))
+        parts.append(text(left, UNKNOWN - 14, "loss not measured here:", style="small"))
     ours = " ".join(f"{x:.1f},{height(float(point['kl'])):.1f}" for x, point in points if not point.get("peer"))
     parts.append(f'<polyline points="{ours}" class="line"/>')
     for x, point in points:
         y = height(float(point["kl"])) if "kl" in point else UNKNOWN
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" class="{"peer" if point.get("peer") else "ours"}"/>')
-        beside = x < left + 0.7 * PANEL
-        parts.append(text(x + (9 if beside else -9), y - 7, point["label"], anchor="start" if beside else "end"))
+        right = point["side"] == "right"
+        parts.append(text(x + (9 if right else -9), y - 6, point["label"], anchor="start" if right else "end"))
     return parts
 
 
@@ -75,7 +77,7 @@ def picture(data: dict[str, Any]) -> str:
         parts += panel(one, LEFT + number * (PANEL + GAP))
     parts.append(
         f'<text transform="translate(18 {(TOP + BOTTOM) / 2}) rotate(-90)" class="small" text-anchor="middle">'
-        "KL to dense, nats per token</text>"
+        "KL to the float model, nats per token</text>"
     )
     parts.append(text(LEFT, HEIGHT - 14, data["caption"], style="small"))
     body = "\n".join(parts)
