@@ -27,7 +27,7 @@ class Asked:
     """What a user asked for; None where nothing was.
 
     `price` is of a byte; `sparsity` and `cett` are shares in [0, 1), `max_kl` is nats a token. `refresh`: another
-    refresh than the artifact's own. `calibration`: a calibration file in place of the artifact's own.
+    refresh than the artifact's own. `calibration`: a calibration file instead of the artifact's own.
     """
 
     price: float | None = None

@@ -75,7 +75,7 @@ class CalibrationSettings:
             KlPlan(self.sequences)  # refuses too few
         check_device(self.device)
         if self.device == AUTO and self.masks:
-            raise UsageError("--device auto calibrates prices alone. Give --method priced, or --device cuda.")
+            raise UsageError("--device auto calibrates prices only. Give --method priced, or --device cuda.")
         if self.dtype == "fp16" and (self.device == "cpu" or (self.device == AUTO and not torch.cuda.device_count())):
             raise UsageError("--dtype fp16 on the CPU is slow and imprecise. Use fp32, or --device cuda.")
 

@@ -106,9 +106,9 @@ def bench(
             place, prices = folder / "artifact", None
             if masks := set(methods) & {"tda", "two_levels", "griffin", "tt"}:
                 if storage.has_integers:
-                    raise UsageError(f"{min(masks)} is of artifacts of floats. Leave --weights and --weights-for out.")
+                    raise UsageError(f"{min(masks)} needs float weights. Leave --weights and --weights-for out.")
                 if "priced" in methods:
-                    raise UsageError(f"priced and {min(masks)} are of different artifacts. Bench one after the other.")
+                    raise UsageError(f"priced and {min(masks)} need different artifacts. Bench one after the other.")
                 opened = build_random_artifact(source, place, chosen, sparsity, quiet=as_json)
             else:
                 sparsities = sorted({MILD_SPARSITY, sparsity})

@@ -224,9 +224,7 @@ def _request(
         assert calibration is not None
         return priced_request(source, storage, calibration, asked, packing)
     if storage.has_integers:
-        raise UsageError(
-            f"--method {method} builds artifacts of floats alone. Build the float model, or build with --method priced."
-        )
+        raise UsageError(f"--method {method} needs a float model. Give one, or build with --method priced.")
     if method == "griffin":
         assert asked.sparsity is not None
         return griffin_request(source, storage.dtype, asked.sparsity)

@@ -199,7 +199,7 @@ def calibrate(
     source = ranks.first_here(lambda: resolve_model(model, notify=lambda line: click.echo(line, err=True)))
     if settings.masks and source.quantisation is not None:
         raise UsageError(
-            f"--method {method}: masks are of artifacts of floats alone, and {model} is quantised. Calibrate the float "
+            f"--method {method}: masks need a float model, and {model} is quantised. Calibrate the float "
             "model, or with --method priced."
         )
     if settings.length > source.spec.max_positions:

@@ -43,7 +43,7 @@ def inspect(name: str, dtype: str | None, context: int | None, as_json: bool) ->
 
     if (Path(name) / MANIFEST_FILE).is_file():
         if dtype:
-            raise UsageError("--dtype is of the artifact that a MODEL would make; an artifact has its own.")
+            raise UsageError("--dtype is for a MODEL; an artifact has its own.")
         result = _of_artifact(Path(name), context)
     else:
         result = _of_model(name, DTYPES[dtype or "fp16"], context)

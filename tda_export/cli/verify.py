@@ -38,7 +38,7 @@ def verify(artifact: Path, model: str | None, files_only: bool, provider: str, a
             if model:
                 raise
             raise TdaError(
-                f"The model it was built from is not to be had ({error}) Use --against MODEL or --files-only."
+                f"The model it was built from cannot be loaded ({error}) Use --against MODEL or --files-only."
             ) from error
 
     checks = verify_artifact(artifact, None if files_only else source, provider=provider, quiet=as_json)

@@ -186,7 +186,7 @@ def _open_griffin(artifact: Artifact, sessions: Sessions, request: Request) -> S
 def _check_tt(artifact: Artifact, request: Request) -> None:
     _refuse_price(request)
     if (request.cett is None) == (request.sparsity is None):
-        raise UsageError("--method tt takes a budget of its own. Give --cett, or --sparsity up to 0.333.")
+        raise UsageError("--method tt needs a budget. Give --cett, or --sparsity up to 0.333.")
     if (request.allocation, request.max_kl, request.refresh) != (None, None, None):
         raise UsageError("--method tt takes --cett or --sparsity, and nothing else.")
     _truncation_thresholds(artifact, request)

@@ -60,7 +60,7 @@ def _price(artifact: Artifact, request: Request) -> PriceDeployment:
         return deployment if parts == "all" else PriceDeployment(deployment.price)
     if request.max_kl is not None or request.sparsity is None:
         raise UsageError(
-            f"--parts {parts}: KL was measured with all linears, so a part of them takes no budget by KL. Give "
+            f"--parts {parts}: KL was measured with all linears, so a budget by KL is not possible for a part. Give "
             "--sparsity or --price."
         )
     if table is None:

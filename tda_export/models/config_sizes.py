@@ -47,7 +47,7 @@ def check_sizes(config: Mapping[str, Any], name: str, place: str) -> None:
         place: What the fields are of, likewise.
 
     Raises:
-        TdaError: A size is no whole number, is under 1, or is beyond any model's; the message names the field.
+        TdaError: A size is not a whole number, is under 1, or is beyond any model's; the message names the field.
     """
     for field, limit in LIMITS.items():
         value = config.get(field)

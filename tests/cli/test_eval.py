@@ -130,7 +130,7 @@ def test_lengths_that_do_not_fit_the_model(tiny_artifact: Path, text: Path) -> N
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--method", "tt"], "tt takes a budget of its own"),
+        (["--method", "tt"], "tt needs a budget"),
         (["--method", "tt", "--sparsity", 0.2], "calibrate --method tda --estimator token"),
         (["--method", "griffin"], "griffin takes --sparsity"),
         (["--method", "griffin", "--cett", 0.2], "griffin takes --sparsity"),

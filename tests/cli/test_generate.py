@@ -160,7 +160,7 @@ def test_variables_for_the_chat_template(artifact_copy: Path) -> None:
         ("{", "--chat-template-kwargs is not valid JSON ("),
         ("[" * 100_000, "--chat-template-kwargs is not valid JSON ("),
         ("[1]", "--chat-template-kwargs is not a JSON object. Give names and values"),
-        ('{"messages": []}', "variable 'messages' is not the caller's to set. Leave it out."),
+        ('{"messages": []}', "variable 'messages' cannot be set by the caller. Leave it out."),
         ('{"x": NaN}', "variable 'x' is not plain JSON"),
     ],
     ids=["cut", "deep", "list", "taken", "NaN"],

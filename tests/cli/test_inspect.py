@@ -132,7 +132,7 @@ def test_artifact_of_prices_in_words(priced_artifact: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--dtype", "fp16"), "--dtype is of the artifact that a MODEL would make; an artifact has its own."),
+        (("--dtype", "fp16"), "--dtype is for a MODEL; an artifact has its own."),
         (("--context", 513), "513 tokens are more than the model's 512 positions. Lower --context."),
     ],
 )

@@ -89,7 +89,7 @@ def test_a_rule_must_match(rule: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "head", "head=", "=int4", "head=int4,"])
 def test_what_is_no_rule(text: str) -> None:
-    with pytest.raises(UsageError, match=r"^--weights-for: '.*' is no PATTERN=FORMAT\. Give rules such as 'layers"):
+    with pytest.raises(UsageError, match=r"^--weights-for: '.*' is not PATTERN=FORMAT\. Give rules such as 'layers"):
         read_rules([text])
 
 
