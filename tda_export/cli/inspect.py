@@ -158,8 +158,8 @@ def _print(result: dict[str, Any]) -> None:
     )
     for sparsity, ceiling in result["ceiling"].items():
         click.echo(
-            f"  at {float(sparsity):.0%} sparsity of all linears at most {result['linear_ceiling'][sparsity]:.2f} times "
-            f"as fast as dense, of the FFN {ceiling:.2f}"
+            f"  at {float(sparsity):.0%} sparsity of all linears at most {result['linear_ceiling'][sparsity]:.2f} "
+            f"times as fast as dense, of the FFN {ceiling:.2f}"
         )
     click.echo(
         f"  artifact {result['artifact_bytes'] / MIB:,.0f} MiB, a session {result['session_bytes'] / MIB:,.0f} MiB, "
