@@ -94,7 +94,9 @@ def test_what_is_no_rule(text: str) -> None:
 
 
 def test_what_is_no_format() -> None:
-    with pytest.raises(UsageError, match=r"^--weights-for: int3 is not a format\. Give int4, int8 or float, with a group"):
+    with pytest.raises(
+        UsageError, match=r"^--weights-for: int3 is not a format\. Give int4, int8 or float, with a group"
+    ):
         read_rules(["head=int3"])
     with pytest.raises(UsageError, match=r"^A group of 48 is not known\. Give 32, 64, 128\.$"):
         read_format("int4", 48)
