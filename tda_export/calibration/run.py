@@ -265,8 +265,8 @@ def _price(
     packings = [packing for packing in settings.packings if row_bytes.suits(spec, packing)]
     if not packings:
         raise UsageError(
-            f"{source.name}: linears that read the same input have different formats, or columns that are no whole "
-            "groups, and cannot lie side by side. Calibrate with --packing separate."
+            f"{source.name}: linears that read the same input have different formats, or columns that are not "
+            "whole groups, and cannot lie side by side. Calibrate with --packing separate."
         )
     begun = begin_priced(spec, row_norms(model, spec), row_bytes, settings.continuation_tokens)
     return price_rows(
