@@ -27,7 +27,7 @@ class Asked:
     """What a user asked for; None where nothing was.
 
     `price` is of a byte; `sparsity` and `cett` are shares in [0, 1), `max_kl` is nats a token. `refresh`: another
-    refresh than the artifact's own. `calibration`: a calibration file in place of the artifact's own.
+    refresh than the artifact's own. `calibration`: a calibration file instead of the artifact's own.
     """
 
     price: float | None = None
@@ -79,7 +79,7 @@ def deployed(artifact: Artifact, asked: Asked) -> AnyDeployment:
 
 
 def refuse_masks(artifact: Artifact, asked: Asked) -> None:
-    """Refuse what means nothing where rows have prices and no prompt has a mask."""
+    """Refuse what has no effect where rows have prices and no prompt has a mask."""
     for option, value in (("--cett", asked.cett), ("--allocation", asked.allocation), ("--refresh", asked.refresh)):
         if value is not None:
             raise UsageError(

@@ -19,7 +19,7 @@ class UsageError(TdaError):
 
 
 def shown(value: object, length: int = NAME_LENGTH) -> str:
-    """Return what came out of a file as it may stand in a message: unprintable characters escaped, the middle cut out.
+    """Return text from a file in a form that is safe in a message: unprintable characters escaped, the middle cut out.
 
     Names out of files may hold line ends, terminal controls, or a megabyte.
 

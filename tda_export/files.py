@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear atomically."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ class PriceTable:
         was measured what is dropped goes with its root, and KL with the cube of that.
 
         Raises:
-            UsageError: The price is no number, or beyond what was measured.
+            UsageError: The price is not a number, or beyond what was measured.
         """
         if math.isnan(price) or price > self.most_price:
             raise UsageError(

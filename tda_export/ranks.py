@@ -29,8 +29,8 @@ R = TypeVar("R")
 
 LONGEST_WAIT = timedelta(hours=6)  # for a rank that does what the others do not, such as hashing a checkpoint
 POLL_SECONDS = 0.0005  # in between a signal can end the process
-GOES_ON = "Started again, with any number of ranks, it goes on from what was saved."
-LOST = f"Another rank of this run has ended, and no rank can go on without it. {GOES_ON}"
+GOES_ON = "Start it again, with any number of ranks, to resume."
+LOST = f"Another rank of this run has ended, and no rank can continue without it. {GOES_ON}"
 ENDED = f"This run was ended, by torchrun because another rank has ended, or from outside. {GOES_ON}"
 
 
@@ -216,7 +216,7 @@ def join(device: str) -> Ranks:
         reason = first_line(error)
         raise TdaError(f"Rank {number} cannot reach the others ({reason}). Start all with torchrun.") from error
     if device.startswith("cuda:"):
-        raise UsageError(f"--device {device}: each of {count} ranks takes a GPU of its own. Give --device cuda.")
+        raise UsageError(f"--device {device}: each of {count} ranks needs its own GPU. Give --device cuda.")
     if device in ("cuda", "auto") and gpus and not enough:
         raise UsageError(_too_few(f"--device {device}", local_count, gpus))
     return ranks
@@ -302,4 +302,4 @@ def _number(variable: str, default: int) -> int:
     try:
         return int(value)
     except ValueError:
-        raise TdaError(f"{variable}={value} is no number. Start several processes with torchrun alone.") from None
+        raise TdaError(f"{variable}={value} is not a number. Start several processes with torchrun alone.") from None

@@ -99,7 +99,7 @@ def test_own_devices() -> None:
 
 def test_a_variable_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "two")
-    message = r"^WORLD_SIZE=two is no number\. Start several processes with torchrun alone\.$"
+    message = r"^WORLD_SIZE=two is not a number\. Start several processes with torchrun alone\.$"
     with pytest.raises(TdaError, match=message):
         ranks.join("cpu")
 
@@ -139,7 +139,7 @@ def test_a_gpu_for_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("device", "gpus", "message"),
     [
-        ("cuda:1", 2, "Error: --device cuda:1: each of 2 ranks takes a GPU of its own. Give --device cuda."),
+        ("cuda:1", 2, "Error: --device cuda:1: each of 2 ranks needs its own GPU. Give --device cuda."),
         (
             "auto",
             1,

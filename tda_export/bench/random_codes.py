@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tda_export.graph.storage import Storage
-from tda_export.models.layout import Tensor
+from tda_export.models.layout import LazyTensor
 from tda_export.weights.formats import IntegerFormat
 from tda_export.weights.matrix import Matrix
 from tda_export.weights.plan import FormatPlan
@@ -26,7 +26,7 @@ class RandomStorage(Storage):
     seed: int = 0
     quantizer: ClassVar[str] = "random"
 
-    def packed(self, matrix: Matrix, tensor: Tensor, members: Sequence[str]) -> list[torch.Tensor]:
+    def packed(self, matrix: Matrix, tensor: LazyTensor, members: Sequence[str]) -> list[torch.Tensor]:
         return [torch.from_numpy(array) for array in draw_packed(matrix, self.seed)]
 
 

@@ -274,7 +274,7 @@ def shape(text: str) -> tuple[int, int]:
     """Read `4096x22016`."""
     first, _, second = text.partition("x")
     if not (first.isdigit() and second.isdigit() and int(first) and int(second)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape; write INPUTSxOUTPUTS, such as 4096x22016")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape; write INPUTSxOUTPUTS, such as 4096x22016")
     return int(first), int(second)
 
 
@@ -285,7 +285,7 @@ def share(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share of rows; give a number above 0, up to 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction of rows; give a number above 0, up to 1")
     return value
 
 

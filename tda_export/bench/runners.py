@@ -53,7 +53,7 @@ class SparseRunner:
 
     def __init__(self, artifact: Artifact, sessions: Sessions, capacity: int, *, masked: bool = True) -> None:
         self._artifact, self.sessions, self.masked = artifact, sessions, masked
-        self.thresholds: np.ndarray | None = None  # in place of the artifact's own
+        self.thresholds: np.ndarray | None = None  # instead of the artifact's own
         self.mask: PromptMask | None = None
         self.token_thresholds: np.ndarray | None = None  # float32 [L], of the second level
         self._step = DecodeStep(self.sessions, self._artifact.shape, capacity)

@@ -213,7 +213,7 @@ def allocate(
         return _choose(budget.cett, budget.sparsity, curves.mean_cett, curves.mean_density, grid, ffn_matrices)
     if table is None:
         raise UsageError(
-            "This calibration holds CETT curves alone. Calibrate without --curves-only, or give --cett, or --sparsity "
+            "This calibration holds only CETT curves. Calibrate without --curves-only, or give --cett, or --sparsity "
             "with --allocation uniform."
         )
     if budget.max_kl is not None:

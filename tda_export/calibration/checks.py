@@ -122,10 +122,10 @@ def _within(name: str, values: torch.Tensor, bounds: Bounds) -> None:
     if not values.numel():
         return
     if not bool(values.isfinite().all()):
-        raise ValueError(f"{name} holds what is not finite")
+        raise ValueError(f"{name} has values that are not finite")
     low, high = bounds
     smallest, largest = float(values.min()), float(values.max())
     if smallest < low:
-        raise ValueError(f"{name} holds {smallest:.4g}, and no less than {low:.4g} can be")
+        raise ValueError(f"{name} is {smallest:.4g}, and at least {low:.4g} is possible")
     if largest > high:
-        raise ValueError(f"{name} holds {largest:.4g}, and no more than {high:.4g} can be")
+        raise ValueError(f"{name} is {largest:.4g}, and at most {high:.4g} is possible")

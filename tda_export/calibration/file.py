@@ -87,7 +87,7 @@ class Calibration:
 
 
 def write_calibration(calibration: Calibration, path: Path) -> None:
-    """Write the file whole or not at all. Sums of float64, so that files of data halves still add exactly.
+    """Write the file atomically. Sums of float64, so that files of data halves still add exactly.
 
     Raises:
         TdaError: It holds what no file may hold, or it cannot be written.
@@ -104,7 +104,7 @@ def write_calibration(calibration: Calibration, path: Path) -> None:
     try:
         _check(calibration)
     except ValueError as error:
-        raise TdaError(f"{path}: not written, since the calibration went wrong ({error}). Use --dtype fp32.") from error
+        raise TdaError(f"{path}: not written, because the calibration failed ({error}). Use --dtype fp32.") from error
     # One entry alone: safetensors writes several in any order, and equal calibrations are equal files.
     metadata = {METADATA_KEY: json.dumps(content | {DIGEST_KEY: _digest(content, tensors)})}
     with atomic_file(path) as part:
@@ -172,7 +172,7 @@ def _check_provenance(provenance: dict[str, Any]) -> None:
     model, budget = provenance["model"], provenance["budget"]
     for key in ("name", "fingerprint"):
         if not isinstance(model[key], str):
-            raise TypeError(f"model.{key} is no text")
+            raise TypeError(f"model.{key} is not text")
     if type(model["ffn_matrices"]) is not int or model["ffn_matrices"] not in FFN_MATRICES:
         raise ValueError(f"model.ffn_matrices is {shown(model['ffn_matrices'])}")
     check_budget(budget)
@@ -186,10 +186,10 @@ def check_budget(budget: dict[str, Any]) -> None:
         TypeError: It is of another form.
     """
     if not isinstance(budget, dict):
-        raise TypeError("budget is no record")
+        raise TypeError("budget is not a record")
     for name, value in budget.items():
         if name != "allocation" and (isinstance(value, bool) or not isinstance(value, int | float | None)):
-            raise TypeError(f"budget.{shown(name)} is no number")
+            raise TypeError(f"budget.{shown(name)} is not a number")
         if isinstance(value, int) and abs(value) > LARGEST:
             raise ValueError(f"budget.{shown(name)} is {shown(value)}")
     try:

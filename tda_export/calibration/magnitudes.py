@@ -80,7 +80,7 @@ def thresholds_at(histogram: torch.Tensor, density: torch.Tensor) -> torch.Tenso
         density: The share for each layer, float [L].
 
     Returns:
-        float64 [L]; 0 where all shall be read.
+        float64 [L]; 0 where all rows are to be read.
     """
     edges = magnitude_edges()
     reach = histogram.flip(1).cumsum(1).flip(1).double()  # [L, BINS], how many are in this bin or above
@@ -102,7 +102,7 @@ def teal_row_prices(
         magnitudes: From calibration.
         spec: The model's architecture.
         packing: Which matrices there are.
-        densities: The share of rows that a token shall read, by matrix, float [L].
+        densities: The fraction of rows for a token to read, by matrix, float [L].
     """
     prices = {}
     for name, parts in packed_matrices(spec, packing).items():
@@ -127,7 +127,7 @@ def wina_row_prices(
         norms: ||W_i|| by matrix, float32 [L, in].
         spec: The model's architecture.
         packing: Which matrices there are.
-        densities: The share of rows that a token shall read, by matrix, float [L].
+        densities: The fraction of rows for a token to read, by matrix, float [L].
     """
     prices = {}
     for name in packed_matrices(spec, packing):

@@ -192,7 +192,7 @@ class Measured:
                 ffn_share=float(ffn[i]),
                 attention_share=float(attention[i]),
                 parts={part: float(density[i]) for part, density in parts.items()},
-                # Of what is the same but for rounding the KL may come out below 0.
+                # Of what is the same except for rounding, the KL may be below 0.
                 kl=max(0.0, float(self.kl[:, i].mean())),
                 kl_stderr=float(error[i]),
                 agreement=float(self.agreement[:, i].mean()),
@@ -226,7 +226,7 @@ def measure_sequence(
         advance: Told of every pass over the continuation.
 
     Raises:
-        TdaError: A KL is no finite number.
+        TdaError: A KL is not finite.
     """
     cache = read_prompt(model, sequence[:prompt_tokens])
     continuation = sequence[None, prompt_tokens:].to(model.device)

@@ -1,4 +1,4 @@
-"""A calibration that was interrupted goes on where it was: its sums and how far its sweep is, in a file beside it."""
+"""What an interrupted calibration resumes from: its sums and the state of its sweep, in a file beside the output."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class PartialFile:
         self._parts: dict[str, dict[str, torch.Tensor]] = {}  # of masks (no prefix) and of prices, as last saved
 
     def save(self, sums: CurveSums, sweep: Sweep | None = None) -> None:
-        """Write what there is so far, whole or not at all. `sums.sequences` tells how many sequences are in them.
+        """Write the sums so far, atomically. `sums.sequences` tells how many sequences are in them.
 
         Raises:
             TdaError: The operating system refused to write.
@@ -55,7 +55,7 @@ class PartialFile:
         self._write("", tensors)
 
     def save_priced(self, priced: Priced) -> None:
-        """Write the prices so far, whole or not at all, beside what is there of masks.
+        """Write the prices so far, atomically, beside the sums of masks.
 
         Raises:
             TdaError: The operating system refused to write.
@@ -72,7 +72,7 @@ class PartialFile:
                 except SafetensorError as error:
                     raise as_os_error(error) from error
         except TdaError as error:
-            goes_on = f" Started again, it goes on from what {self.path} holds." if self.path.exists() else ""
+            goes_on = f" Start it again to resume from {self.path}." if self.path.exists() else ""
             raise TdaError(f"{error} The calibration has stopped.{goes_on}") from error
 
     def load(self) -> tuple[CurveSums, Sweep | None] | None:

@@ -75,7 +75,7 @@ class CalibrationSettings:
             KlPlan(self.sequences)  # refuses too few
         check_device(self.device)
         if self.device == AUTO and self.masks:
-            raise UsageError("--device auto calibrates prices alone. Give --method priced, or --device cuda.")
+            raise UsageError("--device auto calibrates prices only. Give --method priced, or --device cuda.")
         if self.dtype == "fp16" and (self.device == "cpu" or (self.device == AUTO and not torch.cuda.device_count())):
             raise UsageError("--dtype fp16 on the CPU is slow and imprecise. Use fp32, or --device cuda.")
 
@@ -265,8 +265,8 @@ def _price(
     packings = [packing for packing in settings.packings if row_bytes.suits(spec, packing)]
     if not packings:
         raise UsageError(
-            f"{source.name}: linears that read the same input have different formats, or columns that are no whole "
-            "groups, and cannot lie side by side. Calibrate with --packing separate."
+            f"{source.name}: linears that read the same input have different formats, or columns that are not "
+            "whole groups, and cannot lie side by side. Calibrate with --packing separate."
         )
     begun = begin_priced(spec, row_norms(model, spec), row_bytes, settings.continuation_tokens)
     return price_rows(

@@ -10,36 +10,37 @@ from typing import Any
 
 import click
 
+from tda_export.cli.help_groups import command, option
 from tda_export.cli.options import FRACTION, PATH, json_option, provider_option, weight_options
 
 MILD_SPARSITY = 0.3  # of --shape, beside the one that is asked for
 METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin", "tt", "priced")  # those of tda_export.bench.decode
 
 
-@click.command()
+@command(rare=("group", "weights_for"))
 @click.argument("artifact", type=PATH, required=False)
-@click.option(
-    "--shape", help="Bench random weights of a true shape instead: a name such as llama-2-7b, or a config.json."
-)
-@click.option(
+@option("--shape", help="Use random weights of a real shape instead: a name such as llama-2-7b, or a config.json.")
+@option(
     "--method",
     "methods",
     multiple=True,
     type=click.Choice(METHODS),
-    help="What to compare; may be given several times.  [default: dense, dense_native, priced; of integers "
-    "without dense, of masks dense, dense_native, tda, two_levels, griffin]",
+    help="What to compare. Repeatable.  [default: dense, dense_native, priced; with integers not dense; with masks "
+    "dense, dense_native, tda, two_levels, griffin]",
 )
-@click.option(
+@option(
     "--sparsity",
     type=FRACTION,
     default=0.5,
     show_default=True,
-    help="Share of weight bytes to skip: of all linears with prices, of the FFN with masks.",
+    help="Fraction of weight bytes to skip: of all linears with prices, of the FFN with masks.",
 )
-@click.option("--prompt-tokens", type=click.IntRange(2), default=1024, show_default=True, help="Length of the prompt.")
-@click.option("--new-tokens", type=click.IntRange(16), default=256, show_default=True, help="Tokens to decode.")
-@click.option(
-    "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of --shape.  [default: fp16 on CUDA, fp32 on the CPU]"
+@option("--prompt-tokens", type=click.IntRange(2), default=1024, show_default=True, help="Length of the prompt.")
+@option("--new-tokens", type=click.IntRange(16), default=256, show_default=True, help="Tokens to decode.")
+@option(
+    "--dtype",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="With --shape.  [default: fp16 on CUDA, fp32 on the CPU]",
 )
 @weight_options("float", "int8", "int4")
 @provider_option
@@ -60,13 +61,11 @@ def bench(
 ) -> None:
     """Compare ways of generating from ARTIFACT, side by side in one run.
 
-    dense is the plain graph of floats with ONNX Runtime's own operators, dense_native the decode graph that reads every
-    row, priced the same at the price for --sparsity (with --shape: at 0.3 too, and rows are drawn). tda and griffin
-    read by a prompt's mask, two_levels with a token threshold too. All masks read exactly the same number of bytes; tt
-    keeps as many neurons, each token its own, and can skip down rows alone. Logits are checked before anything is
-    timed; times are medians over rounds of 16 tokens, and the speed-up is that of the same round.
-
-    The artifact of a --shape is written to the folder for temporary files (TMPDIR), and removed afterwards.
+    dense: ONNX Runtime's own operators. dense_native: the decode graph, every row. priced: the decode graph at
+    --sparsity (with --shape: at 0.3 too, rows drawn at random). tda, griffin: a prompt's mask. two_levels: with a token
+    threshold too. tt: each token drops its own down rows. All masks read the same bytes. Logits are checked first.
+    Times are medians over rounds of 16 tokens; speed-ups compare within a round. The artifact of a --shape is
+    temporary (TMPDIR).
     """
     from tda_export.bench.decode import BenchSettings, default_methods
     from tda_export.errors import UsageError
@@ -107,9 +106,9 @@ def bench(
             place, prices = folder / "artifact", None
             if masks := set(methods) & {"tda", "two_levels", "griffin", "tt"}:
                 if storage.has_integers:
-                    raise UsageError(f"{min(masks)} is of artifacts of floats. Leave --weights and --weights-for out.")
+                    raise UsageError(f"{min(masks)} needs float weights. Leave --weights and --weights-for out.")
                 if "priced" in methods:
-                    raise UsageError(f"priced and {min(masks)} are of different artifacts. Bench one after the other.")
+                    raise UsageError(f"priced and {min(masks)} need different artifacts. Bench one after the other.")
                 opened = build_random_artifact(source, place, chosen, sparsity, quiet=as_json)
             else:
                 sparsities = sorted({MILD_SPARSITY, sparsity})

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tda_export.cli.help_groups import command, option
 from tda_export.cli.options import (
     PATH,
     budget_options,
@@ -29,50 +30,60 @@ if TYPE_CHECKING:
     from tda_export.packing import Packing
 
 
-@click.command()
-@model_argument
-@click.option("-o", "--output", type=PATH, required=True, help="Artifact folder to create.")
-@click.option(
-    "--calibration", "calibration_file", type=PATH, help="File from 'tda-export calibrate' (griffin needs none)."
+@command(
+    rare=(
+        "cett",
+        "allocation",
+        "packing",
+        "tail",
+        "refresh",
+        "group",
+        "weights_for",
+        "no_verify",
+        "provider",
+        "as_json",
+    )
 )
-@click.option(
+@model_argument
+@option("-o", "--output", type=PATH, required=True, help="Artifact folder to create.")
+@option("--calibration", "calibration_file", type=PATH, help="File that calibrate wrote. griffin needs none.")
+@option(
     "--dtype",
     type=click.Choice(["fp32", "fp16", "bf16"]),
     default="fp32",
     show_default=True,
-    help="Dtype of weights and arithmetic; CUDA needs fp16 or bf16.",
+    help="Weights and arithmetic. CUDA needs fp16 or bf16.",
 )
-@click.option(
+@option(
     "--method",
     type=click.Choice(["priced", "tda", "griffin"]),
     default="priced",
     show_default=True,
-    help="What decode reads. priced: the rows of every linear that a token's inputs make worth their bytes. tda: the "
-    "FFN neurons that matter for the prompt, by CETT. griffin: those of Griffin's score; needs --sparsity.",
+    help="priced: each token reads the rows of all linears that are worth their bytes. tda: decode reads the FFN "
+    "neurons that matter for the prompt, by CETT. griffin: by Griffin's score; needs --sparsity.",
 )
 @price_option
 @budget_options
-@click.option(
+@option(
     "--packing",
     type=click.Choice(["separate", "sites"]),
-    help="With priced: one threshold for each matrix, or one for all that have the same input.  [default: separate "
-    "for fp32, sites for fp16 and bf16]",
+    help="With priced: one threshold per matrix, or one for all matrices of the same input.  [default: separate for "
+    "fp32, sites for fp16 and bf16]",
 )
-@click.option(
+@option(
     "--tail",
     type=click.Choice(["zero", "mean"]),
-    help="With tda: what stands in for dropped neurons: nothing, or their mean over the prompt.  [default: mean for a "
-    "budget by KL, otherwise zero]",
+    help="With tda: what replaces dropped neurons: zero, or their mean over the prompt.  [default: mean for a budget "
+    "by KL, otherwise zero]",
 )
-@click.option(
+@option(
     "--refresh",
     type=click.IntRange(0),
-    help="With tda: read the last N generated tokens again densely after every N, which renews the mask; 0 never.  "
-    "[default: 0]",
+    help="With tda: after every N tokens, read them again densely and renew the mask; 0 is off.  [default: 0]",
 )
 @weight_options("float", "int8", "int4")
 @overwrite_option
-@click.option("--no-verify", is_flag=True, help="Leave the comparison with transformers out.")
+@option("--no-verify", is_flag=True, help="Skip the comparison with transformers.")
 @provider_option
 @json_option
 def build(
@@ -97,13 +108,14 @@ def build(
     provider: str,
     as_json: bool,
 ) -> None:
-    """Write prefill and decode graphs of MODEL with one weights file.
+    """Write an artifact of MODEL: prefill and decode graphs over one weights file.
 
-    The budget is the calibration's own unless --price, --sparsity, --max-kl or --cett asks for another. The result is
-    compared with transformers before it appears at OUTPUT, unless --no-verify.
+    MODEL is a Hugging Face folder, a hub id, a .gguf file, or smollm2-135m. The budget is the calibration file's own
+    unless an option gives another; generate, chat and serve can still change it. The result is compared with
+    transformers before it appears at OUTPUT.
 
-    --weights rounds a float model; of a folder from 'tda-export quantize', which loses less, the integers are stored as
-    they are.
+    With a float model, --weights int4 rounds to nearest. A folder from 'tda-export quantize' loses less, and its
+    integers are stored as they are.
     """
     from tda_export.cli.tables import print_checks
     from tda_export.deployments import Asked
@@ -189,10 +201,10 @@ def _refuse_foreign(method: str, asked: Asked, calibration: Path | None, options
         raise UsageError(f"--method {method} needs --calibration FILE. Make one with 'tda-export calibrate'.")
     foreign = {"priced": ("--cett", "--allocation", "--refresh", "--tail"), "tda": ("--price", "--packing")}[method]
     other = {"priced": "tda", "tda": "priced"}[method]
-    for option in foreign:
-        if given[option] is not None:
+    for name in foreign:
+        if given[name] is not None:
             raise UsageError(
-                f"{option} means nothing with --method {method}. Leave it out, or build with --method {other}."
+                f"{name} has no effect with --method {method}. Leave it out, or build with --method {other}."
             )
 
 
@@ -212,9 +224,7 @@ def _request(
         assert calibration is not None
         return priced_request(source, storage, calibration, asked, packing)
     if storage.has_integers:
-        raise UsageError(
-            f"--method {method} builds artifacts of floats alone. Build the float model, or build with --method priced."
-        )
+        raise UsageError(f"--method {method} needs a float model. Give one, or build with --method priced.")
     if method == "griffin":
         assert asked.sparsity is not None
         return griffin_request(source, storage.dtype, asked.sparsity)

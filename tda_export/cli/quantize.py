@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tda_export.cli.help_groups import command, option
 from tda_export.cli.options import (
     corpus_options,
     device_option,
@@ -29,54 +30,67 @@ OF_GPTQ = ("sequences",)
 OF_TEXT = ("dataset", "text_column", "seed", "prompt_tokens", "continuation_tokens")
 
 
-@click.command()
+@command(
+    rare=(
+        "text_column",
+        "seed",
+        "symmetric",
+        "kl_sequences",
+        "prompt_tokens",
+        "continuation_tokens",
+        "group",
+        "weights_for",
+        "quiet",
+        "as_json",
+    )
+)
 @click.pass_context
 @model_argument
-@click.option(
+@option(
     "-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Model folder to write."
 )
 @weight_options("int4", "int8")
-@click.option(
+@option(
     "--quantizer",
     type=click.Choice(["gptq", "rtn"]),
     default="gptq",
     show_default=True,
-    help="gptq: rows make up for the errors of those before them, on calibration text. rtn: round to nearest; needs no "
-    "text but to measure the loss.",
+    help="gptq: each row corrects the errors of those before it, on calibration text. rtn: round to nearest; text "
+    "only measures the loss.",
 )
-@click.option("--symmetric", is_flag=True, help="Let every zero point be the middle code.")
+@option("--symmetric", is_flag=True, help="Use the middle code as every zero point.")
 @corpus_options
-@click.option(
+@option(
     "--sequences",
     type=click.IntRange(1),
     default=60,
     show_default=True,
-    help="Token sequences that GPTQ reads; more text, and text of the kind that is to be written, loses less.",
+    help="Token sequences that GPTQ reads. More, and text like that of your use, loses less.",
 )
-@click.option(
+@option(
     "--kl-sequences",
     type=click.IntRange(0),
     default=8,
     show_default=True,
-    help="Further sequences that the KL to the float model is measured on; 0 does not measure it.",
+    help="Further sequences to measure the KL to the float model on; 0 is off.",
 )
-@click.option(
+@option(
     "--prompt-tokens",
     type=click.IntRange(2),
     default=256,
     show_default=True,
-    help="Tokens of a sequence before those that the KL is of.",
+    help="Tokens of a sequence before those that KL is measured on.",
 )
-@click.option(
+@option(
     "--continuation-tokens",
     type=click.IntRange(1),
     default=128,
     show_default=True,
-    help="Tokens of a sequence that the KL is of.",
+    help="Tokens of a sequence that KL is measured on.",
 )
 @device_option
 @overwrite_option
-@click.option("--quiet", is_flag=True, help="Show no progress.")
+@option("--quiet", is_flag=True, help="Show no progress.")
 @json_option
 def quantize(
     context: click.Context,
@@ -99,12 +113,12 @@ def quantize(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Write MODEL in integers of 4 or 8 bits as a folder that every other command takes as a MODEL.
+    """Write MODEL with integers of 4 or 8 bits, as a folder.
 
-    Elements share scales in groups along the outputs, so that what leaves an input channel stays a row that can be
-    left unread. The folder keeps codes exactly, and in config.json how they were made and the KL to the float model on
-    text that was not used for it. A run that was interrupted goes on where it was when it is started again. Several
-    processes that torchrun starts share the work (docs/large-models.md).
+    Every other command takes the folder as a MODEL. Groups that share a scale run along the outputs, so each input
+    channel is still one row, which decode can skip. config.json in the folder says how the integers were made, and the
+    KL to the float model on other text than GPTQ read. An interrupted run resumes when it is started again. Under
+    torchrun, processes share the work (docs/large-models.md).
     """
     from tda_export.calibration.corpus import load_corpus
     from tda_export.errors import UsageError

@@ -6,35 +6,35 @@ from pathlib import Path
 
 import click
 
+from tda_export.cli.help_groups import command, option
 from tda_export.cli.options import PATH, overwrite_option, provider_option
 
 
-@click.command()
+@command()
 @click.argument("source", metavar="CALIBRATION|ARTIFACT", type=PATH)
-@click.option(
+@option(
     "-o",
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
     required=True,
     help="HTML file to write.",
 )
-@click.option(
+@option(
     "--results",
     "result_files",
     type=PATH,
     multiple=True,
     metavar="FILE",
-    help="Output of eval --json, or rows of benchmarks/quality_table.py or baselines.py (--json), to compare methods. "
-    "May be given many times.",
+    help="Output of eval --json, or of benchmarks/quality_table.py or baselines.py with --json, to compare methods. "
+    "Repeatable.",
 )
 @provider_option
 @overwrite_option
 def report(source: Path, output: Path, result_files: tuple[Path, ...], provider: str, overwrite: bool) -> None:
-    """Draw what a calibration or an artifact holds as one HTML file that needs nothing else.
+    """Draw a calibration or an artifact as one self-contained HTML file.
 
-    From a calibration file or an artifact of prices: the table of prices, and the rows that are read by matrix and
-    layer. Of masks: curves, allocation, and KL where it was measured; from an artifact's folder also how its neurons
-    behave, measured with its own graphs.
+    With prices: KL against bytes, and the rows read by matrix and layer. With masks: CETT curves, the allocation, and
+    KL where it was measured; from an artifact also the activity of its neurons, measured with its own graphs.
     """
     from tda_export.errors import TdaError, UsageError
     from tda_export.files import atomic_file, check_output

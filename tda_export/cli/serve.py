@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
+from tda_export.cli.help_groups import command, option
 from tda_export.cli.options import (
+    RARE_DEPLOYMENT_OPTIONS,
     Deployed,
     artifact_argument,
     context_option,
@@ -18,52 +20,54 @@ from tda_export.errors import TdaError
 PACKAGES = ("fastapi", "prometheus_client", "pydantic", "starlette", "h11", "uvicorn")  # of the extra
 
 
-@click.command()
+@command(
+    rare=("allowed_host", "cors", "max_connections", "max_body", "grace", "keep_answers", *RARE_DEPLOYMENT_OPTIONS)
+)
 @artifact_argument
-@click.option(
+@option(
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="Address to listen on; only this machine reaches the default.",
+    help="Address to listen on. Only this machine can reach the default.",
 )
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option(
+@option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@option(
     "--allowed-host",
     multiple=True,
     metavar="NAME",
-    help="Answer requests that call this server so; may be given many times.  [default: this machine's own names and "
-    "--host; any name where others reach the server]",
+    help="Accept this Host header. Repeatable.  [default: this machine's own names and --host; any name if --host is "
+    "reachable from elsewhere]",
 )
-@click.option(
+@option(
     "--cors",
     multiple=True,
     metavar="ORIGIN",
-    help="Let pages of this site ask, such as https://example.org; may be given many times. '*' is every site.",
+    help="Accept requests from pages of this site, such as https://example.org; '*' is every site. Repeatable.",
 )
-@click.option("--name", help="Name of the model in the API.  [default: the artifact's folder]")
-@click.option(
-    "--queue", type=click.IntRange(0), default=64, show_default=True, help="Most requests that wait; more get a 503."
+@option("--name", help="Name of the model in the API.  [default: the artifact's folder]")
+@option(
+    "--queue", type=click.IntRange(0), default=64, show_default=True, help="Most waiting requests; others get a 503."
 )
-@click.option(
+@option(
     "--max-connections",
     type=click.IntRange(1),
-    help="Most connections at once; for one more, an idle one is closed.  [default: 1000, or what file descriptors "
+    help="Most open connections; beyond it, the longest idle one is closed.  [default: 1000, or what file descriptors "
     "allow]",
 )
-@click.option(
+@option(
     "--max-new-tokens",
     type=click.IntRange(1),
-    help="Most tokens of an answer.  [default: what the context holds, and 1024 where a chat gives no number]",
+    help="Most tokens of an answer.  [default: the context; 1024 for a chat request without a number]",
 )
-@click.option(
+@option(
     "--max-body", type=click.IntRange(1), default=1 << 20, show_default=True, help="Most bytes of a request's body."
 )
-@click.option(
+@option(
     "--grace",
     type=click.IntRange(0),
     default=30,
     show_default=True,
-    help="Seconds that answers have to end on Ctrl-C or a termination request.",
+    help="Seconds for answers to finish after Ctrl-C or SIGTERM.",
 )
 @context_option
 @deployment_options
@@ -84,12 +88,11 @@ def serve(
     deployed: Deployed,
     keep_answers: bool,
 ) -> None:
-    """Serve ARTIFACT by OpenAI's chat and completions API, with streaming.
+    """Serve ARTIFACT through OpenAI's chat and completions API, with streaming.
 
-    One model, one answer at a time, in order of arrival. On artifacts of prices a request may say how much of the
-    weights its answer reads, by one of the fields price, sparsity and max_kl. /v1/models lists it, /health says whether
-    it answers, /metrics is for Prometheus. There is no authentication: put a proxy in front of it where others can
-    reach it.
+    One request runs at a time, in order of arrival. With prices, a request may give its own budget in one of the
+    fields price, sparsity and max_kl. /v1/models lists the model, /health is for load balancers, /metrics for
+    Prometheus. There is no authentication: put a proxy in front if others can reach the server.
     """
     try:
         from tda_export.serve.access import make_access

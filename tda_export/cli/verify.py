@@ -8,13 +8,14 @@ from pathlib import Path
 
 import click
 
+from tda_export.cli.help_groups import command, option
 from tda_export.cli.options import artifact_argument, json_option, provider_option
 
 
-@click.command()
+@command()
 @artifact_argument
-@click.option("--against", "model", help="Model to compare with.  [default: the one it was built from]")
-@click.option("--files-only", is_flag=True, help="Check hashes and graphs, and compare with no model.")
+@option("--against", "model", help="Model to compare with.  [default: the one it was built from]")
+@option("--files-only", is_flag=True, help="Check hashes and graphs only.")
 @provider_option
 @json_option
 def verify(artifact: Path, model: str | None, files_only: bool, provider: str, as_json: bool) -> None:
@@ -37,7 +38,7 @@ def verify(artifact: Path, model: str | None, files_only: bool, provider: str, a
             if model:
                 raise
             raise TdaError(
-                f"The model it was built from is not to be had ({error}) Use --against MODEL or --files-only."
+                f"The model it was built from cannot be loaded ({error}) Use --against MODEL or --files-only."
             ) from error
 
     checks = verify_artifact(artifact, None if files_only else source, provider=provider, quiet=as_json)

@@ -48,7 +48,7 @@ fixed seed, so that the first ones come from all of its subjects; the others sta
 
 
 def fetch_eval_data(folder: Path, *, overwrite: bool = False, notify: Callable[[str], None] = print) -> dict[str, int]:
-    """Write every task's data into a folder, which appears whole or not at all.
+    """Write every task's data into a folder, atomically.
 
     Args:
         folder: To create.

@@ -63,7 +63,7 @@ class GreedyDensities:
             UsageError: They are of another model, packing or other parts.
         """
         if self.model_fingerprint != model_fingerprint:
-            raise UsageError(f"{path} is of another model. Give densities of this artifact's.")
+            raise UsageError(f"{path} was made for another model. Give densities of this artifact's.")
         if (self.packing, self.parts) != (packing, parts):
             raise UsageError(
                 f"{path} is of --packing {self.packing} --parts {self.parts}, and {packing} and {parts} are measured. "

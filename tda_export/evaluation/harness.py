@@ -74,7 +74,7 @@ class TdaLM(TemplateLM):
             allocation: Budget.
             max_kl: Budget.
             refresh: Tokens between refreshes while generating; by default the artifact's own.
-            calibration: A calibration file in place of the artifact's own.
+            calibration: A calibration file instead of the artifact's own.
             parts: Whose rows may be dropped, `all`, `ffn` or `attention`, of methods of priced artifacts.
             densities: A file of greedy densities, of `teal`.
             protocol: `strict` or `griffin`.

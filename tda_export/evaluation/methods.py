@@ -53,7 +53,7 @@ def check_request(artifact: Artifact, request: Request) -> None:
     for option, value in (("--parts", request.parts), ("--densities", request.densities)):
         if value is not None and name not in ROW_METHODS:
             raise UsageError(
-                f"{option} means nothing with --method {name}, but with {', '.join(ROW_METHODS)}. Leave it out."
+                f"{option} has no effect with --method {name}, but with {', '.join(ROW_METHODS)}. Leave it out."
             )
     entry.check(artifact, request)
 
@@ -186,7 +186,7 @@ def _open_griffin(artifact: Artifact, sessions: Sessions, request: Request) -> S
 def _check_tt(artifact: Artifact, request: Request) -> None:
     _refuse_price(request)
     if (request.cett is None) == (request.sparsity is None):
-        raise UsageError("--method tt takes a budget of its own. Give --cett, or --sparsity up to 0.333.")
+        raise UsageError("--method tt needs a budget. Give --cett, or --sparsity up to 0.333.")
     if (request.allocation, request.max_kl, request.refresh) != (None, None, None):
         raise UsageError("--method tt takes --cett or --sparsity, and nothing else.")
     _truncation_thresholds(artifact, request)
@@ -214,7 +214,7 @@ def _open_tt(artifact: Artifact, sessions: Sessions, request: Request) -> Settin
 
 def _check_dense(artifact: Artifact, request: Request) -> None:
     if request.has_budget or request.refresh is not None or request.calibration is not None:
-        raise UsageError("--method dense reads every neuron, so a budget means nothing. Leave one of them out.")
+        raise UsageError("--method dense reads every neuron, so a budget has no effect. Leave one of them out.")
 
 
 def _open_dense(artifact: Artifact, sessions: Sessions, request: Request) -> Setting:

@@ -30,7 +30,7 @@ def check_priced(artifact: Artifact, request: Request) -> None:
     """Refuse what prices of rows cannot be measured with.
 
     Raises:
-        UsageError: An option means nothing with them, or the budget is beyond the artifact's table.
+        UsageError: An option has no effect with them, or the budget is beyond the artifact's table.
     """
     refuse_masks(artifact, request)
     if request.calibration is not None:
@@ -60,7 +60,7 @@ def _price(artifact: Artifact, request: Request) -> PriceDeployment:
         return deployment if parts == "all" else PriceDeployment(deployment.price)
     if request.max_kl is not None or request.sparsity is None:
         raise UsageError(
-            f"--parts {parts}: KL was measured with all linears, so a part of them takes no budget by KL. Give "
+            f"--parts {parts}: KL was measured with all linears, so a budget by KL is not possible for a part. Give "
             "--sparsity or --price."
         )
     if table is None:

@@ -71,7 +71,7 @@ class PricedSetting:
         return (reader or self.open_reader(cache)).read(tokens)
 
     def open_step(self, capacity: int) -> PricedStep:
-        """Bind decoding of one token after another, in a cache of its own of that many tokens."""
+        """Bind decoding of one token after another, in its own cache of that many tokens."""
         return PricedStep(self.sessions, self.shape, capacity)
 
     def decode(self, cache: KvCache, tokens: Sequence[int], mask: PromptMask | None) -> np.ndarray:

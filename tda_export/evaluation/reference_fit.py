@@ -33,7 +33,7 @@ MethodName = Literal["static", "cats", "dejavu", "moe-true", "moe"]
 
 
 class Wanted(NamedTuple):
-    """A method, and the share of FFN bytes that it shall not read, in [0, 1)."""
+    """A method, and the fraction of FFN bytes to skip, in [0, 1)."""
 
     method: MethodName
     sparsity: float

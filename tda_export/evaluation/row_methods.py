@@ -66,7 +66,7 @@ def threshold_prices(
 
 
 def always_read(spec: DecoderSpec, packing: Packing, parts: Parts) -> dict[str, torch.Tensor]:
-    """Return the row prices of the matrices that shall not drop rows, float32 [L, in]."""
+    """Return the row prices of the matrices that may not skip rows, float32 [L, in]."""
     dropped = droppable_matrices(spec, packing, parts)
     return {
         name: torch.full((spec.num_layers, linear_shape(spec, members[0])[0]), ALWAYS)

@@ -80,7 +80,7 @@ class Setting:
         return Prefill(self.sessions, self.shape, cache)
 
     def open_step(self, capacity: int) -> DecodeStep:
-        """Bind decoding of one token after another, in a cache of its own of that many tokens."""
+        """Bind decoding of one token after another, in its own cache of that many tokens."""
         return DecodeStep(self.sessions, self.shape, capacity)
 
     def decode(self, cache: KvCache, tokens: Sequence[int], mask: PromptMask | None) -> np.ndarray:

@@ -11,7 +11,7 @@ from tda_export.graph.attention_function import StepGraphBuilder, attention_func
 from tda_export.graph.decoder import GraphBuilder, model_shape
 from tda_export.graph.ffn import FfnForm, activate, ffn_form, indexed_ffn, indexed_ffn_function
 from tda_export.graph.greedy import greedy_token_function, greedy_tokens
-from tda_export.graph.linear import HalfGraphBuilder, linear_functions
+from tda_export.graph.linear import FunctionGraphBuilder, linear_functions
 from tda_export.graph.method import Method
 from tda_export.graph.operators import FfnInput
 from tda_export.graph.ops import to_numpy
@@ -49,7 +49,7 @@ def build_decode(
     shape, form = model_shape(spec, dtype), ffn_form(spec, two_levels=method.two_levels)
     half = dtype != "float32"
     declared_inputs = contract.decode_inputs(shape, two_levels=method.two_levels, explicit=explicit)
-    graph = (HalfGraphBuilder if half else StepGraphBuilder)(spec, weights, dtype, declared_inputs)
+    graph = (FunctionGraphBuilder if half else StepGraphBuilder)(spec, weights, dtype, declared_inputs)
     inputs, outputs = graph.inputs, graph.outputs
     kept: list[ir.Value] = []
 

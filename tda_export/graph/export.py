@@ -1,4 +1,4 @@
-"""Build an artifact: weights, graphs, tokenizer and manifest in one folder, whole or not at all."""
+"""Build an artifact: weights, graphs, tokenizer and manifest in one folder, atomically."""
 
 from __future__ import annotations
 

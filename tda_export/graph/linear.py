@@ -14,7 +14,7 @@ from tda_export.graph.ops import MICROSOFT, OPSET, Ops
 from tda_export.models.spec import NormKind
 
 
-class HalfGraphBuilder(StepGraphBuilder):
+class FunctionGraphBuilder(StepGraphBuilder):
     """Builds products and norms as functions too; for half precision, which runs on CUDA."""
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:

@@ -20,7 +20,7 @@ from tda_export.graph.ffn import plain_ffn
 from tda_export.graph.gated_activation import gated_activation, gated_activation_functions
 from tda_export.graph.greedy import greedy_token_function, greedy_tokens
 from tda_export.graph.integer_linear import integer_row_linear
-from tda_export.graph.linear import HalfGraphBuilder, linear_functions
+from tda_export.graph.linear import FunctionGraphBuilder, linear_functions
 from tda_export.graph.row_linear import call_price, call_price_function, dropped_rows, row_linear, row_linear_functions
 from tda_export.graph.weight_plan import PricedRows
 from tda_export.graph.weights_file import WeightTable
@@ -71,7 +71,7 @@ class RowGraphBuilder(StepGraphBuilder):
         return integer_row_linear(self.ops, matrix, x, stored, row_price, self.price, bias, early=early)
 
 
-class HalfRowGraphBuilder(RowGraphBuilder, HalfGraphBuilder):
+class FunctionRowGraphBuilder(RowGraphBuilder, FunctionGraphBuilder):
     """The same in half precision, where the other products and norms of decode are functions."""
 
 
@@ -126,7 +126,7 @@ def build_priced_decode(
         call without a past is dense.
     """
     shape, half = model_shape(spec, dtype), dtype != "float32"
-    builder = HalfRowGraphBuilder if half else RowGraphBuilder
+    builder = FunctionRowGraphBuilder if half else RowGraphBuilder
     graph = builder(spec, weights, dtype, contract.priced_decode_inputs(shape, explicit=explicit))
     ops, inputs, outputs = graph.ops, graph.inputs, graph.outputs
     graph.counted, graph.listed = counted, listed

@@ -11,7 +11,7 @@ import torch
 
 from tda_export.errors import TdaError, UsageError
 from tda_export.graph import contract
-from tda_export.models.layout import Tensor
+from tda_export.models.layout import LazyTensor
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import RowBytes, linear_parts, row_bytes_of
@@ -69,7 +69,7 @@ class Storage:
         """Return what rows of the layers' linears take."""
         return row_bytes_of(spec, contract.DTYPE_BYTES[self.dtype], self.formats)
 
-    def plan(self, target: str, tensor: Tensor, major: Major, members: Sequence[str]) -> Iterator[PlannedWeight]:
+    def plan(self, target: str, tensor: LazyTensor, major: Major, members: Sequence[str]) -> Iterator[PlannedWeight]:
         """List the tensors of a matrix.
 
         Args:
@@ -99,7 +99,7 @@ class Storage:
             load = partial(coming.tensor, index)
             yield PlannedWeight(stored.name, stored.shape, stored.dtype, load, None if index else matrix)
 
-    def packed(self, matrix: Matrix, tensor: Tensor, members: Sequence[str]) -> list[torch.Tensor]:
+    def packed(self, matrix: Matrix, tensor: LazyTensor, members: Sequence[str]) -> list[torch.Tensor]:
         """Make the tensors of a matrix of integers, in the order of `Matrix.tensors`.
 
         Args:
@@ -114,7 +114,7 @@ class Storage:
         assert isinstance(matrix.format, IntegerFormat)
         return [torch.from_numpy(array) for array in self._codes(tensor, members, matrix.format).pack()]
 
-    def _codes(self, tensor: Tensor, members: Sequence[str], format: IntegerFormat) -> Codes:
+    def _codes(self, tensor: LazyTensor, members: Sequence[str], format: IntegerFormat) -> Codes:
         given = [self.codes[name] for name in members if name in self.codes]
         if len(given) < len(members):
             rows = tensor.load().float().contiguous().numpy()
@@ -169,7 +169,7 @@ def read_plan(source: ModelSource, weights: str, group: int | None, rules: Seque
     if plan.integers:
         return plan
     if group is not None:
-        raise UsageError("--group means nothing where all weights are floats. Leave it out, or give --weights int4.")
+        raise UsageError("--group has no effect where all weights are floats. Leave it out, or give --weights int4.")
     return None
 
 

@@ -16,7 +16,7 @@ from tda_export.graph.attention_function import StepGraphBuilder, attention_func
 from tda_export.graph.contract import IoTensor
 from tda_export.graph.decoder import model_shape
 from tda_export.graph.ffn import dense_activations
-from tda_export.graph.linear import HalfGraphBuilder, linear_functions
+from tda_export.graph.linear import FunctionGraphBuilder, linear_functions
 from tda_export.graph.ops import Ops
 from tda_export.graph.weights_file import WeightTable
 from tda_export.models.spec import DecoderSpec
@@ -54,7 +54,7 @@ def build_truncation(spec: DecoderSpec, weights: WeightTable, dtype: str) -> ir.
         default thresholds are 0 and keep every neuron. `kept_neurons` int64 [L, S] counts the kept ones.
     """
     shape, half = model_shape(spec, dtype), dtype != "float32"
-    graph = (HalfGraphBuilder if half else StepGraphBuilder)(spec, weights, dtype, truncation_inputs(shape))
+    graph = (FunctionGraphBuilder if half else StepGraphBuilder)(spec, weights, dtype, truncation_inputs(shape))
     ops, inputs, outputs = graph.ops, graph.inputs, graph.outputs
     kept: list[ir.Value] = []
 

@@ -10,7 +10,7 @@ import torch
 
 from tda_export.graph import contract
 from tda_export.graph.storage import PlannedWeight, Storage
-from tda_export.models.layout import Layout, Tensor
+from tda_export.models.layout import Layout, LazyTensor
 from tda_export.models.rope import rope_table
 from tda_export.models.spec import DecoderSpec
 from tda_export.models.weights import Weights
@@ -106,14 +106,14 @@ class _Planner:
         if not spec.tied_head:
             yield from self._outer(contract.HEAD, layout.plain(f"{names.head}.weight", spec.vocab_size, width))
 
-    def _stored(self, target: str, tensor: Tensor, dtype: str | None = None) -> PlannedWeight:
+    def _stored(self, target: str, tensor: LazyTensor, dtype: str | None = None) -> PlannedWeight:
         return PlannedWeight(target, tensor.shape, dtype or self._dtype, tensor.load)
 
-    def _outer(self, target: str, tensor: Tensor) -> Iterator[PlannedWeight]:
+    def _outer(self, target: str, tensor: LazyTensor) -> Iterator[PlannedWeight]:
         """List a matrix outside the layers."""
         return self._storage.plan(target, tensor, "output", [target])
 
-    def _floats(self, target: str, tensor: Tensor, major: Major = "output") -> Iterator[PlannedWeight]:
+    def _floats(self, target: str, tensor: LazyTensor, major: Major = "output") -> Iterator[PlannedWeight]:
         """List a matrix that is stored as floats, as all of the indexed layout are."""
         return Storage(self._dtype).plan(target, tensor, major, [target])
 
@@ -157,10 +157,10 @@ class _Planner:
         if isinstance(self._rows, PricedRows):
             return
         down = self._layout.ffn(layer, "down")
-        squared_norms = Tensor(down.shape[:1], partial(_squared_row_norms, down))
+        squared_norms = LazyTensor(down.shape[:1], partial(_squared_row_norms, down))
         yield self._stored(contract.down_squared_norms(layer), squared_norms, "float32")
         if self._rows.up_rms is not None:
-            scale = Tensor(down.shape[:1], partial(_scale, squared_norms, self._rows.up_rms[layer]))
+            scale = LazyTensor(down.shape[:1], partial(_scale, squared_norms, self._rows.up_rms[layer]))
             yield self._stored(contract.neuron_scale(layer), scale, "float32")
 
     def _priced(self, layer: int, wanted: Sequence[str], *, biased: bool) -> Iterator[PlannedWeight]:
@@ -175,28 +175,30 @@ class _Planner:
             if biased:
                 yield self._stored(contract.linear_bias(name), _joined([layout.part_bias(layer, p) for p in parts]))
             price = self._rows.prices[stored][layer]
-            yield self._stored(contract.row_price(name), Tensor(tuple(price.shape), partial(_same, price)), "float32")
+            yield self._stored(
+                contract.row_price(name), LazyTensor(tuple(price.shape), partial(_same, price)), "float32"
+            )
 
 
-def _squared_row_norms(down: Tensor) -> torch.Tensor:
+def _squared_row_norms(down: LazyTensor) -> torch.Tensor:
     """||W_down[:, i]||^2 for each neuron: neuron-major [F, M] of any dtype to float32 [F]."""
     return down.load().float().square().sum(dim=1)
 
 
-def _scale(squared_norms: Tensor, up_rms: torch.Tensor) -> torch.Tensor:
+def _scale(squared_norms: LazyTensor, up_rms: torch.Tensor) -> torch.Tensor:
     """RMS(up_i · x) ||W_down[:, i]||: times |act(gate_i · x)| the length to expect of neuron i's output."""
     return squared_norms.load().sqrt() * up_rms
 
 
-def _side_by_side(parts: list[Tensor]) -> Tensor:
+def _side_by_side(parts: list[LazyTensor]) -> LazyTensor:
     """Put linears [out, in] of one input side by side, input-major: [in, out of all]."""
     inputs = parts[0].shape[1]
     outputs = sum(part.shape[0] for part in parts)
-    return Tensor((inputs, outputs), lambda: torch.cat([part.load() for part in parts]).T)
+    return LazyTensor((inputs, outputs), lambda: torch.cat([part.load() for part in parts]).T)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return Tensor((sum(part.shape[0] for part in parts),), lambda: torch.cat([part.load() for part in parts]))
+def _joined(parts: list[LazyTensor]) -> LazyTensor:
+    return LazyTensor((sum(part.shape[0] for part in parts),), lambda: torch.cat([part.load() for part in parts]))
 
 
 def _same(value: torch.Tensor) -> torch.Tensor:

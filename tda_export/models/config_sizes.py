@@ -47,7 +47,7 @@ def check_sizes(config: Mapping[str, Any], name: str, place: str) -> None:
         place: What the fields are of, likewise.
 
     Raises:
-        TdaError: A size is no whole number, is under 1, or is beyond any model's; the message names the field.
+        TdaError: A size is not a whole number, is under 1, or is beyond any model's; the message names the field.
     """
     for field, limit in LIMITS.items():
         value = config.get(field)
@@ -55,6 +55,6 @@ def check_sizes(config: Mapping[str, Any], name: str, place: str) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
             raise TdaError(
-                f"{name}: {field} in {place} is {shown(repr(value), 40)}, which is no whole "
+                f"{name}: {field} in {place} is {shown(repr(value), 40)}, which is not a whole "
                 f"number from 1 to {limit:,}. Correct it, or give another copy of the model."
             )

@@ -56,7 +56,7 @@ def _refuse_incomplete(header: GgufHeader, name: str) -> None:
         missing.append(EPSILONS[0])
     if missing:
         raise TdaError(
-            f"{name}: the GGUF file does not say {architecture}.{missing[0]}, without which it is no whole model. "
+            f"{name}: the GGUF file does not say {architecture}.{missing[0]}, which every model needs. "
             "Give another GGUF file or the safetensors checkpoint of this model."
         )
     if f"{architecture}.vocab_size" not in present and TOKENS not in present:

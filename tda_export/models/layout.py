@@ -60,8 +60,8 @@ def module_weight(spec: DecoderSpec, parts: Mapping[str, torch.Tensor]) -> torch
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """A tensor to come: its shape, and how to read it."""
+class LazyTensor:
+    """A tensor that is read when it is needed: its shape, and how to read it."""
 
     shape: tuple[int, ...]
     load: Callable[[], torch.Tensor]
@@ -74,46 +74,46 @@ class Layout:
         self._spec, self._weights = spec, weights
         self._heads, self._kv_heads = spec.num_heads * spec.head_size, spec.num_kv_heads * spec.head_size
 
-    def plain(self, name: str, *shape: int) -> Tensor:
+    def plain(self, name: str, *shape: int) -> LazyTensor:
         """Return a tensor as it is in the checkpoint."""
         self._check(name, shape)
-        return Tensor(shape, partial(self._weights.load, name))
+        return LazyTensor(shape, partial(self._weights.load, name))
 
-    def norm(self, module: str, size: int) -> Tensor:
+    def norm(self, module: str, size: int) -> LazyTensor:
         """Return the weights of a norm, float32, with the offset of families whose norms multiply by 1 + w."""
         plain, offset = self.plain(f"{module}.weight", size), self._spec.norm_offset
-        return Tensor(plain.shape, lambda: plain.load().float() + offset) if offset else plain
+        return LazyTensor(plain.shape, lambda: plain.load().float() + offset) if offset else plain
 
-    def head_norm(self, module: str, heads: int) -> Tensor:
+    def head_norm(self, module: str, heads: int) -> LazyTensor:
         """Return the weights of a norm of queries or keys, in the order that heads have in the graphs."""
         spec = self._spec
         whole = spec.qk_norm == "whole"
         plain = self.norm(module, heads * spec.head_size if whole else spec.head_size)
-        return Tensor(plain.shape, lambda: self._rotated(plain.load(), heads if whole else 1))
+        return LazyTensor(plain.shape, lambda: self._rotated(plain.load(), heads if whole else 1))
 
-    def positions(self) -> Tensor:
+    def positions(self) -> LazyTensor:
         """Return the table of learned positions, [positions, M], that of position 0 first."""
         spec, offset = self._spec, self._spec.position_offset or 0
         plain = self.plain(f"{spec.names.positions}.weight", spec.max_positions + offset, spec.hidden_size)
-        return Tensor((spec.max_positions, spec.hidden_size), lambda: plain.load()[offset:])
+        return LazyTensor((spec.max_positions, spec.hidden_size), lambda: plain.load()[offset:])
 
-    def linear(self, module: str, outputs: int, inputs: int) -> Tensor:
+    def linear(self, module: str, outputs: int, inputs: int) -> LazyTensor:
         """Return the weights of a linear layer, [out, in]."""
         if not self._spec.transposed_linears:
             return self.plain(f"{module}.weight", outputs, inputs)
         plain = self.plain(f"{module}.weight", inputs, outputs)
-        return Tensor((outputs, inputs), lambda: plain.load().T)
+        return LazyTensor((outputs, inputs), lambda: plain.load().T)
 
-    def qkv(self, layer: int) -> Tensor:
+    def qkv(self, layer: int) -> LazyTensor:
         """Return the weights of Q, K and V, one below the other, [(H + 2 KV) D, M]."""
         linears = [self.linear(module, rows, self._spec.hidden_size) for module, rows in self._projections(layer)]
         return self._qkv(linears)
 
-    def qkv_bias(self, layer: int) -> Tensor:
+    def qkv_bias(self, layer: int) -> LazyTensor:
         """Return their biases, [(H + 2 KV) D]."""
         return self._qkv([self.plain(f"{module}.bias", rows) for module, rows in self._projections(layer)])
 
-    def part(self, layer: int, part: str) -> Tensor:
+    def part(self, layer: int, part: str) -> LazyTensor:
         """Return the weights of one linear of a layer, [out, in]: q, k, v, o, or a part of the FFN."""
         spec = self._spec
         if part == "o":
@@ -122,36 +122,36 @@ class Layout:
             return self.linear(spec.names.down.format(i=layer), spec.hidden_size, spec.ffn_size)
         return self._qkv_part(layer, part, bias=False) if part in QKV_PARTS else self.ffn(layer, part)
 
-    def part_bias(self, layer: int, part: str) -> Tensor:
+    def part_bias(self, layer: int, part: str) -> LazyTensor:
         """Return the bias of one linear of a layer, [out]."""
         if part == "o":
             return self.plain(f"{self._spec.names.attention_out.format(i=layer)}.bias", self._spec.hidden_size)
         return self._qkv_part(layer, part, bias=True) if part in QKV_PARTS else self.ffn_bias(layer, part)
 
-    def _qkv_part(self, layer: int, part: str, *, bias: bool) -> Tensor:
+    def _qkv_part(self, layer: int, part: str, *, bias: bool) -> LazyTensor:
         """Return the rows of q, k or v alone; where they are packed, all are read."""
         spec, place = self._spec, QKV_PARTS.index(part)
         heads = spec.num_heads if part == "q" else spec.num_kv_heads
         if spec.qkv_layout == "separate":
             module, rows = self._projections(layer)[place]
             own = self.plain(f"{module}.bias", rows) if bias else self.linear(module, rows, spec.hidden_size)
-            return own if part == "v" else Tensor(own.shape, lambda: self._rotated(own.load(), heads))
+            return own if part == "v" else LazyTensor(own.shape, lambda: self._rotated(own.load(), heads))
         packed = self.qkv_bias(layer) if bias else self.qkv(layer)
         sizes = [self._heads, self._kv_heads, self._kv_heads]
-        return Tensor((sizes[place], *packed.shape[1:]), lambda: packed.load().split(sizes)[place])
+        return LazyTensor((sizes[place], *packed.shape[1:]), lambda: packed.load().split(sizes)[place])
 
-    def ffn(self, layer: int, part: str) -> Tensor:
+    def ffn(self, layer: int, part: str) -> LazyTensor:
         """Return an FFN matrix, neuron-major: [F, M], row i is neuron i."""
         spec = self._spec
         module = getattr(spec.names, part).format(i=layer)
         if part == "down":
             down = self.linear(module, spec.hidden_size, spec.ffn_size)
-            return Tensor((spec.ffn_size, spec.hidden_size), lambda: down.load().T)
+            return LazyTensor((spec.ffn_size, spec.hidden_size), lambda: down.load().T)
         if not spec.packed_gate:
             return self.linear(module, spec.ffn_size, spec.hidden_size)
         return self._half(self.linear(module, 2 * spec.ffn_size, spec.hidden_size), part)
 
-    def ffn_bias(self, layer: int, part: str) -> Tensor:
+    def ffn_bias(self, layer: int, part: str) -> LazyTensor:
         """Return the bias of an FFN matrix, [F], of down [M]."""
         spec = self._spec
         name = f"{getattr(spec.names, part).format(i=layer)}.bias"
@@ -167,9 +167,9 @@ class Layout:
             return list(zip(modules, sizes, strict=True))
         return [(modules[0], sum(sizes))]
 
-    def _qkv(self, parts: list[Tensor]) -> Tensor:
+    def _qkv(self, parts: list[LazyTensor]) -> LazyTensor:
         rows = sum(part.shape[0] for part in parts)
-        return Tensor((rows, *parts[0].shape[1:]), lambda: self._joined([part.load() for part in parts]))
+        return LazyTensor((rows, *parts[0].shape[1:]), lambda: self._joined([part.load() for part in parts]))
 
     def _joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
         spec = self._spec
@@ -189,10 +189,10 @@ class Layout:
         order = rotary_order(self._spec.head_size, size)
         return rows.unflatten(0, (heads, self._spec.head_size))[:, order].flatten(0, 1)
 
-    def _half(self, packed: Tensor, part: str) -> Tensor:
+    def _half(self, packed: LazyTensor, part: str) -> LazyTensor:
         size = self._spec.ffn_size
         rows = slice(0, size) if part == "gate" else slice(size, 2 * size)
-        return Tensor((size, *packed.shape[1:]), lambda: packed.load()[rows])
+        return LazyTensor((size, *packed.shape[1:]), lambda: packed.load()[rows])
 
     def _check(self, name: str, expected: tuple[int, ...]) -> None:
         if name not in self._weights:

@@ -143,13 +143,13 @@ class QuantisedWeights:
         """Read a matrix of integers.
 
         Raises:
-            TdaError: It has a scale that is no number.
+            TdaError: It has a scale that is not a number.
         """
         format = self.plan.integers[name]
         tensors = format.tensors(name, *matrix_shape(self._spec, name))
         packed, scales, zero_points = (self._stored.load(tensor.name).numpy() for tensor in tensors)
         if not np.isfinite(scales).all():
-            raise TdaError(f"{self._file}: {tensors[1].name} has scales that are no numbers. {AGAIN}")
+            raise TdaError(f"{self._file}: {tensors[1].name} has scales that are not numbers. {AGAIN}")
         return Codes.unpack(format, matrix_shape(self._spec, name)[1], packed, scales, zero_points)
 
     def _matrix(self, name: str) -> torch.Tensor:

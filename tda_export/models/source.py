@@ -274,7 +274,7 @@ class ModelSource:
         except (ValueError, AttributeError, RecursionError):
             return  # a damaged file: transformers says what is wrong with it
         if architectures and not isinstance(architectures, list):
-            raise TdaError(f'{self.name}: architectures in config.json is no list. Write it as one: ["NAME"].')
+            raise TdaError(f'{self.name}: architectures in config.json is not a list. Write it as one: ["NAME"].')
         if architectures:
             check_architecture(str(architectures[0]))
         check_sizes(config, self.name, "config.json")
@@ -312,7 +312,7 @@ def resolve_model(model: str, *, notify: Callable[[str], None] = print) -> Model
         return ModelSource(model, file.parent, file.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise TdaError(f"{model}: no config.json there, so this is no Hugging Face model folder. {_way_out()}")
+            raise TdaError(f"{model}: no config.json there, so this is not a Hugging Face model folder. {_way_out()}")
         return ModelSource(model, path)
     if path.suffix == ".gguf":
         if not path.is_file():

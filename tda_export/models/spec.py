@@ -209,7 +209,7 @@ def spec_from_dict(content: dict[str, Any]) -> DecoderSpec:
     except (KeyError, TypeError) as error:
         raise TdaError(f"The manifest's spec is incomplete ({first_line(error)}). Build the artifact again.") from error
     except TdaError as error:  # its way out is a configuration's
-        raise TdaError(f"The manifest's spec is none that can be built ({error}) Build the artifact again.") from error
+        raise TdaError(f"The manifest's spec cannot be built ({error}) Build the artifact again.") from error
 
 
 def _rope(content: dict[str, Any] | None) -> RopeSpec | None:

@@ -61,7 +61,7 @@ def embed_sources(folder: Path) -> None:
 
 
 def build(output: Path = LIBRARY, extra_flags: tuple[str, ...] = ()) -> Path:
-    """Compile the library to `output`, whole or not at all.
+    """Compile the library to `output` atomically.
 
     Raises:
         BuildError: There is no compiler, it failed, or the folder cannot be written to.

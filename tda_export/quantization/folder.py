@@ -36,7 +36,7 @@ def is_quantised_folder(path: Path) -> bool:
 def write_quantised(
     source: ModelSource, output: Path, codes: Mapping[str, Codes], plan: FormatPlan, about: dict[str, Any]
 ) -> None:
-    """Write the folder, whole or not at all; an earlier one is replaced.
+    """Write the folder atomically; an earlier one is replaced.
 
     Args:
         source: The float model.

@@ -59,12 +59,12 @@ def compare(p: torch.Tensor, q: torch.Tensor) -> Compared:
     """Compare log-probabilities [C, V] of the float model with the quantised model's.
 
     Raises:
-        TdaError: The KL is no finite number.
+        TdaError: The KL is not finite.
     """
     kl = float(mean_kl(p, q))
     if not math.isfinite(kl):
         raise TdaError(
-            "The KL of the quantised model to the float model is no finite number. Leave matrices float by "
+            "The KL of the quantised model to the float model is not finite. Leave matrices float by "
             "--weights-for, or quantise to --weights int8."
         )
     return Compared(kl, agreement(p, q), len(p))
@@ -74,7 +74,7 @@ def summarise(compared: Sequence[Compared]) -> Loss:
     """Average over sequences."""
     values = torch.tensor([each.kl for each in compared], dtype=torch.float64)
     error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    # Of what is the same but for rounding the KL may come out below 0.
+    # Of what is the same except for rounding, the KL may be below 0.
     mean = max(0.0, float(values.mean()))
     same = sum(each.agreement for each in compared) / len(compared)
     return Loss(mean, error, same, sum(each.tokens for each in compared), len(compared))
@@ -84,6 +84,6 @@ def loss(dense: list[torch.Tensor], quantised: Iterator[torch.Tensor]) -> Loss:
     """Compare log-probabilities [C, V] of the float model with the quantised model's, sequence by sequence.
 
     Raises:
-        TdaError: A KL is no finite number.
+        TdaError: A KL is not finite.
     """
     return summarise([compare(p, q) for p, q in zip(dense, quantised, strict=True)])

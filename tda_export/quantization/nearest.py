@@ -23,7 +23,7 @@ def read_matrix_rows(spec: DecoderSpec, weights: Weights, name: str) -> np.ndarr
     """Read a matrix as it is stored, float32 [rows, columns]: layers' linears [in, out], embedding and head [V, M].
 
     Raises:
-        TdaError: It holds a weight that is no finite number.
+        TdaError: It holds a weight that is not finite.
     """
     layout = Layout(spec, weights)
     if name in (EMBEDDING, HEAD):
@@ -47,7 +47,7 @@ def round_matrix(name: str, rows: np.ndarray, format: IntegerFormat, *, symmetri
         symmetric: Let zero points be the middle code.
 
     Raises:
-        TdaError: It holds a weight that is no finite number, or that is too large for its scale.
+        TdaError: It holds a weight that is not finite, or that is too large for its scale.
     """
     _check_finite(name, rows)
     step = max(1, ELEMENTS_AT_ONCE // rows.shape[1])
@@ -78,4 +78,4 @@ def check_scales(name: str, codes: Codes) -> None:
 
 def _check_finite(name: str, rows: np.ndarray) -> None:
     if not np.isfinite(rows).all():
-        raise TdaError(f"{name}: the checkpoint has weights that are no finite numbers. Download the weights again.")
+        raise TdaError(f"{name}: the checkpoint has weights that are not finite. Download the weights again.")

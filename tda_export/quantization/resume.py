@@ -1,4 +1,4 @@
-"""Finished layers: a file each beside the output, so that a quantisation goes on behind them after an interruption.
+"""Finished layers: a file each beside the output, from which an interrupted quantisation resumes.
 
 They are read from there once more for the output, so that memory holds the codes of one layer at a time.
 """
@@ -54,12 +54,12 @@ class PartialLayers:
         usable = self.folder.is_dir() and os.access(self.folder, os.W_OK)
         if not usable or any(path.is_dir() or _key(path) is None for path in self._layers()):
             raise UsageError(
-                f"{self.folder} is in the way: finished layers are kept there until all are done. Move it away, or "
+                f"{self.folder} exists, and finished layers are stored there until all are done. Move it away, or "
                 "choose another output."
             )
 
     def save(self, layer: int, codes: dict[str, Codes]) -> None:
-        """Write the matrices of a layer, whole or not at all.
+        """Write the matrices of a layer atomically.
 
         Raises:
             TdaError: The operating system refused to write.
@@ -77,7 +77,7 @@ class PartialLayers:
                 except SafetensorError as error:
                     raise as_os_error(error) from error
         except (TdaError, OSError) as error:
-            goes_on = f" Started again, it goes on behind the layers in {self.folder}." if layer else ""
+            goes_on = f" Start it again to resume after the layers in {self.folder}." if layer else ""
             text = str(error) if isinstance(error, TdaError) else f"{path}: {error.strerror or error}."
             raise TdaError(f"{text} The quantisation has stopped.{goes_on}") from error
 

@@ -33,7 +33,7 @@ class Axis:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
-            raise ValueError(f"Axis {self.label!r}: {self.low} to {self.high} is no range.")
+            raise ValueError(f"Axis {self.label!r}: {self.low} to {self.high} is not a range.")
         if self.log and self.low <= 0:
             raise ValueError(f"Axis {self.label!r}: a logarithm needs values above 0, not {self.low}.")
 

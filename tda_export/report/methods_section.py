@@ -62,7 +62,7 @@ def methods_section(results: Sequence[Result]) -> Section:
         ],
         figures,
         [Table("All results", columns, rows, texts=5)],
-        ["Results without loss (KL of 0 but for rounding, as dense has) have no place on a logarithmic axis."]
+        ["Results without loss (KL of 0 except for rounding, as dense has) have no place on a logarithmic axis."]
         if lossless
         else [],
     )

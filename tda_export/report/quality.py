@@ -130,8 +130,8 @@ def _extent(data: QualityData) -> list[float]:
 def methods_chart(results: Sequence[Result], *, linears: bool = False) -> Markup | None:
     """Draw KL against the share of bytes read, one line for each method, with bars of one standard error.
 
-    Results without loss (dense, but for rounding) have no place on a logarithmic axis, nor have those whose bytes are
-    not known. None where nothing is left.
+    Left out: results without loss (dense, except for rounding), which a logarithmic axis cannot show, and those whose
+    bytes are not known. None if nothing is left.
 
     Args:
         results: Of one chart.

@@ -129,7 +129,8 @@ def open_artifact(folder: str | Path) -> Artifact:
     path = folder / contract.MANIFEST_FILE
     if not path.is_file():
         raise TdaError(
-            f"{folder}: no {contract.MANIFEST_FILE} there, so this is no artifact. Make one with 'tda-export build'."
+            f"{folder}: no {contract.MANIFEST_FILE} there, so this is not an artifact. "
+            "Make one with 'tda-export build'."
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -204,7 +205,7 @@ def _check_link(folder: Path, path: Path) -> None:
     """
     target, inside = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     if not path.exists():  # a link to itself, too
-        raise TdaError(f"{path}: a link that leads to no file. Copy or build the artifact again.")
+        raise TdaError(f"{path}: a broken link. Copy or build the artifact again.")
     allowed = [inside]
     for parent in inside.parents:
         if parent.name == HUB_SNAPSHOTS and parent.parent.name.startswith(HUB_REPOSITORY):

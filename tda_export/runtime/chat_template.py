@@ -43,7 +43,7 @@ def check_template_kwargs(given: Mapping[str, Any]) -> None:
     """
     for name, value in given.items():
         if name in RESERVED:
-            raise UsageError(f"The chat template's variable {name!r} is not the caller's to set. Leave it out.")
+            raise UsageError(f"The chat template's variable {name!r} cannot be set by the caller. Leave it out.")
         try:
             json.dumps({name: value}, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:

@@ -63,7 +63,7 @@ class Deployment:
 
     @property
     def read_as(self) -> object:
-        """What prompts must have in common for one to go on from another's statistics."""
+        """Key of prompts that can continue from each other's statistics."""
         return self.prior
 
     @property
@@ -89,7 +89,7 @@ class PriceDeployment:
 
     @property
     def read_as(self) -> object:
-        """What prompts must have in common for one to go on from another: prefill knows no price."""
+        """Key of prompts that can continue from each other: all, since prefill does not depend on the price."""
         return None
 
     @property

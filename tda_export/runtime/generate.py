@@ -44,10 +44,10 @@ class Metrics:
     `linears`, those of attention and FFN. `sparsity` is the share of their bytes that decoding has not read so far,
     refreshes included; what tokens skip one by one (by thresholds or prices) is not counted while decoding: it is the
     calibration's expectation. `refreshes` counts tokens that came from reading the last ones densely.
-    `reused_tokens` of the prompt were read before. `decode_steps` counts refreshes too, and a last one that gave an end
-    token or came too late for one who cancelled. `decode_tokens_per_second` starts at the second token; the first
-    comes from prefill. `finish_reason`: an end token or a stop string, as many tokens as asked for, a full context, or
-    nothing where a generation was not read to its end, or cancelled.
+    `reused_tokens` of the prompt were read before. `decode_steps` counts refreshes too, and a last step that gave an
+    end token or finished after cancellation. `decode_tokens_per_second` starts at the second token; the first comes
+    from prefill. `finish_reason`: an end token or a stop string, as many tokens as asked for, a full context, or empty
+    if a generation is not finished, or was cancelled.
     """
 
     provider: str
@@ -71,7 +71,7 @@ class Metrics:
 class Generation:
     """An iterator of tokens; `metrics` and `text` are current at every step.
 
-    One that is not read to its end gives its decode step (and KV cache) back when it is closed or dropped.
+    An unfinished one returns its decode step (and KV cache) when it is closed or dropped.
     `cancel` may be called from another thread or a signal handler, everything else from one thread alone.
     """
 

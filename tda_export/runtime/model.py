@@ -235,7 +235,7 @@ class Model:
         if chat:
             return self.tokenize_chat([{"role": "user", "content": str(prompt)}], chat_template_kwargs)
         if chat_template_kwargs:
-            raise UsageError("Variables for the chat template mean nothing without it. Leave them out, or chat.")
+            raise UsageError("Variables for the chat template have no effect without it. Leave them out, or chat.")
         if isinstance(prompt, str):
             return self._checked(self.text.encode(prompt))
         tokens = [int(token) for token in prompt]
@@ -263,15 +263,15 @@ class Model:
 
 
 def check_keeping(artifact: Artifact) -> None:
-    """Refuse to let answers stay where masks come from statistics of all that was read.
+    """Refuse to keep answers with masks, which come from statistics of all tokens that were read densely.
 
     Raises:
         UsageError: The artifact has masks.
     """
     if artifact.layout != "priced":
         raise UsageError(
-            f"{artifact.folder} has masks, whose statistics know nothing of answers that are not read again. Let "
-            "answers be read again, or build an artifact with 'tda-export build MODEL --method priced'."
+            f"--keep-answers needs an artifact of prices, and {artifact.folder} has masks. Leave it out, or build one "
+            "with 'tda-export build MODEL --method priced'."
         )
 
 

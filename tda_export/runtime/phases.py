@@ -98,7 +98,7 @@ def decode(
 class Prefill:
     """Reads prompts into one cache. Everything but the tokens is bound once.
 
-    The running statistics lie in buffers of their own, which each call updates in place: the first call of a prompt
+    The running statistics lie in their own buffers, which each call updates in place: the first call of a prompt
     begins with the artifact's prior or with nothing, the calls after it add to what is there.
     """
 
@@ -174,7 +174,7 @@ class Prefill:
 
         Args:
             tokens: The prompt, at least one token; the cache has room for it.
-            thresholds: float32 [L] in place of the artifact's own, or None.
+            thresholds: float32 [L] instead of the artifact's own, or None.
             prior: Begin the statistics with the artifact's prior (where it has none, with nothing).
             decay: Go on with the statistics of the last call, times this, instead of beginning anew.
             chunk: Tokens of one call at most.

@@ -10,5 +10,5 @@ from tda_export.runtime.token_step import TokenStep
 
 
 def open_step(sessions: Sessions, shape: ModelShape, capacity: int) -> TokenStep:
-    """Bind decoding of one token after another, in a cache of its own of `capacity` tokens."""
+    """Bind decoding of one token after another, in its own cache of `capacity` tokens."""
     return (PricedStep if sessions.priced else DecodeStep)(sessions, shape, capacity)

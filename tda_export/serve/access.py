@@ -46,7 +46,7 @@ def make_access(*, host: str, loopback: bool, allowed_hosts: Iterable[str], orig
     origins = tuple(origin if origin == "*" else origin.lower().removesuffix("/") for origin in origins)
     for origin in origins:
         if not ORIGIN.fullmatch(origin):
-            raise UsageError(f"--cors {origin[:100]!r} is no origin. Give one like https://example.org, or '*'.")
+            raise UsageError(f"--cors {origin[:100]!r} is not an origin. Give one like https://example.org, or '*'.")
     names = frozenset(map(plain_host, allowed_hosts))
     if "" in names:
         raise UsageError("--allowed-host takes a name or an address, without a path.")
@@ -71,7 +71,7 @@ def plain_host(header: str) -> str:
 
 
 def limit_access(app: FastAPI, access: Access) -> None:
-    """Let an app answer those who may ask alone."""
+    """Pass only allowed requests on to an app."""
     app.add_middleware(AllowedHosts, hosts=access.hosts)
     if access.origins:
         app.add_middleware(
@@ -95,7 +95,8 @@ class AllowedHosts:
             if self._hosts is not None and host is not None and plain_host(host) not in self._hosts:
                 error = ApiError(
                     403,
-                    f"This server is not called '{host[:100]}'. Start it with --allowed-host for that name.",
+                    f"This server does not answer to the host name '{host[:100]}'. "
+                    "Start it with --allowed-host for that name.",
                     code="host_not_allowed",
                 )
                 await error.response()(scope, receive, send)

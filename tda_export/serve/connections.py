@@ -102,7 +102,7 @@ class Connection(H11Protocol):
         return BODY if self.cycle.more_body and not self.cycle.response_started else ANSWER
 
     def _answer_late(self) -> None:
-        error = ApiError(408, "The request did not come to its end in time. Send it again.", code="request_timeout")
+        error = ApiError(408, "The request did not arrive completely in time. Send it again.", code="request_timeout")
         body = json.dumps(error.body()).encode()
         headers = [
             (b"content-type", b"application/json"),

@@ -25,7 +25,7 @@ WITHOUT_EFFECT = frozenset(
 )
 
 # Fields of the API, and of servers like this one, that would change an answer: the values that mean nothing. None
-# always means nothing.
+# never has an effect.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "audio": (),

@@ -149,7 +149,7 @@ class ChatMessage(BaseModel):
     name: str | None = None
 
     def plain(self, number: int) -> Message:
-        """Return the message as templates take it. Parts of text are joined; what is no text is refused.
+        """Return the message as templates take it. Parts of text are joined; what is not text is refused.
 
         Raises:
             ApiError: It has no text, or something beside it.

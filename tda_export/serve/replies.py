@@ -47,7 +47,7 @@ class Reply:
         return self._chunk([self._choice(said, FINISH_REASONS[metrics.finish_reason])])
 
     def usage(self, metrics: Metrics) -> dict[str, Any]:
-        """Return the chunk that says what the answer cost, for those who asked."""
+        """Return the chunk with the usage, for requests that ask for it."""
         return self._chunk([]) | {"usage": usage(metrics)}
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -72,5 +72,5 @@ def usage(metrics: Metrics) -> dict[str, Any]:
 
 
 def server_sent(event: dict[str, Any]) -> bytes:
-    """Write an event as a stream has it, in ASCII: clients may take other characters than \\n for the end of a line."""
+    """Write an event of a stream, in ASCII: clients may take other characters than \\n for the end of a line."""
     return f"data: {json.dumps(event)}\n\n".encode()

@@ -53,7 +53,7 @@ Event = Piece | Done | Failed
 class Job:
     """A request on its way through the worker, which calls `deliver` from its own thread.
 
-    After a `Done` or `Failed` nothing more is delivered, and nothing but an end that was near once it was cancelled.
+    After a `Done` or `Failed` nothing more is delivered. After cancellation at most one of these is.
     """
 
     endpoint: str
@@ -131,7 +131,7 @@ class Worker:
         self._thread.start()
 
     def close(self) -> None:
-        """Take no more jobs; those that are here go on."""
+        """Accept no more jobs. Those that are queued or running continue."""
         with self._changed:
             self._closed = True
 
@@ -147,7 +147,7 @@ class Worker:
             self._changed.notify()
 
     def check_room(self) -> None:
-        """Refuse whoever comes too late, or has no place in the queue.
+        """Refuse a job if the queue is full or the server is shutting down.
 
         Raises:
             ApiError: The queue is full, the server is shutting down, or its thread broke down.
@@ -159,13 +159,13 @@ class Worker:
                 wait = math.ceil(self._mean_seconds * (len(self._waiting) + 1))
                 raise ApiError(
                     503,
-                    f"{len(self._waiting)} requests wait already. Try again later.",
+                    f"{len(self._waiting)} requests are waiting already. Try again later.",
                     code="queue_full",
                     retry_after=min(wait, LONGEST_RETRY),
                 )
 
     def check_open(self) -> None:
-        """Refuse whoever comes too late.
+        """Refuse a job if the server is shutting down.
 
         Raises:
             ApiError: The server is shutting down, or its thread broke down.

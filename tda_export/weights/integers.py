@@ -56,7 +56,7 @@ class Codes:
         """
         every = (self, *others)
         if any(codes.codes.shape[1] % self.format.group for codes in every[:-1]):
-            raise ValueError(f"columns are no whole groups of {self.format.group}")
+            raise ValueError(f"columns are not whole groups of {self.format.group}")
         joined = (np.concatenate([getattr(c, field) for c in every], axis=1) for field in FIELDS)
         return Codes(self.format, *joined)
 

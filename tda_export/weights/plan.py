@@ -129,7 +129,7 @@ def read_rules(texts: Iterable[str], group: int = DEFAULT_GROUP) -> tuple[Rule, 
         pattern, equals, format = (word.strip() for word in rule.partition("="))
         if not (pattern and equals and format):
             raise UsageError(
-                f"--weights-for: {shown(rule)!r} is no PATTERN=FORMAT. Give rules such as 'layers.*.v=int8,head=int4'."
+                f"--weights-for: {shown(rule)!r} is not PATTERN=FORMAT. Give rules such as 'layers.*.v=int8,head=int4'."
             )
         rules.append((pattern, read_format(format, group, option="--weights-for")))
     return tuple(rules)
@@ -150,5 +150,6 @@ def read_format(name: str, group: int = DEFAULT_GROUP, *, option: str = "--weigh
     if name in BITS:
         raise UsageError(f"A group of {group} is not known. Give {', '.join(map(str, GROUPS))}.")
     raise UsageError(
-        f"{option}: {shown(name)} is no format. Give {', '.join(BITS)} or {FLOAT}, with a group if need be (int4_g64)."
+        f"{option}: {shown(name)} is not a format. Give {', '.join(BITS)} or {FLOAT}, "
+        "with a group where needed (int4_g64)."
     )

@@ -340,7 +340,7 @@ def test_random_rows_read_exactly_what_was_asked_for(tmp_path: Path) -> None:
         assert result[name]["sparsity"] == pytest.approx(sparsity, abs=0.03)  # whole rows
     both = run_cli("bench", "--shape", path, *SHORT, "--method", "priced", "--method", "tda")
     assert both.exit_code == 2
-    assert "priced and tda are of different artifacts" in both.stderr
+    assert "priced and tda need different artifacts" in both.stderr
 
 
 def test_integers(tmp_path: Path) -> None:
@@ -360,4 +360,4 @@ def test_integers(tmp_path: Path) -> None:
     assert "dense is a graph of floats, and this artifact has integers. Take --method dense_native." in dense.stderr
     masks = run_cli("bench", *shape, "--weights", "int4", "--method", "tda")
     assert masks.exit_code == 2
-    assert "tda is of artifacts of floats. Leave --weights and --weights-for out." in masks.stderr
+    assert "tda needs float weights. Leave --weights and --weights-for out." in masks.stderr

@@ -62,10 +62,10 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shape", "40"], "'40' is no shape; write INPUTSxOUTPUTS, such as 4096x22016"),
-        (["--shape", "0x4"], "'0x4' is no shape"),
-        (["--density", "0"], "'0' is no share of rows; give a number above 0, up to 1"),
-        (["--density", "many"], "'many' is no share of rows"),
+        (["--shape", "40"], "'40' is not a shape; write INPUTSxOUTPUTS, such as 4096x22016"),
+        (["--shape", "0x4"], "'0x4' is not a shape"),
+        (["--density", "0"], "'0' is not a fraction of rows; give a number above 0, up to 1"),
+        (["--density", "many"], "'many' is not a fraction of rows"),
         (["--provider", "cpu", "--dtype", "fp16"], "The kernel on the CPU is float32. Use --dtype fp32."),
         (["--provider", "cpu", "--dtype", "bf16"], "The CPU does not run bfloat16"),
     ],

@@ -303,7 +303,7 @@ def test_other_budgets_do_not_look_at_the_path(budget: Budget) -> None:
 @pytest.mark.parametrize("budget", [Budget(sparsity=0.5), Budget(max_kl=0.1)])
 def test_budget_by_kl_without_a_path_is_refused(budget: Budget) -> None:
     message = (
-        r"^This calibration holds CETT curves alone\. Calibrate without --curves-only, or give --cett, or --sparsity"
+        r"^This calibration holds only CETT curves\. Calibrate without --curves-only, or give --cett, or --sparsity"
     )
     with pytest.raises(UsageError, match=message):
         allocate(budget, curves([RISING]), GRID, ffn_matrices=GATED)

@@ -107,14 +107,16 @@ def test_what_no_tensor_may_be(written: Path, path: Path, name: str, kind: str) 
 def test_the_tensor_is_named(written: Path, path: Path, name: str, kind: str) -> None:
     """`a number` of a tensor that gives others their size may be found by them."""
     rewrite(written, path, {name: EVERYWHERE[kind]})
-    with pytest.raises(TdaError, match=rf"\({name} (holds what is not finite|should be \w+ \[.*\], and is \w+ \[.*\])"):
+    with pytest.raises(
+        TdaError, match=rf"\({name} (has values that are not finite|should be \w+ \[.*\], and is \w+ \[.*\])"
+    ):
         read_calibration(path)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in MAY_BE_NEGATIVE])
 def test_what_cannot_be_negative(written: Path, path: Path, name: str) -> None:
     rewrite(written, path, {name: last(-1.0)})
-    with pytest.raises(TdaError, match=rf"\({name} (holds -\d\S*, and no less than|does not)"):
+    with pytest.raises(TdaError, match=rf"\({name} (is -\d\S*, and at least|does not)"):
         read_calibration(path)
 
 
@@ -126,14 +128,14 @@ def test_what_cannot_be_negative(written: Path, path: Path, name: str) -> None:
         ("grid", lambda grid: grid * 0, "does not rise from 0"),
         ("density", lambda density: density.flip(1), "rises with the threshold"),
         ("token_density", lambda density: density.flip(1), "rises with the threshold"),
-        ("density", lambda density: density * 2, "holds 2, and no more than 1.001 can be"),
-        ("score_square", lambda square: square * 1.1, "holds 1.1, and no more than 1.001 can be"),
-        ("tokens", lambda tokens: tokens * 0, "holds 0, and no less than 1 can be"),
-        ("sequences", lambda sequences: sequences * 0, "holds 0, and no less than 1 can be"),
+        ("density", lambda density: density * 2, "is 2, and at most 1.001 is possible"),
+        ("score_square", lambda square: square * 1.1, "is 1.1, and at most 1.001 is possible"),
+        ("tokens", lambda tokens: tokens * 0, "is 0, and at least 1 is possible"),
+        ("sequences", lambda sequences: sequences * 0, "is 0, and at least 1 is possible"),
         (f"{KL}share", lambda share: share.flip(0), "does not fall"),
         (f"{KL}share", lambda share: share * 0 + 0.5, "does not fall"),
         (f"{KL}share", lambda share: share * 0, "does not fall"),
-        (f"{KL}mask_density", last(1.5), "holds 1.5, and no more than"),
+        (f"{KL}mask_density", last(1.5), "is 1.5, and at most"),
         (f"{KL}token_density", lambda density: density * 0 + 0.95, "is more than mask_density"),
     ],
 )
@@ -220,6 +222,6 @@ def test_a_header_nested_too_deeply(path: Path) -> None:
 def test_what_could_not_be_read_is_not_written(written: Path, path: Path, value: float) -> None:
     read = read_calibration(written)
     read.sums.up_square[0, 0] = value
-    with pytest.raises(TdaError, match=r"not written, since the calibration went wrong \(up_square .*--dtype fp32"):
+    with pytest.raises(TdaError, match=r"not written, because the calibration failed \(up_square .*--dtype fp32"):
         write_calibration(read, path)
     assert not path.exists()

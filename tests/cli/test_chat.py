@@ -134,7 +134,7 @@ def test_failures_from_a_pipe(tiny_artifact: Path, artifact_copy: Path) -> None:
         (("--context", 9999), "A context of 9999 tokens is outside [2, 512]"),
         (("--repetition-penalty", 0), "Repetition penalty 0.0 is outside [0.01, 100.0]"),
         (("--stop", ""), "A stop string is empty"),
-        (("--keep-answers",), "has masks, whose statistics know nothing of answers"),
+        (("--keep-answers",), "has masks. Leave it out"),
         (("--mask", "dense", "--sparsity", 0.5), "--mask dense reads every row"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else None,

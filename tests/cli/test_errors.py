@@ -213,7 +213,7 @@ def test_damaged_graph(artifact_copy: Path) -> None:
 
 @pytest.mark.parametrize("command", ["generate", "verify"])
 def test_folder_that_is_no_artifact(command: str, tiny_model: Path) -> None:
-    assert_error(run_cli(command, tiny_model, *["Hi"][: command == "generate"]), FAILURE, "this is no artifact")
+    assert_error(run_cli(command, tiny_model, *["Hi"][: command == "generate"]), FAILURE, "this is not an artifact")
 
 
 def test_verify_against_another_model(tiny_artifact: Path, other_model: Path) -> None:
@@ -225,7 +225,7 @@ def test_verify_where_the_model_is_gone(artifact_copy: Path) -> None:
     edit_manifest(artifact_copy, lambda manifest: manifest["model"].update(name="/nowhere/model"))
     rehash(artifact_copy)
     result = run_cli("verify", artifact_copy)
-    assert_error(result, FAILURE, "is not to be had", "/nowhere/model", "--against MODEL or --files-only")
+    assert_error(result, FAILURE, "cannot be loaded", "/nowhere/model", "--against MODEL or --files-only")
 
 
 BUDGETS = pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_lengths_that_do_not_fit_the_model(tiny_artifact: Path, text: Path) -> N
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--method", "tt"], "tt takes a budget of its own"),
+        (["--method", "tt"], "tt needs a budget"),
         (["--method", "tt", "--sparsity", 0.2], "calibrate --method tda --estimator token"),
         (["--method", "griffin"], "griffin takes --sparsity"),
         (["--method", "griffin", "--cett", 0.2], "griffin takes --sparsity"),
@@ -211,7 +211,7 @@ def test_free_generation(tiny_artifact: Path, text: Path) -> None:
 
 def test_parts_of_an_artifact_of_masks(tiny_artifact: Path, text: Path) -> None:
     result = run_cli("eval", tiny_artifact, "--text", text, "--parts", "ffn")
-    assert_error(result, USAGE, "--parts means nothing with --method tda", "Leave it out")
+    assert_error(result, USAGE, "--parts has no effect with --method tda", "Leave it out")
 
 
 def test_bytes_of_all_linears_are_printed(tiny_artifact: Path, text: Path) -> None:

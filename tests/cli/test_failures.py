@@ -139,7 +139,7 @@ def test_disk_full_while_calibrating(
     if earlier:
         texts = [
             "The earlier one is as it was. Free some space, or",
-            "Started again, it goes on from what",
+            "Start it again to resume from",
             "x.partial",
         ]
     else:

@@ -78,7 +78,7 @@ def test_prompt_from_standard_input(tiny_artifact: Path, text: str, prompt: str)
 def test_standard_input_is_documented() -> None:
     shown = " ".join(run_ok("generate", "--help").stdout.split())
     assert "ARTIFACT [PROMPT|-]" in shown
-    assert "Without PROMPT, or where it is -, the prompt is all of standard input" in shown
+    assert "Without PROMPT, or if it is -, the prompt is all of standard input" in shown
 
 
 def test_generated_text_ends_in_half_a_character(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,8 +159,8 @@ def test_variables_for_the_chat_template(artifact_copy: Path) -> None:
     [
         ("{", "--chat-template-kwargs is not valid JSON ("),
         ("[" * 100_000, "--chat-template-kwargs is not valid JSON ("),
-        ("[1]", "--chat-template-kwargs is no JSON object. Give names and values"),
-        ('{"messages": []}', "variable 'messages' is not the caller's to set. Leave it out."),
+        ("[1]", "--chat-template-kwargs is not a JSON object. Give names and values"),
+        ('{"messages": []}', "variable 'messages' cannot be set by the caller. Leave it out."),
         ('{"x": NaN}', "variable 'x' is not plain JSON"),
     ],
     ids=["cut", "deep", "list", "taken", "NaN"],
@@ -174,7 +174,7 @@ def test_variables_that_cannot_be(tmp_path: Path, command: str, given: str, text
 
 def test_variables_without_a_chat(tmp_path: Path) -> None:
     result = run_cli("generate", tmp_path / "none", "x", "--chat-template-kwargs", '{"a": 1}')
-    assert_error(result, USAGE, "--chat-template-kwargs means nothing without --chat. Give both, or neither.")
+    assert_error(result, USAGE, "--chat-template-kwargs has no effect without --chat. Give both, or neither.")
 
 
 def test_repetition_penalty(tiny_artifact: Path) -> None:

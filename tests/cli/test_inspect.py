@@ -113,7 +113,7 @@ def test_artifact_in_words(tiny_artifact: Path) -> None:
     assert "LlamaForCausalLM" in output
     assert "built with tda, sparsity 0.5, allocation kl, expected FFN sparsity 0." in output
     assert re.search(
-        r"at 70% sparsity at most \d\.\d+ times as fast as dense where it is of all linears, 1\.\d+ of", output
+        r"at 70% sparsity of all linears at most \d\.\d+ times as fast as dense, of the FFN 1\.\d+", output
     )
     assert "of them for the cache" in output
 
@@ -132,7 +132,7 @@ def test_artifact_of_prices_in_words(priced_artifact: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--dtype", "fp16"), "--dtype is of the artifact that a MODEL would make; an artifact has its own."),
+        (("--dtype", "fp16"), "--dtype is for a MODEL; an artifact has its own."),
         (("--context", 513), "513 tokens are more than the model's 512 positions. Lower --context."),
     ],
 )

@@ -113,15 +113,15 @@ def test_eval_and_verify(artifact: Path, tmp_path: Path) -> None:
     [
         (["--weights", "int4"], "as they are, and rounded ones have another KL. Make a model of them with 'tda-export"),
         (["--weights-for", "head=int4"], "as they are, and rounded ones have another KL. Make a model of them with"),
-        (["--weights-for", "head"], "--weights-for: 'head' is no PATTERN=FORMAT."),
+        (["--weights-for", "head"], "--weights-for: 'head' is not PATTERN=FORMAT."),
         (["--weights-for", "layers.*.z=int8"], "--weights-for: layers.*.z matches no matrix."),
-        (["--weights-for", "head=int3"], "--weights-for: int3 is no format."),
+        (["--weights-for", "head=int3"], "--weights-for: int3 is not a format."),
         (["--weights", "int4", "--group", "16"], "'16' is not one of"),
         (
             ["--group", "64"],
-            "--group means nothing where all weights are floats. Leave it out, or give --weights int4.",
+            "--group has no effect where all weights are floats. Leave it out, or give --weights int4.",
         ),
-        (["--group", "64", "--weights-for", "head=float"], "--group means nothing where all weights are floats."),
+        (["--group", "64", "--weights-for", "head=float"], "--group has no effect where all weights are floats."),
         (
             ["--weights", "int4", "--weights-for", "*.v=int8", "--packing", "sites", "--price", "0"],
             "layers.0.q, layers.0.k, layers.0.v have different formats, and lie side by side.",
@@ -156,7 +156,7 @@ def test_groups_that_do_not_end_with_a_part(group: int, tiny_model: Path, tmp_pa
     result = run_cli("build", model, "--calibration", calibration, *sites)
     assert_error(result, USAGE, "has no table of prices for --packing sites.")
     result = run_cli("calibrate", model, "--packing", "sites", "-o", tmp_path / "c", "--sequences", "2", *LENGTHS)
-    assert_error(result, USAGE, "or columns that are no whole groups, and cannot lie side by side.")
+    assert_error(result, USAGE, "or columns that are not whole groups, and cannot lie side by side.")
 
 
 def test_floats_of_another_size_beside_integers(tiny_model: Path, tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_masks_are_of_floats(tiny_model: Path, quantised: Path, tiny_calibration
     arguments = ("--method", "griffin", "--sparsity", "0.5", "-o", tmp_path / "a")
     for model, more in ((tiny_model, ("--weights", "int8")), (quantised, ())):
         result = run_cli("build", model, *arguments, *more)
-        assert_error(result, USAGE, "--method griffin builds artifacts of floats alone.")
+        assert_error(result, USAGE, "--method griffin needs a float model. Give one")
 
 
 @pytest.mark.parametrize("method", ["tda", "all"])
@@ -207,7 +207,7 @@ def test_masks_of_a_quantised_model_are_not_calibrated(
 ) -> None:
     monkeypatch.setattr("tda_export.calibration.corpus.load_corpus", None)
     result = run_cli("calibrate", quantised, "--method", method, "-o", tmp_path / "c.safetensors", *LENGTHS)
-    words = f"--method {method}: masks are of artifacts of floats alone, and {quantised} is quantised. Calibrate the"
+    words = f"--method {method}: masks need a float model, and {quantised} is quantised. Calibrate the"
     assert_error(result, USAGE, words)
 
 

@@ -86,7 +86,7 @@ def test_impossible_budget(
 )
 def test_budget_of_dense_decoding(tiny_artifact: Path, budget: list[str]) -> None:
     result = run_cli("generate", tiny_artifact, "Hi", "--mask", "dense", *budget)
-    assert_error(result, USAGE, "--mask dense reads every row, so a budget means nothing. Leave one of them out")
+    assert_error(result, USAGE, "--mask dense reads every row, so a budget has no effect. Leave one of them out")
 
 
 def test_griffin_of_an_impossible_sparsity(outputs: Path, tiny_model: Path) -> None:
@@ -186,7 +186,7 @@ def test_build_with_a_refresh_of_every_token(outputs: Path, tiny_model: Path, ti
 def test_budget_by_kl_of_curves_alone(outputs: Path, tiny_model: Path, tmp_path: Path, budget: list[str]) -> None:
     run_ok("calibrate", tiny_model, "-o", tmp_path / "c", *CALIBRATE_TINY, "--curves-only")
     result = build(tiny_model, tmp_path / "c", outputs / "x", *budget)
-    assert_error(result, USAGE, "This calibration holds CETT curves alone. Calibrate without --curves-only")
+    assert_error(result, USAGE, "This calibration holds only CETT curves. Calibrate without --curves-only")
 
 
 @pytest.mark.parametrize("budget", [["--sparsity", "0.3"], ["--max-kl", "0.3"]], ids=" ".join)

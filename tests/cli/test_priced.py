@@ -138,13 +138,13 @@ def test_packing_and_dtype(tiny_model: Path, priced_calibration: Path, tmp_path:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--cett", 0.2], "--cett means nothing with --method priced. Leave it out, or build with --method tda."),
+        (["--cett", 0.2], "--cett has no effect with --method priced. Leave it out, or build with --method tda."),
         (
             ["--sparsity", 0.5, "--allocation", "kl"],
-            "--allocation means nothing with --method priced. Leave it out, or",
+            "--allocation has no effect with --method priced. Leave it out, or",
         ),
-        (["--refresh", 0], "--refresh means nothing with --method priced. Leave it out, or build with --method tda."),
-        (["--tail", "mean"], "--tail means nothing with --method priced. Leave it out, or build with --method tda."),
+        (["--refresh", 0], "--refresh has no effect with --method priced. Leave it out, or build with --method tda."),
+        (["--tail", "mean"], "--tail has no effect with --method priced. Leave it out, or build with --method tda."),
         (["--price", 0.1, "--sparsity", 0.5], "A budget is one of --price, --sparsity and --max-kl. Give one of them."),
         (["--sparsity", 0.95], "Sparsity 0.95 is more than was measured with prices"),
         (["--max-kl", 100], "KL 100.0 is more than was measured with prices"),
@@ -154,10 +154,10 @@ def test_packing_and_dtype(tiny_model: Path, priced_calibration: Path, tmp_path:
             ["--method", "tda"],
             "holds no CETT curves. Calibrate again with 'tda-export calibrate --method tda', or",
         ),
-        (["--method", "tda", "--price", 0.1], "--price means nothing with --method tda. Leave it out, or build with"),
+        (["--method", "tda", "--price", 0.1], "--price has no effect with --method tda. Leave it out, or build with"),
         (
             ["--method", "tda", "--packing", "sites"],
-            "--packing means nothing with --method tda. Leave it out",
+            "--packing has no effect with --method tda. Leave it out",
         ),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
@@ -257,7 +257,7 @@ REFUSED = [
         ),
         (
             ["--mask", "dense", "--price", 1],
-            "--mask dense reads every row, so a budget means nothing. Leave one",
+            "--mask dense reads every row, so a budget has no effect. Leave one",
         ),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
@@ -323,7 +323,7 @@ def test_eval_of_prices_on_masks(tiny_artifact: Path, text: Path) -> None:
     [
         *REFUSED,
         (["--calibration", "x"], "--calibration: a priced artifact carries its table. Build it again with another"),
-        (["--method", "dense", "--price", 1], "--method dense reads every neuron, so a budget means nothing."),
+        (["--method", "dense", "--price", 1], "--method dense reads every neuron, so a budget has no effect."),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )

@@ -120,14 +120,14 @@ def test_what_is_refused_before_any_work(tiny_model: Path, tmp_path: Path, monke
     output = tmp_path / "out"
     rule = refusal(tiny_model, "-o", output, "--weights-for", "layers.*.x=int8")
     assert rule.startswith("Error: --weights-for: layers.*.x matches no matrix. They are layers.0.q to layers.2.down ")
-    assert "'nothing' is no PATTERN=FORMAT" in refusal(tiny_model, "-o", output, "--weights-for", "nothing")
+    assert "'nothing' is not PATTERN=FORMAT" in refusal(tiny_model, "-o", output, "--weights-for", "nothing")
     assert "are more than the 512 positions of" in refusal(tiny_model, "-o", output, "--prompt-tokens", "500")
     assert "--device tpu is not known" in refusal(tiny_model, "-o", output, "--device", "tpu")
     assert "'48' is not one of" in refusal(tiny_model, "-o", output, "--group", "48")
     assert not list(tmp_path.iterdir())
     (tmp_path / "out.partial").write_text("mine")
     assert refusal(tiny_model, "-o", output) == (
-        f"Error: {tmp_path}/out.partial is in the way: finished layers are kept there until all are done. Move it "
+        f"Error: {tmp_path}/out.partial exists, and finished layers are stored there until all are done. Move it "
         "away, or choose another output."
     )
 
@@ -135,7 +135,7 @@ def test_what_is_refused_before_any_work(tiny_model: Path, tmp_path: Path, monke
 def test_options_of_text_that_is_not_read(tiny_model: Path, tmp_path: Path) -> None:
     rounded = (tiny_model, "-o", tmp_path / "out", "--quantizer", "rtn")
     assert refusal(*rounded, "--sequences", "60") == (
-        "Error: --sequences means nothing with --quantizer rtn. Leave one of them out."
+        "Error: --sequences has no effect with --quantizer rtn. Leave one of them out."
     )
     for option in (
         ("--dataset", "nofile.txt"),
@@ -145,7 +145,7 @@ def test_options_of_text_that_is_not_read(tiny_model: Path, tmp_path: Path) -> N
         ("--continuation-tokens", "16"),
     ):
         assert refusal(*rounded, "--kl-sequences", "0", *option) == (
-            f"Error: {option[0]} means nothing with --quantizer rtn --kl-sequences 0, which reads no text. Leave one "
+            f"Error: {option[0]} has no effect with --quantizer rtn --kl-sequences 0, which reads no text. Leave one "
             "of them out."
         )
     run_ok("quantize", *rounded, "--kl-sequences", "1", "--seed", "1", *LENGTHS)

@@ -89,7 +89,7 @@ def test_a_rank_is_killed_and_one_process_goes_on(
 ) -> None:
     (line,) = end_while_measuring(tiny_model, tmp_path / "c", signal.SIGKILL, rank=1)
     assert line.startswith("Error: ")
-    assert line.endswith(". Started again, with any number of ranks, it goes on from what was saved.")
+    assert line.endswith(". Start it again, with any number of ranks, to resume.")
     monkeypatch.setattr("tda_export.calibration.price_run.price_continuation", None)  # not needed again
     run_ok("calibrate", tiny_model, "-o", tmp_path / "c", *MANY)
     assert (tmp_path / "c").read_bytes() == uninterrupted

@@ -119,7 +119,7 @@ def test_hosts_and_sites(tiny_artifact: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (("--cors", "example.org"), "--cors 'example.org' is no origin"),
+        (("--cors", "example.org"), "--cors 'example.org' is not an origin"),
         (("--allowed-host", "http://a.example"), "--allowed-host takes a name or an address"),
         (("--max-connections", "0"), "--max-connections"),
     ],
@@ -150,7 +150,7 @@ def test_a_host_that_is_none(tiny_artifact: Path) -> None:
 
 
 def test_failures_of_the_artifact(tmp_path: Path, tiny_artifact: Path) -> None:
-    assert_error(run_cli("serve", tmp_path, "--port", 0), FAILURE, "this is no artifact")
+    assert_error(run_cli("serve", tmp_path, "--port", 0), FAILURE, "this is not an artifact")
     result = run_cli("serve", tiny_artifact, "--port", 0, "--context", 9999)
     assert_error(result, USAGE, "A context of 9999 tokens is outside [2, 512]")
 

@@ -76,7 +76,7 @@ def test_files(tmp_path: Path) -> None:
     write_densities(DENSITIES, path)
     assert read_densities(path) == DENSITIES
     DENSITIES.require(path, "f", "separate", "ffn")
-    with pytest.raises(UsageError, match=r"d\.json is of another model\. Give densities of this artifact's\.$"):
+    with pytest.raises(UsageError, match=r"d\.json was made for another model\. Give densities of this artifact's\.$"):
         DENSITIES.require(path, "g", "separate", "ffn")
     for packing, parts in (("sites", "ffn"), ("separate", "all")):
         with pytest.raises(UsageError, match=r"is of --packing separate --parts ffn, and .*teal_densities\.py\.$"):

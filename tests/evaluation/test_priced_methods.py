@@ -180,7 +180,7 @@ def without_calibration(model: Model) -> Any:
         (Request("teal", sparsity=1.0), r"^sparsity 1\.0 is outside \[0, 1\)\. Give a fraction"),
         (Request("wina", sparsity=0.5, densities=Path("x")), "^--densities are of --method teal"),
         (Request("priced", sparsity=0.5, densities=Path("x")), "^--densities are of --method teal"),
-        (Request("dense", parts="ffn"), "^--parts means nothing with --method dense, but with priced, teal, wina"),
+        (Request("dense", parts="ffn"), "^--parts has no effect with --method dense, but with priced, teal, wina"),
         (
             Request("priced", max_kl=0.1, parts="ffn"),
             r"^--parts ffn: KL was measured with all linears.* Give --sparsity",
@@ -207,9 +207,9 @@ def test_methods_of_rows_on_an_artifact_of_masks(model: Model) -> None:
     for request in (Request("teal", sparsity=0.5), Request("wina", sparsity=0.5)):
         with pytest.raises(UsageError, match=r"has the layout indexed.*--method priced'\.$"):
             check_request(model.artifact, request)
-    with pytest.raises(UsageError, match=r"^--parts means nothing with --method tda"):
+    with pytest.raises(UsageError, match=r"^--parts has no effect with --method tda"):
         check_request(model.artifact, Request("tda", parts="ffn"))
-    with pytest.raises(UsageError, match=r"^--densities means nothing with --method tda"):
+    with pytest.raises(UsageError, match=r"^--densities has no effect with --method tda"):
         check_request(model.artifact, Request("tda", densities=Path("x")))
 
 

@@ -103,7 +103,7 @@ def test_one_format_of_what_lies_side_by_side(
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (float("nan"), r"^layers\.0\.q, layers\.0\.k, layers\.0\.v: the checkpoint has weights that are no finite"),
+        (float("nan"), r"^layers\.0\.q, layers\.0\.k, layers\.0\.v: the checkpoint has weights that are not finite"),
         (2e6, r"^layers\.0\.q, layers\.0\.k, layers\.0\.v: some weights are too large for scales of int4_g32, which "),
     ],
 )

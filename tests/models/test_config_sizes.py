@@ -22,7 +22,7 @@ def test_size_that_cannot_be_is_named_before_anything_of_it_is_made(
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *arguments, **options: pytest.fail("asked"))
     set_config(folder, **{field: value})
     message = (
-        rf"^{folder}: {field} in config\.json is .+, which is no whole number from 1 to [\d,]+\. "
+        rf"^{folder}: {field} in config\.json is .+, which is not a whole number from 1 to [\d,]+\. "
         r"Correct it, or give another copy of the model\.$"
     )
     for part in ("spec", "config", "tokenizer"):

@@ -85,7 +85,9 @@ def test_file_of_60_bytes_is_no_default_model(tmp_path: Path) -> None:
     content = file_of()
     assert len(content) < 70
     (tmp_path / "model.gguf").write_bytes(content)
-    with pytest.raises(TdaError, match=r"model\.gguf: the GGUF file does not say llama\.block_count, without which"):
+    with pytest.raises(
+        TdaError, match=r"model\.gguf: the GGUF file does not say llama\.block_count, which every model needs"
+    ):
         _ = resolve_model(str(tmp_path / "model.gguf"), notify=no_notice).spec
 
 

@@ -166,7 +166,7 @@ def test_shares_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_not_done_on_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    message = r"^--device auto calibrates prices alone\. Give --method priced, or --device cuda\.$"
+    message = r"^--device auto calibrates prices only\. Give --method priced, or --device cuda\.$"
     with pytest.raises(UsageError, match=message):
         CalibrationSettings(device="auto", method="all")
     with pytest.raises(UsageError, match=r"^--dtype fp16 on the CPU is slow and imprecise\. Use fp32, or"):

@@ -77,7 +77,7 @@ def test_damaged_generation_config_is_no_missing_one(folder: Path) -> None:
 
 def test_folder_that_holds_no_model(tmp_path: Path) -> None:
     message = (
-        rf"^{re.escape(str(tmp_path))}: no config\.json there, so this is no Hugging Face model folder\. {WAY_OUT}"
+        rf"^{re.escape(str(tmp_path))}: no config\.json there, so this is not a Hugging Face model folder\. {WAY_OUT}"
     )
     with pytest.raises(TdaError, match=message):
         resolve_model(str(tmp_path))

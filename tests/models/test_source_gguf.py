@@ -156,7 +156,7 @@ def test_gguf_whose_keys_are_read_or_say_nothing(
 def test_gguf_that_leaves_a_size_to_the_default_model_is_refused(key: str, tmp_path: Path) -> None:
     source = write_gguf(tmp_path / "model.gguf", left_out=[key])
     message = (
-        rf"model\.gguf: the GGUF file does not say llama\.{re.escape(key)}, without which it is no whole model\. "
+        rf"model\.gguf: the GGUF file does not say llama\.{re.escape(key)}, which every model needs\. "
         r"Give another GGUF file or the safetensors checkpoint of this model\.$"
     )
     for part in ("config", "spec", "tokenizer", "reference"):
@@ -174,7 +174,7 @@ def test_gguf_without_the_size_of_its_vocabulary_is_refused(tmp_path: Path) -> N
 @pytest.mark.parametrize("value", [0, 2**31])
 def test_size_of_a_gguf_that_cannot_be_is_named(key: str, value: int, tmp_path: Path) -> None:
     source = write_gguf(tmp_path / "model.gguf", further={key: value})
-    message = rf"model\.gguf: {re.escape(key)} in its llama keys is {value}, which is no whole number from 1 to"
+    message = rf"model\.gguf: {re.escape(key)} in its llama keys is {value}, which is not a whole number from 1 to"
     with pytest.raises(TdaError, match=message):
         _ = source.spec
 

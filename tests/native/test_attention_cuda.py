@@ -139,7 +139,7 @@ def test_what_is_not_finite_reaches_the_results(name: str) -> None:
 
 @pytest.mark.parametrize(("last_index", "buffer"), [(9, 9), (-2, 9), (2**31 - 1, 9), (1000, 9), (-(2**31), 9)])
 def test_lengths_that_do_not_fit_harm_nothing(last_index: int, buffer: int) -> None:
-    """They are on the device: what a call gives then means nothing, but it touches no other memory."""
+    """They are on the device: what a call returns is then undefined, but it touches no other memory."""
     feeds = random_attention(np.random.default_rng(7), PLAIN, tokens=1, past=8, dtype="float16")
     feeds |= {"last_index": np.array([last_index], np.int32), "buffer": np.array(buffer, np.int32)}
     assert run_attention(session(PLAIN, dtype="float16"), feeds)[0].shape == (1, 1, 64)

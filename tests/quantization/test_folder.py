@@ -230,5 +230,5 @@ def test_weights_that_are_no_numbers_are_not_rounded(tiny_model: Path) -> None:
         def load(self, name: str) -> torch.Tensor:
             return weights.load(name) / 0
 
-    with pytest.raises(TdaError, match=r"^layers\.1\.o: the checkpoint has weights that are no finite numbers\. "):
+    with pytest.raises(TdaError, match=r"^layers\.1\.o: the checkpoint has weights that are not finite\. "):
         read_matrix_rows(source.spec, Broken(), "layers.1.o")

@@ -153,7 +153,7 @@ def test_a_model_whose_logits_are_not_finite(tiny_model: Path, tmp_path: Path, m
 
 def test_a_loss_that_is_not_finite() -> None:
     dense = [torch.zeros(2, 4).log_softmax(dim=-1)] * 2
-    message = r"^The KL of the quantised model to the float model is no finite number\. Leave matrices float by --w"
+    message = r"^The KL of the quantised model to the float model is not finite\. Leave matrices float by --w"
     for wrong in (float("nan"), float("-inf")):
         with pytest.raises(TdaError, match=message):
             loss(dense, iter([dense[0], torch.full((2, 4), wrong)]))
@@ -282,7 +282,7 @@ def test_layers_that_cannot_be_kept(
         original(tensors, path, metadata=metadata)
 
     monkeypatch.setattr(resume, "save_file", fill_the_disk)
-    goes_on = f" Started again, it goes on behind the layers in {tmp_path}/out.partial." if layer else ""
+    goes_on = f" Start it again to resume after the layers in {tmp_path}/out.partial." if layer else ""
     expected = (
         f"{tmp_path}/out.partial/layer-0000{layer}.safetensors: could not be written (No space left on device). "
         f"Nothing was left behind. Free some space, or choose another output. The quantisation has stopped.{goes_on}"
@@ -310,7 +310,7 @@ def test_codes_of_layers_lie_beside_the_output(tiny: ModelSource, tmp_path: Path
 def test_a_folder_of_layers_that_is_in_the_way(tiny: ModelSource, tmp_path: Path) -> None:
     partial = PartialLayers(tmp_path / "out", {})
     place, layer = partial.folder, partial.folder / "layer-00000.safetensors"
-    message = f"^{re.escape(str(place))} is in the way: finished layers are kept there until all are done\\. Move it"
+    message = f"^{re.escape(str(place))} exists, and finished layers are stored there until all are done\\. Move it"
     partial.check()
     place.write_text("a file")
     with pytest.raises(UsageError, match=message):

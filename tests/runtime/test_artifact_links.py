@@ -20,7 +20,7 @@ from tests.runtime.conftest import PROMPT
 def test_a_link_to_itself_or_to_nothing(artifact_copy: Path, target: str) -> None:
     (artifact_copy / contract.DECODE_FILE).unlink()
     (artifact_copy / contract.DECODE_FILE).symlink_to(target)
-    with pytest.raises(TdaError, match=r"decode\.onnx: a link that leads to no file\. Copy or build"):
+    with pytest.raises(TdaError, match=r"decode\.onnx: a broken link\. Copy or build"):
         open_artifact(artifact_copy)
 
 

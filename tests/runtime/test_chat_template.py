@@ -179,7 +179,7 @@ def test_variables_reach_the_template(artifact_copy: Path) -> None:
 )
 def test_names_that_are_taken(artifact_copy: Path, name: str) -> None:
     text = Text(open_artifact(artifact_copy))
-    with pytest.raises(UsageError, match=f"variable '{name}' is not the caller's to set. Leave it out"):
+    with pytest.raises(UsageError, match=f"variable '{name}' cannot be set by the caller. Leave it out"):
         text.chat(HELLO, {name: "x"})
 
 

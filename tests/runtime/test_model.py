@@ -144,7 +144,7 @@ def test_text_with_a_token_that_the_model_does_not_have(artifact_copy: Path) -> 
 
 
 def test_variables_without_a_chat(model: Model) -> None:
-    with pytest.raises(UsageError, match="Variables for the chat template mean nothing without it"):
+    with pytest.raises(UsageError, match="Variables for the chat template have no effect without it"):
         model.generate(PROMPT, chat_template_kwargs={"a": 1})
 
 

@@ -96,7 +96,7 @@ def test_prefill_is_dense(priced_model: Model, reference: Any) -> None:
 
 @pytest.mark.parametrize("price", [0.0, -0.0, -1.0, -np.inf, np.nan], ids=str)
 def test_prices_up_to_zero_are_dense_to_the_bit(priced_model: Model, price: float) -> None:
-    """And a price that is no number, which the graph gets from applications alone."""
+    """And a price that is not a number, which the graph gets from applications alone."""
     dense = decoded(priced_model, None)
     assert np.array_equal(decoded(priced_model, price), dense)
     cache = read_prompt(priced_model)

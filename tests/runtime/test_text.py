@@ -142,7 +142,7 @@ def test_the_space_after_the_prompt(words: Text, prompt: list[int], tokens: list
 
 @pytest.fixture
 def byte_fallback(artifact_copy: Path) -> Text:
-    """A tokenizer of bytes as Llama 2's: its decoder shows a run of bytes that is no text as nothing but �."""
+    """A tokenizer of bytes as Llama 2's: its decoder shows a run of bytes that is not text as nothing but �."""
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"<unk>": 256, "<s>": 257, "▁a": 258}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

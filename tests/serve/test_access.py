@@ -55,7 +55,7 @@ def test_names_by_which_the_server_may_be_called() -> None:
 
 @pytest.mark.parametrize("origin", ["example.org", "https://example.org/page", "https://", "", "null", "https://a b"])
 def test_origins_that_are_none(origin: str) -> None:
-    with pytest.raises(UsageError, match=r"is no origin\. Give one like https://example\.org, or"):
+    with pytest.raises(UsageError, match=r"is not an origin\. Give one like https://example\.org, or"):
         access(origins=[origin])
 
 
@@ -81,7 +81,7 @@ def test_own_hosts(served: Served, host: str) -> None:
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "10.0.0.1", "", "a/b"])
 def test_other_hosts(served: Served, host: str) -> None:
     """For every path: what a page of another site could read."""
-    text = f"This server is not called '{host}'. Start it with --allowed-host for that name."
+    text = f"This server does not answer to the host name '{host}'. Start it with --allowed-host for that name."
     for path in ("/health", "/metrics", "/v1/models", "/nothing"):
         assert_error(http.get(served.url + path, headers={"Host": host}), 403, text, code="host_not_allowed")
     body = b'{"model": "tiny", "prompt": "Hi"}'

@@ -61,7 +61,7 @@ def test_names_that_may_be_anything(served: Served, name: str) -> None:
 @pytest.mark.parametrize("path", REQUESTS)
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_unsupported_fields(served: Served, path: str, name: str) -> None:
-    """They are refused, but for what means nothing."""
+    """They are refused, except where they have no effect."""
     answer = post(served, path, REQUESTS[path] | {name: ["something"]})
     assert_error(answer, 400, f"'{name}' is not supported by this server", param=name, code="unsupported_parameter")
     for meaningless in (None, *UNSUPPORTED[name]):

@@ -105,7 +105,7 @@ def test_a_full_queue(model: Model, gate: Gate) -> None:
     with serving(model, queue=2) as served:
         leaving = [_stream(served) for _ in range(3)]  # one runs, two wait
         until(lambda: served.worker.waiting == 2)
-        with pytest.raises(openai.InternalServerError, match="2 requests wait already") as raised:
+        with pytest.raises(openai.InternalServerError, match="2 requests are waiting already") as raised:
             served.client().completions.create(model=NAME, prompt="Hi")
         assert (raised.value.status_code, raised.value.code) == (503, "queue_full")
         assert int(raised.value.response.headers["retry-after"]) >= 1
@@ -123,7 +123,7 @@ def test_a_queue_of_none(model: Model, gate: Gate) -> None:
     with serving(model, queue=0) as served:
         running = _stream(served)
         until(lambda: served.worker._running is not None)
-        with pytest.raises(openai.InternalServerError, match="0 requests wait already"):
+        with pytest.raises(openai.InternalServerError, match="0 requests are waiting already"):
             served.client().completions.create(model=NAME, prompt="Hi")
         gate.open()
         assert b"[DONE]" in _rest(running)

@@ -118,5 +118,5 @@ def test_matrices_side_by_side() -> None:
     parts = [round_to_nearest(random_weight((3, columns), columns), format) for columns in (64, 32, 5)]
     joined = parts[0].beside(*parts[1:])
     assert np.array_equal(joined.decode(), np.concatenate([part.decode() for part in parts], axis=1))
-    with pytest.raises(ValueError, match="no whole groups of 32"):
+    with pytest.raises(ValueError, match="not whole groups of 32"):
         parts[2].beside(parts[0])

@@ -89,12 +89,14 @@ def test_a_rule_must_match(rule: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "head", "head=", "=int4", "head=int4,"])
 def test_what_is_no_rule(text: str) -> None:
-    with pytest.raises(UsageError, match=r"^--weights-for: '.*' is no PATTERN=FORMAT\. Give rules such as 'layers"):
+    with pytest.raises(UsageError, match=r"^--weights-for: '.*' is not PATTERN=FORMAT\. Give rules such as 'layers"):
         read_rules([text])
 
 
 def test_what_is_no_format() -> None:
-    with pytest.raises(UsageError, match=r"^--weights-for: int3 is no format\. Give int4, int8 or float, with a group"):
+    with pytest.raises(
+        UsageError, match=r"^--weights-for: int3 is not a format\. Give int4, int8 or float, with a group"
+    ):
         read_rules(["head=int3"])
     with pytest.raises(UsageError, match=r"^A group of 48 is not known\. Give 32, 64, 128\.$"):
         read_format("int4", 48)

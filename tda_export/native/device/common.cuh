@@ -138,7 +138,7 @@ static __device__ __forceinline__ void LetNextKernelStart() {
 }
 
 // Waits for earlier kernels when it is first called, and then lets the next one start.
-struct Gate {
+struct LaunchBarrier {
   mutable bool passed = false;
 
   __device__ __forceinline__ void operator()() const {

@@ -42,7 +42,7 @@ static __device__ __forceinline__ void Activations(const FfnArguments& a) {
 #if TDA_GATED
   const Format gate_matrix = {a.gate, a.hidden};
 #endif
-  Gate ready;
+  LaunchBarrier ready;
   if (!a.early) ready();
   const float threshold = a.threshold == nullptr ? 0.0f : *a.threshold;
   int next = NeuronAt(a, warp);

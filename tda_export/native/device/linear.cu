@@ -21,7 +21,7 @@ static __device__ __forceinline__ void Linear(const LinearArguments& a) {
   const int tokens = min(kTokens, a.tokens - first_token);
   const Element* x = a.x + static_cast<size_t>(first_token) * a.inputs;
   const Format weight(a.weight);
-  Gate ready;
+  LaunchBarrier ready;
   if (!a.early) ready();
   for (int row = warp * kRowsAtOnce; row < a.outputs; row += warps * kRowsAtOnce) {
     // An odd number of rows: the last one is multiplied twice and stored once.
@@ -79,7 +79,7 @@ static __device__ __forceinline__ void AddNorm(const AddNormArguments& a) {
   const size_t row = static_cast<size_t>(blockIdx.x) * a.hidden;
   const int stride = kNormThreads * kWidth;
   const int first = threadIdx.x * kWidth;
-  Gate ready;
+  LaunchBarrier ready;
   if (!a.early) ready();
   Pack<kWidth> weights[kHeld];
   float bias[kHeld][kWidth] = {}, held[kHeld][kWidth];
