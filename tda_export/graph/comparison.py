@@ -11,6 +11,7 @@ import onnxruntime as ort
 import torch
 
 from tda_export.graph import contract
+from tda_export.graph.integer_cache import with_stored_cache
 from tda_export.graph.stored_integers import with_stored_integers
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
@@ -34,7 +35,8 @@ FEWEST_PROMPT_TOKENS = 2  # the first never counts
 FLOAT32_LOGITS = 2e-3  # largest absolute difference of float32 logits
 HALF_FACTOR = 2.0  # half precision may be this many times as far from float32 as transformers in the same dtype
 SECOND_LEVEL_FACTOR = 5.0  # the same where rounding decides which neurons near a threshold are skipped
-RELATIVE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}  # scores, keys and values, relative to the largest
+# Scores, keys and values, relative to the largest. Of codes rounding may decide for the next one.
+RELATIVE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1, "int8": 1.01 / 127}
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class Comparison(ABC):
         self.artifact, self.shape, self.advance = artifact, artifact.shape, advance
         self.spec: DecoderSpec = source.spec
         device = "cuda" if provider == CUDA and torch.cuda.is_available() else "cpu"
-        self.reference = with_stored_integers(source.reference(device=device), artifact, source)
+        reference = with_stored_integers(source.reference(device=device), artifact, source)
+        self.reference = with_stored_cache(reference, self.spec, self.shape.kv)
         half = self.shape.dtype if self.shape.dtype != "float32" else None
         self.half = None
         if half:
@@ -120,10 +123,26 @@ class Comparison(ABC):
         allowed = FLOAT32_LOGITS if half is None else factor * float((half - expected).abs().max())
         self._add(name, float(np.abs(ours - expected.numpy()).max()), allowed)
 
-    def _relative(self, name: str, ours: np.ndarray, expected: np.ndarray, scale: float | None = None) -> None:
-        """Compare relative to the largest expected number, or to `scale`."""
+    def _relative(
+        self,
+        name: str,
+        ours: np.ndarray,
+        expected: np.ndarray,
+        scale: float | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        """Compare relative to the largest expected number, or to `scale`; the dtype is the model's unless it is given."""
         scale = scale or float(np.abs(expected).max()) or 1.0
-        self._add(name, float(np.abs(ours.astype(np.float32) - expected).max()) / scale, RELATIVE[self.shape.dtype])
+        difference = float(np.abs(ours.astype(np.float32) - expected).max()) / scale
+        self._add(name, difference, RELATIVE[dtype or self.shape.dtype])
+
+    def _same_cache(self, name: str, one: KvCache, other: KvCache, length: int) -> None:
+        """Compare what two caches hold of their first tokens."""
+        for layer in range(self.shape.num_layers):
+            buffers = zip(one.keys_and_values(layer), other.keys_and_values(layer), strict=True)
+            for tensor, values in zip(contract.layer_caches(self.shape, layer), buffers, strict=True):
+                found, expected = (to_host(value)[:, :, :length] for value in values)
+                self._relative(name, found, expected, dtype=tensor.dtype)
 
     def _add(self, name: str, difference: float, allowed: float) -> None:
         self.worst.setdefault(name, Worst()).add(float(difference), float(allowed))

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import torch
 
 from tda_export.graph import contract
-from tda_export.graph.comparison import Comparison, to_host
+from tda_export.graph.comparison import Comparison
 from tda_export.graph.derive import initializer_names, listed_rows, weight_table
 from tda_export.graph.priced import priced_matrices
 from tda_export.graph.reference import reference_logits
@@ -84,12 +84,7 @@ class PricedComparison(Comparison):
     def _chunked(self, prompt: list[int], cache: KvCache) -> None:
         pieces = KvCache(self.shape, self.provider, len(prompt))
         PricedPrefill(self.sessions, self.shape, pieces).read(prompt, chunk=CHUNK)
-        for layer in range(self.shape.num_layers):
-            for whole, parts in zip(cache.keys_and_values(layer), pieces.keys_and_values(layer), strict=True):
-                rows = slice(0, cache.length)
-                self._relative(
-                    "keys and values after chunked prefill", to_host(parts)[:, :, rows], to_host(whole)[:, :, rows]
-                )
+        self._same_cache("keys and values after chunked prefill", pieces, cache, cache.length)
 
     def _decode(self, continuation: list[int], cache: KvCache, price: float) -> np.ndarray:
         """Decode the continuation: its first token alone (S = 1), the others in one call. Returns [C, V]."""

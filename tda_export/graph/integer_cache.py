@@ -1,0 +1,56 @@
+"""Keys and values in 8 bits in transformers: the slow reference of `integer_attention`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from tda_export.graph import contract
+from tda_export.graph.integer_attention import LARGEST_CODE, hadamard
+from tda_export.models.rope import rotary_order
+from tda_export.models.spec import DecoderSpec
+
+
+class IntegerCache(DynamicCache):
+    """A cache that gives back what 8 bits keep of keys and values, those of the call's own tokens included."""
+
+    def __init__(self, model: Any, spec: DecoderSpec) -> None:
+        super().__init__(config=model.config)
+        self._turn = torch.from_numpy(hadamard(spec.head_size)).to(model.device)
+        if spec.rotary_size is not None:  # the graphs have the elements of a head in another order
+            self._turn = self._turn[rotary_order(spec.head_size, spec.rotary_size).argsort()]
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **settings: Any) -> Any:
+        """Append keys and values [1, KV, S, D]."""
+        kept = kept_of(key_states.float() @ self._turn) @ self._turn.T
+        return super().update(kept.to(key_states), kept_of(value_states.float()).to(value_states), *args, **settings)
+
+
+def kept_of(x: torch.Tensor) -> torch.Tensor:
+    """Round x [.., D] to 8 bits with a scale for each row, and return what these stand for, float32."""
+    scale = x.abs().amax(dim=-1, keepdim=True) / LARGEST_CODE
+    return (x / torch.where(scale > 0, scale, 1.0)).round().clamp(-LARGEST_CODE, LARGEST_CODE) * scale
+
+
+def with_stored_cache(model: Any, spec: DecoderSpec, kv: str) -> Any:
+    """Let a model of transformers store keys and values as an artifact does, in every call without a cache.
+
+    Args:
+        model: Of transformers; it is changed.
+        spec: Its architecture.
+        kv: One of `contract.KV_FORMATS`.
+
+    Returns:
+        The model.
+    """
+
+    def give(module: Any, arguments: Any, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if settings.get("past_key_values") is None:
+            settings |= {"past_key_values": IntegerCache(model, spec), "use_cache": True}
+        return arguments, settings
+
+    if kv != contract.KV_FLOAT:
+        model.base_model.register_forward_pre_hook(give, with_kwargs=True)
+    return model
