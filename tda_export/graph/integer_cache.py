@@ -52,5 +52,6 @@ def with_stored_cache(model: Any, spec: DecoderSpec, kv: str) -> Any:
         return arguments, settings
 
     if kv != contract.KV_FLOAT:
-        model.base_model.register_forward_pre_hook(give, with_kwargs=True)
+        for module in (model, model.base_model):  # OPT's does not call its base model
+            module.register_forward_pre_hook(give, with_kwargs=True)
     return model
