@@ -59,16 +59,18 @@ class AttentionForm:
         """The dtype of an input or output where activations have `dtype`."""
         if name in NUMBERS:
             return "int32"
-        return "int8" if self.codes and name.endswith(("past_key", "past_value", "present_key", "present_value")) else dtype
+        return (
+            "int8"
+            if self.codes and name.endswith(("past_key", "past_value", "present_key", "present_value"))
+            else dtype
+        )
 
 
 def attention_session(
     form: AttentionForm, *, native: bool = True, threads: int = 0, dtype: str = "float32"
 ) -> ort.InferenceSession:
     """A session on the CPU for float32 and on CUDA otherwise; without `native` the function body runs."""
-    values = {
-        name: ir.Value(name=name, type=ir.TensorType(DTYPES[form.dtype_of(name, dtype)])) for name in form.inputs
-    }
+    values = {name: ir.Value(name=name, type=ir.TensorType(DTYPES[form.dtype_of(name, dtype)])) for name in form.inputs}
     ops = Ops()
     given = operators.ATTENTION_8_INPUTS if form.codes else operators.ATTENTION_INPUTS
     outputs = (attention_8_node if form.codes else attention_node)(
@@ -216,9 +218,7 @@ def _of_call(feeds: Mapping[str, np.ndarray], form: AttentionForm) -> list[np.nd
     return [rotated(heads("query")) @ spread, rotated(heads("key")) @ spread, heads("value")]
 
 
-def _attended(
-    queries: np.ndarray, keys: np.ndarray, values: np.ndarray, past: int, form: AttentionForm
-) -> np.ndarray:
+def _attended(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, past: int, form: AttentionForm) -> np.ndarray:
     tokens, size = queries.shape[0], form.size
     attended = np.zeros((1, tokens, form.heads, size))
     for t in range(tokens):

@@ -37,7 +37,9 @@ class StepGraphBuilder(GraphBuilder):
 
     def attention_functions(self) -> list[ir.Function]:
         """Define what the nodes of attention call."""
-        return attention_functions() if self.shape.kv == contract.KV_FLOAT else attention_8_functions(self.spec.head_size)
+        return (
+            attention_functions() if self.shape.kv == contract.KV_FLOAT else attention_8_functions(self.spec.head_size)
+        )
 
 
 def attention_node(ops: Ops, inputs: Sequence[ir.Value | None], **settings: float) -> list[ir.Value]:

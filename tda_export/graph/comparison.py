@@ -88,12 +88,11 @@ class Comparison(ABC):
         self.spec: DecoderSpec = source.spec
         device = "cuda" if provider == CUDA and torch.cuda.is_available() else "cpu"
         self.reference = with_stored_integers(source.reference(device=device), artifact, source)
-        dtype, kv = self.shape.dtype, self.shape.kv
-        self.precision = dtype if kv == contract.KV_FLOAT else kv
         self.rounded = None
-        if self.precision != "float32":
-            rounded = source.reference(dtype=getattr(torch, dtype), device=device)
-            self.rounded = with_stored_cache(with_stored_integers(rounded, artifact, source), self.spec, kv)
+        if self.shape.precision != "float32":
+            rounded = source.reference(dtype=getattr(torch, self.shape.dtype), device=device)
+            rounded = with_stored_integers(rounded, artifact, source)
+            self.rounded = with_stored_cache(rounded, self.spec, self.shape.kv)
         self.sessions = Sessions(artifact, provider)
         self.provider = provider
         self.worst: dict[str, Worst] = {}
@@ -137,7 +136,7 @@ class Comparison(ABC):
     ) -> None:
         """Compare relative to the largest expected number, or to `scale`."""
         scale = scale or float(np.abs(expected).max()) or 1.0
-        self._add(name, float(np.abs(ours.astype(np.float32) - expected).max()) / scale, RELATIVE[self.precision])
+        self._add(name, float(np.abs(ours.astype(np.float32) - expected).max()) / scale, RELATIVE[self.shape.precision])
 
     def _same_cache(self, name: str, one: KvCache, other: KvCache) -> None:
         """Compare the keys and values of two caches of the same tokens."""

@@ -235,6 +235,11 @@ class ModelShape:
     dtype: str
     kv: str = KV_FLOAT
 
+    @property
+    def precision(self) -> str:
+        """What tolerances go by: the dtype, or what rounds more."""
+        return self.dtype if self.kv == KV_FLOAT else self.kv
+
 
 @dataclass(frozen=True)
 class IoTensor:

@@ -55,7 +55,7 @@ class DenseGraphBuilder(GraphBuilder):
 
 
 def build_dense(spec: DecoderSpec, weights: WeightTable, dtype: str) -> ir.Model:
-    """Build the graph; `weights` come from `dense_weight_table`. Its keys and values are floats."""
+    """Build the graph; `weights` come from `dense_weight_table`."""
     shape = model_shape(spec, dtype)
     graph = DenseGraphBuilder(spec, weights, dtype, contract.dense_inputs(shape))
     ops = graph.ops

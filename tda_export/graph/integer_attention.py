@@ -51,7 +51,8 @@ def integer_attention(
         float32 [1, KV, T].
     """
     query, key, value, past_key, past_value, past_key_scale, past_value_scale, last_index, buffer, *tables = inputs
-    assert query is not None and last_index is not None and buffer is not None and past_key is not None
+    assert query is not None
+    assert past_key is not None
     place = _Place(ops, query, past_key, last_index, buffer)
     if key is None:
         kv_width = ops.op("Mul", place.kv_heads, ops.constant([head_size], "int64"))
@@ -111,9 +112,7 @@ def _quantised(ops: Ops, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     one = ops.constant(1.0, "float32")
     divisor = ops.op("Where", ops.op("Greater", scale, ops.constant(0.0, "float32")), scale, one)
     rounded = ops.op("Round", ops.op("Div", x, divisor))
-    clipped = ops.op(
-        "Clip", rounded, ops.constant(-LARGEST_CODE, "float32"), ops.constant(LARGEST_CODE, "float32")
-    )
+    clipped = ops.op("Clip", rounded, ops.constant(-LARGEST_CODE, "float32"), ops.constant(LARGEST_CODE, "float32"))
     return ops.cast(clipped, "int8"), scale
 
 
@@ -133,9 +132,7 @@ class _Place:
         self._past = ops.op("Where", ops.op("Equal", tokens, length), zero, ops.op("Sub", total, tokens))  # int64 [1]
         end = ops.op("Add", self._past, tokens)
         self.end = ops.cast(ops.op("Squeeze", end, axis), "int32")  # int32 scalar: tokens of past and call, and padding
-        steps = ops.op(
-            "Range", ops.constant(0, "int64"), ops.op("Squeeze", tokens, axis), ops.constant(1, "int64")
-        )
+        steps = ops.op("Range", ops.constant(0, "int64"), ops.op("Squeeze", tokens, axis), ops.constant(1, "int64"))
         self.positions = ops.op("Unsqueeze", ops.op("Add", steps, self._past), axis)  # int64 [1, S]
         self.kv_heads = ops.op("Shape", past, start=1, end=2)  # int64 [1]
         room = ops.op("Max", ops.op("Shape", past, start=2, end=3), length)

@@ -106,7 +106,9 @@ class IndexedComparison(Comparison):
         cache.truncate(start)
         halved = self._decode(continuation, cache, mask)
         _, expected = reference_logits(self.reference, self.spec, prompt, continuation, masks, tails)
-        half = reference_logits(self.rounded, self.spec, prompt, continuation, masks, tails)[1] if self.rounded else None
+        half = (
+            reference_logits(self.rounded, self.spec, prompt, continuation, masks, tails)[1] if self.rounded else None
+        )
         self._logits("decode with every second neuron", halved, expected, half)
 
     def _chunked(self, prompt: list[int], cache: KvCache, mask: PromptMask) -> None:
@@ -171,7 +173,7 @@ class IndexedComparison(Comparison):
     def _same_mask(self, name: str, one: set[int], other: set[int], scores: np.ndarray, border: float) -> None:
         """Masks may differ only in neurons whose scores stand at the border of the mask, within rounding."""
         distances = [abs(float(scores[i]) - border) / max(border, TINY) for i in one ^ other]
-        self._add(name, max(distances, default=0.0), RELATIVE[self.precision])
+        self._add(name, max(distances, default=0.0), RELATIVE[self.shape.precision])
 
 
 def _scores_of(mask: PromptMask, layer: int) -> np.ndarray:

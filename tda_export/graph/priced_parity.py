@@ -79,7 +79,7 @@ class PricedComparison(Comparison):
         expected, otherwise = self._dropped(self.reference, prices, price, rows, prompt, continuation)
         half = self._dropped(self.rounded, prices, price, rows, prompt, continuation)[0] if self.rounded else None
         self._logits(name, ours, expected, half)
-        self._add("rows read at a price", otherwise, OTHERWISE[self.precision])
+        self._add("rows read at a price", otherwise, OTHERWISE[self.shape.precision])
 
     def _chunked(self, prompt: list[int], cache: KvCache) -> None:
         pieces = KvCache(self.shape, self.provider, len(prompt))

@@ -41,9 +41,7 @@ def truncation_outputs(shape: contract.ModelShape) -> list[IoTensor]:
     ]
 
 
-def build_truncation(
-    spec: DecoderSpec, weights: WeightTable, dtype: str, *, kv: str = contract.KV_FLOAT
-) -> ir.Model:
+def build_truncation(spec: DecoderSpec, weights: WeightTable, dtype: str, *, kv: str = contract.KV_FLOAT) -> ir.Model:
     """Build the graph that keeps, for every token, the neurons with r_i(t) >= the layer's threshold.
 
     Args:

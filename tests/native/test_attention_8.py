@@ -25,9 +25,7 @@ session = functools.cache(attention_session)
 NATIVE = [pytest.param(False, id="body"), pytest.param(True, id="cpu")]
 CLOSE = 1e-5  # of values of order one, in float32
 PLAIN = AttentionForm(codes=True)
-ALL_AT_ONCE = AttentionForm(
-    heads=6, kv_heads=2, size=48, packed=True, window=150, scale=0.3, softcap=2.0, codes=True
-)
+ALL_AT_ONCE = AttentionForm(heads=6, kv_heads=2, size=48, packed=True, window=150, scale=0.3, softcap=2.0, codes=True)
 
 
 @st.composite
@@ -149,7 +147,9 @@ def test_a_token_alone_gives_the_same_bits(form: AttentionForm, threads: int) ->
     feeds = random_attention(np.random.default_rng(2), form, tokens=37, past=600)
     together, *present = run_attention(session(form), feeds)
     names = ("past_key", "past_value", "past_key_scale", "past_value_scale")
-    behind = [np.concatenate([part, np.full_like(part, 99 if part.dtype == np.int8 else np.nan)], 2) for part in present]
+    behind = [
+        np.concatenate([part, np.full_like(part, 99 if part.dtype == np.int8 else np.nan)], 2) for part in present
+    ]
     call = attention_session(form, threads=threads)
     for t in (0, 1, 15, 16, 36):
         alone = feeds | dict(zip(names, behind, strict=True)) | {"last_index": np.array([600 + t], np.int32)}
