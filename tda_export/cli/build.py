@@ -128,7 +128,6 @@ def build(
     from tda_export.runtime.providers import choose_provider
 
     check_output(output, overwrite=overwrite, what="an artifact without other files", is_earlier_output=is_artifact)
-    choose_provider(provider, DTYPES[dtype])
     asked = Asked(
         price=price,
         sparsity=sparsity,
@@ -139,6 +138,7 @@ def build(
     )
     if kv != KV_FLOAT and dtype != "fp32":
         raise UsageError(f"--kv {kv} needs --dtype fp32: keys and values of 8 bits run on the CPU alone.")
+    choose_provider(provider, DTYPES[dtype])
     _refuse_foreign(method, asked, calibration_file, {"--packing": packing, "--tail": tail})
     source = resolve_model(model, notify=lambda line: click.echo(line, err=True))
     plan = read_plan(source, weights, group, weights_for)

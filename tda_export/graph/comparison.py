@@ -79,8 +79,8 @@ class Comparison(ABC):
     """The artifact's graphs beside transformers in float32.
 
     Half precision, and keys and values of 8 bits, are beside `rounded` too: transformers in the artifact's dtype, which
-    stores keys and values as the artifact does. Logits may be some times as far from float32 as its are. Codes could not
-    be compared closer: rounding decides of some, and each changes all layers after it.
+    stores keys and values as the artifact does. Logits may be some times as far from float32 as its are. With codes
+    nothing closer can be asked for: rounding decides of some, and each of these changes all layers after it.
     """
 
     def __init__(self, artifact: Artifact, source: ModelSource, provider: str, advance: Advance) -> None:

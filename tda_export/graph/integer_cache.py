@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from typing import Any
 
 import torch
@@ -35,23 +37,26 @@ def kept_of(x: torch.Tensor) -> torch.Tensor:
 
 
 def with_stored_cache(model: Any, spec: DecoderSpec, kv: str) -> Any:
-    """Let a model of transformers store keys and values as an artifact does, in every call without a cache.
+    """Return a model of the same weights that stores keys and values as an artifact does.
 
     Args:
-        model: Of transformers; it is changed.
+        model: Of transformers.
         spec: Its architecture.
         kv: One of `contract.KV_FORMATS`.
 
     Returns:
-        The model.
+        One that makes itself such a cache in every call without one.
     """
+    if kv == contract.KV_FLOAT:
+        return model
+    weights = itertools.chain(model.parameters(), model.buffers())
+    model = copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
 
     def give(module: Any, arguments: Any, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if settings.get("past_key_values") is None:
             settings |= {"past_key_values": IntegerCache(model, spec), "use_cache": True}
         return arguments, settings
 
-    if kv != contract.KV_FLOAT:
-        for module in (model, model.base_model):  # OPT's does not call its base model
-            module.register_forward_pre_hook(give, with_kwargs=True)
+    for module in (model, model.base_model):  # OPT's does not call its base model
+        module.register_forward_pre_hook(give, with_kwargs=True)
     return model
