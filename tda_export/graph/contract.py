@@ -274,12 +274,11 @@ def layer_caches(shape: ModelShape, layer: int) -> list[CacheTensor]:
     elements = shape.dtype if shape.kv == KV_FLOAT else shape.kv
     names = [(past_key, present_key), (past_value, present_value)]
     scales = [(past_key_scale, present_key_scale), (past_value_scale, present_value_scale)]
-    tensors = [(*pair, elements, (shape.head_size,)) for pair in names]
-    tensors += [(*pair, "float32", ()) for pair in scales if shape.kv != KV_FLOAT]
-    return [
-        CacheTensor(past(layer), present(layer), dtype, shape.num_kv_heads, row)
-        for past, present, dtype, row in tensors
-    ]
+    heads, row = shape.num_kv_heads, (shape.head_size,)
+    caches = [CacheTensor(past(layer), present(layer), elements, heads, row) for past, present in names]
+    if shape.kv != KV_FLOAT:
+        caches += [CacheTensor(past(layer), present(layer), "float32", heads, ()) for past, present in scales]
+    return caches
 
 
 def prefill_inputs(shape: ModelShape) -> list[IoTensor]:
