@@ -50,11 +50,13 @@ def integer_attention(
         What attention gives, float32 [1, S, H D], present keys and values, int8 [1, KV, T, D], and their scales,
         float32 [1, KV, T].
     """
-    query, key, value, past_key, past_value, past_key_scale, past_value_scale, last_index, buffer, *tables = inputs
+    query, key, value, *others = inputs
+    past_key, past_value, past_key_scale, past_value_scale, last_index, buffer, *tables = (
+        other for other in others if other is not None
+    )
     assert query is not None
-    assert past_key is not None
     place = _Place(ops, query, past_key, last_index, buffer)
-    if key is None:
+    if key is None or value is None:
         kv_width = ops.op("Mul", place.kv_heads, ops.constant([head_size], "int64"))
         rest = ops.op("Sub", ops.op("Shape", query, start=2, end=3), ops.op("Add", kv_width, kv_width))
         sizes = ops.op("Concat", rest, kv_width, kv_width, axis=0)
@@ -138,13 +140,13 @@ class _Place:
         room = ops.op("Max", ops.op("Shape", past, start=2, end=3), length)
         self._behind = ops.op("Sub", room, end)
 
-    def stored(self, codes: ir.Value | None, scales: ir.Value | None) -> ir.Value:
+    def stored(self, codes: ir.Value, scales: ir.Value) -> ir.Value:
         """Return the past's keys or values, float32 [1, KV, past, D]."""
         ops = self._ops
         by_row = ops.op("Unsqueeze", self._held(scales), ops.constant([-1], "int64"))
         return _dequantised(ops, self._held(codes), by_row)
 
-    def appended(self, past: ir.Value | None, new: ir.Value, *, scales: bool = False) -> ir.Value:
+    def appended(self, past: ir.Value, new: ir.Value, *, scales: bool = False) -> ir.Value:
         """Put codes [1, S, KV, D] behind the past's [1, KV, P, D], or scales [1, S, KV, 1] behind its [1, KV, P].
 
         Returns:
@@ -159,6 +161,6 @@ class _Place:
         zeros = ops.op("ConstantOfShape", shape, value=ir.tensor(np.zeros(1, np.float32 if scales else np.int8)))
         return ops.op("Concat", self._held(past), rows, zeros, axis=2)
 
-    def _held(self, past: ir.Value | None) -> ir.Value:
+    def _held(self, past: ir.Value) -> ir.Value:
         ops = self._ops
         return ops.op("Slice", past, ops.constant([0], "int64"), self._past, ops.constant([2], "int64"))

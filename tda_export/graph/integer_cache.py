@@ -53,10 +53,15 @@ def with_stored_cache(model: Any, spec: DecoderSpec, kv: str) -> Any:
     model = copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
 
     def give(module: Any, arguments: Any, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if settings.get("past_key_values") is None:
-            settings |= {"past_key_values": IntegerCache(model, spec), "use_cache": True}
+        if _cache_of(**settings) is None:
+            settings = dict(settings, past_key_values=IntegerCache(model, spec), use_cache=True)
         return arguments, settings
 
     for module in (model, model.base_model):  # OPT's does not call its base model
         module.register_forward_pre_hook(give, with_kwargs=True)
     return model
+
+
+def _cache_of(past_key_values: Any = None, **_: Any) -> Any:
+    """Return the cache among the arguments of a call of transformers, None where there is none."""
+    return past_key_values
