@@ -214,8 +214,10 @@ def _of_call(feeds: Mapping[str, np.ndarray], form: AttentionForm) -> list[np.nd
         out[..., second] = rows[..., second] * cos + rows[..., first] * sin
         return out
 
-    spread = hadamard(size).astype(np.float64) if form.codes else np.eye(size)
-    return [rotated(heads("query")) @ spread, rotated(heads("key")) @ spread, heads("value")]
+    queries, keys = rotated(heads("query")), rotated(heads("key"))
+    if form.codes:
+        queries, keys = (rows @ hadamard(size).astype(np.float64) for rows in (queries, keys))
+    return [queries, keys, heads("value")]
 
 
 def _attended(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, past: int, form: AttentionForm) -> np.ndarray:
