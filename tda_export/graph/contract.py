@@ -170,20 +170,12 @@ def present_value(layer: int) -> str:
     return f"present.{layer}.value"
 
 
-def past_key_scale(layer: int) -> str:
-    return f"past_key_values.{layer}.key_scale"
+def past_scale(layer: int, part: str) -> str:
+    return f"past_key_values.{layer}.{part}_scale"  # part: key or value
 
 
-def past_value_scale(layer: int) -> str:
-    return f"past_key_values.{layer}.value_scale"
-
-
-def present_key_scale(layer: int) -> str:
-    return f"present.{layer}.key_scale"
-
-
-def present_value_scale(layer: int) -> str:
-    return f"present.{layer}.value_scale"
+def present_scale(layer: int, part: str) -> str:
+    return f"present.{layer}.{part}_scale"
 
 
 def past_neuron_stats(layer: int) -> str:
@@ -273,11 +265,11 @@ def layer_caches(shape: ModelShape, layer: int) -> list[CacheTensor]:
     """List the tensors that hold a layer's keys and values, in the order of the graphs' inputs and outputs."""
     elements = shape.dtype if shape.kv == KV_FLOAT else shape.kv
     names = [(past_key, present_key), (past_value, present_value)]
-    scales = [(past_key_scale, present_key_scale), (past_value_scale, present_value_scale)]
     heads, row = shape.num_kv_heads, (shape.head_size,)
     caches = [CacheTensor(past(layer), present(layer), elements, heads, row) for past, present in names]
     if shape.kv != KV_FLOAT:
-        caches += [CacheTensor(past(layer), present(layer), "float32", heads, ()) for past, present in scales]
+        scales = [(past_scale(layer, part), present_scale(layer, part)) for part in ("key", "value")]
+        caches += [CacheTensor(past, present, "float32", heads, ()) for past, present in scales]
     return caches
 
 
