@@ -1,8 +1,8 @@
-"""Models of one Attention node, and the slow reference: one token and head at a time, in float64."""
+"""Models of one Attention or Attention8 node, and the slow reference: one token and head at a time, in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,19 +11,26 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from tda_export.graph import operators
-from tda_export.graph.attention_function import attention_functions, attention_node
+from tda_export.graph.attention_function import (
+    OUTPUTS,
+    OUTPUTS_8,
+    attention_8_functions,
+    attention_8_node,
+    attention_functions,
+    attention_node,
+)
+from tda_export.graph.integer_attention import hadamard
 from tda_export.graph.ops import DTYPES, IR_VERSION, MICROSOFT, OPSET, Ops
 from tda_export.native.library import register_native
 from tests.ffn_model import NUMPY_DTYPES, PROVIDERS
 
 NUMBERS = ("last_index", "buffer")  # int32
 TABLES = ("cos_cache", "sin_cache")
-OUTPUTS = ("attended", "present_key", "present_value")
 
 
 @dataclass(frozen=True)
 class AttentionForm:
-    """What attention is made of; `window`, `scale` and `softcap` 0 are none, or by default."""
+    """What attention is made of; `window`, `scale` and `softcap` 0 are none, or by default. `codes`: Attention8."""
 
     heads: int = 4
     kv_heads: int = 2
@@ -34,41 +41,56 @@ class AttentionForm:
     window: int = 0
     scale: float = 0.0
     softcap: float = 0.0
+    codes: bool = False
 
     @property
     def inputs(self) -> list[str]:
         """The names of the node's inputs."""
         left_out = {*(("key", "value") if self.packed else ()), *(() if self.rotary else TABLES)}
-        return [name for name in operators.ATTENTION_INPUTS if name not in left_out]
+        names = operators.ATTENTION_8_INPUTS if self.codes else operators.ATTENTION_INPUTS
+        return [name for name in names if name not in left_out]
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the node's outputs."""
+        return OUTPUTS_8 if self.codes else OUTPUTS
+
+    def dtype_of(self, name: str, dtype: str) -> str:
+        """The dtype of an input or output where activations have `dtype`."""
+        if name in NUMBERS:
+            return "int32"
+        return (
+            "int8"
+            if self.codes and name.endswith(("past_key", "past_value", "present_key", "present_value"))
+            else dtype
+        )
 
 
 def attention_session(
     form: AttentionForm, *, native: bool = True, threads: int = 0, dtype: str = "float32"
 ) -> ort.InferenceSession:
     """A session on the CPU for float32 and on CUDA otherwise; without `native` the function body runs."""
-    values = {
-        name: ir.Value(name=name, type=ir.TensorType(DTYPES["int32" if name in NUMBERS else dtype]))
-        for name in form.inputs
-    }
+    values = {name: ir.Value(name=name, type=ir.TensorType(DTYPES[form.dtype_of(name, dtype)])) for name in form.inputs}
     ops = Ops()
-    given = operators.ATTENTION_INPUTS if form.rotary else operators.ATTENTION_INPUTS[:7]
-    outputs = attention_node(
+    given = operators.ATTENTION_8_INPUTS if form.codes else operators.ATTENTION_INPUTS
+    outputs = (attention_8_node if form.codes else attention_node)(
         ops,
-        [values.get(name) for name in given],
+        [values.get(name) for name in (given if form.rotary else given[: -len(TABLES)])],
         num_heads=form.heads,
         kv_num_heads=form.kv_heads,
         local_window_size=form.window or -1,
         do_rotary=int(form.rotary),
         rotary_interleaved=int(form.interleaved),
-        width=form.heads * form.size,
+        **({} if form.codes else {"width": form.heads * form.size}),
         **({"scale": form.scale} if form.scale else {}),
         **({"softcap": form.softcap} if form.softcap else {}),
     )
-    for output, name in zip(outputs, OUTPUTS, strict=True):
-        output.name, output.type = name, ir.TensorType(DTYPES[dtype])
+    for output, name in zip(outputs, form.outputs, strict=True):
+        output.name, output.type = name, ir.TensorType(DTYPES[form.dtype_of(name, dtype)])
     imports = {"": OPSET, MICROSOFT: 1, operators.FUNCTION_DOMAIN: 1}
     graph = ir.Graph(list(values.values()), outputs, nodes=ops.tape.nodes, opset_imports=imports, name="attention")
-    model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, functions=attention_functions()))
+    functions = attention_8_functions(form.size) if form.codes else attention_functions()
+    model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, functions=functions))
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
@@ -98,9 +120,14 @@ def random_attention(
     projected = {"query": np.concatenate(parts, axis=2)} if form.packed else dict(zip(form.inputs, parts, strict=False))
     angles = rng.uniform(0, 6, ((room or total) + 3, form.size // 2 if pairs is None else pairs))
     cache = (1, form.kv_heads, past if room is None else room, form.size)
+    past_rows = {"past_key": draw(*cache), "past_value": draw(*cache)}
+    if form.codes:
+        past_rows = {name: rng.integers(-127, 128, cache).astype(np.int8) for name in past_rows}
+        scales = {f"{name}_scale": np.abs(draw(*cache[:3])) / 60 for name in past_rows}  # to values of order one
+        past_rows |= {name: np.where(rng.random(scale.shape) < 0.05, 0, scale) for name, scale in scales.items()}
+        past_rows |= {name: value.astype(np.float32) for name, value in past_rows.items() if name in scales}
     feeds = projected | {
-        "past_key": draw(*cache),
-        "past_value": draw(*cache),
+        **past_rows,
         "last_index": np.array([total - 1], np.int32),
         "buffer": np.array(room or total, np.int32),
         "cos_cache": np.cos(angles).astype(NUMPY_DTYPES[dtype]),
@@ -111,7 +138,7 @@ def random_attention(
 
 def run_attention(session: ort.InferenceSession, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """Run as applications with a growing cache do: what attention gives, present keys and values."""
-    results: list[np.ndarray] = session.run(list(OUTPUTS), dict(feeds))
+    results: list[np.ndarray] = session.run([output.name for output in session.get_outputs()], dict(feeds))
     return results
 
 
@@ -123,17 +150,49 @@ def run_in_place(session: ort.InferenceSession, feeds: Mapping[str, np.ndarray])
     for name, value in values.items():
         binding.bind_ortvalue_input(name, value)
     binding.bind_output("attended", "cpu")
-    for part in ("key", "value"):
-        binding.bind_ortvalue_output(f"present_{part}", values[f"past_{part}"])
+    caches = [output.name.replace("present", "past") for output in session.get_outputs()[1:]]
+    for past in caches:
+        binding.bind_ortvalue_output(past.replace("past", "present"), values[past])
     session.run_with_iobinding(binding)
-    return [binding.get_outputs()[0].numpy().copy(), arrays["past_key"], arrays["past_value"]]
+    return [binding.get_outputs()[0].numpy().copy(), *(arrays[past] for past in caches)]
 
 
-def reference(feeds: Mapping[str, np.ndarray], form: AttentionForm) -> np.ndarray:
-    """Compute what each token attends to, float64 [1, S, H D]."""
+def reference(
+    feeds: Mapping[str, np.ndarray], form: AttentionForm, present: Sequence[np.ndarray] | None = None
+) -> np.ndarray:
+    """Compute what each token attends to, float64 [1, S, H D]; of Attention8, given what its cache holds afterwards."""
+    queries, keys, values = _of_call(feeds, form)
+    past = _past(feeds)
+    if present is not None:
+        keys, values = (_stands_for(codes, scales) for codes, scales in zip(present[:2], present[2:], strict=True))
+    else:
+        before = [feeds[name][0, :, :past].astype(np.float64).swapaxes(0, 1) for name in ("past_key", "past_value")]
+        keys, values = (np.concatenate(rows) for rows in zip(before, (keys, values), strict=True))  # [T, KV, D]
+    return _attended(queries, keys, values, past, form)
+
+
+def unrounded(feeds: Mapping[str, np.ndarray], form: AttentionForm) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Compute codes and scales of the call's keys and values, float64 [S, KV, D] and [S, KV], codes before rounding."""
+    found = []
+    for rows in _of_call(feeds, form)[1:]:
+        scales = np.abs(rows).max(axis=2) / 127
+        found.append((rows / np.where(scales > 0, scales, 1.0)[..., None], scales))
+    return found
+
+
+def _past(feeds: Mapping[str, np.ndarray]) -> int:
+    tokens, total = feeds["query"].shape[1], int(feeds["last_index"][0]) + 1
+    return 0 if tokens == int(feeds["buffer"]) else total - tokens
+
+
+def _stands_for(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    return (codes[0].astype(np.float64) * scales[0, ..., None]).swapaxes(0, 1)  # [T, KV, D]
+
+
+def _of_call(feeds: Mapping[str, np.ndarray], form: AttentionForm) -> list[np.ndarray]:
+    """Queries, keys and values of the call as attention takes them, float64 [S, heads, D]."""
     of: dict[str, Any] = {name: np.asarray(value, np.float64) for name, value in feeds.items() if name not in NUMBERS}
-    tokens, total, size = of["query"].shape[1], int(feeds["last_index"][0]) + 1, form.size
-    past = 0 if tokens == int(feeds["buffer"]) else total - tokens
+    tokens, past, size = of["query"].shape[1], _past(feeds), form.size
     if form.packed:
         widths = np.cumsum([form.heads * size, form.kv_heads * size])
         of["query"], of["key"], of["value"] = np.split(of["query"], widths, axis=2)
@@ -155,9 +214,14 @@ def reference(feeds: Mapping[str, np.ndarray], form: AttentionForm) -> np.ndarra
         out[..., second] = rows[..., second] * cos + rows[..., first] * sin
         return out
 
-    queries = rotated(heads("query"))
-    keys = np.concatenate([of["past_key"][0, :, :past].swapaxes(0, 1), rotated(heads("key"))])  # [T, KV, D]
-    values = np.concatenate([of["past_value"][0, :, :past].swapaxes(0, 1), heads("value")])
+    queries, keys = rotated(heads("query")), rotated(heads("key"))
+    if form.codes:
+        queries, keys = (rows @ hadamard(size).astype(np.float64) for rows in (queries, keys))
+    return [queries, keys, heads("value")]
+
+
+def _attended(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, past: int, form: AttentionForm) -> np.ndarray:
+    tokens, size = queries.shape[0], form.size
     attended = np.zeros((1, tokens, form.heads, size))
     for t in range(tokens):
         end = past + t + 1

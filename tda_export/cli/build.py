@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,14 @@ if TYPE_CHECKING:
     help="With tda: after every N tokens, read them again densely and renew the mask; 0 is off.  [default: 0]",
 )
 @weight_options("float", "int8", "int4")
+@click.option(
+    "--kv",
+    type=click.Choice(["float", "int8"]),
+    default="float",
+    show_default=True,
+    help="How keys and values are stored: as --dtype says, or in 8 bits with a scale for each token and head (fp32 "
+    "alone).",
+)
 @overwrite_option
 @option("--no-verify", is_flag=True, help="Skip the comparison with transformers.")
 @provider_option
@@ -103,6 +111,7 @@ def build(
     weights: str,
     group: int | None,
     weights_for: tuple[str, ...],
+    kv: str,
     overwrite: bool,
     no_verify: bool,
     provider: str,
@@ -119,9 +128,9 @@ def build(
     """
     from tda_export.cli.tables import print_checks
     from tda_export.deployments import Asked
-    from tda_export.errors import TdaError
+    from tda_export.errors import TdaError, UsageError
     from tda_export.files import check_output
-    from tda_export.graph.contract import DTYPES
+    from tda_export.graph.contract import DTYPES, KV_FLOAT
     from tda_export.graph.export import export_artifact
     from tda_export.graph.storage import read_plan, storage_of
     from tda_export.graph.verify import verify_artifact
@@ -131,7 +140,6 @@ def build(
     from tda_export.runtime.providers import choose_provider
 
     check_output(output, overwrite=overwrite, what="an artifact without other files", is_earlier_output=is_artifact)
-    choose_provider(provider, DTYPES[dtype])
     asked = Asked(
         price=price,
         sparsity=sparsity,
@@ -140,13 +148,16 @@ def build(
         allocation=allocation,
         refresh=None if refresh is None else Refresh(refresh),
     )
+    if kv != KV_FLOAT and dtype != "fp32":
+        raise UsageError(f"--kv {kv} needs --dtype fp32: keys and values of 8 bits run on the CPU alone.")
+    choose_provider(provider, DTYPES[dtype])
     _refuse_foreign(method, asked, calibration_file, {"--packing": packing, "--tail": tail})
     source = resolve_model(model, notify=lambda line: click.echo(line, err=True))
     plan = read_plan(source, weights, group, weights_for)
     if plan is not None and not as_json:
         click.echo("Weights are rounded to the nearest integers; 'tda-export quantize' loses less.", err=True)
     storage = storage_of(source, DTYPES[dtype], plan)
-    request = _request(source, storage, method, asked, calibration_file, packing, tail)
+    request = replace(_request(source, storage, method, asked, calibration_file, packing, tail), kv=kv)
     if not as_json and request.design.expected:
         click.echo(_expectation(model, request))
     checks = []

@@ -87,6 +87,7 @@ def _of_artifact(folder: Path, context: int | None) -> dict[str, Any]:
         | prices
         | {
             "artifact": str(folder),
+            "kv": artifact.shape.kv,
             "layout": artifact.layout,
             "method": artifact.manifest["method"]["name"],
             "budget": artifact.manifest["budget"],
@@ -99,6 +100,7 @@ def _of_artifact(folder: Path, context: int | None) -> dict[str, Any]:
 
 def _described(name: str, spec: Any, sizes: Any, dtype: str, context: int | None) -> dict[str, Any]:
     from tda_export.errors import UsageError
+    from tda_export.graph.contract import KV_FLOAT
     from tda_export.graph.sizes import features
 
     if context is None:
@@ -119,6 +121,7 @@ def _described(name: str, spec: Any, sizes: Any, dtype: str, context: int | None
         "vocab_size": spec.vocab_size,
         "max_positions": spec.max_positions,
         "dtype": dtype,
+        "kv": KV_FLOAT,
         "context": context,
         "artifact_bytes": sizes.stored,
         "bytes_per_token": sizes.read + sizes.cache_read(context),
@@ -163,10 +166,17 @@ def _print(result: dict[str, Any]) -> None:
         )
     click.echo(
         f"  artifact {result['artifact_bytes'] / MIB:,.0f} MiB, a session {result['session_bytes'] / MIB:,.0f} MiB, "
-        f"{result['cache_bytes'] / MIB:,.0f} of them for the cache"
+        f"{result['cache_bytes'] / MIB:,.0f} of them for the cache, {_stored(result['kv'], result['dtype'])}"
     )
     if result.get("price_table"):
         print_prices(PriceTable.from_dict(result["price_table"]), integers_kl(result.get("quantization")))
+
+
+def _stored(kv: str, dtype: str) -> str:
+    """Say how keys and values are stored."""
+    from tda_export.graph.contract import KV_FLOAT
+
+    return f"keys and values in {dtype if kv == KV_FLOAT else kv}"
 
 
 def _print_build(result: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from tda_export.graph.weights_file import WeightTable
 from tda_export.models.spec import DecoderSpec
 
 Norm = Callable[[ir.Value, str], ir.Value]  # (x [.., N], name of a weight [N]) -> [.., N]
-# (GroupQueryAttention's inputs, its attributes) -> what attention gives [1, S, H D], present key, present value
+# (inputs of tda::Attention or Attention8, attributes) -> what attention gives [1, S, H D], and the present caches
 Attend = Callable[[Sequence[ir.Value | None], dict[str, float]], list[ir.Value]]
 
 
@@ -88,11 +88,11 @@ def attention(
     weights: WeightTable,
     layer: int,
     projected: Sequence[ir.Value],
-    past: tuple[ir.Value, ir.Value],
+    past: Sequence[ir.Value],
     lengths: Lengths,
     norm: Norm,
     attend: Attend,
-) -> tuple[ir.Value, ir.Value, ir.Value]:
+) -> list[ir.Value]:
     """Attend from queries, keys and values.
 
     Args:
@@ -101,13 +101,13 @@ def attention(
         weights: The tensors of weights.bin.
         layer: Which.
         projected: Q, K and V side by side [1, S, (H + 2 KV) D], or [1, S, H D], [1, S, KV D] twice.
-        past: Past keys and values.
+        past: Past keys and values, as `contract.layer_caches` lists them.
         lengths: Of past and call.
         norm: Applies an RMS norm over the last axis.
-        attend: Adds the node.
+        attend: Adds the nodes.
 
     Returns:
-        What the output projection takes, [1, S, H D], and the present key and value.
+        What the output projection takes, [1, S, H D], and the present caches.
     """
     inputs: list[ir.Value | None] = [*projected, *[None] * (3 - len(projected))]
     if spec.qk_norm != "none":
@@ -126,14 +126,11 @@ def attention(
         settings["scale"] = spec.attention_scale
     if spec.attention_softcap is not None:
         settings["softcap"] = spec.attention_softcap
-    attended, present_key, present_value = attend(
-        [*inputs, *past, lengths.last_index, lengths.buffer_scalar, *tables], settings
-    )
-    return attended, present_key, present_value
+    return attend([*inputs, *past, lengths.last_index, lengths.buffer_scalar, *tables], settings)
 
 
 def group_query_attention(ops: Ops, inputs: Sequence[ir.Value | None], **settings: Any) -> list[ir.Value]:
-    """Add ONNX Runtime's GroupQueryAttention, whose outputs are those of `Attend`."""
+    """Add ONNX Runtime's GroupQueryAttention: what attention gives, present keys and values."""
     return ops.multi("GroupQueryAttention", *inputs, outputs=(True, True, True), domain=MICROSOFT, **settings)
 
 

@@ -1,4 +1,7 @@
-"""`tda::Attention`: ONNX Runtime's GroupQueryAttention as a function, which a native kernel may replace."""
+"""`tda::Attention` and `tda::Attention8`: attention as a function, which a native kernel may replace.
+
+Attention is ONNX Runtime's GroupQueryAttention. Attention8 is the same over a cache of codes (`integer_attention`).
+"""
 
 from __future__ import annotations
 
@@ -6,34 +9,66 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from tda_export.graph import operators
+from tda_export.graph import contract, operators
 from tda_export.graph.attention import group_query_attention
 from tda_export.graph.decoder import GraphBuilder
+from tda_export.graph.integer_attention import integer_attention
 from tda_export.graph.ops import MICROSOFT, OPSET, Ops
 
-PACKED = "packed"  # the function's overload: queries, keys and values in one input
+PACKED = "packed"  # an overload: queries, keys and values in one input
+# Attention8's overloads without tables of rotary embedding, which a function's body cannot do without.
+UNTURNED, PACKED_UNTURNED = "unturned", "packed_unturned"
 # What GroupQueryAttention takes where an attribute is left out.
 DEFAULTS: dict[str, float] = {"scale": 0.0, "softcap": 0.0}
 INTEGERS = ("num_heads", "kv_num_heads", "local_window_size", "do_rotary", "rotary_interleaved")
 WIDTH = "width"
+OUTPUTS = ("attended", "present_key", "present_value")
+OUTPUTS_8 = (*OUTPUTS, "present_key_scale", "present_value_scale")
 
 
 class StepGraphBuilder(GraphBuilder):
     """Builds attention as a function; for graphs of few tokens at a time."""
 
     def attend(self, inputs: Sequence[ir.Value | None], settings: dict[str, float]) -> list[ir.Value]:
+        if self.shape.kv != contract.KV_FLOAT:
+            return attention_8_node(self.ops, inputs, **settings)
         width = self.spec.num_heads * self.spec.head_size
         return attention_node(self.ops, inputs, width=width, **settings)
+
+    def attention_functions(self) -> list[ir.Function]:
+        """Define what the nodes of attention call."""
+        return (
+            attention_functions() if self.shape.kv == contract.KV_FLOAT else attention_8_functions(self.spec.head_size)
+        )
 
 
 def attention_node(ops: Ops, inputs: Sequence[ir.Value | None], **settings: float) -> list[ir.Value]:
     """Add the node: inputs by `operators.ATTENTION_INPUTS`, outputs as `attention.Attend` says."""
+    overload = PACKED if inputs[1] is None else ""
+    return _node(ops, operators.ATTENTION, overload, inputs, OUTPUTS, settings)
+
+
+def attention_8_node(ops: Ops, inputs: Sequence[ir.Value | None], **settings: float) -> list[ir.Value]:
+    """Add the node: inputs by `operators.ATTENTION_8_INPUTS`, outputs as `attention.Attend` says."""
+    packed, turned = inputs[1] is None, len(inputs) == len(operators.ATTENTION_8_INPUTS)
+    overload = (PACKED if packed else "") if turned else (PACKED_UNTURNED if packed else UNTURNED)
+    return _node(ops, operators.ATTENTION_8, overload, inputs, OUTPUTS_8, settings)
+
+
+def _node(
+    ops: Ops,
+    name: str,
+    overload: str,
+    inputs: Sequence[ir.Value | None],
+    outputs: Sequence[str],
+    settings: dict[str, float],
+) -> list[ir.Value]:
     return ops.multi(
-        operators.ATTENTION,
+        name,
         *inputs,
-        outputs=(True, True, True),
+        outputs=(True,) * len(outputs),
         domain=operators.FUNCTION_DOMAIN,
-        overload=PACKED if inputs[1] is None else "",
+        overload=overload,
         **(DEFAULTS | settings),
     )
 
@@ -43,25 +78,63 @@ def attention_functions() -> list[ir.Function]:
     return [_function(packed=False), _function(packed=True)]
 
 
+def attention_8_functions(head_size: int) -> list[ir.Function]:
+    """Define `tda::Attention8` for heads of so many elements, and all its overloads."""
+    return [
+        _function_8(overload, head_size, packed=packed, turned=turned)
+        for overload, packed, turned in (
+            ("", False, True),
+            (PACKED, True, True),
+            (UNTURNED, False, False),
+            (PACKED_UNTURNED, True, False),
+        )
+    ]
+
+
+def _references(integers: Sequence[str]) -> dict[str, ir.Attr]:
+    """Refer to the function's attributes by their own names."""
+    references = {name: ir.RefAttr(name, name, ir.AttributeType.INT) for name in integers}
+    return references | {name: ir.RefAttr(name, name, ir.AttributeType.FLOAT) for name in DEFAULTS}
+
+
 def _function(*, packed: bool) -> ir.Function:
     ops = Ops()
     inputs = [ir.Value(name=name) for name in operators.ATTENTION_INPUTS]
     query, key, value, *rest = inputs
-    numbers = {name: ir.RefAttr(name, name, ir.AttributeType.INT) for name in INTEGERS}
-    numbers |= {name: ir.RefAttr(name, name, ir.AttributeType.FLOAT) for name in DEFAULTS}
     given = [query, None, None] if packed else [query, key, value]
-    attended, *present = group_query_attention(ops, [*given, *rest], **numbers)
+    attended, *present = group_query_attention(ops, [*given, *rest], **_references(INTEGERS))
     if packed:
         # ONNX Runtime before 1.31 infers the width of Q, K and V together, which the next product refuses.
         width = ops.op("Constant", value_int=ir.RefAttr("value_int", WIDTH, ir.AttributeType.INT))
         by_axis = ops.op("Unsqueeze", width, ops.constant([0], "int64"))
         attended = ops.op("Reshape", attended, ops.op("Concat", ops.constant([0, 0], "int64"), by_axis, axis=0))
-    outputs = [attended, *present]
-    for output, name in zip(outputs, ("attended", "present_key", "present_value"), strict=True):
-        output.name = name
-    imports = {"": OPSET, MICROSOFT: 1}
-    graph = ir.Graph(inputs, outputs, nodes=ops.tape.nodes, opset_imports=imports, name=operators.ATTENTION)
-    attributes = [ir.AttrInt64(name, 0) for name in (*INTEGERS, WIDTH)]
-    attributes += [ir.AttrFloat32(name, value) for name, value in DEFAULTS.items()]
     overload = PACKED if packed else ""
-    return ir.Function(operators.FUNCTION_DOMAIN, operators.ATTENTION, overload, graph=graph, attributes=attributes)
+    return _defined(operators.ATTENTION, overload, ops, inputs, [attended, *present], OUTPUTS, (*INTEGERS, WIDTH))
+
+
+def _function_8(overload: str, head_size: int, *, packed: bool, turned: bool) -> ir.Function:
+    ops = Ops()
+    names = operators.ATTENTION_8_INPUTS if turned else operators.ATTENTION_8_INPUTS[: -len(operators.ROTARY_TABLES)]
+    inputs = [ir.Value(name=name) for name in names]
+    query, key, value, *rest = inputs
+    given = [query, None, None] if packed else [query, key, value]
+    outputs = integer_attention(ops, [*given, *rest], head_size, _references(INTEGERS))
+    return _defined(operators.ATTENTION_8, overload, ops, inputs, outputs, OUTPUTS_8, INTEGERS)
+
+
+def _defined(
+    name: str,
+    overload: str,
+    ops: Ops,
+    inputs: Sequence[ir.Value],
+    outputs: Sequence[ir.Value],
+    output_names: Sequence[str],
+    integers: Sequence[str],
+) -> ir.Function:
+    for output, output_name in zip(outputs, output_names, strict=True):
+        output.name = output_name
+    imports = {"": OPSET, MICROSOFT: 1}
+    graph = ir.Graph(inputs, outputs, nodes=ops.tape.nodes, opset_imports=imports, name=name)
+    attributes = [ir.AttrInt64(integer, 0) for integer in integers]
+    attributes += [ir.AttrFloat32(real, value) for real, value in DEFAULTS.items()]
+    return ir.Function(operators.FUNCTION_DOMAIN, name, overload, graph=graph, attributes=attributes)

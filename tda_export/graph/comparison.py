@@ -11,6 +11,7 @@ import onnxruntime as ort
 import torch
 
 from tda_export.graph import contract
+from tda_export.graph.integer_cache import with_stored_cache
 from tda_export.graph.stored_integers import with_stored_integers
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
@@ -32,9 +33,10 @@ CONTINUATION_TOKENS = 8
 FEWEST_TOKENS = 3 * CONTINUATION_TOKENS  # of a prompt and its continuation
 FEWEST_PROMPT_TOKENS = 2  # the first never counts
 FLOAT32_LOGITS = 2e-3  # largest absolute difference of float32 logits
-HALF_FACTOR = 2.0  # half precision may be this many times as far from float32 as transformers in the same dtype
+ROUNDED_FACTOR = 2.0  # half precision, or codes, may be this many times as far from float32 as transformers with them
 SECOND_LEVEL_FACTOR = 5.0  # the same where rounding decides which neurons near a threshold are skipped
-RELATIVE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}  # scores, keys and values, relative to the largest
+# Scores, keys and values, relative to the largest, by the dtype or the format of keys and values.
+RELATIVE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1, "int8": 5e-2}
 
 
 @dataclass(frozen=True)
@@ -74,18 +76,23 @@ class Worst:
 
 
 class Comparison(ABC):
-    """The artifact's graphs beside transformers in float32 (and, for half precision, in the artifact's dtype too)."""
+    """The artifact's graphs beside transformers in float32.
+
+    Half precision, and keys and values of 8 bits, are beside `rounded` too: transformers in the artifact's dtype, which
+    stores keys and values as the artifact does. Logits may be some times as far from float32 as its are. With codes
+    nothing closer can be asked for: rounding decides of some, and each of these changes all layers after it.
+    """
 
     def __init__(self, artifact: Artifact, source: ModelSource, provider: str, advance: Advance) -> None:
         self.artifact, self.shape, self.advance = artifact, artifact.shape, advance
         self.spec: DecoderSpec = source.spec
         device = "cuda" if provider == CUDA and torch.cuda.is_available() else "cpu"
         self.reference = with_stored_integers(source.reference(device=device), artifact, source)
-        half = self.shape.dtype if self.shape.dtype != "float32" else None
-        self.half = None
-        if half:
-            reference = source.reference(dtype=getattr(torch, half), device=device)
-            self.half = with_stored_integers(reference, artifact, source)
+        self.rounded = None
+        if self.shape.precision != "float32":
+            rounded = source.reference(dtype=getattr(torch, self.shape.dtype), device=device)
+            rounded = with_stored_integers(rounded, artifact, source)
+            self.rounded = with_stored_cache(rounded, self.spec, self.shape.kv)
         self.sessions = Sessions(artifact, provider)
         self.provider = provider
         self.worst: dict[str, Worst] = {}
@@ -115,18 +122,38 @@ class Comparison(ABC):
         ours: np.ndarray,
         expected: torch.Tensor,
         half: torch.Tensor | None,
-        factor: float = HALF_FACTOR,
+        factor: float = ROUNDED_FACTOR,
     ) -> None:
         allowed = FLOAT32_LOGITS if half is None else factor * float((half - expected).abs().max())
         self._add(name, float(np.abs(ours - expected.numpy()).max()), allowed)
 
-    def _relative(self, name: str, ours: np.ndarray, expected: np.ndarray, scale: float | None = None) -> None:
+    def _relative(
+        self,
+        name: str,
+        ours: np.ndarray,
+        expected: np.ndarray,
+        scale: float | None = None,
+    ) -> None:
         """Compare relative to the largest expected number, or to `scale`."""
         scale = scale or float(np.abs(expected).max()) or 1.0
-        self._add(name, float(np.abs(ours.astype(np.float32) - expected).max()) / scale, RELATIVE[self.shape.dtype])
+        self._add(name, float(np.abs(ours.astype(np.float32) - expected).max()) / scale, RELATIVE[self.shape.precision])
+
+    def _same_cache(self, name: str, one: KvCache, other: KvCache) -> None:
+        """Compare the keys and values of two caches of the same tokens."""
+        for layer in range(self.shape.num_layers):
+            for found, expected in zip(_held(one, layer), _held(other, layer), strict=True):
+                self._relative(name, found, expected)
 
     def _add(self, name: str, difference: float, allowed: float) -> None:
         self.worst.setdefault(name, Worst()).add(float(difference), float(allowed))
+
+
+def _held(cache: KvCache, layer: int) -> list[np.ndarray]:
+    """Return a layer's keys and values as floats, [1, KV, T, D] each; keys of 8 bits as they are stored."""
+    key, value, *scales = (to_host(buffer)[:, :, : cache.length] for buffer in cache.keys_and_values(layer))
+    if scales:
+        key, value = (codes * scale[..., None] for codes, scale in zip((key, value), scales, strict=True))
+    return [key, value]
 
 
 def to_host(value: ort.OrtValue) -> np.ndarray:

@@ -7,8 +7,9 @@ imports nothing but the names of weights, so that every other part of the projec
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from tda_export.graph.weight_names import (
     COS_CACHE as COS_CACHE,
@@ -122,13 +123,17 @@ GENAI_CONFIG_FILE = "genai_config.json"
 FFN_PARTS = ("gate", "up", "down")
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "uint8": 1}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "uint8": 1, "int8": 1}
 
 
 def tensor_bytes(shape: Sequence[int], dtype: str) -> int:
     """Return the bytes of a tensor of a dtype of `DTYPE_BYTES`."""
     return math.prod(shape) * DTYPE_BYTES[dtype]
 
+
+# How keys and values are stored: in the model's dtype, or as codes with a float32 scale for each token and head.
+KV_FLOAT, KV_INT8 = "float", "int8"
+KV_FORMATS = (KV_FLOAT, KV_INT8)
 
 PADDING_INDEX = -1  # fills mask_indices up to a fixed size; such an entry contributes nothing
 
@@ -163,6 +168,14 @@ def present_key(layer: int) -> str:
 
 def present_value(layer: int) -> str:
     return f"present.{layer}.value"
+
+
+def past_scale(layer: int, part: str) -> str:
+    return f"past_key_values.{layer}.{part}_scale"  # part: key or value
+
+
+def present_scale(layer: int, part: str) -> str:
+    return f"present.{layer}.{part}_scale"
 
 
 def past_neuron_stats(layer: int) -> str:
@@ -201,7 +214,8 @@ def ffn_input(layer: int) -> str:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that appear in the contract, in elements, and the model's dtype (a value of `DTYPES`)."""
+    """The sizes that appear in the contract, in elements, the model's dtype (a value of `DTYPES`), and how keys and
+    values are stored (one of `KV_FORMATS`)."""
 
     num_layers: int
     num_kv_heads: int
@@ -211,6 +225,12 @@ class ModelShape:
     vocab_size: int
     max_positions: int
     dtype: str
+    kv: str = KV_FLOAT
+
+    @property
+    def precision(self) -> str:
+        """What tolerances go by: the dtype, or what rounds more."""
+        return self.dtype if self.kv == KV_FLOAT else self.kv
 
 
 @dataclass(frozen=True)
@@ -223,12 +243,42 @@ class IoTensor:
     default: bool = False
 
 
+Length = TypeVar("Length", int, str)  # a size, or the name of one
+
+
+@dataclass(frozen=True)
+class CacheTensor:
+    """One tensor of a layer's keys and values: its names as an input and as an output, and its dtype and axes."""
+
+    past: str
+    present: str
+    dtype: str
+    heads: int
+    row: tuple[int, ...]  # of one token and head
+
+    def axes(self, length: Length) -> tuple[int | Length, ...]:
+        """Return the axes of a cache of so many tokens."""
+        return (1, self.heads, length, *self.row)
+
+
+def layer_caches(shape: ModelShape, layer: int) -> list[CacheTensor]:
+    """List the tensors that hold a layer's keys and values, in the order of the graphs' inputs and outputs."""
+    elements = shape.dtype if shape.kv == KV_FLOAT else shape.kv
+    names = [(past_key, present_key), (past_value, present_value)]
+    heads, row = shape.num_kv_heads, (shape.head_size,)
+    caches = [CacheTensor(past(layer), present(layer), elements, heads, row) for past, present in names]
+    if shape.kv != KV_FLOAT:
+        scales = [(past_scale(layer, part), present_scale(layer, part)) for part in ("key", "value")]
+        caches += [CacheTensor(past, present, "float32", heads, ()) for past, present in scales]
+    return caches
+
+
 def prefill_inputs(shape: ModelShape) -> list[IoTensor]:
     """List the inputs of `prefill.onnx` in order."""
     layers = range(shape.num_layers)
     return [
         *_token_inputs(),
-        *_kv_cache(shape, past_key, past_value, "past_sequence_length"),
+        *_past(shape),
         *(IoTensor(past_neuron_stats(i), "float32", (2, shape.ffn_size), default=True) for i in layers),
         IoTensor(PAST_STATS_WEIGHT, "float32", (1,), default=True),
         IoTensor(STATS_DECAY, "float32", (1,), default=True),
@@ -242,7 +292,7 @@ def prefill_outputs(shape: ModelShape) -> list[IoTensor]:
     layers = range(shape.num_layers)
     return [
         IoTensor(LOGITS, "float32", (1, 1, shape.vocab_size)),
-        *_kv_cache(shape, present_key, present_value, "total_sequence_length"),
+        *_present(shape),
         *(IoTensor(present_neuron_stats(i), "float32", (2, shape.ffn_size)) for i in layers),
         IoTensor(PRESENT_STATS_WEIGHT, "float32", (1,)),
         *(IoTensor(present_mask_indices(i), "int32", (f"num_mask_indices_{i}",)) for i in layers),
@@ -259,7 +309,7 @@ def decode_inputs(shape: ModelShape, *, two_levels: bool, explicit: bool = False
     second_level = [IoTensor(TOKEN_THRESHOLDS, "float32", (shape.num_layers,), default=True)] if two_levels else []
     inputs = [
         *_token_inputs(),
-        *_kv_cache(shape, past_key, past_value, "past_sequence_length"),
+        *_past(shape),
         *(IoTensor(mask_indices(i), "int32", (f"num_mask_indices_{i}",), default=True) for i in layers),
         *(IoTensor(tail_mean(i), shape.dtype, (shape.hidden_size,), default=True) for i in layers),
         *second_level,
@@ -276,7 +326,7 @@ def decode_outputs(shape: ModelShape, *, ffn_inputs: bool = False, counted: bool
     return [
         IoTensor(LOGITS, "float32", (1, "sequence_length", shape.vocab_size)),
         IoTensor(GREEDY_TOKENS, "int64", (1, "sequence_length")),
-        *_kv_cache(shape, present_key, present_value, "total_sequence_length"),
+        *_present(shape),
         *probes,
     ]
 
@@ -320,13 +370,13 @@ def graph_io(shape: ModelShape, layout: str, *, two_levels: bool) -> dict[str, t
 
 def dense_inputs(shape: ModelShape) -> list[IoTensor]:
     """List the inputs of the plain dense graph, which `bench` derives as a baseline; it is in no artifact."""
-    return [*_token_inputs(), *_kv_cache(shape, past_key, past_value, "past_sequence_length")]
+    return [*_token_inputs(), *_past(shape)]
 
 
 def dense_outputs(shape: ModelShape) -> list[IoTensor]:
     """List the outputs of the plain dense graph. It has a prompt's logits for its last token only."""
     logits = IoTensor(LOGITS, "float32", (1, 1, shape.vocab_size))
-    return [logits, *_kv_cache(shape, present_key, present_value, "total_sequence_length")]
+    return [logits, *_present(shape)]
 
 
 def _token_inputs() -> list[IoTensor]:
@@ -336,6 +386,13 @@ def _token_inputs() -> list[IoTensor]:
     ]
 
 
-def _kv_cache(shape: ModelShape, key: Callable[[int], str], value: Callable[[int], str], length: str) -> list[IoTensor]:
-    axes = (1, shape.num_kv_heads, length, shape.head_size)
-    return [IoTensor(name(i), shape.dtype, axes) for i in range(shape.num_layers) for name in (key, value)]
+def _caches(shape: ModelShape) -> list[CacheTensor]:
+    return [cache for layer in range(shape.num_layers) for cache in layer_caches(shape, layer)]
+
+
+def _past(shape: ModelShape) -> list[IoTensor]:
+    return [IoTensor(cache.past, cache.dtype, cache.axes("past_sequence_length")) for cache in _caches(shape)]
+
+
+def _present(shape: ModelShape) -> list[IoTensor]:
+    return [IoTensor(cache.present, cache.dtype, cache.axes("total_sequence_length")) for cache in _caches(shape)]

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from tda_export.graph import contract
 from tda_export.graph.attention import attention_lengths
-from tda_export.graph.attention_function import StepGraphBuilder, attention_functions
+from tda_export.graph.attention_function import StepGraphBuilder
 from tda_export.graph.decoder import GraphBuilder, model_shape
 from tda_export.graph.ffn import FfnForm, activate, ffn_form, indexed_ffn, indexed_ffn_function
 from tda_export.graph.greedy import greedy_token_function, greedy_tokens
@@ -26,6 +26,7 @@ def build_decode(
     method: Method,
     token_thresholds: np.ndarray | None = None,
     *,
+    kv: str = contract.KV_FLOAT,
     explicit: bool = False,
     ffn_inputs: bool = False,
     counted: bool = False,
@@ -38,6 +39,7 @@ def build_decode(
         dtype: A value of `contract.DTYPES`.
         method: With `two_levels` the graph takes token thresholds.
         token_thresholds: float32 [L], the default of the input of that name; None is off.
+        kv: How keys and values are stored, one of `contract.KV_FORMATS`.
         explicit: Let no input have a default.
         ffn_inputs: Give the input of each layer's FFN as a further output, for measurements.
         counted: Give the number of neurons that each layer computes for each token, int64 [L, S], as a further output;
@@ -46,10 +48,10 @@ def build_decode(
     Returns:
         The model with the inputs and outputs of `contract.decode_inputs` and `contract.decode_outputs`.
     """
-    shape, form = model_shape(spec, dtype), ffn_form(spec, two_levels=method.two_levels)
+    shape, form = model_shape(spec, dtype, kv), ffn_form(spec, two_levels=method.two_levels)
     half = dtype != "float32"
     declared_inputs = contract.decode_inputs(shape, two_levels=method.two_levels, explicit=explicit)
-    graph = (FunctionGraphBuilder if half else StepGraphBuilder)(spec, weights, dtype, declared_inputs)
+    graph = (FunctionGraphBuilder if half else StepGraphBuilder)(spec, weights, dtype, declared_inputs, kv)
     inputs, outputs = graph.inputs, graph.outputs
     kept: list[ir.Value] = []
 
@@ -80,7 +82,7 @@ def build_decode(
     if counted:
         outputs[contract.KEPT_NEURONS] = graph.ops.op("Concat", *kept, axis=0)  # [L, S]
     functions = [indexed_ffn_function(form, down_bias=spec.ffn_bias), greedy_token_function()]
-    functions += attention_functions()
+    functions += graph.attention_functions()
     if half:
         functions += linear_functions(spec.norm)
     declared = contract.decode_outputs(shape, ffn_inputs=ffn_inputs, counted=counted)

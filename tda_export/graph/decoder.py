@@ -11,6 +11,7 @@ import tda_export
 from tda_export.graph import contract, operators
 from tda_export.graph.attention import Lengths, attention, call_positions, group_query_attention
 from tda_export.graph.contract import IoTensor, ModelShape
+from tda_export.graph.integer_attention import integer_attention
 from tda_export.graph.integer_linear import integer_functions, integer_linear, integer_row_linear, integer_rows
 from tda_export.graph.ops import IR_VERSION, MICROSOFT, OPSET, Ops, io_value, name_output
 from tda_export.graph.weights_file import WeightTable
@@ -20,8 +21,8 @@ from tda_export.models.spec import DecoderSpec
 Ffn = Callable[[int, ir.Value], tuple[ir.Value, ir.Value | None]]
 
 
-def model_shape(spec: DecoderSpec, dtype: str) -> ModelShape:
-    """Return the contract's sizes for a decoder."""
+def model_shape(spec: DecoderSpec, dtype: str, kv: str = contract.KV_FLOAT) -> ModelShape:
+    """Return the contract's sizes for a decoder whose keys and values are stored as `kv` says."""
     return ModelShape(
         num_layers=spec.num_layers,
         num_kv_heads=spec.num_kv_heads,
@@ -31,14 +32,23 @@ def model_shape(spec: DecoderSpec, dtype: str) -> ModelShape:
         vocab_size=spec.vocab_size,
         max_positions=spec.max_positions,
         dtype=dtype,
+        kv=kv,
     )
 
 
 class GraphBuilder:
     """One graph being built: its operators, weights, inputs by name, and the outputs made so far."""
 
-    def __init__(self, spec: DecoderSpec, weights: WeightTable, dtype: str, inputs: Sequence[IoTensor]) -> None:
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        weights: WeightTable,
+        dtype: str,
+        inputs: Sequence[IoTensor],
+        kv: str = contract.KV_FLOAT,
+    ) -> None:
         self.spec, self.weights, self.dtype = spec, weights, dtype
+        self.shape = model_shape(spec, dtype, kv)
         self.ops = Ops()
         self.inputs = {tensor.name: io_value(tensor) for tensor in inputs}
         self.outputs: dict[str, ir.Value] = {}
@@ -54,13 +64,14 @@ class GraphBuilder:
         normed_input, after = spec.norm_placement in ("before", "both"), spec.norm_placement == "after"
         for layer in range(spec.num_layers):
             x = stream.normed(contract.attention_norm(layer)) if normed_input else stream.value
-            past = self.inputs[contract.past_key(layer)], self.inputs[contract.past_value(layer)]
+            caches = contract.layer_caches(self.shape, layer)
+            past = [self.inputs[cache.past] for cache in caches]
             projected = [self.affine(x, name) for name in self._projections(layer)]
-            attended, key, value = attention(
+            attended, *present = attention(
                 ops, spec, self.weights, layer, projected, past, lengths, self._rms_norm, self.attend
             )
             y = self.linear(attended, contract.attention_out_weight(layer))  # [1, S, M]; the next norm adds the bias
-            self.outputs[contract.present_key(layer)], self.outputs[contract.present_value(layer)] = key, value
+            self.outputs |= {cache.present: value for cache, value in zip(caches, present, strict=True)}
             bias = self.weight(contract.attention_out_bias(layer)) if spec.attention_out_bias else None
             if spec.parallel_residual:
                 attended = y if bias is None else ops.op("Add", y, bias)
@@ -136,7 +147,9 @@ class GraphBuilder:
         return self.ops.op("Add", y, self.weight(bias)) if bias in self.weights else y
 
     def attend(self, inputs: Sequence[ir.Value | None], settings: dict[str, float]) -> list[ir.Value]:
-        """Add the node of attention (`attention.Attend`), which some graphs have a function for."""
+        """Add the nodes of attention (`attention.Attend`), which some graphs have a function for."""
+        if self.shape.kv != contract.KV_FLOAT:
+            return integer_attention(self.ops, inputs, self.spec.head_size, settings)
         attended, *present = group_query_attention(self.ops, inputs, **settings)
         packed = self.weights.matrices.get(contract.qkv_weight(0))
         if packed is not None and packed.major == "input":

@@ -88,7 +88,9 @@ def derived_prefill(artifact: Artifact, method: Method) -> bytes:
     """Build the prefill graph of another method."""
     spec, thresholds = artifact_spec(artifact), np.asarray(artifact.manifest["thresholds"], np.float32)
     with _of_manifest(artifact):
-        return _serialised(build_prefill(spec, weight_table(artifact), artifact.shape.dtype, method, thresholds))
+        return _serialised(
+            build_prefill(spec, weight_table(artifact), artifact.shape.dtype, method, thresholds, kv=artifact.shape.kv)
+        )
 
 
 def derived_sessions(artifact: Artifact, sessions: Sessions, method: Method) -> Sessions:
@@ -113,28 +115,38 @@ def derived_probe(artifact: Artifact) -> bytes:
     """Build the decode graph with the inputs of every FFN among its outputs."""
     spec, method = artifact_spec(artifact), artifact_method(artifact)
     with _of_manifest(artifact):
-        return _serialised(build_decode(spec, weight_table(artifact), artifact.shape.dtype, method, ffn_inputs=True))
+        return _serialised(
+            build_decode(
+                spec, weight_table(artifact), artifact.shape.dtype, method, kv=artifact.shape.kv, ffn_inputs=True
+            )
+        )
 
 
 def counted_rows(artifact: Artifact) -> bytes:
     """Build the decode graph of a priced artifact that also counts the rows which each token reads."""
     spec = artifact_spec(artifact)
     with _of_manifest(artifact):
-        return _serialised(build_priced_decode(spec, weight_table(artifact), artifact.shape.dtype, counted=True))
+        return _serialised(
+            build_priced_decode(spec, weight_table(artifact), artifact.shape.dtype, kv=artifact.shape.kv, counted=True)
+        )
 
 
 def listed_rows(artifact: Artifact) -> bytes:
     """Build the decode graph of a priced artifact that also tells which rows are worth the price to each token."""
     spec = artifact_spec(artifact)
     with _of_manifest(artifact):
-        return _serialised(build_priced_decode(spec, weight_table(artifact), artifact.shape.dtype, listed=True))
+        return _serialised(
+            build_priced_decode(spec, weight_table(artifact), artifact.shape.dtype, kv=artifact.shape.kv, listed=True)
+        )
 
 
 def derived_counting(artifact: Artifact) -> bytes:
     """Build the decode graph that also counts the neurons which each token computes."""
     spec, method = artifact_spec(artifact), artifact_method(artifact)
     with _of_manifest(artifact):
-        return _serialised(build_decode(spec, weight_table(artifact), artifact.shape.dtype, method, counted=True))
+        return _serialised(
+            build_decode(spec, weight_table(artifact), artifact.shape.dtype, method, kv=artifact.shape.kv, counted=True)
+        )
 
 
 def counting_sessions(artifact: Artifact, sessions: Sessions) -> Sessions:
@@ -151,7 +163,7 @@ def derived_truncation(artifact: Artifact) -> bytes:
     """Build the threshold-truncation graph."""
     spec = artifact_spec(artifact)
     with _of_manifest(artifact):
-        return _serialised(build_truncation(spec, weight_table(artifact), artifact.shape.dtype))
+        return _serialised(build_truncation(spec, weight_table(artifact), artifact.shape.dtype, kv=artifact.shape.kv))
 
 
 def truncation_sessions(artifact: Artifact, sessions: Sessions) -> Sessions:

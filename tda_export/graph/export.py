@@ -47,8 +47,8 @@ class Design(Protocol):
         """What calibration expects, as plain data."""
         ...
 
-    def graphs(self, spec: DecoderSpec, table: WeightTable, dtype: str) -> dict[str, ir.Model]:
-        """Build the graphs, by file name."""
+    def graphs(self, spec: DecoderSpec, table: WeightTable, dtype: str, kv: str) -> dict[str, ir.Model]:
+        """Build the graphs, by file name, with keys and values stored as `kv` says."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -58,7 +58,8 @@ class Design(Protocol):
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build: a model, how its weights are stored, and what is done with them."""
+    """What to build: a model, how its weights are stored and what is done with them, and how keys and values are stored
+    (one of `contract.KV_FORMATS`)."""
 
     source: ModelSource
     storage: Storage
@@ -66,6 +67,7 @@ class BuildRequest:
     budget: dict[str, Any]  # as it was asked for
     calibration_file: Path | None = None
     calibration: dict[str, Any] | None = None  # provenance
+    kv: str = contract.KV_FLOAT
 
     @property
     def dtype(self) -> str:
@@ -98,13 +100,12 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
     with atomic_folder(output) as folder:
         with progress("Writing weights", size, quiet=quiet) as advance:
             table, weights_sha256 = write_weights(plan, folder / contract.WEIGHTS_FILE, advance)
-        graphs = request.design.graphs(spec, table, request.dtype)
+        graphs = request.design.graphs(spec, table, request.dtype, request.kv)
         _save_tokenizer(tokenizer, source.name, folder)
         _write_json(folder / contract.GENERATION_CONFIG_FILE, source.generation_config)
-        _write_json(
-            folder / contract.GENAI_CONFIG_FILE,
-            genai_config(request.source, request.dtype, layout=request.design.layout),
-        )
+        if request.kv == contract.KV_FLOAT:  # GenAI knows of no scales
+            genai = genai_config(request.source, request.dtype, layout=request.design.layout)
+            _write_json(folder / contract.GENAI_CONFIG_FILE, genai)
         if request.calibration_file:
             shutil.copyfile(request.calibration_file, folder / contract.CALIBRATION_FILE)
         known = {contract.WEIGHTS_FILE: weights_sha256}
@@ -154,7 +155,9 @@ def _save_tokenizer(tokenizer: Any, name: str, folder: Path) -> None:
 def _manifest(
     request: BuildRequest, folder: Path, table: WeightTable, graphs: dict[str, ir.Model], known: dict[str, str]
 ) -> dict[str, Any]:
-    spec, shape = request.source.spec, model_shape(request.source.spec, request.dtype)
+    spec, shape = request.source.spec, model_shape(request.source.spec, request.dtype, request.kv)
+    sizes = asdict(shape)
+    kv = sizes.pop("kv")
     files = sorted(path for path in folder.iterdir() if path.name != contract.MANIFEST_FILE)
     described = request.design.describe()
     two_levels = described["method"].get("two_levels", False)
@@ -171,7 +174,8 @@ def _manifest(
             "ffn_matrices": len(spec.ffn_parts),
             "quantization": _quantization(request),
         },
-        "shape": asdict(shape),
+        "shape": sizes,
+        "kv": kv,
         "spec": asdict(spec),
         "budget": request.budget,
         **described,

@@ -67,13 +67,13 @@ class IndexedDesign:
             return {}
         return asdict(self.allocation) | {"sparsity": self.refresh.sparsity(self.allocation.sparsity)}
 
-    def graphs(self, spec: DecoderSpec, table: WeightTable, dtype: str) -> dict[str, ir.Model]:
+    def graphs(self, spec: DecoderSpec, table: WeightTable, dtype: str, kv: str) -> dict[str, ir.Model]:
         """Build the graphs, by file name."""
         thresholds, token_thresholds = np.asarray(self.thresholds, "f4"), np.asarray(self.token_thresholds, "f4")
         return {
-            contract.PREFILL_FILE: build_prefill(spec, table, dtype, self.method, thresholds, self.prior),
-            contract.DECODE_FILE: build_decode(spec, table, dtype, self.method, token_thresholds),
-            contract.EXPLICIT_DECODE_FILE: build_decode(spec, table, dtype, self.method, explicit=True),
+            contract.PREFILL_FILE: build_prefill(spec, table, dtype, self.method, thresholds, self.prior, kv=kv),
+            contract.DECODE_FILE: build_decode(spec, table, dtype, self.method, token_thresholds, kv=kv),
+            contract.EXPLICIT_DECODE_FILE: build_decode(spec, table, dtype, self.method, kv=kv, explicit=True),
         }
 
     def describe(self) -> dict[str, Any]:

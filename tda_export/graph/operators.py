@@ -38,6 +38,19 @@ ATTENTION_INPUTS = (
 )
 
 
+# Attention to a cache of codes (`contract.KV_INT8`). Attributes: those of GroupQueryAttention, all of them given.
+ATTENTION_8 = "Attention8"
+ATTENTION_8_INPUTS = (
+    *ATTENTION_INPUTS[:3],
+    "past_key",  # int8 [1, KV, P, D]
+    "past_value",  # int8 [1, KV, P, D]
+    "past_key_scale",  # float32 [1, KV, P]
+    "past_value_scale",  # float32 [1, KV, P]
+    *ATTENTION_INPUTS[5:],
+)
+ROTARY_TABLES = ATTENTION_INPUTS[-2:]
+
+
 class RowLinearInput:
     """The inputs of RowLinear by position; the bias may be absent."""
 

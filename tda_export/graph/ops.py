@@ -24,6 +24,7 @@ DTYPES = {
     "int64": ir.DataType.INT64,
     "bool": ir.DataType.BOOL,
     "uint8": ir.DataType.UINT8,
+    "int8": ir.DataType.INT8,
 }
 
 

@@ -45,6 +45,8 @@ def build_prefill(
     method: Method,
     thresholds: np.ndarray,
     prior: Prior | None = None,
+    *,
+    kv: str = contract.KV_FLOAT,
 ) -> ir.Model:
     """Build the graph that reads a prompt densely and reports the mask.
 
@@ -55,12 +57,13 @@ def build_prefill(
         method: Statistic, selection and tail.
         thresholds: float32 [L], the default of the `thresholds` input.
         prior: What statistics begin with by default; None is nothing.
+        kv: How keys and values are stored, one of `contract.KV_FORMATS`.
 
     Returns:
         The model with the inputs and outputs of `contract.prefill_inputs` and `contract.prefill_outputs`.
     """
-    shape = model_shape(spec, dtype)
-    graph = GraphBuilder(spec, weights, dtype, contract.prefill_inputs(shape))
+    shape = model_shape(spec, dtype, kv)
+    graph = GraphBuilder(spec, weights, dtype, contract.prefill_inputs(shape), kv)
     ops, inputs, outputs = graph.ops, graph.inputs, graph.outputs
     lengths = attention_lengths(ops, inputs[contract.ATTENTION_MASK])
     tokens = call_tokens(ops, inputs[contract.INPUT_IDS], lengths)

@@ -13,7 +13,7 @@ import torch
 
 from tda_export.graph import contract
 from tda_export.graph.attention import attention_lengths, call_tokens
-from tda_export.graph.attention_function import StepGraphBuilder, attention_functions
+from tda_export.graph.attention_function import StepGraphBuilder
 from tda_export.graph.contract import IoTensor
 from tda_export.graph.decoder import GraphBuilder, last_positions, model_shape
 from tda_export.graph.ffn import plain_ffn
@@ -38,8 +38,15 @@ class RowGraphBuilder(StepGraphBuilder):
     price: ir.Value
     counted = listed = False
 
-    def __init__(self, spec: DecoderSpec, weights: WeightTable, dtype: str, inputs: Sequence[IoTensor]) -> None:
-        super().__init__(spec, weights, dtype, inputs)
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        weights: WeightTable,
+        dtype: str,
+        inputs: Sequence[IoTensor],
+        kv: str = contract.KV_FLOAT,
+    ) -> None:
+        super().__init__(spec, weights, dtype, inputs, kv)
         self.kept: list[ir.Value] = []
         self.read: list[ir.Value] = []
 
@@ -75,19 +82,22 @@ class FunctionRowGraphBuilder(RowGraphBuilder, FunctionGraphBuilder):
     """The same in half precision, where the other products and norms of decode are functions."""
 
 
-def build_priced_prefill(spec: DecoderSpec, weights: WeightTable, dtype: str) -> ir.Model:
+def build_priced_prefill(
+    spec: DecoderSpec, weights: WeightTable, dtype: str, *, kv: str = contract.KV_FLOAT
+) -> ir.Model:
     """Build the graph that reads a prompt densely.
 
     Args:
         spec: The architecture.
         weights: The tensors of weights.bin.
         dtype: A value of `contract.DTYPES`.
+        kv: How keys and values are stored, one of `contract.KV_FORMATS`.
 
     Returns:
         The model with the inputs and outputs of `contract.priced_prefill_inputs` and `contract.dense_outputs`.
     """
-    shape = model_shape(spec, dtype)
-    graph = GraphBuilder(spec, weights, dtype, contract.priced_prefill_inputs(shape))
+    shape = model_shape(spec, dtype, kv)
+    graph = GraphBuilder(spec, weights, dtype, contract.priced_prefill_inputs(shape), kv)
     inputs = graph.inputs
     lengths = attention_lengths(graph.ops, inputs[contract.ATTENTION_MASK])
     tokens = call_tokens(graph.ops, inputs[contract.INPUT_IDS], lengths)
@@ -104,6 +114,7 @@ def build_priced_decode(
     dtype: str,
     price: float = 0.0,
     *,
+    kv: str = contract.KV_FLOAT,
     explicit: bool = False,
     counted: bool = False,
     listed: bool = False,
@@ -115,6 +126,7 @@ def build_priced_decode(
         weights: The tensors of weights.bin, row prices among them.
         dtype: A value of `contract.DTYPES`.
         price: The default of the input of that name; 0 is dense.
+        kv: How keys and values are stored, one of `contract.KV_FORMATS`.
         explicit: Let no input have a default.
         counted: Give the number of rows that each token reads of each matrix, in the order that they are computed, as a
             further output. Rows whose input is zero are not read.
@@ -125,9 +137,9 @@ def build_priced_decode(
         The model with the inputs and outputs of `contract.priced_decode_inputs` and `contract.priced_decode_outputs`. A
         call without a past is dense.
     """
-    shape, half = model_shape(spec, dtype), dtype != "float32"
+    shape, half = model_shape(spec, dtype, kv), dtype != "float32"
     builder = FunctionRowGraphBuilder if half else RowGraphBuilder
-    graph = builder(spec, weights, dtype, contract.priced_decode_inputs(shape, explicit=explicit))
+    graph = builder(spec, weights, dtype, contract.priced_decode_inputs(shape, explicit=explicit), kv)
     ops, inputs, outputs = graph.ops, graph.inputs, graph.outputs
     graph.counted, graph.listed = counted, listed
     mask = inputs[contract.ATTENTION_MASK]
@@ -145,7 +157,7 @@ def build_priced_decode(
     functions = [*row_linear_functions(), call_price_function(), greedy_token_function()]
     if spec.gated:
         functions += gated_activation_functions(spec.activation)
-    functions += attention_functions()
+    functions += graph.attention_functions()
     if half:
         functions += linear_functions(spec.norm)
     declared = contract.priced_decode_outputs(shape, counted=len(graph.kept), listed=rows)
@@ -180,12 +192,12 @@ class PricedDesign:
         """What the rows of the layers' matrices are."""
         return PricedRows(self.packing, self.prices)
 
-    def graphs(self, spec: DecoderSpec, table: WeightTable, dtype: str) -> dict[str, ir.Model]:
+    def graphs(self, spec: DecoderSpec, table: WeightTable, dtype: str, kv: str) -> dict[str, ir.Model]:
         """Build the graphs, by file name."""
         return {
-            contract.PREFILL_FILE: build_priced_prefill(spec, table, dtype),
-            contract.DECODE_FILE: build_priced_decode(spec, table, dtype, self.price),
-            contract.EXPLICIT_DECODE_FILE: build_priced_decode(spec, table, dtype, explicit=True),
+            contract.PREFILL_FILE: build_priced_prefill(spec, table, dtype, kv=kv),
+            contract.DECODE_FILE: build_priced_decode(spec, table, dtype, self.price, kv=kv),
+            contract.EXPLICIT_DECODE_FILE: build_priced_decode(spec, table, dtype, kv=kv, explicit=True),
         }
 
     def describe(self) -> dict[str, Any]:

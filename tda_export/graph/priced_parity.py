@@ -11,7 +11,7 @@ import onnxruntime as ort
 import torch
 
 from tda_export.graph import contract
-from tda_export.graph.comparison import Comparison, to_host
+from tda_export.graph.comparison import Comparison
 from tda_export.graph.derive import initializer_names, listed_rows, weight_table
 from tda_export.graph.priced import priced_matrices
 from tda_export.graph.reference import reference_logits
@@ -26,7 +26,7 @@ from tda_export.runtime.session import device_tensor, map_weight, open_session
 
 CHUNK = 7  # tokens of a chunk in the chunked-prefill check
 # Share of rows on which rounding of x may decide otherwise than in transformers.
-OTHERWISE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+OTHERWISE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2, "int8": 5e-2}
 
 
 class PricedComparison(Comparison):
@@ -34,7 +34,7 @@ class PricedComparison(Comparison):
 
     def _compare(self, prompt: list[int], continuation: list[int]) -> None:
         dense, dense_continuation = reference_logits(self.reference, self.spec, prompt, continuation)
-        half = reference_logits(self.half, self.spec, prompt, continuation) if self.half else (None, None)
+        half = reference_logits(self.rounded, self.spec, prompt, continuation) if self.rounded else (None, None)
         self._logits("prefill logits", self._all_prompt_logits(prompt), dense, half[0])
         step = PricedStep(self.sessions, self.shape, len(prompt) + len(continuation))
         step.capture()
@@ -77,19 +77,14 @@ class PricedComparison(Comparison):
         logits alone nothing could be said.
         """
         expected, otherwise = self._dropped(self.reference, prices, price, rows, prompt, continuation)
-        half = self._dropped(self.half, prices, price, rows, prompt, continuation)[0] if self.half else None
+        half = self._dropped(self.rounded, prices, price, rows, prompt, continuation)[0] if self.rounded else None
         self._logits(name, ours, expected, half)
-        self._add("rows read at a price", otherwise, OTHERWISE[self.shape.dtype])
+        self._add("rows read at a price", otherwise, OTHERWISE[self.shape.precision])
 
     def _chunked(self, prompt: list[int], cache: KvCache) -> None:
         pieces = KvCache(self.shape, self.provider, len(prompt))
         PricedPrefill(self.sessions, self.shape, pieces).read(prompt, chunk=CHUNK)
-        for layer in range(self.shape.num_layers):
-            for whole, parts in zip(cache.keys_and_values(layer), pieces.keys_and_values(layer), strict=True):
-                rows = slice(0, cache.length)
-                self._relative(
-                    "keys and values after chunked prefill", to_host(parts)[:, :, rows], to_host(whole)[:, :, rows]
-                )
+        self._same_cache("keys and values after chunked prefill", pieces, cache)
 
     def _decode(self, continuation: list[int], cache: KvCache, price: float) -> np.ndarray:
         """Decode the continuation: its first token alone (S = 1), the others in one call. Returns [C, V]."""

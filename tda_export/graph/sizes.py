@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from tda_export.graph import contract
+from tda_export.graph.contract import ModelShape
+from tda_export.graph.decoder import model_shape
 from tda_export.graph.storage import Storage
 from tda_export.graph.weight_plan import PricedRows, plan_weights
 from tda_export.models.spec import DecoderSpec
@@ -15,7 +17,6 @@ from tda_export.packing import Packing, linear_shape, packed_matrices
 from tda_export.runtime.artifact import Artifact
 from tda_export.weights.matrix import Matrix
 
-KEY_AND_VALUE = 2
 # Matrices of a layer, however they are packed.
 ATTENTION_MATRICES = ("q", "k", "v", "qkv", "o")
 FFN_MATRICES = ("gate", "up", "gate_up", "down")
@@ -56,14 +57,16 @@ class Sizes:
         return dense / (dense - sparsity * (self.linears if linears else self.ffn))
 
 
-def weight_sizes(spec: DecoderSpec, weights: Mapping[str, int], matrices: Mapping[str, Matrix], dtype: str) -> Sizes:
+def weight_sizes(
+    spec: DecoderSpec, weights: Mapping[str, int], matrices: Mapping[str, Matrix], shape: ModelShape
+) -> Sizes:
     """Sort the weights of an artifact by what a token reads of them.
 
     Args:
         spec: The architecture.
         weights: Bytes of tensors by name, as in weights.bin.
         matrices: Those that tensors belong to, by name.
-        dtype: A value of `contract.DTYPES`.
+        shape: Its dtype and how keys and values are stored.
     """
     looked_up = {*contract.ROPE_CACHES, *contract.LOCAL_ROPE_CACHES, contract.POSITIONS}  # a row of each is read
     if not spec.tied_head:
@@ -82,7 +85,7 @@ def weight_sizes(spec: DecoderSpec, weights: Mapping[str, int], matrices: Mappin
         read=sum(size for name, size in weights.items() if name not in looked_up),
         linears=ffn + attention,
         ffn=ffn,
-        cache_row=KEY_AND_VALUE * spec.num_kv_heads * spec.head_size * contract.DTYPE_BYTES[dtype],
+        cache_row=sum(contract.tensor_bytes(cache.axes(1), cache.dtype) for cache in contract.layer_caches(shape, 0)),
         windows=spec.sliding_windows,
         formats=tuple(sorted(formats)),
     )
@@ -109,14 +112,14 @@ def planned_sizes(
     plan = list(plan_weights(spec, _Shapes(shapes), storage, PricedRows(packing, prices)))
     sizes = {planned.name: planned.bytes for planned in plan}
     matrices = {planned.name: planned.matrix for planned in plan if planned.matrix}
-    return weight_sizes(spec, sizes, matrices, storage.dtype)
+    return weight_sizes(spec, sizes, matrices, model_shape(spec, storage.dtype))
 
 
 def artifact_sizes(spec: DecoderSpec, artifact: Artifact) -> Sizes:
     """Return the sizes of an artifact."""
     entries = artifact.manifest["weights"].items()
     sizes = {name: contract.tensor_bytes(entry["shape"], entry["dtype"]) for name, entry in entries}
-    return weight_sizes(spec, sizes, artifact.matrices, artifact.shape.dtype)
+    return weight_sizes(spec, sizes, artifact.matrices, artifact.shape)
 
 
 class _Shapes:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from tda_export.graph import contract
 from tda_export.graph.attention import attention_lengths
-from tda_export.graph.attention_function import StepGraphBuilder, attention_functions
+from tda_export.graph.attention_function import StepGraphBuilder
 from tda_export.graph.contract import IoTensor
 from tda_export.graph.decoder import model_shape
 from tda_export.graph.ffn import dense_activations
@@ -41,20 +41,21 @@ def truncation_outputs(shape: contract.ModelShape) -> list[IoTensor]:
     ]
 
 
-def build_truncation(spec: DecoderSpec, weights: WeightTable, dtype: str) -> ir.Model:
+def build_truncation(spec: DecoderSpec, weights: WeightTable, dtype: str, *, kv: str = contract.KV_FLOAT) -> ir.Model:
     """Build the graph that keeps, for every token, the neurons with r_i(t) >= the layer's threshold.
 
     Args:
         spec: The architecture.
         weights: The tensors of weights.bin, squared lengths of down columns among them.
         dtype: A value of `contract.DTYPES`.
+        kv: How keys and values are stored, one of `contract.KV_FORMATS`.
 
     Returns:
         The model with the inputs and outputs of `truncation_inputs` and `truncation_outputs`. The
         default thresholds are 0 and keep every neuron. `kept_neurons` int64 [L, S] counts the kept ones.
     """
-    shape, half = model_shape(spec, dtype), dtype != "float32"
-    graph = (FunctionGraphBuilder if half else StepGraphBuilder)(spec, weights, dtype, truncation_inputs(shape))
+    shape, half = model_shape(spec, dtype, kv), dtype != "float32"
+    graph = (FunctionGraphBuilder if half else StepGraphBuilder)(spec, weights, dtype, truncation_inputs(shape), kv)
     ops, inputs, outputs = graph.ops, graph.inputs, graph.outputs
     kept: list[ir.Value] = []
 
@@ -72,7 +73,7 @@ def build_truncation(spec: DecoderSpec, weights: WeightTable, dtype: str) -> ir.
     outputs[contract.LOGITS] = graph.logits(hidden)
     outputs[contract.KEPT_NEURONS] = ops.op("Concat", *kept, axis=0)  # [L, S]
     defaults = {contract.THRESHOLDS: np.zeros(spec.num_layers, np.float32)}
-    functions = [*attention_functions(), *(linear_functions(spec.norm) if half else [])]
+    functions = [*graph.attention_functions(), *(linear_functions(spec.norm) if half else [])]
     return graph.model("truncation", truncation_outputs(shape), defaults, functions)
 
 

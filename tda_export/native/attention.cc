@@ -9,6 +9,8 @@ namespace {
 
 // As in tda_export/graph/operators.py.
 enum Input : size_t { kQuery, kKey, kValue, kPastKey, kPastValue, kLastIndex, kBuffer, kCos, kSin };
+enum ScaleInput : size_t { kPastKeyScale = kLastIndex, kPastValueScale };  // those after them come two later
+constexpr size_t kScales = 2;
 
 bool IsShape(const Tensor& tensor, std::initializer_list<int64_t> sizes) {
   return tensor.rank == sizes.size() && std::equal(sizes.begin(), sizes.end(), tensor.sizes);
@@ -29,32 +31,40 @@ AttentionSettings::AttentionSettings(const KernelInfo& info)
   }
 }
 
-std::vector<IoType> AttentionInputs(ElementType type) {
-  return {
-      {type},                 // query
-      {type, true},           // key
-      {type, true},           // value
-      {type},                 // past_key
-      {type},                 // past_value
-      {kInt32},               // last_index
-      {kInt32, false, true},  // buffer
-      {type, true},           // cos_cache
-      {type, true},           // sin_cache
+std::vector<IoType> AttentionInputs(ElementType type, ElementType cache) {
+  std::vector<IoType> inputs = {
+      {type},        // query
+      {type, true},  // key
+      {type, true},  // value
+      {cache},       // past_key
+      {cache},       // past_value
   };
+  if (cache == kInt8) inputs.insert(inputs.end(), kScales, {kFloat});
+  inputs.insert(inputs.end(), {
+                                  {kInt32},               // last_index
+                                  {kInt32, false, true},  // buffer
+                                  {type, true},           // cos_cache
+                                  {type, true},           // sin_cache
+                              });
+  return inputs;
 }
 
-std::vector<IoType> AttentionOutputs(ElementType type) { return {{type}, {type}, {type}}; }
+std::vector<IoType> AttentionOutputs(ElementType type, ElementType cache) {
+  std::vector<IoType> outputs = {{type}, {cache}, {cache}};
+  if (cache == kInt8) outputs.insert(outputs.end(), kScales, {kFloat});
+  return outputs;
+}
 
-AttentionCall::AttentionCall(const KernelContext& context, const AttentionSettings& settings)
+AttentionCall::AttentionCall(const KernelContext& context, const AttentionSettings& settings, bool scaled)
     : settings(settings),
       query(context.Input(kQuery)),
       key(context.Input(kKey)),
       value(context.Input(kValue)),
       past_key(context.Input(kPastKey)),
       past_value(context.Input(kPastValue)),
-      last_index(context.Input(kLastIndex)),
-      cos(context.Input(kCos)),
-      sin(context.Input(kSin)) {
+      last_index(context.Input(kLastIndex + scaled * kScales)),
+      cos(context.Input(kCos + scaled * kScales)),
+      sin(context.Input(kSin + scaled * kScales)) {
   CheckProjections();
   const int64_t kv_heads = settings.kv_heads;
   past_room = past_key.rank == 4 ? past_key.sizes[2] : 0;
@@ -63,7 +73,7 @@ AttentionCall::AttentionCall(const KernelContext& context, const AttentionSettin
       Fail(name, ": expected shape [1, ", kv_heads, ", past, ", size, "], got ", past_tensor->Shape());
     }
   }
-  const Tensor buffer_length = context.Input(kBuffer);
+  const Tensor buffer_length = context.Input(kBuffer + scaled * kScales);
   if (buffer_length.Count() != 1) Fail("buffer: expected one number, got shape ", buffer_length.Shape());
   if (last_index.Count() != 1) Fail("last_index: expected one number, got shape ", last_index.Shape());
   buffer = *buffer_length.As<int32_t>();
@@ -74,6 +84,21 @@ AttentionCall::AttentionCall(const KernelContext& context, const AttentionSettin
   attended = context.Output(0, {1, tokens, settings.heads * size});
   present_key = context.Output(1, {1, kv_heads, room, size});
   present_value = context.Output(2, {1, kv_heads, room, size});
+  if (scaled) CheckScales(context);
+}
+
+void AttentionCall::CheckScales(const KernelContext& context) {
+  const int64_t kv_heads = settings.kv_heads;
+  past_key_scale = context.Input(kPastKeyScale);
+  past_value_scale = context.Input(kPastValueScale);
+  for (const auto& [name, scale] :
+       {std::pair("past_key_scale", &past_key_scale), std::pair("past_value_scale", &past_value_scale)}) {
+    if (!IsShape(*scale, {1, kv_heads, past_room})) {
+      Fail(name, ": expected shape [1, ", kv_heads, ", ", past_room, "], got ", scale->Shape());
+    }
+  }
+  present_key_scale = context.Output(3, {1, kv_heads, room});
+  present_value_scale = context.Output(4, {1, kv_heads, room});
 }
 
 void AttentionCall::CheckProjections() {

@@ -1,7 +1,8 @@
-// tda::Attention: what a call is given, and what must hold of it.
+// tda::Attention and tda::Attention8: what a call is given, and what must hold of it.
 //
 // Queries attend to keys and values in a cache [1, KV, P, D], to which those of the call's tokens are appended. Each
-// token sees itself and those before it, of a window alone where there is one. Tokens of the past are P = 0 where the
+// token sees itself and those before it, of a window alone where there is one. tda::Attention8 has a cache of codes, and
+// their scales [1, KV, P] (attention_rows_cpu.h). Tokens of the past are P = 0 where the
 // call has as many tokens as the attention mask is long, and otherwise the attended ones less those of the call.
 #pragma once
 
@@ -19,13 +20,14 @@ struct AttentionSettings {
   bool rotary, interleaved;
 };
 
-// Types of inputs and outputs, for activations of `type`.
-std::vector<IoType> AttentionInputs(ElementType type);
-std::vector<IoType> AttentionOutputs(ElementType type);
+// Types of inputs and outputs, for activations of `type` and a cache of the same, or of kInt8 with scales.
+std::vector<IoType> AttentionInputs(ElementType type, ElementType cache);
+std::vector<IoType> AttentionOutputs(ElementType type, ElementType cache);
 
 struct AttentionCall {
   // Read and check the inputs that are on the CPU for any provider, and the shapes of the others; allocate the outputs.
-  AttentionCall(const KernelContext& context, const AttentionSettings& settings);
+  // `scaled`: the cache has scales.
+  AttentionCall(const KernelContext& context, const AttentionSettings& settings, bool scaled = false);
 
   // A token's first query, key or value, of elements of T.
   template <class T>
@@ -52,9 +54,11 @@ struct AttentionCall {
   int64_t pairs;   // that are rotated
   float scale;
   Tensor query, key, value, past_key, past_value, last_index, cos, sin, attended, present_key, present_value;
+  Tensor past_key_scale, past_value_scale, present_key_scale, present_value_scale;  // where the cache has scales
 
  private:
   void CheckProjections();
+  void CheckScales(const KernelContext& context);
   void CheckTables() const;
 };
 

@@ -1,5 +1,5 @@
-// Attention of some queries to a chunk of the keys and values, float32, of tokens and heads that share them; and what the
-// chunks together give.
+// Attention of some queries, float32, to a chunk of the keys and values of tokens and heads that share them; and what the
+// chunks together give. Rows says how these are stored (attention_rows_cpu.h).
 //
 // A chunk gives each query the largest score, the sum of exp(score - largest), and the values' sum weighted with these.
 // Every sum goes through the same operations in the same order whatever else a call holds, and chunks begin at multiples
@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "attention_rows_cpu.h"
 #include "exponential.h"
 
 namespace tda {
@@ -31,9 +32,9 @@ struct ChunkResult {
 };
 
 // Queries, and the rows of keys and values that all of them attend to.
+template <class Rows>
 struct QueriesOfChunk {
-  const float* keys;    // [rows, size]
-  const float* values;  // [rows, size]
+  Rows keys, values;
   int64_t rows, size;
   float softcap;  // 0 is none
   int64_t count;
@@ -47,20 +48,22 @@ constexpr int kQueriesAtOnce = kLanes > 8 ? 4 : 2;
 
 constexpr int kKeysAtOnce = 4;
 constexpr int kValueVectors = 4;
-constexpr int64_t kAheadFloats = 1536;  // of what is read are asked for early
+constexpr int64_t kAheadBytes = 6144;  // of what is read are asked for early
+template <class Rows>
+constexpr int64_t kElementsAhead = kAheadBytes / sizeof(typename Rows::Element);
 
-// Compute queries . keys for some queries and rows, asking for the rows `ahead` meanwhile; the scores of queries are
-// `stride` apart.
-template <int kLanes, int kQueries, int kRows>
-TDA_INLINE void ScoreRows(const float* const* queries, const float* keys, const float* ahead, int64_t size,
-                          float* scores, int64_t stride) {
+// Compute queries . keys for some queries and rows, without the rows' scales, asking for the rows `ahead` meanwhile; the
+// scores of queries are `stride` apart.
+template <class Rows, int kLanes, int kQueries, int kRows>
+TDA_INLINE void ScoreRows(const float* const* queries, const typename Rows::Element* keys,
+                          const typename Rows::Element* ahead, int64_t size, float* scores, int64_t stride) {
   using V = Lanes<kLanes>;
   typename V::Vector sums[kQueries][kRows] = {};
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
     typename V::Vector of_rows[kRows];
     for (int r = 0; r < kRows; ++r) {
-      of_rows[r] = V::Load(keys + r * size + i);
+      of_rows[r] = Rows::template Load<kLanes>(keys + r * size + i);
       __builtin_prefetch(ahead + r * size + i);
     }
     for (int q = 0; q < kQueries; ++q) {
@@ -83,17 +86,17 @@ TDA_INLINE void ScoreRows(const float* const* queries, const float* keys, const 
 }
 
 // Add weights . values for some queries, in kVectors vectors of columns.
-template <int kLanes, int kQueries, int kVectors>
-TDA_INLINE void WeighColumns(const QueriesOfChunk& chunk, const float* weights, int64_t stride, int64_t column,
+template <class Rows, int kLanes, int kQueries, int kVectors>
+TDA_INLINE void WeighColumns(const QueriesOfChunk<Rows>& chunk, const float* weights, int64_t stride, int64_t column,
                              float* const* results) {
   using V = Lanes<kLanes>;
   typename V::Vector sums[kQueries][kVectors] = {};
   for (int64_t row = 0; row < chunk.rows; ++row) {
-    const float* values = chunk.values + row * chunk.size + column;
+    const typename Rows::Element* values = chunk.values.elements + row * chunk.size + column;
     typename V::Vector of_row[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      of_row[v] = V::Load(values + v * kLanes);
-      __builtin_prefetch(values + kAheadFloats + v * kLanes);
+      of_row[v] = Rows::template Load<kLanes>(values + v * kLanes);
+      __builtin_prefetch(values + kElementsAhead<Rows> + v * kLanes);
     }
     for (int q = 0; q < kQueries; ++q) {
       for (int v = 0; v < kVectors; ++v) sums[q][v] += weights[q * stride + row] * of_row[v];
@@ -105,28 +108,38 @@ TDA_INLINE void WeighColumns(const QueriesOfChunk& chunk, const float* weights, 
   }
 }
 
-template <int kLanes, int kQueries>
-TDA_INLINE void AttendQueries(const QueriesOfChunk& chunk, int64_t first) {
+template <class Rows>
+TDA_INLINE void MultiplyByScales(const Rows& of, int64_t rows, float* numbers) {
+  if constexpr (Rows::kScaled) {
+    for (int64_t i = 0; i < rows; ++i) numbers[i] *= of.scales[i];
+  }
+}
+
+template <class Rows, int kLanes, int kQueries>
+TDA_INLINE void AttendQueries(const QueriesOfChunk<Rows>& chunk, int64_t first) {
   using V = Lanes<kLanes>;
   constexpr int64_t kStride = kMostChunkRows + kLanes;
   const int64_t rows = chunk.rows;
+  const typename Rows::Element* const keys = chunk.keys.elements;
   const float* const* queries = chunk.queries + first;
   float* const* results = chunk.results + first;
   alignas(64) float scores[kQueries * kStride];
-  const int64_t rows_ahead = kAheadFloats / chunk.size;
+  const int64_t rows_ahead = kElementsAhead<Rows> / chunk.size;
   int64_t row = 0;
   for (; row + kKeysAtOnce <= rows; row += kKeysAtOnce) {
     const int64_t behind = row + rows_ahead - rows;  // the last key, where the values are next
-    const float* ahead = behind < 0 ? chunk.keys + (row + rows_ahead) * chunk.size : chunk.values + behind * chunk.size;
-    ScoreRows<kLanes, kQueries, kKeysAtOnce>(queries, chunk.keys + row * chunk.size, ahead, chunk.size, scores + row,
-                                           kStride);
+    const typename Rows::Element* ahead =
+        behind < 0 ? keys + (row + rows_ahead) * chunk.size : chunk.values.elements + behind * chunk.size;
+    ScoreRows<Rows, kLanes, kQueries, kKeysAtOnce>(queries, keys + row * chunk.size, ahead, chunk.size, scores + row,
+                                                   kStride);
   }
   for (; row < rows; ++row) {
-    const float* keys = chunk.keys + row * chunk.size;
-    ScoreRows<kLanes, kQueries, 1>(queries, keys, keys, chunk.size, scores + row, kStride);
+    const typename Rows::Element* key = keys + row * chunk.size;
+    ScoreRows<Rows, kLanes, kQueries, 1>(queries, key, key, chunk.size, scores + row, kStride);
   }
   for (int q = 0; q < kQueries; ++q) {
     float* own = scores + q * kStride;
+    MultiplyByScales(chunk.keys, rows, own);
     const auto pad = [&] { std::fill(own + rows, own + (rows + kLanes - 1) / kLanes * kLanes, -__builtin_inff()); };
     pad();
     if (chunk.softcap > 0.0f) {
@@ -146,34 +159,37 @@ TDA_INLINE void AttendQueries(const QueriesOfChunk& chunk, int64_t first) {
     const ChunkResult result = ChunkResult::At(results[q]);
     *result.largest = most;
     *result.sum = V::Sum(sum);
+    MultiplyByScales(chunk.values, rows, own);
   }
   int64_t column = 0;
   for (; column + kValueVectors * kLanes <= chunk.size; column += kValueVectors * kLanes) {
-    WeighColumns<kLanes, kQueries, kValueVectors>(chunk, scores, kStride, column, results);
+    WeighColumns<Rows, kLanes, kQueries, kValueVectors>(chunk, scores, kStride, column, results);
   }
   for (; column + kLanes <= chunk.size; column += kLanes) {
-    WeighColumns<kLanes, kQueries, 1>(chunk, scores, kStride, column, results);
+    WeighColumns<Rows, kLanes, kQueries, 1>(chunk, scores, kStride, column, results);
   }
   for (; column < chunk.size; ++column) {
     for (int q = 0; q < kQueries; ++q) {
       float of_column = 0.0f;
-      for (int64_t r = 0; r < rows; ++r) of_column += scores[q * kStride + r] * chunk.values[r * chunk.size + column];
+      for (int64_t r = 0; r < rows; ++r) {
+        of_column += scores[q * kStride + r] * chunk.values.elements[r * chunk.size + column];
+      }
       ChunkResult::At(results[q]).values[column] = of_column;
     }
   }
 }
 
 // Compute the results of all queries, for at least one row and no more than kMostChunkRows.
-template <int kLanes>
-TDA_INLINE void AttendChunkOf(const QueriesOfChunk& chunk) {
+template <int kLanes, class Rows>
+TDA_INLINE void AttendChunkOf(const QueriesOfChunk<Rows>& chunk) {
   constexpr int kMost = kQueriesAtOnce<kLanes>;
   int64_t first = 0;
-  for (; first + kMost <= chunk.count; first += kMost) AttendQueries<kLanes, kMost>(chunk, first);
+  for (; first + kMost <= chunk.count; first += kMost) AttendQueries<Rows, kLanes, kMost>(chunk, first);
   const int64_t rest = chunk.count - first;
-  if (rest == 1) AttendQueries<kLanes, 1>(chunk, first);
+  if (rest == 1) AttendQueries<Rows, kLanes, 1>(chunk, first);
   if constexpr (kMost > 2) {
-    if (rest == 2) AttendQueries<kLanes, 2>(chunk, first);
-    if (rest == 3) AttendQueries<kLanes, 3>(chunk, first);
+    if (rest == 2) AttendQueries<Rows, kLanes, 2>(chunk, first);
+    if (rest == 3) AttendQueries<Rows, kLanes, 3>(chunk, first);
   }
 }
 

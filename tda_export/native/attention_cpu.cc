@@ -1,6 +1,6 @@
-// tda::Attention on the CPU, float32.
+// tda::Attention and tda::Attention8 on the CPU, float32: one kernel, over a cache of floats or of codes.
 //
-// Queries are rotated and scaled, keys and values appended to the cache. Then ONNX Runtime's thread pool gets chunks of
+// Queries are rotated and scaled, keys and values appended to the cache, and what is read is the cache alone. Then ONNX Runtime's thread pool gets chunks of
 // the cache of each key-value head, for a few tokens at a time, and whoever ends the last chunk of a head joins them.
 #include "attention_cpu.h"
 
@@ -20,18 +20,22 @@ constexpr int64_t kAlone = 64 << 10;      // bytes of keys and values that one t
 constexpr int64_t kTokensAlone = 8;       // likewise, whose heads are rotated
 
 #define TDA_ATTENTION(attribute, lanes)                                                                       \
-  attribute void AttendChunk(const QueriesOfChunk& chunk) { AttendChunkOf<lanes>(chunk); }                    \
+  attribute void AttendChunk(const QueriesOfChunk<FloatRows>& chunk) { AttendChunkOf<lanes>(chunk); }         \
+  attribute void AttendChunk(const QueriesOfChunk<CodeRows>& chunk) { AttendChunkOf<lanes>(chunk); }          \
   attribute void JoinChunks(float* results, int64_t chunks, int64_t stride, int64_t size, float* out) {       \
     JoinChunksOf<lanes>(results, chunks, stride, size, out);                                                  \
   }                                                                                                           \
   attribute void Rotate(const Rotation& rotation, const float* x, int64_t size, float scale, float* y) {      \
     RotateHead(rotation, x, size, scale, y);                                                                  \
-  }
+  }                                                                                                           \
+  attribute void Spread(float* x, int64_t size) { SpreadHead(x, size); }                                      \
+  attribute float Quantize(const float* x, int64_t size, int8_t* codes) { return QuantizeHead(x, size, codes); }
 TDA_FOR_EACH_TARGET(TDA_ATTENTION)
 
 // A call whose lengths are read.
 struct CpuCall : AttentionCall {
-  CpuCall(const KernelContext& context, const AttentionSettings& settings) : AttentionCall(context, settings) {
+  CpuCall(const KernelContext& context, const AttentionSettings& settings, bool scaled)
+      : AttentionCall(context, settings, scaled) {
     total = int64_t{*last_index.As<int32_t>()} + 1;
     past = tokens == buffer ? 0 : total - tokens;
     if (past < 0 || total < 0 || past > past_room || past + tokens > room || total > room) {
@@ -63,8 +67,11 @@ void ForEach(const KernelContext& context, int64_t count, bool here, const Work&
   for (int64_t i = 0; i < count; ++i) work(i);
 }
 
-// Rotate a token's queries and keys, and write them, the keys and the values where attention reads them.
-void PlaceToken(const CpuCall& call, int64_t token, float* queries) {
+// Rotate a token's queries and keys, and write them, the keys and the values where attention reads them; `keys` has
+// room for keys that become codes.
+template <class Rows>
+void PlaceToken(const CpuCall& call, int64_t token, float* queries, float* keys) {
+  using Element = typename Rows::Element;
   const AttentionSettings& settings = call.settings;
   const int64_t size = call.size, position = call.past + token;
   Rotation rotation = {nullptr, nullptr, call.pairs, settings.interleaved};
@@ -73,29 +80,57 @@ void PlaceToken(const CpuCall& call, int64_t token, float* queries) {
     rotation.sin = call.sin.As<const float>() + position * call.pairs;
   }
   for (int64_t h = 0; h < settings.heads; ++h) {
-    Rotate(rotation, call.Query<float>(token) + h * size, size, call.scale, queries + (token * settings.heads + h) * size);
+    float* query = queries + (token * settings.heads + h) * size;
+    Rotate(rotation, call.Query<float>(token) + h * size, size, call.scale, query);
+    if constexpr (Rows::kScaled) Spread(query, size);
   }
   for (int64_t h = 0; h < settings.kv_heads; ++h) {
-    const int64_t at = (h * call.room + position) * size;
-    Rotate(rotation, call.Key<float>(token) + h * size, size, 1.0f, call.present_key.As<float>() + at);
-    std::memcpy(call.present_value.As<float>() + at, call.Value<float>(token) + h * size, size * sizeof(float));
+    const int64_t row = h * call.room + position;
+    Element* present_key = call.present_key.As<Element>() + row * size;
+    Element* present_value = call.present_value.As<Element>() + row * size;
+    const float* value = call.Value<float>(token) + h * size;
+    if constexpr (Rows::kScaled) {
+      float* key = keys + (token * settings.kv_heads + h) * size;
+      Rotate(rotation, call.Key<float>(token) + h * size, size, 1.0f, key);
+      Spread(key, size);
+      call.present_key_scale.As<float>()[row] = Quantize(key, size, present_key);
+      call.present_value_scale.As<float>()[row] = Quantize(value, size, present_value);
+    } else {
+      Rotate(rotation, call.Key<float>(token) + h * size, size, 1.0f, present_key);
+      std::memcpy(present_value, value, size * sizeof(float));
+    }
+  }
+}
+
+// Return the rows of a key-value head from one on.
+template <class Rows>
+Rows RowsFrom(const CpuCall& call, const Tensor& elements, const Tensor& scales, int64_t kv_head, int64_t first) {
+  const int64_t row = kv_head * call.room + first;
+  const auto* begin = elements.As<const typename Rows::Element>() + row * call.size;
+  if constexpr (Rows::kScaled) {
+    return {begin, scales.As<const float>() + row};
+  } else {
+    return {begin};
   }
 }
 
 bool IsInPlace(const Tensor& past, const Tensor& present) { return past.data == present.data; }
 
-// Copy a head's past where the present is another buffer, and fill what lies behind the call's tokens with zeros.
-void CopyPast(const CpuCall& call, const Tensor& past, const Tensor& present, int64_t head) {
+// Copy a head's past, rows of `size` elements, where the present is another buffer, and fill what lies behind the call's
+// tokens with zeros.
+template <class T>
+void CopyPast(const CpuCall& call, const Tensor& past, const Tensor& present, int64_t head, int64_t size) {
   if (IsInPlace(past, present)) return;
-  const int64_t size = call.size, end = call.past + call.tokens;
-  float* own = present.As<float>() + head * call.room * size;
+  const int64_t end = call.past + call.tokens;
+  T* own = present.As<T>() + head * call.room * size;
   if (call.past > 0) {
-    std::memcpy(own, past.As<const float>() + head * call.past_room * size, call.past * size * sizeof(float));
+    std::memcpy(own, past.As<const T>() + head * call.past_room * size, call.past * size * sizeof(T));
   }
-  std::fill(own + end * size, own + call.room * size, 0.0f);
+  std::fill(own + end * size, own + call.room * size, T{0});
 }
 
 // The chunks that a tile of tokens attends to, and what each gives each of its heads.
+template <class Rows>
 class Tile {
  public:
   Tile(const CpuCall& call, int64_t first)
@@ -111,7 +146,7 @@ class Tile {
   // Return the bytes of the keys and values that it reads.
   int64_t Bytes() const {
     const int64_t rows = call_.Attended(first_ + tokens_ - 1).end - call_.Attended(first_).begin;
-    return rows * call_.size * call_.settings.kv_heads * 2 * int64_t{sizeof(float)};
+    return rows * call_.size * call_.settings.kv_heads * 2 * int64_t{sizeof(typename Rows::Element)};
   }
 
   // Compute what one of the chunks gives the heads that share a key-value head; `queries` are of all tokens.
@@ -121,10 +156,18 @@ class Tile {
     int64_t count = 0;
     CpuCall::Range shared = {0, 0};  // what these attend to
     const auto attend = [&] {
-      const int64_t at = (kv_head * call_.room + shared.begin) * call_.size;
       if (count > 0) {
-        AttendChunk({call_.present_key.As<const float>() + at, call_.present_value.As<const float>() + at,
-                     shared.end - shared.begin, call_.size, call_.settings.softcap, count, queries_of, results_of});
+        const QueriesOfChunk<Rows> chunk = {
+            RowsFrom<Rows>(call_, call_.present_key, call_.present_key_scale, kv_head, shared.begin),
+            RowsFrom<Rows>(call_, call_.present_value, call_.present_value_scale, kv_head, shared.begin),
+            shared.end - shared.begin,
+            call_.size,
+            call_.settings.softcap,
+            count,
+            queries_of,
+            results_of,
+        };
+        AttendChunk(chunk);
       }
       count = 0;
     };
@@ -179,31 +222,42 @@ class Tile {
   const int64_t begin_, end_;  // chunks
 };
 
+template <class Rows>
 class AttentionCpu : public Kernel {
  public:
   explicit AttentionCpu(const KernelInfo& info) : allocator_(info), settings_(info) {}
 
   void Compute(const KernelContext& context) override {
-    const CpuCall call(context, settings_);
+    using Element = typename Rows::Element;
+    const CpuCall call(context, settings_, Rows::kScaled);
     const int64_t kv_heads = settings_.kv_heads;
     const bool in_place = IsInPlace(call.past_key, call.present_key) && IsInPlace(call.past_value, call.present_value);
     ForEach(context, kv_heads, in_place, [&](int64_t head) {
-      CopyPast(call, call.past_key, call.present_key, head);
-      CopyPast(call, call.past_value, call.present_value, head);
+      CopyPast<Element>(call, call.past_key, call.present_key, head, call.size);
+      CopyPast<Element>(call, call.past_value, call.present_value, head, call.size);
+      if constexpr (Rows::kScaled) {
+        CopyPast<float>(call, call.past_key_scale, call.present_key_scale, head, 1);
+        CopyPast<float>(call, call.past_value_scale, call.present_value_scale, head, 1);
+      }
     });
     if (call.tokens == 0) return;
     int64_t most = 0;  // floats of a tile
-    for (int64_t first = 0; first < call.tokens; first += kTokenTile) most = std::max(most, Tile(call, first).Floats());
-    const int64_t query_floats = call.tokens * settings_.heads * call.size, floats = query_floats + most;
+    for (int64_t first = 0; first < call.tokens; first += kTokenTile) {
+      most = std::max(most, Tile<Rows>(call, first).Floats());
+    }
+    const int64_t query_floats = call.tokens * settings_.heads * call.size;
+    const int64_t key_floats = Rows::kScaled ? call.tokens * kv_heads * call.size : 0;
+    const int64_t floats = query_floats + key_floats + most;
     const size_t counters = (floats * sizeof(float) + 63) / 64 * 64;
     const Scratch scratch(context, allocator_, counters + kv_heads * sizeof(std::atomic<int64_t>), false);
     float* queries = scratch.As<float>();
-    float* results = queries + query_floats;
+    float* keys = queries + query_floats;
+    float* results = keys + key_floats;
     std::atomic<int64_t>* ended = scratch.As<std::atomic<int64_t>>(counters);
 
-    ForEach(context, call.tokens, call.tokens <= kTokensAlone, [&](int64_t t) { PlaceToken(call, t, queries); });
+    ForEach(context, call.tokens, call.tokens <= kTokensAlone, [&](int64_t t) { PlaceToken<Rows>(call, t, queries, keys); });
     for (int64_t first = 0; first < call.tokens; first += kTokenTile) {
-      const Tile tile(call, first);
+      const Tile<Rows> tile(call, first);
       const int64_t chunks = tile.Chunks();
       for (int64_t h = 0; h < kv_heads; ++h) new (&ended[h]) std::atomic<int64_t>(0);
       ForEach(context, kv_heads * chunks, tile.Bytes() <= kAlone, [&](int64_t task) {
@@ -221,8 +275,11 @@ class AttentionCpu : public Kernel {
 
 }  // namespace
 
-OpDefinition AttentionOnCpu() {
-  return OpDefinition("Attention", nullptr, AttentionInputs(kFloat), AttentionOutputs(kFloat), Create<AttentionCpu>);
+std::vector<OpDefinition> AttentionOnCpu() {
+  return {OpDefinition("Attention", nullptr, AttentionInputs(kFloat, kFloat), AttentionOutputs(kFloat, kFloat),
+                       Create<AttentionCpu<FloatRows>>),
+          OpDefinition("Attention8", nullptr, AttentionInputs(kFloat, kInt8), AttentionOutputs(kFloat, kInt8),
+                       Create<AttentionCpu<CodeRows>>)};
 }
 
 }  // namespace tda

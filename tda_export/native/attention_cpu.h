@@ -1,9 +1,11 @@
 #pragma once
 
+#include <vector>
+
 #include "op.h"
 
 namespace tda {
 
-OpDefinition AttentionOnCpu();
+std::vector<OpDefinition> AttentionOnCpu();
 
 }  // namespace tda

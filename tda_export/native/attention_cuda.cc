@@ -126,7 +126,7 @@ class AttentionCuda : public Kernel {
 };
 
 OpDefinition Define(ElementType type, KernelFactory create) {
-  return OpDefinition("Attention", kCudaProvider, AttentionInputs(type), AttentionOutputs(type), create);
+  return OpDefinition("Attention", kCudaProvider, AttentionInputs(type, type), AttentionOutputs(type, type), create);
 }
 
 }  // namespace

@@ -155,7 +155,16 @@ constexpr int kOrtFail = 1;
 constexpr int kHostMemory = -2;  // OrtMemTypeCPUInput
 
 // ONNX element types.
-enum ElementType : int { kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kBool = 9, kHalf = 10, kBfloat16 = 16 };
+enum ElementType : int {
+  kFloat = 1,
+  kUint8 = 2,
+  kInt8 = 3,
+  kInt32 = 6,
+  kInt64 = 7,
+  kBool = 9,
+  kHalf = 10,
+  kBfloat16 = 16
+};
 
 #define TDA_CHECK_SLOT(function, slot) \
   static_assert(offsetof(OrtApi, function) == (slot) * sizeof(void*), #function " is not where the ABI has it")

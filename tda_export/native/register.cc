@@ -19,11 +19,11 @@ const std::vector<OpDefinition>& Definitions() {
   static const std::vector<OpDefinition> definitions = [] {
     std::vector<OpDefinition> all = StatisticsOnCuda();
     for (const std::vector<OpDefinition>& some :
-         {LinearOnCuda(), StepOps(), RowLinearOnCpu(), RowLinearOnCuda(), LinearOnCpu(), AttentionOnCuda()}) {
+         {LinearOnCuda(), StepOps(), RowLinearOnCpu(), RowLinearOnCuda(), LinearOnCpu(), AttentionOnCuda(), AttentionOnCpu()}) {
       all.insert(all.end(), some.begin(), some.end());
     }
     for (const OpDefinition& definition : {IndexedFfnOnCpu(), IndexedFfnOnCuda(kHalf), IndexedFfnOnCuda(kBfloat16),
-                                           GreedyTokenOnCpu(), GreedyTokenOnCuda(), AttentionOnCpu()}) {
+                                           GreedyTokenOnCpu(), GreedyTokenOnCuda()}) {
       all.push_back(definition);
     }
     return all;

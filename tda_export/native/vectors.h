@@ -52,7 +52,7 @@ struct Lanes {
   static TDA_INLINE Words LoadWords(const uint8_t* address) {
     return *reinterpret_cast<const typename VectorOf<kLanes>::AnyWords*>(address);
   }
-  // Load float16 numbers as floats, and bytes as words.
+  // Load float16 numbers as floats, bytes as words, and bytes with a sign as floats.
   static TDA_INLINE Vector LoadHalves(const uint16_t* address) {
     Vector values = {};
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -74,6 +74,17 @@ struct Lanes {
 #endif
     for (int lane = 0; lane < kLanes; ++lane) values[lane] = address[lane];
     return values;
+  }
+  static TDA_INLINE Vector LoadSignedBytes(const int8_t* address) {
+    Integers values = {};
+#if defined(__x86_64__) && defined(__GNUC__)
+    if constexpr (kLanes > 4) {
+      asm("vpmovsxbd %1, %0" : "=v"(values) : "m"(*reinterpret_cast<const int8_t(*)[kLanes]>(address)));
+      return __builtin_convertvector(values, Vector);
+    }
+#endif
+    for (int lane = 0; lane < kLanes; ++lane) values[lane] = address[lane];
+    return __builtin_convertvector(values, Vector);
   }
   static TDA_INLINE Words Bits(Vector vector) { return reinterpret_cast<Words>(vector); }
   static TDA_INLINE Vector FromBits(Words bits) { return reinterpret_cast<Vector>(bits); }

@@ -78,6 +78,11 @@ class Artifact:
         return not all(matrix.format.is_float for matrix in self.matrices.values())
 
     @property
+    def only_floats(self) -> bool:
+        """Whether neither matrices nor keys and values are stored as integers."""
+        return not self.has_integers and self.shape.kv == contract.KV_FLOAT
+
+    @property
     def linear_bytes(self) -> int:
         """Weight bytes of the linears of all layers, attention and FFN, which a dense step reads for a token."""
         return sum(matrix.bytes for name, matrix in self.matrices.items() if contract.in_a_layer(name))

@@ -11,7 +11,7 @@ import onnxruntime as ort
 from tda_export.errors import TdaError, shown
 from tda_export.graph.contract import IoTensor
 
-ORT_TYPES = {name: f"tensor({name})" for name in ("int32", "int64", "float16", "bfloat16")} | {
+ORT_TYPES = {name: f"tensor({name})" for name in ("int8", "int32", "int64", "float16", "bfloat16")} | {
     "float32": "tensor(float)"
 }
 

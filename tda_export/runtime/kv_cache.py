@@ -1,4 +1,4 @@
-"""Past keys and values in one preallocated buffer per layer, which attention reads and writes in place."""
+"""Past keys and values in one preallocated buffer per tensor, which attention reads and writes in place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tda_export.runtime.session import Call, empty_tensor
 
 
 class KvCache:
-    """Buffers [1, KV, capacity, D] that hold `length` tokens so far.
+    """Buffers [1, KV, capacity, ..] that hold `length` tokens so far, one for each of `contract.layer_caches`.
 
     Raises:
         TdaError: There is no memory for them.
@@ -21,12 +21,15 @@ class KvCache:
     def __init__(self, shape: ModelShape, provider: str, capacity: int) -> None:
         self.length = 0
         self.capacity = capacity
-        self._shape = shape
         self._reserved = 0
-        size = (1, shape.num_kv_heads, capacity, shape.head_size)
+        self._layers = [contract.layer_caches(shape, layer) for layer in range(shape.num_layers)]
         try:
             self.mask = np.zeros((1, capacity), np.int64)  # the attention mask of the next call
-            self._buffers = {name: empty_tensor(size, shape.dtype, provider) for name in self._names()}
+            self._buffers = {
+                tensor.past: empty_tensor(tensor.axes(capacity), tensor.dtype, provider)
+                for tensors in self._layers
+                for tensor in tensors
+            }
         except Exception as error:  # numpy's MemoryError; ONNX Runtime's exceptions share no narrower base
             raise TdaError(
                 f"No memory for keys and values of {capacity} tokens ({first_line(error)}). "
@@ -44,13 +47,10 @@ class KvCache:
 
     def bind(self, call: Call) -> None:
         """Bind past and present of every layer to the same buffers."""
-        for layer in range(self._shape.num_layers):
-            for past, present in (
-                (contract.past_key(layer), contract.present_key(layer)),
-                (contract.past_value(layer), contract.present_value(layer)),
-            ):
-                call.feed(past, self._buffers[past])
-                call.write_to(present, self._buffers[past])
+        for tensors in self._layers:
+            for tensor in tensors:
+                call.feed(tensor.past, self._buffers[tensor.past])
+                call.write_to(tensor.present, self._buffers[tensor.past])
 
     def commit(self) -> None:
         """Record that the reserved tokens were written."""
@@ -61,10 +61,6 @@ class KvCache:
         assert 0 <= length <= self.length
         self.length = length
 
-    def keys_and_values(self, layer: int) -> tuple[ort.OrtValue, ort.OrtValue]:
-        """Return a layer's buffers [1, KV, capacity, D], of which the first `length` tokens count."""
-        return self._buffers[contract.past_key(layer)], self._buffers[contract.past_value(layer)]
-
-    def _names(self) -> list[str]:
-        layers = range(self._shape.num_layers)
-        return [name(i) for i in layers for name in (contract.past_key, contract.past_value)]
+    def keys_and_values(self, layer: int) -> list[ort.OrtValue]:
+        """Return a layer's buffers [1, KV, capacity, ..], keys and values first, of which `length` tokens count."""
+        return [self._buffers[tensor.past] for tensor in self._layers[layer]]

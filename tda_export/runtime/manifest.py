@@ -7,7 +7,7 @@ from typing import Any
 
 from tda_export.ffn_share import FFN_MATRICES, GATED
 from tda_export.graph import contract
-from tda_export.graph.contract import DTYPES, ModelShape
+from tda_export.graph.contract import DTYPES, KV_FLOAT, KV_FORMATS, ModelShape
 from tda_export.packing import PACKINGS
 from tda_export.pricing import PriceTable
 from tda_export.runtime.deployment import Refresh
@@ -27,11 +27,12 @@ def check_manifest(manifest: dict[str, Any]) -> tuple[ModelShape, dict[str, Matr
         ValueError: Something cannot be, or does not fit the rest; it is named.
         TypeError: Something is of another kind; so are AttributeError and ArithmeticError.
     """
-    shape = ModelShape(**manifest["shape"])
+    shape = ModelShape(**manifest["shape"], kv=manifest.get("kv", KV_FLOAT))
     for name, value in asdict(shape).items():
-        if name != "dtype":
+        if name not in ("dtype", "kv"):
             _require(_is_size(value) and value > 0, f"shape.{name}")
     _require(shape.dtype in DTYPES.values(), "shape.dtype")
+    _require(shape.kv in KV_FORMATS, "kv")
     for name in RECORDS:
         _require(isinstance(manifest[name], dict), name)
     model = manifest["model"]

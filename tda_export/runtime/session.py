@@ -16,7 +16,7 @@ from tda_export.runtime.graph_check import check_graph
 from tda_export.runtime.providers import CUDA, EXECUTION_PROVIDERS, provider_arguments
 
 ERRORS_ONLY = 3  # ONNX Runtime warns of every input that has a default
-ONNX_TYPES = {"float32": 1, "uint8": 2, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16}
+ONNX_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16}
 STORAGE = {"bfloat16": "uint16"}  # numpy has no bfloat16: its bits stand for it
 THREADS = "TDA_EXPORT_THREADS"  # environment: of a session on the CPU; all cores unless it is set
 GRAPH_ID = "gpu_graph_id"  # a run option: which captured graph to replay

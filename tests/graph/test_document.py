@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ AXES = {1: "1", 2: "2", 17: "L", 3: "KV", 5: "D", 7: "M", 11: "F", 13: "V"} | {
     "total_sequence_length": "T",
     "num_mask_indices_0": "K",
 }
+CODES = dataclasses.replace(SHAPE, kv=contract.KV_INT8)
 TABLES = {  # by the headings of their sections
     f"{contract.PREFILL_FILE}, priced": (contract.priced_prefill_inputs(SHAPE), contract.dense_outputs(SHAPE)),
     f"{contract.DECODE_FILE}, priced": (contract.priced_decode_inputs(SHAPE), contract.priced_decode_outputs(SHAPE)),
@@ -30,6 +32,10 @@ TABLES = {  # by the headings of their sections
         contract.decode_outputs(SHAPE),
     ),
 }
+
+
+# What keys and values of 8 bits change of them; dense graphs have nothing but these, tokens and logits.
+TABLES["Keys and values of 8 bits"] = (contract.dense_inputs(CODES)[2:], contract.dense_outputs(CODES)[1:])
 
 
 def by_layer(name: str) -> str:

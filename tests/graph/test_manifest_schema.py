@@ -19,6 +19,7 @@ from tests.runtime.conftest import edit_manifest
 
 PATH = Path(contract.__file__).with_name("manifest.schema.json")
 SCHEMA = json.loads(PATH.read_text(encoding="utf-8"))
+OPTIONAL = {"kv"}  # which artifacts that were built before it do not have
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 
@@ -61,8 +62,8 @@ def properties_of(layout: str) -> set[str]:
     """What the schema asks for of a layout."""
     by_layout = {part["if"]["properties"]["layout"]["const"]: part["then"]["required"] for part in SCHEMA["allOf"]}
     assert set(by_layout) == set(SCHEMA["properties"]["layout"]["enum"])
-    assert {*SCHEMA["required"]}.union(*by_layout.values()) == set(SCHEMA["properties"])
-    return {*SCHEMA["required"], *by_layout[layout]}
+    assert {*SCHEMA["required"], *OPTIONAL}.union(*by_layout.values()) == set(SCHEMA["properties"])
+    return {*SCHEMA["required"], *OPTIONAL, *by_layout[layout]}
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,7 @@ def properties_of(layout: str) -> set[str]:
         ("--sparsity", "0.3", "--packing", "sites"),
         ("--sparsity", "0.3", "--dtype", "fp16"),
         ("--price", "0", "--weights", "int4", "--weights-for", "head=int8_g64"),
+        ("--price", "0", "--kv", "int8"),
     ],
     ids=" ".join,
 )
@@ -98,6 +100,7 @@ PRICED_DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "method of masks": lambda manifest: manifest.update(method={"name": "tda"}),
     "more of a method": lambda manifest: manifest["method"].update(statistic="magnitude"),
     "no price": lambda manifest: manifest.pop("price"),
+    "unknown keys and values": lambda manifest: manifest.update(kv="int4"),
     "negative price": lambda manifest: manifest.update(price=-1.0),
     "price of text": lambda manifest: manifest.update(price="0"),
     "no table": lambda manifest: manifest.pop("price_table"),

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tda_export.calibration.budgets import Budget
 from tda_export.errors import TdaError
+from tda_export.graph import contract
 from tda_export.graph.comparison import PROMPTS
 from tda_export.graph.export import BuildRequest, export_artifact
 from tda_export.graph.indexed import IndexedDesign
@@ -24,12 +25,19 @@ from tests.tiny import FAMILIES, save_tiny_model
 THRESHOLD = 0.08  # about half of 96 neurons score more than this
 
 
-def build_tiny(source: ModelSource, output: Path, *, method: Method | None = None, dtype: str = "float32") -> Path:
+def build_tiny(
+    source: ModelSource,
+    output: Path,
+    *,
+    method: Method | None = None,
+    dtype: str = "float32",
+    kv: str = contract.KV_FLOAT,
+) -> Path:
     method = method or tda("mean", two_levels=True)
     spec = source.spec
     up_rms = torch.ones(spec.num_layers, spec.ffn_size) if method.two_levels else None
     design = IndexedDesign(method, [THRESHOLD] * spec.num_layers, up_rms=up_rms)
-    request = BuildRequest(source, Storage(dtype), design, Budget(sparsity=0.5).describe())
+    request = BuildRequest(source, Storage(dtype), design, Budget(sparsity=0.5).describe(), kv=kv)
     export_artifact(request, output, quiet=True, check=lambda folder: None)
     return output
 
@@ -41,6 +49,16 @@ def test_family_matches_transformers(family: str, tmp_path: Path) -> None:
     checks = verify_artifact(artifact, lambda name: source, provider="cpu", quiet=True)
     assert len(checks) == 16
     assert [check for check in checks if not check.passed] == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_with_keys_and_values_of_8_bits(family: str, tmp_path: Path) -> None:
+    """By the kernel in decode, and by stock operators in prefill."""
+    source = resolve_model(str(save_tiny_model(family, tmp_path / "model")))
+    artifact = build_tiny(source, tmp_path / "artifact", kv=contract.KV_INT8)
+    checks = verify_artifact(artifact, lambda name: source, provider="cpu", quiet=True)
+    assert [check for check in checks if not check.passed] == []
+    assert all(check.difference for check in checks if check.name.endswith("logits"))
 
 
 @pytest.mark.parametrize("method", [tda("zero"), tda("mean"), griffin(0.5)], ids=["tda-zero", "tda-mean", "griffin"])

@@ -1,0 +1,67 @@
+"""Keys and values in 8 bits in transformers: the slow reference of `integer_attention`."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from tda_export.graph import contract
+from tda_export.graph.integer_attention import LARGEST_CODE, hadamard
+from tda_export.models.rope import rotary_order
+from tda_export.models.spec import DecoderSpec
+
+
+class IntegerCache(DynamicCache):
+    """A cache that gives back what 8 bits keep of keys and values, those of the call's own tokens included."""
+
+    def __init__(self, model: Any, spec: DecoderSpec) -> None:
+        super().__init__(config=model.config)
+        self._turn = torch.from_numpy(hadamard(spec.head_size)).to(model.device)
+        if spec.rotary_size is not None:  # the graphs have the elements of a head in another order
+            self._turn = self._turn[rotary_order(spec.head_size, spec.rotary_size).argsort()]
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **settings: Any) -> Any:
+        """Append keys and values [1, KV, S, D]."""
+        kept = kept_of(key_states.float() @ self._turn) @ self._turn.T
+        return super().update(kept.to(key_states), kept_of(value_states.float()).to(value_states), *args, **settings)
+
+
+def kept_of(x: torch.Tensor) -> torch.Tensor:
+    """Round x [.., D] to 8 bits with a scale for each row, and return what these stand for, float32."""
+    scale = x.abs().amax(dim=-1, keepdim=True) / LARGEST_CODE
+    return (x / torch.where(scale > 0, scale, 1.0)).round().clamp(-LARGEST_CODE, LARGEST_CODE) * scale
+
+
+def with_stored_cache(model: Any, spec: DecoderSpec, kv: str) -> Any:
+    """Return a model of the same weights that stores keys and values as an artifact does.
+
+    Args:
+        model: Of transformers.
+        spec: Its architecture.
+        kv: One of `contract.KV_FORMATS`.
+
+    Returns:
+        One that makes itself such a cache in every call without one.
+    """
+    if kv == contract.KV_FLOAT:
+        return model
+    weights = itertools.chain(model.parameters(), model.buffers())
+    model = copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
+
+    def give(module: Any, arguments: Any, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if _cache_of(**settings) is None:
+            settings = dict(settings, past_key_values=IntegerCache(model, spec), use_cache=True)
+        return arguments, settings
+
+    for module in (model, model.base_model):  # OPT's does not call its base model
+        module.register_forward_pre_hook(give, with_kwargs=True)
+    return model
+
+
+def _cache_of(past_key_values: Any = None, **_: Any) -> Any:
+    """Return the cache among the arguments of a call of transformers, None where there is none."""
+    return past_key_values
