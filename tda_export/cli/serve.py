@@ -12,6 +12,7 @@ from tda_export.cli.options import (
     context_option,
     deployment_options,
     keep_answers_option,
+    lookup_option,
 )
 from tda_export.errors import TdaError
 
@@ -68,6 +69,7 @@ PACKAGES = ("fastapi", "prometheus_client", "pydantic", "starlette", "h11", "uvi
 @context_option
 @deployment_options
 @keep_answers_option
+@lookup_option
 def serve(
     artifact: Path,
     host: str,
@@ -83,6 +85,7 @@ def serve(
     context: int | None,
     deployed: Deployed,
     keep_answers: bool,
+    lookup: int,
 ) -> None:
     """Serve ARTIFACT by OpenAI's chat and completions API, with streaming.
 
@@ -91,6 +94,8 @@ def serve(
     it answers, /metrics is for Prometheus. There is no authentication: put a proxy in front of it where others can
     reach it.
     """
+    from tda_export.runtime.lookup import check_lookup
+
     try:
         from tda_export.serve.access import make_access
         from tda_export.serve.app import create_app
@@ -107,6 +112,7 @@ def serve(
             f'serve needs {package}, which is not installed. Install it: pip install "tda-export[serve]"'
         ) from error
 
+    check_lookup(lookup)
     with listen(host, port) as opened:
         access = make_access(host=host, loopback=is_loopback(opened), allowed_hosts=allowed_host, origins=cors)
         model, deployment = deployed.load(artifact, keep_answers=keep_answers)
@@ -119,6 +125,7 @@ def serve(
             deployment=deployment,
             metrics=ServerMetrics(),
             keep_answers=keep_answers,
+            lookup=lookup,
         )
         name = name or artifact.resolve().name
         app = create_app(worker, name, Limits(body_bytes=max_body, new_tokens=max_new_tokens), access)

@@ -15,7 +15,7 @@
 namespace tda {
 namespace {
 
-constexpr int64_t kFewTokens = 6;
+constexpr int64_t kFewTokens = 8;
 
 #define TDA_OF_FORMAT(attribute, lanes, Format)                                                           \
   attribute void SumChunk(const Format& weight, const ChunkOfToken& chunk, float* sums) {                 \

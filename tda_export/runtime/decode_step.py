@@ -142,6 +142,7 @@ class DecodeStep(TokenStep):
         self._bind_tokens(call, width)
         for name, value in {**self._inputs, **self._second_level}.items():
             call.feed(name, value)
+        call.write_to(contract.LOGITS, width.logits)
         call.write_to(contract.GREEDY_TOKENS, width.tokens)
         return call
 

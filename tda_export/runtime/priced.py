@@ -61,5 +61,6 @@ class PricedStep(TokenStep):
         call = Call(self._sessions.decode, width.graph_id)
         self._bind_tokens(call, width)
         call.feed(contract.PRICE, self._price)
+        call.write_to(contract.LOGITS, width.logits)
         call.write_to(contract.GREEDY_TOKENS, width.tokens)
         return call

@@ -164,7 +164,12 @@ class TokenStep(ABC):
         if tokens is not None:
             padded = [*tokens[:given], *[tokens[0]] * (size - given)]
             width.tokens.update_inplace(np.array([padded], np.int64))
-        self._call(width).run_only()
+        call = self._call(width)
+        if self._greedy:
+            call.run_only()
+        else:  # anew: ONNX Runtime checks memory that it is given against the default of num_logits
+            call.allocate(contract.LOGITS, "cpu")
+            width.logits = call.run()[contract.LOGITS]
         self.cache.commit(1)
         return width, given
 
@@ -203,4 +208,3 @@ class TokenStep(ABC):
         call.feed(contract.INPUT_IDS, width.tokens)
         call.feed(contract.ATTENTION_MASK, self._attended)
         self.cache.bind(call)
-        call.write_to(contract.LOGITS, width.logits)
