@@ -67,8 +67,8 @@ lookup_option = click.option(
     default=0,
     show_default=True,
     metavar="N",
-    help="Let a step read up to N tokens more, 15 at most, that followed the same tokens earlier in the text: right ones "
-    "need no step of their own. Answers stay the same; 0 is off.",
+    help="Let a step read up to N tokens more, 15 at most, that followed the same tokens earlier in the text; right "
+    "ones need no step of their own. Answers stay the same; 0 is off.",
 )
 ANSWER_OPTIONS = (
     lookup_option,

@@ -54,8 +54,8 @@ class Conversation:
 
         Raises:
             TdaError: The model has no chat template.
-            UsageError: The context or lookup is out of range, a variable for the template has a name that is taken, or answers
-                are to stay and the artifact has masks.
+            UsageError: The context or lookup is out of range, a variable for the template has a name that is taken, or
+                answers are to stay and the artifact has masks.
         """
         if not model.text.has_chat_template:
             raise TdaError(

@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from tda_export.errors import TdaError
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.deployment import AnyDeployment
-from tda_export.runtime.lookup import Lookahead, TextIndex
+from tda_export.runtime.lookup import FIRST_LENGTH, Lookahead, TextIndex, next_length
 from tda_export.runtime.memory import Cancelled, PromptMemory
 from tda_export.runtime.sampling import RepetitionPenalty, Sampler
 from tda_export.runtime.session import Sessions
@@ -148,6 +148,7 @@ class Decoding:
         self._decoded: list[int] = []  # tokens of the answer that are in the cache
         self._stale: list[int] = []  # the newest token, and those before it whose keys and values sparse steps left
         self._text = TextIndex(prompt) if lookup else None
+        self._draft_length = lookup if sessions.captures else FIRST_LENGTH
         self._ahead: Lookahead[np.ndarray | int] = Lookahead()
         self.cancelled = False
         self.text = ""
@@ -238,7 +239,7 @@ class Decoding:
             tokens = [token, *self._draft(step)]
             # The step itself chooses the likeliest tokens.
             greedy = self._sampler is None and self._penalty is None
-            following = step.greedy_each(tokens).tolist() if greedy else step.logits_each(tokens)
+            following: list[Any] = step.greedy_each(tokens).tolist() if greedy else list(step.logits_each(tokens))
             self._ahead = Lookahead(tokens, following)
             self.metrics.decode_steps += 1
             self.metrics.drafted += self._ahead.drafted
@@ -253,7 +254,9 @@ class Decoding:
         """Guess what follows the newest token, no more than may follow it before a refresh or the end."""
         if self._text is None:
             return []
-        most = min(self._lookup, self._capacity - step.cache.length - 2)
+        if not self._sessions.captures:  # which pads calls, so that a longer draft costs nothing
+            self._draft_length = next_length(self._draft_length, self._ahead, self._lookup)
+        most = min(self._draft_length, self._capacity - step.cache.length - 2)
         if self._refresh_tokens:
             most = min(most, self._refresh_tokens - len(self._stale) - 1)
         return self._text.draft(most)

@@ -12,6 +12,7 @@ from tda_export.errors import UsageError
 
 MOST_DRAFTS = 15  # tokens; a step reads one more
 LONGEST_MATCH, SHORTEST_MATCH = 4, 2  # tokens that a draft's place has in common with the end of the text
+FIRST_LENGTH = 2  # tokens of a first draft, where every token costs time
 
 Following = TypeVar("Following")
 
@@ -77,7 +78,12 @@ class Lookahead(Generic[Following]):
     @property
     def drafted(self) -> int:
         """How many of the tokens that were read were not certain."""
-        return len(self._all) - 1
+        return max(len(self._all) - 1, 0)
+
+    @property
+    def accepted(self) -> int:
+        """How many of these turned out right."""
+        return self._place
 
     @property
     def following(self) -> Following:
@@ -91,3 +97,17 @@ class Lookahead(Generic[Following]):
             return False
         self._place = following
         return True
+
+
+def next_length(length: int, last: Lookahead[Following], most: int) -> int:
+    """Return how many tokens the next draft may have: twice as many as the last one if that was right throughout,
+    otherwise as many as were right of it, and one at least.
+
+    Args:
+        length: What the last one might have had.
+        last: What came of it.
+        most: That any may have.
+    """
+    if not last.drafted:
+        return min(length, most)
+    return min(2 * length, most) if last.accepted == last.drafted else max(last.accepted, 1)

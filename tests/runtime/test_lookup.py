@@ -18,7 +18,7 @@ from tda_export.graph.storage import Storage
 from tda_export.models.source import ModelSource
 from tda_export.runtime import Conversation, Generation, Model, Sampling, Token, load
 from tda_export.runtime.deployment import PriceDeployment, Refresh
-from tda_export.runtime.lookup import LONGEST_MATCH, MOST_DRAFTS, SHORTEST_MATCH, Lookahead, TextIndex
+from tda_export.runtime.lookup import LONGEST_MATCH, MOST_DRAFTS, SHORTEST_MATCH, Lookahead, TextIndex, next_length
 from tda_export.runtime.priced import PricedStep
 from tests.graph.test_integers import build, rounded
 from tests.graph.test_priced import source_of  # noqa: F401 - a fixture
@@ -66,7 +66,21 @@ def test_only_what_was_chosen_is_confirmed() -> None:
     assert [ahead.confirm(6), ahead.following] == [True, "b"]
     assert [ahead.confirm(7), ahead.following] == [True, "c"]
     assert not ahead.confirm(8)
+    assert ahead.accepted == 2
     assert not Lookahead().confirm(5)
+
+
+def test_the_length_of_drafts_follows_what_comes_of_them() -> None:
+    def tried(drafted: int, right: int) -> Lookahead[int]:
+        ahead = Lookahead(list(range(drafted + 1)), list(range(drafted + 1)))
+        for token in range(1, right + 1):
+            assert ahead.confirm(token)
+        return ahead
+
+    assert [next_length(2, tried(2, 2), most) for most in (15, 3, 1)] == [4, 3, 1]
+    assert [next_length(4, tried(4, right), 15) for right in (0, 1, 3)] == [1, 1, 3]
+    assert next_length(4, tried(2, 2), 15) == 8  # shortened by a refresh or an end, and right
+    assert [next_length(6, nothing, 5) for nothing in (tried(0, 0), Lookahead[int]())] == [5, 5]
 
 
 # Answers
