@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tda_export.cli.generate import FINISHED, MATRICES
+from tda_export.cli.generate import FINISHED, MATRICES, looked_up
 from tda_export.cli.help_groups import command, option
 from tda_export.cli.options import (
     RARE_ANSWER_OPTIONS,
@@ -74,6 +74,7 @@ def chat(
         deployment=deployment,
         chat_template_kwargs=answering.chat_template_kwargs,
         keep_answers=keep_answers,
+        lookup=answering.lookup,
     )
     if not sys.stdin.isatty():
         _talk(_piped_lines(), conversation, answering, deployment)
@@ -189,6 +190,8 @@ def status(metrics: Metrics, deployment: AnyDeployment, *, stopped: bool = False
     if metrics.decode_tokens_per_second:
         parts.append(f"{metrics.decode_tokens_per_second:.1f} tokens/s")
     parts.append(f"{metrics.new_tokens} tokens")
+    if metrics.drafted:
+        parts.append(looked_up(metrics))
     parts.append(f"{metrics.prompt_tokens - metrics.reused_tokens} of {metrics.prompt_tokens} prompt tokens read")
     if stopped:
         parts.append("stopped")

@@ -76,6 +76,7 @@ def generate(
         stop_token_ids=answering.stop_token_ids,
         ignore_eos=answering.ignore_eos,
         chat_template_kwargs=answering.chat_template_kwargs,
+        lookup=answering.lookup,
     )
     tokens, shown = [], 0
     for token in generation:
@@ -90,13 +91,19 @@ def generate(
         click.echo(summary(generation.metrics), err=True)
 
 
+def looked_up(metrics: Metrics) -> str:
+    """Say what a lookup gave."""
+    return f"{metrics.accepted} of {metrics.drafted} drafted tokens accepted, {metrics.decode_steps} steps"
+
+
 def summary(metrics: Metrics) -> str:
     """Say in one paragraph what a generation cost."""
     rate = metrics.decode_tokens_per_second
     lines = [
         f"{metrics.prompt_tokens} prompt tokens, {metrics.new_tokens} new ({FINISHED[metrics.finish_reason]}), "
         f"{metrics.mask} on {metrics.provider}, {MATRICES[metrics.matrices]} sparsity {metrics.sparsity:.3f}"
-        + (f", {metrics.refreshes} refreshes" if metrics.refreshes else ""),
+        + (f", {metrics.refreshes} refreshes" if metrics.refreshes else "")
+        + (f", {looked_up(metrics)}" if metrics.drafted else ""),
         f"{metrics.time_to_first_token:.3f} s to the first token, "
         + (f"{rate:.1f} tokens/s after it, " if rate else "")
         + f"{metrics.bytes_per_token / 2**20:,.1f} of {metrics.dense_bytes_per_token / 2**20:,.1f} MiB of "

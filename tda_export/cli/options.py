@@ -61,7 +61,17 @@ keep_answers_option = option(
     help="Keep the keys and values of an answer as sparse steps wrote them, or compute them again, densely, with the "
     "next message. Keeping needs an artifact of prices.  [default: reread]",
 )
+lookup_option = option(
+    "--lookup",
+    type=int,
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Let a step read up to N tokens more, 15 at most, that followed the same tokens earlier in the text; right "
+    "ones need no step of their own. Answers stay the same; 0 is off.",
+)
 ANSWER_OPTIONS = (
+    lookup_option,
     option("--stop", multiple=True, help="Stop before this text. Repeatable."),
     option("--stop-token-id", multiple=True, type=int, help="Stop at this token id. Repeatable."),
     option("--ignore-eos", is_flag=True, help="Do not stop at the model's end tokens."),
@@ -329,6 +339,7 @@ class Answering:
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
+    lookup: int
     chat_template_kwargs: dict[str, Any]
 
 
@@ -349,16 +360,19 @@ def answer_options(new_tokens: int) -> Callable[[Callable[..., None]], Callable[
             min_p: float,
             repetition_penalty: float,
             seed: int | None,
+            lookup: int,
             chat_template_kwargs: str | None,
             **others: Any,
         ) -> None:
             from tda_export.runtime import Sampling
+            from tda_export.runtime.lookup import check_lookup
             from tda_export.runtime.stop_strings import StopStrings
 
             StopStrings(stop)  # which refuses some, before a model is loaded
+            check_lookup(lookup)
             sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty, min_p)
             variables = _template_kwargs(chat_template_kwargs)
-            answering = Answering(max_new_tokens, sampling, stop, stop_token_id, ignore_eos, variables)
+            answering = Answering(max_new_tokens, sampling, stop, stop_token_id, ignore_eos, lookup, variables)
             command(answering=answering, **others)
 
         wrapped: Callable[..., None] = grouped

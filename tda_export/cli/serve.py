@@ -14,6 +14,7 @@ from tda_export.cli.options import (
     context_option,
     deployment_options,
     keep_answers_option,
+    lookup_option,
 )
 from tda_export.errors import TdaError
 
@@ -72,6 +73,7 @@ PACKAGES = ("fastapi", "prometheus_client", "pydantic", "starlette", "h11", "uvi
 @context_option
 @deployment_options
 @keep_answers_option
+@lookup_option
 def serve(
     artifact: Path,
     host: str,
@@ -87,6 +89,7 @@ def serve(
     context: int | None,
     deployed: Deployed,
     keep_answers: bool,
+    lookup: int,
 ) -> None:
     """Serve ARTIFACT through OpenAI's chat and completions API, with streaming.
 
@@ -94,6 +97,8 @@ def serve(
     fields price, sparsity and max_kl. /v1/models lists the model, /health is for load balancers, /metrics for
     Prometheus. There is no authentication: put a proxy in front if others can reach the server.
     """
+    from tda_export.runtime.lookup import check_lookup
+
     try:
         from tda_export.serve.access import make_access
         from tda_export.serve.app import create_app
@@ -110,6 +115,7 @@ def serve(
             f'serve needs {package}, which is not installed. Install it: pip install "tda-export[serve]"'
         ) from error
 
+    check_lookup(lookup)
     with listen(host, port) as opened:
         access = make_access(host=host, loopback=is_loopback(opened), allowed_hosts=allowed_host, origins=cors)
         model, deployment = deployed.load(artifact, keep_answers=keep_answers)
@@ -122,6 +128,7 @@ def serve(
             deployment=deployment,
             metrics=ServerMetrics(),
             keep_answers=keep_answers,
+            lookup=lookup,
         )
         name = name or artifact.resolve().name
         app = create_app(worker, name, Limits(body_bytes=max_body, new_tokens=max_new_tokens), access)

@@ -127,4 +127,17 @@ TDA_INLINE void DotRow(const CodeFormat<kBits>& weight, int64_t row, const DotIn
   for (int t = 0; t < kTokens; ++t) y[t * stride] = V::Sum(totals[t]);
 }
 
+// Compute y [tokens, rows] for the rows [begin, end), kTokens tokens at a time from `token` on, and what is left of them
+// by halves of that.
+template <int kLanes, int kTokens, int kBits>
+TDA_INLINE void DotTokens(const CodeFormat<kBits>& weight, int64_t begin, int64_t end, const DotInputs& inputs,
+                          int64_t token, float* y) {
+  for (; token + kTokens <= inputs.tokens; token += kTokens) {
+    for (int64_t row = begin; row < end; ++row) {
+      DotRow<kLanes, kTokens>(weight, row, inputs, token, y + token * weight.rows + row, weight.rows);
+    }
+  }
+  if constexpr (kTokens > 1) DotTokens<kLanes, kTokens / 2>(weight, begin, end, inputs, token, y);
+}
+
 }  // namespace tda

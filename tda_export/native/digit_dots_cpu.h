@@ -104,28 +104,18 @@ TDA_INLINE void DotDigitRows(const CodeFormat<kBits>& weight, int64_t begin, int
 template <int kLanes, int kBits>
 TDA_INLINE void DotRowsOf(const CodeFormat<kBits>& weight, int64_t begin, int64_t end, const DotInputs& inputs,
                           float* y) {
-  constexpr int kTokens = kLanes > 8 ? 8 : 4;
-  const bool few = inputs.tokens <= kTokensByDigits;
   for (int64_t first = begin; first < end; first += kRowsAtATime) {
     const int64_t stop = std::min(first + kRowsAtATime, end);
-    int64_t t = 0;
-    for (; few && t < inputs.tokens; ++t) {
-      if (inputs.steps[t] < 0.0f) {
-        for (int64_t row = first; row < stop; ++row) {
-          DotRow<kLanes, 1>(weight, row, inputs, t, y + t * weight.rows + row, weight.rows);
-        }
+    if (inputs.tokens > kTokensByDigits) {
+      DotTokens<kLanes, (kLanes > 8 ? 8 : 4)>(weight, first, stop, inputs, 0, y);
+      continue;
+    }
+    for (int64_t t = 0; t < inputs.tokens; ++t) {
+      float* own = y + t * weight.rows;
+      if (inputs.steps[t] >= 0.0f) {
+        DotDigitRows<kLanes>(weight, first, stop, inputs, t, own);
       } else {
-        DotDigitRows<kLanes>(weight, first, stop, inputs, t, y + t * weight.rows);
-      }
-    }
-    for (; t + kTokens <= inputs.tokens; t += kTokens) {
-      for (int64_t row = first; row < stop; ++row) {
-        DotRow<kLanes, kTokens>(weight, row, inputs, t, y + t * weight.rows + row, weight.rows);
-      }
-    }
-    for (; t < inputs.tokens; ++t) {
-      for (int64_t row = first; row < stop; ++row) {
-        DotRow<kLanes, 1>(weight, row, inputs, t, y + t * weight.rows + row, weight.rows);
+        for (int64_t row = first; row < stop; ++row) DotRow<kLanes, 1>(weight, row, inputs, t, own + row, weight.rows);
       }
     }
   }

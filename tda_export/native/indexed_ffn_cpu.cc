@@ -200,7 +200,8 @@ class IndexedFfnCpu : public Kernel {
 
     const int64_t tile_tokens = std::min(call.tokens, kTokenTile);
     const int64_t matrices = call.gate.present ? 3 : 2;
-    const int64_t bytes = call.indices * hidden * matrices * int64_t{sizeof(float)} * tile_tokens;
+    // Whatever the number of tokens, so that the others of a call change no bit of a token's result.
+    const int64_t bytes = call.indices * hidden * matrices * int64_t{sizeof(float)};
     const int64_t chunks = std::clamp<int64_t>(bytes / kChunkBytes, 1, most_chunks_);
     const int64_t partial_floats = tile_tokens * hidden;
     const Scratch scratch(context, allocator_, (chunks * partial_floats + call.indices) * sizeof(float), false);

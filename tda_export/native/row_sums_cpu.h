@@ -58,7 +58,7 @@ TDA_INLINE int64_t FewTokensOf() {
   if constexpr (Format::kScaled) {
     if (HasByteProducts<kLanes, Format::kCodeBits>()) return kTokensByDigits;
   }
-  return 3;
+  return 8;
 }
 
 // Compute the sums of a chunk by products of bytes. Returns false where they do not serve, with nothing of use in `sums`.

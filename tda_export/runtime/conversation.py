@@ -9,6 +9,7 @@ from tda_export.errors import TdaError
 from tda_export.runtime.chat_template import check_template_kwargs
 from tda_export.runtime.deployment import AnyDeployment
 from tda_export.runtime.generate import Generation, MaskMode
+from tda_export.runtime.lookup import check_lookup
 from tda_export.runtime.model import DEFAULT_NEW_TOKENS, Model
 from tda_export.runtime.sampling import Sampling
 
@@ -37,6 +38,7 @@ class Conversation:
         deployment: AnyDeployment | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         keep_answers: bool = False,
+        lookup: int = 0,
     ) -> None:
         """Begin a chat.
 
@@ -48,11 +50,12 @@ class Conversation:
             deployment: As for `Model.generate`.
             chat_template_kwargs: As for `Text.chat`, in every turn.
             keep_answers: As for `Model.memory`.
+            lookup: As for `Model.generate`.
 
         Raises:
             TdaError: The model has no chat template.
-            UsageError: The context is out of range, a variable for the template has a name that is taken, or answers
-                are to stay and the artifact has masks.
+            UsageError: The context or lookup is out of range, a variable for the template has a name that is taken, or
+                answers are to stay and the artifact has masks.
         """
         if not model.text.has_chat_template:
             raise TdaError(
@@ -61,7 +64,8 @@ class Conversation:
             )
         self._template_kwargs = chat_template_kwargs or {}
         check_template_kwargs(self._template_kwargs)
-        self._model, self._mask, self._deployment = model, mask, deployment
+        check_lookup(lookup)
+        self._model, self._mask, self._deployment, self._lookup = model, mask, deployment, lookup
         self._context = model.check_context(context)
         self._memory = model.memory(context=self._context, keep_answers=keep_answers)
         self._before: list[Message] = [] if system is None else [{"role": "system", "content": system}]
@@ -116,6 +120,7 @@ class Conversation:
                 stop_token_ids=stop_token_ids,
                 ignore_eos=ignore_eos,
                 memory=self._memory,
+                lookup=self._lookup,
             )
         except BaseException:
             self._turns.pop()

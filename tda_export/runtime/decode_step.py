@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -12,7 +12,7 @@ from tda_export.graph.contract import ModelShape
 from tda_export.runtime.deployment import AnyDeployment, Deployment
 from tda_export.runtime.phases import CHUNK_TOKENS, Prefill, PromptMask
 from tda_export.runtime.session import STORAGE, Call, Sessions, device_tensor, empty_tensor
-from tda_export.runtime.token_step import DENSE, Reading, TokenStep
+from tda_export.runtime.token_step import DENSE, Reading, TokenStep, Width
 
 
 class DecodeStep(TokenStep):
@@ -29,6 +29,7 @@ class DecodeStep(TokenStep):
         super().__init__(sessions, shape, capacity)
         self.fixed_inputs: dict[str, ort.OrtValue] = {}
         self.mask: PromptMask | None = None  # of what `begin` read last
+        self._every_logit = device_tensor(np.zeros(1, np.int64), sessions.provider)
         self._second_level: dict[str, ort.OrtValue] = {}
         provider, layers = sessions.provider, range(shape.num_layers)
         if sessions.two_levels:
@@ -37,9 +38,8 @@ class DecodeStep(TokenStep):
             indices = {contract.mask_indices(i): device_tensor(self._every_neuron(), provider) for i in layers}
             tails = {contract.tail_mean(i): device_tensor(self._no_tail(), provider, shape.dtype) for i in layers}
             self.fixed_inputs = indices | tails
-            self._call = self._bind(self.fixed_inputs, sessions.next_graph_id())
-        else:
-            self.use(None)
+        self._inputs: Mapping[str, ort.OrtValue] = self.fixed_inputs
+        self.use(None)
         self._prefill = Prefill(sessions, shape, self.cache, self.fixed_inputs)
 
     def read(
@@ -114,14 +114,11 @@ class DecodeStep(TokenStep):
             values = np.zeros(len(layers), np.float32) if off else np.asarray(token_thresholds, np.float32)
             self._second_level[contract.TOKEN_THRESHOLDS].update_inplace(values)
         if not self._sessions.captures:
-            if mask is None and not self._sessions.native:
-                self._greedy = False
-                self._call = self._bind_prefill()
-            else:
-                self._greedy = True
-                if mask is not None and not tail_mean:
-                    mask = mask.without_tail()
-                self._call = self._bind(mask.inputs if mask else {})
+            self._greedy = mask is not None or self._sessions.native
+            if mask is not None and not tail_mean:
+                mask = mask.without_tail()
+            self._inputs = mask.inputs if mask else {}
+            self._bind_anew()
             return
         for layer in layers:
             fixed = self.fixed_inputs[contract.mask_indices(layer)]
@@ -135,17 +132,18 @@ class DecodeStep(TokenStep):
             if mask is None or not tail_mean:
                 self.fixed_inputs[contract.tail_mean(layer)].update_inplace(self._no_tail())
 
-    def _bind(self, inputs: dict[str, ort.OrtValue], graph_id: str | None = None) -> Call:
-        call = Call(self._sessions.decode, graph_id) if graph_id else Call(self._sessions.decode)
-        self._bind_tokens(call)
-        for name, value in (inputs | self._second_level).items():
+    def _bind(self, width: Width) -> Call:
+        if not self._greedy:
+            call = Call(self._sessions.prefill)
+            self._bind_tokens(call, width)
+            call.feed(contract.NUM_LOGITS, self._every_logit)
+            return call
+        call = Call(self._sessions.decode, width.graph_id)
+        self._bind_tokens(call, width)
+        for name, value in {**self._inputs, **self._second_level}.items():
             call.feed(name, value)
-        call.write_to(contract.GREEDY_TOKENS, self._token)
-        return call
-
-    def _bind_prefill(self) -> Call:
-        call = Call(self._sessions.prefill)
-        self._bind_tokens(call)
+        call.write_to(contract.LOGITS, width.logits)
+        call.write_to(contract.GREEDY_TOKENS, width.tokens)
         return call
 
     def _every_neuron(self) -> np.ndarray:

@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from tda_export.errors import TdaError
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.deployment import AnyDeployment
+from tda_export.runtime.lookup import FIRST_LENGTH, Lookahead, TextIndex, next_length
 from tda_export.runtime.memory import Cancelled, PromptMemory
 from tda_export.runtime.sampling import RepetitionPenalty, Sampler
 from tda_export.runtime.session import Sessions
@@ -45,9 +46,11 @@ class Metrics:
     refreshes included; what tokens skip one by one (by thresholds or prices) is not counted while decoding: it is the
     calibration's expectation. `refreshes` counts tokens that came from reading the last ones densely.
     `reused_tokens` of the prompt were read before. `decode_steps` counts refreshes too, and a last step that gave an
-    end token or finished after cancellation. `decode_tokens_per_second` starts at the second token; the first comes
-    from prefill. `finish_reason`: an end token or a stop string, as many tokens as asked for, a full context, or empty
-    if a generation is not finished, or was cancelled.
+    end token or finished after cancellation. `drafted` tokens of a lookup were read beside others by these steps, and
+    those that were `accepted` needed no step of their own; `bytes_per_token` does not know what several tokens of a
+    step share. `decode_tokens_per_second` starts at the second token; the first comes from prefill. `finish_reason`:
+    an end token or a stop string, as many tokens as asked for, a full context, or empty if a generation is not
+    finished, or was cancelled.
     """
 
     provider: str
@@ -61,6 +64,8 @@ class Metrics:
     refreshes: int = 0
     time_to_first_token: float = 0.0
     decode_steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
     decode_seconds: float = 0.0
     decode_tokens_per_second: float | None = None
     bytes_per_token: int = 0
@@ -130,6 +135,7 @@ class Decoding:
         deployment: AnyDeployment,
         borrow_step: Callable[[int], AbstractContextManager[TokenStep]],
         memory: PromptMemory | None,
+        lookup: int,
     ) -> None:
         self._artifact, self._sessions = artifact, sessions
         self._prompt, self._max_new_tokens = prompt, max_new_tokens
@@ -138,8 +144,12 @@ class Decoding:
         self._shares: list[float] = []  # of FFN bytes, by token that was decoded
         self._sparse_share = 1.0
         self._capacity, self._borrow_step = min(context, len(prompt) + max_new_tokens), borrow_step
-        self._memory = memory
+        self._memory, self._lookup = memory, lookup
         self._decoded: list[int] = []  # tokens of the answer that are in the cache
+        self._stale: list[int] = []  # the newest token, and those before it whose keys and values sparse steps left
+        self._text = TextIndex(prompt) if lookup else None
+        self._draft_length = lookup if sessions.captures else FIRST_LENGTH
+        self._ahead: Lookahead[np.ndarray | int] = Lookahead()
         self.cancelled = False
         self.text = ""
         self.metrics = Metrics(sessions.provider, mask, len(prompt), "linears" if sessions.priced else "ffn")
@@ -147,7 +157,7 @@ class Decoding:
     def tokens(self) -> Generator[Token, None, None]:
         """Read the prompt, then yield the answer token by token, on a step borrowed meanwhile."""
         with self._borrow_step(self._capacity) as step:
-            step.capture()
+            step.capture(1 + self._lookup)
             try:
                 with contextlib.suppress(Cancelled):
                     yield from self._generate(step)
@@ -161,7 +171,6 @@ class Decoding:
         self._follow(step)
         token = self._choose(logits)
         metrics.time_to_first_token = time.perf_counter() - started
-        stale: list[int] = []  # tokens whose keys and values sparse steps have left in the cache
         while not self.cancelled:
             if token in self._ends:
                 metrics.finish_reason = "stop"
@@ -185,22 +194,24 @@ class Decoding:
             if metrics.finish_reason:
                 return
             started = time.perf_counter()
-            stale.append(token)
-            if metrics.mask != "dense" and len(stale) == how.refresh.tokens:
-                logits = step.refresh(stale, how)
+            self._stale.append(token)
+            if self._text is not None:
+                self._text.add(token)
+            if len(self._stale) == self._refresh_tokens:
+                logits = step.refresh(self._stale, how)
                 self._follow(step)
-                token, stale = self._choose(logits), []
+                following, self._stale, self._ahead = self._choose(logits), [], Lookahead()
                 metrics.refreshes += 1
+                metrics.decode_steps += 1
                 self._shares.append(1.0)
             else:
                 following = self._next(step, token)
-                self._decoded.append(token)
-                token = following
                 self._shares.append(self._sparse_share)
+            self._decoded.append(token)
+            token = following
             self._account()
-            metrics.decode_steps += 1
             metrics.decode_seconds += time.perf_counter() - started
-            metrics.decode_tokens_per_second = metrics.decode_steps / metrics.decode_seconds
+            metrics.decode_tokens_per_second = len(self._shares) / metrics.decode_seconds
 
     def _read(self, step: TokenStep) -> np.ndarray:
         if self._memory is None:
@@ -215,13 +226,40 @@ class Decoding:
         piece, stopped = self._stops.add(self._stream.finish())
         return (piece if stopped else piece + self._stops.finish()), stopped
 
+    @property
+    def _refresh_tokens(self) -> int:
+        return 0 if self.metrics.mask == "dense" else self._deployment.refresh.tokens
+
     def _next(self, step: TokenStep, token: int) -> int:
-        if self._sampler is not None or self._penalty is not None:  # the step itself chooses the likeliest token
-            return self._choose(step.logits(token))
-        chosen = step.greedy(token)
+        """Return what follows a token: from the step that has read it as a draft, or from one more step."""
+        if self._ahead.confirm(token):
+            step.cache.confirm(1)
+            self.metrics.accepted += 1
+        else:
+            tokens = [token, *self._draft(step)]
+            # The step itself chooses the likeliest tokens.
+            greedy = self._sampler is None and self._penalty is None
+            following: list[Any] = step.greedy_each(tokens).tolist() if greedy else list(step.logits_each(tokens))
+            self._ahead = Lookahead(tokens, following)
+            self.metrics.decode_steps += 1
+            self.metrics.drafted += self._ahead.drafted
+        chosen = self._ahead.following
+        if not isinstance(chosen, int):
+            return self._choose(chosen)
         if chosen < 0:
             raise self._not_finite()
         return chosen
+
+    def _draft(self, step: TokenStep) -> list[int]:
+        """Guess what follows the newest token, no more than may follow it before a refresh or the end."""
+        if self._text is None:
+            return []
+        if not self._sessions.captures:  # which pads calls, so that a longer draft costs nothing
+            self._draft_length = next_length(self._draft_length, self._ahead, self._lookup)
+        most = min(self._draft_length, self._capacity - step.cache.length - 2)
+        if self._refresh_tokens:
+            most = min(most, self._refresh_tokens - len(self._stale) - 1)
+        return self._text.draft(most)
 
     def _choose(self, logits: np.ndarray) -> int:
         if not np.isfinite(logits).all():

@@ -52,9 +52,14 @@ class KvCache:
                 call.feed(tensor.past, self._buffers[tensor.past])
                 call.write_to(tensor.present, self._buffers[tensor.past])
 
-    def commit(self) -> None:
-        """Record that the reserved tokens were written."""
-        self.length = self._reserved
+    def commit(self, tokens: int | None = None) -> None:
+        """Record that the reserved tokens were written; with `tokens` only the first of them count so far."""
+        self.length = self._reserved if tokens is None else self.length + tokens
+
+    def confirm(self, tokens: int) -> None:
+        """Let so many tokens count that the last call has written behind those that count."""
+        assert self.length + tokens <= self._reserved
+        self.length += tokens
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from position `length` on."""

@@ -14,6 +14,7 @@ from tda_export.errors import TdaError, UsageError
 from tda_export.runtime.artifact import Artifact, open_artifact
 from tda_export.runtime.deployment import AnyDeployment, PriceDeployment
 from tda_export.runtime.generate import Decoding, Generation, MaskMode
+from tda_export.runtime.lookup import check_lookup
 from tda_export.runtime.memory import PromptMemory
 from tda_export.runtime.price_budget import chosen_price
 from tda_export.runtime.providers import choose_provider
@@ -119,6 +120,7 @@ class Model:
         ignore_eos: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         memory: PromptMemory | None = None,
+        lookup: int = 0,
     ) -> Generation:
         """Begin a generation; iterate over the result for its tokens.
 
@@ -137,6 +139,9 @@ class Model:
             ignore_eos: Do not end at the model's own end tokens.
             chat_template_kwargs: Further variables for the chat template, as for `Text.chat`.
             memory: Read only what is new of the prompt, and keep it for the next one.
+            lookup: The most tokens, up to 15, that a step reads beside the newest one because they followed the same
+                tokens earlier in the text; those that turn out right need no step of their own. The answer does not
+                depend on it.
 
         Returns:
             An iterator of `Token` with `metrics` and `text`; `close()` ends it early.
@@ -149,6 +154,7 @@ class Model:
         limit, context = self.artifact.shape.max_positions, self.check_context(context)
         if max_new_tokens < 1:
             raise UsageError(f"{max_new_tokens} new tokens: give 1 or more.")
+        check_lookup(lookup)
         own: MaskMode = "priced" if self.sessions.priced else "tda"
         mask = mask or own
         if mask not in (own, "dense"):
@@ -179,6 +185,7 @@ class Model:
             deployment=how,
             borrow_step=memory.borrow_step if memory else self.borrow_step,
             memory=memory,
+            lookup=lookup,
         )
         return Generation(decoding)
 

@@ -11,7 +11,7 @@ from tda_export.graph.contract import ModelShape
 from tda_export.runtime.deployment import AnyDeployment, PriceDeployment
 from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.session import Call, Sessions, device_tensor, empty_tensor
-from tda_export.runtime.token_step import DENSE, Reading, TokenStep
+from tda_export.runtime.token_step import DENSE, Reading, TokenStep, Width
 
 CHUNK_TOKENS = 2048  # longer prompts are prefilled in pieces of this size
 
@@ -47,10 +47,6 @@ class PricedStep(TokenStep):
     def __init__(self, sessions: Sessions, shape: ModelShape, capacity: int) -> None:
         super().__init__(sessions, shape, capacity)
         self._price = device_tensor(np.zeros(1, np.float32), sessions.provider)
-        self._call = Call(sessions.decode, sessions.next_graph_id()) if sessions.captures else Call(sessions.decode)
-        self._bind_tokens(self._call)
-        self._call.feed(contract.PRICE, self._price)
-        self._call.write_to(contract.GREEDY_TOKENS, self._token)
         self._prefill = PricedPrefill(sessions, shape, self.cache)
 
     def begin(self, tokens: Sequence[int], how: AnyDeployment, *, more: bool = False) -> np.ndarray:
@@ -60,3 +56,11 @@ class PricedStep(TokenStep):
         assert how is None or isinstance(how, PriceDeployment)
         self._price.update_inplace(np.array([how.price if how else 0.0], np.float32))
         return Reading(how.share, how.share) if how else DENSE
+
+    def _bind(self, width: Width) -> Call:
+        call = Call(self._sessions.decode, width.graph_id)
+        self._bind_tokens(call, width)
+        call.feed(contract.PRICE, self._price)
+        call.write_to(contract.LOGITS, width.logits)
+        call.write_to(contract.GREEDY_TOKENS, width.tokens)
+        return call

@@ -15,14 +15,25 @@ from tda_export.graph import contract
 from tda_export.graph.contract import ModelShape
 from tda_export.runtime.deployment import AnyDeployment
 from tda_export.runtime.kv_cache import KvCache
-from tda_export.runtime.session import Call, Sessions, device_tensor, empty_tensor
+from tda_export.runtime.session import NO_GRAPH, Call, Sessions, device_tensor, empty_tensor
+
+
+class Width:
+    """Calls of so many tokens: the memory of their inputs and outputs, and one call that is bound to it."""
+
+    def __init__(self, tokens: int, shape: ModelShape, sessions: Sessions) -> None:
+        provider = sessions.provider
+        self.tokens = device_tensor(np.zeros((1, tokens), np.int64), provider)
+        self.logits = empty_tensor((1, tokens, shape.vocab_size), "float32", provider)
+        self.graph_id = sessions.next_graph_id() if sessions.captures else NO_GRAPH
+        self.call: Call | None = None
 
 
 class _CapturedHere(threading.local):
-    """The steps that this thread has captured. They go with it, as ONNX Runtime's captures do; its id comes again."""
+    """What this thread has captured. It goes with it, as ONNX Runtime's captures do; its id comes again."""
 
     def __init__(self) -> None:
-        self.steps: weakref.WeakSet[TokenStep] = weakref.WeakSet()
+        self.widths: weakref.WeakSet[Width] = weakref.WeakSet()
 
 
 _captured = _CapturedHere()
@@ -41,10 +52,11 @@ DENSE = Reading(1.0, 1.0)
 
 
 class TokenStep(ABC):
-    """Reads prompts densely into a cache of its own, and decodes one token at a time.
+    """Reads prompts densely into a cache of its own, and decodes one token at a time, or a few of which one is certain.
 
     The likeliest token is chosen where the logits are and written where the next step reads its input, so that greedy
-    decoding copies one number to the host for each token. ONNX Runtime keeps captured graphs for each thread.
+    decoding copies one number to the host for each token. ONNX Runtime keeps captured graphs for each thread; so that
+    there are two at most, calls of several tokens are then padded to the most that `capture` was told of.
 
     `any_length`: the cache alone says where reading stands, so that `rewind` takes any length and no checkpoint.
     """
@@ -54,11 +66,10 @@ class TokenStep(ABC):
     def __init__(self, sessions: Sessions, shape: ModelShape, capacity: int) -> None:
         self.cache = KvCache(shape, sessions.provider, capacity)
         self._sessions, self._shape = sessions, shape
-        self._token = device_tensor(np.zeros((1, 1), np.int64), sessions.provider)
         self._attended = device_tensor(self.cache.mask, sessions.provider)
-        self._logits = empty_tensor((1, 1, shape.vocab_size), "float32", sessions.provider)
-        self._greedy = True  # the call writes the next token itself
-        self._call: Call
+        self._greedy = True  # the call writes the next tokens itself
+        self._widths: dict[int, Width] = {}  # by number of tokens
+        self._most_tokens = 1  # of a captured call
 
     @abstractmethod
     def begin(self, tokens: Sequence[int], how: AnyDeployment, *, more: bool = False) -> np.ndarray:
@@ -100,44 +111,100 @@ class TokenStep(ABC):
 
     def greedy(self, token: int | None = None) -> int:
         """Append `token` (None: the one chosen last) and return the likeliest next one, -1 if logits are not finite."""
-        self._run(token)
-        if self._greedy:
-            return int(self._token.numpy()[0, 0])
-        logits = self._logits.numpy()[0, -1]
-        chosen = int(logits.argmax()) if np.isfinite(logits).all() else -1
-        self._token.update_inplace(np.array([[chosen]], np.int64))
-        return chosen
+        return int(self.greedy_each(None if token is None else [token])[0])
 
     def logits(self, token: int) -> np.ndarray:
         """Append `token` and return the next one's logits, float32 [V]."""
-        self._run(token)
-        logits: np.ndarray = self._logits.numpy()[0, -1].copy()
+        logits: np.ndarray = self.logits_each([token])[0]
         return logits
 
-    def _run(self, token: int | None) -> None:
-        self.cache.reserve(1)
+    def greedy_each(self, tokens: Sequence[int] | None) -> np.ndarray:
+        """Append the first of a few tokens, read the others behind it, and return what is likeliest after each.
+
+        The others count once `cache.confirm` says so.
+
+        Args:
+            tokens: S token ids; the cache has room for them. None is one, the likeliest of the last such call.
+
+        Returns:
+            int64 [S], -1 where logits are not finite; of the first token alone where a captured call of several does
+            not fit into the cache.
+        """
+        width, read = self._run(tokens)
+        if self._greedy:
+            return width.tokens.numpy()[0, :read].copy()
+        logits = width.logits.numpy()[0]
+        chosen = np.where(np.isfinite(logits).all(axis=1), logits.argmax(axis=1), -1)
+        width.tokens.update_inplace(chosen[None])
+        return chosen
+
+    def logits_each(self, tokens: Sequence[int]) -> np.ndarray:
+        """Do the same and return the logits after each, float32 [S, V] or [1, V]."""
+        width, read = self._run(tokens)
+        return width.logits.numpy()[0, :read].copy()
+
+    def _run(self, tokens: Sequence[int] | None) -> tuple[Width, int]:
+        """Run a call of tokens; return it and how many of them it has read."""
+        given = 1 if tokens is None else len(tokens)
+        size = given
+        if self._sessions.captures and given > 1:
+            size = self._most_tokens
+            if self.cache.length + size > self.cache.capacity:
+                given = size = 1
+        width = self._width(size)
+        self.cache.reserve(size)
         self._attended.update_inplace(self.cache.mask)
-        if self._sessions.captures and self not in _captured.steps:
-            # A capture runs the step several times, each with the token that the one before chose: what it leaves at
-            # the new token's place is written over by the run that counts.
-            held = self._token.numpy().copy()
-            self._call.run_only()
-            self._token.update_inplace(held)
-            _captured.steps.add(self)
-        if token is not None:
-            self._token.update_inplace(np.array([[token]], np.int64))
-        self._call.run_only()
-        self.cache.commit()
+        if self._sessions.captures and width not in _captured.widths:
+            # A capture runs the step several times, each with the tokens that the one before chose: what it leaves at
+            # the new tokens' places is written over by the run that counts.
+            held = width.tokens.numpy().copy()
+            self._call(width).run_only()
+            width.tokens.update_inplace(held)
+            _captured.widths.add(width)
+        if tokens is not None:
+            padded = [*tokens[:given], *[tokens[0]] * (size - given)]
+            width.tokens.update_inplace(np.array([padded], np.int64))
+        call = self._call(width)
+        if self._greedy:
+            call.run_only()
+        else:  # anew: ONNX Runtime checks memory that it is given against the default of num_logits
+            call.allocate(contract.LOGITS, "cpu")
+            width.logits = call.run()[contract.LOGITS]
+        self.cache.commit(1)
+        return width, given
 
-    def capture(self) -> None:
-        """Capture the step for this thread before its first prompt, so that no token waits for it."""
-        if self._sessions.captures and self not in _captured.steps:
+    def capture(self, most_tokens: int = 1) -> None:
+        """Capture steps of one token and of `most_tokens` for this thread before its first prompt, so that no token
+        waits for it."""
+        self._most_tokens = most_tokens
+        if not self._sessions.captures:
+            return
+        for tokens in sorted({1, most_tokens}):
             held = self.cache.length
-            self._run(0)  # at the place of the next token, which is written over
-            self.cache.truncate(held)
+            if self._width(tokens) not in _captured.widths and held + tokens <= self.cache.capacity:
+                self._run([0] * tokens)  # at the places of the next tokens, which are written over
+                self.cache.truncate(held)
 
-    def _bind_tokens(self, call: Call) -> None:
-        call.feed(contract.INPUT_IDS, self._token)
+    @abstractmethod
+    def _bind(self, width: Width) -> Call:
+        """Bind a call of so many tokens, as decoding is to go on now."""
+
+    def _width(self, tokens: int) -> Width:
+        if tokens not in self._widths:
+            self._widths[tokens] = Width(tokens, self._shape, self._sessions)
+        return self._widths[tokens]
+
+    def _call(self, width: Width) -> Call:
+        if width.call is None:
+            width.call = self._bind(width)
+        return width.call
+
+    def _bind_anew(self) -> None:
+        """Bind the next call of any width again."""
+        for width in self._widths.values():
+            width.call = None
+
+    def _bind_tokens(self, call: Call, width: Width) -> None:
+        call.feed(contract.INPUT_IDS, width.tokens)
         call.feed(contract.ATTENTION_MASK, self._attended)
         self.cache.bind(call)
-        call.write_to(contract.LOGITS, self._logits)

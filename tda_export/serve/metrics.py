@@ -34,6 +34,10 @@ class ServerMetrics:
             registry=registry,
         )
         self._generated = Counter("tda_export_generated_tokens", "Tokens generated", registry=registry)
+        self._drafted = Counter("tda_export_drafted_tokens", "Tokens that lookups drafted", registry=registry)
+        self._accepted = Counter(
+            "tda_export_accepted_tokens", "Drafted tokens that needed no step of their own", registry=registry
+        )
         self._queued = Histogram(
             "tda_export_queue_seconds", "From arrival to the start", buckets=SECONDS, registry=registry
         )
@@ -87,6 +91,8 @@ class ServerMetrics:
         self._prompt.inc(metrics.prompt_tokens)
         self._reused.inc(metrics.reused_tokens)
         self._generated.inc(metrics.new_tokens)
+        self._drafted.inc(metrics.drafted)
+        self._accepted.inc(metrics.accepted)
         self._read.inc(metrics.decode_steps * metrics.bytes_per_token)
         self._dense.inc(metrics.decode_steps * metrics.dense_bytes_per_token)
         if metrics.decode_tokens_per_second:

@@ -81,6 +81,7 @@ class Worker:
         deployment: AnyDeployment,
         metrics: ServerMetrics,
         keep_answers: bool = False,
+        lookup: int = 0,
     ) -> None:
         """Prepare; `start` begins.
 
@@ -92,9 +93,11 @@ class Worker:
             deployment: What decode reads for requests that do not say.
             metrics: Where requests are counted.
             keep_answers: As for `Model.memory`.
+            lookup: As for `Model.generate`, of every request.
         """
         self.model, self.context, self.metrics = model, context, metrics
         self._mask, self._deployment, self._queue_size = mask, deployment, queue_size
+        self._lookup = lookup
         self._memory = model.memory(context=context, keep_answers=keep_answers)
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
@@ -255,6 +258,7 @@ class Worker:
             stop_token_ids=order.stop_token_ids,
             ignore_eos=order.ignore_eos,
             memory=self._memory,
+            lookup=self._lookup,
         )
         with self._changed:
             job.generation = generation

@@ -101,6 +101,14 @@ def test_answers_may_be_kept(priced_artifact: Path) -> None:
     assert sum(read[True]) < sum(read[False])
 
 
+def test_a_lookup(priced_artifact: Path) -> None:
+    options = ("chat", priced_artifact, "--max-new-tokens", 160, "--ignore-eos")
+    alone = run_cli(*options, input="the sea, the sea, the sea")
+    result = run_cli(*options, "--lookup", 4, input="the sea, the sea, the sea")
+    assert result.stdout == alone.stdout
+    assert re.search(r", 160 tokens, \d+ of \d+ drafted tokens accepted, \d+ steps, ", result.stderr)
+
+
 def test_commands(tiny_artifact: Path, loaded: Model) -> None:
     lines = [TURNS[0], "/help", "/nothing of that", "/reset", TURNS[0], "/quit", "never sent"]
     result = run_cli("chat", tiny_artifact, "--max-new-tokens", 12, input="\n".join(lines))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,26 @@ def test_generate_says_how_often_it_refreshed(tiny_artifact: Path) -> None:
     result = run_ok("generate", tiny_artifact, PROMPT, "--max-new-tokens", 24, "--refresh", 8)
     assert ", 2 refreshes\n" in result.stderr
     assert "refreshes" not in run_ok("generate", tiny_artifact, PROMPT, "--max-new-tokens", 24).stderr
+
+
+def test_generate_with_a_lookup(priced_artifact: Path) -> None:
+    options = (priced_artifact, "the sea, the sea, the sea", "--max-new-tokens", 160, "--ignore-eos")
+    alone, result = run_ok("generate", *options), run_ok("generate", *options, "--lookup", 4)
+    assert result.stdout == alone.stdout
+    found = re.search(r", (\d+) of (\d+) drafted tokens accepted, (\d+) steps\n", result.stderr)
+    assert found is not None
+    accepted, drafted, steps = map(int, found.groups())
+    assert 0 < accepted <= drafted
+    assert accepted + steps == 159
+    assert "drafted" not in alone.stderr
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "serve"])
+def test_lookups_out_of_range(command: str, priced_artifact: Path) -> None:
+    prompt = ("The sea",) if command == "generate" else ()
+    for given in (-1, 16):
+        result = run_cli(command, priced_artifact, *prompt, "--lookup", given)
+        assert_error(result, USAGE, f"A lookup of {given} tokens is outside [0, 15]. Give 0 for none.")
 
 
 def test_generate_by_max_kl(tiny_artifact: Path) -> None:

@@ -100,6 +100,27 @@ def test_answers_are_kept(priced_artifact: Path) -> None:
     assert cached["--keep-answers"] >= cached["--reread-answers"]
 
 
+def test_a_lookup(priced_artifact: Path) -> None:
+    """Answers stay the same, with and without streaming, and what it gave is counted."""
+    ask: dict[str, Any] = {"model": "priced", "prompt": "the sea, the sea, the sea", "max_tokens": 160}
+    ask |= {"temperature": 0, "extra_body": {"ignore_eos": True}}
+    answers, counted = [], []
+    for lookup in (0, 4):
+        with started(priced_artifact, "--lookup", lookup) as (_, _, url):
+            client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+            whole = client.completions.create(**ask).choices[0].text
+            streamed = "".join(chunk.choices[0].text for chunk in client.completions.create(**ask, stream=True))
+            assert streamed == whole
+            answers.append(whole)
+            page = openai.DefaultHttpxClient().get(url.removesuffix("v1") + "metrics").text
+        names = ("drafted", "accepted")
+        found = [re.search(rf"^tda_export_{name}_tokens_total (\S+)$", page, re.MULTILINE) for name in names]
+        counted.append([float(match.group(1)) for match in found if match])
+    assert answers[0] == answers[1]
+    assert counted[0] == [0, 0]
+    assert 0 < counted[1][1] <= counted[1][0]
+
+
 def test_an_address_that_others_reach_is_said(tiny_artifact: Path) -> None:
     with started(tiny_artifact, "--host", "0.0.0.0") as (_, said, _):
         assert re.match(r"Whoever can reach http://0\.0\.0\.0:\d+ can use it: there is no authentication\.\n", said)

@@ -66,7 +66,7 @@ def test_products_with_rows(format: IntegerFormat, inputs: int, outputs: int, co
 
 
 @pytest.mark.parametrize("format", SOME)
-@pytest.mark.parametrize("count", [1, 6])
+@pytest.mark.parametrize("count", [1, 6, 9])
 @pytest.mark.parametrize("price", [-0.0, -1.0, -np.inf, np.nan])
 def test_prices_that_read_every_row(format: IntegerFormat, count: int, price: float) -> None:
     feeds, elements = row_feeds(np.random.default_rng(0), format, 300, 264, count)
@@ -77,7 +77,7 @@ def test_prices_that_read_every_row(format: IntegerFormat, count: int, price: fl
 
 
 @pytest.mark.parametrize("format", SOME)
-@pytest.mark.parametrize("count", [1, 6])
+@pytest.mark.parametrize("count", [1, 6, 9])
 def test_a_price_of_infinity_leaves_the_bias(format: IntegerFormat, count: int) -> None:
     feeds, _ = row_feeds(np.random.default_rng(0), format, 300, 265, count)
     y = run(session(format, 265, rows=True, bias=True), feeds | {"price": np.full(1, np.inf, np.float32)})
@@ -86,7 +86,7 @@ def test_a_price_of_infinity_leaves_the_bias(format: IntegerFormat, count: int) 
 
 @pytest.mark.parametrize("format", SOME)
 @pytest.mark.parametrize("spoiled", [np.nan, np.inf])
-@pytest.mark.parametrize("count", [3, 7])
+@pytest.mark.parametrize("count", [3, 9])
 @pytest.mark.parametrize("rows", [True, False], ids=["rows", "dots"])
 def test_x_that_is_not_finite_reaches_its_own_result_alone(
     format: IntegerFormat, spoiled: float, count: int, rows: bool
@@ -100,7 +100,7 @@ def test_x_that_is_not_finite_reaches_its_own_result_alone(
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("count", [1, 5, 9])
 @pytest.mark.parametrize("scale", [np.nan, np.inf, -np.inf])
 def test_scales_that_are_not_finite(format: IntegerFormat, count: int, scale: float) -> None:
     """Those of rows that no token reads change rounding alone; others reach the columns of their group, no further."""
@@ -182,6 +182,8 @@ def test_a_token_alone_gives_the_same_bits(format: IntegerFormat, rows: bool, th
     together = run(session(format, columns, rows=rows, bias=rows), feeds)
     call = session(format, columns, rows=rows, bias=rows, threads=threads)
     np.testing.assert_array_equal(run(call, feeds), together)
+    for count in (2, 3, 7, 8, 15):
+        np.testing.assert_array_equal(run(call, feeds | {"x": feeds["x"][:, :count]}), together[:, :count])
     for t in range(16):
         alone = run(call, feeds | {"x": feeds["x"][:, t : t + 1]})
         np.testing.assert_array_equal(alone[:, 0], together[:, t])

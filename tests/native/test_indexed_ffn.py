@@ -84,6 +84,26 @@ def test_equal_calls_give_equal_bits(dtype: str, tokens: int) -> None:
         np.testing.assert_array_equal(run(call, feeds), first)
 
 
+@pytest.mark.parametrize("step", [1, 2], ids=["side by side", "apart"])
+@pytest.mark.parametrize("threshold", [0.0, 0.2])
+def test_a_token_alone_gives_the_same_bits_on_the_cpu(step: int, threshold: float) -> None:
+    """Whatever the other tokens of the call need."""
+    feeds = random_feeds(
+        np.random.default_rng(0),
+        tokens=17,
+        hidden=250,
+        neurons=900,
+        indices=np.arange(0, 900, step),
+        dtype="float32",
+        threshold=threshold,
+    )
+    call = session(FfnForm("silu", two_levels=True), layer=LAYER)
+    together = run(call, feeds)
+    for first, count in ((0, 1), (3, 1), (0, 2), (2, 5), (0, 16), (16, 1)):
+        x = feeds["x"][:, first : first + count]
+        np.testing.assert_array_equal(run(call, feeds | {"x": x}), together[:, first : first + count])
+
+
 @pytest.mark.parametrize("index", [4, 100, -2, -7, 2**31 - 1, -(2**31)])
 def test_index_that_is_no_neuron_is_an_error_on_the_cpu(index: int) -> None:
     feeds = random_feeds(

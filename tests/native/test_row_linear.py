@@ -74,7 +74,7 @@ def test_prices_that_read_every_row(dtype: str, native: bool, early: bool, price
 
 
 @pytest.mark.parametrize(("dtype", "native"), WAYS)
-@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("tokens", [1, 5, 9])
 @pytest.mark.parametrize("price", [1e-30, 0.5, np.inf])
 def test_row_prices_of_nothing_and_of_infinity(dtype: str, native: bool, tokens: int, price: float) -> None:
     """A row price of 0 goes at any price above 0, one of infinity is always read, for x of 0 too."""
@@ -107,7 +107,7 @@ def test_x_that_is_not_finite_reaches_the_result(dtype: str, native: bool, spoil
 
 @pytest.mark.parametrize("dtype", ["float32", *ON_GPU])
 @pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize("tokens", [1, 6])
+@pytest.mark.parametrize("tokens", [1, 6, 9])
 @pytest.mark.parametrize("outputs", [264, 65])
 def test_rows_that_are_not_needed_are_not_used(dtype: str, early: bool, tokens: int, outputs: int) -> None:
     """Neither dropped rows nor those of zeros: what is in them shows nowhere, not even as 0 * NaN."""
@@ -146,6 +146,8 @@ def test_a_token_alone_gives_the_same_bits_on_the_cpu(threads: int) -> None:
     feeds["price"] = price_for(feeds, 0.4)
     together = run(session(bias=True), feeds)
     call = session(bias=True, threads=threads)
+    for count in (2, 8, 16):
+        np.testing.assert_array_equal(run(call, feeds | {"x": feeds["x"][:, :count]}), together[:, :count])
     for t in range(19):
         alone = run(call, feeds | {"x": feeds["x"][:, t : t + 1]})
         np.testing.assert_array_equal(alone[:, 0], together[:, t])
