@@ -57,6 +57,7 @@ def make_priced(linears: dict[str, tuple[int, int]]) -> Priced:
         random(SEQUENCES, PRICES),
         {part: random(PRICES, LAYERS) for part in linears},
         tokens=7,
+        short_kl=random(SEQUENCES - 1, PRICES),
     )
     count = torch.ones(1, dtype=torch.float64)
     return Priced(
@@ -67,6 +68,7 @@ def make_priced(linears: dict[str, tuple[int, int]]) -> Priced:
         RowBytes(4),
         128,
         {"sites": measured},
+        (32, 256),
     )
 
 
