@@ -77,7 +77,6 @@ def test_build_says_what_to_expect(tiny_model: Path, priced_calibration: Path, t
     ("options", "budget"),
     [
         (["--sparsity", 0.3], {"sparsity": 0.3}),
-        (["--max-kl", 0.02], {"max_kl": 0.02}),
         (["--price", 1e-7], {"price": 1e-7}),
         (["--price", 0], {"price": 0.0}),
     ],
@@ -98,6 +97,16 @@ def test_budgets_of_build_and_generate_are_alike(
     assert built["tokens"] == chosen["tokens"]
     assert built["metrics"]["sparsity"] == pytest.approx(chosen["metrics"]["sparsity"], abs=1e-9)
     assert built["metrics"]["sparsity"] == pytest.approx(result["expected"]["sparsity"])
+
+
+def test_build_by_max_kl_knows_no_prompt(
+    tiny_model: Path, priced_calibration: Path, table: PriceTable, tmp_path: Path
+) -> None:
+    """It takes the table as it is, and not after a prompt of some length."""
+    options = ("--calibration", priced_calibration, "--max-kl", 0.02, "--no-verify", "-o", tmp_path / "a")
+    assert result_of("build", tiny_model, *options)["budget"] == {"max_kl": 0.02}
+    price = json.loads((tmp_path / "a" / contract.MANIFEST_FILE).read_text())["price"]
+    assert price == pytest.approx(table.price_for(max_kl=0.02))
 
 
 def test_dense_prices_are_written_as_0(tiny_model: Path, priced_calibration: Path, tmp_path: Path) -> None:
