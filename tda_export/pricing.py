@@ -140,8 +140,7 @@ class PriceTable:
         """The KL of each row after short prompts, for readers: one column, none where it was not measured."""
         if self.short is None:
             return [[] for _ in self.rows]
-        rows = self.after(self.short.prompt_tokens).rows
-        return [[row.kl_text] for row in rows]
+        return [[f"{kl:.4f}"] for kl in self.short.kl]
 
     def price_for(self, *, sparsity: float | None = None, max_kl: float | None = None) -> float:
         """Choose the price for a budget, one of two: 0 where dense meets it, as with ReLU's zeros.
@@ -250,11 +249,10 @@ class PriceTable:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as plain data."""
-        short = self.short and {"kl": list(self.short.kl), "kl_stderr": list(self.short.kl_stderr)}
-        return asdict(self) | {
-            "rows": [asdict(row) for row in self.rows],
-            "short": self.short and asdict(self.short) | short,
-        }
+        content = asdict(self) | {"rows": [asdict(row) for row in self.rows]}
+        if self.short is not None:
+            content["short"] |= {"kl": list(self.short.kl), "kl_stderr": list(self.short.kl_stderr)}
+        return content
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> PriceTable:

@@ -217,7 +217,8 @@ class Measured:
     def _short(self, prompt_tokens: int, table_prompt_tokens: int) -> ShortPrompts:
         """Return the KL of all sequences after short prompts: theirs, times what those that were measured say."""
         assert self.short_kl is not None
-        short, own, usual = self.short_kl, self.kl[: len(self.short_kl)], self.kl.mean(dim=0)
+        short, usual = self.short_kl[: len(self.kl)], self.kl.mean(dim=0)
+        own = self.kl[: len(short)]
         usable = own.mean(dim=0) > 0
         base = own.mean(dim=0).where(usable, torch.ones_like(usual))
         factor = (short.mean(dim=0) / base).clamp_min(0.0).where(usable, torch.ones_like(usual))

@@ -88,17 +88,22 @@ def print_prices(table: PriceTable, integers: float | None = None) -> None:
             f"{row.ffn_share:.3f}",
             f"{row.attention_share:.3f}",
             row.kl_text,
-            *short,
             *float_kl_cells(integers, row.kl),
             f"{row.agreement:.3f}",
         ]
-        for row, short in zip(table.rows, table.short_kl_texts, strict=True)
+        for row in table.rows
     ]
-    after = [] if table.short is None else [f"after {table.short.prompt_tokens} tokens"]
-    columns = ["price", "linears", "FFN", "attention", "KL to dense", *after, *float_kl_columns(integers), "agreement"]
+    columns = ["price", "linears", "FFN", "attention", "KL to dense", *float_kl_columns(integers), "agreement"]
     print_table(
         f"Prices with {THRESHOLDS[table.packing]} ({table.packing}): shares of bytes read, nats a token", columns, rows
     )
+    if table.short is not None:
+        after = table.after(table.short.prompt_tokens).rows
+        print_table(
+            f"After prompts of {table.short.prompt_tokens} tokens in place of {table.short.table_prompt_tokens}",
+            ["price", "KL to dense"],
+            [[f"{row.price:.3e}", row.kl_text] for row in after[1:]],
+        )
 
 
 def print_checks(checks: list[Check]) -> None:
