@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from rows import Row, print_rows
 
 from tda_export.calibration.corpus import BUILTIN, load_corpus
 from tda_export.calibration.file import Calibration, read_calibration
-from tda_export.calibration.price_table import Measured, measure_sequence
+from tda_export.calibration.price_table import Measured, measure_sequence, shortened
 from tda_export.errors import UsageError
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.packing import PACKINGS
@@ -54,12 +54,6 @@ def sequences(source: ModelSource, found: Calibration, options: argparse.Namespa
     return corpus.tokens[1::2][: options.sequences]
 
 
-def shortened(sequence: torch.Tensor, length: int, prefix: Sequence[int]) -> torch.Tensor:
-    """Return the end of a sequence behind what the tokenizer puts before a text, int64 [length]."""
-    kept = sequence[len(sequence) - length + len(prefix) :]
-    return torch.cat([torch.tensor(list(prefix), dtype=torch.int64), kept])
-
-
 def measured(options: argparse.Namespace) -> Iterator[Row]:
     """A row for each prompt length and sparsity."""
     source = resolve_model(options.model, notify=lambda line: print(line, file=sys.stderr))
@@ -73,7 +67,7 @@ def measured(options: argparse.Namespace) -> Iterator[Row]:
     prices = [table.price_for(sparsity=sparsity) for sparsity in sorted(options.sparsity)]
     row_prices = {packing: priced.sums.row_prices(spec, packing, priced.row_bytes)}
     tokens, continuation = sequences(source, found, options), priced.continuation_tokens
-    prefix = list(source.tokenizer("").input_ids)
+    prefix = len(source.tokenizer("").input_ids)
     model = source.reference().requires_grad_(False)
     for prompt in options.prompt_tokens:
         here = {packing: Measured.begin(spec, prices)}
@@ -84,7 +78,7 @@ def measured(options: argparse.Namespace) -> Iterator[Row]:
                 measure_sequence(model, spec, short, prompt, row_prices, here, advance)
         rows = here[packing].table(priced.linears, packing, priced.row_bytes, continuation).rows
         for sparsity, row in zip(sorted(options.sparsity), rows[1:], strict=True):
-            predicted = table.predicted(row.price)
+            predicted = table.after(prompt).predicted(row.price)
             yield {
                 "text": options.dataset if options.dataset == BUILTIN else Path(options.dataset).stem,
                 "sequences": len(tokens),

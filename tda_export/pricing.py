@@ -50,12 +50,40 @@ class PriceRow:
 
 
 @dataclass(frozen=True)
+class ShortPrompts:
+    """What the prices of a table cost after shorter prompts than its own, and how long both are.
+
+    `prompt_tokens`: of the short prompts; `table_prompt_tokens`: of those that the table was measured after, more.
+    `kl` and `kl_stderr`: of each row of the table, nats a token.
+    """
+
+    prompt_tokens: int
+    table_prompt_tokens: int
+    kl: tuple[float, ...]
+    kl_stderr: tuple[float, ...]
+
+    def weight(self, prompt_tokens: int) -> float:
+        """Return how much of a KL after such a prompt is that after short ones: by the logarithm of the length."""
+        if prompt_tokens < 1:
+            return 1.0
+        own = math.log(self.table_prompt_tokens)
+        there = (own - math.log(prompt_tokens)) / (own - math.log(self.prompt_tokens))
+        return min(1.0, max(0.0, there))
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> ShortPrompts:
+        """Read it back from plain data."""
+        kl, error = (tuple(map(float, content[name])) for name in ("kl", "kl_stderr"))
+        return cls(int(content["prompt_tokens"]), int(content["table_prompt_tokens"]), kl, error)
+
+
+@dataclass(frozen=True)
 class PriceTable:
     """Measured rows, from dense (price 0) to sparse.
 
     A price is meant for one packing and for the rows that it was measured with: of the label `formats` (`RowBytes`),
     floats of `element_bytes` (`rescaled`). It grows with the tokens that come after a token, of which calibration had
-    `continuation_tokens`.
+    `continuation_tokens`. `short`: the KL after shorter prompts (`after`), None where it was not measured.
     """
 
     packing: Packing
@@ -63,6 +91,7 @@ class PriceTable:
     continuation_tokens: int
     rows: tuple[PriceRow, ...]
     formats: str = FLOAT
+    short: ShortPrompts | None = None
 
     def __post_init__(self) -> None:
         numbers = [[*_numbers(row)] for row in self.rows]
@@ -83,6 +112,8 @@ class PriceTable:
         ):
             if wrong:
                 raise ValueError(f"table of prices: {what}")
+        if self.short is not None:
+            _check_short(self.short, len(self.rows))
 
     @property
     def most_sparsity(self) -> float:
@@ -103,6 +134,13 @@ class PriceTable:
     def most_price(self) -> float:
         """The largest price that was measured."""
         return self.rows[-1].price
+
+    @property
+    def short_kl_texts(self) -> list[list[str]]:
+        """The KL of each row after short prompts, for readers: one column, none where it was not measured."""
+        if self.short is None:
+            return [[] for _ in self.rows]
+        return [[f"{kl:.4f}"] for kl in self.short.kl]
 
     def price_for(self, *, sparsity: float | None = None, max_kl: float | None = None) -> float:
         """Choose the price for a budget, one of two: 0 where dense meets it, as with ReLU's zeros.
@@ -179,6 +217,26 @@ class PriceTable:
         rows = tuple(replace(row, price=row.price * factor) for row in self.rows)
         return replace(self, element_bytes=element_bytes, rows=rows)
 
+    def after(self, prompt_tokens: int) -> PriceTable:
+        """Return the table with the KL that is expected after a prompt of this length.
+
+        Between the two lengths that were measured the logarithm of the KL is linear in that of the length; beyond them
+        it is the nearer one's. Where one length alone was measured, the table itself.
+        """
+        weight = 0.0 if self.short is None else self.short.weight(prompt_tokens)
+        if self.short is None or weight == 0:
+            return self
+        pairs = zip(self.rows, self.short.kl, self.short.kl_stderr, strict=True)
+        rows = tuple(
+            replace(
+                row,
+                kl=_mean_kl(row.kl, kl, weight),
+                kl_stderr=(1 - weight) * row.kl_stderr + weight * error,
+            )
+            for row, kl, error in pairs
+        )
+        return replace(self, rows=rows, short=None)
+
     def of_parts(self, parts: Parts) -> PriceTable:
         """Return the table with `share` of the FFN's bytes, or of attention's, where those alone may drop rows.
 
@@ -191,7 +249,10 @@ class PriceTable:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as plain data."""
-        return asdict(self) | {"rows": [asdict(row) for row in self.rows]}
+        content = asdict(self) | {"rows": [asdict(row) for row in self.rows]}
+        if self.short is not None:
+            content["short"] |= {"kl": list(self.short.kl), "kl_stderr": list(self.short.kl_stderr)}
+        return content
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> PriceTable:
@@ -206,7 +267,9 @@ class PriceTable:
                 for row in content["rows"]
             )
             sizes = (int(content["element_bytes"]), int(content["continuation_tokens"]))
-            return cls(content["packing"], *sizes, rows, str(content.get("formats", FLOAT)))
+            short = content.get("short")  # older tables have none
+            short = None if short is None else ShortPrompts.from_dict(short)
+            return cls(content["packing"], *sizes, rows, str(content.get("formats", FLOAT)), short)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"table of prices: incomplete ({error})") from error
 
@@ -267,6 +330,23 @@ def _rounded_down(value: float) -> float:
     step = 10.0 ** (math.floor(math.log10(value)) - 2)
     rounded = float(f"{math.floor(value / step) * step:.3g}")
     return rounded if rounded <= value else value
+
+
+def _mean_kl(kl: float, short: float, weight: float) -> float:
+    """Return a mean of logarithms; of the values themselves where one is 0."""
+    if min(kl, short) <= 0:
+        return (1 - weight) * kl + weight * short
+    return math.exp((1 - weight) * math.log(kl) + weight * math.log(short))
+
+
+def _check_short(short: ShortPrompts, rows: int) -> None:
+    numbers = [*short.kl, *short.kl_stderr]
+    if not 0 < short.prompt_tokens < short.table_prompt_tokens:
+        raise ValueError("table of prices: short prompts are not shorter than its own")
+    if not (len(short.kl) == len(short.kl_stderr) == rows):
+        raise ValueError("table of prices: the KL after short prompts is not of every row")
+    if not all(math.isfinite(number) and number >= 0 for number in numbers):
+        raise ValueError("table of prices: a KL after short prompts is negative or not finite")
 
 
 def _numbers(row: PriceRow) -> list[float]:

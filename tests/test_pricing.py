@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tda_export.errors import UsageError
-from tda_export.pricing import PriceRow, PriceTable
+from tda_export.pricing import PriceRow, PriceTable, ShortPrompts
 
 
 def row(price: float, share: float, kl: float) -> PriceRow:
@@ -207,3 +207,65 @@ def test_a_row_that_noise_raised_does_not_count() -> None:
     table = PriceTable("separate", 4, 128, rows)
     assert table.predicted(1e-8).share == 0.9
     assert table.predicted(1e-8).kl == 0.001
+
+
+# Short prompts
+
+SHORT = ShortPrompts(32, 256, (0.0, 0.002, 0.14), (0.0, 0.0004, 0.014))
+BOTH = dataclasses.replace(TABLE, short=SHORT)
+
+
+def test_between_two_lengths_of_prompt() -> None:
+    """Halfway between their logarithms the KL is their geometric mean, and a price for a KL follows."""
+    middle = BOTH.after(round(math.sqrt(32 * 256)))
+    assert middle.rows[1].kl == pytest.approx(math.sqrt(0.001 * 0.002), rel=1e-2)
+    assert middle.rows[2].kl == pytest.approx(math.sqrt(0.1 * 0.14), rel=1e-2)
+    assert middle.rows[2].kl_stderr == pytest.approx((0.01 + 0.014) / 2, rel=1e-2)
+    assert middle.price_for(max_kl=middle.rows[1].kl) == pytest.approx(1e-9)
+    assert BOTH.after(32).price_for(max_kl=0.14) == pytest.approx(1e-7)
+    assert BOTH.after(32).price_for(max_kl=0.05) < BOTH.price_for(max_kl=0.05)
+
+
+@given(st.integers(0, 10**6))
+def test_a_length_of_prompt_changes_nothing_but_the_kl(prompt_tokens: int) -> None:
+    found = BOTH.after(prompt_tokens)
+    for row, own, short in zip(found.rows, BOTH.rows, SHORT.kl, strict=True):
+        assert own.kl <= row.kl <= short or row.kl == pytest.approx(short)
+        assert dataclasses.replace(row, kl=own.kl, kl_stderr=own.kl_stderr) == own
+    if prompt_tokens >= 256:
+        assert found == BOTH
+    if prompt_tokens <= 32:
+        assert [row.kl for row in found.rows] == pytest.approx(list(SHORT.kl))
+
+
+def test_a_table_of_one_length_predicts_the_same_after_every_prompt() -> None:
+    assert TABLE.after(1) == TABLE
+    assert TABLE.short_kl_texts == [[], [], []]
+    assert BOTH.short_kl_texts == [["0.0000"], ["0.0020"], ["0.1400"]]
+
+
+def test_short_prompts_survive_a_file() -> None:
+    content = json.loads(json.dumps(BOTH.to_dict()))
+    assert PriceTable.from_dict(content) == BOTH
+    assert PriceTable.from_dict(content).rescaled(2).short == SHORT
+    del content["short"]
+    assert PriceTable.from_dict(content) == TABLE
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"prompt_tokens": 256}, "short prompts are not shorter than its own"),
+        ({"prompt_tokens": 0}, "short prompts are not shorter than its own"),
+        ({"kl": (0.0, 0.1)}, "the KL after short prompts is not of every row"),
+        ({"kl": (0.0, 0.1, -0.1)}, "a KL after short prompts is negative or not finite"),
+        ({"kl_stderr": (0.0, math.nan, 0.1)}, "a KL after short prompts is negative or not finite"),
+    ],
+)
+def test_short_prompts_that_cannot_be(change: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        dataclasses.replace(TABLE, short=dataclasses.replace(SHORT, **change))
+    content = BOTH.to_dict()
+    content["short"] |= change
+    with pytest.raises(ValueError, match=problem):
+        PriceTable.from_dict(content)

@@ -23,11 +23,15 @@ SHUFFLE_BUFFER = 1_000  # pieces
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token sequences int64 [N, P + C], and what identifies the text that they came from."""
+    """Token sequences int64 [N, P + C], and what identifies the text that they came from.
+
+    `prefix_tokens`: what the tokenizer puts before a text (BOS), with which each sequence begins.
+    """
 
     tokens: torch.Tensor
     name: str
     sha256: str
+    prefix_tokens: int = 0
 
     def describe(self) -> dict[str, Any]:
         """Provenance for the calibration file."""
@@ -113,7 +117,7 @@ def load_corpus(
             f"{dataset}: the text holds {str(tokenizer.convert_ids_to_tokens(token))[:100]!r}, token {token} of the "
             f"tokenizer, and the model's vocabulary ends at {vocab_size - 1}. Remove it from the text."
         )
-    return Corpus(stacked, dataset, hashlib.sha256(stacked.numpy().tobytes()).hexdigest())
+    return Corpus(stacked, dataset, hashlib.sha256(stacked.numpy().tobytes()).hexdigest(), len(prefix))
 
 
 def _documents(dataset: str, text_column: str | None, seed: int, characters: int) -> Iterator[str]:

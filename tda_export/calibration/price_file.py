@@ -18,6 +18,7 @@ from tda_export.weights.formats import INTEGER_FORMATS
 # What the names of tensors begin with.
 PRICES, INPUTS, WEIGHTED, NORMS, MEASURED = "prices.", "inputs.", "weighted.", "row_norms.", "measured."
 TOKENS, SEQUENCES = "tokens", "sequences"  # of prices, beside the matrices
+SHORT = "short_kl"  # of what was measured, where prompts were shortened
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Priced:
 
     `linears`: input channels and outputs of each part. `norms`: ||W_i|| by matrix, float32 [L, in]. `measured`: for
     each packing that was measured. `row_bytes`: of the rows that measured prices are meant for. `continuation_tokens`:
-    of a sequence.
+    of a sequence. `prompts`: tokens of a short prompt and of the others; None where none is short, as in older files.
     """
 
     linears: LinearShapes
@@ -36,10 +37,12 @@ class Priced:
     row_bytes: RowBytes
     continuation_tokens: int
     measured: dict[Packing, Measured] = field(default_factory=dict)
+    prompts: tuple[int, int] | None = None
 
     def table(self, packing: Packing) -> PriceTable:
         """Return the table of a packing that was measured."""
-        return self.measured[packing].table(self.linears, packing, self.row_bytes, self.continuation_tokens)
+        measured = self.measured[packing]
+        return measured.table(self.linears, packing, self.row_bytes, self.continuation_tokens, self.prompts)
 
     def tables(self) -> dict[Packing, PriceTable]:
         """Return all tables."""
@@ -53,6 +56,7 @@ def describe_priced(priced: Priced) -> dict[str, Any]:
         "element_bytes": priced.row_bytes.element_bytes,
         "formats": {name: format.name for name, format in priced.row_bytes.integers.items()},
         "continuation_tokens": priced.continuation_tokens,
+        "prompts": None if priced.prompts is None else list(priced.prompts),
     }
 
 
@@ -67,6 +71,7 @@ def priced_tensors(priced: Priced) -> dict[str, torch.Tensor]:
         prefix = f"{MEASURED}{packing}."
         tensors |= {prefix + name: getattr(measured, name) for name in ("prices", "kl", "agreement")}
         tensors |= {prefix + TOKENS: torch.tensor([measured.tokens])}
+        tensors |= {} if measured.short_kl is None else {prefix + SHORT: measured.short_kl}
         tensors |= {f"{prefix}read.{part}": value for part, value in measured.read.items()}
     return tensors
 
@@ -106,7 +111,12 @@ def priced_from(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor])
     measured = {packing: _measured(packing, linears, layers, tensors) for packing in PACKINGS if packing in found}
     formats = {str(name): INTEGER_FORMATS[format] for name, format in dict(content.get("formats", {})).items()}
     row_bytes = row_bytes_from(layers, tuple(linears), int(content["element_bytes"]), formats)
-    return Priced(linears, sums, magnitudes, norms, row_bytes, int(content["continuation_tokens"]), measured)
+    continuation = int(content["continuation_tokens"])
+    prompts = content.get("prompts")
+    prompts = None if prompts is None else (int(prompts[0]), int(prompts[1]))
+    if prompts is not None and any(table.short_kl is None for table in measured.values()):
+        raise ValueError("no KL after short prompts")
+    return Priced(linears, sums, magnitudes, norms, row_bytes, continuation, measured, prompts)
 
 
 def finished(priced: Priced) -> Priced:
@@ -132,7 +142,11 @@ def _measured(packing: Packing, linears: LinearShapes, layers: int, tensors: Map
     agreement = _checked(tensors, prefix + "agreement", torch.float64, (count, len(prices)))
     read = {part: _checked(tensors, f"{prefix}read.{part}", torch.float64, (len(prices), layers)) for part in linears}
     tokens = _checked(tensors, prefix + TOKENS, torch.int64, (1,))
-    return Measured(prices, kl, agreement, read, int(tokens))
+    short = None
+    if prefix + SHORT in tensors:
+        fewer = min(count, len(tensors[prefix + SHORT]))
+        short = _checked(tensors, prefix + SHORT, torch.float64, (fewer, len(prices)), signed=True)
+    return Measured(prices, kl, agreement, read, int(tokens), short)
 
 
 def _checked(

@@ -15,9 +15,12 @@ from tda_export.calibration.price_file import Priced
 from tda_export.calibration.price_table import (
     SCAN_SEQUENCES,
     SHARES,
+    SHORT_SEQUENCES,
     Measured,
     choose_prices,
     measure_sequence,
+    short_prompt,
+    shortened,
 )
 from tda_export.calibration.prices import PriceSums, no_prices, price_continuation, read_prompt, sampled_labels
 from tda_export.errors import UsageError
@@ -34,12 +37,16 @@ Show = Callable[[str, int], AbstractContextManager[Advance]]
 
 @dataclass(frozen=True)
 class PriceSettings:
-    """How prices are taken: labels of each token, the seed that they are drawn with, and what is measured."""
+    """How prices are taken: labels of each token, the seed that they are drawn with, and what is measured.
+
+    `prefix_tokens`: what the tokenizer puts before a text (BOS).
+    """
 
     prompt_tokens: int
     labels: int
     seed: int
     packings: Sequence[Packing]
+    prefix_tokens: int = 0
 
 
 def begin_priced(
@@ -75,7 +82,7 @@ def price_rows(
     save: Callable[[Priced], None] = lambda priced: None,
     ranks: Ranks = ALONE,
 ) -> Priced:
-    """Take prices from the even sequences, and measure tables of them on the odd ones.
+    """Take prices from the even sequences, and measure tables on the odd ones, on the first after a short prompt too.
 
     Args:
         model: A transformers model in evaluation mode.
@@ -98,8 +105,11 @@ def price_rows(
     row_prices = {packing: priced.sums.row_prices(spec, packing, priced.row_bytes) for packing in settings.packings}
     scanned = tokens[::2][:SCAN_SEQUENCES]
     passes = 1 + len(SHARES) * len(settings.packings)
-    prompt = settings.prompt_tokens
-    with show("Measuring prices", len(scanned) + passes * len(tokens[1::2])) as advance:
+    prompt, prefix = settings.prompt_tokens, settings.prefix_tokens
+    short = short_prompt(prompt, prefix)
+    shorter = 0 if short is None else min(SHORT_SEQUENCES, len(tokens[1::2]))
+    priced = replace(priced, prompts=None if short is None else (short, prompt))
+    with show("Measuring prices", len(scanned) + passes * (len(tokens[1::2]) + shorter)) as advance:
         if not priced.measured:
             chosen = choose_prices(model, spec, scanned, prompt, row_prices, priced.row_bytes, advance, ranks)
             priced = replace(priced, measured={name: Measured.begin(spec, prices) for name, prices in chosen.items()})
@@ -107,16 +117,25 @@ def price_rows(
         else:
             advance(len(scanned))
         done = min(len(measured.kl) for measured in priced.measured.values())
-        advance(done * passes)
+        advance((done + min(done, shorter)) * passes)
         left_out = passes - sum(len(measured.prices) for measured in priced.measured.values()) + len(row_prices) - 1
 
-        def measure(sequence: torch.Tensor, together: int) -> dict[Packing, Measured]:
-            own = {packing: measured.empty() for packing, measured in priced.measured.items()}
-            measure_sequence(model, spec, sequence, prompt, row_prices, own, lambda units: advance(units * together))
+        def measure_after(length: int, sequence: torch.Tensor, together: int) -> dict[Packing, Measured]:
+            found = {packing: measured.empty() for packing, measured in priced.measured.items()}
+            measure_sequence(model, spec, sequence, length, row_prices, found, lambda units: advance(units * together))
             advance(left_out * together)
+            return found
+
+        def measure(item: tuple[int, torch.Tensor], together: int) -> dict[Packing, Measured]:
+            index, sequence = item
+            own = measure_after(prompt, sequence, together)
+            if short is not None and index < shorter:
+                end = shortened(sequence, len(sequence) - prompt + short, prefix)
+                for packing, found in measure_after(short, end, together).items():
+                    own[packing].short_kl = found.kl
             return own
 
-        for found in ranks.in_order(list(tokens[1::2])[done:], measure):
+        for found in ranks.in_order(list(enumerate(tokens[1::2]))[done:], measure):
             for packing, of_sequence in found.items():
                 priced.measured[packing].add(of_sequence)
             save(priced)

@@ -26,12 +26,14 @@ from tda_export.packing import (
     linear_sites,
     packed_matrices,
 )
-from tda_export.pricing import PriceRow, PriceTable
+from tda_export.pricing import PriceRow, PriceTable, ShortPrompts
 from tda_export.progress import Advance
 from tda_export.ranks import ALONE, Ranks
 
 SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3)  # of what dense reads, that prices are chosen for
 SCAN_SEQUENCES = 4  # whose inputs the prices are chosen on
+SHORT_SEQUENCES = 8  # that are measured after a short prompt as well
+SHORT_PART = 8  # a short prompt has so many times fewer tokens
 
 LinearShapes = Mapping[str, tuple[int, int]]  # input channels and outputs by part
 RowPrices = Mapping[str, torch.Tensor]
@@ -126,7 +128,8 @@ class Measured:
     """What was measured of the A prices of one packing, row 0 being dense; on the CPU.
 
     `prices`: float64 [A], the first 0. `kl` and `agreement`: float64 [n, A] of the n sequences so far. `read`: rows
-    that tokens read, by part, float64 [A, L], summed over `tokens`.
+    that tokens read, by part, float64 [A, L], summed over `tokens`. `short_kl`: of the first m sequences after a short
+    prompt, float64 [m, A], m at most n.
     """
 
     prices: torch.Tensor
@@ -134,6 +137,7 @@ class Measured:
     agreement: torch.Tensor
     read: dict[str, torch.Tensor]
     tokens: int = 0
+    short_kl: torch.Tensor | None = None
 
     @classmethod
     def begin(cls, spec: DecoderSpec, prices: list[float]) -> Measured:
@@ -154,13 +158,20 @@ class Measured:
         for part, rows in other.read.items():
             self.read[part] += rows
         self.tokens += other.tokens
+        if other.short_kl is not None:
+            self.short_kl = other.short_kl if self.short_kl is None else torch.cat([self.short_kl, other.short_kl])
 
     def densities(self, linears: LinearShapes) -> dict[str, torch.Tensor]:
         """Return the share of rows that a token read, by part, float64 [A, L]."""
         return {part: read / (self.tokens * linears[part][0]) for part, read in self.read.items()}
 
     def table(
-        self, linears: LinearShapes, packing: Packing, row_bytes: RowBytes, continuation_tokens: int
+        self,
+        linears: LinearShapes,
+        packing: Packing,
+        row_bytes: RowBytes,
+        continuation_tokens: int,
+        prompts: tuple[int, int] | None = None,
     ) -> PriceTable:
         """Return the table. Standard errors are over sequences, 0 of one alone.
 
@@ -169,6 +180,7 @@ class Measured:
             packing: That was measured.
             row_bytes: What the rows take whose prices these are.
             continuation_tokens: C.
+            prompts: Tokens of a short prompt and of the others, where some were measured after a short one.
         """
         count = len(self.kl)
         error = self.kl.std(dim=0) / math.sqrt(count) if count > 1 else torch.zeros_like(self.kl[0])
@@ -199,7 +211,24 @@ class Measured:
             )
             for i, price in enumerate(self.prices)
         ]
-        return PriceTable(packing, row_bytes.element_bytes, continuation_tokens, tuple(rows), row_bytes.label)
+        short = None if prompts is None or self.short_kl is None else self._short(*prompts)
+        return PriceTable(packing, row_bytes.element_bytes, continuation_tokens, tuple(rows), row_bytes.label, short)
+
+    def _short(self, prompt_tokens: int, table_prompt_tokens: int) -> ShortPrompts:
+        """Return the KL of all sequences after short prompts: theirs, times what those that were measured say."""
+        assert self.short_kl is not None
+        short, usual = self.short_kl[: len(self.kl)], self.kl.mean(dim=0)
+        own = self.kl[: len(short)]
+        usable = own.mean(dim=0) > 0
+        base = own.mean(dim=0).where(usable, torch.ones_like(usual))
+        factor = (short.mean(dim=0) / base).clamp_min(0.0).where(usable, torch.ones_like(usual))
+        error = torch.zeros_like(usual)
+        if len(short) > 1:  # of a ratio, and of what it multiplies
+            ratio = (short - factor * own).std(dim=0) / base / math.sqrt(len(short))
+            whole = self.kl.std(dim=0) / math.sqrt(len(self.kl))
+            error = ((ratio * usual).square() + (factor * whole).square()).sqrt().where(usable, error)
+        kl = (factor * usual).clamp_min(0.0)
+        return ShortPrompts(prompt_tokens, table_prompt_tokens, tuple(kl.tolist()), tuple(error.tolist()))
 
 
 def measure_sequence(
@@ -258,6 +287,23 @@ def measure_sequence(
         )
     for packing, of_sequence in found.items():
         measured[packing].add(of_sequence)
+
+
+def short_prompt(prompt_tokens: int, prefix_tokens: int = 0) -> int | None:
+    """Return how long a short prompt is beside one of `prompt_tokens`; None where nothing would be left of it.
+
+    Args:
+        prompt_tokens: P.
+        prefix_tokens: What the tokenizer puts before a text (BOS), which a short prompt keeps.
+    """
+    length = prompt_tokens // SHORT_PART
+    return length if length > prefix_tokens else None
+
+
+def shortened(sequence: torch.Tensor, length: int, prefix_tokens: int) -> torch.Tensor:
+    """Return the end of a sequence behind what the tokenizer puts before a text, int64 [length]."""
+    kept = sequence[len(sequence) - length + prefix_tokens :]
+    return torch.cat([sequence[:prefix_tokens], kept])
 
 
 def _share(

@@ -273,7 +273,7 @@ def _price(
         model,
         spec,
         corpus.tokens,
-        PriceSettings(settings.prompt_tokens, settings.labels, settings.seed, packings),
+        PriceSettings(settings.prompt_tokens, settings.labels, settings.seed, packings, corpus.prefix_tokens),
         begun,
         show=show,
         resume=ranks.from_first(lambda: partial.load_priced(begun) if partial else None),

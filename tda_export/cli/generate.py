@@ -53,6 +53,7 @@ def generate(
     applies to this run; the artifact need not be built again. Text goes to standard output, its cost to standard error.
     """
     from tda_export.errors import TdaError, UsageError
+    from tda_export.runtime.deployment import PriceDeployment
 
     if answering.chat_template_kwargs and not chat:
         raise UsageError("--chat-template-kwargs has no effect without --chat. Give both, or neither.")
@@ -64,9 +65,11 @@ def generate(
         except UnicodeDecodeError as error:
             raise TdaError("The prompt on standard input is not valid UTF-8 text. Convert it to UTF-8.") from error
     model, deployment = deployed.load(artifact)
+    tokens = model.tokenize(prompt, chat=chat, chat_template_kwargs=answering.chat_template_kwargs)
+    if deployed.max_kl is not None and isinstance(deployment, PriceDeployment):
+        deployment = model.at(max_kl=deployed.max_kl, prompt_tokens=len(tokens))
     generation = model.generate(
-        prompt,
-        chat=chat,
+        tokens,
         max_new_tokens=answering.max_new_tokens,
         mask=deployed.mask,
         sampling=answering.sampling,
@@ -75,17 +78,16 @@ def generate(
         stop=answering.stop,
         stop_token_ids=answering.stop_token_ids,
         ignore_eos=answering.ignore_eos,
-        chat_template_kwargs=answering.chat_template_kwargs,
         lookup=answering.lookup,
     )
-    tokens, shown = [], 0
+    written, shown = [], 0
     for token in generation:
-        tokens.append(token.id)
+        written.append(token.id)
         shown += len(token.text)
         if not as_json:
             click.echo(token.text, nl=False)
     if as_json:
-        click.echo(json.dumps({"text": generation.text, "tokens": tokens, "metrics": asdict(generation.metrics)}))
+        click.echo(json.dumps({"text": generation.text, "tokens": written, "metrics": asdict(generation.metrics)}))
     else:
         click.echo(generation.text[shown:])  # what an end of text left unfinished
         click.echo(summary(generation.metrics), err=True)

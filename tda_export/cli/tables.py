@@ -97,6 +97,13 @@ def print_prices(table: PriceTable, integers: float | None = None) -> None:
     print_table(
         f"Prices with {THRESHOLDS[table.packing]} ({table.packing}): shares of bytes read, nats a token", columns, rows
     )
+    if table.short is not None:
+        after = table.after(table.short.prompt_tokens).rows
+        print_table(
+            f"After prompts of {table.short.prompt_tokens} tokens in place of {table.short.table_prompt_tokens}",
+            ["price", "KL to dense"],
+            [[f"{row.price:.3e}", row.kl_text] for row in after[1:]],
+        )
 
 
 def print_checks(checks: list[Check]) -> None:

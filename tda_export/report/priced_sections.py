@@ -204,11 +204,13 @@ def _price_table(table: PriceTable, integers: float | None) -> Table:
             f"{row.attention_share:.3f}",
             *(f"{row.parts[part]:.3f}" for part in parts),
             row.kl_text,
+            *short,
             *float_kl_cells(integers, row.kl),
             f"{row.agreement:.3f}",
         ]
-        for row in table.rows
+        for row, short in zip(table.rows, table.short_kl_texts, strict=True)
     ]
-    kls = ("KL, nats a token", *float_kl_columns(integers))
+    after = [] if table.short is None else [f"after {table.short.prompt_tokens} tokens"]
+    kls = ("KL, nats a token", *after, *float_kl_columns(integers))
     columns = ("price", "all linears", "FFN", "attention", *parts, *kls, "top-1 agreement")
     return Table(f"Prices, {THRESHOLDS[table.packing]}: shares of bytes read", columns, rows)

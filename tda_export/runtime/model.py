@@ -78,7 +78,12 @@ class Model:
         return PromptMemory(self._new_step, self.check_context(context), keep_answers=keep_answers)
 
     def at(
-        self, *, price: float | None = None, sparsity: float | None = None, max_kl: float | None = None
+        self,
+        *,
+        price: float | None = None,
+        sparsity: float | None = None,
+        max_kl: float | None = None,
+        prompt_tokens: int | None = None,
     ) -> PriceDeployment:
         """Return the deployment for one of three budgets of a priced artifact, for `generate(deployment=...)`.
 
@@ -86,13 +91,15 @@ class Model:
             price: Of a byte of weights; 0 is dense.
             sparsity: Share of the linears' bytes not to read, in [0, 1).
             max_kl: The most predicted KL to dense, nats a token.
+            prompt_tokens: Of the prompt that a KL is predicted after: short ones lose more. None takes those of
+                calibration.
 
         Raises:
             UsageError: Not one of them is given, or it is out of range, or the artifact has no prices.
         """
         if not self.sessions.priced:
             raise UsageError(f"{self.artifact.folder} has masks and no prices, so it takes no price.")
-        return chosen_price(self.artifact, price=price, sparsity=sparsity, max_kl=max_kl)
+        return chosen_price(self.artifact, price=price, sparsity=sparsity, max_kl=max_kl, prompt_tokens=prompt_tokens)
 
     def check_context(self, context: int | None) -> int:
         """Return the most tokens of prompt and answer together: `context`, or for None the model's maximum.

@@ -8,7 +8,12 @@ from tda_export.runtime.deployment import PriceDeployment, price_deployment
 
 
 def chosen_price(
-    artifact: Artifact, *, price: float | None = None, sparsity: float | None = None, max_kl: float | None = None
+    artifact: Artifact,
+    *,
+    price: float | None = None,
+    sparsity: float | None = None,
+    max_kl: float | None = None,
+    prompt_tokens: int | None = None,
 ) -> PriceDeployment:
     """Return the deployment for one of three budgets of a priced artifact.
 
@@ -17,6 +22,7 @@ def chosen_price(
         price: Of a byte, as in the table; 0 is dense.
         sparsity: Share of the linears' bytes not to read, in [0, 1).
         max_kl: The most predicted KL to dense, nats a token.
+        prompt_tokens: Of the prompt that a KL is predicted after; None takes those of calibration.
 
     Raises:
         UsageError: None or several are given, one is out of range or beyond the table, or nothing was measured.
@@ -31,4 +37,5 @@ def chosen_price(
         return chosen
     if table is None:
         raise UsageError(f"{artifact.folder} carries no table of prices. Give --price, or build it with --calibration.")
-    return price_deployment(table.price_for(sparsity=sparsity, max_kl=max_kl), table)
+    here = table if prompt_tokens is None else table.after(prompt_tokens)
+    return price_deployment(here.price_for(sparsity=sparsity, max_kl=max_kl), table)

@@ -59,8 +59,8 @@ def make_order(body: GenerationRequest, worker: Worker, limits: Limits) -> Order
         ApiError: The prompt cannot be, or is too long; the queue is full, or the server is shutting down.
     """
     worker.check_room()
-    deployment = _deployment(body.budget(), worker.model)
     prompt = _prompt(body, worker)
+    deployment = _deployment(body.budget(), worker.model, len(prompt))
     room = worker.context - len(prompt)
     if room <= 0:
         raise invalid(
@@ -87,8 +87,8 @@ def make_order(body: GenerationRequest, worker: Worker, limits: Limits) -> Order
     )
 
 
-def _deployment(budget: dict[str, float], model: Model) -> PriceDeployment | None:
-    """Choose a price for a request's budget."""
+def _deployment(budget: dict[str, float], model: Model, prompt_tokens: int) -> PriceDeployment | None:
+    """Choose a price for a request's budget and the length of its prompt."""
     if not budget:
         return None
     (name,) = budget
@@ -106,7 +106,7 @@ def _deployment(budget: dict[str, float], model: Model) -> PriceDeployment | Non
             code="unsupported_parameter",
         )
     try:
-        return model.at(**budget)
+        return model.at(**budget, prompt_tokens=prompt_tokens)
     except UsageError as error:
         raise invalid(str(error), param=name, code="invalid_value") from error
 

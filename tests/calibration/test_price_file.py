@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def make_priced(linears: dict[str, tuple[int, int]]) -> Priced:
         random(SEQUENCES, PRICES),
         {part: random(PRICES, LAYERS) for part in linears},
         tokens=7,
+        short_kl=random(SEQUENCES - 1, PRICES),
     )
     count = torch.ones(1, dtype=torch.float64)
     return Priced(
@@ -67,6 +69,7 @@ def make_priced(linears: dict[str, tuple[int, int]]) -> Priced:
         RowBytes(4),
         128,
         {"sites": measured},
+        (32, 256),
     )
 
 
@@ -142,7 +145,7 @@ def test_damaged_tensors(path: Path, name: str, damage: str) -> None:
 
     if damage == "not finite" and not make_tensor(name).is_floating_point():
         return
-    if damage == "negative" and name.endswith(".kl"):
+    if damage == "negative" and name.endswith("kl"):
         return  # by rounding
     write(path)
     rewrite(path, change)
@@ -193,3 +196,19 @@ def test_no_sequence_was_priced(path: Path) -> None:
     rewrite(path, lambda metadata, tensors: tensors["prices.tokens"].zero_())
     with pytest.raises(TdaError, match=r"not a readable calibration \(prices of no token"):
         read_calibration(path)
+
+
+def test_a_file_without_short_prompts_has_one_kl(path: Path) -> None:
+    """As files of before are."""
+
+    def change(metadata: Any, tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["measured.sites.short_kl"], metadata["priced"]["prompts"]
+
+    write(path)
+    whole = read_calibration(path).priced
+    rewrite(path, change)
+    older = read_calibration(path).priced
+    assert whole is not None
+    assert older is not None
+    assert whole.table("sites").short is not None
+    assert older.table("sites") == dataclasses.replace(whole.table("sites"), short=None)

@@ -13,6 +13,7 @@ from tda_export.calibration import price_run
 from tda_export.calibration.corpus import Corpus
 from tda_export.calibration.file import Calibration, read_calibration, write_calibration
 from tda_export.calibration.price_file import Priced, priced_tensors
+from tda_export.calibration.price_table import measure_sequence, short_prompt, shortened
 from tda_export.calibration.resume import PartialFile
 from tda_export.calibration.run import CalibrationSettings, calibrate
 from tda_export.errors import UsageError
@@ -23,7 +24,7 @@ from tests.few_prices import SHARES, few_prices  # noqa: F401 -- a fixture
 
 CORPUS = Corpus(torch.arange(5, 77).reshape(6, 12), "some.txt", "0" * 64)
 SETTINGS = CalibrationSettings(prompt_tokens=8, continuation_tokens=4, sequences=6)
-PASSES = 1 + 2 * len(SHARES)
+PASSES = 1 + 2 * len(SHARES)  # of a sequence, each of which is read after a short prompt as well
 BUDGET = {"max_kl": 0.05}
 
 
@@ -94,12 +95,14 @@ def test_what_is_recorded(tiny: ModelSource, uninterrupted: Calibration) -> None
         assert (table.packing, table.element_bytes, table.continuation_tokens) == (packing, 4, 4)
         assert len(table.rows) == 1 + len(SHARES)
         assert priced.measured[packing].kl.shape == (3, 1 + len(SHARES))
+        assert table.short is not None
+        assert (table.short.prompt_tokens, table.short.table_prompt_tokens) == (1, 8)
 
 
 def test_progress(tiny: ModelSource) -> None:
     shown = Shown()
     calibrate(tiny, CORPUS, SETTINGS, BUDGET, show=shown)
-    assert shown.bars == [["Pricing", 3, 3], ["Measuring prices", 3 + 3 * PASSES, 3 + 3 * PASSES]]
+    assert shown.bars == [["Pricing", 3, 3], ["Measuring prices", 3 + 6 * PASSES, 3 + 6 * PASSES]]
 
 
 def test_prices_never_see_what_they_are_measured_on(tiny: ModelSource, uninterrupted: Calibration) -> None:
@@ -116,11 +119,11 @@ def test_prices_never_see_what_they_are_measured_on(tiny: ModelSource, uninterru
 @pytest.mark.parametrize(
     ("owner", "name", "call", "after", "pricings", "measurings"),
     [
-        (price_run, "price_continuation", 2, False, 1, 3),
-        (price_run, "choose_prices", 0, False, 0, 3),
-        (price_run, "measure_sequence", 0, False, 0, 3),
-        (price_run, "measure_sequence", 1, True, 0, 2),  # before it is saved
-        (PartialFile, "save_priced", 3 + 1 + 1 + 1, True, 0, 1),
+        (price_run, "price_continuation", 2, False, 1, 6),
+        (price_run, "choose_prices", 0, False, 0, 6),
+        (price_run, "measure_sequence", 0, False, 0, 6),
+        (price_run, "measure_sequence", 3, True, 0, 4),  # before it is saved
+        (PartialFile, "save_priced", 3 + 1 + 1 + 1, True, 0, 2),
         (PartialFile, "save_priced", 3 + 1 + 1 + 2, True, 0, 0),
     ],
     ids=["pricing", "before the prices", "before the first", "within the second", "after the second", "after all"],
@@ -192,7 +195,7 @@ def test_all_methods_in_one_file(tiny: ModelSource, uninterrupted: Calibration, 
             calibrate(tiny, CORPUS, settings, BUDGET, show=Shown(), output=output)
     shown = Shown()
     both = calibrate(tiny, CORPUS, settings, BUDGET, show=shown, output=output)
-    assert shown.bars == [["Measuring prices", 3 + 3 * PASSES, 3 + 3 * PASSES], ["Calibrating", 6, 6]]
+    assert shown.bars == [["Measuring prices", 3 + 6 * PASSES, 3 + 6 * PASSES], ["Calibrating", 6, 6]]
     assert_equal(both, uninterrupted)
     alone = calibrate(tiny, CORPUS, dataclasses.replace(settings, method="tda"), {"cett": 0.2}, show=Shown())
     assert torch.equal(both.sums.ratio, alone.sums.ratio)
@@ -220,6 +223,59 @@ def test_half_precision(tiny: ModelSource, uninterrupted: Calibration) -> None:
     for name, square in exact.sums.square.items():
         assert float(half.sums.square[name].sum()) == pytest.approx(float(square.sum()), rel=0.5)
     assert half.table("separate").rows[2].price == pytest.approx(2 * exact.table("separate").rows[2].price, rel=0.5)
+
+
+def test_short_prompts_are_measured_as_if_they_were_the_calibrations_own(
+    tiny: ModelSource, uninterrupted: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tokens behind the last one of the prompt, in the first sequences alone."""
+    monkeypatch.setattr(price_run, "SHORT_SEQUENCES", 2)
+    priced, long = calibrate(tiny, CORPUS, SETTINGS, BUDGET, show=Shown()).priced, uninterrupted.priced
+    assert priced is not None
+    assert long is not None
+    model = tiny.reference().requires_grad_(False)
+    row_prices = {packing: priced.sums.row_prices(tiny.spec, packing, priced.row_bytes) for packing in PACKINGS}
+    for packing, measured in priced.measured.items():
+        by_hand = {packing: measured.empty()}
+        for sequence in CORPUS.tokens[1::2][:2]:
+            measure_sequence(model, tiny.spec, sequence[7:], 1, {packing: row_prices[packing]}, by_hand)
+        assert measured.short_kl is not None
+        assert torch.equal(measured.short_kl, by_hand[packing].kl)
+        assert torch.equal(measured.kl, long.measured[packing].kl)
+        short = priced.table(packing).short
+        assert short is not None
+        factor = measured.short_kl.mean(dim=0)[1:] / measured.kl[:2].mean(dim=0)[1:]
+        assert short.kl[0] == 0
+        assert short.kl[1:] == pytest.approx((factor * measured.kl.mean(dim=0)[1:]).tolist())
+        assert all(error > 0 for error in short.kl_stderr[1:])
+
+
+def test_of_one_sequence_the_short_prompt_has_no_error(tiny: ModelSource) -> None:
+    few = dataclasses.replace(CORPUS, tokens=CORPUS.tokens[:2])
+    priced = calibrate(tiny, few, SETTINGS, BUDGET, show=Shown()).priced
+    assert priced is not None
+    short = priced.table("sites").short
+    assert short is not None
+    assert set(short.kl_stderr) == {0.0}
+
+
+@pytest.mark.parametrize(("prompt", "prefix", "short"), [(256, 0, 32), (256, 1, 32), (7, 0, None), (8, 1, None)])
+def test_how_long_a_short_prompt_is(prompt: int, prefix: int, short: int | None) -> None:
+    assert short_prompt(prompt, prefix) == short
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+def test_a_short_prompt_keeps_what_the_tokenizer_puts_before_a_text(prefix: int) -> None:
+    found = shortened(torch.arange(12), 5, prefix).tolist()
+    assert found == [*range(prefix), *range(7 + prefix, 12)]
+
+
+def test_a_prompt_that_cannot_be_shortened_has_no_other_kl(tiny: ModelSource) -> None:
+    settings = dataclasses.replace(SETTINGS, prompt_tokens=7, continuation_tokens=5)
+    priced = calibrate(tiny, CORPUS, settings, BUDGET, show=Shown()).priced
+    assert priced is not None
+    assert priced.prompts is None
+    assert priced.table("sites").short is None
 
 
 @pytest.mark.parametrize("method", ["priced", "all"])

@@ -123,6 +123,7 @@ def test_artifact_of_prices_in_words(priced_artifact: Path) -> None:
     assert "built with priced, sparsity 0.5, price " in output
     assert "packing separate, expected sparsity of all linears 0.500" in output
     assert "Prices with one threshold a matrix (separate)" in output
+    assert "After prompts of 4 tokens in place of 32" in output
     result = inspected(priced_artifact)
     artifact = open_artifact(priced_artifact)
     assert result["price_table"] == artifact.manifest["price_table"]

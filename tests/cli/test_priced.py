@@ -77,7 +77,6 @@ def test_build_says_what_to_expect(tiny_model: Path, priced_calibration: Path, t
     ("options", "budget"),
     [
         (["--sparsity", 0.3], {"sparsity": 0.3}),
-        (["--max-kl", 0.02], {"max_kl": 0.02}),
         (["--price", 1e-7], {"price": 1e-7}),
         (["--price", 0], {"price": 0.0}),
     ],
@@ -98,6 +97,16 @@ def test_budgets_of_build_and_generate_are_alike(
     assert built["tokens"] == chosen["tokens"]
     assert built["metrics"]["sparsity"] == pytest.approx(chosen["metrics"]["sparsity"], abs=1e-9)
     assert built["metrics"]["sparsity"] == pytest.approx(result["expected"]["sparsity"])
+
+
+def test_build_by_max_kl_knows_no_prompt(
+    tiny_model: Path, priced_calibration: Path, table: PriceTable, tmp_path: Path
+) -> None:
+    """It takes the table as it is, and not after a prompt of some length."""
+    options = ("--calibration", priced_calibration, "--max-kl", 0.02, "--no-verify", "-o", tmp_path / "a")
+    assert result_of("build", tiny_model, *options)["budget"] == {"max_kl": 0.02}
+    price = json.loads((tmp_path / "a" / contract.MANIFEST_FILE).read_text())["price"]
+    assert price == pytest.approx(table.price_for(max_kl=0.02))
 
 
 def test_dense_prices_are_written_as_0(tiny_model: Path, priced_calibration: Path, tmp_path: Path) -> None:
@@ -223,7 +232,10 @@ def test_generate_json(priced_artifact: Path, table: PriceTable) -> None:
 def test_generate_by_max_kl(priced_artifact: Path, table: PriceTable) -> None:
     strict, loose = (generated(priced_artifact, "--max-kl", kl)["metrics"]["sparsity"] for kl in (0.01, 0.1))
     assert 0 < strict < loose < 1
-    assert table.predicted(table.price_for(sparsity=loose)).kl == pytest.approx(0.1)
+    metrics = generated(priced_artifact, "--max-kl", 0.1)["metrics"]
+    here = table.after(metrics["prompt_tokens"])
+    assert here != table  # this prompt is shorter than those of calibration
+    assert here.predicted(here.price_for(sparsity=metrics["sparsity"])).kl == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("options", [["--price", 0], ["--price", -3], ["--sparsity", 0]], ids=str)

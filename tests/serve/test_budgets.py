@@ -44,7 +44,7 @@ def test_answers_are_those_of_generate(priced_served: Served) -> None:
     """One after another, so that each reads its prompt behind the one before, and back to the server's own."""
     model, texts = priced_served.model, set()
     for budget in budgets(model):
-        ours = expected(model, deployment=model.at(**budget))
+        ours = expected(model, deployment=model.at(**budget, prompt_tokens=len(model.tokenize(PROMPT))))
         answer = post(priced_served, COMPLETIONS, ASK | budget).json()["choices"][0]["text"]
         assert answer == ours.text
         texts.add(answer)
