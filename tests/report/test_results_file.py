@@ -91,18 +91,18 @@ def write(folder: Path, text: str) -> Path:
     ids=["object", "indented", "array", "line"],
 )
 def test_one_result(tmp_path: Path, text: str) -> None:
-    assert read_results(write(tmp_path, text)) == [result()]
+    assert read_results(write(tmp_path, text)).qualities == [result()]
 
 
 def test_bytes_of_linears(tmp_path: Path) -> None:
     rows = [CONTENT, CONTENT | {"method": "teal", "linear_bytes": 70.0, "dense_linear_bytes": 140}]
-    assert [one.linear_share for one in read_results(write(tmp_path, lines(rows)))] == [None, 0.5]
+    assert [one.linear_share for one in read_results(write(tmp_path, lines(rows))).qualities] == [None, 0.5]
 
 
 @pytest.mark.parametrize("form", ["lines", "array"])
 def test_baselines(tmp_path: Path, form: str) -> None:
     rows = [baseline_row(method, sparsity) for method in ("static", "cats", "dejavu") for sparsity in (0.3, 0.5)]
-    results = read_results(write(tmp_path, lines(rows) if form == "lines" else json.dumps(rows)))
+    results = read_results(write(tmp_path, lines(rows) if form == "lines" else json.dumps(rows))).qualities
     assert list(grouped(results)) == [("smollm2-135m", "stories.txt", 384, 128)]
     assert [(one.line, one.budget_text) for one in results] == [
         (line, f"sparsity {sparsity}")
@@ -127,7 +127,7 @@ NAMED = [
 def test_quality_table(tmp_path: Path, labels: dict[str, Any]) -> None:
     """Rows of one text and length make one chart, those that name the model and those that do not."""
     rows = table_rows(**labels)
-    results = read_results(write(tmp_path, lines([*rows, *(row | {"prompt_tokens": 384} for row in rows)])))
+    results = read_results(write(tmp_path, lines([*rows, *(row | {"prompt_tokens": 384} for row in rows)]))).qualities
     assert list(grouped(results)) == [("smollm2-135m", "stories", prompt, 128) for prompt in (32, 384)]
     section = methods_section(results)
     for figure in section.figures:
@@ -146,14 +146,14 @@ def test_quality_table_with_budgets(tmp_path: Path) -> None:
         table_row("griffin", 0.3, 0.3, budget={"sparsity": 0.3, "allocation": None}),
         table_row("dense", None, None, budget=None, model=None),
     ]
-    results = read_results(write(tmp_path, lines(rows)))
+    results = read_results(write(tmp_path, lines(rows))).qualities
     assert [one.line for one in results] == ["TDA (by KL)", "TDA (uniform)", "paper's method", "Griffin", "dense"]
     assert [one.budget_text for one in results][2:4] == ["cett 0.2", "sparsity 0.3"]
 
 
 def test_labels_of_which_the_file_has_several_are_not_guessed(tmp_path: Path) -> None:
     rows = [table_row("tda", 0.3, 0.3), baseline_row("cats", 0.3), baseline_row("cats", 0.3, model="another")]
-    results = read_results(write(tmp_path, lines(rows)))
+    results = read_results(write(tmp_path, lines(rows))).qualities
     assert [(one.model, one.continuation_tokens) for one in results] == [
         (None, 128),
         ("smollm2-135m", 128),
