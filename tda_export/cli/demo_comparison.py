@@ -105,8 +105,8 @@ def compare_ways(masks: Model, int4: Model) -> list[Way]:
         Way("float32, dense", masks, mask="dense"),
         Way("float32, TDA", masks),
         Way("int4, dense", int4, deployment=int4.at(price=0.0)),
-        Way(f"int4, KL {MAX_KL}", int4, deployment=int4.at(max_kl=MAX_KL)),
-        Way(f"int4, {1 - SPARSITY:.0%}", int4, deployment=int4.at(sparsity=SPARSITY)),
+        Way(f"int4, --max-kl {MAX_KL}", int4, deployment=int4.at(max_kl=MAX_KL)),
+        Way(f"int4, --sparsity {SPARSITY}", int4, deployment=int4.at(sparsity=SPARSITY)),
     ]
     prompt = masks.text.encode(masks.text.chat([{"role": "user", "content": PROMPT}]), special_tokens=False)
     with progress("Generating", len(ways) * (ROUNDS + 1)) as advance:

@@ -50,7 +50,10 @@ def answer_section(answers: Sequence[Answer], model: str, speeds: Sequence[Speed
         gained = "" if near is None else f" {_gained(near)}"
         lead.append(answer.lead + gained)
     figures = [answer.figure for answer in answers if answer.figure is not None]
-    figures += [Figure(speed_chart(of_run), f"{run}.") for run, of_run in _by_run(speeds).items()]
+    figures += [
+        Figure(speed_chart(of_run), f"Speed against bytes: {run}. Lower is better.")
+        for run, of_run in _by_run(speeds).items()
+    ]
     tables = [Table("Speeds", SPEED_COLUMNS, speed_rows(speeds), folded=True, texts=2)] if speeds else []
     notes = [note for answer in answers for note in answer.notes]
     if not speeds:

@@ -42,6 +42,7 @@ from tda_export.report.sections import (
     stored_allocation,
     unmet_section,
 )
+from tda_export.report.speeds import short_name
 from tda_export.report.texts import SIMILARITY_PROMPTS
 from tda_export.runtime.artifact import Artifact, open_artifact
 from tda_export.runtime.deployment import NO_REFRESH, Refresh
@@ -115,7 +116,7 @@ def _page(
     """Put the sections in order: the answer, what it is made of, methods compared, and last where it comes from."""
     compared = [methods_section(results.qualities)] if results.qualities else []
     opening = answer_section(answers, name, results.speeds)
-    return Page(f"{name}: {kind}", where, [opening, *sections, *compared, provenance])
+    return Page(f"{short_name(name)}: {kind}", where, [opening, *sections, *compared, provenance])
 
 
 def _own_calibration(artifact: Artifact) -> Calibration | None:

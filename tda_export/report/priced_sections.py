@@ -150,8 +150,12 @@ def price_chart(tables: Sequence[PriceTable], chosen: Mapping[Packing, float | N
         )
         for style, table in enumerate(tables)
     ]
-    prices = {table: (chosen or {}).get(table.packing) for table in tables}
-    points = [table.predicted(price) for table, price in prices.items() if price and price <= table.most_price]
+    prices = [(chosen or {}).get(table.packing) for table in tables]
+    points = [
+        table.predicted(price)
+        for table, price in zip(tables, prices, strict=True)
+        if price and price <= table.most_price
+    ]
     if points:
         names = [f"chosen: price {row.price:.4g}" for row in points]
         shares, kls = [row.share for row in points], [row.kl for row in points]
@@ -166,10 +170,8 @@ def price_chart(tables: Sequence[PriceTable], chosen: Mapping[Packing, float | N
 def parts_chart(table: PriceTable) -> Markup:
     """Draw the share of rows that is read of each matrix against the share of all linears' bytes."""
     shares = [row.share for row in table.rows]
-    series = [
-        Series(part, shares, [row.parts[part] for row in table.rows], style=style)
-        for style, part in enumerate(table.rows[0].parts)
-    ]
+    parts = together({part: [row.parts[part] for row in table.rows] for part in table.rows[0].parts})
+    series = [Series(name, shares, values, style=style) for style, (name, values) in enumerate(parts.items())]
     return line_chart("Rows read by matrix", series, around(LINEAR_BYTES, shares), Axis(DENSITY, 0.0, 1.0))
 
 
@@ -204,11 +206,19 @@ def densities_section(tables: Sequence[PriceTable], found: Sequence[LayerDensiti
     )
 
 
+def together(parts: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Join parts whose lines are one line, as those of a site with one threshold: "q, k, v"."""
+    names: dict[tuple[float, ...], list[str]] = {}
+    for part, values in parts.items():
+        names.setdefault(tuple(values), []).append(part)
+    return {", ".join(joined): list(values) for values, joined in names.items()}
+
+
 def layers_chart(one: LayerDensities) -> Markup:
     """Draw the share of rows that is read of each matrix in each layer."""
     series = [
-        Series(part, list(range(len(values))), list(values), style=style)
-        for style, (part, values) in enumerate(one.parts.items())
+        Series(name, list(range(len(values))), values, style=style)
+        for style, (name, values) in enumerate(together(one.parts).items())
     ]
     x = Axis("layer", 0.0, float(max(len(series[0].x) - 1, 1)))
     return line_chart("Rows read by layer and matrix", series, x, Axis(DENSITY, 0.0, 1.0))

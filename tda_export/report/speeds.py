@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from markupsafe import Markup
 
@@ -39,7 +40,13 @@ class Speed:
     @property
     def run(self) -> str:
         """What one chart's speeds have in common."""
-        return f"{self.model} in {self.dtype} on {self.device}, {self.prompt_tokens} + {self.new_tokens} tokens"
+        tokens = f"{self.prompt_tokens} + {self.new_tokens} tokens"
+        return f"{short_name(self.model)} in {self.dtype} on {self.device}, {tokens}"
+
+
+def short_name(model: str) -> str:
+    """Return a model's name for titles: of a path on some machine its last part."""
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def nearest_speed(speeds: Sequence[Speed], share: float, model: str) -> Speed | None:
