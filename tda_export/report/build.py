@@ -113,10 +113,10 @@ def _page(
     results: Results,
     provenance: Section,
 ) -> Page:
-    """Put the sections in order: the answer, what it is made of, methods compared, and last where it comes from."""
+    """Put the sections in order: the answer, methods compared, what it is made of, and last where it comes from."""
     compared = [methods_section(results.qualities)] if results.qualities else []
     opening = answer_section(answers, name, results.speeds)
-    return Page(f"{short_name(name)}: {kind}", where, [opening, *sections, *compared, provenance])
+    return Page(f"{short_name(name)}: {kind}", where, [opening, *compared, *sections, provenance])
 
 
 def _own_calibration(artifact: Artifact) -> Calibration | None:

@@ -241,4 +241,4 @@ def _price_table(table: PriceTable, integers: float | None) -> Table:
     ]
     kls = ("KL, nats a token", *float_kl_columns(integers))
     columns = ("price", "all linears", "FFN", "attention", *parts, *kls, "top-1 agreement")
-    return Table(f"Prices, {THRESHOLDS[table.packing]}: shares of bytes read", columns, rows)
+    return Table(f"Prices, {THRESHOLDS[table.packing]}: shares of bytes read", columns, rows, texts=0)
