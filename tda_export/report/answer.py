@@ -9,6 +9,7 @@ import numpy as np
 
 from tda_export.calibration.budgets import Allocation, Budget
 from tda_export.calibration.file import Calibration
+from tda_export.calibration.kl_table import HELD_OUT
 from tda_export.errors import UsageError
 from tda_export.packing import THRESHOLDS, Packing
 from tda_export.pricing import PriceTable
@@ -161,8 +162,8 @@ def kl_by_bytes(calibration: Calibration, allocation: Allocation | None) -> Figu
     data = quality_data(calibration)
     assert data is not None
     order = np.argsort(data.share, kind="stable")
-    kl, errors = data.joint[1][order], data.joint_stderr[1][order]
-    series = [Series(HALVES[1], data.share[order].tolist(), kl.tolist(), errors=errors.tolist())]
+    kl, errors = data.joint[HELD_OUT][order], data.joint_stderr[HELD_OUT][order]
+    series = [Series(HALVES[HELD_OUT], data.share[order].tolist(), kl.tolist(), errors=errors.tolist())]
     drawn = [*kl, *(kl - errors), *(kl + errors)]
     if allocation is not None and allocation.kl is not None:
         series.append(_chosen(1 - allocation.sparsity, allocation.kl))

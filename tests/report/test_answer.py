@@ -10,6 +10,7 @@ import pytest
 
 from tda_export.calibration.budgets import Budget
 from tda_export.calibration.file import Calibration, read_calibration
+from tda_export.calibration.kl_table import HELD_OUT
 from tda_export.pricing import PriceTable
 from tda_export.report.answer import (
     Answer,
@@ -19,6 +20,7 @@ from tda_export.report.answer import (
     unmeasured_masks,
     unmeasured_prices,
 )
+from tda_export.report.quality import quality_data
 from tda_export.report.speeds import Speed, nearest_speed, short_name, speed_chart
 from tda_export.runtime.artifact import open_artifact
 from tda_export.runtime.deployment import NO_REFRESH, Refresh
@@ -55,8 +57,8 @@ def test_prices_of_two_packings_and_of_no_budget(table: PriceTable) -> None:
     other = replace(table, packing="sites")
     answer = priced_answer([table, other], {table.packing: None, "sites": 0.0}, integers=None)
     assert answer.lead == (
-        "No price of the table was chosen (one threshold a matrix). A token reads 100% of the bytes of all linears (one "
-        "threshold a site), and loses 0.000 nats a token (predicted KL to reading all of them)."
+        "No price of the table was chosen (one threshold a matrix). A token reads 100% of the bytes of all linears "
+        "(one threshold a site), and loses 0.000 nats a token (predicted KL to reading all of them)."
     )
 
 
@@ -79,10 +81,11 @@ def test_masks_by_kl(tiny_calibration: Path) -> None:
     answer = mask_answer(calibration, allocation, refresh=Refresh(10), ffn_bytes=10 * MIB)
     assert answer.share == pytest.approx(0.55)  # of ten tokens one reads everything
     assert answer.lead.startswith("A token reads 55% of the bytes of the FFN (6 of 10 MiB), and loses")
-    assert answer.figure is not None and calibration.kl is not None
+    data = quality_data(calibration)
+    assert data is not None
     points = drawn(answer, log=True)
-    expected = [*zip(calibration.kl.share.tolist(), calibration.kl.predicted_kl.tolist(), strict=True)]
-    assert sorted(map(tuple, points[:-1].tolist())) == pytest.approx(sorted(expected), rel=3e-2)
+    expected = np.stack([data.share, data.joint[HELD_OUT]], axis=1)
+    assert points[:-1] == pytest.approx(expected[np.argsort(data.share)], rel=3e-2)
     assert points[-1] == pytest.approx([1 - allocation.sparsity, allocation.kl], rel=3e-2)
     assert "cannot be met" in mask_answer(calibration, None, refresh=NO_REFRESH).lead
 
