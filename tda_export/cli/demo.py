@@ -10,10 +10,10 @@ from pathlib import Path
 
 import click
 
-MODEL = "smollm2-135m"
+MODEL = NAME = "smollm2-135m"  # what commands are given, and what results are called
 CETT = 0.2  # the paper's
 TDA_SEQUENCES = 4  # of calibration text: fewer than by default, so that minutes are enough
-QUANTIZE_SEQUENCES = 16
+QUANTIZE_SEQUENCES, QUANTIZE_KL_SEQUENCES = 16, 4
 INT4_SEQUENCES = 8
 ABOUT_MINUTES = 4
 
@@ -46,11 +46,11 @@ class Step:
 def places(folder: Path) -> Places:
     """Name the demo's results in a folder."""
     return Places(
-        folder / f"{MODEL}-tda.calibration.safetensors",
-        folder / f"{MODEL}-tda",
-        folder / f"{MODEL}-int4-model",
-        folder / f"{MODEL}-int4.calibration.safetensors",
-        folder / f"{MODEL}-int4",
+        folder / f"{NAME}-tda.calibration.safetensors",
+        folder / f"{NAME}-tda",
+        folder / f"{NAME}-int4-model",
+        folder / f"{NAME}-int4.calibration.safetensors",
+        folder / f"{NAME}-int4",
     )
 
 
@@ -76,7 +76,7 @@ def steps(at: Places) -> list[Step]:
         step(
             "Four bits a weight by GPTQ, on less text than by default",
             at.int4_model,
-            *("quantize", MODEL, "--sequences", QUANTIZE_SEQUENCES, "--kl-sequences", 4),
+            *("quantize", MODEL, "--sequences", QUANTIZE_SEQUENCES, "--kl-sequences", QUANTIZE_KL_SEQUENCES),
         ),
         step(
             "A price for every row of the four-bit weights, and what reading fewer of them costs",
@@ -157,7 +157,7 @@ def run(context: click.Context, step: Step) -> None:
 
 def next_commands(at: Places) -> list[tuple[str, str]]:
     """Return three commands to try next, and what each is for."""
-    report = at.int4.parent / f"{MODEL}.html"
+    report = at.int4.parent / f"{NAME}.html"
     return [
         (f"tda-export chat {at.int4} --max-kl 0.05", "talk to it; --sparsity and --max-kl say how much a token reads"),
         (f"tda-export report {at.int4} -o {report}", "one page: quality against bytes, and which rows are read"),
