@@ -110,7 +110,7 @@ def demo(context: click.Context, artifacts: Path) -> None:
     started, todo = time.monotonic(), steps(at)
     check_layouts(at)
     if not all(step.output.exists() for step in todo):
-        cost = f"about {ABOUT_MINUTES} minutes on two idle cores, and 0.9 GB in {artifacts}"
+        cost = f"about {ABOUT_MINUTES} minutes on two idle cores, and 0.8 GB in {artifacts}"
         click.echo(f"{len(todo)} steps and a comparison: {cost}.")
     for number, step in enumerate(todo, 1):
         click.secho(f"\n[{number}/{len(todo)}] {step.purpose}", bold=True)

@@ -174,8 +174,7 @@ def _speeds(content: dict[str, Any], where: str) -> list[Speed]:
     for name in SPEED_TEXTS:
         if not isinstance(content.get(name), str):
             raise TdaError(f"{where}: not a result, {name!r} is not there or no text. {WAY_OUT}")
-    about = [content[name] for name in SPEED_TEXTS]
-    tokens = [int(number(content, name)) for name in ("prompt_tokens", "new_tokens")]
+    prompt_tokens, new_tokens = (int(number(content, name)) for name in ("prompt_tokens", "new_tokens"))
     ways = {name: row for name, row in content.items() if isinstance(row, dict) and "ms_per_token" in row}
     if not ways:
         raise TdaError(f"{where}: not a result, no way of decoding is in it. {WAY_OUT}")
@@ -185,7 +184,19 @@ def _speeds(content: dict[str, Any], where: str) -> list[Speed]:
         if not isinstance(span, list) or len(span) != 2:
             raise TdaError(f"{where}: not a result, 'ms_per_token_range' is not there or no pair. {WAY_OUT}")
         low, high = (number({"ms_per_token_range": end}, "ms_per_token_range") for end in span)
-        speedup = number(row, "speedup") if "speedup" in row else None
-        share, ms = 1 - number(row, "sparsity"), number(row, "ms_per_token")
-        speeds.append(Speed(*about, *tokens, name, share, ms, low, high, speedup))
+        speeds.append(
+            Speed(
+                model=content["model"],
+                dtype=content["dtype"],
+                device=content["device"],
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                name=name,
+                share=1 - number(row, "sparsity"),
+                ms=number(row, "ms_per_token"),
+                low=low,
+                high=high,
+                speedup=number(row, "speedup") if "speedup" in row else None,
+            )
+        )
     return speeds
