@@ -15,7 +15,7 @@ CETT = 0.2  # the paper's
 TDA_SEQUENCES = 4  # of calibration text: fewer than by default, so that minutes are enough
 QUANTIZE_SEQUENCES, QUANTIZE_KL_SEQUENCES = 16, 4
 INT4_SEQUENCES = 8
-ABOUT_MINUTES = 4
+ABOUT_MINUTES = 5
 
 
 @dataclass(frozen=True)

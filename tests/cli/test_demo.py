@@ -63,7 +63,7 @@ def test_every_step_is_shown_and_run(whole: tuple[Path, str]) -> None:
     assert shown == [(command, str(path)) for command, path in zip(commands, outputs, strict=True)]
     assert [f"[{n}/5] " in output for n in range(1, 7)] == [True] * 5 + [False]
     assert len(re.findall(r"wrote .*, \d+ s$", output, re.MULTILINE | re.IGNORECASE)) == 5
-    assert "about 4 minutes on two idle cores" in output
+    assert "about 5 minutes on two idle cores" in output
     assert demo_comparison.NOTES[1] in " ".join(output.split())
 
 
