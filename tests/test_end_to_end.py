@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from tda_export.calibration.budgets import Budget
 from tda_export.calibration.file import allocation_from
+from tda_export.cli.demo import places
 from tda_export.models.source import resolve_model
 from tda_export.runtime import Model, load
 from tda_export.runtime.generate import MaskMode
@@ -135,15 +137,18 @@ def test_another_budget_without_the_model(artifact: Path) -> None:
     assert sparse > json.loads(result.stdout)["metrics"]["sparsity"] + 0.1
 
 
-def test_demo_builds_by_prices_and_compares_two_budgets(tmp_path: Path) -> None:
-    calibration = tmp_path / f"{MODEL}.calibration.safetensors"
-    run_ok("calibrate", MODEL, "-o", calibration, "--sequences", 4, "--prompt-tokens", 96, "--continuation-tokens", 32)
+def test_demo_compares_five_ways(artifact: Path, tmp_path: Path) -> None:
+    """With results that were made faster: other thresholds, rounding to nearest, few sequences."""
+    at = places(tmp_path)
+    at.tda.symlink_to(artifact)
+    at.tda_calibration.symlink_to(artifact.parent / "calibration.safetensors")
+    run_ok("quantize", MODEL, "-o", at.int4_model, "--quantizer", "rtn", "--kl-sequences", 0)
+    short = ("--packing", "sites", "--sequences", 4, "--prompt-tokens", 96, "--continuation-tokens", 32)
+    run_ok("calibrate", at.int4_model, "-o", at.int4_calibration, *short)
     result = run_ok("demo", "--artifacts", tmp_path)
-    assert f"Using {calibration}" in result.stdout
-    rows = [line.split("│")[1:6] for line in result.stdout[result.stdout.index("all linears, as") :].splitlines()[1:]]
-    names, sparsities, kls = zip(
-        *((row[0].strip(), float(row[2]), float(row[4])) for row in rows if len(row) == 5), strict=True
-    )
-    assert names == ("dense", "KL 0.05", "sparsity 0.5")
-    assert 0 == sparsities[0] < sparsities[1] < sparsities[2] == 0.5
-    assert 0 == kls[0] < kls[1] < kls[2] < 1
+    ways = ["float32, dense", "float32, TDA", "int4, dense", "int4, --max-kl 0.05", "int4, --sparsity 0.5"]
+    rows = [re.split(r"\s{2,}", line.strip()) for line in result.stdout.splitlines()]
+    names, mib, kls = zip(*((row[0], float(row[2]), float(row[3])) for row in rows if row[0] in ways), strict=True)
+    assert list(names) == ways
+    assert mib[0] > mib[1] > 2 * mib[2] > 2 * mib[3] > 2 * mib[4]
+    assert 0 == kls[0] < kls[2] < kls[4] < 2

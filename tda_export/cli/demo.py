@@ -1,28 +1,92 @@
-"""`tda-export demo`: the whole pipeline on the built-in model."""
+"""`tda-export demo`: what the project does, shown on the reader's own machine with the built-in model."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from tda_export.cli.help_groups import command, option
 
-MODEL = "smollm2-135m"
-PROMPT = (
-    "Here is a note from a small museum. The clock in the entrance hall was built in 1871 by a watchmaker who had "
-    "never made anything larger than a pocket watch. He cast the wheels in the yard behind his shop, and neighbours "
-    "complained of the smoke for two years. When it was finished it lost eleven minutes a day, and nobody could say "
-    "why. His daughter, who kept the accounts, noticed that it lost more in summer than in winter, and proposed that "
-    "the pendulum rod was growing longer in the heat. They replaced the iron rod by one of seasoned fir, which hardly "
-    "changes its length, and since that day the clock has been right to half a minute a week. The daughter wrote the "
-    "repair into the account book under sundries, at a cost of nine pence. What does this story teach us about "
-    "solving problems?"
-)
-NEW_TOKENS = 64
-SEQUENCES = 12  # fewer than by default: minutes count more here than the last of the quality
-MAX_KL = 0.05  # nats a token
-SPARSITY = 0.5
+MODEL = NAME = "smollm2-135m"  # what commands are given, and what results are called
+CETT = 0.2  # the paper's
+TDA_SEQUENCES = 4  # of calibration text: fewer than by default, so that minutes are enough
+QUANTIZE_SEQUENCES, QUANTIZE_KL_SEQUENCES = 16, 4
+INT4_SEQUENCES = 8
+ABOUT_MINUTES = 5
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the demo keeps its results."""
+
+    tda_calibration: Path
+    tda: Path
+    int4_model: Path
+    int4_calibration: Path
+    int4: Path
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of `tda-export`, what it is for, and what it writes."""
+
+    purpose: str
+    output: Path
+    arguments: tuple[str, ...]
+
+    @property
+    def command(self) -> str:
+        """The command line, as a reader would type it."""
+        return " ".join(("tda-export", *self.arguments))
+
+
+def places(folder: Path) -> Places:
+    """Name the demo's results in a folder."""
+    return Places(
+        folder / f"{NAME}-tda.calibration.safetensors",
+        folder / f"{NAME}-tda",
+        folder / f"{NAME}-int4-model",
+        folder / f"{NAME}-int4.calibration.safetensors",
+        folder / f"{NAME}-int4",
+    )
+
+
+def steps(at: Places) -> list[Step]:
+    """List the commands, in order."""
+
+    def step(purpose: str, output: Path, *arguments: object) -> Step:
+        command, model, *rest = arguments
+        return Step(purpose, output, tuple(map(str, (command, model, "-o", output, *rest))))
+
+    masks = ("--method", "tda")
+    return [
+        step(
+            "The paper's method: thresholds of FFN neurons by CETT, in float32",
+            at.tda_calibration,
+            *("calibrate", MODEL, *masks, "--curves-only", "--cett", CETT, "--sequences", TDA_SEQUENCES),
+        ),
+        step(
+            "Its graphs: prefill says which neurons matter for the prompt, decode reads those",
+            at.tda,
+            *("build", MODEL, *masks, "--calibration", at.tda_calibration),
+        ),
+        step(
+            "Four bits a weight by GPTQ, on less text than by default",
+            at.int4_model,
+            *("quantize", MODEL, "--sequences", QUANTIZE_SEQUENCES, "--kl-sequences", QUANTIZE_KL_SEQUENCES),
+        ),
+        step(
+            "A price for every row of the four-bit weights, and what reading fewer of them costs",
+            at.int4_calibration,
+            *("calibrate", at.int4_model, "--packing", "sites", "--sequences", INT4_SEQUENCES),
+        ),
+        step("Their graphs", at.int4, "build", at.int4_model, "--calibration", at.int4_calibration),
+    ]
 
 
 @command()
@@ -33,73 +97,74 @@ SPARSITY = 0.5
     show_default=True,
     help="Folder of the results. Files that exist are used again.",
 )
-def demo(artifacts: Path) -> None:
-    """Calibrate, build, verify and generate with the built-in model."""
-    from tda_export.cli.build import build
-    from tda_export.cli.calibrate import calibrate
-    from tda_export.cli.generate import summary
-    from tda_export.cli.tables import print_table
-    from tda_export.errors import UsageError
-    from tda_export.runtime import load, open_artifact
-    from tda_export.runtime.scoring import compare, continuation_logits
+@click.pass_context
+def demo(context: click.Context, artifacts: Path) -> None:
+    """Compare float32, the paper's method, and four bits at three budgets on the built-in model.
+
+    It calibrates, builds and checks two artifacts, generates the same answer in five ways, and shows speed, bytes a
+    token, loss and text side by side. A demo that was interrupted goes on where it was.
+    """
+    from tda_export.cli.demo_comparison import compare_ways, print_comparison
+    from tda_export.runtime import load
 
     artifacts.mkdir(parents=True, exist_ok=True)
-    calibration, artifact = artifacts / f"{MODEL}.calibration.safetensors", artifacts / MODEL
-    context = click.get_current_context()
-    if artifact.exists() and open_artifact(artifact).layout != "priced":
-        raise UsageError(f"{artifact} has masks, and the demo is of prices. Give another folder with --artifacts.")
-    if calibration.exists():
-        click.echo(f"Using {calibration}")
-    else:
-        click.echo(f"$ tda-export calibrate {MODEL} -o {calibration} --sequences {SEQUENCES}")
-        context.invoke(calibrate, model=MODEL, output=calibration, sequences=SEQUENCES)
-    if artifact.exists():
-        click.echo(f"Using {artifact}")
-    else:
-        click.echo(f"$ tda-export build {MODEL} --calibration {calibration} -o {artifact}")
-        context.invoke(build, model=MODEL, calibration_file=calibration, output=artifact)
+    at = places(artifacts)
+    started, todo = time.monotonic(), steps(at)
+    check_layouts(at)
+    if not all(step.output.exists() for step in todo):
+        cost = f"about {ABOUT_MINUTES} minutes on two idle cores, and 0.8 GB in {artifacts}"
+        click.echo(f"{len(todo)} steps and a comparison: {cost}.")
+    for number, step in enumerate(todo, 1):
+        click.secho(f"\n[{number}/{len(todo)}] {step.purpose}", bold=True)
+        run(context, step)
+    click.secho("\nThe same prompt, answered in five ways", bold=True)
+    print_comparison(compare_ways(load(at.tda), load(at.int4)))
+    click.echo(f"\nDone in {time.monotonic() - started:.0f} s. Try next:")
+    for command, about in next_commands(at):
+        click.echo(f"  {command}\n      {about}")
 
-    model = load(artifact)
-    settings = {
-        "dense": model.at(price=0.0),
-        f"KL {MAX_KL}": model.at(max_kl=MAX_KL),
-        f"sparsity {SPARSITY}": model.at(sparsity=SPARSITY),
-    }
-    prompt = model.text.encode(model.text.chat([{"role": "user", "content": PROMPT}]), special_tokens=False)
-    rows: list[list[str]] = []
-    dense_tokens: list[int] = []
-    dense_logits = None
-    for name, deployment in settings.items():
-        click.secho(f"\n{name}", bold=True)
-        generation = model.generate(prompt, max_new_tokens=NEW_TOKENS, deployment=deployment)
-        tokens = []
-        for token in generation:
-            tokens.append(token.id)
-            click.echo(token.text, nl=False)
-        click.echo(f"\n{summary(generation.metrics)}")
-        dense_tokens = dense_tokens or tokens
-        logits = continuation_logits(model, prompt, dense_tokens, deployment=deployment)
-        dense_logits = logits if dense_logits is None else dense_logits
-        fidelity, metrics = compare(dense_logits, logits), generation.metrics
-        rate = metrics.decode_tokens_per_second
-        rows.append(
-            [
-                name,
-                f"{deployment.price:.3g}",
-                f"{metrics.sparsity:.3f}",
-                f"{metrics.bytes_per_token / 2**20:.1f}",
-                f"{fidelity.kl:.3f}",
-                f"{fidelity.agreement:.2f}",
-                f"{rate:.1f}" if rate else "",
-            ]
-        )
-    click.echo()
-    columns = ["decode", "price", "sparsity", "MiB", "KL", "agreement", "tokens/s"]
-    print_table(
-        "What a token reads of all linears, as calibrated, and KL (nats) and top-1 agreement to dense over its "
-        f"{len(dense_tokens)} tokens",
-        columns,
-        rows,
-    )
-    if not model.sessions.native:
-        click.echo("Without native kernels every row is read, and what is not worth its bytes counts as zero.")
+
+def check_layouts(at: Places) -> None:
+    """Refuse artifacts in the demo's folder that the demo did not make.
+
+    Raises:
+        UsageError: One is of another layout, or has floats in place of integers.
+        TdaError: One cannot be opened.
+    """
+    from tda_export.errors import UsageError
+    from tda_export.runtime import open_artifact
+
+    for folder, layout, integers in ((at.tda, "indexed", False), (at.int4, "priced", True)):
+        if not folder.exists():
+            continue
+        artifact = open_artifact(folder)
+        if (artifact.layout, artifact.has_integers) != (layout, integers):
+            raise UsageError(f"{folder} is not the demo's own artifact. Give another folder with --artifacts.")
+
+
+def run(context: click.Context, step: Step) -> None:
+    """Run a step unless its output is there. Of what the command prints the last line is shown, of progress all."""
+    if step.output.exists():
+        click.echo(f"Using {step.output}")
+        return
+    click.echo(f"$ {step.command}")
+    group = context.find_root().command
+    assert isinstance(group, click.Group)
+    command, started, printed = group.commands[step.arguments[0]], time.monotonic(), io.StringIO()
+    inner = command.make_context(step.arguments[0], list(step.arguments[1:]), parent=context)
+    with inner, contextlib.redirect_stdout(printed):
+        command.invoke(inner)
+    click.echo(f"{printed.getvalue().splitlines()[-1]}, {time.monotonic() - started:.0f} s")
+
+
+def next_commands(at: Places) -> list[tuple[str, str]]:
+    """Return three commands to try next, and what each is for."""
+    report = at.int4.parent / f"{NAME}.html"
+    return [
+        (f"tda-export chat {at.int4} --max-kl 0.05", "talk to it; --sparsity and --max-kl say how much a token reads"),
+        (f"tda-export report {at.int4} -o {report}", "one page: quality against bytes, and which rows are read"),
+        (
+            "tda-export inspect MODEL",
+            "your own model (folder, hub id or .gguf file): its bytes, how fast it can be",
+        ),
+    ]

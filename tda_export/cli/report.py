@@ -25,22 +25,23 @@ from tda_export.cli.options import PATH, overwrite_option, provider_option
     type=PATH,
     multiple=True,
     metavar="FILE",
-    help="Output of eval --json, or of benchmarks/quality_table.py or baselines.py with --json, to compare methods. "
-    "Repeatable.",
+    help="Output of eval --json or bench --json, or rows of benchmarks/quality_table.py or baselines.py (--json), to "
+    "compare methods. Repeatable.",
 )
 @provider_option
 @overwrite_option
 def report(source: Path, output: Path, result_files: tuple[Path, ...], provider: str, overwrite: bool) -> None:
     """Draw a calibration or an artifact as one self-contained HTML file.
 
-    With prices: KL against bytes, and the rows read by matrix and layer. With masks: CETT curves, the allocation, and
-    KL where it was measured; from an artifact also the activity of its neurons, measured with its own graphs.
+    The page opens with what a token reads, loses and gains. Then, with prices, the rows read by matrix and layer and the
+    table of prices; with masks, the allocation, curves, and KL where it was measured, and from an artifact the activity
+    of its neurons, measured with its own graphs. How the artifact was made comes last.
     """
     from tda_export.errors import TdaError, UsageError
     from tda_export.files import atomic_file, check_output
     from tda_export.report.build import artifact_page, calibration_page
     from tda_export.report.page import is_report, render
-    from tda_export.report.results_file import read_results
+    from tda_export.report.results_file import Results, read_results
 
     if not source.exists():
         raise TdaError(
@@ -50,7 +51,8 @@ def report(source: Path, output: Path, result_files: tuple[Path, ...], provider:
     if provider != "auto" and not source.is_dir():
         raise UsageError(f"{source} is a calibration file, which has no graphs to run. Leave --provider out.")
     check_output(output, overwrite=overwrite, what="a report", is_earlier_output=is_report)
-    results = [result for path in result_files for result in read_results(path)]
+    found = [read_results(path) for path in result_files]
+    results = Results([one for of in found for one in of.qualities], [one for of in found for one in of.speeds])
     page = artifact_page(source, results, provider) if source.is_dir() else calibration_page(source, results)
     html = render(page)
     with atomic_file(output) as part:

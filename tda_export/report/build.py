@@ -20,53 +20,66 @@ from tda_export.report.activity_sections import (
     uncertainty_section,
     uncertainty_texts,
 )
+from tda_export.report.answer import (
+    Answer,
+    answer_section,
+    mask_answer,
+    priced_answer,
+    unmeasured_masks,
+    unmeasured_prices,
+)
 from tda_export.report.methods_section import methods_section
 from tda_export.report.page import Page, Section
-from tda_export.report.priced_sections import artifact_prices, calibration_prices
-from tda_export.report.results import Result
+from tda_export.report.priced_sections import artifact_prices, budget_prices, calibration_prices
+from tda_export.report.results_file import Results
 from tda_export.report.sections import (
     allocation_section,
-    artifact_summary,
-    calibration_summary,
+    artifact_provenance,
+    calibration_provenance,
     curves_of,
     curves_section,
     sensitivity_section,
     stored_allocation,
     unmet_section,
 )
+from tda_export.report.speeds import short_name
 from tda_export.report.texts import SIMILARITY_PROMPTS
 from tda_export.runtime.artifact import Artifact, open_artifact
+from tda_export.runtime.deployment import NO_REFRESH, Refresh
 from tda_export.runtime.providers import choose_provider
 from tda_export.runtime.text import Text
 
 LONGEST = 128  # tokens of the longest of the report's own texts, with room for tokenizers that make more of them
 
 
-def calibration_page(path: Path, results: Sequence[Result]) -> Page:
+def calibration_page(path: Path, results: Results) -> Page:
     """Report on a calibration file.
 
     Raises:
         TdaError: It cannot be read.
     """
     calibration = read_calibration(path)
-    sections = [calibration_summary(calibration)]
+    name = str(calibration.provenance["model"]["name"])
+    answers: list[Answer] = []
+    sections: list[Section] = []
     if calibration.priced is not None:
+        prices = budget_prices(calibration, calibration.priced)
+        integers = integers_kl(calibration.provenance["model"].get("quantization"))
+        answers.append(priced_answer(list(calibration.priced.tables().values()), prices, integers=integers))
         sections += calibration_prices(calibration, calibration.priced)
     if calibration.curves is not None:
-        sections += _chosen_sections(calibration, calibration.provenance["budget"])
-        sections.append(sensitivity_section(calibration))
-    if results:
-        sections.append(methods_section(results))
-    name = calibration.provenance["model"]["name"]
-    return Page(f"{name}: calibration", path.name, sections)
+        answer, of_masks = _masks(calibration, calibration.provenance["budget"])
+        answers.append(answer)
+        sections += of_masks
+    return _page(name, "calibration", path.name, answers, sections, results, calibration_provenance(calibration))
 
 
-def artifact_page(folder: Path, results: Sequence[Result], provider: str) -> Page:
+def artifact_page(folder: Path, results: Results, provider: str) -> Page:
     """Report on an artifact. The graphs of one of masks are run for it; shows progress.
 
     Args:
         folder: The artifact.
-        results: To compare methods by.
+        results: To compare methods by, and speeds.
         provider: `auto`, `cpu` or `cuda`.
 
     Raises:
@@ -77,21 +90,33 @@ def artifact_page(folder: Path, results: Sequence[Result], provider: str) -> Pag
     if artifact.layout == "priced":
         if provider != "auto":
             raise UsageError(f"{folder} has prices of rows, whose report runs no graph. Leave --provider out.")
-        return Page(f"{artifact.name}: artifact", folder.resolve().name, _priced_sections(artifact, results))
-    chosen = choose_provider(provider, artifact.shape.dtype)
-    if artifact.shape.max_positions < LONGEST:
-        raise TdaError(
-            f"{folder}: the model takes {artifact.shape.max_positions} tokens, and the report's own texts up to "
-            f"{LONGEST}. Report on its calibration file instead."
-        )
-    calibration = _own_calibration(artifact)
-    sections = [artifact_summary(artifact)]
-    if calibration is not None:
-        sections += _calibration_sections(artifact, calibration)
-    if results:
-        sections.append(methods_section(results))
-    sections += _activity_sections(artifact, chosen)
-    return Page(f"{artifact.name}: artifact", folder.resolve().name, sections)
+        answer, sections = _priced(artifact)
+    else:
+        chosen = choose_provider(provider, artifact.shape.dtype)
+        if artifact.shape.max_positions < LONGEST:
+            raise TdaError(
+                f"{folder}: the model takes {artifact.shape.max_positions} tokens, and the report's own texts up to "
+                f"{LONGEST}. Report on its calibration file instead."
+            )
+        answer, sections = _indexed(artifact)
+        sections += _activity_sections(artifact, chosen)
+    name, where = artifact.name, folder.resolve().name
+    return _page(name, "artifact", where, [answer], sections, results, artifact_provenance(artifact))
+
+
+def _page(
+    name: str,
+    kind: str,
+    where: str,
+    answers: Sequence[Answer],
+    sections: Sequence[Section],
+    results: Results,
+    provenance: Section,
+) -> Page:
+    """Put the sections in order: the answer, methods compared, what it is made of, and last where it comes from."""
+    compared = [methods_section(results.qualities)] if results.qualities else []
+    opening = answer_section(answers, name, results.speeds)
+    return Page(f"{short_name(name)}: {kind}", where, [opening, *compared, *sections, provenance])
 
 
 def _own_calibration(artifact: Artifact) -> Calibration | None:
@@ -100,33 +125,39 @@ def _own_calibration(artifact: Artifact) -> Calibration | None:
     return read_calibration(artifact.file(contract.CALIBRATION_FILE))
 
 
-def _priced_sections(artifact: Artifact, results: Sequence[Result]) -> list[Section]:
-    calibration, sections = _own_calibration(artifact), [artifact_summary(artifact)]
-    table = artifact.price_table
-    if table is not None:
-        priced = None if calibration is None else calibration.priced
-        integers = integers_kl(artifact.manifest["model"].get("quantization"))
-        sections += artifact_prices(table, float(artifact.manifest["price"]), priced, integers)
-    return [*sections, methods_section(results)] if results else sections
+def _priced(artifact: Artifact) -> tuple[Answer, list[Section]]:
+    calibration, table, price = _own_calibration(artifact), artifact.price_table, float(artifact.manifest["price"])
+    if table is None:
+        return unmeasured_prices(price, artifact.linear_bytes), []
+    priced = None if calibration is None else calibration.priced
+    integers = integers_kl(artifact.manifest["model"].get("quantization"))
+    answer = priced_answer([table], {table.packing: price}, integers=integers, linear_bytes=artifact.linear_bytes)
+    return answer, artifact_prices(table, price, priced, integers)
 
 
-def _chosen_sections(calibration: Calibration, budget: dict[str, Any], refresh_tokens: int = 0) -> list[Section]:
-    """Curves and allocation by a budget that came with the file; what it cannot meet is said, and the rest drawn."""
-    allocation = stored_allocation(calibration, Budget(**budget), refresh_tokens)
-    return [
-        curves_section(curves_of(calibration), allocation),
+def _masks(
+    calibration: Calibration, budget: dict[str, Any], refresh: Refresh = NO_REFRESH, ffn_bytes: int | None = None
+) -> tuple[Answer, list[Section]]:
+    """Answer for a budget that came with the file; what it cannot meet is said, and the rest drawn."""
+    allocation = stored_allocation(calibration, Budget(**budget), refresh.tokens)
+    answer = mask_answer(calibration, allocation, refresh=refresh, ffn_bytes=ffn_bytes)
+    chosen = (
         unmet_section(calibration, budget)
         if allocation is None
-        else allocation_section(allocation, budget, refresh_tokens),
-    ]
+        else allocation_section(allocation, budget, refresh.tokens)
+    )
+    curves = curves_section(curves_of(calibration), allocation)
+    return answer, [chosen, curves, sensitivity_section(calibration)]
 
 
-def _calibration_sections(artifact: Artifact, calibration: Calibration) -> list[Section]:
-    manifest = artifact.manifest
-    if manifest["method"]["selection"] == "threshold":
-        chosen = _chosen_sections(calibration, manifest["budget"], manifest["refresh"]["tokens"])
-        return [*chosen, sensitivity_section(calibration)]
-    return [curves_section(curves_of(calibration), None), sensitivity_section(calibration)]
+def _indexed(artifact: Artifact) -> tuple[Answer, list[Section]]:
+    manifest, calibration, ffn_bytes = artifact.manifest, _own_calibration(artifact), artifact.dense_ffn_bytes
+    if manifest["method"]["selection"] == "threshold" and calibration is not None:
+        return _masks(calibration, manifest["budget"], Refresh(**manifest["refresh"]), ffn_bytes)
+    answer = unmeasured_masks(manifest["budget"].get("sparsity"), ffn_bytes)
+    if calibration is None:
+        return answer, []
+    return answer, [curves_section(curves_of(calibration), None), sensitivity_section(calibration)]
 
 
 def _activity_sections(artifact: Artifact, provider: str) -> list[Section]:

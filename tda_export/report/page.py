@@ -41,13 +41,17 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with what is under it, in this order: paragraphs, figures, tables, notes."""
+    """A heading with what is under it, in this order: lead, paragraphs, figures, tables, notes.
+
+    `lead` is the section in a sentence or two, in larger letters.
+    """
 
     title: str
     paragraphs: Sequence[str] = ()
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
     notes: Sequence[str] = ()
+    lead: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from tda_export.packing import THRESHOLDS, Packing
 from tda_export.pricing import PriceRow, PriceTable
 from tda_export.report.axes import Axis, around
 from tda_export.report.charts import line_chart
-from tda_export.report.drawing import Series
+from tda_export.report.drawing import MARKS, Series
 from tda_export.report.page import Figure, Section, Table
 from tda_export.report.quality import KL, LINEAR_BYTES
 
@@ -31,22 +31,27 @@ class LayerDensities:
     parts: Mapping[str, Sequence[float]]
 
 
-def calibration_prices(calibration: Calibration, priced: Priced) -> list[Section]:
-    """Show all that a calibration measured, and the rows that its own budget reads."""
-    tables = priced.tables()
+def budget_prices(calibration: Calibration, priced: Priced) -> dict[Packing, float | None]:
+    """Return the price that a calibration's own budget asks for, by packing; None for no price, or beyond the table."""
     budget = {name: calibration.provenance["budget"].get(name) for name in ("sparsity", "max_kl")}
     if sum(value is not None for value in budget.values()) != 1:  # a budget of masks alone
         budget = {}
-    prices = {packing: _chosen(table, budget) for packing, table in tables.items()}
+    return {packing: _chosen(table, budget) for packing, table in priced.tables().items()}
+
+
+def calibration_prices(calibration: Calibration, priced: Priced) -> list[Section]:
+    """Show the rows that a calibration's own budget reads, and all that was measured."""
+    tables, prices = priced.tables(), budget_prices(calibration, priced)
     densities = [layer_densities(priced, packing, prices[packing]) for packing in tables]
     integers = integers_kl(calibration.provenance["model"].get("quantization"))
-    return [prices_section(list(tables.values()), prices, integers), densities_section(densities)]
+    measured = list(tables.values())
+    return [densities_section(measured, densities), prices_section(measured, prices, integers)]
 
 
 def artifact_prices(
     table: PriceTable, price: float, priced: Priced | None, integers: float | None = None
 ) -> list[Section]:
-    """Show what an artifact's prices save and cost, and the rows that it reads by default.
+    """Show the rows that an artifact reads by default, and what its prices save and cost.
 
     Args:
         table: The artifact's own, for its dtype.
@@ -54,12 +59,12 @@ def artifact_prices(
         priced: What its calibration measured by layer; None where it carries none of this packing.
         integers: The KL of its integers to the float model, where it is known.
     """
-    sections = [prices_section([table], {table.packing: price}, integers)]
+    found = []
     if priced is not None and table.packing in priced.measured:
         # A price is per byte: what was measured was for rows of another size.
         measured = price * table.element_bytes / priced.row_bytes.element_bytes
-        sections.append(densities_section([layer_densities(priced, table.packing, measured)]))
-    return sections
+        found.append(layer_densities(priced, table.packing, measured))
+    return [densities_section([table], found), prices_section([table], {table.packing: price}, integers)]
 
 
 def _chosen(table: PriceTable, budget: Mapping[str, float | None]) -> float | None:
@@ -85,7 +90,7 @@ def layer_densities(priced: Priced, packing: Packing, price: float | None) -> La
 def prices_section(
     tables: Sequence[PriceTable], chosen: Mapping[Packing, float | None], integers: float | None = None
 ) -> Section:
-    """Draw and list tables of prices of one model, one for each packing.
+    """List tables of prices of one model, one for each packing.
 
     Args:
         tables: What was measured.
@@ -109,17 +114,12 @@ def prices_section(
         f"A price is of a byte, for {tables[0].element_bytes} bytes an element, and grows with the number of tokens "
         f"after a token: calibration had {tables[0].continuation_tokens}."
     )
-    figures = [Figure(price_chart(tables), "KL by the bytes that are read. Bars: one standard error over sequences.")]
-    figures += [
-        Figure(parts_chart(table), f"Rows read of each matrix, {THRESHOLDS[table.packing]}; means over layers.")
-        for table in tables
-    ]
     return Section(
         "Prices of rows",
         [
             "A row of a linear, what leaves one input channel, is read by a token only if it is worth its bytes: if "
             "x² times the row's price reaches the price of a byte, λ, which is one number for the whole model. Each "
-            "point is one λ, measured on sequences that gave no price."
+            "line is one λ, measured on sequences that gave no price."
             + (
                 ""
                 if integers is None
@@ -127,14 +127,18 @@ def prices_section(
                 f"{integers:.4f} nats a token, comes on top of it."
             )
         ],
-        figures,
-        [_price_table(table, integers) for table in tables],
-        notes,
+        tables=[_price_table(table, integers) for table in tables],
+        notes=notes,
     )
 
 
-def price_chart(tables: Sequence[PriceTable]) -> Markup:
-    """Draw KL against the share of the linears' bytes; dense, without loss, has no place on a logarithmic axis."""
+def price_chart(tables: Sequence[PriceTable], chosen: Mapping[Packing, float | None] | None = None) -> Markup:
+    """Draw KL against the share of the linears' bytes; dense, without loss, has no place on a logarithmic axis.
+
+    Args:
+        tables: One line each.
+        chosen: Prices to mark, by packing.
+    """
     series = [
         Series(
             THRESHOLDS[table.packing],
@@ -146,49 +150,75 @@ def price_chart(tables: Sequence[PriceTable]) -> Markup:
         )
         for style, table in enumerate(tables)
     ]
-    rows = [row for table in tables for row in table.rows if row.kl > 0]
+    prices = [(chosen or {}).get(table.packing) for table in tables]
+    points = [
+        table.predicted(price)
+        for table, price in zip(tables, prices, strict=True)
+        if price and price <= table.most_price
+    ]
+    if points:
+        names = [f"chosen: price {row.price:.4g}" for row in points]
+        shares, kls = [row.share for row in points], [row.kl for row in points]
+        series.append(Series("chosen", shares, kls, style=len(MARKS) - 1, line=False, names=names))
+    rows = [row for row in (*(row for table in tables for row in table.rows), *points) if row.kl > 0]
     y = around(KL, [kl for row in rows for kl in (row.kl, row.kl - row.kl_stderr, row.kl + row.kl_stderr)], log=True)
     return line_chart(
-        "KL against bytes of all linears, by price", series, around(LINEAR_BYTES, [r.share for r in rows]), y
+        "KL against bytes of all linears, by price", series, around(LINEAR_BYTES, [row.share for row in rows]), y
     )
 
 
 def parts_chart(table: PriceTable) -> Markup:
     """Draw the share of rows that is read of each matrix against the share of all linears' bytes."""
     shares = [row.share for row in table.rows]
-    series = [
-        Series(part, shares, [row.parts[part] for row in table.rows], style=style)
-        for style, part in enumerate(table.rows[0].parts)
-    ]
+    parts = together({part: [row.parts[part] for row in table.rows] for part in table.rows[0].parts})
+    series = [Series(name, shares, values, style=style) for style, (name, values) in enumerate(parts.items())]
     return line_chart("Rows read by matrix", series, around(LINEAR_BYTES, shares), Axis(DENSITY, 0.0, 1.0))
 
 
-def densities_section(found: Sequence[LayerDensities]) -> Section:
-    """Show which rows a token reads in each layer at one price."""
-    figures, tables = [], []
+def densities_section(tables: Sequence[PriceTable], found: Sequence[LayerDensities]) -> Section:
+    """Show which rows a token reads: of each layer's matrices at one price, and of each matrix at all prices.
+
+    Args:
+        tables: Of prices, one for each packing.
+        found: Densities by layer, of those packings that were measured by layer.
+    """
+    figures, listed = [], []
     for one in found:
         thresholds = THRESHOLDS[one.packing]
         at = f"{thresholds}, price {one.row.price:.4g}, which reads {one.row.share:.3f} of the linears' bytes"
         figures.append(Figure(layers_chart(one), f"Rows read in each layer: {at}."))
         layers = len(next(iter(one.parts.values())))
         rows = [[layer, *(f"{values[layer]:.3f}" for values in one.parts.values())] for layer in range(layers)]
-        tables.append(Table(f"Rows read, layer by layer: {at}", ("layer", *one.parts), rows, folded=True))
+        listed.append(Table(f"Rows read, layer by layer: {at}", ("layer", *one.parts), rows, folded=True))
+    figures += [
+        Figure(parts_chart(table), f"Rows read of each matrix, {THRESHOLDS[table.packing]}; means over layers.")
+        for table in tables
+    ]
+    of_layers = " Layers are shown at the measured price whose bytes are nearest to those of the budget."
     return Section(
         "Densities of rows",
         [
-            "The price is one for the whole model, so matrices and layers that matter more keep more of their rows. "
-            "Shown for the measured price whose bytes are nearest to those of the budget."
+            "The price is one for the whole model, so matrices and layers that matter more keep more of their rows."
+            + (of_layers if found else "")
         ],
         figures,
-        tables,
+        listed,
     )
+
+
+def together(parts: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Join parts whose lines are one line, as those of a site with one threshold: "q, k, v"."""
+    names: dict[tuple[float, ...], list[str]] = {}
+    for part, values in parts.items():
+        names.setdefault(tuple(values), []).append(part)
+    return {", ".join(joined): list(values) for values, joined in names.items()}
 
 
 def layers_chart(one: LayerDensities) -> Markup:
     """Draw the share of rows that is read of each matrix in each layer."""
     series = [
-        Series(part, list(range(len(values))), list(values), style=style)
-        for style, (part, values) in enumerate(one.parts.items())
+        Series(name, list(range(len(values))), values, style=style)
+        for style, (name, values) in enumerate(together(one.parts).items())
     ]
     x = Axis("layer", 0.0, float(max(len(series[0].x) - 1, 1)))
     return line_chart("Rows read by layer and matrix", series, x, Axis(DENSITY, 0.0, 1.0))
@@ -213,4 +243,4 @@ def _price_table(table: PriceTable, integers: float | None) -> Table:
     after = [] if table.short is None else [f"after {table.short.prompt_tokens} tokens"]
     kls = ("KL, nats a token", *after, *float_kl_columns(integers))
     columns = ("price", "all linears", "FFN", "attention", *parts, *kls, "top-1 agreement")
-    return Table(f"Prices, {THRESHOLDS[table.packing]}: shares of bytes read", columns, rows)
+    return Table(f"Prices, {THRESHOLDS[table.packing]}: shares of bytes read", columns, rows, texts=0)

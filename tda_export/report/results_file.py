@@ -1,4 +1,4 @@
-"""Files of results: one JSON object as `eval --json` prints, an array, or JSON Lines as the benchmarks' tables are."""
+"""Files of results: a JSON object as `eval --json` or `bench --json` prints, an array, or JSON Lines as of tables."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tda_export.errors import TdaError, UsageError
 from tda_export.report.results import Result
+from tda_export.report.speeds import Speed
 
 TEXTS = ("method", "text")
 NUMBERS = (
@@ -26,10 +27,22 @@ NUMBERS = (
 )
 LINEARS = ("linear_bytes", "dense_linear_bytes")  # both or neither
 ALLOCATIONS = {"tda": "kl", "uniform": "uniform"}  # of the methods that quality_table.py names so
-WAY_OUT = "Give the output of 'tda-export eval --text … --json', or of quality_table.py or baselines.py with --json."
+SPEED_MARK = "copy_gb_per_second"  # what `bench` alone prints
+SPEED_TEXTS = ("model", "dtype", "device")
+WAY_OUT = (
+    "Give the output of 'tda-export eval --text … --json' or 'tda-export bench … --json', or of quality_table.py or "
+    "baselines.py with --json."
+)
 
 
-def read_results(path: Path) -> list[Result]:
+class Results(NamedTuple):
+    """What files of results hold: what methods lose at the bytes that they read, and how fast they are."""
+
+    qualities: list[Result]
+    speeds: list[Speed]
+
+
+def read_results(path: Path) -> Results:
     """Read one file.
 
     A model or a number of decoded tokens that a row does not name is taken from the file's other rows, if they agree.
@@ -44,12 +57,18 @@ def read_results(path: Path) -> list[Result]:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise TdaError(f"{path}: not readable as JSON ({error}). {WAY_OUT}") from error
-    results = [_result(content, where) for where, content in _contents(text, path)]
-    if not results:
+    results: list[Result] = []
+    speeds: list[Speed] = []
+    for where, content in _contents(text, path):
+        if isinstance(content, dict) and SPEED_MARK in content:
+            speeds += _speeds(content, where)
+        else:
+            results.append(_result(content, where))
+    if not results and not speeds:
         raise TdaError(f"{path}: no results in it. {WAY_OUT}")
     model = _only({one.model for one in results})
     continuation = _only({one.continuation_tokens for one in results})
-    return [
+    qualities = [
         replace(
             one,
             model=model if one.model is None else one.model,
@@ -57,6 +76,7 @@ def read_results(path: Path) -> list[Result]:
         )
         for one in results
     ]
+    return Results(qualities, speeds)
 
 
 def _only(values: set[Any]) -> Any:
@@ -140,3 +160,43 @@ def _asked_budget(given: dict[str, Any]) -> dict[str, Any]:
         return {}
     allocation = ALLOCATIONS.get(given["method"])
     return {"sparsity": asked} | ({} if allocation is None else {"allocation": allocation})
+
+
+def _speeds(content: dict[str, Any], where: str) -> list[Speed]:
+    """Check what `bench` printed, and return each way of decoding in it."""
+
+    def number(row: dict[str, Any], name: str) -> float:
+        value = row.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise TdaError(f"{where}: not a result, {name!r} is not there or no number. {WAY_OUT}")
+        return value
+
+    for name in SPEED_TEXTS:
+        if not isinstance(content.get(name), str):
+            raise TdaError(f"{where}: not a result, {name!r} is not there or no text. {WAY_OUT}")
+    prompt_tokens, new_tokens = (int(number(content, name)) for name in ("prompt_tokens", "new_tokens"))
+    ways = {name: row for name, row in content.items() if isinstance(row, dict) and "ms_per_token" in row}
+    if not ways:
+        raise TdaError(f"{where}: not a result, no way of decoding is in it. {WAY_OUT}")
+    speeds = []
+    for name, row in ways.items():
+        span = row.get("ms_per_token_range")
+        if not isinstance(span, list) or len(span) != 2:
+            raise TdaError(f"{where}: not a result, 'ms_per_token_range' is not there or no pair. {WAY_OUT}")
+        low, high = (number({"ms_per_token_range": end}, "ms_per_token_range") for end in span)
+        speeds.append(
+            Speed(
+                model=content["model"],
+                dtype=content["dtype"],
+                device=content["device"],
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                name=name,
+                share=1 - number(row, "sparsity"),
+                ms=number(row, "ms_per_token"),
+                low=low,
+                high=high,
+                speedup=number(row, "speedup") if "speedup" in row else None,
+            )
+        )
+    return speeds

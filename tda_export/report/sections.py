@@ -30,6 +30,8 @@ from tda_export.report.quality import (
 )
 from tda_export.runtime.artifact import Artifact
 
+PROVENANCE = "Provenance"
+
 
 def stored_allocation(calibration: Calibration, budget: Budget, refresh_tokens: int = 0) -> Allocation | None:
     """Choose the thresholds of a budget that came with the file; None where the calibration cannot meet it."""
@@ -45,17 +47,17 @@ def curves_of(calibration: Calibration) -> Curves:
     return Curves(calibration.grid.numpy(), sums.mean_cett.numpy(), sums.mean_density.numpy())
 
 
-def calibration_summary(calibration: Calibration) -> Section:
+def calibration_provenance(calibration: Calibration) -> Section:
     """Say what a calibration was made of."""
     rows = list(_flat(calibration.provenance))
     return Section(
-        "Summary",
+        PROVENANCE,
         tables=[Table("The calibration", ("what", "value"), rows, texts=2)],
         notes=[f"Report by tda-export {tda_export.__version__}."],
     )
 
 
-def artifact_summary(artifact: Artifact) -> Section:
+def artifact_provenance(artifact: Artifact) -> Section:
     """Say what an artifact is, what it was made of, and which files it has."""
     manifest = artifact.manifest
     names = ("model", "layout", "method", "packing", "price", "budget", "shape", "versions")
@@ -67,7 +69,7 @@ def artifact_summary(artifact: Artifact) -> Section:
         tables.append(Table("Its calibration", ("what", "value"), rows, texts=2))
     tables.append(Table("Its files, by the manifest", ("file", "bytes", "sha256"), files))
     return Section(
-        "Summary",
+        PROVENANCE,
         tables=tables,
         notes=[
             "Sizes were compared with the files; 'tda-export verify' compares the hashes.",

@@ -35,7 +35,11 @@ def parse(path: Path) -> ET.Element:
     return ET.fromstring(html.removeprefix("<!DOCTYPE html>"))
 
 
-CALIBRATED = ["Summary", "Curves", "Allocation", "Sensitivity of layers"]
+OPENING, LAST = "In short", "Provenance"
+MASKS = ["Allocation", "Curves", "Sensitivity of layers"]
+CALIBRATED = [OPENING, *MASKS, LAST]
+METHODS = "Quality against bytes"
+ACTIVITY = ["Neuron activity", "Similarity of prompts", "History-related uncertainty"]
 
 
 def headings(root: ET.Element) -> list[str]:
@@ -44,6 +48,10 @@ def headings(root: ET.Element) -> list[str]:
 
 def text_of(root: ET.Element) -> str:
     return " ".join("".join(root.itertext()).split())
+
+
+def leads(root: ET.Element) -> list[str]:
+    return [text_of(paragraph) for paragraph in root.iter("p") if paragraph.get("class") == "lead"]
 
 
 def write_result(folder: Path, name: str, **changes: Any) -> Path:
@@ -82,7 +90,13 @@ def test_curves_alone(tiny_model: Path, tmp_path: Path) -> None:
     run_ok("calibrate", tiny_model, "-o", calibration, *CALIBRATE_TINY, "--curves-only")
     output = tmp_path / "report.html"
     run_ok("report", calibration, "-o", output)
-    assert "carries no measurements of KL" in text_of(parse(output))
+    root = parse(output)
+    assert "carries no measurements of KL" in text_of(root)
+    assert re.fullmatch(
+        r"A token reads \d+% of the bytes of the FFN, and an FFN's output is off by 0\.\d\d of its length \(CETT, mean "
+        r"over layers\). KL was not measured.",
+        *leads(root),
+    )
 
 
 def test_stored_budget_beyond_the_path(tiny_calibration: Path, tmp_path: Path) -> None:
@@ -93,7 +107,7 @@ def test_stored_budget_beyond_the_path(tiny_calibration: Path, tmp_path: Path) -
     output = tmp_path / "report.html"
     run_ok("report", calibration, "-o", output, "--results", write_result(tmp_path, "r.json"))
     root = parse(output)
-    assert headings(root) == [*CALIBRATED, "Quality against bytes"]
+    assert headings(root) == [OPENING, METHODS, *MASKS, LAST]
     assert "The stored budget (sparsity 0.95, allocation kl) cannot be met with this calibration" in text_of(root)
 
 
@@ -114,19 +128,13 @@ def test_artifact(tiny_artifact: Path, tmp_path: Path) -> None:
     output = tmp_path / "report.html"
     result = run_ok("report", tiny_artifact, "-o", output, "--results", write_result(tmp_path, "r.json"))
     root = parse(output)
-    assert headings(root) == [
-        *CALIBRATED,
-        "Quality against bytes",
-        "Neuron activity",
-        "Similarity of prompts",
-        "History-related uncertainty",
-    ]
+    assert headings(root) == [OPENING, METHODS, *MASKS, *ACTIVITY, LAST]
     assert sha256(tiny_artifact / contract.DECODE_FILE) in text_of(root)
     assert output.stat().st_size < 3_000_000
     assert "Traceback" not in result.stderr
 
 
-PRICES = ["Summary", "Prices of rows", "Densities of rows"]
+PRICES = ["Densities of rows", "Prices of rows"]
 
 
 def test_calibration_of_prices(priced_calibration: Path, tmp_path: Path) -> None:
@@ -134,7 +142,7 @@ def test_calibration_of_prices(priced_calibration: Path, tmp_path: Path) -> None
     output = tmp_path / "report.html"
     run_ok("report", priced_calibration, "-o", output, "--results", write_result(tmp_path, "r.json"))
     root = parse(output)
-    assert headings(root) == [*PRICES, "Quality against bytes"]
+    assert headings(root) == [OPENING, METHODS, *PRICES, LAST]
     text = text_of(root)
     assert "One threshold a matrix: the budget asks for price" in text
     assert "One threshold a site: the budget asks for price" in text
@@ -146,7 +154,7 @@ def test_artifact_of_prices(priced_artifact: Path, tmp_path: Path) -> None:
     output = tmp_path / "report.html"
     run_ok("report", priced_artifact, "-o", output, "--results", write_result(tmp_path, "r.json"))
     root = parse(output)
-    assert headings(root) == [*PRICES, "Quality against bytes"]
+    assert headings(root) == [OPENING, METHODS, *PRICES, LAST]
     assert text_of(root).count("the budget asks for price") == 1
     text = f"{priced_artifact} has prices of rows, whose report runs no graph. Leave --provider out."
     output = tmp_path / "other.html"
@@ -159,17 +167,21 @@ def test_artifacts_of_prices_that_know_less(priced_artifact: Path, tmp_path: Pat
     (artifact / contract.CALIBRATION_FILE).unlink()
     edit_manifest(artifact, lambda manifest: manifest["files"].pop(contract.CALIBRATION_FILE))
     run_ok("report", artifact, "-o", tmp_path / "table.html")
-    assert headings(parse(tmp_path / "table.html")) == PRICES[:2]
+    assert headings(parse(tmp_path / "table.html")) == [OPENING, *PRICES, LAST]
     edit_manifest(artifact, lambda manifest: manifest.update(price_table=None))
     run_ok("report", artifact, "-o", tmp_path / "bare.html")
-    assert headings(parse(tmp_path / "bare.html")) == PRICES[:1]
+    bare = parse(tmp_path / "bare.html")
+    assert headings(bare) == [OPENING, LAST]
+    assert re.match(r"A token reads the rows that are worth price \S+ a byte. What that saves and costs", *leads(bare))
 
 
 def test_calibration_of_all_methods(tiny_model: Path, tmp_path: Path) -> None:
     calibration, output = tmp_path / "all.safetensors", tmp_path / "report.html"
     run_ok("calibrate", tiny_model, "-o", calibration, "--sparsity", 0.4, "--method", "all", *TINY_LENGTHS)
     run_ok("report", calibration, "-o", output)
-    assert headings(parse(output)) == [*PRICES, *CALIBRATED[1:]]
+    root = parse(output)
+    assert headings(root) == [OPENING, *PRICES, *MASKS, LAST]
+    assert len(leads(root)) == 2
 
 
 def test_artifact_without_thresholds_and_calibration(tiny_model: Path, tmp_path: Path) -> None:
@@ -177,12 +189,11 @@ def test_artifact_without_thresholds_and_calibration(tiny_model: Path, tmp_path:
     artifact, output = tmp_path / "griffin", tmp_path / "report.html"
     run_ok("build", tiny_model, "--method", "griffin", "--sparsity", 0.5, "-o", artifact, "--no-verify")
     run_ok("report", artifact, "-o", output)
-    assert headings(parse(output)) == [
-        "Summary",
-        "Neuron activity",
-        "Similarity of prompts",
-        "History-related uncertainty",
-    ]
+    root = parse(output)
+    assert headings(root) == [OPENING, *ACTIVITY, LAST]
+    assert re.fullmatch(
+        r"A token reads 50% of the bytes of the FFN \(\d of \d MiB\). What that costs was not measured.", *leads(root)
+    )
 
 
 def test_results(tiny_calibration: Path, tmp_path: Path) -> None:
@@ -195,7 +206,7 @@ def test_results(tiny_calibration: Path, tmp_path: Path) -> None:
     output = tmp_path / "report.html"
     run_ok("report", tiny_calibration, "-o", output, *(word for file in files for word in ("--results", file)))
     root = parse(output)
-    assert headings(root)[-1] == "Quality against bytes"
+    assert headings(root)[:2] == [OPENING, METHODS]
     captions = [caption.text or "" for caption in root.iter("figcaption")]
     assert (
         sum("decoded. Bars: one standard error" in caption for caption in captions) == 2

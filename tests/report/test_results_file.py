@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tda_export.errors import TdaError, UsageError
 from tda_export.report.methods_section import methods_section
 from tda_export.report.results import grouped
 from tda_export.report.results_file import read_results
+from tda_export.report.speeds import Speed
 from tests.report.svg import by_class, parse
 from tests.report.test_results import CONTENT, result
 
@@ -91,18 +93,18 @@ def write(folder: Path, text: str) -> Path:
     ids=["object", "indented", "array", "line"],
 )
 def test_one_result(tmp_path: Path, text: str) -> None:
-    assert read_results(write(tmp_path, text)) == [result()]
+    assert read_results(write(tmp_path, text)).qualities == [result()]
 
 
 def test_bytes_of_linears(tmp_path: Path) -> None:
     rows = [CONTENT, CONTENT | {"method": "teal", "linear_bytes": 70.0, "dense_linear_bytes": 140}]
-    assert [one.linear_share for one in read_results(write(tmp_path, lines(rows)))] == [None, 0.5]
+    assert [one.linear_share for one in read_results(write(tmp_path, lines(rows))).qualities] == [None, 0.5]
 
 
 @pytest.mark.parametrize("form", ["lines", "array"])
 def test_baselines(tmp_path: Path, form: str) -> None:
     rows = [baseline_row(method, sparsity) for method in ("static", "cats", "dejavu") for sparsity in (0.3, 0.5)]
-    results = read_results(write(tmp_path, lines(rows) if form == "lines" else json.dumps(rows)))
+    results = read_results(write(tmp_path, lines(rows) if form == "lines" else json.dumps(rows))).qualities
     assert list(grouped(results)) == [("smollm2-135m", "stories.txt", 384, 128)]
     assert [(one.line, one.budget_text) for one in results] == [
         (line, f"sparsity {sparsity}")
@@ -127,7 +129,7 @@ NAMED = [
 def test_quality_table(tmp_path: Path, labels: dict[str, Any]) -> None:
     """Rows of one text and length make one chart, those that name the model and those that do not."""
     rows = table_rows(**labels)
-    results = read_results(write(tmp_path, lines([*rows, *(row | {"prompt_tokens": 384} for row in rows)])))
+    results = read_results(write(tmp_path, lines([*rows, *(row | {"prompt_tokens": 384} for row in rows)]))).qualities
     assert list(grouped(results)) == [("smollm2-135m", "stories", prompt, 128) for prompt in (32, 384)]
     section = methods_section(results)
     for figure in section.figures:
@@ -146,19 +148,57 @@ def test_quality_table_with_budgets(tmp_path: Path) -> None:
         table_row("griffin", 0.3, 0.3, budget={"sparsity": 0.3, "allocation": None}),
         table_row("dense", None, None, budget=None, model=None),
     ]
-    results = read_results(write(tmp_path, lines(rows)))
+    results = read_results(write(tmp_path, lines(rows))).qualities
     assert [one.line for one in results] == ["TDA (by KL)", "TDA (uniform)", "paper's method", "Griffin", "dense"]
     assert [one.budget_text for one in results][2:4] == ["cett 0.2", "sparsity 0.3"]
 
 
 def test_labels_of_which_the_file_has_several_are_not_guessed(tmp_path: Path) -> None:
     rows = [table_row("tda", 0.3, 0.3), baseline_row("cats", 0.3), baseline_row("cats", 0.3, model="another")]
-    results = read_results(write(tmp_path, lines(rows)))
+    results = read_results(write(tmp_path, lines(rows))).qualities
     assert [(one.model, one.continuation_tokens) for one in results] == [
         (None, 128),
         ("smollm2-135m", 128),
         ("another", 128),
     ]
+
+
+SPEEDS: dict[str, Any] = {
+    "model": "m",
+    "dtype": "float32",
+    "device": "a processor",
+    "prompt_tokens": 8,
+    "new_tokens": 16,
+    "copy_gb_per_second": 20.0,
+    "dense": {"ms_per_token": 10.0, "ms_per_token_range": [9.0, 11.0], "sparsity": 0.0},
+    "priced": {"ms_per_token": 8.0, "ms_per_token_range": [7.5, 8.5], "sparsity": 0.375, "speedup": 1.25},
+}
+
+
+def test_speeds_beside_qualities(tmp_path: Path) -> None:
+    dense = Speed("m", "float32", "a processor", 8, 16, "dense", 1.0, 10.0, 9.0, 11.0)
+    priced = replace(dense, name="priced", share=0.625, ms=8.0, low=7.5, high=8.5, speedup=1.25)
+    assert read_results(write(tmp_path, lines([SPEEDS, CONTENT]))) == ([result()], [dense, priced])
+    assert read_results(write(tmp_path, json.dumps(SPEEDS))) == ([], [dense, priced])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"device": 3}, "'device' is not there or no text"),
+        ({"new_tokens": None}, "'new_tokens' is not there or no number"),
+        ({"dense": 1, "priced": 2}, "no way of decoding is in it"),
+        ({"dense": {"ms_per_token": 1.0}}, "'ms_per_token_range' is not there or no pair"),
+        ({"dense": SPEEDS["dense"] | {"sparsity": "half"}}, "'sparsity' is not there or no number"),
+        ({"dense": SPEEDS["dense"] | {"ms_per_token_range": [1.0, True]}}, "'ms_per_token_range' is not there or no"),
+        ({"dense": SPEEDS["dense"] | {"speedup": float("inf")}}, "'speedup' is not there or no number"),
+    ],
+    ids=str,
+)
+def test_no_speed(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(TdaError) as raised:
+        read_results(write(tmp_path, json.dumps(SPEEDS | changes)))
+    assert f": not a result, {reason}" in str(raised.value)
 
 
 # Refusals
