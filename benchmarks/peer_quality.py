@@ -90,6 +90,17 @@ def measure(
         }
 
 
+def float_continuations(source: Any, windows: torch.Tensor, path: Path) -> list[torch.Tensor]:
+    """Return the float model's log-probabilities, from a file where it has those of these windows."""
+    if path.is_file():
+        kept = torch.load(path)
+        if torch.equal(kept["windows"], windows):
+            return list(kept["log_probs"])
+    found = list(continuations(source.reference(), windows, PROMPT))
+    torch.save({"windows": windows, "log_probs": found}, path)
+    return found
+
+
 def linear_bytes(row_bytes: RowBytes, spec: Any, densities: dict[str, torch.Tensor]) -> float:
     """Return what a token read of the linears of all layers."""
     outputs = linear_outputs(spec)
@@ -177,7 +188,7 @@ def main() -> None:
         if (options.only and name not in options.only) or any(row["name"] == name for row in rows):
             continue
         stored, prices = make(), {1.0: 0.0}
-        dense = dense or list(continuations(source.reference(), windows, PROMPT))
+        dense = dense or float_continuations(source, windows, options.folder / "float.pt")
         ours = stored.row_bytes is not None
         if ours and name.removeprefix("ours ") not in MIXED:
             if priced is None:
