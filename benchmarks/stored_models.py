@@ -203,7 +203,7 @@ class Stacks:
 
 
 def onnx_matrices(path: Path) -> Iterator[tuple[str, torch.Tensor, int]]:
-    """Yield the place of each MatMulNBits of a model (`model/layers.0/attn/qkv_proj`), its matrix [out, in] de-quantised, and its bytes."""
+    """Yield each MatMulNBits: its place (`model/layers.0/attn/qkv_proj`), its matrix [out, in], and its bytes."""
     import onnx
     from onnx import numpy_helper
 
