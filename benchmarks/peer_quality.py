@@ -45,7 +45,7 @@ from tda_export.report.drawing import Series
 
 PACKING = "sites"
 PROMPT, CONTINUATION = 384, 128
-SPARSITIES = (0.15, 0.3, 0.5)
+SPARSITIES = (0.05, 0.15, 0.3, 0.5)
 LIGHT = "--page:#fff;--ink:#1b1b1b;--quiet:#595959;--grid:#e8e8e8;"
 DARK = "--page:#15171a;--ink:#e8e8e8;--quiet:#a6a6a6;--grid:#2a2e33;"
 STYLE = """text{fill:var(--ink);font:12px system-ui,sans-serif}.tick,.note{fill:var(--quiet)}.grid{stroke:var(--grid)}
