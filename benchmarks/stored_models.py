@@ -150,12 +150,14 @@ class Stacks:
             vocab_size=spec.vocab_size,
         )
         model, sums = self.source.reference(), {}
+
+        def add(name: str, inputs: torch.Tensor) -> None:
+            sums[name] += inputs.double().square().sum((0, 1))
+
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear):
                 sums[name] = torch.zeros(module.in_features, dtype=torch.float64)
-                module.register_forward_hook(
-                    lambda module, inputs, output, name=name: sums[name].add_(inputs[0].double().square().sum((0, 1)))
-                )
+                module.register_forward_pre_hook(lambda module, inputs, name=name: add(name, inputs[0]))
         with torch.no_grad():
             for tokens in corpus.tokens:
                 model(tokens[None], use_cache=False)
