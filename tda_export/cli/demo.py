@@ -120,8 +120,8 @@ def demo(context: click.Context, artifacts: Path) -> None:
     click.secho("\nThe same prompt, answered in five ways", bold=True)
     print_comparison(compare_ways(load(at.tda), load(at.int4)))
     click.echo(f"\nDone in {time.monotonic() - started:.0f} s. Try next:")
-    for command, about in next_commands(at):
-        click.echo(f"  {command}\n      {about}")
+    for line, about in next_commands(at):
+        click.echo(f"  {line}\n      {about}")
 
 
 def check_layouts(at: Places) -> None:
