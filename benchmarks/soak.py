@@ -3,7 +3,8 @@
 Two targets, one after the other, each in a process of its own: `generate` (the Python interface: plain generations,
 and a conversation) and `serve` (the server, asked by three clients over HTTP). Requests have random lengths, budgets,
 sampling and ends: some are read to their end, some closed, dropped or cancelled, some are wrong and refused. The first
-fifth of the time is warm-up and not counted. The rest is cut into ten equal blocks.
+half of the time is warm-up and not counted (--warm-up): memory rises to its highest need, and to the most scattered of
+it, ever more slowly. The rest is cut into ten equal blocks.
 
 Rule of the verdict. Memory: a straight line through the blocks' medians; it grows if the slope is above three of its
 standard errors and above --tolerance. File descriptors and threads: they grow if the fewest of the last block are more
@@ -30,7 +31,6 @@ from tda_export.runtime import open_artifact
 from tda_export.versions import installed_versions
 
 BLOCKS = 10
-WARM_UP = 0.2  # of the time
 SURE = 3.0  # standard errors
 MB = 1e6
 
@@ -81,13 +81,13 @@ def fit(x: list[float], y: list[float]) -> Line:
     return Line(slope, (left / (len(x) - 2) / spread) ** 0.5)
 
 
-def blocks(samples: list[Sample], seconds: float) -> list[list[Sample]]:
+def blocks(samples: list[Sample], seconds: float, warm_up: float) -> list[list[Sample]]:
     """Cut what came after the warm-up into blocks of equal time.
 
     Raises:
         UsageError: One would be empty.
     """
-    begin, length = WARM_UP * seconds, (1 - WARM_UP) * seconds / BLOCKS
+    begin, length = warm_up * seconds, (1 - warm_up) * seconds / BLOCKS
     cut: list[list[Sample]] = [[] for _ in range(BLOCKS)]
     for sample in samples:
         if sample.seconds >= begin:
@@ -97,15 +97,16 @@ def blocks(samples: list[Sample], seconds: float) -> list[list[Sample]]:
     return cut
 
 
-def growth(samples: list[Sample], seconds: float, tolerance: float) -> Row:
+def growth(samples: list[Sample], seconds: float, *, warm_up: float, tolerance: float) -> Row:
     """Say what grew, by the rule above.
 
     Args:
         samples: In order of time.
         seconds: Of the whole run.
+        warm_up: Share of it that is not counted.
         tolerance: Growth of memory that counts as none, MB a minute.
     """
-    cut, found, grows = blocks(samples, seconds), Row(), []
+    cut, found, grows = blocks(samples, seconds, warm_up), Row(), []
     minutes = [statistics.fmean(sample.seconds for sample in block) / 60 for block in cut]
     for name in ("resident", "anonymous"):
         medians = [statistics.median(getattr(sample, name) for sample in block) / MB for block in cut]
@@ -137,10 +138,13 @@ def soak(target: Target, options: argparse.Namespace) -> Row:
             running.check()
             time.sleep(min(options.every, seconds - elapsed))
         counted = running.counts()
-    return growth(samples, seconds, options.tolerance) | {"requests": counted}
+    found = growth(samples, seconds, warm_up=options.warm_up, tolerance=options.tolerance)
+    return found | {"requests": counted}
 
 
 def run(options: argparse.Namespace) -> Iterator[Row]:
+    if not (options.minutes > 0 and options.every > 0 and 0 <= options.warm_up < 1):
+        raise UsageError("Give --minutes and --every above 0, and a --warm-up in [0, 1).")
     open_artifact(options.artifact)  # refuses what cannot be run before any process is started
     for name in options.target or TARGETS:
         row: Row = {"target": name, "artifact": options.artifact.resolve().name, "minutes": options.minutes}
@@ -177,6 +181,7 @@ def main() -> int:
     parser.add_argument("--target", choices=list(TARGETS), action="append", help="may be given twice (both)")
     parser.add_argument("--minutes", type=float, default=30.0, help="of each target (30)")
     parser.add_argument("--every", type=float, default=1.0, help="seconds between two looks (1)")
+    parser.add_argument("--warm-up", type=float, default=0.5, help="share of the time that is not counted (0.5)")
     parser.add_argument("--tolerance", type=float, default=0.05, help="MB a minute that count as no growth (0.05)")
     parser.add_argument("--seed", type=int, default=0, help="of lengths, budgets and ends (0)")
     parser.add_argument("--provider", choices=["cpu", "cuda"], default="cpu")
