@@ -23,7 +23,7 @@ from tda_export.runtime import Artifact, Conversation, Model, Sampling, load, op
 from tda_export.runtime.deployment import PriceDeployment
 from tda_export.runtime.text import Text
 
-MOST_PROMPT, MOST_ANSWER = 512, 64  # tokens
+MOST_PROMPT, MOST_ANSWER, MOST_CHAT = 512, 64, 1024  # tokens
 CLIENTS = 3
 PATIENCE = 600  # seconds, for one answer and for an end
 ENDS = ("read", "read", "read", "closed", "dropped", "cancelled")  # of a generation, as often
@@ -77,7 +77,8 @@ def generate_until_told(folder: Path, provider: str, seed: int, pipe: Connection
     """Generate until something comes through the pipe, then send back how many requests ended how."""
     model, chance, counts = load(folder, provider=provider), random.Random(seed), Counter[str]()
     chats = model.text.has_chat_template
-    conversation = Conversation(model, context=min(4 * MOST_PROMPT, model.check_context(None))) if chats else None
+    conversation = Conversation(model, context=min(MOST_CHAT, model.check_context(None))) if chats else None
+    take_most_memory(model, conversation)
     while not pipe.poll():
         if conversation is not None and chance.random() < 0.3:
             if chance.random() < 0.2:
@@ -105,6 +106,14 @@ def generate_until_told(folder: Path, provider: str, seed: int, pipe: Connection
         counts[end] += 1
     pipe.recv()
     pipe.send(dict(counts))
+
+
+def take_most_memory(model: Model, conversation: Conversation | None) -> None:
+    """Generate with the longest prompt, and fill a conversation: no memory is had before it is first written to."""
+    prompt = min(MOST_PROMPT, model.check_context(None) - MOST_ANSWER)
+    list(model.generate([0] * prompt, max_new_tokens=MOST_ANSWER, ignore_eos=True))
+    while conversation is not None and conversation.dropped_turns == 0:
+        list(conversation.say(" ".join(2 * WORDS), max_new_tokens=1))
 
 
 def plain_generation(model: Model, chance: random.Random) -> Any:
