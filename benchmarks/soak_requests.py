@@ -24,6 +24,8 @@ from tda_export.runtime.deployment import PriceDeployment
 from tda_export.runtime.text import Text
 
 MOST_PROMPT, MOST_ANSWER, MOST_CHAT = 512, 64, 1024  # tokens
+WORDS_KEPT = 12_000  # more than the tokenizers package keeps (10,000, 0.4 kB each)
+LETTERS = str.maketrans("0123456789", "ghijklmnop")  # a word of hexadecimal digits, without digits
 CLIENTS = 3
 PATIENCE = 600  # seconds, for one answer and for an end
 ENDS = ("read", "read", "read", "closed", "dropped", "cancelled")  # of a generation, as often
@@ -109,7 +111,12 @@ def generate_until_told(folder: Path, provider: str, seed: int, pipe: Connection
 
 
 def take_most_memory(model: Model, conversation: Conversation | None) -> None:
-    """Generate with the longest prompt, and fill a conversation: no memory is had before it is first written to."""
+    """Generate with the longest prompt, fill a conversation, and the tokenizer's memory of words.
+
+    Otherwise what is reserved, but first written to later, and what has a bound would look like growth.
+    """
+    for number in range(WORDS_KEPT):
+        model.text.encode(f"{number:x}".translate(LETTERS))
     prompt = min(MOST_PROMPT, model.check_context(None) - MOST_ANSWER)
     list(model.generate([0] * prompt, max_new_tokens=MOST_ANSWER, ignore_eos=True))
     while conversation is not None and conversation.dropped_turns == 0:
