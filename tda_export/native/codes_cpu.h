@@ -66,7 +66,7 @@ struct CodeBlock {
   static TDA_INLINE Words GroupOfLane(int group_shift) { return V::Counting() * kPerLane >> group_shift; }
 
   // Give each lane the number of its group; `first` is that of the block's first group, with kLanes floats to read.
-  static TDA_INLINE Vector Spread(const float* first, Words of_lane) {
+  static TDA_INLINE Vector Spread(const float* first, [[maybe_unused]] Words of_lane) {
 #if TDA_SHUFFLES
     if constexpr (kColumns > kSmallestGroup) return __builtin_shuffle(V::Load(first), of_lane);
 #endif
