@@ -143,8 +143,8 @@ def test_scales_of_an_output_reach_that_output_alone(format: IntegerFormat, scal
 @pytest.mark.parametrize("rows", [True, False], ids=["rows", "dots"])
 @pytest.mark.parametrize("count", [1, 8])
 def test_every_scale_has_its_exact_value(format: IntegerFormat, rows: bool, count: int) -> None:
-    """All finite float16 numbers, the smallest too: products with a power of two lose nothing. Of rows they lose what is
-    small beside the largest."""
+    """All finite float16 numbers, the smallest too: products with a power of two lose nothing. Sums over rows lose what
+    is small beside the largest."""
     every = np.arange(2**16, dtype=np.uint16).view(np.float16)
     every = every[np.isfinite(every)].reshape(64, -1)
     groups = every.shape[1]
