@@ -67,8 +67,7 @@ lookup_option = option(
     default=0,
     show_default=True,
     metavar="N",
-    help="Let a step read up to N tokens more, 15 at most, that followed the same tokens earlier in the text; right "
-    "ones need no step of their own. Answers stay the same; 0 is off.",
+    help="Draft up to N tokens (15 at most) from repeated text and check them in one step; 0 is off.",
 )
 ANSWER_OPTIONS = (
     lookup_option,
@@ -120,8 +119,7 @@ def refresh_option(command: F) -> F:
         "--refresh",
         type=click.IntRange(0),
         group=BUDGET,
-        help="With masks: after every N tokens, read them again densely and renew the mask; 0 is off.  [default: the "
-        "artifact's own]",
+        help="With masks: every N tokens, read them again densely and renew the mask; 0 is off.  [default: as built]",
     )(command)
 
 
@@ -152,8 +150,7 @@ def corpus_options(command: F) -> F:
                 default="builtin",
                 show_default=True,
                 group=TEXT,
-                help="builtin, a .txt, .jsonl, .json, .csv or .parquet file, or a hub data set (name or "
-                "name:config:split).",
+                help="builtin, a .txt, .jsonl, .json, .csv or .parquet file, or a hub data set (NAME[:CONFIG:SPLIT]).",
             ),
             option("--text-column", group=TEXT, help="Column of the text.  [default: text]"),
             option(

@@ -34,8 +34,8 @@ def report(source: Path, output: Path, result_files: tuple[Path, ...], provider:
     """Draw a calibration or an artifact as one self-contained HTML file.
 
     The page opens with what a token reads, loses and gains. Then, with prices, the rows read by matrix and layer and
-    the table of prices; with masks, the allocation, curves, and KL where it was measured, and from an artifact the activity
-    of its neurons, measured with its own graphs. How the artifact was made comes last.
+    the table of prices; with masks, the allocation, curves, and KL where it was measured, and from an artifact the
+    activity of its neurons, measured with its own graphs. How the artifact was made comes last.
     """
     from tda_export.errors import TdaError, UsageError
     from tda_export.files import atomic_file, check_output
