@@ -144,12 +144,15 @@ struct Lanes {
 }  // namespace tda
 
 // Defines kernels for several instruction sets; the processor's own is chosen when the library is loaded:
-// TDA_FOR_EACH_TARGET(define), where define(attribute, lanes) defines one function of the same name.
+// TDA_FOR_EACH_TARGET(define), where define(attribute, lanes) defines one function of the same name. TDA_ONE_TARGET, if it
+// is defined, is the lanes of the only one, for which the compiler's own options choose the instruction set.
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(TDA_ONE_TARGET)
 #define TDA_FOR_EACH_TARGET(define)                        \
   define(__attribute__((target("arch=x86-64-v4"))), 16)    \
   define(__attribute__((target("arch=x86-64-v3"))), 8)     \
   define(__attribute__((target("default"))), 4)
+#elif defined(TDA_ONE_TARGET)
+#define TDA_FOR_EACH_TARGET(define) define(, TDA_ONE_TARGET)
 #else
 #define TDA_FOR_EACH_TARGET(define) define(, 4)
 #endif
