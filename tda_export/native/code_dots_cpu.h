@@ -21,7 +21,10 @@ struct DotInputs {
       : size(Rounded(layout.columns, kMostBlock)), groups(Rounded(layout.Groups(), 16)), tokens(tokens) {}
 
   static int64_t Rounded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
-  int64_t Bytes() const { return tokens * ((size + groups + 1) * sizeof(float) + kDigits * size); }
+  bool ByDigits() const { return tokens <= kTokensByDigits; }  // where the processor multiplies bytes
+  int64_t Bytes() const {
+    return tokens * ((size + groups + 1) * sizeof(float) + (ByDigits() ? kDigits * size : 0));
+  }
 
   // Lay out the inputs in Bytes() of memory.
   void Place(float* memory) {
@@ -34,7 +37,7 @@ struct DotInputs {
   int64_t size, groups, tokens;
   float* values;   // [tokens, size], in the order of the codes
   float* sums;     // [tokens, groups]
-  float* steps;    // [tokens]
+  float* steps;    // [tokens]; below zero where a token has no digits
   int8_t* digits;  // [tokens, kDigits * size]
 };
 

@@ -8,7 +8,7 @@
 namespace tda {
 namespace {
 
-constexpr double kWidestScales = 256.0;  // of the mean
+constexpr size_t kRoom = 64;  // floats
 
 }  // namespace
 
@@ -33,21 +33,25 @@ void CodeLayout::Check(const Tensor& codes, const Tensor& scales, const Tensor& 
   check("zero_points", zero_points, Packed(Groups()), "the bytes");
 }
 
-float LargestScale::Of(const Tensor& scales) const {
-  const float known = found_.load(std::memory_order_relaxed);
-  if (known >= 0.0f) return known;
+LargestScales::LargestScales(const Tensor& scales) : of_group(scales.sizes[1] + kRoom, 0.0f), most(0.0f) {
   const uint16_t* halves = scales.As<const uint16_t>();
-  const int64_t count = scales.Count();
-  float largest = 0.0f;
-  double sum = 0.0;
-  for (int64_t i = 0; i < count; ++i) {
-    const float size = HalfToFloat(halves[i] & 0x7fff);
-    sum += size;
-    largest = std::max(largest, size);
+  const int64_t groups = scales.sizes[1];
+  std::vector<uint16_t> largest(groups, 0);  // bits without the sign: ordered as numbers, what is not finite above all
+  for (int64_t row = 0; row < scales.sizes[0]; ++row) {
+    for (int64_t g = 0; g < groups; ++g) {
+      largest[g] = std::max(largest[g], static_cast<uint16_t>(halves[row * groups + g] & 0x7fff));
+    }
   }
-  const float found = largest * count <= kWidestScales * sum ? largest : HUGE_VALF;  // not where one is a NaN
-  if (constant_) found_.store(found, std::memory_order_relaxed);
-  return found;
+  for (int64_t g = 0; g < groups; ++g) {
+    of_group[g] = largest[g] < 0x7c00 ? HalfToFloat(largest[g]) : HUGE_VALF;
+    most = std::max(most, of_group[g]);
+  }
+}
+
+std::shared_ptr<const LargestScales> LargestScalesOf::Of(const Tensor& scales) const {
+  if (!constant_) return std::make_shared<const LargestScales>(scales);
+  std::call_once(looked_, [&] { found_ = std::make_shared<const LargestScales>(scales); });
+  return found_;
 }
 
 std::vector<IoType> CodeTypes() { return {{kUint8}, {kHalf}, {kUint8}}; }

@@ -2,7 +2,9 @@
 // element = (code - zero point) * scale, both of its group. Every row is a unit of whole bytes.
 #pragma once
 
-#include <atomic>
+#include <memory>
+#include <mutex>
+#include <vector>
 
 #include "op.h"
 
@@ -23,17 +25,25 @@ struct CodeLayout {
   int64_t group;
 };
 
-// The largest size of a matrix's scales: infinite where one is no finite number, or where most are so much smaller that
-// they have no common unit (digits_cpu.h). Looked for once if they are constant.
-class LargestScale {
- public:
-  explicit LargestScale(const KernelInfo& info, size_t input) : constant_(info.IsConstant(input)) {}
+// The largest sizes of the scales of a matrix's columns, by group, over its rows.
+struct LargestScales {
+  explicit LargestScales(const Tensor& scales);
 
-  float Of(const Tensor& scales) const;
+  std::vector<float> of_group;  // with room to read vectors
+  float most;                   // of all; no finite number where a scale is none
+};
+
+// Has a matrix's largest scales, which are looked for once where the scales are constant.
+class LargestScalesOf {
+ public:
+  LargestScalesOf(const KernelInfo& info, size_t input) : constant_(info.IsConstant(input)) {}
+
+  std::shared_ptr<const LargestScales> Of(const Tensor& scales) const;
 
  private:
   const bool constant_;
-  mutable std::atomic<float> found_ = -1.0f;  // below zero before the first call
+  mutable std::once_flag looked_;
+  mutable std::shared_ptr<const LargestScales> found_;
 };
 
 // Types of a matrix's tensors: codes, scales, zero points.

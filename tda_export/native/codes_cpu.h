@@ -105,8 +105,7 @@ struct CodeFormat {
     float sums[kTileGroups + kMostLanes] = {};
   };
 
-  CodeFormat(const CodeLayout& layout, const Tensor& weight, const Tensor& scales, const Tensor& zero_points,
-             float largest_scale)
+  CodeFormat(const CodeLayout& layout, const Tensor& weight, const Tensor& scales, const Tensor& zero_points)
       : codes(weight.As<const uint8_t>()),
         scales(scales.As<const uint16_t>()),
         zeros(zero_points.As<const uint8_t>()),
@@ -115,8 +114,7 @@ struct CodeFormat {
         row_bytes(layout.Packed(columns)),
         groups(layout.Groups()),
         zero_bytes(layout.Packed(groups)),
-        group_shift(__builtin_ctzll(layout.group)),
-        largest_scale(largest_scale) {}
+        group_shift(__builtin_ctzll(layout.group)) {}
 
   int64_t RowBytes() const { return row_bytes + 2 * groups + zero_bytes; }
 
@@ -246,8 +244,8 @@ struct CodeFormat {
   const uint16_t* scales;  // [rows, groups], float16
   const uint8_t* zeros;    // [rows, zero_bytes]
   int64_t rows, columns, row_bytes, groups, zero_bytes;
-  int group_shift;      // a group has 1 << group_shift columns
-  float largest_scale;  // or infinity
+  int group_shift;  // a group has 1 << group_shift columns
+  const LargestScales* largest = nullptr;  // where sums over rows may be of integers
 };
 
 }  // namespace tda

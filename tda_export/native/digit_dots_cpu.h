@@ -6,31 +6,39 @@
 
 namespace tda {
 
-// Compute a token's digits: for each block of codes, and each of the codes of a byte, those of one digit after another.
-// Its step is below zero where they do not serve.
+// Compute a token's digits, if they serve: for each block of codes, and each of the codes of a byte, those of one digit
+// after another. Its sums become those of what the digits stand for.
 template <int kLanes, int kBits>
 TDA_INLINE void PrepareDigitsOf(const CodeFormat<kBits>& weight, const float* x, int64_t token,
                                 const DotInputs& inputs) {
-  constexpr int kPerByte = 8 / kBits, kBytes = kLanes * 4;
-  float most = 0.0f;
-  bool finite = true;
-  for (int64_t i = 0; i < weight.columns; ++i) {
-    const float size = std::fabs(x[i]);
-    finite &= size < HUGE_VALF;
-    most = std::max(most, size);
-  }
-  const bool serve = HasByteProducts<kLanes, kBits>() && finite && (most == 0.0f || most >= kSmallestMost);
-  inputs.steps[token] = !serve ? -1.0f : most == 0.0f ? 1.0f : StepFor(most);
-  if (!serve) return;
-  const float per_step = 1.0f / inputs.steps[token];
-  int8_t* digits = inputs.digits + token * inputs.size * kDigits;
-  for (int64_t at = 0; at < inputs.size; at += kBytes * kPerByte) {
-    for (int n = 0; n < kPerByte; ++n, digits += kBytes * kDigits) {
-      for (int byte = 0; byte < kBytes; ++byte) {
-        const int64_t column = at + byte * kPerByte + n;
-        const float value = column < weight.columns ? x[column] : 0.0f;
-        const auto steps = static_cast<uint32_t>(static_cast<int32_t>(std::lrintf(value * per_step))) + 0x00808080u;
-        for (int d = 0; d < kDigits; ++d) digits[d * kBytes + byte] = static_cast<int8_t>((steps >> 8 * d & 255) ^ 128);
+  inputs.steps[token] = -1.0f;
+  if constexpr (kByteProducts<kLanes, kBits>) {
+    constexpr int kPerByte = 8 / kBits, kBytes = kLanes * 4;
+    float most = 0.0f;
+    bool finite = HasByteProducts<kLanes>();
+    for (int64_t i = 0; i < weight.columns; ++i) {
+      const float size = std::fabs(x[i]);
+      finite &= size < HUGE_VALF;
+      most = std::max(most, size);
+    }
+    if (!finite || (most > 0.0f && most < kSmallestMost)) return;
+    const float step = StepsFor<kLanes>(typename Lanes<kLanes>::Vector{} + most)[0], per_step = 1.0f / step;
+    inputs.steps[token] = step;
+    float* sums = inputs.sums + token * inputs.groups;
+    std::fill_n(sums, inputs.groups, 0.0f);
+    int8_t* digits = inputs.digits + token * inputs.size * kDigits;
+    for (int64_t at = 0; at < inputs.size; at += kBytes * kPerByte) {
+      for (int n = 0; n < kPerByte; ++n, digits += kBytes * kDigits) {
+        for (int byte = 0; byte < kBytes; ++byte) {
+          const int64_t column = at + byte * kPerByte + n;
+          const float value = column < weight.columns ? x[column] : 0.0f;
+          const auto steps = static_cast<int32_t>(std::lrintf(value * per_step));
+          const uint32_t plus = static_cast<uint32_t>(steps) + 0x00808080u;
+          if (column < weight.columns) sums[column >> weight.group_shift] += static_cast<float>(steps) * step;
+          for (int d = 0; d < kDigits; ++d) {
+            digits[d * kBytes + byte] = static_cast<int8_t>((plus >> 8 * d & 255) ^ 128);
+          }
+        }
       }
     }
   }
@@ -106,17 +114,19 @@ TDA_INLINE void DotRowsOf(const CodeFormat<kBits>& weight, int64_t begin, int64_
                           float* y) {
   for (int64_t first = begin; first < end; first += kRowsAtATime) {
     const int64_t stop = std::min(first + kRowsAtATime, end);
-    if (inputs.tokens > kTokensByDigits) {
+    if (!inputs.ByDigits()) {
       DotTokens<kLanes, (kLanes > 8 ? 8 : 4)>(weight, first, stop, inputs, 0, y);
       continue;
     }
     for (int64_t t = 0; t < inputs.tokens; ++t) {
       float* own = y + t * weight.rows;
-      if (inputs.steps[t] >= 0.0f) {
-        DotDigitRows<kLanes>(weight, first, stop, inputs, t, own);
-      } else {
-        for (int64_t row = first; row < stop; ++row) DotRow<kLanes, 1>(weight, row, inputs, t, own + row, weight.rows);
+      if constexpr (kByteProducts<kLanes, kBits>) {
+        if (inputs.steps[t] >= 0.0f) {
+          DotDigitRows<kLanes>(weight, first, stop, inputs, t, own);
+          continue;
+        }
       }
+      for (int64_t row = first; row < stop; ++row) DotRow<kLanes, 1>(weight, row, inputs, t, own + row, weight.rows);
     }
   }
 }

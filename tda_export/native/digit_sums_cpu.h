@@ -43,16 +43,15 @@ class DigitSums {
         whole_rows_(WholeRows()) {}
 
   // Add the rows of a list to sums [end - begin], whole blocks of them. The list has room for kQuad more.
-  // Returns whether they could be added: not where they, or their scales, are no finite numbers or of no common size.
+  // Returns whether they could be added: not where they, or scales, are no finite numbers, or all products very small.
   TDA_INLINE bool AddRows(int32_t* rows, float* values, int64_t count, float* sums) {
     if (count == 0) return true;
     Prefetch(rows, count);
-    const float most = Most(values, count);
-    if (!(most < HUGE_VALF)) return false;
-    if (most == 0.0f) return true;
-    if (most < kSmallestMost) return false;
-    const float step = StepFor(most);
-    per_step_ = 1.0f / step;
+    const float most = Most(values, count), largest_product = most * weight_.largest->most;
+    if (!(largest_product < HUGE_VALF)) return false;
+    if (largest_product == 0.0f) return true;
+    if (largest_product < kSmallestMost) return false;
+    SetSteps(most);
     for (; count % kQuad; ++count) {
       rows[count] = rows[count - 1];
       values[count] = 0.0f;
@@ -62,12 +61,12 @@ class DigitSums {
     for (int64_t first = 0; first < count; first += kRowsOfQuads) {
       AddQuads(rows, values, first, count);
     }
-    for (int64_t block = 0; block < blocks_; ++block) Complete(block, step, sums + block * Block::kColumns);
+    for (int64_t block = 0; block < blocks_; ++block) Complete(block, sums + block * Block::kColumns);
     return true;
   }
 
  private:
-  // Return the largest product of a value with a scale, or more; no finite number where a value or a scale is none.
+  // Return the size of the largest value; no finite number where one is none.
   TDA_INLINE float Most(const float* values, int64_t count) const {
     Words largest = {};  // floats' bits without the sign: they are ordered as floats are, and NaN is above infinity
     int64_t i = 0;
@@ -83,7 +82,16 @@ class DigitSums {
     for (int lane = 0; lane < kLanes; ++lane) most = std::max(most, static_cast<uint32_t>(largest[lane]));
     float value;
     std::memcpy(&value, &most, sizeof(value));
-    return value * weight_.largest_scale;
+    return value;
+  }
+
+  // Choose the steps of each group of columns, for values up to `most`.
+  TDA_INLINE void SetSteps(float most) {
+    for (int64_t g = 0; g < groups_; g += kLanes) {
+      const Vector steps = StepsFor<kLanes>(V::Load(weight_.largest->of_group.data() + first_group_ + g) * most);
+      V::Store(steps_ + g, steps);
+      V::Store(per_step_ + g, 1.0f / steps);
+    }
   }
 
   // Ask for the first rows of a list.
@@ -151,7 +159,7 @@ class DigitSums {
     for (int64_t g = 0; g < groups_; g += kLanes) {
       Words in_steps[kQuad], zero_points = {};
       for (int r = 0; r < kQuad; ++r) {
-        in_steps[r] = B::InSteps(V::LoadHalves(scales[r] + g) * (values[r] * per_step_));
+        in_steps[r] = B::InSteps(V::LoadHalves(scales[r] + g) * values[r] * V::Load(per_step_ + g));
         zero_points |= Block::WordsInOrder(zeros[r] + Format::CodeBytes(g)) << 8 * r;
       }
       const Words digits[kDigits] = {B::template Digit<0>(in_steps), B::template Digit<1>(in_steps),
@@ -202,8 +210,10 @@ class DigitSums {
     }
   }
 
-  // Add a block's sums, less those of the zero points, times the step, in the order of CodeBlock.
-  TDA_INLINE void Complete(int64_t block, float step, float* sums) {
+  // Add a block's sums, less those of the zero points, times the steps, in the order of CodeBlock.
+  TDA_INLINE void Complete(int64_t block, float* sums) {
+    const Vector steps = Block::Spread(steps_ + (block * Block::kColumns >> weight_.group_shift),
+                                       Block::GroupOfLane(weight_.group_shift));
     const int64_t group = block * Block::kColumns >> weight_.group_shift;
     const Integers* own = sums_ + block * kVectors * kDigits;
     Integers zeros[kDigits];
@@ -223,7 +233,7 @@ class DigitSums {
                                  B::LowDoubleWords(high_01, high_23), B::HighDoubleWords(high_01, high_23)};
       for (int e = 0; e < 4; ++e) {
         float* to = sums + (e * kPerByte + n) * kLanes;
-        V::Store(to, V::Load(to) + step * V::FromBits(in_order[e]));
+        V::Store(to, V::Load(to) + steps * V::FromBits(in_order[e]));
       }
     }
   }
@@ -241,7 +251,7 @@ class DigitSums {
   const Format& weight_;
   const int64_t begin_, end_, blocks_, first_group_, groups_;
   const Words group_of_lane_;
-  float per_step_;
+  float steps_[kGroups], per_step_[kGroups];  // by group, from the tile's first on
   const int64_t whole_rows_;
   const uint16_t* scales_[kRowsOfQuads];
   const uint8_t* zeros_[kRowsOfQuads];

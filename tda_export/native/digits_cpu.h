@@ -19,24 +19,31 @@ constexpr int64_t kTokensByDigits = 16;  // in a call of more, floats are unpack
 constexpr int kStepBits = 22;
 constexpr float kSmallestMost = 1e-25f;  // below it, steps are no normal floats
 
-// Return the step for numbers up to `most`, a positive finite one.
-TDA_INLINE float StepFor(float most) {
-  uint32_t bits;
-  std::memcpy(&bits, &most, sizeof(bits));
-  bits = (bits & 0x7f800000u) - (static_cast<uint32_t>(kStepBits - 1) << 23);
-  float step;
-  std::memcpy(&step, &bits, sizeof(step));
-  return step;
+// Return the step for numbers up to `most`, positive finite ones; for small ones that of kSmallestMost.
+template <int kLanes>
+TDA_INLINE typename Lanes<kLanes>::Vector StepsFor(typename Lanes<kLanes>::Vector most) {
+  using V = Lanes<kLanes>;
+  const auto bits = V::Bits(V::Larger(typename V::Vector{} + kSmallestMost, most)) & 0x7f800000u;
+  return V::FromBits(bits - (static_cast<uint32_t>(kStepBits - 1) << 23));
 }
 
-// Whether the processor has products of bytes for codes of kBits in vectors of kLanes words.
-template <int kLanes, int kBits>
-TDA_INLINE bool HasByteProducts() {
+// Whether there is code for products of bytes with codes of kBits in vectors of kLanes words. With eight lanes, sums of
+// two products with codes of 8 bits do not fit AVX2's 16 bits.
 #if TDA_SHUFFLES && defined(__x86_64__)
-  if constexpr (kLanes == 16) return __builtin_cpu_supports("avx512vnni");
-  if constexpr (kLanes == 8) return kBits == 4;  // sums of two products with codes of 8 bits do not fit AVX2's 16 bits
+template <int kLanes, int kBits>
+constexpr bool kByteProducts = kLanes == 16 || (kLanes == 8 && kBits == 4);
+#else
+template <int kLanes, int kBits>
+constexpr bool kByteProducts = false;
 #endif
-  return false;
+
+// Whether the processor can run it.
+template <int kLanes>
+TDA_INLINE bool HasByteProducts() {
+#if defined(__x86_64__)
+  if constexpr (kLanes == 16) return __builtin_cpu_supports("avx512vnni");
+#endif
+  return true;
 }
 
 // Four bytes a lane, in the processor's own instructions, which compilers do not make of vectors in C++.
@@ -46,7 +53,6 @@ struct Bytes {
   using Words = typename V::Words;
   using Integers = typename V::Integers;
 
-#if TDA_SHUFFLES && defined(__x86_64__)
 #define TDA_OF_TWO(Name, instruction)                             \
   static TDA_INLINE Words Name(Words a, Words b) {                \
     Words result;                                                 \
@@ -83,19 +89,6 @@ struct Bytes {
     asm("vcvtps2dq %1, %0" : "=v"(result) : "v"(x));
     return result;
   }
-#else
-  // Never called: HasByteProducts is false.
-  static TDA_INLINE Words LowBytes(Words a, Words) { return a; }
-  static TDA_INLINE Words HighBytes(Words a, Words) { return a; }
-  static TDA_INLINE Words LowPairs(Words a, Words) { return a; }
-  static TDA_INLINE Words HighPairs(Words a, Words) { return a; }
-  static TDA_INLINE Words LowWords(Words a, Words) { return a; }
-  static TDA_INLINE Words HighWords(Words a, Words) { return a; }
-  static TDA_INLINE Words LowDoubleWords(Words a, Words) { return a; }
-  static TDA_INLINE Words HighDoubleWords(Words a, Words) { return a; }
-  static TDA_INLINE Integers AddProducts(Integers sum, Words, Words) { return sum; }
-  static TDA_INLINE Integers Rounded(typename V::Vector) { return {}; }
-#endif
 
   // Return x in steps, its digits plus 128 as the lower three bytes of a lane.
   static TDA_INLINE Words InSteps(typename V::Vector x) {

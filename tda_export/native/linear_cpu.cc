@@ -17,7 +17,7 @@ constexpr int64_t kRangeBytes = 256 << 10;  // of weights, about
   attribute void PrepareToken(const CodeFormat<bits>& weight, const float* x, int64_t token,                \
                               const DotInputs& inputs) {                                                    \
     PrepareTokenOf<lanes>(weight, x, token, inputs);                                                        \
-    if (inputs.tokens <= kTokensByDigits) PrepareDigitsOf<lanes>(weight, x, token, inputs);                 \
+    if (inputs.ByDigits()) PrepareDigitsOf<lanes>(weight, x, token, inputs);                                \
   }                                                                                                         \
   attribute void DotRows(const CodeFormat<bits>& weight, int64_t begin, int64_t end, const DotInputs& inputs, \
                          float* y) {                                                                        \
@@ -31,8 +31,7 @@ TDA_FOR_EACH_TARGET(TDA_ALL_DOTS)
 template <int kBits>
 class LinearCpu : public Kernel {
  public:
-  explicit LinearCpu(const KernelInfo& info)
-      : allocator_(info), layout_(info, kBits), largest_scale_(info, kScales) {}
+  explicit LinearCpu(const KernelInfo& info) : allocator_(info), layout_(info, kBits) {}
 
   void Compute(const KernelContext& context) override {
     const Tensor x = context.Input(kX), codes = context.Input(kWeight);
@@ -41,7 +40,7 @@ class LinearCpu : public Kernel {
     if (x.rank == 0 || x.sizes[x.rank - 1] != layout_.columns) {
       Fail("x: expected shape [.., ", layout_.columns, "], as w has ", layout_.columns, " columns, got ", x.Shape());
     }
-    const CodeFormat<kBits> weight(layout_, codes, scales, zero_points, largest_scale_.Of(scales));
+    const CodeFormat<kBits> weight(layout_, codes, scales, zero_points);
     Tensor shape = x;
     shape.sizes[shape.rank - 1] = weight.rows;
     const Tensor y = context.OutputLike(0, shape);
@@ -63,7 +62,6 @@ class LinearCpu : public Kernel {
  private:
   const Allocator allocator_;
   const CodeLayout layout_;
-  const LargestScale largest_scale_;
 };
 
 }  // namespace

@@ -16,8 +16,10 @@ namespace tda {
 namespace {
 
 
+constexpr int64_t kFewTokens = 8;  // that go one by one where codes become floats
+
 #define TDA_OF_FORMAT(attribute, lanes, Format)                                                           \
-  attribute int64_t FewTokens(const Format&) { return FewTokensOf<lanes, Format>(); }                      \
+  attribute bool MultipliesBytes(const Format&) { return MultipliesBytesOf<lanes, Format>(); }             \
   attribute void SumChunk(const Format& weight, const ChunkOfToken& chunk, float* sums) {                 \
     SumChunkOf<lanes>(weight, chunk, sums);                                                               \
   }                                                                                                       \
@@ -110,7 +112,7 @@ template <class Format>
 void Multiply(const KernelContext& context, const Allocator& allocator, const RowLinearCall& call,
               const Format& weight) {
   if (call.y.Count() == 0) return;
-  if (call.tokens <= FewTokens(weight)) {
+  if (call.tokens <= (MultipliesBytes(weight) ? kTokensByDigits : kFewTokens)) {
     MultiplyFew(context, allocator, call, weight);
   } else {
     MultiplyMany(context, allocator, call, weight);
@@ -134,19 +136,21 @@ template <int kBits>
 class RowLinearCodesCpu : public Kernel {
  public:
   explicit RowLinearCodesCpu(const KernelInfo& info)
-      : allocator_(info), layout_(info, kBits), largest_scale_(info, RowLinearCall::kScales) {}
+      : allocator_(info), layout_(info, kBits), largest_scales_(info, RowLinearCall::kScales) {}
 
   void Compute(const KernelContext& context) override {
     const RowLinearCall call(context, layout_);
-    const float largest = largest_scale_.Of(call.scales);
-    Multiply(context, allocator_, call,
-             CodeFormat<kBits>(layout_, call.weight, call.scales, call.zero_points, largest));
+    CodeFormat<kBits> weight(layout_, call.weight, call.scales, call.zero_points);
+    std::shared_ptr<const LargestScales> largest;
+    if (call.tokens <= kTokensByDigits && MultipliesBytes(weight)) largest = largest_scales_.Of(call.scales);
+    weight.largest = largest.get();
+    Multiply(context, allocator_, call, weight);
   }
 
  private:
   const Allocator allocator_;
   const CodeLayout layout_;
-  const LargestScale largest_scale_;
+  const LargestScalesOf largest_scales_;
 };
 
 }  // namespace

@@ -52,13 +52,13 @@ struct ChunkOfToken {
   int64_t begin, end;  // columns
 };
 
-// Return how many tokens are summed one by one rather than by a product of matrices.
+// Tell whether sums are of products of bytes.
 template <int kLanes, class Format>
-TDA_INLINE int64_t FewTokensOf() {
+TDA_INLINE bool MultipliesBytesOf() {
   if constexpr (Format::kScaled) {
-    if (HasByteProducts<kLanes, Format::kCodeBits>()) return kTokensByDigits;
+    if constexpr (kByteProducts<kLanes, Format::kCodeBits>) return HasByteProducts<kLanes>();
   }
-  return 8;
+  return false;
 }
 
 // Compute the sums of a chunk by products of bytes. Returns false where they do not serve, with nothing of use in `sums`.
@@ -80,7 +80,9 @@ TDA_INLINE bool SumDigits(const CodeFormat<kBits>& weight, const ChunkOfToken& c
 template <int kLanes, class Format>
 TDA_INLINE void SumChunkOf(const Format& weight, const ChunkOfToken& chunk, float* sums) {
   if constexpr (Format::kScaled) {
-    if (HasByteProducts<kLanes, Format::kCodeBits>() && SumDigits<kLanes>(weight, chunk, sums)) return;
+    if constexpr (kByteProducts<kLanes, Format::kCodeBits>) {
+      if (weight.largest != nullptr && SumDigits<kLanes>(weight, chunk, sums)) return;
+    }
   }
   int32_t rows[kListed];
   float values[kListed];

@@ -189,9 +189,9 @@ SLOW = """
 import time
 from tda_export.cli.main import main
 from tda_export.runtime.decode_step import DecodeStep
-def slowly(step, token, run=DecodeStep._run):
+def slowly(step, tokens, run=DecodeStep._run):
     time.sleep(0.1)
-    run(step, token)
+    return run(step, tokens)
 DecodeStep._run = slowly
 main()
 """
@@ -282,10 +282,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(artifact_copy: Path) -> Non
 def test_an_error_has_a_line_of_its_own(tiny_artifact: Path, loaded: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     run, steps = DecodeStep._run, iter(range(100))
 
-    def failing(step: DecodeStep, token: int | None) -> None:
+    def failing(step: DecodeStep, tokens: Any) -> Any:
         if next(steps) == 5:
             raise TdaError("Out of luck. Try again.")
-        run(step, token)
+        return run(step, tokens)
 
     said = answers(loaded, ["Hi"], new_tokens=6)[0]
     monkeypatch.setattr(DecodeStep, "_run", failing)

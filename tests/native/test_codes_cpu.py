@@ -307,3 +307,20 @@ def test_the_smallest_scales_of_rows(format: IntegerFormat, count: int, row: int
     feeds = feeds_of(codes, x) | {"row_price": np.ones(64, np.float32), "price": np.zeros(1, np.float32)}
     y = run(session(format, codes.codes.shape[1], rows=True), feeds)
     np.testing.assert_array_equal(y[0, :, :: format.group], np.tile(every[row].astype(np.float32) / 2, (count, 1)))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("count", [1, 9])
+@pytest.mark.parametrize("columns", [np.s_[:1], np.s_[1:2], np.s_[2:]], ids=["first", "second", "others"])
+def test_columns_of_small_scales_are_as_exact(format: IntegerFormat, count: int, columns: slice) -> None:
+    """Integers that stand for floats have a unit of their own in each group of columns."""
+    rng = np.random.default_rng(12)
+    feeds, _ = row_feeds(rng, format, 203, 5 * format.group, count)
+    feeds["x"][..., 7] *= 1000
+    call = session(format, 5 * format.group, rows=True)
+    expected = run(call, feeds).reshape(count, 5, -1)[:, columns]
+    scales = feeds["scales"].copy()
+    scales[:, columns] *= np.float16(2**-6)
+    assert (scales[:, columns].astype(np.float32) * 64 == feeds["scales"][:, columns]).all()  # none is rounded
+    y = run(call, feeds | {"scales": scales}).reshape(count, 5, -1)[:, columns]
+    np.testing.assert_allclose(y * 64, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())

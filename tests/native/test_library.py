@@ -175,7 +175,9 @@ def widest_target() -> tuple[str, ...]:
     features = set(Path("/proc/cpuinfo").read_text().split())
     if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"} <= features:
         return "-DTDA_ONE_TARGET=16", "-march=x86-64-v4"
-    return ("-DTDA_ONE_TARGET=8", "-march=x86-64-v3") if {"avx2", "fma", "f16c"} <= features else ("-DTDA_ONE_TARGET=4",)
+    return (
+        ("-DTDA_ONE_TARGET=8", "-march=x86-64-v3") if {"avx2", "fma", "f16c"} <= features else ("-DTDA_ONE_TARGET=4",)
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the sanitizers' runtimes as GCC on Linux names them")

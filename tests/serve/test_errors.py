@@ -348,10 +348,10 @@ def test_failures_of_the_model(
     """Before the first token, and in the middle of a stream; the next request is answered."""
     run, steps = DecodeStep._run, iter(range(100))
 
-    def failing(step: DecodeStep, token: int | None) -> None:
+    def failing(step: DecodeStep, tokens: Any) -> Any:
         if next(steps) == 3:
             raise error
-        run(step, token)
+        return run(step, tokens)
 
     with serving(model) as served, caplog.at_level(logging.ERROR):
         with monkeypatch.context() as patch:
