@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tda_export.cli.help_groups import command, option
+from tda_export.cli.help_groups import WEIGHTS, command, option
 from tda_export.cli.options import (
     PATH,
     budget_options,
@@ -82,11 +82,12 @@ if TYPE_CHECKING:
     help="With tda: after every N tokens, read them again densely and renew the mask; 0 is off.  [default: 0]",
 )
 @weight_options("float", "int8", "int4")
-@click.option(
+@option(
     "--kv",
     type=click.Choice(["float", "int8"]),
     default="float",
     show_default=True,
+    group=WEIGHTS,
     help="How keys and values are stored: as --dtype says, or in 8 bits with a scale for each token and head (fp32 "
     "alone).",
 )

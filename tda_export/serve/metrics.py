@@ -93,8 +93,9 @@ class ServerMetrics:
         self._generated.inc(metrics.new_tokens)
         self._drafted.inc(metrics.drafted)
         self._accepted.inc(metrics.accepted)
-        self._read.inc(metrics.decode_steps * metrics.bytes_per_token)
-        self._dense.inc(metrics.decode_steps * metrics.dense_bytes_per_token)
+        decoded = metrics.decode_steps + metrics.accepted  # tokens
+        self._read.inc(decoded * metrics.bytes_per_token)
+        self._dense.inc(decoded * metrics.dense_bytes_per_token)
         if metrics.decode_tokens_per_second:
             self._rate.observe(metrics.decode_tokens_per_second)
             self._share.set(1.0 - metrics.sparsity)
