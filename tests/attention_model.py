@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
+from hypothesis import strategies as st
 
 from tda_export.graph import operators
 from tda_export.graph.attention_function import (
@@ -235,3 +236,21 @@ def _attended(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, past: i
                 weights = np.exp(scores - scores.max())
             attended[0, t, h] = weights @ values[seen, kv] / weights.sum()
     return attended.reshape(1, tokens, -1)
+
+
+@st.composite
+def forms(draw: st.DrawFn, sizes: tuple[int, ...], codes: bool = False) -> AttentionForm:
+    """Draw a form with one of these sizes of a head; with `codes` its cache is of 8 bits."""
+    kv_heads = draw(st.sampled_from([1, 2, 3]))
+    return AttentionForm(
+        heads=kv_heads * draw(st.sampled_from([1, 2, 3, 4, 5, 9])),
+        kv_heads=kv_heads,
+        size=draw(st.sampled_from(sizes)),
+        packed=draw(st.booleans()),
+        rotary=draw(st.booleans()),
+        interleaved=draw(st.booleans()),
+        window=draw(st.sampled_from([0, 0, 1, 7, 64, 300])),
+        scale=draw(st.sampled_from([0.0, 0.0, 0.05, 0.3])),
+        softcap=draw(st.sampled_from([0.0, 0.0, 0.7, 50.0])),
+        codes=codes,
+    )

@@ -109,13 +109,13 @@ def demo(context: click.Context, artifacts: Path) -> None:
 
     artifacts.mkdir(parents=True, exist_ok=True)
     at = places(artifacts)
-    started, todo = time.monotonic(), steps(at)
+    started, planned = time.monotonic(), steps(at)
     check_layouts(at)
-    if not all(step.output.exists() for step in todo):
+    if not all(step.output.exists() for step in planned):
         cost = f"about {ABOUT_MINUTES} minutes on two idle cores, and 0.8 GB in {artifacts}"
-        click.echo(f"{len(todo)} steps and a comparison: {cost}.")
-    for number, step in enumerate(todo, 1):
-        click.secho(f"\n[{number}/{len(todo)}] {step.purpose}", bold=True)
+        click.echo(f"{len(planned)} steps and a comparison: {cost}.")
+    for number, step in enumerate(planned, 1):
+        click.secho(f"\n[{number}/{len(planned)}] {step.purpose}", bold=True)
         run(context, step)
     click.secho("\nThe same prompt, answered in five ways", bold=True)
     print_comparison(compare_ways(load(at.tda), load(at.int4)))

@@ -147,8 +147,8 @@ class Model:
             chat_template_kwargs: Further variables for the chat template, as for `Text.chat`.
             memory: Read only what is new of the prompt, and keep it for the next one.
             lookup: The most tokens, up to 15, that a step reads beside the newest one because they followed the same
-                tokens earlier in the text; those that turn out right need no step of their own. The answer does not
-                depend on it.
+                tokens earlier in the text; those that turn out right need no step of their own. The answer is the
+                same, but where tokens tie within rounding without native kernels or on CUDA.
 
         Returns:
             An iterator of `Token` with `metrics` and `text`; `close()` ends it early.

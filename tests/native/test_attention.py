@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.attention_model import (
     AttentionForm,
     attention_session,
+    forms,
     random_attention,
     reference,
     run_attention,
@@ -24,22 +25,6 @@ NATIVE = [pytest.param(False, id="body"), pytest.param(True, id="cpu")]
 CLOSE = 1e-5  # of values of order one, in float32
 PLAIN = AttentionForm()
 ALL_AT_ONCE = AttentionForm(heads=6, kv_heads=2, size=48, packed=True, window=150, scale=0.3, softcap=2.0)
-
-
-@st.composite
-def forms(draw: st.DrawFn, sizes: tuple[int, ...]) -> AttentionForm:
-    kv_heads = draw(st.sampled_from([1, 2, 3]))
-    return AttentionForm(
-        heads=kv_heads * draw(st.sampled_from([1, 2, 3, 4, 5, 9])),
-        kv_heads=kv_heads,
-        size=draw(st.sampled_from(sizes)),
-        packed=draw(st.booleans()),
-        rotary=draw(st.booleans()),
-        interleaved=draw(st.booleans()),
-        window=draw(st.sampled_from([0, 0, 1, 7, 64, 300])),
-        scale=draw(st.sampled_from([0.0, 0.0, 0.05, 0.3])),
-        softcap=draw(st.sampled_from([0.0, 0.0, 0.7, 50.0])),
-    )
 
 
 lengths = {

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.attention_model import (
     AttentionForm,
     attention_session,
+    forms,
     random_attention,
     reference,
     run_attention,
@@ -26,23 +27,6 @@ NATIVE = [pytest.param(False, id="body"), pytest.param(True, id="cpu")]
 CLOSE = 1e-5  # of values of order one, in float32
 PLAIN = AttentionForm(codes=True)
 ALL_AT_ONCE = AttentionForm(heads=6, kv_heads=2, size=48, packed=True, window=150, scale=0.3, softcap=2.0, codes=True)
-
-
-@st.composite
-def forms(draw: st.DrawFn, sizes: tuple[int, ...]) -> AttentionForm:
-    kv_heads = draw(st.sampled_from([1, 2, 3]))
-    return AttentionForm(
-        heads=kv_heads * draw(st.sampled_from([1, 2, 3, 4, 5, 9])),
-        kv_heads=kv_heads,
-        size=draw(st.sampled_from(sizes)),
-        packed=draw(st.booleans()),
-        rotary=draw(st.booleans()),
-        interleaved=draw(st.booleans()),
-        window=draw(st.sampled_from([0, 0, 1, 7, 64, 300])),
-        scale=draw(st.sampled_from([0.0, 0.0, 0.05, 0.3])),
-        softcap=draw(st.sampled_from([0.0, 0.0, 0.7, 50.0])),
-        codes=True,
-    )
 
 
 lengths = {
@@ -71,7 +55,7 @@ def check(
 
 @pytest.mark.parametrize("native", NATIVE)
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
-@given(form=forms((16, 32, 64, 80, 128)), **lengths)
+@given(form=forms((16, 32, 64, 80, 128), codes=True), **lengths)
 def test_it_attends_to_the_nearest_codes(
     native: bool, form: AttentionForm, tokens: int, past: int, room: int | None, seed: int
 ) -> None:
@@ -83,7 +67,7 @@ def test_it_attends_to_the_nearest_codes(
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
-@given(form=forms((2, 6, 7, 24, 40, 72)), **lengths)
+@given(form=forms((2, 6, 7, 24, 40, 72), codes=True), **lengths)
 def test_heads_of_any_size(form: AttentionForm, tokens: int, past: int, room: int | None, seed: int) -> None:
     """Sizes that ONNX Runtime's kernel refuses, too; of odd ones the last element is not rotated."""
     extra = None if room is None else past + tokens + room
@@ -93,7 +77,9 @@ def test_heads_of_any_size(form: AttentionForm, tokens: int, past: int, room: in
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
-@given(form=forms((16, 64, 80)), tokens=st.integers(1, 17), past=st.integers(0, 40), seed=st.integers(0, 2**16))
+@given(
+    form=forms((16, 64, 80), codes=True), tokens=st.integers(1, 17), past=st.integers(0, 40), seed=st.integers(0, 2**16)
+)
 def test_values_have_the_codes_of_the_body(form: AttentionForm, tokens: int, past: int, seed: int) -> None:
     """To the bit: nothing is done to them before they are rounded."""
     feeds = random_attention(np.random.default_rng(seed), form, tokens=tokens, past=past)
