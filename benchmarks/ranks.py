@@ -1,14 +1,19 @@
 """Time calibrating, or quantising, of one process against that of several ranks, on random weights of a true shape.
 
-    python benchmarks/ranks.py FOLDER [--work quantize] [--shape llama-3.2-1b] [--ranks 1 --ranks 2] [--device cuda]
+    python benchmarks/ranks.py FOLDER [--work quantize] [--shape llama-3.2-1b] [--ranks 1 --ranks 2]
+        [--device cpu|cuda|auto]
 
 Makes the model in FOLDER/SHAPE-DTYPE, where it stays and is found again, and reads built-in text, in bytes. Each run is
 a process of its own, or as many as it has ranks, started by torchrun; every process has as many of the processor's
-cores as a rank of the largest run. Prints one JSON line a run: seconds of the work as a whole, of each step and of the
-rest, which is mostly loading, seconds of the whole run with its start, the same in terms of the first run (`speedup`),
-and how the results differ: prices and KL of the table relative to the first run's largest, or the KL to the float
-model. Give several sequences for each rank: the first of a run also takes what starting CUDA takes. An eighth of the
-sequences of `quantize` measure the KL.
+cores as a rank of the largest run. A run whose results lie in FOLDER is not repeated. Prints one JSON line a run:
+
+- seconds of the work as a whole, of each step and of the rest, which is mostly loading, and of the whole run with its
+  start; the same in terms of the first run (`speedup`);
+- how the results differ: prices and KL of the table relative to the first run's largest, or the KL to the float model;
+- peak memory of the first rank: PyTorch's on each GPU, and on the CPU what no file backs.
+
+Give several sequences for each rank: the first of a run also takes what starting CUDA takes. An eighth of the sequences
+of `quantize` measure the KL.
 """
 
 from __future__ import annotations
@@ -24,6 +29,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from peak_memory import PeakMemory
 
 from tda_export.bench.shapes import SHAPES
 from tda_export.progress import Advance
@@ -83,16 +90,18 @@ def run_rank(options: argparse.Namespace) -> None:
     ranks = group.join(options.device)
     source = resolve_model(str(make(options)))
     shown = Timed()
-    seconds, save = WORK[options.work](options, source, ranks, shown)
+    with PeakMemory() as memory:
+        seconds, save = WORK[options.work](options, source, ranks, shown)
     if ranks.first:
         save(options.output)
-        on_gpu = options.device != "cpu"
+        gpus = range(torch.cuda.device_count()) if options.device != "cpu" else ()
         report = {
-            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "device": torch.cuda.get_device_name() if gpus else "cpu",
             "work_seconds": seconds,
             "other_seconds": seconds - sum(shown.seconds.values()),
             "steps_seconds": shown.seconds,
-            "peak_gpu_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
+            "peak_gpu_bytes": [torch.cuda.max_memory_allocated(gpu) for gpu in gpus],
+            "peak_cpu_bytes": memory.peak,
         }
         print(json.dumps(report), flush=True)
     group.leave()
@@ -165,7 +174,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b")
     parser.add_argument("--ranks", type=int, action="append", help="1 and 2 by default")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--device", choices=["cpu", "cuda", "auto"], default="cuda")
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="bf16")
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=256)
@@ -193,12 +202,16 @@ def main() -> None:
     run("--make")  # in a process of its own, which holds no memory of a GPU meanwhile
     first: tuple[Path, dict[str, Any]] | None = None
     for count in counts:
-        output = options.folder / f"{options.work}-{count}"
-        started = time.perf_counter()
-        printed = run("--output", str(output), start=(*TORCHRUN, str(count)) if count > 1 else ())
-        report = {"work": options.work, "shape": options.shape, "dtype": options.dtype, "ranks": count}
-        report |= {"sequences": options.sequences} | json.loads(printed.splitlines()[-1])
-        report["run_seconds"] = time.perf_counter() - started
+        setting = {"work": options.work, "shape": options.shape, "dtype": options.dtype, "device": options.device}
+        setting |= {"sequences": options.sequences, "ranks": count}
+        output = options.folder / "-".join(map(str, setting.values()))
+        kept = output.with_suffix(".json")
+        if not kept.is_file():
+            started = time.perf_counter()
+            printed = run("--output", str(output), start=(*TORCHRUN, str(count)) if count > 1 else ())
+            seconds = time.perf_counter() - started
+            kept.write_text(json.dumps(setting | json.loads(printed.splitlines()[-1]) | {"run_seconds": seconds}))
+        report = json.loads(kept.read_text())
         if first is None:
             first = output, report
         else:

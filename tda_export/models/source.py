@@ -225,10 +225,8 @@ class ModelSource:
         """
         from transformers import AutoModelForCausalLM
 
-        softcap = self.spec.attention_softcap is not None
         self._check_parameters()
-        if softcap:
-            options["attn_implementation"] = "eager"  # some releases choose one by default that ignores soft caps
+        options |= attention_options(self.spec)
         with _readable_errors(self):
             loader = AutoModelForCausalLM
             if folder is None:  # which the class of a model takes, and Auto classes do not
@@ -287,6 +285,11 @@ class ModelSource:
     @property
     def _gguf_argument(self) -> dict[str, str]:
         return {"gguf_file": self.gguf} if self.gguf else {}
+
+
+def attention_options(spec: DecoderSpec) -> dict[str, str]:
+    """Return the attention to ask transformers for: some releases choose one by default that ignores soft caps."""
+    return {} if spec.attention_softcap is None else {"attn_implementation": "eager"}
 
 
 def resolve_model(model: str, *, notify: Callable[[str], None] = print) -> ModelSource:

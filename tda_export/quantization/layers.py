@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tda_export.models.layerwise import layer_module, layers_skipped
 from tda_export.models.linear_modules import layer_linears
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import linear_sites
@@ -39,16 +40,9 @@ class Call:
         return result
 
 
-def layer_module(model: Any, spec: DecoderSpec, layer: int) -> torch.nn.Module:
-    """Return a layer of a transformers model."""
-    before, _, _ = spec.names.attention_out.partition("{i}")
-    module: torch.nn.Module = model.get_submodule(f"{before}{layer}")
-    return module
-
-
 @torch.no_grad()
 def layer_calls(model: Any, spec: DecoderSpec, sequence: torch.Tensor) -> list[Call]:
-    """Watch how the model calls its layers on a sequence int64 [T]."""
+    """Watch how the model calls its layers on a sequence int64 [T]. The layers are not run, and need no weights."""
     calls: list[Call] = []
 
     def watch(module: torch.nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -58,7 +52,8 @@ def layer_calls(model: Any, spec: DecoderSpec, sequence: torch.Tensor) -> list[C
     modules = [layer_module(model, spec, layer) for layer in range(spec.num_layers)]
     handles = [module.register_forward_pre_hook(watch, with_kwargs=True) for module in modules]
     try:
-        model.base_model(sequence[None].to(model.device), use_cache=False)
+        with layers_skipped(model, spec):
+            model.base_model(sequence[None].to(model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -67,7 +62,10 @@ def layer_calls(model: Any, spec: DecoderSpec, sequence: torch.Tensor) -> list[C
 
 @torch.no_grad()
 def first_inputs(model: Any, spec: DecoderSpec, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """Return what enters the first layer for each sequence of int64 [N, T], on the CPU: [1, T, M]."""
+    """Return what enters the first layer for each sequence of int64 [N, T], on the CPU: [1, T, M].
+
+    Layers need no weights.
+    """
     found: list[torch.Tensor] = []
 
     def take(module: torch.nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -89,6 +87,24 @@ def pass_on(call: Call, inputs: list[torch.Tensor], device: torch.device) -> Non
     """Replace what enters a layer, for each sequence, by what leaves it."""
     for index, hidden in enumerate(inputs):
         inputs[index] = call(hidden.to(device)).cpu()
+
+
+@torch.no_grad()
+def last_log_probabilities(
+    model: Any, spec: DecoderSpec, sequence: torch.Tensor, hidden: torch.Tensor, kept: int
+) -> torch.Tensor:
+    """Return the log-probabilities after each of the last `kept` tokens, float32 [kept, V] on the CPU.
+
+    Args:
+        model: A transformers model. Its layers are not run, and need no weights.
+        spec: Its architecture.
+        sequence: int64 [T].
+        hidden: What leaves the last layer, [1, T, M].
+        kept: How many.
+    """
+    with layers_skipped(model, spec, hidden.to(model.device)):
+        logits = model(sequence[None].to(model.device), use_cache=False, logits_to_keep=kept).logits[0]
+    return logits.float().log_softmax(dim=-1).cpu()
 
 
 @torch.no_grad()

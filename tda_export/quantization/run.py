@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +13,11 @@ import torch
 
 import tda_export
 from tda_export.calibration.corpus import Corpus
-from tda_export.calibration.run import RECORDED_PACKAGES, check_device, load_reference
+from tda_export.calibration.run import RECORDED_PACKAGES, check_device
 from tda_export.errors import TdaError, UsageError
+from tda_export.models.layerwise import LayerwiseModel
 from tda_export.models.layout import module_parts, module_weight
-from tda_export.models.placement import is_offloaded
+from tda_export.models.placement import AUTO
 from tda_export.models.quantised import matrix_shape
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
@@ -25,8 +25,8 @@ from tda_export.packing import linear_parts, linear_sites
 from tda_export.progress import Advance
 from tda_export.quantization.gptq import DAMPING, quantise_together, row_order
 from tda_export.quantization.hessians import FIRST_TOKEN_WEIGHT, site_hessian
-from tda_export.quantization.kl import Compared, Loss, compare, continuations, summarise
-from tda_export.quantization.layers import Call, first_inputs, layer_calls, pass_on
+from tda_export.quantization.kl import Compared, Loss, compare, summarise
+from tda_export.quantization.layers import Call, first_inputs, last_log_probabilities, layer_calls, pass_on
 from tda_export.quantization.nearest import check_scales, read_matrix_rows, round_matrix
 from tda_export.quantization.resume import KeptCodes, PartialLayers
 from tda_export.ranks import ALONE, Ranks
@@ -165,17 +165,13 @@ def quantize(
     versions = {"tda-export": tda_export.__version__, **installed_versions(RECORDED_PACKAGES)}
     key = about | {"formats": plan.to_dict(), "device": settings.device, "versions": versions}
     partial = PartialLayers(output, key) if output and ranks.first else None
-    model = _reference(source, settings.device, ranks) if len(tokens) or len(held_out) else None
+    model = LayerwiseModel(source, _device(settings.device, ranks)) if len(tokens) or len(held_out) else None
+    own = held_out[ranks.number :: ranks.count]
     dense: list[torch.Tensor] = []
-    if len(held_out):
-        with show("Reading the float model", len(held_out)) as advance:
-            own = held_out[ranks.number :: ranks.count]
-            for found in continuations(model, own, settings.prompt_tokens):
-                if not bool(found.isfinite().all()):
-                    raise TdaError(f"{source.name}: the logits are not finite. Download the weights again.")
-                dense.append(found)
-                advance(min(ranks.count, len(held_out) - (len(dense) - 1) * ranks.count))
-    run = _Run(source, plan, settings, model, tokens, partial, ranks)
+    if model is not None and len(held_out):
+        with show("Reading the float model", spec.num_layers) as advance:
+            dense = _read(model, own, settings, advance)
+    run = _Run(source, plan, settings, model, tokens, own, partial, ranks)
     with show("Quantising", spec.num_layers + 1) as advance:
         run.outside()
         advance(1)
@@ -184,12 +180,12 @@ def quantize(
             advance(1)
     measured = None
     if len(held_out):
-        float_model = iter(dense)
+        pairs = iter(zip(dense, run.log_probabilities(), strict=True))
 
         def measure(sequence: torch.Tensor, together: int) -> Compared:
-            (found,) = continuations(model, sequence[None], settings.prompt_tokens)
+            float_model, quantised = next(pairs)
             advance(together)
-            return compare(next(float_model), found)
+            return compare(float_model, quantised)
 
         with show("Measuring", len(held_out)) as advance:
             measured = summarise(list(ranks.in_order(list(held_out), measure)))
@@ -197,25 +193,72 @@ def quantize(
     return Quantised(run.codes, plan, about | {"versions": versions}, measured)
 
 
+def _device(device: str, ranks: Ranks) -> str:
+    """Return the one device of this rank's layers, given --device: `auto` is a GPU if there is one."""
+    if device != AUTO:
+        return ranks.own_device(device)
+    return ranks.own_device("cuda") if torch.cuda.is_available() else "cpu"
+
+
+def _read(
+    model: LayerwiseModel, tokens: torch.Tensor, settings: QuantizeSettings, advance: Advance
+) -> list[torch.Tensor]:
+    """Return the log-probabilities after each token of each continuation, float32 [C, V] on the CPU.
+
+    Args:
+        model: The float model.
+        tokens: int64 [N, P + C], of this rank; there may be none.
+        settings: Lengths are used here.
+        advance: Told of layers.
+
+    Raises:
+        TdaError: They are not finite.
+    """
+    calls = layer_calls(model.model, model.spec, tokens[0]) if len(tokens) else []
+    hidden = first_inputs(model.model, model.spec, tokens)
+    for layer in range(model.spec.num_layers):
+        if calls:
+            with model.layer(layer):
+                pass_on(calls[layer], hidden, model.device)
+        advance(1)
+    found = list(_continuations(model, tokens, hidden, settings))
+    if not all(bool(each.isfinite().all()) for each in found):
+        raise TdaError(f"{model.name}: the logits are not finite. Download the weights again.")
+    return found
+
+
+def _continuations(
+    model: LayerwiseModel, tokens: torch.Tensor, hidden: list[torch.Tensor], settings: QuantizeSettings
+) -> Iterator[torch.Tensor]:
+    for sequence, left in zip(tokens, hidden, strict=True):
+        yield last_log_probabilities(model.model, model.spec, sequence, left, settings.continuation_tokens)
+
+
 class _Run:
-    """One quantisation on its way through the model. Without a model weights are rounded, and nothing is run."""
+    """One quantisation on its way through the model. Without a model weights are rounded, and nothing is run.
+
+    Two kinds of sequences pass through each layer once it is quantised: those that GPTQ reads, and those held out for
+    the loss.
+    """
 
     def __init__(
         self,
         source: ModelSource,
         plan: FormatPlan,
         settings: QuantizeSettings,
-        model: Any,
+        model: LayerwiseModel | None,
         tokens: torch.Tensor,
+        held_out: torch.Tensor,
         partial: PartialLayers | None,
         ranks: Ranks,
     ) -> None:
         self._spec, self._weights = source.spec, source.weights()
         self._plan, self._settings, self._model, self._partial = plan, settings, model, partial
-        self._tokens, self._ranks = tokens, ranks
+        self._tokens, self._held_out, self._ranks = tokens, held_out, ranks
         self.codes = KeptCodes()
         self._calls: list[Call] = []
         self._inputs: list[torch.Tensor] = []
+        self._left: list[torch.Tensor] = []
 
     def outside(self) -> None:
         """Quantise embedding and head, and read the sequences up to the first layer."""
@@ -230,13 +273,28 @@ class _Run:
         for name, found in zip(wanted, self._ranks.in_order(wanted, rounded), strict=True):
             self.codes.keep({name: found})
             self._put(names[name], torch.from_numpy(found.decode()))
-        if len(self._tokens):
-            self._calls = layer_calls(self._model, self._spec, self._tokens[0])
-            own = self._tokens[self._ranks.number :: self._ranks.count]
-            self._inputs = first_inputs(self._model, self._spec, own)
+        if self._model is not None:
+            model, own = self._model.model, self._tokens[self._ranks.number :: self._ranks.count]
+            [sequence, *_] = [*self._tokens[:1], *self._held_out[:1]]
+            self._calls = layer_calls(model, self._spec, sequence)
+            self._inputs = first_inputs(model, self._spec, own)
+            self._left = first_inputs(model, self._spec, self._held_out)
 
     def layer(self, layer: int) -> None:
         """Quantise the linears of a layer, site by site, each under its quantised predecessors."""
+        with self._model.layer(layer) if self._model else nullcontext():
+            self._quantise(layer)
+            if self._model is not None:
+                last = layer + 1 == self._spec.num_layers
+                for sequences in (self._left,) if last else (self._inputs, self._left):
+                    pass_on(self._calls[layer], sequences, self._model.device)
+
+    def log_probabilities(self) -> Iterator[torch.Tensor]:
+        """Yield those after each token of each held-out continuation, float32 [C, V] on the CPU."""
+        assert self._model is not None
+        return _continuations(self._model, self._held_out, self._left, self._settings)
+
+    def _quantise(self, layer: int) -> None:
         names = [part_name(layer, part) for part in linear_parts(self._spec)]
         formats = {name: format for name in names if (format := self._plan.integers.get(name)) is not None}
         shapes = {name: (format, matrix_shape(self._spec, name)) for name, format in formats.items()}
@@ -254,8 +312,6 @@ class _Run:
             self.codes.keep_saved(self._partial, layer, shapes)
         else:
             self.codes.keep(codes)
-        if len(self._tokens) and layer + 1 < self._spec.num_layers:
-            pass_on(self._calls[layer], self._inputs, self._model.device)
 
     def _site(
         self, layer: int, site: str, rows: dict[str, np.ndarray], formats: dict[str, IntegerFormat]
@@ -269,7 +325,8 @@ class _Run:
                 return round_matrix(part_name(layer, part), rows[part], wanted[part], symmetric=symmetric)
 
             return dict(zip(wanted, ranks.in_order(list(wanted), rounded), strict=True))
-        hessian = site_hessian(self._model, self._spec, layer, site, self._calls[layer], self._inputs)
+        assert self._model is not None
+        hessian = site_hessian(self._model.model, self._spec, layer, site, self._calls[layer], self._inputs)
         ranks.add_up(hessian)
         try:
             order = row_order(hessian)
@@ -296,25 +353,13 @@ class _Run:
     def _put(self, module: str, weight: torch.Tensor) -> None:
         """Give a module of the model a weight. What shares it, as a tied head does, has it too."""
         if self._model is not None:
-            parameter = self._model.get_submodule(module).weight
+            parameter = self._model.model.get_submodule(module).weight
             parameter.data = weight.to(parameter)
 
 
 def _of_parts(layer: int, parts: tuple[str, ...], codes: dict[str, Codes]) -> dict[str, Codes]:
     """Pick those of these parts that are among a layer's codes, by part."""
     return {part: codes[name] for part in parts if (name := part_name(layer, part)) in codes}
-
-
-def _reference(source: ModelSource, device: str, ranks: Ranks) -> Any:
-    model = load_reference(source, torch.float32, device, ranks)
-    if any(map(is_offloaded, model.modules())):
-        raise TdaError(
-            f"{source.name}: quantizing holds the model in float32, which does not fit the GPUs' memory. Use more of "
-            "them, or --device cpu."
-        )
-    if source.gguf and device == "cpu":  # the very model that the source reads weights from
-        model = copy.deepcopy(model)
-    return model.requires_grad_(False)
 
 
 def _about(

@@ -23,11 +23,11 @@ from tda_export.calibration.prices import price_continuation, read_prompt, sampl
 from tda_export.calibration.run import CalibrationSettings, calibrate
 from tda_export.errors import TdaError, UsageError
 from tda_export.models import placement
+from tda_export.models.layerwise import layer_module
 from tda_export.models.placement import is_offloaded, module_device, own_memory, present, spread, weights_fetched_again
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import PACKINGS, RowBytes
-from tda_export.quantization.layers import layer_module
 from tda_export.quantization.run import QuantizeSettings, quantize
 from tests.calibration.shown import Shown
 from tests.few_prices import few_prices  # noqa: F401 -- a fixture
@@ -119,7 +119,8 @@ def test_calibration_of_a_spread_model(tiny: ModelSource) -> None:
         assert torch.equal(found[1][name], value), name
 
 
-def test_quantising_a_spread_model(tiny: ModelSource, tmp_path: Path) -> None:
+def test_quantising_on_any_device(tiny: ModelSource) -> None:
+    """Where there is no GPU, layers are on the CPU."""
     corpus = Corpus(TOKENS, "some.txt", "0" * 64)
     options = {"sequences": 3, "kl_sequences": 1, "prompt_tokens": PROMPT, "continuation_tokens": 4}
     one, other = (
@@ -128,14 +129,6 @@ def test_quantising_a_spread_model(tiny: ModelSource, tmp_path: Path) -> None:
     )
     assert one.loss == other.loss
     assert all((codes.codes == other.codes[name].codes).all() for name, codes in one.codes.items())
-
-
-def test_an_offloaded_model_is_not_quantised(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = offload(tiny.reference(), tiny.spec)
-    monkeypatch.setattr(ModelSource, "reference", lambda self, **options: model)
-    message = r": quantizing holds the model in float32, which does not fit the GPUs' memory\. Use more of them, or"
-    with pytest.raises(TdaError, match=message):
-        quantize(tiny, Corpus(TOKENS, "some.txt", "0" * 64), QuantizeSettings(device="auto"), show=Shown())
 
 
 def test_a_model_that_is_too_large(tiny: ModelSource) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,15 @@ from safetensors.torch import load_file, save_file
 from tda_export.bench.random_model import byte_tokenizer
 from tda_export.calibration.corpus import Corpus, load_corpus
 from tda_export.errors import TdaError, UsageError
+from tda_export.models.layerwise import layer_module
 from tda_export.models.linear_modules import watch_sites
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.packing import linear_sites
 from tda_export.quantization import hessians, resume, run
 from tda_export.quantization.folder import write_quantised
 from tda_export.quantization.hessians import site_hessian
-from tda_export.quantization.kl import continuations, loss
-from tda_export.quantization.layers import first_inputs, layer_calls, layer_module, pass_on
+from tda_export.quantization.kl import Loss, compare, summarise
+from tda_export.quantization.layers import first_inputs, layer_calls, pass_on
 from tda_export.quantization.resume import PartialLayers
 from tda_export.quantization.run import QuantizeSettings, quantize, split
 from tda_export.weights.plan import read_rules
@@ -35,6 +36,18 @@ from tests.tiny import FAMILIES, save_tiny_model
 TOKENS = torch.randint(3, 259, (5, 24), generator=torch.Generator().manual_seed(0))
 CORPUS = Corpus(TOKENS, "some.txt", "0" * 64)
 SETTINGS = QuantizeSettings(sequences=3, kl_sequences=2, prompt_tokens=16, continuation_tokens=8)
+
+
+def continuations(model: Any, tokens: torch.Tensor, prompt_tokens: int) -> Iterator[torch.Tensor]:
+    """Yield the log-probabilities after each token of each continuation, [C, V], by passes of the whole model."""
+    for sequence in tokens:
+        with torch.no_grad():
+            logits = model(sequence[None], use_cache=False, logits_to_keep=len(sequence) - prompt_tokens).logits[0]
+        yield logits.float().log_softmax(dim=-1)
+
+
+def loss(dense: list[torch.Tensor], quantised: Iterator[torch.Tensor]) -> Loss:
+    return summarise([compare(p, q) for p, q in zip(dense, quantised, strict=True)])
 
 
 class Interruption(Exception):
@@ -176,7 +189,7 @@ def test_weights_that_no_scale_is_large_enough_for(quantizer: run.Quantizer, tin
 def test_progress_reaches_its_end(tiny: ModelSource) -> None:
     show = Shown()
     quantize(tiny, CORPUS, SETTINGS, show=show)
-    assert show.bars == [["Reading the float model", 2, 2], ["Quantising", 4, 4], ["Measuring", 2, 2]]
+    assert show.bars == [["Reading the float model", 3, 3], ["Quantising", 4, 4], ["Measuring", 2, 2]]
 
 
 def test_rounding_needs_no_data(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,133 @@
+"""A transformers model of which memory holds one layer at a time; the rest of it, embeddings and head, stays.
+
+Layers are read from the checkpoint when they are needed, so a model of any size runs where one layer, its embedding and
+its head fit, as long as all sequences pass through a layer before the next one is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from tda_export.errors import TdaError
+from tda_export.models.source import ModelSource, attention_options
+from tda_export.models.spec import DecoderSpec
+from tda_export.models.weights import OTHER_FILES
+
+META = "meta"
+
+
+class LayerwiseModel:
+    """The model. `model` is transformers' own, in evaluation mode, whose layers have weights only inside `layer`."""
+
+    def __init__(self, source: ModelSource, device: str) -> None:
+        """Make the model in float32, and read what is outside the layers.
+
+        Args:
+            source: Where it comes from. Its weights are read, never changed.
+            device: Of weights and computations, such as `cuda:0`.
+
+        Raises:
+            TdaError: The checkpoint lacks a tensor, or has one of another shape.
+        """
+        self.name, self.spec, self.device = source.name, source.spec, torch.device(device)
+        self._weights = source.weights()
+        self.model = _without_weights(source)
+        self._check()
+        layers = {f"{layer_name(self.spec, layer)}." for layer in range(self.spec.num_layers)}
+        for name, module in self.model.named_modules():
+            for buffer, value in module.named_buffers(recurse=False):
+                module._buffers[buffer] = value.to(self.device)
+            if not any(f"{name}.".startswith(layer) for layer in layers):
+                self._read(name, module, recurse=False)
+        self.model.tie_weights()  # reading has made parameters anew
+
+    @contextlib.contextmanager
+    def layer(self, layer: int) -> Iterator[None]:
+        """Have a layer's weights, as the checkpoint has them, while the block runs.
+
+        Replace them (`parameter.data = ..`), but do not write into them: they may be the source's own memory.
+        """
+        name = layer_name(self.spec, layer)
+        module = self.model.get_submodule(name)
+        self._read(name, module, recurse=True)
+        try:
+            yield
+        finally:
+            from accelerate.utils import set_module_tensor_to_device
+
+            for parameter, _ in list(module.named_parameters()):
+                set_module_tensor_to_device(module, parameter, META)
+
+    def _read(self, prefix: str, module: torch.nn.Module, *, recurse: bool) -> None:
+        from accelerate.utils import set_module_tensor_to_device
+
+        for name, _ in list(module.named_parameters(recurse=recurse)):
+            full = f"{prefix}.{name}" if prefix else name
+            if self.spec.tied_head and full == f"{self.spec.names.head}.weight":
+                continue
+            value = self._weights.load(full)
+            set_module_tensor_to_device(module, name, self.device, value=value, dtype=torch.float32)
+
+    def _check(self) -> None:
+        for tensor, parameter in self.model.named_parameters():
+            if tensor not in self._weights:
+                problem = "missing"
+            elif self._weights.shape(tensor) != tuple(parameter.shape):
+                problem = "of another shape"
+            else:
+                continue
+            raise TdaError(
+                f"{self.name}: the checkpoint does not fit its configuration ({problem}: {tensor}). {OTHER_FILES}"
+            )
+
+
+def layer_name(spec: DecoderSpec, layer: int) -> str:
+    """Return the name of a layer's module in a transformers model."""
+    before, _, _ = spec.names.attention_out.partition("{i}")
+    return f"{before}{layer}"
+
+
+def layer_module(model: Any, spec: DecoderSpec, layer: int) -> torch.nn.Module:
+    """Return a layer of a transformers model."""
+    module: torch.nn.Module = model.get_submodule(layer_name(spec, layer))
+    return module
+
+
+@contextlib.contextmanager
+def layers_skipped(model: Any, spec: DecoderSpec, hidden: torch.Tensor | None = None) -> Iterator[None]:
+    """While the block runs, let every layer of a transformers model return its input, the last one `hidden` if given.
+
+    Hooks of the layers are called as ever.
+    """
+
+    def skip(hidden_states: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        return hidden_states
+
+    modules = [layer_module(model, spec, layer) for layer in range(spec.num_layers)]
+    for module in modules:
+        module.forward = skip
+    if hidden is not None:
+        modules[-1].forward = lambda *arguments, **options: hidden
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def _without_weights(source: ModelSource) -> Any:
+    """Make the model, its parameters without storage."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(source.config)
+    config.tie_word_embeddings = source.spec.tied_head
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention_options(source.spec))
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
