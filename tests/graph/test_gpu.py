@@ -30,7 +30,7 @@ def test_family_matches_transformers(family: str, dtype: str, tmp_path: Path) ->
     source = resolve_model(str(save_tiny_model(family, tmp_path / "model")))
     artifact = build_tiny(source, tmp_path / "artifact", dtype=dtype)
     checks = verify_artifact(artifact, lambda name: source, provider="cuda", quiet=True)
-    assert len(checks) == 15
+    assert len(checks) == 16
     assert [check for check in checks if not check.passed] == []
 
 

@@ -34,7 +34,7 @@ struct Lengths {
   int past, total;
 
   __device__ __forceinline__ explicit Lengths(const AttentionArguments& a) {
-    total = min(*a.last_index + 1, a.most);
+    total = min(max(*a.last_index, -1), a.most - 1) + 1;
     past = a.tokens == a.buffer ? 0 : max(total - a.tokens, 0);
   }
 };
