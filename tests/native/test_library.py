@@ -56,7 +56,7 @@ def test_library_of_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     source = tmp_path / "other.cc"
     source.write_text("int nothing() { return 0; }\n")
     path = tmp_path / "libtda_ort.so"
-    subprocess.run([find_compiler(), "-shared", "-fPIC", str(source), "-o", str(path)], check=True)
+    subprocess.run([*find_compiler(), "-shared", "-fPIC", str(source), "-o", str(path)], check=True)
     monkeypatch.setattr(library, "LIBRARY", path)
     assert "cannot be loaded" in str(library.native_problem())
 
@@ -186,7 +186,7 @@ def test_cpu_kernels_under_sanitizers(tmp_path: Path) -> None:
     flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", *widest_target())
     checked = build(tmp_path / "libtda_ort.so", flags)
     runtimes = [
-        subprocess.run([find_compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
+        subprocess.run([*find_compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
         for name in ("libasan.so", "libubsan.so")
     ]
     environment = os.environ | {
