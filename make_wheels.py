@@ -57,29 +57,26 @@ def compile_library(machine: str, compiler: str, arguments: list[str]) -> None:
         sys.exit(f"{compiler} left out the kernels for AVX-512: GCC 12 or newer is needed")
 
 
-def make_wheels(machines: list[str], output: Path) -> None:
-    """Write the source distribution and a wheel for each machine to `output`."""
-    run(*PYTHON, "build", "--no-isolation", "--sdist", "--outdir", output, ROOT)
-    (archive,) = output.glob("*.tar.gz")
+def make_wheels(output: Path) -> None:
+    """Write the source distribution, and a wheel for each platform that is built from it, to `output`."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shutil.unpack_archive(archive, folder, filter="data")
-        (source,) = folder.iterdir()
-        for machine in machines:
-            compiler = shlex.join([sys.executable, str(Path(__file__).resolve()), machine, os.environ.get("CXX", "g++")])
-            built = folder / machine
-            run(
-                *(*PYTHON, "build", "--no-isolation", "--wheel", "--outdir", built, source),
-                CXX=compiler,
-                _PYTHON_HOST_PLATFORM=f"linux-{machine}",  # what sysconfig says when Python is built for other machines
-            )
-            (wheel,) = built.glob("*.whl")
+        run(*PYTHON, "build", "--no-isolation", "--sdist", "--outdir", folder, ROOT)
+        (archive,) = folder.iterdir()
+        shutil.unpack_archive(archive, folder / "source", filter="data")
+        (source,) = (folder / "source").iterdir()
+        for machine in PLATFORMS:
+            compiler = shlex.join([sys.executable, __file__, machine, os.environ.get("CXX", "g++")])
+            # The platform is what sysconfig says in a Python for that machine.
+            environment = {"CXX": compiler, "_PYTHON_HOST_PLATFORM": f"linux-{machine}"}
+            run(*PYTHON, "build", "--no-isolation", "--wheel", "--outdir", folder / machine, source, **environment)
+            (wheel,) = (folder / machine).iterdir()
             run(*PYTHON, "auditwheel", "repair", "--only-plat", "--wheel-dir", output, wheel)
+        shutil.copy(archive, output)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
+    if len(sys.argv) > 3:
         compile_library(sys.argv[1], sys.argv[2], sys.argv[3:])
     else:
-        shutil.rmtree(ROOT / "dist", ignore_errors=True)
-        make_wheels(list(PLATFORMS), ROOT / "dist")
+        make_wheels(ROOT / "dist")

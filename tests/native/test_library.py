@@ -105,6 +105,19 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         build(tmp_path / "libtda_ort.so")
 
 
+def test_compiler_with_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "env 'A=b c' g++ -m64")
+    command = find_compiler()
+    assert Path(command[0]).name == "env"
+    assert command[1:] == ["A=b c", "g++", "-m64"]
+
+
+def test_compiler_that_is_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++ 'of no end")
+    with pytest.raises(BuildError, match=r"^\$CXX cannot be read: No closing quotation$"):
+        find_compiler()
+
+
 def test_compiler_that_fails_leaves_the_old_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiler = tmp_path / "broken-c++"
     compiler.write_text("#!/bin/sh\necho out of registers >&2\nexit 1\n")
@@ -186,7 +199,9 @@ def test_cpu_kernels_under_sanitizers(tmp_path: Path) -> None:
     flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", *widest_target())
     checked = build(tmp_path / "libtda_ort.so", flags)
     runtimes = [
-        subprocess.run([*find_compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            [*find_compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout
         for name in ("libasan.so", "libubsan.so")
     ]
     environment = os.environ | {
