@@ -1,6 +1,6 @@
 """Build the source distribution and the wheels for Linux into dist/, with no container: `make wheels`.
 
-GCC, 12 or newer, compiles for x86-64, since Clang leaves out the kernels for AVX2 and AVX-512 (tda_export/native/vectors.h).
+GCC, 12 or newer, compiles for x86-64: Clang leaves out the kernels for AVX2 and AVX-512 (tda_export/native/vectors.h).
 Zig's Clang compiles for aarch64. Zig links both against glibc 2.28, whatever glibc this machine has; the C++ library is
 linked in. auditwheel checks the result and gives it its tag. Wheels are built from the source distribution.
 """
@@ -50,7 +50,7 @@ def compile_library(machine: str, compiler: str, arguments: list[str]) -> None:
     compiling = [flag for flag in arguments if flag not in (*linking, "-shared", "-o", str(library))]
     run(compiler, *compiling, "-r", "-nostdlib", "-o", objects)
     static = [output_of(compiler, f"-print-file-name={name}") for name in ("libstdc++.a", "libgcc.a", "libgcc_s.so.1")]
-    # Leave out what nobody uses of libstdc++; what is then undefined is an error here, not for those who load the library.
+    # What is not used of libstdc++ is left out. What is still undefined is an error here, and not when it is loaded.
     complete = ("-Wl,--gc-sections", "-Wl,-z,defs")
     run(*PYTHON, "ziglang", "cc", *target, "-shared", *complete, objects, supplement, *static, *linking, "-o", library)
     if WIDEST_KERNELS not in library.read_bytes():
