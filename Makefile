@@ -23,7 +23,7 @@ lint: $(INSTALLED)
 wheels:
 	$(PYTHON) -m venv build/wheel-tools
 	build/wheel-tools/bin/python -m pip install --quiet --disable-pip-version-check $(WHEEL_TOOLS)
-	build/wheel-tools/bin/python make_wheels.py
+	PATH="$(CURDIR)/build/wheel-tools/bin:$$PATH" python make_wheels.py
 
 # Pinned versions. torch comes first and alone, so that the pinned build is taken and not a newer one. GenAI, for tests,
 # comes without the onnxruntime that it asks for: it would overwrite the files of onnxruntime-gpu, which serve it too.
