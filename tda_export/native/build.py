@@ -9,6 +9,7 @@ imports nothing outside the standard library, since it runs before the package's
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,15 +30,19 @@ class BuildError(Exception):
     """The library could not be compiled; the text says why."""
 
 
-def find_compiler() -> str:
-    """Return the C++ compiler: `$CXX`, or the first of the usual names.
+def find_compiler() -> list[str]:
+    """Return the C++ compiler's command: `$CXX`, which may have arguments, or the first of the usual names.
 
     Raises:
-        BuildError: There is none.
+        BuildError: There is none, or `$CXX` is no command.
     """
-    for name in filter(None, (os.environ.get("CXX"), *COMPILERS)):
-        if found := shutil.which(name):
-            return found
+    try:
+        chosen = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise BuildError(f"$CXX cannot be read: {error}") from None
+    for words in (chosen, *([name] for name in COMPILERS)):
+        if words and (found := shutil.which(words[0])):
+            return [found, *words[1:]]
     raise BuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++)")
 
 
@@ -78,15 +83,15 @@ def build(output: Path = LIBRARY, extra_flags: tuple[str, ...] = ()) -> Path:
     return output
 
 
-def _compile(compiler: str, folder: Path, extra_flags: tuple[str, ...]) -> Path:
+def _compile(compiler: list[str], folder: Path, extra_flags: tuple[str, ...]) -> Path:
     embed_sources(folder)
     part = folder / LIBRARY.name
     sources = [str(path) for path in sorted(FOLDER.glob("*.cc"))]
-    command = [compiler, *FLAGS, *WARNINGS, *extra_flags, f"-I{FOLDER}", f"-I{folder}", *sources, "-o", str(part)]
+    command = [*compiler, *FLAGS, *WARNINGS, *extra_flags, f"-I{FOLDER}", f"-I{folder}", *sources, "-o", str(part)]
     command += LINUX_FLAGS if sys.platform == "linux" else ()
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise BuildError(f"{compiler} failed:\n{done.stderr.strip()}")
+        raise BuildError(f"{shlex.join(compiler)} failed:\n{done.stderr.strip()}")
     if done.stderr:
         print(done.stderr, file=sys.stderr)
     return part

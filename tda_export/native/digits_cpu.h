@@ -46,7 +46,12 @@ TDA_INLINE bool HasByteProducts() {
   return true;
 }
 
-// Four bytes a lane, in the processor's own instructions, which compilers do not make of vectors in C++.
+// Four bytes a lane, in the processor's own instructions, which compilers do not make of vectors in C++. Other
+// processors have the name alone: Clang checks instructions even where nobody uses them.
+template <int kLanes>
+struct Bytes;
+
+#if defined(__x86_64__)
 template <int kLanes>
 struct Bytes {
   using V = Lanes<kLanes>;
@@ -112,5 +117,6 @@ struct Bytes {
     return high * 256.0f + __builtin_convertvector(sums[0], Vector);
   }
 };
+#endif
 
 }  // namespace tda

@@ -103,7 +103,7 @@ class Applications:
         headers = [f"-I{Path(__file__).parent}", f"-I{NATIVE_SOURCES}"]
         flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", *headers]
         link = [self._folder / "libonnxruntime.so.1", f"-Wl,-rpath,{self._folder}"]
-        run(find_compiler(), *flags, EXAMPLES / "cpp" / "generate.cc", *link, "-o", program)
+        run(*find_compiler(), *flags, EXAMPLES / "cpp" / "generate.cc", *link, "-o", program)
         return program
 
     def node(

@@ -56,7 +56,7 @@ def test_library_of_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     source = tmp_path / "other.cc"
     source.write_text("int nothing() { return 0; }\n")
     path = tmp_path / "libtda_ort.so"
-    subprocess.run([find_compiler(), "-shared", "-fPIC", str(source), "-o", str(path)], check=True)
+    subprocess.run([*find_compiler(), "-shared", "-fPIC", str(source), "-o", str(path)], check=True)
     monkeypatch.setattr(library, "LIBRARY", path)
     assert "cannot be loaded" in str(library.native_problem())
 
@@ -103,6 +103,19 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(BuildError, match=r"no C\+\+ compiler found \(looked for \$CXX, c\+\+, g\+\+, clang\+\+\)"):
         build(tmp_path / "libtda_ort.so")
+
+
+def test_compiler_with_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "env 'A=b c' g++ -m64")
+    command = find_compiler()
+    assert Path(command[0]).name == "env"
+    assert command[1:] == ["A=b c", "g++", "-m64"]
+
+
+def test_compiler_that_is_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++ 'of no end")
+    with pytest.raises(BuildError, match=r"^\$CXX cannot be read: No closing quotation$"):
+        find_compiler()
 
 
 def test_compiler_that_fails_leaves_the_old_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -186,7 +199,9 @@ def test_cpu_kernels_under_sanitizers(tmp_path: Path) -> None:
     flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", *widest_target())
     checked = build(tmp_path / "libtda_ort.so", flags)
     runtimes = [
-        subprocess.run([find_compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            [*find_compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout
         for name in ("libasan.so", "libubsan.so")
     ]
     environment = os.environ | {
