@@ -136,5 +136,5 @@ def test_densities_of_another_shape(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     content["density"]["up"][0].pop()
     path.write_text(json.dumps(content))
-    with pytest.raises(TdaError, match=r"no greedy densities \(paths of other lengths\)"):
+    with pytest.raises(TdaError, match=r"not a file of greedy densities \(paths of other lengths\)"):
         read_densities(path)
