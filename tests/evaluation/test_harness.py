@@ -217,7 +217,7 @@ def test_chat_template(tiny_artifact: Path) -> None:
     lm = make(tiny_artifact)
     message = [{"role": "user", "content": "Hi"}]
     assert lm.apply_chat_template(message) == lm.text.chat(message)
-    with pytest.raises(UsageError, match="begun in the prompt"):
+    with pytest.raises(UsageError, match="begins in the prompt"):
         lm.apply_chat_template(message, add_generation_prompt=False)
 
 
