@@ -177,7 +177,7 @@ def ours(artifact: Path, prices: dict[str, float], prompt: list[int]) -> dict[st
     opened = open_artifact(artifact)
     sessions = Sessions(opened, "cpu")
     if not sessions.native:
-        raise SystemExit("The native library is not in use, so nothing is timed.")
+        raise SystemExit("The native library is not in use, so nothing was timed.")
 
     def measuring(price: float) -> Callable[[], tuple[float, float]]:
         runner = PricedRunner(opened, sessions, len(prompt) + TOKENS + 2, price)

@@ -100,7 +100,7 @@ def verify(folder: Path) -> dict[str, Any]:
     checks = verify_artifact(folder / "artifact", resolve_model, provider="cuda", quiet=True)
     results = [asdict(check) | {"passed": check.passed} for check in checks]
     if not all(check.passed for check in checks):
-        raise SystemExit(f"Verification failed, so nothing is timed: {results}")
+        raise SystemExit(f"Verification failed, so nothing was timed: {results}")
     return {"verify_seconds": time.perf_counter() - started, "verify": results}
 
 

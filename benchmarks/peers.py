@@ -61,14 +61,14 @@ def check(name: str, logits: np.ndarray, options: argparse.Namespace) -> float:
     expected = np.load(options.folder / "logits.npy")
     error = float(np.abs(logits - expected).max() / np.abs(expected).max())
     if not error <= LARGEST_ERROR:
-        raise SystemExit(f"{name}: logits are {error:.1e} from transformers', so nothing is timed.")
+        raise SystemExit(f"{name}: logits are {error:.1e} from transformers', so nothing was timed.")
     return error
 
 
 def check_finite(name: str, logits: np.ndarray) -> None:
     """Refuse logits that are no finite numbers."""
     if not np.isfinite(logits).all():
-        raise SystemExit(f"{name}: logits are not finite, so nothing is timed.")
+        raise SystemExit(f"{name}: logits are not finite, so nothing was timed.")
 
 
 def make(options: argparse.Namespace) -> dict[str, Any]:

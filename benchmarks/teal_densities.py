@@ -38,7 +38,7 @@ def search(
         raise UsageError(f"{calibration} was calibrated on another model than {source.name}. Calibrate this one.")
     if found.priced is None:
         raise UsageError(
-            f"{calibration} holds no sizes of inputs. Make one with 'tda-export calibrate --method priced'."
+            f"{calibration} contains no sizes of inputs. Make one with 'tda-export calibrate --method priced'."
         )
     corpus = load_corpus(
         BUILTIN,

@@ -68,7 +68,7 @@ def deployed(artifact: Artifact, asked: Asked) -> AnyDeployment:
         return chosen_price(artifact, price=asked.price, sparsity=asked.sparsity, max_kl=asked.max_kl)
     if asked.price is not None:
         raise UsageError(
-            f"--price: {artifact.folder} has masks of neurons and no prices of rows. Build one with "
+            f"--price: {artifact.folder} has masks and no prices. Build one with "
             "'tda-export build MODEL --method priced'."
         )
     if asked.has_budget:
@@ -83,7 +83,7 @@ def refuse_masks(artifact: Artifact, asked: Asked) -> None:
     for option, value in (("--cett", asked.cett), ("--allocation", asked.allocation), ("--refresh", asked.refresh)):
         if value is not None:
             raise UsageError(
-                f"{option} belongs to masks of prompts, and {artifact.folder} has prices of rows. Leave it out, or "
+                f"{option} needs an artifact with masks, and {artifact.folder} has prices. Leave it out, or "
                 "build an artifact with 'tda-export build MODEL --method tda'."
             )
 
@@ -150,7 +150,7 @@ def own_calibration(artifact: Artifact, other: Path | None) -> Calibration:
         return calibration
     if contract.CALIBRATION_FILE not in artifact.manifest["files"]:
         raise UsageError(
-            f"{artifact.folder} carries no calibration, so its budget is fixed. Leave the budget out; eval also takes "
+            f"{artifact.folder} contains no calibration, so its budget is fixed. Leave the budget out; eval also takes "
             "another file with --calibration."
         )
     return read_calibration(artifact.file(contract.CALIBRATION_FILE))

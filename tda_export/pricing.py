@@ -153,7 +153,7 @@ class PriceTable:
             UsageError: None or both are given, or it is beyond what was measured.
         """
         if (sparsity is None) == (max_kl is None):
-            raise UsageError("A price is chosen by a sparsity or by a KL. Give one of them.")
+            raise UsageError("A price is chosen by a sparsity or by a KL. Give exactly one.")
         if max_kl is not None:
             return self._price_for_kl(max_kl)
         assert sparsity is not None

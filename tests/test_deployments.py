@@ -57,7 +57,7 @@ def test_nothing_asked_is_no_budget() -> None:
 def test_budget_of_masks() -> None:
     assert Asked(sparsity=0.5).budget() == Budget(sparsity=0.5, allocation="kl")
     assert Asked(max_kl=0.05).budget() == Budget(max_kl=0.05)
-    with pytest.raises(UsageError, match="Give one of them"):
+    with pytest.raises(UsageError, match="Give exactly one budget"):
         Asked(sparsity=0.5, cett=0.1).budget()
 
 
@@ -104,11 +104,11 @@ def test_price_beyond_the_table_is_refused(priced: Artifact) -> None:
     [
         (
             {"price": 0.1, "sparsity": 0.5},
-            r"^A budget is one of --price, --sparsity and --max-kl",
+            r"^Give exactly one budget: --price, --sparsity or --max-kl",
         ),
         (
             {"sparsity": 0.5, "max_kl": 0.1},
-            r"^A budget is one of --price, --sparsity and --max-kl",
+            r"^Give exactly one budget: --price, --sparsity or --max-kl",
         ),
         ({"price": float("nan")}, r"^A price of nan: give a finite number, 0 for dense\.$"),
         ({"price": float("inf")}, r"^A price of inf: give a finite number"),
@@ -116,10 +116,10 @@ def test_price_beyond_the_table_is_refused(priced: Artifact) -> None:
         ({"sparsity": 1.5}, r"^sparsity 1\.5 is outside \[0, 1\)"),
         ({"max_kl": 0.0}, r"^--max-kl 0\.0: give a positive number of nats a token"),
         ({"max_kl": 100.0}, r"^KL 100\.0 is more than was measured with prices .*Give a KL up to 0\."),
-        ({"cett": 0.2}, r"^--cett belongs to masks of prompts, and .* has prices of rows\. Leave it out, or build"),
-        ({"allocation": "kl"}, r"^--allocation belongs to masks of prompts"),
-        ({"sparsity": 0.5, "allocation": "uniform"}, r"^--allocation belongs to masks of prompts"),
-        ({"refresh": Refresh(4)}, r"^--refresh belongs to masks .*'tda-export build MODEL --method tda'\.$"),
+        ({"cett": 0.2}, r"^--cett needs an artifact with masks, and .* has prices\. Leave it out, or build"),
+        ({"allocation": "kl"}, r"^--allocation needs an artifact with masks"),
+        ({"sparsity": 0.5, "allocation": "uniform"}, r"^--allocation needs an artifact with masks"),
+        ({"refresh": Refresh(4)}, r"^--refresh needs an artifact with masks.*'tda-export build MODEL --method tda'\.$"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
@@ -142,7 +142,7 @@ def test_artifact_without_a_table(priced: Artifact) -> None:
 
 def test_artifact_of_masks_takes_no_price(indexed: Artifact) -> None:
     for asked in (Asked(price=0.1), Asked(price=0.0, sparsity=0.5)):
-        with pytest.raises(UsageError, match=r"^--price: .* has masks of neurons and no prices of rows\. Build"):
+        with pytest.raises(UsageError, match=r"^--price: .* has masks and no prices\. Build"):
             deployed(indexed, asked)
 
 
@@ -189,7 +189,7 @@ def test_calibration_of_another_model(indexed: Artifact) -> None:
 
 def test_calibration_that_is_not_there(indexed: Artifact, tmp_path: Path) -> None:
     files = {name: entry for name, entry in indexed.manifest["files"].items() if name != contract.CALIBRATION_FILE}
-    with pytest.raises(UsageError, match=r"carries no calibration, so its budget is fixed\. Leave the budget out"):
+    with pytest.raises(UsageError, match=r"contains no calibration, so its budget is fixed\. Leave the budget out"):
         deployed(with_manifest(indexed, files=files), Asked(sparsity=0.3))
     with pytest.raises(TdaError, match="no such calibration file"):
         deployed(indexed, Asked(sparsity=0.3, calibration=tmp_path / "none"))

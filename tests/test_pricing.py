@@ -154,8 +154,8 @@ def test_limits_may_be_asked_for(table: PriceTable) -> None:
          r"Give a KL up to 0\.1\.$"),
         ({"max_kl": 0.0}, r"^--max-kl 0\.0: give a positive number of nats a token, such as 0\.05\.$"),
         ({"max_kl": math.nan}, r"^--max-kl nan: give a positive"),
-        ({}, r"^A price is chosen by a sparsity or by a KL\. Give one of them\.$"),
-        ({"sparsity": 0.3, "max_kl": 0.05}, r"^A price is chosen by a sparsity or by a KL\. Give one of them\.$"),
+        ({}, r"^A price is chosen by a sparsity or by a KL\. Give exactly one\.$"),
+        ({"sparsity": 0.3, "max_kl": 0.05}, r"^A price is chosen by a sparsity or by a KL\. Give exactly one\.$"),
     ],
 )  # fmt: skip
 def test_budgets_that_are_refused(budget: dict[str, float], text: str) -> None:

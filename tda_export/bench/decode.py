@@ -59,7 +59,7 @@ class BenchSettings:
         if unknown := [name for name in self.methods if name not in METHODS]:
             raise UsageError(f"Unknown method {unknown[0]!r}. Use {', '.join(METHODS)}.")
         if len(set(self.methods)) < len(self.methods):
-            raise UsageError("A method is named twice.")
+            raise UsageError("A method is named twice. Name each one once.")
         if not 0 <= self.sparsity < 1:
             raise UsageError(f"Sparsity {self.sparsity} is outside [0, 1).")
         if self.prompt_tokens < 2 or self.new_tokens < TOKENS_A_ROUND:
@@ -157,7 +157,7 @@ class Bench(ABC):
         """Refuse logits that are too far from what they should be."""
         error = float(np.abs(logits - expected).max() / np.abs(expected).max())
         if not error <= factor * TOLERANCES[self.artifact.shape.precision]:
-            raise TdaError(f"{name}: its logits are {error:.1e} from the reference, so nothing is timed.")
+            raise TdaError(f"{name}: its logits are {error:.1e} from the reference, so nothing was timed.")
 
     @property
     def other_bytes(self) -> int:

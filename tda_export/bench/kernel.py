@@ -185,7 +185,7 @@ def measure_kernel(layers: Layers, density: float, survivors: float) -> dict[str
             expected = layers.reference(layer, indices, float(thresholds[layer]))
             error = float((y[layer, 0, 0].float() - expected).abs().max() / expected.abs().max())
             if not error <= TOLERANCES[layers.dtype]:
-                raise TdaError(f"Layer {layer} is {error:.1e} from PyTorch's result, so nothing is timed.")
+                raise TdaError(f"Layer {layer} is {error:.1e} from PyTorch's result, so nothing was timed.")
     times = median_ms(lambda: session.run_with_iobinding(binding))
     del keep
     return {

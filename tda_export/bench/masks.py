@@ -58,14 +58,14 @@ class MaskBench(Bench):
         method = artifact_method(self.artifact)
         if method.selection != "threshold":
             raise UsageError(
-                f"{self.artifact.folder} was built with --method {method.name}, which {name} cannot be benched from. "
+                f"{self.artifact.folder} was built with --method {method.name}, which {name} cannot be derived from. "
                 "Give an artifact of --method tda."
             )
 
     def _make_two_levels(self) -> Runner:
         self._require_thresholds("two_levels")
         if not artifact_method(self.artifact).two_levels:
-            raise UsageError(f"{self.artifact.folder} has no second level. Leave two_levels out.")
+            raise UsageError(f"{self.artifact.folder} was built without token thresholds. Leave two_levels out.")
         kept = 1.0 - self.settings.sparsity
         mask_density = min(1.0, GATE_SHARE * kept)
         runner = SparseRunner(self.artifact, self.sessions, self.capacity)
@@ -103,7 +103,7 @@ class MaskBench(Bench):
                 expected = truncated_logits(self.artifact, self.sessions, self.prompt, token, thresholds)
                 self.compare(name, logits, expected, SECOND_LEVEL_FACTOR)
             elif not np.isfinite(logits).all():
-                raise TdaError(f"{name}: its logits are not finite, so nothing is timed.")
+                raise TdaError(f"{name}: its logits are not finite, so nothing was timed.")
 
     def bytes_read(self, name: str) -> tuple[int, int]:
         artifact, shape = self.artifact, self.artifact.shape

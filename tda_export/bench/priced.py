@@ -82,7 +82,7 @@ class PricedBench(Bench):
             found = runner.logits(token)
             if not isinstance(runner, PricedRunner):
                 if not np.isfinite(found).all():
-                    raise TdaError(f"{name}: its logits are not finite, so nothing is timed.")
+                    raise TdaError(f"{name}: its logits are not finite, so nothing was timed.")
                 continue
             cache = KvCache(shape, self.sessions.provider, self.capacity)
             PricedPrefill(self._body, shape, cache).read(self.prompt)

@@ -220,7 +220,7 @@ def measure_rows(matrices: Matrices, density: float, bandwidth: float, *, kernel
             expected = matrices.reference(layer, price)
             error = float((y[layer, 0, 0].float() - expected).abs().max() / expected.abs().max())
             if not error <= ALL_TOLERANCES[matrices.dtype]:
-                raise TdaError(f"{kernel}: matrix {layer} is {error:.1e} from PyTorch's result, so nothing is timed.")
+                raise TdaError(f"{kernel}: matrix {layer} is {error:.1e} from PyTorch's result, so nothing was timed.")
     times = median_ms(lambda: session.run_with_iobinding(binding))
     read = int((~(matrices.worth < price) & (matrices.x[0, 0] != 0)).sum()) * matrices.row_bytes
     us = {name: 1e3 * value / matrices.layers for name, value in times.items()}

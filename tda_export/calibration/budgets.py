@@ -37,10 +37,10 @@ class Budget:
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.cett, self.sparsity, self.max_kl)) != 1:
-            raise UsageError("A budget is one of --cett, --sparsity and --max-kl. Give one of them.")
+            raise UsageError("Give exactly one budget: --cett, --sparsity or --max-kl.")
         if self.allocation not in get_args(AllocationRule):
             known = ", ".join(get_args(AllocationRule))
-            raise UsageError(f"Allocation {self.allocation!r} is not known here. Use {known}, or update tda-export.")
+            raise UsageError(f"Allocation {self.allocation!r} is not known. Use {known}, or update tda-export.")
         for name, value in (("CETT", self.cett), ("sparsity", self.sparsity)):
             if value is not None and not 0 <= value < 1:
                 raise UsageError(f"{name} {value} is outside [0, 1). Give a fraction such as 0.2.")
@@ -213,8 +213,8 @@ def allocate(
         return _choose(budget.cett, budget.sparsity, curves.mean_cett, curves.mean_density, grid, ffn_matrices)
     if table is None:
         raise UsageError(
-            "This calibration holds only CETT curves. Calibrate without --curves-only, or give --cett, or --sparsity "
-            "with --allocation uniform."
+            "This calibration contains only CETT curves. Calibrate without --curves-only, or give --cett, or "
+            "--sparsity with --allocation uniform."
         )
     if budget.max_kl is not None:
         return _of_path(sparsest_within(table, budget.max_kl), table, ffn_matrices)

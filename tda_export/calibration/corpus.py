@@ -114,7 +114,7 @@ def load_corpus(
     if len(beyond):
         token = int(beyond[0])
         raise UsageError(
-            f"{dataset}: the text holds {str(tokenizer.convert_ids_to_tokens(token))[:100]!r}, token {token} of the "
+            f"{dataset}: the text contains {str(tokenizer.convert_ids_to_tokens(token))[:100]!r}, token {token} of the "
             f"tokenizer, and the model's vocabulary ends at {vocab_size - 1}. Remove it from the text."
         )
     return Corpus(stacked, dataset, hashlib.sha256(stacked.numpy().tobytes()).hexdigest(), len(prefix))
@@ -133,7 +133,7 @@ def _documents(dataset: str, text_column: str | None, seed: int, characters: int
                 f"{dataset}: no column {column!r}; the columns are {', '.join(first)}. Choose one with --text-column."
             )
         if first and first[column] is not None and not isinstance(first[column], str):
-            raise UsageError(f"{dataset}: column {column!r} holds no text. Choose another with --text-column.")
+            raise UsageError(f"{dataset}: column {column!r} contains no text. Choose another with --text-column.")
         arguments = {"rows": rows, "column": column, "separated": separated, "characters": characters}
         pieces = IterableDataset.from_generator(_pieces, gen_kwargs=arguments)
         empty = True
@@ -141,7 +141,7 @@ def _documents(dataset: str, text_column: str | None, seed: int, characters: int
             empty = False
             yield piece["text"]
         if empty:
-            raise TdaError(f"{dataset}: the dataset is empty. Give one that holds text.")
+            raise TdaError(f"{dataset}: the dataset is empty. Give one that contains text.")
     except TdaError:
         raise
     except Exception as error:  # whatever a reader of damaged files raises

@@ -54,7 +54,7 @@ class Calibration:
         """
         if self.curves is None:
             raise UsageError(
-                "This calibration holds prices of rows, which masks of neurons cannot be chosen from. Calibrate with "
+                "This calibration contains prices only, and masks cannot be chosen from them. Calibrate with "
                 "--method tda, or all."
             )
         return self.curves

@@ -65,7 +65,7 @@ def check_sequences(count: int) -> None:
     """
     if count < 2:
         raise UsageError(
-            f"Half of the sequences give prices and the others measure what they cost, and {count} is too few for "
+            f"Half of the sequences give prices and the others measure their loss, and {count} is too few for "
             "that. Give --sequences 2 or more and text for them."
         )
 

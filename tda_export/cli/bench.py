@@ -61,11 +61,11 @@ def bench(
 ) -> None:
     """Compare ways of generating from ARTIFACT, side by side in one run.
 
-    dense: ONNX Runtime's own operators. dense_native: the decode graph, every row. priced: the decode graph at
-    --sparsity (with --shape: at 0.3 too, rows drawn at random). tda, griffin: a prompt's mask. two_levels: with a token
-    threshold too. tt: each token drops its own down rows. All masks read the same bytes. Logits are checked first.
-    Times are medians over rounds of 16 tokens; speed-ups compare within a round. The artifact of a --shape is
-    temporary (TMPDIR).
+    dense: ONNX Runtime's own operators. dense_native: the decode graph, all rows. priced: the decode graph at
+    --sparsity (with --shape also at 0.3, and rows drawn at random). tda, griffin: a prompt's mask. two_levels: a mask
+    and a token threshold. tt: each token drops its own down rows. All masks read the same bytes. Logits are checked
+    first. Times are medians over rounds of 16 tokens; speed-ups are ratios within a round. The artifact of a --shape
+    is temporary (TMPDIR).
     """
     from tda_export.bench.decode import BenchSettings, default_methods
     from tda_export.errors import UsageError
@@ -83,7 +83,7 @@ def bench(
         "--weights-for": weights_for or None,
     }
     if given := [option for option, value in of_shape.items() if value is not None and artifact]:
-        raise UsageError(f"{given[0]} belongs to --shape; an artifact has its own.")
+        raise UsageError(f"{given[0]} is for --shape only; an artifact has its own. Leave it out.")
     settings = partial(BenchSettings, sparsity=sparsity, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
     settings(methods or ("dense",))  # refused before anything is built
     if artifact:

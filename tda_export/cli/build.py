@@ -59,8 +59,8 @@ if TYPE_CHECKING:
     type=click.Choice(["priced", "tda", "griffin"]),
     default="priced",
     show_default=True,
-    help="priced: each token reads the rows of all linears that are worth their bytes. tda: decode reads the FFN "
-    "neurons that matter for the prompt, by CETT. griffin: by Griffin's score; needs --sparsity.",
+    help="priced: each token skips the rows of all linears that affect the output least. tda: decode reads only the "
+    "FFN neurons that matter for the prompt, by CETT. griffin: by Griffin's score; needs --sparsity.",
 )
 @price_option
 @budget_options
@@ -118,14 +118,14 @@ def build(
     provider: str,
     as_json: bool,
 ) -> None:
-    """Write an artifact of MODEL: prefill and decode graphs over one weights file.
+    """Write an artifact of MODEL: a prefill and a decode graph that share one weights file.
 
     MODEL is a Hugging Face folder, a hub id, a .gguf file, or smollm2-135m. The budget is the calibration file's own
     unless an option gives another; generate, chat and serve can still change it. The result is compared with
     transformers before it appears at OUTPUT.
 
-    With a float model, --weights int4 rounds to nearest. A folder from 'tda-export quantize' loses less, and its
-    integers are stored as they are.
+    A float model is rounded to nearest by --weights int4. A folder from 'tda-export quantize' loses less; its integers
+    are stored as they are.
     """
     from tda_export.cli.tables import print_checks
     from tda_export.deployments import Asked

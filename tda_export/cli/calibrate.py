@@ -75,8 +75,8 @@ CURVES_BUDGET = {"cett": 0.2}  # the paper's
 @option(
     "--estimator",
     type=click.Choice(["prompt", "token"]),
-    help="With tda: CETT of the mask of a prompt on its continuation, or of each token by itself, as the paper's text "
-    "says.  [default: prompt]",
+    help="With tda: measure CETT of a prompt's mask on its continuation, or of each token by itself, as in the paper's "
+    "text.  [default: prompt]",
 )
 @budget_options
 @option(
@@ -87,7 +87,7 @@ CURVES_BUDGET = {"cett": 0.2}  # the paper's
 @option(
     "--prior-tokens",
     type=click.IntRange(0),
-    help="With tda: weight of the calibration prior, in tokens, beside the prompt's own statistics.  [default: 64]",
+    help="With tda: weight of the calibration prior relative to the prompt's own statistics, in tokens.  [default: 64]",
 )
 @option(
     "--sequences",
@@ -101,14 +101,14 @@ CURVES_BUDGET = {"cett": 0.2}  # the paper's
     type=click.IntRange(2),
     default=256,
     show_default=True,
-    help="Tokens at the start of a sequence, read densely. Masks come from them.",
+    help="Tokens at the start of a sequence, read densely. Masks are selected from them.",
 )
 @option(
     "--continuation-tokens",
     type=click.IntRange(1),
     default=128,
     show_default=True,
-    help="Tokens after them, which prices are taken from and losses measured on.",
+    help="Tokens after those, used to compute prices and to measure losses.",
 )
 @device_option
 @option(
@@ -144,13 +144,13 @@ def calibrate(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Measure what MODEL loses when weights are not read.
+    """Measure the loss of skipping weight rows of MODEL.
 
-    MODEL is a Hugging Face folder, a hub id, a .gguf file, or smollm2-135m. Half of the sequences set a price for every
-    row of every linear, by backward passes. The other half measure about ten settings: bytes read, and KL to dense.
-    --method tda measures masks of FFN neurons instead, which takes several times as long. build can choose any budget
-    from the file. An interrupted run resumes when it is started again. Under torchrun, processes share the sequences
-    (docs/large-models.md).
+    MODEL is a Hugging Face folder, a hub id, a .gguf file, or smollm2-135m. Half of the sequences estimate, by backward
+    passes, how much each row of each linear affects the output. On the other half about ten settings are measured:
+    bytes read, and KL to dense. --method tda measures masks of FFN neurons instead, which takes several times as long.
+    build can choose any budget from the file. An interrupted run resumes when it is started again. Under torchrun,
+    processes share the sequences (docs/large-models.md).
     """
     from tda_export.calibration.budgets import check_priced, check_reach
     from tda_export.calibration.corpus import load_corpus
@@ -220,9 +220,7 @@ def calibrate(
     )
     found = corpus.tokens.shape[0]
     if found < sequences:
-        click.echo(
-            f"{dataset} holds text for {found} sequences of {settings.length} tokens; calibrating on those.", err=True
-        )
+        click.echo(f"{dataset} has text for {found} sequences of {settings.length} tokens; using those.", err=True)
     show = partial(progress, quiet=as_json or not ranks.first)
     calibration = run(source, corpus, settings, _describe(budget, settings), show=show, output=output, ranks=ranks)
     if not ranks.first:
@@ -265,7 +263,7 @@ def _reachable(budget: Budget, calibration: Calibration) -> Budget:
 
     by_path = nearest_reachable(budget, calibration.kl)
     reachable = nearest_priced(by_path, calibration.priced.tables().values() if calibration.priced else ())
-    what = "The KL path reaches" if reachable == by_path else "The prices that were measured reach"
+    what = "The KL path reaches" if reachable == by_path else "The measured prices reach"
     if reachable.sparsity != budget.sparsity:
         click.echo(
             f"{what} sparsity {reachable.sparsity}, not {budget.sparsity}: that is the file's budget.",
@@ -318,5 +316,5 @@ def _print(calibration: Calibration, budget: Budget, settings: CalibrationSettin
 
 
 def _text(budget: Budget) -> str:
-    """Say a budget of prices, which knows no rule of allocation."""
+    """Describe a budget of prices, which has no rule of allocation."""
     return f"KL {budget.max_kl}" if budget.max_kl is not None else f"sparsity {budget.sparsity}"

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from tda_export.runtime.deployment import AnyDeployment
     from tda_export.runtime.generate import Generation, Metrics
 
-HELP = """/reset  forget what was said
-/quit   leave (so does Ctrl-D)
-/help   show this
+HELP = """/reset  start a new conversation
+/quit   end the chat (Ctrl-D does too)
+/help   show this help
 Anything else is a message. Ctrl-C stops an answer."""
 
 
@@ -57,11 +57,11 @@ def chat(
     """Chat with ARTIFACT, turn by turn.
 
     Each line is a message, on a terminal and from a pipe. Ctrl-C stops an answer; /help lists the commands. Each turn
-    reads only the new message, and the last answer again unless --keep-answers. When the context is full, the oldest
-    turns are dropped, and a line says so.
+    processes only the new message, and the last answer again unless --keep-answers. When the context is full, the
+    oldest turns are dropped, and a line says so.
 
-    Answers go to standard output. After each, a line on standard error says which fraction of the skippable weight
-    bytes its tokens read, and how fast they came. On a terminal, the window's title says so meanwhile.
+    Answers go to standard output. After each, a line on standard error gives the fraction of the skippable weight bytes
+    that its tokens read, and tokens per second. On a terminal, the window title shows both while an answer is written.
     """
     from tda_export.runtime import Conversation
 
@@ -128,7 +128,7 @@ def _talk(
         elif text == "/help":
             click.echo(HELP, err=True)
         elif text.startswith("/"):
-            click.echo(f"There is no command {text.split()[0]}. /help lists them.", err=True)
+            click.echo(f"Unknown command {text.split()[0]}. /help lists the commands.", err=True)
         elif text:
             try:
                 _answer(conversation, text, answering, deployment, ctrl_c)
@@ -210,7 +210,7 @@ def _typed_lines(ctrl_c: CtrlC) -> Iterator[str]:
             click.echo(err=True)
             return
         except KeyboardInterrupt:
-            click.echo("\n/quit or Ctrl-D leaves.", err=True)
+            click.echo("\n/quit or Ctrl-D ends the chat.", err=True)
         else:
             yield line
 

@@ -71,7 +71,7 @@ def steps(at: Places) -> list[Step]:
             *("calibrate", MODEL, *masks, "--curves-only", "--cett", CETT, "--sequences", TDA_SEQUENCES),
         ),
         step(
-            "Its graphs: prefill says which neurons matter for the prompt, decode reads those",
+            "Its graphs: prefill selects the neurons that matter for the prompt, decode reads those",
             at.tda,
             *("build", MODEL, *masks, "--calibration", at.tda_calibration),
         ),
@@ -81,7 +81,7 @@ def steps(at: Places) -> list[Step]:
             *("quantize", MODEL, "--sequences", QUANTIZE_SEQUENCES, "--kl-sequences", QUANTIZE_KL_SEQUENCES),
         ),
         step(
-            "A price for every row of the four-bit weights, and what reading fewer of them costs",
+            "How much each row of the four-bit weights matters, and the loss of skipping rows",
             at.int4_calibration,
             *("calibrate", at.int4_model, "--packing", "sites", "--sequences", INT4_SEQUENCES),
         ),
@@ -101,8 +101,8 @@ def steps(at: Places) -> list[Step]:
 def demo(context: click.Context, artifacts: Path) -> None:
     """Compare float32, the paper's method, and four bits at three budgets on the built-in model.
 
-    It calibrates, builds and checks two artifacts, generates the same answer in five ways, and shows speed, bytes a
-    token, loss and text side by side. A demo that was interrupted goes on where it was.
+    It calibrates, builds and checks two artifacts, generates an answer to the same prompt in five ways, and shows
+    speed, bytes per token, loss and text side by side. An interrupted demo resumes when it is started again.
     """
     from tda_export.cli.demo_comparison import compare_ways, print_comparison
     from tda_export.runtime import load
@@ -161,10 +161,13 @@ def next_commands(at: Places) -> list[tuple[str, str]]:
     """Return three commands to try next, and what each is for."""
     report = at.int4.parent / f"{NAME}.html"
     return [
-        (f"tda-export chat {at.int4} --max-kl 0.05", "talk to it; --sparsity and --max-kl say how much a token reads"),
+        (
+            f"tda-export chat {at.int4} --max-kl 0.05",
+            "chat with it; --sparsity and --max-kl set how much a token reads",
+        ),
         (f"tda-export report {at.int4} -o {report}", "one page: quality against bytes, and which rows are read"),
         (
             "tda-export inspect MODEL",
-            "your own model (folder, hub id or .gguf file): its bytes, how fast it can be",
+            "your own model (folder, hub id or .gguf file): its size and largest possible speed-up",
         ),
     ]

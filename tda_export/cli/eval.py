@@ -49,7 +49,7 @@ TASK_OPTIONS = ("data", "limit", "protocol", "reference")
 @click.pass_context
 @artifact_argument
 @option("--text", "text_file", type=PATH, help="UTF-8 text file, other than the calibration text.")
-@option("--tasks", help="Instead of a text: tasks of lm-evaluation-harness, separated by commas, or all.")
+@option("--tasks", help="Instead of a text: comma-separated tasks of lm-evaluation-harness, or all.")
 @option(
     "--method",
     type=click.Choice(["priced", "teal", "wina", "tda", "paper", "griffin", "tt", "dense"]),
@@ -93,7 +93,7 @@ TASK_OPTIONS = ("data", "limit", "protocol", "reference")
     "dense model's text.",
 )
 @option("--data", type=PATH, envvar=DATA_VARIABLE, help="With --tasks: folder that eval-data wrote.")
-@option("--limit", type=click.IntRange(2), help="With --tasks: most questions per task.  [default: all]")
+@option("--limit", type=click.IntRange(2), help="With --tasks: maximum questions per task.  [default: all]")
 @option(
     "--protocol",
     type=click.Choice(["strict", "griffin"]),
@@ -209,7 +209,7 @@ def _refuse_foreign_options(context: click.Context, text_file: Path | None, task
     from tda_export.errors import UsageError
 
     if (text_file is None) == (tasks is None):
-        raise UsageError("eval measures on a text or on tasks. Give --text or --tasks, and one of them.")
+        raise UsageError("eval measures on a text or on tasks. Give either --text or --tasks.")
     given, foreign = ("--tasks", TEXT_OPTIONS) if text_file is None else ("--text", TASK_OPTIONS)
     refuse_given(context, foreign, given)
     if context.params["free"] is not None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tda_export.runtime.generate import Metrics
 
 MATRICES = {"ffn": "FFN", "linears": "linear"}
-FINISHED = {"stop": "end of text", "length": "as many as asked for", "context": "context full", "": "interrupted"}
+FINISHED = {"stop": "end of text", "length": "token limit reached", "context": "context full", "": "interrupted"}
 
 
 @command(rare=(*RARE_ANSWER_OPTIONS, *RARE_DEPLOYMENT_OPTIONS))

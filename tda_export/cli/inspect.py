@@ -32,18 +32,18 @@ MIB = 2**20
 )
 @json_option
 def inspect(name: str, dtype: str | None, context: int | None, as_json: bool) -> None:
-    """Say what MODEL or ARTIFACT is, its size and its largest speed-up.
+    """Describe MODEL or ARTIFACT: architecture, size, and largest possible speed-up.
 
-    No weights of a MODEL are read; figures are of the artifact of prices that build would make. The ceiling is the
-    ratio of bytes that a dense and a sparse step read, since decoding one token at a time is bound by memory bandwidth.
-    A session holds the weights once, and the keys and values of the context.
+    No weights of a MODEL are read; figures are for the artifact of prices that build would make. The largest speed-up
+    is the ratio of the bytes that a dense and a sparse step read, because decoding one token at a time is bound by
+    memory bandwidth. A session holds the weights once, and the keys and values of the context.
     """
     from tda_export.errors import UsageError
     from tda_export.graph.contract import DTYPES, MANIFEST_FILE
 
     if (Path(name) / MANIFEST_FILE).is_file():
         if dtype:
-            raise UsageError("--dtype is for a MODEL; an artifact has its own.")
+            raise UsageError("--dtype is for a MODEL; an artifact has its own. Leave --dtype out.")
         result = _of_artifact(Path(name), context)
     else:
         result = _of_model(name, DTYPES[dtype or "fp16"], context)

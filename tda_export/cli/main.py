@@ -92,9 +92,9 @@ def cli() -> None:
 
     \b
     First:   demo, or: calibrate MODEL, build MODEL, generate ARTIFACT
-    Look:    inspect says what a model is, report draws a calibration as a page
-    Check:   verify compares with transformers, eval measures loss, bench speed
-    Use:     generate, chat, serve
+    Look:    inspect describes a model, report draws a calibration as a page
+    Check:   verify compares with transformers, eval measures loss, bench measures speed
+    Run:     generate, chat, serve
     Smaller: quantize writes a model with integers of 4 or 8 bits
     """
 

@@ -39,7 +39,9 @@ provider_option = option(
     help="Where to run. auto: CUDA for fp16 and bf16 artifacts if there is a GPU.",
 )
 
-context_option = option("--context", type=int, help="Most tokens of prompt and answer.  [default: the model's maximum]")
+context_option = option(
+    "--context", type=int, help="Maximum tokens of prompt and answer.  [default: the model's maximum]"
+)
 mask_option = option(
     "--mask",
     type=click.Choice(["tda", "dense"]),
@@ -47,7 +49,7 @@ mask_option = option(
     help="dense: read every row. tda: use the prompt's mask.  [default: the artifact's method]",
 )
 price_option = option(
-    "--price", type=float, group=BUDGET, help="Read a row only if it is worth this much per byte; 0 is dense."
+    "--price", type=float, group=BUDGET, help="Skip rows whose estimated effect per byte is below this; 0 is dense."
 )
 device_option = option(
     "--device",
@@ -92,7 +94,7 @@ ANSWER_OPTIONS = (
         default=0.0,
         show_default=True,
         group=SAMPLING,
-        help="Least probability of a token, as a fraction of the likeliest one's; 0 is off.",
+        help="Minimum probability of a token, as a fraction of the likeliest one's; 0 is off.",
     ),
     option(
         "--repetition-penalty",
@@ -136,7 +138,7 @@ def check_mask(artifact: Artifact, mask: MaskMode | None) -> None:
 
     if mask == "tda" and artifact.layout == "priced":
         raise UsageError(
-            f"--mask tda: {artifact.folder} has prices of rows and no masks. Leave it out, or build an artifact with "
+            f"--mask tda: {artifact.folder} has prices and no masks. Leave it out, or build an artifact with "
             "'tda-export build MODEL --method tda'."
         )
 
@@ -230,13 +232,13 @@ def budget_options(command: F) -> F:
                 "--max-kl",
                 type=float,
                 group=BUDGET,
-                help="Skip as much as keeps the predicted KL to dense within this, in nats per token.",
+                help="Skip as many bytes as the predicted KL to dense allows, in nats per token.",
             ),
             option(
                 "--cett",
                 type=FRACTION,
                 group=BUDGET,
-                help="With masks: mean relative error (CETT) of each layer, the paper's rule; 0.2 there.",
+                help="With masks: mean relative error (CETT) allowed in each layer, as in the paper (0.2 there).",
             ),
             option(
                 "--allocation",

@@ -58,7 +58,7 @@ OF_TEXT = ("dataset", "text_column", "seed", "prompt_tokens", "continuation_toke
     help="gptq: each row corrects the errors of those before it, on calibration text. rtn: round to nearest; text "
     "only measures the loss.",
 )
-@option("--symmetric", is_flag=True, help="Use the middle code as every zero point.")
+@option("--symmetric", is_flag=True, help="Use the middle code as the zero point of every group.")
 @corpus_options
 @option(
     "--sequences",
@@ -115,10 +115,10 @@ def quantize(
 ) -> None:
     """Write MODEL with integers of 4 or 8 bits, as a folder.
 
-    Every other command takes the folder as a MODEL. Groups that share a scale run along the outputs, so each input
-    channel is still one row, which decode can skip. config.json in the folder says how the integers were made, and the
-    KL to the float model on other text than GPTQ read. An interrupted run resumes when it is started again. Under
-    torchrun, processes share the work (docs/large-models.md).
+    Every other command takes the folder as a MODEL. Elements that share a scale lie along the outputs, so each input
+    channel is still one row, which decode can skip. config.json in the folder records how the integers were made, and
+    the KL to the float model, measured on text that GPTQ did not read. An interrupted run resumes when it is started
+    again. Under torchrun, processes share the work (docs/large-models.md).
     """
     from tda_export.calibration.corpus import load_corpus
     from tda_export.errors import UsageError
@@ -180,9 +180,7 @@ def quantize(
         )
         found = len(corpus.tokens)
         if found < settings.all_sequences:
-            click.echo(
-                f"{dataset} holds text for {found} sequences of {settings.length} tokens; using those.", err=True
-            )
+            click.echo(f"{dataset} has text for {found} sequences of {settings.length} tokens; using those.", err=True)
     show = partial(progress, quiet=quiet or as_json or not ranks.first)
     quantised = run(source, corpus, settings, show=show, output=output.absolute(), ranks=ranks)
     if not ranks.first:

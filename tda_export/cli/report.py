@@ -33,9 +33,10 @@ from tda_export.cli.options import PATH, overwrite_option, provider_option
 def report(source: Path, output: Path, result_files: tuple[Path, ...], provider: str, overwrite: bool) -> None:
     """Draw a calibration or an artifact as one self-contained HTML file.
 
-    The page opens with what a token reads, loses and gains. Then, with prices, the rows read by matrix and layer and
-    the table of prices; with masks, the allocation, curves, and KL where it was measured, and from an artifact the
-    activity of its neurons, measured with its own graphs. How the artifact was made comes last.
+    The page begins with the bytes that a token reads, the loss, and the speed-up. With prices, the rows read by matrix
+    and layer and the table of prices follow. With masks, it has the allocation, the curves, and the KL if it was
+    measured; for an artifact also the activity of its neurons, measured with its own graphs. How the artifact was made
+    comes last.
     """
     from tda_export.errors import TdaError, UsageError
     from tda_export.files import atomic_file, check_output

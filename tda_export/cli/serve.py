@@ -29,9 +29,15 @@ PACKAGES = ("fastapi", "prometheus_client", "pydantic", "starlette", "h11", "uvi
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="Address to listen on. Only this machine can reach the default.",
+    help="Address to listen on. The default can be reached from this machine only.",
 )
-@option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen on; 0 picks a free one.",
+)
 @option(
     "--allowed-host",
     multiple=True,
@@ -47,21 +53,21 @@ PACKAGES = ("fastapi", "prometheus_client", "pydantic", "starlette", "h11", "uvi
 )
 @option("--name", help="Name of the model in the API.  [default: the artifact's folder]")
 @option(
-    "--queue", type=click.IntRange(0), default=64, show_default=True, help="Most waiting requests; others get a 503."
+    "--queue", type=click.IntRange(0), default=64, show_default=True, help="Maximum waiting requests; others get a 503."
 )
 @option(
     "--max-connections",
     type=click.IntRange(1),
-    help="Most open connections; beyond it, the longest idle one is closed.  [default: 1000, or what file descriptors "
-    "allow]",
+    help="Maximum open connections; beyond that, the one idle longest is closed.  [default: 1000, or what file "
+    "descriptors allow]",
 )
 @option(
     "--max-new-tokens",
     type=click.IntRange(1),
-    help="Most tokens of an answer.  [default: the context; 1024 for a chat request without a number]",
+    help="Maximum tokens of an answer.  [default: the context; 1024 for a chat request without a number]",
 )
 @option(
-    "--max-body", type=click.IntRange(1), default=1 << 20, show_default=True, help="Most bytes of a request's body."
+    "--max-body", type=click.IntRange(1), default=1 << 20, show_default=True, help="Maximum bytes of a request's body."
 )
 @option(
     "--grace",
@@ -134,6 +140,6 @@ def serve(
         app = create_app(worker, name, Limits(body_bytes=max_body, new_tokens=max_new_tokens), access)
         server = Server(app, worker, grace, most_connections(max_connections))
         if not is_loopback(opened):
-            click.echo(f"Whoever can reach {url(opened)} can use it: there is no authentication.", err=True)
+            click.echo(f"Anyone who can reach {url(opened)} can use it: there is no authentication.", err=True)
         click.echo(f"Serving {name} on {url(opened)}/v1. Ctrl-C stops.", err=True)
         server.run(sockets=[opened])

@@ -47,7 +47,9 @@ class GreedyDensities:
         """
         most = min(path[-1] for path in self.sparsity)
         if sparsity > most:
-            raise UsageError(f"Greedy densities reach sparsity {most:.3f}, and {sparsity} is more. Give less.")
+            raise UsageError(
+                f"Greedy densities reach sparsity {most:.3f}, and {sparsity} is more. Give a lower --sparsity."
+            )
         return {
             name: torch.tensor(
                 [_interpolate(sparsity, path, layer) for path, layer in zip(self.sparsity, layers, strict=True)],
@@ -96,7 +98,9 @@ def read_densities(path: Path) -> GreedyDensities:
             raise ValueError("paths of other lengths")
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TdaError(f"{path}: no greedy densities ({error}). Make one with benchmarks/teal_densities.py.") from error
+        raise TdaError(
+            f"{path}: not a file of greedy densities ({error}). Make one with benchmarks/teal_densities.py."
+        ) from error
 
 
 def greedy_densities(

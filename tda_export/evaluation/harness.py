@@ -152,7 +152,7 @@ class TdaLM(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render messages with the model's chat template."""
         if not add_generation_prompt:
-            raise UsageError("An answer that is begun in the prompt cannot be put into a chat template here.")
+            raise UsageError("An answer that begins in the prompt cannot be put into a chat template.")
         return self.text.chat(chat_history)
 
     # Scores

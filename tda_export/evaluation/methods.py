@@ -108,7 +108,7 @@ def _check_tda(artifact: Artifact, request: Request) -> None:
     if request.has_budget:
         request.budget()
     elif request.calibration is not None:
-        raise UsageError("--calibration is what a budget is chosen from. Give --sparsity, --max-kl or --cett too.")
+        raise UsageError("--calibration has no effect without a budget. Give --sparsity, --max-kl or --cett too.")
 
 
 def _require_thresholds(artifact: Artifact, request: Request) -> None:
@@ -138,7 +138,7 @@ def _counting(artifact: Artifact, sessions: Sessions, skips: bool = False) -> Se
 
 def _refuse_price(request: Request) -> None:
     if request.price is not None:
-        raise UsageError("--price belongs to artifacts of --method priced. Give --sparsity, --max-kl or --cett.")
+        raise UsageError("--price needs an artifact of --method priced. Give --sparsity, --max-kl or --cett.")
 
 
 def _check_paper(artifact: Artifact, request: Request) -> None:

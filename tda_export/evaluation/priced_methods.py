@@ -34,9 +34,11 @@ def check_priced(artifact: Artifact, request: Request) -> None:
     """
     refuse_masks(artifact, request)
     if request.calibration is not None:
-        raise UsageError("--calibration: a priced artifact carries its table. Build it again with another calibration.")
+        raise UsageError(
+            "--calibration: an artifact with prices contains its own table. Build it again with another calibration."
+        )
     if request.densities is not None:
-        raise UsageError("--densities are of --method teal. Leave them out.")
+        raise UsageError("--densities is for --method teal only. Leave it out.")
     _price(artifact, request)
 
 
@@ -64,7 +66,9 @@ def _price(artifact: Artifact, request: Request) -> PriceDeployment:
             "--sparsity or --price."
         )
     if table is None:
-        raise UsageError(f"{artifact.folder} carries no table of prices. Give --price, or build it with --calibration.")
+        raise UsageError(
+            f"{artifact.folder} contains no table of prices. Give --price, or build it with --calibration."
+        )
     return PriceDeployment(table.of_parts(parts).price_for(sparsity=request.sparsity))
 
 
@@ -89,7 +93,7 @@ def check_threshold(artifact: Artifact, request: Request) -> None:
     if not 0 <= request.sparsity < 1:
         raise UsageError(f"sparsity {request.sparsity} is outside [0, 1). Give a fraction such as 0.3.")
     if request.densities is not None and request.method != "teal":
-        raise UsageError("--densities are of --method teal. Leave them out.")
+        raise UsageError("--densities is for --method teal only. Leave it out.")
     _magnitudes(artifact, request)
     _densities(artifact, request, request.sparsity)
 
@@ -121,14 +125,14 @@ def _magnitudes(artifact: Artifact, request: Request) -> Priced:
     own = contract.CALIBRATION_FILE in artifact.manifest["files"]
     if request.calibration is None and not own:
         raise UsageError(
-            f"{artifact.folder} carries no calibration, from which --method {request.method} takes its thresholds. "
+            f"{artifact.folder} contains no calibration, from which --method {request.method} takes its thresholds. "
             "Give a file of 'tda-export calibrate' with --calibration."
         )
     calibration = own_calibration(artifact, request.calibration)
     if calibration.priced is None:
         where: Path = request.calibration or artifact.file(contract.CALIBRATION_FILE)
         raise UsageError(
-            f"{where} holds no sizes of inputs. Make one with 'tda-export calibrate --method priced' and give it with "
-            "--calibration."
+            f"{where} contains no sizes of inputs. Make one with 'tda-export calibrate --method priced' and give it "
+            "with --calibration."
         )
     return calibration.priced

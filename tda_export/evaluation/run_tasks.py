@@ -69,7 +69,7 @@ def check_data(folder: Path, tasks: Sequence[str]) -> None:
     for task in tasks:
         path = folder / f"{task}.jsonl"
         if not path.is_file():
-            raise TdaError(f"{path}: not there. Write the folder with 'tda-export eval-data FOLDER'.")
+            raise TdaError(f"{path}: no such file. Write the folder with 'tda-export eval-data FOLDER'.")
 
 
 def run_tasks(

@@ -94,7 +94,7 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
     free = shutil.disk_usage(output.absolute().parent).free
     if size > free:
         raise TdaError(
-            f"{output}: the weights take {size / 2**20:,.0f} MiB and the disk has {free / 2**20:,.0f} free. "
+            f"{output}: the weights take {size / 2**20:,.0f} MiB and the disk has {free / 2**20:,.0f} MiB free. "
             "Free some space, or choose another output."
         )
     with atomic_folder(output) as folder:

@@ -71,7 +71,7 @@ def priced_request(
     chosen = packing or default_packing(source.spec, storage)
     if calibration.priced is None:
         raise UsageError(
-            f"{path} holds no prices. Calibrate again with 'tda-export calibrate --method priced', or build with "
+            f"{path} contains no prices. Calibrate again with 'tda-export calibrate --method priced', or build with "
             "--method tda."
         )
     tables = calibration.priced.tables()
@@ -87,7 +87,7 @@ def priced_request(
         if own.cett is not None:
             raise UsageError(f"{path} has a budget of CETT as its own, which prices do not have. Give --max-kl.")
     if sum(value is not None for value in (asked.price, asked.sparsity, asked.max_kl)) != 1:
-        raise UsageError("A budget is one of --price, --sparsity and --max-kl. Give one of them.")
+        raise UsageError("Give exactly one budget: --price, --sparsity or --max-kl.")
     if asked.price is not None:
         asked = replace(asked, price=max(float(asked.price), 0.0))  # a negative one is dense too
     price, expected = asked.price, {}
@@ -141,7 +141,7 @@ def mask_request(source: ModelSource, dtype: str, path: Path, asked: Asked, tail
     calibration = calibration_of(path, source)
     if calibration.curves is None:
         raise UsageError(
-            f"{path} holds no CETT curves. Calibrate again with 'tda-export calibrate --method tda', or build with "
+            f"{path} contains no CETT curves. Calibrate again with 'tda-export calibrate --method tda', or build with "
             "--method priced."
         )
     refresh = asked.refresh or NO_REFRESH

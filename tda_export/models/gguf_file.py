@@ -124,4 +124,4 @@ class _Walk:
 
     def _room(self, size: int, what: str) -> None:
         if size > self._size - self._at:
-            raise DamagedGguf(f"it claims {what} and ends before them")
+            raise DamagedGguf(f"it announces {what} and ends before them")

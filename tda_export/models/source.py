@@ -315,7 +315,9 @@ def resolve_model(model: str, *, notify: Callable[[str], None] = print) -> Model
         return ModelSource(model, file.parent, file.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise TdaError(f"{model}: no config.json there, so this is not a Hugging Face model folder. {_way_out()}")
+            raise TdaError(
+                f"{model}: there is no config.json, so this is not a Hugging Face model folder. {_way_out()}"
+            )
         return ModelSource(model, path)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -344,7 +346,7 @@ def _download(model: str, notify: Callable[[str], None]) -> Path:
         return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
     except Exception as error:  # the hub's many ways of saying no
         raise TdaError(
-            f"{model}: no such folder, and the hub did not deliver it ({first_line(error)}). {_way_out()}"
+            f"{model}: no such folder, and it could not be downloaded from the hub ({first_line(error)}). {_way_out()}"
         ) from error
 
 

@@ -143,7 +143,7 @@ class DecoderSpec:
         for size in SPEC_SIZES:
             if getattr(self, size) < 1:
                 raise TdaError(
-                    f"{self.architecture}: {size} is {getattr(self, size)}, which no model has. Check config.json."
+                    f"{self.architecture}: {size} is {getattr(self, size)}, which is not possible. Check config.json."
                 )
         if self.max_positions < SHORTEST_CONTEXT:
             raise TdaError(
@@ -164,8 +164,8 @@ class DecoderSpec:
             )
         if self.rotary_size is not None and (self.rotary_size % 2 or not 0 < self.rotary_size <= self.head_size):
             raise TdaError(
-                f"{self.architecture}: {self.rotary_size} rotated elements of a head of {self.head_size} cannot be. "
-                "Check the partial rotary factor in config.json."
+                f"{self.architecture}: {self.rotary_size} rotated elements in a head of {self.head_size} "
+                "are not possible. Check the partial rotary factor in config.json."
             )
 
     @property

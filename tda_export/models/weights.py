@@ -149,7 +149,7 @@ def _shard(folder: Path, name: str) -> Path:
     if not path.absolute().is_relative_to(folder.absolute()) or ".." in Path(name).parts:
         raise TdaError(f"{folder}: {INDEX_FILE} names a file outside the folder ({name[:100]!r}). {NOT_READ}")
     if not path.is_file():
-        raise TdaError(f"{folder}: {INDEX_FILE} names {name[:100]!r}, which is not there. Download that file.")
+        raise TdaError(f"{folder}: {INDEX_FILE} names {name[:100]!r}, which is missing. Download that file.")
     if not path.resolve().is_relative_to(root):
         raise TdaError(f"{folder}: {name[:100]!r} is a link to a file outside the folder. Copy that file into it.")
     return path

@@ -106,7 +106,7 @@ def activate(name: str, x: np.ndarray) -> np.ndarray:
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     if name == "gelu":
         return (0.5 * x * (1 + np.vectorize(math.erf, otypes=[np.float32])(x / math.sqrt(2)))).astype(x.dtype)
-    raise ValueError(f"Activation {name!r} is not known here.")
+    raise ValueError(f"Activation {name!r} is not known.")
 
 
 def relative(magnitudes: np.ndarray) -> np.ndarray:

@@ -89,14 +89,14 @@ def artifact_page(folder: Path, results: Results, provider: str) -> Page:
     artifact = open_artifact(folder)
     if artifact.layout == "priced":
         if provider != "auto":
-            raise UsageError(f"{folder} has prices of rows, whose report runs no graph. Leave --provider out.")
+            raise UsageError(f"{folder} has prices, and its report runs no graph. Leave --provider out.")
         answer, sections = _priced(artifact)
     else:
         chosen = choose_provider(provider, artifact.shape.dtype)
         if artifact.shape.max_positions < LONGEST:
             raise TdaError(
-                f"{folder}: the model takes {artifact.shape.max_positions} tokens, and the report's own texts up to "
-                f"{LONGEST}. Report on its calibration file instead."
+                f"{folder}: the model takes {artifact.shape.max_positions} tokens, and the report's own texts need up "
+                f"to {LONGEST}. Report on its calibration file instead."
             )
         answer, sections = _indexed(artifact)
         sections += _activity_sections(artifact, chosen)

@@ -65,7 +65,7 @@ def read_results(path: Path) -> Results:
         else:
             results.append(_result(content, where))
     if not results and not speeds:
-        raise TdaError(f"{path}: no results in it. {WAY_OUT}")
+        raise TdaError(f"{path}: it has no results. {WAY_OUT}")
     model = _only({one.model for one in results})
     continuation = _only({one.continuation_tokens for one in results})
     qualities = [
@@ -133,18 +133,18 @@ def _result(content: Any, where: str) -> Result:
     given = {name: value for name, value in content.items() if value is not None}
     for name in (*TEXTS, *({"model"} & given.keys())):
         if not isinstance(given.get(name), str):
-            raise refuse(f", {name!r} is not there or no text")
+            raise refuse(f", {name!r} is missing or not text")
     linears = LINEARS if given.keys() & set(LINEARS) else ()
     for name in (*NUMBERS, *linears, *({"continuation_tokens"} & given.keys())):
         value = given.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise refuse(f", {name!r} is not there or no number")
+            raise refuse(f", {name!r} is missing or not a number")
     for name in ("dense_ffn_bytes", *linears[1:]):
         if given[name] <= 0:
             raise refuse(f", {name!r} is not positive")
     budget = given.get("budget", _asked_budget(given))
     if not isinstance(budget, dict):
-        raise refuse(", 'budget' is no object")
+        raise refuse(", 'budget' is not an object")
     return Result(
         model=given.get("model"),
         budget={name: value for name, value in budget.items() if value is not None},
@@ -168,21 +168,21 @@ def _speeds(content: dict[str, Any], where: str) -> list[Speed]:
     def number(row: dict[str, Any], name: str) -> float:
         value = row.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise TdaError(f"{where}: not a result, {name!r} is not there or no number. {WAY_OUT}")
+            raise TdaError(f"{where}: not a result, {name!r} is missing or not a number. {WAY_OUT}")
         return value
 
     for name in SPEED_TEXTS:
         if not isinstance(content.get(name), str):
-            raise TdaError(f"{where}: not a result, {name!r} is not there or no text. {WAY_OUT}")
+            raise TdaError(f"{where}: not a result, {name!r} is missing or not text. {WAY_OUT}")
     prompt_tokens, new_tokens = (int(number(content, name)) for name in ("prompt_tokens", "new_tokens"))
     ways = {name: row for name, row in content.items() if isinstance(row, dict) and "ms_per_token" in row}
     if not ways:
-        raise TdaError(f"{where}: not a result, no way of decoding is in it. {WAY_OUT}")
+        raise TdaError(f"{where}: not a result, it has no way of decoding. {WAY_OUT}")
     speeds = []
     for name, row in ways.items():
         span = row.get("ms_per_token_range")
         if not isinstance(span, list) or len(span) != 2:
-            raise TdaError(f"{where}: not a result, 'ms_per_token_range' is not there or no pair. {WAY_OUT}")
+            raise TdaError(f"{where}: not a result, 'ms_per_token_range' is missing or not a pair. {WAY_OUT}")
         low, high = (number({"ms_per_token_range": end}, "ms_per_token_range") for end in span)
         speeds.append(
             Speed(

@@ -173,7 +173,7 @@ def sensitivity_section(calibration: Calibration) -> Section:
     """Show what masking costs: all layers together at the settings of the KL path, and each layer alone."""
     title, data = "Sensitivity of layers", quality_data(calibration)
     if data is None:
-        return Section(title, ["This calibration carries no measurements of KL."])
+        return Section(title, ["This calibration contains no measurements of KL."])
     return Section(
         title,
         [

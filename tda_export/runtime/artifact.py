@@ -134,7 +134,7 @@ def open_artifact(folder: str | Path) -> Artifact:
     path = folder / contract.MANIFEST_FILE
     if not path.is_file():
         raise TdaError(
-            f"{folder}: no {contract.MANIFEST_FILE} there, so this is not an artifact. "
+            f"{folder}: there is no {contract.MANIFEST_FILE}, so this is not an artifact. "
             "Make one with 'tda-export build'."
         )
     try:
@@ -217,6 +217,6 @@ def _check_link(folder: Path, path: Path) -> None:
             allowed.append(parent.parent / HUB_BLOBS)
     if target.parent not in allowed:
         raise TdaError(
-            f"{path} is a link out of the folder. Do not use this artifact, or, if the link is yours, copy the folder "
-            "with what its links lead to ('cp -rL')."
+            f"{path} is a link to outside the folder. Do not use this artifact, or, if the link is yours, copy the "
+            "folder with what its links lead to ('cp -rL')."
         )

@@ -59,8 +59,8 @@ class Conversation:
         """
         if not model.text.has_chat_template:
             raise TdaError(
-                f"{model.artifact.folder}: this model has no chat template, so it does not chat. Give it text that it "
-                "continues, with 'tda-export generate'."
+                f"{model.artifact.folder}: this model has no chat template, so it cannot chat. Give it text to "
+                "continue, with 'tda-export generate'."
             )
         self._template_kwargs = chat_template_kwargs or {}
         check_template_kwargs(self._template_kwargs)

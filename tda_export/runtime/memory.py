@@ -79,7 +79,7 @@ class PromptMemory:
             TdaError: It is lent already.
         """
         if self._lent:
-            raise TdaError("The answer before this one is not finished. Read it to its end, or close it.")
+            raise TdaError("The previous answer is not finished. Read it to its end, or close it.")
         self._lent = True
         try:
             if self._step is None or self._step.cache.capacity < tokens:

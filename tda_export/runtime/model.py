@@ -215,9 +215,9 @@ class Model:
             if values is not None and len(values) != layers:
                 raise UsageError(f"{len(values)} thresholds for {layers} layers.")
             if values is not None and not np.isfinite(values).all():
-                raise UsageError("Thresholds must be finite: a score reaches neither nan nor inf.")
+                raise UsageError("Thresholds must be finite.")
         if deployment.token_thresholds.any() and not self.sessions.two_levels:
-            raise UsageError(f"{self.artifact.folder} has no second level, so it takes no token thresholds.")
+            raise UsageError(f"{self.artifact.folder} was built without token thresholds, so it takes none.")
 
     def end_tokens(self, stop_token_ids: Sequence[int] = (), *, ignore_eos: bool = False) -> frozenset[int]:
         """Return the tokens that end an answer: the model's own unless they are ignored, and the given ones.

@@ -28,7 +28,7 @@ def chosen_price(
         UsageError: None or several are given, one is out of range or beyond the table, or nothing was measured.
     """
     if sum(value is not None for value in (price, sparsity, max_kl)) != 1:
-        raise UsageError("A budget is one of --price, --sparsity and --max-kl. Give one of them.")
+        raise UsageError("Give exactly one budget: --price, --sparsity or --max-kl.")
     table = artifact.price_table
     if price is not None:
         chosen = price_deployment(price, table)
@@ -36,6 +36,8 @@ def chosen_price(
             table.predicted(price)  # refuses what lies beyond it: its bytes are not known
         return chosen
     if table is None:
-        raise UsageError(f"{artifact.folder} carries no table of prices. Give --price, or build it with --calibration.")
+        raise UsageError(
+            f"{artifact.folder} contains no table of prices. Give --price, or build it with --calibration."
+        )
     here = table if prompt_tokens is None else table.after(prompt_tokens)
     return price_deployment(here.price_for(sparsity=sparsity, max_kl=max_kl), table)

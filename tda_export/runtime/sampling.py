@@ -34,9 +34,9 @@ class Sampling:
         if self.top_k < 0:
             raise UsageError(f"top-k {self.top_k} is negative. Give 0 (off) or more.")
         if not 0 < self.top_p <= 1:
-            raise UsageError(f"top-p {self.top_p} is outside (0, 1]. Give 1 (off) or a share.")
+            raise UsageError(f"top-p {self.top_p} is outside (0, 1]. Give 1 (off) or a smaller fraction.")
         if not 0 <= self.min_p <= 1:
-            raise UsageError(f"min-p {self.min_p} is outside [0, 1]. Give 0 (off) or a share.")
+            raise UsageError(f"min-p {self.min_p} is outside [0, 1]. Give 0 (off) or a fraction.")
         if self.seed is not None and self.seed < 0:
             raise UsageError(f"Seed {self.seed} is negative. Give 0 or more.")
         if not LEAST_PENALTY <= self.repetition_penalty <= MOST_PENALTY:

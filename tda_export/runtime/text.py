@@ -53,7 +53,7 @@ class Text:
         if beyond is not None:
             spelling = str(self._tokenizer.id_to_token(beyond))[:LONGEST_SPELLING]
             raise UsageError(
-                f"The text holds {spelling!r}, token {beyond} of the tokenizer, and the model's vocabulary ends at "
+                f"The text contains {spelling!r}, token {beyond} of the tokenizer, and the model's vocabulary ends at "
                 f"{vocabulary - 1}. Leave it out of the text."
             )
         return tokens

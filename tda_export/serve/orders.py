@@ -119,8 +119,7 @@ def _prompt(body: GenerationRequest, worker: Worker) -> list[int]:
         assert isinstance(body, ChatRequest)
         if not model.text.has_chat_template:
             raise invalid(
-                "This model has no chat template, so it does not chat. Give it text that it continues, at "
-                "/v1/completions.",
+                "This model has no chat template, so it cannot chat. Send text to continue to /v1/completions.",
                 param="messages",
                 code="invalid_value",
             )

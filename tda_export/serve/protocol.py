@@ -116,7 +116,7 @@ class GenerationRequest(BaseModel):
         if len(given) > 1:
             first, second = list(given)[:2]
             raise invalid(
-                f"'{first}' and '{second}' are two budgets. Give one of them.", param=second, code="invalid_value"
+                f"'{first}' and '{second}' are two budgets. Give only one.", param=second, code="invalid_value"
             )
         return given
 

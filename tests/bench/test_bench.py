@@ -174,7 +174,7 @@ def test_wrong_logits_are_not_timed(artifact: Artifact, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(SparseRunner, "logits", logits)
     monkeypatch.setattr(decode_module, "take_turns", lambda *arguments: pytest.fail("timed"))
-    with pytest.raises(TdaError, match=rf"{name}: its logits are .* from the reference, so nothing is timed"):
+    with pytest.raises(TdaError, match=rf"{name}: its logits are .* from the reference, so nothing was timed"):
         run_bench(artifact, "cpu", BenchSettings(MASK_METHODS, prompt_tokens=64, new_tokens=32), PROMPT)
 
 
@@ -183,10 +183,10 @@ def test_wrong_logits_are_not_timed(artifact: Artifact, monkeypatch: pytest.Monk
     [
         ([], "Give an ARTIFACT, or a --shape to bench with random weights."),
         (["ARTIFACT", "--shape", "llama-2-7b"], "Give an ARTIFACT, or a --shape"),
-        (["ARTIFACT", "--dtype", "fp16"], "--dtype belongs to --shape; an artifact has its own."),
-        (["ARTIFACT", "--weights", "int4"], "--weights belongs to --shape; an artifact has its own."),
+        (["ARTIFACT", "--dtype", "fp16"], "--dtype is for --shape only; an artifact has its own. Leave it out."),
+        (["ARTIFACT", "--weights", "int4"], "--weights is for --shape only; an artifact has its own. Leave it out."),
         (["--shape", "llama-9"], "Unknown shape 'llama-9'. Give a config.json, or one of smollm2-135m,"),
-        (["ARTIFACT", "--method", "tda", "--method", "tda"], "A method is named twice."),
+        (["ARTIFACT", "--method", "tda", "--method", "tda"], "A method is named twice. Name each one once."),
         (["ARTIFACT", "--method", "fastest"], "'fastest' is not one of"),
         (["ARTIFACT", "--sparsity", "1"], "is not in the range 0<=x<1"),
     ],
@@ -219,7 +219,7 @@ def test_artifact_of_another_method(tiny_model: Path, tmp_path: Path) -> None:
     run_ok("build", tiny_model, "--method", "griffin", "--sparsity", 0.5, "-o", output, "--no-verify")
     result = run_cli("bench", output, *SHORT)
     assert result.exit_code == 2
-    assert "was built with --method griffin, which tda cannot be benched from" in result.stderr
+    assert "was built with --method griffin, which tda cannot be derived from" in result.stderr
     run_ok("bench", output, *SHORT, "--method", "dense", "--method", "griffin")
 
 
@@ -229,7 +229,7 @@ def test_artifact_without_a_second_level(source: ModelSource, tmp_path: Path) ->
     plain = build_tiny(source, tmp_path / "plain", method=tda("zero"))
     result = run_cli("bench", plain, *SHORT, "--method", "two_levels")
     assert result.exit_code == 2
-    assert "has no second level. Leave two_levels out." in result.stderr
+    assert "was built without token thresholds. Leave two_levels out." in result.stderr
 
 
 @pytest.mark.parametrize(

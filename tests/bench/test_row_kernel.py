@@ -55,7 +55,7 @@ def test_rows_of_integers(
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     matrices = Matrices(8, 8, "float32", CPU)
     monkeypatch.setattr(matrices, "reference", lambda layer, price: torch.ones(8))
-    with pytest.raises(TdaError, match=r"RowLinear: matrix 0 is .* from PyTorch's result, so nothing is timed"):
+    with pytest.raises(TdaError, match=r"RowLinear: matrix 0 is .* from PyTorch's result, so nothing was timed"):
         measure_rows(matrices, 0.5, 10.0, kernel="RowLinear")
 
 

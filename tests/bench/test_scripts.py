@@ -156,5 +156,5 @@ def test_int4_of_a_shape_is_built_and_timed(tmp_path: Path, monkeypatch: pytest.
 def test_logits_that_are_not_finite_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     script = load("peers", monkeypatch)
     script.check_finite("GenAI", np.zeros(3))
-    with pytest.raises(SystemExit, match=r"^GenAI: logits are not finite, so nothing is timed\.$"):
+    with pytest.raises(SystemExit, match=r"^GenAI: logits are not finite, so nothing was timed\.$"):
         script.check_finite("GenAI", np.array([1.0, np.nan]))

@@ -136,10 +136,10 @@ def test_results_are_plain_numbers() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, r"^A budget is one of --cett, --sparsity and --max-kl\. Give one of them\.$"),
-        ({"cett": 0.2, "sparsity": 0.5}, r"^A budget is one of --cett, --sparsity and --max-kl\."),
-        ({"max_kl": 0.1, "sparsity": 0.5}, r"^A budget is one of"),
-        ({"max_kl": 0.1, "cett": 0.5}, r"^A budget is one of"),
+        ({}, r"^Give exactly one budget: --cett, --sparsity or --max-kl\.$"),
+        ({"cett": 0.2, "sparsity": 0.5}, r"^Give exactly one budget: --cett, --sparsity or --max-kl\."),
+        ({"max_kl": 0.1, "sparsity": 0.5}, r"^Give exactly one budget"),
+        ({"max_kl": 0.1, "cett": 0.5}, r"^Give exactly one budget"),
         ({"max_kl": 0.0}, r"^--max-kl 0\.0: give a positive number of nats a token, such as 0\.1\.$"),
         ({"max_kl": -0.1}, r"^--max-kl -0\.1: give"),
         ({"max_kl": float("nan")}, r"^--max-kl nan: give"),
@@ -151,10 +151,10 @@ def test_results_are_plain_numbers() -> None:
         ({"sparsity": float("nan")}, r"^sparsity nan is outside"),
         (
             {"sparsity": 0.5, "allocation": "greedy"},
-            r"^Allocation 'greedy' is not known here\. Use kl, uniform, or update tda-export\.$",
+            r"^Allocation 'greedy' is not known\. Use kl, uniform, or update tda-export\.$",
         ),
-        ({"cett": 0.2, "allocation": ""}, r"^Allocation '' is not known here"),
-        ({"cett": 0.2, "allocation": None}, r"^Allocation None is not known here"),
+        ({"cett": 0.2, "allocation": ""}, r"^Allocation '' is not known"),
+        ({"cett": 0.2, "allocation": None}, r"^Allocation None is not known"),
     ],
 )
 def test_invalid_budgets_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -303,7 +303,7 @@ def test_other_budgets_do_not_look_at_the_path(budget: Budget) -> None:
 @pytest.mark.parametrize("budget", [Budget(sparsity=0.5), Budget(max_kl=0.1)])
 def test_budget_by_kl_without_a_path_is_refused(budget: Budget) -> None:
     message = (
-        r"^This calibration holds only CETT curves\. Calibrate without --curves-only, or give --cett, or --sparsity"
+        r"^This calibration contains only CETT curves\. Calibrate without --curves-only, or give --cett, or --sparsity"
     )
     with pytest.raises(UsageError, match=message):
         allocate(budget, curves([RISING]), GRID, ffn_matrices=GATED)

@@ -51,8 +51,8 @@ def test_token_that_the_model_does_not_have_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("abcdefg<image_soft_token>hijkl")
     assert len(load(tmp_path / "text.txt", tokenizer=tokenizer, vocab_size=260).tokens)
     message = (
-        r"text\.txt: the text holds '<image_soft_token>', token 259 of the tokenizer, and the model's vocabulary ends "
-        r"at 258\. Remove it from the text\.$"
+        r"text\.txt: the text contains '<image_soft_token>', token 259 of the tokenizer, and the model's vocabulary "
+        r"ends at 258\. Remove it from the text\.$"
     )
     with pytest.raises(UsageError, match=message):
         load(tmp_path / "text.txt", tokenizer=tokenizer)

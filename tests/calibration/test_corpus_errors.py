@@ -46,7 +46,7 @@ def test_missing_file(suffix: str, tmp_path: Path) -> None:
 )
 def test_dataset_without_text(name: str, content: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(TdaError, match=rf"{name}: the dataset is empty\. Give one that holds text\.$"):
+    with pytest.raises(TdaError, match=rf"{name}: the dataset is empty\. Give one that contains text\.$"):
         load(tmp_path / name)
 
 
@@ -84,14 +84,14 @@ def test_damaged_file(name: str, content: bytes, tmp_path: Path) -> None:
 )
 def test_column_that_holds_no_text(name: str, content: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
-    message = rf"{name}: column 'text' holds no text\. Choose another with --text-column\.$"
+    message = rf"{name}: column 'text' contains no text\. Choose another with --text-column\.$"
     with pytest.raises(UsageError, match=message):
         load(tmp_path / name)
 
 
 def test_parquet_column_of_numbers_is_refused_and_another_is_taken(tmp_path: Path) -> None:
     path = write_format(tmp_path, ".parquet", "text", ["abcd"])
-    with pytest.raises(UsageError, match=r"data\.parquet: column 'number' holds no text\. Choose another with"):
+    with pytest.raises(UsageError, match=r"data\.parquet: column 'number' contains no text\. Choose another with"):
         load(path, text_column="number")
     assert texts(load(path)) == ["abcd"]
 

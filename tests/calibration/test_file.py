@@ -246,7 +246,7 @@ def test_budget_by_kl_of_a_file(calibration: Calibration, path: Path, budget: Bu
     assert allocation_from(path, budget) == read_calibration(path).allocate(budget) == expected
     assert expected.token_thresholds
     write_calibration(calibration, path)
-    with pytest.raises(UsageError, match="holds only CETT curves"):
+    with pytest.raises(UsageError, match="contains only CETT curves"):
         allocation_from(path, budget)
 
 

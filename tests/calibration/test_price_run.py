@@ -73,7 +73,7 @@ def test_what_is_recorded(tiny: ModelSource, uninterrupted: Calibration) -> None
     priced = uninterrupted.priced
     assert priced is not None
     assert (uninterrupted.curves, uninterrupted.kl) == (None, None)
-    with pytest.raises(UsageError, match=r"holds prices of rows, .* Calibrate with --method tda, or all\.$"):
+    with pytest.raises(UsageError, match=r"contains prices only, .* Calibrate with --method tda, or all\.$"):
         _ = uninterrupted.sums
     assert uninterrupted.provenance["settings"] == {
         "sequences": 6,

@@ -164,7 +164,7 @@ def test_less_text_than_asked_for(tiny_model: Path, tmp_path: Path) -> None:
         *("calibrate", tiny_model, "-o", tmp_path / "c", *CALIBRATE_TINY),
         *("--dataset", tmp_path / "rows.jsonl", "--text-column", "body"),
     )
-    assert "holds text for 2 sequences of 48 tokens; calibrating on those" in result.stderr
+    assert "has text for 2 sequences of 48 tokens; using those" in result.stderr
     assert "Calibrated on 2 sequences; wrote " in result.stdout
 
 

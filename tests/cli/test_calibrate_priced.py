@@ -116,7 +116,7 @@ def test_a_budget_that_is_just_missed_becomes_the_nearest(
     most = calibration.provenance["budget"][budget]
     assert list(calibration.provenance["budget"]) == [budget]
     assert 0 < most < asked
-    assert f"The prices that were measured reach {'KL' if budget == 'max_kl' else budget} " in result.stderr
+    assert f"The measured prices reach {'KL' if budget == 'max_kl' else budget} " in result.stderr
     assert f"not {asked}: that is the file's budget.\n" in result.stderr
     assert calibration.priced is not None
     for table in calibration.priced.tables().values():
@@ -136,7 +136,7 @@ def test_a_budget_that_is_just_missed_becomes_the_nearest(
         (["--method", "tda", "--packing", "sites"], "--packing has no effect with --method tda"),
         (["--method", "all", "--cett", "0.2"], "are budgets of masks. Give --sparsity or --max-kl, or --method tda"),
         (["--sparsity", "0.9"], "Sparsity 0.9 is more than prices are measured at (about 0.7). Give a lower"),
-        (["--sparsity", "0.3", "--max-kl", "0.1"], "A budget is one of"),
+        (["--sparsity", "0.3", "--max-kl", "0.1"], "Give exactly one budget"),
         (["--sequences", "1"], "and 1 is too few for that. Give --sequences 2 or more and text for them"),
         (["--continuation-tokens", "1"], "--continuation-tokens must be at least 2 for prices"),
         (["--labels", "0"], "--labels"),
@@ -151,7 +151,7 @@ def test_options_that_are_refused(outputs: Path, tiny_model: Path, options: list
 
 def test_masks_are_not_built_from_prices(outputs: Path, tiny_model: Path, priced: tuple[Path, str]) -> None:
     result = build(tiny_model, priced[0], outputs / "x", "--method", "tda")
-    assert_error(result, USAGE, "holds no CETT curves. Calibrate again with 'tda-export calibrate --method tda'")
+    assert_error(result, USAGE, "contains no CETT curves. Calibrate again with 'tda-export calibrate --method tda'")
 
 
 def test_an_earlier_calibration_is_replaced(tiny_calibration: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_each_line_is_a_turn(tiny_artifact: Path, loaded: Model) -> None:
     assert len(statuses) == 3
     for line in statuses:
         assert re.search(r"^\[\d+% of FFN bytes read \(masks counted, rows skipped by tok", line)
-        assert re.search(r"\d\.\d tokens/s, 12 tokens, \d+ of \d+ prompt tokens read, as many as asked for\]$", line)
+        assert re.search(r"\d\.\d tokens/s, 12 tokens, \d+ of \d+ prompt tokens read, token limit reached\]$", line)
     read, whole = map(int, re.findall(r"(\d+) of (\d+) prompt", statuses[2])[0])
     assert read < whole
 
@@ -115,8 +115,8 @@ def test_commands(tiny_artifact: Path, loaded: Model) -> None:
     assert result.exit_code == 0
     once = answers(loaded, TURNS[:1])[0]
     assert result.stdout == f"{once}\n{once}\n"
-    assert "/reset  forget what was said" in result.stderr
-    assert "There is no command /nothing. /help lists them.\n" in result.stderr
+    assert "/reset  start a new conversation" in result.stderr
+    assert "Unknown command /nothing. /help lists the commands.\n" in result.stderr
 
 
 def test_left_out_turns_are_said(tiny_artifact: Path) -> None:
@@ -133,7 +133,7 @@ def test_failures_from_a_pipe(tiny_artifact: Path, artifact_copy: Path) -> None:
     result = run_cli("chat", tiny_artifact, input=b"caf\xe9")
     assert_error(result, FAILURE, "Standard input is not valid UTF-8 text. Convert it to UTF-8.")
     edit_manifest(artifact_copy, lambda manifest: manifest["files"].pop(contract.CHAT_TEMPLATE_FILE))
-    assert_error(run_cli("chat", artifact_copy, input="Hi"), FAILURE, "no chat template, so it does not chat")
+    assert_error(run_cli("chat", artifact_copy, input="Hi"), FAILURE, "no chat template, so it cannot chat")
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(artifact_copy: Path) -> Non
     shell = Terminal(artifact_copy, "--provider", "cpu", "--context", 500)
     try:
         shell.until(r"artifact\. /help lists the commands\.")
-        shell.until(r"/quit or Ctrl-D leaves\.", interrupt=True)
+        shell.until(r"/quit or Ctrl-D ends the chat\.", interrupt=True)
         shell.settle()
         shell.type("Hi\n")
         shell.until("Hi\n.")  # its echo, and the first text of the answer

@@ -32,7 +32,7 @@ def test_folder_that_is_no_model(command: str, outputs: Path, tmp_path: Path, ti
     (tmp_path / "empty").mkdir()
     options = ["--method", "tda", "--calibration", tiny_calibration] if command == "build" else []
     result = run_cli(command, tmp_path / "empty", "-o", outputs / "x", *options)
-    assert_error(result, FAILURE, "no config.json there", "smollm2-135m")
+    assert_error(result, FAILURE, "there is no config.json", "smollm2-135m")
 
 
 def test_missing_model(outputs: Path, tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_empty_dataset(outputs: Path, tiny_model: Path, tmp_path: Path, name: st
 def test_dataset_of_blanks(outputs: Path, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "blank.jsonl").write_text('{"text": "  "}\n{"text": null}\n')
     result = calibrate_on(tiny_model, outputs, tmp_path / "blank.jsonl")
-    assert_error(result, FAILURE, "blank.jsonl: the dataset is empty. Give one that holds text.")
+    assert_error(result, FAILURE, "blank.jsonl: the dataset is empty. Give one that contains text.")
 
 
 def test_dataset_too_short(outputs: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -236,14 +236,14 @@ BUDGETS = pytest.mark.parametrize(
 @BUDGETS
 def test_budget_of_a_griffin_artifact(griffin_artifact: Path, budget: list[str]) -> None:
     result = run_cli("generate", griffin_artifact, "Hi", *budget)
-    assert_error(result, USAGE, "carries no calibration, so its budget is fixed")
+    assert_error(result, USAGE, "contains no calibration, so its budget is fixed")
 
 
 @BUDGETS
 def test_budget_of_an_artifact_without_calibration(artifact_copy: Path, budget: list[str]) -> None:
     edit_manifest(artifact_copy, lambda manifest: manifest["files"].pop(contract.CALIBRATION_FILE))
     result = run_cli("generate", artifact_copy, "Hi", *budget)
-    assert_error(result, USAGE, "carries no calibration, so its budget is fixed. Leave the budget out")
+    assert_error(result, USAGE, "contains no calibration, so its budget is fixed. Leave the budget out")
 
 
 @BUDGETS

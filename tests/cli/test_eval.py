@@ -137,13 +137,13 @@ def test_lengths_that_do_not_fit_the_model(tiny_artifact: Path, text: Path) -> N
         (["--method", "griffin", "--sparsity", 0.5, "--allocation", "uniform"], "griffin takes --sparsity"),
         (["--method", "dense", "--sparsity", 0.5], "dense reads every neuron"),
         (["--allocation", "uniform"], "Give --sparsity"),
-        (["--cett", 0.2, "--sparsity", 0.5], "Give one of them"),
+        (["--cett", 0.2, "--sparsity", 0.5], "Give exactly one budget"),
         (["--prompts", 1], "--prompts"),
-        (["--max-kl", 0.1, "--sparsity", 0.5], "Give one of them"),
+        (["--max-kl", 0.1, "--sparsity", 0.5], "Give exactly one budget"),
         (["--max-kl", 0], "--max-kl 0.0: give a positive number"),
         (["--refresh", 1], "A refresh after every 1 tokens: give 2 or more"),
         (["--refresh", -1], "--refresh"),
-        (["--calibration", "x"], "--calibration is what a budget is chosen from"),
+        (["--calibration", "x"], "--calibration has no effect without a budget"),
         (["--method", "paper"], "paper takes thresholds of single tokens"),
         (["--method", "paper", "--sparsity", 0.5], "paper takes --cett (0.2 unless given)"),
         (["--method", "dense", "--refresh", 4], "dense reads every neuron"),
@@ -168,7 +168,7 @@ def test_tda_of_an_artifact_that_selects_by_rank(tiny_model: Path, text: Path, t
 def test_budget_without_calibration(artifact_copy: Path, text: Path) -> None:
     edit_manifest(artifact_copy, lambda manifest: manifest["files"].pop(contract.CALIBRATION_FILE))
     result = run_cli("eval", artifact_copy, "--text", text, "--sparsity", 0.5, *SMALL)
-    assert_error(result, USAGE, "carries no calibration")
+    assert_error(result, USAGE, "contains no calibration")
 
 
 @pytest.mark.parametrize("budget", [("--sparsity", 0.2), ("--cett", 0.3)])
@@ -192,7 +192,7 @@ def test_truncation_beyond_a_third(token_artifact: Path, text: Path) -> None:
 def test_truncation_without_calibration(artifact_copy: Path, text: Path) -> None:
     edit_manifest(artifact_copy, lambda manifest: manifest["files"].pop(contract.CALIBRATION_FILE))
     result = run_cli("eval", artifact_copy, "--text", text, "--method", "tt", "--cett", 0.2)
-    assert_error(result, USAGE, "carries no calibration", "--calibration")
+    assert_error(result, USAGE, "contains no calibration", "--calibration")
 
 
 def test_free_generation(tiny_artifact: Path, text: Path) -> None:

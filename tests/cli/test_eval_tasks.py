@@ -82,8 +82,8 @@ def test_data_from_the_environment(tiny_artifact: Path, data: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([], "Give --text or --tasks"),
-        (["--text", "x", "--tasks", "piqa"], "Give --text or --tasks"),
+        ([], "Give either --text or --tasks"),
+        (["--text", "x", "--tasks", "piqa"], "Give either --text or --tasks"),
         (["--tasks", "piqa", "--prompts", 3], "--prompts has no effect with --tasks"),
         (["--tasks", "piqa", "--refresh", 3], "--refresh has no effect with --tasks"),
         (["--tasks", "piqa", "--free", 3], "--free has no effect with --tasks"),
@@ -109,7 +109,7 @@ def test_method_is_checked(tiny_artifact: Path, data: Path) -> None:
 
 def test_data_that_are_not_there(tiny_artifact: Path, tmp_path: Path) -> None:
     result = run_cli("eval", tiny_artifact, "--tasks", "piqa", "--data", tmp_path)
-    assert_error(result, FAILURE, "piqa.jsonl: not there", "eval-data")
+    assert_error(result, FAILURE, "piqa.jsonl: no such file", "eval-data")
 
 
 def test_without_the_harness(tiny_artifact: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

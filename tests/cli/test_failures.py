@@ -80,7 +80,7 @@ def test_disk_known_to_be_too_small(
 ) -> None:
     usage = shutil.disk_usage(outputs)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    text = "the weights take 1 MiB and the disk has 0 free. Free some space, or choose another output."
+    text = "the weights take 1 MiB and the disk has 0 MiB free. Free some space, or choose another output."
     assert_error(build(tiny_model, tiny_calibration, outputs / "x"), FAILURE, text)
 
 
@@ -353,7 +353,7 @@ def test_signal_while_calibrating(
     process = start("calibrate", *arguments, preexec_fn=heed_interrupts)
     assert process.stderr is not None
     line = process.stderr.readline()
-    assert "calibrating on those" in line, line + process.stderr.read()
+    assert "using those" in line, line + process.stderr.read()
     time.sleep(0.3)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)

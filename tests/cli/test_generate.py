@@ -54,7 +54,7 @@ def test_generate(tiny_artifact: Path) -> None:
     expected = load(tiny_artifact).generate(PROMPT, max_new_tokens=24)
     list(expected)
     assert result.stdout == expected.text + "\n"
-    assert f"{len(PROMPT)} prompt tokens, 24 new (as many as asked for), tda on cpu, FFN sparsity 0." in result.stderr
+    assert f"{len(PROMPT)} prompt tokens, 24 new (token limit reached), tda on cpu, FFN sparsity 0." in result.stderr
     assert "s to the first token" in result.stderr
     assert "MiB of FFN weights a token" in result.stderr
 
@@ -76,7 +76,7 @@ def test_generate_json(tiny_artifact: Path) -> None:
 def test_generate_one_token(tiny_artifact: Path) -> None:
     """There is no second token that a rate could start at."""
     result = run_ok("generate", tiny_artifact, PROMPT, "--max-new-tokens", 1)
-    assert "1 new (as many as asked for)" in result.stderr
+    assert "1 new (token limit reached)" in result.stderr
     assert "tokens/s" not in result.stderr
 
 

@@ -133,7 +133,7 @@ def test_artifact_of_prices_in_words(priced_artifact: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--dtype", "fp16"), "--dtype is for a MODEL; an artifact has its own."),
+        (("--dtype", "fp16"), "--dtype is for a MODEL; an artifact has its own. Leave --dtype out."),
         (("--context", 513), "513 tokens are more than the model's 512 positions. Lower --context."),
     ],
 )

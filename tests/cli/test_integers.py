@@ -222,5 +222,5 @@ def test_a_quantised_model_is_stored_as_it_is(
 
 def test_an_artifact_is_benched_as_it_is(artifact: Path) -> None:
     for option in (("--weights", "int8"), ("--group", "128"), ("--weights-for", "head=float")):
-        words = f"{option[0]} belongs to --shape; an artifact has its own."
+        words = f"{option[0]} is for --shape only; an artifact has its own. Leave it out."
         assert_error(run_cli("bench", artifact, *option), USAGE, words)

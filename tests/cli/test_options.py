@@ -41,8 +41,8 @@ def test_budget_out_of_range(command: str, option: str, value: str, outputs: Pat
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--cett", "0.2", "--sparsity", "0.2"], "A budget is one of --cett, --sparsity and --max-kl"),
-        (["--max-kl", "0.1", "--sparsity", "0.2"], "A budget is one of --cett, --sparsity and --max-kl"),
+        (["--cett", "0.2", "--sparsity", "0.2"], "Give exactly one budget: --cett, --sparsity or --max-kl"),
+        (["--max-kl", "0.1", "--sparsity", "0.2"], "Give exactly one budget: --cett, --sparsity or --max-kl"),
         (["--max-kl", "-1"], "--max-kl -1.0: give a positive number of nats"),
         (["--max-kl", "nan"], "--max-kl nan: give a positive number of nats"),
         (["--allocation", "uniform"], "--allocation spreads a --sparsity over the layers. Give --sparsity"),
@@ -186,7 +186,7 @@ def test_build_with_a_refresh_of_every_token(outputs: Path, tiny_model: Path, ti
 def test_budget_by_kl_of_curves_alone(outputs: Path, tiny_model: Path, tmp_path: Path, budget: list[str]) -> None:
     run_ok("calibrate", tiny_model, "-o", tmp_path / "c", *CALIBRATE_TINY, "--curves-only")
     result = build(tiny_model, tmp_path / "c", outputs / "x", *budget)
-    assert_error(result, USAGE, "This calibration holds only CETT curves. Calibrate without --curves-only")
+    assert_error(result, USAGE, "This calibration contains only CETT curves. Calibrate without --curves-only")
 
 
 @pytest.mark.parametrize("budget", [["--sparsity", "0.3"], ["--max-kl", "0.3"]], ids=" ".join)

@@ -154,14 +154,14 @@ def test_packing_and_dtype(tiny_model: Path, priced_calibration: Path, tmp_path:
         ),
         (["--refresh", 0], "--refresh has no effect with --method priced. Leave it out, or build with --method tda."),
         (["--tail", "mean"], "--tail has no effect with --method priced. Leave it out, or build with --method tda."),
-        (["--price", 0.1, "--sparsity", 0.5], "A budget is one of --price, --sparsity and --max-kl. Give one of them."),
+        (["--price", 0.1, "--sparsity", 0.5], "Give exactly one budget: --price, --sparsity or --max-kl."),
         (["--sparsity", 0.95], "Sparsity 0.95 is more than was measured with prices"),
         (["--max-kl", 100], "KL 100.0 is more than was measured with prices"),
         (["--price", "nan"], "Price nan is beyond what was measured"),
         (["--price", "inf"], "Price inf is beyond what was measured"),
         (
             ["--method", "tda"],
-            "holds no CETT curves. Calibrate again with 'tda-export calibrate --method tda', or",
+            "contains no CETT curves. Calibrate again with 'tda-export calibrate --method tda', or",
         ),
         (["--method", "tda", "--price", 0.1], "--price has no effect with --method tda. Leave it out, or build with"),
         (
@@ -187,7 +187,7 @@ def test_griffin_takes_no_price(outputs: Path, tiny_model: Path, option: list[st
 def test_calibration_of_masks_has_no_prices(tiny_model: Path, tiny_calibration: Path, outputs: Path) -> None:
     result = run_cli("build", tiny_model, "--calibration", tiny_calibration, "-o", outputs / "x")
     assert_error(
-        result, USAGE, "holds no prices. Calibrate again with 'tda-export calibrate --method priced', or build"
+        result, USAGE, "contains no prices. Calibrate again with 'tda-export calibrate --method priced', or build"
     )
 
 
@@ -248,12 +248,12 @@ def test_dense(priced_artifact: Path, options: list[object]) -> None:
 
 
 REFUSED = [
-    (["--refresh", 8], "--refresh belongs to masks of prompts, and "),
-    (["--refresh", 0], "--refresh belongs to masks of prompts, and "),
-    (["--cett", 0.2], "--cett belongs to masks of prompts, and "),
-    (["--sparsity", 0.5, "--allocation", "uniform"], "--allocation belongs to masks of prompts, and "),
+    (["--refresh", 8], "--refresh needs an artifact with masks, and "),
+    (["--refresh", 0], "--refresh needs an artifact with masks, and "),
+    (["--cett", 0.2], "--cett needs an artifact with masks, and "),
+    (["--sparsity", 0.5, "--allocation", "uniform"], "--allocation needs an artifact with masks, and "),
     (["--price", "nan"], "A price of nan: give a finite number, 0 for dense."),
-    (["--price", 1, "--max-kl", 0.1], "A budget is one of --price, --sparsity and --max-kl. Give one of them."),
+    (["--price", 1, "--max-kl", 0.1], "Give exactly one budget: --price, --sparsity or --max-kl."),
     (["--sparsity", 0.95], "Sparsity 0.95 is more than was measured with prices"),
 ]
 
@@ -265,7 +265,7 @@ REFUSED = [
         *REFUSED,
         (
             ["--mask", "tda"],
-            "has prices of rows and no masks. Leave it out, or build an artifact with",
+            "has prices and no masks. Leave it out, or build an artifact with",
         ),
         (
             ["--mask", "dense", "--price", 1],
@@ -285,7 +285,7 @@ def test_what_generate_and_chat_refuse(
 def test_price_of_masks(tiny_artifact: Path, command: tuple[str, ...]) -> None:
     name, *more = command
     result = run_cli(name, tiny_artifact, *more, "--price", 0.1, input="")
-    assert_error(result, USAGE, "--price: ", "has masks of neurons and no prices of rows. Build one with 'tda-export")
+    assert_error(result, USAGE, "--price: ", "has masks and no prices. Build one with 'tda-export")
 
 
 def test_chat(priced_artifact: Path) -> None:
@@ -334,7 +334,10 @@ def test_eval_of_prices_on_masks(tiny_artifact: Path, text: Path) -> None:
     ("options", "words"),
     [
         *REFUSED,
-        (["--calibration", "x"], "--calibration: a priced artifact carries its table. Build it again with another"),
+        (
+            ["--calibration", "x"],
+            "--calibration: an artifact with prices contains its own table. Build it again with another",
+        ),
         (["--method", "dense", "--price", 1], "--method dense reads every neuron, so a budget has no effect."),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
@@ -347,7 +350,7 @@ def test_what_eval_refuses(priced_artifact: Path, text: Path, options: list[obje
 def test_eval_by_price_on_masks(tiny_artifact: Path, text: Path, method: str | None) -> None:
     named = [] if method is None else ["--method", method]
     result = run_cli("eval", tiny_artifact, "--text", text, *named, "--price", 0.1)
-    assert_error(result, USAGE, "--price belongs to artifacts of --method priced.")
+    assert_error(result, USAGE, "--price needs an artifact of --method priced.")
 
 
 # Formats
@@ -383,4 +386,4 @@ def test_calibration_of_the_version_before_serves_masks(
     run_ok(*build_tda(tiny_model, path), "--no-verify", "-o", tmp_path / "a")
     assert generated(tmp_path / "a")["tokens"] == generated(tiny_artifact)["tokens"]
     result = run_cli("build", tiny_model, "--calibration", path, "-o", outputs / "x")
-    assert_error(result, USAGE, "holds no prices. Calibrate again with 'tda-export calibrate --method priced', or")
+    assert_error(result, USAGE, "contains no prices. Calibrate again with 'tda-export calibrate --method priced', or")

@@ -155,7 +155,7 @@ def test_less_text_than_asked_for(tiny_model: Path, tmp_path: Path) -> None:
     text = tmp_path / "some.txt"
     text.write_text("A few words of text, again and again. " * 8)
     result = run_ok("quantize", tiny_model, "-o", tmp_path / "out", "--dataset", text, *FEW, "--sequences", "40")
-    assert "holds text for 6 sequences of 48 tokens; using those." in result.stderr
+    assert "has text for 6 sequences of 48 tokens; using those." in result.stderr
     content = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["data"]
     assert (content["sequences"], content["kl_sequences"]) == (5, 1)
 

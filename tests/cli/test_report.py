@@ -81,7 +81,7 @@ def test_calibration(tiny_calibration: Path, tmp_path: Path) -> None:
     assert metadata["model"]["fingerprint"] in text
     assert metadata["dataset"]["tokens_sha256"] in text
     assert "sparsity 0.5" in text
-    assert "carries no measurements of KL" not in text
+    assert "contains no measurements of KL" not in text
     assert "Predicted KL to dense:" in text
 
 
@@ -91,7 +91,7 @@ def test_curves_alone(tiny_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "report.html"
     run_ok("report", calibration, "-o", output)
     root = parse(output)
-    assert "carries no measurements of KL" in text_of(root)
+    assert "contains no measurements of KL" in text_of(root)
     assert re.fullmatch(
         r"A token reads \d+% of the bytes of the FFN, and an FFN's output is off by 0\.\d\d of its length \(CETT, mean "
         r"over layers\). KL was not measured.",
@@ -156,7 +156,7 @@ def test_artifact_of_prices(priced_artifact: Path, tmp_path: Path) -> None:
     root = parse(output)
     assert headings(root) == [OPENING, METHODS, *PRICES, LAST]
     assert text_of(root).count("the budget asks for price") == 1
-    text = f"{priced_artifact} has prices of rows, whose report runs no graph. Leave --provider out."
+    text = f"{priced_artifact} has prices, and its report runs no graph. Leave --provider out."
     output = tmp_path / "other.html"
     assert_error(run_cli("report", priced_artifact, "-o", output, "--provider", "cpu"), USAGE, text)
 
@@ -270,7 +270,7 @@ def test_missing_source(outputs: Path) -> None:
 def test_folder_that_is_no_artifact(outputs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
-    assert_error(run_cli("report", folder, "-o", outputs / "x.html"), FAILURE, "no manifest.json there")
+    assert_error(run_cli("report", folder, "-o", outputs / "x.html"), FAILURE, "there is no manifest.json")
 
 
 def test_file_that_is_no_calibration(outputs: Path, tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_bad_results(tiny_calibration: Path, outputs: Path, tmp_path: Path) -> N
     assert_error(missing, USAGE, "nowhere.json: no such file", "--results")
     bad = write_result(tmp_path, "bad.json", kl="much")
     result = run_cli("report", tiny_calibration, "-o", output, "--results", bad)
-    assert_error(result, FAILURE, "bad.json: not a result, 'kl' is not there or no number", "tda-export eval")
+    assert_error(result, FAILURE, "bad.json: not a result, 'kl' is missing or not a number", "tda-export eval")
     rows = tmp_path / "rows.jsonl"
     rows.write_text(lines(table_rows()) + "Error: no such file\n")
     result = run_cli("report", tiny_calibration, "-o", output, "--results", rows)

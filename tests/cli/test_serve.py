@@ -123,7 +123,7 @@ def test_a_lookup(priced_artifact: Path) -> None:
 
 def test_an_address_that_others_reach_is_said(tiny_artifact: Path) -> None:
     with started(tiny_artifact, "--host", "0.0.0.0") as (_, said, _):
-        assert re.match(r"Whoever can reach http://0\.0\.0\.0:\d+ can use it: there is no authentication\.\n", said)
+        assert re.match(r"Anyone who can reach http://0\.0\.0\.0:\d+ can use it: there is no authentication\.\n", said)
 
 
 def test_hosts_and_sites(tiny_artifact: Path) -> None:

@@ -67,7 +67,9 @@ def test_densities_between_steps() -> None:
     assert DENSITIES.at(0.0)["up"].tolist() == [1.0, 1.0]
     assert DENSITIES.at(0.4)["up"].tolist() == pytest.approx([0.5, 1 - 0.6 * 0.8])
     assert DENSITIES.at(0.5)["down"].tolist() == [1.0, 1.0]
-    with pytest.raises(UsageError, match=r"^Greedy densities reach sparsity 0\.500, and 0\.51 is more\. Give less\.$"):
+    with pytest.raises(
+        UsageError, match=r"^Greedy densities reach sparsity 0\.500, and 0\.51 is more\. Give a lower --sparsity\.$"
+    ):
         DENSITIES.at(0.51)
 
 
@@ -136,5 +138,5 @@ def test_densities_of_another_shape(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     content["density"]["up"][0].pop()
     path.write_text(json.dumps(content))
-    with pytest.raises(TdaError, match=r"no greedy densities \(paths of other lengths\)"):
+    with pytest.raises(TdaError, match=r"not a file of greedy densities \(paths of other lengths\)"):
         read_densities(path)

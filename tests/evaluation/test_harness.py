@@ -188,7 +188,7 @@ def test_results_are_kept_where_lm_eval_asks(tiny_artifact: Path) -> None:
         ({"method": "griffin"}, "griffin takes --sparsity"),
         ({"refresh": 1}, "A refresh after every 1 tokens"),
         ({"max_kl": 0.0}, "--max-kl 0.0: give a positive number"),
-        ({"calibration": "x"}, "--calibration is what a budget is chosen from"),
+        ({"calibration": "x"}, "--calibration has no effect without a budget"),
     ],
 )
 def test_arguments_that_are_refused(tiny_artifact: Path, arguments: dict[str, Any], words: str) -> None:
@@ -217,7 +217,7 @@ def test_chat_template(tiny_artifact: Path) -> None:
     lm = make(tiny_artifact)
     message = [{"role": "user", "content": "Hi"}]
     assert lm.apply_chat_template(message) == lm.text.chat(message)
-    with pytest.raises(UsageError, match="begun in the prompt"):
+    with pytest.raises(UsageError, match="begins in the prompt"):
         lm.apply_chat_template(message, add_generation_prompt=False)
 
 

@@ -178,8 +178,8 @@ def without_calibration(model: Model) -> Any:
         (Request("wina", sparsity=0.5, price=1.0), "wina takes --sparsity"),
         (Request("teal", sparsity=0.5, allocation="uniform"), "teal takes --sparsity"),
         (Request("teal", sparsity=1.0), r"^sparsity 1\.0 is outside \[0, 1\)\. Give a fraction"),
-        (Request("wina", sparsity=0.5, densities=Path("x")), "^--densities are of --method teal"),
-        (Request("priced", sparsity=0.5, densities=Path("x")), "^--densities are of --method teal"),
+        (Request("wina", sparsity=0.5, densities=Path("x")), "^--densities is for --method teal"),
+        (Request("priced", sparsity=0.5, densities=Path("x")), "^--densities is for --method teal"),
         (Request("dense", parts="ffn"), "^--parts has no effect with --method dense, but with priced, teal, wina"),
         (
             Request("priced", max_kl=0.1, parts="ffn"),
@@ -217,9 +217,9 @@ def test_thresholds_without_a_calibration(
     priced_model: Model, tiny_calibration: Path, priced_calibration: Path, source: ModelSource
 ) -> None:
     artifact, request = without_calibration(priced_model), Request("teal", sparsity=0.5)
-    with pytest.raises(UsageError, match=r"carries no calibration, from which --method teal .* with --calibration"):
+    with pytest.raises(UsageError, match=r"contains no calibration, from which --method teal .* with --calibration"):
         check_request(artifact, request)
-    with pytest.raises(UsageError, match=r"holds no sizes of inputs.*calibrate --method priced'.*--calibration"):
+    with pytest.raises(UsageError, match=r"contains no sizes of inputs.*calibrate --method priced'.*--calibration"):
         check_request(artifact, dataclasses.replace(request, calibration=tiny_calibration))
     check_request(artifact, dataclasses.replace(request, calibration=priced_calibration))
 
@@ -228,5 +228,7 @@ def test_densities_that_are_none(priced_model: Model, tmp_path: Path) -> None:
     path = tmp_path / "d.json"
     for content in ("{", "[]", json.dumps({"format": "other"})):
         path.write_text(content, encoding="utf-8")
-        with pytest.raises(TdaError, match=r"d\.json: no greedy densities .* Make one with benchmarks/teal_densities"):
+        with pytest.raises(
+            TdaError, match=r"d\.json: not a file of greedy densities .* Make one with benchmarks/teal_densities"
+        ):
             check_request(priced_model.artifact, Request("teal", sparsity=0.5, densities=path))

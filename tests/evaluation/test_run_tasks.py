@@ -178,9 +178,13 @@ def test_names() -> None:
 
 
 def test_missing_data(tmp_path: Path) -> None:
-    with pytest.raises(TdaError, match=r"piqa\.jsonl: not there\. Write the folder with 'tda-export eval-data FOLDER'"):
+    with pytest.raises(
+        TdaError, match=r"piqa\.jsonl: no such file\. Write the folder with 'tda-export eval-data FOLDER'"
+    ):
         check_data(tmp_path, ["piqa"])
-    with pytest.raises(TdaError, match=r"piqa\.jsonl: not there\. Write the folder with 'tda-export eval-data FOLDER'"):
+    with pytest.raises(
+        TdaError, match=r"piqa\.jsonl: no such file\. Write the folder with 'tda-export eval-data FOLDER'"
+    ):
         offline.load("piqa", str(tmp_path))
 
 

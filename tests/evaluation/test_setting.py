@@ -57,9 +57,9 @@ def test_unknown_method_names_those_there_are(model: Model) -> None:
         (Request("dense", refresh=Refresh(4)), "dense reads every neuron"),
         (Request("dense", calibration=Path("x")), "dense reads every neuron"),
         (Request("tda", allocation="uniform"), "Give --sparsity"),
-        (Request("tda", sparsity=0.5, cett=0.1), "Give one of them"),
-        (Request("tda", sparsity=0.5, max_kl=0.1), "Give one of them"),
-        (Request("tda", calibration=Path("x")), r"^--calibration is what a budget is chosen from\. Give --sparsity"),
+        (Request("tda", sparsity=0.5, cett=0.1), "Give exactly one budget"),
+        (Request("tda", sparsity=0.5, max_kl=0.1), "Give exactly one budget"),
+        (Request("tda", calibration=Path("x")), r"^--calibration has no effect without a budget\. Give --sparsity"),
         (Request("paper", sparsity=0.5), r"^--method paper takes --cett \(0\.2 unless given\), and nothing else\.$"),
         (Request("paper", refresh=Refresh(4)), "paper takes --cett"),
         (Request("paper", max_kl=0.5), "paper takes --cett"),
@@ -110,7 +110,7 @@ def test_budget_without_a_calibration(model: Model, tiny_calibration: Path) -> N
     files = {name: entry for name, entry in model.artifact.manifest["files"].items() if "calibration" not in name}
     artifact = with_manifest(model.artifact, files=files)
     with pytest.raises(
-        UsageError, match=r"carries no calibration, so its budget is fixed\. Leave the budget out; eval also takes"
+        UsageError, match=r"contains no calibration, so its budget is fixed\. Leave the budget out; eval also takes"
     ):
         mask_deployment(artifact, Budget(sparsity=0.5))
     budget = Budget(sparsity=0.4)

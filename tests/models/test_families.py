@@ -302,7 +302,9 @@ def test_partial_rotary_embeddings_of_a_family_that_has_none() -> None:
 
 def test_odd_number_of_rotated_elements() -> None:
     config = small(GPTNeoXConfig, num_key_value_heads=4, rotary_pct=0.45)  # 7 of 16
-    message = r"^GPTNeoXForCausalLM: 7 rotated elements of a head of 16 cannot be\. Check the partial rotary factor"
+    message = (
+        r"^GPTNeoXForCausalLM: 7 rotated elements in a head of 16 are not possible\. Check the partial rotary factor"
+    )
     with pytest.raises(TdaError, match=message):
         read_spec(config)
 

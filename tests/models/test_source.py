@@ -76,9 +76,8 @@ def test_damaged_generation_config_is_no_missing_one(folder: Path) -> None:
 
 
 def test_folder_that_holds_no_model(tmp_path: Path) -> None:
-    message = (
-        rf"^{re.escape(str(tmp_path))}: no config\.json there, so this is not a Hugging Face model folder\. {WAY_OUT}"
-    )
+    name = re.escape(str(tmp_path))
+    message = rf"^{name}: there is no config\.json, so this is not a Hugging Face model folder\. {WAY_OUT}"
     with pytest.raises(TdaError, match=message):
         resolve_model(str(tmp_path))
 
@@ -315,7 +314,8 @@ def test_hub_model_is_fetched_with_one_notice(tiny_model: Path, monkeypatch: pyt
 def test_hub_failure_is_one_line(name: str, error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", Hub(error))
     with pytest.raises(
-        TdaError, match=rf"^{name}: no such folder, and the hub did not deliver it \({reason}\)\. {WAY_OUT}"
+        TdaError,
+        match=rf"^{name}: no such folder, and it could not be downloaded from the hub \({reason}\)\. {WAY_OUT}",
     ) as caught:
         resolve_model(name, notify=lambda line: None)
     assert "\n" not in str(caught.value)

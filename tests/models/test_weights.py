@@ -174,7 +174,7 @@ def test_folder_without_weights(tmp_path: Path) -> None:
 
 def test_missing_shard_is_named(tmp_path: Path) -> None:
     (write_shards(tmp_path) / "model-2-of-2.safetensors").unlink()
-    message = rf"{INDEX_FILE} names .model-2-of-2\.safetensors., which is not there\. Download that file\.$"
+    message = rf"{INDEX_FILE} names .model-2-of-2\.safetensors., which is missing\. Download that file\.$"
     with pytest.raises(TdaError, match=message):
         open_safetensors(tmp_path)
 

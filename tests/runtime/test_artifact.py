@@ -42,7 +42,7 @@ def test_link_inside_the_folder(artifact_copy: Path) -> None:
 @pytest.mark.parametrize("make", [lambda path: None, Path.mkdir, Path.touch], ids=["missing", "empty folder", "file"])
 def test_no_artifact(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "x")
-    with pytest.raises(TdaError, match=r"no manifest.json there.*'tda-export build'"):
+    with pytest.raises(TdaError, match=r"there is no manifest.json.*'tda-export build'"):
         open_artifact(tmp_path / "x")
 
 
@@ -303,7 +303,7 @@ def test_link_out_of_the_folder(artifact_copy: Path) -> None:
     weights = artifact_copy / contract.WEIGHTS_FILE
     weights.rename(artifact_copy.parent / "elsewhere.bin")
     weights.symlink_to("../elsewhere.bin")
-    with pytest.raises(TdaError, match=r"weights.bin is a link out of the folder. Do not use"):
+    with pytest.raises(TdaError, match=r"weights.bin is a link to outside the folder. Do not use"):
         open_artifact(artifact_copy)
 
 

@@ -63,7 +63,7 @@ def test_a_link_out_of_the_repository(cached: Path, place: str) -> None:
     (cached / contract.WEIGHTS_FILE).resolve().rename(elsewhere / "weights")
     (cached / contract.WEIGHTS_FILE).unlink()
     (cached / contract.WEIGHTS_FILE).symlink_to(elsewhere / "weights")
-    with pytest.raises(TdaError, match=r"weights\.bin is a link out of the folder\. Do not use .*'cp -rL'"):
+    with pytest.raises(TdaError, match=r"weights\.bin is a link to outside the folder\. Do not use .*'cp -rL'"):
         open_artifact(cached)
 
 
@@ -72,7 +72,7 @@ def test_a_folder_beside_blobs_is_no_cache_by_that(artifact_copy: Path) -> None:
     weights = artifact_copy / contract.WEIGHTS_FILE
     weights.rename(artifact_copy.parent / "blobs" / "weights")
     weights.symlink_to("../blobs/weights")
-    with pytest.raises(TdaError, match=r"weights\.bin is a link out of the folder"):
+    with pytest.raises(TdaError, match=r"weights\.bin is a link to outside the folder"):
         open_artifact(artifact_copy)
 
 

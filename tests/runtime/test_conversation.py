@@ -161,7 +161,7 @@ def test_a_message_that_alone_is_too_long(model: Model) -> None:
 def test_a_model_without_a_chat_template(artifact_copy: Path) -> None:
     edit_manifest(artifact_copy, lambda manifest: manifest["files"].pop(contract.CHAT_TEMPLATE_FILE))
     model = Model(open_artifact(artifact_copy), "cpu")
-    with pytest.raises(TdaError, match=r"no chat template, so it does not chat\. Give it text.*tda-export generate"):
+    with pytest.raises(TdaError, match=r"no chat template, so it cannot chat\. Give it text.*tda-export generate"):
         Conversation(model)
 
 

@@ -143,7 +143,7 @@ def test_one_generation_at_a_time(model: Model) -> None:
     first = model.generate(TEXT, memory=held)
     next(first)
     second = model.generate(TEXT, memory=held)
-    with pytest.raises(TdaError, match=r"^The answer before this one is not finished\. Read it to its end, or close"):
+    with pytest.raises(TdaError, match=r"^The previous answer is not finished\. Read it to its end, or close"):
         next(second)
     first.close()
     assert next(model.generate(TEXT, memory=held))

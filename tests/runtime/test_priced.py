@@ -276,7 +276,7 @@ def test_prices_are_not_for_masks(model: Model) -> None:
 
 def test_budgets_come_one_at_a_time(priced_model: Model) -> None:
     for budgets in ({}, {"price": 0.0, "sparsity": 0.5}, {"sparsity": 0.5, "max_kl": 0.1}):
-        with pytest.raises(UsageError, match=r"^A budget is one of --price, --sparsity and --max-kl"):
+        with pytest.raises(UsageError, match=r"^Give exactly one budget: --price, --sparsity or --max-kl"):
             priced_model.at(**budgets)
 
 

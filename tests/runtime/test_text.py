@@ -224,8 +224,8 @@ def test_token_beyond_the_vocabulary_is_named(artifact_copy: Path) -> None:
     tokenizer.save(str(path))
     loaded = Model(artifact, "cpu")
     message = (
-        r"^The text holds '<image_soft_token>', token 259 of the tokenizer, and the model's vocabulary ends at 258\. "
-        r"Leave it out of the text\.$"
+        r"^The text contains '<image_soft_token>', token 259 of the tokenizer, and the model's vocabulary ends at "
+        r"258\. Leave it out of the text\.$"
     )
     penalty = Sampling(temperature=1.0, repetition_penalty=1.5, seed=1)
     for sampling in (Sampling(), penalty):

@@ -85,9 +85,9 @@ def test_bytes_are_those_of_all_linears_at_the_price(priced_model: Model) -> Non
 @pytest.mark.parametrize(
     ("change", "param", "text"),
     [
-        ({"price": 1.0, "sparsity": 0.5}, "sparsity", "'price' and 'sparsity' are two budgets. Give one of them."),
-        ({"max_kl": 1, "price": 0}, "max_kl", "'price' and 'max_kl' are two budgets. Give one of them."),
-        ({"max_kl": 1, "price": 0, "sparsity": 0}, "sparsity", "two budgets. Give one of them."),
+        ({"price": 1.0, "sparsity": 0.5}, "sparsity", "'price' and 'sparsity' are two budgets. Give only one."),
+        ({"max_kl": 1, "price": 0}, "max_kl", "'price' and 'max_kl' are two budgets. Give only one."),
+        ({"max_kl": 1, "price": 0, "sparsity": 0}, "sparsity", "two budgets. Give only one."),
         ({"price": -1}, "price", "greater than or equal to 0"),
         ({"price": "much"}, "price", "valid number"),
         ({"sparsity": 1}, "sparsity", "less than 1"),

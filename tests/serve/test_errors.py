@@ -299,14 +299,14 @@ def test_a_model_without_a_chat_template(artifact_copy: Path) -> None:
     edit_manifest(artifact_copy, lambda manifest: manifest["files"].pop(contract.CHAT_TEMPLATE_FILE))
     with serving(load(artifact_copy, provider="cpu")) as served:
         answer = post(served, CHAT, {"model": NAME, "messages": HELLO})
-        text = "no chat template, so it does not chat. Give it text that it continues, at /v1/completions."
+        text = "no chat template, so it cannot chat. Send text to continue to /v1/completions."
         assert_error(answer, 400, text, param="messages", code="invalid_value")
         assert post(served, COMPLETIONS, {"model": NAME, "prompt": "Hi"}).status_code == 200
 
 
 def test_a_token_that_the_model_does_not_have(artifact_copy: Path) -> None:
     add_token(artifact_copy, "<image_soft_token>")
-    text = "The text holds '<image_soft_token>', token 259 of the tokenizer"
+    text = "The text contains '<image_soft_token>', token 259 of the tokenizer"
     with serving(load(artifact_copy, provider="cpu")) as served:
         messages = [{"role": "user", "content": "see <image_soft_token>"}]
         for extra in ({}, {"repetition_penalty": 1.5}, {"stream": True}):

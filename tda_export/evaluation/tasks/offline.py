@@ -36,7 +36,7 @@ def load(name: str, data: str | None = None, **others: Any) -> dict[str, dataset
         )
     path = Path(folder) / f"{name}.jsonl"
     if not path.is_file():
-        raise TdaError(f"{path}: not there. Write the folder with 'tda-export eval-data FOLDER'.")
+        raise TdaError(f"{path}: no such file. Write the folder with 'tda-export eval-data FOLDER'.")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     return {"test": datasets.Dataset.from_list(rows)}
 
