@@ -126,6 +126,7 @@ def calibrate(options: argparse.Namespace, source: Any, ranks: Any, shown: Timed
 
 
 def quantize(options: argparse.Namespace, source: Any, ranks: Any, shown: Timed) -> tuple[float, Any]:
+    from tda_export.quantization.resume import PartialLayers
     from tda_export.quantization.run import QuantizeSettings
     from tda_export.quantization.run import quantize as run
 
@@ -138,8 +139,10 @@ def quantize(options: argparse.Namespace, source: Any, ranks: Any, shown: Timed)
         device=options.device,
     )
     corpus = builtin_corpus(source.tokenizer, settings.all_sequences, settings.length)
+    if ranks.first:
+        PartialLayers(options.output, {}).remove()  # an interrupted run's
     started = time.perf_counter()
-    quantised = run(source, corpus, settings, show=shown, ranks=ranks)
+    quantised = run(source, corpus, settings, show=shown, output=options.output, ranks=ranks)
     return time.perf_counter() - started, lambda output: output.write_text(json.dumps(quantised.about["loss"]))
 
 
