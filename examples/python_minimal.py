@@ -6,6 +6,7 @@ allows: no sampling, no shared buffers, no native kernels (without them sparse d
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,8 @@ def sparse_inputs(manifest: dict, prefilled: dict, price: float | None) -> dict:
 def generate(folder: Path, prompt: list[int], *, dense: bool = False, price: float | None = None):
     """Yield the likeliest tokens, one after another, until the model ends its answer."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    if manifest.get("kv", "float") != "float":
+        sys.exit(f"{folder}: keys and values of 8 bits, which this example does not read. Build it with --kv float.")
     shape = manifest["shape"]
     layers = range(shape["num_layers"])
     prefill, decode = open_graph(folder, "prefill.onnx"), open_graph(folder, "decode.onnx")

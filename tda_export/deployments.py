@@ -27,7 +27,8 @@ class Asked:
     """What a user asked for; None where nothing was.
 
     `price` is of a byte; `sparsity` and `cett` are shares in [0, 1), `max_kl` is nats a token. `refresh`: another
-    refresh than the artifact's own. `calibration`: a calibration file instead of the artifact's own.
+    refresh than the artifact's own. `calibration`: a calibration file instead of the artifact's own. `prompt_tokens`:
+    of the prompt that the KL of a price is predicted after, None for those of calibration.
     """
 
     price: float | None = None
@@ -37,6 +38,7 @@ class Asked:
     allocation: AllocationRule | None = None
     refresh: Refresh | None = None
     calibration: Path | None = None
+    prompt_tokens: int | None = None
 
     @property
     def has_budget(self) -> bool:
@@ -65,7 +67,8 @@ def deployed(artifact: Artifact, asked: Asked) -> AnyDeployment:
         refuse_masks(artifact, asked)
         if not asked.has_budget:
             return artifact.deployment
-        return chosen_price(artifact, price=asked.price, sparsity=asked.sparsity, max_kl=asked.max_kl)
+        budget = {"price": asked.price, "sparsity": asked.sparsity, "max_kl": asked.max_kl}
+        return chosen_price(artifact, **budget, prompt_tokens=asked.prompt_tokens)
     if asked.price is not None:
         raise UsageError(
             f"--price: {artifact.folder} has masks and no prices. Build one with "

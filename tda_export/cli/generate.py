@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tda_export.runtime.generate import Metrics
 
 MATRICES = {"ffn": "FFN", "linears": "linear"}
+SHORTEST = 1  # tokens of a prompt
 FINISHED = {"stop": "end of text", "length": "token limit reached", "context": "context full", "": "interrupted"}
 
 
@@ -64,7 +65,8 @@ def generate(
             prompt = sys.stdin.read().removesuffix("\n")  # echo's own
         except UnicodeDecodeError as error:
             raise TdaError("The prompt on standard input is not valid UTF-8 text. Convert it to UTF-8.") from error
-    model, deployment = deployed.load(artifact)
+    # A KL is refused here if it is beyond the table of the shortest prompt, which reaches furthest.
+    model, deployment = deployed.load(artifact, prompt_tokens=SHORTEST)
     tokens = model.tokenize(prompt, chat=chat, chat_template_kwargs=answering.chat_template_kwargs)
     if deployed.max_kl is not None and isinstance(deployment, PriceDeployment):
         deployment = model.at(max_kl=deployed.max_kl, prompt_tokens=len(tokens))

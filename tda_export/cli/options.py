@@ -281,8 +281,13 @@ class Deployed:
     refresh: int | None
     provider: str
 
-    def load(self, artifact: Path, *, keep_answers: bool = False) -> tuple[Model, AnyDeployment]:
-        """Load an artifact; where a budget is given, choose from what its calibration measured."""
+    def load(
+        self, artifact: Path, *, keep_answers: bool = False, prompt_tokens: int | None = None
+    ) -> tuple[Model, AnyDeployment]:
+        """Load an artifact; where a budget is given, choose from what its calibration measured.
+
+        `prompt_tokens`: of the prompt that a KL is predicted after, None for those of calibration.
+        """
         from tda_export.deployments import Asked, deployed
         from tda_export.errors import UsageError
         from tda_export.runtime import Model, open_artifact
@@ -295,6 +300,7 @@ class Deployed:
             max_kl=self.max_kl,
             cett=self.cett,
             allocation=self.allocation,
+            prompt_tokens=prompt_tokens,
         )
         if self.mask == "dense" and (asked.has_budget or self.refresh is not None):
             raise UsageError("--mask dense reads every row, so a budget has no effect. Leave one of them out.")

@@ -238,6 +238,17 @@ def test_generate_by_max_kl(priced_artifact: Path, table: PriceTable) -> None:
     assert here.predicted(here.price_for(sparsity=metrics["sparsity"])).kl == pytest.approx(0.1)
 
 
+def test_a_kl_that_short_prompts_alone_reach(priced_artifact: Path, table: PriceTable) -> None:
+    """The table that counts is that of the prompt's own length, also for what is beyond it."""
+    long, here = table.rows[-1].kl, table.after(1).rows[-1].kl
+    assert long < here
+    asked = ("generate", priced_artifact, "S", "--max-new-tokens", 2, "--max-kl")
+    assert 0 < result_of(*asked, (long + here) / 2)["metrics"]["sparsity"] < table.rows[-1].sparsity
+    for prompt, kl in (("S", 1.01 * here), (PROMPT * 9, (long + here) / 2)):
+        result = run_cli("generate", priced_artifact, prompt, "--max-kl", kl)
+        assert_error(result, USAGE, "is more than was measured with prices")
+
+
 @pytest.mark.parametrize("options", [["--price", 0], ["--price", -3], ["--sparsity", 0]], ids=str)
 def test_dense(priced_artifact: Path, options: list[object]) -> None:
     dense = generated(priced_artifact, "--mask", "dense")

@@ -175,3 +175,15 @@ def test_native_kernels_in_cpp(built: str, applications: Applications, request: 
     artifact = request.getfixturevalue(built)
     tokens = applications.cpp(artifact, PROMPT, None, TOKENS, "--library", LIBRARY)
     assert tokens == ours(artifact, PROMPT, None, TOKENS)
+
+
+@pytest.mark.parametrize("name", NAMES[1:3])
+def test_caches_of_integers_are_refused(
+    name: str, priced_artifact: Path, applications: Applications, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(priced_artifact, tmp_path / "artifact"))
+    edit_manifest(folder, lambda manifest: manifest.update(kv="int8"))
+    with pytest.raises(
+        AssertionError, match=r"artifact.* keys and values.*build it with --kv float|Build it with --kv"
+    ):
+        applications.named(name)(folder, PROMPT, None, 4)
