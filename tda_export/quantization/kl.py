@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,6 +29,21 @@ class Loss:
     def describe(self) -> dict[str, Any]:
         """Return it as plain data."""
         return asdict(self)
+
+
+@torch.no_grad()
+def continuations(model: Any, tokens: torch.Tensor, prompt_tokens: int) -> Iterator[torch.Tensor]:
+    """Yield the log-probabilities after each token of each continuation, float32 [C, V] on the CPU.
+
+    Args:
+        model: A transformers model in evaluation mode. It reads the prompts itself, too.
+        tokens: int64 [N, P + C].
+        prompt_tokens: P.
+    """
+    for sequence in tokens:
+        kept = len(sequence) - prompt_tokens
+        logits = model(sequence[None].to(model.device), use_cache=False, logits_to_keep=kept).logits[0]
+        yield logits.float().log_softmax(dim=-1).cpu()
 
 
 @dataclass(frozen=True)
@@ -63,3 +78,12 @@ def summarise(compared: Sequence[Compared]) -> Loss:
     mean = max(0.0, float(values.mean()))
     same = sum(each.agreement for each in compared) / len(compared)
     return Loss(mean, error, same, sum(each.tokens for each in compared), len(compared))
+
+
+def loss(dense: list[torch.Tensor], quantised: Iterator[torch.Tensor]) -> Loss:
+    """Compare log-probabilities [C, V] of the float model with the quantised model's, sequence by sequence.
+
+    Raises:
+        TdaError: A KL is not finite.
+    """
+    return summarise([compare(p, q) for p, q in zip(dense, quantised, strict=True)])

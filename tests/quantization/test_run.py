@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from tda_export.packing import linear_sites
 from tda_export.quantization import hessians, resume, run
 from tda_export.quantization.folder import write_quantised
 from tda_export.quantization.hessians import site_hessian
-from tda_export.quantization.kl import Loss, compare, summarise
+from tda_export.quantization.kl import continuations, loss
 from tda_export.quantization.layers import first_inputs, layer_calls, pass_on
 from tda_export.quantization.resume import PartialLayers
 from tda_export.quantization.run import QuantizeSettings, quantize, split
@@ -36,18 +36,6 @@ from tests.tiny import FAMILIES, save_tiny_model
 TOKENS = torch.randint(3, 259, (5, 24), generator=torch.Generator().manual_seed(0))
 CORPUS = Corpus(TOKENS, "some.txt", "0" * 64)
 SETTINGS = QuantizeSettings(sequences=3, kl_sequences=2, prompt_tokens=16, continuation_tokens=8)
-
-
-def continuations(model: Any, tokens: torch.Tensor, prompt_tokens: int) -> Iterator[torch.Tensor]:
-    """Yield the log-probabilities after each token of each continuation, [C, V], by passes of the whole model."""
-    for sequence in tokens:
-        with torch.no_grad():
-            logits = model(sequence[None], use_cache=False, logits_to_keep=len(sequence) - prompt_tokens).logits[0]
-        yield logits.float().log_softmax(dim=-1)
-
-
-def loss(dense: list[torch.Tensor], quantised: Iterator[torch.Tensor]) -> Loss:
-    return summarise([compare(p, q) for p, q in zip(dense, quantised, strict=True)])
 
 
 class Interruption(Exception):
