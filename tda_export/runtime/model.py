@@ -148,7 +148,8 @@ class Model:
             memory: Read only what is new of the prompt, and keep it for the next one.
             lookup: The most tokens, up to 15, that a step reads beside the newest one because they followed the same
                 tokens earlier in the text; those that turn out right need no step of their own. The answer is the
-                same; without native kernels and on CUDA, but where tokens tie, or rows their price, within rounding.
+                same. Without native kernels, and on CUDA, it may differ where tokens tie, or a row is worth its price,
+                within rounding.
 
         Returns:
             An iterator of `Token` with `metrics` and `text`; `close()` ends it early.
