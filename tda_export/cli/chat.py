@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tda_export.cli.deployment_options import Deployed, deployment_options
 from tda_export.cli.generate import FINISHED, MATRICES, looked_up
 from tda_export.cli.help_groups import command, option
 from tda_export.cli.options import (
     RARE_ANSWER_OPTIONS,
     RARE_DEPLOYMENT_OPTIONS,
     Answering,
-    Deployed,
     answer_options,
     artifact_argument,
     context_option,
-    deployment_options,
     keep_answers_option,
 )
 from tda_export.errors import TdaError

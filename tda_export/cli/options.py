@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,9 +17,8 @@ from tda_export.cli.help_groups import BUDGET, SAMPLING, TEXT, WEIGHTS, option
 if TYPE_CHECKING:
     from tda_export.calibration.budgets import AllocationRule, Budget
     from tda_export.runtime.artifact import Artifact
-    from tda_export.runtime.deployment import AnyDeployment, Refresh
+    from tda_export.runtime.deployment import Refresh
     from tda_export.runtime.generate import MaskMode
-    from tda_export.runtime.model import Model
     from tda_export.runtime.sampling import Sampling
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -266,73 +265,6 @@ def chosen_budget(
     if (cett, sparsity, allocation, max_kl) == (None, None, None, None):
         return Budget(**default)
     return make_budget(cett, sparsity, allocation, max_kl)
-
-
-@dataclass(frozen=True)
-class Deployed:
-    """What `deployment_options` say: how to decode, and where to run."""
-
-    mask: MaskMode | None
-    price: float | None
-    cett: float | None
-    sparsity: float | None
-    allocation: AllocationRule | None
-    max_kl: float | None
-    refresh: int | None
-    provider: str
-
-    def load(
-        self, artifact: Path, *, keep_answers: bool = False, prompt_tokens: int | None = None
-    ) -> tuple[Model, AnyDeployment]:
-        """Load an artifact; where a budget is given, choose from what its calibration measured.
-
-        `prompt_tokens`: of the prompt that a KL is predicted after, None for those of calibration.
-        """
-        from tda_export.deployments import Asked, deployed
-        from tda_export.errors import UsageError
-        from tda_export.runtime import Model, open_artifact
-        from tda_export.runtime.model import check_keeping
-        from tda_export.runtime.providers import choose_provider
-
-        asked = Asked(
-            price=self.price,
-            sparsity=self.sparsity,
-            max_kl=self.max_kl,
-            cett=self.cett,
-            allocation=self.allocation,
-            prompt_tokens=prompt_tokens,
-        )
-        if self.mask == "dense" and (asked.has_budget or self.refresh is not None):
-            raise UsageError("--mask dense reads every row, so a budget has no effect. Leave one of them out.")
-        opened = open_artifact(artifact)
-        provider = choose_provider(self.provider, opened.shape.dtype)
-        asked = replace(asked, refresh=chosen_refresh(opened, self.refresh))
-        check_mask(opened, self.mask)
-        if keep_answers:
-            check_keeping(opened)
-        deployment = deployed(opened, asked)  # refused before any session is opened
-        return Model(opened, provider), deployment
-
-
-def deployment_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add --mask, --price, budgets, --refresh and --provider; the command gets them as `deployed`."""
-
-    @functools.wraps(command)
-    def grouped(
-        *,
-        mask: MaskMode | None,
-        price: float | None,
-        cett: float | None,
-        sparsity: float | None,
-        allocation: AllocationRule | None,
-        max_kl: float | None,
-        refresh: int | None,
-        provider: str,
-        **others: Any,
-    ) -> None:
-        command(deployed=Deployed(mask, price, cett, sparsity, allocation, max_kl, refresh, provider), **others)
-
-    return mask_option(price_option(budget_options(refresh_option(provider_option(grouped)))))
 
 
 @dataclass(frozen=True)

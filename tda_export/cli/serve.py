@@ -6,13 +6,12 @@ from pathlib import Path
 
 import click
 
+from tda_export.cli.deployment_options import Deployed, deployment_options
 from tda_export.cli.help_groups import command, option
 from tda_export.cli.options import (
     RARE_DEPLOYMENT_OPTIONS,
-    Deployed,
     artifact_argument,
     context_option,
-    deployment_options,
     keep_answers_option,
     lookup_option,
 )
