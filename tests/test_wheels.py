@@ -18,7 +18,7 @@ from tda_export import __version__
 from tda_export.native.build import FOLDER, LIBRARY, find_compiler
 
 ROOT = Path(__file__).parents[1]
-STUB = """#!{python}
+RECORDING_COMPILER = """#!{python}
 import sys
 from pathlib import Path
 Path(sys.argv[sys.argv.index("-o") + 1]).write_bytes(b"compiled " + " ".join(sys.argv[1:]).encode())
@@ -58,7 +58,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("machine", make_wheels.PLATFORMS)
 def test_wheel_with_the_library(source: Path, machine: str, tmp_path: Path) -> None:
     """One for any Python 3 on the platform that sysconfig names, with all that runs and without what only tests."""
-    compiler = executable(tmp_path / "c++", STUB)
+    compiler = executable(tmp_path / "c++", RECORDING_COMPILER)
     wheel, _ = hatchling(source, "wheel", tmp_path / "dist", CXX=compiler, _PYTHON_HOST_PLATFORM=f"linux-{machine}")
     assert wheel.name == f"tda_export-{__version__}-py3-none-linux_{machine}.whl"
     with zipfile.ZipFile(wheel) as opened:
@@ -93,7 +93,7 @@ def compile_with(arguments: str, machine: str, compiler: str, zig: str, library:
 
 
 def test_other_machines_get_zig_alone(tmp_path: Path) -> None:
-    zig, library = executable(tmp_path / "zig", STUB), tmp_path / "library.so"
+    zig, library = executable(tmp_path / "zig", RECORDING_COMPILER), tmp_path / "library.so"
     written = compile_with("-O3 -shared one.cc -Wl,-z,nodelete", "aarch64", "no-such-compiler", zig, library)
     assert written.startswith("compiled ziglang c++ -target aarch64-linux-gnu.2.28 ")
     assert written.endswith(f"-s -O3 -shared one.cc -Wl,-z,nodelete -o {library}")
@@ -102,7 +102,7 @@ def test_other_machines_get_zig_alone(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="wheels are for Linux")
 def test_x86_gets_objects_of_the_compiler(tmp_path: Path) -> None:
     """The compiler gets what compiles and Zig what links; objects are really made of two sources."""
-    zig, library = executable(tmp_path / "zig", STUB), tmp_path / "arch_x86_64_v4.so"
+    zig, library = executable(tmp_path / "zig", RECORDING_COMPILER), tmp_path / "arch_x86_64_v4.so"
     compiler = find_compiler()[0]
     for name in ("one", "two"):
         (tmp_path / f"{name}.cc").write_text(f"int {name}() {{ return 1; }}\n")
@@ -119,7 +119,7 @@ def test_x86_gets_objects_of_the_compiler(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="wheels are for Linux")
 def test_a_compiler_that_leaves_kernels_out(tmp_path: Path) -> None:
-    zig, compiler = executable(tmp_path / "zig", STUB), find_compiler()[0]
+    zig, compiler = executable(tmp_path / "zig", RECORDING_COMPILER), find_compiler()[0]
     (tmp_path / "one.cc").write_text("int one() { return 1; }\n")
     said = compile_with(f"-shared {tmp_path}/one.cc", "x86_64", compiler, zig, tmp_path / "library.so")
     assert said == f"{compiler} left out the kernels for AVX-512: GCC 12 or newer is needed"
