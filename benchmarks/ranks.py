@@ -206,9 +206,10 @@ def main() -> None:
     first: tuple[Path, dict[str, Any]] | None = None
     for count in counts:
         setting = {"work": options.work, "shape": options.shape, "dtype": options.dtype, "device": options.device}
-        setting |= {"sequences": options.sequences, "ranks": count}
+        lengths = {"prompt_tokens": options.prompt_tokens, "continuation_tokens": options.continuation_tokens}
+        setting |= {"sequences": options.sequences, **lengths, "ranks": count}
         output = options.folder / "-".join(map(str, setting.values()))
-        kept = output.with_suffix(".json")
+        kept = output.with_name(f"{output.name}.json")
         if not kept.is_file():
             started = time.perf_counter()
             printed = run("--output", str(output), start=(*TORCHRUN, str(count)) if count > 1 else ())

@@ -239,12 +239,14 @@ def _attended(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, past: i
 
 
 @st.composite
-def forms(draw: st.DrawFn, sizes: tuple[int, ...], codes: bool = False) -> AttentionForm:
-    """Draw a form with one of these sizes of a head; with `codes` its cache is of 8 bits."""
-    kv_heads = draw(st.sampled_from([1, 2, 3]))
+def forms(
+    draw: st.DrawFn, sizes: tuple[int, ...], codes: bool = False, kv_heads: tuple[int, ...] = (1, 2, 3)
+) -> AttentionForm:
+    """Draw a form with one of these sizes of a head, and numbers of heads; with `codes` its cache is of 8 bits."""
+    kv = draw(st.sampled_from(kv_heads))
     return AttentionForm(
-        heads=kv_heads * draw(st.sampled_from([1, 2, 3, 4, 5, 9])),
-        kv_heads=kv_heads,
+        heads=kv * draw(st.sampled_from([1, 2, 3, 4, 5, 9])),
+        kv_heads=kv,
         size=draw(st.sampled_from(sizes)),
         packed=draw(st.booleans()),
         rotary=draw(st.booleans()),

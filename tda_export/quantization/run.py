@@ -275,8 +275,8 @@ class _Run:
             self._put(names[name], torch.from_numpy(found.decode()))
         if self._model is not None:
             model, own = self._model.model, self._tokens[self._ranks.number :: self._ranks.count]
-            [sequence, *_] = [*self._tokens[:1], *self._held_out[:1]]
-            self._calls = layer_calls(model, self._spec, sequence)
+            for sequence in (self._tokens if len(self._tokens) else self._held_out)[:1]:  # a rank may have none
+                self._calls = layer_calls(model, self._spec, sequence)
             self._inputs = first_inputs(model, self._spec, own)
             self._left = first_inputs(model, self._spec, self._held_out)
 
@@ -284,7 +284,7 @@ class _Run:
         """Quantise the linears of a layer, site by site, each under its quantised predecessors."""
         with self._model.layer(layer) if self._model else nullcontext():
             self._quantise(layer)
-            if self._model is not None:
+            if self._model is not None and self._calls:
                 last = layer + 1 == self._spec.num_layers
                 for sequences in (self._left,) if last else (self._inputs, self._left):
                     pass_on(self._calls[layer], sequences, self._model.device)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tda_export.bench.random_model import byte_tokenizer
 from tda_export.calibration.corpus import Corpus, load_corpus
 from tda_export.errors import TdaError, UsageError
-from tda_export.models.layerwise import layer_module
+from tda_export.models.layerwise import LayerwiseModel, layer_module
 from tda_export.models.linear_modules import watch_sites
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.packing import linear_sites
@@ -28,6 +28,7 @@ from tda_export.quantization.kl import continuations, loss
 from tda_export.quantization.layers import first_inputs, layer_calls, pass_on
 from tda_export.quantization.resume import PartialLayers
 from tda_export.quantization.run import QuantizeSettings, quantize, split
+from tda_export.ranks import ALONE
 from tda_export.weights.plan import read_rules
 from tests.calibration.shown import Shown
 from tests.models.test_source_gguf import write_gguf
@@ -189,6 +190,17 @@ def test_rounding_needs_no_data(tiny: ModelSource, monkeypatch: pytest.MonkeyPat
     assert "loss" not in found.about
     assert found.about["quantizer"] == {"name": "rtn", "symmetric": False}
     assert len(found.codes) == 23
+
+
+def test_a_rank_without_sequences(tiny: ModelSource) -> None:
+    """There may be more ranks than held-out sequences, and rounding reads no others."""
+    settings, none = QuantizeSettings(quantizer="rtn", kl_sequences=2), TOKENS[:0]
+    alone = run._Run(tiny, settings.plan(tiny.spec), settings, LayerwiseModel(tiny, "cpu"), none, none, None, ALONE)
+    alone.outside()
+    for layer in range(tiny.spec.num_layers):
+        alone.layer(layer)
+    assert list(alone.log_probabilities()) == []
+    assert len(alone.codes) == 23
 
 
 def test_first_tokens_weigh_more(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
