@@ -56,6 +56,7 @@ class TdaLM(TemplateLM):
         calibration: str | None = None,
         parts: Parts | None = None,
         densities: str | None = None,
+        prompt_tokens: int | None = None,
         protocol: str = "strict",
         provider: str = "auto",
         max_length: int | None = None,
@@ -77,6 +78,7 @@ class TdaLM(TemplateLM):
             calibration: A calibration file instead of the artifact's own.
             parts: Whose rows may be dropped, `all`, `ffn` or `attention`, of methods of priced artifacts.
             densities: A file of greedy densities, of `teal`.
+            prompt_tokens: Length of the prompt that `max_kl` is predicted after; by default that of calibration.
             protocol: `strict` or `griffin`.
             provider: `auto`, `cpu` or `cuda`.
             max_length: The most tokens that the model is fed, at least 2; by default the model's maximum.
@@ -105,6 +107,7 @@ class TdaLM(TemplateLM):
             calibration=None if calibration is None else Path(calibration),
             parts=parts,
             densities=None if densities is None else Path(densities),
+            prompt_tokens=prompt_tokens,
         )
         check_request(opened, request)
         self.artifact, self.text = opened, Text(opened)
