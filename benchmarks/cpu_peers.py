@@ -3,17 +3,18 @@
     python benchmarks/cpu_peers.py FOLDER --llama LLAMA_CPP_BIN [--model smollm2-135m | --shape qwen2.5-0.5b]
         [--artifact INT4_ARTIFACT] [--depth 1024] [--rounds 6]
 
-- llama.cpp, Q4_0, with and without flash attention, whichever is faster: LLAMA_CPP_BIN is the folder of its
-  `llama-bench` and `llama-quantize`. The source distribution of llama-cpp-python holds llama.cpp: `pip download
-  --no-deps --no-binary llama-cpp-python llama-cpp-python`, unpack, and in its vendor/llama.cpp `cmake -B build
-  -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF && cmake --build build --target llama-bench llama-quantize`.
-- ONNX Runtime GenAI, int4 in blocks of 32, int8 arithmetic (accuracy level 4), made by its own builder.
+- llama.cpp, Q4_0, with and without flash attention, whichever is faster. The head has four bits (`llama-quantize
+  --pure`), or what `llama-quantize` gives it by default. LLAMA_CPP_BIN is the folder of its `llama-bench` and
+  `llama-quantize`. The source distribution of llama-cpp-python holds llama.cpp: `pip download --no-deps --no-binary
+  llama-cpp-python llama-cpp-python`, unpack, and in its vendor/llama.cpp `cmake -B build -DCMAKE_BUILD_TYPE=Release
+  -DLLAMA_CURL=OFF && cmake --build build --target llama-bench llama-quantize`.
+- ONNX Runtime GenAI, int4 in blocks of 32, head included, int8 arithmetic (accuracy level 4), made by its own builder.
 - Ours: an artifact of four-bit priced rows, dense and at 0.7 and 0.5 of the rows' bytes; of --shape, with random
-  weights, it is made here (`bench/artifact.py`).
+  weights, two are made here (`bench/artifact.py`): with the default's int8 head, and with a head of four bits.
 
 Every round times all of them, one after another. Prints one JSON object: milliseconds a token and of a prompt of
---depth tokens as medians with ranges, and how many times faster than the faster peer in the same round. Run it with
-nothing beside it.
+--depth tokens as medians with ranges, and how many times faster than the fastest peer in the same round, and than the
+fastest with a head of as many bits. Run it with nothing beside it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from typing import Any
 import numpy as np
 
 TOKENS = 32  # of a round
-PEERS = ("llama.cpp Q4_0", "GenAI int4")
+HEAD_4, HEAD_8 = "head int4", "head int8"
+PEERS = (f"llama.cpp Q4_0, {HEAD_4}", f"llama.cpp Q4_0, {HEAD_8}", f"GenAI int4, {HEAD_4}")
 SPARSITIES = (0.3, 0.5)
 GGUF_TYPE = "Q4_0"
 
@@ -113,14 +115,15 @@ def gguf_names(config: Any, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def gguf_file(options: argparse.Namespace, model: Path) -> Path:
+def gguf_file(options: argparse.Namespace, model: Path, *, pure: bool) -> Path:
     """Write the weights as GGUF, and let llama.cpp quantise them."""
-    quantised: Path = options.folder / f"model-{GGUF_TYPE}.gguf"
+    quantised: Path = options.folder / f"model-{GGUF_TYPE}{'' if pure else '-default'}.gguf"
     if quantised.is_file():
         return quantised
     unquantised = options.folder / "model-f16.gguf"
-    write_gguf(model, unquantised)
-    command = [options.llama / "llama-quantize", "--pure", unquantised, quantised, GGUF_TYPE]
+    if not unquantised.is_file():
+        write_gguf(model, unquantised)
+    command = [options.llama / "llama-quantize", *["--pure"] * pure, unquantised, quantised, GGUF_TYPE]
     subprocess.run([str(word) for word in command], check=True, stdout=sys.stderr, stderr=sys.stderr)
     return quantised
 
@@ -169,7 +172,9 @@ def genai(options: argparse.Namespace, folder: Path, prompt: list[int]) -> Calla
     return measure
 
 
-def ours(artifact: Path, prices: dict[str, float], prompt: list[int]) -> dict[str, Callable[[], tuple[float, float]]]:
+def ours(
+    head: str, artifact: Path, prices: dict[str, float], prompt: list[int]
+) -> dict[str, Callable[[], tuple[float, float]]]:
     from tda_export.bench.priced import PricedRunner
     from tda_export.runtime.artifact import open_artifact
     from tda_export.runtime.session import Sessions
@@ -187,30 +192,42 @@ def ours(artifact: Path, prices: dict[str, float], prompt: list[int]) -> dict[st
 
         return measure
 
-    return {f"ours {name}": measuring(price) for name, price in prices.items()}
+    return {f"ours {name}, {head}": measuring(price) for name, price in prices.items()}
 
 
-def our_artifact(options: argparse.Namespace, model: Path) -> tuple[Path, dict[str, float]]:
-    """Return the artifact, and the price of each share of the rows' bytes."""
+def our_artifacts(options: argparse.Namespace, model: Path) -> dict[str, tuple[Path, dict[str, float]]]:
+    """Return artifacts by the format of their head, each with the price of each share of the rows' bytes."""
     from tda_export.runtime.artifact import open_artifact
 
     if options.artifact:
         from tda_export.deployments import chosen_price
+        from tda_export.weights.plan import HEAD
 
         opened = open_artifact(options.artifact)
         prices = {f"{1 - share:.2f}": chosen_price(opened, sparsity=share).price for share in SPARSITIES}
-        return options.artifact, {"1.00": 0.0} | prices
+        head = opened.manifest["matrices"][HEAD]["format"].partition("_")[0]
+        return {f"head {head}": (options.artifact, {"1.00": 0.0} | prices)}
     from tda_export.bench.artifact import build_random_priced
     from tda_export.graph.storage import read_plan, storage_of
     from tda_export.models.source import resolve_model
 
-    folder, known = options.folder / "artifact", options.folder / "prices.json"
-    if not known.is_file():
-        source = resolve_model(str(model))
-        storage = storage_of(source, "float32", read_plan(source, "int4", 32, options.weights_for))
-        _, drawn = build_random_priced(source, folder, storage, SPARSITIES, quiet=True)
-        known.write_text(json.dumps({f"{1 - share:.2f}": price for share, price in drawn.items()}))
-    return folder, {"1.00": 0.0} | json.loads(known.read_text())
+    found = {}
+    for head, rule in ((HEAD_8, []), (HEAD_4, ["head=int4"])):
+        folder = options.folder / f"artifact-{head.replace(' ', '-')}"
+        known = folder.with_suffix(".prices.json")
+        if not known.is_file():
+            source = resolve_model(str(model))
+            storage = storage_of(source, "float32", read_plan(source, "int4", 32, [*rule, *options.weights_for]))
+            _, drawn = build_random_priced(source, folder, storage, SPARSITIES, quiet=True)
+            known.write_text(json.dumps({f"{1 - share:.2f}": price for share, price in drawn.items()}))
+        found[head] = folder, {"1.00": 0.0} | json.loads(known.read_text())
+    return found
+
+
+def times_faster(times: dict[str, list[tuple[float, float]]], peers: Iterable[str], name: str) -> float:
+    """Return the median over rounds, the first apart, of the fastest peer's time for a token to one's own."""
+    rounds = range(1, len(times[name]))
+    return statistics.median(min(times[peer][i][0] for peer in peers) / times[name][i][0] for i in rounds)
 
 
 def main() -> None:
@@ -228,31 +245,30 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     model = hugging_face(options)
-    places = gguf_file(options, model), genai_folder(options, model), our_artifact(options, model)
+    ggufs = gguf_file(options, model, pure=True), gguf_file(options, model, pure=False)
+    genai_model, artifacts = genai_folder(options, model), our_artifacts(options, model)
     if options.prepare_only:
         return
     prompt = [3 + i * 7919 % 250 for i in range(options.depth)]
-    ways = {
-        PEERS[0]: llama_bench(options, places[0]),
-        PEERS[1]: genai(options, places[1], prompt),
-        **ours(*places[2], prompt),
-    }
+    measures = [*(llama_bench(options, file) for file in ggufs), genai(options, genai_model, prompt)]
+    ways = dict(zip(PEERS, measures, strict=True))
+    for head, (artifact, prices) in artifacts.items():
+        ways |= ours(head, artifact, prices, prompt)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for number in range(1 + options.rounds):
         for name, measure in reversed(list(ways.items())) if number % 2 else ways.items():
             times[name].append(measure())
             print(f"{number} {name}: {1e3 * times[name][-1][0]:.2f} ms a token", file=sys.stderr, flush=True)
     report: dict[str, Any] = {"model": options.shape or options.model, "depth": options.depth, "tokens": TOKENS}
-    best = [min(times[name][i][0] for name in PEERS) for i in range(1, 1 + options.rounds)]
     for name, measured in times.items():
         decode, prefill = zip(*measured[1:], strict=True)
+        same_head = tuple(peer for peer in PEERS if peer.split(", ")[-1] == name.split(", ")[-1])
         report[name] = {
             "ms_per_token": 1e3 * statistics.median(decode),
             "ms_per_token_range": [1e3 * min(decode), 1e3 * max(decode)],
             "prefill_ms": 1e3 * statistics.median(prefill),
-            "times_faster_than_best_peer": statistics.median(
-                peer / own for peer, own in zip(best, decode, strict=True)
-            ),
+            "times_faster_than_best_peer": times_faster(times, PEERS, name),
+            "times_faster_with_the_same_head": times_faster(times, same_head, name),
         }
     print(json.dumps(report, indent=1))
 

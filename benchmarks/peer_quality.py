@@ -8,9 +8,9 @@ are de-quantised into PyTorch, float32, and each model reads windows of 384 + 12
 though llama.cpp and GenAI round them to 8 bits on the CPU, which adds to their loss.
 
 - Ours: float16; int8 by `quantize --quantizer rtn`; int4 by `quantize` (GPTQ); int4 with some matrices from the int8
-  folder, as `--weights-for` would store them. Each dense, and all but the last at prices after a dense prompt: c² of
-  rows are those of CALIBRATION, `tda-export calibrate FOLDER/int4 --packing sites` by default, for every format, since
-  λ goes with the bytes of a row by one factor.
+  folder, as `--weights-for` would store them. Each dense, and at prices after a dense prompt. c² of rows are those of
+  CALIBRATION, by default `tda-export calibrate FOLDER/int4 --packing sites`, for every format. λ comes from its table,
+  by the bytes of a row; a mixed folder reads somewhat other rows at it than the share in its label.
 - llama.cpp: `llama-quantize` of its default mixtures, without and with an importance matrix, which is made here of the
   text that GPTQ reads. `cpu_peers.py` says how to build it; LLAMA_CPP_BIN is the folder of the program.
 - GenAI: its builder, int4 in blocks of 32, its default and `k_quant` with the head int8.
@@ -31,19 +31,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stored_models import MIXED, Stacks, Stored, run
+from stored_models import Stacks, Stored, run
 
 from tda_export.calibration.file import read_calibration
 from tda_export.calibration.prices import read_prompt
 from tda_export.models.row_dropping import dropping
-from tda_export.packing import RowBytes, linear_outputs, linear_shape, packed_matrices
+from tda_export.packing import Packing, RowBytes, linear_outputs, linear_shape, packed_matrices
 from tda_export.quantization.kl import Compared, compare, continuations, summarise
 from tda_export.report.axes import around
 from tda_export.report.charts import line_chart
 from tda_export.report.colours import css_variables
 from tda_export.report.drawing import Series
 
-PACKING = "sites"
+PACKING: Packing = "sites"
 PROMPT, CONTINUATION = 384, 128
 SPARSITIES = (0.05, 0.15, 0.3, 0.5)
 LIGHT = "--page:#fff;--ink:#1b1b1b;--quiet:#595959;--grid:#e8e8e8;"
@@ -64,7 +64,10 @@ def measure(
     squares: Any,
 ) -> Iterator[Row]:
     """Yield bytes and KL at each price, by the share of rows that was asked for."""
-    rows = squares.row_prices(spec, PACKING, stored.row_bytes) if len(prices) > 1 else {}
+    rows = {}
+    if stored.row_bytes is not None:
+        packing: Packing = PACKING if stored.row_bytes.suits(spec, PACKING) else "separate"
+        rows = squares.row_prices(spec, packing, stored.row_bytes)
     compared: dict[float, list[Compared]] = {share: [] for share in prices}
     densities: dict[float, list[dict[str, torch.Tensor]]] = {share: [] for share in prices}
     for window, target in zip(windows, dense, strict=True):
@@ -112,16 +115,22 @@ def linear_bytes(row_bytes: RowBytes, spec: Any, densities: dict[str, torch.Tens
 
 
 def prices_of(priced: Any, spec: Any, row_bytes: RowBytes) -> dict[float, float]:
-    """Return λ by the share of rows: the table's, by the bytes of a row."""
+    """Return λ by the share of rows that the calibration's table gives for it, per byte of this format's rows.
+
+    Where all matrices have one format, these are the rows read. Where formats are mixed, a row of more bytes has to be
+    worth more, so that fewer of the wide ones are read.
+    """
     outputs, table = linear_outputs(spec), priced.table(PACKING)
-    factors = {
-        priced.row_bytes.of(layer, parts, outputs) / row_bytes.of(layer, parts, outputs)
-        for layer in range(spec.num_layers)
-        for parts in packed_matrices(spec, PACKING).values()
-    }
-    if max(factors) > 1.02 * min(factors):
-        raise SystemExit("The bytes of this format's rows do not differ from the calibration's by one factor.")
-    return {1.0: 0.0} | {1 - s: table.price_for(sparsity=s) * max(factors) for s in SPARSITIES}
+    theirs, own = (
+        sum(
+            each.of(layer, parts, outputs) * linear_shape(spec, parts[0])[0]
+            for layer in range(spec.num_layers)
+            for parts in packed_matrices(spec, "separate").values()
+        )
+        for each in (priced.row_bytes, row_bytes)
+    )
+    factor = theirs / own
+    return {1.0: 0.0} | {1 - s: table.price_for(sparsity=s) * factor for s in SPARSITIES}
 
 
 def chart(rows: list[Row]) -> str:
@@ -190,7 +199,7 @@ def main() -> None:
         stored, prices = make(), {1.0: 0.0}
         dense = dense or float_continuations(source, windows, options.folder / "float.pt")
         ours = stored.row_bytes is not None
-        if ours and name.removeprefix("ours ") not in MIXED:
+        if ours:
             if priced is None:
                 path = options.prices or options.folder / "prices.safetensors"
                 if not path.is_file():
@@ -202,7 +211,7 @@ def main() -> None:
             prices = prices_of(priced, spec, stored.row_bytes)
         for found in measure(stored, spec, windows, dense, prices, priced and priced.sums):
             part = f"{name}, {found['share']:.2f} of rows" if found["share"] < 1 else name
-            series = name if len(prices) > 1 else "ours, int4 and int8 mixed" if ours else name.split()[0]
+            series = name if ours else name.split()[0]
             rows.append({"name": name, "label": part, "series": series, "ours": ours, **found})
             options.results.parent.mkdir(parents=True, exist_ok=True)
             with options.results.open("a", encoding="utf-8") as file:

@@ -131,6 +131,10 @@ def open_session(
     options.log_severity_level = ERRORS_ONLY
     if threads := os.environ.get(THREADS):
         options.intra_op_num_threads = _thread_count(threads)
+    if provider != CUDA:
+        # Each session has its own threads. Those of prefill would wait busily for tens of milliseconds after the prompt
+        # and take the cores from the first steps of decode.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
     if isinstance(graph, bytes):
         folder = str(artifact.weights_file.parent)
