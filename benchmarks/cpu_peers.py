@@ -65,7 +65,7 @@ def genai_folder(options: argparse.Namespace, model: Path) -> Path:
     if not (folder / "genai_config.json").is_file():
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", model, "-o", folder]
         command += ["-p", "int4", "-e", "cpu", "-c", options.folder / "cache"]
-        command += ["--extra_options", "int4_block_size=32", "int4_accuracy_level=4"]
+        command += ["--extra_options", "block_size=32", "accuracy_level=4"]
         subprocess.run([str(word) for word in command], check=True, stdout=sys.stderr)
     return folder
 

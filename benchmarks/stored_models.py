@@ -29,7 +29,11 @@ MIXED = {  # parts of int4 that are int8
 LLAMA = ("Q4_0", "Q4_K_M", "Q8_0")
 IMATRIX = ("Q4_0", "Q4_K_M")
 IMATRIX_SEQUENCES, IMATRIX_LENGTH = 16, 384
-GENAI: dict[str, list[str]] = {"int4": [], "int4 k_quant, head int8": ["int4_algo_config=k_quant_last"]}
+GENAI: dict[str, list[str]] = {
+    "int4": [],
+    "int4 k_quant, head int8": ["algo_config=k_quant_last", "is_symmetric=false"],
+    "int4 k_quant, mixed": ["algo_config=k_quant_mixed", "is_symmetric=false"],
+}
 
 Make = Callable[[], "Stored"]
 
@@ -183,7 +187,7 @@ class Stacks:
             if not (folder / "model.onnx").is_file():
                 command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", self.copy, "-o", folder]
                 command += ["-p", "int4", "-e", "cpu", "-c", self.folder / "cache"]
-                run(*command, "--extra_options", "int4_block_size=32", *words)
+                run(*command, "--extra_options", "block_size=32", *words)
             weights, linear, head = {}, 0, 0
             for matrix, value, size in onnx_matrices(folder / "model.onnx"):
                 if matrix.startswith("lm_head"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
+import json
 import os
 import shutil
 import signal
@@ -80,6 +82,21 @@ def replicas(tiny_artifact: Path) -> Iterator[Replicas]:
         yield found
 
 
+def ask_slowly(replicas: Replicas, conversation: str) -> tuple[int, str | None]:
+    """Send the head of a request, and later its body. Return the status, and who answered."""
+    connection = http.client.HTTPConnection(replicas.url.removeprefix("http://"), timeout=60)
+    body = json.dumps({"model": "sea", "prompt": "The sea", "max_tokens": 3}).encode()
+    connection.putrequest("POST", "/v1/completions")
+    for name, value in {"Content-Type": "application/json", "X-Conversation": conversation}.items():
+        connection.putheader(name, value)
+    connection.putheader("Content-Length", str(len(body)))
+    connection.endheaders()
+    time.sleep(0.1)
+    connection.send(body)
+    with connection.getresponse() as answer:
+        return answer.status, answer.getheader("X-Replica")
+
+
 def test_requests_go_round_and_conversations_stay(replicas: Replicas) -> None:
     assert {replicas.ask() for _ in range(4)} == {"a", "b"}
     homes = replicas.homes()
@@ -133,6 +150,9 @@ def test_one_is_stopped_in_good_order(replicas: Replicas) -> None:
         assert stream.response.headers["X-Replica"] == "a"
         next(stream)
         replicas.servers["a"].send_signal(signal.SIGTERM)
+        while (answer := ask_slowly(replicas, ours)) == (200, "a"):
+            pass  # it has not heard of its end yet
+        assert answer == (200, "b")
         assert {replicas.ask(ours) for _ in range(5)} <= {"a", "b"}
         assert list(stream)[-1].choices[0].finish_reason == "length"
     assert replicas.servers["a"].wait(60) == 0
