@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
 from tda_export.files import sha256
 from tda_export.graph import contract
-from tests.fuzz import Case, mutate_bytes, mutate_json, run, run_all
+from tests.conftest import run_cli, run_ok
+from tests.fuzz import Case, Outcome, mutate_bytes, mutate_json, run_all
 from tests.tiny import save_tiny_model
 
 PROMPT = "The sea is calm tonight"
@@ -21,6 +25,18 @@ SECONDS = 60.0  # for one mutation, of which each takes a fraction of a second
 GENERATE = (PROMPT, "--max-new-tokens", 6, "--provider", "cpu", "--json")
 # What a generation says that does not differ from run to run.
 FIGURES = ("prompt_tokens", "new_tokens", "density", "sparsity", "dense_bytes_per_token")
+# Float16: NaN, infinities, the smallest and the largest denormal, the largest numbers, zeros.
+SCALES = np.array([0x7E00, 0x7C00, 0xFC00, 0x0001, 0x03FF, 0x7BFF, 0xFBFF, 0x0000, 0x8000], np.uint16)
+FORMATS = ("int4_g32", "int4_g64", "int4_g128", "int8_g32", "int8_g64", "float32", "float16", "int3_g32", "", None, 4)
+
+
+def run(*arguments: object) -> Outcome:
+    """Run a command in this process."""
+    result = run_cli(*arguments)
+    text = ""
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        text = "".join(traceback.format_exception(*result.exc_info))  # type: ignore[misc]
+    return Outcome(result.exit_code, result.stdout, result.stderr, text)
 
 
 def told(stdout: str) -> list[object]:
@@ -76,11 +92,22 @@ def _bytes_of(name: str, folder: Path, random: random.Random, where: Path) -> st
     return generates_or_says_why(artifact, where)
 
 
-def _enter_size(artifact: Path, name: str) -> None:
+def _change_manifest(artifact: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path = artifact / contract.MANIFEST_FILE
     manifest = json.loads(path.read_text())
-    manifest["files"][name]["size"] = (artifact / name).stat().st_size
+    change(manifest)
     path.write_text(json.dumps(manifest))
+
+
+def _enter_size(artifact: Path, name: str) -> None:
+    size = (artifact / name).stat().st_size
+    _change_manifest(artifact, lambda manifest: manifest["files"][name].update(size=size))
+
+
+def _enter(artifact: Path, name: str) -> None:
+    """Enter what a file is now, as if it had been built so."""
+    entry = {"size": (artifact / name).stat().st_size, "sha256": sha256(artifact / name)}
+    _change_manifest(artifact, lambda manifest: manifest["files"].update({name: entry}))
 
 
 def graph_names(folder: Path, random: random.Random, where: Path) -> str:
@@ -104,10 +131,7 @@ def graph_names(folder: Path, random: random.Random, where: Path) -> str:
         external = [tensor for tensor in graph.initializer if tensor.external_data]
         random.choice(random.choice(external).external_data).value = random.choice([other, "-1", "9" * 30, "../x"])
     (artifact / name).write_bytes(model.SerializeToString())
-    path = artifact / contract.MANIFEST_FILE
-    manifest = json.loads(path.read_text())
-    manifest["files"][name] = {"size": (artifact / name).stat().st_size, "sha256": sha256(artifact / name)}
-    path.write_text(json.dumps(manifest))
+    _enter(artifact, name)
     return generates_or_says_why(artifact, where)
 
 
@@ -176,6 +200,92 @@ def model_config(folder: Path, random: random.Random, where: Path) -> str:
     return run("generate", folder / "built", *GENERATE).problem
 
 
+def code_values(folder: Path, random: random.Random, where: Path) -> str:
+    """Codes, scales or zero points of one matrix are others, and the manifest has the new hash."""
+    artifact = copied(folder, where, "artifact")
+    manifest = json.loads((artifact / contract.MANIFEST_FILE).read_text())
+    matrices = [matrix["tensors"] for matrix in manifest["matrices"].values()]
+    place = random.choice([0, 1, 1, 1, 2])
+    entry = manifest["weights"][random.choice(matrices)[place]]
+    path, size = artifact / contract.WEIGHTS_FILE, contract.tensor_bytes(entry["shape"], entry["dtype"])
+    data = bytearray(path.read_bytes())
+    if place == 1:
+        scales = np.frombuffer(data, np.uint16, size // 2, entry["offset"])
+        chosen = random.choices(range(len(scales)), k=random.choice([1, len(scales)]))
+        scales[chosen] = random.choice(SCALES)
+    else:
+        filled = random.choice([random.randbytes(size), bytes(size), b"\xff" * size])
+        data[entry["offset"] : entry["offset"] + size] = filled
+    path.write_bytes(data)
+    _enter(artifact, path.name)
+    price = random.choice([(), ("--price", 0.001), ("--price", 1e30)])
+    return run("generate", artifact, *GENERATE, *price).problem or run("inspect", artifact).problem
+
+
+def weights_length(folder: Path, random: random.Random, where: Path) -> str:
+    """weights.bin ends too soon, and the manifest may say so: always an error."""
+    artifact = copied(folder, where, "artifact")
+    path = artifact / contract.WEIGHTS_FILE
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.truncate(random.choice([0, 1, size // 2, size - 1, random.randrange(size)]))
+    if random.random() < 0.8:
+        _enter(artifact, path.name)
+    outcome = run("generate", artifact, *GENERATE)
+    return outcome.problem or ("" if outcome.exit_code else f"it generates all the same: {outcome.stdout}")
+
+
+def matrix_values(folder: Path, random: random.Random, where: Path) -> str:
+    """What the manifest says of a matrix or of one of its tensors: its format, sizes or place."""
+    artifact = copied(folder, where, "artifact")
+
+    def size(value: int) -> int:
+        return random.choice([value + 1, value - 1, 2 * value, value // 2, 0, -1, 2**40])
+
+    def change(manifest: dict[str, Any]) -> None:
+        matrix = random.choice(list(manifest["matrices"].values()))
+        tensor = manifest["weights"][random.choice(matrix["tensors"])]
+        key = random.choice(["format", "format", "rows", "columns", "tensors", "major", "shape", "dtype", "offset"])
+        if key == "format":
+            matrix[key] = random.choice(FORMATS)
+        elif key == "tensors":
+            matrix[key] = random.choice([matrix[key][:-1], matrix[key][::-1], [*matrix[key], "other"], []])
+        elif key == "major":
+            matrix[key] = "input" if matrix[key] == "output" else "output"
+        elif key == "shape":
+            tensor[key][random.randrange(2)] = size(tensor[key][1])
+        elif key == "dtype":
+            tensor[key] = random.choice(["uint8", "int8", "float16", "float32", ""])
+        else:
+            holder = tensor if key == "offset" else matrix
+            holder[key] = size(holder[key])
+
+    _change_manifest(artifact, change)
+    return generates_or_says_why(artifact, where)
+
+
+def node_sizes(folder: Path, random: random.Random, where: Path) -> str:
+    """A number of a node, or a shape or type of a weight in a graph; the manifest has the graph's new hash."""
+    artifact = copied(folder, where, "artifact")
+    name = random.choice([contract.PREFILL_FILE, contract.DECODE_FILE])
+    model = onnx.load(artifact / name, load_external_data=False)
+    nodes = [node for node in model.graph.node if node.op_type.startswith(("RowLinear", "Linear", "GatherBlock"))]
+    if random.random() < 0.7:
+        attribute = random.choice([value for value in random.choice(nodes).attribute if value.type == value.INT])
+        value = attribute.i
+        attribute.i = random.choice([0, -1, value + 1, value - 1, 2 * value, value // 2, 2**31, 2**62])
+    else:
+        names = {weight for node in nodes for weight in node.input}
+        tensor = random.choice([tensor for tensor in model.graph.initializer if tensor.name in names])
+        if random.random() < 0.7:
+            tensor.dims[random.randrange(len(tensor.dims))] = random.choice([0, -1, 1, tensor.dims[0] + 1, 2**40])
+        else:
+            tensor.data_type = random.choice([1, 2, 3, 10, 16, 21, 22])
+    (artifact / name).write_bytes(model.SerializeToString())
+    _enter(artifact, name)
+    return run("generate", artifact, *GENERATE).problem
+
+
 MUTATIONS: dict[Callable[[Path, random.Random, Path], str], int] = {
     manifest_values: 110,
     manifest_bytes: 20,
@@ -189,13 +299,18 @@ MUTATIONS: dict[Callable[[Path, random.Random, Path], str], int] = {
 }
 
 
-@pytest.fixture(scope="module")
-def good(tiny_artifact: Path, tiny_calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an artifact, a calibration and a model, and what the artifact generates."""
-    folder = tmp_path_factory.mktemp("good")
-    shutil.copytree(tiny_artifact, folder / "artifact")
-    shutil.copy(tiny_calibration, folder / "calibration.safetensors")
-    save_tiny_model("llama", folder / "model", num_hidden_layers=1)
+# Of artifacts of integers; half of the seeds for each.
+INTEGER_MUTATIONS: dict[Callable[[Path, random.Random, Path], str], int] = {
+    code_values: 16,
+    weights_length: 4,
+    matrix_values: 10,
+    node_sizes: 12,
+}
+
+
+def _good(artifact: Path, folder: Path) -> Path:
+    """A folder with an artifact, and what it generates."""
+    shutil.copytree(artifact, folder / "artifact")
     outcome = run("generate", folder / "artifact", *GENERATE)
     assert outcome.exit_code == 0, outcome
     (folder / "told.json").write_text(json.dumps(told(outcome.stdout)))
@@ -203,8 +318,31 @@ def good(tiny_artifact: Path, tiny_calibration: Path, tmp_path_factory: pytest.T
     return folder
 
 
-def test_altered_files(good: Path) -> None:
-    cases = [Case(check, seed, good) for check, count in MUTATIONS.items() for seed in range(count)]
+@pytest.fixture(scope="module")
+def floats(tiny_artifact: Path, tiny_calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an artifact, a calibration and a model, and what the artifact generates."""
+    folder = _good(tiny_artifact, tmp_path_factory.mktemp("floats", numbered=False))
+    shutil.copy(tiny_calibration, folder / "calibration.safetensors")
+    save_tiny_model("llama", folder / "model", num_hidden_layers=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def integers(
+    tiny_model: Path, priced_calibration: Path, integer_artifact: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
+    """Folders as of floats: four bits, and mostly eight in groups that do not divide every row."""
+    both = tmp_path_factory.mktemp("artifacts") / "both"
+    formats = ("--weights", "int8", "--group", 64, "--weights-for", "layers.0.*=int4")
+    run_ok("build", tiny_model, "--calibration", priced_calibration, *formats, "--price", "0", "-o", both)
+    names = {"int4_g32": integer_artifact, "int8_g64": both}
+    return [_good(artifact, tmp_path_factory.mktemp(name, numbered=False)) for name, artifact in names.items()]
+
+
+def test_altered_files(floats: Path, integers: list[Path]) -> None:
+    cases = [Case(check, seed, floats) for check, count in MUTATIONS.items() for seed in range(count)]
     assert len(cases) >= 300
+    for check, count in INTEGER_MUTATIONS.items():
+        cases += [Case(check, seed, integers[seed % 2]) for seed in range(count)]
     wrong = run_all(cases, SECONDS)
     assert not wrong, "\n\n".join(f"{case}: {problem}" for case, problem in wrong.items())

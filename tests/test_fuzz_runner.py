@@ -40,11 +40,11 @@ def test_a_mutation_that_ends_its_process_is_named(tmp_path: Path) -> None:
     checks = [is_right, ends_its_process, is_right, fails, never_ends, ends_its_process, is_right, fails]
     wrong = run_all([Case(check, seed, tmp_path / "good") for seed, check in enumerate(checks)], 10.0)
     assert {case: problem.strip().rpartition("\n")[2] for case, problem in wrong.items()} == {
-        "ends_its_process with seed 1": "ended its process with -11",
-        "ends_its_process with seed 5": "ended its process with -11",
-        "fails with seed 3": "ValueError: this one",
-        "fails with seed 7": "ValueError: this one",
-        "never_ends with seed 4": "not done after 10.0 s",
+        "ends_its_process of good with seed 1": "ended its process with -11",
+        "ends_its_process of good with seed 5": "ended its process with -11",
+        "fails of good with seed 3": "ValueError: this one",
+        "fails of good with seed 7": "ValueError: this one",
+        "never_ends of good with seed 4": "not done after 10.0 s",
     }
 
 

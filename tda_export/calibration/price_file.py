@@ -114,8 +114,6 @@ def priced_from(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor])
     continuation = int(content["continuation_tokens"])
     prompts = content.get("prompts")
     prompts = None if prompts is None else (int(prompts[0]), int(prompts[1]))
-    if prompts is not None and any(table.short_kl is None for table in measured.values()):
-        raise ValueError("no KL after short prompts")
     return Priced(linears, sums, magnitudes, norms, row_bytes, continuation, measured, prompts)
 
 
@@ -129,6 +127,8 @@ def finished(priced: Priced) -> Priced:
         raise ValueError("prices of no token")
     if not priced.measured:
         raise ValueError("no table of prices")
+    if priced.prompts is not None and any(table.short_kl is None for table in priced.measured.values()):
+        raise ValueError("no KL after short prompts")
     priced.tables()
     return priced
 

@@ -48,13 +48,24 @@ class PriceSettings:
     packings: Sequence[Packing]
     prefix_tokens: int = 0
 
+    @property
+    def prompts(self) -> tuple[int, int] | None:
+        """Tokens of a short prompt and of the others; None where none can be short."""
+        short = short_prompt(self.prompt_tokens, self.prefix_tokens)
+        return None if short is None else (short, self.prompt_tokens)
+
 
 def begin_priced(
-    spec: DecoderSpec, norms: dict[str, torch.Tensor], row_bytes: RowBytes, continuation_tokens: int
+    spec: DecoderSpec,
+    settings: PriceSettings,
+    norms: dict[str, torch.Tensor],
+    row_bytes: RowBytes,
+    continuation_tokens: int,
 ) -> Priced:
     """Return prices of a model before any work."""
     linears = {part: linear_shape(spec, part) for part in linear_parts(spec)}
-    return Priced(linears, no_prices(spec), no_magnitudes(spec), norms, row_bytes, continuation_tokens)
+    sums, magnitudes = no_prices(spec), no_magnitudes(spec)
+    return Priced(linears, sums, magnitudes, norms, row_bytes, continuation_tokens, prompts=settings.prompts)
 
 
 def check_sequences(count: int) -> None:
@@ -106,9 +117,7 @@ def price_rows(
     scanned = tokens[::2][:SCAN_SEQUENCES]
     passes = 1 + len(SHARES) * len(settings.packings)
     prompt, prefix = settings.prompt_tokens, settings.prefix_tokens
-    short = short_prompt(prompt, prefix)
-    shorter = 0 if short is None else min(SHORT_SEQUENCES, len(tokens[1::2]))
-    priced = replace(priced, prompts=None if short is None else (short, prompt))
+    shorter = 0 if priced.prompts is None else min(SHORT_SEQUENCES, len(tokens[1::2]))
     with show("Measuring prices", len(scanned) + passes * (len(tokens[1::2]) + shorter)) as advance:
         if not priced.measured:
             chosen = choose_prices(model, spec, scanned, prompt, row_prices, priced.row_bytes, advance, ranks)
@@ -129,7 +138,8 @@ def price_rows(
         def measure(item: tuple[int, torch.Tensor], together: int) -> dict[Packing, Measured]:
             index, sequence = item
             own = measure_after(prompt, sequence, together)
-            if short is not None and index < shorter:
+            if priced.prompts is not None and index < shorter:
+                short = priced.prompts[0]
                 end = shortened(sequence, len(sequence) - prompt + short, prefix)
                 for packing, found in measure_after(short, end, together).items():
                     own[packing].short_kl = found.kl

@@ -161,6 +161,15 @@ class Measured:
         if other.short_kl is not None:
             self.short_kl = other.short_kl if self.short_kl is None else torch.cat([self.short_kl, other.short_kl])
 
+    def measured_short(self, short: bool) -> bool:
+        """Tell whether every sequence so far that should be measured after a short prompt was.
+
+        Args:
+            short: Whether there are short prompts; no sequence is measured after one otherwise.
+        """
+        found = 0 if self.short_kl is None else len(self.short_kl)
+        return found == (min(len(self.kl), SHORT_SEQUENCES) if short else 0)
+
     def densities(self, linears: LinearShapes) -> dict[str, torch.Tensor]:
         """Return the share of rows that a token read, by part, float64 [A, L]."""
         return {part: read / (self.tokens * linears[part][0]) for part, read in self.read.items()}

@@ -89,6 +89,8 @@ class PartialFile:
     def load_priced(self, begun: Priced) -> Priced | None:
         """Read what an earlier run left of prices, if it was of the same calibration; None otherwise.
 
+        A version under development may have measured fewer sequences after short prompts: None as well.
+
         Args:
             begun: Prices of the same model before any work.
         """
@@ -97,6 +99,8 @@ class PartialFile:
             named = {name.removeprefix(PRICED): value for name, value in tensors.items()}
             priced = priced_from(describe_priced(begun), named)
         except UNREADABLE:
+            return None
+        if not all(table.measured_short(begun.prompts is not None) for table in priced.measured.values()):
             return None
         self._parts[PRICED] = tensors
         return priced

@@ -268,12 +268,13 @@ def _price(
             f"{source.name}: linears that read the same input have different formats, or columns that are not "
             "whole groups, and cannot lie side by side. Calibrate with --packing separate."
         )
-    begun = begin_priced(spec, row_norms(model, spec), row_bytes, settings.continuation_tokens)
+    how = PriceSettings(settings.prompt_tokens, settings.labels, settings.seed, packings, corpus.prefix_tokens)
+    begun = begin_priced(spec, how, row_norms(model, spec), row_bytes, settings.continuation_tokens)
     return price_rows(
         model,
         spec,
         corpus.tokens,
-        PriceSettings(settings.prompt_tokens, settings.labels, settings.seed, packings, corpus.prefix_tokens),
+        how,
         begun,
         show=show,
         resume=ranks.from_first(lambda: partial.load_priced(begun) if partial else None),

@@ -198,6 +198,13 @@ def test_no_sequence_was_priced(path: Path) -> None:
         read_calibration(path)
 
 
+def test_short_prompts_were_not_measured(path: Path) -> None:
+    write(path)
+    rewrite(path, lambda metadata, tensors: tensors.pop("measured.sites.short_kl"))
+    with pytest.raises(TdaError, match=r"not a readable calibration \(no KL after short prompts"):
+        read_calibration(path)
+
+
 def test_a_file_without_short_prompts_has_one_kl(path: Path) -> None:
     """As files of before are."""
 

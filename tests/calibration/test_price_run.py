@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tda_export.calibration import price_run
 from tda_export.calibration.corpus import Corpus
@@ -166,6 +168,29 @@ def test_an_interrupted_run_goes_on(
     assert list(done.values()) == [pricings, measurings]
     assert all(units == came for _, units, came in shown.bars)
     assert_equal(calibration, uninterrupted)
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_sequences_that_were_not_measured_after_a_short_prompt_are_not_used(
+    tiny: ModelSource, uninterrupted: Calibration, tmp_path: Path, left: int
+) -> None:
+    """An earlier version counted them as done: of two sequences `left` have a KL after a short prompt."""
+    output, partial = tmp_path / "calibration", tmp_path / "calibration.partial"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, price_run, "measure_sequence", 4, after=False)
+        with pytest.raises(Interruption):
+            calibrate(tiny, CORPUS, SETTINGS, BUDGET, show=Shown(), output=output)
+    with safe_open(partial, framework="pt") as file:
+        metadata, saved = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for packing in PACKINGS:
+        assert len(saved[f"priced.measured.{packing}.kl"]) == 2
+        kl = saved.pop(f"priced.measured.{packing}.short_kl")
+        saved |= {f"priced.measured.{packing}.short_kl": kl[:left].contiguous()} if left else {}
+    save_file(saved, partial, metadata=metadata)
+    shown = Shown()
+    found = calibrate(tiny, CORPUS, SETTINGS, BUDGET, show=shown, output=output)
+    assert [bar[0] for bar in shown.bars] == ["Pricing", "Measuring prices"]
+    assert_equal(found, uninterrupted)
 
 
 @pytest.mark.parametrize(

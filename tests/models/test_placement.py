@@ -50,8 +50,9 @@ def offload(model: Any, spec: DecoderSpec) -> Any:
 
 
 def priced(model: Any, spec: DecoderSpec) -> Priced:
-    begun = begin_priced(spec, row_norms(model, spec), RowBytes(4), 4)
-    return price_rows(model, spec, TOKENS, PriceSettings(PROMPT, 2, 0, PACKINGS), begun, show=Shown())
+    settings = PriceSettings(PROMPT, 2, 0, PACKINGS)
+    begun = begin_priced(spec, settings, row_norms(model, spec), RowBytes(4), 4)
+    return price_rows(model, spec, TOKENS, settings, begun, show=Shown())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
