@@ -8,9 +8,10 @@ are de-quantised into PyTorch, float32, and each model reads windows of 384 + 12
 though llama.cpp and GenAI round them to 8 bits on the CPU, which adds to their loss.
 
 - Ours: float16; int8 by `quantize --quantizer rtn`; int4 by `quantize` (GPTQ); int4 with some matrices from the int8
-  folder, as `--weights-for` would store them. Each dense, and at prices after a dense prompt. c² of rows are those of
-  CALIBRATION, by default `tda-export calibrate FOLDER/int4 --packing sites`, for every format. λ comes from its table,
-  by the bytes of a row; a mixed folder reads somewhat other rows at it than the share in its label.
+  folder, by part or by what each loses (`sensitivity.py`), as `--weights-for` would store them. Each dense, and at
+  prices after a dense prompt. c² of rows are those of CALIBRATION for every format, by default `tda-export calibrate
+  FOLDER/int4 --packing sites`. λ comes from its table, by the bytes of a row; a mixed folder reads somewhat other rows
+  at it than the share in its label.
 - llama.cpp: `llama-quantize` of its default mixtures, without and with an importance matrix, which is made here of the
   text that GPTQ reads. `cpu_peers.py` says how to build it; LLAMA_CPP_BIN is the folder of the program.
 - GenAI: its builder, int4 in blocks of 32, its default and `k_quant` with the head int8.
@@ -50,6 +51,9 @@ LIGHT = "--page:#fff;--ink:#1b1b1b;--quiet:#595959;--grid:#e8e8e8;"
 DARK = "--page:#15171a;--ink:#e8e8e8;--quiet:#a6a6a6;--grid:#2a2e33;"
 STYLE = """text{fill:var(--ink);font:12px system-ui,sans-serif}.tick,.note{fill:var(--quiet)}.grid{stroke:var(--grid)}
 .axis{stroke:var(--quiet)}.line{fill:none;stroke-width:2}.error{stroke-width:1.4}.mark{stroke:var(--page)}"""
+
+# Of ours, what the chart shows; the table has all.
+CHARTED = ("ours float16", "ours int8", "ours int4", "ours int4, 16 MB more for int8")
 
 Row = dict[str, Any]
 
@@ -133,7 +137,8 @@ def prices_of(priced: Any, spec: Any, row_bytes: RowBytes) -> dict[float, float]
     return {1.0: 0.0} | {1 - s: table.price_for(sparsity=s) * factor for s in SPARSITIES}
 
 
-def chart(rows: list[Row]) -> str:
+def chart(every_row: list[Row]) -> str:
+    rows = [row for row in every_row if not row["ours"] or row["name"] in CHARTED]
     series = []
     for style, name in enumerate(dict.fromkeys(row["series"] for row in rows)):
         mine = sorted((row for row in rows if row["series"] == name), key=lambda row: row["megabytes"])

@@ -15,10 +15,9 @@ DATA, PICTURE = FOLDER / "picture.json", FOLDER / "picture.svg"
 
 WIDTH, HEIGHT = 860, 340
 PANEL, LEFT, GAP = 350, 62, 50  # width of a panel, left margin, space between panels
-TOP, BOTTOM = 78, 262  # y of the largest and of no loss
-UNKNOWN = 58  # y of peers whose loss was not measured
-MOST_KL = 0.3
-MOST_FASTER = 1.75
+TOP, BOTTOM = 44, 262  # y of the largest and of no loss
+MOST_KL = 0.5
+MOST_FASTER = 2.25
 STYLE = """
   text { font: 13px system-ui, sans-serif; fill: #24292f; } .small { font-size: 12px; fill: #57606a; }
   .title { font-weight: 600; } .axis { stroke: #8c959f; } .grid { stroke: #d0d7de; stroke-dasharray: 2 3; }
@@ -47,23 +46,21 @@ def height(kl: float) -> float:
 
 
 def panel(data: dict[str, Any], left: float) -> list[str]:
-    """Return the marks of one panel: peers are hollow, and those without a loss lie above the axis."""
+    """Return the marks of one panel: peers are hollow."""
     scale = PANEL / MOST_FASTER
     parts = [text(left, 22, data["title"], style="title"), line(left, BOTTOM, left + PANEL, BOTTOM, "axis")]
     parts.append(line(left, TOP, left, BOTTOM, "axis"))
-    for kl in (0, 0.1, 0.2, 0.3):
+    for kl in (0, 0.1, 0.2, 0.3, 0.4, 0.5):
         parts.append(text(left - 8, height(kl) + 4, f"{kl:g}", style="small", anchor="end"))
         parts.append(line(left, height(kl), left + PANEL, height(kl), "grid"))
-    for faster in (0, 0.5, 1, 1.5):
+    for faster in (0, 0.5, 1, 1.5, 2):
         parts.append(text(left + faster * scale, BOTTOM + 18, f"{faster:g}", style="small", anchor="middle"))
     parts.append(text(left + PANEL / 2, BOTTOM + 36, data["axis"], style="small", anchor="middle"))
     points = [(left + float(point["faster"]) * scale, point) for point in data["points"]]
-    if any("kl" not in point for _, point in points):
-        parts.append(text(left, UNKNOWN - 14, "loss not measured here:", style="small"))
     ours = " ".join(f"{x:.1f},{height(float(point['kl'])):.1f}" for x, point in points if not point.get("peer"))
     parts.append(f'<polyline points="{ours}" class="line"/>')
     for x, point in points:
-        y = height(float(point["kl"])) if "kl" in point else UNKNOWN
+        y = height(float(point["kl"]))
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" class="{"peer" if point.get("peer") else "ours"}"/>')
         right = point["side"] == "right"
         parts.append(text(x + (9 if right else -9), y - 6, point["label"], anchor="start" if right else "end"))

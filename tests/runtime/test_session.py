@@ -155,3 +155,9 @@ def test_threads_of_sessions(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatc
             UsageError, match=rf"^TDA_EXPORT_THREADS={wrong}: give a whole number of threads from 1, or"
         ):
             load(tiny_artifact, provider="cpu")
+
+
+def test_threads_of_one_session_leave_the_cores_to_the_other(tiny_artifact: Path) -> None:
+    sessions = load(tiny_artifact, provider="cpu").sessions
+    for session in (sessions.prefill, sessions.decode):
+        assert session.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"
