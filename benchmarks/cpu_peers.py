@@ -10,7 +10,8 @@
   -DLLAMA_CURL=OFF && cmake --build build --target llama-bench llama-quantize`.
 - ONNX Runtime GenAI, int4 in blocks of 32, head included, int8 arithmetic (accuracy level 4), made by its own builder.
 - Ours: an artifact of four-bit priced rows, dense and at 0.7 and 0.5 of the rows' bytes; of --shape, with random
-  weights, two are made here (`bench/artifact.py`): with the default's int8 head, and with a head of four bits.
+  weights, they are made here (`bench/artifact.py`): with the default's int8 head, with a head of four bits, and with
+  keys and values of eight bits. Peers keep keys and values as floats of 16 bits (llama.cpp) or 32 (GenAI), ours of 32.
 
 Every round times all of them, one after another. Prints one JSON object: milliseconds a token and of a prompt of
 --depth tokens as medians with ranges, and how many times faster than the fastest peer in the same round, and than the
@@ -173,7 +174,7 @@ def genai(options: argparse.Namespace, folder: Path, prompt: list[int]) -> Calla
 
 
 def ours(
-    head: str, artifact: Path, prices: dict[str, float], prompt: list[int]
+    label: str, artifact: Path, prices: dict[str, float], prompt: list[int]
 ) -> dict[str, Callable[[], tuple[float, float]]]:
     from tda_export.bench.priced import PricedRunner
     from tda_export.runtime.artifact import open_artifact
@@ -192,11 +193,11 @@ def ours(
 
         return measure
 
-    return {f"ours {name}, {head}": measuring(price) for name, price in prices.items()}
+    return {f"ours {name}, {label}": measuring(price) for name, price in prices.items()}
 
 
 def our_artifacts(options: argparse.Namespace, model: Path) -> dict[str, tuple[Path, dict[str, float]]]:
-    """Return artifacts by the format of their head, each with the price of each share of the rows' bytes."""
+    """Return artifacts by their caches and heads, each with the price of each share of the rows' bytes."""
     from tda_export.runtime.artifact import open_artifact
 
     if options.artifact:
@@ -212,15 +213,20 @@ def our_artifacts(options: argparse.Namespace, model: Path) -> dict[str, tuple[P
     from tda_export.models.source import resolve_model
 
     found = {}
-    for head, rule in ((HEAD_8, []), (HEAD_4, ["head=int4"])):
-        folder = options.folder / f"artifact-{head.replace(' ', '-')}"
+    for label, rule, kv in (
+        (HEAD_8, [], "float"),
+        (HEAD_4, ["head=int4"], "float"),
+        (f"KV int8, {HEAD_8}", [], "int8"),
+        (f"KV int8, {HEAD_4}", ["head=int4"], "int8"),
+    ):
+        folder = options.folder / f"artifact-{label.replace(', ', '-').replace(' ', '-')}"
         known = folder.with_suffix(".prices.json")
         if not known.is_file():
             source = resolve_model(str(model))
-            storage = storage_of(source, "float32", read_plan(source, "int4", 32, [*rule, *options.weights_for]))
-            _, drawn = build_random_priced(source, folder, storage, SPARSITIES, quiet=True)
+            storage = storage_of(source, "float32", read_plan(source, "int4", None, [*rule, *options.weights_for]))
+            _, drawn = build_random_priced(source, folder, storage, SPARSITIES, kv=kv, quiet=True)
             known.write_text(json.dumps({f"{1 - share:.2f}": price for share, price in drawn.items()}))
-        found[head] = folder, {"1.00": 0.0} | json.loads(known.read_text())
+        found[label] = folder, {"1.00": 0.0} | json.loads(known.read_text())
     return found
 
 
@@ -242,6 +248,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prepare-only", action="store_true")
+    parser.add_argument("--skip", action="append", default=[], help="ways whose name has this are left out; repeatable")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     model = hugging_face(options)
@@ -252,8 +259,9 @@ def main() -> None:
     prompt = [3 + i * 7919 % 250 for i in range(options.depth)]
     measures = [*(llama_bench(options, file) for file in ggufs), genai(options, genai_model, prompt)]
     ways = dict(zip(PEERS, measures, strict=True))
-    for head, (artifact, prices) in artifacts.items():
-        ways |= ours(head, artifact, prices, prompt)
+    for label, (artifact, prices) in artifacts.items():
+        ways |= ours(label, artifact, prices, prompt)
+    ways = {name: way for name, way in ways.items() if not any(part in name for part in options.skip)}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for number in range(1 + options.rounds):
         for name, measure in reversed(list(ways.items())) if number % 2 else ways.items():
@@ -262,13 +270,14 @@ def main() -> None:
     report: dict[str, Any] = {"model": options.shape or options.model, "depth": options.depth, "tokens": TOKENS}
     for name, measured in times.items():
         decode, prefill = zip(*measured[1:], strict=True)
-        same_head = tuple(peer for peer in PEERS if peer.split(", ")[-1] == name.split(", ")[-1])
+        peers = [peer for peer in PEERS if peer in times]
+        same_head = [peer for peer in peers if peer.split(", ")[-1] == name.split(", ")[-1]]
         report[name] = {
             "ms_per_token": 1e3 * statistics.median(decode),
             "ms_per_token_range": [1e3 * min(decode), 1e3 * max(decode)],
             "prefill_ms": 1e3 * statistics.median(prefill),
-            "times_faster_than_best_peer": times_faster(times, PEERS, name),
-            "times_faster_with_the_same_head": times_faster(times, same_head, name),
+            "times_faster_than_best_peer": times_faster(times, peers, name),
+            "times_faster_with_the_same_head": times_faster(times, same_head, name) if same_head else None,
         }
     print(json.dumps(report, indent=1))
 

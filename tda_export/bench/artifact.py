@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from tda_export.calibration.budgets import Budget
+from tda_export.graph import contract
 from tda_export.graph.export import BuildRequest, export_artifact
 from tda_export.graph.indexed import IndexedDesign
 from tda_export.graph.method import tda
@@ -68,6 +69,7 @@ def build_random_priced(
     sparsities: Sequence[float],
     *,
     packing: Packing | None = None,
+    kv: str = contract.KV_FLOAT,
     seed: int = 0,
     quiet: bool,
 ) -> tuple[Artifact, dict[float, float]]:
@@ -82,6 +84,7 @@ def build_random_priced(
         storage: How its weights are stored.
         sparsities: One, or a milder and a stronger one: shares of the linears' bytes that are not read.
         packing: Of the linears; None chooses by storage.
+        kv: How keys and values are stored, one of `contract.KV_FORMATS`.
         seed: Of the draw.
         quiet: No progress.
 
@@ -110,6 +113,6 @@ def build_random_priced(
             worth[order < scaled(unread, size, sparsity)[name] * inputs[name]] = level
         prices[name] = worth
     design = PricedDesign(chosen, prices, 0.0)
-    request = BuildRequest(source, storage, design, {"price": 0.0})
+    request = BuildRequest(source, storage, design, {"price": 0.0}, kv=kv)
     export_artifact(request, folder, quiet=quiet, check=lambda folder: None)
     return open_artifact(folder), dict(zip(sorted(sparsities), PRICES, strict=False))
