@@ -3,8 +3,8 @@
 The error of y = Σ_i x_i W[i, :] over the calibration's inputs is tr(E^T H E), H = X^T X. Once row i is rounded, the
 best change of each later row is a multiple of row i's error, with the factor from the Cholesky factor of the inverse of
 H. A group lies inside a row, so its scale is chosen when the row is rounded, from the row's current values, and any
-order of rows is possible: those with the largest Hessian diagonal come first. Source: GPTQ, arXiv 2210.17323, algorithm
-1; the order is `act_order` in its code.
+order of rows is possible: those with the largest Hessian diagonal come first.
+Source: GPTQ, arXiv 2210.17323, algorithm 1; the order is `act_order` in its code.
 """
 
 from __future__ import annotations

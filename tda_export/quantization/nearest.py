@@ -24,7 +24,7 @@ def read_matrix_rows(spec: DecoderSpec, weights: Weights, name: str) -> np.ndarr
 
     Raises:
         TdaError: A weight is not finite.
-            """
+    """
     layout = Layout(spec, weights)
     if name in (EMBEDDING, HEAD):
         module = spec.names.embedding if name == EMBEDDING else spec.names.head

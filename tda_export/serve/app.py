@@ -170,9 +170,7 @@ async def _chunks(reply: Reply, events: asyncio.Queue[Event], *, with_usage: boo
             return
         if event.text:
             yield server_sent(reply.piece(event.text))
-            await asyncio.sleep(
-                0
-            )  # see that the client has left before writing more, since asyncio complains
+            await asyncio.sleep(0)  # see that the client has left before writing more, since asyncio complains
         if isinstance(event, Done):
             yield server_sent(reply.end(event.metrics))
             if with_usage:
