@@ -1,4 +1,4 @@
-"""Where a model comes from: a Hugging Face folder, a hub id, a GGUF file, or the built-in model."""
+"""The source of a model: a Hugging Face folder, a hub id, a GGUF file, or the built-in model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ LOADING_PROBLEMS = {
     "mismatched_keys": "of another shape",
     "conversion_errors": "not converted",
 }
-MOST_ABSENT = 2  # times the checkpoint's weights; what is missing of less than that is named
+MOST_ABSENT = 2  # times the checkpoint's weights; the missing tensors are named if they are fewer
 OTHER_WEIGHTS = "transformers_weights"
 MISTRAL_FIX = "fix_mistral_regex"
 TOKENIZER_OPTIONS = {"mistral": {MISTRAL_FIX: True}}  # by model type; transformers says which checkpoints need it
@@ -74,18 +74,18 @@ class ModelSource:
             self._check_configuration_file()
         with _readable_errors(self):
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False, **self._gguf_argument)
-        if self.quantisation is not None:  # what is handed out is the de-quantised model's
+        if self.quantisation is not None:  # the returned configuration is the de-quantised model's
             del config.quantization_config
         return config
 
     @cached_property
     def quantisation(self) -> dict[str, Any] | None:
-        """What config.json says of how `tda-export quantize` made the folder, None of other models."""
+        """The quantisation entry of config.json in folders of `tda-export quantize`, None for other models."""
         return None if self.gguf else read_quantisation(self.folder)
 
     @property
     def formats(self) -> FormatPlan | None:
-        """The formats of a quantised folder's matrices, None of a float model."""
+        """The formats of a quantised folder's matrices, None for a float model."""
         return None if self.quantisation is None else self._quantised.plan
 
     @property
