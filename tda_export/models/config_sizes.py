@@ -44,7 +44,7 @@ def check_sizes(config: Mapping[str, Any], name: str, place: str) -> None:
     Args:
         config: Fields by name. Fields that are not sizes are ignored; None means that a field is absent.
         name: The model's name, for the message.
-            place: What the fields belong to, for the message.
+        place: What the fields belong to, for the message.
 
     Raises:
         TdaError: A size is not a whole number, is under 1, or is beyond any model's; the message names the field.
