@@ -6,7 +6,7 @@ A context has n tokens and a continuation m, so the model reads n + m - 1 tokens
   last token and the continuation under it. All m predictions come from sparse steps. Continuations of one context
   share its prefill.
 - `griffin`: as Griffin's published code scores (arXiv 2404.01365): all tokens except the last are read densely and give
-the prompt mask; only the last step is sparse. For m = 1 both protocols are the same.
+  the prompt mask; only the last step is sparse. For m = 1 both protocols are the same.
 
 Answers are short, so nothing is refreshed while they are scored. A context of one token (BOS or EOS for an empty
 context) leaves prefill nothing to read, so there is no prompt mask, and the continuation is scored densely.
