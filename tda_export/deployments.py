@@ -1,6 +1,6 @@
-"""From a budget to what decode is given: the one place where a command's budget becomes a deployment.
+"""Turn a budget into a deployment: the one place where a command's budget becomes what decode is given.
 
-Prices are chosen without PyTorch; budgets of masks are chosen from the calibration's curves, which need it.
+Prices are chosen without PyTorch; thresholds of prompt masks are chosen from the calibration's curves, which need it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a user asked for; None where nothing was.
+    """What a user asked for; a field is None where the user gave nothing.
 
-    `price` is of a byte; `sparsity` and `cett` are shares in [0, 1), `max_kl` is nats a token. `refresh`: another
-    refresh than the artifact's own. `calibration`: a calibration file instead of the artifact's own. `prompt_tokens`:
-    of the prompt that the KL of a price is predicted after, None for those of calibration.
+    `price` is the price of a byte; `sparsity` and `cett` are shares in [0, 1); `max_kl` is in nats per token. `refresh`
+    replaces the artifact's own refresh. `calibration` is a calibration file that replaces the artifact's own.
+    `prompt_tokens` is the prompt length for which the KL of a price is predicted; None takes calibration's prompt
+    length.
     """
 
     price: float | None = None
@@ -46,10 +47,10 @@ class Asked:
         return any(value is not None for value in (self.price, self.sparsity, self.max_kl, self.cett, self.allocation))
 
     def budget(self) -> Budget:
-        """Return the budget of masks.
+        """Return the budget that chooses prompt masks.
 
         Raises:
-            UsageError: None is given, more than one, or one that is out of range.
+            UsageError: No budget is given, more than one is given, or one is out of range.
         """
         from tda_export.calibration.budgets import make_budget
 
@@ -57,10 +58,10 @@ class Asked:
 
 
 def deployed(artifact: Artifact, asked: Asked) -> AnyDeployment:
-    """Return what decode is given for what was asked for; the artifact's own where nothing was.
+    """Return the deployment for a request; the artifact's own deployment where nothing was asked for.
 
     Raises:
-        UsageError: It cannot be had from this artifact, or from its calibration.
+        UsageError: This artifact or its calibration cannot meet the request.
         TdaError: A calibration cannot be read.
     """
     if artifact.layout == "priced":
@@ -82,7 +83,7 @@ def deployed(artifact: Artifact, asked: Asked) -> AnyDeployment:
 
 
 def refuse_masks(artifact: Artifact, asked: Asked) -> None:
-    """Refuse what has no effect where rows have prices and no prompt has a mask."""
+    """Refuse options of prompt masks for a priced artifact, where they have no effect."""
     for option, value in (("--cett", asked.cett), ("--allocation", asked.allocation), ("--refresh", asked.refresh)):
         if value is not None:
             raise UsageError(
@@ -94,12 +95,14 @@ def refuse_masks(artifact: Artifact, asked: Asked) -> None:
 def mask_deployment(
     artifact: Artifact, budget: Budget, calibration: Path | None = None, refresh: Refresh | None = None
 ) -> Deployment:
-    """Choose how decode drops neurons for a budget, from an artifact's own calibration or another of the same model.
+    """Choose how decode drops neurons for a budget, from the artifact's own calibration or another one of the same
+    model.
 
-    A sparsity is that of all tokens, refreshes included. Without `refresh` the artifact's own.
+    A sparsity counts all tokens, refreshes included. Without `refresh` the artifact's own refresh is used.
 
     Raises:
-        UsageError: There is none, it is of another model, or the artifact was not built for what the budget needs.
+        UsageError: There is no calibration, it is of another model, or the artifact was not built for what the budget
+            needs.
         TdaError: It cannot be read.
     """
     from tda_export.calibration.budgets import Budget
@@ -109,7 +112,7 @@ def mask_deployment(
     refresh = refresh or own.refresh
     allocation = own_calibration(artifact, calibration).allocate(budget, refresh.tokens)
     if not allocation.token_thresholds:
-        # A tail mean that was asked for stays; the one that comes with an allocation by KL goes with it.
+        # A tail mean that the user asked for stays; one that came with an allocation by KL is dropped with it.
         tail_mean = not Budget(**artifact.manifest["budget"]).by_kl
         deployment = one_level(allocation.thresholds, artifact.shape.num_layers, artifact.ffn_matrices)
         return replace(deployment, tail_mean=tail_mean, refresh=refresh)
@@ -138,7 +141,7 @@ def own_calibration(artifact: Artifact, other: Path | None) -> Calibration:
     """Read the calibration that an artifact carries, or another of the same model.
 
     Raises:
-        UsageError: There is none, or the other one is of another model.
+        UsageError: There is no calibration, or the other one is of another model.
         TdaError: It cannot be read.
     """
     from tda_export.calibration.file import read_calibration

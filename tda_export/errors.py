@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-NAME_LENGTH = 80  # characters of a name out of a file
-REASON_LENGTH = 300  # of another library's message
-MESSAGE_LENGTH = 2000  # of a whole message, whatever went into it
+NAME_LENGTH = 80  # characters shown of a name from a file
+REASON_LENGTH = 300  # characters shown of another library's message
+MESSAGE_LENGTH = 2000  # characters of a whole message at most
 
 
 class TdaError(Exception):
@@ -21,14 +21,14 @@ class UsageError(TdaError):
 def shown(value: object, length: int = NAME_LENGTH) -> str:
     """Return text from a file in a form that is safe in a message: unprintable characters escaped, the middle cut out.
 
-    Names out of files may hold line ends, terminal controls, or a megabyte.
+    Names from files may hold line ends, terminal controls, or a megabyte.
 
     Args:
         value: A name, a number, another library's message.
-        length: Characters of the result at most.
+        length: The most characters of the result.
     """
     text = _text(value)
-    if len(text) > 4 * length:  # of what is cut out anyway nothing needs to be escaped
+    if len(text) > 4 * length:  # text that will be cut out need not be escaped
         text = text[: 2 * length] + text[-2 * length :]
         cut = True
     else:
@@ -51,5 +51,5 @@ def first_line(error: BaseException) -> str:
 def _text(value: object) -> str:
     try:
         return str(value)
-    except ValueError:  # a number of more digits than Python turns into text
+    except ValueError:  # a number with more digits than Python converts to text
         return "a number of too many digits"

@@ -1,7 +1,7 @@
-"""How many of an FFN's weight bytes are read: what every figure of sparsity in this project means.
+"""The share of an FFN's weight bytes that is read. Every sparsity figure in this project is defined by it.
 
-A neuron takes one row in each of the FFN's matrices, three with gates (gate, up, down) and two without (up, down). They
-are numbers, NumPy arrays or tensors alike.
+A neuron takes one row in each of the FFN's matrices: three with gates (gate, up, down), two without (up, down). All
+functions take numbers, NumPy arrays or tensors.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ def two_level_share(mask: Any, token: Any, matrices: int) -> Any:
     """Return the share of FFN bytes that two-level decoding reads.
 
     Args:
-        mask: Share of neurons in the mask, whose first row is read.
-        token: Share of neurons that the token does not skip, whose other rows are read too.
-        matrices: Of the FFN.
+        mask: Share of neurons in the prompt mask. The first row of each is read.
+        token: Share of neurons that the token does not skip. Their other rows are read too.
+        matrices: Number of matrices of the FFN.
     """
     return (mask + (matrices - 1) * token) / matrices
 
 
 def truncation_share(kept: Any, matrices: int) -> Any:
-    """Return the share of FFN bytes that threshold truncation reads: all rows but the down rows of dropped neurons."""
+    """Return the share of FFN bytes that threshold truncation reads: all rows except the down rows of dropped
+    neurons."""
     return (matrices - 1 + kept) / matrices

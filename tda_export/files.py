@@ -23,25 +23,25 @@ WAYS_OUT = {
     errno.EFBIG: "Raise the limit on the size of files, or choose",
     errno.ENAMETOOLONG: "Choose a shorter name for it, or",
 }  # and then "another output."
-NEW = "new"  # what is written, under no name of the user's, which may be one of these
+NEW = "new"  # the output being written; a fixed name, since the user's own may equal OLD or REPLACED
 OLD = "old"  # an earlier output, moved away for a moment
-REPLACED = "replaced"  # the same once the new one is there
+REPLACED = "replaced"  # the earlier output, once the new one is in place
 
 
 def check_output(path: Path, *, overwrite: bool, what: str, is_earlier_output: Callable[[Path], bool]) -> None:
-    """Refuse an output that cannot or must not be written, before any long work.
+    """Check before any long work that an output can and may be written.
 
-    What killed runs left of it is removed first (`remove_leftovers`).
+    Leftovers of killed runs are removed first (`remove_leftovers`).
 
     Args:
         path: The file or folder to create.
         overwrite: Whether an earlier output may be replaced.
         what: What is written, such as "an artifact".
-        is_earlier_output: Tells whether what is there was written by this command, so that nothing else is replaced.
+        is_earlier_output: Returns whether this command wrote the existing output. Nothing else is replaced.
 
     Raises:
-        UsageError: It exists and `overwrite` is off or it is no earlier output, or its parent folder is missing or
-            read-only.
+        UsageError: The output exists and `overwrite` is off, it exists and is no earlier output, or its parent folder
+            is missing or read-only.
     """
     parent = path.absolute().parent
     if not parent.is_dir():
@@ -63,7 +63,7 @@ def check_output(path: Path, *, overwrite: bool, what: str, is_earlier_output: C
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary file that is fsynced and renamed to `path` on success, and removed on any failure.
 
-    What killed runs left of this output is removed first.
+    Leftovers of killed runs are removed first.
 
     Raises:
         TdaError: The operating system refused to write.
@@ -82,8 +82,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that is fsynced and renamed to `path` on success, and removed on any failure.
 
-    An existing folder at `path` is replaced, and put back if the replacement fails: by this process, or by the next
-    that writes to `path` if this one is killed at that moment. What killed runs left of this output is removed first.
+    An existing folder at `path` is replaced. If the replacement fails, this process puts it back; if this process is
+    killed at that moment, the next one that writes to `path` does. Leftovers of killed runs are removed first.
 
     Raises:
         TdaError: The operating system refused to write.
@@ -102,13 +102,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed runs left of an output, and put back an earlier one that they had moved away."""
+    """Remove what killed runs left of an output, and put back an earlier output that they had moved away."""
     remove_abandoned(path.absolute().parent, path.name, _put_back(path))
 
 
 def _put_back(path: Path) -> Rescue:
     def put_back(folder: Path) -> None:
-        """Put the earlier output back if the new one never came, and otherwise make sure that nobody does any more."""
+        """Put the earlier output back if the new one was never put in place; otherwise make sure that no later run
+        does."""
         if not os.path.lexists(folder / OLD):
             return
         if os.path.lexists(path):
@@ -127,7 +128,7 @@ def _put_back(path: Path) -> Rescue:
 
 
 def as_os_error(error: Exception) -> OSError:
-    """Return what the operating system said, where a library written in Rust says it in words."""
+    """Return the operating system's error, where a library written in Rust reports it as text only."""
     found = re.search(r"\(os error (\d+)\)", str(error))
     return OSError(int(found[1]), os.strerror(int(found[1]))) if found else OSError(str(error))
 
@@ -150,7 +151,7 @@ def _fsync(path: Path) -> None:
         finally:
             os.close(handle)
     except OSError:
-        if path.is_file():  # some systems cannot sync a folder; a file they must
+        if path.is_file():  # some systems cannot sync a folder; every system must sync a file
             raise
 
 

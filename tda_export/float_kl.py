@@ -1,7 +1,7 @@
-"""KL of a quantised model to its float model: what the integers lost, and what prices add to it.
+"""KL of a quantised model to its float model: the loss from quantisation, and what prices add to it.
 
-Prices are measured beside the same integers, read densely, and `--max-kl` limits that KL. `quantize` measures what the
-integers lost, on text of its own. The two add up approximately.
+The KL of a price is measured against the same integer model, read densely, and `--max-kl` limits that KL. `quantize`
+measures the loss from quantisation, on its own text. The two add up approximately.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ COLUMN = "KL to float"
 
 
 def integers_kl(quantization: Any) -> float | None:
-    """Return what integers lost, nats a token; None where nothing was measured, or for floats.
+    """Return the KL from quantisation, in nats per token; None where it was not measured, or for floats.
 
     Args:
-        quantization: What `quantize` says of a model, as config.json, a manifest or a calibration keeps it.
+        quantization: What `quantize` recorded about a model, as stored in config.json, a manifest or a calibration.
     """
     loss = quantization.get("loss") if isinstance(quantization, dict) else None
     kl = loss.get("kl") if isinstance(loss, dict) else None
@@ -27,7 +27,7 @@ def integers_kl(quantization: Any) -> float | None:
 
 
 def float_kl_cells(integers: float | None, kl: float) -> list[str]:
-    """Return what a row of a table has under `COLUMN`: nothing for floats."""
+    """Return a table row's cells under `COLUMN`: none for floats."""
     return [] if integers is None else [f"{integers + kl:.4f}"]
 
 

@@ -1,8 +1,8 @@
 """Which linears of a layer are stored as one matrix, and so share a threshold.
 
 A part is one linear of a layer: q, k, v, o and the FFN's. A site is the parts that read the same input. `separate`
-stores every part by itself; `sites` stores the parts of a site side by side, so that a row, what leaves an input
-channel, is long enough to be worth a read of its own in small models.
+stores every part by itself. `sites` stores the parts of a site side by side, so that a row (the weights of one input
+channel) is long enough in small models to be worth a separate read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PACKINGS: tuple[Packing, ...] = get_args(Packing)
 THRESHOLDS: dict[Packing, str] = {"separate": "one threshold a matrix", "sites": "one threshold a site"}  # for readers
 
 ATTENTION_PARTS = ("q", "k", "v", "o")
-Parts = Literal["all", "ffn", "attention"]  # whose rows may be dropped
+Parts = Literal["all", "ffn", "attention"]  # the parts whose rows may be dropped
 
 
 def linear_parts(spec: DecoderSpec) -> tuple[str, ...]:
@@ -70,9 +70,10 @@ def linear_elements(spec: DecoderSpec) -> int:
 
 @dataclass(frozen=True)
 class RowBytes:
-    """What rows of the layers' linears take.
+    """How many bytes the rows of the layers' linears take.
 
-    `element_bytes`: of floats. `formats`: of every linear by `part_name`, None for floats; empty where all are floats.
+    `element_bytes`: bytes of a float. `formats`: the format of every linear by `part_name`, None for floats; empty
+    where all are floats.
     """
 
     element_bytes: int
@@ -90,8 +91,8 @@ class RowBytes:
 
     @property
     def label(self) -> str:
-        """A name that tells formats apart: that of the one format of every linear (`float`, `int4_g32`), or one with a
-        hash of them all."""
+        """A name that identifies the formats: the name of the format where all linears share it (`float`, `int4_g32`),
+        otherwise one with a hash of all formats."""
         named = sorted((name, format.name) for name, format in self.integers.items())
         found = {format for _, format in named}
         if not found:
@@ -101,7 +102,8 @@ class RowBytes:
         return f"mixed-{hashlib.sha256(repr(named).encode()).hexdigest()[:16]}"
 
     def suits(self, spec: DecoderSpec, packing: Packing) -> bool:
-        """Tell whether all that this packing puts side by side has one format, and groups of its own."""
+        """Return whether all parts that this packing stores side by side have one format, and no group spans two
+        parts."""
         return all(
             self._fit(spec, layer, parts)
             for layer in range(spec.num_layers)
@@ -116,12 +118,12 @@ class RowBytes:
         return all(linear_shape(spec, part)[1] % format.group == 0 for part in parts[:-1])
 
     def of(self, layer: int, parts: Sequence[str], outputs: Mapping[str, int]) -> int:
-        """Return the bytes of a row of the matrix that these parts of a layer lie side by side in.
+        """Return the bytes of a row of the matrix that stores these parts of a layer side by side.
 
         Args:
-            layer: Its number.
-            parts: Of one format.
-            outputs: Of each part.
+            layer: The layer's number.
+            parts: The parts, all of one format.
+            outputs: The number of outputs of each part.
         """
         columns = sum(outputs[part] for part in parts)
         format = self.formats.get(part_name(layer, parts[0]))
@@ -129,7 +131,7 @@ class RowBytes:
 
 
 def row_bytes_of(spec: DecoderSpec, element_bytes: int, plan: FormatPlan | None) -> RowBytes:
-    """Return what rows take by a plan of formats; None is all floats."""
+    """Return the bytes of rows under a plan of formats; None means all floats."""
     integers = {} if plan is None else plan.integers
     return row_bytes_from(spec.num_layers, linear_parts(spec), element_bytes, integers)
 
@@ -137,7 +139,7 @@ def row_bytes_of(spec: DecoderSpec, element_bytes: int, plan: FormatPlan | None)
 def row_bytes_from(
     layers: int, parts: Sequence[str], element_bytes: int, integers: Mapping[str, IntegerFormat]
 ) -> RowBytes:
-    """Return what rows take, given the linears that are integers, by `part_name`; other names are passed over."""
+    """Return the bytes of rows, given the integer linears by `part_name`; other names are ignored."""
     names = [part_name(layer, part) for layer in range(layers) for part in parts]
     return RowBytes(element_bytes, {name: integers.get(name) for name in names})
 

@@ -1,6 +1,7 @@
-"""The table of prices: what reading only rows that are worth a price saves and costs, and the price for a budget.
+"""The table of prices: what it saves and costs to read only the rows that are worth a price, and the price for a
+budget.
 
-Needs neither PyTorch nor NumPy, since drivers choose prices at run time.
+This module needs neither PyTorch nor NumPy, since drivers choose prices at run time.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from tda_export.errors import UsageError
 from tda_export.packing import Packing, Parts
 from tda_export.weights.plan import FLOAT
 
-KL_POWER = 1.5  # near dense: KL goes with the cube of what is dropped, which is the root of the price
+KL_POWER = 1.5  # near dense: KL grows as the cube of the dropped share, which grows as the root of the price
 SHARE_POWER = 0.5
-ROUNDING = 1e-9  # of a share that is asked for
+ROUNDING = 1e-9  # tolerance of a requested share
 
 
 @dataclass(frozen=True)
 class PriceRow:
-    """What a price costs and saves. Shares are of the bytes that these linears have, in all layers.
+    """What a price costs and saves. A share is the part of the linears' bytes, over all layers, that is read.
 
-    `price`: λ. `share`: of all linears; `ffn_share` and `attention_share`: of those of FFN and attention; `parts`: of
-    each part, a mean over layers. `kl`: to dense, nats a token, with its standard error. `agreement`: share of tokens
-    whose likeliest next token is dense's.
+    `price`: λ. `share`: of all linears; `ffn_share` and `attention_share`: of the linears of FFN and attention;
+    `parts`: of each part, a mean over layers. `kl`: KL to dense in nats per token, with its standard error.
+    `agreement`: share of tokens where the likeliest next token is the same as dense's.
     """
 
     price: float
@@ -40,21 +41,21 @@ class PriceRow:
 
     @property
     def sparsity(self) -> float:
-        """Share of the linears' bytes that is not read."""
+        """The share of the linears' bytes that is not read."""
         return 1.0 - self.share
 
     @property
     def kl_text(self) -> str:
-        """The KL with one standard error where there is one, for readers."""
+        """The KL as text for readers, with one standard error where it is known."""
         return f"{self.kl:.4f}" + (f" ± {self.kl_stderr:.4f}" if self.kl_stderr else "")
 
 
 @dataclass(frozen=True)
 class ShortPrompts:
-    """What the prices of a table cost after shorter prompts than its own, and how long both are.
+    """What the prices of a table cost after prompts shorter than the table's own, and the lengths of both.
 
-    `prompt_tokens`: of the short prompts; `table_prompt_tokens`: of those that the table was measured after, more.
-    `kl` and `kl_stderr`: of each row of the table, nats a token.
+    `prompt_tokens`: length of the short prompts; `table_prompt_tokens`: length of the prompts of the table, which is
+    larger. `kl` and `kl_stderr`: one number for each row of the table, in nats per token.
     """
 
     prompt_tokens: int
@@ -63,7 +64,8 @@ class ShortPrompts:
     kl_stderr: tuple[float, ...]
 
     def weight(self, prompt_tokens: int) -> float:
-        """Return how much of a KL after such a prompt is that after short ones: by the logarithm of the length."""
+        """Return the weight of the short prompts' KL in the KL after a prompt of this length, by the logarithm of the
+        length."""
         if prompt_tokens < 1:
             return 1.0
         own = math.log(self.table_prompt_tokens)
@@ -72,7 +74,7 @@ class ShortPrompts:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> ShortPrompts:
-        """Read it back from plain data."""
+        """Read the object back from plain data."""
         kl, error = (tuple(map(float, content[name])) for name in ("kl", "kl_stderr"))
         return cls(int(content["prompt_tokens"]), int(content["table_prompt_tokens"]), kl, error)
 
@@ -81,9 +83,10 @@ class ShortPrompts:
 class PriceTable:
     """Measured rows, from dense (price 0) to sparse.
 
-    A price is meant for one packing and for the rows that it was measured with: of the label `formats` (`RowBytes`),
-    floats of `element_bytes` (`rescaled`). It grows with the tokens that come after a token, of which calibration had
-    `continuation_tokens`. `short`: the KL after shorter prompts (`after`), None where it was not measured.
+    A price holds for one packing and for the stored format of the rows that it was measured with: the label `formats`
+    (`RowBytes`), or floats of `element_bytes` (`rescaled`). The price for a given share grows with the number of tokens
+    that follow a token; calibration had `continuation_tokens`. `short`: the KL after shorter prompts (`after`), None
+    where it was not measured.
     """
 
     packing: Packing
@@ -117,7 +120,7 @@ class PriceTable:
 
     @property
     def most_sparsity(self) -> float:
-        """The largest sparsity that was measured, rounded down, so that it may be asked for."""
+        """The largest sparsity that was measured, rounded down so that a user may ask for it."""
         return math.floor(1000 * (1 - self._shares[-1])) / 1000
 
     @property
@@ -127,7 +130,8 @@ class PriceTable:
 
     @property
     def most_kl(self) -> float:
-        """The largest KL that was measured, nats a token, rounded down to three digits, so that it may be asked for."""
+        """The largest KL that was measured, in nats per token, rounded down to three digits so that a user may ask for
+        it."""
         return _rounded_down(self._kls[-1])
 
     @property
@@ -137,20 +141,21 @@ class PriceTable:
 
     @property
     def short_kl_texts(self) -> list[list[str]]:
-        """The KL of each row after short prompts, for readers: one column, none where it was not measured."""
+        """The KL of each row after short prompts as text for readers: one column, or none where it was not measured."""
         if self.short is None:
             return [[] for _ in self.rows]
         return [[f"{kl:.4f}"] for kl in self.short.kl]
 
     def price_for(self, *, sparsity: float | None = None, max_kl: float | None = None) -> float:
-        """Choose the price for a budget, one of two: 0 where dense meets it, as with ReLU's zeros.
+        """Choose the price for one of two budgets. The price is 0 where dense meets the budget, as ReLU's zeros allow.
 
         Args:
             sparsity: Share of the linears' bytes not to read, in [0, 1).
-            max_kl: The most predicted KL to dense, positive, nats a token: the sparsest price within it.
+            max_kl: The largest predicted KL to dense, positive, in nats per token; the sparsest price within it is
+                chosen.
 
         Raises:
-            UsageError: None or both are given, or it is beyond what was measured.
+            UsageError: None or both are given, or the budget is beyond what was measured.
         """
         if (sparsity is None) == (max_kl is None):
             raise UsageError("A price is chosen by a sparsity or by a KL. Give exactly one.")
@@ -173,13 +178,14 @@ class PriceTable:
         return self._between(after, weight, SHARE_POWER)
 
     def predicted(self, price: float) -> PriceRow:
-        """Interpolate what a price saves and costs; of dense at 0 and below.
+        """Interpolate what a price saves and costs. A price of 0 or less is dense.
 
-        Shares are linear in the logarithm of the price and KL a power of it; between dense and the first price that
-        was measured what is dropped goes with its root, and KL with the cube of that.
+        Between measured prices, a share is linear in the logarithm of the price and KL is a power of the price. Between
+        dense and the first measured price, the dropped share grows as the root of the price, and KL as the cube of
+        that.
 
         Raises:
-            UsageError: The price is not a number, or beyond what was measured.
+            UsageError: The price is not a number, or is beyond what was measured.
         """
         if math.isnan(price) or price > self.most_price:
             raise UsageError(
@@ -209,7 +215,7 @@ class PriceTable:
         """Return the table for floats of another size: a price is per byte.
 
         Raises:
-            ValueError: The size is not positive, or rows are no floats.
+            ValueError: The size is not positive, or the rows are not floats.
         """
         if self.formats != FLOAT:
             raise ValueError(f"table of prices: measured for {self.formats}, not for floats")
@@ -220,8 +226,8 @@ class PriceTable:
     def after(self, prompt_tokens: int) -> PriceTable:
         """Return the table with the KL that is expected after a prompt of this length.
 
-        Between the two lengths that were measured the logarithm of the KL is linear in that of the length; beyond them
-        it is the nearer one's. Where one length alone was measured, the table itself.
+        Between the two measured lengths the logarithm of the KL is linear in the logarithm of the length; beyond them
+        the KL is that of the nearer length. Where only one length was measured, the table itself is returned.
         """
         weight = 0.0 if self.short is None else self.short.weight(prompt_tokens)
         if self.short is None or weight == 0:
@@ -238,9 +244,11 @@ class PriceTable:
         return replace(self, rows=rows, short=None)
 
     def of_parts(self, parts: Parts) -> PriceTable:
-        """Return the table with `share` of the FFN's bytes, or of attention's, where those alone may drop rows.
+        """Return the table whose `share` counts the FFN's or attention's bytes only, for artifacts where only those may
+        drop rows.
 
-        Shares were measured while all linears drop rows, and hardly depend on that. KL does: it stays that of all.
+        The shares were measured while all linears drop rows, and hardly depend on that. KL does depend on it; the table
+        keeps the KL measured with all linears.
         """
         if parts == "all":
             return self
@@ -259,7 +267,7 @@ class PriceTable:
         """Read a table back from plain data.
 
         Raises:
-            ValueError: It is no table of prices.
+            ValueError: The content is not a table of prices.
         """
         try:
             rows = tuple(
@@ -267,7 +275,7 @@ class PriceTable:
                 for row in content["rows"]
             )
             sizes = (int(content["element_bytes"]), int(content["continuation_tokens"]))
-            short = content.get("short")  # older tables have none
+            short = content.get("short")  # older tables lack it
             short = None if short is None else ShortPrompts.from_dict(short)
             return cls(content["packing"], *sizes, rows, str(content.get("formats", FLOAT)), short)
         except (KeyError, TypeError, AttributeError) as error:
@@ -275,13 +283,13 @@ class PriceTable:
 
     @property
     def _shares(self) -> list[float]:
-        """Shares made to fall from row to row: noise may have raised one."""
+        """Shares, made to fall from row to row, since noise may have raised one."""
         shares = [row.share for row in self.rows]
         return [min(shares[: i + 1]) for i in range(len(shares))]
 
     @property
     def _kls(self) -> list[float]:
-        """KL made to rise from row to row, from 0."""
+        """KL, made to rise from row to row, starting at 0."""
         kls = [0.0, *(row.kl for row in self.rows[1:])]
         return [max(kls[: i + 1]) for i in range(len(kls))]
 
@@ -302,7 +310,7 @@ class PriceTable:
         return self._between(after, weight, KL_POWER)
 
     def _between(self, after: int, weight: float, power: float) -> float:
-        """Return the price with this weight of the row `after`, the rest of the one before it."""
+        """Return the price that weights the row `after` by `weight` and the row before it by the rest."""
         low, high = self.rows[after - 1].price, self.rows[after].price
         if low == 0:
             return high * weight ** (1 / power)
@@ -333,7 +341,7 @@ def _rounded_down(value: float) -> float:
 
 
 def _mean_kl(kl: float, short: float, weight: float) -> float:
-    """Return a mean of logarithms; of the values themselves where one is 0."""
+    """Return the weighted geometric mean, or the arithmetic one where a value is 0."""
     if min(kl, short) <= 0:
         return (1 - weight) * kl + weight * short
     return math.exp((1 - weight) * math.log(kl) + weight * math.log(short))

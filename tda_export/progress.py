@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LINE_EVERY_SECONDS = 10.0
-SHOW_CURSOR = b"\x1b[?25h\r\x1b[2K"  # and clear the bar's line
+SHOW_CURSOR = b"\x1b[?25h\r\x1b[2K"  # show the cursor and clear the bar's line
 
 Advance = Callable[[int], None]
 

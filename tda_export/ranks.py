@@ -1,8 +1,8 @@
 """The ranks of a run: the processes that torchrun started, which share its sequences. A process alone is one rank.
 
-What a rank finds of a sequence is handed to all of them, and each adds it up in the order of the sequences. So sums
-are the same on every rank, to the bit those of one process that computes alike, and a run that was interrupted goes
-on with any number of ranks.
+The result that a rank computes for a sequence is sent to all ranks, and each rank adds results up in the order of the
+sequences. So sums are the same on every rank, bit for bit those of a single process that computes in the same way, and
+an interrupted run can resume with any number of ranks.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 
-LONGEST_WAIT = timedelta(hours=6)  # for a rank that does what the others do not, such as hashing a checkpoint
-POLL_SECONDS = 0.0005  # in between a signal can end the process
+LONGEST_WAIT = timedelta(hours=6)  # for a rank that does work the others do not, such as hashing a checkpoint
+POLL_SECONDS = 0.0005  # between polls a signal can end the process
 GOES_ON = "Start it again, with any number of ranks, to resume."
 LOST = f"Another rank of this run has ended, and no rank can continue without it. {GOES_ON}"
 ENDED = f"This run was ended, by torchrun because another rank has ended, or from outside. {GOES_ON}"
@@ -36,9 +36,9 @@ ENDED = f"This run was ended, by torchrun because another rank has ended, or fro
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `count` that share a run: its `number`, and the same of those on its machine.
+    """This process among the `count` that share a run: its `number`, and its number and the count on this machine.
 
-    `device`: where what is exchanged has to be, `cpu` or this rank's GPU.
+    `device`: where tensors must be to be exchanged, `cpu` or this rank's GPU.
     """
 
     number: int = 0
@@ -57,7 +57,9 @@ class Ranks:
         return f"cuda:{self.local_number}" if device == "cuda" and self.count > 1 else device
 
     def take_own_gpu(self, provider: str) -> None:
-        """Let what counts no GPUs, as ONNX Runtime's sessions here, find this rank's alone: before any uses CUDA.
+        """Make only this rank's GPU visible to code that does not choose one, such as ONNX Runtime's sessions here.
+
+        Call it before anything uses CUDA.
 
         Raises:
             UsageError: The provider may be CUDA, and this machine has fewer GPUs than ranks.
@@ -75,12 +77,12 @@ class Ranks:
         os.environ["CUDA_VISIBLE_DEVICES"] = seen[self.local_number]
 
     def in_order(self, items: Sequence[T], work: Callable[[T, int], R]) -> Iterator[R]:
-        """Yield what `work` makes of each item, in their order, on every rank. Each rank works on every count-th.
+        """Yield the result of `work` for each item, in order, on every rank. Each rank works on every `count`-th item.
 
         Args:
-            items: The same on every rank.
-            work: Given an item, and how many ranks work on one at this time, for progress. What it returns is pickled;
-                tensors are on the CPU.
+            items: The items, the same on every rank.
+            work: Called with an item and, for progress, the number of ranks that work on an item at this time. Its
+                result is pickled; tensors must be on the CPU.
 
         Raises:
             TdaError: Another rank has ended.
@@ -109,7 +111,7 @@ class Ranks:
         return _unpacked(buffer.cpu())
 
     def first_here(self, make: Callable[[], T]) -> T:
-        """Do something on one rank of each machine, such as a download, and then on the others, who find it done.
+        """Do something, such as a download, on one rank of each machine, and then on the others, which find it done.
 
         Raises:
             TdaError: Another rank has ended.
@@ -119,7 +121,7 @@ class Ranks:
         return made[0] if made else make()
 
     def add_up(self, tensor: torch.Tensor) -> None:
-        """Replace a tensor by its sum over ranks, in place, rounded as the order of the sum has it.
+        """Replace a tensor in place by its sum over ranks. Rounding depends on the order of the sum.
 
         Raises:
             TdaError: Another rank has ended.
@@ -134,7 +136,7 @@ class Ranks:
             tensor.copy_(shared)
 
     def _gather(self, mine: Any) -> list[Any]:
-        """Return what each rank has, by its number."""
+        """Return each rank's value, by rank number."""
         if self.count == 1:
             return [mine]
         import torch
@@ -156,7 +158,7 @@ ALONE = Ranks()
 
 @dataclass
 class _Group:
-    """The ranks that this process has joined: what all of them see, and its own standard error."""
+    """The group that this process has joined: the store that all ranks see, and this process's standard error."""
 
     ranks: Ranks
     store: Any
@@ -167,20 +169,20 @@ _joined: list[_Group] = []
 
 
 def environment_rank() -> int:
-    """Return this process's number as torchrun says it, 0 of one alone."""
+    """Return this process's rank as torchrun set it, 0 for a single process."""
     return _number("RANK", 0)
 
 
 def join(device: str) -> Ranks:
-    """Join the ranks that torchrun started, as its environment variables have it; without them be one alone.
+    """Join the ranks that torchrun started, by its environment variables; without them this process is the only rank.
 
-    From then on only the first rank prints, and of several errors only the first is shown (`speaks`).
+    From then on only the first rank prints, and only the first of several errors is shown (`speaks`).
 
     Args:
-        device: As --device has it; `cuda` is this rank's own GPU, and exchanges go through it.
+        device: The value of --device; `cuda` is this rank's own GPU, and exchanges go through it.
 
     Raises:
-        UsageError: The device cannot be that of several ranks, or this machine has fewer GPUs than ranks.
+        UsageError: Several ranks cannot use this device, or this machine has fewer GPUs than ranks.
         TdaError: The variables are not torchrun's, or the others cannot be reached.
     """
     count = _number("WORLD_SIZE", 1)
@@ -205,7 +207,7 @@ def join(device: str) -> Ranks:
         _joined.append(_Group(ranks, store, streams))
         say_at_terminate(_last_line)
         store.add("here", 1)
-        while store.add("here", 0) < count:  # not a wait within the store, which no signal would end
+        while store.add("here", 0) < count:  # polls, since no signal would end a wait inside the store
             time.sleep(0.05)
         if on_gpu:
             torch.cuda.set_device(exchange)
@@ -241,17 +243,17 @@ def leave() -> None:
 
 
 def speaks() -> bool:
-    """Tell whether this process is the one that says why the run ends: the first rank that has something to say."""
+    """Return whether this process reports why the run ends: the first rank that has an error to report does."""
     if not _joined:
         return environment_rank() == 0
     group = _joined[-1]
     own = str(group.ranks.number)
     try:
         first = group.store.compare_set("says", "", own).decode() == own
-    except RuntimeError:  # the store has ended with the rank that kept it, which has said why
+    except RuntimeError:  # the rank that kept the store has ended, and has said why
         first = False
     if first:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends soon: the line comes first, and once
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it soon; the message must come first, and once
         group.streams.close()
     return first
 
@@ -275,7 +277,7 @@ def _await(start: Callable[[], Any]) -> None:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles tensors of the CPU as NumPy's arrays, many times faster than as PyTorch does."""
+    """Pickles CPU tensors as NumPy arrays, which is many times faster than PyTorch's own pickling."""
 
     def reducer_override(self, value: Any) -> Any:
         import torch

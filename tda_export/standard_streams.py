@@ -1,4 +1,4 @@
-"""Standard input, output and error, where whoever started the process closed them."""
+"""Reopen standard input, output and error where the parent process closed them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 
 
 def open_standard_streams() -> None:
-    """Open the null device for each that is closed.
+    """Open the null device for each standard stream that is closed.
 
-    Otherwise the next file that is opened, such as an artifact's weights, takes its number, and what libraries print
-    is written into it. For Python such a stream is None, which few callers expect.
+    Otherwise the next file that is opened, such as an artifact's weights, takes the stream's descriptor, and what
+    libraries print is written into that file. Python represents a closed stream as None, which few callers expect.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:

@@ -1,7 +1,7 @@
-"""Temporary folders that a process owns: while it lives nobody removes them, afterwards whoever comes next does.
+"""Temporary folders that a process owns: nobody removes them while it lives; afterwards the next process does.
 
-A folder is owned through a lock on a file in it, which the operating system lets go when the process ends, however
-it ends. Where the file system knows no locks, a folder that a killed process left stays.
+A process owns a folder through a lock on a file in it. The operating system releases the lock when the process ends,
+however it ends. Where the file system has no locks, the folder of a killed process stays.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def nothing(folder: Path) -> None:
 def owned_folder(parent: Path, name: str, rescue: Rescue = nothing) -> Iterator[Path]:
     """Make a private folder `.{name}.????????.tmp`, which holds its lock, and remove it afterwards.
 
-    Folders of that name that ended processes left are removed first.
+    Folders of that name left by processes that have ended are removed first.
 
     Args:
-        parent: Where; it must exist.
-        name: What the folder is for. Equal names are of the same kind.
+        parent: The folder to make it in, which must exist.
+        name: What the folder is for. Folders of equal names are of the same kind.
         rescue: Called with a folder before it is removed. If it raises, the folder stays.
 
     Raises:
@@ -76,7 +76,7 @@ def remove_abandoned(parent: Path, name: str, rescue: Rescue = nothing) -> None:
             if not _is_ours(folder):
                 continue
             if not (folder / LOCK).exists():
-                folder.rmdir()  # its owner ended before it had begun. Other people's folders hold something
+                folder.rmdir()  # the owner ended before it had begun; other people's folders are not empty
             elif (handle := _own(folder)) is not None:
                 _remove(folder, handle, rescue)
 
@@ -87,7 +87,7 @@ def _make(parent: Path, name: str) -> tuple[Path, int]:
         try:
             handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         except FileNotFoundError:
-            continue  # whoever removes abandoned folders was faster than the lock
+            continue  # another process removed the folder before it was locked
         except OSError:
             folder.rmdir()
             raise
@@ -96,7 +96,7 @@ def _make(parent: Path, name: str) -> tuple[Path, int]:
         except (BlockingIOError, PermissionError):
             os.close(handle)  # as above
         except OSError:
-            return folder, handle  # no locks here, so that nobody takes it for abandoned
+            return folder, handle  # no locks here, so nobody takes the folder for abandoned
         else:
             if _is_at(handle, folder / LOCK):
                 return folder, handle
@@ -104,7 +104,8 @@ def _make(parent: Path, name: str) -> tuple[Path, int]:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Tell whether it is a folder, no link to one, and this user's. In /tmp anybody may have put something else."""
+    """Return whether this is a folder, not a link to one, and this user's. In /tmp anybody may have put something
+    else."""
     found = folder.lstat()
     return stat.S_ISDIR(found.st_mode) and (not hasattr(os, "geteuid") or found.st_uid == os.geteuid())
 
@@ -123,7 +124,7 @@ def _own(folder: Path) -> int | None:
 
 
 def _is_at(handle: int, path: Path) -> bool:
-    """Tell whether an open file is still the one at `path`."""
+    """Return whether an open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
@@ -131,25 +132,25 @@ def _is_at(handle: int, path: Path) -> bool:
 
 
 def _remove(folder: Path, handle: int, rescue: Rescue) -> None:
-    """Remove a folder whose lock is held: the lock last, so that a kill meanwhile leaves an abandoned folder."""
+    """Remove a folder whose lock is held. The lock goes last, so that a kill meanwhile leaves an abandoned folder."""
     try:
         rescue(folder)
         for path in folder.iterdir():
             if path.name != LOCK:
                 remove(path)
     except FileNotFoundError:
-        pass  # the user was faster
+        pass  # the user has removed it
     finally:
         with contextlib.suppress(OSError):
             os.close(handle)
     with contextlib.suppress(OSError):
-        if [path.name for path in folder.iterdir()] == [LOCK]:  # without it, what is left would stay for ever
+        if [path.name for path in folder.iterdir()] == [LOCK]:  # without the lock, the rest would stay for ever
             (folder / LOCK).unlink()
             folder.rmdir()
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link or a folder, as far as that can be done."""
+    """Delete a file, a link or a folder as far as possible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,4 +1,4 @@
-"""Versions of what an artifact or a calibration was made with."""
+"""Versions of the packages that an artifact or a calibration was made with."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # another build of it may be there under another name; the record is for people
+            continue  # another build may be installed under another name; the record is only for people
     return versions

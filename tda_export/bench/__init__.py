@@ -1,1 +1,1 @@
-"""Measuring: models of true shape with random weights, and timing harnesses."""
+"""Measurements: models of true shape with random weights, and timing harnesses."""

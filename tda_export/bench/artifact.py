@@ -1,4 +1,4 @@
-"""Artifacts of random weights, built for one measurement and thrown away after it."""
+"""Artifacts of random weights, built for one measurement and deleted after it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tda_export.runtime.artifact import Artifact, open_artifact
 
 
 def build_random_artifact(source: ModelSource, folder: Path, dtype: str, sparsity: float, *, quiet: bool) -> Artifact:
-    """Build a two-level TDA artifact with tail mean; thresholds are the measurement's own business.
+    """Build a two-level TDA artifact with tail mean; the measurement chooses its own thresholds.
 
     Args:
         source: A model with random weights.
         folder: The artifact to create.
         dtype: A value of `contract.DTYPES`.
-        sparsity: For the record.
-        quiet: No progress.
+        sparsity: Recorded in the manifest only.
+        quiet: Show no progress.
     """
     spec = source.spec
     # Up rows of random weights have length 1, so their products with a normalised x have a root mean square of 1.
@@ -44,16 +44,17 @@ def build_random_artifact(source: ModelSource, folder: Path, dtype: str, sparsit
 
 # Shares of rows read at half of the bytes, as measured on a real model of half a billion weights.
 DENSITIES = {"q": 0.42, "k": 0.63, "v": 0.76, "o": 0.64, "gate": 0.49, "up": 0.59, "down": 0.39}
-WORTH = (1e15, 0.0)  # of a row: read at all prices but the highest, or at none
-PRICES = (1e-3, 1e30)  # of the milder sparsity and of the stronger one
+WORTH = (1e15, 0.0)  # worth of a row: read at all prices except the highest, or at none
+PRICES = (1e-3, 1e30)  # prices of the lower and of the higher sparsity
 
 
 def scaled(unread: Mapping[str, float], size: Mapping[str, int], sparsity: float) -> dict[str, float]:
-    """Scale what is unread of each matrix, so that `sparsity` of all is: towards 0, or, beyond what it is, towards 1.
+    """Scale the unread share of each matrix so that `sparsity` of all bytes is unread: towards 0 or, where more must be
+    unread, towards 1.
 
     Args:
-        unread: Share of each matrix, in (0, 1).
-        size: Of each matrix, in any unit.
+        unread: The unread share of each matrix, in (0, 1).
+        size: The size of each matrix, in any unit.
         sparsity: In [0, 1].
     """
     mean = sum(share * size[name] for name, share in unread.items()) / sum(size.values())
@@ -73,20 +74,21 @@ def build_random_priced(
     seed: int = 0,
     quiet: bool,
 ) -> tuple[Artifact, dict[float, float]]:
-    """Build a priced artifact of random weights in which two prices read two shares of the bytes, to a row.
+    """Build a priced artifact of random weights in which two prices read two given shares of the bytes, exact to one
+    row.
 
-    Rows are drawn independently of each other and of x: what of them a price reads is the same for every token. A
-    matrix's share follows `DENSITIES`.
+    Rows are drawn independently of each other and of x, so a price reads the same rows for every token. A matrix's
+    share follows `DENSITIES`.
 
     Args:
         source: A model with random weights.
         folder: The artifact to create.
         storage: How its weights are stored.
-        sparsities: One, or a milder and a stronger one: shares of the linears' bytes that are not read.
-        packing: Of the linears; None chooses by storage.
+        sparsities: One sparsity, or a lower and a higher one: shares of the linears' bytes that are not read.
+        packing: The packing of the linears; None chooses by storage.
         kv: How keys and values are stored, one of `contract.KV_FORMATS`.
-        seed: Of the draw.
-        quiet: No progress.
+        seed: The seed of the draw.
+        quiet: Show no progress.
 
     Returns:
         The artifact, and the price of each sparsity.

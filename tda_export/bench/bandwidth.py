@@ -1,4 +1,4 @@
-"""How fast this device copies memory: the ceiling that every figure is compared with."""
+"""How fast this device copies memory: the ceiling for every measurement."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def copy_bandwidth(provider: str) -> float:
 
 
 def _cuda() -> float:
-    """One Identity node from one bound buffer to another is a device-to-device copy."""
+    """Time one Identity node between two bound buffers, which is a device-to-device copy."""
     import onnx_ir as ir
 
     floats = CUDA_BYTES // 4
@@ -41,7 +41,7 @@ def _cuda() -> float:
 
 
 def _cpu() -> float:
-    """As many threads as there are cores, each copying its own share."""
+    """Time as many threads as there are cores, each copying its own share."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     source = np.ones(CPU_BYTES // 4, np.float32)
     target = np.zeros_like(source)

@@ -1,7 +1,7 @@
 """Compare ways of generating from one artifact, in one run: plain dense, dense by the native kernel, TDA, Griffin.
 
-The prompt's mask is cut at exactly the sparsity that was asked for, by rank, so that methods read equally many bytes.
-Logits are compared with slower ways to compute them before anything is timed, and methods take turns.
+The prompt mask is cut by rank at exactly the requested sparsity, so that all methods read equally many bytes. Before
+anything is timed, logits are compared with those of slower ways to compute them. Methods take turns.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ METHODS = (*MASK_METHODS, "priced")
 DEFAULT_METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin")
 TOKENS_A_ROUND = 16
 PREFILLS = 5
-# Largest difference of logits, relative to the largest logit, between two ways to compute them. With token thresholds
-# rounding decides which neurons near a threshold are skipped.
+# The largest allowed difference of logits between two ways to compute them, relative to the largest logit. With token
+# thresholds, rounding decides which neurons near a threshold are skipped.
 TOLERANCES = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 2e-1, "int8": 3e-2}
 SECOND_LEVEL_FACTOR = 4.0
-GATE_SHARE = 1.4  # of the kept bytes: with two levels, density of the mask and of up and down rows (1.4 p, 0.8 p)
+GATE_SHARE = 1.4  # two levels keep 1.4 p of gate rows (the mask) and 0.8 p of up and down rows for p of the bytes
 
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What to compare. Lengths in tokens, sparsity as the share of bytes that is not read: of the FFN, or with prices
-    of all linears. `prices`, by name, take the place of the one that a priced artifact's table has for the sparsity."""
+    """What to compare. Lengths in tokens, sparsity as the share of bytes that is not read: of the FFN or, with prices,
+    of all linears. `prices`, by name, replace the price that a priced artifact's table gives for the sparsity."""
 
     methods: tuple[str, ...] = DEFAULT_METHODS
     sparsity: float = 0.5
@@ -78,14 +78,14 @@ def run_bench(
     """Measure, and return plain data: each method by name with `ms_per_token` and more, and `speedup`.
 
     Args:
-        artifact: On disk.
+        artifact: The artifact on disk.
         provider: `cpu` or `cuda`.
         settings: What to compare.
         prompt: `settings.prompt_tokens` token ids.
-        say: Told what is being done.
+        say: Called with a description of each step.
 
     Raises:
-        TdaError: The lengths do not fit the model, or a method's logits are not what they should be.
+        TdaError: The lengths do not fit the model, or a method's logits are wrong.
     """
     capacity = settings.prompt_tokens + settings.new_tokens
     if capacity > artifact.shape.max_positions:
@@ -111,7 +111,7 @@ def check_methods(artifact: Artifact, methods: Sequence[str]) -> None:
     """Refuse methods that an artifact does not run.
 
     Raises:
-        UsageError: There is one.
+        UsageError: There is such a method.
     """
     layout = artifact.layout
     if not artifact.only_floats and "dense" in methods:
@@ -125,7 +125,8 @@ def check_methods(artifact: Artifact, methods: Sequence[str]) -> None:
 
 
 def default_methods(artifact: Artifact, new_tokens: int) -> tuple[str, ...]:
-    """Return `DEFAULT_METHODS`, less what an artifact has no graph for, or too few tokens leave no thresholds for."""
+    """Return `DEFAULT_METHODS` without those that the artifact has no graph for, or that need more tokens to choose
+    thresholds."""
     if artifact.layout == "priced":
         return PRICED_METHODS if artifact.only_floats else PRICED_METHODS[1:]
     impossible = set() if artifact.only_floats else {"dense"}
@@ -135,7 +136,7 @@ def default_methods(artifact: Artifact, new_tokens: int) -> tuple[str, ...]:
 
 
 class Bench(ABC):
-    """Ways of generating from one artifact, by name: checked against slower ways, then timed by turns."""
+    """Ways of generating from one artifact, by name: checked against slower ways, then timed in turns."""
 
     def __init__(
         self, artifact: Artifact, sessions: Sessions, settings: BenchSettings, prompt: list[int], capacity: int
@@ -150,18 +151,18 @@ class Bench(ABC):
 
     @abstractmethod
     def bytes_read(self, name: str) -> tuple[int, int]:
-        """Return the bytes that one token reads: of weights that may be skipped, and of all others with the keys and
-        values of a middling context."""
+        """Return the bytes that one token reads: of weights that may be skipped, and of all else, including the keys
+        and values of a context of middle length."""
 
     def compare(self, name: str, logits: np.ndarray, expected: np.ndarray, factor: float = 1.0) -> None:
-        """Refuse logits that are too far from what they should be."""
+        """Refuse logits that are too far from the expected ones."""
         error = float(np.abs(logits - expected).max() / np.abs(expected).max())
         if not error <= factor * TOLERANCES[self.artifact.shape.precision]:
             raise TdaError(f"{name}: its logits are {error:.1e} from the reference, so nothing was timed.")
 
     @property
     def other_bytes(self) -> int:
-        """Bytes that every token reads: other weights, and keys and values of a middling context."""
+        """The bytes that every token reads: other weights, and keys and values of a context of middle length."""
         artifact = self.artifact
         sizes = artifact_sizes(artifact_spec(artifact), artifact)
         context = self.settings.prompt_tokens + self.settings.new_tokens // 2

@@ -41,7 +41,7 @@ KINDS = {
 }
 TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 TOLERANCES = {"float16": 4e-3, "bfloat16": 3e-2}
-# Share of neurons in the mask, and of those whose up and down rows survive the token threshold.
+# Share of neurons in the prompt mask, and share of neurons whose up and down rows survive the token threshold.
 SETTINGS = {
     "all neurons": (1.0, 1.0),
     "mask 70 %": (0.7, 1.0),
@@ -53,7 +53,7 @@ SETTINGS = {
 
 
 def median_ms(call: Callable[[], object]) -> dict[str, float]:
-    """Time a call that returns when the device has done its work; milliseconds."""
+    """Time a call that returns when the device has finished, in milliseconds."""
     for _ in range(WARM_UP):
         call()
     times = []
@@ -77,7 +77,7 @@ def copy_bandwidth() -> float:
 
 
 class Layers:
-    """Weights of LAYERS FFNs, and one x that all of them read. `parts` are weights by part, one tensor a layer."""
+    """Weights of LAYERS FFNs, and one x that all of them read. `parts` holds weights by part, one tensor per layer."""
 
     def __init__(self, hidden: int, ffn: int, dtype: str, form: FfnForm) -> None:
         self.hidden, self.ffn, self.dtype, self.form = hidden, ffn, dtype, form
@@ -115,12 +115,12 @@ class Layers:
 
 
 def own_inputs(form: FfnForm) -> tuple[str, ...]:
-    """Name the inputs that every node has for itself."""
+    """Name the inputs that are separate for every node."""
     return tuple(name for name in form.inputs if name not in SHARED)
 
 
 def kernel_session(dtype: str, form: FfnForm) -> ort.InferenceSession:
-    """A graph of LAYERS nodes, everything an input, captured on its second run."""
+    """Open a graph of LAYERS nodes, all tensors inputs, captured on its second run."""
     ops, inputs, outputs = Ops(), {}, []
 
     def value(name: str, kind: str) -> ir.Value:
@@ -146,7 +146,7 @@ def kernel_session(dtype: str, form: FfnForm) -> ort.InferenceSession:
 
 
 def bound(session: ort.InferenceSession, layers: Layers, indices: torch.Tensor, thresholds: torch.Tensor) -> Any:
-    """Bind every tensor where it lies. Returns the binding and the outputs, float [LAYERS, M]."""
+    """Bind every tensor in place. Returns the binding and the outputs, float [LAYERS, M]."""
     binding = session.io_binding()
     keep = dict(zip(SHARED, (layers.x, indices, thresholds), strict=True))
     for layer in range(LAYERS):
@@ -164,7 +164,7 @@ def bound(session: ort.InferenceSession, layers: Layers, indices: torch.Tensor, 
 
 
 def measure_kernel(layers: Layers, density: float, survivors: float) -> dict[str, Any]:
-    """Check one setting and time it: microseconds a layer, FFN bytes and GB/s."""
+    """Check one setting and time it: microseconds per layer, FFN bytes and GB/s."""
     indices = layers.indices(density)
     thresholds = torch.zeros(LAYERS, device="cuda")
     read = 0
@@ -172,7 +172,7 @@ def measure_kernel(layers: Layers, density: float, survivors: float) -> dict[str
         estimates = layers.estimates(layer, indices)
         if survivors < 1:
             dropped = round((1 - survivors) * len(indices))
-            thresholds[layer] = estimates.sort().values[dropped - 1 : dropped + 1].mean()  # between two neurons
+            thresholds[layer] = estimates.sort().values[dropped - 1 : dropped + 1].mean()  # between two estimates
         kept = int(((estimates >= thresholds[layer]) & (estimates > 0)).sum())
         read += (len(indices) + (len(layers.parts) - 1) * kept) * layers.hidden * layers.x.element_size()
     session = kernel_session(layers.dtype, layers.form)

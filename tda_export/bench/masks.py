@@ -1,6 +1,6 @@
-"""Masks of prompts side by side: dense, TDA with one and two levels, Griffin, threshold truncation.
+"""Compare methods of prompt masks: dense, TDA with one and two levels, Griffin, threshold truncation.
 
-The prompt's mask is cut at exactly the sparsity that was asked for, by rank, so that methods read equally many bytes.
+The prompt mask is cut by rank at exactly the requested sparsity, so that all methods read equally many bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tda_export.runtime.session import Sessions
 
 
 class MaskBench(Bench):
-    """An artifact of masks."""
+    """Benchmarks an artifact with prompt masks."""
 
     def __init__(
         self, artifact: Artifact, sessions: Sessions, settings: BenchSettings, prompt: list[int], capacity: int

@@ -1,4 +1,4 @@
-"""Prices side by side: dense as ONNX Runtime's own graph, dense by the row kernel, and at one or several prices."""
+"""Compare prices: dense with ONNX Runtime's own operators, dense by the row kernel, and at one or several prices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tda_export.runtime.phases import decode
 from tda_export.runtime.priced import PricedPrefill, PricedStep
 from tda_export.runtime.session import Sessions, device_tensor, open_session
 
-COUNTED_TOKENS = 64  # whose rows are counted
+COUNTED_TOKENS = 64  # the number of tokens whose rows are counted
 
 
 class PricedRunner:
@@ -51,7 +51,7 @@ class PricedRunner:
 
 
 class PricedBench(Bench):
-    """A priced artifact."""
+    """Benchmarks a priced artifact."""
 
     def __init__(
         self, artifact: Artifact, sessions: Sessions, settings: BenchSettings, prompt: list[int], capacity: int
@@ -88,7 +88,7 @@ class PricedBench(Bench):
             PricedPrefill(self._body, shape, cache).read(self.prompt)
             given = {contract.PRICE: device_tensor(np.array([runner.price], np.float32), self.sessions.provider)}
             expected = decode(self._body, cache, [token], None, given)[0]
-            # Rounding decides of rows at the border of the price.
+            # Rounding decides whether rows just worth the price are read.
             self.compare(name, found, expected, SECOND_LEVEL_FACTOR if runner.price > 0 else 1.0)
         del self._body
 

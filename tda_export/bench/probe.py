@@ -1,4 +1,5 @@
-"""What a benchmark chooses thresholds by: scores of the prompt, and what goes into the FFNs for some of its tokens."""
+"""The data for choosing a benchmark's thresholds: scores of the prompt, and inputs of the FFNs for some of its
+tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from tda_export.runtime.phases import prefill
 from tda_export.runtime.session import STORAGE, Sessions, map_weight
 
 PROBED_TOKENS = 16
-SMALLEST = 1e-12  # threshold of a relative magnitude
+SMALLEST = 1e-12  # the smallest threshold of a relative magnitude
 
 
 class Probe:
@@ -29,7 +30,8 @@ class Probe:
         self._spec = artifact_spec(artifact)
 
     def active_share(self, runner: SparseRunner) -> float:
-        """Return the share of a mask's neurons that ReLU leaves active on some of the prompt's tokens; without it 1."""
+        """Return the share of the prompt mask's neurons that ReLU leaves active on some of the prompt's tokens; 1
+        without ReLU."""
         spec = self._spec
         if spec.activation != "relu":
             return 1.0
@@ -41,19 +43,20 @@ class Probe:
         return active / seen
 
     def _probed_inputs(self) -> list[np.ndarray]:
-        """Return what goes into every FFN for the prompt's last tokens: L arrays, float32 [tokens, M]."""
+        """Return the input of every FFN for the prompt's last tokens: L arrays, float32 [tokens, M]."""
         split = len(self._prompt) - min(PROBED_TOKENS, len(self._prompt) // 2)
         return ffn_inputs(self._artifact, self._sessions, self._prompt[:split], self._prompt[split:])
 
     def truncation_thresholds(self, density: float) -> np.ndarray:
-        """Choose thresholds of r_i(t) that a share of the neurons reaches, on the prompt's last tokens; float32 [L]."""
+        """Choose thresholds of r_i(t) that the share `density` of neurons reaches on the prompt's last tokens; float32
+        [L]."""
         spec, thresholds = self._spec, []
         for layer, x in enumerate(self._probed_inputs()):
             first, *rest = (self._products(layer, part, x) for part in spec.ffn_parts[:-1])
             h = ACTIVATIONS[spec.activation](torch.from_numpy(first)).numpy() * (rest[0] if rest else 1.0)
             squares = h**2 * map_weight(self._artifact, contract.down_squared_norms(layer))[:, None]  # [F, tokens]
             relative = np.sqrt(squares / squares.sum(axis=0))
-            # Zeros, of which ReLU makes more than may be dropped, are never kept.
+            # Zeros are never kept; ReLU makes more of them than may be dropped.
             thresholds.append(max(np.quantile(relative, 1.0 - density), SMALLEST))
         return np.array(thresholds, np.float32)
 
@@ -79,7 +82,8 @@ class Probe:
         return np.array(borders, np.float32)
 
     def token_thresholds(self, runner: SparseRunner, wanted: float) -> tuple[np.ndarray, float]:
-        """Choose thresholds that leave `wanted` of all up and down rows on some tokens; count on others what stays."""
+        """Choose thresholds that keep the share `wanted` of all up and down rows on some tokens; count on others what
+        they keep."""
         assert runner.mask is not None
         tokens = [runner.step() for _ in range(2 * PROBED_TOKENS)]
         inputs = ffn_inputs(self._artifact, self._sessions, self._prompt, tokens)

@@ -1,4 +1,4 @@
-"""Matrices of integers drawn as codes, without floats: a large model takes no longer than its file."""
+"""Integer matrices drawn directly as codes, without floats: a large model takes no longer than writing its file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPREAD = 0.25  # scales are uniform within this share of their middle
 
 @dataclass(frozen=True)
 class RandomStorage(Storage):
-    """How a random model is stored: its matrices of integers are drawn, all else comes from its weights."""
+    """How a random model is stored: its integer matrices are drawn, all else comes from its weights."""
 
     seed: int = 0
     quantizer: ClassVar[str] = "random"
@@ -31,19 +31,19 @@ class RandomStorage(Storage):
 
 
 def random_storage(dtype: str, plan: FormatPlan | None, seed: int = 0) -> Storage:
-    """Return how a random model is stored by a plan of formats; None is all floats."""
+    """Return the storage of a random model for a plan of formats; None means all floats."""
     return Storage(dtype) if plan is None else RandomStorage(dtype, plan, seed=seed)
 
 
 def draw_packed(matrix: Matrix, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw the tensors of a matrix of integers, as weights.bin has them: the same on every machine.
+    """Draw the tensors of an integer matrix as stored in weights.bin, the same on every machine.
 
-    Codes are uniform, and zero points one of the two in the middle, so that elements have a mean of 0. Their standard
-    deviation is that of float random models, 1 / sqrt(inputs): activations keep their size.
+    Codes are uniform, and zero points are one of the two middle codes, so that elements have a mean of 0. Their
+    standard deviation is 1 / sqrt(inputs), as in float random models, so that activations keep their size.
 
     Args:
-        matrix: Of an integer format.
-        seed: Each matrix has numbers of its own, by its name.
+        matrix: A matrix of an integer format.
+        seed: The seed; each matrix has its own numbers, by its name.
 
     Returns:
         Codes uint8 [rows, bytes], scales float16 [rows, groups] and zero points uint8 [rows, bytes].
@@ -65,7 +65,7 @@ def draw_packed(matrix: Matrix, seed: int = 0) -> tuple[np.ndarray, np.ndarray, 
 
 
 def code_deviation(format: IntegerFormat) -> float:
-    """Return the standard deviation of uniform codes less a zero point that is either of the two in the middle."""
+    """Return the standard deviation of uniform codes minus a zero point that is either of the two middle codes."""
     return float(np.sqrt((format.levels**2 - 1) / 12 + 0.25))
 
 

@@ -42,9 +42,10 @@ def write_random_model(config: Any, folder: Path, *, dtype: torch.dtype, seed: i
 
     Args:
         config: A transformers configuration with `architectures` set; its vocabulary holds at least 259 tokens.
-        folder: Created if need be.
-        dtype: Of the weights.
-        seed: Of the weights, which are normal with a variance of 1 / inputs, so that activations keep their size.
+        folder: The folder, created if missing.
+        dtype: The dtype of the weights.
+        seed: The seed of the weights, which are normal with a variance of 1 / inputs, so that activations keep their
+            size.
 
     Returns:
         `folder`.

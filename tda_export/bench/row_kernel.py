@@ -39,7 +39,7 @@ SHAPES = {
     CPU: ("576x1536", "576x3072", "1536x576", "896x9728", "4864x896"),
 }
 DENSITIES = (1.0, 0.7, 0.5, 0.3)
-TOTAL_BYTES = {CUDA: 3 << 30, CPU: 600 << 20}  # of all matrices: the start of a graph should not count
+TOTAL_BYTES = {CUDA: 3 << 30, CPU: 600 << 20}  # of all matrices together, so that the start of a graph is negligible
 MOST_LAYERS = 200
 ALL_TOLERANCES = TOLERANCES | {"float32": 2e-5}
 ALL_TORCH_DTYPES = TORCH_DTYPES | {"float32": torch.float32}
@@ -66,7 +66,7 @@ class Row:
 class Matrices:
     """Enough matrices [in, out] that no cache holds them, one x [1, 1, in], and row prices [in].
 
-    `format`: of the matrices; by default elements are of `dtype`, as x is.
+    `format`: the format of the matrices; by default their elements have `dtype`, as x has.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Matrices:
         def draw_stored(name: str, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
             if dtype == "uint8":
                 return torch.randint(256, shape, generator=generator, device=provider, dtype=torch.uint8)
-            # An element is of the order of inputs ** -0.5, also as a difference of codes times a scale.
+            # Elements are of the order of inputs ** -0.5, as floats and as a difference of codes times a scale.
             scale = inputs**-0.5 / (1 if self.format.is_float else 1 << self.format.bits - 1)
             return (draw(*shape) * scale).to(STORED_DTYPES[dtype])
 
@@ -99,7 +99,7 @@ class Matrices:
         self.worth = self.x[0, 0].float() ** 2 * self.row_price
 
     def price(self, density: float) -> torch.Tensor:
-        """The price at which this share of rows is read, float32 [1]; 0 reads all."""
+        """Return the price at which this share of rows is read, float32 [1]; 0 reads all."""
         if density >= 1:
             return torch.zeros(1, device=self.provider)
         return self.worth.sort().values[round((1 - density) * self.inputs)].reshape(1)
@@ -109,7 +109,7 @@ class Matrices:
         return kept @ self.elements(layer)
 
     def elements(self, layer: int) -> torch.Tensor:
-        """A matrix in float32, [in, out]."""
+        """Return a matrix in float32, [in, out]."""
         stored = [self.stored[tensor.name] for tensor in self.matrices[layer].tensors]
         if not isinstance(self.format, IntegerFormat):
             return stored[0].float()
@@ -122,14 +122,14 @@ class Matrices:
 
 
 def unpacked(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """The numbers in each row of bytes, float32; those of padding too."""
+    """Return the numbers in each row of bytes, float32, those of padding included."""
     if bits == 8:
         return packed.float()
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1).float()
 
 
 def rows_session(matrices: Matrices, *, stock: bool, early: bool) -> ort.InferenceSession:
-    """A graph of one node a matrix, everything an input; `stock` has plain products in their place."""
+    """Open a graph of one node per matrix, all tensors inputs; `stock` uses plain products instead."""
     ops, dtype = Ops(), matrices.dtype
     shared = {
         name: ir.Value(name=name, type=ir.TensorType(DTYPES[kind]))
@@ -174,7 +174,7 @@ def rows_session(matrices: Matrices, *, stock: bool, early: bool) -> ort.Inferen
 
 
 def bound(session: ort.InferenceSession, matrices: Matrices, price: torch.Tensor) -> tuple[Any, torch.Tensor]:
-    """Bind every tensor where it lies. Returns the binding and the outputs, [layers, 1, 1, out]."""
+    """Bind every tensor in place. Returns the binding and the outputs, [layers, 1, 1, out]."""
     tensors = {
         RowLinearInput.X: matrices.x,
         RowLinearInput.ROW_PRICE: matrices.row_price,
@@ -205,7 +205,7 @@ def measure_rows(matrices: Matrices, density: float, bandwidth: float, *, kernel
     """Check one kernel at one density and time it. `kernel` is `RowLinear` or `MatMul`, the stock product.
 
     Raises:
-        TdaError: A result is not PyTorch's.
+        TdaError: A result differs from PyTorch's.
     """
     stock = kernel == "MatMul"
     name = kernel if matrices.format.is_float else operators.row_linear_of(matrices.format.bits)
@@ -246,9 +246,9 @@ def measure(
     provider: str,
     format: WeightFormat | None = None,
 ) -> dict[str, Any]:
-    """Measure every shape (in, out) at every density, all rows also with the price late.
+    """Measure every shape (in, out) at every density; reading all rows is also measured with a late price.
 
-    Of floats, the stock product is measured too.
+    For floats, the stock product is measured too.
     """
     bandwidth = copy_bandwidth(provider)
     rows = []

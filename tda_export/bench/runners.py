@@ -49,19 +49,19 @@ class Runner(Protocol):
 
 
 class SparseRunner:
-    """The artifact's decode graph: with every neuron, or with the mask of the prompt."""
+    """The artifact's decode graph: with every neuron, or with the prompt mask."""
 
     def __init__(self, artifact: Artifact, sessions: Sessions, capacity: int, *, masked: bool = True) -> None:
         self._artifact, self.sessions, self.masked = artifact, sessions, masked
-        self.thresholds: np.ndarray | None = None  # instead of the artifact's own
+        self.thresholds: np.ndarray | None = None  # replaces the artifact's own
         self.mask: PromptMask | None = None
-        self.token_thresholds: np.ndarray | None = None  # float32 [L], of the second level
+        self.token_thresholds: np.ndarray | None = None  # float32 [L], thresholds of the second level
         self._step = DecodeStep(self.sessions, self._artifact.shape, capacity)
         self._step.capture()
 
     @property
     def second_level(self) -> bool:
-        """Whether neurons of the mask are skipped token by token."""
+        """Whether tokens skip further neurons of the prompt mask."""
         return self.token_thresholds is not None
 
     def prefill(self, prompt: Sequence[int]) -> None:
@@ -83,7 +83,7 @@ class SparseRunner:
 
 
 class DenseRunner:
-    """The plain dense graph, captured on CUDA, with the settings that ONNX Runtime does best with."""
+    """The plain dense graph, captured on CUDA, with the settings that are fastest in ONNX Runtime."""
 
     functions = False  # whether the graph calls functions that native kernels may replace
 
@@ -97,7 +97,7 @@ class DenseRunner:
         self._session = open_session(
             artifact, model, provider, self._weights, capture=captures, prepack=True, **options
         )
-        # A session that captures is slower at what it does not capture.
+        # A session that captures is slower at runs that it does not capture.
         prompts = open_session(artifact, model, provider, self._weights, **options) if captures else self._session
         self._cache = KvCache(shape, provider, capacity)
         self._token = device_tensor(np.zeros((1, 1), np.int64), provider)
@@ -108,20 +108,20 @@ class DenseRunner:
         self._call.feed(contract.ATTENTION_MASK, self._attended)
         self._prompt_logits = empty_tensor((1, 1, shape.vocab_size), "float32", "cpu")
         self._prompt_call = self._bound(prompts, self._prompt_logits, NO_GRAPH)
-        # The next token is chosen on the device, as the other runners and other stacks do; not a part of the graph.
+        # The next token is chosen on the device, as in the other runners and other stacks, outside the graph.
         choose = open_session(
             artifact, greedy_model(shape.vocab_size), provider, {}, native=sessions.native, capture=captures
         )
         self._choose = Call(choose, "1" if captures else NO_GRAPH)
         self._choose.feed(contract.LOGITS, self._logits)
         self._choose.write_to(contract.GREEDY_TOKENS, self._token)
-        self._run(0)  # captures
+        self._run(0)  # captures the graph
         self._choose.run_only()
         self._cache.truncate(0)
 
     @staticmethod
     def _graph(artifact: Artifact, sessions: Sessions) -> tuple[bytes, dict[str, Any]]:
-        """Return the graph, and the weights that it may read."""
+        """Return the graph and the weights that it may read."""
         weights = dict(sessions.shared_weights)
         for name, original in transposed_weights(artifact_spec(artifact), artifact.matrices).items():
             array = _transposed(map_weight(artifact, original))
@@ -168,7 +168,7 @@ class DenseRunner:
 class TruncationRunner(DenseRunner):
     """Threshold truncation (`graph/truncation.py`): prompts are read by the artifact's own prefill.
 
-    It drops small neurons of each token by stock operators, which read every row all the same.
+    It drops each token's small neurons with stock operators, which still read every row.
     """
 
     functions = True
@@ -192,7 +192,7 @@ class TruncationRunner(DenseRunner):
 
     @property
     def density(self) -> float:
-        """The share of neurons that the last token kept."""
+        """Return the share of neurons that the last token kept."""
         return float(self._kept.numpy().mean()) / self._shape.ffn_size
 
     def prefill(self, prompt: Sequence[int]) -> None:
@@ -215,7 +215,7 @@ def truncated_logits(
 
 
 class BodyLogits:
-    """What the function body computes under a prompt's mask: the slow way to the same logits, to check against."""
+    """The function body's logits under a prompt mask: a slow way to the same logits, for checks."""
 
     def __init__(self, artifact: Artifact, sessions: Sessions, capacity: int) -> None:
         self._artifact, self._capacity = artifact, capacity
@@ -230,16 +230,16 @@ class BodyLogits:
         token: int,
         token_thresholds: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Read a prompt, then one token under the mask that `runner` would have; float32 [V].
+        """Read a prompt, then one token under the mask that `runner` would use; return logits, float32 [V].
 
-        Without thresholds no neuron of the mask is skipped, whatever the artifact's own are.
+        Without token thresholds no neuron of the mask is skipped, whatever the artifact's own thresholds are.
         """
         sessions, shape = self._sessions, self._artifact.shape
         cache = KvCache(shape, sessions.provider, self._capacity)
         _, mask = prefill(runner.sessions, shape, prompt, cache, runner.thresholds)
         inputs = sessions.dense_inputs | (mask.inputs if runner.masked else {})
         for layer in range(shape.num_layers if runner.masked else 0):
-            kept = mask.indices(layer)  # unpadded: the body gathers a row for every entry
+            kept = mask.indices(layer)  # unpadded, since the body gathers a row for every entry
             if len(kept):
                 inputs[contract.mask_indices(layer)] = device_tensor(kept, sessions.provider)
         if token_thresholds is not None:
@@ -250,7 +250,7 @@ class BodyLogits:
 def ffn_inputs(
     artifact: Artifact, sessions: Sessions, prompt: Sequence[int], tokens: Sequence[int]
 ) -> list[np.ndarray]:
-    """Read a prompt and then given tokens densely, and return what goes into every FFN for them: L arrays [S, M].
+    """Read a prompt and then given tokens densely, and return every FFN's input for the given tokens: L arrays [S, M].
 
     Half precision comes back as float32 too.
     """
@@ -277,6 +277,6 @@ def _transposed(array: np.ndarray) -> np.ndarray:
     import torch
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of an array that may not be written to
+        warnings.simplefilter("ignore")  # PyTorch warns of a read-only array
         tensor: torch.Tensor = torch.from_numpy(array).T.contiguous()  # faster than numpy's
     return tensor.numpy()

@@ -18,7 +18,7 @@ from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
 from tda_export.models.weights import Weights
 
-# Fields of config.json; what is left out is the family's default.
+# Fields of config.json; missing fields take the family's defaults.
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
         "model_type": "llama",
@@ -153,8 +153,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
     },
 }
-POOL_NUMBERS = 1 << 24  # random numbers that all tensors are cut from
-POOL_STEP = 1_000_003  # a prime: where one tensor's numbers begin after another's
+POOL_NUMBERS = 1 << 24  # number of random numbers from which all tensors are cut
+POOL_STEP = 1_000_003  # a prime: the distance between the starts of consecutive tensors
 
 
 class RandomWeights:
@@ -195,7 +195,7 @@ class RandomSource(ModelSource):
         model_type = fields.pop("model_type")
         try:
             return AutoConfig.for_model(model_type, **fields)
-        except Exception as error:  # transformers' many ways of saying no
+        except Exception as error:  # transformers raises many kinds of errors
             raise UsageError(f"{self.name}: not a usable config.json ({first_line(error)}).") from error
 
     @cached_property
@@ -222,7 +222,7 @@ def random_source(shape: str) -> RandomSource:
     """Make a random model of a named shape, or of the shape that a config.json describes.
 
     Raises:
-        UsageError: It is neither a known name nor a readable file.
+        UsageError: `shape` is neither a known name nor a readable file.
     """
     if shape in SHAPES:
         return RandomSource(shape, Path(), fields=tuple(SHAPES[shape].items()))

@@ -1,4 +1,4 @@
-"""Times of several methods, taken in turn so that a busy moment of the machine meets all of them."""
+"""Time several methods in turns, so that a busy moment of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Spread:
 
 
 def take_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Run each call once a round, `rounds` times, and return the seconds of every run, by name.
+    """Run each call once per round, and return the seconds of all `rounds` runs, by name.
 
-    The order of a round is reversed in the next one, so that no method always follows the same other.
+    Every other round runs in reverse order, so that no method always follows the same other one.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):

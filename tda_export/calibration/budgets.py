@@ -1,4 +1,4 @@
-"""From a calibration and a budget to the thresholds of each layer."""
+"""Choose the thresholds of each layer from a calibration and a budget."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from tda_export.errors import UsageError
 from tda_export.ffn_share import GATED, truncation_share, two_level_share
 from tda_export.pricing import PriceTable
 
-PRICE_MARGIN = 0.1  # by which the share that prices are measured at last may miss what it aims at
+PRICE_MARGIN = 0.1  # how far the last measured share of prices may miss its target
 AllocationRule = Literal["kl", "uniform"]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be lost or must be saved; exactly one of three.
+    """What may be lost or must be saved: exactly one of three budgets.
 
-    `cett`: the mean CETT that each layer may lose (the paper's). `sparsity`: the share of FFN bytes to save, and
-    `allocation`, how it is spread: `kl` by the calibration's KL path (mask and token thresholds), `uniform` the same
-    share of neurons in every layer (mask alone). `max_kl`: the sparsest point of the KL path whose predicted KL to
-    dense stays within it, nats a token.
+    `cett`: the mean CETT that each layer may lose (the paper's). `sparsity`: the share of FFN bytes to save.
+    `allocation`: how it is spread over layers: `kl` by the calibration's KL path (prompt mask and token thresholds),
+    `uniform` the same share of neurons in every layer (prompt mask only). `max_kl`: a limit in nats per token, for the
+    sparsest point of the KL path whose predicted KL to dense is within it.
     """
 
     cett: float | None = None
@@ -49,15 +49,16 @@ class Budget:
 
     @property
     def by_kl(self) -> bool:
-        """Whether the KL path answers it, with both levels and the prior."""
+        """Whether the budget is met by the KL path, with both levels and the prior."""
         return self.max_kl is not None or (self.sparsity is not None and self.allocation == "kl")
 
     def of_sparse_steps(self, refresh_tokens: int) -> Budget:
-        """Return the budget of the steps between refreshes, of which there is one every `refresh_tokens` tokens.
+        """Return the budget of the steps between refreshes, one of which comes every `refresh_tokens` tokens.
 
         0 is none; otherwise it is at least 2.
 
-        With a sparsity p, a share of bytes, and N tokens a refresh that is p N / (N - 1); other budgets stay.
+        A sparsity p (a share of bytes) becomes p N / (N - 1) with one refresh every N tokens; other budgets do not
+        change.
 
         Raises:
             UsageError: The refreshes alone read more than the sparsity allows.
@@ -89,10 +90,10 @@ class Budget:
 def make_budget(
     cett: float | None, sparsity: float | None, allocation: AllocationRule | None, max_kl: float | None = None
 ) -> Budget:
-    """Return a budget of options, of which None is not given.
+    """Return the budget of options; None means that an option is not given.
 
     Raises:
-        UsageError: None or several are given, one is out of range, or the rule has nothing to spread.
+        UsageError: No or several budgets are given, one is out of range, or an allocation is given without a sparsity.
     """
     if allocation is not None and sparsity is None:
         raise UsageError("--allocation spreads a --sparsity over the layers. Give --sparsity, or leave it out.")
@@ -100,10 +101,10 @@ def make_budget(
 
 
 def check_reach(budget: Budget) -> None:
-    """Refuse a sparsity that the KL path will not be measured at, before any long work.
+    """Refuse, before any long work, a sparsity beyond those that the KL path will be measured at.
 
     Raises:
-        UsageError: It is further from dense than the last measured setting.
+        UsageError: The sparsity is beyond the last measured setting.
     """
     if budget.by_kl and budget.sparsity is not None and 1 - budget.sparsity < SHARES[-1] - MARGIN:
         raise UsageError(
@@ -113,10 +114,10 @@ def check_reach(budget: Budget) -> None:
 
 
 def check_priced(budget: Budget) -> None:
-    """Refuse what prices of rows cannot meet, before any long work.
+    """Refuse, before any long work, a budget that prices of rows cannot meet.
 
     Raises:
-        UsageError: It is a budget of masks, or a sparsity further from dense than prices are measured at.
+        UsageError: The budget is for prompt masks, or a sparsity beyond those that prices are measured at.
     """
     if not budget.by_kl:
         raise UsageError(
@@ -130,7 +131,7 @@ def check_priced(budget: Budget) -> None:
 
 
 def nearest_priced(budget: Budget, tables: Iterable[PriceTable]) -> Budget:
-    """Return the budget, or where it is beyond what tables of prices measured, the furthest that all of them did."""
+    """Return the budget or, where it is beyond the measured tables of prices, the largest that all of them measured."""
     for table in tables:
         if budget.sparsity is not None and 1 - budget.sparsity < table.least_share:
             budget = replace(budget, sparsity=table.most_sparsity)
@@ -140,7 +141,7 @@ def nearest_priced(budget: Budget, tables: Iterable[PriceTable]) -> Budget:
 
 
 def nearest_reachable(budget: Budget, table: KlTable | None) -> Budget:
-    """Return the budget, or where its sparsity is more than the table measured, the most that it did."""
+    """Return the budget or, where its sparsity is beyond the table, the largest sparsity that the table measured."""
     if table is None or not budget.by_kl or budget.sparsity is None or 1 - budget.sparsity >= float(table.share[-1]):
         return budget
     return replace(budget, sparsity=table.most_sparsity)
@@ -148,12 +149,12 @@ def nearest_reachable(budget: Budget, table: KlTable | None) -> Budget:
 
 @dataclass(frozen=True)
 class Allocation:
-    """The chosen thresholds of each layer, with what the calibration expects of them (lists of L floats).
+    """The chosen thresholds of each layer, with the calibration's expectations (lists of L floats).
 
-    `density` is the share of neurons in the mask. With the second level, `token_thresholds` are of gate estimates and
-    `token_density` is the share of neurons that a token does not skip; both are empty without it. `kl` is the predicted
-    KL to dense in nats a token, where the calibration measured it. `prior_tokens` is the pseudo-count of the prior that
-    the thresholds are meant for, and `tail_mean` whether dropped neurons are replaced by their mean.
+    `density` is the share of neurons in the prompt mask. With the second level, `token_thresholds` apply to gate
+    estimates and `token_density` is the share of neurons that a token does not skip; both are empty without it. `kl` is
+    the predicted KL to dense in nats per token, where the calibration measured it. `prior_tokens` is the pseudo-count
+    of the prior that the thresholds are meant for. `tail_mean` says whether dropped neurons are replaced by their mean.
     """
 
     thresholds: list[float]
@@ -169,7 +170,7 @@ class Allocation:
 
     @property
     def sparsity(self) -> float:
-        """Expected share of FFN bytes that decode does not read."""
+        """The expected share of FFN bytes that decode does not read."""
         mask = sum(self.density) / len(self.density)
         token = sum(self.token_density) / len(self.token_density) if self.token_density else mask
         return 1.0 - two_level_share(mask, token, self.ffn_matrices)
@@ -177,11 +178,12 @@ class Allocation:
 
 @dataclass(frozen=True)
 class TruncationAllocation(Allocation):
-    """Of threshold truncation: `density` is the share of down rows that are read, of gate and up all are."""
+    """The allocation of threshold truncation: `density` is the share of down rows that are read. All gate and up rows
+    are read."""
 
     @property
     def sparsity(self) -> float:
-        """Expected share of FFN bytes that decode does not read."""
+        """The expected share of FFN bytes that decode does not read."""
         return 1.0 - truncation_share(sum(self.density) / len(self.density), self.ffn_matrices)
 
 
@@ -195,16 +197,16 @@ def allocate(
 ) -> Allocation:
     """Choose the thresholds.
 
-    A CETT budget takes in each layer the largest grid threshold whose mean CETT is within it (the paper's rule; the
-    curve is not strictly monotone, since dropped vectors may cancel). A uniform sparsity takes in each layer the
-    threshold whose density is nearest to 1 - sparsity. Other budgets take a point of the KL path.
+    A CETT budget takes, in each layer, the largest grid threshold whose mean CETT is within the budget (the paper's
+    rule; the curve is not strictly monotone, since dropped vectors may cancel). A uniform sparsity takes, in each
+    layer, the threshold whose density is nearest to 1 - sparsity. Other budgets take a point of the KL path.
 
     Args:
-        budget: What may be lost, or must be saved.
-        curves: From calibration.
+        budget: The budget.
+        curves: The curves from calibration.
         grid: The thresholds, float32 [K].
         table: The measured KL path, if the calibration has one.
-        ffn_matrices: Of the FFN.
+        ffn_matrices: The number of matrices of the FFN.
 
     Raises:
         UsageError: The budget needs a KL path, and there is none or it is not sparse enough.
@@ -242,17 +244,17 @@ def allocate_truncation(
 ) -> TruncationAllocation:
     """Choose thresholds of r_i(t) for threshold truncation, from the curves of the token estimator.
 
-    Truncation reads every gate row and up row, and the share d of down rows: (2 + d) / 3 of the FFN's bytes, without
-    gates (1 + d) / 2. So a sparsity p asks for d = 1 - 3 p, or 1 - 2 p.
+    Truncation reads every gate row and up row, and the share d of down rows: (2 + d) / 3 of the FFN's bytes, or (1 + d)
+    / 2 without gates. So a sparsity p needs d = 1 - 3 p, or 1 - 2 p without gates.
 
     Args:
         budget: As `allocate` takes it.
-        curves: Of a calibration with the token estimator.
+        curves: The curves of a calibration with the token estimator.
         grid: The thresholds, float32 [K].
-        ffn_matrices: n of the FFN.
+        ffn_matrices: n, the number of matrices of the FFN.
 
     Raises:
-        UsageError: The curves are the prompt estimator's, or the sparsity is more than 1/n.
+        UsageError: The curves come from the prompt estimator, or the sparsity is more than 1/n.
     """
     if curves.token_density.shape[1] == 0:
         raise UsageError(
@@ -282,10 +284,10 @@ def _choose(
     grid: torch.Tensor,
     ffn_matrices: int,
 ) -> Allocation:
-    """Choose from curves [L, K] by a CETT or, uniformly, by the share of neurons to drop; one of them is None."""
+    """Choose from curves [L, K] by a CETT or by a uniform share of neurons to drop; one of the two is None."""
     if budget_cett is not None:
         within = cett <= budget_cett  # [L, K]; column 0 (nothing dropped) always is
-        chosen = len(grid) - 1 - within.flip(1).int().argmax(dim=1)  # [L], the last within
+        chosen = len(grid) - 1 - within.flip(1).int().argmax(dim=1)  # [L], the last threshold within the budget
         recrossing = [i for i, k in enumerate(chosen.tolist()) if not bool(within[i, : k + 1].all())]
     else:
         assert dropped is not None

@@ -21,10 +21,9 @@ OnUp = Callable[[int, torch.Tensor], None]
 def capture_activations(
     model: Any, spec: DecoderSpec, on_activations: OnActivations, on_up: OnUp | None = None
 ) -> Iterator[None]:
-    """Call `on_activations`, and before it `on_up`, for every layer of each forward pass of batch 1 in the block.
+    """Call `on_up` and then `on_activations` for every layer of each forward pass (batch 1) in the block.
 
-    The input of the down projection is h, whatever comes before it in the family's FFN. Without gates `on_up` is given
-    ones.
+    h is the input of the down projection in every family's FFN. Without gates `on_up` gets ones.
     """
 
     handles: list[Any] = []

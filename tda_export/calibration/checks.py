@@ -1,4 +1,4 @@
-"""What the tensors of a calibration file must be, so that nothing later computes with numbers that cannot be."""
+"""Check the tensors of a calibration file, so that later code does not compute with impossible numbers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from tda_export.calibration.curves import CurveSums
 from tda_export.calibration.kl_table import COLUMNS, KlTable
 from tda_export.errors import shown
 
-ROUNDING = 1e-3  # relative: by how much sums of shares may pass their whole
-NEGATIVE_KL = -1e-2  # nats a token: a KL of zero, rounded
-LARGEST = 1e30  # of means, whose squares and products must still be numbers in float32
+ROUNDING = 1e-3  # relative: how far sums of shares may exceed the whole
+NEGATIVE_KL = -1e-2  # nats per token: how far rounding may take a KL of zero below zero
+LARGEST = 1e30  # of means, whose squares and products must stay finite in float32
 MOST_PRIOR_TOKENS = 1e9
 
 Bounds = tuple[float, float]
 SHARE = (0.0, 1.0 + ROUNDING)
 NOT_NEGATIVE = (0.0, LARGEST)
-# A layer's mean over whatever its sums count.
+# A layer's mean over the items that its sums count.
 MEANS: dict[str, Bounds] = {
     "ratio": NOT_NEGATIVE,
     "density": SHARE,
@@ -52,8 +52,8 @@ def check_curves(grid: torch.Tensor, sums: CurveSums) -> Sizes:
     """Check thresholds and sums, and return their sizes.
 
     Raises:
-        ValueError: A tensor has another dtype or shape than the others ask for, or holds what cannot be: what is not
-            finite, negative shares, more than there is, thresholds or densities out of order. It is named.
+        ValueError: A tensor has the wrong dtype or shape, or holds impossible values: not finite, negative shares,
+            shares above the whole, thresholds or densities out of order. The message names the tensor.
     """
     _shape("grid", grid, torch.float32, (None,))
     _shape("score_square", sums.score_square, torch.float64, (None, None))
@@ -65,7 +65,7 @@ def check_curves(grid: torch.Tensor, sums: CurveSums) -> Sizes:
         _shape(name, tensor, torch.float64, (layers, 0 if of_prompts else points))
     for name in ("activation", "up_square"):
         _shape(name, getattr(sums, name), torch.float64, (layers, neurons))
-    # A layer may have no token whose FFN gives anything.
+    # A layer may have no token with a nonzero FFN output.
     for name, size, least in (("ratio_tokens", layers, 0.0), ("sequences", 1, 1.0), ("tokens", 1, 1.0)):
         _shape(name, getattr(sums, name), torch.float64, (size,))
         _within(name, getattr(sums, name), (least, LARGEST))
@@ -76,16 +76,16 @@ def check_curves(grid: torch.Tensor, sums: CurveSums) -> Sizes:
         _within(name, getattr(sums, name) / counts.get(name, sums.tokens), bounds)
     for name in ("density", "token_density"):
         _require(name, bool((getattr(sums, name).diff(dim=1) <= ROUNDING).all()), "rises with the threshold")
-    # Relative magnitudes of a token are a vector of length 1.
+    # The relative magnitudes of a token form a vector of length 1.
     _within("score_square", (sums.score_square / sums.tokens).sum(dim=1), SHARE)
     return sizes
 
 
 def check_path(table: KlTable, layers: int) -> None:
-    """Check a KL path of that many layers.
+    """Check a KL path of `layers` layers.
 
     Raises:
-        ValueError: As `check_curves`; also where settings do not go from dense to sparse.
+        ValueError: As `check_curves`, or settings are not ordered from dense to sparse.
     """
     _shape("share", table.share, torch.float32, (None,))
     settings = len(table.share)
@@ -107,7 +107,7 @@ def _require(name: str, condition: bool, problem: str) -> None:
 
 
 def _shape(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
-    """Sizes of None are any but 0."""
+    """Check dtype and shape; a size of None is any size except 0."""
     found = tuple(tensor.shape)
     fits = len(found) == len(shape) and all(
         one > 0 if other is None else one == other for one, other in zip(found, shape, strict=True)

@@ -1,4 +1,4 @@
-"""From a dataset to token sequences of one length."""
+"""Draw token sequences of one length from a dataset."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tda_export.errors import TdaError, UsageError, first_line
 BUILTIN = "builtin"
 DOCUMENT_SEPARATOR = "\n<|document|>\n"  # a line of its own in a text file
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-PIECE_CHARACTERS_PER_TOKEN = 8  # about twice what a token of English takes
+PIECE_CHARACTERS_PER_TOKEN = 8  # about twice the length of an English token
 SHUFFLE_BUFFER = 1_000  # pieces
 
 
@@ -25,7 +25,7 @@ SHUFFLE_BUFFER = 1_000  # pieces
 class Corpus:
     """Token sequences int64 [N, P + C], and what identifies the text that they came from.
 
-    `prefix_tokens`: what the tokenizer puts before a text (BOS), with which each sequence begins.
+    `prefix_tokens`: the number of tokens that the tokenizer puts before a text (BOS); each sequence begins with them.
     """
 
     tokens: torch.Tensor
@@ -34,7 +34,7 @@ class Corpus:
     prefix_tokens: int = 0
 
     def describe(self) -> dict[str, Any]:
-        """Provenance for the calibration file."""
+        """Return the provenance for the calibration file."""
         return {"name": self.name, "sequences": self.tokens.shape[0], "tokens_sha256": self.sha256}
 
 
@@ -59,17 +59,17 @@ def load_corpus(
 ) -> Corpus:
     """Draw token sequences from a dataset.
 
-    Documents are cut into pieces that hold about two sequences, and the pieces shuffled by `seed`. A piece gives its
-    first sequence; if the dataset ends before there are enough, what is left of long pieces and the short ones are
-    joined, a blank line between them, into more. No sequence is padded.
+    Documents are cut into pieces that hold about two sequences, and the pieces are shuffled by `seed`. Each piece gives
+    its first sequence. If the dataset ends before there are enough, the rests of long pieces and the short pieces are
+    joined, with a blank line between them, into more sequences. No sequence is padded.
 
     Args:
         dataset: `builtin`, a .txt, .jsonl, .csv or .parquet file, or a hub dataset `name` or `name:config:split`.
         tokenizer: A transformers tokenizer; a token that it puts before a text (BOS) begins each sequence.
         text_column: The column that holds the text; None takes `text`.
         sequences: N, how many to draw; fewer are returned when the dataset has no more.
-        length: Tokens of each sequence.
-        seed: Order of the documents.
+        length: The number of tokens of each sequence.
+        seed: The seed of the documents' order.
         vocab_size: V of the model, which may have fewer tokens than its tokenizer.
 
     Raises:
@@ -92,7 +92,7 @@ def load_corpus(
         if tokens:
             spare.append(tokens)
             spared += len(tokens)
-        # A large dataset of short pieces is not read to its end.
+        # Do not read a large dataset of short pieces to its end.
         if len(windows) == sequences or (number > SHUFFLE_BUFFER and len(windows) + spared // size >= sequences):
             break
     seen = size * len(windows) + spared
@@ -144,7 +144,7 @@ def _documents(dataset: str, text_column: str | None, seed: int, characters: int
             raise TdaError(f"{dataset}: the dataset is empty. Give one that contains text.")
     except TdaError:
         raise
-    except Exception as error:  # whatever a reader of damaged files raises
+    except Exception as error:  # readers of damaged files raise many kinds of errors
         raise TdaError(
             f"{dataset}: the dataset cannot be read ({first_line(error)}). Check that it is UTF-8 text and that every "
             f"row has the column {text_column or 'text'!r}."
@@ -152,7 +152,7 @@ def _documents(dataset: str, text_column: str | None, seed: int, characters: int
 
 
 def _open(dataset: str, text_column: str | None) -> tuple[Any, str, bool]:
-    """Open a dataset as a stream of rows; return it, its text column, and whether separator lines count in it."""
+    """Open a dataset as a stream of rows; return it, its text column, and whether it may hold separator lines."""
     from datasets import load_dataset
 
     path = Path(os.path.expanduser(dataset))
@@ -174,7 +174,7 @@ def _open(dataset: str, text_column: str | None) -> tuple[Any, str, bool]:
     config, _, split = rest.partition(":")
     try:
         return load_dataset(name, config or None, split=split or "train", streaming=True), column, False
-    except Exception as error:  # the hub's many ways of saying no
+    except Exception as error:  # the hub raises many kinds of errors
         raise UsageError(
             f"{dataset}: no such file, and no such dataset on the hub ({first_line(error)}). Give 'builtin', a .txt, "
             ".jsonl, .csv or .parquet file, or a hub dataset (name or name:config:split)."

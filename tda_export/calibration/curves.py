@@ -22,16 +22,15 @@ Estimator = Literal["prompt", "token"]
 
 @dataclass(frozen=True)
 class CurveSums:
-    """Sums over the calibration data; those of two halves add to those of the whole.
+    """Sums over the calibration data. The sums of two halves add up to the sums of the whole.
 
-    All float64 on the CPU. K thresholds, L layers, F neurons.
+    All are float64 on the CPU. K thresholds, L layers, F neurons.
 
-    `ratio` [L, K]: sum over tokens of || tail || / || FFN(x_t) ||, of `ratio_tokens` [L] tokens.
-    `density` [L, K]: sum over sequences of the share of neurons in the mask of the prompt, of `sequences` [1].
-    `token_density` [L, K]: with the token estimator, the sum over tokens of the share with r_i(t) >= tau, of the same
-    tokens as `score_square`; [L, 0] with the prompt estimator.
-    `score_square` [L, F]: sum over tokens of r_i(t)^2, `activation` [L, F]: of h_i(t), and `up_square` [L, F]: of
-    (up_i · x_t)^2, each of `tokens` [1] tokens.
+    `ratio` [L, K]: sum of || tail || / || FFN(x_t) || over `ratio_tokens` [L] tokens. `density` [L, K]: sum of the
+    share of neurons in the prompt mask over `sequences` [1] sequences. `token_density` [L, K]: with the token
+    estimator, the sum over tokens of the share with r_i(t) >= tau, of the same tokens as `score_square`; [L, 0] with
+    the prompt estimator. `score_square` [L, F]: sum over tokens of r_i(t)^2, `activation` [L, F]: of h_i(t), and
+    `up_square` [L, F]: of (up_i · x_t)^2, each of `tokens` [1] tokens.
     """
 
     ratio: torch.Tensor
@@ -86,7 +85,7 @@ class CurveAccumulator:
         prompt_tokens: int,
         sums: CurveSums | None = None,
     ) -> None:
-        """Begin at zero, or at the `sums` of earlier sequences, which are added to in place."""
+        """Begin at zero, or at the `sums` of earlier sequences, which are updated in place."""
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(*shape, dtype=torch.float64)
@@ -113,7 +112,7 @@ class CurveAccumulator:
         The sequence's first token is left out: it is an attention sink with massive activations.
 
         Args:
-            layer: Which layer.
+            layer: The layer's number.
             h: Activations, float [P + C, F]: prompt, then continuation.
             down: W_down, float [M, F].
 
@@ -145,5 +144,5 @@ class CurveAccumulator:
             sums.tokens[0] += len(h)
 
     def add_up(self, layer: int, up: torch.Tensor) -> None:
-        """Add the up products [P + C, F] of the sequence that `add` is given."""
+        """Add the up products [P + C, F] of the same sequence as in `add`."""
         self.sums.up_square[layer] += up[1:].double().square().sum(dim=0).cpu()

@@ -1,4 +1,5 @@
-"""Calibration sequences as the dense model sees them: what masks are chosen from, and what they are judged by."""
+"""Calibration sequences under the dense model: the statistics that choose prompt masks, and the reference for their
+cost."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from tda_export.progress import Advance
 
 @dataclass(frozen=True)
 class NeuronSums:
-    """Sums over `tokens` tokens, float32 [L, F]: of r_i(t)^2 and of h_i(t), as prefill's statistics hold them."""
+    """Sums of r_i(t)^2 and of h_i(t) over `tokens` tokens, float32 [L, F] each, as in prefill's statistics."""
 
     score_square: torch.Tensor
     activation: torch.Tensor
@@ -27,7 +28,7 @@ class NeuronSums:
         return NeuronSums(self.score_square.double(), self.activation.double(), self.tokens)
 
     def plus(self, other: NeuronSums, weight: float = 1.0) -> NeuronSums:
-        """Add other sums times a weight; the tokens that they stand for are not rounded."""
+        """Add other sums times a weight; the resulting number of tokens is not rounded."""
         return NeuronSums(
             self.score_square + weight * other.score_square,
             self.activation + weight * other.activation,
@@ -37,10 +38,11 @@ class NeuronSums:
 
 @dataclass(frozen=True)
 class DenseSequence:
-    """A prompt that was read densely, and its continuation.
+    """A prompt, read densely, and its continuation.
 
-    `continuation`: int64 [1, C]. `log_probs`: of the dense model after each of its tokens, float16 [C, V].
-    `prompt` and `rest`: sums over the tokens of each, the first token of the sequence left out.
+    `continuation`: int64 [1, C]. `log_probs`: the dense model's log-probabilities after each token of the continuation,
+    float16 [C, V]. `prompt` and `rest`: sums over the tokens of prompt and continuation, without the first token of the
+    sequence.
     """
 
     continuation: torch.Tensor
@@ -79,7 +81,7 @@ def _read(model: Any, spec: DecoderSpec, tokens: torch.Tensor, prompt_tokens: in
         sums[part][0, layer] = relative_magnitudes(h, down.float().norm(dim=0)).square().sum(dim=0)
         sums[part][1, layer] = h.sum(dim=0)
 
-    # Not inference_mode: gradients will flow through what attends to these keys and values.
+    # Not inference_mode: gradients will flow through attention to these keys and values.
     with torch.no_grad(), capture_activations(model, spec, add):
         cache = model(tokens[None, :prompt_tokens], use_cache=True, logits_to_keep=1).past_key_values
         kept = copy.deepcopy(cache)
@@ -106,13 +108,13 @@ class Blended:
 def blend(sequences: list[DenseSequence], prior_tokens: float) -> list[Blended]:
     """Blend each prompt's statistics with a prior from the other sequences, as prefill does with the artifact's prior.
 
-    s_i^2 = (sum over the prompt's tokens of r_i(t)^2 + n0 p_i^2) / (P - 1 + n0), p_i the prior's score.
+    s_i^2 = (sum over the prompt's tokens of r_i(t)^2 + n0 p_i^2) / (P - 1 + n0), where p_i is the prior's score.
 
     Args:
-        sequences: N of them. Of one alone, or without prior tokens, the prior is left out.
+        sequences: N sequences. With only one, or without prior tokens, the prior is left out.
         prior_tokens: n0, the number of tokens that the prior counts for (its pseudo-count).
     """
-    # In float64: the others are a difference, which float32 would round away where one prompt holds most of a sum.
+    # In float64: the other sequences' sums are a difference, which float32 could round away if one prompt dominates.
     whole = [sequence.prompt.double().plus(sequence.rest) for sequence in sequences]
     total = whole[0]
     for sums in whole[1:]:

@@ -23,11 +23,11 @@ from tda_export.files import as_os_error, atomic_file
 
 FORMAT = "tda-export calibration"
 FORMAT_VERSION = 4  # 4: prices of rows; 3: the KL path; 2: up_square
-OLDEST_VERSION = 3  # that is still read
+OLDEST_VERSION = 3  # the oldest version that is still read
 METADATA_KEY = "tda_export"
-PRICED = "priced"  # in the metadata: what of the prices is no tensor
-DIGEST_KEY = "sha256"  # of the provenance and of all tensors
-KL = "kl_path."  # begins the names of its tensors
+PRICED = "priced"  # metadata key of the prices' plain data
+DIGEST_KEY = "sha256"  # metadata key of the hash over the provenance and all tensors
+KL = "kl_path."  # prefix of the KL path's tensor names
 SUMS, PATH = fields(CurveSums), fields(KlTable)
 
 
@@ -35,8 +35,8 @@ SUMS, PATH = fields(CurveSums), fields(KlTable)
 class Calibration:
     """The content of a calibration file. `provenance` is plain data: model, dataset, settings, budget, versions.
 
-    `curves` are None where prices alone were calibrated. `kl` is the measured KL path, None where it was not looked
-    for. `priced` are the prices of rows, None where masks alone were calibrated.
+    `curves` is None where only prices were calibrated. `kl` is the measured KL path, None where none was searched.
+    `priced` holds the prices of rows, None where only prompt masks were calibrated.
     """
 
     grid: torch.Tensor  # float32 [K]
@@ -50,7 +50,7 @@ class Calibration:
         """The curves.
 
         Raises:
-            UsageError: There are none.
+            UsageError: The calibration has no curves.
         """
         if self.curves is None:
             raise UsageError(
@@ -60,7 +60,7 @@ class Calibration:
         return self.curves
 
     def allocate(self, budget: Budget, refresh_tokens: int = 0) -> Allocation:
-        """Choose the thresholds for a budget (`budgets.allocate`), of which refreshes are a part.
+        """Choose the thresholds for a budget (`budgets.allocate`) that includes refreshes.
 
         Raises:
             UsageError: The calibration cannot meet it.
@@ -78,7 +78,7 @@ class Calibration:
 
     @property
     def ffn_matrices(self) -> int:
-        """Matrices of the model's FFN."""
+        """The number of matrices of the model's FFN."""
         return int(self.provenance["model"]["ffn_matrices"])
 
     @property
@@ -87,10 +87,10 @@ class Calibration:
 
 
 def write_calibration(calibration: Calibration, path: Path) -> None:
-    """Write the file atomically. Sums of float64, so that files of data halves still add exactly.
+    """Write the file atomically. Sums stay float64, so that files of two halves of the data still add exactly.
 
     Raises:
-        TdaError: It holds what no file may hold, or it cannot be written.
+        TdaError: The calibration holds invalid values, or the file cannot be written.
     """
     tensors = {"grid": calibration.grid}
     if calibration.curves is not None:
@@ -105,7 +105,7 @@ def write_calibration(calibration: Calibration, path: Path) -> None:
         _check(calibration)
     except ValueError as error:
         raise TdaError(f"{path}: not written, because the calibration failed ({error}). Use --dtype fp32.") from error
-    # One entry alone: safetensors writes several in any order, and equal calibrations are equal files.
+    # Only one entry: safetensors writes several in any order, but equal calibrations must give equal files.
     metadata = {METADATA_KEY: json.dumps(content | {DIGEST_KEY: _digest(content, tensors)})}
     with atomic_file(path) as part:
         try:
@@ -118,8 +118,8 @@ def read_calibration(path: Path) -> Calibration:
     """Read and check a calibration file.
 
     Raises:
-        TdaError: It does not exist, is no calibration file, is damaged, was written by a newer version, or holds
-            numbers that cannot be: a tensor of another shape, not finite, negative, out of order. The tensor is named.
+        TdaError: The file does not exist, is not a calibration, is damaged, was written by a newer version, or holds
+            invalid tensors: of the wrong shape, not finite, negative, out of order. The message names the tensor.
     """
     if not path.is_file():
         raise TdaError(f"{path}: no such calibration file. Make one with 'tda-export calibrate MODEL -o {path}'.")
@@ -140,7 +140,7 @@ def read_calibration(path: Path) -> Calibration:
             table = KlTable(*(tensors[KL + field.name] for field in PATH))
         calibration = Calibration(tensors["grid"], sums, provenance, table, priced)
         _check(calibration)
-        # Files of before have none.
+        # Older files have no hash.
         if digest is not None and digest != _digest(content, tensors):
             raise ValueError("its content is not what was written")
         return calibration
@@ -151,7 +151,7 @@ def read_calibration(path: Path) -> Calibration:
 
 
 def _check_format(path: Path, provenance: Any) -> None:
-    """Take format and version out of a provenance that may be used."""
+    """Remove format and version from a provenance, and check that this version can read it."""
     if not isinstance(provenance, dict) or provenance.pop("format", None) != FORMAT:
         raise TdaError(f"{path}: not a calibration. Give a file from 'tda-export calibrate'.")
     version = provenance.pop("format_version")
@@ -179,11 +179,11 @@ def _check_provenance(provenance: dict[str, Any]) -> None:
 
 
 def check_budget(budget: dict[str, Any]) -> None:
-    """Check a budget out of a file, of which whoever gives the file did not choose the numbers.
+    """Check a budget from a file, whose numbers the user did not choose.
 
     Raises:
-        ValueError: It is no budget.
-        TypeError: It is of another form.
+        ValueError: It is not a budget.
+        TypeError: A value is of the wrong type.
     """
     if not isinstance(budget, dict):
         raise TypeError("budget is not a record")
@@ -210,7 +210,7 @@ def _check(calibration: Calibration) -> None:
 
 
 def _digest(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
-    """Hash provenance and tensors, so that a bit that was flipped in between is found."""
+    """Hash provenance and tensors, so that a flipped bit is detected."""
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -229,7 +229,7 @@ def allocation_from(path: Path, budget: Budget) -> Allocation:
 
 
 def is_calibration(path: Path) -> bool:
-    """Tell whether a file is a calibration, of any version."""
+    """Return whether a file is a calibration of any version."""
     try:
         with safe_open(path, framework="pt") as file:
             return bool(json.loads((file.metadata() or {})[METADATA_KEY])["format"] == FORMAT)

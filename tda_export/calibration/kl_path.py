@@ -1,7 +1,7 @@
-"""Allocation by KL: a path of settings from nearly dense to sparse, along which every layer's bytes have one price.
+"""Allocation by KL: a path of settings from nearly dense to sparse. Along it, bytes have the same price in every layer.
 
 The path starts with every neuron and lowers the budget of FFN bytes step by step. At each step one batch of sequences
-gives the price of each layer's mask and token threshold (`marginals.price`); densities whose price is high grow and the
+gives the price of each layer's mask and token threshold (`marginals.price`); densities with a high price grow, the
 others shrink, and all are scaled to the step's budget. So a single sweep gives the allocation of every budget, and
 takes the interaction of layers into account, which single-layer sensitivities do not.
 """
@@ -30,19 +30,19 @@ from tda_export.models.spec import DecoderSpec
 from tda_export.ranks import ALONE, Ranks
 
 FIRST_SHARE, LAST_SHARE = 0.85, 0.19  # of FFN bytes
-FIRST_MASK = 0.97  # the first share's mask density; prices nearer to dense are noise
+FIRST_MASK = 0.97  # mask density of the first share; prices nearer to dense are noise
 WARM_UP = 6  # steps at the first share, while prices settle
 STEPS = 26  # steps from the first share to the last
-RATE = 0.3  # of the logarithm of densities, for a price above the typical one by as much as that
-MEMORY = 0.8  # weight of earlier prices beside a step's
+RATE = 0.3  # step of the logarithm of a density whose price is twice the typical one
+MEMORY = 0.8  # weight of earlier prices in the average with a step's
 HISTOGRAM_MEMORY = 0.5
-WIDEST = 3.0  # a price counts as at most this many times the typical one
+WIDEST = 3.0  # prices are clamped to this many times the typical one
 SMALLEST_DENSITY = 0.005
 
 
 @dataclass
 class PathState:
-    """Where a sweep is: all that the next step needs, and the densities of every step so far ([steps, L])."""
+    """The state of a sweep: all that the next step needs, and the densities of every step so far ([steps, L])."""
 
     step: int
     densities: Densities
@@ -53,7 +53,7 @@ class PathState:
     token_densities: list[torch.Tensor]
 
     def to(self, device: torch.device) -> PathState:
-        """Return it on a device."""
+        """Return the state on a device."""
         return PathState(
             self.step,
             Densities(self.densities.mask.to(device), self.densities.token.to(device)),
@@ -66,13 +66,13 @@ class PathState:
 
 
 def share_of_step(step: int) -> float:
-    """Return the share of FFN bytes that a step aims at."""
+    """Return a step's target share of FFN bytes."""
     progress = min(max(step - WARM_UP, 0) / (STEPS - 1), 1.0)
     return FIRST_SHARE * math.exp(progress * math.log(LAST_SHARE / FIRST_SHARE))
 
 
 class PathSearch:
-    """The sweep over a batch of sequences at a time."""
+    """The sweep, which takes a batch of sequences per step."""
 
     def __init__(
         self,
@@ -85,17 +85,17 @@ class PathSearch:
         seed: int,
         ranks: Ranks = ALONE,
     ) -> None:
-        """Prepare.
+        """Prepare the search.
 
         Args:
             model: A transformers model in evaluation mode, whose weights need no gradient.
             spec: Its architecture.
-            sequences: What the allocation is fitted on.
+            sequences: The sequences that the allocation is fitted on.
             blended: Their statistics with the prior.
             scale: Neuron scales, float32 [L, F].
-            batch: Sequences of one step.
-            seed: Their order.
-            ranks: That share the sequences of a step.
+            batch: The number of sequences of one step.
+            seed: The seed of the sequences' order.
+            ranks: The ranks that share the sequences of a step.
         """
         self._ranks = ranks
         self._model, self._spec, self._scale = model, spec, scale
@@ -139,7 +139,7 @@ class PathSearch:
         return [self._sequences[i] for i in indices], [self._blended[i] for i in indices]
 
     def advance(self, state: PathState) -> None:
-        """Take one step: price the present densities, and move them to the step's budget."""
+        """Take one step: price the current densities, and move them to the step's budget."""
         densities = state.densities
         level = Level(score_thresholds(self._blended, densities.mask), state.token_thresholds)
         wider = Densities((densities.mask * (1 + BAND)).clamp_max(1.0), densities.token * (1 + BAND))
@@ -173,12 +173,12 @@ class PathSearch:
 def remember(earlier: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     """Average a step's prices, relative to their mean, with earlier ones.
 
-    A price that is not known (its band was empty, or float16 overflowed) stays as it was, at first the mean. So do all
-    where none is positive. A negative one is noise: it counts by at most `WIDEST` times the mean.
+    An unknown price (its band was empty, or float16 overflowed) stays as it was; at first it is the mean. All prices
+    stay where none is positive. A negative price is noise: it counts by at most `WIDEST` times the mean.
 
     Args:
         earlier: float32 [2, L], or empty.
-        found: Prices of a step, float32 [2, L].
+        found: The prices of a step, float32 [2, L].
     """
     known = found.isfinite()
     mean = torch.where(known, found, 0.0).clamp_min(0).sum() / known.sum().clamp_min(1)
@@ -191,10 +191,10 @@ def move(densities: Densities, prices: torch.Tensor, share: float, matrices: int
     """Move densities by their prices, and scale them to a share of FFN bytes.
 
     Args:
-        densities: Now.
-        prices: Of mask and token thresholds, float32 [2, L].
-        share: Of FFN bytes, in (0, 1].
-        matrices: Of the FFN.
+        densities: The current densities.
+        prices: The prices of mask and token thresholds, float32 [2, L].
+        share: The target share of FFN bytes, in (0, 1].
+        matrices: The number of matrices of the FFN.
     """
     positive = prices.clamp_min(0)
     typical = torch.where(positive.median() > 0, positive.median(), positive.mean()).clamp_min(1e-12)
@@ -204,7 +204,7 @@ def move(densities: Densities, prices: torch.Tensor, share: float, matrices: int
 
 
 def scale_to(densities: Densities, share: float, matrices: int) -> Densities:
-    """Multiply all densities by one factor, within their bounds, such that they read a share of the FFN's bytes."""
+    """Multiply all densities by one factor, within their bounds, so that they read a given share of the FFN's bytes."""
 
     def scaled(factor: float) -> Densities:
         mask = (densities.mask * factor).clamp(SMALLEST_DENSITY, 1.0)

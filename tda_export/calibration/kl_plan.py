@@ -10,13 +10,13 @@ from tda_export.errors import UsageError
 from tda_export.models.spec import DecoderSpec
 
 BATCHES = 8  # a step takes an eighth of the sequences
-SETTLING_SEQUENCES = 12  # that the token thresholds of a measured setting are chosen on
-SENSITIVITY_SEQUENCES = 2  # that each layer alone is measured on, for every setting
+SETTLING_SEQUENCES = 12  # the number on which a measured setting's token thresholds are chosen
+SENSITIVITY_SEQUENCES = 2  # the number on which each layer alone is measured, for every setting
 
 
 @dataclass(frozen=True)
 class KlPlan:
-    """How many sequences each part reads: N in all, of which `fitted` fit the path; `dense` is measured with ReLU."""
+    """How many sequences each part reads. Of N in all, `fitted` fit the path. With ReLU, `dense` is measured too."""
 
     sequences: int
     dense: bool = False
@@ -30,39 +30,39 @@ class KlPlan:
 
     @property
     def fitted(self) -> int:
-        """Sequences that the path is fitted on; the others are held out."""
+        """The number of sequences that the path is fitted on; the others are held out."""
         return (self.sequences + 1) // 2
 
     @property
     def batch(self) -> int:
-        """Sequences of one step of the path."""
+        """The number of sequences of one step of the path."""
         return max(2, self.sequences // BATCHES)
 
     @property
     def path_units(self) -> int:
-        """Passes over a sequence that the path takes; one with its backward pass counts two."""
+        """The number of passes over a sequence that the path takes; a forward and backward pass counts as two."""
         return (WARM_UP + STEPS) * min(self.batch, self.fitted) * 2
 
     @property
     def settings(self) -> tuple[float | None, ...]:
-        """Shares of FFN bytes to measure at, in order; None is dense."""
+        """The shares of FFN bytes to measure at, in order; None is dense."""
         return (None, *SHARES) if self.dense else SHARES
 
     def setting_units(self, share: float | None, layers: int) -> int:
-        """Passes over a sequence that measuring one of `settings` takes."""
+        """Return the number of passes over a sequence for measuring one of `settings`."""
         if share is None:
             return self.sequences
         settling = min(SETTLING_SEQUENCES, self.fitted)
         return settling + self.sequences + layers * min(SENSITIVITY_SEQUENCES, self.sequences)
 
     def units(self, layers: int) -> int:
-        """All passes over a sequence."""
+        """Return the number of all passes over a sequence."""
         measuring = sum(self.setting_units(share, layers) for share in self.settings)
         return self.sequences + self.path_units + measuring
 
 
 def plan_for(spec: DecoderSpec, sequences: int) -> KlPlan:
-    """Return what an architecture needs.
+    """Return the plan for an architecture.
 
     Raises:
         UsageError: There are fewer than two sequences.

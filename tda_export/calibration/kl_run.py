@@ -1,4 +1,4 @@
-"""The second part of a calibration: the KL path, found on half of the sequences and measured on the other too."""
+"""The second part of a calibration: the KL path, found on half of the sequences and measured on both halves."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from tda_export.ranks import ALONE, Ranks
 
 TINY = 1e-30
 
-Row = tuple[torch.Tensor, ...]  # of each tensor of `KlTable` but the last, float32 on the CPU
+Row = tuple[torch.Tensor, ...]  # one row of each tensor of `KlTable` except the last, float32 on the CPU
 
 
 @dataclass
 class Sweep:
-    """How far a run is: the state of the path, and the rows that are measured, of the first of `KlPlan.settings`."""
+    """The progress of a run: the state of the path, and the measured rows, for the first ones of `KlPlan.settings`."""
 
     state: PathState
     rows: list[Row] = field(default_factory=list)
 
     def to(self, device: torch.device) -> Sweep:
-        """Return it with its state on a device."""
+        """Return the sweep with its state on a device."""
         return Sweep(self.state.to(device), self.rows)
 
 
@@ -74,11 +74,12 @@ def find_path(
         prompt_tokens: P.
         scale: Neuron scales, float32 [L, F] (`neuron_scales`).
         prior_tokens: The pseudo-count of the prior.
-        seed: Order of the sequences.
-        advance: Told of passes over a sequence (`KlPlan.units`).
-        resume: A sweep that was interrupted.
-        save: Given the sweep after every step and every measured setting.
-        ranks: That share the sequences of a step and of a measurement. Each reads all of them densely, before.
+        seed: The seed of the sequences' order.
+        advance: Called with the number of passes over a sequence (`KlPlan.units`).
+        resume: An interrupted sweep to continue.
+        save: Called with the sweep after every step and every measured setting.
+        ranks: The ranks that share the sequences of a step and of a measurement. Each rank first reads all of them
+            densely.
 
     Raises:
         UsageError: N is less than 2.
@@ -102,7 +103,7 @@ def find_path(
         measured = measuring.dense() if share is None else measuring.measure(state, share)
         rows.append(tuple(value.float().cpu() for value in measured))
         save(sweep)
-    # A setting that reads no less than one before it (dense among them) drops neurons for nothing.
+    # A setting that reads no less than an earlier one (such as dense) drops neurons without any saving.
     kept = [row for number, row in enumerate(rows) if all(row[0] < before[0] for before in rows[:number])]
     columns = [torch.stack(values) for values in zip(*kept, strict=True)]
     return KlTable(*[*columns, torch.tensor([float(prior_tokens)])])
@@ -173,7 +174,8 @@ class _Measuring:
         )
 
     def dense(self) -> tuple[torch.Tensor, ...]:
-        """Measure what dense reads when zero activations are not read; return a row of each tensor of `KlTable`."""
+        """Measure what dense reads when rows of zero activations are skipped; return a row of each tensor of
+        `KlTable`."""
         spec, layers = self._spec, self._spec.num_layers
         none = torch.zeros(layers, device=self._scale.device)
 
@@ -199,7 +201,7 @@ class _Measuring:
         return share, free, free, zeros, zeros, ones, active, zeros, zeros
 
     def _settle(self, state: PathState, token_density: torch.Tensor, score_square: torch.Tensor) -> Level:
-        """Choose token thresholds for a density, on what a run at the path's own thresholds sees."""
+        """Choose token thresholds for a density, from the estimates of a run at the path's own thresholds."""
         device, layers = self._scale.device, self._spec.num_layers
         number = min(SETTLING_SEQUENCES, self._fitted)
         histogram = EstimateHistogram(layers, device)

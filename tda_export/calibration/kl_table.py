@@ -1,4 +1,4 @@
-"""What settings of the KL path cost, measured: the part of a calibration that a build chooses an allocation from."""
+"""The measured cost of settings of the KL path: the part of a calibration from which a build chooses an allocation."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import torch
 
 from tda_export.errors import UsageError
 
-SHARES = (0.84, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # of FFN bytes, at which the path is measured
+SHARES = (0.84, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # shares of FFN bytes at which the path is measured
 FITTED, HELD_OUT = 0, 1  # halves of the sequences
-MARGIN = 0.01  # by which the share that is measured last may miss what it aims at
+MARGIN = 0.01  # how far the last measured share may miss its target
 
 
 @dataclass(frozen=True)
 class KlTable:
-    """A settings of the path, from dense to sparse, L layers. All float32 on the CPU.
+    """A settings of the path, from dense to sparse, for L layers. All tensors are float32 on the CPU.
 
     With ReLU the first setting drops nothing: zero activations are not read anyway, so dense reads less than all bytes.
     `share` [A]: measured share of FFN bytes that a token reads. `kl` [A, 2]: KL(dense || sparse) of all layers masked,
-    nats a token, on the sequences that the path was fitted on and on those that it never saw; `kl_stderr` [A, 2] over
+    in nats per token, on the sequences that the path was fitted on and on held-out ones; `kl_stderr` [A, 2] over
     sequences. `thresholds` [A, L] of neuron scores, `token_thresholds` [A, L] of gate estimates. `mask_density` and
-    `token_density` [A, L]: shares of neurons in the mask, and of those that a token does not skip. `cett` [A, L]: mean
-    CETT of all that was dropped. `sensitivity` [A, L]: KL when the one layer alone is masked. `prior_tokens` [1]: the
-    pseudo-count of the prior that scores were blended with.
+    `token_density` [A, L]: shares of neurons in the prompt mask, and of those that a token does not skip. `cett` [A,
+    L]: mean CETT of all dropped neurons. `sensitivity` [A, L]: KL when only that layer is masked. `prior_tokens` [1]:
+    the pseudo-count of the prior that scores were blended with.
     """
 
     share: torch.Tensor
@@ -52,16 +52,16 @@ class KlTable:
 
     @property
     def predicted_kl(self) -> list[float]:
-        """KL on sequences that the path never saw, made to rise from setting to setting, [A], from 0."""
+        """KL on held-out sequences, made to rise from setting to setting, starting at 0, [A]."""
         return torch.cummax(self.kl[:, HELD_OUT].clamp_min(0), dim=0).values.tolist()
 
     @property
     def most_sparsity(self) -> float:
-        """The largest sparsity that was measured, rounded down, so that it may be asked for."""
+        """The largest sparsity that was measured, rounded down so that a user may ask for it."""
         return math.floor(1000 * (1 - float(self.share[-1]))) / 1000
 
     def measurements(self) -> list[dict[str, float]]:
-        """Return what each setting costs, as plain data: its share of FFN bytes, and KL in nats a token.
+        """Return what each setting costs, as plain data: its share of FFN bytes, and KL in nats per token.
 
         KL on the sequences that the path was fitted on and on those held out, each with its standard error, and the sum
         of the KL of masking every layer alone.
@@ -80,7 +80,7 @@ class KlTable:
         ]
 
 
-COLUMNS = tuple(f.name for f in fields(KlTable) if f.name != "prior_tokens")  # those with a row for each setting
+COLUMNS = tuple(f.name for f in fields(KlTable) if f.name != "prior_tokens")  # the tensors with a row for each setting
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,12 @@ def setting_at(table: KlTable, share: float) -> KlSetting:
     """Interpolate the path at a share of FFN bytes.
 
     Between two measured settings logarithms of thresholds and of KL are linear in the share; where one of them is 0, as
-    in dense, the thresholds and KL themselves are.
+    in dense, the thresholds and KL themselves are linear.
 
     Args:
-        table: From calibration.
-        share: Of FFN bytes, in (0, 1]. Where dense reads less (ReLU), the result is dense with the share that it reads.
+        table: The table from calibration.
+        share: The share of FFN bytes, in (0, 1]. Where dense reads less (ReLU), the result is dense with the share that
+            it reads.
 
     Raises:
         UsageError: The share is below the sparsest setting that was measured.
@@ -119,7 +120,7 @@ def setting_at(table: KlTable, share: float) -> KlSetting:
     share = min(share, shares[0])
     after = next(i for i, measured in enumerate(shares) if measured <= share)
     width = shares[after - 1] - shares[after] if after else 0.0
-    weight = (shares[after - 1] - share) / width if width > 0 else 1.0  # of the sparser one
+    weight = (shares[after - 1] - share) / width if width > 0 else 1.0  # weight of the sparser setting
     named = {"kl": torch.tensor(table.predicted_kl, dtype=torch.float64)} | {
         name: getattr(table, name).double()
         for name in ("thresholds", "token_thresholds", "mask_density", "token_density", "cett")
@@ -140,7 +141,7 @@ def setting_at(table: KlTable, share: float) -> KlSetting:
 
 
 def sparsest_within(table: KlTable, max_kl: float) -> KlSetting:
-    """Return the sparsest point of the path whose predicted KL is at most `max_kl`, nats a token.
+    """Return the sparsest point of the path whose predicted KL is at most `max_kl`, in nats per token.
 
     Raises:
         UsageError: `max_kl` is not positive.
@@ -153,7 +154,7 @@ def sparsest_within(table: KlTable, max_kl: float) -> KlSetting:
         return setting_at(table, shares[-1])
     after = next(i for i, kl in enumerate(kls) if kl > max_kl)
     low, high = kls[after - 1], kls[after]
-    # As `setting_at` interpolates.
+    # Interpolates as `setting_at` does.
     weight = math.log(max_kl / low) / math.log(high / low) if low > 0 else max_kl / high
     setting = setting_at(table, max(shares[after], shares[after - 1] - weight * (shares[after - 1] - shares[after])))
-    return replace(setting, kl=min(setting.kl, max_kl))  # rounding
+    return replace(setting, kl=min(setting.kl, max_kl))  # guards against rounding

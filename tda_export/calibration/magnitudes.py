@@ -1,7 +1,7 @@
-"""How large the inputs of linears are: histograms from which a threshold for any density can be read off.
+"""Magnitudes of the inputs of linears: histograms that give a threshold for any density.
 
 TEAL (arXiv 2408.14690) reads row i where |x_i| reaches a threshold of the matrix, WINA (arXiv 2505.19427) where
-|x_i| ||W_i|| does, W_i the weights of input channel i. Both are priced rows of price 1 with other row prices: 1 / θ²
+|x_i| ||W_i|| does, W_i the weights of input channel i. Both equal priced rows at price 1 with other row prices: 1 / θ²
 and ||W_i||² / θ².
 """
 
@@ -18,38 +18,38 @@ from tda_export.models.linear_modules import layer_linears
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import Packing, linear_shape, linear_sites, packed_matrices
 
-# A float32's exponent and the first bits of its mantissa name its bin: 32 bins an octave, from 2^-24 to 2^16.
+# A float32's exponent and the first bits of its mantissa select its bin: 32 bins an octave, from 2^-24 to 2^16.
 MANTISSA_BITS = 5
 _SHIFT = 23 - MANTISSA_BITS
 _FIRST, _END = (127 - 24) << MANTISSA_BITS, (127 + 16) << MANTISSA_BITS
-BINS = 1 + _END - _FIRST  # bin 0 holds all that is smaller, and zero
-ALL_BINS = 256 << MANTISSA_BITS  # of every float32 that is not negative
+BINS = 1 + _END - _FIRST  # bin 0 holds zero and all smaller values
+ALL_BINS = 256 << MANTISSA_BITS  # bins of all non-negative float32 values
 
 
 def float_bins(x: torch.Tensor) -> torch.Tensor:
-    """Return the bins of float32 values that are not negative, int64 in [0, ALL_BINS): monotone in x."""
+    """Return the bins of non-negative float32 values, int64 in [0, ALL_BINS), monotone in x."""
     return x.view(torch.int32).bitwise_right_shift(_SHIFT).long()
 
 
 def bin_edges() -> torch.Tensor:
-    """Return the smallest value of every bin, and where the last ends, float32 [ALL_BINS / 2 + 1] up to infinity."""
+    """Return the smallest value of every bin and the end of the last, float32 [ALL_BINS / 2 + 1] up to infinity."""
     return (torch.arange((255 << MANTISSA_BITS) + 1, dtype=torch.int32) << _SHIFT).view(torch.float32)
 
 
 def magnitude_edges() -> torch.Tensor:
-    """Return the smallest magnitude of each bin of a histogram, and where the last ends, float64 [BINS + 1]."""
+    """Return the smallest magnitude of each bin of a histogram and the end of the last, float64 [BINS + 1]."""
     return torch.cat([torch.zeros(1), bin_edges()[_FIRST : _END + 1]]).double()
 
 
 def count_magnitudes(x: torch.Tensor) -> torch.Tensor:
-    """Count |x| by bin, int64 [BINS]; larger ones are in the last."""
+    """Count |x| by bin, int64 [BINS]; the last bin also counts larger values."""
     bins = (float_bins(x.float().abs()) - _FIRST + 1).clamp(0, BINS - 1)
     return torch.bincount(bins.flatten(), minlength=BINS)
 
 
 @dataclass(frozen=True)
 class Magnitudes:
-    """Histograms over the tokens of continuations, int64 [L, BINS] on the CPU; those of two halves add.
+    """Histograms over the tokens of continuations, int64 [L, BINS] on the CPU; histograms of two halves add up.
 
     `inputs`: |x_i|, by site. `weighted`: |x_i| ||W_i||, by matrix (a part, or a site of several).
     """
@@ -62,7 +62,7 @@ class Magnitudes:
 
 
 def no_magnitudes(spec: DecoderSpec) -> Magnitudes:
-    """Return the histograms of no token."""
+    """Return empty histograms."""
 
     def zeros(names: Any) -> dict[str, torch.Tensor]:
         return {name: torch.zeros(spec.num_layers, BINS, dtype=torch.int64) for name in names}
@@ -71,12 +71,12 @@ def no_magnitudes(spec: DecoderSpec) -> Magnitudes:
 
 
 def thresholds_at(histogram: torch.Tensor, density: torch.Tensor) -> torch.Tensor:
-    """Read off the thresholds that a share of the inputs reaches.
+    """Return the thresholds that a given share of the inputs reaches.
 
-    Within a bin its values count as evenly spread.
+    Values are taken as evenly spread within a bin.
 
     Args:
-        histogram: Of magnitudes, int64 [L, BINS].
+        histogram: The histogram of magnitudes, int64 [L, BINS].
         density: The share for each layer, float [L].
 
     Returns:
@@ -85,7 +85,7 @@ def thresholds_at(histogram: torch.Tensor, density: torch.Tensor) -> torch.Tenso
     edges = magnitude_edges()
     reach = histogram.flip(1).cumsum(1).flip(1).double()  # [L, BINS], how many are in this bin or above
     wanted = density.double().clamp(0, 1) * reach[:, 0]
-    # The highest bin at whose lower edge there are enough.
+    # The highest bin whose lower edge enough values reach.
     chosen = (reach >= wanted[:, None]).sum(1) - 1  # [L]
     rows = torch.arange(len(histogram))
     inside = (reach[rows, chosen] - wanted) / histogram[rows, chosen].clamp_min(1)  # of the bin, from below
@@ -99,9 +99,9 @@ def teal_row_prices(
     """Return the row prices with which a price of 1 is TEAL: 1 / θ², float32 [L, in] of each matrix.
 
     Args:
-        magnitudes: From calibration.
+        magnitudes: The magnitudes from calibration.
         spec: The model's architecture.
-        packing: Which matrices there are.
+        packing: The packing, which determines the matrices.
         densities: The fraction of rows for a token to read, by matrix, float [L].
     """
     prices = {}
@@ -123,23 +123,23 @@ def wina_row_prices(
     """Return the row prices with which a price of 1 is WINA by thresholds: ||W_i||² / θ², as `teal_row_prices`.
 
     Args:
-        magnitudes: From calibration.
+        magnitudes: The magnitudes from calibration.
         norms: ||W_i|| by matrix, float32 [L, in].
         spec: The model's architecture.
-        packing: Which matrices there are.
+        packing: The packing, which determines the matrices.
         densities: The fraction of rows for a token to read, by matrix, float [L].
     """
     prices = {}
     for name in packed_matrices(spec, packing):
         thresholds = thresholds_at(magnitudes.weighted[name], densities[name])  # [L]
-        # A row without weights is worth nothing, also where all others are read.
+        # A row of zero weights is worth nothing, even where all other rows are read.
         worth = norms[name].double().cpu().square() / thresholds.square()[:, None]
         prices[name] = worth.nan_to_num(nan=0.0, posinf=torch.inf).float()
     return prices
 
 
 def row_norms(model: Any, spec: DecoderSpec) -> dict[str, torch.Tensor]:
-    """Compute ||W_i||, the norm of what leaves input channel i: float32 [L, in] of each matrix."""
+    """Compute ||W_i||, the norm of the weights of input channel i: float32 [L, in] of each matrix."""
     norms: dict[str, list[torch.Tensor]] = {}
     for layer in range(spec.num_layers):
         squares = {
@@ -153,7 +153,7 @@ def row_norms(model: Any, spec: DecoderSpec) -> dict[str, torch.Tensor]:
 
 
 class MagnitudeCounter:
-    """Counts what sites read while a model runs; `observe` is for `watch_sites`."""
+    """Counts the magnitudes of sites' inputs while a model runs; pass `observe` to `watch_sites`."""
 
     def __init__(self, spec: DecoderSpec, norms: dict[str, torch.Tensor]) -> None:
         self._norms = norms

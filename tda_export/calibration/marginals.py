@@ -1,9 +1,9 @@
-"""What dropping a little more would cost: the slope of the KL divergence in every density, from one backward pass.
+"""The marginal cost of dropping more: the slope of the KL divergence in every density, from one backward pass.
 
-With y = W_down (h * kept) the gradient of KL with respect to the kept activations says of each neuron and token what
-its absence costs, to first order: - (dKL / d used_i(t)) h_i(t). Summed over the neurons that the next higher threshold
-would drop (a band), and divided by the bytes that they read, it is the price of that layer's threshold. At the best
-allocation of a byte budget all prices are equal.
+With y = W_down (h * kept), the gradient of KL with respect to the kept activations gives, to first order, the cost of
+dropping each neuron for each token: - (dKL / d used_i(t)) h_i(t). Summed over the neurons that the next higher
+threshold would drop (a band), and divided by the bytes that they read, it is the price of that layer's threshold. At
+the best allocation of a byte budget all prices are equal.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from tda_export.ffn_share import two_level_share
 from tda_export.models.spec import DecoderSpec
 from tda_export.ranks import ALONE, Ranks
 
-BAND = 0.08  # neurons on either side of a threshold whose price counts, as a share of those that are kept
+BAND = 0.08  # width of the priced band of neurons on either side of a threshold, as a share of the kept ones
 BINS = 4096
-GRADIENT_SCALE = 4096.0  # keeps gradients of a model in float16 from underflowing; other dtypes do not notice
-SMALLEST, LARGEST = 1e-12, 1e6  # of estimates; bins are 1 % wide
+GRADIENT_SCALE = 4096.0  # keeps gradients of float16 models from underflowing; harmless for other dtypes
+SMALLEST, LARGEST = 1e-12, 1e6  # range of estimates; bins are 1 % wide
 
 
 @dataclass(frozen=True)
 class Densities:
-    """Shares of neurons, float32 [L]: those in the mask (gate rows read), and those that a token does not skip (up and
-    down rows read)."""
+    """Shares of neurons, float32 [L]: those in the prompt mask (gate rows read), and those that a token does not skip
+    (up and down rows read)."""
 
     mask: torch.Tensor
     token: torch.Tensor
 
     def ffn_share(self, matrices: int) -> float:
-        """Return the share of the FFN's bytes that is read; `matrices` are those of the FFN."""
+        """Return the share of the FFN's bytes that is read; `matrices` is the number of matrices of the FFN."""
         return float(two_level_share(self.mask, self.token, matrices).mean())
 
 
 class EstimateHistogram:
-    """How the estimates of a mask's neurons spread, by layer, so that a token threshold can be chosen for a density."""
+    """A histogram by layer of the estimates of the prompt mask's neurons, which gives a token threshold for a
+    density."""
 
     def __init__(self, layers: int, device: torch.device) -> None:
         self.edges = torch.logspace(math.log10(SMALLEST), math.log10(LARGEST), BINS - 1, device=device)
@@ -48,33 +49,34 @@ class EstimateHistogram:
         self.total = torch.zeros(layers, dtype=torch.float64, device=device)  # neurons and tokens, masked or not
 
     def add(self, layer: int, estimates: torch.Tensor, keep: torch.Tensor) -> None:
-        """Add the estimates [T, F] of the neurons in a mask [F]."""
+        """Add the estimates [T, F] of the neurons in a prompt mask [F]."""
         bins = torch.searchsorted(self.edges, estimates[:, keep].contiguous(), right=True)
         self.counts[layer] += torch.bincount(bins.reshape(-1), minlength=BINS)
         self.total[layer] += estimates.numel()
 
     def empty(self) -> EstimateHistogram:
-        """Return one of no estimates, on the same device."""
+        """Return an empty histogram on the same device."""
         return EstimateHistogram(len(self.counts), self.counts.device)
 
     def to(self, device: torch.device | str) -> EstimateHistogram:
-        """Return it on a device."""
+        """Return the histogram on a device."""
         moved = EstimateHistogram(len(self.counts), torch.device(device))
         moved.counts, moved.total = self.counts.to(device), self.total.to(device)
         return moved
 
     def merge(self, other: EstimateHistogram) -> None:
-        """Add the estimates of another, on any device."""
+        """Add the estimates of another histogram, on any device."""
         self.counts += other.counts.to(self.counts.device)
         self.total += other.total.to(self.total.device)
 
     def fade(self, weight: float) -> None:
-        """Let what was added so far count less."""
+        """Reduce the weight of the estimates so far."""
         self.counts *= weight
         self.total *= weight
 
     def thresholds(self, density: torch.Tensor) -> torch.Tensor:
-        """Choose the thresholds [L] that the given shares [L] of all neurons reach; 0 where the mask holds no more."""
+        """Choose the thresholds [L] that the given shares [L] of all neurons reach; 0 where the mask holds no more
+        neurons."""
         reached = self.counts.flip(1).cumsum(1).flip(1) / self.total.clamp_min(1)[:, None]  # [L, BINS], descending
         enough = reached >= density.double()[:, None]  # a prefix of each row
         index = (enough.sum(dim=1) - 1).clamp_min(0)
@@ -93,7 +95,7 @@ def score_thresholds(blended: list[Blended], density: torch.Tensor) -> torch.Ten
 
 @dataclass(frozen=True)
 class Level:
-    """The thresholds of a setting, float32 [L] each: of squared scores, and of the gate's estimates."""
+    """The thresholds of a setting, float32 [L] each: for squared scores, and for gate estimates."""
 
     score_square: torch.Tensor
     token: torch.Tensor
@@ -101,8 +103,8 @@ class Level:
 
 @dataclass(frozen=True)
 class Prices:
-    """The cost of bytes, in nats for the whole of one layer's FFN: `mask` and `token`, float32 [L] (they may be noisy
-    and even negative; nan where a band was empty), at `kl` nats a token and the measured `densities`."""
+    """The price of bytes, in nats for one layer's whole FFN: `mask` and `token`, float32 [L] (they may be noisy and
+    even negative; NaN where a band was empty), at `kl` nats per token and the measured `densities`."""
 
     mask: torch.Tensor
     token: torch.Tensor
@@ -112,7 +114,7 @@ class Prices:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The thresholds a band below and above a setting's: fewer and more neurons are dropped."""
+    """The thresholds one band below and above a setting's, which drop fewer and more neurons."""
 
     lower: Level
     upper: Level
@@ -136,13 +138,13 @@ def price(
         model: A transformers model whose weights need no gradient.
         spec: Its architecture.
         sequences: The batch.
-        blended: Their statistics.
+        blended: The statistics of the sequences.
         level: The setting.
-        neighbours: Of the setting, `BAND` away in density.
+        neighbours: The setting's neighbours, `BAND` away in density.
         scale: Neuron scales, float32 [L, F].
         down: W_down of every layer.
-        histogram: Estimates are added to it.
-        ranks: That share the batch.
+        histogram: The histogram to which estimates are added.
+        ranks: The ranks that share the batch.
     """
     layers, device = spec.num_layers, scale.device
 
@@ -176,18 +178,18 @@ def price(
 def _bands(
     layer: int, run: LayerRun, statistics: Blended, masking: Masking, neighbours: Neighbours, matrices: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the KL that the bands of mask and token threshold hold, and the share of a layer's FFN that they read."""
+    """Return the KL of the bands of mask and token threshold, and the share of a layer's FFN that they read."""
     assert run.used.grad is not None
     gradient, h, keep = run.used.grad[0].float() / GRADIENT_SCALE, run.h.float(), masking.keep[layer]
     neurons, tokens = h.shape[1], h.shape[0]
-    # The prompt's threshold: in or out of the mask for all tokens; outside, the tail mean stands for the neuron.
+    # The prompt's threshold: a neuron is in or out of the mask for all tokens; outside, the tail mean replaces it.
     scores = statistics.score_square[layer]
     at_edge = (scores >= neighbours.lower.score_square[layer]) & (scores < neighbours.upper.score_square[layer])
     above = run.estimates >= masking.token_thresholds[layer]
     change = torch.where(above, h, torch.zeros_like(h)) - statistics.mean_activation[layer]
     mask_cost = -((gradient * change).sum(dim=0) * at_edge).sum()
     mask_size = two_level_share(at_edge.sum(), (above & at_edge).sum() / tokens, matrices) / neurons
-    # The token's threshold: neurons of the mask that it passes or skips by little.
+    # The token's threshold: neurons of the mask whose estimates are just above or below it.
     lower, upper = neighbours.lower.token[layer], neighbours.upper.token[layer]
     at_edge = keep & (run.estimates >= lower) & (run.estimates < upper)
     token_cost = -(gradient * h * at_edge).sum()

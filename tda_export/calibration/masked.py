@@ -1,4 +1,4 @@
-"""A transformers model whose FFNs drop neurons as decode does, seen from inside."""
+"""A transformers model whose FFNs drop neurons as decode does, with access to each layer's internals."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tda_export.models.spec import DecoderSpec
 
 @dataclass(frozen=True)
 class Masking:
-    """What the layers of a sequence drop.
+    """What the layers drop for a sequence.
 
-    `keep`: the prompt's mask, bool [L, F]. `tail`: what stands for the neurons outside it, [L, M]. A neuron of the mask
-    is skipped for a token where |act(gate_i · x)| * `scale` (float32 [L, F]) is under `token_thresholds`, float32 [L],
-    or zero, as ReLU makes it. Without gates up_i takes the place of gate_i.
+    `keep`: the prompt mask, bool [L, F]. `tail`: the output that replaces the neurons outside it, [L, M]. A token skips
+    a neuron of the mask where |act(gate_i · x)| * `scale` (float32 [L, F]) is below `token_thresholds`, float32 [L], or
+    zero, as with ReLU. Without gates up_i replaces gate_i.
     """
 
     keep: torch.Tensor
@@ -32,9 +32,9 @@ class Masking:
 
 @dataclass(frozen=True)
 class LayerRun:
-    """What one layer did with T tokens: all activations h [T, F], the gate's estimates float32 [T, F], which neurons
-    survived both levels bool [T, F], and the activations that went into the down projection [1, T, F], which autograd
-    may have a gradient for."""
+    """One layer's run on T tokens: all activations h [T, F], the gate's estimates float32 [T, F], which neurons
+    survived both levels bool [T, F], and the down projection's input [1, T, F], for which autograd may have a
+    gradient."""
 
     h: torch.Tensor
     estimates: torch.Tensor
@@ -49,14 +49,14 @@ Observe = Callable[[int, LayerRun], None]
 def two_level_ffn(
     model: Any, spec: DecoderSpec, masking: Masking, observe: Observe | None = None, layers: range | None = None
 ) -> Iterator[None]:
-    """Decode under a mask and token thresholds while the block runs.
+    """Apply a prompt mask and token thresholds while the block runs.
 
     Args:
         model: A transformers model.
         spec: Its architecture.
         masking: What to drop.
-        observe: Told what each layer did.
-        layers: Those that drop anything; all by default.
+        observe: Called with each layer's run.
+        layers: The layers that drop neurons; all by default.
     """
     handles = []
 
@@ -107,7 +107,7 @@ def choose_masking(
 
     Args:
         down: W_down of every layer, [M, F].
-        blended: The prompt's statistics.
+        blended: The prompt's blended statistics.
         thresholds_square: Squares of the score thresholds, float32 [L].
         token_thresholds: float32 [L].
         scale: Neuron scales, float32 [L, F].
@@ -119,9 +119,10 @@ def choose_masking(
 
 
 def masked_kl(model: Any, sequence: DenseSequence) -> torch.Tensor:
-    """Run a continuation as the model is patched now; return the mean KL(dense || masked), nats a token, a scalar."""
+    """Run a continuation in the model as currently patched; return the mean KL(dense || masked), nats per token, a
+    scalar."""
     logits = model(sequence.continuation, past_key_values=sequence.cache(), use_cache=True).logits[0]
     log_q = logits.float().log_softmax(dim=-1)
-    # float16 rounded the probabilities: unless they add up to 1 again, small divergences are noise and may be negative.
+    # float16 rounded the probabilities. Unless they are normalised again, small divergences are noise, even negative.
     log_p = sequence.log_probs.float().log_softmax(dim=-1)
     return mean_kl(log_p, log_q)

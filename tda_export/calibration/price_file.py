@@ -1,4 +1,4 @@
-"""The part of a calibration file that priced rows need: prices, their tables, and magnitudes for other thresholds."""
+"""The part of a calibration file for priced rows: prices, their tables, and magnitudes for other threshold methods."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from tda_export.packing import ATTENTION_PARTS, PACKINGS, Packing, RowBytes, row
 from tda_export.pricing import PriceTable
 from tda_export.weights.formats import INTEGER_FORMATS
 
-# What the names of tensors begin with.
+# Prefixes of tensor names.
 PRICES, INPUTS, WEIGHTED, NORMS, MEASURED = "prices.", "inputs.", "weighted.", "row_norms.", "measured."
-TOKENS, SEQUENCES = "tokens", "sequences"  # of prices, beside the matrices
-SHORT = "short_kl"  # of what was measured, where prompts were shortened
+TOKENS, SEQUENCES = "tokens", "sequences"  # tensors of prices, besides the matrices
+SHORT = "short_kl"  # a tensor of the measurements, where prompts were shortened
 
 
 @dataclass(frozen=True)
 class Priced:
     """Prices and what they cost.
 
-    `linears`: input channels and outputs of each part. `norms`: ||W_i|| by matrix, float32 [L, in]. `measured`: for
-    each packing that was measured. `row_bytes`: of the rows that measured prices are meant for. `continuation_tokens`:
-    of a sequence. `prompts`: tokens of a short prompt and of the others; None where none is short, as in older files.
+    `linears`: input channels and outputs of each part. `norms`: ||W_i|| by matrix, float32 [L, in]. `measured`: the
+    measurements of each packing. `row_bytes`: the bytes of the rows that the measured prices are meant for.
+    `continuation_tokens`: tokens of a sequence's continuation. `prompts`: tokens of a short prompt and of the others;
+    None where no prompt is short, as in older files.
     """
 
     linears: LinearShapes
@@ -50,7 +51,7 @@ class Priced:
 
 
 def describe_priced(priced: Priced) -> dict[str, Any]:
-    """Return what is no tensor, as plain data."""
+    """Return all that is not a tensor, as plain data."""
     return {
         "linears": {part: list(shape) for part, shape in priced.linears.items()},
         "element_bytes": priced.row_bytes.element_bytes,
@@ -77,14 +78,14 @@ def priced_tensors(priced: Priced) -> dict[str, torch.Tensor]:
 
 
 def priced_from(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Priced:
-    """Read it back and check it.
+    """Read prices back and check them.
 
     Args:
-        content: From `describe_priced`.
-        tensors: From `priced_tensors`, and others.
+        content: The result of `describe_priced`.
+        tensors: The tensors of `priced_tensors`; others are ignored.
 
     Raises:
-        ValueError, KeyError, TypeError: Something is missing, of another shape, not finite or negative.
+        ValueError, KeyError, TypeError: A value is missing, of the wrong shape, not finite or negative.
     """
     linears = {str(part): (int(shape[0]), int(shape[1])) for part, shape in content["linears"].items()}
     missing = {*ATTENTION_PARTS, "up", "down"} - set(linears)
@@ -118,10 +119,10 @@ def priced_from(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor])
 
 
 def finished(priced: Priced) -> Priced:
-    """Return prices that a calibration is done with, checked.
+    """Check the prices of a finished calibration and return them.
 
     Raises:
-        ValueError: Nothing was priced or measured, or a table cannot be.
+        ValueError: Nothing was priced or measured, or a table is invalid.
     """
     if not (priced.sums.tokens > 0 and priced.sums.sequences > 0):
         raise ValueError("prices of no token")

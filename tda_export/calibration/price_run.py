@@ -1,4 +1,5 @@
-"""The calibration of priced rows: half of the sequences give prices, what they cost is measured on the other half."""
+"""The calibration of priced rows: half of the sequences give prices; the cost of prices is measured on the other
+half."""
 
 from __future__ import annotations
 
@@ -37,9 +38,10 @@ Show = Callable[[str, int], AbstractContextManager[Advance]]
 
 @dataclass(frozen=True)
 class PriceSettings:
-    """How prices are taken: labels of each token, the seed that they are drawn with, and what is measured.
+    """How prices are taken: the number of labels of each token, the seed that they are drawn with, and what is
+    measured.
 
-    `prefix_tokens`: what the tokenizer puts before a text (BOS).
+    `prefix_tokens`: the number of tokens that the tokenizer puts before a text (BOS).
     """
 
     prompt_tokens: int
@@ -50,7 +52,7 @@ class PriceSettings:
 
     @property
     def prompts(self) -> tuple[int, int] | None:
-        """Tokens of a short prompt and of the others; None where none can be short."""
+        """The tokens of a short prompt and of the others; None where no prompt can be short."""
         short = short_prompt(self.prompt_tokens, self.prefix_tokens)
         return None if short is None else (short, self.prompt_tokens)
 
@@ -62,7 +64,7 @@ def begin_priced(
     row_bytes: RowBytes,
     continuation_tokens: int,
 ) -> Priced:
-    """Return prices of a model before any work."""
+    """Return empty prices of a model, before any work."""
     linears = {part: linear_shape(spec, part) for part in linear_parts(spec)}
     sums, magnitudes = no_prices(spec), no_magnitudes(spec)
     return Priced(linears, sums, magnitudes, norms, row_bytes, continuation_tokens, prompts=settings.prompts)
@@ -93,18 +95,19 @@ def price_rows(
     save: Callable[[Priced], None] = lambda priced: None,
     ranks: Ranks = ALONE,
 ) -> Priced:
-    """Take prices from the even sequences, and measure tables on the odd ones, on the first after a short prompt too.
+    """Take prices from the even sequences and measure tables on the odd ones, the first of which also after a short
+    prompt.
 
     Args:
         model: A transformers model in evaluation mode.
         spec: Its architecture.
         tokens: int64 [N, P + C], N at least 2.
-        settings: How.
-        begun: From `begin_priced`.
-        show: Opens the progress of a step, given its description and its units.
-        resume: What an interrupted run had.
-        save: Given what there is from time to time, and after each sequence that was measured.
-        ranks: That share the sequences.
+        settings: How to take prices.
+        begun: The result of `begin_priced`.
+        show: Opens the progress display of a step, given its description and number of units.
+        resume: The state of an interrupted run.
+        save: Called with the current state from time to time, and after each measured sequence.
+        ranks: The ranks that share the sequences.
     """
     model.requires_grad_(False)
     priced = resume or begun
@@ -171,7 +174,7 @@ def _take_prices(
         index, sequence = item
         cache = read_prompt(model, sequence[: settings.prompt_tokens])
         counter = MagnitudeCounter(spec, norms)
-        # The number of the sequence in the corpus, of which these are the even ones.
+        # The sequence's number in the corpus; these are the even ones.
         choose = sampled_labels(settings.labels, settings.seed, 2 * index)
         with watch_sites(model, spec, counter.observe):
             found = price_continuation(model, spec, cache, sequence[settings.prompt_tokens :], choose)

@@ -1,4 +1,4 @@
-"""What prices save and cost, measured: about ten of them, on sequences that no price was taken from."""
+"""Measure what about ten prices save and cost, on sequences that no price was taken from."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from tda_export.pricing import PriceRow, PriceTable, ShortPrompts
 from tda_export.progress import Advance
 from tda_export.ranks import ALONE, Ranks
 
-SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3)  # of what dense reads, that prices are chosen for
-SCAN_SEQUENCES = 4  # whose inputs the prices are chosen on
-SHORT_SEQUENCES = 8  # that are measured after a short prompt as well
-SHORT_PART = 8  # a short prompt has so many times fewer tokens
+SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3)  # of what dense reads: targets of the prices
+SCAN_SEQUENCES = 4  # the number of sequences on whose inputs the prices are chosen
+SHORT_SEQUENCES = 8  # the number of sequences measured after a short prompt too
+SHORT_PART = 8  # a short prompt is this many times shorter
 
 LinearShapes = Mapping[str, tuple[int, int]]  # input channels and outputs by part
 RowPrices = Mapping[str, torch.Tensor]
@@ -49,7 +49,7 @@ def choose_prices(
     advance: Advance = lambda units: None,
     ranks: Ranks = ALONE,
 ) -> dict[Packing, list[float]]:
-    """Choose the prices to measure, such that dense inputs at them would read `SHARES` of what dense reads.
+    """Choose the prices to measure: those at which the dense model's inputs would read `SHARES` of what dense reads.
 
     Args:
         model: A transformers model in evaluation mode.
@@ -57,9 +57,9 @@ def choose_prices(
         tokens: int64 [N, P + C].
         prompt_tokens: P.
         row_prices: float32 [L, in] of each matrix, for each packing.
-        row_bytes: What rows take.
-        advance: Told of every sequence.
-        ranks: That share the sequences.
+        row_bytes: The bytes of rows.
+        advance: Called after every sequence.
+        ranks: The ranks that share the sequences.
 
     Raises:
         TdaError: No row is worth anything.
@@ -99,15 +99,15 @@ def choose_prices(
 
 
 def prices_at(bytes_worth: torch.Tensor, shares: tuple[float, ...]) -> list[float]:
-    """Read prices off a histogram, rising and different.
+    """Find prices in a histogram, strictly rising.
 
     Args:
-        bytes_worth: The bytes of rows by the bin of what they are worth, x² · row_price: float64 [ALL_BINS].
-        shares: Of the bytes that are worth anything, falling.
+        bytes_worth: The bytes of rows by the bin of their worth, x² · row_price: float64 [ALL_BINS].
+        shares: Shares of the bytes with a nonzero worth, falling.
     """
     worth = bytes_worth.clone()
     worth[0] = 0.0
-    read = worth.flip(0).cumsum(0).flip(0)  # at the lower edge of each bin
+    read = worth.flip(0).cumsum(0).flip(0)  # bytes read at the lower edge of each bin
     edges = bin_edges().double()
     prices: list[float] = []
     if read[0] == 0:
@@ -115,7 +115,7 @@ def prices_at(bytes_worth: torch.Tensor, shares: tuple[float, ...]) -> list[floa
     for share in shares:
         inside = (
             min(int((read >= share * read[0]).sum()), len(edges) - 1) - 1
-        )  # the last bin at whose lower edge there are enough
+        )  # the last bin whose lower edge still reads enough bytes
         part = (read[inside] - share * read[0]) / worth[inside].clamp_min(1e-300)
         price = float(edges[inside] + part.clamp(0, 1) * (edges[inside + 1] - edges[inside]))
         if 0 < price < math.inf and (not prices or price > prices[-1]):
@@ -125,11 +125,11 @@ def prices_at(bytes_worth: torch.Tensor, shares: tuple[float, ...]) -> list[floa
 
 @dataclass
 class Measured:
-    """What was measured of the A prices of one packing, row 0 being dense; on the CPU.
+    """The measurements at the A prices of one packing, on the CPU. Row 0 is dense.
 
-    `prices`: float64 [A], the first 0. `kl` and `agreement`: float64 [n, A] of the n sequences so far. `read`: rows
-    that tokens read, by part, float64 [A, L], summed over `tokens`. `short_kl`: of the first m sequences after a short
-    prompt, float64 [m, A], m at most n.
+    `prices`: float64 [A], the first 0. `kl` and `agreement`: float64 [n, A], of the n sequences so far. `read`: the
+    number of rows that tokens read, by part, float64 [A, L], summed over `tokens` tokens. `short_kl`: the KL of the
+    first m sequences after a short prompt, float64 [m, A], m at most n.
     """
 
     prices: torch.Tensor
@@ -141,7 +141,7 @@ class Measured:
 
     @classmethod
     def begin(cls, spec: DecoderSpec, prices: list[float]) -> Measured:
-        """Begin with nothing measured; dense is put before the prices."""
+        """Return an empty measurement; dense is put before the prices."""
         rows = torch.tensor([0.0, *prices], dtype=torch.float64)
         read = {part: torch.zeros(len(rows), spec.num_layers, dtype=torch.float64) for part in linear_parts(spec)}
         return cls(rows, torch.zeros(0, len(rows), dtype=torch.float64), rows.new_zeros(0, len(rows)), read)
@@ -152,7 +152,7 @@ class Measured:
         return Measured(self.prices, none, none, {part: torch.zeros_like(rows) for part, rows in self.read.items()})
 
     def add(self, other: Measured) -> None:
-        """Add what was measured of further sequences at the same prices."""
+        """Add the measurements of further sequences at the same prices."""
         self.kl = torch.cat([self.kl, other.kl])
         self.agreement = torch.cat([self.agreement, other.agreement])
         for part, rows in other.read.items():
@@ -162,7 +162,7 @@ class Measured:
             self.short_kl = other.short_kl if self.short_kl is None else torch.cat([self.short_kl, other.short_kl])
 
     def measured_short(self, short: bool) -> bool:
-        """Tell whether every sequence so far that should be measured after a short prompt was.
+        """Return whether every sequence so far that should be measured after a short prompt has been.
 
         Args:
             short: Whether there are short prompts; no sequence is measured after one otherwise.
@@ -171,7 +171,7 @@ class Measured:
         return found == (min(len(self.kl), SHORT_SEQUENCES) if short else 0)
 
     def densities(self, linears: LinearShapes) -> dict[str, torch.Tensor]:
-        """Return the share of rows that a token read, by part, float64 [A, L]."""
+        """Return the mean share of rows that a token reads, by part, float64 [A, L]."""
         return {part: read / (self.tokens * linears[part][0]) for part, read in self.read.items()}
 
     def table(
@@ -182,14 +182,15 @@ class Measured:
         continuation_tokens: int,
         prompts: tuple[int, int] | None = None,
     ) -> PriceTable:
-        """Return the table. Standard errors are over sequences, 0 of one alone.
+        """Return the table. Standard errors are over sequences, 0 for a single one.
 
         Args:
             linears: Input channels and outputs of each part.
-            packing: That was measured.
-            row_bytes: What the rows take whose prices these are.
+            packing: The packing that was measured.
+            row_bytes: The bytes of the rows that these prices are for.
             continuation_tokens: C.
-            prompts: Tokens of a short prompt and of the others, where some were measured after a short one.
+            prompts: The tokens of a short prompt and of the others, where some sequences were measured after a short
+                one.
         """
         count = len(self.kl)
         error = self.kl.std(dim=0) / math.sqrt(count) if count > 1 else torch.zeros_like(self.kl[0])
@@ -213,7 +214,7 @@ class Measured:
                 ffn_share=float(ffn[i]),
                 attention_share=float(attention[i]),
                 parts={part: float(density[i]) for part, density in parts.items()},
-                # Of what is the same except for rounding, the KL may be below 0.
+                # Between logits that are equal except for rounding, the KL may be below 0.
                 kl=max(0.0, float(self.kl[:, i].mean())),
                 kl_stderr=float(error[i]),
                 agreement=float(self.agreement[:, i].mean()),
@@ -224,7 +225,8 @@ class Measured:
         return PriceTable(packing, row_bytes.element_bytes, continuation_tokens, tuple(rows), row_bytes.label, short)
 
     def _short(self, prompt_tokens: int, table_prompt_tokens: int) -> ShortPrompts:
-        """Return the KL of all sequences after short prompts: theirs, times what those that were measured say."""
+        """Return the KL of all sequences after short prompts: their KL times the ratio on the sequences measured both
+        ways."""
         assert self.short_kl is not None
         short, usual = self.short_kl[: len(self.kl)], self.kl.mean(dim=0)
         own = self.kl[: len(short)]
@@ -232,7 +234,7 @@ class Measured:
         base = own.mean(dim=0).where(usable, torch.ones_like(usual))
         factor = (short.mean(dim=0) / base).clamp_min(0.0).where(usable, torch.ones_like(usual))
         error = torch.zeros_like(usual)
-        if len(short) > 1:  # of a ratio, and of what it multiplies
+        if len(short) > 1:  # combines the errors of the ratio and of what it multiplies
             ratio = (short - factor * own).std(dim=0) / base / math.sqrt(len(short))
             whole = self.kl.std(dim=0) / math.sqrt(len(self.kl))
             error = ((ratio * usual).square() + (factor * whole).square()).sqrt().where(usable, error)
@@ -251,8 +253,8 @@ def measure_sequence(
 ) -> None:
     """Measure every price of every packing on one sequence, and add it to `measured`.
 
-    The prompt is read densely, its continuation densely and at every price over the same keys and values, in one call
-    each: a token attends to keys and values that were written at the same price.
+    The prompt is read densely. Its continuation is read densely and at every price over the prompt's keys and values,
+    in one call each, so a token attends to continuation tokens that were read at the same price.
 
     Args:
         model: A transformers model in evaluation mode.
@@ -260,8 +262,9 @@ def measure_sequence(
         sequence: int64 [P + C].
         prompt_tokens: P.
         row_prices: float32 [L, in] of each matrix, for each packing.
-        measured: For each packing; changed only when all is measured, so that an interruption loses no count.
-        advance: Told of every pass over the continuation.
+        measured: The measurements of each packing. They change only when all are measured, so that an interruption
+            leaves no partial counts.
+        advance: Called after every pass over the continuation.
 
     Raises:
         TdaError: A KL is not finite.
@@ -299,18 +302,18 @@ def measure_sequence(
 
 
 def short_prompt(prompt_tokens: int, prefix_tokens: int = 0) -> int | None:
-    """Return how long a short prompt is beside one of `prompt_tokens`; None where nothing would be left of it.
+    """Return the length of the short prompt for prompts of `prompt_tokens`; None where nothing would be left.
 
     Args:
         prompt_tokens: P.
-        prefix_tokens: What the tokenizer puts before a text (BOS), which a short prompt keeps.
+        prefix_tokens: The number of tokens that the tokenizer puts before a text (BOS), which a short prompt keeps.
     """
     length = prompt_tokens // SHORT_PART
     return length if length > prefix_tokens else None
 
 
 def shortened(sequence: torch.Tensor, length: int, prefix_tokens: int) -> torch.Tensor:
-    """Return the end of a sequence behind what the tokenizer puts before a text, int64 [length]."""
+    """Return the tokenizer's prefix followed by the end of a sequence, int64 [length]."""
     kept = sequence[len(sequence) - length + prefix_tokens :]
     return torch.cat([sequence[:prefix_tokens], kept])
 
@@ -318,7 +321,7 @@ def shortened(sequence: torch.Tensor, length: int, prefix_tokens: int) -> torch.
 def _share(
     sizes: Mapping[str, torch.Tensor], densities: Mapping[str, torch.Tensor], parts: Iterable[str]
 ) -> torch.Tensor:
-    """Return the share of these parts' bytes [L] that is read, [A], from the shares of their rows [A, L]."""
+    """Return the share of these parts' bytes that is read, [A], from the shares of their rows, [A, L]."""
     chosen = list(parts)
     read = torch.stack([densities[part] @ sizes[part] for part in chosen]).sum(dim=0)
     return (read / torch.stack([sizes[part].sum() for part in chosen]).sum()).clamp(0.0, 1.0)

@@ -1,8 +1,8 @@
-"""Prices of rows: what dropping an input channel of a matrix costs in likelihood, from gradients at the dense point.
+"""Prices of rows: the cost in likelihood of dropping an input channel of a matrix, from gradients at the dense point.
 
-Dropping x_i at a token moves the log-likelihood by about g_i x_i, so the expected KL is ½ c_i² x_i², c_i² = E[g_i²]:
-the Fisher information. g_i is the gradient of the log-likelihood of a continuation, of tokens that are drawn from the
-model's own distribution, by the input channel through one matrix alone.
+Dropping x_i at a token moves the log-likelihood by about g_i x_i, so the expected KL is ½ c_i² x_i² with c_i² =
+E[g_i²], the Fisher information. g_i is the gradient of the log-likelihood of a continuation's labels, drawn from the
+model's own distribution, with respect to the input channel of that one matrix.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ from tda_export.models.placement import weights_fetched_again
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import Packing, RowBytes, linear_outputs, linear_shape, linear_sites, packed_matrices
 
-# Gradients of float16 models are multiplied by this, and by less where that overflows.
+# The factor of float16 models' gradients; a smaller one is used where this overflows.
 HALF_SCALE, SMALLEST_SCALE, SCALE_STEP = 2.0**10, 2.0**-10, 2.0**5
-SEED_STEP = 1_000_003  # between the labels of two seeds
+SEED_STEP = 1_000_003  # distance between the label seeds of two seeds
 
 ChooseLabels = Callable[[torch.Tensor], torch.Tensor]  # logits float32 [T, V] to labels int64 [n, T]
 
 
 def priced_matrices(spec: DecoderSpec) -> dict[str, tuple[str, ...]]:
-    """Name all matrices that have prices with their parts: each part, and each site of several."""
+    """Name all matrices with prices, and their parts: each part, and each site of several parts."""
     return packed_matrices(spec, "separate") | packed_matrices(spec, "sites")
 
 
 @dataclass(frozen=True)
 class PriceSums:
-    """Sums over calibration sequences; those of two halves add to those of the whole. All float64 on the CPU.
+    """Sums over calibration sequences. The sums of two halves add up to the sums of the whole. All are float64 on the
+    CPU.
 
-    `square`: by matrix, a part or a site of several, [L, in]: the sum of g_i² over `tokens` [1], each of which counts
-    once for every label, of `sequences` [1].
+    `square`: by matrix (a part, or a site of several), [L, in]: the sum of g_i² over `tokens` [1] tokens, each counted
+    once for every label, of `sequences` [1] sequences.
     """
 
     square: dict[str, torch.Tensor]
@@ -58,7 +59,7 @@ class PriceSums:
 
 
 def no_prices(spec: DecoderSpec) -> PriceSums:
-    """Return the sums over no sequence."""
+    """Return empty sums."""
     square = {
         name: torch.zeros(spec.num_layers, linear_shape(spec, parts[0])[0], dtype=torch.float64)
         for name, parts in priced_matrices(spec).items()
@@ -67,12 +68,12 @@ def no_prices(spec: DecoderSpec) -> PriceSums:
 
 
 def sampled_labels(count: int, seed: int, index: int) -> ChooseLabels:
-    """Return a choice of labels from the model's own distribution: the same for a sequence, whenever it is read.
+    """Return a function that draws labels from the model's own distribution, reproducibly for each sequence.
 
     Args:
-        count: Labels of each token.
-        seed: Of the calibration.
-        index: Of the sequence.
+        count: The number of labels of each token.
+        seed: The seed of the calibration.
+        index: The number of the sequence.
     """
 
     def choose(logits: torch.Tensor) -> torch.Tensor:
@@ -95,14 +96,14 @@ def price_continuation(
 ) -> PriceSums:
     """Price the rows by one continuation of a prompt.
 
-    Every token but the last has labels, each token's gradients count.
+    Every token except the last has labels. The gradients of every token count.
 
     Args:
         model: A transformers model in evaluation mode, whose parameters need no gradient.
         spec: Its architecture.
-        cache: The prompt's keys and values, which are added to.
+        cache: The prompt's keys and values, to which the continuation's are added.
         continuation: int64 [C], C at least 2.
-        choose: The labels of the C - 1 tokens.
+        choose: Chooses the labels of the C - 1 tokens.
 
     Raises:
         TdaError: Gradients are not finite.
@@ -127,7 +128,7 @@ def price_continuation(
 
 
 class _Gradients:
-    """Squares of the gradients by the input of every matrix, summed over tokens, from backward passes."""
+    """Squares of the gradients with respect to the input of every matrix, summed over tokens, from backward passes."""
 
     def __init__(self, model: Any, spec: DecoderSpec) -> None:
         self._spec, self._device = spec, model.device
@@ -145,7 +146,7 @@ class _Gradients:
             handle.remove()
 
     def squares(self, loss: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Go backward from a loss; the graph stays."""
+        """Run a backward pass from a loss; the autograd graph is kept."""
         self._scale = HALF_SCALE if dtype == torch.float16 else 1.0
         while True:
             self._square = {name: [torch.empty(0)] * self._spec.num_layers for name in priced_matrices(self._spec)}
@@ -171,7 +172,7 @@ class _Gradients:
             found = self._found.setdefault((layer, site), {})
             found[part] = gradient
             if len(found) == len(parts):
-                # In the order of the parts, not of their arrival, so that sums are rounded alike.
+                # In the order of the parts, not of their arrival, so that sums round in the same way.
                 together = torch.stack([found[name] for name in parts]).sum(dim=0)
                 self._square[site][layer] = together.square().sum(dim=0, dtype=torch.float64)
                 del self._found[layer, site]

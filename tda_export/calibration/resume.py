@@ -1,4 +1,4 @@
-"""What an interrupted calibration resumes from: its sums and the state of its sweep, in a file beside the output."""
+"""What an interrupted calibration resumes from: its sums and the state of its sweep, in a file next to the output."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from tda_export.files import as_os_error, atomic_file, remove_leftovers
 
 SUFFIX = ".partial"
 KEY = "tda_export_partial"
-PRICED = "priced."  # begins the names of what belongs to prices
+PRICED = "priced."  # prefix of the names of prices
 UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError)
-MEASURED = "measured."  # begins the names of the columns of measured rows
+MEASURED = "measured."  # prefix of the names of the columns of measured rows
 
 
 class PartialFile:
-    """The file of one calibration. It is used again only for the same model, data, settings and version (`key`)."""
+    """The file of one calibration. It is reused only for the same model, data, settings and version (`key`)."""
 
     def __init__(self, output: Path, key: dict[str, Any]) -> None:
-        """Name the file beside `output`.
+        """Name the file next to `output`.
 
         Args:
-            output: The calibration file to come.
-            key: Plain data that says what is calibrated.
+            output: The calibration file that will be written.
+            key: Plain data that identifies what is calibrated.
         """
         self.path = output.with_name(output.name + SUFFIX)
         self._key = json.dumps(key, sort_keys=True)
@@ -55,7 +55,7 @@ class PartialFile:
         self._write("", tensors)
 
     def save_priced(self, priced: Priced) -> None:
-        """Write the prices so far, atomically, beside the sums of masks.
+        """Write the prices so far, atomically, together with the sums of prompt masks.
 
         Raises:
             TdaError: The operating system refused to write.
@@ -76,23 +76,23 @@ class PartialFile:
             raise TdaError(f"{error} The calibration has stopped.{goes_on}") from error
 
     def load(self) -> tuple[CurveSums, Sweep | None] | None:
-        """Read what an earlier run left of masks, if it was of the same calibration; None otherwise."""
+        """Read the state of prompt masks that an earlier run of the same calibration left; None where there is none."""
         try:
             tensors = {name: value for name, value in self._read().items() if not name.startswith(PRICED)}
             sums = CurveSums(*(tensors[field.name] for field in fields(CurveSums)))
             found = sums, _sweep(tensors) if "path.step" in tensors else None
         except UNREADABLE:
-            return None  # missing, damaged or of another kind: begin anew
+            return None  # missing, damaged or of another kind: start over
         self._parts[""] = tensors
         return found
 
     def load_priced(self, begun: Priced) -> Priced | None:
-        """Read what an earlier run left of prices, if it was of the same calibration; None otherwise.
+        """Read the prices that an earlier run of the same calibration left; None where there are none.
 
-        A version under development may have measured fewer sequences after short prompts: None as well.
+        None as well where a development version measured fewer sequences after short prompts.
 
         Args:
-            begun: Prices of the same model before any work.
+            begun: Empty prices of the same model, before any work.
         """
         try:
             tensors = {name: value for name, value in self._read().items() if name.startswith(PRICED)}
@@ -112,7 +112,7 @@ class PartialFile:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
 
     def remove(self) -> None:
-        """Delete the file, if there is one, and what killed runs left of it."""
+        """Delete the file, if there is one, and leftovers of killed runs."""
         self.path.unlink(missing_ok=True)
         remove_leftovers(self.path)
 

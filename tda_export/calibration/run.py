@@ -1,4 +1,4 @@
-"""The calibration run: prices of rows and their table, or the curves of every layer and the KL path, or all of it."""
+"""The calibration run: prices of rows and their table, or the curves of every layer and the KL path, or both."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ SAVE_SECONDS = 5.0  # least time between two saves of curves; one takes millisec
 class CalibrationSettings:
     """How to calibrate. Lengths in tokens; a sequence is `prompt_tokens` and then `continuation_tokens`.
 
-    `labels` a token and `packings` are of priced rows; `estimator`, `curves_only` and `prior_tokens` of masks (tda).
+    `labels` (per token) and `packings` are for priced rows; `estimator`, `curves_only` and `prior_tokens` for prompt
+    masks (tda).
     """
 
     estimator: Estimator = "prompt"
@@ -86,16 +87,16 @@ class CalibrationSettings:
 
     @property
     def masks(self) -> bool:
-        """Whether masks of neurons are calibrated: curves, and the KL path unless `curves_only`."""
+        """Whether prompt masks are calibrated: curves, and the KL path unless `curves_only`."""
         return self.method != "priced"
 
     @property
     def length(self) -> int:
-        """Tokens of a sequence."""
+        """The tokens of a sequence."""
         return self.prompt_tokens + self.continuation_tokens
 
     def describe(self) -> dict[str, Any]:
-        """Return what the method uses, as plain data."""
+        """Return the settings that the method uses, as plain data."""
         unused = set() if self.priced else {"labels", "packings"}
         unused |= set() if self.masks else {"estimator", "curves_only", "prior_tokens"}
         content = {name: value for name, value in asdict(self).items() if name not in unused}
@@ -103,10 +104,10 @@ class CalibrationSettings:
 
 
 def check_device(device: str) -> None:
-    """Refuse a --device that is not known or not there.
+    """Refuse a --device that is unknown or not available.
 
     Raises:
-        UsageError: It is.
+        UsageError: The device is unknown or not available.
     """
     kind, _, number = device.partition(":")
     if device == AUTO:
@@ -119,7 +120,7 @@ def check_device(device: str) -> None:
 
 
 def load_reference(source: ModelSource, dtype: torch.dtype, device: str, ranks: Ranks) -> Any:
-    """Load a model in PyTorch where --device says: on this rank's GPU, or spread over its share of the machine."""
+    """Load a model in PyTorch on the device of --device: this rank's GPU, or spread over its share of the machine."""
     memory = own_memory(ranks.local_number, ranks.local_count) if device == AUTO else None
     return source.reference(dtype=dtype, device=ranks.own_device(device), memory=memory)
 
@@ -142,10 +143,10 @@ def accumulate_curves(
         spec: Its architecture.
         tokens: int64 [N, P + C].
         settings: Estimator and lengths are used here.
-        advance: Told of sequences that are in the sums.
-        resume: Sums of the first sequences, from a run that was interrupted.
-        save: Given the sums of whole sequences from time to time (`SAVE_SECONDS`).
-        ranks: That share the sequences.
+        advance: Called with the number of sequences added to the sums.
+        resume: Sums of the first sequences, from an interrupted run.
+        save: Called with the sums of whole sequences from time to time (`SAVE_SECONDS`).
+        ranks: The ranks that share the sequences.
 
     Returns:
         The threshold grid, float32 [K], and the sums.
@@ -190,18 +191,18 @@ def calibrate(
     Args:
         source: The model.
         corpus: Sequences of `settings.length` tokens.
-        settings: How.
-        budget: The budget that was asked for, as plain data; build takes it as its default.
-        show: Opens the progress of a step, given its description and its units.
-        output: The file to come; what an interrupted run left beside it is used again (`resume.PartialFile`). The
-            first rank alone writes there.
-        ranks: That share the sequences; all of them return the same.
+        settings: How to calibrate.
+        budget: The requested budget, as plain data; `build` takes it as its default.
+        show: Opens the progress display of a step, given its description and number of units.
+        output: The file that will be written. The state that an interrupted run left next to it is reused
+            (`resume.PartialFile`). Only the first rank writes there.
+        ranks: The ranks that share the sequences; all return the same result.
 
     Returns:
         Prices, curves, KL path and provenance, ready to be written.
 
     Raises:
-        UsageError: The corpus has fewer than two sequences, and prices or a KL path are to be found.
+        UsageError: The corpus has fewer than two sequences, but prices or a KL path are to be found.
     """
     plan = plan_for(source.spec, len(corpus.tokens)) if settings.masks and not settings.curves_only else None
     if settings.priced:

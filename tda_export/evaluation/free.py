@@ -1,9 +1,9 @@
-"""Free generation: how long a method writes what the dense model writes, and how it drifts from it as a text grows.
+"""Free generation: how long a method writes the same text as the dense model, and how it drifts as a text grows.
 
-Both write greedily after a dense prompt, as in use, through ends of text. The divergence length is the number of new
-tokens before the first that differs. Drift is measured along the dense model's own text, so that every method is judged
-on the same tokens: decode reads it under the method, with its refreshes, and KL(dense || sparse) is averaged over
-blocks of it.
+Both generate greedily after a dense prompt, as in normal use, and continue past end tokens. The divergence length is
+the number of new tokens before the first that differs. Drift is measured along the dense model's own text, so that all
+methods are compared on the same tokens: decode reads it under the method, with its refreshes, and KL(dense || sparse)
+is averaged over blocks of it.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class FreeQuality:
     """Means over prompts, with standard errors over prompts.
 
     `divergence`: tokens before the first that differs, `new_tokens` where none does; `identical`: the share of prompts
-    where none does. `kl`: nats a token, of each block of `block_tokens` tokens of the dense model's text.
-    `ffn_bytes`: what a token of it read of the FFN weights on average, `refresh_ffn_bytes` of it for refreshes;
-    `linear_bytes`: of the linears of all layers, FFN and attention.
+    where none does. `kl`: KL in nats per token of each block of `block_tokens` tokens of the dense model's text.
+    `ffn_bytes`: the mean FFN bytes that a token of that text reads, and `refresh_ffn_bytes` the part of them for
+    refreshes; `linear_bytes`: the same for the linears of all layers, FFN and attention.
     """
 
     prompts: int
@@ -58,7 +58,7 @@ class FreeQuality:
 
 @dataclass(frozen=True)
 class FreeText:
-    """Of one prompt: divergence length in tokens, KL of each block, and shares of bytes (see `Counted`)."""
+    """One prompt's results: divergence length in tokens, KL of each block, and shares of bytes (see `Counted`)."""
 
     divergence: int
     kl: np.ndarray  # float64 [blocks]
@@ -76,15 +76,15 @@ def evaluate_free(
     advance: Callable[[int], None] = lambda prompts: None,
     ranks: Ranks = ALONE,
 ) -> FreeQuality:
-    """Let a method and the dense model write on after prompts.
+    """Let a method and the dense model continue prompts.
 
     Args:
-        artifact: On disk.
-        setting: The method (`open_setting`), one that generates.
-        prompts: N >= 2 of them, token ids.
-        new_tokens: How many to write after each, at least 2.
-        advance: Told of every prompt that is done.
-        ranks: That share the prompts; all of them return the same.
+        artifact: The artifact on disk.
+        setting: The method (`open_setting`), which must be able to generate.
+        prompts: N >= 2 prompts of token ids.
+        new_tokens: The number of tokens to generate after each, at least 2.
+        advance: Called after every prompt.
+        ranks: The ranks that share the prompts; all return the same result.
 
     Raises:
         UsageError: The method does not generate, or the numbers are out of range.
@@ -104,7 +104,7 @@ def measure_free(
     advance: Callable[[int], None] = lambda prompts: None,
     ranks: Ranks = ALONE,
 ) -> list[FreeText]:
-    """Do as `evaluate_free`, for any number of prompts and without averaging."""
+    """Do the same as `evaluate_free` for any number of prompts, without averaging."""
     longest = max(len(prompt) for prompt in prompts) + new_tokens
     if longest > artifact.shape.max_positions:
         raise TdaError(
@@ -149,7 +149,8 @@ def _write(
 def _drift(
     setting: AnySetting, cache: KvCache, reader: Any, prompt: Sequence[int], text: Sequence[int], *, divergence: int
 ) -> FreeText:
-    """Read the dense model's text under the method and densely; its last token has nothing after it to predict."""
+    """Read the dense model's text under the method and densely. Nothing follows its last token, which predicts
+    nothing."""
     read = text[:-1]
     cache.truncate(0)
     _, mask = setting.read(prompt, cache, reader)

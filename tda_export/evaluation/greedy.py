@@ -1,4 +1,4 @@
-"""Greedy decoding as a method does it, one token after another."""
+"""Greedy decoding with a method, one token after another."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from tda_export.runtime.token_step import TokenStep
 
 
 def greedy_tokens(setting: AnySetting, step: TokenStep, token: int) -> Iterator[int]:
-    """Write on from a token, with the method's refreshes; there is no end.
+    """Generate without end from a token, with the method's refreshes.
 
     Args:
         setting: The method.
         step: Its step (`Setting.open_step`), which has read the context and follows the method.
-        token: The first new one, which the step has not read.
+        token: The first new token, which the step has not read.
 
     Yields:
-        `token`, and the likeliest token after all before it, -1 where logits are not finite. Nothing is computed
-        before it is asked for.
+        `token`, then the likeliest next token again and again, -1 where logits are not finite. Each is computed only
+        when it is requested.
     """
     how, stale = setting.deployment, list[int]()
     while True:

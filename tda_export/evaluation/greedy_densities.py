@@ -1,7 +1,8 @@
-"""TEAL's block-wise greedy densities: which matrix of a layer drops how many rows at a sparsity of the layer.
+"""TEAL's block-wise greedy densities: how many rows each matrix of a layer drops at a sparsity of the layer.
 
-Source: arXiv 2408.14690, Algorithm 1. From dense on, the matrix whose next step costs least error of the block's output
-for its bytes takes that step. Every layer has the same sparsity; how its matrices share it is its own.
+Source: arXiv 2408.14690, Algorithm 1. Starting from dense, the matrix whose next step adds the least error of the
+block's output per byte takes that step. Every layer has the same sparsity, but each spreads it differently over its
+matrices.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ from tda_export.models.spec import DecoderSpec
 from tda_export.packing import Packing, Parts, droppable_matrices, linear_shape
 
 FORMAT = "tda-export greedy densities"
-STEP = 0.1  # of a matrix's rows
-MOST_SPARSITY = 0.75  # of a layer, where the search ends
+STEP = 0.1  # share of a matrix's rows
+MOST_SPARSITY = 0.75  # a layer's sparsity at which the search ends
 
 
 @dataclass(frozen=True)
 class GreedyDensities:
-    """The path of every layer: `sparsity` [L][steps], from 0 rising, and at each the densities of its matrices.
+    """The path of every layer: `sparsity` [L][steps], rising from 0, and the densities of the layer's matrices at each
+    step.
 
-    `density` is by matrix [L][steps]; all layers may have other numbers of steps.
+    `density` is by matrix, [L][steps]. Layers may have different numbers of steps.
     """
 
     model_fingerprint: str
@@ -43,7 +45,7 @@ class GreedyDensities:
         """Interpolate the densities at a sparsity of every layer, float64 [L] by matrix.
 
         Raises:
-            UsageError: It is more than was searched.
+            UsageError: The sparsity is beyond the search.
         """
         most = min(path[-1] for path in self.sparsity)
         if sparsity > most:
@@ -59,10 +61,10 @@ class GreedyDensities:
         }
 
     def require(self, path: Path, model_fingerprint: str, packing: Packing, parts: Parts) -> None:
-        """Refuse densities of something else.
+        """Refuse densities that were made for something else.
 
         Raises:
-            UsageError: They are of another model, packing or other parts.
+            UsageError: They are for another model, packing or other parts.
         """
         if self.model_fingerprint != model_fingerprint:
             raise UsageError(f"{path} was made for another model. Give densities of this artifact's.")
@@ -74,16 +76,16 @@ class GreedyDensities:
 
 
 def write_densities(found: GreedyDensities, path: Path) -> None:
-    """Write them as JSON."""
+    """Write the densities as JSON."""
     path.write_text(json.dumps({"format": FORMAT} | asdict(found)), encoding="utf-8")
 
 
 def read_densities(path: Path) -> GreedyDensities:
-    """Read them back.
+    """Read densities back.
 
     Raises:
         UsageError: There is no such file.
-        TdaError: It holds something else.
+        TdaError: The file holds something else.
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file. Make one with benchmarks/teal_densities.py.")
@@ -114,18 +116,18 @@ def greedy_densities(
     model_fingerprint: str,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> GreedyDensities:
-    """Search every layer's path, its inputs being those of the dense model.
+    """Search every layer's path, with the inputs of the dense model.
 
     Args:
         model: A transformers model in evaluation mode.
         spec: Its architecture.
-        priced: Magnitudes of the calibration text, which give thresholds.
-        tokens: int64 [N, P + C]; rows are dropped, and errors taken, after the prompt alone.
+        priced: The magnitudes of the calibration text, which give thresholds.
+        tokens: int64 [N, P + C]; rows are dropped, and errors measured, only after the prompt.
         prompt_tokens: P.
-        packing: Of the matrices.
-        parts: Whose rows may be dropped.
-        model_fingerprint: Says whose densities these are.
-        advance: Told of every layer that is done.
+        packing: The packing of the matrices.
+        parts: The parts whose rows may be dropped.
+        model_fingerprint: The fingerprint of the model, stored with the densities.
+        advance: Called after every layer.
     """
     sizes = {
         name: sum(linear_shape(spec, part)[0] * linear_shape(spec, part)[1] for part in members)
@@ -145,17 +147,17 @@ def greedy_densities(
 
 
 def search_path(sizes: dict[str, int], error: Callable[[dict[str, float]], float]) -> list[dict[str, float]]:
-    """Go from dense to `MOST_SPARSITY`, by the step that adds least error for its bytes.
+    """Go from dense to `MOST_SPARSITY`, each time by the step that adds the least error per byte.
 
     Args:
-        sizes: Of each matrix, in any unit.
-        error: Of densities by matrix; 0 when all are 1.
+        sizes: The size of each matrix, in any unit.
+        error: The error of given densities by matrix; 0 when all are 1.
 
     Returns:
         The densities after each step, beginning with dense.
     """
     steps = dict.fromkeys(sizes, 0)
-    most = round(1 / STEP) - 1  # a matrix keeps some rows
+    most = round(1 / STEP) - 1  # every matrix keeps some rows
     total, now = sum(sizes.values()), 0.0
 
     def densities(taken: dict[str, int]) -> dict[str, float]:
@@ -172,7 +174,7 @@ def search_path(sizes: dict[str, int], error: Callable[[dict[str, float]], float
 
 
 class Block:
-    """A layer with the inputs that the dense model gives it."""
+    """A layer with its inputs from the dense model."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 """An artifact as a model of lm-evaluation-harness, registered there as `tda`.
 
-`tda-export eval --tasks` uses it, and so does lm-eval's own command line where this module is imported first:
-`python -m tda_export.evaluation --model tda --model_args artifact=DIR,method=tda,sparsity=0.5 --tasks …`. The package
-finds no models that are installed beside it, so that its plain `lm_eval` command does not know the name.
+`tda-export eval --tasks` uses it. lm-eval's own command line can use it where this module is imported first: `python -m
+tda_export.evaluation --model tda --model_args artifact=DIR,method=tda,sparsity=0.5 --tasks …`. lm-eval does not
+discover models of other packages, so its plain `lm_eval` command does not know the name.
 
 Requests are scored one context after another (see `evaluation/scoring.py` for the protocols); all continuations of a
 context share its prefill. Longer requests than the model's maximum lose tokens on the left, as with lm-eval's own
@@ -36,7 +36,7 @@ from tda_export.runtime.text import Text
 from tda_export.runtime.token_step import TokenStep
 
 Encoded = tuple[tuple[str, str] | None, list[int], list[int]]  # the request's texts, context and continuation
-NEW_TOKENS = 256  # where a task does not say, as with the harness's own models
+NEW_TOKENS = 256  # default where a task sets none, as with the harness's own models
 
 
 @register_model("tda")
@@ -67,24 +67,25 @@ class TdaLM(TemplateLM):
         """Open an artifact.
 
         Args:
-            artifact: Its folder.
+            artifact: The artifact's folder.
             method: A key of `evaluation.methods.METHODS`; by default the artifact's own.
-            sparsity: Budget, as in `evaluation.methods.Request`; so are `price`, `cett`, `allocation` and `max_kl`.
-            price: Budget.
-            cett: Budget.
-            allocation: Budget.
-            max_kl: Budget.
+            sparsity: A budget, as in `evaluation.methods.Request`; likewise `price`, `cett`, `allocation` and `max_kl`.
+            price: A budget.
+            cett: A budget.
+            allocation: A budget.
+            max_kl: A budget.
             refresh: Tokens between refreshes while generating; by default the artifact's own.
-            calibration: A calibration file instead of the artifact's own.
-            parts: Whose rows may be dropped, `all`, `ffn` or `attention`, of methods of priced artifacts.
-            densities: A file of greedy densities, of `teal`.
-            prompt_tokens: Length of the prompt that `max_kl` is predicted after; by default that of calibration.
+            calibration: A calibration file that replaces the artifact's own.
+            parts: The parts whose rows may be dropped (`all`, `ffn` or `attention`), for methods of priced artifacts.
+            densities: A file of greedy densities, for `teal`.
+            prompt_tokens: The prompt length for which `max_kl` is predicted; by default calibration's.
             protocol: `strict` or `griffin`.
             provider: `auto`, `cpu` or `cuda`.
-            max_length: The most tokens that the model is fed, at least 2; by default the model's maximum.
-            device: Taken and ignored, since lm-eval's command gives `cuda` by default: `provider` says where to run.
-            batch_size: Likewise: requests are scored one by one, as the product generates.
-            max_batch_size: Likewise.
+            max_length: The most tokens that the model reads, at least 2; by default the model's maximum.
+            device: Accepted but ignored, since lm-eval's command passes `cuda` by default. `provider` says where to
+                run.
+            batch_size: Accepted but ignored: requests are scored one by one, as the runtime generates.
+            max_batch_size: Accepted but ignored, as `batch_size`.
 
         Raises:
             UsageError: An argument is unknown or out of range, or the artifact does not fit the method.
@@ -136,17 +137,17 @@ class TdaLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands for an empty context: BOS, or else EOS."""
+        """The token that replaces an empty context: BOS, or EOS where there is no BOS."""
         bos = self.text.special_token("bos_token")
         return bos[0] if bos else self.eot_token_id
 
     @property
     def tokenizer_name(self) -> str:
-        """The model's name, under which lm-eval keeps requests."""
+        """The model's name, under which lm-eval caches requests."""
         return self.artifact.name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Tokenize; by default with what the tokenizer adds, unless the text spells it out already."""
+        """Tokenize, by default with the tokenizer's added tokens, unless the text already begins with them."""
         if add_special_tokens is None:
             spelled = self.text.special_token("bos_token") or self.text.special_token("eos_token")
             add_special_tokens = not has_bos_prefix(string, spelled[1] if spelled else None)
@@ -190,10 +191,10 @@ class TdaLM(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihoods of whole texts, in windows of the model's maximum.
 
-        In the strict protocol a window's first half is context and its second half is scored under that context's
-        mask. The first window's first half has no context of its own: it is a prompt, and its tokens are scored
-        densely. In the griffin protocol windows are the harness's (one token of context), and each window's last step
-        is sparse. So `dense` equals `hf` in both where a text fits into one window, and in griffin always.
+        In the strict protocol a window's first half is context, and its second half is scored under that context's
+        prompt mask. The first window's first half has no context: it is a prompt, and its tokens are scored densely. In
+        the griffin protocol windows are the harness's (one token of context), and each window's last step is sparse. So
+        `dense` equals `hf` in both where a text fits into one window, and in griffin always.
         """
         windows: list[Encoded] = []
         counts = []
@@ -218,7 +219,8 @@ class TdaLM(TemplateLM):
         return [(context, first[:prompt]), (context + first[:prompt], first[prompt:]), *others]
 
     def _windows(self, tokens: list[int], context: int) -> list[tuple[list[int], list[int]]]:
-        """Cut a text into windows of context and continuation, which together are fed `max_length` tokens."""
+        """Cut a text into windows of context and continuation, of which the model reads `max_length` tokens
+        together."""
         cut = utils.get_rolling_token_windows(
             token_list=tokens, prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=context
         )
@@ -230,7 +232,7 @@ class TdaLM(TemplateLM):
         """Generate greedily.
 
         In the strict protocol every new token comes from a sparse step: prefill reads the context without its last
-        token. In the griffin protocol prefill reads all of it, so that the first new token is dense, as in use.
+        token. In the griffin protocol prefill reads all of it, so that the first new token is dense, as in normal use.
 
         Raises:
             UsageError: A task asks for sampling.
@@ -263,7 +265,7 @@ class TdaLM(TemplateLM):
         return str(postprocess_generated_text(text + stream.finish(), stops, None))
 
     def _first(self, step: TokenStep, tokens: list[int]) -> int:
-        """Read a prompt by the protocol, and return the first new token."""
+        """Read a prompt as the protocol says, and return the first new token."""
         setting, how = self.setting, self.setting.deployment
         prompt = tokens if self.scorer.protocol == "griffin" else tokens[:-1]
         logits = step.begin(prompt, how) if prompt else None
@@ -273,7 +275,8 @@ class TdaLM(TemplateLM):
         return likeliest(logits)
 
     def _borrow_step(self, tokens: int) -> TokenStep:
-        """Return a step with room for so many tokens; a larger one is bound (and on CUDA captured) only if it must."""
+        """Return a step with room for `tokens` tokens; a larger one is bound (and on CUDA captured) only if
+        necessary."""
         if self._step is None or self._step.cache.capacity < tokens:
             self._step = self.setting.open_step(tokens)
             self._step.capture()

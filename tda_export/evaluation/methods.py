@@ -1,6 +1,6 @@
-"""The methods by name: what budgets they take, and how their settings are made from an artifact.
+"""The methods by name: which budgets they accept, and how their settings are made from an artifact.
 
-A new method is a row of `METHODS`: how it checks its budget, and how it is opened. Those of priced artifacts are in
+A new method is a row of `METHODS`: how it checks its budget, and how it is opened. Methods of priced artifacts are in
 `priced_methods.py`.
 """
 
@@ -36,17 +36,17 @@ from tda_export.runtime.deployment import Deployment, one_level
 from tda_export.runtime.session import Sessions
 
 PAPER_CETT = 0.2
-ROW_METHODS = ("priced", "teal", "wina")  # which may drop rows of all linears
+ROW_METHODS = ("priced", "teal", "wina")  # methods that may drop rows of all linears
 
 AnySetting = Setting | PricedSetting
 
 
 def check_request(artifact: Artifact, request: Request) -> None:
-    """Refuse what cannot be measured with an artifact, before any session is opened.
+    """Refuse requests that an artifact cannot serve, before any session is opened.
 
     Raises:
-        UsageError: The method is not known, its budget is missing, incomplete or not one that it takes, or the
-            artifact does not fit it.
+        UsageError: The method is unknown, its budget is missing, incomplete or not accepted, or the artifact does not
+            fit the method.
     """
     entry = _entry(artifact, request)
     name = method_name(artifact, request)
@@ -59,7 +59,7 @@ def check_request(artifact: Artifact, request: Request) -> None:
 
 
 def method_name(artifact: Artifact, request: Request) -> str:
-    """Return the method that is asked for: the artifact's own unless another is named."""
+    """Return the requested method: the artifact's own unless another is named."""
     return request.method or str(artifact.manifest["method"]["name"])
 
 
@@ -82,9 +82,9 @@ def open_setting(artifact: Artifact, sessions: Sessions, request: Request) -> An
     """Prepare a method on an artifact.
 
     Args:
-        artifact: On disk.
-        sessions: Its own; graphs of other methods are derived from them, and share their weights.
-        request: Method and budget.
+        artifact: The artifact on disk.
+        sessions: The artifact's sessions; graphs of other methods are derived from them and share their weights.
+        request: The method and its budget.
 
     Raises:
         UsageError: See `check_request`.
@@ -131,7 +131,8 @@ def _open_tda(artifact: Artifact, sessions: Sessions, request: Request) -> Setti
 
 
 def _counting(artifact: Artifact, sessions: Sessions, skips: bool = False) -> Sessions | None:
-    """Sessions that count what tokens read, where that is not what the mask says; ReLU's zeros are never read."""
+    """Return sessions that count the neurons that tokens read, where these differ from the prompt mask's; rows of
+    ReLU's zeros are never read."""
     skips = skips or artifact_spec(artifact).activation == "relu"
     return counting_sessions(artifact, sessions) if skips and sessions.two_levels else None
 
@@ -172,7 +173,7 @@ def _check_griffin(artifact: Artifact, request: Request) -> None:
     others = (request.cett, request.allocation, request.max_kl, request.refresh, request.calibration)
     if request.sparsity is None or any(other is not None for other in others):
         raise UsageError("--method griffin takes --sparsity, and no other budget.")
-    Budget(sparsity=request.sparsity, allocation="uniform")  # its range
+    Budget(sparsity=request.sparsity, allocation="uniform")  # checks its range
 
 
 def _open_griffin(artifact: Artifact, sessions: Sessions, request: Request) -> Setting:
@@ -222,7 +223,7 @@ def _open_dense(artifact: Artifact, sessions: Sessions, request: Request) -> Set
     return Setting("dense", artifact.shape, sessions, deployment, _counting(artifact, sessions), masked=False)
 
 
-# By method, and by the layouts of artifacts that run it.
+# Entries by method and by artifact layout.
 METHODS: dict[str, dict[str, MethodEntry]] = {
     "priced": {"priced": MethodEntry(check_priced, open_priced_rows)},
     "teal": {"priced": MethodEntry(check_threshold, open_threshold)},

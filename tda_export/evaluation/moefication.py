@@ -1,9 +1,10 @@
-"""MoEfication (arXiv 2110.01786): an FFN's neurons in experts of equal size, of which a token reads a few.
+"""MoEfication (arXiv 2110.01786): an FFN's neurons are grouped into experts of equal size, and a token reads a few of
+them.
 
-Experts are balanced k-means clusters of the neurons' gate and up rows. Experts are chosen by their true activation,
-which a token does not know before it has read them all: an upper bound; or by a router that is fitted to a calibration
-text, here of the form of `predictor.py`. MoEfication was made for ReLU, whose activations it adds up; with gates an
-expert's activation is the sum of its neurons' |h_i| ||W_down[:, i]||.
+Experts are balanced k-means clusters of the neurons' gate and up rows. Experts are chosen either by their true
+activation, which is known only after reading all experts (so this is an upper bound), or by a router fitted to a
+calibration text, here of the form in `predictor.py`. MoEfication was made for ReLU and sums its activations; with gates
+an expert's activation is the sum of its neurons' |h_i| ||W_down[:, i]||.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ ITERATIONS = 20
 
 
 def expert_count(neurons: int) -> int:
-    """Return E, the experts of a layer of F neurons."""
+    """Return E, the number of experts of a layer of F neurons."""
     return max(1, neurons // EXPERT_NEURONS)
 
 
 def balanced_clusters(rows: torch.Tensor, clusters: int, seed: int = 0) -> torch.Tensor:
-    """Cluster rows by k-means into clusters whose sizes differ by one at the most. Equal arguments give equal results.
+    """Cluster rows by k-means into clusters whose sizes differ by at most one. Equal arguments give equal results.
 
-    In each pass the rows go to the nearest centre that has room; where too many want one, the nearest of them get it.
+    In each pass each row goes to the nearest centre with room; where too many rows want a centre, the nearest get it.
 
     Args:
         rows: float32 [F, D].
         clusters: E, at most F.
-        seed: Of the first centres.
+        seed: The seed of the initial centres.
 
     Returns:
         The cluster of each row, int64 [F].
@@ -56,7 +57,7 @@ def balanced_clusters(rows: torch.Tensor, clusters: int, seed: int = 0) -> torch
 
 
 def _assigned(distance: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """Assign rows to clusters that have so much room, by distances [F, E]."""
+    """Assign rows to clusters of limited sizes, by distances [F, E]."""
     distance, room = distance.clone(), sizes.clone()
     chosen = torch.full((len(distance),), -1)
     while (free := (chosen < 0).nonzero().flatten()).numel():
@@ -74,14 +75,15 @@ def _assigned(distance: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
 
 
 def layer_experts(model: Any, spec: DecoderSpec, layer: int, seed: int = 0) -> torch.Tensor:
-    """Return the expert of each neuron of a layer, int64 [F]: gate and up rows count alike, whatever their lengths."""
+    """Return the expert of each neuron of a layer, int64 [F]: gate and up rows count equally, whatever their
+    lengths."""
     gate, up = (model.get_submodule(name.format(i=layer)).weight for name in (spec.names.gate, spec.names.up))
     rows = [torch.nn.functional.normalize(weight.detach().float().cpu(), dim=1) for weight in (gate, up)]
     return balanced_clusters(torch.cat(rows, dim=1), expert_count(spec.ffn_size), seed)
 
 
 def expert_scores(experts: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """Add up the neurons' values of each expert: [T, F] to [T, E]."""
+    """Sum the values of each expert's neurons: [T, F] to [T, E]."""
     count = int(experts.max()) + 1
     return torch.zeros(len(sizes), count, dtype=sizes.dtype).index_add(1, experts, sizes)
 
@@ -94,10 +96,10 @@ def router_bytes_share(spec: DecoderSpec, rank: int) -> float:
 
 
 def kept_experts(spec: DecoderSpec, sparsity: float, rank: int | None) -> int:
-    """Return how many experts a token reads so that they, and a router of a rank, keep to a sparsity.
+    """Return how many experts a token may read so that they, and a router of a rank, meet a sparsity.
 
     Raises:
-        UsageError: There is room for none.
+        UsageError: There is no room for a single expert.
     """
     experts = expert_count(spec.ffn_size)
     own = 0.0 if rank is None else router_bytes_share(spec, rank)
@@ -114,8 +116,8 @@ def kept_experts(spec: DecoderSpec, sparsity: float, rank: int | None) -> int:
 class ExpertMethod:
     """A token reads all three rows of the neurons of `kept` experts.
 
-    `experts`: of each neuron, L tensors int64 [F]. `norms`: ||W_down[:, i]||, L tensors float32 [F]. `routers`: of each
-    layer; None chooses by the true activation. `extra_bytes`: what the routers read.
+    `experts`: the expert of each neuron, L tensors int64 [F]. `norms`: ||W_down[:, i]||, L tensors float32 [F].
+    `routers`: one for each layer; None chooses by the true activation. `extra_bytes`: the bytes of the routers.
     """
 
     experts: Sequence[torch.Tensor]

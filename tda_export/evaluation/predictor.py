@@ -1,10 +1,10 @@
 """A predictor of each token's neurons, in the manner of Deja Vu (arXiv 2310.17157, section 4).
 
-Before a layer's FFN two small matrices map its input to one logit a neuron; the rows of the neurons with the largest
-logits are read, of all three matrices. Deja Vu's predictors learn which neurons of a ReLU model are not zero. A gated
-FFN has no zeros, so that these learn which neurons have the largest r_i(t). Departures from Deja Vu that help the
-predictor: a bias for every neuron, which starts at its log-odds, so that training starts at the best static choice;
-and inputs are standardised while training, which is then folded into the matrices.
+Before a layer's FFN, two small matrices map its input to one logit per neuron. The rows of the neurons with the largest
+logits are read from all three matrices. Deja Vu's predictors learn which neurons of a ReLU model are nonzero. A gated
+FFN has no zeros, so these learn which neurons have the largest r_i(t). Departures from Deja Vu that help the predictor:
+a bias for every neuron, which starts at its log-odds, so that training starts at the best static choice; and inputs are
+standardised in training, which is then folded into the matrices.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SMALLEST_DEVIATION = 1e-6
 
 @dataclass(frozen=True)
 class PredictorSettings:
-    """How predictors are made: `rank` R of the two matrices, passes over the text, tokens a step, step size, seed."""
+    """How predictors are made: `rank` R of the two matrices, passes over the text, tokens per step, step size, seed."""
 
     rank: int = 64
     epochs: int = 5
@@ -39,7 +39,7 @@ class PredictorSettings:
 
 @dataclass(frozen=True)
 class Predictor:
-    """Of one layer: logits = x A B + b, with A float32 [M, R], B float32 [R, F], b float32 [F]."""
+    """One layer's predictor: logits = x A B + b, with A float32 [M, R], B float32 [R, F], b float32 [F]."""
 
     first: torch.Tensor
     second: torch.Tensor
@@ -51,12 +51,12 @@ class Predictor:
 
     @property
     def parameters(self) -> int:
-        """How many numbers a token reads for it."""
+        """The number of parameters that a token reads for it."""
         return self.first.numel() + self.second.numel() + self.bias.numel()
 
 
 def predictor_density(spec: DecoderSpec, sparsity: float, rank: int) -> float:
-    """Return the density at which the FFN's rows and the predictors' own weights together keep to a sparsity.
+    """Return the density at which the FFN's rows and the predictors' own weights together meet a sparsity.
 
     Raises:
         UsageError: The predictors alone read more.
@@ -85,7 +85,7 @@ def train_predictor(
     Args:
         x: FFN inputs of a calibration text, float32 [T, M].
         relative: r_i(t), float32 [T, F].
-        density: Share of neurons that a token keeps.
+        density: The share of neurons that a token keeps.
         settings: Rank, epochs, and so on.
     """
     tokens, neurons = relative.shape

@@ -1,4 +1,4 @@
-"""The methods that a priced artifact runs: what budgets they take, and how their settings are made."""
+"""The methods that a priced artifact runs: which budgets they accept, and how their settings are made."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from tda_export.runtime.session import Sessions
 
 
 def check_priced(artifact: Artifact, request: Request) -> None:
-    """Refuse what prices of rows cannot be measured with.
+    """Refuse requests that prices of rows cannot serve.
 
     Raises:
-        UsageError: An option has no effect with them, or the budget is beyond the artifact's table.
+        UsageError: An option has no effect with prices, or the budget is beyond the artifact's table.
     """
     refuse_masks(artifact, request)
     if request.calibration is not None:
@@ -43,7 +43,7 @@ def check_priced(artifact: Artifact, request: Request) -> None:
 
 
 def open_priced_rows(artifact: Artifact, sessions: Sessions, request: Request) -> PricedSetting:
-    """Prepare the artifact's own prices, of all linears or of some."""
+    """Prepare the artifact's own prices, for all linears or for some."""
     given = {"price": request.price, "sparsity": request.sparsity, "max_kl": request.max_kl}
     budget = {name: value for name, value in given.items() if value is not None} or dict(artifact.manifest["budget"])
     deployment, parts = _price(artifact, request), request.parts or "all"
@@ -54,7 +54,7 @@ def open_priced_rows(artifact: Artifact, sessions: Sessions, request: Request) -
 
 
 def _price(artifact: Artifact, request: Request) -> PriceDeployment:
-    """Return the price that is asked for, a sparsity being a share of the bytes of the parts that may drop rows."""
+    """Return the requested price. A sparsity is a share of the bytes of the parts that may drop rows."""
     parts, table = request.parts or "all", artifact.price_table
     if parts == "all" or request.price is not None:
         deployment = deployed(artifact, request)
@@ -78,10 +78,10 @@ def open_priced_dense(artifact: Artifact, sessions: Sessions, request: Request) 
 
 
 def check_threshold(artifact: Artifact, request: Request) -> None:
-    """Refuse what thresholds of inputs cannot be measured with.
+    """Refuse requests that thresholds of inputs cannot serve.
 
     Raises:
-        UsageError: The budget is no sparsity, or calibration or densities do not suit.
+        UsageError: The budget is not a sparsity, or calibration or densities do not fit.
         TdaError: One of them cannot be read.
     """
     others = (request.price, request.cett, request.max_kl, request.allocation, request.refresh)

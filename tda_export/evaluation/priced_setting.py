@@ -1,4 +1,4 @@
-"""How a method of priced artifacts decodes: which rows have which prices, and the price of a byte."""
+"""How a method of priced artifacts decodes: the prices of rows, and the price of a byte."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tda_export.runtime.phases import PromptMask, bind_call, decode
 from tda_export.runtime.priced import PricedPrefill, PricedStep
 from tda_export.runtime.session import Sessions, device_tensor, initializer, open_session
 
-NO_MASK = PromptMask({}, {})  # what prefill of a priced artifact says about a prompt
+NO_MASK = PromptMask({}, {})  # prefill of a priced artifact chooses no mask
 RowPrices = Mapping[str, np.ndarray]
 
 
@@ -37,10 +37,10 @@ class PricedReader:
 
 @dataclass(frozen=True)
 class PricedSetting:
-    """How a method decodes with a priced artifact; it serves where `setting.Setting` does.
+    """How a method decodes with a priced artifact; has the same interface as `setting.Setting`.
 
     `sessions`: decode has the method's row prices. `counting`: sessions whose decode also counts the rows that tokens
-    read, with the same row prices. `held`: the row prices, which sessions on the CPU use where they lie.
+    read, with the same row prices. `held`: the row prices, kept alive since sessions on the CPU use them in place.
     """
 
     method: str
@@ -55,11 +55,11 @@ class PricedSetting:
 
     @property
     def shape(self) -> contract.ModelShape:
-        """The sizes of the model."""
+        """The model's sizes."""
         return self.artifact.shape
 
     def without_refresh(self) -> PricedSetting:
-        """Return the same: nothing is refreshed."""
+        """Return the same setting: nothing is refreshed."""
         return self
 
     def open_reader(self, cache: KvCache) -> Any:
@@ -71,7 +71,7 @@ class PricedSetting:
         return (reader or self.open_reader(cache)).read(tokens)
 
     def open_step(self, capacity: int) -> PricedStep:
-        """Bind decoding of one token after another, in its own cache of that many tokens."""
+        """Make a step that decodes one token after another, with its own cache of `capacity` tokens."""
         return PricedStep(self.sessions, self.shape, capacity)
 
     def decode(self, cache: KvCache, tokens: Sequence[int], mask: PromptMask | None) -> np.ndarray:
@@ -81,11 +81,11 @@ class PricedSetting:
         return decode(self.sessions, cache, tokens, None, given)
 
     def density(self, mask: PromptMask) -> float:
-        """Every token reads rows of its own."""
+        """Return 1: every token reads its own rows."""
         raise AssertionError("what a priced method reads is counted")
 
     def decode_counted(self, cache: KvCache, tokens: Sequence[int], mask: PromptMask, reader: Any = None) -> Counted:
-        """Do as `decode`, and say what was read."""
+        """Do the same as `decode`, and return what was read."""
         price = device_tensor(np.array([self.deployment.price], np.float32), self.sessions.provider)
         call = bind_call(self.counting.decode, cache, tokens, {contract.PRICE: price})
         call.allocate(contract.KEPT_ROWS, "cpu")
@@ -120,12 +120,12 @@ def open_priced(
     """Prepare a method on a priced artifact.
 
     Args:
-        method: Its name.
-        artifact: On disk.
-        sessions: Its own.
-        deployment: The price.
-        budget: What was asked for, as plain data.
-        row_prices: Other prices of rows, float32 [in] by matrix; those left out are the artifact's.
+        method: The method's name.
+        artifact: The artifact on disk.
+        sessions: The artifact's sessions.
+        deployment: The price to decode at.
+        budget: The requested budget, as plain data.
+        row_prices: Other prices of rows, float32 [in] by matrix; missing ones are the artifact's own.
     """
     changed = {
         contract.row_price(name): initializer(np.ascontiguousarray(value, np.float32), sessions.provider, "float32")

@@ -1,4 +1,4 @@
-"""What methods are fitted to: the FFN inputs of a calibration text, and each layer's activations on them."""
+"""The data that methods are fitted to: the FFN inputs of a calibration text, and each layer's activations on them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def require_gates(spec: DecoderSpec) -> None:
     """Refuse an FFN that these methods are not defined for.
 
     Raises:
-        TdaError: It has no gates, or gate and up are packed into one module.
+        TdaError: The FFN has no gates, or gate and up are packed into one module.
     """
     if not spec.gated or spec.packed_gate:
         raise TdaError(
@@ -38,7 +38,7 @@ def require_gates(spec: DecoderSpec) -> None:
 def ffn_inputs(
     model: Any, spec: DecoderSpec, tokens: torch.Tensor, advance: Callable[[int], None] = lambda sequences: None
 ) -> list[torch.Tensor]:
-    """Read sequences int64 [N, S] and keep the input of every FFN; the first token of a sequence is left out.
+    """Read sequences int64 [N, S] and return the input of every FFN, without the first token of each sequence.
 
     Returns:
         L tensors, float32 [N (S - 1), M], on the CPU: 4 L N S M bytes.

@@ -28,7 +28,7 @@ from tda_export.evaluation.reference_methods import (
 from tda_export.graph.method import kept_neurons
 from tda_export.models.spec import DecoderSpec
 
-# moe-true: experts by their true activation, an upper bound; moe: by a router.
+# moe-true: experts chosen by their true activation, an upper bound; moe: experts chosen by a router.
 MethodName = Literal["static", "cats", "dejavu", "moe-true", "moe"]
 
 
@@ -40,10 +40,10 @@ class Wanted(NamedTuple):
 
 
 def check_wanted(wanted: Wanted, spec: DecoderSpec, settings: PredictorSettings) -> None:
-    """Refuse what cannot be fitted, before anything is computed.
+    """Refuse requests that cannot be fitted, before anything is computed.
 
     Raises:
-        UsageError: The sparsity is no share, or more than the method can save.
+        UsageError: The sparsity is not a share, or is more than the method can save.
     """
     if not 0 <= wanted.sparsity < 1:
         raise UsageError(f"Sparsity {wanted.sparsity} is outside [0, 1). Give a fraction such as 0.5.")
@@ -74,8 +74,8 @@ def fit_methods(
         spec: Its architecture.
         inputs: L tensors, float32 [T, M] (`reference_data.ffn_inputs`).
         wanted: Methods and sparsities.
-        settings: Of predictors.
-        advance: Told of every layer that is done.
+        settings: The settings of predictors.
+        advance: Called after every layer.
 
     Returns:
         The methods, in the order of `wanted`.

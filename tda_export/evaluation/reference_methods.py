@@ -1,7 +1,8 @@
-"""Other people's token-level methods in PyTorch, for comparison tables: every row is computed, the kept ones count.
+"""Published token-level methods in PyTorch, for comparison tables: every row is computed, but only kept rows are
+counted.
 
-A method says, for every token and layer, which rows of gate, up and down it reads. A neuron contributes where all
-three of its rows are read; the rows give the bytes. Nothing is faster for it: quality and bytes are what is measured.
+A method decides, for every token and layer, which rows of gate, up and down it reads. A neuron contributes where all
+three of its rows are read; the rows determine the bytes. This does not run faster: only quality and bytes are measured.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tda_export.models.ffn_modules import ACTIVATIONS
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import linear_elements
 
-CATS_LARGEST_SPARSITY = 2 / 3  # all that reading no up and down row saves
+CATS_LARGEST_SPARSITY = 2 / 3  # the sparsity when no up and down row is read
 
 
 class Rows(NamedTuple):
@@ -34,13 +35,15 @@ class Rows(NamedTuple):
 
 
 class ReferenceMethod(Protocol):
-    """What a method decides. `extra_bytes` is what a token reads besides the FFN's rows, in all layers."""
+    """A method's decisions. `extra_bytes` is the number of bytes that a token reads besides the FFN's rows, in all
+    layers."""
 
     @property
     def extra_bytes(self) -> int: ...
 
     def keep(self, layer: int, x: torch.Tensor, activated: torch.Tensor, up: torch.Tensor) -> Rows:
-        """Choose rows from x [T, M], act(gate · x) [T, F] and up · x [T, F]; only what the method has read counts."""
+        """Choose rows from x [T, M], act(gate · x) [T, F] and up · x [T, F]; a method may only use the products whose
+        rows it reads."""
         ...
 
 
@@ -58,13 +61,13 @@ class RowCount:
 
     @property
     def shares(self) -> tuple[float, float, float]:
-        """Shares of gate, up and down rows that a token read on average."""
+        """Return the mean shares of gate, up and down rows that a token reads."""
         gate, up, down = (count / self.seen for count in self.read)
         return gate, up, down
 
     @property
     def ffn_share(self) -> float:
-        """Share of the FFN's bytes: the mean of the three."""
+        """Return the share of the FFN's bytes: the mean of the three shares."""
         return sum(self.shares) / 3
 
 
@@ -128,9 +131,9 @@ class StaticMethod:
 
 
 def static_method(prior_scores: torch.Tensor, sparsity: float) -> StaticMethod:
-    """Keep each layer's neurons of the largest prior scores, float [L, F] (`CurveSums.prior_scores`).
+    """Keep each layer's neurons with the largest prior scores, float [L, F] (`CurveSums.prior_scores`).
 
-    All three rows of the others stay unread, so the density is 1 - `sparsity`.
+    All three rows of the other neurons stay unread, so the density is 1 - `sparsity`.
     """
     best = prior_scores.topk(kept_neurons(1.0 - sparsity, prior_scores.shape[1]), dim=1).indices  # [L, K]
     return StaticMethod(torch.zeros_like(prior_scores, dtype=torch.bool).scatter(1, best, True))
@@ -140,8 +143,8 @@ def static_method(prior_scores: torch.Tensor, sparsity: float) -> StaticMethod:
 class CatsMethod:
     """CATS: a token keeps the neurons with |act(gate_i · x)| >= its layer's threshold, L floats.
 
-    Every gate row is read, up and down rows of kept neurons: (1 + 2 d) / 3 of the bytes. Source: arXiv 2404.08763,
-    section 4.
+    Every gate row is read, and the up and down rows of kept neurons: (1 + 2 d) / 3 of the bytes. Source: arXiv
+    2404.08763, section 4.
     """
 
     thresholds: Sequence[float]
@@ -167,14 +170,14 @@ def cats_density(sparsity: float) -> float:
 
 
 def cats_threshold(activated: torch.Tensor, sparsity: float) -> float:
-    """Choose a layer's threshold, the quantile of |act(gate_i · x)| that leaves the density which the sparsity needs.
+    """Choose a layer's threshold, the quantile of |act(gate_i · x)| that gives the density for the sparsity.
 
     Args:
         activated: act(gate · x) of a calibration text, float [T, F].
-        sparsity: Share of FFN bytes that is not read, up to 2/3.
+        sparsity: The share of FFN bytes that is not read, up to 2/3.
 
     Raises:
-        UsageError: The sparsity is more.
+        UsageError: The sparsity is more than 2/3.
     """
     sizes = activated.abs().flatten()
     dropped = round((1.0 - cats_density(sparsity)) * sizes.numel())
@@ -194,16 +197,16 @@ def measure_methods(
     """Measure methods on windows of a text by the protocol of `evaluation/text.py`.
 
     The prompt is read densely; then its continuation in one call, densely and by every method, over the same keys and
-    values. `density` of the results is the share of down rows; `ffn_bytes` holds a method's `extra_bytes`. Attention is
-    read whole.
+    values. In the results, `density` is the share of down rows, and `ffn_bytes` includes a method's `extra_bytes`.
+    Attention is read whole.
 
     Args:
         model: A transformers model in evaluation mode.
         spec: Its architecture.
         windows: N windows of `settings.window` token ids (`cut_windows`).
         settings: The lengths.
-        methods: By any key.
-        advance: Told of every window that is done.
+        methods: The methods, by any key.
+        advance: Called after every window.
 
     Raises:
         TdaError: A window is longer than the model's maximum, or logits are not finite.
@@ -238,7 +241,7 @@ def _ids(model: Any, tokens: Sequence[int]) -> torch.Tensor:
 
 
 def _continue(model: Any, cache: Any, tokens: Sequence[int]) -> torch.Tensor:
-    """Read S tokens after a cache, which stays as it is. Returns logits, float32 [S, V]."""
+    """Read S tokens after a cache, which is not changed. Returns logits, float32 [S, V]."""
     logits = model(_ids(model, tokens), past_key_values=copy.deepcopy(cache), use_cache=True).logits[0].float().cpu()
     if not logits.isfinite().all():
         raise TdaError("The logits are not finite. Load the model in another dtype.")

@@ -1,4 +1,4 @@
-"""What a measurement asks for: a method by name, and its budget."""
+"""The request of a measurement: a method by name, and its budget."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from tda_export.packing import Parts
 
 @dataclass(frozen=True)
 class Request(Asked):
-    """A method by name (None: the artifact's own), and what was asked of it.
+    """A method by name (None: the artifact's own), and its budget.
 
-    `parts`: whose rows may be dropped, of methods of priced artifacts; a sparsity is then a share of their bytes.
-    `densities`: a file of TEAL's greedy densities, in place of uniform ones.
+    `parts`: the parts whose rows may be dropped, for methods of priced artifacts; a sparsity is then a share of their
+    bytes.
+    `densities`: a file of TEAL's greedy densities, which replace uniform ones.
     """
 
     method: str | None = None

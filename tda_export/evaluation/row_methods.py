@@ -2,8 +2,8 @@
 
 TEAL (arXiv 2408.14690) reads row i of a matrix where |x_i| reaches a threshold θ, WINA (arXiv 2505.19427) where
 |x_i| ||W_i|| does, W_i the weights of input channel i. At price 1 that is the row price 1 / θ² and ||W_i||² / θ².
-WINA's paper takes the largest of each token; here it is a threshold, as of TEAL. Thresholds are quantiles over the
-tokens of the calibration text, of each matrix by itself. What may not be dropped has the row price infinity.
+WINA's paper takes the largest inputs of each token; here a threshold is used, as in TEAL. Thresholds are quantiles over
+the tokens of the calibration text, for each matrix separately. Rows that may not be dropped have an infinite row price.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ ALWAYS = math.inf  # the price of a row that every token reads
 
 
 def uniform_densities(spec: DecoderSpec, packing: Packing, parts: Parts, sparsity: float) -> dict[str, torch.Tensor]:
-    """Return the same density for every matrix whose rows may be dropped: 1 - `sparsity` of its rows, so of its bytes.
+    """Return the same density for every matrix whose rows may be dropped: 1 - `sparsity` of its rows, and so of its
+    bytes.
 
     The sparsity is a share in [0, 1).
     """
@@ -42,13 +43,13 @@ def threshold_prices(
 
     Args:
         method: `teal` or `wina`.
-        priced: What calibration counted: magnitudes and norms of rows.
+        priced: The magnitudes and norms of rows from calibration.
         spec: The architecture.
-        packing: Of the matrices.
-        densities: Of each matrix that may drop rows.
+        packing: The packing of the matrices.
+        densities: The density of each matrix that may drop rows.
 
     Returns:
-        float32 [L, in] of each of these matrices; infinite in a layer that reads all.
+        float32 [L, in] of each of these matrices; infinite in a layer that reads all rows.
     """
     sites = {part: site for site, parts in linear_sites(spec).items() for part in parts}
     prices = {}
@@ -66,7 +67,7 @@ def threshold_prices(
 
 
 def always_read(spec: DecoderSpec, packing: Packing, parts: Parts) -> dict[str, torch.Tensor]:
-    """Return the row prices of the matrices that may not skip rows, float32 [L, in]."""
+    """Return the (infinite) row prices of the matrices that may not skip rows, float32 [L, in]."""
     dropped = droppable_matrices(spec, packing, parts)
     return {
         name: torch.full((spec.num_layers, linear_shape(spec, members[0])[0]), ALWAYS)

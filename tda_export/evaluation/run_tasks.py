@@ -1,4 +1,5 @@
-"""Run tasks of lm-evaluation-harness from a local folder of data: on an artifact, and on transformers beside it."""
+"""Run tasks of lm-evaluation-harness from a local folder of data: on an artifact, and on transformers for
+comparison."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ REFERENCE_BATCH = 8
 
 @dataclass(frozen=True)
 class Metric:
-    """A mean over a task's questions, and its standard error over them."""
+    """A mean over a task's questions, and its standard error."""
 
     value: float
     stderr: float | None
@@ -35,8 +36,8 @@ class Metric:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Of one task: questions asked, metrics by name, seconds, and (of artifacts) the mean shares of the FFN's bytes and
-    of those of all linears that a scored token read."""
+    """One task's results: number of questions, metrics by name, seconds, and (for artifacts) the mean shares of the
+    FFN's bytes and of all linears' bytes that a scored token read."""
 
     questions: int
     metrics: dict[str, Metric]
@@ -46,10 +47,10 @@ class TaskResult:
 
 
 def chosen_tasks(names: Sequence[str]) -> list[str]:
-    """Check task names; `all` stands for every task there is.
+    """Check task names; `all` stands for every task.
 
     Raises:
-        UsageError: A name is not known, or none is given.
+        UsageError: A name is unknown, or none is given.
     """
     if ALL_TASKS in names:
         return list(TASK_NAMES)
@@ -64,7 +65,7 @@ def check_data(folder: Path, tasks: Sequence[str]) -> None:
     """Require the data of every task.
 
     Raises:
-        TdaError: A task's file is not there.
+        TdaError: A task's file is missing.
     """
     for task in tasks:
         path = folder / f"{task}.jsonl"
@@ -84,16 +85,16 @@ def run_tasks(
 
     Args:
         lm: A model of the harness.
-        tasks: Names, of `TASK_NAMES`.
-        data: What `eval-data` wrote.
-        limit: The most questions of a task; its first ones.
-        notify: Told of each task that begins, and of its results.
+        tasks: Names from `TASK_NAMES`.
+        data: The folder that `eval-data` wrote.
+        limit: The most questions of a task; the first ones are used.
+        notify: Called at each task's start and with its results.
 
     Raises:
-        TdaError: A task's data are not there, or the model fails.
+        TdaError: A task's data are missing, or the model fails.
     """
     check_data(data, tasks)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every task that reads its own data
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about every task that reads its own data
     manager = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False, metadata={"data": str(data)})
     results = {}
     for number, task in enumerate(tasks, 1):
@@ -111,12 +112,12 @@ def run_tasks(
             linear_share=linears,
         )
         means = ", ".join(f"{name} {metric.value:.4f}" for name, metric in results[task].metrics.items())
-        notify(f"{task}: {means} ({results[task].seconds:.0f} s)")  # a long run that is ended later has said this
+        notify(f"{task}: {means} ({results[task].seconds:.0f} s)")  # printed now, in case a long run is ended later
     return results
 
 
 def _shares(lm: LM) -> tuple[float | None, float | None]:
-    """Return what a scored token read of the FFN and of all linears; nothing of a model that does not count."""
+    """Return the shares of FFN and of all linears that a scored token read; None for a model that does not count."""
     shares = lm.scorer.take_shares() if isinstance(lm, TdaLM) else None
     if shares is None:
         return None, None
@@ -135,13 +136,13 @@ def reference_model(source: ModelSource, *, dtype: str, device: str) -> LM:
     import torch
     from lm_eval.models.huggingface import HFLM
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is loaded already
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about a model that is already loaded
     model = source.reference(dtype=getattr(torch, dtype), device=device)
     return HFLM(pretrained=model, tokenizer=source.tokenizer, batch_size=REFERENCE_BATCH)
 
 
 def _metrics(found: dict[str, Any]) -> dict[str, Metric]:
-    """Read lm-eval's flat results (`acc,none`, `acc_stderr,none`), and make perplexities of mean log-likelihoods."""
+    """Read lm-eval's flat results (`acc,none`, `acc_stderr,none`), and turn mean log-likelihoods into perplexities."""
     metrics = {}
     for key, value in found.items():
         name, _, filtered = key.partition(",")
@@ -151,6 +152,6 @@ def _metrics(found: dict[str, Any]) -> dict[str, Metric]:
     for name, derived, nats in (("nll", "perplexity", 1.0), ("bits_per_byte", "byte_perplexity", math.log(2))):
         if name in metrics:
             mean = metrics[name]
-            value = math.exp(mean.value * nats)  # its standard error by the delta method
+            value = math.exp(mean.value * nats)  # standard error by the delta method
             metrics[derived] = Metric(value, None if mean.stderr is None else value * nats * mean.stderr)
     return metrics

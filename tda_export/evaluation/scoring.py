@@ -1,15 +1,15 @@
 """Log-likelihoods of continuations by a protocol: which tokens are read densely, and which are decoded sparsely.
 
-A context has n tokens and a continuation m, so the model is fed n + m - 1 tokens, of which the last m predict.
+A context has n tokens and a continuation m, so the model reads n + m - 1 tokens, and the last m of them predict.
 
 - `strict`: prefill reads the first n - 1 tokens of the context densely and gives the mask; decode reads the context's
   last token and the continuation under it. All m predictions come from sparse steps. Continuations of one context
   share its prefill.
-- `griffin`: as Griffin's published code scores (arXiv 2404.01365): all that is fed but its last token is read densely
-  and gives the mask, and the last step alone is sparse. For m = 1 both are the same.
+- `griffin`: as Griffin's published code scores (arXiv 2404.01365): all tokens except the last are read densely and give
+  the prompt mask; only the last step is sparse. For m = 1 both protocols are the same.
 
-Answers are short, so nothing is refreshed while they are scored. A context of one token (BOS or EOS in place of an
-empty one) leaves prefill nothing to read, so that there is no mask: it is scored densely.
+Answers are short, so nothing is refreshed while they are scored. A context of one token (BOS or EOS for an empty
+context) leaves prefill nothing to read, so there is no prompt mask, and the continuation is scored densely.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.phases import PromptMask
 
 Protocol = Literal["strict", "griffin"]
-DECODE_TOKENS = 128  # of one call: their logits are on the host at once
+DECODE_TOKENS = 128  # tokens of one call, whose logits are on the host at once
 CAPACITY_STEP = 256
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of a continuation: the sum of its tokens' log-probabilities in nats, and whether each is the likeliest."""
+    """A continuation's score: the sum of its tokens' log-probabilities in nats, and whether each is the likeliest."""
 
     loglikelihood: float
     greedy: bool
@@ -42,23 +42,24 @@ class Scorer:
     """Scores continuations by a method and a protocol, in one cache that grows to the longest of them."""
 
     def __init__(self, setting: AnySetting, protocol: str = "strict") -> None:
-        """Prepare.
+        """Prepare scoring.
 
         Raises:
-            UsageError: The protocol is not known.
+            UsageError: The protocol is unknown.
         """
         if protocol not in get_args(Protocol):
             raise UsageError(f"Protocol {protocol!r} is not known. Use {' or '.join(get_args(Protocol))}.")
         self.setting, self.protocol = setting.without_refresh(), protocol
         self._shares: list[tuple[float, float]] = []
-        self._mask_share = 1.0  # of the last context, where all its tokens read the same
+        self._mask_share = 1.0  # share read under the last context's mask, where all tokens read the same
         self._cache = KvCache(setting.shape, setting.sessions.provider, 1)
         self._reader: Any = None
 
     def take_shares(self) -> tuple[float, float] | None:
-        """Return what a scored token read since this was asked last, None without any: of FFN bytes, of attention's.
+        """Return the mean shares of FFN bytes and of attention's bytes that a token scored since the last call read;
+        None if there was none.
 
-        The mean shares; where a protocol or a context of one token has it scored densely, they are 1.
+        The shares are 1 for tokens that are scored densely, by the protocol or after a context of one token.
         """
         shares, self._shares = self._shares, []
         if not shares:
@@ -67,7 +68,7 @@ class Scorer:
         return float(ffn), float(attention)
 
     def reserve(self, tokens: int) -> None:
-        """Make room for so many tokens that are fed: n + m - 1."""
+        """Make room for `tokens` tokens to read: n + m - 1."""
         if self._reader is None or self._cache.capacity < tokens:
             longest = self.setting.shape.max_positions
             capacity = max(tokens, min(-(-tokens // CAPACITY_STEP) * CAPACITY_STEP, longest))
@@ -79,7 +80,7 @@ class Scorer:
 
         Args:
             context: n token ids, at least one.
-            continuations: Token ids, at least one each.
+            continuations: Token ids, at least one for each.
 
         Raises:
             TdaError: Logits are not finite.
@@ -90,7 +91,7 @@ class Scorer:
         if self.protocol == "griffin":
             return [self._score_last_step(context, continuation) for continuation in continuations]
         mask = self._read(context[:-1])
-        # Equal but for their last token (answers A, B, C): the same steps predict them all.
+        # Continuations that differ only in the last token (answers A, B, C): the same steps predict them all.
         fed: dict[tuple[int, ...], list[int]] = {}
         for index, continuation in enumerate(continuations):
             fed.setdefault((context[-1], *continuation[:-1]), []).append(index)
@@ -104,14 +105,15 @@ class Scorer:
         tokens = [*context, *continuation[:-1]]
         mask = self._read(tokens[:-1])
         dense = Score(0.0, True)
-        if len(continuation) > 1:  # their keys and values are written again, as they are
+        if len(continuation) > 1:  # their keys and values are written again, unchanged
             self._cache.truncate(len(context) - 1)
             (dense,) = self._decode(tokens[len(context) - 1 : -1], [continuation[:-1]], None)
         (last,) = self._decode(tokens[-1:], [continuation[-1:]], mask)
         return Score(dense.loglikelihood + last.loglikelihood, dense.greedy and last.greedy)
 
     def _read(self, tokens: Sequence[int]) -> PromptMask | None:
-        """Read a context densely from its beginning, and return its mask; None where there is none to read."""
+        """Read a context densely from its beginning, and return its prompt mask; None where there is nothing to
+        read."""
         self._cache.truncate(0)
         if not tokens:
             return None
@@ -144,7 +146,7 @@ class Scorer:
 def token_log_probabilities(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Return the log-probabilities of tokens [N, C] under logits float32 [C, V], float64 [N, C].
 
-    Only sums are float64: a step with a vocabulary of 128,000 takes a GPU less time than the host took for all of it.
+    Only sums are float64: with a vocabulary of 128,000, converting all logits took the host longer than a GPU's step.
 
     Raises:
         TdaError: Logits are not finite.

@@ -1,7 +1,7 @@
-"""How a method decodes: which prefill chooses the mask, by which thresholds, and what decode is given.
+"""How a method decodes: the prefill graph that chooses the prompt mask, its thresholds, and the inputs of decode.
 
-Every measurement reads contexts with `Setting.read` and continuations with `Setting.decode`, so that what a method does
-is said here alone. `methods.py` makes settings by name.
+Every measurement reads contexts with `Setting.read` and continuations with `Setting.decode`, so that a method's
+behaviour is defined only here. `methods.py` makes settings by name.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from tda_export.runtime.session import Sessions, device_tensor
 
 @dataclass(frozen=True)
 class Counted:
-    """What decoding of given tokens gave and read: logits float32 [S, V], the share of neurons in the mask, the share
-    of FFN bytes that a token read without refreshes, the mean with them, and the share of attention's linears."""
+    """The result of decoding given tokens: logits float32 [S, V], the share of neurons in the prompt mask, the share of
+    FFN bytes that a token read without refreshes, the mean share with refreshes, and the share of attention's
+    linears."""
 
     logits: np.ndarray
     density: float
@@ -35,7 +36,7 @@ class Counted:
 
     @property
     def refresh_share(self) -> float:
-        """How much more is read because of refreshes: for every dense token what a sparse one skips."""
+        """How much more is read because of refreshes: each dense token also reads what a sparse one skips."""
         return self.ffn_share - self.sparse_share
 
 
@@ -43,9 +44,10 @@ class Counted:
 class Setting:
     """How a method decodes.
 
-    `sessions`: prefill chooses masks by the method. `deployment`: thresholds, prior, refresh. `counting`: sessions that
-    also count the neurons that tokens compute, where token thresholds or ReLU make that differ from the mask. `masked`:
-    False decodes with every neuron, through the same graph. `method` and `budget` describe it as plain data.
+    `sessions`: their prefill chooses prompt masks by the method. `deployment`: thresholds, prior, refresh. `counting`:
+    sessions that also count the neurons that tokens compute, where token thresholds or ReLU make these differ from the
+    mask. `masked`: False decodes with every neuron, with the same graph. `method` and `budget` describe it as plain
+    data.
     """
 
     method: str
@@ -57,7 +59,7 @@ class Setting:
     budget: dict[str, Any] = field(default_factory=dict)
 
     def without_refresh(self) -> Setting:
-        """Return the same without refreshes."""
+        """Return the same setting without refreshes."""
         budget = {name: value for name, value in self.budget.items() if name != "refresh"}
         return replace(self, deployment=self.deployment.with_refresh(NO_REFRESH), budget=budget)
 
@@ -66,21 +68,22 @@ class Setting:
 
         Args:
             tokens: The context, at least one.
-            cache: Where to.
-            reader: Of `open_reader` on this cache, where many contexts are read one after another: it is bound once.
+            cache: The cache to append to.
+            reader: The result of `open_reader` on this cache, bound once for many contexts that are read one after
+                another.
 
         Returns:
-            The last token's logits, float32 [V], and the mask that the context gives.
+            The last token's logits, float32 [V], and the context's prompt mask.
         """
         how = self.deployment
         return (reader or self.open_reader(cache)).read(tokens, how.thresholds, prior=how.prior)
 
     def open_reader(self, cache: KvCache) -> Any:
-        """Bind the prefill graph to a cache for any number of contexts; each mask is written over by the next."""
+        """Bind the prefill graph to a cache for any number of contexts; the next context overwrites each mask."""
         return Prefill(self.sessions, self.shape, cache)
 
     def open_step(self, capacity: int) -> DecodeStep:
-        """Bind decoding of one token after another, in its own cache of that many tokens."""
+        """Make a step that decodes one token after another, with its own cache of `capacity` tokens."""
         return DecodeStep(self.sessions, self.shape, capacity)
 
     def decode(self, cache: KvCache, tokens: Sequence[int], mask: PromptMask | None) -> np.ndarray:
@@ -94,25 +97,25 @@ class Setting:
         return decode(self.sessions, cache, tokens, self._given(mask), self._token_thresholds())
 
     def density(self, mask: PromptMask) -> float:
-        """Return the share of neurons in a mask."""
+        """Return the share of neurons in a prompt mask."""
         return float(mask.densities(self.shape.num_layers, self.shape.ffn_size).mean()) if self.masked else 1.0
 
     @property
     def per_token(self) -> bool:
-        """Whether every token keeps neurons of its own, so that what is read is known only of decoded ones."""
+        """Whether every token keeps its own neurons, so that the bytes read are known only for decoded tokens."""
         return self.counting is not None
 
     def decode_counted(self, cache: KvCache, tokens: Sequence[int], mask: PromptMask, reader: Any = None) -> Counted:
-        """Do as `decode`, with the method's refreshes, and say what was read.
+        """Do the same as `decode`, with the method's refreshes, and return what was read.
 
-        Every N tokens a refresh reads the last N densely, which gives the logits after the last of them and the mask of
-        the next ones.
+        After every N tokens a refresh reads these N densely, which gives the logits after the last of them and the
+        prompt mask for the next tokens.
 
         Args:
             cache: Holds the context.
             tokens: S token ids.
-            mask: Of the context.
-            reader: The one that read the context, if there are refreshes: it holds the statistics.
+            mask: The context's prompt mask.
+            reader: The reader that read the context, needed for refreshes: it holds the statistics.
         """
         refresh = self.deployment.refresh if self.masked else NO_REFRESH
         if not refresh.tokens:
@@ -169,7 +172,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class TruncationSetting(Setting):
-    """Threshold truncation: each token drops the neurons with r_i(t) under `thresholds`, and no mask matters.
+    """Threshold truncation: each token drops the neurons with r_i(t) below `thresholds`, and there is no prompt mask.
 
     Decode is the graph of `graph/truncation.py`. It reads every gate row and up row, and the down rows of kept
     neurons.

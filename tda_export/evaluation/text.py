@@ -1,8 +1,9 @@
-"""Quality on a text by the strict protocol: dense prompt, its mask, and every token of the continuation sparse.
+"""Quality on a text by the strict protocol: a dense prompt, its prompt mask, and sparse steps for every token of the
+continuation.
 
-A text is cut into windows of P + C + 1 tokens. Prefill reads P of them densely and chooses the mask; decode reads the
-next C under it, so that each of C predictions (of tokens P + 1 to P + C) comes from a sparse step. The same tokens are
-then read with every neuron, over the same dense context.
+A text is cut into windows of P + C + 1 tokens. Prefill reads P of them densely and chooses the prompt mask. Decode
+reads the next C under it, so that each of the C predictions (of tokens P + 1 to P + C) comes from a sparse step. The
+same tokens are then read with every neuron, over the same dense context.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tda_export.runtime.scoring import log_kl, log_softmax
 
 @dataclass(frozen=True)
 class TextSettings:
-    """How many windows, and their lengths in tokens (prompt P, continuation C)."""
+    """The number of windows, and their lengths in tokens (prompt P, continuation C)."""
 
     prompts: int = 32
     prompt_tokens: int = 384
@@ -37,18 +38,18 @@ class TextSettings:
 
     @property
     def window(self) -> int:
-        """Tokens of a window: one more than are read, since the last is only predicted."""
+        """The tokens of a window: one more than are read, since the last is only predicted."""
         return self.prompt_tokens + self.continuation_tokens + 1
 
 
 @dataclass(frozen=True)
 class TextQuality:
-    """Means over windows, with standard errors over windows (they are the independent draws, their tokens are not).
+    """Means over windows, with standard errors over windows (windows are independent draws, their tokens are not).
 
-    KL is KL(dense || sparse) in nats a token, perplexities are exp of the mean negative log-likelihood a token,
-    agreement is the share of equal top-1 tokens, density the share of neurons that are kept (of the mask, or by a
-    token), `ffn_bytes` what a token reads of the FFN weights on average, `refresh_ffn_bytes` how much of it
-    is more than without refreshes, `linear_bytes` what it reads of the linears of all layers, FFN and attention.
+    KL is KL(dense || sparse) in nats per token. Perplexities are exp of the mean negative log-likelihood per token.
+    Agreement is the share of equal top-1 tokens. Density is the share of kept neurons (by the prompt mask or by a
+    token). `ffn_bytes` is the mean FFN bytes that a token reads, `refresh_ffn_bytes` the part of them due to refreshes,
+    and `linear_bytes` the mean bytes of the linears of all layers, FFN and attention.
     """
 
     prompts: int
@@ -70,8 +71,8 @@ class TextQuality:
 
 @dataclass(frozen=True)
 class WindowQuality:
-    """Of one window: mean KL, mean negative log-likelihoods (nats a token), agreement, density, the share of FFN bytes
-    that a token read on average, the part of it that is more than without refreshes, and the share of attention's."""
+    """One window's results: mean KL, mean negative log-likelihoods (nats per token), agreement, density, the mean share
+    of FFN bytes that a token read, the part of it due to refreshes, and the share of attention's bytes."""
 
     kl: float
     nll: float
@@ -84,12 +85,12 @@ class WindowQuality:
 
 
 def cut_windows(tokens: Sequence[int], prefix: Sequence[int], settings: TextSettings) -> list[list[int]]:
-    """Cut a text into windows that do not overlap and lie evenly spread over it.
+    """Cut a text into windows that do not overlap and are evenly spread over it.
 
     Args:
-        tokens: Of the whole text.
-        prefix: What the tokenizer puts before a text (BOS); each window begins with it and counts it.
-        settings: Number and lengths.
+        tokens: The tokens of the whole text.
+        prefix: The tokens that the tokenizer puts before a text (BOS); each window begins with them and counts them.
+        settings: The number of windows and their lengths.
 
     Raises:
         TdaError: The text is too short for that many windows.
@@ -119,12 +120,12 @@ def evaluate_text(
     """Measure a method on windows of a text.
 
     Args:
-        artifact: On disk.
+        artifact: The artifact on disk.
         setting: The method (`open_setting`).
         windows: N windows of `settings.window` token ids.
         settings: The lengths.
-        advance: Told of every window that is done.
-        ranks: That share the windows; all of them return the same.
+        advance: Called after every window.
+        ranks: The ranks that share the windows; all return the same result.
 
     Raises:
         TdaError: A window is longer than the model's maximum, or logits are not finite.
@@ -141,7 +142,7 @@ def check_lengths(artifact: Artifact, settings: TextSettings) -> None:
     """Refuse windows that are longer than the model's maximum.
 
     Raises:
-        TdaError: They are.
+        TdaError: The windows are too long.
     """
     if settings.window > artifact.shape.max_positions:
         raise TdaError(
@@ -160,13 +161,13 @@ def measure_window(
     reader = setting.open_reader(cache)
     _, mask = setting.read(prompt, cache, reader)
     counted = setting.decode_counted(cache, read, mask, reader)
-    cache.truncate(length)  # the context of the dense reading is the dense prompt again
+    cache.truncate(length)  # the dense reading also starts after the dense prompt
     dense = decode(setting.sessions, cache, read, None)
     return counted_quality(artifact, dense, counted, predicted)
 
 
 def counted_quality(artifact: Artifact, dense: np.ndarray, counted: Counted, predicted: Sequence[int]) -> WindowQuality:
-    """Compare what a method gave of a window's continuation with the dense logits, float32 [C, V].
+    """Compare a method's result on a window's continuation with the dense logits, float32 [C, V].
 
     Raises:
         TdaError: Logits are not finite.
@@ -184,8 +185,8 @@ def window_quality(
     density: float,
     ffn_share: float,
 ) -> WindowQuality:
-    """Compare the logits of a window's continuation, float32 [C, V], at the C tokens that were to be predicted."""
-    log_p, log_q = log_softmax(dense), log_softmax(sparse)  # large: taken once each
+    """Compare the logits of a window's continuation, float32 [C, V], at the C predicted tokens."""
+    log_p, log_q = log_softmax(dense), log_softmax(sparse)  # large arrays: computed once each
     return WindowQuality(
         kl=float(log_kl(log_p, log_q).mean()),
         nll=_nll(log_q, predicted),
@@ -201,7 +202,7 @@ def _nll(log_probs: np.ndarray, predicted: Sequence[int]) -> float:
 
 
 def summarise(measured: Sequence[WindowQuality], dense_ffn_bytes: int, dense_linear_bytes: int) -> TextQuality:
-    """Average over windows; the standard error of exp(mean) is exp(mean) times that of the mean (delta method)."""
+    """Average over windows; the standard error of exp(mean) is exp(mean) times the mean's own (delta method)."""
     kl, kl_error = _mean([window.kl for window in measured])
     nll, nll_error = _mean([window.nll for window in measured])
     dense_nll, dense_error = _mean([window.dense_nll for window in measured])
@@ -230,7 +231,7 @@ def summarise(measured: Sequence[WindowQuality], dense_ffn_bytes: int, dense_lin
 
 
 def linear_bytes(ffn_share: float, attention_share: float, dense_ffn_bytes: int, dense_linear_bytes: int) -> float:
-    """Return what is read of all linears at shares of the FFN's bytes and of attention's."""
+    """Return the bytes read of all linears, given the shares of the FFN's bytes and of attention's."""
     return ffn_share * dense_ffn_bytes + attention_share * (dense_linear_bytes - dense_ffn_bytes)
 
 

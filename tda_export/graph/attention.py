@@ -1,4 +1,4 @@
-"""The attention half of a layer, from what queries, keys and values are to ONNX Runtime's GroupQueryAttention."""
+"""The attention half of a layer, from queries, keys and values to ONNX Runtime's GroupQueryAttention."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tda_export.graph.weights_file import WeightTable
 from tda_export.models.spec import DecoderSpec
 
 Norm = Callable[[ir.Value, str], ir.Value]  # (x [.., N], name of a weight [N]) -> [.., N]
-# (inputs of tda::Attention or Attention8, attributes) -> what attention gives [1, S, H D], and the present caches
+# (inputs of tda::Attention or Attention8, attributes) -> attention's output [1, S, H D], and the present caches
 Attend = Callable[[Sequence[ir.Value | None], dict[str, float]], list[ir.Value]]
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """What attention needs to know about lengths, computed once a graph."""
+    """The lengths that attention needs, computed once per graph."""
 
     total: ir.Value  # int64 [1]: the tokens of past and call together
     buffer: ir.Value  # int64 [1]: T, the length of the attention mask
@@ -30,14 +30,14 @@ class Lengths:
 
 @dataclass(frozen=True)
 class CallTokens:
-    """Which of a call's S tokens are what."""
+    """How many of a call's S tokens are attended to, and which count for statistics."""
 
-    attended: ir.Value  # int64 [1]: how many are no padding
+    attended: ir.Value  # int64 [1]: how many are not padding
     counted: ir.Value  # bool [S]: those that count for statistics (not the sequence's first, not padding)
 
 
 def attention_lengths(ops: Ops, attention_mask: ir.Value) -> Lengths:
-    """Compute lengths from `attention_mask` [1, T]: its row sum is the total, T may exceed it (fixed buffers)."""
+    """Compute lengths from `attention_mask` [1, T]: its row sum is the total, and T may exceed it (fixed buffers)."""
     total = ops.op("ReduceSum", attention_mask, ops.constant([1], "int64"), keepdims=0)  # int64 [1]
     buffer = ops.op("Shape", attention_mask, start=1, end=2)  # int64 [1]
     return Lengths(
@@ -49,9 +49,9 @@ def attention_lengths(ops: Ops, attention_mask: ir.Value) -> Lengths:
 
 
 def call_tokens(ops: Ops, input_ids: ir.Value, lengths: Lengths) -> CallTokens:
-    """Find the tokens of a call, `input_ids` [1, S], that are padding and those that count for statistics.
+    """Find which tokens of a call, `input_ids` [1, S], are padding and which count for statistics.
 
-    The past is 0 when S = T and the total minus S otherwise; the shape of the KV buffer says nothing.
+    The past's length is 0 when S = T and the total minus S otherwise; the KV buffer's shape does not determine it.
     """
     length = ops.op("Shape", input_ids, start=1, end=2)  # int64 [1]: S
     past = ops.op(
@@ -71,9 +71,9 @@ def call_tokens(ops: Ops, input_ids: ir.Value, lengths: Lengths) -> CallTokens:
 
 
 def call_positions(ops: Ops, input_ids: ir.Value, lengths: Lengths) -> ir.Value:
-    """Compute the positions of a call's tokens, int64 [1, S], without a shape that a captured graph would fix.
+    """Compute the positions of a call's tokens, int64 [1, S], without shapes, which a captured graph would fix.
 
-    The past is the total minus S, and 0 where padding makes the total less than S.
+    The past's length is the total minus S, or 0 where padding makes the total less than S.
     """
     ones = ops.op("Add", ops.op("Mul", input_ids, ops.constant(0, "int64")), ops.constant(1, "int64"))  # [1, S]
     length = ops.op("ReduceSum", ones, ops.constant([1], "int64"), keepdims=0)  # int64 [1]
@@ -93,21 +93,21 @@ def attention(
     norm: Norm,
     attend: Attend,
 ) -> list[ir.Value]:
-    """Attend from queries, keys and values.
+    """Compute attention from queries, keys and values.
 
     Args:
         ops: The graph.
         spec: The architecture.
         weights: The tensors of weights.bin.
-        layer: Which.
+        layer: The layer's number.
         projected: Q, K and V side by side [1, S, (H + 2 KV) D], or [1, S, H D], [1, S, KV D] twice.
         past: Past keys and values, as `contract.layer_caches` lists them.
-        lengths: Of past and call.
+        lengths: The lengths of past and call.
         norm: Applies an RMS norm over the last axis.
-        attend: Adds the nodes.
+        attend: Adds the nodes of attention.
 
     Returns:
-        What the output projection takes, [1, S, H D], and the present caches.
+        The input of the output projection, [1, S, H D], and the present caches.
     """
     inputs: list[ir.Value | None] = [*projected, *[None] * (3 - len(projected))]
     if spec.qk_norm != "none":
@@ -130,14 +130,14 @@ def attention(
 
 
 def group_query_attention(ops: Ops, inputs: Sequence[ir.Value | None], **settings: Any) -> list[ir.Value]:
-    """Add ONNX Runtime's GroupQueryAttention: what attention gives, present keys and values."""
+    """Add ONNX Runtime's GroupQueryAttention; return its output, present keys and present values."""
     return ops.multi("GroupQueryAttention", *inputs, outputs=(True, True, True), domain=MICROSOFT, **settings)
 
 
 def _normed(
     ops: Ops, spec: DecoderSpec, layer: int, projected: Sequence[ir.Value], norm: Norm
 ) -> list[ir.Value | None]:
-    """Take Q, K and V apart and normalise Q and K: [1, S, H D], [1, S, KV D] twice."""
+    """Split Q, K and V, and normalise Q and K: [1, S, H D], [1, S, KV D] twice."""
     sizes = [spec.num_heads * spec.head_size, *[spec.num_kv_heads * spec.head_size] * 2]
     if len(projected) == 1:
         projected = ops.multi("Split", *projected, ops.constant(sizes, "int64"), outputs=(True, True, True), axis=2)

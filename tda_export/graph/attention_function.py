@@ -1,6 +1,7 @@
-"""`tda::Attention` and `tda::Attention8`: attention as a function, which a native kernel may replace.
+"""`tda::Attention` and `tda::Attention8`: attention as an ONNX function, which a native kernel may replace.
 
-Attention is ONNX Runtime's GroupQueryAttention. Attention8 is the same over a cache of codes (`integer_attention`).
+Attention is ONNX Runtime's GroupQueryAttention. Attention8 is the same over a cache of 8-bit codes
+(`integer_attention`).
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from tda_export.graph.integer_attention import integer_attention
 from tda_export.graph.ops import MICROSOFT, OPSET, Ops
 
 PACKED = "packed"  # an overload: queries, keys and values in one input
-# Attention8's overloads without tables of rotary embedding, which a function's body cannot do without.
+# Attention8's overloads without tables of rotary embedding, since a body that uses the tables needs them.
 UNTURNED, PACKED_UNTURNED = "unturned", "packed_unturned"
-# What GroupQueryAttention takes where an attribute is left out.
+# GroupQueryAttention's defaults of attributes.
 DEFAULTS: dict[str, float] = {"scale": 0.0, "softcap": 0.0}
 INTEGERS = ("num_heads", "kv_num_heads", "local_window_size", "do_rotary", "rotary_interleaved")
 WIDTH = "width"
@@ -27,7 +28,7 @@ OUTPUTS_8 = (*OUTPUTS, "present_key_scale", "present_value_scale")
 
 
 class StepGraphBuilder(GraphBuilder):
-    """Builds attention as a function; for graphs of few tokens at a time."""
+    """Builds attention as a function, for graphs that read few tokens at a time."""
 
     def attend(self, inputs: Sequence[ir.Value | None], settings: dict[str, float]) -> list[ir.Value]:
         if self.shape.kv != contract.KV_FLOAT:
@@ -36,20 +37,21 @@ class StepGraphBuilder(GraphBuilder):
         return attention_node(self.ops, inputs, width=width, **settings)
 
     def attention_functions(self) -> list[ir.Function]:
-        """Define what the nodes of attention call."""
+        """Define the functions that the nodes of attention call."""
         return (
             attention_functions() if self.shape.kv == contract.KV_FLOAT else attention_8_functions(self.spec.head_size)
         )
 
 
 def attention_node(ops: Ops, inputs: Sequence[ir.Value | None], **settings: float) -> list[ir.Value]:
-    """Add the node: inputs by `operators.ATTENTION_INPUTS`, outputs as `attention.Attend` says."""
+    """Add the node, with inputs in the order of `operators.ATTENTION_INPUTS` and the outputs of `attention.Attend`."""
     overload = PACKED if inputs[1] is None else ""
     return _node(ops, operators.ATTENTION, overload, inputs, OUTPUTS, settings)
 
 
 def attention_8_node(ops: Ops, inputs: Sequence[ir.Value | None], **settings: float) -> list[ir.Value]:
-    """Add the node: inputs by `operators.ATTENTION_8_INPUTS`, outputs as `attention.Attend` says."""
+    """Add the node, with inputs in the order of `operators.ATTENTION_8_INPUTS` and the outputs of
+    `attention.Attend`."""
     packed, turned = inputs[1] is None, len(inputs) == len(operators.ATTENTION_8_INPUTS)
     overload = (PACKED if packed else "") if turned else (PACKED_UNTURNED if packed else UNTURNED)
     return _node(ops, operators.ATTENTION_8, overload, inputs, OUTPUTS_8, settings)
@@ -74,12 +76,12 @@ def _node(
 
 
 def attention_functions() -> list[ir.Function]:
-    """Define `tda::Attention` for queries, keys and values in three inputs and in one."""
+    """Define `tda::Attention` for queries, keys and values in three inputs, and for all in one input."""
     return [_function(packed=False), _function(packed=True)]
 
 
 def attention_8_functions(head_size: int) -> list[ir.Function]:
-    """Define `tda::Attention8` for heads of so many elements, and all its overloads."""
+    """Define `tda::Attention8` and all its overloads for heads of `head_size` elements."""
     return [
         _function_8(overload, head_size, packed=packed, turned=turned)
         for overload, packed, turned in (
@@ -92,7 +94,7 @@ def attention_8_functions(head_size: int) -> list[ir.Function]:
 
 
 def _references(integers: Sequence[str]) -> dict[str, ir.Attr]:
-    """Refer to the function's attributes by their own names."""
+    """Return references to the function's attributes of the same names."""
     references = {name: ir.RefAttr(name, name, ir.AttributeType.INT) for name in integers}
     return references | {name: ir.RefAttr(name, name, ir.AttributeType.FLOAT) for name in DEFAULTS}
 

@@ -1,4 +1,4 @@
-"""What comparisons of graphs with transformers have in common: prompts, tolerances, and the largest differences."""
+"""The common parts of comparisons of graphs with transformers: prompts, tolerances, and the largest differences."""
 
 from __future__ import annotations
 
@@ -31,17 +31,18 @@ PROMPTS = (
 )
 CONTINUATION_TOKENS = 8
 FEWEST_TOKENS = 3 * CONTINUATION_TOKENS  # of a prompt and its continuation
-FEWEST_PROMPT_TOKENS = 2  # the first never counts
+FEWEST_PROMPT_TOKENS = 2  # the first token never counts
 FLOAT32_LOGITS = 2e-3  # largest absolute difference of float32 logits
 ROUNDED_FACTOR = 2.0  # half precision, or codes, may be this many times as far from float32 as transformers with them
-SECOND_LEVEL_FACTOR = 5.0  # the same where rounding decides which neurons near a threshold are skipped
-# Scores, keys and values, relative to the largest, by the dtype or the format of keys and values.
+SECOND_LEVEL_FACTOR = 5.0  # the same factor where rounding decides which neurons near a threshold are skipped
+# Tolerances of scores, keys and values relative to the largest, by dtype or by format of keys and values.
 RELATIVE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1, "int8": 5e-2}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: its largest difference over all prompts, and what is allowed; file checks have a `problem`."""
+    """One comparison: its largest difference over all prompts, and the allowed difference; file checks have a
+    `problem`."""
 
     name: str
     difference: float | None = None
@@ -58,7 +59,7 @@ class Check:
 
 @dataclass
 class Worst:
-    """The comparison of one check that is worst relative to what it is allowed; anything not finite is worse."""
+    """The worst comparison of one check relative to the allowed difference; anything not finite is worse."""
 
     difference: float = 0.0
     allowed: float = 0.0
@@ -66,7 +67,7 @@ class Worst:
 
     def add(self, difference: float, allowed: float) -> None:
         if not math.isfinite(allowed):
-            difference = math.nan  # no allowance, no pass: the reference itself overflowed
+            difference = math.nan  # without an allowed difference the check fails: the reference itself overflowed
         if math.isnan(difference) or (difference > 0 and not allowed):
             excess = math.inf
         else:
@@ -76,11 +77,12 @@ class Worst:
 
 
 class Comparison(ABC):
-    """The artifact's graphs beside transformers in float32.
+    """Compares the artifact's graphs with transformers in float32.
 
-    Half precision, and keys and values of 8 bits, are beside `rounded` too: transformers in the artifact's dtype, which
-    stores keys and values as the artifact does. Logits may be some times as far from float32 as its are. With codes
-    nothing closer can be asked for: rounding decides of some, and each of these changes all layers after it.
+    Half precision, and keys and values of 8 bits, are compared with `rounded` too: transformers in the artifact's
+    dtype, which stores keys and values as the artifact does. Logits may be a few times as far from float32 as those of
+    `rounded`. With codes no closer agreement can be required: rounding decides between neighbouring codes, and each
+    changed code changes all layers after it.
     """
 
     def __init__(self, artifact: Artifact, source: ModelSource, provider: str, advance: Advance) -> None:
@@ -109,7 +111,7 @@ class Comparison(ABC):
 
     @abstractmethod
     def _compare(self, prompt: list[int], continuation: list[int]) -> None:
-        """Compare on one prompt, in three steps of `advance`."""
+        """Compare on one prompt; calls `advance` for three steps."""
 
     def _all_prompt_logits(self, prompt: list[int]) -> np.ndarray:
         cache = KvCache(self.shape, self.provider, len(prompt))
@@ -134,7 +136,7 @@ class Comparison(ABC):
         expected: np.ndarray,
         scale: float | None = None,
     ) -> None:
-        """Compare relative to the largest expected number, or to `scale`."""
+        """Compare relative to the largest expected magnitude, or to `scale`."""
         scale = scale or float(np.abs(expected).max()) or 1.0
         self._add(name, float(np.abs(ours.astype(np.float32) - expected).max()) / scale, RELATIVE[self.shape.precision])
 
@@ -149,7 +151,8 @@ class Comparison(ABC):
 
 
 def _held(cache: KvCache, layer: int) -> list[np.ndarray]:
-    """Return a layer's keys and values as floats, [1, KV, T, D] each; keys of 8 bits as they are stored."""
+    """Return a layer's keys and values as floats, [1, KV, T, D] each; 8-bit keys as stored (times the Hadamard
+    matrix)."""
     key, value, *scales = (to_host(buffer)[:, :, : cache.length] for buffer in cache.keys_and_values(layer))
     if scales:
         key, value = (codes * scale[..., None] for codes, scale in zip((key, value), scales, strict=True))
@@ -163,7 +166,7 @@ def to_host(value: ort.OrtValue) -> np.ndarray:
 
 
 def enough_tokens(tokens: list[int], vocab_size: int) -> list[int]:
-    """Return the tokens, followed by random ones where a tokenizer makes too few of a prompt to compare anything."""
+    """Return the tokens, followed by random ones where the tokenizer makes too few of a prompt for a comparison."""
     missing = FEWEST_TOKENS - len(tokens)
     if missing <= 0:
         return tokens

@@ -1,7 +1,7 @@
 """The contract of the two graphs: every input, output and weight by name, dtype and axes.
 
-This is the only place where a tensor name is spelled. Names follow ONNX Runtime GenAI's where it has one. The module
-imports nothing but the names of weights, so that every other part of the project can import it.
+Tensor names are spelled only here. They follow ONNX Runtime GenAI's names where it has one. The module imports only the
+names of weights, so that every other part of the project can import it.
 """
 
 from __future__ import annotations
@@ -104,13 +104,13 @@ from tda_export.graph.weight_names import (
 
 FORMAT = "tda-export"
 # 2: greedy_tokens, token_thresholds, the spec in the manifest, linear weights [out, in].
-# 3: token thresholds, prior and refresh as calibrated.
-# 4: matrices, and the layout that they have.
+# 3: calibrated token thresholds, prior and refresh.
+# 4: matrices and the layout.
 FORMAT_VERSION = 4
 
 PREFILL_FILE = "prefill.onnx"
 DECODE_FILE = "decode.onnx"
-EXPLICIT_DECODE_FILE = "decode_explicit.onnx"  # decode without defaults: some bindings cannot feed an input with one
+EXPLICIT_DECODE_FILE = "decode_explicit.onnx"  # decode without defaults: some bindings cannot feed inputs that have one
 GRAPH_FILES = (PREFILL_FILE, DECODE_FILE, EXPLICIT_DECODE_FILE)
 WEIGHTS_FILE = "weights.bin"
 MANIFEST_FILE = "manifest.json"
@@ -127,7 +127,7 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8
 
 
 def tensor_bytes(shape: Sequence[int], dtype: str) -> int:
-    """Return the bytes of a tensor of a dtype of `DTYPE_BYTES`."""
+    """Return the bytes of a tensor; `dtype` is a key of `DTYPE_BYTES`."""
     return math.prod(shape) * DTYPE_BYTES[dtype]
 
 
@@ -144,7 +144,7 @@ GREEDY_TOKENS = "greedy_tokens"  # -1 where the logits are not finite
 NUM_LOGITS = "num_logits"
 PRICE = "price"  # of a byte of weights; 0 reads every row
 THRESHOLDS = "thresholds"
-TOKEN_THRESHOLDS = "token_thresholds"  # of two-level decoding; 0 is off, by default as calibrated
+TOKEN_THRESHOLDS = "token_thresholds"  # of two-level decoding; 0 is off; calibrated by default
 STATS_DECAY = "stats_decay"
 PAST_STATS_WEIGHT = "past_stats_weight"
 PRESENT_STATS_WEIGHT = "present_stats_weight"
@@ -202,13 +202,13 @@ def present_tail_mean(layer: int) -> str:
     return f"present_tail_mean.{layer}"
 
 
-KEPT_ROWS = "kept_rows"  # by matrix and token; an output of derived graphs that measure
-READ_ROWS = "read_rows"  # of all matrices, one after another, by token; an output of derived graphs that verify
-KEPT_NEURONS = "kept_neurons"  # by layer and token; an output of derived graphs that measure
+KEPT_ROWS = "kept_rows"  # counts by matrix and token; an output of derived graphs for measurements
+READ_ROWS = "read_rows"  # by token, over the rows of all matrices; an output of derived graphs for verification
+KEPT_NEURONS = "kept_neurons"  # counts by layer and token; an output of derived graphs for measurements
 
 
 def ffn_input(layer: int) -> str:
-    """What goes into a layer's FFN; an output of derived graphs that measure."""
+    """The input of a layer's FFN; an output of derived graphs for measurements."""
     return f"ffn_input.{layer}"
 
 
@@ -229,13 +229,13 @@ class ModelShape:
 
     @property
     def precision(self) -> str:
-        """What tolerances go by: the dtype, or what rounds more."""
+        """The key of tolerances: the dtype, or the format of keys and values where that rounds more."""
         return self.dtype if self.kv == KV_FLOAT else self.kv
 
 
 @dataclass(frozen=True)
 class IoTensor:
-    """One graph input or output. Axes are sizes or symbols; a `default` input may be left out by the application."""
+    """One graph input or output. Axes are sizes or symbols; the application may omit a `default` input."""
 
     name: str
     dtype: str
@@ -254,10 +254,10 @@ class CacheTensor:
     present: str
     dtype: str
     heads: int
-    row: tuple[int, ...]  # of one token and head
+    row: tuple[int, ...]  # axes of one token and head
 
     def axes(self, length: Length) -> tuple[int | Length, ...]:
-        """Return the axes of a cache of so many tokens."""
+        """Return the axes of a cache of `length` tokens."""
         return (1, self.heads, length, *self.row)
 
 
@@ -288,7 +288,7 @@ def prefill_inputs(shape: ModelShape) -> list[IoTensor]:
 
 
 def prefill_outputs(shape: ModelShape) -> list[IoTensor]:
-    """List the outputs of `prefill.onnx` in order. Logits are declared [1, 1, V], as applications expect."""
+    """List the outputs of `prefill.onnx` in order. Logits are declared as [1, 1, V], as applications expect."""
     layers = range(shape.num_layers)
     return [
         IoTensor(LOGITS, "float32", (1, 1, shape.vocab_size)),
@@ -318,7 +318,7 @@ def decode_inputs(shape: ModelShape, *, two_levels: bool, explicit: bool = False
 
 
 def decode_outputs(shape: ModelShape, *, ffn_inputs: bool = False, counted: bool = False) -> list[IoTensor]:
-    """List the outputs of `decode.onnx` in order; `ffn_inputs` and counts are in no artifact."""
+    """List the outputs of `decode.onnx` in order; no artifact has `ffn_inputs` and counts."""
     axes = (1, "sequence_length", shape.hidden_size)
     probes = [IoTensor(ffn_input(i), shape.dtype, axes) for i in range(shape.num_layers)] if ffn_inputs else []
     if counted:
@@ -344,7 +344,7 @@ def priced_decode_inputs(shape: ModelShape, *, explicit: bool = False) -> list[I
 def priced_decode_outputs(shape: ModelShape, *, counted: int = 0, listed: int = 0) -> list[IoTensor]:
     """List the outputs of `decode.onnx` of a priced artifact in order.
 
-    Counts, of so many matrices, and lists, of so many rows, are in no artifact.
+    No artifact has counts (of `counted` matrices) and lists (of `listed` rows).
     """
     counts = [IoTensor(KEPT_ROWS, "int64", (counted, "sequence_length"))] if counted else []
     lists = [IoTensor(READ_ROWS, "bool", (1, "sequence_length", listed))] if listed else []
@@ -352,7 +352,8 @@ def priced_decode_outputs(shape: ModelShape, *, counted: int = 0, listed: int = 
 
 
 def graph_io(shape: ModelShape, layout: str, *, two_levels: bool) -> dict[str, tuple[list[IoTensor], list[IoTensor]]]:
-    """List inputs and outputs of each graph of an artifact by file name; `two_levels` is of indexed ones."""
+    """List inputs and outputs of each graph of an artifact by file name; `two_levels` only matters for indexed
+    artifacts."""
     if layout == "priced":
         outputs = priced_decode_outputs(shape)
         return {
@@ -374,7 +375,7 @@ def dense_inputs(shape: ModelShape) -> list[IoTensor]:
 
 
 def dense_outputs(shape: ModelShape) -> list[IoTensor]:
-    """List the outputs of the plain dense graph. It has a prompt's logits for its last token only."""
+    """List the outputs of the plain dense graph. It returns logits only for a prompt's last token."""
     logits = IoTensor(LOGITS, "float32", (1, 1, shape.vocab_size))
     return [logits, *_present(shape)]
 

@@ -1,4 +1,4 @@
-"""The decode graph: computes only the neurons of a prompt's mask."""
+"""The decode graph: computes only the neurons of a prompt mask."""
 
 from __future__ import annotations
 
@@ -31,19 +31,20 @@ def build_decode(
     ffn_inputs: bool = False,
     counted: bool = False,
 ) -> ir.Model:
-    """Build the graph that computes only the neurons in `mask_indices`; by default all that token thresholds let pass.
+    """Build the graph that computes only the neurons in `mask_indices`; by default all neurons that pass the token
+    thresholds.
 
     Args:
         spec: The architecture.
         weights: The tensors of weights.bin.
         dtype: A value of `contract.DTYPES`.
-        method: With `two_levels` the graph takes token thresholds.
-        token_thresholds: float32 [L], the default of the input of that name; None is off.
+        method: The method. With `two_levels` the graph takes token thresholds.
+        token_thresholds: float32 [L], the default of the input with that name; None is off.
         kv: How keys and values are stored, one of `contract.KV_FORMATS`.
-        explicit: Let no input have a default.
-        ffn_inputs: Give the input of each layer's FFN as a further output, for measurements.
-        counted: Give the number of neurons that each layer computes for each token, int64 [L, S], as a further output;
-            for two-level methods.
+        explicit: Give no input a default.
+        ffn_inputs: Add the input of each layer's FFN to the outputs, for measurements.
+        counted: Add the number of neurons that each layer computes for each token, int64 [L, S], to the outputs; for
+            two-level methods.
 
     Returns:
         The model with the inputs and outputs of `contract.decode_inputs` and `contract.decode_outputs`.
@@ -90,9 +91,10 @@ def build_decode(
 
 
 def _survivors(graph: GraphBuilder, form: FfnForm, layer: int, arguments: dict[str, ir.Value]) -> ir.Value:
-    """Count the neurons of the mask whose down rows each token reads, int64 [1, S], from the first rows of all neurons.
+    """Count the neurons of the prompt mask whose down rows each token reads, int64 [1, S], from the first rows of all
+    neurons.
 
-    They are those that the threshold passes and whose activation is not zero.
+    These neurons reach the threshold and have a nonzero activation.
     """
     ops, size = graph.ops, graph.spec.ffn_size
     first = ops.transposed_matmul(arguments[FfnInput.X], arguments[FfnInput.weight(form.first_part)])  # [1, S, F]
@@ -105,7 +107,7 @@ def _survivors(graph: GraphBuilder, form: FfnForm, layer: int, arguments: dict[s
     passes = ops.op("And", above, ops.op("Greater", ops.op("Abs", activated), ops.constant(0.0, "float32")))
     indices = arguments[FfnInput.MASK_INDICES]
     padded = ops.op("Less", indices, ops.constant([0], "int32"))
-    places = ops.op("Where", padded, ops.constant([size], "int32"), indices)  # padding falls behind the last neuron
+    places = ops.op("Where", padded, ops.constant([size], "int32"), indices)  # padding goes behind the last neuron
     ones = ops.op("ConstantOfShape", ops.op("Shape", indices), value=ir.tensor([1.0]))
     marks = ops.op("ScatterElements", ops.constant(np.zeros(size + 1).tolist(), "float32"), places, ones, axis=0)
     inside = ops.op("Slice", marks, ops.constant([0], "int64"), ops.constant([size], "int64"))  # [F]

@@ -1,4 +1,4 @@
-"""What all graphs of a decoder share: embedding, layers, norms, logits, and the model around them."""
+"""The common parts of all graphs of a decoder: embedding, layers, norms, logits, and the model around them."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class GraphBuilder:
         return stream.normed(contract.FINAL_NORM) if spec.final_norm else stream.value
 
     def _embedded(self, lengths: Lengths) -> ir.Value:
-        """Look tokens up, and add their positions where these are learned: [1, S, M]."""
+        """Look up the tokens' embeddings, and add learned positions where the family has them: [1, S, M]."""
         ops, spec, input_ids = self.ops, self.spec, self.inputs[contract.INPUT_IDS]
         embedded = self._rows_of(contract.EMBEDDING, input_ids)  # [1, S, width]
         if spec.embedding_scale != 1.0:
@@ -101,14 +101,15 @@ class GraphBuilder:
         return ops.op("Add", embedded, rows)
 
     def branch(self, y: ir.Value, bias: ir.Value | None, norm: str) -> tuple[ir.Value, ir.Value | None]:
-        """Normalise and scale what attention or FFN add to the residual, where the family does; the rest is bias."""
+        """Normalise and scale what attention or FFN add to the residual, where the family does so; return it and the
+        bias that remains to be added."""
         normed = self.spec.norm_placement in ("output", "both")
         if bias is not None and (normed or self.spec.residual_scale != 1.0):
             y, bias = self.ops.op("Add", y, bias), None
         if normed:
             y = self.norm(y, norm)
         if self.spec.residual_scale != 1.0:
-            # PyTorch multiplies by a number in float32, which is not the product with the number in half precision.
+            # PyTorch multiplies by the number in float32, which differs from the product with it in half precision.
             scaled = self.ops.op("Mul", self.to_float32(y), self.ops.constant(self.spec.residual_scale, "float32"))
             y = scaled if self.dtype == "float32" else self.ops.cast(scaled, self.dtype)
         return y, bias
@@ -117,7 +118,7 @@ class GraphBuilder:
         return self.ops.op("Mul", x, self.ops.op("CastLike", self.ops.constant(scale, "float32"), x))
 
     def stored(self, name: str) -> list[ir.Value]:
-        """Return the tensors of a matrix of weights.bin."""
+        """Return the tensors that store a matrix of weights.bin."""
         return [self.weight(tensor.name) for tensor in self.weights.matrices[name].tensors]
 
     def _rows_of(self, name: str, indices: ir.Value) -> ir.Value:
@@ -128,7 +129,7 @@ class GraphBuilder:
         return integer_rows(self.ops, matrix, indices, self.stored(name), self.dtype)
 
     def product(self, x: ir.Value, name: str) -> ir.Value:
-        """Multiply x [.., in] by a matrix of weights.bin, whatever its rows are: y [.., out], without bias."""
+        """Multiply x [.., in] by a matrix of weights.bin of either layout: y [.., out], without bias."""
         ops, matrix = self.ops, self.weights.matrices[name]
         if matrix.format.is_float:
             return (ops.matmul if matrix.major == "input" else ops.transposed_matmul)(x, self.weight(name))
@@ -138,7 +139,7 @@ class GraphBuilder:
         return integer_row_linear(ops, matrix, x, self.stored(name), row_price, dense)
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:
-        """Multiply as `product` does, for products outside the FFN, which some graphs have a function for."""
+        """Multiply as `product` does, for products outside the FFN; some graphs use a function for them."""
         return self.product(x, name)
 
     def affine(self, x: ir.Value, name: str) -> ir.Value:
@@ -147,7 +148,7 @@ class GraphBuilder:
         return self.ops.op("Add", y, self.weight(bias)) if bias in self.weights else y
 
     def attend(self, inputs: Sequence[ir.Value | None], settings: dict[str, float]) -> list[ir.Value]:
-        """Add the nodes of attention (`attention.Attend`), which some graphs have a function for."""
+        """Add the nodes of attention (`attention.Attend`); some graphs use a function for them."""
         if self.shape.kv != contract.KV_FLOAT:
             return integer_attention(self.ops, inputs, self.spec.head_size, settings)
         attended, *present = group_query_attention(self.ops, inputs, **settings)
@@ -159,7 +160,7 @@ class GraphBuilder:
         return [attended, *present]
 
     def _projections(self, layer: int) -> list[str]:
-        """Name the matrices of queries, keys and values: one, or three."""
+        """Name the matrices of queries, keys and values: one (packed) or three."""
         packed = contract.qkv_weight(layer)
         if packed in self.weights.matrices:
             return [packed]
@@ -199,7 +200,7 @@ class GraphBuilder:
     def add_and_norm(
         self, norm: str, x: ir.Value, residual: ir.Value, bias: ir.Value | None
     ) -> tuple[ir.Value, ir.Value]:
-        """Return the norm of x + residual + bias, and that sum, in one node."""
+        """Return the norm of x + residual + bias, and the sum itself, in one node."""
         rms = self.spec.norm == "rms"
         normed, total = self.ops.multi(
             "SkipSimplifiedLayerNormalization" if rms else "SkipLayerNormalization",
@@ -221,7 +222,7 @@ class GraphBuilder:
         defaults: dict[str, np.ndarray],
         functions: Sequence[ir.Function] = (),
     ) -> ir.Model:
-        """Put the graph together: named outputs, initializers (weights and the inputs' defaults), functions."""
+        """Assemble the model: named outputs, initializers (weights and the inputs' defaults), functions."""
         for input_name, array in defaults.items():
             value = self.inputs[input_name]
             value.const_value = ir.tensor(array, name=input_name)
@@ -249,7 +250,7 @@ def last_positions(ops: Ops, hidden: ir.Value, number: ir.Value, attended: ir.Va
         ops: The graph.
         hidden: The hidden state.
         number: int64 [1].
-        attended: int64 [1], how many of the S tokens are no padding.
+        attended: int64 [1], how many of the S tokens are not padding.
     """
     zero = ops.constant([0], "int64")
     every = ops.op("Equal", number, zero)
@@ -259,7 +260,7 @@ def last_positions(ops: Ops, hidden: ir.Value, number: ir.Value, attended: ir.Va
 
 
 class ResidualStream:
-    """The residual x [1, S, M] of a graph. What is added to it is added together with the norm that follows."""
+    """The residual x [1, S, M] of a graph. Additions are deferred and fused with the norm that follows."""
 
     def __init__(self, graph: GraphBuilder, start: ir.Value) -> None:
         self._graph, self._total = graph, start
@@ -287,5 +288,5 @@ class ResidualStream:
         return normed
 
     def restart(self, value: ir.Value) -> None:
-        """Go on with another value."""
+        """Continue with another value."""
         self._total, self._pending = value, None

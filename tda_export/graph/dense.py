@@ -1,6 +1,6 @@
 """The plain dense graph: the baseline that `bench` compares with, as ONNX Runtime GenAI's builder would emit it.
 
-Weights are stored [in, out] for MatMul. It holds no statistics, no mask and no operator of this project.
+Weights are stored [in, out] for MatMul. The graph has no statistics, no prompt mask and no operator of this project.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from tda_export.weights.matrix import Matrix
 
 
 def transposed_weights(spec: DecoderSpec, matrices: Mapping[str, Matrix]) -> dict[str, str]:
-    """Name the tensors that the dense graph has transposed, [in, out] in place of [out, in]: new name to old."""
+    """Map the names of tensors that the dense graph stores transposed ([in, out] instead of [out, in]) to the original
+    names."""
     looked_up = set() if spec.tied_head else {contract.EMBEDDING}
     names = [name for name, matrix in matrices.items() if matrix.major == "output" and name not in looked_up]
     return {contract.transposed(name): name for name in names}
@@ -28,7 +29,7 @@ def transposed_weights(spec: DecoderSpec, matrices: Mapping[str, Matrix]) -> dic
 def dense_weight_table(spec: DecoderSpec, weights: WeightTable) -> WeightTable:
     """Add the transposed tensors to those of weights.bin.
 
-    Each refers to the bytes of the original, which have the same number: the session must be given the transposed
+    Each refers to the bytes of the original tensor, which has the same size. The session must be given the transposed
     values as initializers.
     """
     table = WeightTable(weights, weights.matrices)
@@ -47,7 +48,7 @@ def dense_weight_table(spec: DecoderSpec, weights: WeightTable) -> WeightTable:
 
 
 class DenseGraphBuilder(GraphBuilder):
-    """Multiplies by weights stored [in, out]."""
+    """Multiplies by weights stored as [in, out]."""
 
     def product(self, x: ir.Value, name: str) -> ir.Value:
         given = self.weights.matrices[name].major == "input"
@@ -61,7 +62,7 @@ def build_dense(spec: DecoderSpec, weights: WeightTable, dtype: str) -> ir.Model
     ops = graph.ops
 
     hidden = graph.layers(attention_lengths(ops, graph.inputs[contract.ATTENTION_MASK]), plain_ffn(graph))
-    # Of a prompt the last position alone, as GenAI does.
+    # Only the last position of a prompt, as GenAI does.
     end = ops.constant([2**63 - 1], "int64")
     last = ops.op("Slice", hidden, ops.constant([-1], "int64"), end, ops.constant([1], "int64"))  # [1, 1, M]
     graph.outputs[contract.LOGITS] = graph.logits(last)

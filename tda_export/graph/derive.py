@@ -1,4 +1,4 @@
-"""Graphs of other methods, derived from an artifact: they refer to its weights.bin and differ in their nodes alone."""
+"""Graphs of other methods, derived from an artifact: they refer to its weights.bin and differ only in their nodes."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ SHAPE_OF_SPEC = (
     "ffn_size",
     "vocab_size",
     "max_positions",
-)  # fields that spec and shape share
+)  # the fields that spec and shape share
 UNBUILDABLE = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError, AssertionError)
 
 
 @contextlib.contextmanager
 def _of_manifest(artifact: Artifact) -> Iterator[None]:
-    """Blame the manifest for what cannot be read or built of its spec."""
+    """Report a spec that cannot be read or built as an error in the manifest."""
     try:
         yield
     except UNBUILDABLE as error:
@@ -52,7 +52,7 @@ def artifact_spec(artifact: Artifact) -> DecoderSpec:
     """Read the architecture out of an artifact's manifest.
 
     Raises:
-        TdaError: It is none, or not of the artifact's sizes.
+        TdaError: The architecture is invalid, or does not have the artifact's sizes.
     """
     with _of_manifest(artifact):
         spec = spec_from_dict(artifact.manifest["spec"])
@@ -63,7 +63,7 @@ def artifact_spec(artifact: Artifact) -> DecoderSpec:
 
 
 def artifact_method(artifact: Artifact) -> Method:
-    """Read the method out of an artifact's manifest; what this version does not know of it is passed over."""
+    """Read the method out of an artifact's manifest; fields that this version does not know are ignored."""
     known = {field.name for field in fields(Method)}
     return Method(**{name: value for name, value in artifact.manifest["method"].items() if name in known})
 
@@ -94,7 +94,7 @@ def derived_prefill(artifact: Artifact, method: Method) -> bytes:
 
 
 def derived_sessions(artifact: Artifact, sessions: Sessions, method: Method) -> Sessions:
-    """Return sessions whose prefill chooses masks by another method; decode and weights are the same."""
+    """Return sessions whose prefill chooses prompt masks by another method; decode and weights are the same."""
     model = derived_prefill(artifact, method)
     names = initializer_names(model)
     weights = {name: value for name, value in sessions.shared_weights.items() if name in names}
@@ -112,7 +112,7 @@ def derived_dense(artifact: Artifact) -> bytes:
 
 
 def derived_probe(artifact: Artifact) -> bytes:
-    """Build the decode graph with the inputs of every FFN among its outputs."""
+    """Build the decode graph with every FFN's input among its outputs."""
     spec, method = artifact_spec(artifact), artifact_method(artifact)
     with _of_manifest(artifact):
         return _serialised(
@@ -123,7 +123,7 @@ def derived_probe(artifact: Artifact) -> bytes:
 
 
 def counted_rows(artifact: Artifact) -> bytes:
-    """Build the decode graph of a priced artifact that also counts the rows which each token reads."""
+    """Build the decode graph of a priced artifact that also counts the rows that each token reads."""
     spec = artifact_spec(artifact)
     with _of_manifest(artifact):
         return _serialised(
@@ -132,7 +132,7 @@ def counted_rows(artifact: Artifact) -> bytes:
 
 
 def listed_rows(artifact: Artifact) -> bytes:
-    """Build the decode graph of a priced artifact that also tells which rows are worth the price to each token."""
+    """Build the decode graph of a priced artifact that also returns which rows are worth the price to each token."""
     spec = artifact_spec(artifact)
     with _of_manifest(artifact):
         return _serialised(
@@ -141,7 +141,7 @@ def listed_rows(artifact: Artifact) -> bytes:
 
 
 def derived_counting(artifact: Artifact) -> bytes:
-    """Build the decode graph that also counts the neurons which each token computes."""
+    """Build the decode graph that also counts the neurons that are computed for each token."""
     spec, method = artifact_spec(artifact), artifact_method(artifact)
     with _of_manifest(artifact):
         return _serialised(
@@ -169,7 +169,7 @@ def derived_truncation(artifact: Artifact) -> bytes:
 def truncation_sessions(artifact: Artifact, sessions: Sessions) -> Sessions:
     """Return sessions whose decode truncates by threshold; prefill and weights are the same.
 
-    Decode takes no mask. Without thresholds it keeps every neuron, so that it is its own dense reference.
+    Decode takes no prompt mask. Without thresholds it keeps every neuron, so it is its own dense reference.
     """
     model = derived_truncation(artifact)
     names = initializer_names(model)

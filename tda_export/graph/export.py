@@ -39,12 +39,12 @@ class Design(Protocol):
 
     @property
     def rows(self) -> Rows:
-        """What the rows of the layers' matrices are."""
+        """The meaning of the rows of the layers' matrices."""
         ...
 
     @property
     def expected(self) -> dict[str, Any]:
-        """What calibration expects, as plain data."""
+        """The values that calibration expects, as plain data."""
         ...
 
     def graphs(self, spec: DecoderSpec, table: WeightTable, dtype: str, kv: str) -> dict[str, ir.Model]:
@@ -52,19 +52,19 @@ class Design(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Return what the manifest says of this layout alone."""
+        """Return the manifest's entries that only this layout has."""
         ...
 
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build: a model, how its weights are stored and what is done with them, and how keys and values are stored
-    (one of `contract.KV_FORMATS`)."""
+    """What to build: a model, the storage and the design of its weights, and how keys and values are stored (one of
+    `contract.KV_FORMATS`)."""
 
     source: ModelSource
     storage: Storage
     design: Design
-    budget: dict[str, Any]  # as it was asked for
+    budget: dict[str, Any]  # as the user gave it
     calibration_file: Path | None = None
     calibration: dict[str, Any] | None = None  # provenance
     kv: str = contract.KV_FLOAT
@@ -81,14 +81,14 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
     Args:
         request: Model, method, thresholds.
         output: The artifact folder.
-        quiet: No progress.
-        check: Called with the finished temporary folder; what it raises means that nothing is left behind.
+        quiet: Show no progress.
+        check: Called with the finished temporary folder. If it raises, the folder is removed.
 
     Raises:
         TdaError: The checkpoint does not fit its configuration, the disk is full, or `check` failed.
     """
     source, spec = request.source, request.source.spec
-    tokenizer = source.tokenizer  # it may be damaged, which shows before anything is written
+    tokenizer = source.tokenizer  # loaded first, so that a damaged one fails before anything is written
     plan = list(plan_weights(spec, source.weights(), request.storage, request.design.rows))
     size = sum(planned.bytes for planned in plan)
     free = shutil.disk_usage(output.absolute().parent).free
@@ -103,7 +103,7 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
         graphs = request.design.graphs(spec, table, request.dtype, request.kv)
         _save_tokenizer(tokenizer, source.name, folder)
         _write_json(folder / contract.GENERATION_CONFIG_FILE, source.generation_config)
-        if request.kv == contract.KV_FLOAT:  # GenAI knows of no scales
+        if request.kv == contract.KV_FLOAT:  # GenAI has no scales of keys and values
             genai = genai_config(request.source, request.dtype, layout=request.design.layout)
             _write_json(folder / contract.GENAI_CONFIG_FILE, genai)
         if request.calibration_file:
@@ -116,7 +116,7 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
 
 
 def _save_graphs(graphs: dict[str, ir.Model], folder: Path, manifest: dict[str, Any]) -> None:
-    """Save the graphs with the manifest's hash, and enter theirs in the manifest."""
+    """Save the graphs with the manifest's hash in them, and add their hashes to the manifest."""
     files = manifest["files"]
     files |= dict.fromkeys(graphs)
     seal = manifest_hash(manifest)
@@ -135,7 +135,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _save_tokenizer(tokenizer: Any, name: str, folder: Path) -> None:
-    """Save the tokenizer and its default chat template; further templates come as a folder, which is left out."""
+    """Save the tokenizer and its default chat template; further templates would be saved as a folder, which is left
+    out."""
     try:
         tokenizer.save_pretrained(folder)
     except OSError:
@@ -199,7 +200,7 @@ def _manifest(
 
 
 def _quantization(request: BuildRequest) -> dict[str, Any] | None:
-    """Say how weights became integers, None where they are floats."""
+    """Describe how weights became integers; None where they are floats."""
     known = request.source.quantisation
     if known is None:
         return (

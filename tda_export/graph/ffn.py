@@ -17,10 +17,10 @@ from tda_export.models.spec import Activation, DecoderSpec
 
 @dataclass(frozen=True)
 class FfnForm:
-    """What an FFN is made of: act(gate · x) * (up · x) when `gated`, otherwise act(up · x), summed over down rows.
+    """The form of an FFN: act(gate · x) * (up · x) when `gated`, otherwise act(up · x), then the sum over down rows.
 
-    `bias` adds b_gate and b_up to the two products. `two_levels` skips, token by token, neurons whose activation's
-    estimate is under a threshold.
+    `bias` adds b_gate and b_up to the two products. `two_levels` skips, for each token, neurons whose estimate is below
+    a threshold.
     """
 
     activation: Activation
@@ -30,12 +30,12 @@ class FfnForm:
 
     @property
     def first_part(self) -> str:
-        """The matrix whose row is read first, and whose product the activation function is applied to."""
+        """The matrix whose row is read first; the activation function is applied to its product."""
         return "gate" if self.gated else "up"
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The inputs of IndexedFFN that this form has, in the order of `operators.INDEXED_FFN_INPUTS`."""
+        """The inputs of IndexedFFN that this form uses, in the order of `operators.INDEXED_FFN_INPUTS`."""
         absent = {FfnInput.bias("down")}
         if not self.gated:
             absent |= {FfnInput.weight("gate"), FfnInput.bias("gate")}
@@ -78,7 +78,7 @@ def combine(ops: Ops, spec: DecoderSpec, product: Callable[[str], ir.Value]) -> 
     return ops.op("Mul", activated, rest[0]) if rest else activated
 
 
-# act(gate) * up [.., F], given both, or one [.., 2 F] that holds them side by side
+# act(gate) * up [.., F], given both, or one tensor [.., 2 F] that holds them side by side
 Gated = Callable[..., ir.Value]
 
 
@@ -87,7 +87,7 @@ def plain_ffn(graph: GraphBuilder, gated: Gated | None = None) -> Ffn:
 
     Args:
         graph: The graph.
-        gated: Gives the activations of a gated FFN in another way than by plain operators.
+        gated: Computes the activations of a gated FFN in place of plain operators.
     """
     ops, spec = graph.ops, graph.spec
 
@@ -113,12 +113,12 @@ def plain_ffn(graph: GraphBuilder, gated: Gated | None = None) -> Ffn:
 
 
 def indexed_ffn(ops: Ops, form: FfnForm, layer: int, inputs: dict[str, ir.Value]) -> ir.Value:
-    """Add the node that computes the FFN of x [1, S, M] from the rows in mask_indices alone.
+    """Add the node that computes the FFN of x [1, S, M] from only the rows in mask_indices.
 
     Args:
         ops: The graph.
-        form: What the FFN is made of.
-        layer: Whose entry of token_thresholds counts.
+        form: The form of the FFN.
+        layer: The layer's number, which selects the entry of token_thresholds.
         inputs: By the names of `form.inputs`, and `b_down` if the output has a bias.
 
     Returns:
@@ -139,11 +139,11 @@ def indexed_ffn(ops: Ops, form: FfnForm, layer: int, inputs: dict[str, ir.Value]
 
 
 def indexed_ffn_function(form: FfnForm, *, down_bias: bool = False) -> ir.Function:
-    """Define `tda::IndexedFFN`: what any ONNX Runtime computes where no native kernel is registered.
+    """Define `tda::IndexedFFN`: its body runs in any ONNX Runtime where no native kernel is registered.
 
-    The inputs are those of `operators.INDEXED_FFN_INPUTS`, by position; those that the form has not are left empty. The
-    body gathers the rows. For a padded entry it gathers row 0 and sets its activation to zero; an index below -1
-    becomes one past every row, which Gather refuses (on CUDA it reads nothing).
+    The inputs are those of `operators.INDEXED_FFN_INPUTS`, by position; inputs that the form does not use are left
+    empty. The body gathers the rows. For a padded entry it gathers row 0 and sets the activation to zero. An index
+    below -1 becomes an index past the last row, which Gather refuses (on CUDA it reads nothing).
     """
     ops = Ops()
     inputs = {name: ir.Value(name=name) for name in operators.INDEXED_FFN_INPUTS}

@@ -1,4 +1,4 @@
-"""`tda::GatedActivation`: act(gate) * up in one node, where ONNX Runtime's own operators take three or four."""
+"""`tda::GatedActivation`: act(gate) * up in one node instead of three or four of ONNX Runtime's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIDE_BY_SIDE = "side_by_side"  # the function's overload: gate and up in one inp
 
 
 def gated_activation(ops: Ops, activation: Activation, gate: ir.Value, up: ir.Value | None = None) -> ir.Value:
-    """Add the node that gives act(gate) * up, [.., F], from two inputs [.., F], or from one of [.., 2 F]."""
+    """Add the node that computes act(gate) * up, [.., F], from two inputs [.., F] or from one input [.., 2 F]."""
     return ops.op(
         operators.GATED_ACTIVATION,
         gate,

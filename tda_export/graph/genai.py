@@ -1,8 +1,8 @@
 """The configuration with which ONNX Runtime GenAI runs an artifact: a pipeline of prefill and decode.
 
-Prefill runs for the prompt alone, decode for the tokens after it. What decode needs of prefill is forwarded under
-decode's names, since GenAI drops a prompt stage's other outputs after the first token. Nothing here names a native
-library: an artifact is data.
+Prefill runs only for the prompt, decode for the tokens after it. Outputs of prefill that decode needs are forwarded
+under decode's names, since GenAI drops a prompt stage's other outputs after the first token. The configuration names no
+native library: an artifact is only data.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ ERRORS_ONLY = 3  # ONNX Runtime warns of every input that has a default
 
 
 def genai_config(source: ModelSource, dtype: str, *, layout: str) -> dict[str, Any]:
-    """Return what genai_config.json says (written for GenAI 0.18).
+    """Return the content of genai_config.json (written for GenAI 0.18).
 
     Args:
         source: The model.
         dtype: A value of `contract.DTYPES`.
-        layout: Of the artifact: `indexed` is run as a pipeline, `priced` by decode.onnx alone, whose calls without a
-            past are dense.
+        layout: The artifact's layout. `indexed` is run as a pipeline; `priced` by decode.onnx alone, whose calls
+            without a past are dense.
 
     Returns:
-        Plain data. Every output of both graphs is listed, which GenAI needs. Statistics, thresholds and token
-        thresholds are not: their defaults count.
+        Plain data. Every output of both graphs is listed, as GenAI requires. Statistics, thresholds and token
+        thresholds are not listed as inputs: their defaults apply.
     """
     shape = model_shape(source.spec, dtype)
     tokenizer, eos = source.tokenizer, source.eos_token_ids
@@ -46,7 +46,7 @@ def genai_config(source: ModelSource, dtype: str, *, layout: str) -> dict[str, A
         "num_hidden_layers": shape.num_layers,
         "num_key_value_heads": shape.num_kv_heads,
         "session_options": {"log_severity_level": ERRORS_ONLY, "provider_options": []},
-        "inputs": {  # the names of these two are GenAI's keys for them as well
+        "inputs": {  # the names of these two are also GenAI's keys for them
             contract.INPUT_IDS: contract.INPUT_IDS,
             contract.ATTENTION_MASK: contract.ATTENTION_MASK,
             "past_key_names": _pattern(contract.past_key),
@@ -106,5 +106,5 @@ def _stages(shape: contract.ModelShape) -> dict[str, Any]:
 
 
 def _pattern(name: Callable[[int], str]) -> str:
-    """Write a name by layer as GenAI does."""
+    """Return a per-layer name as a pattern of GenAI."""
     return name(0).replace(".0.", ".%d.")

@@ -1,4 +1,4 @@
-"""`tda::GreedyToken`: the likeliest token, chosen where the logits are."""
+"""`tda::GreedyToken`: the likeliest token, chosen on the device that holds the logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def greedy_tokens(ops: Ops, logits: ir.Value) -> ir.Value:
 
 
 def greedy_model(vocabulary: int) -> bytes:
-    """Build a model of one such node, to choose tokens from another graph's logits; input and output are named so."""
+    """Build a model of one such node, which chooses tokens from another graph's logits. Its input and output have the
+    contract's names."""
     axes = ir.Shape([1, 1, vocabulary])
     logits = ir.Value(name=contract.LOGITS, shape=axes, type=ir.TensorType(ir.DataType.FLOAT))
     ops = Ops()
@@ -36,7 +37,7 @@ def greedy_token_function() -> ir.Function:
     ops = Ops()
     logits = ir.Value(name="logits")
     best = ops.op("ArgMax", logits, axis=-1, keepdims=0)  # int64 [1, S]
-    # Zero times a number that is not finite is NaN, and so is every sum with it.
+    # Zero times a non-finite number is NaN, and so is every sum with it.
     spoiled = ops.op("ReduceSum", ops.op("Mul", logits, ops.constant(0.0, "float32")), ops.constant([-1], "int64"))
     spoiled = ops.op("IsNaN", ops.op("Squeeze", spoiled, ops.constant([-1], "int64")))  # bool [1, S]
     tokens = ops.op("Where", spoiled, ops.constant(NOT_FINITE, "int64"), best)

@@ -1,4 +1,4 @@
-"""An artifact whose decode computes the neurons of a prompt's mask: what it stores, its graphs, its manifest."""
+"""An artifact whose decode computes the neurons of a prompt mask: what it stores, its graphs, its manifest."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tda_export.runtime.deployment import NO_REFRESH, Refresh
 
 @dataclass(frozen=True)
 class IndexedDesign:
-    """How masks are chosen. `thresholds` [L] are the defaults of the prefill graph; top-k methods carry zeros.
+    """How prompt masks are chosen. `thresholds` [L] are the defaults of the prefill graph; zeros for top-k methods.
 
-    `up_rms`, float [L, F], comes from calibration and belongs to two-level methods; their token thresholds are the
-    allocation's. `prior` is what the statistics of a prompt begin with.
+    `up_rms`, float [L, F], comes from calibration and is for two-level methods; the allocation gives their token
+    thresholds. `prior` holds the statistics that a prompt begins with.
     """
 
     method: Method
@@ -42,18 +42,18 @@ class IndexedDesign:
 
     @property
     def rows(self) -> IndexedRows:
-        """What the rows of the layers' matrices are."""
+        """The meaning of the rows of the layers' matrices."""
         return IndexedRows(self.up_rms)
 
     @property
     def token_thresholds(self) -> list[float]:
-        """Defaults of the decode graph, [L]; 0 is off."""
+        """The defaults of the decode graph, [L]; 0 is off."""
         chosen = self.allocation.token_thresholds if self.allocation else []
         return chosen or [0.0] * len(self.thresholds)
 
     @property
     def survivors(self) -> list[float]:
-        """Expected share of a mask's neurons that a token does not skip, [L]."""
+        """The expected share of the prompt mask's neurons that a token does not skip, [L]."""
         if self.allocation is None or not self.allocation.token_density:
             return [1.0] * len(self.thresholds)
         pairs = zip(self.allocation.token_density, self.allocation.density, strict=True)
@@ -61,8 +61,8 @@ class IndexedDesign:
 
     @property
     def expected(self) -> dict[str, Any]:
-        """What calibration expects, as plain data; `sparsity` is the share of FFN bytes that a token is expected not to
-        read, refreshes included."""
+        """The values that calibration expects, as plain data; `sparsity` is the share of FFN bytes that a token is
+        expected not to read, refreshes included."""
         if self.allocation is None:
             return {}
         return asdict(self.allocation) | {"sparsity": self.refresh.sparsity(self.allocation.sparsity)}
@@ -77,7 +77,7 @@ class IndexedDesign:
         }
 
     def describe(self) -> dict[str, Any]:
-        """Return what the manifest says of this layout alone."""
+        """Return the manifest's entries that only this layout has."""
         return {
             "method": asdict(self.method),
             "thresholds": self.thresholds,

@@ -1,10 +1,11 @@
-"""Attention to a cache of 8-bit codes, in ONNX Runtime's own operators: the body of `tda::Attention8`, and in prefill.
+"""Attention to a cache of 8-bit codes, in ONNX Runtime's own operators: the body of `tda::Attention8`, also used in
+prefill.
 
 A key or value of one token and head, x [D], is stored as x = scale c, scale = max |x| / 127 in float32 and c in -127 to
 127, rounded to nearest, ties to even; where x is not finite the scale is NaN. Keys are stored after rotary embedding
-and times a Hadamard matrix (`hadamard`), which shares the few large elements that keys have among all. Queries are
-multiplied by it as well, so that scores are what they were. Tokens attend to what is stored, those of the own call
-included: where a call begins changes nothing. Codes of the past are passed on as they are.
+and multiplied by a Hadamard matrix (`hadamard`), which spreads a key's few large elements over all elements. Queries
+are multiplied by it as well, so that scores do not change. Tokens attend to the stored codes, also to those of their
+own call, so the result does not depend on how tokens are split into calls. Codes of the past are passed on unchanged.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ Attribute = float | ir.Attr
 
 
 def hadamard(size: int) -> np.ndarray:
-    """Return the orthogonal matrix that keys and queries of `size` elements are multiplied by, float32 [size, size].
+    """Return the orthogonal matrix for keys and queries of `size` elements, float32 [size, size].
 
-    Sylvester's matrix of the largest power of two that divides the size, in blocks along the diagonal; symmetric, so
-    that it is its own inverse.
+    Sylvester's matrix of the largest power of two that divides the size, in blocks along the diagonal. It is symmetric,
+    so it is its own inverse.
     """
     block = np.ones((1, 1))
     while size % (2 * len(block)) == 0:
@@ -42,13 +43,13 @@ def integer_attention(
 
     Args:
         ops: The graph or function body.
-        inputs: By `operators.ATTENTION_8_INPUTS`; float32 where they are floats.
+        inputs: In the order of `operators.ATTENTION_8_INPUTS`; those that are floats are float32.
         head_size: D.
-        settings: The attributes of `tda::Attention8`, numbers or references to those of the function.
+        settings: The attributes of `tda::Attention8`, as numbers or as references to the function's attributes.
 
     Returns:
-        What attention gives, float32 [1, S, H D], present keys and values, int8 [1, KV, T, D], and their scales,
-        float32 [1, KV, T].
+        Attention's output, float32 [1, S, H D], present keys and values, int8 [1, KV, T, D], and their scales, float32
+        [1, KV, T].
     """
     query, key, value, *others = inputs
     past_key, past_value, past_key_scale, past_value_scale, last_index, buffer, *tables = (
@@ -71,7 +72,7 @@ def integer_attention(
     interleaved = _named("interleaved", settings["rotary_interleaved"])
 
     def turned(x: ir.Value) -> ir.Value:
-        """Rotate by position, and multiply by the Hadamard matrix."""
+        """Apply rotary embedding, and multiply by the Hadamard matrix."""
         if tables:
             x = ops.op("RotaryEmbedding", x, place.positions, *tables, domain=MICROSOFT, interleaved=interleaved)
         return ops.op("MatMul", by_head(x), ops.constant(hadamard(head_size), "float32"))
@@ -101,7 +102,7 @@ def integer_attention(
 
 
 def _named(name: str, value: Attribute) -> Attribute:
-    """Give a reference to an attribute of the function another attribute's name."""
+    """Rename a reference to an attribute of the function."""
     return ir.RefAttr(name, str(value.ref_attr_name), value.type) if isinstance(value, ir.Attr) else value
 
 
@@ -123,7 +124,7 @@ def _dequantised(ops: Ops, codes: ir.Value, scales: ir.Value) -> ir.Value:
 
 
 class _Place:
-    """Where a call's tokens lie in the cache: lengths as in `attention.Lengths`, P from the past's shape."""
+    """The places of a call's tokens in the cache: lengths as in `attention.Lengths`, P from the past's shape."""
 
     def __init__(self, ops: Ops, query: ir.Value, past: ir.Value, last_index: ir.Value, buffer: ir.Value) -> None:
         self._ops = ops
@@ -141,16 +142,16 @@ class _Place:
         self._behind = ops.op("Sub", room, end)
 
     def stored(self, codes: ir.Value, scales: ir.Value) -> ir.Value:
-        """Return the past's keys or values, float32 [1, KV, past, D]."""
+        """Return the past's keys or values, de-quantised, float32 [1, KV, past, D]."""
         ops = self._ops
         by_row = ops.op("Unsqueeze", self._held(scales), ops.constant([-1], "int64"))
         return _dequantised(ops, self._held(codes), by_row)
 
     def appended(self, past: ir.Value, new: ir.Value, *, scales: bool = False) -> ir.Value:
-        """Put codes [1, S, KV, D] behind the past's [1, KV, P, D], or scales [1, S, KV, 1] behind its [1, KV, P].
+        """Append codes [1, S, KV, D] to the past's [1, KV, P, D], or scales [1, S, KV, 1] to the past's [1, KV, P].
 
         Returns:
-            What the past is, with T in place of P, and zeros behind the call's tokens.
+            A tensor like the past's, with T in place of P, and zeros after the call's tokens.
         """
         ops = self._ops
         rows = ops.op("Transpose", new, perm=[0, 2, 1, 3])  # [1, KV, S, N]

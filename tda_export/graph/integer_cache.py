@@ -16,12 +16,12 @@ from tda_export.models.spec import DecoderSpec
 
 
 class IntegerCache(DynamicCache):
-    """A cache that gives back what 8 bits keep of keys and values, those of the call's own tokens included."""
+    """A cache that returns keys and values rounded to 8 bits, also those of the call's own tokens."""
 
     def __init__(self, model: Any, spec: DecoderSpec) -> None:
         super().__init__(config=model.config)
         self._turn = torch.from_numpy(hadamard(spec.head_size)).to(model.device)
-        if spec.rotary_size is not None:  # the graphs have the elements of a head in another order
+        if spec.rotary_size is not None:  # the graphs order the elements of a head differently
             self._turn = self._turn[rotary_order(spec.head_size, spec.rotary_size).argsort()]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **settings: Any) -> Any:
@@ -31,7 +31,7 @@ class IntegerCache(DynamicCache):
 
 
 def kept_of(x: torch.Tensor) -> torch.Tensor:
-    """Round x [.., D] to 8 bits with a scale for each row, and return what these stand for, float32."""
+    """Round x [.., D] to 8 bits with a scale for each row, and return the rounded values, float32."""
     scale = x.abs().amax(dim=-1, keepdim=True) / LARGEST_CODE
     return (x / torch.where(scale > 0, scale, 1.0)).round().clamp(-LARGEST_CODE, LARGEST_CODE) * scale
 
@@ -40,12 +40,12 @@ def with_stored_cache(model: Any, spec: DecoderSpec, kv: str) -> Any:
     """Return a model of the same weights that stores keys and values as an artifact does.
 
     Args:
-        model: Of transformers.
+        model: A transformers model.
         spec: Its architecture.
         kv: One of `contract.KV_FORMATS`.
 
     Returns:
-        One that makes itself such a cache in every call without one.
+        A model that creates such a cache in every call without one.
     """
     if kv == contract.KV_FLOAT:
         return model
@@ -57,11 +57,11 @@ def with_stored_cache(model: Any, spec: DecoderSpec, kv: str) -> Any:
             settings = dict(settings, past_key_values=IntegerCache(model, spec), use_cache=True)
         return arguments, settings
 
-    for module in (model, model.base_model):  # OPT's does not call its base model
+    for module in (model, model.base_model):  # OPT's model does not call its base model
         module.register_forward_pre_hook(give, with_kwargs=True)
     return model
 
 
 def _cache_of(past_key_values: Any = None, **_: Any) -> Any:
-    """Return the cache among the arguments of a call of transformers, None where there is none."""
+    """Return the cache among the arguments of a transformers call, or None."""
     return past_key_values

@@ -1,8 +1,9 @@
 """Products with matrices of integer formats, as functions that native kernels may replace.
 
-`tda::RowLinear4` and `RowLinear8` multiply by an input-major matrix and read its rows as `RowLinear` does; `Linear4`
-and `Linear8` by an output-major one, every row. Their bodies are standard operators and ONNX Runtime's own: only rows
-that some token needs are de-quantised, so that no whole matrix of floats outlives its product.
+`tda::RowLinear4` and `RowLinear8` multiply by an input-major matrix and read its rows as `RowLinear` does. `Linear4`
+and `Linear8` multiply by an output-major matrix and read every row. Their bodies use standard operators and ONNX
+Runtime's own. Only rows that some token needs are de-quantised, and a de-quantised matrix lives no longer than its
+product.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def integer_linear(ops: Ops, matrix: Matrix, x: ir.Value, stored: list[ir.Value]
 
 
 def integer_rows(ops: Ops, matrix: Matrix, indices: ir.Value, stored: list[ir.Value], dtype: str) -> ir.Value:
-    """De-quantise rows [1, S] of a matrix: [1, S, columns] of `dtype`."""
+    """De-quantise the rows with indices [1, S] of a matrix: [1, S, columns] of `dtype`."""
     weight, scales, zero_points = stored
     bits = matrix.format.bits
     rows = _gathered(ops, bits, weight, ops.cast(scales, dtype), zero_points, indices, group_of(matrix))
@@ -74,7 +75,7 @@ def integer_rows(ops: Ops, matrix: Matrix, indices: ir.Value, stored: list[ir.Va
 
 
 def integer_functions(matrices: Iterable[Matrix]) -> list[ir.Function]:
-    """Define the functions that these matrices need: what any ONNX Runtime computes without native kernels."""
+    """Define the functions that these matrices need. Their bodies run in any ONNX Runtime without native kernels."""
     used = {(matrix.format.bits, matrix.major) for matrix in matrices if not matrix.format.is_float}
     functions = []
     for bits in operators.INTEGER_BITS:
@@ -86,7 +87,7 @@ def integer_functions(matrices: Iterable[Matrix]) -> list[ir.Function]:
 
 
 def group_of(matrix: Matrix) -> int:
-    """Return the elements of a group of a matrix of integers."""
+    """Return the number of elements of a group of an integer matrix."""
     assert isinstance(matrix.format, IntegerFormat)
     return matrix.format.group
 
@@ -128,7 +129,7 @@ def _function_rows(ops: Ops, bits: int, inputs: dict[str, ir.Value], rows: ir.Va
     gathered = _gathered(ops, bits, weight, scales, inputs[IntegerInput.ZERO_POINTS], rows, group)
     if bits == 8:
         return gathered
-    # ONNX Runtime before 1.31 infers other shapes; this one is right.
+    # ONNX Runtime before 1.31 infers wrong shapes; this one is right.
     padded = ops.op("Mul", ops.op("Shape", weight, start=1, end=2), ops.constant([8 // bits], "int64"))
     return ops.op("Reshape", gathered, ops.op("Concat", ops.constant([-1], "int64"), padded, axis=0))
 
@@ -142,7 +143,7 @@ def _gathered(
     rows: ir.Value,
     group: Any,  # an int, or a reference to an attribute
 ) -> ir.Value:
-    """De-quantise some rows; those of an odd number of four-bit codes have one element more."""
+    """De-quantise some rows. Rows with an odd number of four-bit codes get one extra element."""
     return ops.op(
         "GatherBlockQuantized",
         weight,
@@ -158,7 +159,7 @@ def _gathered(
 
 
 def _columns(ops: Ops) -> ir.Value:
-    """The attribute of that name, int64 [1]."""
+    """Return the attribute `columns` as int64 [1]."""
     number = ops.op("Constant", value_int=ir.RefAttr("value_int", COLUMNS, ir.AttributeType.INT))
     return ops.op("Unsqueeze", number, ops.constant([0], "int64"))
 

@@ -1,7 +1,7 @@
-"""What stands between the FFNs of decode, as functions: products for few tokens, and norms of a sum.
+"""The parts of decode between the FFNs, as functions: products for few tokens, and norms of a sum.
 
-Their bodies are ONNX Runtime's own operators. The native kernels in their place read weights while the kernel before
-them is still at work, which its own operators on CUDA cannot.
+Their bodies are ONNX Runtime's own operators. The native kernels that replace them can read weights while the previous
+kernel is still running, which ONNX Runtime's own operators on CUDA cannot.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tda_export.models.spec import NormKind
 
 
 class FunctionGraphBuilder(StepGraphBuilder):
-    """Builds products and norms as functions too; for half precision, which runs on CUDA."""
+    """Builds products and norms as functions too, for half precision, which runs on CUDA."""
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:
         if not self.weights.matrices[name].format.is_float:
@@ -56,7 +56,7 @@ def _linear_function() -> ir.Function:
 
 
 def _add_norm_function(*, biased: bool) -> ir.Function:
-    """RMS norm of x + residual (+ bias), times weight; and that sum."""
+    """RMS norm of x + residual (+ bias), times weight; and the sum itself."""
     ops = Ops()
     inputs = [ir.Value(name=name) for name in ("x", "residual", "weight", "bias")[: 4 if biased else 3]]
     outputs = ops.multi(

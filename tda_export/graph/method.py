@@ -1,4 +1,4 @@
-"""A method: how neurons are scored, how the mask is chosen, and what stands in for the dropped ones.
+"""A method: how neurons are scored, how the prompt mask is chosen, and what replaces the dropped neurons.
 
 The graph builder takes these as choices, so that TDA, Griffin and later methods are settings of one builder.
 """
@@ -20,9 +20,9 @@ class Method:
     """Choices of the prefill graph, and whether decode has a second level.
 
     `statistic`: `magnitude` scores by |h_i| * ||W_down[:, i]|| / ||m|| (TDA), `activation` by |h_i| / ||h|| (Griffin,
-    arXiv 2404.01365). `selection`: `threshold` keeps scores of at least the layer's threshold, `topk` the
+    arXiv 2404.01365). `selection`: `threshold` keeps scores of at least the layer's threshold; `topk` keeps the
     `density` * F best. `tail`: `mean` replaces dropped neurons by their mean over the prompt, `zero` drops them.
-    `two_levels`: decode takes a threshold for each layer, under which a neuron of the mask is skipped for a token.
+    `two_levels`: decode takes a token threshold for each layer; a token skips the mask's neurons below it.
     """
 
     name: str
@@ -48,7 +48,7 @@ def kept_neurons(density: float, ffn_size: int) -> int:
 
 
 def tda(tail: Tail = "zero", *, two_levels: bool = False) -> Method:
-    """TDA: score by output magnitude, keep what reaches the calibrated threshold (arXiv 2408.11393)."""
+    """TDA: score by output magnitude, keep neurons that reach the calibrated threshold (arXiv 2408.11393)."""
     return Method("tda", "magnitude", "threshold", tail, two_levels=two_levels)
 
 

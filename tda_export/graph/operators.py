@@ -1,13 +1,13 @@
-"""The names of this project's operators, which are functions in the graphs, and of their inputs.
+"""The names of this project's operators (functions in the graphs) and of their inputs.
 
-It imports nothing but other names, as `contract` does.
+Like `contract`, this module imports only other names.
 """
 
 from __future__ import annotations
 
 from tda_export.graph.contract import FFN_PARTS
 
-# Model-local functions, which the native library has kernels for.
+# Model-local functions for which the native library has kernels.
 FUNCTION_DOMAIN = "tda"
 INDEXED_FFN = "IndexedFFN"
 NEURON_STATS = "NeuronStats"
@@ -22,8 +22,8 @@ CALL_PRICE = "CallPrice"
 GATED_ACTIVATION = "GatedActivation"
 ATTENTION = "Attention"
 
-# Attention's inputs by position, which are GroupQueryAttention's. Where queries, keys and values lie side by side in
-# `query` there are no others, and without rotary embedding there are no tables. Attributes: those of
+# Attention's inputs by position, which are GroupQueryAttention's. Where `query` holds queries, keys and values side by
+# side, `key` and `value` are absent; without rotary embedding the tables are absent. Attributes: those of
 # GroupQueryAttention, all of them given, and `width`, H D.
 ATTENTION_INPUTS = (
     "query",  # [1, S, H D], or with keys and values [1, S, (H + 2 KV) D]
@@ -31,7 +31,7 @@ ATTENTION_INPUTS = (
     "value",  # [1, S, KV D]
     "past_key",  # [1, KV, P, D]
     "past_value",  # [1, KV, P, D]
-    "last_index",  # int32 [1]: the tokens of past and call together, less one
+    "last_index",  # int32 [1]: the tokens of past and call together, minus one
     "buffer",  # int32 scalar: T, the length of the attention mask
     "cos_cache",  # [positions, D / 2]
     "sin_cache",  # [positions, D / 2]
@@ -70,23 +70,24 @@ ROW_LINEAR_INPUTS = (
 )
 
 
-# Products with integer formats, named by bits: RowLinear4, RowLinear8 of input-major matrices, Linear4, Linear8 of
-# output-major ones. Attributes: `columns` of the matrix, `group`, and `early`.
+# Products with integer formats, named by bits: RowLinear4 and RowLinear8 for input-major matrices, Linear4 and Linear8
+# for output-major ones. Attributes: `columns` of the matrix, `group`, and `early`.
 INTEGER_BITS = (4, 8)
 
 
 def row_linear_of(bits: int) -> str:
-    """Name the operator that multiplies as RowLinear does, by codes of so many bits."""
+    """Name the operator that multiplies as RowLinear does, by codes of `bits` bits."""
     return f"{ROW_LINEAR}{bits}"
 
 
 def linear_of(bits: int) -> str:
-    """Name the operator that multiplies as Linear does, by codes of so many bits."""
+    """Name the operator that multiplies as Linear does, by codes of `bits` bits."""
     return f"{LINEAR}{bits}"
 
 
 class IntegerInput:
-    """The inputs of products with integer formats; a bias may be absent, and Linear4 and Linear8 end before prices."""
+    """The inputs of products with integer formats. The bias may be absent. Linear4 and Linear8 have no prices and no
+    bias."""
 
     X = "x"  # [.., in]
     WEIGHT = "w"  # codes, uint8 [rows, bytes]
@@ -111,18 +112,18 @@ class FfnInput:
 
     @staticmethod
     def weight(part: str) -> str:
-        """Neuron-major weights, [F, M]."""
+        """Name the neuron-major weights, [F, M]."""
         return f"w_{part}"
 
     @staticmethod
     def bias(part: str) -> str:
-        """[F], of down [M]."""
+        """Name a bias: [F], or [M] for down."""
         return f"b_{part}"
 
 
 # IndexedFFN's inputs by position. Those that a model does not have stay empty. Attributes: `activation`, `gated` (1
-# where there are gates), `layer`, the entry of token_thresholds that counts, and `early` (of this and other functions):
-# 1 where all inputs but activations are inputs of the graph or constants, so that a kernel may read them early.
+# where there are gates), `layer` (the entry of token_thresholds to use), and `early` (of this and other functions): 1
+# where all inputs except activations are constants or inputs of the graph, so that a kernel may read them early.
 INDEXED_FFN_INPUTS = (
     FfnInput.X,
     FfnInput.MASK_INDICES,

@@ -1,4 +1,4 @@
-"""A thin layer over onnx-ir's tape: one call a node, shared constants, weights by reference."""
+"""A thin layer over onnx-ir's tape: one call per node, shared constants, weights by reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onnx_ir import tape
 from tda_export.graph.contract import IoTensor
 
 OPSET = 21
-IR_VERSION = 10  # loads in every runtime tried; 14 does not
+IR_VERSION = 10  # loads in every tested runtime; 14 does not
 MICROSOFT = "com.microsoft"  # ONNX Runtime's contributed operators
 
 DTYPES = {
@@ -39,7 +39,7 @@ class Ops:
     def op(
         self, op_type: str, *inputs: ir.Value | None, domain: str = "", overload: str = "", **attributes: Any
     ) -> ir.Value:
-        """Add a node with one output and return that."""
+        """Add a node with one output and return the output."""
         return self.tape.op(op_type, inputs, attributes, domain=domain, overload=overload)
 
     def multi(
@@ -51,7 +51,7 @@ class Ops:
         overload: str = "",
         **attributes: Any,
     ) -> list[ir.Value]:
-        """Add a node with several outputs; `outputs[k]` says whether the k-th is wanted. Return the wanted ones."""
+        """Add a node with several outputs; `outputs[k]` says whether the k-th is wanted. Return the wanted outputs."""
         values = [ir.Value(name=None if wanted else "") for wanted in outputs]
         self.tape.op_multi_out(op_type, inputs, attributes, outputs=values, domain=domain, overload=overload)
         return [value for value, wanted in zip(values, outputs, strict=True) if wanted]

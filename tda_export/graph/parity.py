@@ -1,4 +1,4 @@
-"""Compare the graphs of masks with transformers."""
+"""Compare the graphs of artifacts with prompt masks with transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ TINY = 1e-30  # guards a division by a threshold of zero
 
 
 class IndexedComparison(Comparison):
-    """An artifact of masks: prefill, scores and the selected mask, decode under masks, thresholds, chunks."""
+    """Compares an artifact with prompt masks: prefill, scores and selected mask, decode under masks, thresholds,
+    chunks."""
 
     def _compare(self, prompt: list[int], continuation: list[int]) -> None:
         logits = self._all_prompt_logits(prompt)
@@ -36,7 +37,7 @@ class IndexedComparison(Comparison):
         step = DecodeStep(self.sessions, self.shape, len(prompt) + len(continuation))
         step.capture()
         cache = step.cache
-        _, mask = step.read(prompt, prior=False)  # transformers knows no prior
+        _, mask = step.read(prompt, prior=False)  # transformers has no prior
         self._scores(prompt, mask)
         self.advance(1)
 
@@ -44,7 +45,7 @@ class IndexedComparison(Comparison):
         masks, tails = self._deployed_mask(mask)
         if self.artifact.manifest["method"].get("tail") == "mean":
             references = reference_tails(self.reference, self.spec, prompt, masks)
-            # The mean of few small neurons is small beside what it is added to, the mean of the others.
+            # The mean of few small neurons is small beside the mean of the other neurons, to which it is added.
             whole = reference_tails(self.reference, self.spec, prompt, [torch.zeros_like(mask) for mask in masks])
             for tail, reference, output in zip(tails, references, whole, strict=True):
                 self._relative("tail mean", tail.numpy(), reference.numpy(), float(output.abs().max()))
@@ -65,7 +66,7 @@ class IndexedComparison(Comparison):
 
         cache.truncate(start)
         self._chunked(prompt, cache, mask)
-        step.use(None)  # writes over the mask's memory, so it comes after everything with the mask
+        step.use(None)  # overwrites the mask's memory, so it comes after everything with the mask
         cache.truncate(start)
         every = self._decode(continuation, cache, None)
         self._logits("decode with all neurons", every, dense_continuation, half[1])
@@ -82,7 +83,7 @@ class IndexedComparison(Comparison):
         mask: PromptMask,
         masking: tuple[list[torch.Tensor], list[torch.Tensor]],
     ) -> None:
-        """Decode under the prompt's mask and a token threshold that about half of the neurons reach."""
+        """Decode under the prompt mask and a token threshold that about half of the neurons reach."""
         layers = range(self.shape.num_layers)
         scales = [torch.from_numpy(map_weight(self.artifact, contract.neuron_scale(i)).copy()) for i in layers]
         level = SecondLevel(scales, [])
@@ -95,7 +96,7 @@ class IndexedComparison(Comparison):
         self._logits("decode with token thresholds", skipping, expected, half, SECOND_LEVEL_FACTOR)
 
     def _halved(self, prompt: list[int], continuation: list[int], cache: KvCache, start: int) -> None:
-        """Decode with every second neuron and padding, whatever the artifact's own mask is."""
+        """Decode with every second neuron and padding, whatever the artifact's prompt mask is."""
         kept = torch.zeros(self.shape.ffn_size)
         kept[::2] = 1
         padded = np.append(np.arange(0, self.shape.ffn_size, 2), [contract.PADDING_INDEX] * 3).astype(np.int32)
@@ -121,7 +122,7 @@ class IndexedComparison(Comparison):
             self._same_mask("mask after chunked prefill", _indices_of(chunked, layer), kept, scores, border)
 
     def _prior(self, prompt: list[int], mask: PromptMask) -> None:
-        """Compare what the statistics begin with by default with the calibration that the artifact carries."""
+        """Compare the default initial statistics with the calibration that the artifact carries."""
         calibration = read_calibration(self.artifact.file(contract.CALIBRATION_FILE))
         prior = calibrated_prior(calibration.sums, self.artifact.manifest["prior_tokens"])
         cache = KvCache(self.shape, self.provider, len(prompt))
@@ -171,7 +172,7 @@ class IndexedComparison(Comparison):
             self._same_mask("selection of the mask", selected, _indices_of(mask, layer), scores, border)
 
     def _same_mask(self, name: str, one: set[int], other: set[int], scores: np.ndarray, border: float) -> None:
-        """Masks may differ only in neurons whose scores stand at the border of the mask, within rounding."""
+        """Check that masks differ only in neurons whose scores are at the mask's border, within rounding."""
         distances = [abs(float(scores[i]) - border) / max(border, TINY) for i in one ^ other]
         self._add(name, max(distances, default=0.0), RELATIVE[self.shape.precision])
 

@@ -1,4 +1,4 @@
-"""The prefill graph: reads a prompt densely, and says which neurons matter for it."""
+"""The prefill graph: reads a prompt densely, and returns which neurons matter for it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tda_export.models.spec import DecoderSpec
 
 @dataclass(frozen=True)
 class Prior:
-    """What statistics of all texts count for beside a prompt's own: sums over `tokens` tokens, float32 [L, 2, F]."""
+    """Statistics of general text that are added to a prompt's own: sums over `tokens` tokens, float32 [L, 2, F]."""
 
     stats: np.ndarray
     tokens: float
@@ -48,7 +48,7 @@ def build_prefill(
     *,
     kv: str = contract.KV_FLOAT,
 ) -> ir.Model:
-    """Build the graph that reads a prompt densely and reports the mask.
+    """Build the graph that reads a prompt densely and returns its prompt mask.
 
     Args:
         spec: The architecture.
@@ -56,7 +56,7 @@ def build_prefill(
         dtype: A value of `contract.DTYPES`.
         method: Statistic, selection and tail.
         thresholds: float32 [L], the default of the `thresholds` input.
-        prior: What statistics begin with by default; None is nothing.
+        prior: The initial statistics by default; None is zero.
         kv: How keys and values are stored, one of `contract.KV_FORMATS`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A priced artifact: a plain dense prefill, and a decode that reads the rows which are worth their bytes."""
+"""A priced artifact: a plain dense prefill, and a decode that reads the rows that are worth their bytes."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from tda_export.packing import Packing
 
 
 class RowGraphBuilder(StepGraphBuilder):
-    """Builds products of matrices whose rows have prices as `tda::RowLinear`.
+    """Builds products with matrices whose rows have prices as `tda::RowLinear`.
 
-    `price` is set once it is computed. Where they are asked for, `kept`, int64 [1, S] by matrix, counts the rows that
-    each token reads, and `read`, bool [1, S, in] by matrix, tells which are worth the price.
+    `price` is set once it is computed. On request, `kept`, int64 [1, S] by matrix, counts the rows that each token
+    reads, and `read`, bool [1, S, in] by matrix, says which rows are worth the price.
     """
 
     price: ir.Value
@@ -69,7 +69,7 @@ class RowGraphBuilder(StepGraphBuilder):
             self.kept.append(ops.op("ReduceSum", read, ops.constant([2], "int64"), keepdims=0))
         if self.listed:
             self.read.append(self.ops.op("Not", dropped_rows(self.ops, x, row_price, self.price)))
-        # The first layer has waited for the price, so that it is there for all that follow.
+        # The first layer has waited for the price, so it is available to all later layers.
         early = not contract.in_a_layer(name, 0)
         matrix = self.weights.matrices[name]
         if matrix.format.is_float:
@@ -119,19 +119,18 @@ def build_priced_decode(
     counted: bool = False,
     listed: bool = False,
 ) -> ir.Model:
-    """Build the graph in which every token reads the rows that are worth their bytes at a price.
+    """Build the graph in which each token reads the rows that are worth their bytes at a price.
 
     Args:
         spec: The architecture.
         weights: The tensors of weights.bin, row prices among them.
         dtype: A value of `contract.DTYPES`.
-        price: The default of the input of that name; 0 is dense.
+        price: The default of the input with that name; 0 is dense.
         kv: How keys and values are stored, one of `contract.KV_FORMATS`.
-        explicit: Let no input have a default.
-        counted: Give the number of rows that each token reads of each matrix, in the order that they are computed, as a
-            further output. Rows whose input is zero are not read.
-        listed: Tell which rows of each matrix are worth the price to each token, in the same order, as a further
-            output.
+        explicit: Give no input a default.
+        counted: Add the number of rows that each token reads of each matrix, in the order of computation, to the
+            outputs. Rows whose input is zero are not read.
+        listed: Add to the outputs which rows of each matrix are worth the price to each token, in the same order.
 
     Returns:
         The model with the inputs and outputs of `contract.priced_decode_inputs` and `contract.priced_decode_outputs`. A
@@ -165,7 +164,7 @@ def build_priced_decode(
 
 
 def priced_matrices(spec: DecoderSpec, weights: WeightTable) -> list[str]:
-    """Name the matrices whose rows have prices, in the order that decode computes them."""
+    """Name the matrices whose rows have prices, in the order in which decode computes them."""
     order = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
     names = [contract.linear_weight(layer, stored) for layer in range(spec.num_layers) for stored in order]
     return [name for name in names if contract.row_price(name) in weights]
@@ -173,10 +172,10 @@ def priced_matrices(spec: DecoderSpec, weights: WeightTable) -> list[str]:
 
 @dataclass(frozen=True)
 class PricedDesign:
-    """What the rows of a model's linears are worth, and the price at which decode reads them by default.
+    """What the rows of a model's linears are worth, and decode's default price.
 
-    `prices` are float32 [L, in] by stored matrix. `table` is what calibration measured (`PriceTable.to_dict`), None
-    where nothing was. `expected`: what it expects of `price`, as plain data.
+    `prices` are float32 [L, in] by stored matrix. `table` is calibration's measured table (`PriceTable.to_dict`), None
+    where nothing was measured. `expected`: what calibration expects at `price`, as plain data.
     """
 
     packing: Packing
@@ -189,7 +188,7 @@ class PricedDesign:
 
     @property
     def rows(self) -> PricedRows:
-        """What the rows of the layers' matrices are."""
+        """The meaning of the rows of the layers' matrices."""
         return PricedRows(self.packing, self.prices)
 
     def graphs(self, spec: DecoderSpec, table: WeightTable, dtype: str, kv: str) -> dict[str, ir.Model]:
@@ -201,7 +200,7 @@ class PricedDesign:
         }
 
     def describe(self) -> dict[str, Any]:
-        """Return what the manifest says of this layout alone."""
+        """Return the manifest's entries that only this layout has."""
         return {
             "method": {"name": "priced"},
             "packing": self.packing,

@@ -1,4 +1,4 @@
-"""Compare the graphs of a priced artifact with transformers, whose linears drop the same rows."""
+"""Compare the graphs of a priced artifact with transformers, in which linears drop the same rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tda_export.runtime.priced import PricedPrefill, PricedStep
 from tda_export.runtime.session import device_tensor, map_weight, open_session
 
 CHUNK = 7  # tokens of a chunk in the chunked-prefill check
-# Share of rows on which rounding of x may decide otherwise than in transformers.
+# The share of rows for which rounding of x may change the decision against transformers.
 OTHERWISE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2, "int8": 5e-2}
 
 
@@ -71,10 +71,11 @@ class PricedComparison(Comparison):
         prompt: list[int],
         continuation: list[int],
     ) -> None:
-        """Compare with transformers that read the rows which the artifact reads, and these with the price's own.
+        """Compare logits with transformers reading the artifact's rows, and these rows with the ones that the price
+        selects.
 
-        Rounding decides of rows at the border of the price, and one row more changes what all layers after it read: of
-        logits alone nothing could be said.
+        Rounding decides whether rows just worth the price are read, and one more row changes what all later layers
+        read. So logits alone could not be compared.
         """
         expected, otherwise = self._dropped(self.reference, prices, price, rows, prompt, continuation)
         half = self._dropped(self.rounded, prices, price, rows, prompt, continuation)[0] if self.rounded else None
@@ -93,7 +94,7 @@ class PricedComparison(Comparison):
         return np.concatenate([decode(self.sessions, cache, piece, None, inputs) for piece in pieces])
 
     def _row_prices(self) -> dict[str, torch.Tensor]:
-        """Read what the artifact's rows are worth, float32 [L, in] by matrix."""
+        """Read the worth of the artifact's rows, float32 [L, in] by matrix."""
         stored = packed_matrices(self.spec, self.artifact.manifest["packing"])
         layers = range(self.shape.num_layers)
         return {
@@ -109,7 +110,7 @@ class PricedComparison(Comparison):
         }
 
     def _price_of_half(self, prices: Mapping[str, torch.Tensor], prompt: list[int], continuation: list[int]) -> float:
-        """Find a price at which about half of the rows are read: the median of what they are worth to the tokens."""
+        """Find a price at which about half of the rows are read: the median of the rows' worth to the tokens."""
         sites, worth = linear_sites(self.spec), list[torch.Tensor]()
 
         def observe(layer: int, site: str, x: torch.Tensor) -> None:
@@ -124,7 +125,7 @@ class PricedComparison(Comparison):
     def _listed(
         self, continuation: list[int], cache: KvCache, price: float, calls: Sequence[int]
     ) -> dict[str, torch.Tensor]:
-        """Decode a continuation in calls of so many tokens, and return which rows each token reads, bool [L, C, in]."""
+        """Decode a continuation in calls of given lengths, and return which rows each token reads, bool [L, C, in]."""
         inputs = {contract.PRICE: device_tensor(np.array([price], np.float32), self.provider)}
         found, start = [], 0
         for size in calls:
@@ -143,7 +144,7 @@ class PricedComparison(Comparison):
 
     @cached_property
     def _listing(self) -> ort.InferenceSession:
-        """A session of decode that tells which rows it reads."""
+        """Open a decode session that returns which rows it reads."""
         model = listed_rows(self.artifact)
         names = initializer_names(model)
         weights = {name: value for name, value in self.sessions.shared_weights.items() if name in names}
@@ -158,10 +159,10 @@ class PricedComparison(Comparison):
         prompt: list[int],
         continuation: list[int],
     ) -> tuple[torch.Tensor, float]:
-        """Decode a continuation in transformers, which reads given rows, after a prompt that is read densely.
+        """Decode a continuation in transformers with given rows, after a prompt that is read densely.
 
         Returns:
-            Logits, float32 [C, V], and the share of rows that the price decides on otherwise.
+            Logits, float32 [C, V], and the share of rows for which the price decides differently.
         """
         device = model.device
         with torch.inference_mode():

@@ -19,15 +19,15 @@ from tda_export.models.spec import DecoderSpec
 class SecondLevel:
     """Two-level decoding: a neuron is skipped for a token where |act(gate_i · x)| * scales_i < threshold.
 
-    `scales` are L tensors [F], `thresholds` L numbers. Where `thresholds` is empty, each layer's is chosen when it
-    first runs and appended: one that no estimate comes close to, near the median, so that rounding decides nothing.
+    `scales` are L tensors [F], `thresholds` L numbers. Where `thresholds` is empty, a layer's threshold is chosen when
+    it first runs, and appended: a value near the median that no estimate is close to, so that rounding decides nothing.
     """
 
     scales: Sequence[torch.Tensor]
     thresholds: list[float]
 
     def keep(self, layer: int, activated: torch.Tensor) -> torch.Tensor:
-        """Say which neurons of each token are kept, given act(gate · x) [.., F]."""
+        """Return which neurons each token keeps, given act(gate · x) [.., F]."""
         estimates = activated.float().abs() * self.scales[layer].to(activated.device)
         if layer == len(self.thresholds):
             self.thresholds.append(threshold_in_a_gap(estimates))
@@ -55,7 +55,7 @@ def masked_ffn(
     Args:
         model: A transformers model.
         spec: Its architecture.
-        masks: L tensors [F], 1 for kept neurons and 0 for dropped ones.
+        masks: The prompt masks, L tensors [F], 1 for kept neurons and 0 for dropped ones.
         tails: L tensors [M], added to the output.
         second_level: Drops further neurons, token by token.
     """
@@ -93,9 +93,9 @@ def reference_logits(
     tails: Sequence[torch.Tensor] | None = None,
     second_level: SecondLevel | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a prompt densely and its continuation, with a mask if there is one.
+    """Run a prompt densely, and its continuation with a prompt mask if one is given.
 
-    The continuation is given token by token, and with a second level in one call, whose estimates choose thresholds.
+    The continuation is read token by token or, with a second level, in one call, whose estimates choose thresholds.
 
     Returns:
         Logits of the prompt's tokens, float32 [P, V], and of the continuation's, float32 [C, V], on the CPU.
@@ -115,7 +115,7 @@ def reference_logits(
 def reference_scores(model: Any, spec: DecoderSpec, prompt: Sequence[int], *, magnitude: bool) -> list[torch.Tensor]:
     """Compute the neuron scores of a prompt, its first token left out: L tensors, float32 [F].
 
-    `magnitude` weighs activations by the length of their down columns (TDA); without it they stand alone (Griffin).
+    `magnitude` weights activations by the length of their down columns (TDA); without it they are unweighted (Griffin).
     """
     scores: dict[int, torch.Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""From a calibration and what a user asks for to what is built: one function for each method of `build`."""
+"""Turn a calibration and a user's request into a build request: one function for each method of `build`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def calibration_of(path: Path, source: ModelSource) -> Calibration:
     """Read the calibration of a model.
 
     Raises:
-        TdaError: It cannot be read, or is of another model.
+        TdaError: The calibration cannot be read, or is of another model.
     """
     calibration = read_calibration(path)
     if calibration.model_fingerprint != source.fingerprint:
@@ -40,10 +40,10 @@ def calibration_of(path: Path, source: ModelSource) -> Calibration:
 
 
 def default_packing(spec: DecoderSpec, storage: Storage) -> Packing:
-    """Return how linears are packed unless it is said.
+    """Return how linears are packed by default.
 
-    That is one threshold a site where a launch, or a short row, costs more than bytes, and what it puts side by side
-    can lie there.
+    The default is one threshold per site where a kernel launch or a short row costs more than the bytes saved, and
+    where the parts can be stored side by side.
     """
     row_bytes = storage.row_bytes(spec)
     small = storage.dtype != "float32" or row_bytes.integers
@@ -53,19 +53,19 @@ def default_packing(spec: DecoderSpec, storage: Storage) -> Packing:
 def priced_request(
     source: ModelSource, storage: Storage, path: Path, asked: Asked, packing: Packing | None = None
 ) -> BuildRequest:
-    """Return what --method priced builds.
+    """Return the build request of --method priced.
 
     Args:
         source: The model.
         storage: How its weights are stored.
-        path: Its calibration.
-        asked: A price, sparsity or KL; without one the calibration's own budget.
-        packing: Of the linears; None chooses by storage.
+        path: Its calibration file.
+        asked: A price, sparsity or KL; without one, the calibration's own budget counts.
+        packing: The packing of the linears; None chooses by storage.
 
     Raises:
-        UsageError: The calibration holds no prices for this, was measured with weights of another format, or the budget
+        UsageError: The calibration holds no suitable prices, was measured with weights of another format, or the budget
             is beyond its table.
-        TdaError: It cannot be read, or is of another model.
+        TdaError: The calibration cannot be read, or is of another model.
     """
     calibration = calibration_of(path, source)
     chosen = packing or default_packing(source.spec, storage)
@@ -89,7 +89,7 @@ def priced_request(
     if sum(value is not None for value in (asked.price, asked.sparsity, asked.max_kl)) != 1:
         raise UsageError("Give exactly one budget: --price, --sparsity or --max-kl.")
     if asked.price is not None:
-        asked = replace(asked, price=max(float(asked.price), 0.0))  # a negative one is dense too
+        asked = replace(asked, price=max(float(asked.price), 0.0))  # a negative price is dense too
     price, expected = asked.price, {}
     if table is not None:
         if price is None:
@@ -110,7 +110,8 @@ def priced_request(
 
 
 def _table_of(table: PriceTable, source: ModelSource, storage: Storage, path: Path, asked: Asked) -> PriceTable | None:
-    """Return the table for what is stored; None where it was measured with other weights and a price needs none."""
+    """Return the table for the stored weights; None where it was measured with other weights and a given price needs
+    none."""
     row_bytes = storage.row_bytes(source.spec)
     if storage.rounds:
         problem = (
@@ -132,11 +133,11 @@ def _table_of(table: PriceTable, source: ModelSource, storage: Storage, path: Pa
 
 
 def mask_request(source: ModelSource, dtype: str, path: Path, asked: Asked, tail: Tail | None = None) -> BuildRequest:
-    """Return what --method tda builds: masks of prompts, with token thresholds.
+    """Return the build request of --method tda: prompt masks, with token thresholds.
 
     Raises:
         UsageError: The calibration holds no curves, or cannot meet the budget.
-        TdaError: It cannot be read, or is of another model.
+        TdaError: The calibration cannot be read, or is of another model.
     """
     calibration = calibration_of(path, source)
     if calibration.curves is None:
@@ -161,6 +162,6 @@ def mask_request(source: ModelSource, dtype: str, path: Path, asked: Asked, tail
 
 
 def griffin_request(source: ModelSource, dtype: str, sparsity: float) -> BuildRequest:
-    """Return what --method griffin builds, which needs no calibration."""
+    """Return the build request of --method griffin, which needs no calibration."""
     design = IndexedDesign(griffin(sparsity), [0.0] * source.spec.num_layers)
     return BuildRequest(source, Storage(dtype), design, Budget(sparsity=sparsity, allocation="uniform").describe())

@@ -1,7 +1,8 @@
-"""`tda::RowLinear`: a product that reads row i of an input-major matrix only where its input is worth the bytes.
+"""`tda::RowLinear`: a product that reads row i of an input-major matrix only where the row is worth its bytes.
 
-Row i is dropped for a token where x_i² row_price_i < price. Both are compared in float32, from the x that the product
-sees. *Less*, and not its opposite: a NaN in x reaches the output, and a NaN price reads every row.
+Row i is dropped for a token where x_i² row_price_i < price. Both sides are compared in float32, from the same x as in
+the product. The comparison is *Less*, not the negation of its opposite, so that a NaN in x reaches the output, and a
+NaN price reads every row.
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ def row_linear(
 ) -> ir.Value:
     """Add the node that multiplies x [.., in] by weight [in, out], given float32 row_price [in] and price [1].
 
-    `early` says that whatever computes the price has ended before the node ahead of this one begins, so that a kernel
-    may read it early.
+    `early` says that the price is computed before the previous node begins, so that a kernel may read it early.
     """
     return ops.op(
         operators.ROW_LINEAR,
@@ -40,13 +40,13 @@ def row_linear(
 
 
 def dropped_rows(ops: Ops, x: ir.Value, row_price: ir.Value, price: ir.Value) -> ir.Value:
-    """Say which rows each token drops, bool [.., in]."""
+    """Return which rows each token drops, bool [.., in]."""
     x32 = ops.cast(x, "float32")
     return ops.op("Less", ops.op("Mul", ops.op("Mul", x32, x32), row_price), price)
 
 
 def row_linear_functions() -> list[ir.Function]:
-    """Define `tda::RowLinear` without and with a bias: what any ONNX Runtime computes without a native kernel."""
+    """Define `tda::RowLinear` without and with a bias. The bodies run in any ONNX Runtime without a native kernel."""
     return [_row_linear_function(biased=False), _row_linear_function(biased=True)]
 
 
@@ -70,14 +70,14 @@ def _row_linear_function(*, biased: bool) -> ir.Function:
 
 
 def call_price(ops: Ops, input_ids: ir.Value, attention_mask: ir.Value, price: ir.Value) -> ir.Value:
-    """Add the node that gives the price of a call, float32 [1]: `price`, and 0 for a call without a past."""
+    """Add the node that computes the price of a call, float32 [1]: `price`, or 0 for a call without a past."""
     return ops.op(operators.CALL_PRICE, input_ids, attention_mask, price, domain=operators.FUNCTION_DOMAIN)
 
 
 def call_price_function() -> ir.Function:
     """Define `tda::CallPrice`: 0 where the attention mask [1, T] counts no more tokens than input_ids [1, S] has.
 
-    S is summed on the device, so that no shape leaves it.
+    S is computed by a sum on the device, so that no shape is copied to the host.
     """
     ops = Ops()
     input_ids, mask, price = (ir.Value(name=name) for name in (contract.INPUT_IDS, contract.ATTENTION_MASK, "given"))

@@ -1,8 +1,7 @@
 """The seal: a hash of the manifest in the graphs' metadata, so that an altered manifest does not pass verification.
 
-The manifest holds the hash of every file, graphs included, and the graphs hold the hash of the manifest without theirs.
-What is checked is that nothing was altered by accident or by hand. It is no signature: whoever writes both can write
-anything.
+The manifest holds the hash of every file, graphs included. The graphs hold the hash of the manifest without the graphs'
+hashes. The check detects accidental and manual changes. It is not a signature: whoever writes both can write anything.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ SEAL_KEY = "tda_export.manifest_sha256"  # in a graph's metadata_props
 def manifest_hash(manifest: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a manifest's content: of its JSON with sorted keys and without spaces.
 
-    Of the graphs only the names count, since their own hashes follow from this one.
+    Only the names of the graphs count, since the graphs' own hashes depend on this one.
     """
     files = {name: None if name in contract.GRAPH_FILES else entry for name, entry in manifest["files"].items()}
     content = json.loads(json.dumps({**manifest, "files": files}))
@@ -34,10 +33,10 @@ def manifest_hash(manifest: Mapping[str, Any]) -> str:
 
 
 def seal_problem(artifact: Artifact, graphs: Mapping[str, onnx.ModelProto]) -> str | None:
-    """Say what of a manifest is not as the graphs have it; None where all of it is.
+    """Return how a manifest disagrees with the graphs, or None where it does not.
 
     Args:
-        artifact: Its manifest.
+        artifact: The artifact, whose manifest is checked.
         graphs: Its graphs by file name, without weights.
     """
     manifest = artifact.manifest
@@ -56,7 +55,7 @@ def seal_problem(artifact: Artifact, graphs: Mapping[str, onnx.ModelProto]) -> s
 
 
 def _defaults(artifact: Artifact) -> dict[str, tuple[str, str, list[float]]]:
-    """List what of a manifest graphs have by default: file, input and values."""
+    """List the manifest's values that are defaults of the graphs' inputs: file, input and values."""
     manifest = artifact.manifest
     if artifact.layout == "priced":
         return {"price": (contract.DECODE_FILE, contract.PRICE, [manifest["price"]])}

@@ -1,4 +1,4 @@
-"""How many bytes a decoder's weights and cache take, and how many of them one token reads."""
+"""The bytes that a decoder's weights and cache take, and the bytes that one token reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tda_export.packing import Packing, linear_shape, packed_matrices
 from tda_export.runtime.artifact import Artifact
 from tda_export.weights.matrix import Matrix
 
-# Matrices of a layer, however they are packed.
+# Matrices of a layer, in every packing.
 ATTENTION_MATRICES = ("q", "k", "v", "qkv", "o")
 FFN_MATRICES = ("gate", "up", "gate_up", "down")
 LINEAR_MATRICES = (*ATTENTION_MATRICES, *FFN_MATRICES)
@@ -25,9 +25,9 @@ LINEAR_MATRICES = (*ATTENTION_MATRICES, *FFN_MATRICES)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes: `stored` of all weights, `read` of those that a dense decode step reads, `linears` of the layers' linears
-    among them and `ffn` of the FFN's (without biases, as sparsity counts), `cache_row` of one token's key and value in
-    one layer. `formats`: names of those that the linears are stored in."""
+    """Sizes in bytes. `stored`: all weights. `read`: weights that a dense decode step reads. `linears`: the layers'
+    linears among them; `ffn`: the FFN's linears (without biases, as sparsity counts). `cache_row`: one token's key and
+    value in one layer. `formats`: names of the formats of the linears."""
 
     stored: int
     read: int
@@ -38,20 +38,20 @@ class Sizes:
     formats: tuple[str, ...]
 
     def cache(self, context: int) -> int:
-        """Return what the keys and values of a context take, in tokens."""
+        """Return the bytes of the keys and values of `context` tokens."""
         return len(self.windows) * context * self.cache_row
 
     def cache_read(self, context: int) -> int:
-        """Return what of them a step reads: of layers with a window no more than that."""
+        """Return the bytes of keys and values that a step reads; layers with a window read at most the window."""
         return sum(min(window or context, context) for window in self.windows) * self.cache_row
 
     def ceiling(self, sparsity: float, context: int, *, linears: bool = False) -> float:
-        """Return how many times as fast as dense decode can be at a sparsity, were bytes all that it takes.
+        """Return the highest speedup over dense that decode can have at a sparsity, if only bytes took time.
 
         Args:
-            sparsity: Share of the FFN's bytes that is not read.
-            context: Tokens in the cache.
-            linears: The sparsity is of all linears instead.
+            sparsity: The share of the FFN's bytes that is not read.
+            context: The number of tokens in the cache.
+            linears: Whether the sparsity counts all linears instead.
         """
         dense = self.read + self.cache_read(context)
         return dense / (dense - sparsity * (self.linears if linears else self.ffn))
@@ -60,15 +60,15 @@ class Sizes:
 def weight_sizes(
     spec: DecoderSpec, weights: Mapping[str, int], matrices: Mapping[str, Matrix], shape: ModelShape
 ) -> Sizes:
-    """Sort the weights of an artifact by what a token reads of them.
+    """Group the weights of an artifact by what a token reads of them.
 
     Args:
         spec: The architecture.
         weights: Bytes of tensors by name, as in weights.bin.
-        matrices: Those that tensors belong to, by name.
-        shape: Its dtype and how keys and values are stored.
+        matrices: The matrices of the tensors, by name.
+        shape: The artifact's dtype, and how keys and values are stored.
     """
-    looked_up = {*contract.ROPE_CACHES, *contract.LOCAL_ROPE_CACHES, contract.POSITIONS}  # a row of each is read
+    looked_up = {*contract.ROPE_CACHES, *contract.LOCAL_ROPE_CACHES, contract.POSITIONS}  # one row of each is read
     if not spec.tied_head:
         looked_up |= {tensor.name for tensor in matrices[contract.EMBEDDING].tensors}
     ffn = attention = 0
@@ -94,13 +94,13 @@ def weight_sizes(
 def planned_sizes(
     spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]], storage: Storage, packing: Packing
 ) -> Sizes:
-    """Return the sizes of an artifact of prices of a model, before it is built.
+    """Return the sizes of a model's priced artifact before it is built.
 
     Args:
         spec: The architecture.
-        shapes: Of the checkpoint's tensors, by name.
-        storage: How they are stored.
-        packing: Of the linears.
+        shapes: The shapes of the checkpoint's tensors, by name.
+        storage: How the tensors are stored.
+        packing: The packing of the linears.
 
     Raises:
         TdaError: The shapes do not fit the architecture.
@@ -123,7 +123,7 @@ def artifact_sizes(spec: DecoderSpec, artifact: Artifact) -> Sizes:
 
 
 class _Shapes:
-    """A checkpoint of which the shapes alone are known."""
+    """A checkpoint of which only the shapes are known."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
@@ -139,7 +139,7 @@ class _Shapes:
 
 
 def features(spec: DecoderSpec) -> Iterable[str]:
-    """Say in a few words each how an architecture is made."""
+    """Yield short descriptions of an architecture's features."""
     norms = {"rms": "RMS norms", "layer": "layer norms"}[spec.norm]
     places = {"before": "before", "after": "after", "output": "on the output of", "both": "before and after"}
     yield f"{norms} {places[spec.norm_placement]} attention and FFN"

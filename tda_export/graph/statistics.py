@@ -1,7 +1,7 @@
-"""Neuron statistics and mask selection, inside the prefill graph.
+"""Neuron statistics and selection of the prompt mask, inside the prefill graph.
 
-All of it is float32 whatever the model's dtype: squared relative magnitudes underflow float16. Each step is a
-model-local function, so that a native kernel may take its place.
+All of it is float32 for every dtype of the model, since squared relative magnitudes underflow float16. Each step is a
+model-local function, so that a native kernel may replace it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def neuron_stats(
 def mask_and_tail(
     graph: GraphBuilder, method: Method, layer: int, stats: ir.Value, weight: ir.Value, thresholds: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
-    """Add the nodes that choose the mask from the statistics and average the neurons outside it.
+    """Add the nodes that choose the prompt mask from the statistics and average the neurons outside it.
 
     Returns:
         `present_mask_indices` int32 [K], and `present_tail_mean` [M] in the model's dtype.
@@ -81,9 +81,9 @@ def neuron_stats_function(method: Method) -> ir.Function:
     """Define `tda::NeuronStats`: present stats [2, F] = decay * past + the sums over this call's counted tokens.
 
     Row 0 sums r_i(t)^2 = h_i^2 c_i / sum_j h_j^2 c_j with c_i = ||W_down[:, i]||^2 (magnitude) or 1 (activation);
-    row 1 sums h_i(t). Both sums are one product of a row of token weights with a matrix, so nothing of size
-    [S, F] but h and h^2 is ever stored. Inputs: h [1, S, F], counted bool [S], past_stats [2, F], decay [1], and for
-    the magnitude squared_norms [F].
+    row 1 sums h_i(t). Each sum is a product of a row of token weights with a matrix, so only h and h^2 of size [S, F]
+    are ever stored. Inputs: h [1, S, F], counted bool [S], past_stats [2, F], decay [1], and for the magnitude
+    squared_norms [F].
     """
     ops = Ops()
     names = ("h", "counted", "past_stats", "decay", "squared_norms")
@@ -97,7 +97,7 @@ def neuron_stats_function(method: Method) -> ir.Function:
     else:
         norms = ops.op("ReduceSum", squares, ops.constant([1], "int64"), keepdims=0)  # [S]
     usable = ops.op("And", counted, ops.op("Greater", norms, ops.constant(0.0, "float32")))  # [S]
-    # Where, not a product: an uncounted or all-zero token would turn 1/0 or inf * 0 into NaN.
+    # Where instead of a product: for an uncounted or all-zero token, 1/0 or inf * 0 would give NaN.
     safe = ops.op("Where", usable, norms, ops.constant(1.0, "float32"))
     token_weights = ops.op("Where", usable, ops.op("Reciprocal", safe), ops.constant(0.0, "float32"))  # [S]
     scores = ops.op("MatMul", ops.op("Unsqueeze", token_weights, ops.constant([0], "int64")), squares)  # [1, F]
@@ -113,9 +113,9 @@ def neuron_stats_function(method: Method) -> ir.Function:
 def select_mask_function() -> ir.Function:
     """Define `tda::SelectMask`: keep the neurons whose score reaches their layer's threshold.
 
-    Without any counted token (weight 0: a one-token prompt without a prior) every neuron is kept. Inputs: stats
-    [2, F], weight [1], thresholds [L]; attribute `layer`. Outputs: the indices, int32 [K], ascending, and the mask
-    itself as bool [F].
+    Without a counted token (weight 0: a one-token prompt without a prior) every neuron is kept. Inputs: stats [2, F],
+    weight [1], thresholds [L]; attribute `layer`. Outputs: the indices, int32 [K], ascending, and the mask itself as
+    bool [F].
     """
     ops = Ops()
     stats, weight, thresholds = inputs = [ir.Value(name=name) for name in ("stats", "weight", "thresholds")]

@@ -1,4 +1,4 @@
-"""How the matrices of an artifact are stored: as floats, or as codes of an integer format."""
+"""How an artifact stores its matrices: as floats, or as codes of an integer format."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tda_export.weights.plan import FLOAT, FormatPlan, plan_formats, read_rules
 class PlannedWeight:
     """A tensor of weights.bin: its name in the graphs, shape, dtype, and how to make it.
 
-    `matrix`: of which it is the first tensor, None of others.
+    `matrix`: the matrix whose first tensor this is, None for other tensors.
     """
 
     name: str
@@ -37,7 +37,7 @@ class PlannedWeight:
 
     @property
     def bytes(self) -> int:
-        """What it takes in the file, without padding."""
+        """The bytes of the tensor in the file, without padding."""
         return contract.tensor_bytes(self.shape, self.dtype)
 
 
@@ -45,15 +45,15 @@ class PlannedWeight:
 class Storage:
     """How tensors are stored.
 
-    `dtype`: a value of `contract.DTYPES`, of activations and of all that is no integer. `formats`: of every matrix;
-    None is all floats. `codes`: those that the checkpoint has, [in, out] in layers, [out, in] outside, which are stored
-    as they are; others are rounded.
+    `dtype`: a value of `contract.DTYPES`, for activations and all floats. `formats`: the format of every matrix; None
+    means all floats. `codes`: the checkpoint's own codes, [in, out] in layers, [out, in] outside, which are stored
+    unchanged; other matrices are rounded.
     """
 
     dtype: str
     formats: FormatPlan | None = None
     codes: Mapping[str, Codes] = field(default_factory=dict)
-    quantizer: ClassVar[str] = "rtn"  # how integers come about that the checkpoint does not have
+    quantizer: ClassVar[str] = "rtn"  # how matrices without codes in the checkpoint become integers
 
     @property
     def has_integers(self) -> bool:
@@ -62,24 +62,24 @@ class Storage:
 
     @property
     def rounds(self) -> bool:
-        """Whether some matrix becomes integers that the checkpoint does not have: another model than its own."""
+        """Whether some matrix is rounded to integers that the checkpoint does not have, which changes the model."""
         return self.formats is not None and any(name not in self.codes for name in self.formats.integers)
 
     def row_bytes(self, spec: DecoderSpec) -> RowBytes:
-        """Return what rows of the layers' linears take."""
+        """Return the bytes of the rows of the layers' linears."""
         return row_bytes_of(spec, contract.DTYPE_BYTES[self.dtype], self.formats)
 
     def plan(self, target: str, tensor: LazyTensor, major: Major, members: Sequence[str]) -> Iterator[PlannedWeight]:
         """List the tensors of a matrix.
 
         Args:
-            target: Its name in the graphs.
+            target: The matrix's name in the graphs.
             tensor: [rows, columns].
-            major: What a row is.
-            members: The names of what lies side by side in it.
+            major: What a row belongs to: an input or an output.
+            members: The names of the matrices that lie side by side in it.
 
         Raises:
-            UsageError: What lies side by side has different formats.
+            UsageError: Matrices side by side have different formats.
         """
         rows, columns = tensor.shape
         formats = {None if self.formats is None else self.formats.of(name) for name in members}
@@ -100,16 +100,16 @@ class Storage:
             yield PlannedWeight(stored.name, stored.shape, stored.dtype, load, None if index else matrix)
 
     def packed(self, matrix: Matrix, tensor: LazyTensor, members: Sequence[str]) -> list[torch.Tensor]:
-        """Make the tensors of a matrix of integers, in the order of `Matrix.tensors`.
+        """Make the tensors of an integer matrix, in the order of `Matrix.tensors`.
 
         Args:
-            matrix: What is stored.
+            matrix: The matrix to store.
             tensor: Its elements [rows, columns].
-            members: The names of what lies side by side in it.
+            members: The names of the matrices that lie side by side in it.
 
         Raises:
             UsageError: The checkpoint's codes cannot lie side by side.
-            TdaError: They have another shape, or elements cannot be rounded.
+            TdaError: The codes have another shape, or elements cannot be rounded.
         """
         assert isinstance(matrix.format, IntegerFormat)
         return [torch.from_numpy(array) for array in self._codes(tensor, members, matrix.format).pack()]
@@ -134,21 +134,22 @@ class Storage:
 
 
 def storage_of(source: ModelSource, dtype: str, plan: FormatPlan | None = None) -> Storage:
-    """Return how a model is stored: as it is quantised, or by a plan of formats; None is all floats."""
+    """Return how a model is stored: as it is quantised, or by a plan of formats; None means all floats."""
     return Storage(dtype, source.formats or plan, source.codes)
 
 
 def read_plan(source: ModelSource, weights: str, group: int | None, rules: Sequence[str]) -> FormatPlan | None:
-    """Read the formats that a float model is asked to be stored in, None where all stay floats.
+    """Read the requested formats of a float model's matrices; None where all stay floats.
 
     Args:
         source: The model.
         weights: `float`, `int8` or `int4`.
-        group: Integers that share a scale; None is the default.
+        group: The number of integers that share a scale; None is the default.
         rules: Exceptions (`weights.plan.read_rules`).
 
     Raises:
-        UsageError: A rule is none or matches nothing, the model is quantised already, or a group is given for floats.
+        UsageError: A rule is malformed or matches nothing, the model is quantised already, or a group is given for
+            floats.
     """
     if source.formats is not None:
         if weights == FLOAT and group is None and not rules:
@@ -174,7 +175,7 @@ def read_plan(source: ModelSource, weights: str, group: int | None, rules: Seque
 
 
 class _TensorsToCome:
-    """The tensors of a matrix of codes, which are made when its first is read, and let go with its last."""
+    """The tensors of a matrix of codes: made when the first is read, and freed with the last."""
 
     def __init__(self, make: Callable[[], list[torch.Tensor]]) -> None:
         self._make = make

@@ -1,4 +1,4 @@
-"""The integers of an artifact, de-quantised into transformers: what its kernels are compared with."""
+"""Load the integers of an artifact, de-quantised, into transformers: the reference of its kernels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tda_export.weights.integers import Codes
 
 
 def stored_codes(artifact: Artifact, name: str) -> Codes:
-    """Read a matrix of integers out of weights.bin."""
+    """Read an integer matrix from weights.bin."""
     matrix = artifact.matrices[name]
     assert isinstance(matrix.format, IntegerFormat)
     arrays = [map_weight(artifact, tensor.name) for tensor in matrix.tensors]
@@ -27,16 +27,16 @@ def stored_codes(artifact: Artifact, name: str) -> Codes:
 
 
 def with_stored_integers(model: Any, artifact: Artifact, source: ModelSource) -> Any:
-    """Return a model of transformers whose weights are what the artifact stores as integers.
+    """Return a transformers model with the artifact's integer matrices, de-quantised, as its weights.
 
     Args:
-        model: The artifact's, of floats. It is returned as it is where nothing differs.
-        artifact: Of the priced layout, or without integers.
-        source: Where the model comes from; one of integers has these already.
+        model: The artifact's float model, which is returned unchanged where nothing differs.
+        artifact: The artifact, of the priced layout or without integers.
+        source: The source of the model; a quantised source has the integers already.
     """
     if not artifact.has_integers or source.formats is not None:
         return model
-    spec, changed = source.spec, copy.deepcopy(model)  # a source may hand the same model out again
+    spec, changed = source.spec, copy.deepcopy(model)  # a source may return the same model object again
     stored_parts = packed_matrices(spec, artifact.manifest["packing"])
     with torch.no_grad():
         for layer in range(spec.num_layers):

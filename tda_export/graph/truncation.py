@@ -1,8 +1,8 @@
 """Threshold truncation (TT): the decode graph of the baseline that drops each token's own small neurons.
 
-Sources: ReLU^2 Wins, arXiv 2402.03804, section 3; the TT baseline of TDA, arXiv 2408.11393. A neuron is known to be
-small only once its gate and up products are, so every gate row and up row is read, and a down row where the neuron is
-kept: with d the share of kept neurons, (2 + d) / 3 of the FFN's bytes. Stock operators alone.
+Sources: ReLU^2 Wins, arXiv 2402.03804, section 3; the TT baseline of TDA, arXiv 2408.11393. Whether a neuron is small
+is known only after its gate and up products. So every gate row and up row is read, and only the down rows of kept
+neurons: (2 + d) / 3 of the FFN's bytes, where d is the share of kept neurons. The graph uses only stock operators.
 """
 
 from __future__ import annotations

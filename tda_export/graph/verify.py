@@ -23,22 +23,22 @@ from tda_export.runtime.providers import choose_provider
 def verify_artifact(
     folder: Path, source: Callable[[str], ModelSource] | None, *, provider: str = "auto", quiet: bool = False
 ) -> list[Check]:
-    """Check everything that can be checked, and gather the results.
+    """Check everything that can be checked, and return the results.
 
     Args:
         folder: The artifact.
         source: Finds the model to compare with, given its name in the manifest; None checks files and graphs only.
         provider: `auto`, `cpu` or `cuda`.
-        quiet: No progress.
+        quiet: Show no progress.
 
     Raises:
-        TdaError: The artifact cannot be opened at all, or the reference is not its model.
+        TdaError: The artifact cannot be opened, or the reference is not its model.
     """
     artifact = open_artifact(folder)
     chosen = choose_provider(provider, artifact.shape.dtype)
     checks = [_hashes(artifact, quiet), *_graphs(artifact)]
     if source is None or not all(check.passed for check in checks):
-        return checks  # numbers from altered files would only add noise
+        return checks  # comparing numbers of altered files would not help
     model = source(artifact.name)
     if model.fingerprint != artifact.manifest["model"]["fingerprint"]:
         raise TdaError(
@@ -71,7 +71,7 @@ def _graphs(artifact: Artifact) -> list[Check]:
             model = onnx.load(artifact.file(file), load_external_data=False)
             graphs[file] = model
             problem = _external_data_problem(artifact, model)
-        except Exception as error:  # the checker and protobuf raise their own kinds
+        except Exception as error:  # the checker and protobuf raise their own exceptions
             problem = first_line(error)
         checks.append(Check(f"{file} passes onnx.checker", problem=problem))
     if all(check.passed for check in checks):

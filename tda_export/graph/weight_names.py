@@ -1,4 +1,4 @@
-"""The names of tensors in weights.bin, a part of the contract (`contract.py` has them too)."""
+"""The names of tensors in weights.bin, a part of the contract (`contract.py` exports them too)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FINAL_NORM = "final_norm"
 COS_CACHE = "cos_cache"
 SIN_CACHE = "sin_cache"
 ROPE_CACHES = (COS_CACHE, SIN_CACHE)
-LOCAL_ROPE_CACHES = ("cos_cache.local", "sin_cache.local")  # of layers with a window, where they have their own
+LOCAL_ROPE_CACHES = ("cos_cache.local", "sin_cache.local")  # of layers with a window, if they have their own tables
 
 
 def linear_weight(layer: int, stored: str) -> str:
@@ -23,7 +23,7 @@ def linear_weight(layer: int, stored: str) -> str:
 
 
 def in_a_layer(name: str, layer: int | None = None) -> bool:
-    """Tell whether a weight belongs to a layer, or to this one. Of the matrices, linears alone do."""
+    """Return whether a weight belongs to a layer, or to the given one. Of the matrices, only linears do."""
     return name.startswith("layers." if layer is None else f"layers.{layer}.")
 
 
@@ -33,7 +33,7 @@ def linear_bias(matrix: str) -> str:
 
 
 def row_price(matrix: str) -> str:
-    """Name what the rows of a matrix are worth: expected squared gradient of the input a byte, float32 [in]."""
+    """Name the worth of a matrix's rows: the expected squared gradient of the input per byte, float32 [in]."""
     return f"{matrix}.row_price"
 
 
@@ -83,7 +83,7 @@ def ffn_output_norm(layer: int) -> str:
 
 
 def ffn_weight(layer: int, part: str) -> str:
-    """Name the weight of `part`, one of gate, up, down."""
+    """Name the weight of `part`: gate, up or down."""
     return f"layers.{layer}.ffn.{part}"
 
 
@@ -92,15 +92,15 @@ def ffn_bias(layer: int, part: str) -> str:
 
 
 def neuron_scale(layer: int) -> str:
-    """What turns a neuron's activated gate into an estimate of its output's length, float32 [F]."""
+    """Name the factors that turn a neuron's activated gate into an estimate of its output's length, float32 [F]."""
     return f"layers.{layer}.ffn.neuron_scale"
 
 
 def transposed(name: str) -> str:
-    """A weight as the plain dense graph has it; it is in no artifact."""
+    """Name the transposed weight of the plain dense graph; no artifact has it."""
     return f"{name}.transposed"
 
 
 def down_squared_norms(layer: int) -> str:
-    """Squared length of each down column, float32 [F]: the weight of a neuron in the magnitude statistic."""
+    """Name the squared lengths of the down columns, float32 [F]: the neurons' weights in the magnitude statistic."""
     return f"layers.{layer}.ffn.down_squared_norms"

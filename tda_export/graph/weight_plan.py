@@ -21,9 +21,9 @@ from tda_export.weights.plan import part_name
 
 @dataclass(frozen=True)
 class IndexedRows:
-    """Rows of FFN matrices are neurons, and a mask names those to read. Q, K and V are packed.
+    """Rows of FFN matrices are neurons, and a prompt mask names those to read. Q, K and V are packed.
 
-    `up_rms`, float [L, F], is the root mean square of each neuron's up product (ones without gates), which two-level
+    `up_rms`, float [L, F], is the root mean square of each neuron's up product (1 without gates), which two-level
     methods need.
     """
 
@@ -32,7 +32,7 @@ class IndexedRows:
 
 @dataclass(frozen=True)
 class PricedRows:
-    """Rows of all linears of the layers are input channels, and a token reads those that are worth their bytes.
+    """Rows of all linears of the layers are input channels, and a token reads the rows that are worth their bytes.
 
     `prices` are float32 [L, in] by stored matrix: those of `packed_matrices`.
     """
@@ -54,12 +54,12 @@ def plan_weights(
     Args:
         spec: The architecture.
         weights: The checkpoint.
-        storage: How they are stored; row prices and the constants of statistics and estimates are float32.
-        rows: What the rows of the layers' matrices are.
+        storage: How the tensors are stored; row prices and the constants of statistics and estimates are float32.
+        rows: The meaning of the rows of the layers' matrices.
 
     Raises:
         TdaError: A tensor is missing or has another shape than the configuration says.
-        UsageError: What is to lie side by side has different formats.
+        UsageError: Matrices to be stored side by side have different formats.
     """
     return _Planner(spec, weights, storage, rows).plan()
 
@@ -114,7 +114,7 @@ class _Planner:
         return self._storage.plan(target, tensor, "output", [target])
 
     def _floats(self, target: str, tensor: LazyTensor, major: Major = "output") -> Iterator[PlannedWeight]:
-        """List a matrix that is stored as floats, as all of the indexed layout are."""
+        """List a matrix that is stored as floats, as all matrices of the indexed layout are."""
         return Storage(self._dtype).plan(target, tensor, major, [target])
 
     def _norm(self, target: str, module: str) -> Iterator[PlannedWeight]:
@@ -124,7 +124,7 @@ class _Planner:
             yield self._stored(contract.norm_bias(target), self._layout.plain(f"{module}.bias", size))
 
     def _projections(self, layer: int) -> Iterator[PlannedWeight]:
-        """List what gives queries, keys and values."""
+        """List the projections of queries, keys and values."""
         if isinstance(self._rows, PricedRows):
             yield from self._priced(layer, ("q", "k", "v"), biased=self._spec.qkv_bias)
             return
@@ -186,7 +186,7 @@ def _squared_row_norms(down: LazyTensor) -> torch.Tensor:
 
 
 def _scale(squared_norms: LazyTensor, up_rms: torch.Tensor) -> torch.Tensor:
-    """RMS(up_i · x) ||W_down[:, i]||: times |act(gate_i · x)| the length to expect of neuron i's output."""
+    """RMS(up_i · x) ||W_down[:, i]||: times |act(gate_i · x)|, the expected length of neuron i's output."""
     return squared_norms.load().sqrt() * up_rms
 
 

@@ -19,7 +19,7 @@ ALIGNMENT = 4096  # bytes; lets a runtime map each tensor into memory
 
 
 class WeightTable(dict[str, ir.ExternalTensor]):
-    """The tensors of weights.bin by name, for graphs to refer to; `matrices` describes those that are one."""
+    """The tensors of weights.bin by name, for graphs to refer to; `matrices` describes the matrices among them."""
 
     def __init__(self, tensors: Mapping[str, ir.ExternalTensor], matrices: Mapping[str, Matrix]) -> None:
         super().__init__(tensors)

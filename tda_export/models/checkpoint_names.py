@@ -1,4 +1,4 @@
-"""Where families keep their tensors: what differs from Llama's names."""
+"""Names of families' tensors, where they differ from Llama's names."""
 
 from __future__ import annotations
 

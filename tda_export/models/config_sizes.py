@@ -1,4 +1,4 @@
-"""Sizes that a checkpoint's configuration gives, checked before anything is made of them."""
+"""Check the sizes in a checkpoint's configuration before anything is allocated by them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIZES = (
     "n_positions",
     "original_max_position_embeddings",
     "word_embed_proj_dim",
-    # of GGUF files, after the architecture's name
+    # fields of GGUF files, after the architecture's name
     "embedding_length",
     "feed_forward_length",
     "context_length",
@@ -39,12 +39,12 @@ LIMITS = dict.fromkeys(SIZES, LARGEST_SIZE) | dict.fromkeys(LAYERS, MOST_LAYERS)
 
 
 def check_sizes(config: Mapping[str, Any], name: str, place: str) -> None:
-    """Refuse a configuration in which a size is none.
+    """Refuse a configuration with an invalid size.
 
     Args:
-        config: Fields by name; those that are no sizes are not looked at, and None is a field that is not there.
-        name: The model's, for the message.
-        place: What the fields are of, likewise.
+        config: Fields by name. Fields that are not sizes are ignored; None means that a field is absent.
+        name: The model's name, for the message.
+        place: What the fields belong to, for the message.
 
     Raises:
         TdaError: A size is not a whole number, is under 1, or is beyond any model's; the message names the field.

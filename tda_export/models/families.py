@@ -1,7 +1,7 @@
 """The table of supported architectures. A family is an entry that says how it differs from a plain Llama.
 
 Each entry reads a transformers configuration (version 5 fields, which transformers fills for older checkpoints too)
-into a DecoderSpec. What the graphs cannot express is refused by its name (`unsupported.py`).
+into a DecoderSpec. Architectures that the graphs cannot express are refused by name (`unsupported.py`).
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _gemma2(config: Any) -> dict[str, Any]:
 
 
 def _gemma3(config: Any) -> dict[str, Any]:
-    # Its attention does not look at attn_logit_softcapping.
+    # Its attention ignores attn_logit_softcapping.
     return _gemma2(config) | {"attention_softcap": None, "qk_norm": "head"}
 
 
@@ -220,7 +220,8 @@ def check_architecture(architecture: str) -> Family:
     """Return the entry of a supported architecture.
 
     Raises:
-        TdaError: It is not supported; the message says what it has that the graphs lack, or names those supported.
+        TdaError: It is not supported; the message says which of its features the graphs lack, or names the supported
+            ones.
     """
     if architecture not in FAMILIES:
         refuse_architecture(architecture, FAMILIES)
@@ -237,7 +238,7 @@ def read_spec(config: Any) -> DecoderSpec:
         The description of the architecture.
 
     Raises:
-        TdaError: The architecture, or something that the configuration asks for, is not supported.
+        TdaError: The architecture, or a feature that the configuration asks for, is not supported.
     """
     architecture = _architecture(config)
     family = check_architecture(architecture)
@@ -279,7 +280,7 @@ def read_spec(config: Any) -> DecoderSpec:
 
 
 def _rope_fields(config: Any, architecture: str, head_size: int) -> dict[str, Any]:
-    """Read the rotary embeddings: of all layers alike, or of those with a window and those without."""
+    """Read the rotary embeddings: one for all layers, or separate ones for layers with and without a window."""
     parameters = config.rope_parameters
     if "full_attention" in parameters:
         kinds = ("full_attention", "sliding_attention")
@@ -294,7 +295,8 @@ def _rope_fields(config: Any, architecture: str, head_size: int) -> dict[str, An
 
 
 def _longest_context(config: Any, rope: RopeSpec) -> dict[str, Any]:
-    """Longrope has other frequencies for contexts longer than the original; the graphs have those of shorter ones."""
+    """Limit longrope's context: it has other frequencies beyond the original context, and the graphs have only the
+    short ones."""
     if rope.scaling != "longrope":
         return {}
     return {"max_positions": min(config.max_position_embeddings, rope.original_max_positions)}

@@ -1,4 +1,4 @@
-"""Where a transformers model computes its FFN, whatever the family packs together or leaves out."""
+"""The place where a transformers model computes its FFN, in every family's packing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
 class FfnModules:
     """One layer's FFN in a transformers model. Calls of the model are of batch 1; T tokens, F neurons, M hidden size.
 
-    A neuron's first product is the one that the activation function is applied to: gate · x, without gates up · x.
+    A neuron's first product is the one to which the activation function is applied: gate · x, or up · x without gates.
     """
 
     def __init__(self, model: Any, spec: DecoderSpec, layer: int) -> None:
@@ -37,19 +37,19 @@ class FfnModules:
         return self._down.weight.T
 
     def on_first(self, observe: Observe) -> Any:
-        """Give `observe` the first products [T, F] of each call; return the hook's handle."""
+        """Call `observe` with the first products [T, F] of each call; return the hook's handle."""
         return self._first.on_output(observe)
 
     def on_up(self, observe: Observe) -> Any:
-        """Give `observe` what activations are multiplied by, [T, F]: up · x, and 1 without gates."""
+        """Call `observe` with the factors of the activations, [T, F]: up · x, or 1 without gates."""
         if not self._gated:
             return self._up.on_output(lambda first: observe(torch.ones_like(first)))
         return self._up.on_output(observe)
 
     def on_activations(self, change: Change) -> Any:
-        """Give `change` the activations h [T, F] that go into W_down, and take what it returns in their place.
+        """Call `change` with the activations h [T, F], the input of W_down, and replace them by its result.
 
-        None leaves them as they are.
+        None leaves them unchanged.
         """
         return self._down.on_input(change)
 

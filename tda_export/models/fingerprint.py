@@ -1,4 +1,4 @@
-"""Tell two models apart without reading all of their weights."""
+"""Distinguish models without reading all of their weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tda_export.models.spec import DecoderSpec, RopeSpec
 BLOCKS = 4096
 BLOCK_BYTES = 8 * 1024
 
-# What of a spec is hashed, by name: fields that later families add must not make a new model of an old one.
+# The fields of a spec that are hashed: fields that later families add must not change old models' fingerprints.
 SPEC_FIELDS = (
     "architecture",
     "vocab_size",
@@ -43,9 +43,9 @@ ROPE_FIELDS = (
 def fingerprint(spec: DecoderSpec, weight_files: Iterable[Path]) -> str:
     """Hash a model's architecture and a sample of its weights.
 
-    Files of up to 32 MiB are hashed whole, larger ones by their size and 4,096 evenly spaced blocks of 8 KiB, the
-    first and the last bytes among them. In a shard of 5 GB that is a block for every 1.2 MB, so that a change of any
-    large matrix shows; a change of a few small tensors alone may not.
+    Files of up to 32 MiB are hashed whole, larger ones by their size and 4,096 evenly spaced blocks of 8 KiB, the first
+    and the last bytes among them. In a shard of 5 GB that is a block for every 1.2 MB, so that a change of any large
+    matrix is detected; a change of only a few small tensors may not be.
 
     Args:
         spec: The architecture.
@@ -56,7 +56,7 @@ def fingerprint(spec: DecoderSpec, weight_files: Iterable[Path]) -> str:
     """
     content, rope = dataclasses.asdict(spec), dataclasses.asdict(spec.rope or RopeSpec(0.0))
     facts = {name: content[name] for name in SPEC_FIELDS} | {name: rope[name] for name in ROPE_FIELDS}
-    # A field that has its default is left out, as if it had never been there.
+    # A field with its default is left out, as if it did not exist.
     facts |= _changed(spec, content) | _changed(spec.rope or RopeSpec(0.0), rope)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for part in sorted(_sample(path) for path in weight_files):
@@ -65,7 +65,8 @@ def fingerprint(spec: DecoderSpec, weight_files: Iterable[Path]) -> str:
 
 
 def _changed(described: Any, content: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields with a default that a description sets to something else, but for names and those above."""
+    """Return the fields that a description sets to something other than their default, except names and the fields
+    above."""
     known = {*SPEC_FIELDS, *ROPE_FIELDS, "names"}
     return {
         field.name: content[field.name]

@@ -1,4 +1,5 @@
-"""The header of a GGUF file, walked within the file's own size: what a damaged or hostile one claims costs nothing."""
+"""The header of a GGUF file, read within the file's own size, so that false sizes in a damaged or hostile file do no
+harm."""
 
 from __future__ import annotations
 
@@ -12,21 +13,21 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ARCHITECTURE = "general.architecture"
 TOKENS = "tokenizer.ggml.tokens"
-# Types of values of a fixed size, as `struct` spells them.
+# Types of values of a fixed size, in the notation of `struct`.
 FIXED = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
 LONGEST_SHAPE = 4  # dimensions that the format allows
 SMALLEST_PAIR, SMALLEST_TENSOR = 13, 24  # bytes
-LARGEST_ALIGNMENT = 1 << 20  # bytes; files have 32
+LARGEST_ALIGNMENT = 1 << 20  # bytes; files usually have 32
 
 
 class DamagedGguf(ValueError):
-    """The file is no GGUF file that can be."""
+    """The file is not a valid GGUF file."""
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a file says of its model: single values, lengths of arrays, and shapes as the file has them, by name."""
+    """The content of a header by name: single values, lengths of arrays, and shapes in the file's order."""
 
     architecture: str
     values: dict[str, Any]
@@ -34,7 +35,7 @@ class GgufHeader:
     tensors: dict[str, tuple[int, ...]]
 
     def of_model(self, key: str) -> Any:
-        """Return a value of this architecture, None where it is not there."""
+        """Return a value of this architecture, or None where it is absent."""
         return self.values.get(f"{self.architecture}.{key}")
 
 
@@ -45,15 +46,15 @@ def read_gguf_header(path: Path) -> GgufHeader:
         path: The file.
 
     Raises:
-        DamagedGguf: It ends early, or says what cannot be.
-        OSError: It cannot be read.
+        DamagedGguf: The file ends early, or holds impossible values.
+        OSError: The file cannot be read.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return _Walk(content).header()
 
 
 class _Walk:
-    """One pass over a header, from its first byte on."""
+    """One pass over a header, from its first byte."""
 
     def __init__(self, content: mmap.mmap) -> None:
         self._content, self._size, self._at = content, len(content), 0
@@ -86,11 +87,11 @@ class _Walk:
         if count > LONGEST_SHAPE:
             raise DamagedGguf(f"its tensor {name[:80]!r} has {count} dimensions")
         shape = tuple(self._number("<Q") for _ in range(count))
-        self._bytes(12)  # type and place
+        self._bytes(12)  # type and offset
         return name, shape
 
     def _array(self, key: str) -> int:
-        """Pass over an array and return its length."""
+        """Skip an array and return its length."""
         kind, count = self._number("<I"), self._number("<Q")
         if kind == STRING:
             self._room(count * 8, f"{count} texts in {key[:80]!r}")

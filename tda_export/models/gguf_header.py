@@ -1,4 +1,5 @@
-"""What a GGUF file says that transformers passes over, or leaves out that transformers fills with another model's."""
+"""Refuse GGUF files with values that transformers ignores, or without values that transformers would fill from another
+model."""
 
 from __future__ import annotations
 
@@ -9,36 +10,36 @@ from tda_export.errors import TdaError
 from tda_export.models.config_sizes import check_sizes
 from tda_export.models.gguf_file import TOKENS, GgufHeader
 
-# Tensors that scale the rotary embedding: of llama3, and of longrope.
+# Tensors that scale the rotary embedding: for llama3, and for longrope.
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 ROPE_TYPE = "rope.scaling.type"
-# Without a type the scaling is linear; the second is what older files call the factor.
+# Without a type the scaling is linear; the second key is the factor's name in older files.
 ROPE_LINEAR = ("rope.scaling.factor", "rope.scale_linear")
 WINDOW = "attention.sliding_window"
-READ_WINDOWS = ("gemma2", "gemma3")  # whose window transformers does read
-# The largest of these divide attention by another number than their head size's root, which no key says; by blocks.
+READ_WINDOWS = ("gemma2", "gemma3")  # architectures whose window transformers does read
+# The largest of these models do not scale attention by their head size's root, which no key says; by number of blocks.
 OTHER_ATTENTION_SCALE = {"gemma2": 46, "gemma3": 62}
-# What every file says; transformers takes the sizes of its default model for those that are not there.
+# Keys of every file; transformers takes missing sizes from its default model.
 NEEDED = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
 EPSILONS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
 
 
 class Unread(NamedTuple):
-    """Something of a model that would be lost, and the place in the file that says so."""
+    """A feature of a model that would be lost, and the place in the file that specifies it."""
 
     what: str
     where: str
 
 
 def check_gguf_header(header: GgufHeader, name: str) -> None:
-    """Refuse a GGUF file of which transformers would make another model.
+    """Refuse a GGUF file that transformers would read as a different model.
 
     Args:
-        header: Of the file.
-        name: The model's, for the message.
+        header: The file's header.
+        name: The model's name, for the message.
 
     Raises:
-        TdaError: A size is missing or cannot be, or rope scaling, sliding window or attention scale would be lost.
+        TdaError: A size is missing or impossible, or rope scaling, sliding window or attention scale would be lost.
     """
     _refuse_incomplete(header, name)
     for unread in _unread(header):

@@ -1,7 +1,7 @@
-"""The tokenizer of a GGUF file, where what transformers makes of it is incomplete or would split text wrongly.
+"""Correct the tokenizer of a GGUF file where transformers reads it incompletely or would split text wrongly.
 
-A GGUF file names how text is split before byte-level BPE (`tokenizer.ggml.pre`) and holds no rule. transformers knows
-some of the names and gives every other GPT-2's splitting, without a word. The names and what they mean are llama.cpp's,
+A GGUF file names how text is split before byte-level BPE (`tokenizer.ggml.pre`) but holds no rule. transformers knows
+some of the names and silently uses GPT-2's splitting for all others. The names and their meanings are llama.cpp's,
 which writes them.
 """
 
@@ -20,24 +20,24 @@ ADD_BOS, ADD_SPACE_PREFIX = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_
 
 # Every digit stands alone, then GPT-2's splitting.
 SINGLE_DIGITS = {"smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b", "mellum2"}
-# GPT-2's splitting, which is what transformers falls back to.
+# GPT-2's splitting, transformers' fallback.
 AS_GPT2 = {"gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4", "trillion", "granite-docling"}
-# A piece that is a token is one without merging, and BOS is added unless the file says otherwise.
+# A piece that is a token is not split by merging, and BOS is added unless the file says otherwise.
 WHOLE_PIECES = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 
 KNOWN_TO_OLDER_RELEASES = {"llama-bpe", "llama3", "llama-v3", "qwen2"}
 
 
 def correct_gguf_tokenizer(tokenizer: Any, header: GgufHeader, name: str) -> None:
-    """Make transformers' tokenizer of a GGUF file split text as the model's own does, or refuse it.
+    """Make transformers' tokenizer of a GGUF file split text as the model's own tokenizer does, or refuse it.
 
     Args:
-        tokenizer: What transformers made of the file; it is changed.
+        tokenizer: The tokenizer that transformers made from the file; it is modified.
         header: Of the file.
-        name: The model's, for the message.
+        name: The model's name, for the message.
 
     Raises:
-        TdaError: How this file's text is split is not known.
+        TdaError: It is unknown how this model splits text.
     """
     value, backend = header.values.get, tokenizer.backend_tokenizer
     if value(MODEL) == SENTENCEPIECE:
@@ -68,13 +68,13 @@ def _known_to_transformers() -> set[str]:
     """Return the names that the installed release of transformers has a splitting for."""
     try:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-    except ImportError:  # releases that choose by architecture alone
+    except ImportError:  # releases that choose only by architecture
         return KNOWN_TO_OLDER_RELEASES
     return set(GGUF_PRE_TOKENIZER_SPLITS)
 
 
 def _leave_out_prefix(backend: Any) -> None:
-    """Do without the space before a text that transformers gives every SentencePiece vocabulary of this kind."""
+    """Remove the space that transformers puts before a text for every SentencePiece vocabulary of this kind."""
     split = backend.pre_tokenizer
     if not isinstance(split, pre_tokenizers.Metaspace) or split.prepend_scheme == "never":
         return

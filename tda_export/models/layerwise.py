@@ -1,7 +1,7 @@
-"""A transformers model of which memory holds one layer at a time; the rest of it, embeddings and head, stays.
+"""A transformers model with only one layer in memory at a time; the other parts, embeddings and head, stay.
 
-Layers are read from the checkpoint when they are needed, so a model of any size runs where one layer, its embedding and
-its head fit, as long as all sequences pass through a layer before the next one is read.
+Layers are read from the checkpoint when they are needed. So a model of any size runs where one layer, its embedding and
+its head fit, provided that all sequences pass through a layer before the next one is read.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class LayerwiseModel:
     """The model. `model` is transformers' own, in evaluation mode, whose layers have weights only inside `layer`."""
 
     def __init__(self, source: ModelSource, device: str) -> None:
-        """Make the model in float32, and read what is outside the layers.
+        """Make the model in float32, and read the weights outside the layers.
 
         Args:
-            source: Where it comes from. Its weights are read, never changed.
-            device: Of weights and computations, such as `cuda:0`.
+            source: The model's source. Its weights are read, never changed.
+            device: The device of weights and computations, such as `cuda:0`.
 
         Raises:
-            TdaError: The checkpoint lacks a tensor, or has one of another shape.
+            TdaError: The checkpoint lacks a tensor, or has one of the wrong shape.
         """
         self.name, self.spec, self.device = source.name, source.spec, torch.device(device)
         self._weights = source.weights()
@@ -44,11 +44,11 @@ class LayerwiseModel:
                 module._buffers[buffer] = value.to(self.device)
             if not any(f"{name}.".startswith(layer) for layer in layers):
                 self._read(name, module, recurse=False)
-        self.model.tie_weights()  # reading has made parameters anew
+        self.model.tie_weights()  # reading has created new parameters
 
     @contextlib.contextmanager
     def layer(self, layer: int) -> Iterator[None]:
-        """Have a layer's weights, as the checkpoint has them, while the block runs.
+        """Load a layer's weights from the checkpoint while the block runs.
 
         Replace them (`parameter.data = ..`), but do not write into them: they may be the source's own memory.
         """
@@ -102,7 +102,7 @@ def layer_module(model: Any, spec: DecoderSpec, layer: int) -> torch.nn.Module:
 def layers_skipped(model: Any, spec: DecoderSpec, hidden: torch.Tensor | None = None) -> Iterator[None]:
     """While the block runs, let every layer of a transformers model return its input, the last one `hidden` if given.
 
-    Hooks of the layers are called as ever.
+    Hooks of the layers are called as usual.
     """
 
     def skip(hidden_states: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -121,7 +121,7 @@ def layers_skipped(model: Any, spec: DecoderSpec, hidden: torch.Tensor | None = 
 
 
 def _without_weights(source: ModelSource) -> Any:
-    """Make the model, its parameters without storage."""
+    """Make the model with parameters that have no storage."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 

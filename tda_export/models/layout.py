@@ -1,7 +1,7 @@
-"""A checkpoint's tensors as the graphs want them: linear layers [out, in], Q, K and V one below the other.
+"""A checkpoint's tensors in the graphs' layout: linear layers [out, in]; Q, K and V one below the other.
 
-Families pack, interleave and transpose; `Layout` takes that out. Nothing is read before a tensor's `load` is called,
-and no more than one tensor of the checkpoint at a time but for Q, K and V in three tensors.
+Families pack, interleave and transpose; `Layout` undoes that. Nothing is read before a tensor's `load` is called, and
+only one tensor of the checkpoint is read at a time, except for Q, K and V in three tensors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ QKV_PARTS = ("q", "k", "v")
 def module_parts(spec: DecoderSpec) -> dict[str, tuple[str, ...]]:
     """Return the parts of a layer that are in each module, in the order that a module packs them.
 
-    Modules have `{i}` in place of the layer.
+    Names of modules have `{i}` in place of the layer's number.
     """
     names = spec.names
     modules = {"q": names.query, "k": names.key, "v": names.value, "o": names.attention_out}
@@ -36,7 +36,7 @@ def module_parts(spec: DecoderSpec) -> dict[str, tuple[str, ...]]:
 
 
 def checkpoint_order(spec: DecoderSpec, part: str, weight: torch.Tensor) -> torch.Tensor:
-    """Put the outputs of a part [in, out] from the order of the graphs back into the checkpoint's."""
+    """Reorder the outputs of a part [in, out] from the graphs' order to the checkpoint's."""
     if part not in ("q", "k") or spec.rotary_size is None:
         return weight
     heads = weight.unflatten(1, (-1, spec.head_size))  # [in, heads, D]
@@ -44,7 +44,7 @@ def checkpoint_order(spec: DecoderSpec, part: str, weight: torch.Tensor) -> torc
 
 
 def module_weight(spec: DecoderSpec, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Make the weight of a module, as the checkpoint has it, from its parts: undo what `Layout.part` does.
+    """Make the checkpoint's weight of a module from its parts: the inverse of `Layout.part`.
 
     Args:
         spec: The architecture.
@@ -61,14 +61,14 @@ def module_weight(spec: DecoderSpec, parts: Mapping[str, torch.Tensor]) -> torch
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is read when it is needed: its shape, and how to read it."""
+    """A tensor that is read on demand: its shape, and how to read it."""
 
     shape: tuple[int, ...]
     load: Callable[[], torch.Tensor]
 
 
 class Layout:
-    """Reads the parts of a decoder from its checkpoint, having checked their shapes against the configuration."""
+    """Reads the parts of a decoder from its checkpoint, and checks their shapes against the configuration."""
 
     def __init__(self, spec: DecoderSpec, weights: Weights) -> None:
         self._spec, self._weights = spec, weights
@@ -85,14 +85,14 @@ class Layout:
         return LazyTensor(plain.shape, lambda: plain.load().float() + offset) if offset else plain
 
     def head_norm(self, module: str, heads: int) -> LazyTensor:
-        """Return the weights of a norm of queries or keys, in the order that heads have in the graphs."""
+        """Return the weights of a norm of queries or keys, in the graphs' order of a head's elements."""
         spec = self._spec
         whole = spec.qk_norm == "whole"
         plain = self.norm(module, heads * spec.head_size if whole else spec.head_size)
         return LazyTensor(plain.shape, lambda: self._rotated(plain.load(), heads if whole else 1))
 
     def positions(self) -> LazyTensor:
-        """Return the table of learned positions, [positions, M], that of position 0 first."""
+        """Return the table of learned positions, [positions, M], starting with position 0."""
         spec, offset = self._spec, self._spec.position_offset or 0
         plain = self.plain(f"{spec.names.positions}.weight", spec.max_positions + offset, spec.hidden_size)
         return LazyTensor((spec.max_positions, spec.hidden_size), lambda: plain.load()[offset:])
@@ -110,7 +110,7 @@ class Layout:
         return self._qkv(linears)
 
     def qkv_bias(self, layer: int) -> LazyTensor:
-        """Return their biases, [(H + 2 KV) D]."""
+        """Return the biases of Q, K and V, [(H + 2 KV) D]."""
         return self._qkv([self.plain(f"{module}.bias", rows) for module, rows in self._projections(layer)])
 
     def part(self, layer: int, part: str) -> LazyTensor:
@@ -129,7 +129,7 @@ class Layout:
         return self._qkv_part(layer, part, bias=True) if part in QKV_PARTS else self.ffn_bias(layer, part)
 
     def _qkv_part(self, layer: int, part: str, *, bias: bool) -> LazyTensor:
-        """Return the rows of q, k or v alone; where they are packed, all are read."""
+        """Return only the rows of q, k or v; where they are packed, all are read."""
         spec, place = self._spec, QKV_PARTS.index(part)
         heads = spec.num_heads if part == "q" else spec.num_kv_heads
         if spec.qkv_layout == "separate":
@@ -152,7 +152,7 @@ class Layout:
         return self._half(self.linear(module, 2 * spec.ffn_size, spec.hidden_size), part)
 
     def ffn_bias(self, layer: int, part: str) -> LazyTensor:
-        """Return the bias of an FFN matrix, [F], of down [M]."""
+        """Return the bias of an FFN matrix, [F], or [M] for down."""
         spec = self._spec
         name = f"{getattr(spec.names, part).format(i=layer)}.bias"
         if part == "down" or not spec.packed_gate:
@@ -160,7 +160,7 @@ class Layout:
         return self._half(self.plain(name, 2 * spec.ffn_size), part)
 
     def _projections(self, layer: int) -> list[tuple[str, int]]:
-        """Name the modules that hold Q, K and V, with their rows."""
+        """Name the modules that hold Q, K and V, with their numbers of rows."""
         names, sizes = self._spec.names, (self._heads, self._kv_heads, self._kv_heads)
         modules = [name.format(i=layer) for name in (names.query, names.key, names.value)]
         if self._spec.qkv_layout == "separate":
@@ -182,7 +182,7 @@ class Layout:
         return torch.cat([self._rotated(query, spec.num_heads), self._rotated(key, spec.num_kv_heads), value])
 
     def _rotated(self, rows: torch.Tensor, heads: int) -> torch.Tensor:
-        """Put the elements of each head [heads * D, ..] in the order that rotates whole heads."""
+        """Reorder the elements of each head [heads * D, ..] for rotation of whole heads."""
         size = self._spec.rotary_size
         if size is None:
             return rows

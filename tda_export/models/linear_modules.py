@@ -1,4 +1,4 @@
-"""Where a transformers model computes the linears of a layer, whatever the family packs together or transposes."""
+"""The place where a transformers model computes the linears of a layer, in every family's packing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Change = Callable[[torch.Tensor], torch.Tensor | None]
 class Linear:
     """One part (q, k, v, o, gate, up or down) of one layer. Calls of the model are of batch 1, T tokens.
 
-    A part may share its module with others: then its outputs are a slice of the module's.
+    A part may share its module with others; then its outputs are a slice of the module's outputs.
     """
 
     def __init__(self, model: Any, spec: DecoderSpec, layer: int, part: str) -> None:
@@ -40,7 +40,8 @@ class Linear:
 
     @property
     def weight(self) -> torch.Tensor:
-        """W [in, out] without gradient, row i what leaves input channel i: a view, but of heads that interleave."""
+        """W [in, out] without gradient; row i holds the weights of input channel i. A view, except where heads
+        interleave."""
         with present(self.module):
             weight: torch.Tensor = self.module.weight.detach()
         return self.of_outputs(weight if self._transposed else weight.T)
@@ -58,7 +59,7 @@ class Linear:
         return None if bias is None else self.of_outputs(bias.detach())
 
     def of_outputs(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Take the part [.., out] out of its module's outputs, or of their gradient."""
+        """Select the part [.., out] from its module's outputs, or from their gradient."""
         if self._heads is None:
             return outputs[..., self._place]
         return outputs.unflatten(-1, self._heads)[..., self._place, :].flatten(-2)  # [.., H, D] to [.., H D]
@@ -72,9 +73,9 @@ class Linear:
             outputs.unflatten(-1, self._heads)[..., self._place, :] = own.unflatten(-1, (heads, size))
 
     def on_input(self, change: Change) -> Any:
-        """Give `change` the module's input [T, in], and take what it returns in its place; return the hook's handle.
+        """Call `change` with the module's input [T, in], and replace it by the result; return the hook's handle.
 
-        None leaves it as it is. Parts of one module have one input.
+        None leaves it unchanged. Parts of one module share one input.
         """
 
         def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
@@ -84,7 +85,7 @@ class Linear:
         return self.module.register_forward_pre_hook(hook)
 
     def on_output(self, observe: Observe) -> Any:
-        """Give `observe` the part's outputs [T, out] of each call; return the hook's handle."""
+        """Call `observe` with the part's outputs [T, out] of each call; return the hook's handle."""
 
         def hook(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
             observe(self.of_outputs(_rows(output)))
@@ -96,14 +97,14 @@ class Linear:
         return self.module.register_forward_hook(lambda module, inputs, output: output + addend.to(output))
 
     def on_input_gradient(self, observe: Observe) -> Any:
-        """Give `observe` the gradient by the input through this part alone, [T, in]; return the hook's handle.
+        """Call `observe` with the gradient of the input through this part only, [T, in]; return the hook's handle.
 
-        It comes with each backward pass. The input of a call must be part of a graph that autograd records.
+        It is called in each backward pass. The input must be part of an autograd graph.
         """
         if not self.shares_module:
 
             def alias(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-                # A name of its own for the input: what others read of the same tensor adds nothing to its gradient.
+                # A separate tensor for the input, so that other readers of the same tensor add nothing to its gradient.
                 own = inputs[0].view_as(inputs[0])
                 own.register_hook(lambda gradient: observe(_rows(gradient)))
                 return (own,)
@@ -131,7 +132,7 @@ def by_module(linears: Iterable[Linear]) -> list[list[Linear]]:
 
 @contextlib.contextmanager
 def watch_sites(model: Any, spec: DecoderSpec, observe: Callable[[int, str, torch.Tensor], None]) -> Iterator[None]:
-    """Call `observe` with layer, site and what its parts read, x [T, in], in each call of the model in the block."""
+    """Call `observe` with layer, site and the site's input x [T, in] in each call of the model in the block."""
     handles = []
 
     def watch(linear: Linear, layer: int, site: str) -> None:
@@ -149,5 +150,5 @@ def watch_sites(model: Any, spec: DecoderSpec, observe: Callable[[int, str, torc
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """Drop the batch axis, which some families have flattened away already: [1, T, N] or [T, N] to [T, N]."""
+    """Drop the batch axis, which some families have already flattened: [1, T, N] or [T, N] to [T, N]."""
     return x.flatten(0, -2)

@@ -1,4 +1,5 @@
-"""What transformers says while it loads a model: shown as notes of one line, but for what cannot concern the user."""
+"""Show transformers' warnings while it loads a model as notes of one line, except those that do not concern the
+user."""
 
 from __future__ import annotations
 
@@ -11,35 +12,35 @@ from typing import TextIO
 
 LONGEST_NOTE = 400  # characters
 
-# Parts of transformers whose warnings say nothing of a model here, by the beginning of the logger's name. Everything
-# else is passed on: it is about what the configuration, the tokenizer or the weights say.
+# Parts of transformers whose warnings are irrelevant here, by prefix of the logger's name. All other warnings are
+# passed on: they concern the configuration, the tokenizer or the weights.
 SILENT = (
-    "transformers.generation",  # how transformers itself would generate
-    "transformers.quantizers.",  # weights that stay packed; here they are de-quantised
-    "transformers.integrations.",  # the same, and kernels of attention
-    "transformers.models.auto.",  # which of its classes it takes
+    "transformers.generation",  # transformers' own generation, unused here
+    "transformers.quantizers.",  # packed weights, which are de-quantised here
+    "transformers.integrations.",  # the same, and attention kernels
+    "transformers.models.auto.",  # the choice of its classes
 )
 SILENT_FUNCTIONS = (
-    "log_state_dict_report",  # tensors that do not fit are errors here, others are left alone
-    "_eventual_warn_about_too_long_sequence",  # calibration text is cut after it was tokenized
+    "log_state_dict_report",  # mismatched tensors are errors here, others are ignored
+    "_eventual_warn_about_too_long_sequence",  # calibration text is cut after tokenization
 )
 
 
 def quiet_transformers() -> None:
-    """Show no progress bars of transformers, and of its warnings those that matter, each once, as one line."""
+    """Disable transformers' progress bars, and show its relevant warnings once each, as one line."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_warning()
     transformers_logging.disable_progress_bar()
     transformers_logging.disable_default_handler()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it says where weights are, as was asked for
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it only reports the requested placement of weights
     logger = logging.getLogger("transformers")
     if _NOTES not in logger.handlers:
         logger.addHandler(_NOTES)
 
 
 def say(note: str) -> None:
-    """Show a note, in one line, on standard error; the same one once."""
+    """Show a note as one line on standard error, each note only once."""
     line = "".join(c if c.isprintable() else " " for c in " ".join(note.split()))
     if line not in _NOTES.said:
         _NOTES.said.add(line)
@@ -48,7 +49,7 @@ def say(note: str) -> None:
 
 @contextlib.contextmanager
 def nothing_but_notes() -> Iterator[None]:
-    """Keep from standard error what is written there, notes excepted: some progress bars have no switch."""
+    """Suppress standard error except for notes, since some progress bars cannot be disabled."""
     _NOTES.stream = sys.stderr
     try:
         with contextlib.redirect_stderr(io.StringIO()):

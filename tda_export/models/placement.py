@@ -1,8 +1,8 @@
-"""A model spread over several GPUs, and the CPU's memory where they are full, by accelerate's device map.
+"""Spread a model over several GPUs, and over the CPU's memory where they are full, with accelerate's device map.
 
-Hooks of accelerate take what enters a module to the module's device, and logits back to where the tokens were, so that
-only what watches modules has to mind devices. A module whose weights lie in the CPU's memory has none but during its
-call (`present`); autograd must not keep those for the backward pass either (`weights_fetched_again`).
+Accelerate's hooks move a module's inputs to the module's device, and logits back to the tokens' device, so only code
+that watches modules must care about devices. A module that is offloaded to the CPU has weights only during its call
+(`present`), and autograd must not keep them for the backward pass (`weights_fetched_again`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import torch
 from tda_export.errors import TdaError
 
 AUTO = "auto"
-GPU_SHARE = 0.85  # of a GPU's free memory, for weights; the rest is for activations and their gradients
+GPU_SHARE = 0.85  # share of a GPU's free memory for weights; the rest is for activations and their gradients
 DISK = "disk"
 
 Memory = dict[int | str, int]  # bytes by GPU, and of the CPU
 
 
 def own_memory(number: int = 0, count: int = 1) -> Memory:
-    """Return the memory that one of `count` processes on this machine may fill with weights: its GPUs, a share of RAM.
+    """Return the memory that one of `count` processes on this machine may fill with weights: its GPUs and a share of
+    RAM.
 
     Raises:
         TdaError: accelerate is missing.
@@ -42,7 +43,7 @@ def spread(model: Any, memory: Memory) -> Any:
     """Spread a model that is in the CPU's memory.
 
     Raises:
-        TdaError: It is larger than this memory.
+        TdaError: The model is larger than this memory.
     """
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_balanced_memory
@@ -58,7 +59,7 @@ def check_places(places: dict[str, Any]) -> None:
     """Refuse a device map that has put modules on the disk.
 
     Raises:
-        TdaError: It has.
+        TdaError: A module is on the disk.
     """
     if DISK in {str(place) for place in places.values()}:
         raise TdaError(
@@ -68,13 +69,13 @@ def check_places(places: dict[str, Any]) -> None:
 
 
 def is_offloaded(module: torch.nn.Module) -> bool:
-    """Whether a module has its weights on its device only while it is called."""
+    """Return whether a module has its weights on its device only while it is called."""
     hook = getattr(module, "_hf_hook", None)
     return bool(getattr(hook, "offload", False))
 
 
 def module_device(module: torch.nn.Module) -> torch.device:
-    """Return where a module computes."""
+    """Return the device on which a module computes."""
     if is_offloaded(module):
         return torch.device(module._hf_hook.execution_device)  # type: ignore[union-attr, arg-type]
     return next(module.parameters()).device
@@ -82,7 +83,7 @@ def module_device(module: torch.nn.Module) -> torch.device:
 
 @contextlib.contextmanager
 def present(module: torch.nn.Module) -> Iterator[None]:
-    """Have a module's weights on its device while the block runs; tensors that are taken of them stay valid."""
+    """Load a module's weights to its device while the block runs; tensors derived from them stay valid."""
     if not is_offloaded(module):
         yield
         return
@@ -94,7 +95,7 @@ def present(module: torch.nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Elsewhere:
-    """A view of a weight that was let go, and how to have it again."""
+    """A view of a freed weight, and how to load it again."""
 
     module: Any
     name: str
@@ -110,7 +111,8 @@ class _Elsewhere:
 
 @contextlib.contextmanager
 def weights_fetched_again(model: torch.nn.Module) -> Iterator[None]:
-    """While the block runs, let autograd keep no weights of offloaded modules: backward passes fetch them again."""
+    """While the block runs, keep autograd from saving weights of offloaded modules: backward passes fetch them
+    again."""
     running: list[torch.nn.Module] = []
     handles: list[Any] = []
     for module in model.modules():

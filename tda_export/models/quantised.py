@@ -1,8 +1,8 @@
-"""Folders that `tda-export quantize` writes: codes of integer formats, and the checkpoint that they stand for.
+"""Folders written by `tda-export quantize`: codes of integer formats, and the checkpoint that they represent.
 
-config.json says so under `quantization_config`, with the format of every matrix. model.safetensors holds each matrix
-of integers by itself, as an artifact stores it: `layers.{i}.{part}` [in, out] with heads in the order of the graphs,
-`embedding` and `head` [V, M], each with its `.scales` and `.zero_points`; all else is there by the checkpoint's names.
+config.json has the format of every matrix under `quantization_config`. model.safetensors holds each integer matrix
+separately, as an artifact stores it: `layers.{i}.{part}` [in, out] with heads in the graphs' order, `embedding` and
+`head` [V, M], each with its `.scales` and `.zero_points`. All other tensors have the checkpoint's names.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ TORCH_DTYPES = {"U8": "uint8", "F16": "float16"}  # safetensors' names
 
 
 def read_quantisation(folder: Path) -> dict[str, Any] | None:
-    """Return what a folder's config.json says of how it was quantised, None where `quantize` did not write it.
+    """Return the quantisation entry of a folder's config.json, None where `quantize` did not write the folder.
 
     Raises:
-        TdaError: It is of a version that is not known.
+        TdaError: The entry is of an unknown version.
     """
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         content = config.get(CONFIG_KEY)
     except (OSError, ValueError, AttributeError, RecursionError):
-        return None  # a missing or damaged file: transformers says what is wrong with it
+        return None  # a missing or damaged file: transformers reports what is wrong
     if not isinstance(content, dict) or content.get("quant_method") != METHOD:
         return None
     if content.get("version") != VERSION:
@@ -55,19 +55,21 @@ def read_quantisation(folder: Path) -> dict[str, Any] | None:
 
 
 def kept_of(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a manifest and a calibration keep of a folder's quantisation: how it was made, and what it lost."""
+    """Return the part of a folder's quantisation entry that manifests and calibrations keep: the settings and the
+    loss."""
     return {name: value for name, value in content.items() if name not in ("quant_method", "version", "formats")}
 
 
 def matrix_shape(spec: DecoderSpec, name: str) -> tuple[int, int]:
-    """Return rows and columns of a stored matrix: those of layers are input-major, embedding and head output-major."""
+    """Return rows and columns of a stored matrix. Matrices of layers are input-major, embedding and head
+    output-major."""
     if name in (EMBEDDING, HEAD):
         return spec.vocab_size, spec.embedding_width
     return linear_shape(spec, name.rpartition(".")[2])
 
 
 def made_tensors(spec: DecoderSpec, plan: FormatPlan) -> dict[str, tuple[str, ...]]:
-    """Name the checkpoint's tensors that matrices of integers are in, with all matrices that each is made of."""
+    """Name the checkpoint's tensors that contain integer matrices, with all matrices that each is made of."""
     made: dict[str, tuple[str, ...]] = {}
     for layer in range(spec.num_layers):
         for module, parts in module_parts(spec).items():
@@ -81,18 +83,19 @@ def made_tensors(spec: DecoderSpec, plan: FormatPlan) -> dict[str, tuple[str, ..
 
 
 class QuantisedWeights:
-    """The checkpoint of a quantised folder: tensors of integers come de-quantised, float32, all others as they are."""
+    """The checkpoint of a quantised folder: integer tensors are returned de-quantised, in float32, all others
+    unchanged."""
 
     def __init__(self, folder: Path, spec: DecoderSpec, content: dict[str, Any]) -> None:
         """Open the folder and check that it is whole.
 
         Args:
-            folder: With config.json and model.safetensors.
-            spec: Of its configuration. Whether the head is tied is read off the formats.
-            content: From `read_quantisation`.
+            folder: The folder, with config.json and model.safetensors.
+            spec: The spec of its configuration. The formats determine whether the head is tied.
+            content: The result of `read_quantisation`.
 
         Raises:
-            TdaError: Something is missing, of another shape or not known.
+            TdaError: A tensor or entry is missing, of the wrong shape, or unknown.
         """
         self._folder, self._spec = folder, spec
         self._stored: SafetensorsWeights = open_safetensors(folder)
@@ -115,7 +118,7 @@ class QuantisedWeights:
 
     @property
     def codes(self) -> Mapping[str, Codes]:
-        """The matrices of integers by name, each read when asked for."""
+        """The integer matrices by name, each read on access."""
         return CodesByName({name: partial(self.read_codes, name) for name in self.plan.integers})
 
     def __contains__(self, name: str) -> bool:
@@ -140,10 +143,10 @@ class QuantisedWeights:
         return module_weight(self._spec, parts)
 
     def read_codes(self, name: str) -> Codes:
-        """Read a matrix of integers.
+        """Read an integer matrix.
 
         Raises:
-            TdaError: It has a scale that is not a number.
+            TdaError: A scale is not finite.
         """
         format = self.plan.integers[name]
         tensors = format.tensors(name, *matrix_shape(self._spec, name))
@@ -153,7 +156,7 @@ class QuantisedWeights:
         return Codes.unpack(format, matrix_shape(self._spec, name)[1], packed, scales, zero_points)
 
     def _matrix(self, name: str) -> torch.Tensor:
-        if self.plan.of(name) is None:  # beside integers in one tensor of the checkpoint
+        if self.plan.of(name) is None:  # floats that share a tensor of the checkpoint with integers
             return self._stored.load(name).float()
         return torch.from_numpy(self.read_codes(name).decode())
 

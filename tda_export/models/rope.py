@@ -1,4 +1,4 @@
-"""Rotary embeddings: what configurations say of them, and the tables that GroupQueryAttention rotates with."""
+"""Rotary embeddings: their configurations, and the tables for GroupQueryAttention."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def inverse_frequencies(rope: RopeSpec, rotary_size: int) -> torch.Tensor:
     `theta^(-2j/D)`, divided by `factor` for linear scaling (position interpolation, arXiv 2306.15595); for
     `llama3` only wavelengths over `original / low_freq_factor` are divided, those under
     `original / high_freq_factor` are kept, and between the two the share is interpolated (Llama 3.1's
-    published scaling). `longrope` (arXiv 2402.13753) and `yarn` (arXiv 2309.00071) carry theirs.
+    published scaling). `longrope` (arXiv 2402.13753) and `yarn` (arXiv 2309.00071) provide their own frequencies.
 
     Args:
         rope: Base and scaling.
@@ -56,7 +56,7 @@ def rope_table(
     Args:
         rope: Base and scaling.
         head_size: D.
-        positions: Number of rows; the graphs can attend to no more tokens than this.
+        positions: The number of rows, which is the most tokens that the graphs can attend to.
         function: `"cos"` or `"sin"`.
         rotary_size: R, how many elements of a head are rotated; None is all.
 
@@ -72,13 +72,13 @@ def rope_table(
 
 
 def rotary_order(head_size: int, rotary_size: int) -> torch.Tensor:
-    """Order the elements of a head such that its rotated pairs are (j, j + D/2), as when all of it is rotated.
+    """Order the elements of a head so that its rotated pairs are (j, j + D/2), as where whole heads are rotated.
 
-    A model that rotates the first R elements pairs j with j + R/2. Queries and keys in the same new order have the same
-    products.
+    A model that rotates only the first R elements pairs j with j + R/2. Reordering queries and keys in the same way
+    does not change their products.
 
     Returns:
-        int64 [D]: the element that comes to each place.
+        int64 [D]: the index of the element at each place.
     """
     half, rest = rotary_size // 2, (head_size - rotary_size) // 2
     elements = torch.arange(head_size)
@@ -91,12 +91,12 @@ def read_rope(config: Any, parameters: dict[str, Any], architecture: str, layer_
 
     Args:
         config: A `transformers.PretrainedConfig`.
-        parameters: What it says of the rotary embedding of these layers.
-        architecture: For the error.
-        layer_type: transformers' name of these layers, where kinds of layers have embeddings of their own.
+        parameters: The configuration's parameters of these layers' rotary embedding.
+        architecture: The architecture's name, for the error message.
+        layer_type: transformers' name of this kind of layer, where kinds of layers have separate embeddings.
 
     Raises:
-        TdaError: Its scaling is not supported.
+        TdaError: The scaling is not supported.
     """
     kind = parameters.get("rope_type", "default")
     theta = float(parameters["rope_theta"])
@@ -116,7 +116,7 @@ def read_rope(config: Any, parameters: dict[str, Any], architecture: str, layer_
     if kind in ("longrope", "yarn"):
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        # Of longrope these are the short contexts' frequencies.
+        # For longrope these are the frequencies of short contexts.
         frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layer_type)
         return RopeSpec(
             theta,

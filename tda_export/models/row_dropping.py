@@ -1,6 +1,6 @@
-"""The one way to drop rows of a transformers model's linears: as decode reads them, in plain PyTorch.
+"""Drop rows of a transformers model's linears as decode does, in plain PyTorch. All other code uses this module.
 
-Row i of a matrix is what leaves its input channel i. A token reads it unless x_i² · row_price_i < price.
+Row i of a matrix holds the weights of input channel i. A token reads it unless x_i² · row_price_i < price.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from tda_export.packing import linear_parts, linear_shape, linear_sites
 
 @dataclass
 class RowsRead:
-    """Rows that tokens read so far: `read` by part, float64 [L], summed over `tokens`. Rows with x = 0 never count."""
+    """The number of rows that tokens read so far: `read` by part, float64 [L], summed over `tokens` tokens. Rows with x
+    = 0 never count."""
 
     read: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: int = 0
-    decided: int = 0  # rows that others have decided on, by matrix and token
-    otherwise: int = 0  # of these, rows that the price decides on otherwise
+    decided: int = 0  # rows with given decisions, by matrix and token
+    otherwise: int = 0  # of these, rows for which the price would decide differently
 
     def densities(self, spec: DecoderSpec) -> dict[str, torch.Tensor]:
-        """Return the share of each part's rows that a token read on average, float64 [L]."""
+        """Return the share of each part's rows that a token reads on average, float64 [L]."""
         return {part: read / (self.tokens * linear_shape(spec, part)[0]) for part, read in self.read.items()}
 
 
 def kept_rows(x: torch.Tensor, row_price: torch.Tensor, price: torch.Tensor) -> torch.Tensor:
-    """Tell which rows a token reads, bool [T, in]. Not "less" rather than its opposite, so that a NaN is read.
+    """Return which rows a token reads, bool [T, in]: those not below the price, so that a NaN is read.
 
     Args:
-        x: Of each token, [T, in]; compared in float32.
+        x: The input of each token, [T, in]; compared in float32.
         row_price: float32 [in].
         price: float32 [].
     """
@@ -52,20 +53,20 @@ def dropping(
 ) -> Iterator[RowsRead]:
     """Drop rows of a model's linears while the block runs, and count those that are read.
 
-    Calls of the model are of batch 1, and every token of a call drops rows: a prompt that is read densely is a call
-    outside of the block, whose keys and values the calls within go on from.
+    Calls of the model are of batch 1, and every token of a call drops rows: read a dense prompt in a call outside the
+    block, and continue from its keys and values inside.
 
     Args:
         model: A transformers model.
         spec: Its architecture.
         row_prices: float32 [L, in] of each matrix, by the name of its part or of its site, whose parts then drop the
-            same rows. Parts that are in none are read whole.
-        price: What a row must be worth, or float [T, 1] for each token of a call; 0 is dense.
-        decisions: Of others, bool [L, T, in] by the names of `row_prices`, true where a row is read. They count in
-            place of the price's, which are compared with them, and are of the one call in the block.
+            same rows. Parts without row prices are read whole.
+        price: The least worth of a row that is read, or float [T, 1], one for each token of a call; 0 is dense.
+        decisions: Given decisions, bool [L, T, in] by the names of `row_prices`, true where a row is read. They replace
+            the price's decisions, which are compared with them. The block may then have only one call.
 
     Yields:
-        The count, of all parts, which grows with each call.
+        The count of all parts, which grows with each call.
     """
     names = _matrices(spec, row_prices)
     device = model.device
@@ -91,7 +92,7 @@ def dropping(
         def together(x: torch.Tensor) -> torch.Tensor | None:
             if layer == 0 and group[0].part == "q":
                 count.tokens += len(x)
-            rows = [kept(linear, x) for linear in group][-1]  # all are alike
+            rows = [kept(linear, x) for linear in group][-1]  # all give the same rows
             return None if rows is None else torch.where(rows, x, 0)
 
         def apart(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
@@ -108,7 +109,7 @@ def dropping(
 
         if len({names[linear.part] for linear in group}) == 1:
             handles.append(group[0].on_input(together))
-        else:  # each slice of a packed product has an input of its own
+        else:  # each slice of a packed product has its own input
             handles.append(group[0].module.register_forward_hook(apart))
 
     for layer in range(spec.num_layers):
@@ -122,7 +123,7 @@ def dropping(
 
 
 def _matrices(spec: DecoderSpec, row_prices: Mapping[str, torch.Tensor]) -> dict[str, str | None]:
-    """Return the matrix that each part is in, None for those that are read whole."""
+    """Return the matrix of each part, None for parts that are read whole."""
     names: dict[str, str | None] = dict.fromkeys(linear_parts(spec))
     for name in row_prices:
         for part in linear_sites(spec).get(name, (name,)):

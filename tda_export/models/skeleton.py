@@ -1,4 +1,4 @@
-"""The shapes of a model's tensors, from its configuration alone."""
+"""The shapes of a model's tensors, from only its configuration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def skeleton_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter that transformers would make, by name; a tied one counts once."""
+    """Return the shape of every parameter that transformers would make, by name; a tied parameter counts once."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

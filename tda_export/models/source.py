@@ -1,4 +1,4 @@
-"""Where a model comes from: a Hugging Face folder, a hub id, a GGUF file, or the built-in model."""
+"""The source of a model: a Hugging Face folder, a hub id, a GGUF file, or the built-in model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ LOADING_PROBLEMS = {
     "mismatched_keys": "of another shape",
     "conversion_errors": "not converted",
 }
-MOST_ABSENT = 2  # times the checkpoint's weights; what is missing of less than that is named
+MOST_ABSENT = 2  # times the checkpoint's weights; the missing tensors are named if they are fewer
 OTHER_WEIGHTS = "transformers_weights"
 MISTRAL_FIX = "fix_mistral_regex"
 TOKENIZER_OPTIONS = {"mistral": {MISTRAL_FIX: True}}  # by model type; transformers says which checkpoints need it
@@ -74,26 +74,26 @@ class ModelSource:
             self._check_configuration_file()
         with _readable_errors(self):
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False, **self._gguf_argument)
-        if self.quantisation is not None:  # what is handed out is the de-quantised model's
+        if self.quantisation is not None:  # the returned configuration is the de-quantised model's
             del config.quantization_config
         return config
 
     @cached_property
     def quantisation(self) -> dict[str, Any] | None:
-        """What config.json says of how `tda-export quantize` made the folder, None of other models."""
+        """The quantisation entry of config.json in folders of `tda-export quantize`, None for other models."""
         return None if self.gguf else read_quantisation(self.folder)
 
     @property
     def formats(self) -> FormatPlan | None:
-        """The formats of a quantised folder's matrices, None of a float model."""
+        """The formats of a quantised folder's matrices, None for a float model."""
         return None if self.quantisation is None else self._quantised.plan
 
     @property
     def codes(self) -> Mapping[str, Codes]:
         """The matrices that the folder has as integers, exactly; none of a float model.
 
-        By name: `layers.{i}.{part}` [in, out] as `Layout.part` transposed has it, `embedding` and `head` [V, M]. A tied
-        head is the embedding and has no entry. Each is read from the file when it is looked at.
+        By name: `layers.{i}.{part}` [in, out] (`Layout.part` transposed), `embedding` and `head` [V, M]. A tied head is
+        the embedding and has no entry. Each is read from the file on access.
         """
         return {} if self.quantisation is None else self._quantised.codes
 
@@ -105,7 +105,7 @@ class ModelSource:
 
     @cached_property
     def header(self) -> GgufHeader:
-        """What the GGUF file says of the model."""
+        """The header of the GGUF file."""
         assert self.gguf is not None
         with _readable_errors(self):
             return read_gguf_header(self.folder / self.gguf)
@@ -144,7 +144,7 @@ class ModelSource:
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
-        """What `generation_config.json` says, stop tokens among it, or else the configuration."""
+        """The content of `generation_config.json`, with stop tokens, or of the configuration where there is none."""
         from transformers import GenerationConfig
 
         if not self.gguf and (self.folder / GENERATION_CONFIG_FILE).is_file():
@@ -182,9 +182,9 @@ class ModelSource:
         """Load the model in PyTorch with transformers, in evaluation mode.
 
         Args:
-            dtype: Of its weights.
+            dtype: The dtype of its weights.
             device: `auto` spreads it over this machine's GPUs and the CPU's memory (`placement`).
-            memory: That `auto` may fill, all by default.
+            memory: The memory that `auto` may fill, all by default.
 
         Raises:
             TdaError: The checkpoint is damaged, or larger than this memory.
@@ -192,7 +192,7 @@ class ModelSource:
         if device == AUTO:
             return self._spread(dtype, own_memory() if memory is None else memory)
         if self.gguf is not None:
-            # The cached model is the source of `weights()`: hand out a converted copy, never move it itself.
+            # The cached model is the source of `weights()`: return a converted copy, and never move the cached one.
             if dtype == torch.float32 and device == "cpu":
                 return self._dequantised
             return copy.deepcopy(self._dequantised).to(device=device, dtype=dtype).eval()
@@ -203,7 +203,7 @@ class ModelSource:
         return self._load(self.folder, dtype=dtype, use_safetensors=True).to(device)
 
     def _spread(self, dtype: torch.dtype, memory: Memory) -> Any:
-        if self.gguf is not None or self.quantisation is not None:  # which is made in the CPU's memory anyway
+        if self.gguf is not None or self.quantisation is not None:  # made in the CPU's memory in any case
             model = self.reference(dtype=dtype)
             return spread(copy.deepcopy(model) if self.gguf is not None else model, memory)
         return self._load(self.folder, dtype=dtype, use_safetensors=True, device_map=AUTO, max_memory=memory)
@@ -218,10 +218,10 @@ class ModelSource:
             )
 
     def _load(self, folder: Path | None, **options: Any) -> Any:
-        """Load the model, and refuse a checkpoint whose missing tensors transformers would draw at random.
+        """Load the model, and refuse a checkpoint with missing tensors, which transformers would initialise at random.
 
         Args:
-            folder: Its files, None where `options` have configuration and tensors.
+            folder: The model's folder, None where `options` have configuration and tensors.
         """
         from transformers import AutoModelForCausalLM
 
@@ -229,7 +229,7 @@ class ModelSource:
         options |= attention_options(self.spec)
         with _readable_errors(self):
             loader = AutoModelForCausalLM
-            if folder is None:  # which the class of a model takes, and Auto classes do not
+            if folder is None:  # a model's class accepts None, Auto classes do not
                 loader = AutoModelForCausalLM._model_mapping[type(self.config)]
             else:
                 options["trust_remote_code"] = False
@@ -237,7 +237,7 @@ class ModelSource:
                 folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
         for problem, meaning in LOADING_PROBLEMS.items():
-            # A mismatch comes with both shapes, a missing tensor as its name alone.
+            # A mismatch is reported with both shapes, a missing tensor only by its name.
             found = sorted(key if isinstance(key, str) else str(key[0]) for key in report.get(problem) or ())
             if found:
                 more = f" and {len(found) - 1} more" if len(found) > 1 else ""
@@ -249,7 +249,8 @@ class ModelSource:
         return model.eval()
 
     def _check_parameters(self) -> None:
-        """Refuse a configuration of a far larger model than the checkpoint, before anything of that size is made."""
+        """Refuse a configuration of a far larger model than the checkpoint, before anything of that size is
+        allocated."""
         with _readable_errors(self):
             wanted = sum(math.prod(shape) for shape in skeleton_shapes(self.config).values())
         if self.gguf:
@@ -265,12 +266,12 @@ class ModelSource:
             )
 
     def _check_configuration_file(self) -> None:
-        """Name what is supported, and sizes that cannot be, before transformers sees them."""
+        """Refuse unsupported architectures and impossible sizes before transformers reads them."""
         try:
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
             architectures = config.get("architectures")
         except (ValueError, AttributeError, RecursionError):
-            return  # a damaged file: transformers says what is wrong with it
+            return  # a damaged file: transformers reports what is wrong
         if architectures and not isinstance(architectures, list):
             raise TdaError(f'{self.name}: architectures in config.json is not a list. Write it as one: ["NAME"].')
         if architectures:
@@ -288,12 +289,13 @@ class ModelSource:
 
 
 def attention_options(spec: DecoderSpec) -> dict[str, str]:
-    """Return the attention to ask transformers for: some releases choose one by default that ignores soft caps."""
+    """Return the attention implementation for transformers: some releases choose one by default that ignores soft
+    caps."""
     return {} if spec.attention_softcap is None else {"attn_implementation": "eager"}
 
 
 def resolve_model(model: str, *, notify: Callable[[str], None] = print) -> ModelSource:
-    """Find a model and bring it onto this machine if it is not there yet.
+    """Find a model, and download it if it is not on this machine yet.
 
     Args:
         model: A Hugging Face folder, a `.gguf` file, `smollm2-135m`, or a hub id such as `org/name`.
@@ -303,12 +305,12 @@ def resolve_model(model: str, *, notify: Callable[[str], None] = print) -> Model
         The model, not yet loaded.
 
     Raises:
-        TdaError: It is none of these, or a download failed.
+        TdaError: `model` is none of these, or a download failed.
     """
     quiet_transformers()
     try:
         path = Path(model).expanduser()
-    except RuntimeError as error:  # the home of a user who does not exist
+    except RuntimeError as error:  # `~user` for a user that does not exist
         raise TdaError(f"{model}: no such folder. {_way_out()}") from error
     if model in BUILTIN_MODELS:
         file = fetch_builtin(model, notify=notify)
@@ -344,7 +346,7 @@ def _download(model: str, notify: Callable[[str], None]) -> Path:
     try:
         # Without a network this answers from the cache, if the model is there.
         return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
-    except Exception as error:  # the hub's many ways of saying no
+    except Exception as error:  # the hub raises many kinds of errors
         raise TdaError(
             f"{model}: no such folder, and it could not be downloaded from the hub ({first_line(error)}). {_way_out()}"
         ) from error
@@ -356,12 +358,12 @@ def _way_out() -> str:
 
 @contextlib.contextmanager
 def _readable_errors(source: ModelSource) -> Iterator[None]:
-    """Turn what transformers raises on a damaged or foreign checkpoint into one line."""
+    """Turn transformers' errors about a damaged or foreign checkpoint into one line."""
     try:
         yield
     except TdaError:
         raise
-    except Exception as error:  # parsers of damaged files raise anything
+    except Exception as error:  # parsers of damaged files raise any kind of error
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         reason = f"{reason} is missing" if isinstance(error, KeyError) else reason
         raise TdaError(f"{source.name}: the model cannot be loaded ({reason}). {_way_out()}") from error

@@ -1,4 +1,4 @@
-"""What a decoder is: the frozen description that every later step works from."""
+"""The description of a decoder: a frozen dataclass that every later step works from."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ HEAD_SIZE_MULTIPLE = 16  # ONNX Runtime's GroupQueryAttention fails or is silent
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 RopeScaling = Literal["default", "linear", "llama3", "longrope", "yarn"]
 NormKind = Literal["rms", "layer"]
-# Of a branch f (attention or FFN) beside the residual x: before x + f(norm(x)), after norm(x + f(x)),
-# output x + norm(f(x)), both x + norm(f(norm(x))).
+# Places of the norm of a branch f (attention or FFN) beside the residual x: `before` x + f(norm(x)), `after` norm(x +
+# f(x)), `output` x + norm(f(x)), `both` x + norm(f(norm(x))).
 NormPlacement = Literal["before", "after", "output", "both"]
 QkNorm = Literal["none", "head", "whole"]
 # How the checkpoint holds Q, K and V: three tensors, one below the other in one, or head by head in one.
@@ -25,8 +25,7 @@ class RopeSpec:
     """Rotary position embedding (RoFormer, arXiv 2104.09864) with its context-extension scaling.
 
     `theta` is the base; `factor` and the three `llama3` fields are used by the scalings that name them. `longrope` and
-    `yarn` carry their `frequencies` in radians per position, and `attention_factor`, by which cos and sin are
-    multiplied.
+    `yarn` have their own `frequencies` in radians per position, and `attention_factor`, the factor of cos and sin.
     """
 
     theta: float
@@ -41,10 +40,10 @@ class RopeSpec:
 
 @dataclass(frozen=True)
 class CheckpointNames:
-    """Where a family keeps its tensors. `{i}` stands for the layer; modules are named without `.weight`.
+    """The names of a family's tensors. `{i}` stands for the layer; modules are named without `.weight`.
 
-    `query`, `key` and `value` are one module where they are packed, and so are `gate` and `up`. What a family does not
-    have is not read.
+    `query`, `key` and `value` are one module where they are packed, and so are `gate` and `up`. Names of parts that a
+    family does not have are not used.
     """
 
     embedding: str = "model.embed_tokens"
@@ -78,7 +77,7 @@ SPEC_SIZES = (
     "ffn_size",
     "max_positions",
 )
-SHORTEST_CONTEXT = 3  # a first token, which never counts, another one, and one of an answer
+SHORTEST_CONTEXT = 3  # a first token, which never counts, another one, and one token of an answer
 
 
 @dataclass(frozen=True)
@@ -91,13 +90,12 @@ class DecoderSpec:
 
     `gated`: the FFN is down(act(gate x) * up x), otherwise down(act(up x)). `norm_offset` is added to the weights of
     RMS norms. With `parallel_residual` attention and FFN read the same x and are added together. `rope` is None where
-    positions are learned: that of position 0 is row `position_offset` of their table; `local_rope` takes its place in
-    layers with a window; `rope_layers[i]` says whether layer i rotates at all (None: every one); only the first
-    `rotary_size` elements of a head are rotated (None: all). `embedding_size` is the width of embeddings that a
-    projection brings to M and back (None: M). Scales multiply embeddings, what a branch adds to the residual, attention
-    scores (None: D^-0.5) and logits; a softcap c turns x into c tanh(x / c). `qk_norm`: RMS norms of queries and keys,
-    of each head or of all heads together.
-    `transposed_linears`: linear weights in the checkpoint are [in, out].
+    positions are learned: position 0 is row `position_offset` of their table; `local_rope` replaces it in layers with a
+    window; `rope_layers[i]` says whether layer i rotates at all (None: every one); only the first `rotary_size`
+    elements of a head are rotated (None: all). `embedding_size` is the width of embeddings that a projection brings to
+    M and back (None: M). Scales multiply embeddings, a branch's addition to the residual, attention scores (None:
+    D^-0.5) and logits; a softcap c turns x into c tanh(x / c). `qk_norm`: RMS norms of queries and keys, of each head
+    or of all heads together. `transposed_linears`: linear weights in the checkpoint are [in, out].
     """
 
     architecture: str
@@ -170,7 +168,7 @@ class DecoderSpec:
 
     @property
     def ffn_parts(self) -> tuple[str, ...]:
-        """The FFN's matrices, in the order that a neuron's rows are read."""
+        """The FFN's matrices, in the order in which a neuron's rows are read."""
         return ("gate", "up", "down") if self.gated else ("up", "down")
 
     @property
@@ -180,7 +178,7 @@ class DecoderSpec:
 
     @property
     def embedding_width(self) -> int:
-        """Elements of an embedding."""
+        """The number of elements of an embedding."""
         return self.embedding_size or self.hidden_size
 
     def layer_rope(self, layer: int) -> RopeSpec | None:
@@ -193,10 +191,10 @@ class DecoderSpec:
 
 
 def spec_from_dict(content: dict[str, Any]) -> DecoderSpec:
-    """Read a spec back from plain data, as a manifest keeps it; an older one lacks fields that have a default.
+    """Read a spec back from a manifest's plain data; older manifests lack fields that have a default.
 
     Raises:
-        TdaError: It is no spec of this version.
+        TdaError: The content is not a spec of this version.
     """
     try:
         fields = dict(content)
@@ -208,7 +206,7 @@ def spec_from_dict(content: dict[str, Any]) -> DecoderSpec:
         return DecoderSpec(**fields)
     except (KeyError, TypeError) as error:
         raise TdaError(f"The manifest's spec is incomplete ({first_line(error)}). Build the artifact again.") from error
-    except TdaError as error:  # its way out is a configuration's
+    except TdaError as error:  # replaces a hint that is about configurations
         raise TdaError(f"The manifest's spec cannot be built ({error}) Build the artifact again.") from error
 
 

@@ -1,4 +1,4 @@
-"""What models have that the graphs cannot express, by name, so that an error says it."""
+"""Names of features that the graphs cannot express, for error messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ENCODER = "an encoder beside the decoder"
 MULTIMODAL = "input other than text"
 LATENT = "latent attention with mixture of experts"
 
-# By the beginning of an architecture's name in any case (PhiMoE, MPT); the first that fits counts.
+# By prefix of an architecture's name, in upper or lower case (PhiMoE, MPT); the first match counts.
 REASONS = {
     "Mixtral": EXPERTS,
     "Qwen2Moe": EXPERTS,
@@ -45,7 +45,7 @@ REASONS = {
     "Bart": ENCODER,
     "Whisper": MULTIMODAL,
 }
-CONDITIONAL = "ForConditionalGeneration"  # transformers' name for models with another input than the text before
+CONDITIONAL = "ForConditionalGeneration"  # transformers' suffix for models with further inputs than the preceding text
 
 # Fields of a configuration that switch a feature on.
 FEATURES = {
@@ -62,7 +62,7 @@ FEATURES = {
 
 
 def refuse_architecture(architecture: str, supported: Iterable[str]) -> NoReturn:
-    """Say why an architecture is not supported.
+    """Raise the error that says why an architecture is not supported.
 
     Raises:
         TdaError: Always.
@@ -80,10 +80,10 @@ def refuse_architecture(architecture: str, supported: Iterable[str]) -> NoReturn
 
 
 def refuse_features(config: Any, architecture: str) -> None:
-    """Refuse a configuration of a supported architecture that switches on what the graphs lack.
+    """Refuse a configuration of a supported architecture that enables a feature that the graphs lack.
 
     Raises:
-        TdaError: It does; the message names the feature.
+        TdaError: A feature is not supported; the message names it.
     """
     for field, feature in FEATURES.items():
         if getattr(config, field, None):

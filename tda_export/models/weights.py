@@ -34,7 +34,7 @@ class Weights(Protocol):
 
 
 class SafetensorsWeights:
-    """The tensors of a folder's safetensors `files`, memory-mapped, read only when asked for."""
+    """The tensors of a folder's safetensors `files`, memory-mapped and read only on request."""
 
     def __init__(self, folder: Path) -> None:
         self.files = self._paths(folder)
@@ -43,7 +43,7 @@ class SafetensorsWeights:
 
     @staticmethod
     def _paths(folder: Path) -> list[Path]:
-        if (folder / SINGLE_FILE).is_file():  # where both are there, transformers reads this one
+        if (folder / SINGLE_FILE).is_file():  # where both exist, transformers reads this one
             return [folder / SINGLE_FILE]
         index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
         shards = sorted(set(index["weight_map"].values()))
@@ -55,7 +55,7 @@ class SafetensorsWeights:
         return list(self._owner)
 
     def _key(self, name: str) -> str:
-        """Find a tensor by its name, or as checkpoints of a model without its head or of older versions call it."""
+        """Find a tensor by its name, or by its name in checkpoints without a head or of older versions."""
         shorter = name.partition(".")[2]
         return next((key for key in (name, FORMER_NAMES.get(name, name), shorter) if key in self._owner), name)
 
@@ -67,7 +67,7 @@ class SafetensorsWeights:
         return tuple(self._owner[key].get_slice(key).get_shape())
 
     def dtype(self, name: str) -> str:
-        """Return a tensor's dtype as safetensors calls it, such as F16."""
+        """Return a tensor's dtype by safetensors' name, such as F16."""
         key = self._key(name)
         return str(self._owner[key].get_slice(key).get_dtype())
 
@@ -93,17 +93,18 @@ class StateDictWeights:
 
 
 def has_safetensors(folder: Path) -> bool:
-    """Whether a folder has weights that can be read."""
+    """Return whether a folder has readable weights."""
     return (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file()
 
 
 def has_own_head(spec: DecoderSpec, weights: Weights) -> bool:
-    """Whether a checkpoint holds an output head that is not its embedding, whatever the configuration says.
+    """Return whether a checkpoint holds an output head that differs from its embedding, whatever the configuration
+    says.
 
-    transformers then keeps both.
+    In that case transformers keeps both.
 
     Raises:
-        TdaError: There is one of another shape.
+        TdaError: The head has the wrong shape.
     """
     embedding = f"{spec.names.embedding}.weight"
     head = f"{spec.names.head}.weight"
@@ -140,11 +141,11 @@ def _shard(folder: Path, name: str) -> Path:
     """Return the path of a shard that an index names.
 
     Raises:
-        TdaError: It is not there, or is outside the folder; a link into the hub cache that the folder is part of is
-            inside.
+        TdaError: The file is missing or outside the folder. A link into the hub cache of which the folder is part
+            counts as inside.
     """
     path, root = folder / name, folder.resolve()
-    if root.parent.name == "snapshots":  # of the hub's cache, where files are links into blobs/
+    if root.parent.name == "snapshots":  # a folder of the hub's cache, where files are links into blobs/
         root = root.parent.parent
     if not path.absolute().is_relative_to(folder.absolute()) or ".." in Path(name).parts:
         raise TdaError(f"{folder}: {INDEX_FILE} names a file outside the folder ({name[:100]!r}). {NOT_READ}")

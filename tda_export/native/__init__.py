@@ -1,1 +1,2 @@
-"""The native kernels: a small C++ library for ONNX Runtime, with device code that is compiled on the user's GPU."""
+"""The native kernels: a small C++ library for ONNX Runtime, with device code that is compiled for the user's GPU at run
+time."""

@@ -1,9 +1,9 @@
-// tda::Attention and tda::Attention8: what a call is given, and what must hold of it.
+// tda::Attention and tda::Attention8: the inputs of a call, and their checks.
 //
 // Queries attend to keys and values in a cache [1, KV, P, D], to which those of the call's tokens are appended. Each
-// token sees itself and those before it, of a window alone where there is one. tda::Attention8 has a cache of codes, and
-// their scales [1, KV, P] (attention_rows_cpu.h). Tokens of the past are P = 0 where the
-// call has as many tokens as the attention mask is long, and otherwise the attended ones less those of the call.
+// token attends to itself and earlier tokens, within the window if there is one. tda::Attention8 has a cache of codes,
+// and their scales [1, KV, P] (attention_rows_cpu.h). The past has no tokens where the call has as many tokens as the
+// attention mask is long; otherwise it has the attended tokens minus those of the call.
 #pragma once
 
 #include "op.h"

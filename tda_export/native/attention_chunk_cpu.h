@@ -1,9 +1,9 @@
-// Attention of some queries, float32, to a chunk of the keys and values of tokens and heads that share them; and what the
-// chunks together give. Rows says how these are stored (attention_rows_cpu.h).
+// Attention of some queries, float32, to a chunk of the keys and values of tokens and heads that share them; and the
+// joined result of the chunks. Rows says how keys and values are stored (attention_rows_cpu.h).
 //
 // A chunk gives each query the largest score, the sum of exp(score - largest), and the values' sum weighted with these.
-// Every sum goes through the same operations in the same order whatever else a call holds, and chunks begin at multiples
-// of their length, so that neither threads nor the other tokens change a bit of a token's result.
+// Every sum uses the same operations in the same order for every call, and chunks begin at multiples of their length.
+// So neither the number of threads nor the other tokens change a bit of a token's result.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@ constexpr int64_t ChunkRows(int64_t head_size) {
   return std::clamp(kElements / head_size / kFewest * kFewest, kFewest, kMostChunkRows);
 }
 
-// What a query has of a chunk.
+// A query's result for one chunk.
 struct ChunkResult {
   static int64_t Floats(int64_t head_size) { return 2 + head_size; }
   static ChunkResult At(float* memory) { return {memory, memory + 1, memory + 2}; }
@@ -42,7 +42,7 @@ struct QueriesOfChunk {
   float* const* results;        // [count], each ChunkResult::Floats(size)
 };
 
-// How many queries have their sums in registers, with vectors of kLanes.
+// How many queries keep their sums in registers, with vectors of kLanes.
 template <int kLanes>
 constexpr int kQueriesAtOnce = kLanes > 8 ? 4 : 2;
 
@@ -193,7 +193,7 @@ TDA_INLINE void AttendChunkOf(const QueriesOfChunk<Rows>& chunk) {
   }
 }
 
-// Write what a query gives, [size], from the results of its chunks, which are `stride` floats apart.
+// Write a query's result, [size], from the results of its chunks, which are `stride` floats apart.
 template <int kLanes>
 TDA_INLINE void JoinChunksOf(float* results, int64_t chunks, int64_t stride, int64_t size, float* out) {
   float most = -__builtin_inff(), sum = 0.0f;
@@ -216,7 +216,7 @@ TDA_INLINE void JoinChunksOf(float* results, int64_t chunks, int64_t stride, int
 }
 
 // Rotate a head [size] by a position's angles: elements j and j + pairs, or, where they interleave, 2 j and 2 j + 1.
-// What lies behind the pairs stays. All is multiplied by `scale`.
+// Elements after the pairs are not rotated. All are multiplied by `scale`.
 struct Rotation {
   const float* cos;  // [pairs] of the position
   const float* sin;

@@ -1,7 +1,8 @@
 // tda::Attention and tda::Attention8 on the CPU, float32: one kernel, over a cache of floats or of codes.
 //
-// Queries are rotated and scaled, keys and values appended to the cache, and what is read is the cache alone. Then ONNX Runtime's thread pool gets chunks of
-// the cache of each key-value head, for a few tokens at a time, and whoever ends the last chunk of a head joins them.
+// Queries are rotated and scaled, keys and values are appended to the cache, and attention reads only the cache. Then
+// ONNX Runtime's thread pool gets chunks of the cache of each key-value head, for a few tokens at a time, and the
+// thread that ends the last chunk of a head joins them.
 #include "attention_cpu.h"
 
 #include <algorithm>
@@ -15,7 +16,7 @@ namespace tda {
 namespace {
 
 constexpr int64_t kTokenTile = 16;
-constexpr int64_t kMostQueries = 64;      // of a tile that attend to a chunk together
+constexpr int64_t kMostQueries = 64;      // tokens of a tile that attend to a chunk together
 constexpr int64_t kAlone = 64 << 10;      // bytes of keys and values that one thread reads before another has woken up
 constexpr int64_t kTokensAlone = 8;       // likewise, whose heads are rotated
 
@@ -32,7 +33,7 @@ constexpr int64_t kTokensAlone = 8;       // likewise, whose heads are rotated
   attribute float Quantize(const float* x, int64_t size, int8_t* codes) { return QuantizeHead(x, size, codes); }
 TDA_FOR_EACH_TARGET(TDA_ATTENTION)
 
-// A call whose lengths are read.
+// A call with its lengths.
 struct CpuCall : AttentionCall {
   CpuCall(const KernelContext& context, const AttentionSettings& settings, bool scaled)
       : AttentionCall(context, settings, scaled) {
@@ -47,7 +48,7 @@ struct CpuCall : AttentionCall {
     }
   }
 
-  // Where a token of the call attends to: positions [begin, end).
+  // The positions that a token of the call attends to, [begin, end).
   struct Range {
     int64_t begin, end;
   };
@@ -60,7 +61,7 @@ struct CpuCall : AttentionCall {
   int64_t total;  // of past and call, without padding
 };
 
-// Call work(i) for i in [0, count): on the pool, or here, where that is sooner.
+// Call work(i) for i in [0, count), on the pool, or on this thread where that is faster.
 template <class Work>
 void ForEach(const KernelContext& context, int64_t count, bool here, const Work& work) {
   if (!here) return context.ParallelFor(count, [&](size_t i) { work(static_cast<int64_t>(i)); });
@@ -102,7 +103,7 @@ void PlaceToken(const CpuCall& call, int64_t token, float* queries, float* keys)
   }
 }
 
-// Return the rows of a key-value head from one on.
+// Return the rows of a key-value head, starting at a given one.
 template <class Rows>
 Rows RowsFrom(const CpuCall& call, const Tensor& elements, const Tensor& scales, int64_t kv_head, int64_t first) {
   const int64_t row = kv_head * call.room + first;
@@ -116,7 +117,7 @@ Rows RowsFrom(const CpuCall& call, const Tensor& elements, const Tensor& scales,
 
 bool IsInPlace(const Tensor& past, const Tensor& present) { return past.data == present.data; }
 
-// Copy a head's past, rows of `size` elements, where the present is another buffer, and fill what lies behind the call's
+// Copy a head's past, rows of `size` elements, where the present is another buffer, and fill the room after the call's
 // tokens with zeros.
 template <class T>
 void CopyPast(const CpuCall& call, const Tensor& past, const Tensor& present, int64_t head, int64_t size) {
@@ -129,7 +130,7 @@ void CopyPast(const CpuCall& call, const Tensor& past, const Tensor& present, in
   std::fill(own + end * size, own + call.room * size, T{0});
 }
 
-// The chunks that a tile of tokens attends to, and what each gives each of its heads.
+// The chunks that a tile of tokens attends to, and the result of each chunk for each head.
 template <class Rows>
 class Tile {
  public:
@@ -143,13 +144,13 @@ class Tile {
 
   int64_t Chunks() const { return end_ - begin_; }
   int64_t Floats() const { return Chunks() * Stride(); }
-  // Return the bytes of the keys and values that it reads.
+  // Return the bytes of the keys and values that the tile reads.
   int64_t Bytes() const {
     const int64_t rows = call_.Attended(first_ + tokens_ - 1).end - call_.Attended(first_).begin;
     return rows * call_.size * call_.settings.kv_heads * 2 * int64_t{sizeof(typename Rows::Element)};
   }
 
-  // Compute what one of the chunks gives the heads that share a key-value head; `queries` are of all tokens.
+  // Compute one chunk's results for the heads that share a key-value head; `queries` are of all tokens.
   void Attend(int64_t chunk, int64_t kv_head, const float* queries, float* results) const {
     const float* queries_of[kMostQueries];
     float* results_of[kMostQueries];
@@ -185,7 +186,7 @@ class Tile {
     attend();
   }
 
-  // Join the chunks of the heads that share a key-value head. Padding may attend to nothing, which gives zeros.
+  // Join the chunks of the heads that share a key-value head. Padding tokens may attend to nothing and give zeros.
   void Join(int64_t kv_head, float* results) const {
     for (int64_t t = 0; t < tokens_; ++t) {
       const CpuCall::Range range = call_.Attended(first_ + t);
@@ -201,7 +202,7 @@ class Tile {
 
  private:
   int64_t Group() const { return call_.settings.heads / call_.settings.kv_heads; }
-  // Number a token's first head that shares a key-value head, among the heads of all tokens.
+  // Return the index, among the heads of all tokens, of a token's first head that shares a key-value head.
   int64_t FirstHead(int64_t token, int64_t kv_head) const {
     return (first_ + token) * call_.settings.heads + kv_head * Group();
   }

@@ -1,7 +1,7 @@
-// Rows of keys, or of values, as a cache of floats or of 8-bit codes has them; and how a head becomes codes.
+// Rows of keys or values in a cache of floats or of 8-bit codes, and the conversion of a head to codes.
 //
-// A row of codes c stands for scale c, with a scale of its own. Keys are stored times a Hadamard matrix, which shares the
-// few large elements that keys have among all; queries are multiplied by it too.
+// A row of codes c represents scale * c, with one scale per row. Keys are multiplied by a Hadamard matrix before they
+// are stored, which spreads their few large elements over all elements; queries are multiplied by it too.
 #pragma once
 
 #include <cmath>

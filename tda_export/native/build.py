@@ -1,9 +1,9 @@
-"""Compile the native library: C++ with the system's compiler, the device sources embedded as text.
+"""Compile the native library with the system's C++ compiler; device sources are embedded as text.
 
     python -m tda_export.native.build
 
-The package's build does this by itself (hatch_build.py). Needs no CUDA and no header of ONNX Runtime. This module
-imports nothing outside the standard library, since it runs before the package's dependencies are there.
+The package's build runs this (hatch_build.py). It needs no CUDA and no header of ONNX Runtime. This module imports only
+the standard library, since it runs before the package's dependencies are installed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "libtda_ort.so"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
 WARNINGS = ("-Wall", "-Wextra", "-Wno-missing-field-initializers", "-Wno-psabi")
-# On Linux the library stays loaded once it is: its kernels, and CUDA modules, are kept for the whole process.
+# On Linux the library stays loaded: its kernels and CUDA modules are kept for the whole process.
 LINUX_FLAGS = ("-ldl", "-Wl,-z,nodelete")
 COMPILERS = ("c++", "g++", "clang++")
-LITERAL_LIMIT = 8000  # characters of one string literal; compilers are only required to take so many
+LITERAL_LIMIT = 8000  # characters of one string literal; compilers need not accept longer ones
 
 
 class BuildError(Exception):
@@ -34,7 +34,7 @@ def find_compiler() -> list[str]:
     """Return the C++ compiler's command: `$CXX`, which may have arguments, or the first of the usual names.
 
     Raises:
-        BuildError: There is none, or `$CXX` is no command.
+        BuildError: There is no compiler, or `$CXX` is not a command.
     """
     try:
         chosen = shlex.split(os.environ.get("CXX", ""))
@@ -47,7 +47,7 @@ def find_compiler() -> list[str]:
 
 
 def device_sources() -> dict[str, str]:
-    """Return the text of each device/*.cu with what all of them share (*.cuh) before it, by name."""
+    """Return the text of each device/*.cu, preceded by the shared *.cuh files, by name."""
     common = "".join(path.read_text(encoding="utf-8") for path in sorted((FOLDER / "device").glob("*.cuh")))
     return {path.stem: common + path.read_text(encoding="utf-8") for path in sorted((FOLDER / "device").glob("*.cu"))}
 
@@ -78,7 +78,7 @@ def build(output: Path = LIBRARY, extra_flags: tuple[str, ...] = ()) -> Path:
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=".build-") as name:
             part = _compile(compiler, Path(name), extra_flags)
             part.replace(output)
-    except OSError as error:  # a folder that cannot be written to, a compiler that does not start
+    except OSError as error:  # a read-only folder, or a compiler that does not start
         raise BuildError(f"{error.filename or output}: {error.strerror or error}") from error
     return output
 

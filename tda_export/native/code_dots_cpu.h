@@ -2,8 +2,8 @@
 //
 //   y[j] = sum over groups of scale * (sum of x * code - zero * sum of x)
 //
-// x comes in the order of the codes (codes_cpu.h), with zeros past its end, and is summed by group once a call. The
-// result of a token has the same bits alone and in a crowd.
+// x comes in the order of the codes (codes_cpu.h), with zeros past its end, and is summed by group once a call. A
+// token's result has the same bits whatever the other tokens of the call are.
 #pragma once
 
 #include <algorithm>

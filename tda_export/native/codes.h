@@ -1,5 +1,5 @@
 // Matrices of integer formats, as weights/formats.py describes them: unsigned codes of 4 or 8 bits in groups along a row,
-// element = (code - zero point) * scale, both of its group. Every row is a unit of whole bytes.
+// element = (code - zero point) * scale, with its group's zero point and scale. Every row takes whole bytes.
 #pragma once
 
 #include <memory>
@@ -11,7 +11,7 @@
 namespace tda {
 
 struct CodeLayout {
-  // Read the attributes `columns` and `group` of a node whose codes have so many bits.
+  // Read the attributes `columns` and `group` of a node whose codes have `bits` bits.
   CodeLayout(const KernelInfo& info, int bits);
 
   // Throw unless the tensors have this layout.
@@ -30,10 +30,10 @@ struct LargestScales {
   explicit LargestScales(const Tensor& scales);
 
   std::vector<float> of_group;  // with room to read vectors
-  float most;                   // of all; no finite number where a scale is none
+  float most;                   // of all; not finite where a scale is not
 };
 
-// Has a matrix's largest scales, which are looked for once where the scales are constant.
+// Holds a matrix's largest scales, which are searched once where the scales are constant.
 class LargestScalesOf {
  public:
   LargestScalesOf(const KernelInfo& info, size_t input) : constant_(info.IsConstant(input)) {}

@@ -1,4 +1,4 @@
-// Rows of codes on the CPU, as a Format that row_sums_cpu.h and row_panels_cpu.h reach them through.
+// Rows of codes on the CPU, as a Format through which row_sums_cpu.h and row_panels_cpu.h read them.
 //
 // A vector of 32-bit words holds kPerLane codes a lane, in their natural order: the k-th codes of all lanes are one shift
 // away, and one multiplication by the lanes' scales adds them to sums that lie in the order (k, lane). Scales come times
@@ -6,8 +6,8 @@
 //
 //   sum over rows i of x[i] * scale * (code - zero) = sum of (x[i] * scale) * code - sum of (x[i] * scale) * zero
 //
-// Vectors run over the end of a row into the next one. What they compute there is left where nobody looks; only pieces
-// at the very end of a tensor are copied to where there is room.
+// Vectors run over the end of a row into the next one. Their results there are ignored; only pieces at the very end of
+// a tensor are copied to a larger buffer.
 #pragma once
 
 #include <algorithm>
@@ -62,7 +62,7 @@ struct CodeBlock {
     return __builtin_convertvector(reinterpret_cast<Integers>(shifted & ((1u << kBits) - 1)), Vector);
   }
 
-  // Which of a block's groups each lane is of.
+  // The group of each lane of a block.
   static TDA_INLINE Words GroupOfLane(int group_shift) { return V::Counting() * kPerLane >> group_shift; }
 
   // Give each lane the number of its group; `first` is that of the block's first group, with kLanes floats to read.
@@ -120,7 +120,7 @@ struct CodeFormat {
 
   static constexpr int64_t CodeBytes(int64_t count) { return (count * kBits + 7) / 8; }
 
-  // Add the rows of a list, in the columns [begin, end) of a tile, to its sums and what is summed apart.
+  // Add the rows of a list, in the columns [begin, end) of a tile, to its sums and to the separate sums of zero points.
   template <int kLanes>
   TDA_INLINE void AddRows(const RowList& list, int64_t begin, int64_t end, float* sums, Apart& apart) const {
     using Block = CodeBlock<kLanes, kBits>;
@@ -167,7 +167,7 @@ struct CodeFormat {
     }
   }
 
-  // Subtract what was summed apart from the sums of the columns [begin, end).
+  // Subtract the separate sums of zero points from the sums of the columns [begin, end).
   template <int kLanes>
   TDA_INLINE void Complete(int64_t begin, int64_t end, float* sums, const Apart& apart) const {
     using Block = CodeBlock<kLanes, kBits>;
@@ -192,7 +192,8 @@ struct CodeFormat {
     }
   }
 
-  // Write the codes from `column` on as floats, those of two vectors of one group; past the end of the row anything.
+  // Write the codes from `column` on as floats, those of two vectors of one group; values past the end of the row are
+  // undefined.
   template <int kLanes>
   TDA_INLINE void Unpack(int64_t row, int64_t column, float* out) const {
     constexpr int kBytes = CodeBytes(2 * kLanes);
@@ -221,7 +222,7 @@ struct CodeFormat {
     __builtin_prefetch(zeros + row * zero_bytes + CodeBytes(first_group));
   }
 
-  // Multiply the scales of a row's groups with `value`, and add what that makes of their zero points to `sums`.
+  // Multiply the scales of a row's groups by `value`, and add their products with the zero points to `sums`.
   template <int kLanes>
   TDA_INLINE void ScaleGroups(int64_t row, int64_t first_group, int64_t count, float value, float* scaled,
                               float* sums) const {

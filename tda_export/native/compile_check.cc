@@ -1,4 +1,4 @@
-// Compiles device code without a GPU, so that a machine that has none can tell whether it would compile.
+// Compiles device code without a GPU, so that machines without one can check that it compiles.
 #include <algorithm>
 #include <exception>
 #include <string>
@@ -7,8 +7,8 @@
 #include "cuda_module.h"
 #include "nvrtc.h"
 
-// Compile device/<name>.cu for a compute capability such as 90, with defines separated by spaces. Returns an empty text,
-// or what went wrong; it is valid until the calling thread's next call.
+// Compile device/<name>.cu for a compute capability such as 90, with defines separated by spaces. Returns an empty text
+// or the error; the text is valid until the calling thread's next call.
 extern "C" __attribute__((visibility("default"))) const char* TdaCompileCheck(const char* name, const char* defines,
                                                                               int capability) {
   thread_local std::string problem;

@@ -22,7 +22,7 @@ struct Cublas::Functions {
 };
 
 Cublas::Cublas() {
-  // That which the provider was linked with: its handles suit no other version, and another may be open too.
+  // The library that the provider was linked with: its handles fit no other version, and another one may be open too.
   static const DynamicLibrary provider = DynamicLibrary::Opened("libonnxruntime_providers_cuda.so");
   static const Functions functions = [] {
     Functions found;
@@ -37,7 +37,7 @@ void Cublas::Multiply(const KernelContext& context, const MatrixProduct& product
   const float alpha = 1.0f, beta = product.add ? 1.0f : 0.0f;
   const int type = product.type == kHalf ? kFloat16Data : kBfloat16Data;
   const int inputs = static_cast<int>(product.inputs), outputs = static_cast<int>(product.outputs);
-  // cuBLAS counts along columns, so each of these is its transposed for it: y' = matrix' x'.
+  // cuBLAS is column-major, so it sees the transpose of each of these matrices: y' = matrix' x'.
   const int result = functions_->gemm(context.CublasHandle(), product.output_major ? kTranspose : kNoTranspose, kNoTranspose,
                             outputs, static_cast<int>(product.tokens), inputs, &alpha, product.matrix, type,
                             product.output_major ? inputs : outputs, product.x, type, inputs, &beta, product.y, type,

@@ -50,10 +50,10 @@ constexpr int kComputeCapabilityMajor = 75;
 constexpr int kComputeCapabilityMinor = 76;
 
 struct CudaDriver {
-  // Open the driver once for the process. Throws where there is none, or it is too old.
+  // Open the driver once per process. Throws where there is no driver, or it is too old.
   static const CudaDriver& Get();
 
-  // Throw what a failed call says.
+  // Throw the error of a failed call.
   void Check(CuResult result, const char* what) const;
 
   CuResult (*Init)(unsigned flags);

@@ -21,7 +21,7 @@ CuLaunchAttribute ClusterOf(unsigned blocks) {
   return attribute;
 }
 
-// The name under which code is kept: everything that it depends on.
+// The name under which code is stored: it contains everything that the code depends on.
 std::string CacheName(const std::string& name, const std::string& source, const std::vector<std::string>& defines,
                       int capability) {
   const CudaDriver& driver = CudaDriver::Get();
@@ -81,7 +81,7 @@ CudaKernel CudaModule::Kernel(const char* name, int threads) const {
   CudaKernel kernel;
   CuFunction handle = nullptr;
   driver.Check(driver.LibraryGetKernel(&handle, library_, name), "find a kernel");
-  // Loads it now: a first launch inside a capture may not.
+  // Loads the kernel now, since a first launch inside a capture cannot load it.
   driver.Check(driver.KernelGetFunction(&kernel.function, handle), "load a kernel");
   int blocks = 0;
   driver.Check(driver.OccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel.function, threads, 0),
@@ -108,7 +108,7 @@ void CudaKernel::Launch(void* stream, unsigned grid_x, unsigned grid_y, unsigned
 
 int CudaKernel::ResidentClusters(unsigned cluster, unsigned threads) const {
   const CudaDriver& driver = CudaDriver::Get();
-  // Sizes above 8 must be allowed, and whether the GPU has them is for it to say.
+  // Sizes above 8 must be enabled, and the driver reports whether the GPU supports them.
   if (driver.FuncSetAttribute(function, kNonPortableClusterSizeAllowed, 1) != 0) return 0;
   CuLaunchAttribute attribute = ClusterOf(cluster);
   CuLaunchConfig config = {cluster, 1, 1, threads, 1, 1, 0, nullptr, &attribute, 1};

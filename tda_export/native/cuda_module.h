@@ -1,4 +1,4 @@
-// Device code of this library on a GPU: compiled once for each GPU kind, kept on disk, loaded once a process.
+// Device code of this library on a GPU: compiled once for each kind of GPU, stored on disk, loaded once per process.
 #pragma once
 
 #include <string>
@@ -13,12 +13,13 @@ struct CudaKernel {
   CuFunction function = nullptr;
   int resident_blocks = 0;  // how many blocks the whole GPU holds at once
 
-  // Launch on a stream; `arguments` is the kernel's one parameter. The kernel may begin before the one ahead of it has
-  // ended, and waits for that itself (device/common.cuh). Each `cluster` blocks along x are one cluster; 0 is none.
+  // Launch on a stream; `arguments` is the kernel's one parameter. The kernel may begin before the previous one has
+  // ended, and waits for it itself (device/common.cuh). Every `cluster` blocks along x form one cluster; 0 means no
+  // clusters.
   void Launch(void* stream, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned threads,
               const void* arguments, unsigned cluster = 0) const;
 
-  // How many clusters of so many blocks the whole GPU holds at once; 0 where it has none of that size.
+  // How many clusters of this size the whole GPU holds at once; 0 where it does not support the size.
   int ResidentClusters(unsigned cluster, unsigned threads) const;
 
   bool overlaps = false;  // the GPU can begin kernels early
@@ -44,7 +45,7 @@ constexpr bool HasClusters(int capability) { return capability >= 90; }
 // The source of device/<name>.cu with what it includes.
 std::string DeviceSource(const std::string& name);
 
-// Refuse elements that the current GPU cannot compute with.
+// Refuse element types that the current GPU does not support.
 void RequireDtype(ElementType type);
 
 }  // namespace tda

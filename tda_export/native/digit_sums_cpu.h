@@ -43,7 +43,7 @@ class DigitSums {
         whole_rows_(WholeRows()) {}
 
   // Add the rows of a list to sums [end - begin], whole blocks of them. The list has room for kQuad more.
-  // Returns whether they could be added: not where they, or scales, are no finite numbers, or all products very small.
+  // Returns whether they could be added: not where they or the scales are not finite, or all products are very small.
   TDA_INLINE bool AddRows(int32_t* rows, float* values, int64_t count, float* sums) {
     if (count == 0) return true;
     Prefetch(rows, count);
@@ -66,7 +66,7 @@ class DigitSums {
   }
 
  private:
-  // Return the size of the largest value; no finite number where one is none.
+  // Return the size of the largest value; not finite where one value is not.
   TDA_INLINE float Most(const float* values, int64_t count) const {
     Words largest = {};  // floats' bits without the sign: they are ordered as floats are, and NaN is above infinity
     int64_t i = 0;

@@ -47,7 +47,7 @@ TDA_INLINE bool HasByteProducts() {
 }
 
 // Four bytes a lane, in the processor's own instructions, which compilers do not make of vectors in C++. Other
-// processors have the name alone: Clang checks instructions even where nobody uses them.
+// processors only get a declaration: Clang checks instructions even in unused code.
 template <int kLanes>
 struct Bytes;
 

@@ -30,7 +30,7 @@ struct PowerOfE {
   typename V::Vector scale, rest;
 };
 
-// Compute e^x: 0 under -87, where the smallest normal floats are, and infinity over 87.
+// Compute e^x: 0 below -87, near the smallest normal floats, and infinity above 87.
 template <int kLanes>
 TDA_INLINE typename Lanes<kLanes>::Vector Exp(typename Lanes<kLanes>::Vector x) {
   using Vector = typename Lanes<kLanes>::Vector;

@@ -1,4 +1,4 @@
-// tda::IndexedFFN, the part that both providers share: its inputs, and what must hold of them.
+// tda::IndexedFFN, the part that both providers share: its inputs and their checks.
 //
 //   y = sum over k of h[k] * w_down[i[k]] + b_down,   h[k] = act(w_gate[i] . x + b_gate[i]) * (w_up[i] . x + b_up[i])
 //

@@ -1,4 +1,4 @@
-// tda::IndexedFFN on the CPU, float32: rows are read where they lie, each once for a tile of tokens.
+// tda::IndexedFFN on the CPU, float32: rows are read in place, each once for a tile of tokens.
 //
 // The neurons of the mask are cut into chunks for ONNX Runtime's thread pool. A chunk computes its activations and adds
 // its neurons' outputs into a partial result of its own; the partial results are added in order at the end, so that the
@@ -56,7 +56,7 @@ struct RowList {
 
   TDA_INLINE Format::Row Row(int i) const { return matrix.At(neurons[i]); }
 
-  // The row that is read `i` rows after the first, in this list or the next; a row of this one where there is none.
+  // The row that is read `i` rows after the first, in this list or the next; a row of this list where there is none.
   TDA_INLINE Format::Row Ahead(int i) const {
     if (i < count) return Row(i);
     if (i - count < next_count) return next_matrix.At(next_neurons[i - count]);
@@ -93,8 +93,8 @@ TDA_INLINE void VisitRows(const RowList& list, int64_t tokens, const float* x, f
   for (; i < list.count; ++i) VisitGroup<kLanes, 1, kAdd>(list, i, tokens, x, y, values);
 }
 
-// Apply the activation function to products [tokens, kBlock] and drop what the threshold drops. Neurons that no token
-// needs leave the list. Returns how many are left.
+// Apply the activation function to products [tokens, kBlock] and drop neurons below the threshold. Neurons that no
+// token needs leave the list. Returns how many are left.
 int ActivateAndDrop(const Tile& tile, const float* bias, int32_t* neurons, int count, float* values) {
   int kept = 0;
   for (int i = 0; i < count; ++i) {
@@ -200,7 +200,7 @@ class IndexedFfnCpu : public Kernel {
 
     const int64_t tile_tokens = std::min(call.tokens, kTokenTile);
     const int64_t matrices = call.gate.present ? 3 : 2;
-    // Whatever the number of tokens, so that the others of a call change no bit of a token's result.
+    // The same for any number of tokens, so that the call's other tokens change no bit of a token's result.
     const int64_t bytes = call.indices * hidden * matrices * int64_t{sizeof(float)};
     const int64_t chunks = std::clamp<int64_t>(bytes / kChunkBytes, 1, most_chunks_);
     const int64_t partial_floats = tile_tokens * hidden;

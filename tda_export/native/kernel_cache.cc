@@ -14,7 +14,7 @@ namespace {
 
 constexpr size_t kHashDigits = 16;
 
-// A file descriptor that is closed on every way out.
+// A file descriptor that is closed on every exit.
 class File {
  public:
   explicit File(int descriptor) : descriptor_(descriptor) {}
@@ -48,8 +48,8 @@ bool MakeFolders(const std::string& path) {
   }
 }
 
-// Return the folder of compiled code, or nothing unless it belongs to this user and nobody else may write to it: what
-// lies in it is run on the GPU.
+// Return the folder of compiled code, or nothing unless it belongs to this user and nobody else may write to it, since
+// its content runs on the GPU.
 std::string PrivateFolder() {
   const std::string base = CacheFolder();
   if (base.empty()) return "";

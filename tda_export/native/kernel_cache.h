@@ -1,4 +1,4 @@
-// Compiled device code on disk, in a folder that is the user's alone.
+// Compiled device code on disk, in a folder that only the user can write to.
 #pragma once
 
 #include <string>

@@ -11,12 +11,12 @@ import onnxruntime as ort
 from tda_export.errors import TdaError, first_line
 from tda_export.native.build import LIBRARY
 
-SWITCH = "TDA_EXPORT_NATIVE"  # 0 leaves the library out
+SWITCH = "TDA_EXPORT_NATIVE"  # environment variable: 0 disables the library
 
 
 @functools.cache
 def native_problem() -> str | None:
-    """Say why the native kernels cannot be used here, or None where they can. Tried once a process."""
+    """Return why the native kernels cannot be used here, or None where they can. Tried once per process."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0 leaves them out"
     if not LIBRARY.is_file():
@@ -41,5 +41,5 @@ def register_native(options: ort.SessionOptions) -> None:
 
 @functools.cache
 def warn_once(problem: str) -> None:
-    """Say on standard error that the slower function body runs, once for each reason."""
+    """Print on standard error, once for each reason, that the slower function body runs."""
     print(f"tda-export runs without its native kernels, which is slower: {problem}.", file=sys.stderr)

@@ -1,6 +1,6 @@
 // Products of many tokens on CUDA: cuBLAS multiplies, by a matrix whose codes are expanded into scratch memory, a part of
-// the outputs at a time. Every row is read, and what a token drops is zero: among so many tokens nearly every row is
-// needed by one.
+// the outputs at a time. Every row is read, and dropped inputs are zero: among so many tokens, some token needs nearly
+// every row.
 #pragma once
 
 #include "cublas.h"

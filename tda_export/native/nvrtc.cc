@@ -80,7 +80,7 @@ struct Nvrtc {
   }
 };
 
-// A program that is destroyed on every way out.
+// A program that is destroyed on every exit.
 class Program {
  public:
   Program(const std::string& name, const std::string& source) {

@@ -8,7 +8,7 @@ namespace {
 
 const OpDefinition& Definition(const OrtCustomOp* op) { return *static_cast<const OpDefinition*>(op); }
 
-// A kernel with what its calls need.
+// A kernel with the data that its calls need.
 struct Instance {
   const OrtApi* api;
   const char* name;

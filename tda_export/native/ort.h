@@ -23,7 +23,7 @@ template <class... Parts>
   throw Error(text.str());
 }
 
-// Throw what a status says, if it says something.
+// Throw a status's message, if it is an error.
 void Check(const OrtApi* api, OrtStatus* status);
 
 // A tensor of a kernel call, in the memory of the kernel's provider.
@@ -62,7 +62,7 @@ class KernelInfo {
   const OrtKernelInfo* info_;
 };
 
-// The allocator of the kernel's provider: an arena of ONNX Runtime's, so that memory is taken from what is there.
+// The allocator of the kernel's provider: an arena of ONNX Runtime's, which reuses memory.
 class Allocator {
  public:
   explicit Allocator(const KernelInfo& info);
@@ -81,7 +81,7 @@ class KernelContext {
  public:
   KernelContext(const OrtApi* api, OrtKernelContext* context) : api_(api), context_(context) {}
 
-  // Return an input, which is not present where an optional one was left out.
+  // Return an input. It is not present where an optional input was left out.
   Tensor Input(size_t index) const;
   Tensor Output(size_t index, std::initializer_list<int64_t> sizes) const;
   Tensor OutputLike(size_t index, const Tensor& other) const;
@@ -89,7 +89,7 @@ class KernelContext {
   void* CublasHandle() const;  // of the provider, bound to the stream
 
   // Call work(task) for every task in [0, tasks) on ONNX Runtime's own thread pool. Threads take one task after another:
-  // without a number of batches each would be given its share beforehand.
+  // without a number of batches, each thread would get a fixed share beforehand.
   template <class Work>
   void ParallelFor(size_t tasks, const Work& work) const {
     auto call = [](void* user, size_t task) { (*static_cast<const Work*>(user))(task); };

@@ -1,9 +1,9 @@
-// tda::RowLinear and its forms for integers, the part that all providers share: inputs, and what must hold of them.
+// tda::RowLinear and its forms for integers, the part that all providers share: inputs and their checks.
 //
 //   y = sum over i of x[i] * w[i, :] + bias,   over the rows i that a token does not drop
 //
-// A token drops row i where x[i]^2 * row_price[i] < price, in float32. A row of which no token needs anything is not read,
-// except by many tokens on CUDA (many_tokens_cuda.h).
+// A token drops row i where x[i]^2 * row_price[i] < price, in float32. A row that no token needs is not read, except by
+// many tokens on CUDA (many_tokens_cuda.h).
 #pragma once
 
 #include "codes.h"
@@ -16,7 +16,7 @@ std::vector<IoType> RowLinearInputs(ElementType type, std::vector<IoType> weight
 struct RowLinearCall {
   static constexpr size_t kScales = 2;  // the input
 
-  // Read and check the inputs of a call: of floats, or of codes, for which there are scales and zero points.
+  // Read and check the inputs of a call: floats, or codes with scales and zero points.
   explicit RowLinearCall(const KernelContext& context);
   RowLinearCall(const KernelContext& context, const CodeLayout& layout);
 

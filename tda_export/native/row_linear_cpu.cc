@@ -1,8 +1,8 @@
 // tda::RowLinear and its forms for integers on the CPU, float32 activations.
 //
-// A few tokens go one by one: ONNX Runtime's thread pool gets chunks of rows (row_sums_cpu.h), in tiles of columns where
-// rows are long, and whoever ends the last chunk of a tile adds the chunks up. Many tokens are a product of matrices
-// (row_panels_cpu.h), whose panels of columns are handed out.
+// A few tokens are computed one by one: ONNX Runtime's thread pool gets chunks of rows (row_sums_cpu.h), in tiles of
+// columns where rows are long, and the thread that ends the last chunk of a tile adds the chunks up. Many tokens are
+// computed as a product of matrices (row_panels_cpu.h), whose panels of columns are distributed over threads.
 #include "row_linear_cpu.h"
 
 #include <algorithm>

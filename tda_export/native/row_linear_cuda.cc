@@ -67,7 +67,7 @@ struct RowLinearKernels {
       return made;
     };
     // The fewer slices there are, the more warps share the rows of one, and larger blocks take fewer steps to add up.
-    // Which is best where was measured on an H100.
+    // The best choices were measured on an H100.
     if (bits == 4) {
       const SharedKernel wider = shared(1, 16, 8, 2);
       wide = {{wider, 32}, {shared(1, 32, 8, 2), 12}, {wider, 12}};

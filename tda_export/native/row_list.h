@@ -1,4 +1,4 @@
-// Which rows of a matrix a token reads, and what it multiplies them with.
+// The rows of a matrix that a token needs, and their factors.
 #pragma once
 
 #include <algorithm>
@@ -8,12 +8,13 @@
 
 namespace tda {
 
-// What tokens decide by.
+// The data that decide which rows a token needs.
 struct RowPrices {
   const float* row_price;  // [inputs]
   float price;
 
-  // Return what x of row i counts for: 0 where the row is dropped. *Less*, not its opposite: a NaN is kept.
+  // Return the factor of row i: x, or 0 where the row is dropped. The comparison is *Less*, not the negation of its
+  // opposite, so that a NaN is kept.
   TDA_INLINE float Kept(float x, int64_t i) const { return x * x * row_price[i] < price ? 0.0f : x; }
 };
 
@@ -28,8 +29,8 @@ struct RowList {
   TDA_INLINE int64_t Ahead(int64_t i) const { return rows[std::min(i + ahead, count - 1)]; }
 };
 
-// List the rows in [begin, end) that x [inputs] needs, with what it multiplies them with. Returns how many there are.
-// There is room for end - begin rows.
+// List the rows in [begin, end) that x [inputs] needs, with their factors. Returns how many there are. There is room
+// for end - begin rows.
 template <int kLanes>
 TDA_INLINE int64_t ListRows(const float* x, const RowPrices& prices, int64_t begin, int64_t end, int32_t* rows,
                             float* values) {

@@ -2,8 +2,8 @@
 //
 // A panel of columns is unpacked, and multiplied with blocks of tokens whose sums stay in registers. Every
 // sum goes through the chunks of row_sums_cpu.h, and through the same operations in the same order as there, so that a
-// token's result has the same bits alone and in a crowd. A row that some token of a tile needs is multiplied with 0 for
-// those that do not.
+// token's result has the same bits whatever the other tokens are. A row that only some tokens of a tile need is
+// multiplied by 0 for the others.
 #pragma once
 
 #include <algorithm>
@@ -33,7 +33,7 @@ struct TokenTile {
   RowPrices prices;
   uint8_t* needed;  // [inputs]
   int32_t* rows;    // [inputs], of which `count` are used
-  // What a token multiplies each row with, in the order of use: segments of rows, blocks of tokens, rows, tokens.
+  // The factor of each row for a token, in the order of use: segments of rows, blocks of tokens, rows, tokens.
   float* values;
   int64_t count;
   int64_t chunks;
@@ -148,7 +148,7 @@ TDA_INLINE void UnpackPanel(const Format& weight, const int32_t* rows, int64_t c
   }
 }
 
-// Write what a chunk of rows makes of a block of tokens into the columns [column, ..) of y [tokens, outputs].
+// Write a chunk's sums for a block of tokens into the columns [column, ..) of y [tokens, outputs].
 template <int kLanes>
 TDA_INLINE void WritePart(const float* sums, const float* zero_sums, int64_t tokens, bool first, const float* bias,
                           int64_t columns, int64_t outputs, float* y) {

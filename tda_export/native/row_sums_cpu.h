@@ -1,9 +1,9 @@
-// Sums over the rows that one token needs, read where they lie.
+// Sums over the rows that one token needs, read in place.
 //
 // Rows are cut into chunks, and a chunk's rows are added one after another in order; the sums of the chunks are added in
-// order as well. Where the chunks begin is decided by the shape of the matrix alone, so that neither the number of threads
-// nor the other tokens of a call change a bit of a token's result; where products of bytes serve (digits_cpu.h), other
-// tokens up to kTokensByDigits in all.
+// order as well. The places of chunks depend only on the shape of the matrix, so that neither the number of threads nor
+// the other tokens of a call change a bit of a token's result. Where products of bytes are used (digits_cpu.h), this
+// holds for calls of up to kTokensByDigits tokens.
 #pragma once
 
 #include <algorithm>
@@ -44,7 +44,7 @@ struct RowChunks {
   int64_t tiles;
 };
 
-// What a token multiplies with a chunk of rows, in a tile of columns.
+// A token's work on a chunk of rows, in a tile of columns.
 struct ChunkOfToken {
   const float* x;  // [inputs]
   RowPrices prices;
@@ -52,7 +52,7 @@ struct ChunkOfToken {
   int64_t begin, end;  // columns
 };
 
-// Tell whether sums are of products of bytes.
+// Return whether sums are computed by products of bytes.
 template <int kLanes, class Format>
 TDA_INLINE bool MultipliesBytesOf() {
   if constexpr (Format::kScaled) {
@@ -61,7 +61,8 @@ TDA_INLINE bool MultipliesBytesOf() {
   return false;
 }
 
-// Compute the sums of a chunk by products of bytes. Returns false where they do not serve, with nothing of use in `sums`.
+// Compute the sums of a chunk by products of bytes. Returns false where these cannot be used, with undefined values in
+// `sums`.
 template <int kLanes, int kBits>
 TDA_INLINE bool SumDigits(const CodeFormat<kBits>& weight, const ChunkOfToken& chunk, float* sums) {
   int32_t rows[kListed + kQuad];

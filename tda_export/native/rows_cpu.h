@@ -1,4 +1,4 @@
-// Rows of a weight matrix on the CPU, and what kernels do with several of them at once.
+// Rows of a weight matrix on the CPU, and operations on several rows at once.
 //
 // A Format says how rows lie in memory. Kernels reach weights through one, and never by address:
 //
@@ -64,7 +64,7 @@ struct FloatFormat {
     std::memcpy(y, sums, columns * sizeof(float));
   }
 
-  // Write the columns from `column` on as floats, those of two vectors; past the end of the row anything.
+  // Write the columns from `column` on as floats, those of two vectors; values past the end of the row are undefined.
   template <int kLanes>
   TDA_INLINE void Unpack(int64_t row, int64_t column, float* out) const {
     const float* first = weights + row * columns + column;

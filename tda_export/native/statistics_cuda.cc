@@ -88,7 +88,7 @@ struct MaskArguments {
   int neurons;
 };
 
-// The indices are padded with -1 to all neurons: their number is known on the device alone, and buffers keep their size.
+// The indices are padded with -1 to all neurons: their number is known only on the device, and buffers keep their size.
 class SelectMask : public Kernel {
  public:
   explicit SelectMask(const KernelInfo& info)

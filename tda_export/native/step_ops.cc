@@ -29,7 +29,7 @@ struct GatedCall {
     h = context.OutputLike(0, shape);
   }
 
-  // Where the second half of a row begins, in elements of T, where there is no input of its own.
+  // The start of a row's second half, in elements of T, where up has no separate input.
   template <class T>
   const T* Up() const {
     return up.present ? up.As<const T>() : gate.As<const T>() + neurons;

@@ -1,5 +1,5 @@
-// A processor's vectors of floats, in GCC's and Clang's notation: code written once for every width. Only what widens
-// smaller numbers is written for a processor, since compilers make one number after another of it.
+// A processor's vectors of floats, in GCC's and Clang's notation: code written once for every width. Only the widening
+// of smaller numbers is written for specific processors, since compilers do not vectorise it.
 #pragma once
 
 #include <cstdint>

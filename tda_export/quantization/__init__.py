@@ -1,1 +1,1 @@
-"""Making models of integers: GPTQ, rounding to nearest, and the folder that holds the result."""
+"""Quantise models to integers: GPTQ, rounding to nearest, and the folder that holds the result."""

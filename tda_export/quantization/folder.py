@@ -1,4 +1,4 @@
-"""Writing a quantised model as a folder that every command takes (`models.quantised` says what is in it)."""
+"""Write a quantised model as a folder that every command accepts (`models.quantised` describes its content)."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ NOT_COPIED = (CONFIG_FILE, "*.index.json")
 
 
 def is_quantised_folder(path: Path) -> bool:
-    """Whether `quantize` wrote what is there, in whatever version."""
+    """Return whether `quantize` wrote this folder, in any version."""
     try:
         return path.is_dir() and read_quantisation(path) is not None
     except Exception:
-        return True  # of another version
+        return True  # written by another version
 
 
 def write_quantised(
     source: ModelSource, output: Path, codes: Mapping[str, Codes], plan: FormatPlan, about: dict[str, Any]
 ) -> None:
-    """Write the folder atomically; an earlier one is replaced.
+    """Write the folder atomically, replacing an earlier one.
 
     Args:
         source: The float model.
         output: The folder.
-        codes: All matrices of integers in the plan.
+        codes: All integer matrices of the plan.
         plan: The format of each matrix.
-        about: How it was made and what it costs, as plain data, for config.json.
+        about: How the model was quantised and what that costs, as plain data, for config.json.
 
     Raises:
         TdaError: The operating system refused to write.
@@ -77,7 +77,8 @@ def _codes(codes: Mapping[str, Codes], plan: FormatPlan) -> Iterator[tuple[str, 
 
 
 def _floats(source: ModelSource, plan: FormatPlan) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield everything else by transformers' names, and floats that share a tensor with integers by their own."""
+    """Yield all float tensors by transformers' names, and floats that share a tensor with integers by their own
+    names."""
     spec, weights = source.spec, source.weights()
     made, layout = made_tensors(spec, plan), Layout(spec, weights)
     for matrices in made.values():
@@ -86,7 +87,7 @@ def _floats(source: ModelSource, plan: FormatPlan) -> Iterator[tuple[str, torch.
                 _, layer, part = name.split(".")
                 yield name, layout.part(int(layer), part).load().T.contiguous()
     names = dict.fromkeys(skeleton_shapes(source.config))
-    if not spec.tied_head:  # of which a configuration that ties it says nothing
+    if not spec.tied_head:  # a configuration with a tied head says nothing about it
         names[f"{spec.names.head}.weight"] = None
     for name in names:
         if name not in made and not (spec.tied_head and name == f"{spec.names.head}.weight"):

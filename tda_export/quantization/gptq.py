@@ -1,10 +1,10 @@
-"""GPTQ with groups along outputs: rows, input channels, are rounded one after another, and later ones make up for it.
+"""GPTQ with groups along outputs: rows (input channels) are rounded one after another, and later rows compensate.
 
 The error of y = Σ_i x_i W[i, :] over the calibration's inputs is tr(E^T H E), H = X^T X. Once row i is rounded, the
-best change of the rows after it is a multiple of its error, which the Cholesky factor of the inverse of H has. As a
-group lies inside a row its scale is chosen when the row's turn comes, for the row as it then is, and any order of rows
-will do: those that matter most come first.
-Source: GPTQ, arXiv 2210.17323, algorithm 1; the order is `act_order` of its code.
+best change of each later row is a multiple of row i's error, with the factor from the Cholesky factor of the inverse of
+H. A group lies inside a row, so its scale is chosen when the row is rounded, from the row's current values, and any
+order of rows is possible: those with the largest Hessian diagonal come first.
+Source: GPTQ, arXiv 2210.17323, algorithm 1; the order is `act_order` in its code.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tda_export.ranks import ALONE, Ranks
 from tda_export.weights.formats import IntegerFormat
 from tda_export.weights.integers import SHRINKS, SMALLEST_SCALE, Codes
 
-DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it, at least
-MORE_DAMPING, MOST_DAMPING = 10.0, 1.0  # where that is not enough for a factor to exist
+DAMPING = 0.01  # the least share of the Hessian's mean diagonal that is added to its diagonal
+MORE_DAMPING, MOST_DAMPING = 10.0, 1.0  # the damping's factor per retry, and its limit
 BLOCK = 128  # rows between two updates of all rows that follow
 
 
 @dataclass(frozen=True)
 class RowOrder:
-    """What the rounding of rows needs of the Hessian of their inputs, whatever matrix they are of.
+    """What the rounding of rows needs from the Hessian of their inputs; the same for all matrices with these inputs.
 
     `order` int64 [in]: rows by falling diagonal. `factor` float32 [in, in]: upper triangular, in that order; factor^T
     factor is the inverse of the damped Hessian.
@@ -44,7 +44,7 @@ def row_order(hessian: torch.Tensor) -> RowOrder:
         hessian: X^T X, float [in, in] on any device. Inputs that are always 0 are allowed.
 
     Raises:
-        TdaError: It holds no finite numbers, or has no factor; the message goes behind a name and a colon.
+        TdaError: The Hessian is not finite, or has no factor; callers put a name and a colon before the message.
     """
     if not bool(hessian.isfinite().all()):
         raise TdaError("its inputs are not finite. Check the checkpoint.")
@@ -64,12 +64,12 @@ def row_order(hessian: torch.Tensor) -> RowOrder:
 
 
 def quantise_rows(weight: torch.Tensor, rows: RowOrder, format: IntegerFormat, *, symmetric: bool = False) -> Codes:
-    """Round a matrix row by row, and let the rows that follow make up for the error.
+    """Round a matrix row by row, and let later rows compensate for the error.
 
     Args:
         weight: float32 [in, out], finite, on the device of `rows`.
-        rows: From `row_order`.
-        format: Of the codes.
+        rows: The result of `row_order`.
+        format: The format of the codes.
         symmetric: Let zero points be the middle code.
 
     Returns:
@@ -87,18 +87,19 @@ def quantise_together(
     symmetric: bool = False,
     ranks: Ranks = ALONE,
 ) -> list[Codes]:
-    """Do as `quantise_rows` for matrices that read the same inputs, side by side: no group depends on another.
+    """Do the same as `quantise_rows` for several matrices that read the same inputs, side by side: no group depends on
+    another.
 
     Args:
         weights: float32 [in, out] each.
-        rows: From `row_order`.
-        format: Of all codes.
+        rows: The result of `row_order`.
+        format: The format of all codes.
         symmetric: Let zero points be the middle code.
-        ranks: Each takes a share of the groups; all of them return the same.
+        ranks: The ranks, each of which rounds a share of the groups; all return the same result.
     """
     filled = [_whole_groups(weight, format) for weight in weights]
     side_by_side = torch.cat(filled, dim=1)
-    # 1 of the elements of matrices, 0 of what fills groups.
+    # 1 for elements of matrices, 0 for the padding of groups.
     counts = torch.cat([(torch.arange(f.shape[1]) < w.shape[1]) for f, w in zip(filled, weights, strict=True)])
     counts = counts.to(side_by_side)
     share = -(-side_by_side.shape[1] // format.group // ranks.count) * format.group  # of columns
@@ -117,7 +118,7 @@ def quantise_together(
 
 
 def _whole_groups(weight: torch.Tensor, format: IntegerFormat) -> torch.Tensor:
-    """Fill the last group with copies of the last column: they change as it does, and so widen no range."""
+    """Pad the last group with copies of the last column. They change as it does, and so widen no range."""
     missing = format.groups(weight.shape[1]) * format.group - weight.shape[1]
     return torch.cat([weight, weight[:, -1:].expand(-1, missing)], dim=1)
 
@@ -125,7 +126,7 @@ def _whole_groups(weight: torch.Tensor, format: IntegerFormat) -> torch.Tensor:
 def _quantise_groups(
     columns: torch.Tensor, counts: torch.Tensor, rows: RowOrder, format: IntegerFormat, *, symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Quantise whole groups [in, G group], of which `counts` [G group] says which elements count.
+    """Quantise whole groups [in, G group]; `counts` [G group] says which elements are no padding.
 
     Returns:
         Codes uint8 [in, G, group], scales and zero points [in, G].
@@ -157,13 +158,13 @@ def _quantise_groups(
 def search_groups(
     grouped: torch.Tensor, counts: torch.Tensor, format: IntegerFormat, shrinks: torch.Tensor, *, symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Round groups to the nearest codes with the range that costs least: `integers.round_to_nearest` in PyTorch.
+    """Round groups to the nearest codes with the best range: `integers.round_to_nearest` in PyTorch.
 
     Args:
-        grouped: float32 [groups, group], a row.
-        counts: float32 [groups, group], 1 of elements, and 0 of what fills groups, whose errors do not count.
-        format: Of the codes.
-        shrinks: Ranges to try, as parts of a group's own, float32 [n, 1].
+        grouped: float32 [groups, group], one row.
+        counts: float32 [groups, group], 1 for elements and 0 for padding, whose errors do not count.
+        format: The format of the codes.
+        shrinks: Ranges to try, as shares of a group's own range, float32 [n, 1].
         symmetric: Let zero points be the middle code.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The Hessian of a site: what its inputs were over the calibration, X^T X."""
+"""The Hessian of a site, X^T X of its inputs over the calibration."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tda_export.models.spec import DecoderSpec
 from tda_export.packing import linear_shape, linear_sites
 from tda_export.quantization.layers import Call, watch_site
 
-# How often the first token of a sequence counts in q, k and v: all tokens attend to it, and its key and value, of a
-# hidden state unlike any other, must survive.
+# The weight of a sequence's first token in q, k and v. All tokens attend to it, and its hidden state is unlike any
+# other, so its key and value must stay accurate.
 FIRST_TOKEN_WEIGHT = 100.0
 WEIGHTED_SITE = "qkv"
 
@@ -25,10 +25,10 @@ def site_hessian(
     Args:
         model: A transformers model.
         spec: Its architecture.
-        layer: Which.
-        site: Its parts read x.
+        layer: The layer's number.
+        site: The site, whose parts read x.
         call: How the layer is called.
-        inputs: What enters the layer, [1, T, M] of each sequence.
+        inputs: The layer's input for each sequence, [1, T, M].
     """
     size = linear_shape(spec, linear_sites(spec)[site][0])[0]
     hessian = torch.zeros(size, size, device=module_device(call.module))

@@ -1,4 +1,4 @@
-"""What a quantised model loses: its KL to the float model on continuations that it was not made with."""
+"""What a quantised model loses: its KL to the float model on continuations that quantisation did not use."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tda_export.errors import TdaError
 
 @dataclass(frozen=True)
 class Loss:
-    """KL to the float model in nats a token, and how often both have the same likeliest token.
+    """KL to the float model in nats per token, and the share of tokens where both have the same likeliest token.
 
-    `stderr` is of `kl`, over sequences, 0 of one alone.
+    `stderr` is the standard error of `kl` over sequences, 0 for a single one.
     """
 
     kl: float
@@ -48,7 +48,7 @@ def continuations(model: Any, tokens: torch.Tensor, prompt_tokens: int) -> Itera
 
 @dataclass(frozen=True)
 class Compared:
-    """Of the continuation of one sequence: mean KL and agreement, and its tokens."""
+    """One sequence's continuation: mean KL, agreement, and the number of tokens."""
 
     kl: float
     agreement: float
@@ -74,7 +74,7 @@ def summarise(compared: Sequence[Compared]) -> Loss:
     """Average over sequences."""
     values = torch.tensor([each.kl for each in compared], dtype=torch.float64)
     error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    # Of what is the same except for rounding, the KL may be below 0.
+    # Between logits that are equal except for rounding, the KL may be below 0.
     mean = max(0.0, float(values.mean()))
     same = sum(each.agreement for each in compared) / len(compared)
     return Loss(mean, error, same, sum(each.tokens for each in compared), len(compared))

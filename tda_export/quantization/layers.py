@@ -1,6 +1,6 @@
-"""Layers of a transformers model one at a time: what enters each, and what leaves it, for many sequences of one length.
+"""Run a transformers model one layer at a time: the inputs and outputs of each layer for many sequences of one length.
 
-All sequences have the same masks and positions, so that what a layer is called with beside the hidden state is kept
+All sequences have the same attention masks and positions, so a layer's arguments besides the hidden state are kept
 once.
 """
 
@@ -27,7 +27,7 @@ class _Reached(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """What a layer is called with beside the hidden state."""
+    """The arguments of a layer besides the hidden state."""
 
     module: torch.nn.Module
     arguments: tuple[Any, ...]
@@ -42,7 +42,7 @@ class Call:
 
 @torch.no_grad()
 def layer_calls(model: Any, spec: DecoderSpec, sequence: torch.Tensor) -> list[Call]:
-    """Watch how the model calls its layers on a sequence int64 [T]. The layers are not run, and need no weights."""
+    """Record how the model calls its layers on a sequence int64 [T]. The layers are not run, and need no weights."""
     calls: list[Call] = []
 
     def watch(module: torch.nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -62,7 +62,7 @@ def layer_calls(model: Any, spec: DecoderSpec, sequence: torch.Tensor) -> list[C
 
 @torch.no_grad()
 def first_inputs(model: Any, spec: DecoderSpec, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """Return what enters the first layer for each sequence of int64 [N, T], on the CPU: [1, T, M].
+    """Return the first layer's input for each sequence of int64 [N, T], on the CPU: [1, T, M].
 
     Layers need no weights.
     """
@@ -84,7 +84,7 @@ def first_inputs(model: Any, spec: DecoderSpec, tokens: torch.Tensor) -> list[to
 
 @torch.no_grad()
 def pass_on(call: Call, inputs: list[torch.Tensor], device: torch.device) -> None:
-    """Replace what enters a layer, for each sequence, by what leaves it."""
+    """Replace each sequence's layer input by the layer's output."""
     for index, hidden in enumerate(inputs):
         inputs[index] = call(hidden.to(device)).cpu()
 
@@ -99,8 +99,8 @@ def last_log_probabilities(
         model: A transformers model. Its layers are not run, and need no weights.
         spec: Its architecture.
         sequence: int64 [T].
-        hidden: What leaves the last layer, [1, T, M].
-        kept: How many.
+        hidden: The output of the last layer, [1, T, M].
+        kept: The number of tokens.
     """
     with layers_skipped(model, spec, hidden.to(model.device)):
         logits = model(sequence[None].to(model.device), use_cache=False, logits_to_keep=kept).logits[0]
@@ -117,7 +117,8 @@ def watch_site(
     inputs: list[torch.Tensor],
     observe: Callable[[torch.Tensor], None],
 ) -> None:
-    """Give `observe` what the parts of a site read, [T, in], for each sequence; of the layer no more is computed."""
+    """Call `observe` with the input of a site's parts, [T, in], for each sequence. The rest of the layer is not
+    computed."""
     linear = layer_linears(model, spec, layer)[linear_sites(spec)[site][0]]
 
     def take(x: torch.Tensor) -> None:

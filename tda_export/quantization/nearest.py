@@ -16,14 +16,14 @@ from tda_export.weights.formats import IntegerFormat
 from tda_export.weights.integers import FIELDS, Codes, round_to_nearest
 from tda_export.weights.plan import EMBEDDING, HEAD
 
-ELEMENTS_AT_ONCE = 1 << 22  # of a matrix, that one thread rounds
+ELEMENTS_AT_ONCE = 1 << 22  # elements of a matrix that one thread rounds at a time
 
 
 def read_matrix_rows(spec: DecoderSpec, weights: Weights, name: str) -> np.ndarray:
     """Read a matrix as it is stored, float32 [rows, columns]: layers' linears [in, out], embedding and head [V, M].
 
     Raises:
-        TdaError: It holds a weight that is not finite.
+        TdaError: A weight is not finite.
     """
     layout = Layout(spec, weights)
     if name in (EMBEDDING, HEAD):
@@ -41,13 +41,13 @@ def round_matrix(name: str, rows: np.ndarray, format: IntegerFormat, *, symmetri
     """Round a matrix to the nearest codes with searched ranges, with PyTorch's threads.
 
     Args:
-        name: For messages.
+        name: The matrix's name, for messages.
         rows: float32 [rows, columns].
-        format: Of the codes.
+        format: The format of the codes.
         symmetric: Let zero points be the middle code.
 
     Raises:
-        TdaError: It holds a weight that is not finite, or that is too large for its scale.
+        TdaError: A weight is not finite, or too large for its scale.
     """
     _check_finite(name, rows)
     step = max(1, ELEMENTS_AT_ONCE // rows.shape[1])
@@ -64,10 +64,10 @@ def round_matrix(name: str, rows: np.ndarray, format: IntegerFormat, *, symmetri
 
 
 def check_scales(name: str, codes: Codes) -> None:
-    """Refuse codes whose scales float16 does not hold, as of weights of a million.
+    """Refuse codes whose scales overflow float16, as weights of a million cause.
 
     Raises:
-        TdaError: It is so; the message names the matrix.
+        TdaError: A scale overflows; the message names the matrix.
     """
     if not np.isfinite(codes.scales).all():
         raise TdaError(

@@ -1,6 +1,6 @@
-"""Finished layers: a file each beside the output, from which an interrupted quantisation resumes.
+"""Finished layers: one file each next to the output, from which an interrupted quantisation resumes.
 
-They are read from there once more for the output, so that memory holds the codes of one layer at a time.
+They are read again for the output, so that memory holds the codes of only one layer at a time.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ KEY = "tda_export_partial"
 LAYER = re.compile(r"layer-\d{5}\.safetensors")
 UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError)
 
-Shapes = Mapping[str, tuple[IntegerFormat, tuple[int, int]]]  # of matrices of integers by name: rows and columns
+Shapes = Mapping[str, tuple[IntegerFormat, tuple[int, int]]]  # format, rows and columns of integer matrices by name
 
 
 class PartialLayers:
-    """The folder of finished layers. They are used again only for the same model, data, settings and versions."""
+    """The folder of finished layers. They are reused only for the same model, data, settings and versions."""
 
     def __init__(self, output: Path, key: dict[str, Any]) -> None:
-        """Name the folder beside `output`.
+        """Name the folder next to `output`.
 
         Args:
-            output: The folder to come.
-            key: Plain data that says what is quantised and how.
+            output: The folder that the quantisation will write.
+            key: Plain data that identifies what is quantised and how.
         """
         self.folder = output.with_name(output.name + SUFFIX)
         self._key = json.dumps(key, sort_keys=True)
 
     def check(self) -> None:
-        """Refuse a folder that cannot be written, or that holds layers of somebody else's, before any long work.
+        """Refuse a folder that cannot be written, or that holds foreign files, before any long work.
 
         Raises:
-            UsageError: It is so.
+            UsageError: The folder cannot be written, or holds foreign files.
         """
         if not os.path.lexists(self.folder):
             return
@@ -82,11 +82,11 @@ class PartialLayers:
             raise TdaError(f"{text} The quantisation has stopped.{goes_on}") from error
 
     def load(self, layer: int, shapes: Shapes) -> dict[str, Codes] | None:
-        """Read what an earlier run left of a layer, if it was of the same quantisation; None otherwise.
+        """Read a layer that an earlier run of the same quantisation finished; None where there is none.
 
         Args:
-            layer: Which.
-            shapes: Of its matrices of integers.
+            layer: The layer's number.
+            shapes: The shapes of its integer matrices.
         """
         try:
             if _key(self._path(layer)) != self._key:
@@ -96,10 +96,10 @@ class PartialLayers:
             return None  # missing or damaged: quantise it again
 
     def read(self, layer: int, name: str, format: IntegerFormat, shape: tuple[int, int]) -> Codes:
-        """Read a matrix of a layer that is finished.
+        """Read a matrix of a finished layer.
 
         Raises:
-            TdaError: It is no longer there.
+            TdaError: The file is no longer there.
         """
         try:
             return self._codes(layer, name, format, shape)
@@ -110,7 +110,7 @@ class PartialLayers:
             ) from error
 
     def remove(self) -> None:
-        """Delete layers of any quantisation, what killed runs left of them, and the folder unless more is in it."""
+        """Delete layers of any quantisation, leftovers of killed runs, and the folder unless it holds other files."""
         if not self.folder.is_dir():
             return
         for path in self._layers():
@@ -121,7 +121,7 @@ class PartialLayers:
         try:
             self.folder.rmdir()
         except OSError:
-            return  # something of somebody else's is in it
+            return  # the folder holds foreign files
 
     def _codes(self, layer: int, name: str, format: IntegerFormat, shape: tuple[int, int]) -> Codes:
         with safe_open(self._path(layer), framework="numpy") as file:
@@ -136,7 +136,7 @@ class PartialLayers:
 
 
 class KeptCodes(CodesByName):
-    """Matrices of integers as they come: packed in memory, or in files."""
+    """Integer matrices as they are finished: packed in memory, or in files."""
 
     def __init__(self) -> None:
         super().__init__({})
@@ -147,13 +147,13 @@ class KeptCodes(CodesByName):
             self._read[name] = partial(Codes.unpack, found.format, found.codes.shape[1], *found.pack())
 
     def keep_saved(self, layers: PartialLayers, layer: int, shapes: Shapes) -> None:
-        """Keep the matrices of a layer where it was saved."""
+        """Keep the matrices of a layer in the file where it was saved."""
         for name, shape in shapes.items():
             self._read[name] = partial(layers.read, layer, name, *shape)
 
 
 def _key(path: Path) -> str | None:
-    """Return what a layer was saved for: None of other files, "" of one that is damaged."""
+    """Return the key that a layer was saved for: None for other files, "" for a damaged one."""
     try:
         with safe_open(path, framework="numpy") as file:
             key: str | None = (file.metadata() or {}).get(KEY)

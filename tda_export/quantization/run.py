@@ -1,4 +1,4 @@
-"""Quantising a model: embedding and head first, then layer after layer, each under what is quantised before it."""
+"""Quantise a model: embedding and head first, then layer after layer, each with the quantised layers before it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Show = Callable[[str, int], AbstractContextManager[Advance]]
 class QuantizeSettings:
     """How to quantise. Lengths in tokens; a sequence is `prompt_tokens` and then `continuation_tokens`.
 
-    `sequences` are what GPTQ reads, `kl_sequences` others that the loss is measured on, 0 for not at all.
+    `sequences`: how many GPTQ reads. `kl_sequences`: how many others the loss is measured on; 0 measures no loss.
     """
 
     weights: str = "int4"
@@ -63,12 +63,12 @@ class QuantizeSettings:
 
     @property
     def length(self) -> int:
-        """Tokens of a sequence."""
+        """The tokens of a sequence."""
         return self.prompt_tokens + self.continuation_tokens
 
     @property
     def all_sequences(self) -> int:
-        """Sequences to draw, 0 where no data are needed."""
+        """The number of sequences to draw, 0 where no data are needed."""
         return (self.sequences if self.quantizer == "gptq" else 0) + self.kl_sequences
 
     def plan(self, spec: DecoderSpec) -> FormatPlan:
@@ -90,7 +90,7 @@ class QuantizeSettings:
         return plan
 
     def describe(self) -> dict[str, Any]:
-        """Return how it quantises, as plain data: what a folder keeps."""
+        """Return the settings as plain data, which a folder keeps."""
         content: dict[str, Any] = {"name": self.quantizer, "symmetric": self.symmetric}
         if self.quantizer == "gptq":
             content |= {"least_damping": DAMPING, "first_token_weight": FIRST_TOKEN_WEIGHT}
@@ -99,9 +99,9 @@ class QuantizeSettings:
 
 @dataclass(frozen=True)
 class Quantised:
-    """A quantised model: its codes by matrix, their formats, and what config.json says of it beside them.
+    """A quantised model: its codes by matrix, their formats, and further entries of config.json.
 
-    Codes of layers lie beside the output, where there is one, until `PartialLayers.remove`.
+    With an output, codes of layers lie in files next to it until `PartialLayers.remove`.
     """
 
     codes: Mapping[str, Codes]
@@ -113,10 +113,11 @@ class Quantised:
 def split(corpus: Corpus | None, settings: QuantizeSettings) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sequences that GPTQ reads and those that the loss is measured on; int64 [.., P + C].
 
-    The latter come first, so that quantisers, and any number of --sequences, are measured on the same text.
+    Those of the loss come first in the corpus, so that all quantisers and any number of --sequences are measured on the
+    same text.
 
     Raises:
-        UsageError: There are too few for that.
+        UsageError: There are too few sequences.
     """
     if corpus is None:
         none = torch.zeros(0, settings.length, dtype=torch.int64)
@@ -125,7 +126,7 @@ def split(corpus: Corpus | None, settings: QuantizeSettings) -> tuple[torch.Tens
     held_out = end = min(settings.kl_sequences, found)
     if settings.quantizer == "gptq":
         end = found
-        if held_out and found < settings.all_sequences:  # both have less text than was asked for
+        if held_out and found < settings.all_sequences:  # both get less text than was asked for
             held_out = max(1, found * settings.kl_sequences // settings.all_sequences)
         if held_out == found:
             raise UsageError(
@@ -148,16 +149,16 @@ def quantize(
 
     Args:
         source: The float model.
-        corpus: Sequences of `settings.length` tokens; None where none are needed.
-        settings: How.
-        show: Opens the progress of a step, given its description and its units.
-        output: The folder to come; layers that an interrupted run finished are read beside it (`PartialLayers`). The
-            first rank alone writes there.
-        ranks: That share sequences and matrices; all of them return the same.
+        corpus: Sequences of `settings.length` tokens; None where no data are needed.
+        settings: How to quantise.
+        show: Opens the progress display of a step, given its description and number of units.
+        output: The folder that will be written. Layers that an interrupted run finished are read from next to it
+            (`PartialLayers`). Only the first rank writes there.
+        ranks: The ranks that share sequences and matrices; all return the same result.
 
     Raises:
         UsageError: A rule matches nothing, or there is too little text.
-        TdaError: The model holds numbers that are not finite.
+        TdaError: The model holds non-finite numbers.
     """
     spec, plan = source.spec, settings.plan(source.spec)
     tokens, held_out = split(corpus, settings)
@@ -194,7 +195,7 @@ def quantize(
 
 
 def _device(device: str, ranks: Ranks) -> str:
-    """Return the one device of this rank's layers, given --device: `auto` is a GPU if there is one."""
+    """Return the device of this rank's layers, given --device; `auto` is a GPU if there is one."""
     if device != AUTO:
         return ranks.own_device(device)
     return ranks.own_device("cuda") if torch.cuda.is_available() else "cpu"
@@ -207,12 +208,12 @@ def _read(
 
     Args:
         model: The float model.
-        tokens: int64 [N, P + C], of this rank; there may be none.
-        settings: Lengths are used here.
-        advance: Told of layers.
+        tokens: This rank's sequences, int64 [N, P + C]; N may be 0.
+        settings: The settings, of which the lengths are used here.
+        advance: Called with the number of finished layers.
 
     Raises:
-        TdaError: They are not finite.
+        TdaError: The log-probabilities are not finite.
     """
     calls = layer_calls(model.model, model.spec, tokens[0]) if len(tokens) else []
     hidden = first_inputs(model.model, model.spec, tokens)
@@ -235,7 +236,7 @@ def _continuations(
 
 
 class _Run:
-    """One quantisation on its way through the model. Without a model weights are rounded, and nothing is run.
+    """One quantisation on its way through the model. Without a model, weights are only rounded and nothing is run.
 
     Two kinds of sequences pass through each layer once it is quantised: those that GPTQ reads, and those held out for
     the loss.
@@ -275,13 +276,13 @@ class _Run:
             self._put(names[name], torch.from_numpy(found.decode()))
         if self._model is not None:
             model, own = self._model.model, self._tokens[self._ranks.number :: self._ranks.count]
-            for sequence in (self._tokens if len(self._tokens) else self._held_out)[:1]:  # a rank may have none
+            for sequence in (self._tokens if len(self._tokens) else self._held_out)[:1]:  # a rank may have no sequences
                 self._calls = layer_calls(model, self._spec, sequence)
             self._inputs = first_inputs(model, self._spec, own)
             self._left = first_inputs(model, self._spec, self._held_out)
 
     def layer(self, layer: int) -> None:
-        """Quantise the linears of a layer, site by site, each under its quantised predecessors."""
+        """Quantise the linears of a layer, site by site, each with the quantised sites before it."""
         with self._model.layer(layer) if self._model else nullcontext():
             self._quantise(layer)
             if self._model is not None and self._calls:
@@ -290,7 +291,7 @@ class _Run:
                     pass_on(self._calls[layer], sequences, self._model.device)
 
     def log_probabilities(self) -> Iterator[torch.Tensor]:
-        """Yield those after each token of each held-out continuation, float32 [C, V] on the CPU."""
+        """Yield the log-probabilities after each token of each held-out continuation, float32 [C, V] on the CPU."""
         assert self._model is not None
         return _continuations(self._model, self._held_out, self._left, self._settings)
 
@@ -316,7 +317,7 @@ class _Run:
     def _site(
         self, layer: int, site: str, rows: dict[str, np.ndarray], formats: dict[str, IntegerFormat]
     ) -> dict[str, Codes]:
-        """Quantise those parts of a site that have a format, by part."""
+        """Quantise the parts of a site that have a format, and return codes by part."""
         symmetric, ranks = self._settings.symmetric, self._ranks
         wanted = {part: formats[name] for part in rows if (name := part_name(layer, part)) in formats}
         if self._settings.quantizer == "rtn" or not wanted:
@@ -351,14 +352,14 @@ class _Run:
                 self._put(module.format(i=layer), weight)
 
     def _put(self, module: str, weight: torch.Tensor) -> None:
-        """Give a module of the model a weight. What shares it, as a tied head does, has it too."""
+        """Set the weight of a module of the model. Modules that share it, such as a tied head, get it too."""
         if self._model is not None:
             parameter = self._model.model.get_submodule(module).weight
             parameter.data = weight.to(parameter)
 
 
 def _of_parts(layer: int, parts: tuple[str, ...], codes: dict[str, Codes]) -> dict[str, Codes]:
-    """Pick those of these parts that are among a layer's codes, by part."""
+    """Return the codes of those parts that are among a layer's codes, by part."""
     return {part: codes[name] for part in parts if (name := part_name(layer, part)) in codes}
 
 

@@ -1,1 +1,1 @@
-"""A report on a calibration or an artifact: one HTML file that needs nothing else."""
+"""A report on a calibration or an artifact: one self-contained HTML file."""

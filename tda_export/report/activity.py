@@ -1,7 +1,7 @@
 """Which neurons are active for which tokens, measured with an artifact's own graphs.
 
-Relative magnitudes r_i(t) and neuron scores s_i are docs/architecture.md's. A token's active neurons are the half with
-the largest relative magnitudes, a text's important neurons the half with the largest scores.
+docs/architecture.md defines relative magnitudes r_i(t) and neuron scores s_i. A token's active neurons are the half
+with the largest relative magnitudes, a text's important neurons the half with the largest scores.
 Source: TDA, arXiv 2408.11393 (Figures 3 to 11, Table 5).
 """
 
@@ -22,7 +22,7 @@ from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.phases import bind_call, prefill
 from tda_export.runtime.session import Sessions, map_weight, open_session
 
-CHANCE = 1 / 3  # Jaccard overlap of two random halves: a quarter in both of three quarters in either
+CHANCE = 1 / 3  # Jaccard overlap of two random halves: 1/4 of neurons is in both, 3/4 in at least one
 
 
 class Reader:
@@ -46,7 +46,7 @@ class Reader:
 
         Args:
             tokens: S token ids.
-            layers: Which layers to look at.
+            layers: The numbers of the layers to look at.
 
         Returns:
             For each of the layers, float32 [S, F].
@@ -59,10 +59,10 @@ class Reader:
         return [self._relative(layer, _float32(outputs[contract.ffn_input(layer)])[0]) for layer in layers]
 
     def scores(self, tokens: Sequence[int]) -> np.ndarray:
-        """Read a prompt as it is deployed and return the neuron scores of all layers, float32 [L, F].
+        """Read a prompt as in deployment and return the neuron scores of all layers, float32 [L, F].
 
-        They are those of the artifact's method; neither the first token is in them nor the artifact's prior, which all
-        prompts share.
+        The scores are those of the artifact's method. They include neither the first token nor the artifact's prior,
+        which all prompts share.
         """
         cache = KvCache(self.shape, self.provider, len(tokens))
         _, mask = prefill(self._sessions, self.shape, tokens, cache, prior=False)
@@ -74,7 +74,7 @@ class Reader:
         return np.sqrt(np.stack(sums) / np.float32(weight))
 
     def _relative(self, layer: int, x: np.ndarray) -> np.ndarray:
-        """Compute r [S, F] of a layer from what goes into its FFN, float32 [S, M]."""
+        """Compute r [S, F] of a layer from the input of its FFN, float32 [S, M]."""
 
         def product(part: str) -> np.ndarray:
             y = x @ float32_weight(self.artifact, contract.ffn_weight(layer, part)).T  # [S, F]
@@ -89,7 +89,7 @@ class Reader:
 
 
 def float32_weight(artifact: Artifact, name: str) -> np.ndarray:
-    """Read a tensor of weights.bin as float32, of its own shape."""
+    """Read a tensor of weights.bin as float32, in its own shape."""
     array = map_weight(artifact, name)
     if artifact.manifest["weights"][name]["dtype"] == "bfloat16":
         array = (array.astype(np.uint32) << 16).view(np.float32)  # bfloat16 is the upper half of float32
@@ -110,14 +110,14 @@ def activate(name: str, x: np.ndarray) -> np.ndarray:
 
 
 def relative(magnitudes: np.ndarray) -> np.ndarray:
-    """Divide magnitudes [S, F] by their norm over each row; rows of zeros stay."""
+    """Divide magnitudes [S, F] by the norm of each row; rows of zeros stay."""
     largest = magnitudes.max(axis=1, keepdims=True)
-    scaled = magnitudes / np.where(largest > 0, largest, 1)  # first: squares leave float32
+    scaled = magnitudes / np.where(largest > 0, largest, 1)  # scaled first: squares may leave float32's range
     return scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), 1)
 
 
 def top_half(values: np.ndarray) -> np.ndarray:
-    """Mark the larger half of each row [.., F]: bool [.., F] with F // 2 true; of equal values the first count."""
+    """Mark the larger half of each row [.., F]: bool [.., F] with F // 2 true; among equal values the first ones."""
     order = np.argsort(-values, axis=-1, kind="stable")
     marked = np.zeros(values.shape, bool)
     np.put_along_axis(marked, order[..., : values.shape[-1] // 2], True, axis=-1)
@@ -125,20 +125,20 @@ def top_half(values: np.ndarray) -> np.ndarray:
 
 
 def jaccard(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Share of neurons in both sets among those in either, bool [.., F] each: float [..]."""
+    """Return the share of neurons in both sets among those in at least one, bool [.., F] each: float [..]."""
     either = (one | other).sum(axis=-1)
     return (one & other).sum(axis=-1) / np.maximum(either, 1)
 
 
 def cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Cosine similarity over the last axis, float [.., F] each: float [..]."""
+    """Return the cosine similarity over the last axis, float [.., F] each: float [..]."""
     norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
     return (one * other).sum(axis=-1) / np.maximum(norms, np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
 class Inertia:
-    """How much tokens share their neurons. Means over tokens, all in [0, 1].
+    """How much tokens share their active neurons. All are means over tokens, in [0, 1].
 
     `cosine` and `jaccard` compare the relative magnitudes and the active halves of adjacent tokens; `kept` is the share
     of the neurons important for the first quarter of the tokens that is active for a later token (chance: 0.5).
@@ -168,7 +168,8 @@ def first_quarter(tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Similarity:
-    """Of N prompts, pair by pair and averaged over layers: cosine of scores and Jaccard of important neurons [N, N]."""
+    """Similarity of N prompts, pair by pair and averaged over layers: cosine of scores and Jaccard overlap of important
+    neurons, [N, N] each."""
 
     cosine: np.ndarray
     jaccard: np.ndarray

@@ -31,12 +31,13 @@ from tda_export.runtime.text import Text
 PICTURE_COLUMNS = 192
 RANDOM_SEED = 0
 UNCERTAINTY_TOKENS = 256
-DIMMEST, BRIGHTEST = 0.1, 4.0  # of the colours, times the root mean square over neurons, on a log scale
+DIMMEST, BRIGHTEST = 0.1, 4.0  # range of the colours, relative to the root mean square over neurons, on a log scale
 
 
 @dataclass(frozen=True)
 class Case:
-    """Relative magnitudes of tokens read in one way: for each layer [T, F]; its first `sinks` rows are of sinks."""
+    """Relative magnitudes of tokens read in one way: [T, F] for each layer. The first `sinks` rows are attention
+    sinks."""
 
     name: str
     rows: list[np.ndarray]
@@ -52,8 +53,8 @@ def activity_steps(prefixed: bool) -> int:
 def activity_section(reader: Reader, text: Text, advance: Advance) -> Section:
     """Draw the relative magnitudes of tokens alone and in a sequence, for a text and for random tokens.
 
-    Every picture's neurons are sorted by their score over the picture's own first quarter of tokens: where the colours
-    go on downwards, the first tokens say which neurons are active later.
+    Every picture's neurons are sorted by their score over the picture's own first quarter of tokens. Where the colours
+    continue downwards, the first tokens predict which neurons are active later.
     """
     shape = reader.artifact.shape
     layers = sorted({0, shape.num_layers // 2, shape.num_layers - 1})
@@ -96,7 +97,8 @@ def activity_section(reader: Reader, text: Text, advance: Advance) -> Section:
 def read_cases(
     reader: Reader, kind: str, tokens: Sequence[int], prefix: Sequence[int], layers: Sequence[int], advance: Advance
 ) -> list[Case]:
-    """Read tokens each alone, each after one other token (if the tokenizer puts none before a text), and in a row."""
+    """Read each token alone, each after one other token (if the tokenizer puts none before a text), and all as one
+    sequence."""
     cases = [Case(f"{kind}, each alone", read_alone(reader, tokens, prefix, layers, advance), 0, alone=True)]
     if not prefix:
         other = sorted(reader.artifact.eos_token_ids)[:1] or [0]
@@ -186,14 +188,14 @@ def uncertainty_texts(text: Text, limit: int) -> dict[str, list[int]]:
 
 
 def colour_range(values: np.ndarray) -> tuple[float, float]:
-    """Return the least and the largest similarity of different prompts [N, N], to the next 0.05 outside them."""
+    """Return the smallest and largest similarity of different prompts [N, N], rounded outwards to multiples of 0.05."""
     others = values[~np.eye(len(values), dtype=bool)]
     low, high = math.floor(others.min() * 20) / 20, math.ceil(others.max() * 20) / 20
     return (low, high) if low < high else (low - 0.05, high)
 
 
 def random_tokens(artifact: Artifact, count: int, seed: int) -> list[int]:
-    """Draw tokens evenly from the vocabulary, except those that end a generation."""
+    """Draw tokens uniformly from the vocabulary, except those that end a generation."""
     drawn = np.random.default_rng(seed).permutation(artifact.shape.vocab_size)
     allowed = [int(token) for token in drawn if int(token) not in artifact.eos_token_ids]
     return [allowed[i % len(allowed)] for i in range(count)]
@@ -202,7 +204,7 @@ def random_tokens(artifact: Artifact, count: int, seed: int) -> list[int]:
 def read_alone(
     reader: Reader, tokens: Sequence[int], before: Sequence[int], layers: Sequence[int], advance: Advance
 ) -> list[np.ndarray]:
-    """Read each token in a sequence of its own, after the tokens `before`: for each layer float32 [T, F]."""
+    """Read each token in its own sequence, after the tokens `before`: float32 [T, F] for each layer."""
     rows = []
     for token in tokens:
         rows.append([r[-1] for r in reader.relative_magnitudes([*before, token], layers)])
@@ -213,7 +215,7 @@ def read_alone(
 def brightness(r: np.ndarray, sinks: int = 0) -> np.ndarray:
     """Sort and shrink relative magnitudes [T, F] into a picture: brightness in [0, 1], [T, columns].
 
-    Neurons are sorted by their score over the first quarter of the tokens, the first `sinks` left out.
+    Neurons are sorted by their score over the first quarter of the tokens, without the first `sinks`.
     """
     first = r[sinks : sinks + first_quarter(len(r) - sinks)]
     order = np.argsort(-np.square(first).mean(axis=0), kind="stable")

@@ -1,4 +1,4 @@
-"""The section that a report opens with: what is read, what is lost and what is gained, in a line and a chart."""
+"""The first section of a report: what is read, what is lost and what is gained, in a line and a chart."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CETT_BUDGETS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)
 
 @dataclass(frozen=True)
 class Answer:
-    """What one way of leaving bytes out gives: a sentence or two, the share of bytes read if it is known, a chart."""
+    """The result of one way of skipping bytes: a sentence or two, the share of bytes read if known, a chart."""
 
     lead: str
     share: float | None = None
@@ -38,12 +38,12 @@ class Answer:
 
 
 def answer_section(answers: Sequence[Answer], model: str, speeds: Sequence[Speed]) -> Section:
-    """Open a report.
+    """Make the first section of a report.
 
     Args:
-        answers: One for each way of leaving bytes out.
-        model: Its name, which speeds must have to be its own.
-        speeds: What `bench` measured.
+        answers: One answer for each way of skipping bytes.
+        model: The model's name; only speeds with this name are used.
+        speeds: The speeds that `bench` measured.
     """
     lead, own = [], [one for one in speeds if one.model == model]
     for answer in answers:
@@ -83,13 +83,14 @@ def priced_answer(
     integers: float | None,
     linear_bytes: int | None = None,
 ) -> Answer:
-    """Say what prices of rows give.
+    """Describe the result of prices of rows.
 
     Args:
-        tables: What was measured, one for each packing.
-        chosen: Prices of a budget, by packing.
-        integers: The KL of the model's integers to the float model, nats a token; None for floats, or if not measured.
-        linear_bytes: Of all linears, if they are known.
+        tables: The measured tables, one for each packing.
+        chosen: The prices of a budget, by packing.
+        integers: The KL of the model's integers to the float model, in nats per token; None for floats, or if not
+            measured.
+        linear_bytes: The bytes of all linears, if known.
     """
     sentences, share = [], None
     for table in tables:
@@ -110,7 +111,7 @@ def priced_answer(
 
 
 def unmeasured_prices(price: float, linear_bytes: int) -> Answer:
-    """Say what is known of an artifact of prices without a table."""
+    """Describe a priced artifact without a table."""
     if price == 0:
         return Answer(_reads("all linears", 1.0, linear_bytes) + " and leaves nothing out (price 0).", 1.0)
     return Answer(
@@ -125,13 +126,13 @@ def mask_answer(
     refresh: Refresh,
     ffn_bytes: int | None = None,
 ) -> Answer:
-    """Say what masks of a prompt give.
+    """Describe the result of prompt masks.
 
     Args:
-        calibration: With curves.
-        allocation: What was chosen; None where the calibration cannot meet the budget.
-        refresh: Of the artifact.
-        ffn_bytes: Of all FFNs, if they are known.
+        calibration: A calibration with curves.
+        allocation: The chosen allocation; None where the calibration cannot meet the budget.
+        refresh: The artifact's refresh.
+        ffn_bytes: The bytes of all FFNs, if known.
     """
     if allocation is None:
         lead, share = "The stored budget cannot be met with this calibration, so no masks are chosen.", None
@@ -151,14 +152,14 @@ def mask_answer(
 
 
 def unmeasured_masks(sparsity: float | None, ffn_bytes: int) -> Answer:
-    """Say what is known of masks without a calibration, such as Griffin's: the share of bytes that they leave out."""
+    """Describe prompt masks without a calibration, such as Griffin's: only the share of skipped bytes is known."""
     if sparsity is None:
         return Answer("A token reads the FFN neurons of the prompt's mask. What that saves and costs was not measured.")
     return Answer(_reads("the FFN", 1 - sparsity, ffn_bytes) + ". What that costs was not measured.", 1 - sparsity)
 
 
 def kl_by_bytes(calibration: Calibration, allocation: Allocation | None) -> Figure:
-    """Draw the predicted KL of masks against the share of FFN bytes, with what was chosen."""
+    """Draw the predicted KL of prompt masks against the share of FFN bytes, with the chosen point."""
     data = quality_data(calibration)
     assert data is not None
     order = np.argsort(data.share, kind="stable")
@@ -176,7 +177,7 @@ def kl_by_bytes(calibration: Calibration, allocation: Allocation | None) -> Figu
 
 
 def cett_by_bytes(calibration: Calibration, allocation: Allocation | None) -> Figure:
-    """Draw CETT against the share of FFN bytes, where every layer may lose the same, with what was chosen."""
+    """Draw CETT against the share of FFN bytes, with equal CETT in every layer, and the chosen point."""
     points = [(1 - one.sparsity, budget) for budget, one in _equal_cett(calibration)]
     series = [Series("the same CETT in every layer", [x for x, _ in points], [y for _, y in points])]
     if allocation is not None:

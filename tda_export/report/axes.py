@@ -1,4 +1,4 @@
-"""Axes: from values to places between 0 and 1, and the ticks that people read them by."""
+"""Axes: they map values to places between 0 and 1, and choose ticks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Axis:
             raise ValueError(f"Axis {self.label!r}: a logarithm needs values above 0, not {self.low}.")
 
     def place(self, value: float) -> float:
-        """Return where a value lies: 0 at `low`, 1 at `high`; values outside are put on the nearer end."""
+        """Return where a value lies: 0 at `low`, 1 at `high`; values outside go to the nearer end."""
         value = min(max(value, self.low), self.high)
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
@@ -54,13 +54,13 @@ class Axis:
 
 
 def around(label: str, values: Iterable[float], *, log: bool = False, zero: bool = False) -> Axis:
-    """Make an axis that holds all values with a little room, from one round number to another.
+    """Make an axis between round numbers that holds all values with a little room.
 
     Args:
-        label: Quantity and unit.
-        values: Those that are not finite, or not positive on a logarithmic axis, are left out.
-        log: Logarithmic.
-        zero: A linear axis begins at 0.
+        label: The quantity and its unit.
+        values: The values; those that are not finite, or not positive on a logarithmic axis, are ignored.
+        log: Whether the axis is logarithmic.
+        zero: Whether a linear axis begins at 0.
     """
     kept = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
     low, high = (min(kept), max(kept)) if kept else (0.1, 1.0)
@@ -70,7 +70,7 @@ def around(label: str, values: Iterable[float], *, log: bool = False, zero: bool
     if high - low < 1e-9 * max(abs(high), abs(low), 1e-300):
         room = (abs(high) or 1.0) / 2
         low, high = (low if zero else low - room), high + room
-    for _ in range(2):  # a wider range may have wider steps
+    for _ in range(2):  # a wider range may need wider steps
         step = _step(low, high)
         low, high = _multiple(math.floor(low / step + 1e-9), step), _multiple(math.ceil(high / step - 1e-9), step)
     return Axis(label, low, high)
@@ -91,7 +91,7 @@ def _step(low: float, high: float) -> float:
 
 
 def _multiple(count: int, step: float) -> float:
-    """Return count steps without the noise of the last binary digits."""
+    """Return `count` times `step`, without rounding noise in the last binary digits."""
     return round(count * step, 12 - math.floor(math.log10(step)))
 
 

@@ -1,4 +1,4 @@
-"""Put a report together: which sections a calibration and an artifact have."""
+"""Assemble a report: choose the sections for a calibration or an artifact."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ from tda_export.runtime.deployment import NO_REFRESH, Refresh
 from tda_export.runtime.providers import choose_provider
 from tda_export.runtime.text import Text
 
-LONGEST = 128  # tokens of the longest of the report's own texts, with room for tokenizers that make more of them
+LONGEST = 128  # tokens of the longest of the report's own texts, with room for tokenizers that produce more
 
 
 def calibration_page(path: Path, results: Results) -> Page:
     """Report on a calibration file.
 
     Raises:
-        TdaError: It cannot be read.
+        TdaError: The file cannot be read.
     """
     calibration = read_calibration(path)
     name = str(calibration.provenance["model"]["name"])
@@ -75,16 +75,16 @@ def calibration_page(path: Path, results: Results) -> Page:
 
 
 def artifact_page(folder: Path, results: Results, provider: str) -> Page:
-    """Report on an artifact. The graphs of one of masks are run for it; shows progress.
+    """Report on an artifact. For artifacts with prompt masks the graphs are run. Shows progress.
 
     Args:
         folder: The artifact.
-        results: To compare methods by, and speeds.
+        results: Results of methods to compare, and speeds.
         provider: `auto`, `cpu` or `cuda`.
 
     Raises:
-        UsageError: The provider cannot run it, or is chosen where nothing is run.
-        TdaError: It cannot be opened, read or run, or its model takes too few tokens.
+        UsageError: The provider cannot run the artifact, or is given where nothing is run.
+        TdaError: The artifact cannot be opened, read or run, or its model's context is too short.
     """
     artifact = open_artifact(folder)
     if artifact.layout == "priced":
@@ -113,7 +113,7 @@ def _page(
     results: Results,
     provenance: Section,
 ) -> Page:
-    """Put the sections in order: the answer, methods compared, what it is made of, and last where it comes from."""
+    """Put the sections in order: the answer, the comparison of methods, the details, and the provenance last."""
     compared = [methods_section(results.qualities)] if results.qualities else []
     opening = answer_section(answers, name, results.speeds)
     return Page(f"{short_name(name)}: {kind}", where, [opening, *compared, *sections, provenance])
@@ -138,7 +138,8 @@ def _priced(artifact: Artifact) -> tuple[Answer, list[Section]]:
 def _masks(
     calibration: Calibration, budget: dict[str, Any], refresh: Refresh = NO_REFRESH, ffn_bytes: int | None = None
 ) -> tuple[Answer, list[Section]]:
-    """Answer for a budget that came with the file; what it cannot meet is said, and the rest drawn."""
+    """Make the sections for the budget stored in the file. A budget that cannot be met is reported, and the rest is
+    drawn."""
     allocation = stored_allocation(calibration, Budget(**budget), refresh.tokens)
     answer = mask_answer(calibration, allocation, refresh=refresh, ffn_bytes=ffn_bytes)
     chosen = (

@@ -47,12 +47,12 @@ def line_chart(
 
     Args:
         title: What the chart shows, for screen readers.
-        series: Drawn in this order.
-        x: Horizontal axis.
-        y: Vertical axis.
-        ramp: The names of the first and the last of ordered series: a colour bar instead of a legend of them.
-        references: Values of y with a dashed line across and a text on it.
-        diagonal: Draw y = x.
+        series: The series, drawn in this order.
+        x: The horizontal axis.
+        y: The vertical axis.
+        ramp: The names of the first and the last of ordered series, which get a colour bar instead of a legend.
+        references: Values of y that get a dashed horizontal line with a label.
+        diagonal: Whether to draw y = x.
     """
     legend = [one for one in series if one.ramp is None and one.label]
     rows = legend_rows([one.label for one in legend], WIDTH - LEFT - RIGHT)
@@ -75,14 +75,14 @@ def line_chart(
 
 
 def bar_chart(title: str, series: Sequence[Series], x_label: str, y: Axis, *, mean: float | None = None) -> Markup:
-    """Draw groups of bars, one bar of each series for each of x = 0, 1, 2, …; `mean` is a dashed line.
+    """Draw groups of bars at x = 0, 1, 2, …, with one bar for each series; `mean` is a dashed line.
 
     Args:
         title: What the chart shows, for screen readers.
-        series: Values y of each group; x is not read.
-        x_label: Name of the groups.
-        y: Vertical axis; bars begin at its low end.
-        mean: A value of y.
+        series: The values y of each group; x is ignored.
+        x_label: The name of the groups.
+        y: The vertical axis; bars begin at its low end.
+        mean: The value of y of the dashed line.
     """
     groups = max((len(one.y) for one in series), default=0)
     legend = [one for one in series if one.label] if len(series) > 1 else []

@@ -1,7 +1,7 @@
 """Colours: a qualitative palette and a ramp for lines, which follow light and dark, and a fixed map for pictures.
 
-The palette is Okabe and Ito's, which colour-blind people tell apart, with variants dark enough for a white page; the
-ramp and the map are viridis (light and dark pages take the part of it that stands out on them).
+The palette is Okabe and Ito's, which colour-blind people can distinguish, with variants dark enough for a white page.
+The ramp and the map are viridis (light and dark pages use the part of it that stands out on them).
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def viridis_table(values: np.ndarray) -> np.ndarray:
 
 
 def ink_on(colour: str) -> str:
-    """Return black or white, whichever is read better on a colour #rrggbb."""
+    """Return black or white, whichever is more legible on a colour #rrggbb."""
     linear = [(int(colour[i : i + 2], 16) / 255) ** 2.2 for i in (1, 3, 5)]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "#000000" if luminance > 0.18 else "#ffffff"
 
 
 def series_colour(index: int) -> str:
-    """Return the CSS colour of the n-th series of a chart; they repeat after six, other dashes and marks do not."""
+    """Return the CSS colour of the n-th series of a chart; colours repeat after six, dashes and marks differ then."""
     return f"var(--series-{index % len(PALETTE_LIGHT)})"
 
 

@@ -1,4 +1,4 @@
-"""Charts of CETT and density curves, and of what was chosen from them."""
+"""Charts of CETT and density curves, and of the thresholds chosen from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tda_export.report.axes import Axis, around
 from tda_export.report.charts import bar_chart, line_chart
 from tda_export.report.drawing import Series
 
-POINTS = 120  # of a drawn curve
+POINTS = 120  # points of a drawn curve
 DENSITY = "density (share of neurons kept)"
 CETT = "CETT (mean relative error of the FFN output)"
 THRESHOLD = "threshold on the neuron score (log scale)"
@@ -20,7 +20,7 @@ THRESHOLD = "threshold on the neuron score (log scale)"
 
 @dataclass(frozen=True)
 class Curves:
-    """Curves of L layers over K ascending thresholds, float [K] and [L, K]: shares, and CETT without unit."""
+    """Curves of L layers over K ascending thresholds, float [K] and [L, K]. Densities are shares; CETT has no unit."""
 
     grid: np.ndarray
     cett: np.ndarray
@@ -29,10 +29,10 @@ class Curves:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What was chosen for each layer and what calibration expects of it, lists of L.
+    """The thresholds chosen for each layer, and calibration's expectations, lists of L.
 
-    `thresholds` on the neuron score; `density`: shares of neurons in the mask; `cett`: of all that is dropped. With two
-    levels, `token_density` is the share of neurons that a token does not skip; empty without.
+    `thresholds`: of neuron scores; `density`: shares of neurons in the prompt mask; `cett`: of all dropped neurons.
+    With two levels, `token_density` is the share of neurons that a token does not skip; empty without.
     """
 
     thresholds: Sequence[float]
@@ -42,13 +42,14 @@ class Chosen:
 
 
 def cett_chart(curves: Curves, chosen: Chosen | None) -> Markup:
-    """Draw CETT of every layer against the threshold, and a point at what was chosen."""
+    """Draw CETT of every layer against the threshold, with a point at the chosen threshold."""
     y = cett_axis(curves, chosen)
     return _by_threshold("CETT by threshold", curves, curves.cett, y, chosen, chosen.cett if chosen else ())
 
 
 def density_chart(curves: Curves, chosen: Chosen | None) -> Markup:
-    """Draw density of every layer against the threshold, and a point at what was chosen: the density of the mask."""
+    """Draw density of every layer against the threshold, with a point at the chosen threshold and the mask's
+    density."""
     y = Axis(DENSITY, 0.0, 1.0)
     return _by_threshold("Density by threshold", curves, curves.density, y, chosen, chosen.density if chosen else ())
 
@@ -56,7 +57,8 @@ def density_chart(curves: Curves, chosen: Chosen | None) -> Markup:
 def _by_threshold(
     title: str, curves: Curves, values: np.ndarray, y: Axis, chosen: Chosen | None, points: Sequence[float]
 ) -> Markup:
-    """Draw values [L, K] of the curves, and L points at the chosen thresholds; 0 has no place on the log axis."""
+    """Draw values [L, K] of the curves, and L points at the chosen thresholds; a threshold of 0 cannot be shown on the
+    log axis."""
     layers = len(values)
     x, columns = threshold_axis(curves, chosen.thresholds if chosen else ())
     series = [
@@ -75,7 +77,8 @@ def _point(layer: int, layers: int, x: float, y: float, what: str, style: int = 
 def threshold_axis(curves: Curves, chosen: Sequence[float] = ()) -> tuple[Axis, np.ndarray]:
     """Choose the thresholds to draw, and the columns of the curves in that range, evenly spaced on the log axis.
 
-    From where a layer drops its first neurons to where all have dropped nearly all, and around the chosen ones.
+    The range goes from where a layer drops its first neurons to where all layers have dropped nearly all, and includes
+    the chosen thresholds.
     """
     moving = (curves.density.min(axis=0) < 0.995) & (curves.density.max(axis=0) > 0.005) & (curves.grid > 0)
     inside = np.flatnonzero(moving)
@@ -88,9 +91,10 @@ def threshold_axis(curves: Curves, chosen: Sequence[float] = ()) -> tuple[Axis, 
 
 
 def trade_chart(curves: Curves, chosen: Chosen | None) -> Markup:
-    """Draw each layer's CETT against its density, and what was chosen.
+    """Draw each layer's CETT against its density, with the chosen points.
 
-    A circle stands at the density of the mask; with two levels, a square at the share of neurons that a token reads.
+    A circle marks the density of the prompt mask; with two levels, a square marks the share of neurons that a token
+    reads.
     """
     layers = len(curves.density)
     wanted = np.linspace(1.0, 0.0, POINTS)
@@ -109,15 +113,16 @@ def trade_chart(curves: Curves, chosen: Chosen | None) -> Markup:
 
 
 def cett_axis(curves: Curves, chosen: Chosen | None) -> Axis:
-    """The axis of CETT, from 0 to its largest value."""
+    """Make the axis of CETT, from 0 to its largest value."""
     return around(CETT, [float(curves.cett.max()), *(chosen.cett if chosen else ())], zero=True)
 
 
 def allocation_chart(density: Sequence[float], second: Sequence[float] | None = None) -> Markup:
-    """Draw the density that was chosen for each layer.
+    """Draw the chosen density of each layer.
 
     Args:
-        density: L shares of neurons in the mask: of all three matrices, or of the gate alone where there is a second.
+        density: L shares of neurons in the prompt mask, for all three matrices, or only for the gate if `second` is
+            given.
         second: With two levels, L shares of neurons whose up and down rows are read; or None.
     """
     series = [Series("mask" if second is None else "mask (gate rows)", [], density, style=0)]

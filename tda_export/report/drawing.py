@@ -13,7 +13,7 @@ from tda_export.report.markup import element, number, shorten
 
 WIDTH, HEIGHT = 640, 380
 LEFT, RIGHT, TOP, BOTTOM = 66, 18, 14, 50
-RAMP_ROOM = 62  # what the colour bar of ordered series takes on the right
+RAMP_ROOM = 62  # width of the colour bar of ordered series on the right
 LEGEND_LINE = 20
 CHARACTER = 6.6  # mean width of a legend's characters at 12 px
 DASHES = (None, "7 3", "2 3", "9 3 2 3")
@@ -22,11 +22,12 @@ MARKS = ("circle", "square", "triangle", "diamond")
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart: N points (x, y), not finite ones left out.
+    """One line of a chart: N points (x, y); non-finite ones are not drawn.
 
-    `errors` are N standard errors of y, drawn as bars of one each way; `band` is the low and the high edge of an area,
-    N numbers each. `names` (N) are shown at the pointer. `style` chooses colour, dash and mark; a series with a `ramp`
-    place (index, count) takes its colour from the ramp instead, has no dashes and is not in the legend.
+    `errors` are N standard errors of y, drawn as bars of one standard error in both directions. `band` is the low and
+    the high edge of an area, N numbers each. `names` (N) are shown at the pointer. `style` chooses colour, dash and
+    mark; a series with `ramp` (index, count) takes its colour from the ramp instead, has no dashes and is not in the
+    legend.
     """
 
     label: str
@@ -65,7 +66,7 @@ class Plot:
 
 
 def svg(title: str, width: float, height: float, parts: Sequence[Markup]) -> Markup:
-    """Wrap a drawing; it fills the width that the page gives it."""
+    """Wrap a drawing in an SVG that fills the available width of the page."""
     return element(
         "svg",
         *parts,
@@ -124,7 +125,7 @@ def points_text(points: Sequence[tuple[float, float]]) -> str:
 
 
 def legend_rows(labels: Sequence[str], room: float) -> list[list[tuple[int, float]]]:
-    """Spread labels over rows: for each row the index and the left end of its labels."""
+    """Distribute labels over rows: the index and the left end of each label, by row."""
     rows: list[list[tuple[int, float]]] = []
     used = 0.0
     for index, label in enumerate(labels):

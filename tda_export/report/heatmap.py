@@ -18,7 +18,7 @@ from tda_export.report.markup import element, number
 
 CELL = 34
 LABEL_ROOM = 200
-PICTURE_WIDTH, PICTURE_HEIGHT = 300, 210  # of the coloured area
+PICTURE_WIDTH, PICTURE_HEIGHT = 300, 210  # size of the coloured area
 BAR_STEPS = 64
 
 
@@ -26,11 +26,11 @@ def matrix_chart(title: str, values: np.ndarray, labels: Sequence[str], *, low: 
     """Draw a square matrix with its numbers; rows are labelled in words, columns by number.
 
     Args:
-        title: What it shows, for screen readers.
+        title: What the chart shows, for screen readers.
         values: float [N, N].
         labels: N short texts.
-        low: Value of the darkest colour.
-        high: Value of the brightest.
+        low: The value of the darkest colour.
+        high: The value of the brightest colour.
     """
     count = len(labels)
     if values.shape != (count, count):
@@ -71,10 +71,10 @@ def picture_chart(title: str, levels: np.ndarray, x_label: str, y_label: str, x_
     """Draw a picture with axes: row 0 on top, columns from left to right.
 
     Args:
-        title: Shown above it.
+        title: The title, shown above the picture.
         levels: Brightness in [0, 1], float [rows, columns].
-        x_label: What columns are.
-        y_label: What rows are.
+        x_label: What the columns are.
+        y_label: What the rows are.
         x_values: The number at the right end of the horizontal axis, which begins at 0.
     """
     rows = levels.shape[0]
@@ -125,7 +125,7 @@ def png(pixels: np.ndarray) -> bytes:
     """Encode an RGB picture, uint8 [rows, columns, 3], as PNG."""
     rows, columns, _ = pixels.shape
     header = struct.pack(">IIBBBBB", columns, rows, 8, 2, 0, 0, 0)
-    lines = b"".join(b"\0" + np.ascontiguousarray(row).tobytes() for row in pixels)  # filter 0: as they are
+    lines = b"".join(b"\0" + np.ascontiguousarray(row).tobytes() for row in pixels)  # filter 0: unfiltered
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines, 9)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
@@ -133,7 +133,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def bucket(values: np.ndarray, columns: int) -> np.ndarray:
-    """Average neighbouring columns of float [rows, F] into at most `columns` of nearly equal width."""
+    """Average neighbouring columns of float [rows, F] into at most `columns` columns of nearly equal width."""
     columns = min(columns, values.shape[1])
     edges = np.linspace(0, values.shape[1], columns + 1).round().astype(int)
     return np.add.reduceat(values, edges[:-1], axis=1) / np.diff(edges)

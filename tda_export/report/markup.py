@@ -1,4 +1,4 @@
-"""Elements of SVG and HTML as text. Whatever is not an element already is escaped."""
+"""Elements of SVG and HTML as text. Everything that is not an element already is escaped."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import re
 
 from markupsafe import Markup, escape
 
-# What XML cannot hold: control characters, and surrogates (foreign bytes in a file name).
+# Characters that XML cannot hold: control characters, and surrogates (undecodable bytes in a file name).
 FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 REPLACEMENT = "\ufffd"
 
 
 def clean(text: object) -> str:
-    """Return the text of anything, with U+FFFD for characters that no HTML or XML file can hold."""
+    """Return the text of an object, with U+FFFD for characters that HTML or XML files cannot hold."""
     return FORBIDDEN.sub(REPLACEMENT, str(text))
 
 
@@ -20,10 +20,10 @@ def element(name: str, *children: object, **attributes: object) -> Markup:
     """Write an element.
 
     Args:
-        name: Tag.
-        *children: Markup goes in as it is, everything else as escaped text.
-        **attributes: None is left out; underscores become dashes, but one at the end goes (`class_`), and numbers
-            keep two decimals.
+        name: The tag.
+        **children: Markup is inserted unchanged, everything else as escaped text.
+        ***attributes: None is left out; underscores become dashes, a trailing one is removed (`class_`), and numbers
+        keep two decimals.
     """
     parts = [Markup("<"), name]
     for key, value in attributes.items():
@@ -42,6 +42,6 @@ def number(value: float) -> str:
 
 
 def shorten(text: object, characters: int) -> str:
-    """Cut a text that is too long for its place."""
+    """Shorten a text to a number of characters."""
     text = clean(text)
     return text if len(text) <= characters else text[: characters - 1] + "…"

@@ -1,4 +1,4 @@
-"""The section that compares methods by results of evaluations."""
+"""The section that compares methods by their evaluation results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MIB = 2**20
 
 
 def methods_section(results: Sequence[Result]) -> Section:
-    """Compare methods by results of evaluations, one chart for each model, text and prompt length."""
+    """Compare methods by their evaluation results, with one chart for each model, text and prompt length."""
     figures, rows, lossless = [], [], False
     for about, group in grouped(results).items():
         for linears, what in ((True, "All linears' bytes"), (False, "FFN bytes")):

@@ -13,7 +13,7 @@ from tda_export.report.colours import css_variables
 from tda_export.report.markup import clean
 
 TEMPLATE = "page.html.jinja"
-GENERATOR = '<meta name="generator" content="tda-export report"/>'  # what tells a report from other files
+GENERATOR = '<meta name="generator" content="tda-export report"/>'  # identifies a file as a report
 
 
 @dataclass(frozen=True)
@@ -27,23 +27,23 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells. Texts on the left, numbers (given as numbers or written with units) on the right.
+    """Rows of cells. Texts are left-aligned, numbers (as numbers or texts with units) right-aligned.
 
-    `folded` hides it behind its caption.
+    `folded` hides the table behind its caption.
     """
 
     caption: str
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
     folded: bool = False
-    texts: int = 1  # leading columns that are text
+    texts: int = 1  # the number of leading text columns
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with what is under it, in this order: lead, paragraphs, figures, tables, notes.
+    """A heading and its content, in this order: lead, paragraphs, figures, tables, notes.
 
-    `lead` is the section in a sentence or two, in larger letters.
+    `lead` summarises the section in a sentence or two, in larger letters.
     """
 
     title: str
@@ -64,7 +64,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """Write the page as HTML that asks for nothing outside itself. All text is escaped; charts are markup already."""
+    """Write the page as HTML without external resources. All text is escaped; charts are already markup."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -81,7 +81,7 @@ def render(page: Page) -> str:
 
 
 def is_report(path: Path) -> bool:
-    """Tell whether a file is a report."""
+    """Return whether a file is a report."""
     try:
         with path.open("rb") as file:
             return GENERATOR.encode() in file.read(1000)

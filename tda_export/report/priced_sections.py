@@ -24,7 +24,7 @@ DENSITY = "rows read (share of a matrix)"
 
 @dataclass(frozen=True)
 class LayerDensities:
-    """Shares of rows that a token reads at a measured price, by part: L numbers each, of one packing."""
+    """Shares of rows that a token reads at a measured price, by part: L numbers each, for one packing."""
 
     packing: Packing
     row: PriceRow
@@ -32,15 +32,16 @@ class LayerDensities:
 
 
 def budget_prices(calibration: Calibration, priced: Priced) -> dict[Packing, float | None]:
-    """Return the price that a calibration's own budget asks for, by packing; None for no price, or beyond the table."""
+    """Return the price for a calibration's own budget, by packing; None where there is no price, or beyond the
+    table."""
     budget = {name: calibration.provenance["budget"].get(name) for name in ("sparsity", "max_kl")}
-    if sum(value is not None for value in budget.values()) != 1:  # a budget of masks alone
+    if sum(value is not None for value in budget.values()) != 1:  # a budget only for prompt masks
         budget = {}
     return {packing: _chosen(table, budget) for packing, table in priced.tables().items()}
 
 
 def calibration_prices(calibration: Calibration, priced: Priced) -> list[Section]:
-    """Show the rows that a calibration's own budget reads, and all that was measured."""
+    """Show the rows that a calibration's own budget reads, and all measurements."""
     tables, prices = priced.tables(), budget_prices(calibration, priced)
     densities = [layer_densities(priced, packing, prices[packing]) for packing in tables]
     integers = integers_kl(calibration.provenance["model"].get("quantization"))
@@ -54,29 +55,30 @@ def artifact_prices(
     """Show the rows that an artifact reads by default, and what its prices save and cost.
 
     Args:
-        table: The artifact's own, for its dtype.
-        price: The artifact's.
-        priced: What its calibration measured by layer; None where it carries none of this packing.
-        integers: The KL of its integers to the float model, where it is known.
+        table: The artifact's own table, for its dtype.
+        price: The artifact's price.
+        priced: The calibration's measurements by layer; None where the artifact carries none for this packing.
+        integers: The KL of its integers to the float model, where known.
     """
     found = []
     if priced is not None and table.packing in priced.measured:
-        # A price is per byte: what was measured was for rows of another size.
+        # A price is per byte, and the measurements are for rows of another size.
         measured = price * table.element_bytes / priced.row_bytes.element_bytes
         found.append(layer_densities(priced, table.packing, measured))
     return [densities_section([table], found), prices_section([table], {table.packing: price}, integers)]
 
 
 def _chosen(table: PriceTable, budget: Mapping[str, float | None]) -> float | None:
-    """Return the price of a budget that came with the file; None where the table cannot meet it."""
+    """Return the price for the budget stored in the file; None where the table cannot meet it."""
     try:
         return table.price_for(**budget) if budget else None
-    except UsageError:  # its way out is an option, and whoever reads a report gave none
+    except UsageError:  # the error's hint is about an option, which a reader of a report did not give
         return None
 
 
 def layer_densities(priced: Priced, packing: Packing, price: float | None) -> LayerDensities:
-    """Take the densities at the measured price that reads most nearly what `price` does, or half for None."""
+    """Take the densities at the measured price whose share of bytes is nearest to that of `price`, or to one half for
+    None."""
     table, measured = priced.table(packing), priced.measured[packing]
     within = price is not None and price <= table.most_price
     share = table.predicted(price).share if price is not None and within else 0.5 if price is None else 0.0
@@ -93,9 +95,10 @@ def prices_section(
     """List tables of prices of one model, one for each packing.
 
     Args:
-        tables: What was measured.
-        chosen: Prices that a budget asks for.
-        integers: The KL of the model's integers to the float model, nats a token; None for floats, or if not measured.
+        tables: The measured tables.
+        chosen: The prices for a budget.
+        integers: The KL of the model's integers to the float model, in nats per token; None for floats, or if not
+            measured.
     """
     notes = []
     for table in tables:
@@ -133,11 +136,11 @@ def prices_section(
 
 
 def price_chart(tables: Sequence[PriceTable], chosen: Mapping[Packing, float | None] | None = None) -> Markup:
-    """Draw KL against the share of the linears' bytes; dense, without loss, has no place on a logarithmic axis.
+    """Draw KL against the share of the linears' bytes; dense has no loss and cannot be shown on a logarithmic axis.
 
     Args:
-        tables: One line each.
-        chosen: Prices to mark, by packing.
+        tables: The tables, one line each.
+        chosen: The prices to mark, by packing.
     """
     series = [
         Series(
@@ -168,7 +171,7 @@ def price_chart(tables: Sequence[PriceTable], chosen: Mapping[Packing, float | N
 
 
 def parts_chart(table: PriceTable) -> Markup:
-    """Draw the share of rows that is read of each matrix against the share of all linears' bytes."""
+    """Draw the share of rows read of each matrix against the share of all linears' bytes."""
     shares = [row.share for row in table.rows]
     parts = together({part: [row.parts[part] for row in table.rows] for part in table.rows[0].parts})
     series = [Series(name, shares, values, style=style) for style, (name, values) in enumerate(parts.items())]
@@ -179,8 +182,8 @@ def densities_section(tables: Sequence[PriceTable], found: Sequence[LayerDensiti
     """Show which rows a token reads: of each layer's matrices at one price, and of each matrix at all prices.
 
     Args:
-        tables: Of prices, one for each packing.
-        found: Densities by layer, of those packings that were measured by layer.
+        tables: The tables of prices, one for each packing.
+        found: The densities by layer, for packings that were measured by layer.
     """
     figures, listed = [], []
     for one in found:
@@ -207,7 +210,7 @@ def densities_section(tables: Sequence[PriceTable], found: Sequence[LayerDensiti
 
 
 def together(parts: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    """Join parts whose lines are one line, as those of a site with one threshold: "q, k, v"."""
+    """Join parts with identical lines, such as those of a site with one threshold: "q, k, v"."""
     names: dict[tuple[float, ...], list[str]] = {}
     for part, values in parts.items():
         names.setdefault(tuple(values), []).append(part)
@@ -215,7 +218,7 @@ def together(parts: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
 
 
 def layers_chart(one: LayerDensities) -> Markup:
-    """Draw the share of rows that is read of each matrix in each layer."""
+    """Draw the share of rows read of each matrix in each layer."""
     series = [
         Series(name, list(range(len(values))), values, style=style)
         for style, (name, values) in enumerate(together(one.parts).items())

@@ -28,12 +28,12 @@ LINEAR_BYTES = "bytes of all linears read (share of dense)"
 
 @dataclass(frozen=True)
 class QualityData:
-    """What a calibration knows of KL, in nats a token, at N settings of the KL path.
+    """A calibration's KL measurements, in nats per token, at N settings of the KL path.
 
     `layer_kl` float [L, N] is the KL of masking one layer alone, `layer_share` float [L, N] the share of the layer's
     FFN bytes that is read there. `share` float [N] is the share of all FFN bytes. `joint` float [2, N] is the KL of
-    masking all layers, on the sequences that the path was fitted on and on the others, which is what is predicted;
-    `joint_stderr` float [2, N] over sequences, 0 of a single one.
+    masking all layers, on the sequences that the path was fitted on and on the others; the latter is the predicted KL;
+    `joint_stderr` float [2, N] is over sequences, 0 for a single one.
     """
 
     layer_kl: np.ndarray
@@ -44,7 +44,7 @@ class QualityData:
 
     @property
     def sum_of_layers(self) -> np.ndarray:
-        """Sum of the KL of single layers, float [N]."""
+        """Return the sum of the KL of single layers, float [N]."""
         return np.asarray(self.layer_kl.sum(axis=0))
 
 
@@ -66,8 +66,8 @@ def sensitivity_chart(layer_kl: np.ndarray, layer_share: np.ndarray) -> Markup:
     """Draw the KL of masking one layer alone against the bytes that the layer still reads.
 
     Args:
-        layer_kl: Nats a token, float [L, K]; values that are not positive have no place on the log axis.
-        layer_share: Share of the layer's FFN bytes, float [L, K].
+        layer_kl: In nats per token, float [L, K]; values that are not positive cannot be shown on the log axis.
+        layer_share: The share of the layer's FFN bytes, float [L, K].
     """
     layers = len(layer_kl)
     series = []
@@ -83,7 +83,7 @@ def sensitivity_chart(layer_kl: np.ndarray, layer_share: np.ndarray) -> Markup:
 
 
 def joint_chart(data: QualityData) -> Markup:
-    """Draw the KL of masking all layers against sparsity, on either half, and the sum of single layers."""
+    """Draw the KL of masking all layers against sparsity, on both halves, and the sum of single layers."""
     sparsity = 1 - data.share
     order = np.argsort(sparsity, kind="stable")
     series = [
@@ -103,7 +103,7 @@ def joint_chart(data: QualityData) -> Markup:
 
 
 def sum_scatter(data: QualityData) -> Markup:
-    """Draw the KL of all layers on either half against the sum of single layers, and the diagonal where they agree."""
+    """Draw the KL of all layers on both halves against the sum of single layers, and the diagonal where they agree."""
     names = [f"sparsity {1 - share:.3g}" for share in data.share]
     series = [
         Series(
@@ -130,12 +130,12 @@ def _extent(data: QualityData) -> list[float]:
 def methods_chart(results: Sequence[Result], *, linears: bool = False) -> Markup | None:
     """Draw KL against the share of bytes read, one line for each method, with bars of one standard error.
 
-    Left out: results without loss (dense, except for rounding), which a logarithmic axis cannot show, and those whose
-    bytes are not known. None if nothing is left.
+    Results without loss (dense, except for rounding) are left out, since a logarithmic axis cannot show them, and so
+    are those with unknown bytes. None if nothing is left.
 
     Args:
-        results: Of one chart.
-        linears: Count bytes of all linears instead of the FFN's.
+        results: The results of one chart.
+        linears: Whether to count the bytes of all linears instead of the FFN's.
     """
 
     def share(one: Result) -> float:

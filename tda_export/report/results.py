@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-LOSSLESS = 1e-6  # KL in nats under which a difference is rounding, as between two dense graphs
+LOSSLESS = 1e-6  # KL in nats below which a difference is only rounding, as between two dense graphs
 METHODS = {
     "tda": "TDA",
     "uniform": "TDA",
@@ -23,12 +23,12 @@ METHODS = {
     "moe-true": "MoEfication by true activation",
     "teal-greedy": "TEAL",
 }
-RULES = {"kl": "by KL", "max_kl": "by KL", "cett": "equal CETT"}  # others are called as they are
-AMOUNTS = {"priced": ("sparsity", "max_kl", "price")}  # what says how much, not by which rule; otherwise the sparsity
+RULES = {"kl": "by KL", "max_kl": "by KL", "cett": "equal CETT"}  # other rules keep their names
+AMOUNTS = {"priced": ("sparsity", "max_kl", "price")}  # fields that say how much; by default the sparsity
 
 
 class Group(NamedTuple):
-    """What results of one chart share. None: not known."""
+    """The fields that the results of one chart share. None: unknown."""
 
     model: str | None
     text: str
@@ -38,8 +38,8 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """One evaluation. KL in nats a token, with its standard error; bytes that a token reads, of the FFN and of all
-    linears. `model`, `continuation_tokens` and the bytes of linears may be unknown."""
+    """One evaluation. KL in nats per token, with its standard error; the bytes that a token reads, of the FFN and of
+    all linears. `model`, `continuation_tokens` and the bytes of linears may be unknown."""
 
     model: str | None
     method: str
@@ -69,26 +69,26 @@ class Result:
 
     @property
     def share(self) -> float:
-        """FFN bytes that a token reads, of those of the dense model."""
+        """The share of the dense model's FFN bytes that a token reads."""
         return self.ffn_bytes / self.dense_ffn_bytes
 
     @property
     def linear_share(self) -> float | None:
-        """Bytes of all linears that a token reads, of those of the dense model, if they are known."""
+        """The share of the dense model's bytes of all linears that a token reads, if known."""
         if self.linear_bytes is None or self.dense_linear_bytes is None:
             return None
         return self.linear_bytes / self.dense_linear_bytes
 
     @property
     def line(self) -> str:
-        """The line that it is a point of: the method, and the rule of its budget where there are several."""
+        """The name of the line of this point: the method, and the rule of its budget where there are several rules."""
         name = METHODS.get(self.method, self.method)
         rules = [
             key if isinstance(value, int | float) else str(value)
             for key, value in self.budget.items()
             if key not in AMOUNTS.get(self.method, ("sparsity",))
         ]
-        if self.method == "paper" or not rules:  # the paper's method has no other rule than equal CETT
+        if self.method == "paper" or not rules:  # the paper's method has only the rule of equal CETT
             return name
         return f"{name} ({', '.join(RULES.get(rule, rule) for rule in rules)})"
 

@@ -25,9 +25,9 @@ NUMBERS = (
     "ffn_bytes",
     "dense_ffn_bytes",
 )
-LINEARS = ("linear_bytes", "dense_linear_bytes")  # both or neither
-ALLOCATIONS = {"tda": "kl", "uniform": "uniform"}  # of the methods that quality_table.py names so
-SPEED_MARK = "copy_gb_per_second"  # what `bench` alone prints
+LINEARS = ("linear_bytes", "dense_linear_bytes")  # both must be present, or neither
+ALLOCATIONS = {"tda": "kl", "uniform": "uniform"}  # allocations of methods named by quality_table.py
+SPEED_MARK = "copy_gb_per_second"  # only `bench` prints it
 SPEED_TEXTS = ("model", "dtype", "device")
 WAY_OUT = (
     "Give the output of 'tda-export eval --text … --json' or 'tda-export bench … --json', or of quality_table.py or "
@@ -36,7 +36,7 @@ WAY_OUT = (
 
 
 class Results(NamedTuple):
-    """What files of results hold: what methods lose at the bytes that they read, and how fast they are."""
+    """The content of files of results: the loss of methods at the bytes that they read, and their speeds."""
 
     qualities: list[Result]
     speeds: list[Speed]
@@ -45,11 +45,11 @@ class Results(NamedTuple):
 def read_results(path: Path) -> Results:
     """Read one file.
 
-    A model or a number of decoded tokens that a row does not name is taken from the file's other rows, if they agree.
+    Where a row lacks the model or the number of decoded tokens, it is taken from the file's other rows, if they agree.
 
     Raises:
         UsageError: There is no such file.
-        TdaError: It is not readable, or not all in it are results; the text names the line.
+        TdaError: The file is not readable, or holds something other than results; the message names the line.
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file. Give the output of 'tda-export eval --json' with --results.")
@@ -80,13 +80,13 @@ def read_results(path: Path) -> Results:
 
 
 def _only(values: set[Any]) -> Any:
-    """Return the one value that is known, or None if there is none or more."""
+    """Return the only known value, or None if there is none or more than one."""
     known = values - {None}
     return known.pop() if len(known) == 1 else None
 
 
 def _contents(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    """List what a file holds, and where each is for whoever looks for it."""
+    """Yield the items of a file, each with its place for messages."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -116,14 +116,14 @@ def _is_object(line: str) -> bool:
 
 
 def _unreadable(error: Exception, path: Path, line: int) -> TdaError:
-    """Make the error of a text that begins at a line of the file."""
+    """Make the error for an unreadable text that begins at a line of the file."""
     if isinstance(error, json.JSONDecodeError):
         return TdaError(f"{path}, line {line + error.lineno - 1}: not readable as JSON ({error.msg}). {WAY_OUT}")
     return TdaError(f"{path}, line {line}: not readable as JSON ({error}). {WAY_OUT}")
 
 
 def _result(content: Any, where: str) -> Result:
-    """Check one result. Labels (`model`, `continuation_tokens`, `budget`) may be left out, and so may `LINEARS`."""
+    """Check one result. Labels (`model`, `continuation_tokens`, `budget`) and `LINEARS` are optional."""
 
     def refuse(reason: str) -> TdaError:
         return TdaError(f"{where}: not a result{reason}. {WAY_OUT}")
@@ -163,7 +163,7 @@ def _asked_budget(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _speeds(content: dict[str, Any], where: str) -> list[Speed]:
-    """Check what `bench` printed, and return each way of decoding in it."""
+    """Check an output of `bench`, and return each way of decoding in it."""
 
     def number(row: dict[str, Any], name: str) -> float:
         value = row.get(name)

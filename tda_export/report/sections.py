@@ -1,4 +1,4 @@
-"""Sections on what a calibration holds and on what was chosen from it."""
+"""Sections on the content of a calibration and on the allocation chosen from it."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ PROVENANCE = "Provenance"
 
 
 def stored_allocation(calibration: Calibration, budget: Budget, refresh_tokens: int = 0) -> Allocation | None:
-    """Choose the thresholds of a budget that came with the file; None where the calibration cannot meet it."""
+    """Choose the thresholds for the budget stored in the file; None where the calibration cannot meet it."""
     try:
         return calibration.allocate(budget, refresh_tokens)
-    except UsageError:  # its way out is an option, and whoever reads a report gave none
+    except UsageError:  # the error's hint is about an option, which a reader of a report did not give
         return None
 
 
@@ -48,7 +48,7 @@ def curves_of(calibration: Calibration) -> Curves:
 
 
 def calibration_provenance(calibration: Calibration) -> Section:
-    """Say what a calibration was made of."""
+    """Describe what a calibration was made from."""
     rows = list(_flat(calibration.provenance))
     return Section(
         PROVENANCE,
@@ -58,7 +58,7 @@ def calibration_provenance(calibration: Calibration) -> Section:
 
 
 def artifact_provenance(artifact: Artifact) -> Section:
-    """Say what an artifact is, what it was made of, and which files it has."""
+    """Describe an artifact: what it is, what it was made from, and its files."""
     manifest = artifact.manifest
     names = ("model", "layout", "method", "packing", "price", "budget", "shape", "versions")
     parts: dict[str, Any] = {name: manifest[name] for name in names if name in manifest}
@@ -79,7 +79,7 @@ def artifact_provenance(artifact: Artifact) -> Section:
 
 
 def curves_section(curves: Curves, allocation: Allocation | None) -> Section:
-    """Draw the curves of every layer, and what was chosen, where that is known."""
+    """Draw the curves of every layer, with the chosen thresholds where they are known."""
     chosen = None
     if allocation is not None:
         chosen = Chosen(allocation.thresholds, allocation.density, allocation.cett, allocation.token_density)
@@ -100,7 +100,7 @@ def curves_section(curves: Curves, allocation: Allocation | None) -> Section:
 
 
 def _about_points(allocation: Allocation) -> tuple[str, str, str]:
-    """Say of each of the three charts what its points are, and why they may lie beside their curves."""
+    """Explain the points of each of the three charts, and why they may lie off their curves."""
     missing = "" if all(allocation.thresholds) else " A threshold of 0 keeps every neuron, and has no place here."
     if not allocation.token_density:
         points = "Points: the chosen thresholds."
@@ -122,7 +122,7 @@ def _about_points(allocation: Allocation) -> tuple[str, str, str]:
 
 
 def allocation_section(allocation: Allocation, budget: dict[str, Any], refresh_tokens: int = 0) -> Section:
-    """Show what was chosen for each layer, at both levels where there are two."""
+    """Show the allocation of each layer, at both levels where there are two."""
     second = allocation.token_density or None
     density = allocation.density
     asked = _budget_text(budget) + (f", with a refresh every {refresh_tokens} tokens" if refresh_tokens else "")
@@ -152,7 +152,7 @@ def allocation_section(allocation: Allocation, budget: dict[str, Any], refresh_t
 
 
 def unmet_section(calibration: Calibration, budget: dict[str, Any]) -> Section:
-    """Say that the calibration cannot meet the budget that came with it, and which it can."""
+    """Say that the calibration cannot meet its own budget, and which budgets it can meet."""
     if calibration.kl is None:
         reach = "it holds CETT curves alone, without the KL path that this budget is chosen from"
         others = "--cett, or --sparsity with --allocation uniform"
@@ -170,7 +170,7 @@ def unmet_section(calibration: Calibration, budget: dict[str, Any]) -> Section:
 
 
 def sensitivity_section(calibration: Calibration) -> Section:
-    """Show what masking costs: all layers together at the settings of the KL path, and each layer alone."""
+    """Show the cost of masking: all layers together at the settings of the KL path, and each layer alone."""
     title, data = "Sensitivity of layers", quality_data(calibration)
     if data is None:
         return Section(title, ["This calibration contains no measurements of KL."])
@@ -200,7 +200,7 @@ def sensitivity_section(calibration: Calibration) -> Section:
 
 
 def _kl_table(data: QualityData) -> Table:
-    """List the KL of every setting of the path; a half of one sequence has no standard error."""
+    """List the KL of every setting of the path; a half with only one sequence has no standard error."""
 
     def measured(half: int, setting: int) -> str:
         error = data.joint_stderr[half, setting]

@@ -1,4 +1,4 @@
-"""Speeds that `tda-export bench --json` printed, and the chart of them."""
+"""Speeds from `tda-export bench --json`, and their chart."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tda_export.report.axes import around
 from tda_export.report.charts import line_chart
 from tda_export.report.drawing import Series
 
-BASELINES = ("dense", "dense_native")  # ways that read everything
+BASELINES = ("dense", "dense_native")  # ways of decoding that read everything
 SHARE = "bytes read (share of those that may be left out)"
 
 
@@ -20,9 +20,9 @@ SHARE = "bytes read (share of those that may be left out)"
 class Speed:
     """One way of decoding in one run of `bench`.
 
-    `share` is the share that a token reads of the bytes that may be left out: of the FFN, or with prices of all
-    linears. `ms`, `low` and `high` are milliseconds a token: median, smallest and largest over rounds. `speedup` is to
-    the run's dense way; None for that way itself.
+    `share` is the share that a token reads of the bytes that may be skipped: of the FFN or, with prices, of all
+    linears. `ms`, `low` and `high` are milliseconds per token: median, smallest and largest over rounds. `speedup` is
+    relative to the run's dense way; None for that way itself.
     """
 
     model: str
@@ -39,25 +39,25 @@ class Speed:
 
     @property
     def run(self) -> str:
-        """What one chart's speeds have in common."""
+        """The fields that one chart's speeds have in common."""
         tokens = f"{self.prompt_tokens} + {self.new_tokens} tokens"
         return f"{short_name(self.model)} in {self.dtype} on {self.device}, {tokens}"
 
 
 def short_name(model: str) -> str:
-    """Return a model's name for titles: of a path on some machine its last part."""
+    """Return a model's name for titles: the last part where it is a path."""
     return Path(model).name if Path(model).is_absolute() else model
 
 
 def nearest_speed(speeds: Sequence[Speed], share: float, model: str) -> Speed | None:
-    """Return the speed-up of a model that was measured nearest to a share of bytes, of those within 0.05 of it."""
+    """Return a model's speed measured nearest to a share of bytes, if any is within 0.05 of it."""
     known = [one for one in speeds if one.speedup is not None and one.model == model and one.name not in BASELINES]
     near = [one for one in known if abs(one.share - share) <= 0.05]
     return min(near, key=lambda one: abs(one.share - share), default=None)
 
 
 def speed_chart(speeds: Sequence[Speed]) -> Markup:
-    """Draw milliseconds a token against the share of bytes, one mark for each way of one run."""
+    """Draw milliseconds per token against the share of bytes, one mark for each way of one run."""
     names = sorted({one.name for one in speeds})
     series = []
     for style, name in enumerate(names):

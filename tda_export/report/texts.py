@@ -1,4 +1,4 @@
-"""The texts that activity is measured on, written for this report."""
+"""The texts on which activity is measured, written for this report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RANDOM = "random"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt of the similarity matrix: a short label, and its text, or None where it is random tokens."""
+    """A prompt of the similarity matrix: a short label, and its text, or None for random tokens."""
 
     label: str
     text: str | None
@@ -26,7 +26,7 @@ _FIRST = "The farmers of the valley bring their apples to the market every Satur
 
 
 def shuffled(text: str) -> str:
-    """Return the words of a text in a random order that is always the same."""
+    """Return the words of a text in a fixed random order."""
     words = text.rstrip(".").split()
     random.Random(SHUFFLE_SEED).shuffle(words)
     return " ".join(words) + "."

@@ -1,4 +1,4 @@
-"""Open an artifact folder: read its manifest, and refuse what is damaged, foreign or unsafe."""
+"""Open an artifact folder: read its manifest, and refuse a folder that is damaged, foreign or unsafe."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HUB_REPOSITORY, HUB_SNAPSHOTS, HUB_BLOBS = "models--", "snapshots", "blobs"
 
 @dataclass(frozen=True)
 class Artifact:
-    """An artifact on disk: `manifest` is its content as plain data, the rest is what drivers need of it.
+    """An artifact on disk: `manifest` is the manifest as plain data; the other fields are what drivers need from it.
 
     `matrices` describes the matrices of weights.bin by name.
     """
@@ -42,7 +42,7 @@ class Artifact:
 
     @property
     def name(self) -> str:
-        """The model's name as given to build."""
+        """The model's name as given to `build`."""
         return str(self.manifest["model"]["name"])
 
     @property
@@ -52,12 +52,12 @@ class Artifact:
 
     @property
     def ffn_matrices(self) -> int:
-        """Weight matrices of an FFN: gate, up and down, or up and down."""
+        """The number of weight matrices of an FFN: 3 (gate, up, down) or 2 (up, down)."""
         return int(self.manifest["model"]["ffn_matrices"])
 
     @property
     def dense_ffn_bytes(self) -> int:
-        """FFN weight bytes of all layers, which a dense step reads for a token."""
+        """The FFN weight bytes of all layers, which a dense step reads for each token."""
         return sum(self.matrices[name].bytes for name in self._ffn_names)
 
     @property
@@ -69,7 +69,8 @@ class Artifact:
 
     @property
     def layout(self) -> str:
-        """What the rows of its matrices are: `priced` (input channels with prices) or `indexed` (neurons of masks)."""
+        """What the rows of its matrices are: `priced` (input channels with prices) or `indexed` (neurons of prompt
+        masks)."""
         return str(self.manifest["layout"])
 
     @property
@@ -84,23 +85,23 @@ class Artifact:
 
     @property
     def linear_bytes(self) -> int:
-        """Weight bytes of the linears of all layers, attention and FFN, which a dense step reads for a token."""
+        """The weight bytes of the linears of all layers, attention and FFN, which a dense step reads for each token."""
         return sum(matrix.bytes for name, matrix in self.matrices.items() if contract.in_a_layer(name))
 
     @property
     def sparse_bytes(self) -> int:
-        """Those of them that decode may skip rows of."""
+        """The bytes of those linears whose rows decode may skip."""
         return self.linear_bytes if self.layout == "priced" else self.dense_ffn_bytes
 
     @property
     def price_table(self) -> PriceTable | None:
-        """What calibration measured of prices, None where nothing was."""
+        """The prices that calibration measured, None where it measured none."""
         table = self.manifest.get("price_table")
         return None if table is None else PriceTable.from_dict(table)
 
     @property
     def deployment(self) -> AnyDeployment:
-        """What decode reads unless it is told otherwise."""
+        """The default deployment: which rows decode reads unless it is told otherwise."""
         manifest = self.manifest
         if self.layout == "priced":
             return price_deployment(float(manifest["price"]), self.price_table)
@@ -119,7 +120,7 @@ class Artifact:
 
     @property
     def weights_file(self) -> Path:
-        """weights.bin itself, where a link may lead to it: ONNX Runtime follows none to another folder."""
+        """The real path of weights.bin, which may be a link: ONNX Runtime follows no link to another folder."""
         return self.file(contract.WEIGHTS_FILE).resolve()
 
 
@@ -127,8 +128,8 @@ def open_artifact(folder: str | Path) -> Artifact:
     """Open an artifact and check that its files are there and have their sizes (hashes: `tda-export verify`).
 
     Raises:
-        TdaError: The folder is no artifact, its manifest is damaged, of a newer format, or names files outside the
-            folder, or a file is missing, a link or of another size than the manifest says.
+        TdaError: The folder is not an artifact; its manifest is damaged, of a newer format, or names files outside the
+            folder; or a file is missing, a link, or of another size than the manifest says.
     """
     folder = Path(folder)
     path = folder / contract.MANIFEST_FILE
@@ -165,7 +166,8 @@ def open_artifact(folder: str | Path) -> Artifact:
 
 
 def is_artifact(folder: Path) -> bool:
-    """Tell whether a folder is empty, or an artifact, of any version, that holds no file but its manifest's."""
+    """Return whether a folder is empty, or an artifact of any version with no files other than those its manifest
+    lists."""
     try:
         if folder.is_dir() and not any(folder.iterdir()):
             return True
@@ -204,12 +206,12 @@ def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
 
 
 def _check_link(folder: Path, path: Path) -> None:
-    """Let a link lead to a file of the folder, or, in a hub's cache, of the same repository's blobs.
+    """Allow a link to a file of the folder or, in a hub's cache, to a blob of the same repository.
 
     Such a cache holds `models--org--name/snapshots/<revision>/…`, links to `models--org--name/blobs/<hash>`.
     """
     target, inside = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    if not path.exists():  # a link to itself, too
+    if not path.exists():  # also refuses a link to itself
         raise TdaError(f"{path}: a broken link. Copy or build the artifact again.")
     allowed = [inside]
     for parent in inside.parents:

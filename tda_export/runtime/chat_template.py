@@ -1,4 +1,4 @@
-"""Chat templates, rendered by a process with limits of time, memory and text."""
+"""Chat templates, rendered by a separate process with limits on time, memory and length of text."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from jinja2.defaults import DEFAULT_NAMESPACE
 from tda_export.errors import TdaError, UsageError
 from tda_export.runtime import template_process
 
-RENDER_SECONDS = 10  # a usual template takes a thousandth of one
+RENDER_SECONDS = 10  # a usual template takes a millisecond
 RENDER_MEMORY = 512 << 20  # bytes, the interpreter's own included
-MOST_FIXED_CHARACTERS = 1 << 20  # that a template adds to its messages
-MOST_REPETITIONS = 16  # of what its messages hold
+MOST_FIXED_CHARACTERS = 1 << 20  # the most characters that a template adds to its messages
+MOST_REPETITIONS = 16  # how often a template may repeat the text of its messages
 
-# What a template has from elsewhere than the caller's own variables.
+# Names that a template gets from elsewhere than the caller's variables.
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 RESERVED = frozenset(
     {
@@ -54,9 +54,9 @@ def check_template_kwargs(given: Mapping[str, Any]) -> None:
 
 
 class ChatTemplate:
-    """A template and the process that renders it, which starts with the first text and serves all that follow.
+    """A template and the process that renders it. The process starts with the first text and serves all later ones.
 
-    May be used by several threads: they take turns.
+    Several threads may use it: they take turns.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,17 +64,17 @@ class ChatTemplate:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._end: weakref.finalize[..., ChatTemplate] | None = None
-        self._closed = 0  # how often
+        self._closed = 0  # how often `close` was called
 
     def render(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> str:
         """Render messages, up to where the assistant's answer begins.
 
         Args:
-            messages: With `role` and `content`.
-            variables: Whatever else the template finds by name.
+            messages: Each with `role` and `content`.
+            variables: Further variables of the template, by name.
 
         Raises:
-            TdaError: The template refuses them, fails, or goes beyond its limits.
+            TdaError: The template refuses the messages, fails, or exceeds its limits.
         """
         try:
             template = self._path.read_text(encoding="utf-8")
@@ -94,7 +94,8 @@ class ChatTemplate:
         return reply["text"]
 
     def close(self) -> None:
-        """End the process, also under a rendering in another thread, which fails by it. The next one starts another."""
+        """End the process, even during a rendering in another thread, which then fails. The next rendering starts a new
+        one."""
         self._closed += 1
         self._stop()
 
@@ -105,7 +106,7 @@ class ChatTemplate:
     def _ask(self, request: bytes) -> dict[str, str]:
         closed = self._closed
         process = self._started()
-        if self._closed != closed:  # while it started, so that nothing was there to end
+        if self._closed != closed:  # closed while the process started, when there was nothing to end
             self._stop()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -125,9 +126,9 @@ class ChatTemplate:
             if line.endswith(b"\n"):
                 reply: dict[str, str] = json.loads(line)
                 return reply
-        except (OSError, ValueError):  # it is gone, and its pipes with it
+        except (OSError, ValueError):  # the process is gone, and its pipes with it
             pass
-        except BaseException:  # Ctrl-C: its reply would be taken for that to the next request
+        except BaseException:  # Ctrl-C: its reply would be read as the reply to the next request
             self._stop()
             raise
         finally:
@@ -142,7 +143,7 @@ class ChatTemplate:
             return self._process
         self._stop()
         paths = os.pathsep.join(path for path in sys.path if path)
-        # In a group of its own, Ctrl-C on a terminal does not reach it.
+        # In its own process group, Ctrl-C on a terminal does not reach it.
         group: dict[str, Any] = (
             {"process_group": 0} if os.name == "posix" else {"creationflags": 0x200}  # CREATE_NEW_PROCESS_GROUP
         )
@@ -169,5 +170,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
     for pipe in (process.stdin, process.stdout):
         assert pipe is not None
-        with contextlib.suppress(OSError):  # of what was written and not read
+        with contextlib.suppress(OSError):  # closing flushes what was written and never read
             pipe.close()

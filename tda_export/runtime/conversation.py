@@ -1,4 +1,4 @@
-"""Chats of many turns: each turn reads what is new, and nothing twice."""
+"""Chats of many turns: each turn reads only what is new."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Message = dict[str, str]  # "role" and "content"
 
 
 class Conversation:
-    """Messages of a user and the model, with the keys, values and statistics that they have left behind.
+    """Messages of a user and the model, with their keys, values and statistics.
 
-    A turn renders all messages with the chat template and reads the prompt into a `PromptMemory`, which goes on behind
-    the prompt of the turn before: the last answer is read again, densely, with the new message. So the mask of a turn
-    is that of one prefill of the whole chat. With `keep_answers` it goes on behind the last answer, which stays as
-    sparse steps have written it: less to read before an answer, and what they lost is not made good. A template that
-    renders earlier messages differently than before costs a longer reading, no more.
+    A turn renders all messages with the chat template and reads the prompt into a `PromptMemory`, which continues after
+    the prompt of the previous turn: the last answer is read again, densely, with the new message. So the prompt mask of
+    a turn is the same as after one prefill of the whole chat. With `keep_answers` it continues after the last answer,
+    which stays as sparse steps have written it: there is less to read before an answer, but the loss of those steps
+    stays in the cache. A template that renders earlier messages differently than before only makes a turn read more.
 
-    When the chat outgrows the context, its oldest turns are left out, so many that a quarter of the context is free.
+    When the chat outgrows the context, its oldest turns are left out until a quarter of the context is free.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class Conversation:
         """Begin a chat.
 
         Args:
-            model: With a chat template.
-            system: A message that stands before all others and is never left out.
+            model: The model, which must have a chat template.
+            system: A message before all others that is never left out.
             mask: As for `Model.generate`.
             context: As for `Model.generate`.
             deployment: As for `Model.generate`.
@@ -54,8 +54,8 @@ class Conversation:
 
         Raises:
             TdaError: The model has no chat template.
-            UsageError: The context or lookup is out of range, a variable for the template has a name that is taken, or
-                answers are to stay and the artifact has masks.
+            UsageError: The context or lookup is out of range, a variable for the template has a reserved name, or
+                `keep_answers` is set and the artifact has prompt masks.
         """
         if not model.text.has_chat_template:
             raise TdaError(
@@ -70,12 +70,12 @@ class Conversation:
         self._memory = model.memory(context=self._context, keep_answers=keep_answers)
         self._before: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._turns: list[list[Message]] = []  # each begins with the user's message
-        self._answer: Generation | None = None  # to the last of them, until it is added
+        self._answer: Generation | None = None  # answers the last turn, until it is added to it
         self.dropped_turns = 0  # left out so far
 
     @property
     def messages(self) -> list[Message]:
-        """All messages that count, with what there is of the last answer."""
+        """All messages of the chat, with the last answer as far as it has come."""
         messages = [*self._before, *(message for turn in self._turns for message in turn)]
         return messages if self._answer is None else [*messages, _assistant(self._answer)]
 
@@ -91,8 +91,8 @@ class Conversation:
     ) -> Generation:
         """Begin the answer to a message.
 
-        An answer that was not read to its end is closed by the next message and stays in the chat as far as it came;
-        one that failed or was closed before its first text is forgotten with its message.
+        The next message closes an answer that the caller did not read to its end; the answer stays in the chat as far
+        as it came. An answer that failed or was closed before its first text is forgotten with its message.
 
         Args:
             text: The user's message.
@@ -153,7 +153,7 @@ class Conversation:
         while len(kept) > 1 and len(tokens) + reserve > self._context:
             kept = kept[1:]
             tokens = self._tokens(kept)
-        if len(tokens) < self._context:  # otherwise this message alone is too long, and the others may stay
+        if len(tokens) < self._context:  # otherwise this message alone is too long, and the other turns stay
             self.dropped_turns += len(self._turns) - len(kept)
             self._turns = kept
         return tokens

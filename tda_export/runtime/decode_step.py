@@ -1,4 +1,4 @@
-"""One token after another under a prompt's mask."""
+"""Decode one token after another under a prompt mask."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from tda_export.runtime.token_step import DENSE, Reading, TokenStep, Width
 
 
 class DecodeStep(TokenStep):
-    """Decodes one token at a time with a prompt's mask, or densely.
+    """Decodes one token at a time with a prompt mask, or densely.
 
-    The step owns the memory of its masks. With native kernels on CUDA, masks and tail means lie in `fixed_inputs`,
-    which prefill writes to: indices are padded to all neurons, so one captured graph serves every prompt.
+    The step owns the memory of its prompt masks. With native kernels on CUDA, masks and tail means lie in
+    `fixed_inputs`, to which prefill writes. Indices are padded to the number of all neurons, so one captured graph
+    serves every prompt.
 
-    Without native kernels a dense step runs the prefill graph with S = 1, which reads the weights in place: the
+    Without native kernels a dense step runs the prefill graph with S = 1, which reads the weights in place; the
     function body would gather every row.
     """
 
     def __init__(self, sessions: Sessions, shape: ModelShape, capacity: int) -> None:
         super().__init__(sessions, shape, capacity)
         self.fixed_inputs: dict[str, ort.OrtValue] = {}
-        self.mask: PromptMask | None = None  # of what `begin` read last
+        self.mask: PromptMask | None = None  # of the tokens that `begin` read last
         self._every_logit = device_tensor(np.zeros(1, np.int64), sessions.provider)
         self._second_level: dict[str, ort.OrtValue] = {}
         provider, layers = sessions.provider, range(shape.num_layers)
@@ -60,12 +61,12 @@ class DecodeStep(TokenStep):
         """Refresh: read the last tokens densely, which replaces the keys and values that sparse steps left.
 
         Args:
-            tokens: The newest n tokens, of which all but the last are in the cache.
+            tokens: The newest n tokens. All but the last are in the cache.
             thresholds: As for `read`.
-            decay: How much the statistics so far count beside these tokens.
+            decay: The factor of the statistics so far, which are added to those of these tokens.
 
         Returns:
-            As `read`, with the mask of all that the statistics hold.
+            As `read`, with the prompt mask of all tokens in the statistics.
         """
         self.cache.truncate(self.cache.length - (len(tokens) - 1))
         return self.read(tokens, thresholds, decay=decay)
@@ -101,12 +102,12 @@ class DecodeStep(TokenStep):
     def use(
         self, mask: PromptMask | None, token_thresholds: np.ndarray | None = None, *, tail_mean: bool = True
     ) -> None:
-        """Decode with a mask from now on, or with every neuron.
+        """Decode with a prompt mask from now on, or with every neuron.
 
         Args:
-            mask: Of `read`; None keeps every neuron.
+            mask: The prompt mask from `read`; None keeps every neuron.
             token_thresholds: float32 [L]; None skips no neuron of the mask.
-            tail_mean: Put the mask's tail mean in place of the neurons outside it; otherwise nothing.
+            tail_mean: Replace the neurons outside the mask by its tail mean; otherwise by nothing.
         """
         layers = range(self._shape.num_layers)
         if self._second_level:

@@ -1,4 +1,4 @@
-"""How decode drops neurons: everything that a driver decides beside the prompt itself."""
+"""How decode drops neurons: all decisions of a driver except the prompt itself."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tda_export.pricing import PriceTable
 
 @dataclass(frozen=True)
 class Refresh:
-    """Every `tokens` generated tokens, prefill reads them again: 0 never.
+    """After every `tokens` generated tokens, prefill reads them again; 0 means never.
 
-    That replaces their keys and values by dense ones and chooses the mask anew. What the statistics held before counts
-    `decay` times as much afterwards.
+    A refresh replaces their keys and values by dense ones and chooses a new prompt mask. The statistics from before are
+    multiplied by `decay`.
     """
 
     tokens: int = 0
@@ -31,11 +31,13 @@ class Refresh:
             raise UsageError(f"A decay of {self.decay} is outside [0, 1].")
 
     def ffn_share(self, sparse: float) -> float:
-        """Return the mean share of FFN bytes that a token reads, where sparse steps read `sparse` and others all."""
+        """Return the mean share of FFN bytes that a token reads, where sparse steps read the share `sparse` and
+        refreshes read all."""
         return sparse if not self.tokens else sparse + (1.0 - sparse) / self.tokens
 
     def sparsity(self, sparse: float) -> float:
-        """Return the share of FFN bytes that a token does not read, where sparse steps do not read `sparse`."""
+        """Return the mean share of FFN bytes that a token does not read, where sparse steps leave the share `sparse`
+        unread."""
         return 1.0 - self.ffn_share(1.0 - sparse)
 
 
@@ -44,13 +46,13 @@ NO_REFRESH = Refresh()
 
 @dataclass(frozen=True)
 class Deployment:
-    """Thresholds and what they were calibrated with.
+    """Thresholds, and the settings that they were calibrated with.
 
     `thresholds`: of neuron scores, float32 [L]; None where prefill selects by rank. `token_thresholds`: of gate
-    estimates, float32 [L], 0 is off. `prior`: statistics of a prompt begin with the artifact's prior instead of
-    nothing. `tail_mean`: dropped neurons are replaced by their mean over the prompt, if the artifact computes it.
-    `survivors`: float32 [L] or [1], the share of a mask's neurons that a token is expected not to skip, which says how
-    many bytes are read. `ffn_matrices`: of the FFN.
+    estimates, float32 [L]; 0 is off. `prior`: whether the statistics of a prompt begin with the artifact's prior
+    instead of zero. `tail_mean`: whether dropped neurons are replaced by their mean over the prompt, if the artifact
+    computes it. `survivors`: float32 [L] or [1], the share of the prompt mask's neurons that a token is expected not to
+    skip, from which the bytes read follow. `ffn_matrices`: number of matrices of the FFN.
     """
 
     thresholds: np.ndarray | None
@@ -63,20 +65,20 @@ class Deployment:
 
     @property
     def read_as(self) -> object:
-        """Key of prompts that can continue from each other's statistics."""
+        """The key of prompts that can continue from each other's statistics."""
         return self.prior
 
     @property
     def by_calibration(self) -> str:
-        """What of the bytes that a generation reports is not counted but expected, empty for nothing."""
+        """Which part of a generation's reported bytes is expected by calibration instead of counted; empty for none."""
         return " (masks counted, rows skipped by tokens as calibrated)" if self.token_thresholds.any() else ""
 
     def with_refresh(self, refresh: Refresh) -> Deployment:
-        """Return the same with another refresh."""
+        """Return the same deployment with another refresh."""
         return replace(self, refresh=refresh)
 
     def ffn_share(self, mask_density: np.ndarray) -> float:
-        """Return the share of FFN bytes that a sparse step reads under masks of the given densities, [L]."""
+        """Return the share of FFN bytes that a sparse step reads under prompt masks of the given densities, [L]."""
         return float(two_level_share(mask_density, mask_density * self.survivors, self.ffn_matrices).mean())
 
 
@@ -89,17 +91,18 @@ class PriceDeployment:
 
     @property
     def read_as(self) -> object:
-        """Key of prompts that can continue from each other: all, since prefill does not depend on the price."""
+        """The key of prompts that can continue from each other: the same for all, since prefill does not depend on the
+        price."""
         return None
 
     @property
     def by_calibration(self) -> str:
-        """What of the bytes that a generation reports is not counted but expected, empty for nothing."""
+        """Which part of a generation's reported bytes is expected by calibration instead of counted; empty for none."""
         return " (as calibrated)" if self.price > 0 else ""
 
     @property
     def refresh(self) -> Refresh:
-        """None: nothing is chosen by what was read."""
+        """No refresh: nothing is chosen from the tokens that were read."""
         return NO_REFRESH
 
 
@@ -107,7 +110,7 @@ AnyDeployment = Deployment | PriceDeployment
 
 
 def price_deployment(price: float, table: PriceTable | None) -> PriceDeployment:
-    """Return a price with what calibration expects of it; without a table, or beyond it, nothing is expected."""
+    """Return a price with the share that calibration expects to be read; none without a table, or beyond it."""
     if not math.isfinite(price):
         raise UsageError(f"A price of {price}: give a finite number, 0 for dense.")
     if table is None or price > table.most_price:

@@ -1,4 +1,4 @@
-"""Generate tokens: prefill the prompt, take its mask, decode with it."""
+"""Generate tokens: prefill the prompt, take its prompt mask, decode with it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tda_export.runtime.stop_strings import StopStrings
 from tda_export.runtime.text import TextStream
 from tda_export.runtime.token_step import TokenStep
 
-MaskMode = Literal["tda", "priced", "dense"]  # which rows decode reads: a prompt's mask, by price, every one
+MaskMode = Literal["tda", "priced", "dense"]  # which rows decode reads: those of the prompt mask, by price, or all
 
 
 @dataclass(frozen=True)
 class Token:
     """A generated token and the text that it completes.
 
-    The text is empty inside a character of several tokens, and where a stop string may have begun.
+    The text is empty in the middle of a character that spans several tokens, and where a stop string may have begun.
     """
 
     id: int
@@ -40,17 +40,17 @@ class Token:
 class Metrics:
     """What a generation cost. Times in seconds, sizes in bytes, density and sparsity as fractions.
 
-    `density` is the share of neurons in the mask that is in use, or of rows that are expected to be read at a price.
-    `matrices` says which weights may be skipped, and so what `sparsity` and bytes are of: `ffn` or, with prices,
-    `linears`, those of attention and FFN. `sparsity` is the share of their bytes that decoding has not read so far,
-    refreshes included; what tokens skip one by one (by thresholds or prices) is not counted while decoding: it is the
-    calibration's expectation. `refreshes` counts tokens that came from reading the last ones densely.
-    `reused_tokens` of the prompt were read before. `decode_steps` counts refreshes too, and a last step that gave an
-    end token or finished after cancellation. `drafted` tokens of a lookup were read beside others by these steps, and
-    those that were `accepted` needed no step of their own; `bytes_per_token` does not know what several tokens of a
-    step share. `decode_tokens_per_second` starts at the second token; the first comes from prefill. `finish_reason`:
-    an end token or a stop string, as many tokens as asked for, a full context, or empty if a generation is not
-    finished, or was cancelled.
+    `density` is the share of neurons in the current prompt mask or, at a price, the share of rows that are expected to
+    be read. `matrices` says which weights may be skipped, and so what `sparsity` and bytes refer to: `ffn` or, with
+    prices, `linears` (attention and FFN). `sparsity` is the share of their bytes that decoding has not read so far,
+    refreshes included. The rows that each token skips (by token thresholds or prices) are not counted while decoding;
+    calibration's expectation stands for them. `refreshes` counts tokens that came from reading the last ones densely.
+    `reused_tokens` is how many tokens of the prompt were read before. `decode_steps` counts refreshes too, and a last
+    step that gave an end token or finished after cancellation. `drafted` counts the tokens of a lookup that these steps
+    read as drafts, and `accepted` those that needed no step of their own; `bytes_per_token` ignores that several tokens
+    of one step share reads. `decode_tokens_per_second` starts at the second token; the first comes from prefill.
+    `finish_reason`: an end token or a stop string, the token limit, a full context, or empty if the generation is not
+    finished or was cancelled.
     """
 
     provider: str
@@ -76,18 +76,19 @@ class Metrics:
 class Generation:
     """An iterator of tokens; `metrics` and `text` are current at every step.
 
-    An unfinished one returns its decode step (and KV cache) when it is closed or dropped.
-    `cancel` may be called from another thread or a signal handler, everything else from one thread alone.
+    An unfinished generation returns its decode step (and KV cache) when it is closed or dropped. `cancel` may be called
+    from another thread or a signal handler, all else only from one thread.
     """
 
     def __init__(self, decoding: Decoding) -> None:
         self._decoding = decoding
-        # Its frame holds the decoding and not this object: were it a cycle, dropping this object would free nothing.
+        # The generator's frame holds the decoding, not this object: in a cycle, dropping this object would free
+        # nothing.
         self._tokens = decoding.tokens()
 
     @property
     def metrics(self) -> Metrics:
-        """What it cost so far."""
+        """What the generation has cost so far."""
         return self._decoding.metrics
 
     @property
@@ -101,7 +102,8 @@ class Generation:
         return self._decoding.cancelled
 
     def cancel(self) -> None:
-        """Let it end before its next token, or between two pieces of a long prompt that is read into a memory."""
+        """End the generation before its next token, or between two pieces of a long prompt that is read into a
+        memory."""
         self._decoding.cancelled = True
 
     def __iter__(self) -> Iterator[Token]:
@@ -111,12 +113,12 @@ class Generation:
         return next(self._tokens)
 
     def close(self) -> None:
-        """End it here. The model's decode step is free for the next generation; no more tokens come."""
+        """End the generation here. The model's decode step is free for the next generation; no more tokens come."""
         self._tokens.close()
 
 
 class Decoding:
-    """What a generation is made of: prompt, limits and sampler, and the text and metrics so far."""
+    """The state of a generation: prompt, limits and sampler, and the text and metrics so far."""
 
     def __init__(
         self,
@@ -141,12 +143,12 @@ class Decoding:
         self._prompt, self._max_new_tokens = prompt, max_new_tokens
         self._sampler, self._penalty, self._deployment = sampler, penalty, deployment
         self._stream, self._stops, self._ends = stream, stops, ends
-        self._shares: list[float] = []  # of FFN bytes, by token that was decoded
+        self._shares: list[float] = []  # shares of FFN bytes read, by decoded token
         self._sparse_share = 1.0
         self._capacity, self._borrow_step = min(context, len(prompt) + max_new_tokens), borrow_step
         self._memory, self._lookup = memory, lookup
         self._decoded: list[int] = []  # tokens of the answer that are in the cache
-        self._stale: list[int] = []  # the newest token, and those before it whose keys and values sparse steps left
+        self._stale: list[int] = []  # the newest token, and those before it whose keys and values sparse steps wrote
         self._text = TextIndex(prompt) if lookup else None
         self._draft_length = lookup if sessions.captures else FIRST_LENGTH
         self._ahead: Lookahead[np.ndarray | int] = Lookahead()
@@ -155,7 +157,7 @@ class Decoding:
         self.metrics = Metrics(sessions.provider, mask, len(prompt), "linears" if sessions.priced else "ffn")
 
     def tokens(self) -> Generator[Token, None, None]:
-        """Read the prompt, then yield the answer token by token, on a step borrowed meanwhile."""
+        """Read the prompt, then yield the answer token by token, on a step that is borrowed for the time."""
         with self._borrow_step(self._capacity) as step:
             step.capture(1 + self._lookup)
             try:
@@ -187,7 +189,7 @@ class Decoding:
             if metrics.finish_reason and not stopped:
                 last, stopped = self._last_text()
                 piece += last
-                if stopped:  # by what an unfinished character shows
+                if stopped:  # the text of an unfinished character held a stop string
                     metrics.finish_reason = "stop"
             self.text += piece
             yield Token(token, piece)
@@ -222,7 +224,7 @@ class Decoding:
         return logits
 
     def _last_text(self) -> tuple[str, bool]:
-        """What was held back of the text, up to a stop string, and whether there was one."""
+        """Return the text that was held back, up to a stop string, and whether there was one."""
         piece, stopped = self._stops.add(self._stream.finish())
         return (piece if stopped else piece + self._stops.finish()), stopped
 
@@ -231,7 +233,7 @@ class Decoding:
         return 0 if self.metrics.mask == "dense" else self._deployment.refresh.tokens
 
     def _next(self, step: TokenStep, token: int) -> int:
-        """Return what follows a token: from the step that has read it as a draft, or from one more step."""
+        """Return the token that follows: from the step that has read `token` as a draft, or from one more step."""
         if self._ahead.confirm(token):
             step.cache.confirm(1)
             self.metrics.accepted += 1
@@ -251,10 +253,10 @@ class Decoding:
         return chosen
 
     def _draft(self, step: TokenStep) -> list[int]:
-        """Guess what follows the newest token, no more than may follow it before a refresh or the end."""
+        """Guess the tokens that follow the newest one, at most as many as fit before a refresh or the end."""
         if self._text is None:
             return []
-        if not self._sessions.captures:  # which pads calls, so that a longer draft costs nothing
+        if not self._sessions.captures:  # captured calls are padded, so a longer draft costs nothing there
             self._draft_length = next_length(self._draft_length, self._ahead, self._lookup)
         most = min(self._draft_length, self._capacity - step.cache.length - 2)
         if self._refresh_tokens:
@@ -279,7 +281,7 @@ class Decoding:
         )
 
     def _follow(self, step: TokenStep) -> None:
-        """Decode from now on as what was read says, or densely, and note what a step reads."""
+        """Decode from now on by what was read (or densely), and note the share that a step reads."""
         reading = step.follow(None if self.metrics.mask == "dense" else self._deployment)
         self.metrics.density, self._sparse_share = reading.density, reading.share
         self._account()

@@ -22,13 +22,13 @@ def check_graph(
     """Check a session of an artifact's own graph.
 
     Args:
-        session: Of the graph.
+        session: A session of the graph.
         path: Its file, for the message.
-        inputs: What the contract lists; the graph may have more that have a default.
-        outputs: What the contract lists; the graph may have more.
+        inputs: The inputs that the contract lists; the graph may have more if they have a default.
+        outputs: The outputs that the contract lists; the graph may have more.
 
     Raises:
-        TdaError: An input or output is missing or has another dtype or size, or an unknown input has no default.
+        TdaError: An input or output is missing or has the wrong dtype or size, or an unknown input has no default.
     """
     required = {value.name: value for value in session.get_inputs()}
     given = required | {value.name: value for value in session.get_overridable_initializers()}

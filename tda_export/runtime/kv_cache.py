@@ -12,10 +12,10 @@ from tda_export.runtime.session import Call, empty_tensor
 
 
 class KvCache:
-    """Buffers [1, KV, capacity, ..] that hold `length` tokens so far, one for each of `contract.layer_caches`.
+    """Buffers [1, KV, capacity, ..], one for each of `contract.layer_caches`. They hold `length` tokens so far.
 
     Raises:
-        TdaError: There is no memory for them.
+        TdaError: There is not enough memory for them.
     """
 
     def __init__(self, shape: ModelShape, provider: str, capacity: int) -> None:
@@ -37,7 +37,7 @@ class KvCache:
             ) from error
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` more; they are attended to by the next call."""
+        """Reserve room for `tokens` more; the next call attends to them."""
         total = self.length + tokens
         if total > self.capacity:
             raise TdaError(f"{total} tokens do not fit into a context of {self.capacity}. Shorten the prompt.")
@@ -53,11 +53,12 @@ class KvCache:
                 call.write_to(tensor.present, self._buffers[tensor.past])
 
     def commit(self, tokens: int | None = None) -> None:
-        """Record that the reserved tokens were written; with `tokens` only the first of them count so far."""
+        """Record that the reserved tokens were written; with `tokens`, only that many of them, the first, count so
+        far."""
         self.length = self._reserved if tokens is None else self.length + tokens
 
     def confirm(self, tokens: int) -> None:
-        """Let so many tokens count that the last call has written behind those that count."""
+        """Let `tokens` more of the tokens count that the last call has written."""
         assert self.length + tokens <= self._reserved
         self.length += tokens
 
@@ -67,5 +68,6 @@ class KvCache:
         self.length = length
 
     def keys_and_values(self, layer: int) -> list[ort.OrtValue]:
-        """Return a layer's buffers [1, KV, capacity, ..], keys and values first, of which `length` tokens count."""
+        """Return a layer's buffers [1, KV, capacity, ..], keys and values first; only the first `length` tokens
+        count."""
         return [self._buffers[tensor.past] for tensor in self._layers[layer]]

@@ -1,4 +1,4 @@
-"""Prompt lookup: what followed the newest tokens earlier in the text is a draft that one step checks.
+"""Prompt lookup: the tokens that followed the newest ones earlier in the text are a draft, which one step checks.
 
 Source: Saxena, Prompt Lookup Decoding (2023); Yang et al., Inference with Reference (arXiv 2304.04487).
 """
@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 from tda_export.errors import UsageError
 
 MOST_DRAFTS = 15  # tokens; a step reads one more
-LONGEST_MATCH, SHORTEST_MATCH = 4, 2  # tokens that a draft's place has in common with the end of the text
+LONGEST_MATCH, SHORTEST_MATCH = 4, 2  # tokens that must match between a draft's place and the end of the text
 FIRST_LENGTH = 2  # tokens of a first draft, where every token costs time
 
 Following = TypeVar("Following")
@@ -28,16 +28,16 @@ def check_lookup(tokens: int) -> None:
 
 
 class TextIndex:
-    """A text of tokens that grows, with the newest place of each n-gram that something follows.
+    """A growing text of tokens, with the newest place of each n-gram that is followed by a token.
 
-    A draft goes on from the newest place before the end that has the longest match with the end of the text, of
-    `SHORTEST_MATCH` to `LONGEST_MATCH` tokens. Where it reaches the end of the text it goes on with its own tokens, so
-    that a text which repeats itself is drafted to any length.
+    A draft starts at the place with the longest match with the end of the text, of `SHORTEST_MATCH` to `LONGEST_MATCH`
+    tokens; the newest such place counts. Where a draft reaches the end of the text it continues with its own tokens, so
+    that a text that repeats itself can be drafted to any length.
     """
 
     def __init__(self, tokens: Sequence[int] = ()) -> None:
         self._tokens: list[int] = []
-        self._following: dict[tuple[int, ...], int] = {}  # by n-gram the place after it
+        self._following: dict[tuple[int, ...], int] = {}  # the place after each n-gram
         for token in tokens:
             self.add(token)
 
@@ -49,7 +49,7 @@ class TextIndex:
         self._tokens.append(token)
 
     def draft(self, most: int) -> list[int]:
-        """Return up to `most` tokens that may come next, none where no n-gram of the end occurred before."""
+        """Return up to `most` tokens that may come next; none where no n-gram at the end occurred before."""
         end = len(self._tokens)
         for length in range(min(LONGEST_MATCH, end), SHORTEST_MATCH - 1, -1):
             place = self._following.get(tuple(self._tokens[end - length :]))
@@ -60,38 +60,40 @@ class TextIndex:
 
 
 class Lookahead(Generic[Following]):
-    """What one step has read, tokens of which the first is certain, and what it says follows each of them.
+    """The tokens that one step has read, and what follows each of them. Only the first token is known to be in the
+    text; the others are drafts.
 
-    A token is confirmed when what followed the one before it was chosen and is that token; the rest is worth nothing as
-    soon as another was chosen.
+    A draft is confirmed when it is the token that was chosen to follow the one before it. As soon as another token is
+    chosen, the remaining drafts are discarded.
     """
 
     def __init__(self, tokens: Sequence[int] = (), following: Sequence[Following] = ()) -> None:
         """Begin with the first token.
 
         Args:
-            tokens: Those that were given to the step.
-            following: For as many of them as it has read.
+            tokens: The tokens that were given to the step.
+            following: What follows each token that the step has read, which may be fewer than were given.
         """
         self._tokens, self._all, self._place = tokens, following, 0
 
     @property
     def drafted(self) -> int:
-        """How many of the tokens that were read were not certain."""
+        """The number of drafts that were read."""
         return max(len(self._all) - 1, 0)
 
     @property
     def accepted(self) -> int:
-        """How many of these turned out right."""
+        """The number of drafts that were confirmed."""
         return self._place
 
     @property
     def following(self) -> Following:
-        """What follows the newest certain token."""
+        """What follows the newest confirmed token."""
         return self._all[self._place]
 
     def confirm(self, token: int) -> bool:
-        """Go on to the next token if it was read and is `token`, the one that was chosen; say whether."""
+        """Advance to the next draft if it was read and equals `token`, the one that was chosen; return whether it
+        does."""
         following = self._place + 1
         if following >= len(self._all) or self._tokens[following] != token:
             return False
@@ -100,13 +102,13 @@ class Lookahead(Generic[Following]):
 
 
 def next_length(length: int, last: Lookahead[Following], most: int) -> int:
-    """Return how many tokens the next draft may have: twice as many as the last one if that was right throughout,
-    otherwise as many as were right of it, and one at least.
+    """Return how many tokens the next draft may have: twice as many as the last draft if all of it was confirmed,
+    otherwise as many as were confirmed, at least one.
 
     Args:
-        length: What the last one might have had.
-        last: What came of it.
-        most: That any may have.
+        length: The most tokens that the last draft could have.
+        last: The result of the last draft.
+        most: The most tokens of any draft.
     """
     if not last.drafted:
         return min(length, most)

@@ -1,4 +1,4 @@
-"""What a manifest must hold, so that nothing later fails or computes with what cannot be."""
+"""Check what a manifest holds, so that later code does not fail on, or compute with, impossible values."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from tda_export.pricing import PriceTable
 from tda_export.runtime.deployment import Refresh
 from tda_export.weights.matrix import Matrix, read_matrix
 
-LARGEST_SIZE = 2**31  # of anything that is counted
-LARGEST_NUMBER = 3e38  # what float32 holds
+LARGEST_SIZE = 2**31  # of any count
+LARGEST_NUMBER = 3e38  # about the largest float32
 ROUNDING = 1e-3
 RECORDS = ("versions", "model", "spec", "method", "budget", "expected", "calibration", "io", "matrices")
 
 
 def check_manifest(manifest: dict[str, Any]) -> tuple[ModelShape, dict[str, Matrix]]:
-    """Check what the runtime, verify, eval and inspect read later, and return sizes and matrices.
+    """Check the fields that the runtime, verify, eval and inspect read later, and return sizes and matrices.
 
     Raises:
-        KeyError: Something is missing, which is named.
-        ValueError: Something cannot be, or does not fit the rest; it is named.
-        TypeError: Something is of another kind; so are AttributeError and ArithmeticError.
+        KeyError: A field is missing; the message names it.
+        ValueError: A value is impossible or does not fit the others; the message names it.
+        TypeError: A value is of the wrong type, which may also raise AttributeError or ArithmeticError.
     """
     shape = ModelShape(**manifest["shape"], kv=manifest.get("kv", KV_FLOAT))
     for name, value in asdict(shape).items():
@@ -49,7 +49,7 @@ def check_manifest(manifest: dict[str, Any]) -> tuple[ModelShape, dict[str, Matr
     _require(kl is None or _is_number(abs(kl), LARGEST_NUMBER), "expected.kl")
     _check_weights(manifest, shape, matrices)
     checks[manifest["layout"]](manifest, shape, matrices)
-    # One that is wrong is a wrong figure in every report.
+    # A wrong value would give a wrong figure in every report.
     gated = any(contract.linear_weight(0, stored) in matrices for stored in ("gate", "gate_up"))
     _require(type(model["ffn_matrices"]) is int, "model.ffn_matrices")
     _require(model["ffn_matrices"] == (GATED if gated else min(FFN_MATRICES)), "model.ffn_matrices")
@@ -112,7 +112,7 @@ def _check_weights(manifest: dict[str, Any], shape: ModelShape, matrices: dict[s
         _require(entry["offset"] + contract.tensor_bytes(entry["shape"], entry["dtype"]) <= size, _of(name))
     for file in (contract.PREFILL_FILE, contract.DECODE_FILE):
         _require(set(manifest["graph_weights"][file]) <= weights.keys(), f"graph_weights.{file}")
-    # Embeddings of another width than M come with a projection.
+    # Embeddings whose width is not M come with a projection.
     width = weights[contract.PROJECT_IN]["shape"][1] if contract.PROJECT_IN in weights else shape.hidden_size
     _require(matrices[contract.EMBEDDING].shape == (shape.vocab_size, width), "shape.vocab_size")
     for name, matrix in matrices.items():
@@ -135,7 +135,7 @@ def _is_size(value: object, below: int = LARGEST_SIZE) -> bool:
 
 
 def _is_number(value: object, largest: float) -> bool:
-    """Tell whether a value is a number in [0, largest]; not a number is none."""
+    """Return whether a value is a number in [0, largest]; NaN is not."""
     return type(value) in (int, float) and 0 <= value <= largest  # type: ignore[operator]
 
 

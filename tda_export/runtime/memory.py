@@ -1,4 +1,4 @@
-"""Prompts that begin as the one before: what was read stays, and only what is new is read."""
+"""Prompts that begin like the previous one: what was read stays, and only what is new is read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHECKPOINTS = 16  # the newest; each holds 2 L F numbers
 
 
 class Cancelled(Exception):
-    """The reading of a prompt was given up."""
+    """The reading of a prompt was cancelled."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,15 @@ class Checkpoint:
 class PromptMemory:
     """A decode step that keeps keys, values and statistics from prompt to prompt, for one generation at a time.
 
-    Only what a prompt has in common with what is held stays. A step of masks goes back to the last checkpoint within
-    it; checkpoints are the ends of prompts and of pieces of `CHUNK_TOKENS`. A step of prices goes back to any length.
+    Only the common prefix of a prompt and the tokens held stays. A step with prompt masks goes back to the last
+    checkpoint within that prefix; checkpoints are the ends of prompts and of pieces of `CHUNK_TOKENS`. A step with
+    prices goes back to any length.
 
-    An answer was decoded sparsely, so a prompt that holds it reads it again, densely: keys, values, statistics and mask
-    are then those of one prefill of the whole prompt, whatever was generated, refreshed or cancelled in between. With
-    `keep_answers`, which statistics of masks do not allow, it stays as sparse steps left it, for prompts that are
-    answered at the same price or a higher one: what was written at a higher price than asked for is read again.
+    An answer was decoded sparsely, so a prompt that holds it reads it again, densely: keys, values, statistics and
+    prompt mask are then those of one prefill of the whole prompt, whatever was generated, refreshed or cancelled in
+    between. With `keep_answers`, which the statistics of prompt masks do not allow, an answer stays as sparse steps
+    wrote it, for prompts that are answered at the same price or a higher one: tokens written at a higher price than the
+    new one are read again.
     """
 
     def __init__(
@@ -51,13 +53,13 @@ class PromptMemory:
         *,
         keep_answers: bool = False,
     ) -> None:
-        """Begin with nothing.
+        """Begin empty.
 
         Args:
-            open_step: Makes a step with room for so many tokens.
+            open_step: Makes a step with room for a given number of tokens.
             most_tokens: The room does not grow beyond this, unless a generation asks for more.
-            first_room: Of the first step at least, so that a few turns fit.
-            keep_answers: Let answers stay; for steps of `any_length` alone.
+            first_room: The least room of the first step, in tokens, so that a few turns fit.
+            keep_answers: Let answers stay; only for steps of `any_length`.
         """
         self._open_step, self._most_tokens, self._least_room = open_step, most_tokens, first_room
         self._keeps_answers = keep_answers
@@ -65,18 +67,19 @@ class PromptMemory:
         self._lent = False
         self._read_as: object = None
         self._tokens: list[int] = []
-        # Of each token the highest price at which it or one before was decoded, 0 for what was read: it never falls.
+        # For each token, the highest price at which it or an earlier one was decoded, 0 for tokens read: never falls.
         self._prices: list[float] = []
         self._checkpoints: list[Checkpoint] = []
 
     @contextlib.contextmanager
     def borrow_step(self, tokens: int) -> Iterator[TokenStep]:
-        """Lend the step with room for `tokens`.
+        """Lend the step, with room for `tokens` tokens.
 
-        One that is too small gives way to one of at least twice its size, into which the next prompt is read whole.
+        A step that is too small is replaced by one of at least twice its size, which reads the next prompt from the
+        start.
 
         Raises:
-            TdaError: It is lent already.
+            TdaError: The step is lent already.
         """
         if self._lent:
             raise TdaError("The previous answer is not finished. Read it to its end, or close it.")
@@ -85,7 +88,7 @@ class PromptMemory:
             if self._step is None or self._step.cache.capacity < tokens:
                 room = max(tokens, min(self._least_room, self._most_tokens))
                 self.forget()
-                self._step = None  # before the next one takes memory
+                self._step = None  # freed before the next one takes memory
                 self._step = self._open_step(room)
                 self._least_room = 2 * room
             self._step.cache.truncate(min(self._step.cache.length, len(self._tokens)))  # room for a capture
@@ -96,24 +99,24 @@ class PromptMemory:
     def read(
         self, step: TokenStep, tokens: Sequence[int], how: AnyDeployment, cancelled: Callable[[], bool] = lambda: False
     ) -> tuple[np.ndarray, int]:
-        """Read a prompt, or what is new of it.
+        """Read a prompt, or only its new part.
 
         Args:
-            step: Borrowed from here.
+            step: The step borrowed from this memory.
             tokens: The whole prompt, at least one token.
-            how: What of it is to be noted for decoding.
-            cancelled: Asked before every piece.
+            how: The deployment, which says what decoding needs from the prompt (such as its mask).
+            cancelled: Called before every piece; True cancels the reading.
 
         Returns:
             The last token's logits, float32 [V], and the number of tokens that were not read again.
 
         Raises:
-            Cancelled: `cancelled` said so.
+            Cancelled: `cancelled` returned True.
         """
         if how.read_as != self._read_as:
             self.forget()
             self._read_as = how.read_as
-        # One token at least is read: its logits are asked for.
+        # At least one token is read, since its logits are needed.
         held = common_prefix(self._tokens, tokens[:-1])
         if isinstance(how, PriceDeployment):
             held = min(held, bisect.bisect_right(self._prices, how.price))
@@ -133,7 +136,7 @@ class PromptMemory:
             piece = tokens[start : start + CHUNK_TOKENS]
             logits = step.begin(piece, how, more=start > 0)
             if not np.isfinite(logits).all():
-                break  # which the caller reports; nothing of this piece is kept
+                break  # the caller reports it; nothing of this piece is kept
             if not step.any_length:
                 self._checkpoints.append(Checkpoint(start + len(piece), step.checkpoint()))
             self._hold(piece, 0.0)
@@ -141,11 +144,11 @@ class PromptMemory:
         return logits, held
 
     def keep(self, tokens: Sequence[int], how: AnyDeployment) -> None:
-        """Let decoded tokens stay behind the prompt that was read last, if this memory keeps answers.
+        """Keep decoded tokens after the prompt that was read last, if this memory keeps answers.
 
         Args:
-            tokens: Those that are in the cache: an answer's last one is not.
-            how: By which they were decoded.
+            tokens: The decoded tokens in the cache; an answer's last token is not among them.
+            how: The deployment that decoded them.
         """
         if self._keeps_answers:
             assert isinstance(how, PriceDeployment)

@@ -1,4 +1,4 @@
-"""The Python interface: load an artifact, generate from it."""
+"""The Python interface: load an artifact and generate from it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CAPACITY_STEP = 2048  # tokens
 
 
 class Model:
-    """An artifact with its sessions, ready to generate. Not safe for concurrent use of one Generation; make several."""
+    """An artifact with its sessions, ready to generate. One Generation is not safe for concurrent use; make several."""
 
     def __init__(self, artifact: Artifact, provider: str) -> None:
         self.artifact = artifact
@@ -42,7 +42,8 @@ class Model:
 
     @contextlib.contextmanager
     def borrow_step(self, tokens: int) -> Iterator[TokenStep]:
-        """Lend a decode step with room for `tokens`: the one left over from before where it fits, or a new one."""
+        """Lend a decode step with room for `tokens` tokens: the unused one from before if it is large enough, or a new
+        one."""
         with self._lock:
             step, self._idle = self._idle, None
         if step is None or step.cache.capacity < tokens:
@@ -56,22 +57,22 @@ class Model:
                     self._idle = step
 
     def _new_step(self, tokens: int) -> TokenStep:
-        """Make a step with room for `tokens`, and more where a new size would mean a new capture."""
+        """Make a step with room for `tokens` tokens, or more where a new size would mean a new capture."""
         shape = self.artifact.shape
         if self.sessions.captures:
             tokens = min(-(-tokens // CAPACITY_STEP) * CAPACITY_STEP, shape.max_positions)
         return open_step(self.sessions, shape, tokens)
 
     def memory(self, *, context: int | None = None, keep_answers: bool = False) -> PromptMemory:
-        """Make a memory for generations of which each begins with the prompt of the one before, as in a chat.
+        """Make a memory for generations whose prompts each begin with the previous prompt, as in a chat.
 
         Args:
-            context: That of the generations, beyond which it needs no room; as for `generate`.
+            context: The context of the generations, as for `generate`; the memory needs no room beyond it.
             keep_answers: Let the keys and values of answers stay as sparse steps have written them, instead of reading
                 answers again, densely, with the next prompt.
 
         Raises:
-            UsageError: The context is out of range, or answers are to stay and the artifact has masks.
+            UsageError: The context is out of range, or `keep_answers` is set and the artifact has prompt masks.
         """
         if keep_answers:
             check_keeping(self.artifact)
@@ -88,21 +89,21 @@ class Model:
         """Return the deployment for one of three budgets of a priced artifact, for `generate(deployment=...)`.
 
         Args:
-            price: Of a byte of weights; 0 is dense.
+            price: The price of a byte of weights; 0 is dense.
             sparsity: Share of the linears' bytes not to read, in [0, 1).
-            max_kl: The most predicted KL to dense, nats a token.
-            prompt_tokens: Of the prompt that a KL is predicted after: short ones lose more. None takes those of
-                calibration.
+            max_kl: The largest predicted KL to dense, in nats per token.
+            prompt_tokens: The prompt length for which a KL is predicted, since short prompts lose more. None takes
+                calibration's.
 
         Raises:
-            UsageError: Not one of them is given, or it is out of range, or the artifact has no prices.
+            UsageError: Not exactly one budget is given, it is out of range, or the artifact has no prices.
         """
         if not self.sessions.priced:
             raise UsageError(f"{self.artifact.folder} has masks and no prices, so it takes no price.")
         return chosen_price(self.artifact, price=price, sparsity=sparsity, max_kl=max_kl, prompt_tokens=prompt_tokens)
 
     def check_context(self, context: int | None) -> int:
-        """Return the most tokens of prompt and answer together: `context`, or for None the model's maximum.
+        """Return the most tokens of prompt and answer together: `context`, or the model's maximum for None.
 
         Raises:
             UsageError: It is out of range.
@@ -135,21 +136,20 @@ class Model:
             prompt: Text, or token ids.
             chat: Put the text into the model's chat template as a user's message.
             max_new_tokens: Stop after this many.
-            mask: `tda` decodes with the prompt's mask, `priced` by prices, `dense` reads every row; None is the
+            mask: `tda` decodes with the prompt mask, `priced` by prices, `dense` reads every row; None is the
                 artifact's own method.
             sampling: Greedy by default.
             context: The most tokens of prompt and answer together; None takes the model's maximum.
-            deployment: Other thresholds or another refresh than the artifact's own: another budget, without another
-                build.
+            deployment: Replaces the artifact's own thresholds or refresh: another budget, without another build.
             stop: Strings that end the answer; they are not part of its text.
             stop_token_ids: Tokens that end the answer beside the model's own; they are not part of it.
             ignore_eos: Do not end at the model's own end tokens.
             chat_template_kwargs: Further variables for the chat template, as for `Text.chat`.
-            memory: Read only what is new of the prompt, and keep it for the next one.
-            lookup: The most tokens, up to 15, that a step reads beside the newest one because they followed the same
-                tokens earlier in the text; those that turn out right need no step of their own. The answer is the
-                same. Without native kernels, and on CUDA, it may differ where tokens tie, or a row is worth its price,
-                within rounding.
+            memory: Read only the new part of the prompt, and keep the prompt for the next one.
+            lookup: The most drafted tokens, up to 15, that a step reads beside the newest one. Drafts are tokens that
+                followed the same tokens earlier in the text; confirmed drafts need no step of their own. The answer is
+                the same. Without native kernels, and on CUDA, it may differ where, within rounding, tokens tie or a row
+                is just worth its price.
 
         Returns:
             An iterator of `Token` with `metrics` and `text`; `close()` ends it early.
@@ -243,7 +243,7 @@ class Model:
 
         Raises:
             UsageError: A token is outside the vocabulary, or variables for a chat template are given without a chat.
-            TdaError: There is none, the text is not valid, or the chat template refuses it.
+            TdaError: There are no tokens, the text is not valid, or the chat template refuses it.
         """
         if chat and not isinstance(prompt, str):
             raise UsageError("A chat prompt is text, not token ids.")
@@ -266,7 +266,7 @@ class Model:
 
         Raises:
             UsageError: The text holds a token that the model does not have.
-            TdaError: As `Text.chat`; there is no token.
+            TdaError: As `Text.chat`, or there are no tokens.
         """
         return self._checked(self.text.encode_chat(messages, chat_template_kwargs))
 
@@ -278,10 +278,10 @@ class Model:
 
 
 def check_keeping(artifact: Artifact) -> None:
-    """Refuse to keep answers with masks, which come from statistics of all tokens that were read densely.
+    """Refuse to keep answers of artifacts with prompt masks, which need the statistics of all tokens, read densely.
 
     Raises:
-        UsageError: The artifact has masks.
+        UsageError: The artifact has prompt masks.
     """
     if artifact.layout != "priced":
         raise UsageError(
@@ -294,7 +294,7 @@ def load(folder: str | Path, *, provider: str = "auto") -> Model:
     """Load an artifact.
 
     Args:
-        folder: Made by `tda-export build`.
+        folder: A folder made by `tda-export build`.
         provider: `auto`, `cpu` or `cuda`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The two phases as plain calls: prefill reads a prompt and returns its mask, decode appends given tokens."""
+"""The two phases as plain calls: prefill reads a prompt and returns its prompt mask, decode appends given tokens."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ CHUNK_TOKENS = 2048  # longer prompts are prefilled in pieces of this size
 
 @dataclass(frozen=True)
 class PromptMask:
-    """What prefill says about a prompt, in the provider's memory.
+    """What prefill computes about a prompt, in the provider's memory.
 
-    `inputs` are decode's by name (mask indices may be padded with -1), `stats` a further prefill's (the running
-    statistics).
+    `inputs` are inputs of decode by name (mask indices may be padded with -1). `stats` are inputs of a further prefill
+    (the running statistics).
     """
 
     inputs: dict[str, ort.OrtValue]
     stats: dict[str, ort.OrtValue]
 
     def indices(self, layer: int) -> np.ndarray:
-        """Copy the neurons of a layer's mask to the host, int32 [K], without padding."""
+        """Copy the neuron indices of a layer's mask to the host, int32 [K], without padding."""
         indices: np.ndarray = self.inputs[contract.mask_indices(layer)].numpy()
         return indices[indices != contract.PADDING_INDEX]
 
@@ -43,7 +43,7 @@ class PromptMask:
         return np.array([len(self.indices(layer)) / ffn_size for layer in range(layers)])
 
     def without_tail(self) -> PromptMask:
-        """Return the same mask with nothing in place of the neurons outside it."""
+        """Return the same mask without a tail mean for the neurons outside it."""
         indices = {name: value for name, value in self.inputs.items() if value.data_type() == INDEX_TYPE}
         return PromptMask(indices, self.stats)
 
@@ -51,11 +51,11 @@ class PromptMask:
 def bind_call(
     session: ort.InferenceSession, cache: KvCache, tokens: Sequence[int], inputs: Mapping[str, ort.OrtValue] = EMPTY
 ) -> Call:
-    """Bind a call that appends `tokens` to the cache and gives their logits; it is not run yet.
+    """Bind, but do not run, a call that appends `tokens` to the cache and gives their logits.
 
     Args:
-        session: Of either graph.
-        cache: Room for the tokens is reserved; commit it after the run.
+        session: A session of either graph.
+        cache: The KV cache. Room for the tokens is reserved; commit it after the run.
         tokens: S token ids.
         inputs: Further inputs by name.
     """
@@ -77,14 +77,14 @@ def decode(
     mask: PromptMask | None,
     inputs: Mapping[str, ort.OrtValue] = EMPTY,
 ) -> np.ndarray:
-    """Append given tokens with the decode graph, under a mask or with every neuron.
+    """Append given tokens with the decode graph, under a prompt mask or with every neuron.
 
     Args:
         sessions: Of the artifact.
-        cache: The tokens before; the new ones are appended.
+        cache: Holds the earlier tokens; the new ones are appended.
         tokens: S token ids.
-        mask: The prompt's; None decodes densely.
-        inputs: Further inputs by name. Under a mask, token thresholds are the artifact's own unless given here.
+        mask: The prompt mask; None decodes densely.
+        inputs: Further inputs by name. With a prompt mask, token thresholds are the artifact's own unless given here.
 
     Returns:
         Logits, float32 [S, V].
@@ -96,10 +96,10 @@ def decode(
 
 
 class Prefill:
-    """Reads prompts into one cache. Everything but the tokens is bound once.
+    """Reads prompts into one cache. All inputs except the tokens are bound once.
 
     The running statistics lie in their own buffers, which each call updates in place: the first call of a prompt
-    begins with the artifact's prior or with nothing, the calls after it add to what is there.
+    begins with the artifact's prior or with zero; later calls add to them.
     """
 
     def __init__(
@@ -109,9 +109,9 @@ class Prefill:
 
         Args:
             sessions: Of the artifact.
-            shape: Its sizes.
+            shape: The artifact's sizes.
             cache: Past keys and values; prompts are appended.
-            into: Memory for masks and tail means, by the names of decode's inputs (`DecodeStep.fixed_inputs`).
+            into: Memory for prompt masks and tail means, by the names of decode's inputs (`DecodeStep.fixed_inputs`).
         """
         provider, layers = sessions.provider, range(shape.num_layers)
         self._sessions, self._cache = sessions, cache
@@ -123,7 +123,7 @@ class Prefill:
         }
         produced = {contract.mask_indices(i): contract.present_mask_indices(i) for i in layers}
         produced |= {contract.tail_mean(i): contract.present_tail_mean(i) for i in layers}
-        if not sessions.pads_masks:  # their size is known only once they are chosen
+        if not sessions.pads_masks:  # the size of masks is known only once they are chosen
             into = {name: value for name, value in into.items() if value.data_type() != INDEX_TYPE}
         self._into = {name: into[name] for name in produced if name in into}
         self._allocated = {name: output for name, output in produced.items() if name not in into}
@@ -131,9 +131,9 @@ class Prefill:
         self._written |= {contract.PRESENT_STATS_WEIGHT: self._stats[contract.PAST_STATS_WEIGHT]}
         for layer in layers:
             self._written[contract.present_neuron_stats(layer)] = self._stats[contract.past_neuron_stats(layer)]
-        self._spoiled = False  # numbers that are not finite lie in the statistics, which no decay clears
+        self._spoiled = False  # whether the statistics hold non-finite numbers, which no decay clears
         self._calls: dict[tuple[bool, bool], Call] = {}  # by whether thresholds and past statistics are given
-        # An empty input is more than some kernels take: one padding index means the same.
+        # Some kernels refuse an empty input: one padding index means the same.
         self._nothing = device_tensor(np.array([contract.PADDING_INDEX], np.int32), provider)
 
     def _bound(self, given: bool, past: bool) -> Call:
@@ -142,7 +142,7 @@ class Prefill:
             self._cache.bind(call)
             call.feed(contract.STATS_DECAY, self._decay)
             call.write_to(contract.LOGITS, self._logits)
-            if past:  # otherwise the defaults count, which are the prior
+            if past:  # otherwise the defaults apply, which are the prior
                 for name, value in self._stats.items():
                     call.feed(name, value)
             for name, value in self._written.items():
@@ -152,11 +152,11 @@ class Prefill:
         return self._calls[given, past]
 
     def statistics(self) -> dict[str, np.ndarray]:
-        """Copy the running statistics to the host: what the tokens read so far, and the prior, have added up to."""
+        """Copy the running statistics to the host: the sums over the tokens read so far, and the prior."""
         return {name: value.numpy().copy() for name, value in self._stats.items()}
 
     def restore(self, statistics: Mapping[str, np.ndarray]) -> None:
-        """Put statistics of `statistics()` back; a `read` with a decay goes on with them."""
+        """Restore the result of `statistics()`; a `read` with a decay continues from it."""
         for name, value in self._stats.items():
             value.update_inplace(statistics[name])
         self._spoiled = False
@@ -175,13 +175,13 @@ class Prefill:
         Args:
             tokens: The prompt, at least one token; the cache has room for it.
             thresholds: float32 [L] instead of the artifact's own, or None.
-            prior: Begin the statistics with the artifact's prior (where it has none, with nothing).
-            decay: Go on with the statistics of the last call, times this, instead of beginning anew.
-            chunk: Tokens of one call at most.
+            prior: Begin the statistics with the artifact's prior (with zero where it has none).
+            decay: Continue with the statistics of the last call, times this factor, instead of beginning anew.
+            chunk: The most tokens of one call.
 
         Returns:
-            The last token's logits, float32 [V], and the mask of the whole prompt. What of the mask lies in memory of
-            this object (its statistics, and all of it that `into` holds) is written over by the next prompt.
+            The last token's logits, float32 [V], and the prompt mask of the whole prompt. The next prompt overwrites
+            the parts of the mask in this object's memory: its statistics, and all that `into` holds.
         """
         if thresholds is not None:
             self._thresholds.update_inplace(np.asarray(thresholds, np.float32))
@@ -200,7 +200,7 @@ class Prefill:
             call.feed(contract.INPUT_IDS, np.array([list(piece)], np.int64))
             call.feed(contract.ATTENTION_MASK, self._cache.mask)
             self._decay.update_inplace(np.array([1.0 if start else first], np.float32))
-            for output in self._allocated.values():  # anew: their sizes differ from call to call
+            for output in self._allocated.values():  # allocated anew: their sizes differ from call to call
                 call.allocate(output, self._sessions.provider)
             if self._allocated:
                 outputs = call.run()

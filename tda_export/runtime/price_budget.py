@@ -1,4 +1,4 @@
-"""From a budget to a price: what a priced artifact's table says, without PyTorch."""
+"""Turn a budget into a price with a priced artifact's table, without PyTorch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ def chosen_price(
     """Return the deployment for one of three budgets of a priced artifact.
 
     Args:
-        artifact: On disk.
-        price: Of a byte, as in the table; 0 is dense.
+        artifact: The artifact on disk.
+        price: The price of a byte, as in the table; 0 is dense.
         sparsity: Share of the linears' bytes not to read, in [0, 1).
-        max_kl: The most predicted KL to dense, nats a token.
-        prompt_tokens: Of the prompt that a KL is predicted after; None takes those of calibration.
+        max_kl: The largest predicted KL to dense, in nats per token.
+        prompt_tokens: The prompt length for which a KL is predicted; None takes calibration's.
 
     Raises:
-        UsageError: None or several are given, one is out of range or beyond the table, or nothing was measured.
+        UsageError: No or several budgets are given, one is out of range or beyond the table, or no prices were
+            measured.
     """
     if sum(value is not None for value in (price, sparsity, max_kl)) != 1:
         raise UsageError("Give exactly one budget: --price, --sparsity or --max-kl.")
@@ -33,7 +34,7 @@ def chosen_price(
     if price is not None:
         chosen = price_deployment(price, table)
         if table is not None:
-            table.predicted(price)  # refuses what lies beyond it: its bytes are not known
+            table.predicted(price)  # refuses a price beyond the table, whose bytes are not known
         return chosen
     if table is None:
         raise UsageError(

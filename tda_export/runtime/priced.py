@@ -17,7 +17,7 @@ CHUNK_TOKENS = 2048  # longer prompts are prefilled in pieces of this size
 
 
 class PricedPrefill:
-    """Reads prompts into one cache. Everything but the tokens is bound once."""
+    """Reads prompts into one cache. All inputs except the tokens are bound once."""
 
     def __init__(self, sessions: Sessions, shape: ModelShape, cache: KvCache) -> None:
         self._cache = cache
@@ -40,7 +40,7 @@ class PricedPrefill:
 
 
 class PricedStep(TokenStep):
-    """Decodes at a price, which lies in memory of the step: one captured graph serves every price and prompt."""
+    """Decodes at a price. The price lies in the step's memory, so one captured graph serves every price and prompt."""
 
     any_length = True
 

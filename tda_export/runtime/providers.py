@@ -1,4 +1,4 @@
-"""Choose where to run: the CPU, or CUDA where it can work."""
+"""Choose where to run: on the CPU, or on CUDA where it works."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ HALF = ("float16", "bfloat16")
 def choose_provider(requested: str, dtype: str) -> str:
     """Resolve `auto`, `cpu` or `cuda` for an artifact of `dtype`.
 
-    `auto` takes CUDA where a GPU is and the artifact is float16 or bfloat16.
+    `auto` takes CUDA where there is a GPU and the artifact is float16 or bfloat16.
 
     Raises:
         UsageError: The name is unknown, or the provider cannot run this dtype.
-        TdaError: CUDA was asked for where no GPU, or no CUDA build of ONNX Runtime, is.
+        TdaError: CUDA was requested, but there is no GPU or no CUDA build of ONNX Runtime.
     """
     if requested == "auto":
         requested = CUDA if dtype in HALF and cuda_problem() is None else CPU
@@ -44,7 +44,7 @@ def choose_provider(requested: str, dtype: str) -> str:
 
 
 def cuda_problem() -> str | None:
-    """Say why CUDA cannot be used here, or None where it can."""
+    """Return why CUDA cannot be used here, or None where it can."""
     if EXECUTION_PROVIDERS[CUDA] not in ort.get_available_providers():
         return "this ONNX Runtime was built without it (install onnxruntime-gpu)"
     try:

@@ -17,8 +17,8 @@ LEAST_PENALTY, MOST_PENALTY = 0.01, 100.0
 class Sampling:
     """How to choose tokens.
 
-    `temperature` 0 is greedy, `top_k` 0, `top_p` 1 and `min_p` 0 are off; a `seed` makes it repeatable.
-    `repetition_penalty` 1 is off; it also counts for greedy choices.
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off; a `seed` makes it repeatable.
+    `repetition_penalty` 1 is off; the penalty also applies to greedy choices.
     """
 
     temperature: float = 0.0
@@ -64,8 +64,8 @@ def make_sampler(sampling: Sampling) -> Sampler | None:
 
 
 class RepetitionPenalty:
-    """Makes tokens that occurred before less likely, those of the prompt too: their logits are divided by the penalty
-    where positive and multiplied where negative, as in transformers.
+    """Makes tokens that occurred before, in the prompt too, less likely: their logits are divided by the penalty where
+    positive and multiplied by it where negative, as in transformers.
 
     Source: CTRL, section 4.1 (arXiv 1909.05858).
     """
@@ -76,12 +76,12 @@ class RepetitionPenalty:
         self._seen[list(tokens)] = True
 
     def add(self, token: int) -> None:
-        """Count a token as one that occurred."""
+        """Record that a token occurred."""
         self._seen[token] = True
 
     def apply(self, logits: np.ndarray) -> np.ndarray:
-        """Return the penalised logits, float64 [V], finite where `logits` are; what is given stays as it is."""
-        logits = logits.astype(np.float64)  # in which no penalty in its range overflows float32
+        """Return the penalised logits, float64 [V], finite where `logits` are; `logits` is not changed."""
+        logits = logits.astype(np.float64)  # no penalty in its range overflows float64
         penalised = np.where(logits > 0, logits / self._penalty, logits * self._penalty)
         return np.where(self._seen, penalised, logits)
 
@@ -93,7 +93,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def keep_top_k(logits: np.ndarray, k: int) -> np.ndarray:
-    """Set all but the k largest logits to -inf; equal ones at the border are kept. k = 0 keeps all."""
+    """Set all but the k largest logits to -inf; logits equal to the k-th are kept. k = 0 keeps all."""
     if not 0 < k < len(logits):
         return logits
     border = np.partition(logits, -k)[-k]

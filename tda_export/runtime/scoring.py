@@ -1,4 +1,4 @@
-"""Score a given continuation instead of choosing one: what a mask costs, measured on the same tokens."""
+"""Score a given continuation instead of choosing one: measures on the same tokens what skipping rows costs."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def continuation_logits(
     mask: MaskMode | None = None,
     deployment: AnyDeployment | None = None,
 ) -> np.ndarray:
-    """Compute the logits after each token of a continuation, whose context is dense and whose mask is the prompt's.
+    """Compute the logits after each token of a continuation, with a dense context and the prompt's mask.
 
     Args:
         model: A loaded artifact.
         prompt: P token ids, read densely by prefill.
-        continuation: C token ids, read by decode with the mask, all in one call, without refreshes.
+        continuation: C token ids, read by decode as `mask` says, all in one call, without refreshes.
         mask: As for `Model.generate`.
-        deployment: In place of the artifact's own.
+        deployment: Replaces the artifact's own deployment.
 
     Returns:
         float32 [C, V].

@@ -17,8 +17,8 @@ from tda_export.runtime.providers import CUDA, EXECUTION_PROVIDERS, provider_arg
 
 ERRORS_ONLY = 3  # ONNX Runtime warns of every input that has a default
 ONNX_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16}
-STORAGE = {"bfloat16": "uint16"}  # numpy has no bfloat16: its bits stand for it
-THREADS = "TDA_EXPORT_THREADS"  # environment: of a session on the CPU; all cores unless it is set
+STORAGE = {"bfloat16": "uint16"}  # numpy has no bfloat16; uint16 holds its bits
+THREADS = "TDA_EXPORT_THREADS"  # environment variable: threads of a session on the CPU; all cores unless it is set
 GRAPH_ID = "gpu_graph_id"  # a run option: which captured graph to replay
 NO_GRAPH = "-1"
 KERNEL_ERROR = f"{operators.FUNCTION_DOMAIN}::"  # how the native library begins its errors
@@ -27,10 +27,10 @@ KERNEL_ERROR = f"{operators.FUNCTION_DOMAIN}::"  # how the native library begins
 class Sessions:
     """Prefill and decode of one artifact on one provider.
 
-    `native` says whether the native kernels are in use: on CUDA in both sessions, on the CPU in decode and, where
-    weights are integers, in prefill (whose other operators have kernels for CUDA alone, and function bodies that are as
-    fast on the CPU). Without them, which is said once on standard error, the function bodies run. With them decode on
-    CUDA is captured as a CUDA graph.
+    `native` says whether the native kernels are in use: on CUDA in both sessions; on the CPU in decode and, where
+    weights are integers, in prefill (prefill's other operators have only CUDA kernels, and function bodies that are as
+    fast on the CPU). Without native kernels the function bodies run, and a warning appears once on standard error. With
+    them, decode on CUDA is captured as a CUDA graph.
 
     On CUDA the weights are uploaded once and given to both sessions as initializers. On the CPU both map weights.bin
     into memory. Decode also packs the weights of attention and head for its products, a copy that makes it faster;
@@ -43,7 +43,7 @@ class Sessions:
         self._graph_ids = itertools.count(1)
         self.priced = artifact.layout == "priced"
         self.two_levels: bool = not self.priced and artifact.manifest["method"]["two_levels"]
-        # What decode is given to read every row; its defaults are the artifact's own.
+        # The inputs with which decode reads every row; its defaults are the artifact's own.
         self.dense_inputs: dict[str, ort.OrtValue] = {}
         if self.two_levels:
             off = np.zeros(artifact.shape.num_layers, np.float32)
@@ -56,7 +56,7 @@ class Sessions:
                 self._open(artifact, native=True)
                 return
             except TdaError as error:
-                if KERNEL_ERROR not in str(error):  # not the kernels' own, such as a compiler that is missing
+                if KERNEL_ERROR not in str(error):  # not an error of the kernels, such as a missing compiler
                     raise
                 problem = str(error)
         warn_once(problem)
@@ -67,7 +67,7 @@ class Sessions:
         self.native = native
         self.native_prefill = provider == CUDA or artifact.has_integers
         self.captures = native and provider == CUDA
-        # The kernel that selects by threshold pads masks to all neurons, so that buffers keep their size.
+        # The kernel that selects by threshold pads masks to the number of all neurons, so that buffers keep their size.
         self.pads_masks = self.captures and artifact.manifest["method"].get("selection") == "threshold"
         prefill, decode = contract.PREFILL_FILE, contract.DECODE_FILE
         weights = self.weights_of(artifact, prefill)
@@ -116,13 +116,13 @@ def open_session(
     """Open one graph.
 
     Args:
-        artifact: Whose graph it is.
-        graph: One of the graphs' file names, or a model derived from the artifact, which refers to its weights.bin.
+        artifact: The artifact of the graph.
+        graph: The file name of a graph, or a model derived from the artifact that refers to its weights.bin.
         provider: `cpu` or `cuda`.
-        weights: By name; they take the place of what the graph refers to.
+        weights: Weights by name, which replace those that the graph refers to.
         native: Register the native kernels.
-        capture: Capture runs as CUDA graphs, except those that say `NO_GRAPH`.
-        prepack: Let ONNX Runtime copy constant weights of products into the layout that its kernels like best.
+        capture: Capture runs as CUDA graphs, except runs with `NO_GRAPH`.
+        prepack: Let ONNX Runtime copy constant weights of products into the layout that its kernels prefer.
 
     Raises:
         TdaError: ONNX Runtime cannot load the graph, or cannot start the provider.
@@ -167,10 +167,10 @@ def _thread_count(given: str) -> int:
 
 
 class Call:
-    """One run of a session with its inputs and outputs bound; may be run again with the same bindings.
+    """One run of a session with its inputs and outputs bound. It may be run again with the same bindings.
 
-    In a session that captures, `graph_id` names the captured graph: the first run captures, with several runs of its
-    own, and needs every input and output bound to memory on the device.
+    In a session that captures, `graph_id` names the captured graph: the first run captures it, which takes several
+    internal runs and needs every input and output bound to device memory.
     """
 
     def __init__(self, session: ort.InferenceSession, graph_id: str = NO_GRAPH) -> None:
@@ -181,7 +181,7 @@ class Call:
         self._options.add_run_config_entry(GRAPH_ID, graph_id)
 
     def feed(self, name: str, value: ort.OrtValue | np.ndarray) -> None:
-        """Bind an input: a value where it lies, or an array that is copied to the device."""
+        """Bind an input: a value in place, or an array that is copied to the device."""
         with _onnxruntime():
             if isinstance(value, np.ndarray):
                 self._binding.bind_cpu_input(name, value)
@@ -189,7 +189,7 @@ class Call:
                 self._binding.bind_ortvalue_input(name, value)
 
     def write_to(self, name: str, value: ort.OrtValue) -> None:
-        """Bind an output to memory that is there already."""
+        """Bind an output to existing memory."""
         with _onnxruntime():
             self._binding.bind_ortvalue_output(name, value)
         self._outputs.append(name)
@@ -207,13 +207,13 @@ class Call:
         return dict(zip(self._outputs, self._binding.get_outputs(), strict=True))
 
     def run_only(self) -> None:
-        """Run, for outputs that are bound to memory which the caller holds."""
+        """Run without returning outputs, for outputs that are bound to the caller's memory."""
         with _onnxruntime():
             self._session.run_with_iobinding(self._binding, self._options)
 
 
 class _onnxruntime:
-    """Turns what ONNX Runtime raises within the block into one line."""
+    """Turns an exception of ONNX Runtime within the block into an error of one line."""
 
     def __enter__(self) -> None: ...
 
@@ -225,7 +225,7 @@ class _onnxruntime:
 
 
 def device_tensor(array: np.ndarray, provider: str, dtype: str | None = None) -> ort.OrtValue:
-    """Copy an array to the provider's memory; for `dtype` bfloat16 the array holds its bits, uint16."""
+    """Copy an array to the provider's memory; for `dtype` bfloat16 the array holds the bits as uint16."""
     array = np.ascontiguousarray(array)
     if dtype != "bfloat16":
         return ort.OrtValue.ortvalue_from_numpy(array, provider, 0)
@@ -242,7 +242,7 @@ def empty_tensor(shape: tuple[int, ...], dtype: str, provider: str) -> ort.OrtVa
 def initializer(array: np.ndarray, provider: str, dtype: str) -> ort.OrtValue:
     """Copy an array to where sessions can share it as an initializer."""
     value = device_tensor(array, provider, dtype)
-    # On a device a value taken through DLPack counts as the user's own, which add_initializer asks for.
+    # On a device, a value taken through DLPack counts as the user's own, as add_initializer requires.
     return ort.OrtValue.from_dlpack(value) if provider == CUDA else value
 
 
@@ -255,7 +255,7 @@ def upload_weights(artifact: Artifact) -> dict[str, ort.OrtValue]:
 
 
 def map_weight(artifact: Artifact, name: str) -> np.ndarray:
-    """Map one tensor of weights.bin into memory; bfloat16 as its bits, uint16."""
+    """Map one tensor of weights.bin into memory; bfloat16 as its bits in uint16."""
     entry = artifact.manifest["weights"][name]
     return np.memmap(
         artifact.file(contract.WEIGHTS_FILE),

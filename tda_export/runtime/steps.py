@@ -1,4 +1,4 @@
-"""Which step decodes an artifact: by its layout."""
+"""Choose the step that decodes an artifact by the artifact's layout."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from tda_export.runtime.token_step import TokenStep
 
 
 def open_step(sessions: Sessions, shape: ModelShape, capacity: int) -> TokenStep:
-    """Bind decoding of one token after another, in its own cache of `capacity` tokens."""
+    """Make a step that decodes one token after another, with its own cache of `capacity` tokens."""
     return (PricedStep if sessions.priced else DecodeStep)(sessions, shape, capacity)

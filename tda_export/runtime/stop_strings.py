@@ -1,4 +1,4 @@
-"""End a generation at given strings, wherever the borders of tokens lie."""
+"""End a generation at given strings, whether or not they end at token boundaries."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from tda_export.errors import UsageError
 
 
 class StopStrings:
-    """Passes streamed text on up to the first stop string, and no part of one.
+    """Passes streamed text on up to the first stop string, and never passes on part of one.
 
-    Text that may be the beginning of a stop string is held back until more text decides. What comes out does not
-    depend on how the text was cut into pieces: the stop string that is complete first counts, of those complete at the
-    same character the longest.
+    Text that may be the beginning of a stop string is held back until more text decides. The result does not depend on
+    how the text was cut into pieces: the stop string that is complete first counts, and the longest of those that are
+    complete at the same character.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -39,7 +39,7 @@ class StopStrings:
         return self._release(len(self._held))
 
     def _possible_stop(self) -> int:
-        """Where in the held text a stop string may have begun; its end where none has."""
+        """Return where in the held text a stop string may have begun, or its end where none has."""
         longest = max(map(len, self._stops), default=1) - 1
         for start in range(max(0, len(self._held) - longest), len(self._held)):
             if any(stop.startswith(self._held[start:]) for stop in self._stops):

@@ -1,11 +1,11 @@
-"""The process that renders chat templates: a program of its own, which `chat_template.py` starts by its path.
+"""The process that renders chat templates: a separate program, which `chat_template.py` starts by its path.
 
-A template comes with a model and may be anybody's program. Jinja's sandbox keeps it from files and from the rest of
-Python, and cannot keep it from running for ever or from filling the memory: `a ~ a` forty times is enough. A process
-can be given limits for both, and ended.
+A template comes with a model, so it is an untrusted program. Jinja's sandbox keeps it from files and from the rest of
+Python, but cannot stop it from running for ever or filling the memory: `a ~ a` forty times is enough. A process can be
+limited in both, and ended.
 
-Requests and replies are lines of JSON in ASCII, on standard input and output. Nothing is imported here but Jinja and
-the standard library, so that it starts at once.
+Requests and replies are lines of JSON in ASCII, on standard input and output. Only Jinja and the standard library are
+imported here, so that it starts at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class GenerationTag(Extension):
-    """`{% generation %}…{% endgeneration %}` marks answers for training; when generating it is just its content."""
+    """`{% generation %}…{% endgeneration %}` marks answers for training; when generating, only its content counts."""
 
     tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
 
@@ -40,7 +40,7 @@ def _refuse(message: str) -> None:
 
 @functools.lru_cache(maxsize=1)
 def compiled(source: str) -> Template:
-    """Compile a template for the sandbox, with what transformers gives templates."""
+    """Compile a template for the sandbox, with the functions that transformers gives templates."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag]
     )
@@ -55,7 +55,7 @@ def render(source: str, variables: dict[str, Any], most_characters: int) -> str:
 
     Raises:
         OverflowError: The text is longer than `most_characters`.
-        Exception: A template is a program, and fails like one.
+        Exception: Any, since a template is a program.
     """
     pieces, length = list[str](), 0
     for piece in compiled(source).generate(variables):
@@ -67,11 +67,11 @@ def render(source: str, variables: dict[str, Any], most_characters: int) -> str:
 
 
 def limit(memory: int, seconds: int) -> None:
-    """Let this process have `memory` bytes, and `seconds` of processor time from now on, where the system can.
+    """Limit this process to `memory` bytes, and to `seconds` of processor time from now on, where the system can.
 
-    Whoever started it watches the time as well, and may have been killed.
+    The parent process watches the time as well, but may have been killed.
     """
-    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows; a system that knows no such limit
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows, or a system without such limits
         import resource
 
         usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -82,7 +82,7 @@ def limit(memory: int, seconds: int) -> None:
 
 
 def answer(request: dict[str, Any]) -> dict[str, str]:
-    """Return what a request asks for: `text`, or the `error` that came instead."""
+    """Return the reply to a request: `text`, or the `error` instead."""
     limit(request["memory"], request["seconds"])
     try:
         return {"text": render(request["template"], request["variables"], request["most_characters"])}
@@ -93,7 +93,7 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Answer line by line, until there are no more."""
+    """Answer request lines until there are no more."""
     for line in sys.stdin.buffer:
         sys.stdout.buffer.write(json.dumps(answer(json.loads(line))).encode() + b"\n")
         sys.stdout.buffer.flush()

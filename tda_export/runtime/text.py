@@ -17,7 +17,7 @@ from tda_export.runtime.chat_template import SPECIAL_TOKENS, ChatTemplate, check
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 LONGEST_SPELLING = 100  # characters of a token in a message
 LONGEST_CHARACTER = 4  # bytes
-REPLACEMENT_CHARACTER = "\ufffd"  # what a decoder makes of bytes that are no character
+REPLACEMENT_CHARACTER = "\ufffd"  # a decoder's output for bytes that are not a character
 
 
 class Text:
@@ -37,15 +37,16 @@ class Text:
         self._template = ChatTemplate(artifact.file(contract.CHAT_TEMPLATE_FILE))
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Tokenize; `special_tokens` lets the tokenizer add its own (BOS), which a chat template spells out itself.
+        """Tokenize; `special_tokens` lets the tokenizer add its special tokens (BOS); a chat template spells them out
+        itself.
 
         Raises:
             UsageError: The text holds a token that the model does not have.
-            TdaError: It is not valid.
+            TdaError: The text is not valid Unicode.
         """
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # what Python makes of foreign bytes in an argument
+        except UnicodeEncodeError as error:  # Python represents undecodable bytes of an argument so
             raise TdaError("The prompt is not valid UTF-8 text. Convert it to UTF-8.") from error
         tokens = list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
         vocabulary = self._artifact.shape.vocab_size
@@ -59,15 +60,16 @@ class Text:
         return tokens
 
     def stream(self, prompt: Sequence[int]) -> TextStream:
-        """Begin to decode what follows a prompt of token ids."""
+        """Begin to decode the tokens that follow a prompt of token ids."""
         return TextStream(self._tokenizer, prompt)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens, without special ones."""
+        """Return the text of tokens, without special tokens."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def special_token(self, name: str) -> tuple[int, str] | None:
-        """Return id and spelling of `bos_token`, `eos_token`, `pad_token` or `unk_token`; None where it has none."""
+        """Return id and spelling of `bos_token`, `eos_token`, `pad_token` or `unk_token`; None where the tokenizer has
+        none."""
         spelling = self._special_tokens().get(name)
         number = None if spelling is None else self._tokenizer.token_to_id(spelling)
         return None if number is None else (number, str(spelling))
@@ -81,18 +83,18 @@ class Text:
         """Render messages with the model's chat template, up to where the assistant's answer begins.
 
         Args:
-            messages: With `role` and `content`.
+            messages: Each with `role` and `content`.
             chat_template_kwargs: Further variables for the template, plain JSON: `{"enable_thinking": False}`.
 
         Raises:
-            TdaError: The model has no chat template, or the template refuses the messages or goes beyond its limits.
-            UsageError: A variable has a name that is taken, or is not plain JSON.
+            TdaError: The model has no chat template, or the template refuses the messages or exceeds its limits.
+            UsageError: A variable has a reserved name, or is not plain JSON.
         """
         if not self.has_chat_template:
             raise TdaError(f"{self._artifact.folder}: this model has no chat template. Leave --chat out.")
         given = chat_template_kwargs or {}
         check_template_kwargs(given)
-        # The variables that transformers passes too: templates test them for none.
+        # transformers passes these variables too: templates test whether they are none.
         variables = {"tools": None, "documents": None, **self._special_tokens()}
         return self._template.render(messages, {**given, **variables})
 
@@ -103,7 +105,7 @@ class Text:
         return self.encode(self.chat(messages, chat_template_kwargs), special_tokens=False)
 
     def close(self) -> None:
-        """End the process that renders the chat template; a rendering under way fails."""
+        """End the process that renders the chat template; a rendering in progress fails."""
         self._template.close()
 
     def _special_tokens(self) -> dict[str, str]:
@@ -120,11 +122,11 @@ class Text:
 
 
 class TextStream:
-    """Turns tokens into text as they come, holding back bytes that do not form a character yet.
+    """Turns tokens into text as they arrive, holding back bytes that do not form a character yet.
 
-    Tokens are decoded together with those of the piece before, whose text is cut off again: some tokenizers drop the
-    space before the first token that they decode. The stream begins with the prompt; where that ends inside a
-    character, its last tokens are held back too, and the character comes when it is whole.
+    Tokens are decoded together with those of the previous piece, whose text is then cut off, since some tokenizers drop
+    the space before the first token that they decode. The stream begins with the prompt. Where the prompt ends inside a
+    character, its last tokens are held back too, and the character is returned when it is complete.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
@@ -133,10 +135,10 @@ class TextStream:
         known, unfinished = self._split(list(prompt), whole)
         self._before = known  # tokens whose text is known: the prompt's, then those of the last piece
         self._pending = unfinished  # tokens whose text is held back
-        self._read = whole[len(self._decode(known)) :] if unfinished else ""  # what the prompt shows of them
+        self._read = whole[len(self._decode(known)) :] if unfinished else ""  # their text as the prompt shows it
 
     def add(self, token: int) -> str:
-        """Return the text that `token` completes, perhaps none."""
+        """Return the text that `token` completes, which may be empty."""
         self._pending.append(token)
         piece = self._new_text()
         if not piece or piece.endswith(REPLACEMENT_CHARACTER):
@@ -156,7 +158,8 @@ class TextStream:
         return piece[len(list(alike)) :]
 
     def _split(self, prompt: list[int], text: str) -> tuple[list[int], list[int]]:
-        """Part a prompt from the tokens of the character that it ends inside, none if it ends after one."""
+        """Split a prompt into the tokens whose text is complete and those of an unfinished character at its end, if
+        any."""
         if text.endswith(REPLACEMENT_CHARACTER):
             for count in range(1, LONGEST_CHARACTER):
                 if not self._decode(prompt[:-count]).endswith(REPLACEMENT_CHARACTER):

@@ -1,4 +1,4 @@
-"""One token after another: everything bound once, and on CUDA captured once for every prompt."""
+"""Decode one token after another: inputs are bound once, and on CUDA one captured graph serves every prompt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tda_export.runtime.session import NO_GRAPH, Call, Sessions, device_tensor, 
 
 
 class Width:
-    """Calls of so many tokens: the memory of their inputs and outputs, and one call that is bound to it."""
+    """Calls of one number of tokens: the memory of their inputs and outputs, and a call that is bound to it."""
 
     def __init__(self, tokens: int, shape: ModelShape, sessions: Sessions) -> None:
         provider = sessions.provider
@@ -30,7 +30,7 @@ class Width:
 
 
 class _CapturedHere(threading.local):
-    """What this thread has captured. It goes with it, as ONNX Runtime's captures do; its id comes again."""
+    """What this thread has captured. It ends with the thread, as ONNX Runtime's captures do; thread ids are reused."""
 
     def __init__(self) -> None:
         self.widths: weakref.WeakSet[Width] = weakref.WeakSet()
@@ -41,8 +41,8 @@ _captured = _CapturedHere()
 
 @dataclass(frozen=True)
 class Reading:
-    """What a step is expected to read: `density`, the share of rows or neurons that may be read, and `share`, that of
-    the bytes that a token reads of the matrices that the method may skip rows of."""
+    """What a step is expected to read: `density`, the share of rows or neurons that may be read, and `share`, the share
+    of bytes that a token reads of the matrices whose rows the method may skip."""
 
     density: float
     share: float
@@ -52,13 +52,13 @@ DENSE = Reading(1.0, 1.0)
 
 
 class TokenStep(ABC):
-    """Reads prompts densely into a cache of its own, and decodes one token at a time, or a few of which one is certain.
+    """Reads prompts densely into its own cache, and decodes one token at a time, or one token and a few drafts.
 
-    The likeliest token is chosen where the logits are and written where the next step reads its input, so that greedy
-    decoding copies one number to the host for each token. ONNX Runtime keeps captured graphs for each thread; so that
-    there are two at most, calls of several tokens are then padded to the most that `capture` was told of.
+    The likeliest token is chosen on the device that holds the logits and written to the next step's input, so that
+    greedy decoding copies one number per token to the host. ONNX Runtime keeps captured graphs for each thread. To keep
+    them to two, captured calls of several tokens are padded to the number that `capture` was given.
 
-    `any_length`: the cache alone says where reading stands, so that `rewind` takes any length and no checkpoint.
+    `any_length`: whether the cache is the only state, so that `rewind` takes any length and needs no checkpoint.
     """
 
     any_length = False
@@ -69,7 +69,7 @@ class TokenStep(ABC):
         self._attended = device_tensor(self.cache.mask, sessions.provider)
         self._greedy = True  # the call writes the next tokens itself
         self._widths: dict[int, Width] = {}  # by number of tokens
-        self._most_tokens = 1  # of a captured call
+        self._most_tokens = 1  # the tokens of a captured call at most
 
     @abstractmethod
     def begin(self, tokens: Sequence[int], how: AnyDeployment, *, more: bool = False) -> np.ndarray:
@@ -77,8 +77,8 @@ class TokenStep(ABC):
 
         Args:
             tokens: At least one; the cache has room for them.
-            how: What of them is to be noted for decoding.
-            more: They follow what was read before.
+            how: The deployment, which says what decoding needs from the tokens (such as a prompt mask).
+            more: The tokens continue what was read before.
 
         Returns:
             The last token's logits, float32 [V].
@@ -86,13 +86,13 @@ class TokenStep(ABC):
 
     @abstractmethod
     def follow(self, how: AnyDeployment | None) -> Reading:
-        """Decode as a deployment says after what was read, from now on; None is dense."""
+        """Decode by a deployment from now on, after what was read; None is dense."""
 
     def refresh(self, tokens: Sequence[int], how: AnyDeployment) -> np.ndarray:
-        """Read the last tokens densely, which replaces the keys and values that sparse steps left.
+        """Read the last tokens densely, which replaces the keys and values that sparse steps wrote.
 
         Args:
-            tokens: The newest n tokens, of which all but the last are in the cache.
+            tokens: The newest n tokens. All but the last are in the cache.
             how: As for `begin`.
 
         Returns:
@@ -102,7 +102,7 @@ class TokenStep(ABC):
         return self.begin(tokens, how, more=True)
 
     def checkpoint(self) -> Any:
-        """Return what `rewind` needs beside the cache to come back to where reading stands."""
+        """Return what `rewind` needs besides the cache to come back to the current position."""
         return None
 
     def rewind(self, length: int, checkpoint: Any) -> None:
@@ -119,15 +119,17 @@ class TokenStep(ABC):
         return logits
 
     def greedy_each(self, tokens: Sequence[int] | None) -> np.ndarray:
-        """Append the first of a few tokens, read the others behind it, and return what is likeliest after each.
+        """Append the first of a few tokens, read the others (drafts) after it, and return the likeliest token after
+        each.
 
-        The others count once `cache.confirm` says so.
+        The drafts count only once `cache.confirm` confirms them.
 
         Args:
-            tokens: S token ids; the cache has room for them. None is one, the likeliest of the last such call.
+            tokens: S token ids; the cache has room for them. None stands for one token, the likeliest of the last such
+                call.
 
         Returns:
-            int64 [S], -1 where logits are not finite; of the first token alone where a captured call of several does
+            int64 [S], -1 where logits are not finite; only for the first token where a captured call of several does
             not fit into the cache.
         """
         width, read = self._run(tokens)
@@ -139,7 +141,7 @@ class TokenStep(ABC):
         return chosen
 
     def logits_each(self, tokens: Sequence[int]) -> np.ndarray:
-        """Do the same and return the logits after each, float32 [S, V] or [1, V]."""
+        """Do the same as `greedy_each`, and return the logits after each token, float32 [S, V] or [1, V]."""
         width, read = self._run(tokens)
         return width.logits.numpy()[0, :read].copy()
 
@@ -155,8 +157,8 @@ class TokenStep(ABC):
         self.cache.reserve(size)
         self._attended.update_inplace(self.cache.mask)
         if self._sessions.captures and width not in _captured.widths:
-            # A capture runs the step several times, each with the tokens that the one before chose: what it leaves at
-            # the new tokens' places is written over by the run that counts.
+            # A capture runs the step several times, each time with the tokens that the last run chose. The run that
+            # counts overwrites what the capture leaves at the new tokens' places.
             held = width.tokens.numpy().copy()
             self._call(width).run_only()
             width.tokens.update_inplace(held)
@@ -167,7 +169,7 @@ class TokenStep(ABC):
         call = self._call(width)
         if self._greedy:
             call.run_only()
-        else:  # anew: ONNX Runtime checks memory that it is given against the default of num_logits
+        else:  # new memory: ONNX Runtime checks given memory against the default of num_logits
             call.allocate(contract.LOGITS, "cpu")
             width.logits = call.run()[contract.LOGITS]
         self.cache.commit(1)
@@ -182,12 +184,12 @@ class TokenStep(ABC):
         for tokens in sorted({1, most_tokens}):
             held = self.cache.length
             if self._width(tokens) not in _captured.widths and held + tokens <= self.cache.capacity:
-                self._run([0] * tokens)  # at the places of the next tokens, which are written over
+                self._run([0] * tokens)  # at the places of the next tokens, which are overwritten later
                 self.cache.truncate(held)
 
     @abstractmethod
     def _bind(self, width: Width) -> Call:
-        """Bind a call of so many tokens, as decoding is to go on now."""
+        """Bind a call of this width for the current way of decoding."""
 
     def _width(self, tokens: int) -> Width:
         if tokens not in self._widths:
@@ -200,7 +202,7 @@ class TokenStep(ABC):
         return width.call
 
     def _bind_anew(self) -> None:
-        """Bind the next call of any width again."""
+        """Bind the next call of every width again."""
         for width in self._widths.values():
             width.call = None
 

@@ -1,4 +1,4 @@
-"""Who may ask: hosts by which this server is called, and pages of other sites."""
+"""Who may send requests: accepted Host names of this server, and origins of other sites' pages."""
 
 from __future__ import annotations
 
@@ -22,26 +22,28 @@ ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s]+", re.ASCII | re.IGNORECAS
 
 @dataclass(frozen=True)
 class Access:
-    """`hosts` that requests may name in their header Host, None for any; `origins` whose pages may ask, `*` for any."""
+    """`hosts`: names that a request's Host header may have, None for any. `origins`: origins whose pages may send
+    requests, `*` for any."""
 
     hosts: frozenset[str] | None
     origins: tuple[str, ...]
 
 
 def make_access(*, host: str, loopback: bool, allowed_hosts: Iterable[str], origins: Iterable[str]) -> Access:
-    """Decide who may ask.
+    """Decide who may send requests.
 
-    On loopback other names than this machine's own are refused: a page of another site may have let its name lead
-    here, and its browser then takes this server for that site. Elsewhere any name may be right, unless some are given.
+    On loopback, names other than this machine's own are refused: another site may point its name at this address (DNS
+    rebinding), and a browser then takes this server for that site. Elsewhere any name is accepted, unless some are
+    given.
 
     Args:
-        host: What the server was told to listen on.
-        loopback: Whether only this machine reaches it.
-        allowed_hosts: Further names.
-        origins: As a browser's header Origin has them.
+        host: The host that the server was told to listen on.
+        loopback: Whether only this machine can reach the server.
+        allowed_hosts: Further accepted names.
+        origins: Origins as spelt in a browser's Origin header.
 
     Raises:
-        UsageError: An origin or a host is none.
+        UsageError: An origin or a host is malformed.
     """
     origins = tuple(origin if origin == "*" else origin.lower().removesuffix("/") for origin in origins)
     for origin in origins:
@@ -56,7 +58,8 @@ def make_access(*, host: str, loopback: bool, allowed_hosts: Iterable[str], orig
 
 
 def plain_host(header: str) -> str:
-    """Return a host as headers and people spell it, without its port, in one spelling; nothing if it is none."""
+    """Return a host, as spelt in headers or by people, in one normal spelling without its port; empty if it is
+    malformed."""
     try:
         return str(ipaddress.ip_address(header))  # a bare IPv6 address
     except ValueError:
@@ -84,14 +87,14 @@ def limit_access(app: FastAPI, access: Access) -> None:
 
 
 class AllowedHosts:
-    """Refuses requests that name another host, and leaves a slash at the end of a path out."""
+    """Refuses requests that name another host, and drops a slash at the end of a path."""
 
     def __init__(self, app: ASGIApp, hosts: frozenset[str] | None) -> None:
         self._app, self._hosts = app, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            host = Headers(scope=scope).get("host")  # which only HTTP before 1.1 does without, and no browser
+            host = Headers(scope=scope).get("host")  # missing only before HTTP/1.1, and never from browsers
             if self._hosts is not None and host is not None and plain_host(host) not in self._hosts:
                 error = ApiError(
                     403,

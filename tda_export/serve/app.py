@@ -22,17 +22,17 @@ from tda_export.serve.protocol import ChatRequest, CompletionRequest, Generation
 from tda_export.serve.replies import END_OF_STREAM, Reply, server_sent
 from tda_export.serve.worker import Done, Event, Failed, Job, Piece, Worker
 
-CLIENT_LEFT = 499  # nobody reads it
+CLIENT_LEFT = 499  # the client has left; nobody reads this status
 
 
 def create_app(worker: Worker, name: str, limits: Limits, access: Access) -> FastAPI:
-    """Make the app. Its start and end are the worker's.
+    """Make the app. The worker starts and ends with it.
 
     Args:
         worker: Not started yet.
-        name: Of the model, which requests ask for.
-        limits: Of a request.
-        access: Who may ask.
+        name: The model's name, which requests ask for.
+        limits: The limits of a request.
+        access: Who may send requests.
     """
     api = Api(worker, name, limits)
 
@@ -61,13 +61,14 @@ def create_app(worker: Worker, name: str, limits: Limits, access: Access) -> Fas
 class Api:
     """The handlers.
 
-    Each request whose body is valid counts once, however it ends: those that are refused here, others in the worker.
+    Each request with a valid body is counted once, however it ends: here if it is refused here, otherwise in the
+    worker.
     """
 
     def __init__(self, worker: Worker, name: str, limits: Limits) -> None:
         self._worker, self._name, self._limits = worker, name, limits
-        self._reply = Reply(chat=False, model=name)  # says since when the model is here
-        # One prompt is rendered and tokenized after another, so that the order of arrival is that of the queue.
+        self._reply = Reply(chat=False, model=name)  # holds the time since which the model is available
+        # Prompts are rendered and tokenized one after another, so that the queue keeps the order of arrival.
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="prompts")
 
     def router(self) -> APIRouter:
@@ -89,7 +90,7 @@ class Api:
         self._reading.shutdown(wait=False, cancel_futures=True)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
-        """Answer the last of some messages."""
+        """Answer the last message of a chat."""
         return await self._answer("chat", body, request)
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
@@ -101,12 +102,12 @@ class Api:
         return {"object": "list", "data": [self._model()]}
 
     async def model(self, model: str) -> dict[str, object]:
-        """Describe it."""
+        """Describe the model."""
         check_model(model, self._name)
         return self._model()
 
     async def health(self) -> JSONResponse:
-        """Say whether requests are answered."""
+        """Return whether requests are answered."""
         state = self._worker.state
         body = {"status": state, "model": self._name, "waiting": self._worker.waiting}
         return JSONResponse(body, 200 if state == "ok" else 503)
@@ -122,7 +123,7 @@ class Api:
         loop, events, arrived = asyncio.get_running_loop(), asyncio.Queue[Event](), time.monotonic()
 
         def deliver(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and its clients with it
+            with contextlib.suppress(RuntimeError):  # the event loop has ended, and its clients with it
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         def read() -> Job:
@@ -164,14 +165,12 @@ async def _chunks(reply: Reply, events: asyncio.Queue[Event], *, with_usage: boo
         yield server_sent(reply.begin())
     while True:
         event = await events.get()
-        if isinstance(event, Failed):  # too late for a status
+        if isinstance(event, Failed):  # too late for an HTTP status
             yield server_sent(event.error.body())
             return
         if event.text:
             yield server_sent(reply.piece(event.text))
-            await asyncio.sleep(
-                0
-            )  # that its client has left is seen before more is written, of which asyncio complains
+            await asyncio.sleep(0)  # see that the client has left before writing more, since asyncio complains
         if isinstance(event, Done):
             yield server_sent(reply.end(event.metrics))
             if with_usage:
@@ -190,7 +189,7 @@ async def _whole(reply: Reply, events: asyncio.Queue[Event]) -> Response:
 
 
 async def _unless_left(request: Request, answer: Awaitable[Response]) -> Response:
-    """Await an answer for as long as its client does."""
+    """Await an answer for as long as its client waits for it."""
     answering = asyncio.ensure_future(answer)
     leaving = asyncio.ensure_future(_left(request))
     try:

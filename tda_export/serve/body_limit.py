@@ -1,4 +1,4 @@
-"""Refuse bodies that are too large, whatever they say of their length."""
+"""Refuse bodies that are too large, whatever length they declare."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tda_export.serve.errors import ApiError
 
-MOST_DRAINED = 64 << 20  # bytes read of a body that is refused, so that its sender comes to read the answer
+MOST_DRAINED = 64 << 20  # bytes read of a refused body at most, so that its sender gets to read the answer
 
-DRAIN_SECONDS = 10  # for which a sender is waited for meanwhile
+DRAIN_SECONDS = 10  # the longest wait for the sender meanwhile
 
 
 class BodyLimit:
@@ -38,7 +38,7 @@ class BodyLimit:
             taken += len(message.get("body", b""))
             if taken > self._most_bytes:
                 await _drain(receive)
-                raise self._error()  # out of the app's reading of the body, to its handler
+                raise self._error()  # raised while the app reads the body; its handler answers
             return message
 
         await self._app(scope, counted, send)

@@ -1,4 +1,4 @@
-"""Connections: no more than there is room for, and none that keeps a place without using it."""
+"""Connections: limits their number, and closes those that keep a place without using it."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from tda_export.errors import TdaError
 from tda_export.serve.errors import ApiError
 
 MOST_CONNECTIONS = 1000
-SPARE_DESCRIPTORS = 24  # for files, for the process that renders templates, and for a connection before it has a place
+SPARE_DESCRIPTORS = 24  # for files, the process that renders templates, and a connection without a place yet
 
-HEAD_SECONDS = 20  # that a connection has to begin a request and to end its head
-BODY_SECONDS = 20  # that a body has to come, and more for each of its bytes
+HEAD_SECONDS = 20  # time for a connection to begin a request and to end its head
+BODY_SECONDS = 20  # time for a body to arrive, plus time for each of its bytes
 LEAST_RATE = 10_000  # bytes a second
-STUCK_SECONDS = 60  # for which a client may read nothing of its answer
-CLOSING_SECONDS = 20  # that a client has to read the last of it
-RETRY_SECONDS = 1  # after which to accept again, where others than connections took the last descriptor
-LOOK_SECONDS = 0.1  # after which to look for room again
-COMPLAINT_SECONDS = 60  # between two lines in the log
+STUCK_SECONDS = 60  # longest time in which a client reads nothing of its answer
+CLOSING_SECONDS = 20  # time for a client to read the last of its answer
+RETRY_SECONDS = 1  # wait before accepting again, when non-connections took the last descriptor
+LOOK_SECONDS = 0.1  # wait before looking for room again
+COMPLAINT_SECONDS = 60  # least time between two lines in the log
 
-# What a connection does, by how little is lost when it is closed for another's sake.
+# What a connection is doing, ordered by how little is lost when it is closed to make room.
 CLOSING, HEAD, BODY, STUCK, ANSWER = range(5)
 
 logger = logging.getLogger(__name__)
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, which also knows for how long it has been at what it does."""
+    """uvicorn's connection, which also knows what it is doing and since when."""
 
     def __init__(self, *arguments: Any, lost: Callable[[], None], **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -62,16 +62,16 @@ class Connection(H11Protocol):
         self.end_if_late()
 
     def observe(self) -> tuple[int, float]:
-        """Return what it does, and for how many seconds already."""
+        """Return what the connection is doing, and for how many seconds so far."""
         doing = (self._stage(), self.cycle, self._resumed)
         if doing != self._doing:
             self._doing, self._since = doing, self.loop.time()
-            if doing[0] == HEAD:  # a body may begin with its head's last bytes
+            if doing[0] == HEAD:  # a body may begin in the same bytes as the end of its head
                 self._received_before = self._received
         return doing[0], self.loop.time() - self._since
 
     def end_if_late(self) -> None:
-        """Close it if it has taken too long; called now and then."""
+        """Close the connection if it has taken too long; called periodically."""
         stage, seconds = self.observe()
         received = self._received - self._received_before
         late = {
@@ -89,7 +89,7 @@ class Connection(H11Protocol):
             self.transport.close()
 
     def abort(self) -> None:
-        """Close it; what its client has not read is lost."""
+        """Close the connection; what its client has not read is lost."""
         self.transport.abort()
 
     def _stage(self) -> int:
@@ -109,7 +109,7 @@ class Connection(H11Protocol):
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
         ]
-        with contextlib.suppress(h11.LocalProtocolError):  # an answer has begun
+        with contextlib.suppress(h11.LocalProtocolError):  # an answer has already begun
             for event in (
                 h11.Response(status_code=408, headers=headers, reason=b"Request Timeout"),
                 h11.Data(data=body),
@@ -119,9 +119,9 @@ class Connection(H11Protocol):
 
 
 class Acceptor:
-    """Takes connections from a listening socket, one by one, while there is room.
+    """Accepts connections from a listening socket, one by one, while there is room.
 
-    asyncio's own server takes as many as wait, which is more than there may be descriptors, and then complains
+    asyncio's own server accepts all that wait, which may be more than there are descriptors, and then logs an error
     hundreds of times a second.
     """
 
@@ -129,15 +129,15 @@ class Acceptor:
         """Prepare.
 
         Args:
-            most: Connections at once. For one more, the one that has done nothing for longest is closed.
-            connections: Those that are open, always current.
+            most: The most connections at once. To accept one more, the one that has been idle for longest is closed.
+            connections: The open connections, always up to date.
         """
         self._most, self._connections = most, connections
         self._freed = asyncio.Event()
         self._complained = -float("inf")
 
     def freed(self) -> None:
-        """Say that a connection has ended."""
+        """Signal that a connection has ended."""
         self._freed.set()
 
     async def run(self, opened: socket.socket, make: Callable[[], Connection]) -> None:
@@ -147,7 +147,7 @@ class Acceptor:
         while True:
             try:
                 accepted, _ = await loop.sock_accept(opened)
-            except ConnectionError:  # it has left already
+            except ConnectionError:  # the client has left already
                 continue
             except OSError as error:
                 self._complain(error)
@@ -168,7 +168,7 @@ class Acceptor:
             idle = [connection for connection in connections if connection.observe()[0] != ANSWER]
             if idle:
                 min(idle, key=_loss).abort()
-            with contextlib.suppress(TimeoutError):  # one may have come to an end of its answer
+            with contextlib.suppress(TimeoutError):  # one may have finished its answer
                 async with asyncio.timeout(LOOK_SECONDS):
                     await self._freed.wait()
 
@@ -184,10 +184,10 @@ def _loss(connection: Connection) -> tuple[int, float]:
 
 
 def most_connections(wanted: int | None) -> int:
-    """Return how many connections there is room for: `wanted`, or what this process has descriptors for.
+    """Return how many connections there is room for: `wanted`, or as many as this process has descriptors for.
 
     Raises:
-        TdaError: It is less than `wanted`, or none.
+        TdaError: There is room for fewer than `wanted`, or for none.
     """
     free = _free_descriptors()
     if free is None:
@@ -203,7 +203,7 @@ def most_connections(wanted: int | None) -> int:
 
 
 def _free_descriptors() -> int | None:
-    """Return how many files this process may open yet; None where that cannot be told."""
+    """Return how many more files this process may open; None where that is unknown."""
     try:
         import resource
 

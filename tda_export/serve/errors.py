@@ -23,10 +23,10 @@ class ApiError(HTTPException):
     Args:
         status: The HTTP status.
         message: What is wrong, and the way out.
-        param: The field of the request that is wrong.
-        code: What programs tell errors apart by.
-        retry_after: Seconds after which another try makes sense.
-        headers: Of the answer.
+        param: The request's field that is wrong.
+        code: A code by which programs distinguish errors.
+        retry_after: Seconds after which a retry makes sense.
+        headers: Headers of the answer.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class ApiError(HTTPException):
         retry_after: int | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        # JSON can spell halves of characters, which requests may hold and UTF-8 does not have.
+        # JSON can spell lone surrogates, which requests may hold and UTF-8 cannot encode.
         message = message.encode(errors="backslashreplace").decode()
         retry = {} if retry_after is None else {"Retry-After": str(retry_after)}
         super().__init__(status, message, {**(headers or {}), **retry})
         self.param, self.code = param, code
 
     def body(self) -> dict[str, Any]:
-        """Return the error as the API spells it."""
+        """Return the error in the API's shape."""
         kind = SERVER if self.status_code >= 500 else INVALID
         return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
@@ -55,17 +55,17 @@ class ApiError(HTTPException):
 
 
 def invalid(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
-    """Make the error of a request that cannot be answered as it is."""
+    """Make the error for a request that is invalid."""
     return ApiError(400, message, param=param, code=code)
 
 
 def internal() -> ApiError:
-    """Make the error of a failure that only the log explains."""
+    """Make the error for a failure that only the log explains."""
     return ApiError(500, "The server failed. Its log says why.", code="internal_error")
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Let every failure of an app leave it in the API's shape."""
+    """Make an app report every failure in the API's shape."""
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
@@ -87,7 +87,8 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def not_json() -> ApiError:
-    """Make the error of a body that is not called JSON. Pages of other sites can send such; they may not ask here."""
+    """Make the error for a body whose content type is not JSON. Pages of other sites can send such bodies without a
+    CORS preflight."""
     return invalid(
         "The body is not a request: it does not say that it is JSON. Add the header: -H 'Content-Type: "
         "application/json'.",
@@ -101,7 +102,7 @@ def _is_json(request: Request) -> bool:
 
 
 def malformed(error: RequestValidationError) -> ApiError:
-    """Turn what pydantic found into the API's error; the first of its findings counts."""
+    """Turn the first of pydantic's errors into the API's error."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return invalid(f"The body is not valid JSON: {first['ctx']['error']}.", code="invalid_json")
@@ -115,10 +116,10 @@ def malformed(error: RequestValidationError) -> ApiError:
 
 
 def parameter(location: tuple[int | str, ...]) -> str | None:
-    """Spell where in a body something is: `messages[0].role`."""
+    """Return the path of a field in the body, such as `messages[0].role`."""
     name = ""
-    for part in location[1:]:  # behind "body"
+    for part in location[1:]:  # after "body"
         if part in ("str", "int") or str(part).startswith("list["):
-            break  # what pydantic calls one of the types that a field may have
+            break  # pydantic's name of one of the types that a field may have
         name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
     return name or None

@@ -1,4 +1,4 @@
-"""Fields of requests that this server does not act on: which of them change nothing, and which are refused."""
+"""Fields of requests that this server does not act on: which of them have no effect, and which are refused."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from tda_export.serve.errors import invalid
 
-LONGEST_NAME = 60  # characters shown of a name that may be anything
+LONGEST_NAME = 60  # characters shown of an arbitrary name
 
-# Of the API, for whoever runs the service. They change no token.
+# Fields of the API that are meant for the operator of the service. They change no token.
 WITHOUT_EFFECT = frozenset(
     {
         "metadata",
@@ -24,7 +24,7 @@ WITHOUT_EFFECT = frozenset(
     }
 )
 
-# Fields of the API, and of servers like this one, that would change an answer: the values that mean nothing. None
+# Fields of the API, and of similar servers, that would change an answer, with the values that have no effect. None
 # never has an effect.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
@@ -60,7 +60,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-# Clients send an answer back as it came, with all of its fields.
+# Clients send an answer back unchanged, with all of its fields.
 UNSUPPORTED_OF_MESSAGES: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
@@ -72,7 +72,7 @@ UNSUPPORTED_OF_MESSAGES: dict[str, tuple[Any, ...]] = {
 }
 UNSUPPORTED_OF_STREAMS: dict[str, tuple[Any, ...]] = {
     "continuous_usage_stats": (False,),
-    "include_obfuscation": (False, True),  # of what nobody sends here
+    "include_obfuscation": (False, True),  # this server sends no obfuscation
 }
 
 
@@ -83,16 +83,16 @@ def check_fields(
     *,
     where: str = "",
 ) -> None:
-    """Refuse what would silently be ignored.
+    """Refuse fields that would silently be ignored.
 
     Args:
-        given: Fields beside those that are supported.
-        supported: Names for those who misspelt one.
-        unsupported: Fields that are known, and the values that mean nothing.
-        where: What they are fields of, with a dot: `messages[0].`; nothing for the request itself.
+        given: The fields other than the supported ones.
+        supported: Names of supported fields, to suggest for a misspelt one.
+        unsupported: Known fields, with the values that have no effect.
+        where: The parent of the fields, with a dot: `messages[0].`; empty for the request itself.
 
     Raises:
-        ApiError: A field is not known, or says something that is not supported.
+        ApiError: A field is unknown, or has a value that is not supported.
     """
     for name, value in (given or {}).items():
         if name in WITHOUT_EFFECT and not where:

@@ -68,7 +68,7 @@ class ServerMetrics:
         )
 
     def watch(self, waiting: Callable[[], int], running: Callable[[], int]) -> None:
-        """Show how many requests wait and run."""
+        """Export how many requests are waiting and running."""
         Gauge("tda_export_queue_length", "Requests that wait", registry=self.registry).set_function(waiting)
         Gauge("tda_export_running_requests", "Requests that the model works on", registry=self.registry).set_function(
             running
@@ -87,7 +87,7 @@ class ServerMetrics:
         self._first.observe(seconds)
 
     def generated(self, metrics: Metrics) -> None:
-        """Count what an answer, whole or not, has cost."""
+        """Count what an answer, complete or not, has cost."""
         self._prompt.inc(metrics.prompt_tokens)
         self._reused.inc(metrics.reused_tokens)
         self._generated.inc(metrics.new_tokens)
@@ -101,5 +101,5 @@ class ServerMetrics:
             self._share.set(1.0 - metrics.sparsity)
 
     def page(self) -> bytes:
-        """Return all of it in Prometheus's text format."""
+        """Return all metrics in Prometheus's text format."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""From a request to what the worker is asked for: checked, rendered, tokenized and within the server's limits."""
+"""Turn a request into an order for the worker: checked, rendered, tokenized and within the server's limits."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from tda_export.serve.errors import ApiError, invalid
 from tda_export.serve.protocol import NO_LIMIT, ChatRequest, CompletionRequest, GenerationRequest, Order
 from tda_export.serve.worker import Worker
 
-USUAL_NEW_TOKENS = 1024  # of a chat's answer whose length nobody gave: keys and values take their room beforehand
+USUAL_NEW_TOKENS = 1024  # default length of a chat's answer: room for keys and values is reserved beforehand
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for: `body_bytes` of its body, `new_tokens` of an answer.
+    """What a request may ask for: at most `body_bytes` in its body, and `new_tokens` in its answer.
 
-    For None an answer has what the context allows, and where nobody says how many, `USUAL_NEW_TOKENS`.
+    For None, an answer may have as many tokens as the context allows, and `USUAL_NEW_TOKENS` where the request gives no
+    number.
     """
 
     body_bytes: int
@@ -26,10 +27,10 @@ class Limits:
 
 
 def check_request(body: GenerationRequest, model: str) -> None:
-    """Refuse what this server cannot do, without a look at the prompt.
+    """Refuse requests that this server cannot answer, without reading the prompt.
 
     Raises:
-        ApiError: It is for another model, or has a field that is not known or not supported.
+        ApiError: The request is for another model, or has a field that is unknown or not supported.
     """
     check_model(body.model, model)
     body.check_supported()
@@ -41,7 +42,7 @@ def check_model(asked: str, name: str) -> None:
     """Refuse requests for another model than `name`.
 
     Raises:
-        ApiError: It is another.
+        ApiError: The request is for another model.
     """
     if asked != name:
         raise ApiError(
@@ -53,10 +54,10 @@ def check_model(asked: str, name: str) -> None:
 
 
 def make_order(body: GenerationRequest, worker: Worker, limits: Limits) -> Order:
-    """Read a request's prompt. It takes as long as a chat template wants: not for the event loop.
+    """Render and tokenize a request's prompt. A chat template may take long, so do not call this in the event loop.
 
     Raises:
-        ApiError: The prompt cannot be, or is too long; the queue is full, or the server is shutting down.
+        ApiError: The prompt is invalid or too long, the queue is full, or the server is shutting down.
     """
     worker.check_room()
     prompt = _prompt(body, worker)
@@ -125,7 +126,7 @@ def _prompt(body: GenerationRequest, worker: Worker) -> list[int]:
             )
         return model.tokenize_chat(body.plain_messages(), body.template_kwargs())
     except TdaError as error:
-        worker.check_open()  # whose end also ends a rendering
+        worker.check_open()  # the worker's end also ends a rendering
         raise invalid(str(error), param=_prompt_field(body), code="invalid_value") from error
 
 

@@ -1,4 +1,4 @@
-"""Requests of the API as they come, and as the worker takes them."""
+"""Requests as the API defines them, and as the worker takes them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tda_export.serve.fields import (
     check_fields,
 )
 
-# The first wrong item of a list ends its reading: a body of a megabyte holds some 300,000, and each would be reported
-# for every type that the list may have, in seconds for which no other client is heard.
+# Validation of a list stops at its first wrong item: a body of a megabyte holds some 300,000 items, and each would be
+# reported for every type that the list may have, which takes seconds and blocks all other clients.
 Item = TypeVar("Item")
 Items = Annotated[list[Item], Field(fail_fast=True)]
 
@@ -50,10 +50,11 @@ class StreamOptions(BaseModel):
 
 
 class GenerationRequest(BaseModel):
-    """What chat and completions have in common. Other fields are kept, so that they can be refused by name."""
+    """The fields that chat and completions have in common. Unknown fields are kept, so that they can be refused by
+    name."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
-    usual_new_tokens: ClassVar[int | None] = None  # of an answer whose length nobody gave; None: the server's
+    usual_new_tokens: ClassVar[int | None] = None  # default length of an answer; None takes the server's
 
     model: str
     stream: bool | None = None
@@ -63,20 +64,20 @@ class GenerationRequest(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: int | None = None
     stop: str | Items[str] | None = None
-    # Not of the API: by the names that other servers use.
+    # Not in the API: named as other servers name them.
     top_k: Annotated[int, Field(ge=-1)] | None = None  # 0 and -1 are off
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=LEAST_PENALTY, le=MOST_PENALTY)] | None = None
     stop_token_ids: Items[int] | None = None
     ignore_eos: bool | None = None
-    # Of this project: how much of the weights is read. At most one of them.
+    # This project's own: how much of the weights is read. At most one of them may be given.
     price: Annotated[float, Field(ge=0)] | None = None
     sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None
     max_kl: Annotated[float, Field(gt=0)] | None = None
 
     @property
     def new_tokens(self) -> int | None:
-        """The most tokens of the answer, or NO_LIMIT, if they are given."""
+        """The most tokens of the answer, or NO_LIMIT, if given."""
         return self.max_tokens
 
     @property
@@ -85,10 +86,10 @@ class GenerationRequest(BaseModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def check_supported(self) -> None:
-        """Refuse what would silently be ignored.
+        """Refuse fields that would silently be ignored.
 
         Raises:
-            ApiError: A field is not known, or not supported.
+            ApiError: A field is unknown or not supported.
         """
         check_fields(self.model_extra, type(self).model_fields, UNSUPPORTED)
         if self.stream_options is not None:
@@ -96,7 +97,7 @@ class GenerationRequest(BaseModel):
             check_fields(options.model_extra, ["include_usage"], UNSUPPORTED_OF_STREAMS, where="stream_options.")
 
     def sampling(self) -> Sampling:
-        """Return how to choose tokens: by the API's defaults, which sample."""
+        """Return how to choose tokens. The API's defaults sample."""
         return Sampling(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=max(self.top_k or 0, 0),
@@ -107,10 +108,10 @@ class GenerationRequest(BaseModel):
         )
 
     def budget(self) -> dict[str, float]:
-        """Return the budget by its name, or nothing where none is given.
+        """Return the budget by its name, or an empty dict where none is given.
 
         Raises:
-            ApiError: There are several.
+            ApiError: Several budgets are given.
         """
         given = {name: getattr(self, name) for name in BUDGETS if getattr(self, name) is not None}
         if len(given) > 1:
@@ -124,7 +125,7 @@ class GenerationRequest(BaseModel):
         """Return the stop strings.
 
         Raises:
-            ApiError: They are too many, or one is empty.
+            ApiError: There are too many, or one is empty.
         """
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stops) > MOST_STOPS or not all(stops):
@@ -149,10 +150,10 @@ class ChatMessage(BaseModel):
     name: str | None = None
 
     def plain(self, number: int) -> Message:
-        """Return the message as templates take it. Parts of text are joined; what is not text is refused.
+        """Return the message as templates take it. Text parts are joined; other parts are refused.
 
         Raises:
-            ApiError: It has no text, or something beside it.
+            ApiError: The message has no text, or parts that are not text.
         """
         where = f"messages[{number}]"
         if self.role in ("tool", "function") or (self.model_extra or {}).get("tool_calls"):
@@ -195,7 +196,7 @@ class ChatRequest(GenerationRequest):
         """Return further variables for the chat template.
 
         Raises:
-            ApiError: One has a name that is taken, or is not plain JSON.
+            ApiError: One has a reserved name, or is not plain JSON.
         """
         given = self.chat_template_kwargs or {}
         try:
@@ -211,7 +212,7 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """The body of POST /v1/completions."""
 
-    usual_new_tokens: ClassVar[int | None] = 16  # as the API has it
+    usual_new_tokens: ClassVar[int | None] = 16  # the API's default
 
     prompt: str | Items[int] | Items[str] | Items[Items[int]]
 
@@ -219,7 +220,7 @@ class CompletionRequest(GenerationRequest):
         """Return the prompt, text or token ids.
 
         Raises:
-            ApiError: There is none, or more than one.
+            ApiError: There is no prompt, or more than one.
         """
         prompt = self.prompt
         if isinstance(prompt, str):
@@ -237,8 +238,8 @@ class CompletionRequest(GenerationRequest):
 
 @dataclass(frozen=True)
 class Order:
-    """What the worker is asked for: an answer to `prompt` (token ids), read by `deployment` or, for None, as the server
-    was told."""
+    """An order for the worker: an answer to `prompt` (token ids), decoded by `deployment` or, for None, by the server's
+    own."""
 
     prompt: list[int]
     max_new_tokens: int

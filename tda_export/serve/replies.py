@@ -1,4 +1,4 @@
-"""Answers as the API spells them: whole, and in chunks of a stream."""
+"""Answers in the API's shape: whole, and in chunks of a stream."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ END_OF_STREAM = b"data: [DONE]\n\n"
 class Reply:
     """What all parts of one answer share.
 
-    `chat` tells POST /v1/chat/completions from POST /v1/completions, `model` is the name that was asked for.
+    `chat` is true for POST /v1/chat/completions and false for POST /v1/completions; `model` is the requested name.
     """
 
     chat: bool
@@ -27,14 +27,14 @@ class Reply:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, text: str, metrics: Metrics) -> dict[str, Any]:
-        """Return the answer that is not streamed."""
+        """Return an answer that is not streamed."""
         said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
         kind = "chat.completion" if self.chat else "text_completion"
         choice = self._choice(said, FINISH_REASONS[metrics.finish_reason])
         return self._head(kind) | {"choices": [choice], "usage": usage(metrics)}
 
     def begin(self) -> dict[str, Any]:
-        """Return a chat's first chunk, which says who speaks."""
+        """Return a chat's first chunk, which holds the role."""
         return self._chunk([self._choice({"delta": {"role": "assistant", "content": ""}}, None)])
 
     def piece(self, text: str) -> dict[str, Any]:
@@ -42,7 +42,7 @@ class Reply:
         return self._chunk([self._choice({"delta": {"content": text}} if self.chat else {"text": text}, None)])
 
     def end(self, metrics: Metrics) -> dict[str, Any]:
-        """Return the chunk that says why the answer ends."""
+        """Return the chunk with the finish reason."""
         said: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
         return self._chunk([self._choice(said, FINISH_REASONS[metrics.finish_reason])])
 
@@ -62,7 +62,7 @@ class Reply:
 
 
 def usage(metrics: Metrics) -> dict[str, Any]:
-    """Count tokens as the API does; cached ones were held from the prompt before."""
+    """Count tokens as the API does; cached tokens are those kept from the previous prompt."""
     return {
         "prompt_tokens": metrics.prompt_tokens,
         "completion_tokens": metrics.new_tokens,
@@ -72,5 +72,6 @@ def usage(metrics: Metrics) -> dict[str, Any]:
 
 
 def server_sent(event: dict[str, Any]) -> bytes:
-    """Write an event of a stream, in ASCII: clients may take other characters than \\n for the end of a line."""
+    """Serialise an event of a stream in ASCII, since clients may treat characters other than \\n as the end of a
+    line."""
     return f"data: {json.dumps(event)}\n\n".encode()

@@ -1,4 +1,4 @@
-"""Listen, serve until told to stop, and stop in good order."""
+"""Listen, serve until told to stop, and shut down cleanly."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from tda_export.serve.worker import Worker
 
 BACKLOG = 1024
 TICKS_A_SECOND = 10  # uvicorn's
-LAST_SECONDS = 5  # that clients have to take what is left of their answers
+LAST_SECONDS = 5  # time for clients to read the rest of their answers
 
 
 class Server(uvicorn.Server):
     """uvicorn's server around one worker.
 
-    When it is told to stop, new requests are refused and answers have `grace` seconds to end, or until it is told a
-    second time; then those that are left are cut off, and their clients told. A signal that stopped it is not raised
-    again, so that the exit code is 0.
+    When it is told to stop, it refuses new requests, and answers have `grace` seconds to end, or until it is told a
+    second time. Then the remaining answers are cut off, and their clients get an error. The signal that stopped it is
+    not raised again, so that the exit code is 0.
     """
 
     def __init__(self, app: FastAPI, worker: Worker, grace: float, most_connections: int) -> None:
@@ -42,7 +42,7 @@ class Server(uvicorn.Server):
             except asyncio.CancelledError:
                 if not self.should_exit:
                     raise
-                # A client does not take what is left of its answer. uvicorn would show where that was, line by line.
+                # A client does not read the rest of its answer. uvicorn would print a traceback.
 
         config = uvicorn.Config(
             cut_off_in_silence,
@@ -58,7 +58,7 @@ class Server(uvicorn.Server):
         self._worker, self._grace, self._most_connections = worker, grace, most_connections
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=[])  # uvicorn's part but for accepting
+        await super().startup(sockets=[])  # all of uvicorn's startup except accepting
         open_ones = cast(set[connections.Connection], self.server_state.connections)
         acceptor = connections.Acceptor(self._most_connections, open_ones)
 
@@ -73,7 +73,7 @@ class Server(uvicorn.Server):
                 cast(connections.Connection, connection).end_if_late()
             for accepting in self._accepting:
                 if accepting.done():
-                    accepting.result()  # it does not end by itself
+                    accepting.result()  # accepting does not end by itself
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -89,7 +89,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop; told again by whatever signal, stop without grace. uvicorn does so for Ctrl-C alone."""
+        """Stop; at a second signal of any kind, stop without grace. uvicorn does that only for Ctrl-C."""
         self.force_exit = self.should_exit
         self.should_exit = True
 
@@ -110,13 +110,13 @@ def listen(host: str, port: int) -> socket.socket:
     """Open the socket to serve on; port 0 takes a free one.
 
     Raises:
-        TdaError: The address cannot be had.
+        TdaError: The address is not available.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         opened = socket.socket(family, kind, protocol)
         try:
-            if os.name == "posix":  # elsewhere it lets two servers share a port
+            if os.name == "posix":  # elsewhere this option lets two servers share a port
                 opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             opened.bind(address)
             opened.listen(BACKLOG)
@@ -136,5 +136,5 @@ def url(opened: socket.socket) -> str:
 
 
 def is_loopback(opened: socket.socket) -> bool:
-    """Tell whether only this machine reaches a socket."""
+    """Return whether only this machine can reach a socket."""
     return ipaddress.ip_address(opened.getsockname()[0]).is_loopback

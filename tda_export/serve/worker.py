@@ -33,7 +33,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Done:
-    """The answer's end: text that no token brought, and what it cost."""
+    """The answer's end: the text that was held back, and the metrics."""
 
     text: str
     metrics: Metrics
@@ -41,7 +41,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """There will be no (more) answer."""
+    """The answer failed: nothing more comes."""
 
     error: ApiError
 
@@ -53,13 +53,13 @@ Event = Piece | Done | Failed
 class Job:
     """A request on its way through the worker, which calls `deliver` from its own thread.
 
-    After a `Done` or `Failed` nothing more is delivered. After cancellation at most one of these is.
+    After a `Done` or `Failed` nothing more is delivered. After cancellation at most one of these two is delivered.
     """
 
     endpoint: str
     order: Order
     deliver: Callable[[Event], None]
-    arrived: float = field(default_factory=time.monotonic)  # before its prompt was read
+    arrived: float = field(default_factory=time.monotonic)  # the time of arrival, before its prompt was read
     started: float = math.nan
     generation: Generation | None = None
     cancelled: bool = False
@@ -68,7 +68,8 @@ class Job:
 class Worker:
     """A bounded queue and the thread that empties it.
 
-    Prompts are read into one `PromptMemory`: a chat's next request reads only what is new, if no other came between.
+    Prompts are read into one `PromptMemory`: a chat's next request reads only what is new, if no other request came in
+    between.
     """
 
     def __init__(
@@ -83,17 +84,17 @@ class Worker:
         keep_answers: bool = False,
         lookup: int = 0,
     ) -> None:
-        """Prepare; `start` begins.
+        """Prepare the worker; `start` starts it.
 
         Args:
-            model: Used by this worker alone from now on.
-            queue_size: The most requests that wait beside the one that runs.
+            model: The model, which only this worker uses from now on.
+            queue_size: The most requests that wait besides the running one.
             context: The most tokens of prompt and answer.
             mask: How to decode.
-            deployment: What decode reads for requests that do not say.
-            metrics: Where requests are counted.
+            deployment: The deployment for requests that do not ask for one.
+            metrics: The counters of requests.
             keep_answers: As for `Model.memory`.
-            lookup: As for `Model.generate`, of every request.
+            lookup: As for `Model.generate`, for every request.
         """
         self.model, self.context, self.metrics = model, context, metrics
         self._mask, self._deployment, self._queue_size = mask, deployment, queue_size
@@ -101,10 +102,10 @@ class Worker:
         self._memory = model.memory(context=context, keep_answers=keep_answers)
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
-        self._closed = False  # to new jobs
+        self._closed = False  # whether new jobs are refused
         self._stopping = False
         self._failed = False
-        self._mean_seconds = 1.0  # that an answer takes
+        self._mean_seconds = 1.0  # mean time of an answer
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         metrics.watch(lambda: self.waiting, lambda: int(self._running is not None))
@@ -121,7 +122,7 @@ class Worker:
 
     @property
     def state(self) -> Literal["ok", "stopping", "failed"]:
-        """`ok` while jobs are taken, `stopping` once they are no more; `failed` where the thread broke down."""
+        """`ok` while jobs are accepted, `stopping` once they no longer are; `failed` where the thread has crashed."""
         return "failed" if self._failed else "stopping" if self._closed else "ok"
 
     @property
@@ -134,7 +135,7 @@ class Worker:
         self._thread.start()
 
     def close(self) -> None:
-        """Accept no more jobs. Those that are queued or running continue."""
+        """Accept no more jobs. Queued and running jobs continue."""
         with self._changed:
             self._closed = True
 
@@ -142,7 +143,7 @@ class Worker:
         """Put a job at the end of the queue.
 
         Raises:
-            ApiError: The queue is full, the server is shutting down, or its thread broke down.
+            ApiError: The queue is full, the server is shutting down, or its thread has crashed.
         """
         with self._changed:
             self.check_room()
@@ -153,11 +154,11 @@ class Worker:
         """Refuse a job if the queue is full or the server is shutting down.
 
         Raises:
-            ApiError: The queue is full, the server is shutting down, or its thread broke down.
+            ApiError: The queue is full, the server is shutting down, or its thread has crashed.
         """
         with self._changed:
             self.check_open()
-            # A worker that idles takes the first of the queue at once, so that one does not wait.
+            # An idle worker takes the first job of the queue at once, so that job does not count as waiting.
             if len(self._waiting) - (self._running is None) >= self._queue_size:
                 wait = math.ceil(self._mean_seconds * (len(self._waiting) + 1))
                 raise ApiError(
@@ -171,13 +172,13 @@ class Worker:
         """Refuse a job if the server is shutting down.
 
         Raises:
-            ApiError: The server is shutting down, or its thread broke down.
+            ApiError: The server is shutting down, or its thread has crashed.
         """
         if self._closed:
             raise internal() if self._failed else stopping()
 
     def cancel(self, job: Job) -> None:
-        """Take a job out of the queue, or let its answer end before the next token; if it has ended, do nothing."""
+        """Take a job out of the queue, or end its answer before the next token; do nothing if it has ended."""
         with self._changed:
             job.cancelled = True
             if job in self._waiting:
@@ -187,7 +188,7 @@ class Worker:
                 job.generation.cancel()
 
     def stop(self) -> None:
-        """Refuse what waits, end the answer and the chat template that are under way, and wait for the thread."""
+        """Refuse waiting jobs, end the running answer and chat template, and wait for the thread."""
         with self._changed:
             self._closed = self._stopping = True
             if self._running is not None and self._running.generation is not None:
@@ -209,7 +210,7 @@ class Worker:
         try:
             while (job := self._next()) is not None:
                 self._run(job)
-        except BaseException:  # with its thread a server has ended, and nobody may wait for it
+        except BaseException:  # without this thread the server is dead, and nobody may wait for it
             logger.exception("The model's thread broke down. Start the server again")
             with self._changed:
                 self._closed = self._failed = True
@@ -290,11 +291,11 @@ class Worker:
                 self._mean_seconds += 0.2 * (time.monotonic() - job.started - self._mean_seconds)
 
     def _end(self, job: Job, outcome: Outcome, event: Done | Failed) -> None:
-        self._free(job)  # first: who is told of the end may ask again at once
+        self._free(job)  # first, since a client that is told of the end may ask again at once
         self.metrics.ended(job.endpoint, outcome)
         job.deliver(event)
 
 
 def stopping() -> ApiError:
-    """Make the error of a server that is shutting down."""
+    """Make the error for a server that is shutting down."""
     return ApiError(503, "The server is shutting down. Try again later.", code="shutting_down", retry_after=10)

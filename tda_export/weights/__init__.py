@@ -1,1 +1,1 @@
-"""What a weight is, from checkpoint to kernel: formats, matrices, and which linears an artifact stores."""
+"""Weights from checkpoint to kernel: formats, matrices, and which linears an artifact stores."""

@@ -1,7 +1,7 @@
 """How the elements of a matrix are stored. A float is a format like any other.
 
-Integers are unsigned codes in groups along a row: element = (code - zero point) * scale, both of its group. A row is a
-unit of its own, so that it can be read, or left unread, alone.
+Integers are unsigned codes in groups along a row: element = (code - zero point) * scale, with the zero point and scale
+of its group. No group spans two rows, so each row can be read or skipped by itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """A way of storing numbers. `name` is what a manifest calls it, `bits` what one element takes."""
+    """A way of storing numbers. `name` is its name in a manifest, `bits` the bits of one element."""
 
     name: str
     bits: int
@@ -34,19 +34,21 @@ class WeightFormat:
         return True
 
     def tensors(self, name: str, rows: int, columns: int) -> tuple[StoredTensor, ...]:
-        """List the tensors of a matrix [rows, columns]; the first has its name. All have as many rows."""
+        """List the tensors of a matrix [rows, columns]. The first has the matrix's name. All have as many rows as the
+        matrix."""
         return (StoredTensor(name, (rows, columns), self.name),)
 
     def row_bytes(self, columns: int) -> int:
-        """Return the bytes of a row of so many elements."""
+        """Return the bytes of a row of `columns` elements."""
         return packed_bytes(columns, self.bits)
 
 
 @dataclass(frozen=True)
 class IntegerFormat(WeightFormat):
-    """Codes of 4 or 8 bits, with a float16 scale and a zero point of as many bits for each `group` elements of a row.
+    """Codes of 4 or 8 bits, with a float16 scale and a zero point of the same number of bits for each `group` elements
+    of a row.
 
-    Codes lie in their order, the first of a byte in its low bits; the last group of a row may be short. Tensors:
+    Codes are packed in order, the first one of a byte in its low bits. The last group of a row may be short. Tensors:
     codes uint8 [rows, bytes], scales float16 [rows, groups], zero points uint8 [rows, bytes].
     """
 
@@ -58,11 +60,11 @@ class IntegerFormat(WeightFormat):
 
     @property
     def levels(self) -> int:
-        """How many codes there are."""
+        """The number of different codes."""
         return 1 << self.bits
 
     def groups(self, columns: int) -> int:
-        """Return how many groups a row of so many elements has."""
+        """Return how many groups a row of `columns` elements has."""
         return -(-columns // self.group)
 
     def tensors(self, name: str, rows: int, columns: int) -> tuple[StoredTensor, ...]:
@@ -79,7 +81,7 @@ class IntegerFormat(WeightFormat):
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Return the whole bytes that so many numbers of `bits` take."""
+    """Return the number of bytes, rounded up, that `count` numbers of `bits` bits take."""
     return -(-count * bits // 8)
 
 

@@ -1,4 +1,4 @@
-"""Codes of integer formats: rounding to them, packing them as weights.bin has them, and back to floats. numpy alone."""
+"""Codes of integer formats: round to them, pack them as in weights.bin, and convert them back to floats. NumPy only."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 
 from tda_export.weights.formats import IntegerFormat, packed_bytes
 
-SHRINKS = np.linspace(1.0, 0.7, 13, dtype=np.float32)  # of a group's range, among which the best is searched for
-SMALLEST_SCALE = np.float32(2.0**-24)  # float16's own
-ELEMENTS_AT_ONCE = 1 << 16  # of a search, whose two arrays of them stay in the cache
+SHRINKS = np.linspace(1.0, 0.7, 13, dtype=np.float32)  # factors of a group's range that the search tries
+SMALLEST_SCALE = np.float32(2.0**-24)  # the smallest float16
+ELEMENTS_AT_ONCE = 1 << 16  # elements of one search block, whose two arrays stay in the cache
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ FIELDS = ("codes", "scales", "zero_points")
 
 
 class CodesByName(Mapping[str, Codes]):
-    """Matrices by name, each read when it is looked at, every time."""
+    """Matrices by name. Each is read anew on every access."""
 
     def __init__(self, read: Mapping[str, Callable[[], Codes]]) -> None:
         self._read = dict(read)
@@ -84,7 +84,7 @@ class CodesByName(Mapping[str, Codes]):
 
 
 def pack_bits(numbers: np.ndarray, bits: int) -> np.ndarray:
-    """Pack uint8 [rows, n] below 2**bits, the first of a byte in its low bits: uint8 [rows, bytes]."""
+    """Pack numbers below 2**bits, uint8 [rows, n], the first of a byte in its low bits: uint8 [rows, bytes]."""
     if bits == 8:
         return np.ascontiguousarray(numbers)
     rows, count = numbers.shape
@@ -104,21 +104,21 @@ def unpack_bits(packed: np.ndarray, count: int, bits: int) -> np.ndarray:
 def round_to_nearest(
     weight: np.ndarray, format: IntegerFormat, *, symmetric: bool = False, search: bool = True
 ) -> Codes:
-    """Round each element to the nearest code, groups by themselves.
+    """Round each element to the nearest code, each group by itself.
 
     Args:
         weight: float32 [rows, columns], finite.
-        format: Of the codes.
+        format: The format of the codes.
         symmetric: Let zero points be the middle code.
-        search: Try ranges smaller than the group's own, and take the one of the least squared error.
+        search: Try ranges smaller than the group's own, and take the one with the least squared error.
 
     Returns:
-        The codes. Scales are rounded to float16 before elements are rounded to codes; where that is too small for a
-        group its scale is infinite.
+        The codes. Scales are rounded to float16 before elements are rounded to codes. The scale of a group is infinite
+        where it overflows float16.
     """
     rows, columns = weight.shape
     groups = format.groups(columns)
-    if missing := groups * format.group - columns:  # what fills the last group of a row changes no range
+    if missing := groups * format.group - columns:  # the padding of a row's last group changes no range
         weight = np.pad(weight, ((0, 0), (0, missing)), mode="edge")
     grouped = weight.reshape(-1, format.group)
     codes = np.empty(grouped.shape, np.uint8)
@@ -142,12 +142,12 @@ def round_to_nearest(
 def _best_parameters(
     block: np.ndarray, filling: tuple[slice, slice], format: IntegerFormat, shrinks: np.ndarray, *, symmetric: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the scale and zero point of the least squared error of each group, the first of equals, float32 [n].
+    """Return each group's scale and zero point with the least squared error, the first of equals, float32 [n].
 
-    What is in `filling` of the block does not count.
+    Elements in the block's `filling` do not count.
 
-    The passes over `block`, float32 [group, n], are what rounding takes its time for: they lie in the cache, and a
-    group is a column, so that every one runs along what is contiguous.
+    Rounding spends its time in the passes over `block`, float32 [group, n]. The block stays in the cache, and a group
+    is a column, so that every pass runs along contiguous memory.
     """
     most = format.levels - 1
     low, high = np.minimum(block.min(axis=0), 0), np.maximum(block.max(axis=0), 0)
@@ -181,8 +181,8 @@ def group_parameters(
     Args:
         low: The smallest of a group's elements and zero, float32 [n].
         high: The largest.
-        format: Of the codes.
-        shrink: What the range is multiplied by.
+        format: The format of the codes.
+        shrink: The factor of the range.
         symmetric: Let zero points be the middle code.
     """
     most = format.levels - 1

@@ -1,4 +1,4 @@
-"""The one description of a weight matrix: sizes, bytes and layout, wherever they are needed."""
+"""The one description of a weight matrix: its sizes, bytes and layout."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from typing import Any, Literal
 
 from tda_export.weights.formats import FORMATS, StoredTensor, WeightFormat
 
-# What a row of a stored matrix belongs to. `input`: row i holds what leaves input channel i, so that y is the sum of
-# x_i times row i, and a row whose x_i does not matter need not be read. `output`: row j is multiplied by x and gives
-# y_j.
+# What a row of a stored matrix belongs to. `input`: row i holds the weights of input channel i, so y is the sum of x_i
+# times row i, and a row need not be read where its x_i does not matter. `output`: row j times x gives y_j.
 Major = Literal["input", "output"]
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix of weights.bin, [rows, columns], one row after another. `name` is that of its first tensor."""
+    """A matrix of weights.bin, [rows, columns], one row after another. `name` is the name of its first tensor."""
 
     name: str
     rows: int
@@ -29,31 +28,31 @@ class Matrix:
 
     @property
     def inputs(self) -> int:
-        """Elements of x in y = W x."""
+        """The number of elements of x in y = W x."""
         return self.rows if self.major == "input" else self.columns
 
     @property
     def outputs(self) -> int:
-        """Elements of y in y = W x."""
+        """The number of elements of y in y = W x."""
         return self.columns if self.major == "input" else self.rows
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
+        """The bytes of one row."""
         return self.format.row_bytes(self.columns)
 
     @property
     def bytes(self) -> int:
-        """Bytes of all rows."""
+        """The bytes of all rows."""
         return self.rows * self.row_bytes
 
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:
-        """The tensors of weights.bin that it is stored in."""
+        """The tensors of weights.bin that hold the matrix."""
         return self.format.tensors(self.name, self.rows, self.columns)
 
     def describe(self) -> dict[str, Any]:
-        """Return what a manifest keeps under the matrix's name."""
+        """Return the manifest's entry under the matrix's name."""
         return {
             "format": self.format.name,
             "rows": self.rows,
@@ -64,10 +63,10 @@ class Matrix:
 
 
 def read_matrix(name: str, content: dict[str, Any]) -> Matrix:
-    """Read back what `Matrix.describe` gave.
+    """Read a matrix back from the result of `Matrix.describe`.
 
     Raises:
-        ValueError: It is no description of a matrix of this version.
+        ValueError: The content is not a description of a matrix in this version.
     """
     rows, columns = content["rows"], content["columns"]
     if not all(type(size) is int and size > 0 for size in (rows, columns)):

@@ -17,15 +17,15 @@ from tda_export.weights.formats import (
 )
 
 EMBEDDING, HEAD = "embedding", "head"
-FLOAT = "float"  # the name of no format: elements stay in the float dtype of whatever is made
+FLOAT = "float"  # not a format's name: elements stay in the float dtype of the output
 BITS = {"int4": 4, "int8": 8}
-OUTSIDE_BITS = 8  # of embedding and head, unless a rule says otherwise
+OUTSIDE_BITS = 8  # bits of embedding and head, unless a rule says otherwise
 
-Rule = tuple[str, WeightFormat | None]  # a pattern of names, and the format of what it matches
+Rule = tuple[str, WeightFormat | None]  # a pattern of names, and the format of the matrices that it matches
 
 
 def part_name(layer: int, part: str) -> str:
-    """Name one linear of a layer (q, k, v, o, gate, up, down), as patterns and folders do."""
+    """Return the name of one linear of a layer (q, k, v, o, gate, up, down), as patterns and folders spell it."""
     return f"layers.{layer}.{part}"
 
 
@@ -42,9 +42,7 @@ class FormatPlan:
     formats: Mapping[str, WeightFormat | None]
 
     def of(self, name: str) -> WeightFormat | None:
-        """Return a matrix's format: `layers.{i}.{part}`, `embedding` or `head`; None is a float.
-
-        A tied head has the embedding's.
+        """Return a matrix's format: `layers.{i}.{part}`, `embedding` or `head`; x
 
         Raises:
             KeyError: There is no such matrix.
@@ -62,10 +60,10 @@ class FormatPlan:
 
     @staticmethod
     def from_dict(content: Mapping[str, str]) -> FormatPlan:
-        """Read back what `to_dict` gave.
+        """Read a plan back from the result of `to_dict`.
 
         Raises:
-            ValueError: A format is not known; the message names the matrix.
+            ValueError: A format is unknown; the message names the matrix.
         """
         if not isinstance(content, Mapping):
             raise ValueError(f"formats are {shown(content)}, not names with formats")
@@ -89,11 +87,12 @@ def plan_formats(
     """Choose the format of every matrix.
 
     Args:
-        layers: How many the model has.
+        layers: The number of layers.
         parts: The linears of a layer (`packing.linear_parts`).
         tied_head: Whether head and embedding are one matrix. Rules for either then hold for it.
-        weights: `int4`, `int8` or `float`, of the linears of the layers. With integers embedding and head are int8.
-        group: Elements that share a scale, where a rule does not say otherwise.
+        weights: The format of the layers' linears: `int4`, `int8` or `float`. With integers, embedding and head are
+            int8.
+        group: The number of elements that share a scale, where a rule does not say otherwise.
         rules: Exceptions; the last that matches a name wins.
 
     Raises:
@@ -119,10 +118,10 @@ def plan_formats(
 
 
 def read_rules(texts: Iterable[str], group: int = DEFAULT_GROUP) -> tuple[Rule, ...]:
-    """Read rules such as `layers.*.v=int8,head=int4_g64`: patterns, as of file names, with formats.
+    """Read rules such as `layers.*.v=int8,head=int4_g64`: patterns, like those of file names, with formats.
 
     Raises:
-        UsageError: It is none.
+        UsageError: A text is not a rule.
     """
     rules: list[Rule] = []
     for rule in (rule for text in texts for rule in text.split(",")):
@@ -139,7 +138,7 @@ def read_format(name: str, group: int = DEFAULT_GROUP, *, option: str = "--weigh
     """Return the format of a name: `int4`, `int8`, either with its own group (`int4_g64`), or `float`, which is None.
 
     Raises:
-        UsageError: It is none; the message names `option`.
+        UsageError: It is not a format's name; the message names `option`.
     """
     if name == FLOAT:
         return None

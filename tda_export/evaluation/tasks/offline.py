@@ -1,4 +1,4 @@
-"""Functions that the task files here name. lm-eval loads this file by its path, not as part of the package."""
+"""Functions for the task files in this folder. lm-eval loads this file by its path, not as part of the package."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def load(name: str, data: str | None = None, **others: Any) -> dict[str, dataset
     Args:
         name: The task.
         data: The folder (lm-eval's metadata); by default the environment's `TDA_EXPORT_EVAL_DATA`.
-        others: Further metadata, which is not used.
+        others: Further metadata, which is ignored.
 
     Raises:
-        TdaError: No folder is named, or the task's file is not there.
+        TdaError: No folder is given, or the task's file is missing.
     """
     folder = data or os.environ.get(DATA_VARIABLE)
     if not folder:
@@ -42,35 +42,35 @@ def load(name: str, data: str | None = None, **others: Any) -> dict[str, dataset
 
 
 def winogrande_text(doc: Doc) -> int:
-    """Which choice is right: WinoGrande scores one ending after each of two beginnings."""
+    """Return which choice is right: WinoGrande scores one ending after each of two beginnings."""
     return int(doc["answer"]) - 1
 
 
 def winogrande_target(doc: Doc) -> str:
-    """What follows the blank."""
+    """Return the text after the blank."""
     return str(doc["sentence"].partition("_")[2]).strip()
 
 
 def winogrande_choices(doc: Doc) -> list[str]:
-    """The text up to the blank, with each option in it."""
+    """Return the text up to the blank, with each option filled in."""
     before = doc["sentence"].partition("_")[0]
     return [before + doc["option1"], before + doc["option2"]]
 
 
 def lambada(doc: Doc, results: list[Result]) -> dict[str, float]:
-    """Accuracy of the last word, and its negative log-likelihood in nats, of which perplexity is made."""
+    """Return the accuracy of the last word, and its negative log-likelihood in nats, which becomes perplexity."""
     ((loglikelihood, greedy),) = results
     return {"acc": float(greedy), "nll": -loglikelihood}
 
 
 def gold_answer(doc: Doc, results: list[Result]) -> dict[str, float]:
-    """Bits per byte of the gold answer, and whether greedy decoding would give it."""
+    """Return the bits per byte of the gold answer, and whether greedy decoding would produce it."""
     ((loglikelihood, greedy),) = results
     return {"acc": float(greedy), "bits_per_byte": _bits_per_byte(loglikelihood, f" {doc['answer']}")}
 
 
 def gold_choice(doc: Doc, results: list[Result]) -> dict[str, float]:
-    """Accuracy among the choices no and yes, and bits per byte of the right one."""
+    """Return the accuracy among the choices no and yes, and the bits per byte of the right one."""
     likelihoods = [loglikelihood for loglikelihood, _ in results]
     right = doc["label"]
     return {

@@ -26,7 +26,7 @@ struct AttentionArguments {
 constexpr int kAttentionThreads = 128;
 constexpr float kLog2E = 1.4426950408889634f;
 
-// The score of what is not there: minus infinity.
+// The score of a missing key: minus infinity.
 static __device__ __forceinline__ float Nothing() { return __int_as_float(0xff800000); }
 
 // Tokens before the call, and in all.
@@ -70,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(kAttentionThreads) AppendTokens(Att
   }
 }
 
-// Copy the past of a head (blockIdx.y) to where the present is, of keys or values (blockIdx.z), and fill what lies behind
+// Copy the past of a head (blockIdx.y) to where the present is, of keys or values (blockIdx.z), and fill the room after
 // the call's tokens with zeros.
 extern "C" __global__ void __launch_bounds__(kAttentionThreads) CopyPast(AttentionArguments a) {
   WaitForEarlierKernels();
@@ -89,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(kAttentionThreads) CopyPast(Attenti
   }
 }
 
-// What some keys and values give: scores are base-2 logarithms, and weights are relative to the largest.
+// The partial result of some keys and values. Scores are base-2 logarithms; weights are relative to the largest.
 template <int kElements>
 struct Attended {
   float largest = Nothing();
@@ -97,7 +97,7 @@ struct Attended {
   float sum[kElements] = {};
 };
 
-// The factor that joins what is relative to `largest` with what is relative to `joint`.
+// The factor that converts weights relative to `largest` to weights relative to `joint`.
 static __device__ __forceinline__ float Factor(float largest, float joint) {
   return exp2f(largest - (joint == Nothing() ? 0.0f : joint));
 }

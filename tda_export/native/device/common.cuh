@@ -1,6 +1,6 @@
 // What all device code shares: elements of 16 bits, wide loads, and the order of dependent launches.
 //
-// Compiled by NVRTC on the user's GPU, so nothing is included. TDA_BF16 says what an element is.
+// NVRTC compiles this for the user's GPU, so nothing is included. TDA_BF16 selects the element type.
 
 typedef unsigned short Element;  // float16 or bfloat16, as bits
 
@@ -55,7 +55,7 @@ struct Pack<1> {
   __device__ __forceinline__ void ToFloats(float* values) const { values[0] = ToFloat(bits); }
 };
 
-// Load weights: each is read once, so it should push nothing out of the first-level cache.
+// Load weights. Each is read once, so it should evict nothing from the first-level cache.
 template <int kWidth>
 static __device__ __forceinline__ Pack<kWidth> LoadWeights(const Element* address) {
   Pack<kWidth> pack;
@@ -69,7 +69,7 @@ static __device__ __forceinline__ Pack<kWidth> LoadWeights(const Element* addres
   return pack;
 }
 
-// Load weights where they are wanted; otherwise nothing is read, and the pack is zero.
+// Load weights where `wanted`; otherwise nothing is read, and the pack is zero.
 template <int kWidth>
 static __device__ __forceinline__ Pack<kWidth> LoadWeightsIf(bool wanted, const Element* address) {
   Pack<kWidth> pack;
@@ -121,16 +121,16 @@ static __device__ __forceinline__ float WarpSum(float value) {
   return value;
 }
 
-// A kernel launched with the programmatic attribute starts before the kernel ahead of it in the stream has ended.
-// Nothing that an earlier kernel wrote may be read before this returns.
+// A kernel launched with the programmatic attribute starts before the previous kernel in the stream has ended. Nothing
+// that an earlier kernel wrote may be read before this returns.
 static __device__ __forceinline__ void WaitForEarlierKernels() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// Let the next kernel of the stream start where it fits. Called only after WaitForEarlierKernels, so that what the next
-// kernel reads before its own wait can have been written by no kernel but this one.
+// Let the next kernel of the stream start where it fits. Call it only after WaitForEarlierKernels, so that memory that
+// the next kernel reads before its own wait can only have been written by this kernel.
 static __device__ __forceinline__ void LetNextKernelStart() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");

@@ -1,5 +1,5 @@
-// What a product of many tokens needs before cuBLAS multiplies: codes as elements, inputs without those that are dropped,
-// and a result that begins with the bias. Compile-time constant: TDA_BITS of a code, 0 where there are none.
+// Prepares a product of many tokens for cuBLAS: codes become elements, dropped inputs become zero, and the result
+// begins with the bias. Compile-time constant: TDA_BITS of a code, 0 where there are none.
 
 struct ExpandArguments {
   StoredMatrix matrix;
@@ -41,7 +41,7 @@ struct KeepArguments {
   int tokens, inputs, outputs;
 };
 
-// Copy x with zeros in place of what is dropped, and fill y with the bias, if there is one.
+// Copy x with zeros in place of dropped inputs, and fill y with the bias, if there is one.
 extern "C" __global__ void __launch_bounds__(kThreads) KeepInputs(KeepArguments a) {
   WaitForEarlierKernels();
   LetNextKernelStart();

@@ -54,7 +54,7 @@ static __device__ __forceinline__ void EightBitsToFloats(unsigned word, unsigned
   for (int k = 0; k < 4; ++k) values[k] = __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 + k)) - zero;
 }
 
-// What a thread loads at once: words of codes of one group, its scale, and the byte that holds its zero point.
+// A thread's load: words of codes of one group, the group's scale, and the byte that holds its zero point.
 template <int kBits, int kWords>
 struct CodePack {
   static constexpr bool kScale = true;

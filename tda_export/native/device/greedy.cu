@@ -8,7 +8,7 @@ struct GreedyArguments {
   int vocabulary, blocks;
 };
 
-// The larger of two logits, the first of equal ones; one that is not finite beats all and stays.
+// The larger of two logits, the first of equal ones. A non-finite logit wins over all others.
 static __device__ __forceinline__ void TakeBetter(float& value, int& place, float other, int other_place) {
   const bool better = other > value || (other == value && other_place < place);
   if (!isnan(value) && (better || isnan(other))) {

@@ -1,7 +1,7 @@
 // tda::IndexedFFN on CUDA, in two kernels: activations of the mask's neurons, then the sum of their down rows.
 //
 // Compile-time constants: TDA_ACTIVATION (0 silu, 1 gelu, 2 gelu by tanh, 3 relu), TDA_GATED. Weights are neuron-major
-// [F, M]. Everything is accumulated in float32, in an order that depends on sizes alone, so that equal calls give equal
+// [F, M]. Everything is accumulated in float32, in an order that depends only on sizes, so that equal calls give equal
 // results.
 
 struct FfnArguments {
@@ -154,7 +154,7 @@ static __device__ __forceinline__ void DownSums(const FfnArguments& a) {
   const int column = min(blockIdx.y * kWarp * kWidth + lane * kWidth, a.hidden - kWidth);
   const int first_token = blockIdx.z * kTokens;
   const int tokens = min(kTokens, a.tokens - first_token);
-  // Unless activations may be zero, which rows are needed is known before the first kernel has ended.
+  // Unless activations may be zero, the needed rows are known before the first kernel has ended.
   const bool every_row = TDA_ACTIVATION != 3 && (a.threshold == nullptr || *a.threshold <= 0.0f);
   const MaskedNeurons<kTokens> source = {a, first_token, tokens, every_row};
   const Format down = {a.down, a.hidden};

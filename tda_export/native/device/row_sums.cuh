@@ -1,9 +1,9 @@
 // Sums of scaled weight rows, y = sum over rows of value * row, where only some rows are needed: the heart of the
 // kernels whose weights lie input-major.
 //
-// A warp sums kSlice columns of the rows that are its own. Which rows those are depends on their place among the
-// candidates and on the number of warps alone, and each warp adds its rows in order: which rows other tokens of the call
-// need changes nothing.
+// A warp sums kSlice columns of the rows that are its own. Which rows these are depends only on their place among the
+// candidates and on the number of warps, and each warp adds its rows in order. So the rows that other tokens of the
+// call need do not change a result.
 //
 // A Source says which rows are candidates and what they are multiplied with:
 //

@@ -1,6 +1,6 @@
 // The statistics of prefill on CUDA: tda::NeuronStats, tda::SelectMask, and the first half of tda::TailMean.
 //
-// TDA_BF16 says what an element is. All sums are float32, in an order that depends on sizes alone.
+// TDA_BF16 selects the element type. All sums are float32, in an order that depends only on sizes.
 
 constexpr int kSelectThreads = 1024;
 constexpr float kTiny = 1e-30f;  // guards divisions whose numerator is zero too
@@ -76,7 +76,7 @@ static __device__ __forceinline__ void GroupSums(const StatsArguments& a) {
       const float weight = token_weights[t];
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
-        // Chosen, not multiplied: a token that does not count may hold anything.
+        // Selected instead of multiplied, since a token that does not count may hold any values.
         scores[i] += weight > 0.0f ? weight * Square(values[i]) : 0.0f;
         sums[i] += counts[t] ? values[i] : 0.0f;
       }
@@ -181,7 +181,7 @@ struct TailArguments {
   int neurons, counters;
 };
 
-// What is to be summed; the second kernel of tda::IndexedFFN sums it.
+// The rows to be summed; the second kernel of tda::IndexedFFN sums them.
 extern "C" __global__ void __launch_bounds__(kThreads) TailActivations(TailArguments a) {
   WaitForEarlierKernels();
   LetNextKernelStart();
