@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,11 +202,12 @@ def our_artifacts(options: argparse.Namespace, model: Path) -> dict[str, tuple[P
 
     if options.artifact:
         from tda_export.deployments import chosen_price
-        from tda_export.weights.plan import HEAD
+        from tda_export.weights.plan import EMBEDDING, HEAD
 
         opened = open_artifact(options.artifact)
         prices = {f"{1 - share:.2f}": chosen_price(opened, sparsity=share).price for share in SPARSITIES}
-        head = opened.manifest["matrices"][HEAD]["format"].partition("_")[0]
+        matrices = opened.manifest["matrices"]
+        head = matrices[HEAD if HEAD in matrices else EMBEDDING]["format"].partition("_")[0]  # a tied head
         return {f"head {head}": (options.artifact, {"1.00": 0.0} | prices)}
     from tda_export.bench.artifact import build_random_priced
     from tda_export.graph.storage import read_plan, storage_of
@@ -230,8 +231,10 @@ def our_artifacts(options: argparse.Namespace, model: Path) -> dict[str, tuple[P
     return found
 
 
-def times_faster(times: dict[str, list[tuple[float, float]]], peers: Iterable[str], name: str) -> float:
+def times_faster(times: dict[str, list[tuple[float, float]]], peers: Sequence[str], name: str) -> float | None:
     """Return the median over rounds, the first apart, of the fastest peer's time for a token to one's own."""
+    if not peers:
+        return None
     rounds = range(1, len(times[name]))
     return statistics.median(min(times[peer][i][0] for peer in peers) / times[name][i][0] for i in rounds)
 
@@ -277,7 +280,7 @@ def main() -> None:
             "ms_per_token_range": [1e3 * min(decode), 1e3 * max(decode)],
             "prefill_ms": 1e3 * statistics.median(prefill),
             "times_faster_than_best_peer": times_faster(times, peers, name),
-            "times_faster_with_the_same_head": times_faster(times, same_head, name) if same_head else None,
+            "times_faster_with_the_same_head": times_faster(times, same_head, name),
         }
     print(json.dumps(report, indent=1))
 

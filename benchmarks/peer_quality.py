@@ -14,7 +14,7 @@ though llama.cpp and GenAI round them to 8 bits on the CPU, which adds to their 
   at it than the share in its label.
 - llama.cpp: `llama-quantize` of its default mixtures, without and with an importance matrix, which is made here of the
   text that GPTQ reads. `cpu_peers.py` says how to build it; LLAMA_CPP_BIN is the folder of the program.
-- GenAI: its builder, int4 in blocks of 32, its default and `k_quant` with the head int8.
+- GenAI: its builder, int4 in blocks of 32, its default, and `k_quant` with the head int8, alone and mixed.
 
 Bytes: all that a token reads of the layers' linears and of the head, scales and zero points with them, by the sizes in
 each one's own format. Norms and the row of the embedding are left out. What --results has is not measured again; the

@@ -57,9 +57,10 @@ class Ranks:
         return f"cuda:{self.local_number}" if device == "cuda" and self.count > 1 else device
 
     def take_own_gpu(self, provider: str) -> None:
-        """Make only this rank's GPU visible to code that does not choose one, such as ONNX Runtime's sessions here.
+        """Make this rank's GPU the only one that this process sees, for code that always uses the first GPU.
 
-        Call it before anything uses CUDA.
+        ONNX Runtime's sessions here are such code. Call it before anything initialises CUDA. It does nothing for one
+        rank, on the CPU or without GPUs.
 
         Raises:
             UsageError: The provider may be CUDA, and this machine has fewer GPUs than ranks.

@@ -87,8 +87,10 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def not_json() -> ApiError:
-    """Make the error for a body whose content type is not JSON. Pages of other sites can send such bodies without a
-    CORS preflight."""
+    """Make the error for a body that is not declared as JSON.
+
+    Pages of other sites can send some such types (text/plain, forms) without a CORS preflight, so none is accepted.
+    """
     return invalid(
         "The body is not a request: it does not say that it is JSON. Add the header: -H 'Content-Type: "
         "application/json'.",
