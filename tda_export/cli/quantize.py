@@ -182,7 +182,8 @@ def quantize(
         if found < settings.all_sequences:
             click.echo(f"{dataset} has text for {found} sequences of {settings.length} tokens; using those.", err=True)
     show = partial(progress, quiet=quiet or as_json or not ranks.first)
-    quantised = run(source, corpus, settings, show=show, output=output.absolute(), ranks=ranks)
+    say = partial(click.echo, err=True)
+    quantised = run(source, corpus, settings, show=show, output=output.absolute(), ranks=ranks, notify=say)
     if not ranks.first:
         return
     write_quantised(source, output, quantised.codes, quantised.plan, quantised.about)

@@ -9,13 +9,14 @@ Source: GPTQ, arXiv 2210.17323, algorithm 1; the order is `act_order` in its cod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from tda_export.errors import TdaError
+from tda_export.errors import TdaError, first_line
 from tda_export.ranks import ALONE, Ranks
 from tda_export.weights.formats import IntegerFormat
 from tda_export.weights.integers import SHRINKS, SMALLEST_SCALE, Codes
@@ -23,6 +24,8 @@ from tda_export.weights.integers import SHRINKS, SMALLEST_SCALE, Codes
 DAMPING = 0.01  # the least share of the Hessian's mean diagonal that is added to its diagonal
 MORE_DAMPING, MOST_DAMPING = 10.0, 1.0  # the damping's factor per retry, and its limit
 BLOCK = 128  # rows between two updates of all rows that follow
+
+RoundBlock = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -49,15 +52,17 @@ def row_order(hessian: torch.Tensor) -> RowOrder:
     if not bool(hessian.isfinite().all()):
         raise TdaError("its inputs are not finite. Check the checkpoint.")
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    ordered = hessian[order][:, order].double()
-    mean = float(ordered.diagonal().mean()) or 1.0
+    backwards = order.flip(0)
+    reversed_hessian = hessian[backwards][:, backwards].double()
+    mean = float(reversed_hessian.diagonal().mean()) or 1.0
+    unit = torch.eye(len(order), dtype=torch.float64, device=hessian.device)
     damping = DAMPING
     while damping <= MOST_DAMPING:
-        damped = ordered + damping * mean * torch.eye(len(ordered), dtype=torch.float64, device=ordered.device)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(reversed_hessian + damping * mean * unit)
         if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed:
+            # Read backwards, the lower factor of the reversed matrix is an upper R with R R^T = H; the factor of H's
+            # inverse is R^-1.
+            factor = torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True)
             return RowOrder(order, factor.float())
         damping *= MORE_DAMPING
     raise TdaError("the Hessian of its inputs has no Cholesky factor. Give more --sequences.")
@@ -132,27 +137,73 @@ def _quantise_groups(
         Codes uint8 [in, G, group], scales and zero points [in, G].
     """
     inputs, groups = len(columns), columns.shape[1] // format.group
-    counts = counts.view(groups, format.group)
-    left = columns[rows.order]
+    left = columns[rows.order].contiguous()
     codes = torch.empty(inputs, groups, format.group, dtype=torch.uint8, device=columns.device)
     scales = torch.empty(inputs, groups, dtype=torch.float16, device=columns.device)
     zero_points = torch.empty(inputs, groups, dtype=torch.uint8, device=columns.device)
-    shrinks = torch.from_numpy(SHRINKS).to(columns.device)[:, None]
-    diagonal = rows.factor.diagonal()
+    rounding = block_rounding(columns.device)
     for start in range(0, inputs, BLOCK):
         end = min(start + BLOCK, inputs)
-        block, errors = left[start:end], torch.empty_like(left[start:end])
-        for row in range(start, end):
-            own = block[row - start]
-            rounded = search_groups(own.view(groups, format.group), counts, format, shrinks, symmetric=symmetric)
-            codes[row], scales[row], zero_points[row] = rounded
-            decoded = (rounded[0] - rounded[2][:, None]) * rounded[1][:, None]
-            error = (own - decoded.flatten()) / diagonal[row]
-            block[row - start + 1 :].addr_(rows.factor[row, row + 1 : end], error, alpha=-1)
-            errors[row - start] = error
+        own = rows.factor[start:end, start:end]
+        *rounded, errors = rounding(left[start:end], own, counts, format, symmetric=symmetric)
+        codes[start:end], scales[start:end], zero_points[start:end] = rounded
         left[end:].addmm_(rows.factor[start:end, end:].T, errors, alpha=-1)
     back = rows.order.argsort()
     return codes[back], scales[back], zero_points[back]
+
+
+@functools.cache
+def block_rounding(device: torch.device) -> RoundBlock:
+    """Return what rounds a block of rows fastest on a device."""
+    if device.type == "cuda" and why_slow(device) is None:
+        from tda_export.quantization import gptq_triton
+
+        return gptq_triton.round_block
+    return round_block
+
+
+def why_slow(device: torch.device) -> str | None:
+    """Return why a GPU has to round by PyTorch's operators, in one line; None if it can run the Triton kernel, and for
+    a CPU."""
+    if device.type != "cuda":
+        return None
+    try:
+        from tda_export.quantization import gptq_triton
+
+        gptq_triton.compile_kernel(device)
+    except Exception as error:  # anything may stop Triton or the compiler that it calls
+        return first_line(error)
+    return None
+
+
+def round_block(
+    block: torch.Tensor, factor: torch.Tensor, counts: torch.Tensor, format: IntegerFormat, *, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round rows one after another, and let those that follow in the block compensate.
+
+    Args:
+        block: The rows, float32 [rows, G group], G whole groups. They may be overwritten.
+        factor: The part of `RowOrder.factor` that belongs to them, [rows, rows].
+        counts: float32 [G group], 1 for elements and 0 for padding.
+        format: The format of the codes.
+        symmetric: Let zero points be the middle code.
+
+    Returns:
+        Codes [rows, G, group], scales and zero points [rows, G], and the rows' errors divided by the factor's
+        diagonal, float32 [rows, G group].
+    """
+    groups = block.shape[1] // format.group
+    counts = counts.view(groups, format.group)
+    shrinks = torch.from_numpy(SHRINKS).to(block.device)[:, None]
+    errors, found = torch.empty_like(block), []
+    for row, own in enumerate(block):
+        rounded = search_groups(own.view(groups, format.group), counts, format, shrinks, symmetric=symmetric)
+        decoded = (rounded[0] - rounded[2][:, None]) * rounded[1][:, None]
+        errors[row] = (own - decoded.flatten()) / factor[row, row]
+        block[row + 1 :].addr_(factor[row, row + 1 :], errors[row], alpha=-1)
+        found.append(rounded)
+    codes, scales, zero_points = (torch.stack(each) for each in zip(*found, strict=True))
+    return codes, scales, zero_points, errors
 
 
 def search_groups(

@@ -19,7 +19,7 @@ from tda_export.weights.plan import EMBEDDING, HEAD
 ELEMENTS_AT_ONCE = 1 << 22  # elements of a matrix that one thread rounds at a time
 
 
-def read_matrix_rows(spec: DecoderSpec, weights: Weights, name: str) -> np.ndarray:
+def read_matrix(spec: DecoderSpec, weights: Weights, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
     """Read a matrix as it is stored, float32 [rows, columns]: layers' linears [in, out], embedding and head [V, M].
 
     Raises:
@@ -28,12 +28,12 @@ def read_matrix_rows(spec: DecoderSpec, weights: Weights, name: str) -> np.ndarr
     layout = Layout(spec, weights)
     if name in (EMBEDDING, HEAD):
         module = spec.names.embedding if name == EMBEDDING else spec.names.head
-        weight = layout.plain(f"{module}.weight", spec.vocab_size, spec.embedding_width).load()
+        weight = layout.plain(f"{module}.weight", spec.vocab_size, spec.embedding_width).load().to(device)
     else:
         _, layer, part = name.split(".")
-        weight = layout.part(int(layer), part).load().T
-    rows = np.ascontiguousarray(weight.float().numpy())
-    _check_finite(name, rows)
+        weight = layout.part(int(layer), part).load().to(device).T
+    rows = weight.float().contiguous()
+    _check_finite(name, bool(rows.isfinite().all()))
     return rows
 
 
@@ -49,7 +49,7 @@ def round_matrix(name: str, rows: np.ndarray, format: IntegerFormat, *, symmetri
     Raises:
         TdaError: A weight is not finite, or too large for its scale.
     """
-    _check_finite(name, rows)
+    _check_finite(name, bool(np.isfinite(rows).all()))
     step = max(1, ELEMENTS_AT_ONCE // rows.shape[1])
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         blocks = list(
@@ -61,6 +61,18 @@ def round_matrix(name: str, rows: np.ndarray, format: IntegerFormat, *, symmetri
     codes = Codes(format, *(np.concatenate([getattr(block, field) for block in blocks]) for field in FIELDS))
     check_scales(name, codes)
     return codes
+
+
+def decode(codes: Codes, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Do what `Codes.decode` does, on a device: float32 [rows, columns]."""
+    rows, columns = codes.codes.shape
+    missing = codes.format.groups(columns) * codes.format.group - columns
+    numbers, scales, zero_points = (
+        torch.from_numpy(found).to(device) for found in (codes.codes, codes.scales, codes.zero_points)
+    )
+    grouped = torch.nn.functional.pad(numbers, (0, missing)).view(rows, -1, codes.format.group).float()
+    decoded = grouped.sub_(zero_points[..., None]).mul_(scales.float()[..., None])
+    return decoded.flatten(1)[:, :columns].contiguous()
 
 
 def check_scales(name: str, codes: Codes) -> None:
@@ -76,6 +88,6 @@ def check_scales(name: str, codes: Codes) -> None:
         )
 
 
-def _check_finite(name: str, rows: np.ndarray) -> None:
-    if not np.isfinite(rows).all():
+def _check_finite(name: str, finite: bool) -> None:
+    if not finite:
         raise TdaError(f"{name}: the checkpoint has weights that are not finite. Download the weights again.")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 import tda_export
@@ -23,11 +22,11 @@ from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import linear_parts, linear_sites
 from tda_export.progress import Advance
-from tda_export.quantization.gptq import DAMPING, quantise_together, row_order
+from tda_export.quantization.gptq import DAMPING, quantise_together, row_order, why_slow
 from tda_export.quantization.hessians import FIRST_TOKEN_WEIGHT, site_hessian
 from tda_export.quantization.kl import Compared, Loss, compare, summarise
 from tda_export.quantization.layers import Call, first_inputs, last_log_probabilities, layer_calls, pass_on
-from tda_export.quantization.nearest import check_scales, read_matrix_rows, round_matrix
+from tda_export.quantization.nearest import check_scales, decode, read_matrix, round_matrix
 from tda_export.quantization.resume import KeptCodes, PartialLayers
 from tda_export.ranks import ALONE, Ranks
 from tda_export.versions import installed_versions
@@ -144,6 +143,7 @@ def quantize(
     show: Show,
     output: Path | None = None,
     ranks: Ranks = ALONE,
+    notify: Callable[[str], object] = lambda line: None,
 ) -> Quantised:
     """Quantise a model.
 
@@ -155,6 +155,7 @@ def quantize(
         output: The folder that will be written. Layers that an interrupted run finished are read from next to it
             (`PartialLayers`). Only the first rank writes there.
         ranks: The ranks that share sequences and matrices; all return the same result.
+        notify: Called with lines that are for the user.
 
     Raises:
         UsageError: A rule matches nothing, or there is too little text.
@@ -167,6 +168,11 @@ def quantize(
     key = about | {"formats": plan.to_dict(), "device": settings.device, "versions": versions}
     partial = PartialLayers(output, key) if output and ranks.first else None
     model = LayerwiseModel(source, _device(settings.device, ranks)) if len(tokens) or len(held_out) else None
+    if model is not None and len(tokens) and (reason := why_slow(model.device)) is not None:
+        notify(
+            f"Triton's kernel cannot run ({reason}), so rounding takes several times as long. Triton needs a C "
+            "compiler and Python's header files."
+        )
     own = held_out[ranks.number :: ranks.count]
     dense: list[torch.Tensor] = []
     if model is not None and len(held_out):
@@ -267,13 +273,13 @@ class _Run:
         integers = self._plan.integers
 
         def rounded(name: str, together: int) -> Codes:
-            rows = read_matrix_rows(self._spec, self._weights, name)
-            return round_matrix(name, rows, integers[name], symmetric=self._settings.symmetric)
+            rows = read_matrix(self._spec, self._weights, name)
+            return round_matrix(name, rows.numpy(), integers[name], symmetric=self._settings.symmetric)
 
         wanted = [name for name in (EMBEDDING, HEAD) if name in integers]
         for name, found in zip(wanted, self._ranks.in_order(wanted, rounded), strict=True):
             self.codes.keep({name: found})
-            self._put(names[name], torch.from_numpy(found.decode()))
+            self._put(names[name], decode(found))
         if self._model is not None:
             model, own = self._model.model, self._tokens[self._ranks.number :: self._ranks.count]
             for sequence in (self._tokens if len(self._tokens) else self._held_out)[:1]:  # a rank may have no sequences
@@ -301,12 +307,14 @@ class _Run:
         shapes = {name: (format, matrix_shape(self._spec, name)) for name, format in formats.items()}
         earlier = self._ranks.from_first(lambda: self._partial.load(layer, shapes) if self._partial else None)
         codes: dict[str, Codes] = {}
+        device = self._model.device if self._model else torch.device("cpu")
         for site, parts in linear_sites(self._spec).items():
-            rows = {part: read_matrix_rows(self._spec, self._weights, part_name(layer, part)) for part in parts}
+            rows = {part: read_matrix(self._spec, self._weights, part_name(layer, part), device) for part in parts}
             found = self._site(layer, site, rows, formats) if earlier is None else _of_parts(layer, parts, earlier)
             codes |= {part_name(layer, part): of_part for part, of_part in found.items()}
-            decoded = {part: found[part].decode() if part in found else own for part, own in rows.items()}
-            self._put_parts(layer, {part: torch.from_numpy(weight) for part, weight in decoded.items()})
+            self._put_parts(
+                layer, {part: decode(found[part], device) if part in found else own for part, own in rows.items()}
+            )
         if self._partial and codes:
             if earlier is None:
                 self._partial.save(layer, codes)
@@ -315,7 +323,7 @@ class _Run:
             self.codes.keep(codes)
 
     def _site(
-        self, layer: int, site: str, rows: dict[str, np.ndarray], formats: dict[str, IntegerFormat]
+        self, layer: int, site: str, rows: dict[str, torch.Tensor], formats: dict[str, IntegerFormat]
     ) -> dict[str, Codes]:
         """Quantise the parts of a site that have a format, and return codes by part."""
         symmetric, ranks = self._settings.symmetric, self._ranks
@@ -323,7 +331,8 @@ class _Run:
         if self._settings.quantizer == "rtn" or not wanted:
 
             def rounded(part: str, together: int) -> Codes:
-                return round_matrix(part_name(layer, part), rows[part], wanted[part], symmetric=symmetric)
+                own = rows[part].cpu().numpy()
+                return round_matrix(part_name(layer, part), own, wanted[part], symmetric=symmetric)
 
             return dict(zip(wanted, ranks.in_order(list(wanted), rounded), strict=True))
         assert self._model is not None
@@ -336,7 +345,7 @@ class _Run:
         found: dict[str, Codes] = {}
         for format in dict.fromkeys(wanted.values()):
             parts = [part for part in wanted if wanted[part] == format]
-            weights = [torch.from_numpy(rows[part]).to(hessian.device) for part in parts]
+            weights = [rows[part] for part in parts]
             codes = quantise_together(weights, order, format, symmetric=symmetric, ranks=ranks)
             found |= dict(zip(parts, codes, strict=True))
         for part, codes_of_part in found.items():

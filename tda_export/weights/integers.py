@@ -85,12 +85,14 @@ class CodesByName(Mapping[str, Codes]):
 
 def pack_bits(numbers: np.ndarray, bits: int) -> np.ndarray:
     """Pack numbers below 2**bits, uint8 [rows, n], the first of a byte in its low bits: uint8 [rows, bytes]."""
+    numbers = np.ascontiguousarray(numbers)
     if bits == 8:
-        return np.ascontiguousarray(numbers)
-    rows, count = numbers.shape
-    padded = np.zeros((rows, 2 * packed_bytes(count, bits)), np.uint8)
-    padded[:, :count] = numbers
-    return padded[:, 0::2] | (padded[:, 1::2] << 4)
+        return numbers
+    count = numbers.shape[1]
+    if missing := 2 * packed_bytes(count, bits) - count:
+        numbers = np.pad(numbers, ((0, 0), (0, missing)))
+    pairs = numbers.view("<u2")  # the first number in the low byte
+    return (pairs | (pairs >> 4)).astype(np.uint8)
 
 
 def unpack_bits(packed: np.ndarray, count: int, bits: int) -> np.ndarray:

@@ -32,7 +32,7 @@ from tda_export.graph.verify import verify_artifact
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.packing import PACKINGS, Packing, linear_parts
 from tda_export.quantization.folder import write_quantised
-from tda_export.quantization.nearest import read_matrix_rows, round_matrix
+from tda_export.quantization.nearest import read_matrix, round_matrix
 from tda_export.runtime.artifact import open_artifact
 from tda_export.weights.formats import INTEGER_FORMATS, IntegerFormat, integer_format
 from tda_export.weights.integers import Codes, round_to_nearest
@@ -134,7 +134,7 @@ def test_codes_of_a_quantised_model_are_stored_as_they_are(
         rules=read_rules(["layers.1.down=int8_g64"]),
     )
     codes = {
-        name: round_matrix(name, read_matrix_rows(spec, source.weights(), name), format, symmetric=False)
+        name: round_matrix(name, read_matrix(spec, source.weights(), name).numpy(), format, symmetric=False)
         for name, format in plan.integers.items()
     }
     write_quantised(source, tmp_path / "model", codes, plan, {})

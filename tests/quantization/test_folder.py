@@ -16,7 +16,7 @@ from tda_export.models.layout import Layout
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.packing import linear_parts
 from tda_export.quantization.folder import is_quantised_folder, write_quantised
-from tda_export.quantization.nearest import read_matrix_rows, round_matrix
+from tda_export.quantization.nearest import read_matrix, round_matrix
 from tda_export.weights.plan import FormatPlan, part_name, plan_formats, read_rules
 from tests.tiny import FAMILIES, save_tiny_model
 
@@ -33,7 +33,7 @@ def rounded(source: ModelSource, output: Path, weights: str = "int8", rules: str
         rules=read_rules([rules]) if rules else [],
     )
     codes = {
-        name: round_matrix(name, read_matrix_rows(spec, source.weights(), name), format, symmetric=False)
+        name: round_matrix(name, read_matrix(spec, source.weights(), name).numpy(), format, symmetric=False)
         for name, format in plan.integers.items()
     }
     write_quantised(source, output, codes, plan, {})
@@ -231,4 +231,4 @@ def test_weights_that_are_no_numbers_are_not_rounded(tiny_model: Path) -> None:
             return weights.load(name) / 0
 
     with pytest.raises(TdaError, match=r"^layers\.1\.o: the checkpoint has weights that are not finite\. "):
-        read_matrix_rows(source.spec, Broken(), "layers.1.o")
+        read_matrix(source.spec, Broken(), "layers.1.o")

@@ -1,0 +1,88 @@
+"""The rounding of rows on a GPU: the Triton kernel against the reference, and what happens without it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tda_export.quantization import run
+from tda_export.quantization.gptq import block_rounding, quantise_rows, round_block, row_order, why_slow
+from tda_export.quantization.run import QuantizeSettings, quantize
+from tda_export.weights.formats import INTEGER_FORMATS, IntegerFormat
+from tests.calibration.shown import Shown
+from tests.quantization.test_gptq import error, formats, random_hessian, random_weight
+from tests.quantization.test_run import CORPUS, tiny  # noqa: F401
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def fresh_choice() -> Iterator[None]:
+    block_rounding.cache_clear()
+    yield
+    block_rounding.cache_clear()
+
+
+@pytest.mark.gpu
+@settings(max_examples=30, deadline=None)
+@given(
+    format=formats,
+    rows=st.sampled_from([1, 2, 7, 64, 100, 128]),
+    groups=st.integers(1, 9),
+    padding=st.integers(0, 31),
+    symmetric=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_the_kernel_rounds_as_the_reference(
+    format: IntegerFormat, rows: int, groups: int, padding: int, symmetric: bool, seed: int
+) -> None:
+    assert why_slow(GPU) is None
+    factor = row_order(random_hessian(rows, seed)).factor.to(GPU)
+    columns = groups * format.group
+    block = torch.from_numpy(random_weight(rows, columns, seed)).to(GPU)
+    counts = torch.ones(columns, device=GPU)
+    counts[columns - padding :] = 0
+    found = block_rounding(GPU)(block.clone(), factor, counts, format, symmetric=symmetric)
+    expected = round_block(block.clone(), factor, counts, format, symmetric=symmetric)
+    assert block_rounding(GPU) is not round_block
+    # A sum that is rounded otherwise can move an element over the middle of two codes, and rows after it with it.
+    same_groups = (found[0].float() == expected[0].float()).all(dim=2).float().mean()
+    assert same_groups > 0.9
+    decoded = [(c.float() - z.float()[..., None]) * s.float()[..., None] for c, s, z, _ in (found, expected)]
+    scale = expected[1].float().max()
+    assert float((decoded[0] - decoded[1]).abs().mean()) < 0.05 * float(scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", INTEGER_FORMATS.values(), ids=lambda format: format.name)
+def test_a_matrix_on_a_gpu(format: IntegerFormat) -> None:
+    """More rows than a block, and a last group that is not whole."""
+    weight, hessian = torch.from_numpy(random_weight(300, 200, 7)), random_hessian(300, 7, tokens=900)
+    on_cpu = quantise_rows(weight, row_order(hessian), format)
+    on_gpu = quantise_rows(weight.to(GPU), row_order(hessian.to(GPU)), format)
+    assert (on_cpu.codes != on_gpu.codes).mean() < 0.05
+    assert error(weight.numpy(), on_gpu, hessian) == pytest.approx(error(weight.numpy(), on_cpu, hessian), rel=0.02)
+
+
+@pytest.mark.usefixtures("fresh_choice")
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tda_export.quantization.gptq_triton", None)
+    assert why_slow(torch.device("cpu")) is None
+    assert "gptq_triton" in str(why_slow(GPU))
+    assert block_rounding(GPU) is round_block
+
+
+def test_the_user_is_told(tiny, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    monkeypatch.setattr(run, "why_slow", lambda device: "No module named 'triton'")
+    lines: list[str] = []
+    chosen = QuantizeSettings(sequences=3, kl_sequences=2, prompt_tokens=16, continuation_tokens=8)
+    quantize(tiny, CORPUS, chosen, show=Shown(), notify=lines.append)
+    assert lines == [
+        "Triton's kernel cannot run (No module named 'triton'), so rounding takes several times as long. Triton needs "
+        "a C compiler and Python's header files."
+    ]
