@@ -1,16 +1,23 @@
 """The latency table of "First Activations Matter" (arXiv 2408.11393) on one GPU, beside the paper's seconds on an A100.
 
-    python benchmarks/paper_latency.py FOLDER [--shape opt-2.7b …] [--prompt-tokens 1024] [--new-tokens 1024] [--json]
+    python benchmarks/paper_latency.py FOLDER [--shape opt-2.7b …] [--part masks …] [--prompt-tokens 1024]
+        [--new-tokens 1024] [--json]
 
-FOLDER keeps the artifacts, 38 GB for the four models: they are built first, all at once, and one that is there is used.
+FOLDER keeps the artifacts, 87 GB for the four models: they are built first, all at once, and one that is there is used.
 
-Random weights of true shapes in fp16, batch 1. Of each model one run compares, after checking logits: dense (ONNX
-Runtime's own operators, captured), TT, Griffin and TDA at 50 % of the neurons, and two levels at 50 % of the bytes.
+Random weights of true shapes, activations in fp16, batch 1. Of each model one run compares, after checking logits:
+
+- masks: dense (ONNX Runtime's own operators, captured), TT, Griffin and TDA at 50 % of the neurons, and two levels at
+  50 % of the bytes;
+- priced: dense again, all rows by the row kernel, and 0.70 and 0.50 of the bytes of all linears (rows are drawn, see
+  `bench/artifact.py`);
+- int4: the last three with weights in int4, in groups of 32 (codes are drawn);
+- kernel: the FFN's kernel alone.
+
 Seconds are prefill and as many steps as new tokens. The ceiling is the time in which a copy's bandwidth brings in the
 bytes that a token reads. TT drops neurons token by token after computing gate and up, by stock operators, so it reads
-all bytes whatever it keeps. Then the kernel alone at the model's FFN shape; ReLU's is measured as GELU, which has no
-zeros. OPT's bytes leave out the down rows of neurons that ReLU makes zero. A part that
-fails is reported, and the others are measured.
+all bytes whatever it keeps. The kernel alone is measured with GELU in place of ReLU, which has zeros. OPT's bytes leave
+out the down rows of neurons that ReLU makes zero. A part that fails is reported, and the others are measured.
 """
 
 from __future__ import annotations
@@ -20,13 +27,15 @@ import json
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterable
-from functools import partial
-from itertools import cycle, islice
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
 
 METHODS = ("dense", "tt", "griffin", "tda", "two_levels")
+BUILT = ("masks", "priced", "int4")  # parts that have an artifact each
+PARTS = (*BUILT, "kernel")
 PAPER_TOKENS = (1024, 1024)
 # Seconds for as many tokens: dense, TT, Griffin, TDA.
 PAPER_SECONDS = {
@@ -37,47 +46,76 @@ PAPER_SECONDS = {
 }
 DTYPE = "float16"
 SPARSITY = 0.5
+PRICED_SPARSITIES = (0.3, SPARSITY)
+PRICES = "bench-prices.json"  # in a priced artifact's folder
 
 
-def build(shape: str, folder: Path) -> None:
-    """Build a model's artifact."""
-    from tda_export.bench.artifact import build_random_artifact
+def place_of(folder: Path, shape: str, part: str) -> Path:
+    return folder / f"{shape}-{part}"
+
+
+def build(shape: str, part: str, folder: Path) -> None:
+    """Build the artifact of a part for a model."""
+    from tda_export.bench.artifact import build_random_artifact, build_random_priced
+    from tda_export.bench.random_codes import random_storage
     from tda_export.bench.shapes import random_source
+    from tda_export.graph.storage import read_plan
+    from tda_export.weights.formats import DEFAULT_GROUP
 
-    build_random_artifact(random_source(shape), folder / shape, DTYPE, SPARSITY, quiet=True)
+    source, place = random_source(shape), place_of(folder, shape, part)
+    if part == "masks":
+        build_random_artifact(source, place, DTYPE, SPARSITY, quiet=True)
+        return
+    plan = read_plan(source, "int4" if part == "int4" else "float", DEFAULT_GROUP, ())
+    _, prices = build_random_priced(source, place, random_storage(DTYPE, plan), PRICED_SPARSITIES, quiet=True)
+    named = {f"priced_{1 - sparsity:.2f}": price for sparsity, price in prices.items()}
+    (place / PRICES).write_text(json.dumps(named))
 
 
-def build_missing(shapes: Iterable[str], folder: Path) -> None:
+def build_missing(shapes: Iterable[str], parts: Iterable[str], folder: Path) -> None:
     """Build the artifacts that are not there, each in a process of its own."""
-    command = [sys.executable, __file__, str(folder), "--build-only", "--shape"]
-    running = [subprocess.Popen([*command, shape]) for shape in shapes if not (folder / shape).exists()]
+    command = [sys.executable, __file__, str(folder), "--build-only"]
+    wanted = [(shape, part) for shape in shapes for part in parts if part in BUILT]
+    running = [
+        subprocess.Popen([*command, "--shape", shape, "--part", part])
+        for shape, part in wanted
+        if not place_of(folder, shape, part).exists()
+    ]
     for process in running:
         process.wait()  # one that failed has said why, and its measurement will fail too
 
 
-def latency(shape: str, folder: Path, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-    """Measure one model: each method's seconds, milliseconds a token and share of the bandwidth."""
+def latency(shape: str, part: str, folder: Path, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    """Measure one artifact: each method's seconds, milliseconds a token and share of the bandwidth."""
     from tda_export.bench.decode import BenchSettings, run_bench
     from tda_export.calibration.corpus import builtin_folder
     from tda_export.errors import TdaError
     from tda_export.runtime.artifact import open_artifact
     from tda_export.runtime.text import Text
 
-    artifact = open_artifact(folder / shape)
+    place = place_of(folder, shape, part)
+    artifact = open_artifact(place)
     if (artifact.name, artifact.shape.dtype) != (shape, DTYPE):
-        raise TdaError(f"{folder / shape}: an artifact of {artifact.name}, {artifact.shape.dtype}. Delete it.")
+        raise TdaError(f"{place}: an artifact of {artifact.name}, {artifact.shape.dtype}. Delete it.")
     settings = BenchSettings(METHODS, SPARSITY, prompt_tokens, new_tokens)
+    if part != "masks":
+        methods = ("dense", "dense_native", "priced") if part == "priced" else ("dense_native", "priced")
+        settings = replace(settings, methods=methods, prices=json.loads((place / PRICES).read_text()))
     text = "\n\n".join(file.read_text(encoding="utf-8") for file in sorted(builtin_folder().glob("*.txt")))
     prompt = list(islice(cycle(Text(artifact).encode(text)), prompt_tokens))
     result = run_bench(artifact, "cuda", settings, prompt)
     measured_there = (prompt_tokens, new_tokens) == PAPER_TOKENS
     paper = dict(zip(METHODS, PAPER_SECONDS[shape] if measured_there else (), strict=False))
-    for name in METHODS:
-        row = result[name]
+    for name, row in rows_of(result):
         row["seconds"] = (row["prefill_ms"] + new_tokens * row["ms_per_token"]) / 1e3
         row["ceiling_ms"] = row["bytes_per_token"] / result["copy_gb_per_second"] / 1e6
         row["paper_a100_seconds"] = paper.get(name)
     return result
+
+
+def rows_of(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The methods of a result."""
+    return [(name, row) for name, row in result.items() if isinstance(row, dict) and "ms_per_token" in row]
 
 
 def kernel(shape: str) -> dict[str, Any]:
@@ -92,14 +130,13 @@ def kernel(shape: str) -> dict[str, Any]:
     return measure(spec.hidden_size, spec.ffn_size, DTYPE, form)
 
 
-def show_latency(shape: str, result: dict[str, Any]) -> None:
-    print(f"{shape}, {result['device']}, copy {result['copy_gb_per_second']:,.0f} GB/s", flush=True)
+def show_latency(shape: str, part: str, result: dict[str, Any]) -> None:
+    print(f"{shape}, {part}, {result['device']}, copy {result['copy_gb_per_second']:,.0f} GB/s", flush=True)
     print(
         f"{'':12} {'s':>7} {'paper, A100':>12} {'ms a token':>11} {'ceiling':>8} {'of copy':>8} {'sparsity':>9}",
         flush=True,
     )
-    for name in METHODS:
-        row = result[name]
+    for name, row in rows_of(result):
         paper = f"{row['paper_a100_seconds']:.2f}" if row["paper_a100_seconds"] else ""
         print(
             f"{name:12} {row['seconds']:7.2f} {paper:>12} {row['ms_per_token']:11.2f} {row['ceiling_ms']:8.2f} "
@@ -108,7 +145,7 @@ def show_latency(shape: str, result: dict[str, Any]) -> None:
         )
 
 
-def show_kernel(shape: str, result: dict[str, Any]) -> None:
+def show_kernel(shape: str, part: str, result: dict[str, Any]) -> None:
     for name, row in result["settings"].items():
         share = row["share_of_copy_bandwidth"]
         print(f"  kernel, {name:32} {row['gb_per_second']:6,.0f} GB/s, {share:.2f} of copy", flush=True)
@@ -118,39 +155,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", action="append", choices=PAPER_SECONDS, help="all four by default")
+    parser.add_argument("--part", action="append", choices=PARTS, help="all by default")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--new-tokens", type=int, default=1024)
-    parser.add_argument("--json", action="store_true", help="print two JSON lines a model, latency and kernel")
+    parser.add_argument("--json", action="store_true", help="print a JSON line for each model and part")
     parser.add_argument("--build-only", action="store_true", help="measure nothing")
     options = parser.parse_args()
-    shapes = options.shape or list(PAPER_SECONDS)
+    shapes, parts = options.shape or list(PAPER_SECONDS), options.part or list(PARTS)
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.build_only:
-        for shape in shapes:
-            build(shape, options.folder)
+        for shape, part in product(shapes, parts):
+            if part in BUILT:
+                build(shape, part, options.folder)
         return
-    build_missing(shapes, options.folder)
+    build_missing(shapes, parts, options.folder)
     failed = []
-    for shape in shapes:
-        parts: tuple[tuple[str, Callable[[], dict[str, Any]], Callable[[str, dict[str, Any]], None]], ...] = (
-            (
-                "latency",
-                partial(latency, shape, options.folder, options.prompt_tokens, options.new_tokens),
-                show_latency,
-            ),
-            ("kernel", partial(kernel, shape), show_kernel),
-        )
-        for part, measure, show in parts:
-            try:
-                result = measure()
-            except Exception:  # what was measured, and what comes after, is worth having all the same
-                traceback.print_exc()
-                failed.append(f"{shape}, {part}")
-                continue
-            if options.json:
-                print(json.dumps({"shape": shape, part: result}), flush=True)
+    for shape, part in product(shapes, parts):
+        try:
+            if part == "kernel":
+                result = kernel(shape)
             else:
-                show(shape, result)
+                result = latency(shape, part, options.folder, options.prompt_tokens, options.new_tokens)
+        except Exception:  # what was measured, and what comes after, is worth having all the same
+            traceback.print_exc()
+            failed.append(f"{shape}, {part}")
+            continue
+        if options.json:
+            print(json.dumps({"shape": shape, part: result}), flush=True)
+        else:
+            (show_kernel if part == "kernel" else show_latency)(shape, part, result)
     if failed:
         raise SystemExit(f"Failed: {'; '.join(failed)}.")
 

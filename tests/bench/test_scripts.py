@@ -43,23 +43,24 @@ def test_latency_is_printed_though_the_kernel_fails(
     as_json: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = load("paper_latency", monkeypatch)
-    monkeypatch.setattr(script, "build_missing", lambda shapes, folder: None)
+    monkeypatch.setattr(script, "build_missing", lambda shapes, parts, folder: None)
     monkeypatch.setattr(
-        script, "latency", lambda shape, folder, prompt, new: fail() if shape == "gemma-2b" else LATENCY
+        script, "latency", lambda shape, part, folder, prompt, new: fail() if shape == "gemma-2b" else LATENCY
     )
     monkeypatch.setattr(script, "kernel", lambda shape: fail() if shape == "opt-2.7b" else KERNEL)
-    arguments = ["--shape", "opt-2.7b", "--shape", "gemma-2b", *(["--json"] if as_json else [])]
+    arguments = ["--shape", "opt-2.7b", "--shape", "gemma-2b", "--part", "masks", "--part", "kernel"]
+    arguments += ["--json"] if as_json else []
     monkeypatch.setattr("sys.argv", ["paper_latency.py", str(tmp_path), *arguments])
-    with pytest.raises(SystemExit, match=r"^Failed: opt-2\.7b, kernel; gemma-2b, latency\.$"):
+    with pytest.raises(SystemExit, match=r"^Failed: opt-2\.7b, kernel; gemma-2b, masks\.$"):
         script.main()
     printed = capsys.readouterr()
     assert printed.err.count("RuntimeError: no such kernel") == 2
     lines = printed.out.splitlines()
     if as_json:
-        expected = [{"shape": "opt-2.7b", "latency": LATENCY}, {"shape": "gemma-2b", "kernel": KERNEL}]
+        expected = [{"shape": "opt-2.7b", "masks": LATENCY}, {"shape": "gemma-2b", "kernel": KERNEL}]
         assert [json.loads(line) for line in lines] == expected
     else:
-        assert lines[0] == "opt-2.7b, a GPU, copy 3,000 GB/s"
+        assert lines[0] == "opt-2.7b, masks, a GPU, copy 3,000 GB/s"
         assert " ".join(lines[-1].split()) == "kernel, half of the neurons 2,000 GB/s, 0.67 of copy"
 
 
