@@ -3,6 +3,8 @@
 //   kWidth                          columns of one load of a thread
 //   kLoads                          loads that a warp of Products has under way at once
 //   kRowLoads                       and of AddRows, each of one row: an even number that divides a warp's lanes
+//   kRingRows                       rows that a warp of AddRows has under way through shared memory, for one token; 0: none
+//   kRingWords                      words of a thread for each of them
 //   Format(matrix)
 //   Row At(row)                     a row, with loads of the kWidth columns from column + offset on, as a pack; offset is
 //                                   a constant, so that loads side by side share an address
@@ -10,6 +12,7 @@
 //     LoadIf(wanted, column, offset)  read where it is wanted; otherwise nothing is read, and all is zero
 //   Column From(column)             the kWidth columns from there on of every row, with loads of a row as a pack
 //     Load(row)
+//     Start(row, place)           with a ring: the same, but words come in place, where Finish(place, pack) takes them
 //
 // A pack has ToFloats, and kScale, whether what that writes is still to be multiplied with Scale(); kHalfSums says that it
 // has AddHalves as well, which adds in float16.
@@ -35,6 +38,7 @@ struct ElementFormat {
   static constexpr int kWidth = kElements;
   static constexpr int kLoads = 16;
   static constexpr int kRowLoads = 8;
+  static constexpr int kRingRows = 0, kRingWords = 0;
 
   struct Row {
     const Element* first;

@@ -171,6 +171,33 @@ static __device__ __forceinline__ void LoadWordsIf(bool wanted, const void* addr
   }
 }
 
+// Copy words of codes to an address of shared memory, from which only this thread reads them. CommitCopies and
+// WaitForCopies (row_sums.cuh) tell when they are there.
+template <int kWords>
+static __device__ __forceinline__ void StartCopy(unsigned place, const void* address) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (kWords == 4) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(address) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(place), "l"(address), "n"(4 * kWords) : "memory");
+  }
+#endif
+}
+
+template <int kWords>
+static __device__ __forceinline__ void ReadCopy(unsigned place, unsigned (&words)[kWords]) {
+  if constexpr (kWords == 4) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(place)
+                 : "memory");
+  } else if constexpr (kWords == 2) {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(place) : "memory");
+  } else {
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[0]) : "r"(place) : "memory");
+  }
+}
+
 // kWords words of codes a load, all of one group: a row begins where such a load may, and has a whole number of them. Of
 // 0 words, one code.
 template <int kBits, int kWords>
@@ -178,6 +205,12 @@ struct CodeFormat {
   static constexpr int kWidth = kWords == 0 ? 1 : kWords * 32 / kBits;
   static constexpr int kLoads = 8;
   static constexpr int kRowLoads = kWords == 4 ? 4 : 8;
+#if __CUDA_ARCH__ >= 800
+  static constexpr int kRingRows = kWords == 0 ? 0 : kBits == 8 ? 6 : 8;
+#else
+  static constexpr int kRingRows = 0;
+#endif
+  static constexpr int kRingWords = kWords;
 
   using Weights = CodePack<kBits, kWords>;
 
@@ -226,6 +259,17 @@ struct CodeFormat {
       pack.zero_shift = zero_shift;
       return pack;
     }
+
+    // The same in two parts: the codes go to `place` meanwhile.
+    __device__ __forceinline__ Weights Start(int row, unsigned place) const {
+      Weights pack;
+      StartCopy<kWords>(place, codes + Product(row, row_bytes));
+      pack.scale = __ldg(scales + Product(row, groups));
+      pack.zero_byte = __ldg(zero_points + Product(row, zero_bytes));
+      pack.zero_shift = zero_shift;
+      return pack;
+    }
+    __device__ __forceinline__ void Finish(unsigned place, Weights& pack) const { ReadCopy<kWords>(place, pack.words); }
   };
 
   __device__ __forceinline__ explicit CodeFormat(const StoredMatrix& matrix)

@@ -145,7 +145,7 @@ template <int kTokens, class Format>
 static __device__ __forceinline__ void DownSums(const FfnArguments& a) {
   constexpr int kWidth = Format::kWidth;
   __shared__ union {
-    RowList<kTokens> lists[kWarps];
+    WarpRows<kTokens, Format> rows[kWarps];
     WarpSums<kTokens, kWidth, kWarps> sums;
   } shared;
   const int lane = threadIdx.x % kWarp;
@@ -160,11 +160,11 @@ static __device__ __forceinline__ void DownSums(const FfnArguments& a) {
   const Format down = {a.down, a.hidden};
   float sums[kTokens][kWidth] = {};
   AddRows<kTokens>(source, down, a.indices, warp * gridDim.x + blockIdx.x, gridDim.x * kWarps, column,
-                   shared.lists[warp], sums, [] { WaitForEarlierKernels(); });
+                   shared.rows[warp], sums, [] { WaitForEarlierKernels(); });
   WaitForEarlierKernels();
   LetNextKernelStart();
   const Totals totals = {a.down_bias, a.y + static_cast<size_t>(first_token) * a.hidden, a.hidden, tokens};
-  __syncthreads();  // the lists give way to the sums
+  __syncthreads();  // the rows give way to the sums
   AddBlocksInMemory(sums, shared.sums, a.partial, a.arrived, totals);
 }
 

@@ -52,7 +52,7 @@ static __device__ __forceinline__ void RowLinear(const RowLinearArguments& a) {
   constexpr int kWidth = Format::kWidth;
   constexpr int kSlice = kWarp * kWidth;
   __shared__ union {
-    RowList<kTokens> lists[kBlockWarps];
+    WarpRows<kTokens, Format> rows[kBlockWarps];
     WarpSums<kTokens, kWidth, kBlockWarps> sums;
   } shared;
   const int lane = threadIdx.x % kWarp;
@@ -83,9 +83,9 @@ static __device__ __forceinline__ void RowLinear(const RowLinearArguments& a) {
   const Format weight(a.weight);
   float sums[kTokens][kWidth] = {};
   AddRows<kTokens>(source, weight, a.inputs, warp * gridDim.x + blockIdx.x, gridDim.x * kBlockWarps, column,
-                   shared.lists[warp], sums, ready);
+                   shared.rows[warp], sums, ready);
   const Totals totals = {a.bias, a.y + static_cast<size_t>(first_token) * a.outputs, a.outputs, tokens};
-  __syncthreads();  // the lists give way to the sums
+  __syncthreads();  // the rows give way to the sums
 #if TDA_CLUSTERS
   AddBlocksInCluster(sums, shared.sums, cluster_sums, totals);
 #else

@@ -15,6 +15,7 @@
 
 constexpr int kRowsTogether = 4;  // neighbouring candidates that go to the same warp
 constexpr int kLooks = 4;         // candidates that a lane looks at together
+constexpr int kFilling = 8;       // places of a list that its readers may fill it up with
 
 template <int kTokens>
 struct alignas(kTokens == 1 ? 8 : 4) ListedRow {
@@ -25,8 +26,32 @@ struct alignas(kTokens == 1 ? 8 : 4) ListedRow {
 // The needed rows among the candidates that a warp looks at together.
 template <int kTokens>
 struct RowList {
-  ListedRow<kTokens> rows[kLooks * kWarp];
+  ListedRow<kTokens> rows[kLooks * kWarp + kFilling];
 };
+
+// What a warp of AddRows has in shared memory. In the ring a thread reads only what it has copied itself, so shared memory
+// stands in for registers: many more rows are under way than would fit those.
+template <int kTokens, class Format>
+struct WarpRows {
+  static constexpr bool kRing = kTokens == 1 && Format::kRingRows > 0;
+
+  RowList<kTokens> list;
+  alignas(16) unsigned ring[kRing ? Format::kRingRows : 1][kRing ? kWarp * Format::kRingWords : 1];
+};
+
+static __device__ __forceinline__ void CommitCopies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Wait until all but the last kPending groups of this thread's copies are there.
+template <int kPending>
+static __device__ __forceinline__ void WaitForCopies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
 
 template <int kTokens>
 static __device__ __forceinline__ bool Needed(const float (&values)[kTokens]) {
@@ -83,15 +108,150 @@ struct FewRows<true, 1, kWidth> {
   }
 };
 
+// How a warp reads its rows, by way of registers: while the rows of one half are added, those of the other are under way.
+template <int kTokens, class Format>
+struct RegisterReader {
+  using Column = decltype(static_cast<const Format*>(nullptr)->From(0));
+  using Weights = decltype(static_cast<const Column*>(nullptr)->Load(0));
+  static constexpr int kHalf = Format::kRowLoads / 2;
+  static constexpr int kEarly = Format::kRowLoads;  // rows that are read before it is known which are needed
+  static constexpr bool kEarlyListed = false;       // whether these are in the list, as its first ones
+
+  const Column& column;
+  WarpRows<kTokens, Format>& shared;
+  float (&sums)[kTokens][Format::kWidth];
+  Weights first[kEarly];
+
+  // Read the rows of lanes 0 to kEarly - 1.
+  __device__ __forceinline__ void Begin(int row) {
+#pragma unroll
+    for (int b = 0; b < kEarly; ++b) first[b] = column.Load(max(__shfl_sync(0xffffffffu, row, b), 0));
+  }
+
+  // Add what Begin has read, if it was called, and then the rows of the list. `values`: of each lane's first candidate.
+  __device__ __forceinline__ void Add(bool begun, const float (&values)[kTokens], int listed_rows) {
+    const int lane = threadIdx.x % kWarp;
+    ListedRow<kTokens>* rows = shared.list.rows;
+    // Loads come kEarly together: the last row fills the list up, times 0.
+    const int end = (listed_rows + kEarly - 1) / kEarly * kEarly;
+    if (listed_rows + lane < end) {
+      ListedRow<kTokens>& place = rows[listed_rows + lane];
+      place.row = rows[listed_rows - 1].row;
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) place.values[t] = 0.0f;
+    }
+    __syncwarp();
+    if (begun) {
+#pragma unroll
+      for (int b = 0; b < kEarly; ++b) {
+        float shared_values[kTokens];
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) shared_values[t] = __shfl_sync(0xffffffffu, values[t], b);
+        if (Needed(shared_values)) AddScaled(first[b], shared_values, sums);  // 0 times what is there may be NaN
+      }
+    }
+    const auto load = [&](int at, Weights(&half)[kHalf]) {
+#pragma unroll
+      for (int b = 0; b < kHalf; ++b) half[b] = column.Load(rows[at + b].row);
+    };
+    Weights halves[2][kHalf];
+    if (end > 0) load(0, halves[0]);
+#pragma unroll 1
+    for (int at = 0; at < end; at += kEarly) {
+      FewRows<Weights::kHalfSums && kTokens == 1, kTokens, Format::kWidth> few{sums};
+      load(at + kHalf, halves[1]);
+#pragma unroll
+      for (int b = 0; b < kHalf; ++b) few.Add(halves[0][b], rows[at + b].values);
+      if (at + kEarly < end) load(at + kEarly, halves[0]);
+#pragma unroll
+      for (int b = 0; b < kHalf; ++b) few.Add(halves[1][b], rows[at + kHalf + b].values);
+      few.Finish();
+    }
+  }
+};
+
+// By way of the ring: the rows that follow are under way while one is added.
+template <class Format>
+struct RingReader {
+  using Column = decltype(static_cast<const Format*>(nullptr)->From(0));
+  using Weights = decltype(static_cast<const Column*>(nullptr)->Load(0));
+  static constexpr int kRows = Format::kRingRows;
+  static constexpr int kTogether = Weights::kHalfSums ? 4 : kRows;  // rows whose sum is taken in float16
+  static constexpr int kEarly = kRows;
+  static constexpr bool kEarlyListed = true;
+
+  const Column& column;
+  WarpRows<1, Format>& shared;
+  float (&sums)[1][Format::kWidth];
+  Weights packs[kRows];
+
+  __device__ __forceinline__ unsigned Own() const {
+    return static_cast<unsigned>(__cvta_generic_to_shared(shared.ring[0] + threadIdx.x % kWarp * Format::kRingWords));
+  }
+
+  static __device__ __forceinline__ unsigned Place(unsigned own, int b) { return own + b * sizeof(shared.ring[0]); }
+
+  __device__ __forceinline__ void Begin(int row) {
+    const unsigned own = Own();
+#pragma unroll
+    for (int b = 0; b < kRows; ++b) {
+      packs[b] = column.Start(max(__shfl_sync(0xffffffffu, row, b), 0), Place(own, b));
+      CommitCopies();
+    }
+  }
+
+  __device__ __forceinline__ void Add(bool begun, const float (&)[1], int listed_rows) {
+    const int lane = threadIdx.x % kWarp;
+    const unsigned own = Own();
+    ListedRow<1>* rows = shared.list.rows;
+    // Rows come kTogether at a time. What fills the list up is not read, and counts nothing.
+    if (lane < kTogether) rows[listed_rows + lane].values[0] = 0.0f;
+    __syncwarp();
+    if (!begun) {
+#pragma unroll
+      for (int b = 0; b < kRows; ++b) {
+        if (b < listed_rows) packs[b] = column.Start(rows[b].row, Place(own, b));
+        CommitCopies();
+      }
+    }
+#pragma unroll 1
+    for (int at = 0; at < listed_rows; at += kRows) {
+#pragma unroll
+      for (int first = 0; first < kRows; first += kTogether) {
+        if (at + first >= listed_rows) break;
+        FewRows<Weights::kHalfSums, 1, Format::kWidth> few{sums};
+#pragma unroll
+        for (int b = first; b < first + kTogether; ++b) {
+          WaitForCopies<kRows - 1>();
+          column.Finish(Place(own, b), packs[b]);
+          const float value = rows[at + b].values[0];
+          if (value == 0.0f) packs[b].scale = 0;  // of a row that was read early, or not at all, where it may be NaN
+          few.Add(packs[b], {value});
+          if (at + b + kRows < listed_rows) packs[b] = column.Start(rows[at + b + kRows].row, Place(own, b));
+          CommitCopies();
+        }
+        few.Finish();
+      }
+    }
+  }
+};
+
+template <bool kRing, int kTokens, class Format>
+struct ReaderChoice {
+  using Type = RegisterReader<kTokens, Format>;
+};
+template <class Format>
+struct ReaderChoice<true, 1, Format> {
+  using Type = RingReader<Format>;
+};
+
 // Add the rows of warp `warp` of `warps` at `column` to sums. `ready` waits for earlier kernels; it is called before
 // values are asked for, if there are candidates.
 template <int kTokens, class Format, class Source, class Ready>
 static __device__ __forceinline__ void AddRows(const Source& source, const Format& matrix, int count, int warp,
-                                               int warps, int column, RowList<kTokens>& list,
+                                               int warps, int column, WarpRows<kTokens, Format>& shared,
                                                float (&sums)[kTokens][Format::kWidth], const Ready& ready) {
-  using Weights = decltype(matrix.From(0).Load(0));
-  constexpr int kRowLoads = Format::kRowLoads;
-  constexpr int kHalf = kRowLoads / 2;
+  using Reader = typename ReaderChoice<WarpRows<kTokens, Format>::kRing, kTokens, Format>::Type;
   const auto weights = matrix.From(column);
   const int lane = threadIdx.x % kWarp;
   const int own = (lane / kRowsTogether * warps + warp) * kRowsTogether + lane % kRowsTogether;
@@ -104,14 +264,9 @@ static __device__ __forceinline__ void AddRows(const Source& source, const Forma
       const int k = base + j * stride + own;
       candidates[j] = source.Look(k < count ? k : -1);
     }
-    Weights first[kRowLoads];
+    Reader reader = {weights, shared, sums};
     const bool early = base == 0 && source.EveryRow();
-    if (early) {
-#pragma unroll
-      for (int b = 0; b < kRowLoads; ++b) {
-        first[b] = weights.Load(max(__shfl_sync(0xffffffffu, candidates[0].row, b), 0));
-      }
-    }
+    if (early) reader.Begin(candidates[0].row);
     ready();
     float values[kLooks][kTokens];
 #pragma unroll
@@ -119,11 +274,11 @@ static __device__ __forceinline__ void AddRows(const Source& source, const Forma
     int listed_rows = 0;
 #pragma unroll
     for (int j = 0; j < kLooks; ++j) {
-      const bool under_way = early && j == 0 && lane < kRowLoads;
-      const bool listed = Needed(values[j]) && !under_way;
+      const bool under_way = early && j == 0 && lane < Reader::kEarly;
+      const bool listed = under_way ? Reader::kEarlyListed : Needed(values[j]);
       const unsigned all = __ballot_sync(0xffffffffu, listed);
       if (listed) {
-        ListedRow<kTokens>& place = list.rows[listed_rows + __popc(all & lanes_before)];
+        ListedRow<kTokens>& place = shared.list.rows[listed_rows + __popc(all & lanes_before)];
         place.row = candidates[j].row;
 #pragma unroll
         for (int t = 0; t < kTokens; ++t) place.values[t] = values[j][t];
@@ -131,42 +286,7 @@ static __device__ __forceinline__ void AddRows(const Source& source, const Forma
       listed_rows += __popc(all);
     }
     __syncwarp();
-    // Loads come kRowLoads together: the last row fills the list up, times 0.
-    const int end = (listed_rows + kRowLoads - 1) / kRowLoads * kRowLoads;
-    if (listed_rows + lane < end) {
-      ListedRow<kTokens>& place = list.rows[listed_rows + lane];
-      place.row = list.rows[listed_rows - 1].row;
-#pragma unroll
-      for (int t = 0; t < kTokens; ++t) place.values[t] = 0.0f;
-    }
-    __syncwarp();
-    if (early) {
-#pragma unroll
-      for (int b = 0; b < kRowLoads; ++b) {
-        float shared[kTokens];
-#pragma unroll
-        for (int t = 0; t < kTokens; ++t) shared[t] = __shfl_sync(0xffffffffu, values[0][t], b);
-        if (Needed(shared)) AddScaled(first[b], shared, sums);  // 0 times what is there may be NaN
-      }
-    }
-    // While the rows of one half are added, those of the other are under way.
-    const auto load = [&](int at, Weights(&half)[kHalf]) {
-#pragma unroll
-      for (int b = 0; b < kHalf; ++b) half[b] = weights.Load(list.rows[at + b].row);
-    };
-    Weights halves[2][kHalf];
-    if (end > 0) load(0, halves[0]);
-#pragma unroll 1
-    for (int at = 0; at < end; at += kRowLoads) {
-      FewRows<Weights::kHalfSums && kTokens == 1, kTokens, Format::kWidth> rows{sums};
-      load(at + kHalf, halves[1]);
-#pragma unroll
-      for (int b = 0; b < kHalf; ++b) rows.Add(halves[0][b], list.rows[at + b].values);
-      if (at + kRowLoads < end) load(at + kRowLoads, halves[0]);
-#pragma unroll
-      for (int b = 0; b < kHalf; ++b) rows.Add(halves[1][b], list.rows[at + kHalf + b].values);
-      rows.Finish();
-    }
+    reader.Add(early, values[0], listed_rows);
     __syncwarp();
   }
 }
