@@ -205,8 +205,9 @@ struct CodeFormat {
   static constexpr int kWidth = kWords == 0 ? 1 : kWords * 32 / kBits;
   static constexpr int kLoads = 8;
   static constexpr int kRowLoads = kWords == 4 ? 4 : 8;
+  // Where a thread loads less, registers hold enough rows, and the ring was slower.
 #if __CUDA_ARCH__ >= 800
-  static constexpr int kRingRows = kWords == 0 ? 0 : kBits == 8 ? 6 : 8;
+  static constexpr int kRingRows = kBits == 4 && kWords == 4 ? 8 : 0;
 #else
   static constexpr int kRingRows = 0;
 #endif

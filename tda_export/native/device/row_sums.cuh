@@ -15,7 +15,7 @@
 
 constexpr int kRowsTogether = 4;  // neighbouring candidates that go to the same warp
 constexpr int kLooks = 4;         // candidates that a lane looks at together
-constexpr int kFilling = 8;       // places of a list that its readers may fill it up with
+constexpr int kFilling = 4;       // places of a list that its readers may fill it up with
 
 template <int kTokens>
 struct alignas(kTokens == 1 ? 8 : 4) ListedRow {
@@ -176,7 +176,7 @@ struct RingReader {
   using Column = decltype(static_cast<const Format*>(nullptr)->From(0));
   using Weights = decltype(static_cast<const Column*>(nullptr)->Load(0));
   static constexpr int kRows = Format::kRingRows;
-  static constexpr int kTogether = Weights::kHalfSums ? 4 : kRows;  // rows whose sum is taken in float16
+  static constexpr int kTogether = 4;  // the list is filled up to whole numbers of these
   static constexpr int kEarly = kRows;
   static constexpr bool kEarlyListed = true;
 
@@ -216,10 +216,10 @@ struct RingReader {
     }
 #pragma unroll 1
     for (int at = 0; at < listed_rows; at += kRows) {
+      FewRows<Weights::kHalfSums, 1, Format::kWidth> few{sums};
 #pragma unroll
       for (int first = 0; first < kRows; first += kTogether) {
         if (at + first >= listed_rows) break;
-        FewRows<Weights::kHalfSums, 1, Format::kWidth> few{sums};
 #pragma unroll
         for (int b = first; b < first + kTogether; ++b) {
           WaitForCopies<kRows - 1>();
@@ -230,8 +230,8 @@ struct RingReader {
           if (at + b + kRows < listed_rows) packs[b] = column.Start(rows[at + b + kRows].row, Place(own, b));
           CommitCopies();
         }
-        few.Finish();
       }
+      few.Finish();
     }
   }
 };
