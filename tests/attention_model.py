@@ -60,6 +60,8 @@ class AttentionForm:
         """The dtype of an input or output where activations have `dtype`."""
         if name in NUMBERS:
             return "int32"
+        if name.endswith("_scale"):
+            return "float32"
         return (
             "int8"
             if self.codes and name.endswith(("past_key", "past_value", "present_key", "present_value"))
@@ -68,9 +70,10 @@ class AttentionForm:
 
 
 def attention_session(
-    form: AttentionForm, *, native: bool = True, threads: int = 0, dtype: str = "float32"
+    form: AttentionForm, *, native: bool = True, threads: int = 0, dtype: str = "float32", provider: str | None = None
 ) -> ort.InferenceSession:
-    """A session on the CPU for float32 and on CUDA otherwise; without `native` the function body runs."""
+    """A session on a provider, by default on the CPU for float32 and on CUDA otherwise; without `native` the function
+    body runs."""
     values = {name: ir.Value(name=name, type=ir.TensorType(DTYPES[form.dtype_of(name, dtype)])) for name in form.inputs}
     ops = Ops()
     given = operators.ATTENTION_8_INPUTS if form.codes else operators.ATTENTION_INPUTS
@@ -97,7 +100,7 @@ def attention_session(
     options.intra_op_num_threads = threads
     if native:
         register_native(options)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=[PROVIDERS[dtype]])
+    return ort.InferenceSession(model.SerializeToString(), options, providers=[provider or PROVIDERS[dtype]])
 
 
 def random_attention(

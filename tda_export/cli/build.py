@@ -149,8 +149,6 @@ def build(
         allocation=allocation,
         refresh=None if refresh is None else Refresh(refresh),
     )
-    if kv != KV_FLOAT and dtype != "fp32":
-        raise UsageError(f"--kv {kv} needs --dtype fp32: keys and values of 8 bits run on the CPU alone.")
     choose_provider(provider, DTYPES[dtype])
     _refuse_foreign(method, asked, calibration_file, {"--packing": packing, "--tail": tail})
     source = resolve_model(model, notify=lambda line: click.echo(line, err=True))
