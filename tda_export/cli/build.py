@@ -129,9 +129,9 @@ def build(
     """
     from tda_export.cli.tables import print_checks
     from tda_export.deployments import Asked
-    from tda_export.errors import TdaError, UsageError
+    from tda_export.errors import TdaError
     from tda_export.files import check_output
-    from tda_export.graph.contract import DTYPES, KV_FLOAT
+    from tda_export.graph.contract import DTYPES
     from tda_export.graph.export import export_artifact
     from tda_export.graph.storage import read_plan, storage_of
     from tda_export.graph.verify import verify_artifact
