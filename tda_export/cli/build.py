@@ -88,8 +88,7 @@ if TYPE_CHECKING:
     default="float",
     show_default=True,
     group=WEIGHTS,
-    help="How keys and values are stored: as --dtype says, or in 8 bits with a scale for each token and head (fp32 "
-    "alone).",
+    help="How keys and values are stored: as --dtype says, or in 8 bits with a scale for each token and head.",
 )
 @overwrite_option
 @option("--no-verify", is_flag=True, help="Skip the comparison with transformers.")
