@@ -30,14 +30,7 @@ struct AttentionArguments {
   float scale, softcap;
 };
 
-constexpr int kAttentionThreads = 128;
-constexpr int kAttentionWarps = kAttentionThreads / kWarpLanes;
 constexpr int kMostSize = 256;  // elements of a head
-constexpr float kLog2E = 1.4426950408889634f;
-
-// The score of a missing key: minus infinity.
-static __device__ __forceinline__ float Nothing() { return __int_as_float(0xff800000); }
-
 // Tokens before the call, and in all.
 struct Lengths {
   int past, total;
@@ -114,57 +107,16 @@ extern "C" __global__ void __launch_bounds__(kAttentionThreads) CopyPast(Attenti
   }
 }
 
-// The partial result of some keys and values. Scores are base-2 logarithms; weights are relative to the largest.
-template <int kElements>
-struct Attended {
-  float largest = Nothing();
-  float weights = 0.0f;
-  float sum[kElements] = {};
-};
-
-// Where the elements of a head lie in shared memory: by fours, so that neighbouring lanes, which have kElements each, read
-// and write neighbouring fours.
-template <int kElements, int kLanes>
-struct InShared {
-  static __device__ __forceinline__ int Place(int d) {
-    const int lane = d / kElements, i = d % kElements;
-    return (i / 4 * kLanes + lane) * 4 + i % 4;
-  }
-  static __device__ __forceinline__ int ElementAt(int place) {
-    const int four = place / 4;
-    return four % kLanes * kElements + four / kLanes * 4 + place % 4;
-  }
-  // Load a lane's elements i to i + 3.
-  static __device__ __forceinline__ void Load(const float* head, int lane, int i, float* four) {
-    const float4 loaded = *reinterpret_cast<const float4*>(head + Place(lane * kElements + i));
-    four[0] = loaded.x;
-    four[1] = loaded.y;
-    four[2] = loaded.z;
-    four[3] = loaded.w;
-  }
-};
-
-// Load 16 bytes, which an earlier kernel of the stream or this block may have written.
-static __device__ __forceinline__ uint4 LoadBits(const void* address) { return *static_cast<const uint4*>(address); }
-
-// The factor that converts weights relative to `largest` to weights relative to `joint`.
-static __device__ __forceinline__ float Factor(float largest, float joint) {
-  return exp2f(largest - (joint == Nothing() ? 0.0f : joint));
-}
-
 // One block: a part of the cache (blockIdx.x), up to kHeads of the heads that share a key-value head (blockIdx.y), a token
-// (blockIdx.z). A row has at most kSize elements, of which each lane reads kElements.
+// (blockIdx.z). A row has at most kSize elements.
 template <int kSize, int kHeads>
 static __device__ __forceinline__ void Attend(const AttentionArguments& a) {
-  constexpr int kElements = KvRows::kElements;
-  constexpr int kLanes = kSize / kElements;
-  constexpr int kKeys = kAttentionThreads / kLanes;                   // that are read together
-  constexpr int kRounds = (kHeads == 4 ? 4 : 8) * 8 / kElements;      // of them, all under way at once
-  constexpr int kChunk = kKeys * kRounds;
-  using Shared = InShared<kElements, kLanes>;
+  using Loop = AttendLoop<kSize, kHeads>;
+  using Shared = InShared<kSize>;
+  constexpr int kChunk = Loop::kChunk, kSlots = Loop::kSlots;
   __shared__ __align__(16) float queries[kHeads][kSize];
-  __shared__ float largest[kKeys][kHeads], weights[kKeys][kHeads];
-  __shared__ __align__(16) float sums[kKeys][kHeads][kSize];
+  __shared__ float units[kHeads], largest[kSlots][kHeads], weights[kSlots][kHeads];
+  __shared__ __align__(16) float sums[kSlots][kHeads][Loop::kStride];
   const int group = a.heads / a.kv_heads;
   const int tiles = (group + kHeads - 1) / kHeads;
   const int kv_head = blockIdx.y / tiles, in_group = blockIdx.y % tiles * kHeads;
@@ -184,133 +136,39 @@ static __device__ __forceinline__ void Attend(const AttentionArguments& a) {
   static_assert(kHeads <= kAttentionWarps, "each warp prepares one query");
   if (warp < kHeads) {
     WarpHead<kSize / kWarpLanes> head;
+    float unit = 1.0f;
     if (warp < heads) {
       const Element* query = a.query + static_cast<size_t>(token) * a.query_stride + (first_head + warp) * a.size;
       head.Set(a.size, [&](int d) { return Rotated(a, query, d, position) * a.scale; });
       if constexpr (KvRows::kScaled) head.Spread(a.size);
+      if constexpr (Loop::kUnits) unit = head.TakeUnit();
     }
 #pragma unroll
     for (int i = 0; i < kSize / kWarpLanes; ++i) queries[warp][Shared::Place(head.Index(i))] = head.own[i];
+    if (threadIdx.x % kWarpLanes == 0) units[warp] = unit;
   }
   if (a.appends && position >= split * part && position < (split + 1) * part && warp >= kAttentionWarps - 2) {
     Append<kSize>(a, token, position, kv_head, kAttentionWarps - 1 - warp);
   }
   __syncthreads();
 
-  const int lane = threadIdx.x % kLanes, slot = threadIdx.x / kLanes;
-  const bool reads = lane * kElements < a.size;
-  constexpr bool kInRegisters = kHeads * kElements <= 32;  // the queries; otherwise they stay in shared memory
-  float query[kHeads][kElements];
-#pragma unroll
-  for (int h = 0; h < kHeads; ++h)
-#pragma unroll
-    for (int i = 0; i < kElements; i += 4) {
-      if constexpr (kInRegisters) Shared::Load(queries[h], lane, i, query[h] + i);
-    }
   const size_t first_row = static_cast<size_t>(kv_head) * a.room;
-  const KvStored* keys = a.present_key + first_row * a.size + lane * kElements;
-  const KvStored* values = a.present_value + first_row * a.size + lane * kElements;
-  Attended<kElements> attended[kHeads];
-#pragma unroll 1
-  for (int base = from; base < to; base += kChunk) {
-    typename KvRows::Pack key_packs[kRounds], value_packs[kRounds];
-    float key_scales[kRounds], value_scales[kRounds];
-#pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
-      const int row = base + r * kKeys + slot;
-      key_packs[r].bits = make_uint4(0, 0, 0, 0);
-      if (reads && row < to) key_packs[r].bits = LoadBits(keys + static_cast<size_t>(row) * a.size);
-      if constexpr (KvRows::kScaled) key_scales[r] = row < to ? a.present_key_scale[first_row + row] : 0.0f;
-    }
-#pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
-      const int row = base + r * kKeys + slot;
-      value_packs[r].bits = make_uint4(0, 0, 0, 0);
-      if (reads && row < to) value_packs[r].bits = LoadBits(values + static_cast<size_t>(row) * a.size);
-      if constexpr (KvRows::kScaled) value_scales[r] = row < to ? a.present_value_scale[first_row + row] : 0.0f;
-    }
-    float scores[kRounds][kHeads];
-#pragma unroll
-    for (int r = 0; r < kRounds; ++r)
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) scores[r][h] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kElements; i += 4) {
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        if constexpr (!kInRegisters) Shared::Load(queries[h], lane, i, query[h] + i);
-      }
-#pragma unroll
-      for (int r = 0; r < kRounds; ++r) {
-        float key[4];
-        key_packs[r].FourToFloats(i, key);
-#pragma unroll
-        for (int h = 0; h < kHeads; ++h)
-#pragma unroll
-          for (int j = 0; j < 4; ++j) scores[r][h] = fmaf(query[h][i + j], key[j], scores[r][h]);
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        float score = scores[r][h];
-#pragma unroll
-        for (int offset = kLanes / 2; offset > 0; offset >>= 1) score += __shfl_xor_sync(0xffffffffu, score, offset);
-        if constexpr (KvRows::kScaled) score *= key_scales[r];
-        if (a.softcap > 0.0f) score = a.softcap * tanhf(score / a.softcap);
-        scores[r][h] = base + r * kKeys + slot < to ? score * kLog2E : Nothing();
-      }
-    }
-#pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
-      Attended<kElements>& own = attended[h];
-      float top = own.largest;
-#pragma unroll
-      for (int r = 0; r < kRounds; ++r) top = fmaxf(top, scores[r][h]);
-      const float factor = Factor(own.largest, top);
-      own.largest = top;
-      own.weights *= factor;
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) own.sum[i] *= factor;
-#pragma unroll
-      for (int r = 0; r < kRounds; ++r) {
-        scores[r][h] = Factor(scores[r][h], top);
-        own.weights += scores[r][h];
-        if constexpr (KvRows::kScaled) scores[r][h] *= value_scales[r];
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < kRounds; ++r)
-#pragma unroll
-      for (int i = 0; i < kElements; i += 4) {
-        float value[4];
-        value_packs[r].FourToFloats(i, value);
-#pragma unroll
-        for (int h = 0; h < kHeads; ++h)
-#pragma unroll
-          for (int j = 0; j < 4; ++j) attended[h].sum[i + j] = fmaf(scores[r][h], value[j], attended[h].sum[i + j]);
-      }
+  KvPart rows = {a.present_key + first_row * a.size, a.present_value + first_row * a.size, nullptr, nullptr, a.size,
+                 from, to, a.softcap};
+  if constexpr (KvRows::kScaled) {
+    rows.key_scales = a.present_key_scale + first_row;
+    rows.value_scales = a.present_value_scale + first_row;
   }
-
-#pragma unroll
-  for (int h = 0; h < kHeads; ++h) {
-    if (lane == 0) {
-      largest[slot][h] = attended[h].largest;
-      weights[slot][h] = attended[h].weights;
-    }
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) sums[slot][h][Shared::Place(lane * kElements + i)] = attended[h].sum[i];
-  }
+  Loop::Run(rows, queries, units, largest, weights, sums);
   __syncthreads();
   for (int i = threadIdx.x; i < heads * kSize; i += kAttentionThreads) {
     const int h = i / kSize, place = i % kSize, d = Shared::ElementAt(place);
     if (d >= a.size) continue;
     float top = Nothing(), weight = 0.0f, sum = 0.0f;
 #pragma unroll
-    for (int s = 0; s < kKeys; ++s) top = fmaxf(top, largest[s][h]);
+    for (int s = 0; s < kSlots; ++s) top = fmaxf(top, largest[s][h]);
 #pragma unroll
-    for (int s = 0; s < kKeys; ++s) {
+    for (int s = 0; s < kSlots; ++s) {
       const float factor = Factor(largest[s][h], top);
       weight += factor * weights[s][h];
       sum += factor * sums[s][h][place];

@@ -52,6 +52,27 @@ struct WarpHead {
 #pragma unroll
     for (int i = 0; i < kLaneElements; ++i) own[i] *= unit;
   }
+
+  // Return the largest magnitude; what is not a number does not count.
+  __device__ __forceinline__ float Largest() const {
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kLaneElements; ++i) largest = fmaxf(largest, fabsf(own[i]));
+#pragma unroll
+    for (int offset = kWarpLanes / 2; offset > 0; offset >>= 1) {
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
+    }
+    return largest;
+  }
+
+  // Divide by a power of two, which is returned, so that the largest magnitude is from 1 to 2.
+  __device__ __forceinline__ float TakeUnit() {
+    const float power = __uint_as_float(__float_as_uint(Largest()) & 0x7f800000u);
+    const float unit = power > 0.0f ? power : 1.0f;
+#pragma unroll
+    for (int i = 0; i < kLaneElements; ++i) own[i] /= unit;
+    return unit;
+  }
 };
 
 // Eight elements in 16 bytes.
@@ -107,17 +128,10 @@ struct CodeRows {
   static __device__ __forceinline__ void Write(const WarpHead<kLaneElements>& head, int size, Stored* row,
                                                float* scale) {
     constexpr float kLargest = 127.0f;
-    float largest = 0.0f, spoiled = 0.0f;
+    float spoiled = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kLaneElements; ++i) {
-      largest = fmaxf(largest, fabsf(head.own[i]));
-      spoiled += head.own[i] - head.own[i];  // NaN where the element is not finite, otherwise 0
-    }
-#pragma unroll
-    for (int offset = kWarpLanes / 2; offset > 0; offset >>= 1) {
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
-    }
-    const float own_scale = largest / kLargest + WarpSum(spoiled);
+    for (int i = 0; i < kLaneElements; ++i) spoiled += head.own[i] - head.own[i];  // NaN if not finite, otherwise 0
+    const float own_scale = head.Largest() / kLargest + WarpSum(spoiled);
     const float divisor = own_scale > 0.0f ? own_scale : 1.0f;
 #pragma unroll
     for (int i = 0; i < kLaneElements; ++i) {
