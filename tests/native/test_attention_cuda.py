@@ -85,7 +85,7 @@ FORMS = {
 
 @pytest.mark.parametrize("codes", [False, True], ids=["floats", "codes"])
 @DTYPES
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     data=st.data(),
     whole=st.booleans(),
