@@ -2,18 +2,22 @@
 
     python benchmarks/kv_cache.py FLOAT INT8 --text valid.txt --contexts 512 4096 --windows 4
     python benchmarks/kv_cache.py FLOAT INT8 --text valid.txt --contexts 1024 4096 --time
+    python benchmarks/kv_cache.py --shape llama-3-8b --weights int4 --contexts 1024 8192 32768 --time
 
-FLOAT and INT8 are artifacts of one model of the layout `priced`, built with --kv float and --kv int8. Contexts are read
-densely, and what follows is decoded at price 0. KL is that of INT8 to FLOAT over --tokens tokens after each context,
-with its standard error over windows, which follow one another in the text. With --time both take turns of 16 steps at
-each length of context, the first one left out; milliseconds are medians over turns, with the smallest and the largest.
-Prints one JSON object a context.
+FLOAT and INT8 are artifacts of one model of the layout `priced`, built with --kv float and --kv int8. With --shape both
+are made of random weights, float16 on CUDA, and deleted afterwards (TMPDIR). Contexts are read densely, and what
+follows is decoded at price 0. KL is that of INT8 to FLOAT over --tokens tokens after each context, with its standard
+error over windows, which follow one another in the text. With --time both take turns of 16 steps at each length of
+context, the first one left out; milliseconds are medians over turns, with the smallest and the largest. Without --text
+the built-in texts are repeated. Prints one JSON object a context.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +27,7 @@ import numpy as np
 
 from tda_export.bench.priced import PricedRunner
 from tda_export.bench.timing import Spread, take_turns
+from tda_export.calibration.corpus import builtin_folder
 from tda_export.graph import contract
 from tda_export.graph.derive import artifact_spec
 from tda_export.graph.sizes import artifact_sizes
@@ -30,6 +35,8 @@ from tda_export.runtime import Model, load
 from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.phases import decode
 from tda_export.runtime.priced import PricedPrefill
+from tda_export.runtime.providers import cuda_problem
+from tda_export.temporary import owned_folder
 
 STEPS = 16  # of a turn
 
@@ -88,24 +95,60 @@ def steps(runner: PricedRunner) -> None:
         runner.step()
 
 
+def build(options: Any, folder: Path) -> list[Path]:
+    """Build both artifacts of a shape, with the same random weights."""
+    from tda_export.bench.artifact import build_random_priced
+    from tda_export.bench.random_codes import random_storage
+    from tda_export.bench.shapes import random_source
+    from tda_export.graph.storage import read_plan
+
+    on_gpu = options.provider == "cuda" or (options.provider == "auto" and cuda_problem() is None)
+    source = random_source(options.shape)
+    storage = random_storage("float16" if on_gpu else "float32", read_plan(source, options.weights, None, ()))
+    for kv in contract.KV_FORMATS:
+        build_random_priced(source, folder / kv, storage, (0.5,), kv=kv, quiet=True)
+    return [folder / kv for kv in contract.KV_FORMATS]
+
+
+def text_of(model: Model, options: Any) -> list[int]:
+    """Return the tokens of the text, or as many of the built-in texts as the longest context needs."""
+    if options.text:
+        return model.text.encode(options.text.read_text(encoding="utf-8"))
+    files = sorted(builtin_folder().glob("*.txt"))
+    tokens = model.text.encode("\n\n".join(file.read_text(encoding="utf-8") for file in files))
+    windows = 1 if options.time else options.windows
+    return list(itertools.islice(itertools.cycle(tokens), (max(options.contexts) + options.tokens) * windows))
+
+
+def measure(folders: Sequence[Path | str], options: Any) -> None:
+    models = [load(folder, provider=options.provider) for folder in folders]
+    found = [model.artifact.shape.kv for model in models]
+    if found != list(contract.KV_FORMATS):
+        raise SystemExit(f"Keys and values of the artifacts are {' and '.join(found)}; give float, then int8.")
+    text = text_of(models[0], options)
+    for context in options.contexts:
+        print(json.dumps((times if options.time else divergence)(models, text, context, options)), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("float", help="artifact built with --kv float")
-    parser.add_argument("int8", help="artifact built with --kv int8")
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("artifacts", nargs="*", metavar="FLOAT INT8", help="built with --kv float and --kv int8")
+    parser.add_argument("--shape", help="instead of artifacts: random weights of this model's shape")
+    parser.add_argument("--weights", choices=["float", "int8", "int4"], default="float", help="how --shape stores them")
+    parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--text", type=Path)
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 4096])
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--turns", type=int, default=8)
     options = parser.parse_args()
-    models = [load(options.float), load(options.int8)]
-    found = [model.artifact.shape.kv for model in models]
-    if found != list(contract.KV_FORMATS):
-        raise SystemExit(f"Keys and values of the artifacts are {' and '.join(found)}; give float, then int8.")
-    text = models[0].text.encode(options.text.read_text(encoding="utf-8"))
-    for context in options.contexts:
-        print(json.dumps((times if options.time else divergence)(models, text, context, options)), flush=True)
+    if len(options.artifacts) != (0 if options.shape else len(contract.KV_FORMATS)):
+        raise SystemExit("Give two artifacts, FLOAT and INT8, or --shape.")
+    if not options.shape:
+        return measure(options.artifacts, options)
+    with owned_folder(Path(tempfile.gettempdir()), "tda-export-kv-cache") as folder:
+        measure(build(options, folder), options)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ class AttentionForm:
         """The dtype of an input or output where activations have `dtype`."""
         if name in NUMBERS:
             return "int32"
+        if name.endswith("_scale"):
+            return "float32"
         return (
             "int8"
             if self.codes and name.endswith(("past_key", "past_value", "present_key", "present_value"))
@@ -68,9 +70,16 @@ class AttentionForm:
 
 
 def attention_session(
-    form: AttentionForm, *, native: bool = True, threads: int = 0, dtype: str = "float32"
+    form: AttentionForm,
+    *,
+    native: bool = True,
+    threads: int = 0,
+    dtype: str = "float32",
+    provider: str | None = None,
+    captured: int = 0,
 ) -> ort.InferenceSession:
-    """A session on the CPU for float32 and on CUDA otherwise; without `native` the function body runs."""
+    """A session on a provider, by default on the CPU for float32 and on CUDA otherwise; without `native` the function
+    body runs. With `captured`, which is then the attention mask's length, calls are captured as a CUDA graph."""
     values = {name: ir.Value(name=name, type=ir.TensorType(DTYPES[form.dtype_of(name, dtype)])) for name in form.inputs}
     ops = Ops()
     given = operators.ATTENTION_8_INPUTS if form.codes else operators.ATTENTION_INPUTS
@@ -89,7 +98,18 @@ def attention_session(
     for output, name in zip(outputs, form.outputs, strict=True):
         output.name, output.type = name, ir.TensorType(DTYPES[form.dtype_of(name, dtype)])
     imports = {"": OPSET, MICROSOFT: 1, operators.FUNCTION_DOMAIN: 1}
-    graph = ir.Graph(list(values.values()), outputs, nodes=ops.tape.nodes, opset_imports=imports, name="attention")
+    constants = [values.pop("buffer")] if captured else []
+    for constant in constants:
+        constant.const_value = ir.tensor(np.array(captured, np.int32), name=constant.name)
+        constant.shape = ir.Shape([])
+    graph = ir.Graph(
+        list(values.values()),
+        outputs,
+        nodes=ops.tape.nodes,
+        initializers=constants,
+        opset_imports=imports,
+        name="attention",
+    )
     functions = attention_8_functions(form.size) if form.codes else attention_functions()
     model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, functions=functions))
     options = ort.SessionOptions()
@@ -97,7 +117,8 @@ def attention_session(
     options.intra_op_num_threads = threads
     if native:
         register_native(options)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=[PROVIDERS[dtype]])
+    chosen = (provider or PROVIDERS[dtype], {"enable_cuda_graph": "1"} if captured else {})
+    return ort.InferenceSession(model.SerializeToString(), options, providers=[chosen])
 
 
 def random_attention(

@@ -88,8 +88,7 @@ if TYPE_CHECKING:
     default="float",
     show_default=True,
     group=WEIGHTS,
-    help="How keys and values are stored: as --dtype says, or in 8 bits with a scale for each token and head (fp32 "
-    "alone).",
+    help="How keys and values are stored: as --dtype says, or in 8 bits with a scale for each token and head.",
 )
 @overwrite_option
 @option("--no-verify", is_flag=True, help="Skip the comparison with transformers.")
@@ -129,9 +128,9 @@ def build(
     """
     from tda_export.cli.tables import print_checks
     from tda_export.deployments import Asked
-    from tda_export.errors import TdaError, UsageError
+    from tda_export.errors import TdaError
     from tda_export.files import check_output
-    from tda_export.graph.contract import DTYPES, KV_FLOAT
+    from tda_export.graph.contract import DTYPES
     from tda_export.graph.export import export_artifact
     from tda_export.graph.storage import read_plan, storage_of
     from tda_export.graph.verify import verify_artifact
@@ -149,8 +148,6 @@ def build(
         allocation=allocation,
         refresh=None if refresh is None else Refresh(refresh),
     )
-    if kv != KV_FLOAT and dtype != "fp32":
-        raise UsageError(f"--kv {kv} needs --dtype fp32: keys and values of 8 bits run on the CPU alone.")
     choose_provider(provider, DTYPES[dtype])
     _refuse_foreign(method, asked, calibration_file, {"--packing": packing, "--tail": tail})
     source = resolve_model(model, notify=lambda line: click.echo(line, err=True))

@@ -6,6 +6,9 @@ A key or value of one token and head, x [D], is stored as x = scale c, scale = m
 and multiplied by a Hadamard matrix (`hadamard`), which spreads a key's few large elements over all elements. Queries
 are multiplied by it as well, so that scores do not change. Tokens attend to the stored codes, also to those of their
 own call, so the result does not depend on how tokens are split into calls. Codes of the past are passed on unchanged.
+
+Half precision has the same codes and scales: the matrix and the rounding are computed in float32. Its body de-quantises
+to half precision, which GroupQueryAttention reads.
 """
 
 from __future__ import annotations
@@ -43,12 +46,13 @@ def integer_attention(
 
     Args:
         ops: The graph or function body.
-        inputs: In the order of `operators.ATTENTION_8_INPUTS`; those that are floats are float32.
+        inputs: In the order of `operators.ATTENTION_8_INPUTS`; queries, keys, values and tables in one dtype, scales
+            in float32.
         head_size: D.
         settings: The attributes of `tda::Attention8`, as numbers or as references to the function's attributes.
 
     Returns:
-        Attention's output, float32 [1, S, H D], present keys and values, int8 [1, KV, T, D], and their scales, float32
+        Attention's output [1, S, H D], present keys and values, int8 [1, KV, T, D], and their scales, float32
         [1, KV, T].
     """
     query, key, value, *others = inputs
@@ -72,21 +76,24 @@ def integer_attention(
     interleaved = _named("interleaved", settings["rotary_interleaved"])
 
     def turned(x: ir.Value) -> ir.Value:
-        """Apply rotary embedding, and multiply by the Hadamard matrix."""
+        """Apply rotary embedding, and multiply by the Hadamard matrix, float32 [1, S, heads, D]."""
         if tables:
             x = ops.op("RotaryEmbedding", x, place.positions, *tables, domain=MICROSOFT, interleaved=interleaved)
-        return ops.op("MatMul", by_head(x), ops.constant(hadamard(head_size), "float32"))
+        return ops.op("MatMul", ops.cast(by_head(x), "float32"), ops.constant(hadamard(head_size), "float32"))
+
+    def in_dtype(x: ir.Value) -> ir.Value:
+        return ops.op("CastLike", x, query)
 
     keys, key_scales = _quantised(ops, turned(key))
-    values, value_scales = _quantised(ops, by_head(value))
+    values, value_scales = _quantised(ops, ops.cast(by_head(value), "float32"))
     attended, *_ = group_query_attention(
         ops,
         [
-            side_by_side(turned(query)),
-            side_by_side(_dequantised(ops, keys, key_scales)),
-            side_by_side(_dequantised(ops, values, value_scales)),
-            place.stored(past_key, past_key_scale),
-            place.stored(past_value, past_value_scale),
+            side_by_side(in_dtype(turned(query))),
+            side_by_side(in_dtype(_dequantised(ops, keys, key_scales))),
+            side_by_side(in_dtype(_dequantised(ops, values, value_scales))),
+            in_dtype(place.stored(past_key, past_key_scale)),
+            in_dtype(place.stored(past_value, past_value_scale)),
             last_index,
             place.end,
         ],

@@ -1,7 +1,9 @@
-// tda::Attention on CUDA (device/attention.cu): parts of the cache at the same time, joined by a second kernel.
+// tda::Attention and tda::Attention8 on CUDA (device/attention.cu): parts of the cache at the same time, joined by a second
+// kernel.
 #include "attention_cuda.h"
 
 #include <algorithm>
+#include <iterator>
 
 #include "attention.h"
 #include "cuda_matrix.h"
@@ -10,8 +12,9 @@ namespace tda {
 namespace {
 
 constexpr int64_t kAttentionThreads = 128;
-constexpr int64_t kLaneElements = 8;    // of a key, for one lane
+constexpr int64_t kLoadBytes = 16;      // of a key, for one lane
 constexpr int64_t kMostSize = 256;      // elements of a head
+constexpr const char* kSizes[] = {"64", "128", "256"};  // the largest head of each of the kernels
 constexpr int64_t kBlocksAtOnce = 4;    // on a multiprocessor
 constexpr int64_t kMostSplits = 64;
 constexpr int64_t kFewTokens = 16;      // of more there are blocks enough without parts of the cache
@@ -25,6 +28,10 @@ struct AttentionArguments {
   const void* past_value;
   void* present_key;
   void* present_value;
+  const void* past_key_scale;
+  const void* past_value_scale;
+  void* present_key_scale;
+  void* present_value_scale;
   const void* cos;
   const void* sin;
   const int32_t* last_index;
@@ -38,27 +45,34 @@ struct AttentionArguments {
   float scale, softcap;
 };
 
-template <ElementType kType>
+bool IsInPlace(const Tensor& past, const Tensor& present) { return past.data == present.data; }
+
+// kCache: the type of keys and values in the cache, kType or kInt8.
+template <ElementType kType, ElementType kCache>
 class AttentionCuda : public Kernel {
+  static constexpr bool kScaled = kCache == kInt8;
+  static constexpr int64_t kLaneElements = kLoadBytes / (kScaled ? 1 : 2);
+
  public:
   explicit AttentionCuda(const KernelInfo& info)
       : allocator_(info), settings_(info), multiprocessors_(CudaDevice::Current().multiprocessors) {
     RequireDtype(kType);
-    const CudaModule& module = CudaModule::Get("attention", {"TDA_BF16=" + std::to_string(kType == kBfloat16)});
+    const CudaModule& module = CudaModule::Get("attention", {"TDA_BF16=" + std::to_string(kType == kBfloat16),
+                                                             "TDA_KV_CODES=" + std::to_string(kScaled)});
     append_ = module.Kernel("AppendTokens", kAttentionThreads);
     copy_ = module.Kernel("CopyPast", kAttentionThreads);
     join_ = module.Kernel("JoinParts", kAttentionThreads);
     const int64_t group = settings_.heads / settings_.kv_heads;
     heads_at_once_ = group == 1 ? 1 : group == 2 ? 2 : 4;
-    for (int i = 0; i < 3; ++i) {
-      const std::string name = "Attend_" + std::to_string(8 << i) + "_" + std::to_string(heads_at_once_);
+    for (size_t i = 0; i < std::size(kSizes); ++i) {
+      const std::string name = std::string("Attend_") + kSizes[i] + "_" + std::to_string(heads_at_once_);
       attend_[i] = module.Kernel(name.c_str(), kAttentionThreads);
     }
     tiles_ = settings_.kv_heads * CeilDivide(group, heads_at_once_);
   }
 
   void Compute(const KernelContext& context) override {
-    const AttentionCall call(context, settings_);
+    const AttentionCall call(context, settings_, kScaled);
     if (call.size % kLaneElements || call.size > kMostSize) {
       Fail("query: heads of ", call.size, " elements; on CUDA they have a multiple of ", kLaneElements, ", at most ",
            kMostSize);
@@ -72,7 +86,10 @@ class AttentionCuda : public Kernel {
     const size_t partial_bytes =
         splits == 1 ? 1 : call.tokens * settings_.heads * splits * (call.size + 2) * sizeof(float);
     const Scratch scratch(context, allocator_, partial_bytes, true);
-    const bool in_place = call.past_key.data == call.present_key.data && call.past_value.data == call.present_value.data;
+    const bool in_place = IsInPlace(call.past_key, call.present_key) &&
+                          IsInPlace(call.past_value, call.present_value) &&
+                          IsInPlace(call.past_key_scale, call.present_key_scale) &&
+                          IsInPlace(call.past_value_scale, call.present_value_scale);
 
     AttentionArguments arguments = {};
     arguments.query = call.Query<uint16_t>(0);
@@ -82,6 +99,10 @@ class AttentionCuda : public Kernel {
     arguments.past_value = call.past_value.data;
     arguments.present_key = call.present_key.data;
     arguments.present_value = call.present_value.data;
+    arguments.past_key_scale = call.past_key_scale.data;
+    arguments.past_value_scale = call.past_value_scale.data;
+    arguments.present_key_scale = call.present_key_scale.data;
+    arguments.present_value_scale = call.present_value_scale.data;
     arguments.cos = call.cos.data;
     arguments.sin = call.sin.data;
     arguments.last_index = call.last_index.As<const int32_t>();
@@ -122,17 +143,20 @@ class AttentionCuda : public Kernel {
   const AttentionSettings settings_;
   const int64_t multiprocessors_;
   int64_t heads_at_once_, tiles_;  // heads that share a key-value head, and how many such tiles there are
-  CudaKernel append_, copy_, join_, attend_[3];  // by the lanes that read a key
+  CudaKernel append_, copy_, join_, attend_[std::size(kSizes)];
 };
 
-OpDefinition Define(ElementType type, KernelFactory create) {
-  return OpDefinition("Attention", kCudaProvider, AttentionInputs(type, type), AttentionOutputs(type, type), create);
+template <ElementType kType, ElementType kCache>
+OpDefinition Define(const char* name) {
+  return OpDefinition(name, kCudaProvider, AttentionInputs(kType, kCache), AttentionOutputs(kType, kCache),
+                      Create<AttentionCuda<kType, kCache>>);
 }
 
 }  // namespace
 
 std::vector<OpDefinition> AttentionOnCuda() {
-  return {Define(kHalf, Create<AttentionCuda<kHalf>>), Define(kBfloat16, Create<AttentionCuda<kBfloat16>>)};
+  return {Define<kHalf, kHalf>("Attention"), Define<kBfloat16, kBfloat16>("Attention"),
+          Define<kHalf, kInt8>("Attention8"), Define<kBfloat16, kInt8>("Attention8")};
 }
 
 }  // namespace tda

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tda_export.graph import contract
 from tda_export.graph.export import BuildRequest, export_artifact
 from tda_export.graph.priced import PricedDesign
 from tda_export.graph.priced_parity import PricedComparison
@@ -28,9 +29,11 @@ def random_prices(source: ModelSource, packing: Packing, seed: int = 0) -> dict[
     }
 
 
-def build_priced(source: ModelSource, output: Path, packing: Packing, *, dtype: str = "float32") -> Path:
+def build_priced(
+    source: ModelSource, output: Path, packing: Packing, *, dtype: str = "float32", kv: str = contract.KV_FLOAT
+) -> Path:
     design = PricedDesign(packing, random_prices(source, packing), 0.0)
-    request = BuildRequest(source, Storage(dtype), design, {"price": 0.0})
+    request = BuildRequest(source, Storage(dtype), design, {"price": 0.0}, kv=kv)
     export_artifact(request, output, quiet=True, check=lambda folder: None)
     return output
 
@@ -78,8 +81,9 @@ def test_a_matrix_of_other_prices_is_found(
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "opt-post-norm", "gpt-neox", "phi4-mini"])
-def test_float16_on_the_cpu(family: str, source_of: Callable[[str], ModelSource], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv", contract.KV_FORMATS)
+def test_float16_on_the_cpu(family: str, kv: str, source_of: Callable[[str], ModelSource], tmp_path: Path) -> None:
     source = source_of(family)
-    artifact = build_priced(source, tmp_path / "artifact", "sites", dtype="float16")
+    artifact = build_priced(source, tmp_path / "artifact", "sites", dtype="float16", kv=kv)
     checks = verify_artifact(artifact, lambda name: source, provider="cpu", quiet=True)
     assert [check for check in checks if not check.passed] == []

@@ -10,7 +10,8 @@ import numpy as np
 
 from tda_export.graph import operators
 from tda_export.graph.ffn import FfnForm
-from tests.ffn_model import NUMPY_DTYPES, ffn_session, random_feeds, run
+from tests.attention_model import AttentionForm, attention_session, random_attention
+from tests.ffn_model import NUMPY_DTYPES, array_of, ffn_session, ort_value, random_feeds, run
 from tests.native.test_functions import CUDA
 from tests.native.test_functions import run as run_function
 from tests.row_model import price_for, random_rows, row_session
@@ -77,10 +78,23 @@ def rows(rng: np.random.Generator, dtype: str) -> None:
                 assert np.isfinite(run(session, feeds).astype(np.float32)).all()
 
 
+def attention(rng: np.random.Generator, dtype: str) -> None:
+    for codes in (False, True):
+        for size, heads in ((16, 3), (48, 2), (128, 8), (256, 1)):
+            form = AttentionForm(heads=heads, kv_heads=1, size=size, window=300 * (heads == 3), codes=codes)
+            session = attention_session(form, dtype=dtype)
+            for tokens, past in ((1, 0), (1, 700), (5, 61), (17, 3)):
+                feeds = random_attention(rng, form, tokens=tokens, past=past, dtype=dtype)
+                values = {name: ort_value(value) for name, value in feeds.items()}
+                (attended,) = session.run_with_ort_values(["attended"], values)
+                assert np.isfinite(array_of(attended).astype(np.float32)).all()
+
+
 if __name__ == "__main__":
     for dtype in ("float16", "bfloat16"):
         generator = np.random.default_rng(0)
         ffn(generator, dtype)
         functions(generator, dtype)
         rows(generator, dtype)
+        attention(generator, dtype)
         print(f"every kernel ran in {dtype}")

@@ -21,6 +21,7 @@ from tests.attention_model import (
     run_in_place,
     unrounded,
 )
+from tests.ffn_model import TOLERANCES
 
 session = functools.cache(attention_session)
 NATIVE = [pytest.param(False, id="body"), pytest.param(True, id="cpu")]
@@ -38,19 +39,32 @@ lengths = {
 
 
 def check(
-    feeds: Mapping[str, np.ndarray], form: AttentionForm, results: Sequence[np.ndarray], tokens: int, past: int
+    feeds: Mapping[str, np.ndarray],
+    form: AttentionForm,
+    results: Sequence[np.ndarray],
+    tokens: int,
+    past: int,
+    *,
+    rounding: float = 1e-5,
+    close: float = CLOSE,
 ) -> None:
-    """The past is as it was, new codes are the nearest, and what is attended to is what the cache holds."""
+    """The past is as it was, new codes are the nearest, and what is attended to is what the cache holds.
+
+    Keys are rounded by `rounding`, relative to the largest element, before they are rounded to codes. Results may be
+    `close` from the reference, relative to the largest or to 1.
+    """
     attended, *present = results
     names = ("past_key", "past_value", "past_key_scale", "past_value_scale")
     for name, whole in zip(names, present, strict=True):
         np.testing.assert_array_equal(whole[:, :, :past], feeds[name][:, :, :past])
     new = [whole[0, :, past : past + tokens].swapaxes(0, 1) for whole in present]
     for found, scale, (codes, scales) in zip(new[:2], new[2:], unrounded(feeds, form), strict=True):
-        np.testing.assert_allclose(scale, scales, rtol=1e-5)
-        np.testing.assert_allclose(found, codes, rtol=0, atol=0.5 + 1e-3)
+        np.testing.assert_allclose(scale, scales, rtol=rounding)
+        np.testing.assert_allclose(found, codes, rtol=0, atol=0.5 + 127 * rounding)
         assert np.abs(found.astype(int)).max(initial=0) <= 127
-    np.testing.assert_allclose(attended, reference(feeds, form, present), rtol=0, atol=CLOSE)
+    expected = reference(feeds, form, present)
+    atol = close * max(1.0, float(np.abs(expected).max(initial=0.0)))
+    np.testing.assert_allclose(attended.astype(np.float64), expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("native", NATIVE)
@@ -74,6 +88,19 @@ def test_heads_of_any_size(form: AttentionForm, tokens: int, past: int, room: in
     feeds = random_attention(np.random.default_rng(seed), form, tokens=tokens, past=past, room=extra)
     results = (run_attention if room is None else run_in_place)(session(form), feeds)
     check(feeds, form, results, tokens, past)
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@given(form=forms((16, 64, 80), codes=True), **lengths)
+def test_the_body_in_half_precision(form: AttentionForm, tokens: int, past: int, room: int | None, seed: int) -> None:
+    """On the CPU, as far as float16 can say: codes of keys are those of rotated keys that were rounded to it."""
+    extra = None if room is None else past + tokens + room
+    rng = np.random.default_rng(seed)
+    feeds = random_attention(rng, form, tokens=tokens, past=past, room=extra, dtype="float16")
+    call = session(form, native=False, dtype="float16", provider="CPUExecutionProvider")
+    results = (run_attention if room is None else run_in_place)(call, feeds)
+    assert results[0].dtype == np.float16
+    check(feeds, form, results, tokens, past, rounding=2**-10, close=TOLERANCES["float16"])
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])

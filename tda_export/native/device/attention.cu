@@ -1,14 +1,21 @@
-// tda::Attention on CUDA, for few tokens at a time: rotary embedding, keys and values appended to the cache, and attention
-// over parts of the cache that are joined afterwards (flash decoding).
+// tda::Attention and tda::Attention8 on CUDA, for few tokens at a time: rotary embedding, keys and values appended to the
+// cache, and attention over parts of the cache that are joined afterwards (flash decoding). KvRows says how the cache
+// stores keys and values (kv_rows.cuh).
+
+using KvStored = KvRows::Stored;
 
 struct AttentionArguments {
   const Element* query;      // of the first token; those of the next are query_stride further on, and so on
   const Element* key;
   const Element* value;
-  const Element* past_key;   // [KV, past_room, D]
-  const Element* past_value;
-  Element* present_key;      // [KV, room, D]
-  Element* present_value;
+  const KvStored* past_key;  // [KV, past_room, D]
+  const KvStored* past_value;
+  KvStored* present_key;     // [KV, room, D]
+  KvStored* present_value;
+  const float* past_key_scale;  // [KV, past_room], where rows have scales
+  const float* past_value_scale;
+  float* present_key_scale;     // [KV, room]
+  float* present_value_scale;
   const Element* cos;        // [positions, pairs]
   const Element* sin;
   const int* last_index;     // [1]
@@ -23,12 +30,7 @@ struct AttentionArguments {
   float scale, softcap;
 };
 
-constexpr int kAttentionThreads = 128;
-constexpr float kLog2E = 1.4426950408889634f;
-
-// The score of a missing key: minus infinity.
-static __device__ __forceinline__ float Nothing() { return __int_as_float(0xff800000); }
-
+constexpr int kMostSize = 256;  // elements of a head
 // Tokens before the call, and in all.
 struct Lengths {
   int past, total;
@@ -51,13 +53,22 @@ static __device__ __forceinline__ float Rotated(const AttentionArguments& a, con
   return own * ToFloat(a.cos[at]) + (first ? -other : other) * ToFloat(a.sin[at]);
 }
 
-// Append element d of a token's key and value of a head.
-static __device__ __forceinline__ void Append(const AttentionArguments& a, int token, int position, int kv_head, int d) {
+// Append a token's key (`part` 0) or value (1) of a head. A whole warp calls this.
+template <int kSize>
+static __device__ __forceinline__ void Append(const AttentionArguments& a, int token, int position, int kv_head, int part) {
   if (position >= a.room) return;
-  const size_t at = (static_cast<size_t>(kv_head) * a.room + position) * a.size + d;
-  const Element* key = a.key + static_cast<size_t>(token) * a.key_stride + kv_head * a.size;
-  a.present_key[at] = FromFloat(Rotated(a, key, d, position));
-  a.present_value[at] = a.value[static_cast<size_t>(token) * a.value_stride + kv_head * a.size + d];
+  const size_t row = static_cast<size_t>(kv_head) * a.room + position;
+  WarpHead<kSize / kWarpLanes> head;
+  if (part == 0) {
+    const Element* key = a.key + static_cast<size_t>(token) * a.key_stride + kv_head * a.size;
+    head.Set(a.size, [&](int d) { return Rotated(a, key, d, position); });
+    if constexpr (KvRows::kScaled) head.Spread(a.size);
+    KvRows::Write(head, a.size, a.present_key + row * a.size, a.present_key_scale + row);
+  } else {
+    const Element* value = a.value + static_cast<size_t>(token) * a.value_stride + kv_head * a.size;
+    head.Set(a.size, [&](int d) { return ToFloat(value[d]); });
+    KvRows::Write(head, a.size, a.present_value + row * a.size, a.present_value_scale + row);
+  }
 }
 
 // Append the keys and values of a token (blockIdx.x) and head (blockIdx.y).
@@ -65,9 +76,8 @@ extern "C" __global__ void __launch_bounds__(kAttentionThreads) AppendTokens(Att
   WaitForEarlierKernels();
   LetNextKernelStart();
   const Lengths lengths(a);
-  for (int d = threadIdx.x; d < a.size; d += kAttentionThreads) {
-    Append(a, blockIdx.x, lengths.past + blockIdx.x, blockIdx.y, d);
-  }
+  const int warp = threadIdx.x / kWarpLanes;
+  if (warp < 2) Append<kMostSize>(a, blockIdx.x, lengths.past + blockIdx.x, blockIdx.y, warp);
 }
 
 // Copy the past of a head (blockIdx.y) to where the present is, of keys or values (blockIdx.z), and fill the room after
@@ -76,50 +86,43 @@ extern "C" __global__ void __launch_bounds__(kAttentionThreads) CopyPast(Attenti
   WaitForEarlierKernels();
   LetNextKernelStart();
   const Lengths lengths(a);
-  const Element* past = blockIdx.z == 0 ? a.past_key : a.past_value;
-  Element* present = blockIdx.z == 0 ? a.present_key : a.present_value;
+  const KvStored* past = blockIdx.z == 0 ? a.past_key : a.past_value;
+  KvStored* present = blockIdx.z == 0 ? a.present_key : a.present_value;
   past += static_cast<size_t>(blockIdx.y) * a.past_room * a.size;
   present += static_cast<size_t>(blockIdx.y) * a.room * a.size;
   for (int row = blockIdx.x; row < a.room; row += gridDim.x) {
     if (row >= lengths.past && row < lengths.past + a.tokens) continue;
     for (int d = threadIdx.x; d < a.size; d += kAttentionThreads) {
       const size_t at = static_cast<size_t>(row) * a.size + d;
-      present[at] = row < lengths.past ? past[at] : Element(0);
+      present[at] = row < lengths.past ? past[at] : KvStored(0);
+    }
+    if constexpr (KvRows::kScaled) {
+      const float* past_scale = blockIdx.z == 0 ? a.past_key_scale : a.past_value_scale;
+      float* present_scale = blockIdx.z == 0 ? a.present_key_scale : a.present_value_scale;
+      if (threadIdx.x == 0) {
+        present_scale[static_cast<size_t>(blockIdx.y) * a.room + row] =
+            row < lengths.past ? past_scale[static_cast<size_t>(blockIdx.y) * a.past_room + row] : 0.0f;
+      }
     }
   }
 }
 
-// The partial result of some keys and values. Scores are base-2 logarithms; weights are relative to the largest.
-template <int kElements>
-struct Attended {
-  float largest = Nothing();
-  float weights = 0.0f;
-  float sum[kElements] = {};
-};
-
-// The factor that converts weights relative to `largest` to weights relative to `joint`.
-static __device__ __forceinline__ float Factor(float largest, float joint) {
-  return exp2f(largest - (joint == Nothing() ? 0.0f : joint));
-}
-
 // One block: a part of the cache (blockIdx.x), up to kHeads of the heads that share a key-value head (blockIdx.y), a token
-// (blockIdx.z). kLanes lanes read a key, eight elements each.
-template <int kLanes, int kHeads>
+// (blockIdx.z). A row has at most kSize elements.
+template <int kSize, int kHeads>
 static __device__ __forceinline__ void Attend(const AttentionArguments& a) {
-  constexpr int kElements = 8;
-  constexpr int kSize = kLanes * kElements;
-  constexpr int kKeys = kAttentionThreads / kLanes;  // that are read together
-  constexpr int kRounds = kHeads == 4 ? 4 : 8;       // of them, all under way at once
-  constexpr int kChunk = kKeys * kRounds;
-  __shared__ float queries[kHeads][kSize];
-  __shared__ float largest[kKeys][kHeads], weights[kKeys][kHeads];
-  __shared__ float sums[kKeys][kHeads][kSize];
+  using Loop = AttendLoop<kSize, kHeads>;
+  using Shared = InShared<kSize>;
+  constexpr int kChunk = Loop::kChunk, kSlots = Loop::kSlots;
+  __shared__ __align__(16) float queries[kHeads][kSize];
+  __shared__ float units[kHeads], largest[kSlots][kHeads], weights[kSlots][kHeads];
+  __shared__ __align__(16) float sums[kSlots][kHeads][Loop::kStride];
   const int group = a.heads / a.kv_heads;
   const int tiles = (group + kHeads - 1) / kHeads;
   const int kv_head = blockIdx.y / tiles, in_group = blockIdx.y % tiles * kHeads;
   const int first_head = kv_head * group + in_group;
   const int heads = min(kHeads, group - in_group);
-  const int token = blockIdx.z, split = blockIdx.x;
+  const int token = blockIdx.z, split = blockIdx.x, warp = threadIdx.x / kWarpLanes;
   WaitForEarlierKernels();
   LetNextKernelStart();
 
@@ -130,111 +133,45 @@ static __device__ __forceinline__ void Attend(const AttentionArguments& a) {
   // A part depends on the token's own position, not on the other tokens of the call.
   const int part = ((end + a.splits - 1) / a.splits + kChunk - 1) / kChunk * kChunk;
   const int from = max(begin, split * part), to = min(end, (split + 1) * part);
-  for (int i = threadIdx.x; i < kHeads * kSize; i += kAttentionThreads) {
-    const int h = i / kSize, d = i % kSize;
-    float value = 0.0f;
-    if (h < heads && d < a.size) {
-      const Element* query = a.query + static_cast<size_t>(token) * a.query_stride + (first_head + h) * a.size;
-      value = Rotated(a, query, d, position) * a.scale;
+  static_assert(kHeads <= kAttentionWarps, "each warp prepares one query");
+  if (warp < kHeads) {
+    WarpHead<kSize / kWarpLanes> head;
+    float unit = 1.0f;
+    if (warp < heads) {
+      const Element* query = a.query + static_cast<size_t>(token) * a.query_stride + (first_head + warp) * a.size;
+      head.Set(a.size, [&](int d) { return Rotated(a, query, d, position) * a.scale; });
+      if constexpr (KvRows::kScaled) head.Spread(a.size);
+      if constexpr (Loop::kUnits) unit = head.TakeUnit();
     }
-    queries[h][d] = value;
+#pragma unroll
+    for (int i = 0; i < kSize / kWarpLanes; ++i) queries[warp][Shared::Place(head.Index(i))] = head.own[i];
+    if (threadIdx.x % kWarpLanes == 0) units[warp] = unit;
   }
-  if (a.appends && position >= split * part && position < (split + 1) * part) {
-    for (int d = threadIdx.x; d < a.size; d += kAttentionThreads) Append(a, token, position, kv_head, d);
+  if (a.appends && position >= split * part && position < (split + 1) * part && warp >= kAttentionWarps - 2) {
+    Append<kSize>(a, token, position, kv_head, kAttentionWarps - 1 - warp);
   }
   __syncthreads();
 
-  const int lane = threadIdx.x % kLanes, slot = threadIdx.x / kLanes;
-  const bool reads = lane * kElements < a.size;
-  float query[kHeads][kElements];
-#pragma unroll
-  for (int h = 0; h < kHeads; ++h)
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) query[h][i] = queries[h][lane * kElements + i];
-  const size_t head_start = static_cast<size_t>(kv_head) * a.room * a.size + lane * kElements;
-  const Element* keys = a.present_key + head_start;
-  const Element* values = a.present_value + head_start;
-  Attended<kElements> attended[kHeads];
-#pragma unroll 1
-  for (int base = from; base < to; base += kChunk) {
-    Pack<kElements> key_packs[kRounds], value_packs[kRounds];
-#pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
-      const int row = base + r * kKeys + slot;
-      key_packs[r].bits = make_uint4(0, 0, 0, 0);
-      if (reads && row < to) key_packs[r] = Load<kElements>(keys + static_cast<size_t>(row) * a.size);
-    }
-#pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
-      const int row = base + r * kKeys + slot;
-      value_packs[r].bits = make_uint4(0, 0, 0, 0);
-      if (reads && row < to) value_packs[r] = Load<kElements>(values + static_cast<size_t>(row) * a.size);
-    }
-    float scores[kRounds][kHeads];
-#pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
-      float key[kElements];
-      key_packs[r].ToFloats(key);
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        float score = 0.0f;
-#pragma unroll
-        for (int i = 0; i < kElements; ++i) score = fmaf(query[h][i], key[i], score);
-#pragma unroll
-        for (int offset = kLanes / 2; offset > 0; offset >>= 1) score += __shfl_xor_sync(0xffffffffu, score, offset);
-        if (a.softcap > 0.0f) score = a.softcap * tanhf(score / a.softcap);
-        scores[r][h] = base + r * kKeys + slot < to ? score * kLog2E : Nothing();
-      }
-    }
-#pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
-      Attended<kElements>& own = attended[h];
-      float top = own.largest;
-#pragma unroll
-      for (int r = 0; r < kRounds; ++r) top = fmaxf(top, scores[r][h]);
-      const float factor = Factor(own.largest, top);
-      own.largest = top;
-      own.weights *= factor;
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) own.sum[i] *= factor;
-#pragma unroll
-      for (int r = 0; r < kRounds; ++r) {
-        scores[r][h] = Factor(scores[r][h], top);
-        own.weights += scores[r][h];
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
-      float value[kElements];
-      value_packs[r].ToFloats(value);
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h)
-#pragma unroll
-        for (int i = 0; i < kElements; ++i) attended[h].sum[i] = fmaf(scores[r][h], value[i], attended[h].sum[i]);
-    }
+  const size_t first_row = static_cast<size_t>(kv_head) * a.room;
+  KvPart rows = {a.present_key + first_row * a.size, a.present_value + first_row * a.size, nullptr, nullptr, a.size,
+                 from, to, a.softcap};
+  if constexpr (KvRows::kScaled) {
+    rows.key_scales = a.present_key_scale + first_row;
+    rows.value_scales = a.present_value_scale + first_row;
   }
-
-#pragma unroll
-  for (int h = 0; h < kHeads; ++h) {
-    if (lane == 0) {
-      largest[slot][h] = attended[h].largest;
-      weights[slot][h] = attended[h].weights;
-    }
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) sums[slot][h][lane * kElements + i] = attended[h].sum[i];
-  }
+  Loop::Run(rows, queries, units, largest, weights, sums);
   __syncthreads();
   for (int i = threadIdx.x; i < heads * kSize; i += kAttentionThreads) {
-    const int h = i / kSize, d = i % kSize;
+    const int h = i / kSize, place = i % kSize, d = Shared::ElementAt(place);
     if (d >= a.size) continue;
     float top = Nothing(), weight = 0.0f, sum = 0.0f;
 #pragma unroll
-    for (int s = 0; s < kKeys; ++s) top = fmaxf(top, largest[s][h]);
+    for (int s = 0; s < kSlots; ++s) top = fmaxf(top, largest[s][h]);
 #pragma unroll
-    for (int s = 0; s < kKeys; ++s) {
+    for (int s = 0; s < kSlots; ++s) {
       const float factor = Factor(largest[s][h], top);
       weight += factor * weights[s][h];
-      sum += factor * sums[s][h][d];
+      sum += factor * sums[s][h][place];
     }
     const size_t head = static_cast<size_t>(token) * a.heads + first_head + h;
     if (a.splits == 1) {
@@ -272,18 +209,18 @@ extern "C" __global__ void __launch_bounds__(kAttentionThreads) JoinParts(Attent
   }
 }
 
-#define TDA_ATTEND(lanes, heads)                                                \
+#define TDA_ATTEND(size, heads)                                                 \
   extern "C" __global__ void __launch_bounds__(kAttentionThreads, 4)            \
-      Attend_##lanes##_##heads(AttentionArguments a) {                          \
-    Attend<lanes, heads>(a);                                                    \
+      Attend_##size##_##heads(AttentionArguments a) {                           \
+    Attend<size, heads>(a);                                                     \
   }
 
-TDA_ATTEND(8, 1)
-TDA_ATTEND(8, 2)
-TDA_ATTEND(8, 4)
-TDA_ATTEND(16, 1)
-TDA_ATTEND(16, 2)
-TDA_ATTEND(16, 4)
-TDA_ATTEND(32, 1)
-TDA_ATTEND(32, 2)
-TDA_ATTEND(32, 4)
+TDA_ATTEND(64, 1)
+TDA_ATTEND(64, 2)
+TDA_ATTEND(64, 4)
+TDA_ATTEND(128, 1)
+TDA_ATTEND(128, 2)
+TDA_ATTEND(128, 4)
+TDA_ATTEND(256, 1)
+TDA_ATTEND(256, 2)
+TDA_ATTEND(256, 4)

@@ -1,0 +1,54 @@
+"""`benchmarks/kv_cache.py` with random weights of a tiny shape."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.bench.test_scripts import load
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+
+
+@pytest.fixture
+def shape(tmp_path: Path) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return str(tmp_path / "config.json")
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> list[dict[str, object]]:
+    monkeypatch.setattr("sys.argv", ["kv_cache.py", *map(str, arguments)])
+    load("kv_cache", monkeypatch).main()
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_times_and_kl_of_a_shape(
+    shape: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--shape", shape, "--provider", "cpu", "--contexts", 30, 100)
+    timed = run(monkeypatch, capsys, *common, "--time", "--turns", 2)
+    assert [line["context"] for line in timed] == [30, 100]
+    for line in timed:
+        assert all(line[kv]["ms"] > 0 for kv in ("float", "int8"))  # type: ignore[index]
+    compared = run(monkeypatch, capsys, *common, "--windows", 2, "--tokens", 8)
+    assert [line["context"] for line in compared] == [30, 100]
+    assert all(0 < line["kl"] < 0.1 for line in compared)  # type: ignore[operator]
+
+
+def test_artifacts_or_a_shape(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for given in ((), ("one",), ("--shape", "llama-2-7b", "one", "two")):
+        with pytest.raises(SystemExit, match=r"^Give two artifacts, FLOAT and INT8, or --shape\.$"):
+            run(monkeypatch, capsys, *given)

@@ -1,0 +1,225 @@
+// Device code on the CPU, one block at a time: a thread is a fiber, which gives way to others at barriers and wherever a
+// warp exchanges values. Slow, and only for tests. `cuda_on_cpu.py` replaces the instructions that device code writes in
+// PTX with the functions at the end.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+#define __align__(bytes) __attribute__((aligned(bytes)))
+
+struct uint2 {
+  unsigned x, y;
+};
+struct uint4 {
+  unsigned x, y, z, w;
+};
+struct float4 {
+  float x, y, z, w;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+template <class To, class From>
+To Reinterpret(From value) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits");
+  To result;
+  std::memcpy(&result, &value, sizeof result);
+  return result;
+}
+
+namespace emulator {
+
+constexpr size_t kStackBytes = 128 << 10;
+constexpr unsigned kWarp = 32;
+
+struct Fiber {
+  ucontext_t context;
+  bool ended = false;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+};
+struct Barrier {
+  unsigned waiting = 0, generation = 0;
+};
+struct Index {
+  unsigned x = 0, y = 0, z = 0;
+};
+
+inline ucontext_t scheduler;
+inline std::vector<Fiber> fibers;
+inline unsigned current = 0;
+inline Index block, grid;
+inline Barrier of_block;
+inline std::vector<Barrier> of_warps;
+inline std::vector<uint32_t> exchanged;  // kWords for each thread
+inline std::function<void()> kernel;
+constexpr unsigned kWords = 6;
+
+inline void GiveWay() { swapcontext(&fibers[current].context, &scheduler); }
+
+inline void Arrive(Barrier& barrier, unsigned members) {
+  const unsigned generation = barrier.generation;
+  if (++barrier.waiting == members) {
+    barrier.waiting = 0;
+    ++barrier.generation;
+  }
+  while (barrier.generation == generation) GiveWay();
+}
+
+// Show words to the other threads of the warp, and call read(word(lane, number)).
+template <class Read>
+auto Exchange(std::initializer_list<uint32_t> words, const Read& read) {
+  Barrier& barrier = of_warps[current / kWarp];
+  const unsigned first = current / kWarp * kWarp;
+  unsigned number = 0;
+  for (uint32_t word : words) exchanged[current * kWords + number++] = word;
+  Arrive(barrier, kWarp);
+  const auto result = read([&](unsigned lane, unsigned word) { return exchanged[(first + lane) * kWords + word]; });
+  Arrive(barrier, kWarp);
+  return result;
+}
+
+inline void Enter() {
+  kernel();
+  fibers[current].ended = true;
+  GiveWay();
+}
+
+inline void RunBlock(unsigned threads) {
+  fibers.resize(threads);
+  exchanged.assign(threads * kWords, 0);
+  of_warps.assign(threads / kWarp, {});
+  of_block = {};
+  for (Fiber& fiber : fibers) {
+    fiber.ended = false;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    makecontext(&fiber.context, Enter, 0);
+  }
+  for (bool running = true; running;) {
+    running = false;
+    for (current = 0; current < threads; ++current) {
+      if (fibers[current].ended) continue;
+      swapcontext(&scheduler, &fibers[current].context);
+      running = running || !fibers[current].ended;
+    }
+  }
+}
+
+inline void Launch(Index blocks, unsigned threads, std::function<void()> work) {
+  kernel = std::move(work);
+  grid = blocks;
+  for (block.z = 0; block.z < grid.z; ++block.z) {
+    for (block.y = 0; block.y < grid.y; ++block.y) {
+      for (block.x = 0; block.x < grid.x; ++block.x) RunBlock(threads);
+    }
+  }
+}
+
+struct ThreadIndex {
+  struct {
+    operator unsigned() const { return current; }
+  } x;
+};
+
+}  // namespace emulator
+
+inline emulator::ThreadIndex threadIdx;
+#define blockIdx emulator::block
+#define gridDim emulator::grid
+
+inline void __syncthreads() { emulator::Arrive(emulator::of_block, emulator::fibers.size()); }
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return emulator::Exchange({Reinterpret<uint32_t>(value)}, [&](const auto& word) {
+    return Reinterpret<T>(word(emulator::current % emulator::kWarp ^ mask, 0));
+  });
+}
+
+inline float __int_as_float(int bits) { return Reinterpret<float>(bits); }
+inline float __uint_as_float(unsigned bits) { return Reinterpret<float>(bits); }
+inline unsigned __float_as_uint(float value) { return Reinterpret<unsigned>(value); }
+inline float __log2f(float value) { return std::log2(value); }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = uint64_t{y} << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  }
+  return result;
+}
+template <class T>
+T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+T max(T a, T b) {
+  return a < b ? b : a;
+}
+
+// PTX
+
+inline float HalfOf(unsigned bits) {
+  const unsigned exponent = bits >> 10 & 31, fraction = bits & 1023;
+  float value = exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, static_cast<int>(exponent) - 25);
+  if (exponent == 31) value = fraction ? std::nanf("") : INFINITY;
+  return bits & 0x8000 ? -value : value;
+}
+inline unsigned short ToHalf(float value) {
+  const unsigned sign = std::signbit(value) ? 0x8000 : 0;
+  const float magnitude = std::fabs(value);
+  if (std::isnan(value)) return 0x7fff;
+  if (magnitude >= 65520.0f) return sign | 0x7c00;
+  if (magnitude < std::ldexp(1.0f, -14)) return sign | static_cast<unsigned>(std::rint(std::ldexp(magnitude, 24)));
+  int exponent;
+  const float fraction = std::frexp(magnitude, &exponent);  // 0.5 to 1
+  // A fraction that is rounded up to 2048 carries into the exponent.
+  return sign | static_cast<unsigned>((exponent + 14) * 1024 + std::rint(fraction * 2048.0f) - 1024);
+}
+inline unsigned short ToBfloat16(float value) {
+  const uint32_t bits = Reinterpret<uint32_t>(value);
+  return std::isnan(value) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline unsigned Halves(float low, float high) { return ToHalf(low) | static_cast<unsigned>(ToHalf(high)) << 16; }
+inline unsigned AddHalves(unsigned a, unsigned b) {
+  return Halves(HalfOf(a & 0xffff) + HalfOf(b & 0xffff), HalfOf(a >> 16) + HalfOf(b >> 16));
+}
+
+// movmatrix.sync.aligned.m8n8.trans.b16
+inline unsigned Transpose(unsigned pair) {
+  const unsigned lane = emulator::current % emulator::kWarp, row = lane / 4, column = lane % 4 * 2;
+  return emulator::Exchange({pair}, [&](const auto& word) {
+    const auto at = [&](unsigned r, unsigned c) { return word(r * 4 + c / 2, 0) >> 16 * (c % 2) & 0xffff; };
+    return at(column, row) | at(column + 1, row) << 16;
+  });
+}
+
+// mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32
+inline void MultiplyAdd(float* sum, const unsigned* a, const unsigned* b) {
+  const unsigned lane = emulator::current % emulator::kWarp;
+  emulator::Exchange({a[0], a[1], a[2], a[3], b[0], b[1]}, [&](const auto& word) {
+    for (unsigned i = 0; i < 4; ++i) {
+      const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+      for (unsigned k = 0; k < 16; ++k) {
+        const unsigned pair = k % 8 / 2, shift = 16 * (k % 2);
+        const unsigned of_a = word(row % 8 * 4 + pair, row / 8 + k / 8 * 2) >> shift & 0xffff;
+        const unsigned of_b = word(column * 4 + pair, 4 + k / 8) >> shift & 0xffff;
+        sum[i] += HalfOf(of_a) * HalfOf(of_b);
+      }
+    }
+    return 0;
+  });
+}

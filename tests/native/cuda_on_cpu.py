@@ -1,0 +1,155 @@
+"""Compile the device code of attention for the CPU (`cuda_on_cpu.h`), and launch it as attention_cuda.cc does."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from tda_export.native.build import FOLDER, find_compiler
+from tests.attention_model import AttentionForm
+
+SOURCES = ("common.cuh", "kv_rows.cuh", "kv_sums.cuh", "kv_sums_matrices.cuh", "attention.cu")
+KERNELS = ("AppendTokens", "CopyPast", "JoinParts", *(f"Attend_{s}_{h}" for s in (64, 128, 256) for h in (1, 2, 4)))
+# What replaces PTX, by its first word; everything else is left out, as it is for overlapping launches and for weights.
+INSTRUCTIONS = {
+    "cvt.f32.f16 ": "value = HalfOf(bits);",
+    "cvt.rn.f16.f32 ": "bits = ToHalf(value);",
+    "cvt.rn.bf16.f32 ": "bits = ToBfloat16(value);",
+    "cvt.rn.f16x2.f32 ": "pair = Halves(low, high);",
+    "add.rn.f16x2 ": "pair = AddHalves(pair, 0xe480e480u);",
+    "movmatrix.": "result = Transpose(pair);",
+    "mma.sync.": "MultiplyAdd(sum, first, second);",
+}
+POINTERS = (
+    *("query", "key", "value", "past_key", "past_value", "present_key", "present_value"),
+    *("past_key_scale", "past_value_scale", "present_key_scale", "present_value_scale"),
+    *("cos", "sin", "last_index", "partial", "attended"),
+)
+INTEGERS = (
+    *("tokens", "heads", "kv_heads", "size", "pairs", "past_room", "room", "most", "buffer", "splits"),
+    *("query_stride", "key_stride", "value_stride", "window", "interleaved", "appends"),
+)
+GUARD, MARK, UNWRITTEN = 64, 0xAB, 0xFF
+
+
+class Arguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_int) for name in INTEGERS),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+    )
+
+
+def compile_attention(folder: Path, *, bf16: bool, codes: bool, capability: int) -> ctypes.CDLL:
+    def replaced(found: re.Match[str]) -> str:
+        return next((text for word, text in INSTRUCTIONS.items() if found["ptx"].startswith(word)), ";")
+
+    source = "".join((FOLDER / "device" / name).read_text(encoding="utf-8") for name in SOURCES)
+    source = re.sub(r'asm( volatile)?\(\s*"(?P<ptx>(?:.|\n)*?)\);', replaced, source)
+    cases = "".join(
+        f'  if (!strcmp(name, "{kernel}")) emulator::Launch({{x, y, z}}, kAttentionThreads, [=] {{ {kernel}(*a); }});\n'
+        for kernel in KERNELS
+    )
+    run = f"void Run(const char* name, unsigned x, unsigned y, unsigned z, const AttentionArguments* a) {{\n{cases}}}\n"
+    (folder / "attention.cc").write_text(f'#include "cuda_on_cpu.h"\n{source}extern "C" {run}')
+    library = folder / f"attention_{bf16:d}_{codes:d}_{capability}.so"
+    defines = (f"-DTDA_BF16={bf16:d}", f"-DTDA_KV_CODES={codes:d}", f"-D__CUDA_ARCH__={10 * capability}")
+    flags = ("-std=c++17", "-O1", "-w", "-fPIC", "-shared", f"-I{Path(__file__).parent}")
+    subprocess.run([*find_compiler(), *flags, *defines, str(folder / "attention.cc"), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+class Guarded:
+    """An array in memory whose surroundings are known, so that a write beside it is found."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        count = int(np.prod(shape))
+        self._whole = np.zeros(count + 2 * GUARD, dtype)
+        self._whole.view(np.uint8)[:] = MARK
+        self.array = self._whole[GUARD : GUARD + count].reshape(shape)
+        self.array.reshape(-1).view(np.uint8)[:] = UNWRITTEN
+
+    def check(self) -> None:
+        outside = np.concatenate([self._whole[:GUARD], self._whole[-GUARD:]]).view(np.uint8)
+        assert (outside == MARK).all()
+
+
+def run_on_cpu(
+    library: ctypes.CDLL, form: AttentionForm, feeds: Mapping[str, np.ndarray], *, splits: int, in_place: bool = False
+) -> list[np.ndarray]:
+    """Run attention; return what it gives, present keys and values, and their scales."""
+    feeds = {name: np.asarray(array, order="C") for name, array in feeds.items()}
+    query, dtype = feeds["query"], feeds["query"].dtype
+    heads, kv_heads, size = form.heads, form.kv_heads, form.size
+    tokens, past_room, buffer = query.shape[1], feeds["past_key"].shape[2], int(feeds["buffer"])
+    room = max(past_room, buffer)
+    past = {name: array for name, array in feeds.items() if name.startswith("past_")}
+    present = {name: Guarded((*array.shape[:2], room, *array.shape[3:]), array.dtype) for name, array in past.items()}
+    if in_place:
+        for name, array in past.items():
+            present[name].array[...] = array
+        past = {name: guarded.array for name, guarded in present.items()}
+    splits = splits if tokens <= 16 else 1
+    partial = Guarded((tokens * heads * splits * (size + 2),), np.dtype(np.float32))
+    attended = Guarded((1, tokens, heads * size), np.dtype(np.uint16))
+    start = query.ctypes.data
+    key, value = (
+        (start + 2 * heads * size, start + 2 * (heads + kv_heads) * size)
+        if form.packed
+        else (feeds["key"].ctypes.data, feeds["value"].ctypes.data)
+    )
+    pairs = feeds["cos_cache"].shape[1] if form.rotary else 0
+    key_stride = query.shape[2] if form.packed else kv_heads * size
+    arguments = Arguments(
+        query=start,
+        key=key,
+        value=value,
+        **{name: array.ctypes.data for name, array in past.items()},
+        **{name.replace("past", "present"): guarded.array.ctypes.data for name, guarded in present.items()},
+        **({table: feeds[f"{table}_cache"].ctypes.data for table in ("cos", "sin")} if form.rotary else {}),
+        last_index=feeds["last_index"].ctypes.data,
+        partial=partial.array.ctypes.data,
+        attended=attended.array.ctypes.data,
+        tokens=tokens,
+        heads=heads,
+        kv_heads=kv_heads,
+        size=size,
+        pairs=pairs,
+        past_room=past_room,
+        room=room,
+        most=min(room, feeds["cos_cache"].shape[0]) if form.rotary else room,
+        buffer=buffer,
+        splits=splits,
+        query_stride=query.shape[2],
+        key_stride=key_stride,
+        value_stride=key_stride,
+        window=form.window,
+        interleaved=form.interleaved,
+        appends=tokens == 1,
+        scale=form.scale or size**-0.5,
+        softcap=form.softcap,
+    )
+
+    def launch(kernel: str, x: int, y: int, z: int = 1) -> None:
+        library.Run(kernel.encode(), x, y, z, ctypes.byref(arguments))
+
+    if not in_place:
+        launch("CopyPast", min(room, 256), kv_heads, 2)
+    if tokens > 1:
+        launch("AppendTokens", tokens, kv_heads)
+    group = heads // kv_heads
+    at_once = group if group < 3 else 4
+    most = next(each for each in (64, 128, 256) if size <= each)
+    launch(f"Attend_{most}_{at_once}", splits, kv_heads * -(-group // at_once), tokens)
+    if splits > 1:
+        launch("JoinParts", heads, tokens)
+    for guarded in (partial, attended, *present.values()):
+        guarded.check()
+    result = attended.array.view(ml_dtypes.bfloat16 if dtype == ml_dtypes.bfloat16 else np.float16)
+    return [result, *(guarded.array for guarded in present.values())]
