@@ -141,7 +141,10 @@ class _Place:
         total = ops.op("Add", ops.cast(last_index, "int64"), ops.constant([1], "int64"))
         self._past = ops.op("Where", ops.op("Equal", tokens, length), zero, ops.op("Sub", total, tokens))  # int64 [1]
         end = ops.op("Add", self._past, tokens)
-        self.end = ops.cast(ops.op("Squeeze", end, axis), "int32")  # int32 scalar: tokens of past and call, and padding
+        # int32 scalar: tokens of past and call, and padding. GroupQueryAttention on CUDA takes 0 for one that is in the
+        # GPU's memory; what comes from shapes is in the CPU's.
+        held = ops.op("Shape", self._held(past), start=2, end=3)
+        self.end = ops.cast(ops.op("Squeeze", ops.op("Add", held, tokens), axis), "int32")
         steps = ops.op("Range", ops.constant(0, "int64"), ops.op("Squeeze", tokens, axis), ops.constant(1, "int64"))
         self.positions = ops.op("Unsqueeze", ops.op("Add", steps, self._past), axis)  # int64 [1, S]
         self.kv_heads = ops.op("Shape", past, start=1, end=2)  # int64 [1]
