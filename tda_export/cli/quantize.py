@@ -23,7 +23,7 @@ from tda_export.cli.options import (
 from tda_export.float_kl import integers_kl
 
 if TYPE_CHECKING:
-    from tda_export.quantization.run import Quantizer
+    from tda_export.quantization.settings import Quantizer
 
 
 OF_GPTQ = ("sequences",)
@@ -50,6 +50,13 @@ OF_TEXT = ("dataset", "text_column", "seed", "prompt_tokens", "continuation_toke
     "-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Model folder to write."
 )
 @weight_options("int4", "int8")
+@option(
+    "--bits-per-weight",
+    type=float,
+    metavar="BITS",
+    help="Mean bits of a weight of the layers' linears, with scales and zero points: those that lose most in int4 per "
+    "byte are int8, as many as fit. Rules of --weights-for fix their matrices.",
+)
 @option(
     "--quantizer",
     type=click.Choice(["gptq", "rtn"]),
@@ -99,6 +106,7 @@ def quantize(
     weights: str,
     group: int | None,
     weights_for: tuple[str, ...],
+    bits_per_weight: float | None,
     quantizer: Quantizer,
     symmetric: bool,
     dataset: str,
@@ -127,15 +135,15 @@ def quantize(
     from tda_export.progress import progress
     from tda_export.quantization.folder import is_quantised_folder, write_quantised
     from tda_export.quantization.resume import PartialLayers
-    from tda_export.quantization.run import QuantizeSettings
     from tda_export.quantization.run import quantize as run
+    from tda_export.quantization.settings import QuantizeSettings
     from tda_export.ranks import join
     from tda_export.weights.formats import DEFAULT_GROUP
     from tda_export.weights.plan import read_rules
 
     if quantizer == "rtn":
         refuse_given(context, OF_GPTQ, "--quantizer rtn")
-        if not kl_sequences:
+        if not kl_sequences and bits_per_weight is None:
             refuse_given(context, OF_TEXT, "--quantizer rtn --kl-sequences 0, which reads no text")
     ranks = join(device)
     chosen_group = DEFAULT_GROUP if group is None else group
@@ -151,6 +159,7 @@ def quantize(
         continuation_tokens,
         seed,
         device,
+        bits_per_weight,
     )
     finished = PartialLayers(output.absolute(), {})
     if ranks.first:
@@ -159,7 +168,8 @@ def quantize(
     source = ranks.first_here(lambda: resolve_model(model, notify=lambda line: click.echo(line, err=True)))
     if source.quantisation is not None:
         raise UsageError(f"{model} is quantised already. Give the float model that it was made from.")
-    settings.plan(source.spec)  # rules are refused before any text is read
+    settings.plan(source.spec)  # rules and bits are refused before any text is read
+    settings.mixture(source.spec)
     corpus = None
     if settings.all_sequences:
         if settings.length > source.spec.max_positions:
@@ -202,7 +212,9 @@ def describe_quantisation(content: dict[str, Any]) -> str:
     try:
         quantizer = content["quantizer"]
         how = quantizer["name"] + (", symmetric" if quantizer["symmetric"] else "")
-        text = f"quantised by {how}: {formats}"
+        mixture = content.get("mixture")
+        mean = f" ({mixture['bits_per_weight']:.2f} bits a weight of the linears)" if mixture else ""
+        text = f"quantised by {how}: {formats}{mean}"
         loss = content.get("loss")
         if loss is None:
             return f"{text}; KL to the float model not measured"

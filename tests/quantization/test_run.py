@@ -27,7 +27,8 @@ from tda_export.quantization.hessians import site_hessian
 from tda_export.quantization.kl import continuations, loss
 from tda_export.quantization.layers import first_inputs, layer_calls, pass_on
 from tda_export.quantization.resume import PartialLayers
-from tda_export.quantization.run import QuantizeSettings, quantize, split
+from tda_export.quantization.run import quantize
+from tda_export.quantization.settings import Quantizer, QuantizeSettings, split
 from tda_export.ranks import ALONE
 from tda_export.weights.plan import read_rules
 from tests.calibration.shown import Shown
@@ -162,7 +163,7 @@ def test_a_loss_that_is_not_finite() -> None:
 
 
 @pytest.mark.parametrize("quantizer", ["gptq", "rtn"])
-def test_weights_that_no_scale_is_large_enough_for(quantizer: run.Quantizer, tiny_model: Path, tmp_path: Path) -> None:
+def test_weights_that_no_scale_is_large_enough_for(quantizer: Quantizer, tiny_model: Path, tmp_path: Path) -> None:
     def enlarge(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.1.mlp.up_proj.weight"][5, 7] = 2e6
 
