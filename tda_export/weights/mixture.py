@@ -55,8 +55,8 @@ class Mixture:
             # Rounded inwards, so that what is shown is allowed.
             allowed = f"{math.ceil(1000 * least) / 1000:g} to {math.floor(1000 * most) / 1000:g}"
             raise UsageError(
-                f"{OPTION} {self.most_bits:g}: the linears take {least:.3f} bits a weight in int4 and {most:.3f} in int8, "
-                f"scales and zero points included. Give {allowed}."
+                f"{OPTION} {self.most_bits:g}: the linears take {least:.3f} bits a weight in int4 and {most:.3f} in "
+                f"int8, scales and zero points included. Give {allowed}."
             )
 
     def choose(self, losses: Mapping[str, float]) -> FormatPlan:
