@@ -369,7 +369,7 @@ def test_some_linears_are_int8(quantizer: Quantizer, tiny: ModelSource) -> None:
     assert {format for name, format in formats.items() if name.startswith("layers.1.")} == {"int4_g32"}
     assert set(formats.values()) == {"int4_g32", "int8_g32"}
     assert {name: codes.format for name, codes in found.codes.items()} == found.plan.integers
-    used = {"gptq": 2, "rtn": 3}[quantizer]  # of three, of which GPTQ's Hessians need some
+    used = {"gptq": 2, "rtn": 4}[quantizer]  # of 3, of which GPTQ's Hessians need some; 1 of 5 is held out
     mean = mean_bits(found.codes)
     assert 5.7 < mean <= 6
     assert found.about["mixture"] == {
