@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tda_export.cli.help_groups import command, option
+from tda_export.cli.help_groups import WEIGHTS, command, option
 from tda_export.cli.options import (
     corpus_options,
     device_option,
@@ -54,8 +54,9 @@ OF_TEXT = ("dataset", "text_column", "seed", "prompt_tokens", "continuation_toke
     "--bits-per-weight",
     type=float,
     metavar="BITS",
-    help="Mean bits of a weight of the layers' linears, with scales and zero points: those that lose most in int4 per "
-    "byte are int8, as many as fit. Rules of --weights-for fix their matrices.",
+    group=WEIGHTS,
+    help="Mean bits of a weight of all linears, scales and zero points included: from int4's to int8's. The linears "
+    "that lose most in int4 are stored in int8, as many as fit.  [default: all int4]",
 )
 @option(
     "--quantizer",

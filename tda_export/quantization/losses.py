@@ -174,28 +174,31 @@ class _Estimate:
 
     def _errors(self, layer: int) -> dict[str, torch.Tensor]:
         """Return the errors of the layer's linears by part, float32 [in, out] on the layer's device."""
-        weights = {
-            part: read_matrix_rows(self._spec, self._weights, part_name(layer, part)) for part in self._parts(layer)
-        }
+        errors: dict[str, torch.Tensor] = {}
+        hessians: dict[str, torch.Tensor] = {}
+        if self._settings.quantizer == "gptq":
+            hessians = layer_hessians(self._model.model, self._spec, layer, self._calls[layer], self._others)
+        for site, parts in linear_sites(self._spec).items():
+            wanted = [part for part in parts if part_name(layer, part) in self._formats]
+            found = self._rounding_errors(layer, wanted)
+            hessian = hessians.pop(site, None)
+            if hessian is not None and wanted:
+                self._ranks.add_up(hessian)
+                rows = site_order(hessian, layer, site)
+                found = {part: passed_on(each, rows) for part, each in found.items()}
+            errors |= found
+        return errors
+
+    def _rounding_errors(self, layer: int, parts: list[str]) -> dict[str, torch.Tensor]:
+        names = {part: part_name(layer, part) for part in parts}
+        weights = {part: read_matrix_rows(self._spec, self._weights, name) for part, name in names.items()}
 
         def rounded(part: str, together: int) -> Codes:
-            name = part_name(layer, part)
-            return round_matrix(name, weights[part], self._formats[name], symmetric=self._settings.symmetric)
+            format = self._formats[names[part]]
+            return round_matrix(names[part], weights[part], format, symmetric=self._settings.symmetric)
 
-        codes = zip(weights, self._ranks.in_order(list(weights), rounded), strict=True)
-        errors = {
-            part: torch.from_numpy(found.decode() - weights[part]).to(self._model.device) for part, found in codes
-        }
-        if self._settings.quantizer == "rtn":
-            return errors
-        hessians = layer_hessians(self._model.model, self._spec, layer, self._calls[layer], self._others)
-        for site, parts in linear_sites(self._spec).items():
-            hessian = hessians.pop(site)
-            self._ranks.add_up(hessian)
-            if wanted := [part for part in parts if part in errors]:
-                rows = site_order(hessian, layer, site)
-                errors |= {part: passed_on(errors[part], rows) for part in wanted}
-        return errors
+        codes = zip(parts, self._ranks.in_order(parts, rounded), strict=True)
+        return {part: torch.from_numpy(each.decode() - weights[part]).to(self._model.device) for part, each in codes}
 
     def _label_gradients(self, index: int, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Return the gradients of the log-likelihood of labels by the hidden states [1, T, M] that they are predicted

@@ -154,7 +154,9 @@ def test_what_is_refused_before_any_work(tiny_model: Path, tmp_path: Path, monke
     assert "are more than the 512 positions of" in refusal(tiny_model, "-o", output, "--prompt-tokens", "500")
     assert "--device tpu is not known" in refusal(tiny_model, "-o", output, "--device", "tpu")
     bits = refusal(tiny_model, "-o", output, "--bits-per-weight", "4.5")
-    assert bits.startswith("Error: --bits-per-weight 4.5: the linears take 4.658 bits a weight in int4 and 8.750 in int8, ")
+    assert bits.startswith(
+        "Error: --bits-per-weight 4.5: the linears take 4.658 bits a weight in int4 and 8.750 in int8, "
+    )
     rules = refusal(tiny_model, "-o", output, "--bits-per-weight", "5", "--weights-for", "layers.*=int4")
     assert rules.startswith("Error: --bits-per-weight: --weights-for fixes the format of every linear, so there is ")
     assert "no effect with --weights int8" in refusal(
