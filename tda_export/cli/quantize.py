@@ -203,7 +203,16 @@ def quantize(
         click.echo(json.dumps(content, allow_nan=False))
         return
     click.echo(describe_quantisation(quantised.about | {"formats": quantised.plan.to_dict()}))
+    if settings.bits_per_weight is not None:
+        click.echo(_int8_linears(quantised.plan.to_dict()))
     click.echo(f"Wrote {output}")
+
+
+def _int8_linears(formats: dict[str, str]) -> str:
+    """Say how many of each part are in int8."""
+    parts = [(name.rpartition(".")[2], format) for name, format in formats.items() if name.startswith("layers.")]
+    every, wide = Counter(part for part, _ in parts), Counter(part for part, format in parts if "int8" in format)
+    return "Linears in int8: " + ", ".join(f"{part} {wide[part]} of {count}" for part, count in every.items())
 
 
 def describe_quantisation(content: dict[str, Any]) -> str:

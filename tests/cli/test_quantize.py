@@ -13,6 +13,7 @@ from tests.conftest import TINY_LENGTHS, run_cli, run_ok
 
 LENGTHS = ("--prompt-tokens", "32", "--continuation-tokens", "16")
 FEW = ("--sequences", "4", "--kl-sequences", "2", *LENGTHS)
+PARTS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +103,10 @@ def test_a_mean_of_bits(tiny_model: Path, tmp_path: Path) -> None:
     assert content["mixture"]["most_bits_per_weight"] == 6
     assert (content["mixture"]["sequences"], content["mixture"]["labels"]) == (2, 4)
     formats = content["formats"]
-    assert {formats[f"layers.0.{part}"] for part in ("q", "k", "v", "o", "gate", "up", "down")} == {"int4_g32"}
+    assert {formats[f"layers.0.{part}"] for part in PARTS} == {"int4_g32"}
     assert set(formats.values()) == {"int4_g32", "int8_g32"}
+    wide = {part: sum(formats[f"layers.{layer}.{part}"] == "int8_g32" for layer in range(3)) for part in PARTS}
+    assert "Linears in int8: " + ", ".join(f"{part} {count} of 3" for part, count in wide.items()) in stdout
     assert f"({bits[1]} bits a weight of the linears)" in run_ok("inspect", output).stdout
     shown = json.loads(run_ok("quantize", tiny_model, "-o", tmp_path / "again", *options, "--json").stdout)
     assert (shown["mixture"], shown["formats"]) == (content["mixture"], formats)
