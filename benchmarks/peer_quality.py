@@ -18,7 +18,7 @@ though llama.cpp and GenAI round them to 8 bits on the CPU, which adds to their 
 
 Bytes: all that a token reads of the layers' linears and of the head, scales and zero points with them, by the sizes in
 each one's own format. Norms and the row of the embedding are left out. What --results has is not measured again; the
-rows are printed as a table, and drawn as a chart. About 25 minutes on one core, most of it for GPTQ.
+rows are printed as a table, and drawn as a chart. Most of the time is GPTQ's, for four folders.
 """
 
 from __future__ import annotations
