@@ -7,9 +7,9 @@ All are made, in FOLDER, of the scaled copy of SmolLM2-135M (`copies.py` says wh
 are de-quantised into PyTorch, float32, and each model reads windows of 384 + 128 tokens itself. Activations are floats,
 though llama.cpp and GenAI round them to 8 bits on the CPU, which adds to their loss.
 
-- Ours: float16; int8 by `quantize --quantizer rtn`; int4 by `quantize` (GPTQ); int4 with some matrices from the int8
-  folder, by part or by what each loses (`sensitivity.py`), as `--weights-for` would store them. Each dense, and at
-  prices after a dense prompt. c² of rows are those of CALIBRATION for every format, by default `tda-export calibrate
+- Ours: float16; int8 by `quantize --quantizer rtn`; int4 by `quantize` (GPTQ); `quantize --bits-per-weight`, in which
+  some linears are int8; int4 with some parts from the int8 folder, as `--weights-for` would store them. Each dense, and
+  at prices after a dense prompt. c² of rows are those of CALIBRATION for every format, by default `tda-export calibrate
   FOLDER/int4 --packing sites`. λ comes from its table, by the bytes of a row; a mixed folder reads somewhat other rows
   at it than the share in its label.
 - llama.cpp: `llama-quantize` of its default mixtures, without and with an importance matrix, which is made here of the
@@ -18,7 +18,7 @@ though llama.cpp and GenAI round them to 8 bits on the CPU, which adds to their 
 
 Bytes: all that a token reads of the layers' linears and of the head, scales and zero points with them, by the sizes in
 each one's own format. Norms and the row of the embedding are left out. What --results has is not measured again; the
-rows are printed as a table, and drawn as a chart. About 25 minutes on one core, most of it for GPTQ.
+rows are printed as a table, and drawn as a chart. Most of the time is GPTQ's, for four folders.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ STYLE = """text{fill:var(--ink);font:12px system-ui,sans-serif}.tick,.note{fill:
 .axis{stroke:var(--quiet)}.line{fill:none;stroke-width:2}.error{stroke-width:1.4}.mark{stroke:var(--page)}"""
 
 # Of ours, what the chart shows; the table has all.
-CHARTED = ("ours float16", "ours int8", "ours int4", "ours int4, 16 MB more for int8")
+CHARTED = ("ours float16", "ours int8", "ours int4", "ours 5.8 bits")
 
 Row = dict[str, Any]
 

@@ -127,8 +127,8 @@ def calibrate(options: argparse.Namespace, source: Any, ranks: Any, shown: Timed
 
 def quantize(options: argparse.Namespace, source: Any, ranks: Any, shown: Timed) -> tuple[float, Any]:
     from tda_export.quantization.resume import PartialLayers
-    from tda_export.quantization.run import QuantizeSettings
     from tda_export.quantization.run import quantize as run
+    from tda_export.quantization.settings import QuantizeSettings
 
     held_out = max(1, options.sequences // 8)
     settings = QuantizeSettings(

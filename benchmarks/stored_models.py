@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from cpu_peers import gguf_names, write_gguf
-from sensitivity import worth_eight_bits
 
 from tda_export.calibration.corpus import load_corpus
 from tda_export.models.linear_modules import layer_linears
@@ -23,13 +20,17 @@ from tda_export.packing import RowBytes, linear_shape, row_bytes_of
 from tda_export.weights.formats import FLOAT_FORMATS
 from tda_export.weights.plan import HEAD, FormatPlan, part_name
 
-QUANTISED = {"int8": ["--weights", "int8", "--quantizer", "rtn"], "int4": ["--weights", "int4"]}
+BITS = ("5.2", "5.8", "6.4")  # mean bits of a weight of the linears, some of which are int8 and the others int4
+QUANTISED = {
+    "int8": ["--weights", "int8", "--quantizer", "rtn"],
+    "int4": ["--weights", "int4"],
+    **{f"{bits} bits": ["--bits-per-weight", bits] for bits in BITS},
+}
 MIXED = {  # parts of int4 that are int8
     "int4, v int8": ("v",),
     "int4, v and o int8": ("v", "o"),
     "int4, v, o and down int8": ("v", "o", "down"),
 }
-SENSITIVE = (8, 16, 24)  # megabytes more for the matrices of int4 that gain most from int8 (`sensitivity.py`)
 LLAMA = ("Q4_0", "Q4_K_M", "Q8_0")
 IMATRIX = ("Q4_0", "Q4_K_M")
 IMATRIX_SEQUENCES, IMATRIX_LENGTH = 16, 384
@@ -72,9 +73,7 @@ class Stacks:
         def folder(name: str) -> Make:
             return lambda: self._own(self.quantised(name))
 
-        mixed = {name: self._mixed(partial(self._of_parts, parts)) for name, parts in MIXED.items()}
-        for size in SENSITIVE:
-            mixed[f"int4, {size} MB more for int8"] = self._mixed(partial(self._sensitive, size * 1e6))
+        mixed = {name: self._mixed(parts) for name, parts in MIXED.items()}
         return {"float16": lambda: self._own(self.source), **{name: folder(name) for name in QUANTISED}, **mixed}
 
     def peers(self) -> dict[str, Make]:
@@ -94,24 +93,12 @@ class Stacks:
         head_bytes = head.row_bytes(spec.hidden_size) * spec.vocab_size
         return Stored(source.reference(), head_bytes, row_bytes=row_bytes_of(spec, 2, plan))
 
-    def _of_parts(self, parts: tuple[str, ...], fours: FormatPlan, eights: FormatPlan) -> list[str]:
-        return [part_name(layer, part) for layer in range(self.source.spec.num_layers) for part in parts]
-
-    def _sensitive(self, most_bytes: float, fours: FormatPlan, eights: FormatPlan) -> list[str]:
-        """Return the matrices that lose most in four bits for what eight cost, up to so many bytes."""
-        path = self.folder / "sensitivity.json"
-        if not path.is_file():
-            script = Path(__file__).with_name("sensitivity.py")
-            run(sys.executable, script, self.copy, self.folder / "int4", "--results", path)
-        losses: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
-        return worth_eight_bits(losses, self.source.spec, fours, eights, most_bytes)
-
-    def _mixed(self, choose: Callable[[FormatPlan, FormatPlan], list[str]]) -> Make:
+    def _mixed(self, parts: tuple[str, ...]) -> Make:
         def make() -> Stored:
             fours, eights = self.quantised("int4"), self.quantised("int8")
             assert fours.formats is not None
             assert eights.formats is not None
-            names = set(choose(fours.formats, eights.formats))
+            names = {part_name(layer, part) for layer in range(fours.spec.num_layers) for part in parts}
             plan = FormatPlan({**fours.formats.formats, **{name: eights.formats.of(name) for name in names}})
             stored, finer = self._own(fours, plan), eights.reference()
             for layer in range(fours.spec.num_layers):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tda_export.cli.help_groups import command, option
+from tda_export.cli.help_groups import WEIGHTS, command, option
 from tda_export.cli.options import (
     corpus_options,
     device_option,
@@ -23,7 +23,7 @@ from tda_export.cli.options import (
 from tda_export.float_kl import integers_kl
 
 if TYPE_CHECKING:
-    from tda_export.quantization.run import Quantizer
+    from tda_export.quantization.settings import Quantizer
 
 
 OF_GPTQ = ("sequences",)
@@ -50,6 +50,14 @@ OF_TEXT = ("dataset", "text_column", "seed", "prompt_tokens", "continuation_toke
     "-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Model folder to write."
 )
 @weight_options("int4", "int8")
+@option(
+    "--bits-per-weight",
+    type=float,
+    metavar="BITS",
+    group=WEIGHTS,
+    help="Mean bits of a weight of all linears, scales and zero points included: from int4's to int8's. The linears "
+    "that lose most in int4 are stored in int8, as many as fit.  [default: all int4]",
+)
 @option(
     "--quantizer",
     type=click.Choice(["gptq", "rtn"]),
@@ -99,6 +107,7 @@ def quantize(
     weights: str,
     group: int | None,
     weights_for: tuple[str, ...],
+    bits_per_weight: float | None,
     quantizer: Quantizer,
     symmetric: bool,
     dataset: str,
@@ -127,15 +136,15 @@ def quantize(
     from tda_export.progress import progress
     from tda_export.quantization.folder import is_quantised_folder, write_quantised
     from tda_export.quantization.resume import PartialLayers
-    from tda_export.quantization.run import QuantizeSettings
     from tda_export.quantization.run import quantize as run
+    from tda_export.quantization.settings import QuantizeSettings
     from tda_export.ranks import join
     from tda_export.weights.formats import DEFAULT_GROUP
     from tda_export.weights.plan import read_rules
 
     if quantizer == "rtn":
         refuse_given(context, OF_GPTQ, "--quantizer rtn")
-        if not kl_sequences:
+        if not kl_sequences and bits_per_weight is None:
             refuse_given(context, OF_TEXT, "--quantizer rtn --kl-sequences 0, which reads no text")
     ranks = join(device)
     chosen_group = DEFAULT_GROUP if group is None else group
@@ -151,6 +160,7 @@ def quantize(
         continuation_tokens,
         seed,
         device,
+        bits_per_weight,
     )
     finished = PartialLayers(output.absolute(), {})
     if ranks.first:
@@ -159,7 +169,8 @@ def quantize(
     source = ranks.first_here(lambda: resolve_model(model, notify=lambda line: click.echo(line, err=True)))
     if source.quantisation is not None:
         raise UsageError(f"{model} is quantised already. Give the float model that it was made from.")
-    settings.plan(source.spec)  # rules are refused before any text is read
+    settings.plan(source.spec)  # rules and bits are refused before any text is read
+    settings.mixture(source.spec)
     corpus = None
     if settings.all_sequences:
         if settings.length > source.spec.max_positions:
@@ -193,7 +204,16 @@ def quantize(
         click.echo(json.dumps(content, allow_nan=False))
         return
     click.echo(describe_quantisation(quantised.about | {"formats": quantised.plan.to_dict()}))
+    if settings.bits_per_weight is not None:
+        click.echo(_int8_linears(quantised.plan.to_dict()))
     click.echo(f"Wrote {output}")
+
+
+def _int8_linears(formats: dict[str, str]) -> str:
+    """Say how many of each part are in int8."""
+    parts = [(name.rpartition(".")[2], format) for name, format in formats.items() if name.startswith("layers.")]
+    every, wide = Counter(part for part, _ in parts), Counter(part for part, format in parts if "int8" in format)
+    return "Linears in int8: " + ", ".join(f"{part} {wide[part]} of {count}" for part, count in every.items())
 
 
 def describe_quantisation(content: dict[str, Any]) -> str:
@@ -203,7 +223,9 @@ def describe_quantisation(content: dict[str, Any]) -> str:
     try:
         quantizer = content["quantizer"]
         how = quantizer["name"] + (", symmetric" if quantizer["symmetric"] else "")
-        text = f"quantised by {how}: {formats}"
+        mixture = content.get("mixture")
+        mean = f" ({mixture['bits_per_weight']:.2f} bits a weight of the linears)" if mixture else ""
+        text = f"quantised by {how}: {formats}{mean}"
         loss = content.get("loss")
         if loss is None:
             return f"{text}; KL to the float model not measured"

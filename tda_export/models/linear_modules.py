@@ -111,8 +111,14 @@ class Linear:
 
             return self.module.register_forward_pre_hook(alias)
 
+        return self.on_output_gradient(lambda gradient: observe(gradient @ self.weight.T))
+
+    def on_output_gradient(self, observe: Observe) -> Any:
+        """Call `observe` with the gradient of the part's outputs, [T, out], in each backward pass; return the hook's
+        handle. The outputs must be part of an autograd graph."""
+
         def hook(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
-            output.register_hook(lambda gradient: observe(self.of_outputs(_rows(gradient)) @ self.weight.T))
+            output.register_hook(lambda gradient: observe(self.of_outputs(_rows(gradient))))
 
         return self.module.register_forward_hook(hook)
 

@@ -122,6 +122,20 @@ def quantise_together(
     ]
 
 
+def passed_on(errors: torch.Tensor, rows: RowOrder) -> torch.Tensor:
+    """Return a matrix's errors under GPTQ, given those that rounding alone makes in each row.
+
+    GPTQ takes a multiple of each row's error off the rows that follow in its order. So its errors are a triangular
+    matrix times the errors of rounding, which have about the size that they have in rounding to nearest.
+
+    Args:
+        errors: What rounding adds to each weight, float32 [in, out] on the device of `rows`.
+        rows: The result of `row_order`.
+    """
+    own = errors[rows.order] / rows.factor.diagonal()[:, None]
+    return (rows.factor.T @ own)[rows.order.argsort()]
+
+
 def _whole_groups(weight: torch.Tensor, format: IntegerFormat) -> torch.Tensor:
     """Pad the last group with copies of the last column. They change as it does, and so widen no range."""
     missing = format.groups(weight.shape[1]) * format.group - weight.shape[1]

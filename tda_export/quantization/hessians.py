@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
+from tda_export.errors import TdaError
+from tda_export.models.linear_modules import layer_linears
 from tda_export.models.placement import module_device
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import linear_shape, linear_sites
-from tda_export.quantization.layers import Call, watch_site
+from tda_export.quantization.gptq import RowOrder, row_order
+from tda_export.quantization.layers import Call, pass_on, watch_site
 
 # The weight of a sequence's first token in q, k and v. All tokens attend to it, and its hidden state is unlike any
 # other, so its key and value must stay accurate.
@@ -30,13 +34,46 @@ def site_hessian(
         call: How the layer is called.
         inputs: The layer's input for each sequence, [1, T, M].
     """
-    size = linear_shape(spec, linear_sites(spec)[site][0])[0]
-    hessian = torch.zeros(size, size, device=module_device(call.module))
-    first = FIRST_TOKEN_WEIGHT**0.5 if site == WEIGHTED_SITE else 1.0
-
-    def observe(x: torch.Tensor) -> None:
-        x = torch.cat([first * x[:1], x[1:]]).float()
-        hessian.addmm_(x.T, x)
-
-    watch_site(model, spec, layer, site, call, inputs, observe)
+    hessian = _empty(spec, site, call)
+    watch_site(model, spec, layer, site, call, inputs, lambda x: _add(hessian, site, x))
     return hessian
+
+
+def layer_hessians(
+    model: Any, spec: DecoderSpec, layer: int, call: Call, inputs: list[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Do the same for all sites of a layer in one pass, and replace each sequence's input by the layer's output."""
+    found = {site: _empty(spec, site, call) for site in linear_sites(spec)}
+    linears = layer_linears(model, spec, layer)
+    handles = [
+        linears[parts[0]].on_input(partial(_add, found[site], site)) for site, parts in linear_sites(spec).items()
+    ]
+    try:
+        pass_on(call, inputs, module_device(call.module))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def site_order(hessian: torch.Tensor, layer: int, site: str) -> RowOrder:
+    """Order the rows of a site's matrices (`row_order`).
+
+    Raises:
+        TdaError: The Hessian is not finite, or has no factor; the message names the site.
+    """
+    try:
+        return row_order(hessian)
+    except TdaError as error:
+        raise TdaError(f"Layer {layer}, {site}: {error}") from error
+
+
+def _empty(spec: DecoderSpec, site: str, call: Call) -> torch.Tensor:
+    size = linear_shape(spec, linear_sites(spec)[site][0])[0]
+    return torch.zeros(size, size, device=module_device(call.module))
+
+
+def _add(hessian: torch.Tensor, site: str, x: torch.Tensor) -> None:
+    first = FIRST_TOKEN_WEIGHT**0.5 if site == WEIGHTED_SITE else 1.0
+    x = torch.cat([first * x[:1], x[1:]]).float()
+    hessian.addmm_(x.T, x)

@@ -1,4 +1,5 @@
-"""Finished layers: one file each next to the output, from which an interrupted quantisation resumes.
+"""Finished layers: one file each next to the output, from which an interrupted quantisation resumes. The losses that
+formats are chosen by have one more file there.
 
 They are read again for the output, so that memory holds the codes of only one layer at a time.
 """
@@ -24,7 +25,8 @@ from tda_export.weights.integers import Codes, CodesByName
 
 SUFFIX = ".partial"
 KEY = "tda_export_partial"
-LAYER = re.compile(r"layer-\d{5}\.safetensors")
+LOSSES = "losses.safetensors"
+KEPT = re.compile(rf"layer-\d{{5}}\.safetensors|{re.escape(LOSSES)}")
 UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError)
 
 Shapes = Mapping[str, tuple[IntegerFormat, tuple[int, int]]]  # format, rows and columns of integer matrices by name
@@ -52,7 +54,7 @@ class PartialLayers:
         if not os.path.lexists(self.folder):
             return
         usable = self.folder.is_dir() and os.access(self.folder, os.W_OK)
-        if not usable or any(path.is_dir() or _key(path) is None for path in self._layers()):
+        if not usable or any(path.is_dir() or _key(path) is None for path in self._kept()):
             raise UsageError(
                 f"{self.folder} exists, and finished layers are stored there until all are done. Move it away, or "
                 "choose another output."
@@ -68,7 +70,28 @@ class PartialLayers:
         for name, found in codes.items():
             packed = zip(found.format.tensors(name, *found.codes.shape), found.pack(), strict=True)
             tensors |= {tensor.name: array for tensor, array in packed}
-        path = self._path(layer)
+        self._write(self._path(layer), tensors, goes_on=layer > 0)
+
+    def save_losses(self, losses: dict[str, float]) -> None:
+        """Write what linears lose, by name, atomically.
+
+        Raises:
+            TdaError: The operating system refused to write.
+        """
+        self._write(self.folder / LOSSES, {name: np.array([loss]) for name, loss in losses.items()}, goes_on=False)
+
+    def load_losses(self, names: list[str]) -> dict[str, float] | None:
+        """Read the losses that an earlier run of the same quantisation saved; None where they are not there."""
+        path = self.folder / LOSSES
+        try:
+            if _key(path) != self._key:
+                return None
+            with safe_open(path, framework="numpy") as file:
+                return {name: float(file.get_tensor(name)[0]) for name in names}
+        except UNREADABLE:
+            return None
+
+    def _write(self, path: Path, tensors: dict[str, np.ndarray], *, goes_on: bool) -> None:
         try:
             self.folder.mkdir(exist_ok=True)
             with atomic_file(path) as part:
@@ -77,9 +100,9 @@ class PartialLayers:
                 except SafetensorError as error:
                     raise as_os_error(error) from error
         except (TdaError, OSError) as error:
-            goes_on = f" Start it again to resume after the layers in {self.folder}." if layer else ""
+            resume = f" Start it again to resume after the layers in {self.folder}." if goes_on else ""
             text = str(error) if isinstance(error, TdaError) else f"{path}: {error.strerror or error}."
-            raise TdaError(f"{text} The quantisation has stopped.{goes_on}") from error
+            raise TdaError(f"{text} The quantisation has stopped.{resume}") from error
 
     def load(self, layer: int, shapes: Shapes) -> dict[str, Codes] | None:
         """Read a layer that an earlier run of the same quantisation finished; None where there is none.
@@ -113,11 +136,12 @@ class PartialLayers:
         """Delete layers of any quantisation, leftovers of killed runs, and the folder unless it holds other files."""
         if not self.folder.is_dir():
             return
-        for path in self._layers():
+        for path in self._kept():
             remove_leftovers(path)
             if _key(path):
                 path.unlink()
-        remove_leftovers(self._path(0))
+        for path in (self._path(0), self.folder / LOSSES):
+            remove_leftovers(path)
         try:
             self.folder.rmdir()
         except OSError:
@@ -131,8 +155,8 @@ class PartialLayers:
     def _path(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:05}.safetensors"
 
-    def _layers(self) -> list[Path]:
-        return [path for path in self.folder.iterdir() if LAYER.fullmatch(path.name)]
+    def _kept(self) -> list[Path]:
+        return [path for path in self.folder.iterdir() if KEPT.fullmatch(path.name)]
 
 
 class KeptCodes(CodesByName):

@@ -6,94 +6,37 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 import tda_export
 from tda_export.calibration.corpus import Corpus
-from tda_export.calibration.run import RECORDED_PACKAGES, check_device
-from tda_export.errors import TdaError, UsageError
+from tda_export.calibration.run import RECORDED_PACKAGES
+from tda_export.errors import TdaError
 from tda_export.models.layerwise import LayerwiseModel
 from tda_export.models.layout import module_parts, module_weight
 from tda_export.models.placement import AUTO
 from tda_export.models.quantised import matrix_shape
 from tda_export.models.source import ModelSource
-from tda_export.models.spec import DecoderSpec
 from tda_export.packing import linear_parts, linear_sites
 from tda_export.progress import Advance
-from tda_export.quantization.gptq import DAMPING, quantise_together, row_order, why_slow
-from tda_export.quantization.hessians import FIRST_TOKEN_WEIGHT, site_hessian
+from tda_export.quantization.gptq import quantise_together, why_slow
+from tda_export.quantization.hessians import site_hessian, site_order
 from tda_export.quantization.kl import Compared, Loss, compare, summarise
 from tda_export.quantization.layers import Call, first_inputs, last_log_probabilities, layer_calls, pass_on
+from tda_export.quantization.losses import linear_losses
 from tda_export.quantization.nearest import check_scales, decode, read_matrix, round_matrix
 from tda_export.quantization.resume import KeptCodes, PartialLayers
+from tda_export.quantization.settings import LABELS, QuantizeSettings, split
 from tda_export.ranks import ALONE, Ranks
 from tda_export.versions import installed_versions
-from tda_export.weights.formats import DEFAULT_GROUP, IntegerFormat
+from tda_export.weights.formats import IntegerFormat
 from tda_export.weights.integers import Codes
-from tda_export.weights.plan import EMBEDDING, HEAD, FormatPlan, Rule, part_name, plan_formats
+from tda_export.weights.mixture import Mixture
+from tda_export.weights.plan import EMBEDDING, HEAD, FormatPlan, part_name
 
-Quantizer = Literal["gptq", "rtn"]
 Show = Callable[[str, int], AbstractContextManager[Advance]]
-
-
-@dataclass(frozen=True)
-class QuantizeSettings:
-    """How to quantise. Lengths in tokens; a sequence is `prompt_tokens` and then `continuation_tokens`.
-
-    `sequences`: how many GPTQ reads. `kl_sequences`: how many others the loss is measured on; 0 measures no loss.
-    """
-
-    weights: str = "int4"
-    group: int = DEFAULT_GROUP
-    rules: tuple[Rule, ...] = ()
-    quantizer: Quantizer = "gptq"
-    symmetric: bool = False
-    sequences: int = 60
-    kl_sequences: int = 8
-    prompt_tokens: int = 256
-    continuation_tokens: int = 128
-    seed: int = 0
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        check_device(self.device)
-
-    @property
-    def length(self) -> int:
-        """The tokens of a sequence."""
-        return self.prompt_tokens + self.continuation_tokens
-
-    @property
-    def all_sequences(self) -> int:
-        """The number of sequences to draw, 0 where no data are needed."""
-        return (self.sequences if self.quantizer == "gptq" else 0) + self.kl_sequences
-
-    def plan(self, spec: DecoderSpec) -> FormatPlan:
-        """Return the format of every matrix of a model.
-
-        Raises:
-            UsageError: A rule matches nothing, or there are no integers in the plan.
-        """
-        plan = plan_formats(
-            spec.num_layers,
-            linear_parts(spec),
-            tied_head=spec.tied_head,
-            weights=self.weights,
-            group=self.group,
-            rules=self.rules,
-        )
-        if not plan.integers:
-            raise UsageError("All matrices would stay floats, so there is nothing to quantise. Change --weights-for.")
-        return plan
-
-    def describe(self) -> dict[str, Any]:
-        """Return the settings as plain data, which a folder keeps."""
-        content: dict[str, Any] = {"name": self.quantizer, "symmetric": self.symmetric}
-        if self.quantizer == "gptq":
-            content |= {"least_damping": DAMPING, "first_token_weight": FIRST_TOKEN_WEIGHT}
-        return content
 
 
 @dataclass(frozen=True)
@@ -107,32 +50,6 @@ class Quantised:
     plan: FormatPlan
     about: dict[str, Any]
     loss: Loss | None
-
-
-def split(corpus: Corpus | None, settings: QuantizeSettings) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sequences that GPTQ reads and those that the loss is measured on; int64 [.., P + C].
-
-    Those of the loss come first in the corpus, so that all quantisers and any number of --sequences are measured on the
-    same text.
-
-    Raises:
-        UsageError: There are too few sequences.
-    """
-    if corpus is None:
-        none = torch.zeros(0, settings.length, dtype=torch.int64)
-        return none, none
-    found = len(corpus.tokens)
-    held_out = end = min(settings.kl_sequences, found)
-    if settings.quantizer == "gptq":
-        end = found
-        if held_out and found < settings.all_sequences:  # both get less text than was asked for
-            held_out = max(1, found * settings.kl_sequences // settings.all_sequences)
-        if held_out == found:
-            raise UsageError(
-                f"GPTQ reads sequences and measures on others, and {found} is too few for that. Give text for more, or "
-                "--kl-sequences 0, or --quantizer rtn."
-            )
-    return corpus.tokens[held_out:end], corpus.tokens[:held_out]
 
 
 def quantize(
@@ -161,12 +78,15 @@ def quantize(
         UsageError: A rule matches nothing, or there is too little text.
         TdaError: The model holds non-finite numbers.
     """
-    spec, plan = source.spec, settings.plan(source.spec)
+    spec, plan, mixture = source.spec, settings.plan(source.spec), settings.mixture(source.spec)
     tokens, held_out = split(corpus, settings)
     about = _about(source, ranks.from_first(lambda: source.fingerprint), corpus, settings, len(tokens), len(held_out))
     versions = {"tda-export": tda_export.__version__, **installed_versions(RECORDED_PACKAGES)}
-    key = about | {"formats": plan.to_dict(), "device": settings.device, "versions": versions}
-    partial = PartialLayers(output, key) if output and ranks.first else None
+
+    def kept(plan: FormatPlan) -> PartialLayers | None:
+        key = about | {"formats": plan.to_dict(), "device": settings.device, "versions": versions}
+        return PartialLayers(output, key) if output and ranks.first else None
+
     model = LayerwiseModel(source, _device(settings.device, ranks)) if len(tokens) or len(held_out) else None
     if model is not None and len(tokens) and (reason := why_slow(model.device)) is not None:
         notify(
@@ -178,7 +98,15 @@ def quantize(
     if model is not None and len(held_out):
         with show("Reading the float model", spec.num_layers) as advance:
             dense = _read(model, own, settings, advance)
-    run = _Run(source, plan, settings, model, tokens, own, partial, ranks)
+    if mixture is not None:
+        assert model is not None
+        losses = _losses(source, model, mixture, tokens, settings, kept(plan), show, ranks)
+        plan = mixture.choose(losses)
+        data = {"sequences": settings.estimated_on(len(tokens)), "labels": LABELS}
+        about |= {"mixture": mixture.describe(plan) | data}
+    if settings.quantizer == "rtn":
+        tokens = tokens[:0]  # they were for the losses
+    run = _Run(source, plan, settings, model, tokens, own, kept(plan), ranks)
     with show("Quantising", spec.num_layers + 1) as advance:
         run.outside()
         advance(1)
@@ -205,6 +133,27 @@ def _device(device: str, ranks: Ranks) -> str:
     if device != AUTO:
         return ranks.own_device(device)
     return ranks.own_device("cuda") if torch.cuda.is_available() else "cpu"
+
+
+def _losses(
+    source: ModelSource,
+    model: LayerwiseModel,
+    mixture: Mixture,
+    tokens: torch.Tensor,
+    settings: QuantizeSettings,
+    kept: PartialLayers | None,
+    show: Show,
+    ranks: Ranks,
+) -> dict[str, float]:
+    """Estimate what each open linear loses in four bits, or read what an interrupted run estimated."""
+    names = mixture.open
+    found = ranks.from_first(lambda: kept.load_losses(names) if kept else None)
+    if found is None:
+        with show("Estimating losses", 2 * source.spec.num_layers) as advance:
+            found = linear_losses(source, model, mixture.fours, names, tokens, settings, advance=advance, ranks=ranks)
+        if kept:
+            kept.save_losses(found)
+    return found
 
 
 def _read(
@@ -338,10 +287,7 @@ class _Run:
         assert self._model is not None
         hessian = site_hessian(self._model.model, self._spec, layer, site, self._calls[layer], self._inputs)
         ranks.add_up(hessian)
-        try:
-            order = row_order(hessian)
-        except TdaError as error:
-            raise TdaError(f"Layer {layer}, {site}: {error}") from error
+        order = site_order(hessian, layer, site)
         found: dict[str, Codes] = {}
         for format in dict.fromkeys(wanted.values()):
             parts = [part for part in wanted if wanted[part] == format]

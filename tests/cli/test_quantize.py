@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import run_cli, run_ok
+from tests.conftest import TINY_LENGTHS, run_cli, run_ok
 
 LENGTHS = ("--prompt-tokens", "32", "--continuation-tokens", "16")
 FEW = ("--sequences", "4", "--kl-sequences", "2", *LENGTHS)
+PARTS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,37 @@ def test_rounding_and_rules_as_json(tiny_model: Path, tmp_path: Path) -> None:
     assert "KL to the float model not measured" in text
 
 
+def test_a_mean_of_bits(tiny_model: Path, tmp_path: Path) -> None:
+    output, options = tmp_path / "out", ("--bits-per-weight", "6", "--weights-for", "layers.0.*=int4", *FEW)
+    stdout = run_ok("quantize", tiny_model, "-o", output, *options).stdout
+    bits = re.search(r"int8_g32 \((\S+) bits a weight of the linears\); KL to the float model", stdout)
+    assert bits is not None
+    assert 5.7 < float(bits[1]) <= 6
+    content = json.loads((output / "config.json").read_text())["quantization_config"]
+    assert content["mixture"]["most_bits_per_weight"] == 6
+    assert (content["mixture"]["sequences"], content["mixture"]["labels"]) == (2, 4)
+    formats = content["formats"]
+    assert {formats[f"layers.0.{part}"] for part in PARTS} == {"int4_g32"}
+    assert set(formats.values()) == {"int4_g32", "int8_g32"}
+    wide = {part: sum(formats[f"layers.{layer}.{part}"] == "int8_g32" for layer in range(3)) for part in PARTS}
+    assert "Linears in int8: " + ", ".join(f"{part} {count} of 3" for part, count in wide.items()) in stdout
+    assert f"({bits[1]} bits a weight of the linears)" in run_ok("inspect", output).stdout
+    shown = json.loads(run_ok("quantize", tiny_model, "-o", tmp_path / "again", *options, "--json").stdout)
+    assert (shown["mixture"], shown["formats"]) == (content["mixture"], formats)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "out"]
+    run_ok("calibrate", output, "-o", tmp_path / "c", *TINY_LENGTHS)
+    run_ok("build", output, "--calibration", tmp_path / "c", "-o", tmp_path / "a")
+    run_ok("generate", tmp_path / "a", "Once", "--max-new-tokens", "4")
+
+
+def test_a_mean_of_bits_and_no_measurement(tiny_model: Path, tmp_path: Path) -> None:
+    """Rounding reads text all the same."""
+    options = ("--bits-per-weight", "7", "--quantizer", "rtn", "--kl-sequences", "0", "--seed", "1", *LENGTHS)
+    content = json.loads(run_ok("quantize", tiny_model, "-o", tmp_path / "out", *options, "--json").stdout)
+    assert (content["data"]["sequences"], content["data"]["kl_sequences"]) == (8, 0)
+    assert 6.5 < content["mixture"]["bits_per_weight"] <= 7
+
+
 def test_an_earlier_folder_is_replaced_on_demand(quantised: Path, tiny_model: Path, tmp_path: Path) -> None:
     arguments = ("quantize", tiny_model, "--quantizer", "rtn", "--kl-sequences", "0", "-o")
     output = tmp_path / "out"
@@ -123,6 +156,15 @@ def test_what_is_refused_before_any_work(tiny_model: Path, tmp_path: Path, monke
     assert "'nothing' is not PATTERN=FORMAT" in refusal(tiny_model, "-o", output, "--weights-for", "nothing")
     assert "are more than the 512 positions of" in refusal(tiny_model, "-o", output, "--prompt-tokens", "500")
     assert "--device tpu is not known" in refusal(tiny_model, "-o", output, "--device", "tpu")
+    bits = refusal(tiny_model, "-o", output, "--bits-per-weight", "4.5")
+    assert bits.startswith(
+        "Error: --bits-per-weight 4.5: the linears take 4.658 bits a weight in int4 and 8.750 in int8, "
+    )
+    rules = refusal(tiny_model, "-o", output, "--bits-per-weight", "5", "--weights-for", "layers.*=int4")
+    assert rules.startswith("Error: --bits-per-weight: --weights-for fixes the format of every linear, so there is ")
+    assert "no effect with --weights int8" in refusal(
+        tiny_model, "-o", output, "--bits-per-weight", "5", "--weights", "int8"
+    )
     assert "'48' is not one of" in refusal(tiny_model, "-o", output, "--group", "48")
     assert not list(tmp_path.iterdir())
     (tmp_path / "out.partial").write_text("mine")

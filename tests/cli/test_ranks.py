@@ -112,8 +112,10 @@ def test_an_output_that_exists_is_one_error(tiny_model: Path, tmp_path: Path) ->
 
 
 def test_quantising(tiny_model: Path, tmp_path: Path) -> None:
-    """Hessians are sums over ranks, which may be rounded otherwise, and so may a few codes."""
-    options = ("--sequences", "5", "--kl-sequences", "3", "--prompt-tokens", "24", "--continuation-tokens", "8")
+    """Hessians are sums over ranks, which may be rounded otherwise, and so may a few codes. The choice of int8 linears
+    is that of one process."""
+    lengths = ("--prompt-tokens", "24", "--continuation-tokens", "8")
+    options = ("--sequences", "5", "--kl-sequences", "3", "--bits-per-weight", "6", *lengths)
     losses = []
     for ranks in (1, 2):
         stdout = succeed(ranks, *COMMAND, "quantize", tiny_model, "-o", tmp_path / str(ranks), *options, "--json")
@@ -122,6 +124,8 @@ def test_quantising(tiny_model: Path, tmp_path: Path) -> None:
     assert losses[1]["kl"] == pytest.approx(losses[0]["kl"], rel=0.05)
     one, two = (resolve_model(str(tmp_path / name)).codes for name in ("1", "2"))
     assert list(one) == list(two)
+    assert [codes.format for codes in one.values()] == [codes.format for codes in two.values()]
+    assert len({codes.format for name, codes in one.items() if name.startswith("layers.")}) == 2
     other = sum(int((codes.codes != two[name].codes).sum()) for name, codes in one.items())
     assert other <= 0.01 * sum(codes.codes.size for codes in one.values())
     for name in ("embedding", "head"):  # which are rounded to nearest

@@ -95,3 +95,33 @@ def test_something_is_added_to_an_output(family: Family) -> None:
         for handle in handles:
             handle.remove()
     torch.testing.assert_close(seen[1], seen[0] + addend)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_of_outputs(family: Family, name: str) -> None:
+    """With the inputs, they give the gradient by the weights."""
+    model, spec = family(name)
+    inputs: dict[tuple[int, str], torch.Tensor] = {}
+    gradients: dict[tuple[int, str], torch.Tensor] = {}
+    places = [(layer, part) for layer in range(spec.num_layers) for part in layer_linears(model, spec, layer)]
+    handles = []
+    for layer, part in places:
+        linear = layer_linears(model, spec, layer)[part]
+        handles.append(linear.on_input(lambda x, key=(layer, part): inputs.update({key: x.detach()})))
+        handles.append(linear.on_output_gradient(lambda g, key=(layer, part): gradients.update({key: g})))
+    modules = {id(module): module for layer, part in places for module, *_ in [by_hand(model, spec, layer, part)]}
+    for module in modules.values():
+        module.weight.requires_grad_(True)
+    try:
+        model(TOKENS).logits.float().log_softmax(dim=-1)[..., 5].sum().backward()
+        for layer, part in places:
+            module, _, columns = by_hand(model, spec, layer, part)
+            whole = module.weight.grad if spec.transposed_linears else module.weight.grad.T
+            expected = inputs[layer, part].T @ gradients[layer, part]
+            torch.testing.assert_close(whole[:, columns], expected, rtol=1e-3, atol=1e-5)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in modules.values():
+            module.weight.requires_grad_(False)
+            module.weight.grad = None

@@ -28,7 +28,8 @@ from tda_export.models.placement import is_offloaded, module_device, own_memory,
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import PACKINGS, RowBytes
-from tda_export.quantization.run import QuantizeSettings, quantize
+from tda_export.quantization.run import quantize
+from tda_export.quantization.settings import QuantizeSettings
 from tests.calibration.shown import Shown
 from tests.few_prices import few_prices  # noqa: F401 -- a fixture
 from tests.tiny import FAMILIES

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tda_export.errors import TdaError
 from tda_export.quantization import gptq
-from tda_export.quantization.gptq import quantise_rows, quantise_together, row_order, search_groups
+from tda_export.quantization.gptq import passed_on, quantise_rows, quantise_together, row_order, search_groups
 from tda_export.ranks import Ranks
 from tda_export.weights.formats import INTEGER_FORMATS, IntegerFormat, integer_format
 from tda_export.weights.integers import SHRINKS, Codes, round_to_nearest
@@ -101,6 +101,37 @@ def test_against_least_squares(inputs: int, outputs: int) -> None:
     expected = by_hand(weight, hessian, format)
     assert (codes.codes != expected.codes).mean() < 0.01  # an element may fall just beside the middle of two codes
     assert error(weight, codes, hessian) == pytest.approx(error(weight, expected, hessian), rel=0.02)
+
+
+@settings(max_examples=25)
+@given(format=formats, size=st.tuples(st.integers(1, 40), st.integers(1, 80)), seed=st.integers(0, 9))
+def test_its_errors_are_those_of_rounding_passed_on(format: IntegerFormat, size: tuple[int, int], seed: int) -> None:
+    """The errors of a quantised matrix, taken back to those of its rows alone, are at most half a step where no code is
+    cut off."""
+    weight, hessian = random_weight(*size, seed), random_hessian(size[0], seed)
+    rows = row_order(hessian)
+    codes = quantise_rows(torch.from_numpy(weight), rows, format)
+    errors = torch.from_numpy(codes.decode() - weight).double()
+    factor = rows.factor.double()
+    own = (torch.linalg.solve(factor.T, errors[rows.order]) * factor.diagonal()[:, None])[rows.order.argsort()]
+    steps = torch.from_numpy(np.repeat(codes.scales.astype(np.float64), format.group, axis=1)[:, : size[1]])
+    inside = torch.from_numpy((codes.codes > 0) & (codes.codes < format.levels - 1))
+    assert bool((own.abs() <= 0.501 * steps + 1e-4 * errors.abs().max())[inside].all())
+    torch.testing.assert_close(passed_on(own.float(), rows).double(), errors, rtol=1e-3, atol=1e-4)
+
+
+def test_errors_are_passed_on_as_least_squares_has_it() -> None:
+    hessian = random_hessian(20, 6)
+    damped = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(20, dtype=torch.float64)
+    own, expected = torch.randn(20, 7, generator=torch.Generator().manual_seed(6)), torch.zeros(20, 7)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    for place, row in enumerate(order.tolist()):
+        later = order[place + 1 :]
+        expected[row] += own[row]
+        if len(later):
+            change = torch.linalg.solve(damped[later][:, later], damped[later][:, [row]]) @ own[row].double()[None]
+            expected[later] -= change.float()
+    torch.testing.assert_close(passed_on(own, row_order(hessian)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_more_rows_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
