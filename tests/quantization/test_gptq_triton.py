@@ -10,13 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tda_export.models.source import ModelSource
 from tda_export.quantization import run
 from tda_export.quantization.gptq import block_rounding, quantise_rows, round_block, row_order, why_slow
-from tda_export.quantization.run import QuantizeSettings, quantize
+from tda_export.quantization.run import quantize
 from tda_export.weights.formats import INTEGER_FORMATS, IntegerFormat
 from tests.calibration.shown import Shown
 from tests.quantization.test_gptq import error, formats, random_hessian, random_weight
-from tests.quantization.test_run import CORPUS, tiny  # noqa: F401
+from tests.quantization.test_run import CORPUS, SETTINGS
 
 GPU = torch.device("cuda", 0)
 
@@ -77,11 +78,10 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert block_rounding(GPU) is round_block
 
 
-def test_the_user_is_told(tiny, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_the_user_is_told(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "why_slow", lambda device: "No module named 'triton'")
     lines: list[str] = []
-    chosen = QuantizeSettings(sequences=3, kl_sequences=2, prompt_tokens=16, continuation_tokens=8)
-    quantize(tiny, CORPUS, chosen, show=Shown(), notify=lines.append)
+    quantize(tiny, CORPUS, SETTINGS, show=Shown(), notify=lines.append)
     assert lines == [
         "Triton's kernel cannot run (No module named 'triton'), so rounding takes several times as long. Triton needs "
         "a C compiler and Python's header files."
