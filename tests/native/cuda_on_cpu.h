@@ -139,7 +139,10 @@ struct ThreadIndex {
 inline emulator::ThreadIndex threadIdx;
 #define blockIdx emulator::block
 #define gridDim emulator::grid
+#define blockDim emulator::Index{static_cast<unsigned>(emulator::fibers.size()), 1, 1}
 
+inline void __syncwarp() { emulator::Arrive(emulator::of_warps[emulator::current / emulator::kWarp], emulator::kWarp); }
+inline void __threadfence() {}
 inline void __syncthreads() { emulator::Arrive(emulator::of_block, emulator::fibers.size()); }
 
 template <class T>
@@ -149,6 +152,32 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   });
 }
 
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return emulator::Exchange({Reinterpret<uint32_t>(value)}, [&](const auto& word) { return Reinterpret<T>(word(lane, 0)); });
+}
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  return emulator::Exchange({vote}, [&](const auto& word) {
+    unsigned votes = 0;
+    for (unsigned lane = 0; lane < emulator::kWarp; ++lane) votes |= word(lane, 0) << lane;
+    return votes;
+  });
+}
+inline unsigned atomicAdd(unsigned* place, unsigned value) {
+  const unsigned before = *place;
+  *place += value;
+  return before;
+}
+template <class T>
+T __ldg(const T* address) {
+  return *address;
+}
+template <class T>
+T __ldcg(const T* address) {
+  return *address;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __int_as_float(int bits) { return Reinterpret<float>(bits); }
 inline float __uint_as_float(unsigned bits) { return Reinterpret<float>(bits); }
 inline unsigned __float_as_uint(float value) { return Reinterpret<unsigned>(value); }
@@ -169,6 +198,7 @@ template <class T>
 T max(T a, T b) {
   return a < b ? b : a;
 }
+inline unsigned min(unsigned a, int b) { return min(a, static_cast<unsigned>(b)); }
 
 // PTX
 
@@ -196,6 +226,46 @@ inline unsigned short ToBfloat16(float value) {
 inline unsigned Halves(float low, float high) { return ToHalf(low) | static_cast<unsigned>(ToHalf(high)) << 16; }
 inline unsigned AddHalves(unsigned a, unsigned b) {
   return Halves(HalfOf(a & 0xffff) + HalfOf(b & 0xffff), HalfOf(a >> 16) + HalfOf(b >> 16));
+}
+
+inline unsigned FmaHalves(unsigned a, unsigned b, unsigned c) {
+  const auto fma = [&](int shift) {
+    const auto half = [&](unsigned pair) { return HalfOf(pair >> shift & 0xffff); };
+    return static_cast<float>(double{half(a)} * half(b) + half(c));  // a double holds all but the rarest sums exactly
+  };
+  return Halves(fma(0), fma(16));
+}
+
+// Addresses of shared memory have 32 bits: distances from here.
+inline char shared_memory;
+inline unsigned __cvta_generic_to_shared(const void* place) {
+  return static_cast<unsigned>(static_cast<const char*>(place) - &shared_memory);
+}
+inline char* SharedPlace(unsigned address) { return &shared_memory + static_cast<int>(address); }
+
+// cp.async: a copy is made when its group is waited for and no earlier, so what does not wait reads what was there.
+struct Copy {
+  unsigned place;
+  const void* address;
+  unsigned bytes;
+};
+inline std::vector<std::vector<std::vector<Copy>>> copies;  // by thread and group, the last one not yet committed
+inline std::vector<std::vector<Copy>>& OwnCopies() {
+  if (copies.size() < emulator::fibers.size()) copies.resize(emulator::fibers.size());
+  auto& own = copies[emulator::current];
+  if (own.empty()) own.emplace_back();
+  return own;
+}
+inline void BeginCopy(unsigned place, const void* address, unsigned bytes) {
+  OwnCopies().back().push_back({place, address, bytes});
+}
+inline void CommitGroup() { OwnCopies().emplace_back(); }
+inline void WaitForGroups(size_t pending) {
+  auto& own = OwnCopies();
+  while (own.size() > pending + 1) {
+    for (const Copy& copy : own.front()) std::memcpy(SharedPlace(copy.place), copy.address, copy.bytes);
+    own.erase(own.begin());
+  }
 }
 
 // movmatrix.sync.aligned.m8n8.trans.b16

@@ -1,11 +1,11 @@
-"""Compile the device code of attention for the CPU (`cuda_on_cpu.h`), and launch it as attention_cuda.cc does."""
+"""Compile device code for the CPU (`cuda_on_cpu.h`), and launch attention and RowLinear as their hosts do."""
 
 from __future__ import annotations
 
 import ctypes
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -25,7 +25,23 @@ INSTRUCTIONS = {
     "add.rn.f16x2 ": "pair = AddHalves(pair, 0xe480e480u);",
     "movmatrix.": "result = Transpose(pair);",
     "mma.sync.": "MultiplyAdd(sum, first, second);",
+    "lop3.b32 %0, %1, 0x000f000f": "codes = (shifted & 0x000f000fu) | 0x64006400u;",
+    "lop3.b32 %0, %1, 0x00f000f0": "codes = (shifted & 0x00f000f0u) | 0x64006400u;",
+    "sub.f16x2 ": "differences = FmaHalves(zero.subtracted, 0xbc00bc00u, codes);",
+    "fma.rn.f16x2 %0, %1, %2, %3": "differences = FmaHalves(codes, 0x2c002c00u, zero.added);",
+    "fma.rn.f16x2 %0, %1, %2, %0": "sum = FmaHalves(differences, factor, sum);",
+    "cp.async.cg": "BeginCopy(place, address, 16);",
+    "cp.async.ca": "BeginCopy(place, address, 4 * kWords);",
+    "cp.async.commit": "CommitGroup();",
+    "cp.async.wait": "WaitForGroups(kPending);",
+    "ld.shared": "memcpy(words, SharedPlace(place), sizeof words);",
 }
+# Of instructions in braces, by their registers.
+BLOCKS = {
+    ".reg .b16 l, h;": "low = HalfOf(halves & 0xffff); high = HalfOf(halves >> 16);",
+    ".reg .b16 half;": "factor = Halves(value * Scale(), value * Scale());",
+}
+LOADED = {"words": "memcpy(words, address, sizeof words);", "pack": "memcpy(&pack, address, sizeof pack);"}
 POINTERS = (
     *("query", "key", "value", "past_key", "past_value", "present_key", "present_value"),
     *("past_key_scale", "past_value_scale", "present_key_scale", "present_value_scale"),
@@ -35,6 +51,7 @@ INTEGERS = (
     *("tokens", "heads", "kv_heads", "size", "pairs", "past_room", "room", "most", "buffer", "splits"),
     *("query_stride", "key_stride", "value_stride", "window", "interleaved", "appends"),
 )
+THREADS = 128  # of a block of attention
 GUARD, MARK, UNWRITTEN = 64, 0xAB, 0xFF
 
 
@@ -46,23 +63,42 @@ class Arguments(ctypes.Structure):
     )
 
 
-def compile_attention(folder: Path, *, bf16: bool, codes: bool, capability: int) -> ctypes.CDLL:
-    def replaced(found: re.Match[str]) -> str:
-        return next((text for word, text in INSTRUCTIONS.items() if found["ptx"].startswith(word)), ";")
+def _on_cpu(found: re.Match[str]) -> str:
+    ptx: str = found["ptx"]
+    if ptx.startswith("{"):
+        return next((text for registers, text in BLOCKS.items() if registers in ptx), _loaded(ptx, "if (wanted)"))
+    if ptx.startswith("ld.global"):
+        return _loaded(ptx)
+    return next((text for word, text in INSTRUCTIONS.items() if ptx.startswith(word)), ";")
 
-    source = "".join((FOLDER / "device" / name).read_text(encoding="utf-8") for name in SOURCES)
-    source = re.sub(r'asm( volatile)?\(\s*"(?P<ptx>(?:.|\n)*?)\);', replaced, source)
+
+def _loaded(ptx: str, condition: str = "") -> str:
+    return next((f"{condition} {text}" for name, text in LOADED.items() if f"({name}" in ptx), ";")
+
+
+def compile_for_cpu(
+    folder: Path, sources: Sequence[str], kernels: Mapping[str, int], arguments: str, defines: Mapping[str, int]
+) -> ctypes.CDLL:
+    """Compile kernels, given with their threads, that take a struct of this name. The library's `Run` launches one."""
+    source = "".join((FOLDER / "device" / name).read_text(encoding="utf-8") for name in sources)
+    source = re.sub(r'asm( volatile)?\(\s*"(?P<ptx>(?:.|\n)*?)\);', _on_cpu, source)
     cases = "".join(
-        f'  if (!strcmp(name, "{kernel}")) emulator::Launch({{x, y, z}}, kAttentionThreads, [=] {{ {kernel}(*a); }});\n'
-        for kernel in KERNELS
+        f'  if (!strcmp(name, "{kernel}")) emulator::Launch({{x, y, z}}, {threads}, [=] {{ {kernel}(*a); }});\n'
+        for kernel, threads in kernels.items()
     )
-    run = f"void Run(const char* name, unsigned x, unsigned y, unsigned z, const AttentionArguments* a) {{\n{cases}}}\n"
-    (folder / "attention.cc").write_text(f'#include "cuda_on_cpu.h"\n{source}extern "C" {run}')
-    library = folder / f"attention_{bf16:d}_{codes:d}_{capability}.so"
-    defines = (f"-DTDA_BF16={bf16:d}", f"-DTDA_KV_CODES={codes:d}", f"-D__CUDA_ARCH__={10 * capability}")
+    run = f"void Run(const char* name, unsigned x, unsigned y, unsigned z, const {arguments}* a) {{\n{cases}}}\n"
+    name = "-".join([arguments, *(str(value) for value in defines.values())])
+    (folder / f"{name}.cc").write_text(f'#include "cuda_on_cpu.h"\n{source}extern "C" {run}')
     flags = ("-std=c++17", "-O1", "-w", "-fPIC", "-shared", f"-I{Path(__file__).parent}")
-    subprocess.run([*find_compiler(), *flags, *defines, str(folder / "attention.cc"), "-o", str(library)], check=True)
+    defined = [f"-D{define}={value}" for define, value in defines.items()]
+    library = folder / f"{name}.so"
+    subprocess.run([*find_compiler(), *flags, *defined, str(folder / f"{name}.cc"), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
+
+
+def compile_attention(folder: Path, *, bf16: bool, codes: bool, capability: int) -> ctypes.CDLL:
+    defines = {"TDA_BF16": int(bf16), "TDA_KV_CODES": int(codes), "__CUDA_ARCH__": 10 * capability}
+    return compile_for_cpu(folder, SOURCES, dict.fromkeys(KERNELS, THREADS), "AttentionArguments", defines)
 
 
 class Guarded:

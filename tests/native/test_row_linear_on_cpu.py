@@ -1,0 +1,153 @@
+"""The device code of RowLinear4 and RowLinear8, run on the CPU: rows through registers and through the ring."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tda_export.weights.formats import INTEGER_FORMATS, IntegerFormat, integer_format
+from tests.code_model import row_feeds, row_reference
+from tests.native.cuda_on_cpu import Guarded, compile_for_cpu
+from tests.native.test_codes_cuda import assert_close
+from tests.row_model import price_for, worth
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="written for Linux on x86-64"
+)
+SOURCES = (
+    *("common.cuh", "format.cuh", "format_codes.cuh", "products.cuh", "row_sums.cuh", "row_totals.cuh"),
+    "row_linear.cu",
+)
+# By bits: kernels by the columns of a thread, those of four tokens last, each with its warps.
+KERNELS = {
+    4: {"1_32_8_2": 8, "1_16_8_2": 8, "1_8_16_1": 16, "1_1_8_3": 8, "4_8_8_1": 8, "4_1_8_1": 8},
+    8: {"1_8_8_3": 8, "1_8_16_1": 16, "1_1_8_3": 8, "4_8_8_1": 8, "4_1_8_1": 8},
+}
+WAYS = {"float16": (0, 90), "bfloat16": (1, 90), "float16-without-ring": (0, 75)}
+
+
+class Arguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "codes", "scales", "zero_points")),
+        *((name, ctypes.c_int) for name in ("columns", "group_shift")),
+        *((name, ctypes.c_void_p) for name in ("row_price", "price", "bias", "partial", "arrived", "y")),
+        *((name, ctypes.c_int) for name in ("tokens", "inputs", "outputs", "counters", "early")),
+    )
+
+
+Libraries = dict[int, ctypes.CDLL]
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Libraries]:
+    folder, (bf16, capability) = tmp_path_factory.mktemp("device"), WAYS[request.param]
+    libraries = {}
+    for bits, kernels in KERNELS.items():
+        named = {f"RowLinear_{name}": 32 * warps for name, warps in kernels.items()}
+        defines = {"TDA_BF16": bf16, "TDA_BITS": bits, "TDA_CLUSTERS": 0, "__CUDA_ARCH__": 10 * capability}
+        libraries[bits] = compile_for_cpu(folder, SOURCES, named, "RowLinearArguments", defines)
+    return request.param.partition("-")[0], libraries
+
+
+def multiply(
+    library: ctypes.CDLL, kernel: str, format: IntegerFormat, feeds: dict[str, np.ndarray], blocks: int, early: bool
+) -> np.ndarray:
+    """Run a kernel with so many blocks for a slice of columns."""
+    feeds = {name: np.asarray(array, order="C") for name, array in feeds.items()}
+    x, outputs = feeds["x"], feeds["bias"].shape[0]
+    tile, width = (int(part) for part in kernel.split("_")[:2])
+    tiles, slices = -(-x.shape[1] // tile), -(-outputs // (32 * width))
+    y = Guarded((1, x.shape[1], outputs), np.dtype(np.uint16))
+    partial = Guarded((tiles * slices * blocks * tile * 32 * width,), np.dtype(np.float32))
+    arrived = np.zeros(tiles * slices, np.uint32)
+    arguments = Arguments(
+        x=x.ctypes.data,
+        codes=feeds["w"].ctypes.data,
+        **{name: feeds[name].ctypes.data for name in ("scales", "zero_points", "row_price", "price", "bias")},
+        columns=outputs,
+        group_shift=format.group.bit_length() - 1,
+        partial=partial.array.ctypes.data,
+        arrived=arrived.ctypes.data,
+        y=y.array.ctypes.data,
+        tokens=x.shape[1],
+        inputs=x.shape[2],
+        outputs=outputs,
+        counters=len(arrived),
+        early=early,
+    )
+    library.Run(f"RowLinear_{kernel}".encode(), blocks, slices, tiles, ctypes.byref(arguments))
+    for guarded in (y, partial):
+        guarded.check()
+    return y.array.view(ml_dtypes.bfloat16 if x.dtype == ml_dtypes.bfloat16 else np.float16)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    data=st.data(),
+    format=st.sampled_from(list(INTEGER_FORMATS.values())),
+    inputs=st.sampled_from([1, 7, 8, 9, 40, 130, 300]),
+    loads=st.integers(1, 5),
+    blocks=st.integers(1, 3),
+    density=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    zeros=st.sampled_from([0.0, 0.4, 1.0]),
+    early=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_sums_over_the_rows_that_are_worth_it(
+    way: tuple[str, Libraries],
+    data: st.DataObject,
+    format: IntegerFormat,
+    inputs: int,
+    loads: int,
+    blocks: int,
+    density: float,
+    zeros: float,
+    early: bool,
+    seed: int,
+) -> None:
+    dtype, libraries = way
+    kernel = data.draw(st.sampled_from(list(KERNELS[format.bits])))
+    tile, width = (int(part) for part in kernel.split("_")[:2])
+    rng = np.random.default_rng(seed)
+    tokens = 1 if tile == 1 else data.draw(st.integers(2, 5))
+    feeds, elements = row_feeds(rng, format, inputs, 9 * loads * width, tokens, dtype)
+    feeds["x"][rng.random(feeds["x"].shape) < zeros] = 0
+    feeds["price"] = price_for(feeds, density)
+    y = multiply(libraries[format.bits], kernel, format, feeds, blocks, early)
+    assert_close(y, row_reference(feeds, elements, bias=True), dtype)
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("price", [0.0, 0.5])
+@pytest.mark.parametrize("kernel", ["1_32_8_2", "1_16_8_2"])
+def test_rows_that_are_not_needed_may_be_anything(
+    way: tuple[str, Libraries], kernel: str, price: float, early: bool
+) -> None:
+    """Their scales are NaN; rows of x = 0 are among them, also those that are read before x is known."""
+    (dtype, libraries), format = way, integer_format(4)
+    feeds, elements = row_feeds(np.random.default_rng(3), format, 200, 1056, 1, dtype)
+    feeds["x"][0, 0, ::3] = 0
+    feeds["price"] = price_for(feeds, price) if price else np.zeros(1, np.float32)
+    unread = (feeds["x"][0, 0] == 0) | (worth(feeds)[0] < feeds["price"])
+    feeds["scales"] = np.where(unread[:, None], np.float16(np.nan), feeds["scales"])
+    y = multiply(libraries[4], kernel, format, feeds, 2, early)
+    elements[unread] = 0
+    assert_close(y, row_reference(feeds, elements, bias=True), dtype)
+
+
+@pytest.mark.parametrize("kernel", ["1_32_8_2", "1_16_8_2"])
+def test_what_is_not_finite_reaches_the_result(way: tuple[str, Libraries], kernel: str) -> None:
+    (dtype, libraries), format = way, integer_format(4)
+    feeds, _ = row_feeds(np.random.default_rng(4), format, 90, 1024, 1, dtype)
+    feeds["scales"][5, 3] = np.inf
+    y = multiply(libraries[4], kernel, format, feeds, 1, True)
+    assert np.isfinite(y).all(axis=(0, 1)).tolist() == [column // 32 != 3 for column in range(1024)]
+    feeds["x"][0, 0, 70] = np.nan
+    assert not np.isfinite(multiply(libraries[4], kernel, format, feeds, 1, False)).any()
