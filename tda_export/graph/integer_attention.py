@@ -135,6 +135,7 @@ class _Place:
 
     def __init__(self, ops: Ops, query: ir.Value, past: ir.Value, last_index: ir.Value, buffer: ir.Value) -> None:
         self._ops = ops
+        self._slices: dict[ir.Value, ir.Value] = {}
         zero, axis = ops.constant([0], "int64"), ops.constant([0], "int64")
         tokens = ops.op("Shape", query, start=1, end=2)
         length = ops.op("Unsqueeze", ops.cast(buffer, "int64"), axis)
@@ -174,4 +175,7 @@ class _Place:
 
     def _held(self, past: ir.Value) -> ir.Value:
         ops = self._ops
-        return ops.op("Slice", past, ops.constant([0], "int64"), self._past, ops.constant([2], "int64"))
+        if past not in self._slices:
+            zero, axis = ops.constant([0], "int64"), ops.constant([2], "int64")
+            self._slices[past] = ops.op("Slice", past, zero, self._past, axis)
+        return self._slices[past]

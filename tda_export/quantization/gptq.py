@@ -155,7 +155,7 @@ def _quantise_groups(
     codes = torch.empty(inputs, groups, format.group, dtype=torch.uint8, device=columns.device)
     scales = torch.empty(inputs, groups, dtype=torch.float16, device=columns.device)
     zero_points = torch.empty(inputs, groups, dtype=torch.uint8, device=columns.device)
-    rounding = block_rounding(columns.device)
+    rounding = block_rounding(columns.device, format, symmetric)
     for start in range(0, inputs, BLOCK):
         end = min(start + BLOCK, inputs)
         own = rows.factor[start:end, start:end]
@@ -166,25 +166,26 @@ def _quantise_groups(
     return codes[back], scales[back], zero_points[back]
 
 
-@functools.cache
-def block_rounding(device: torch.device) -> RoundBlock:
+def block_rounding(device: torch.device, format: IntegerFormat, symmetric: bool) -> RoundBlock:
     """Return what rounds a block of rows fastest on a device."""
-    if device.type == "cuda" and why_slow(device) is None:
+    if device.type == "cuda" and why_slow(device, frozenset([format]), symmetric) is None:
         from tda_export.quantization import gptq_triton
 
         return gptq_triton.round_block
     return round_block
 
 
-def why_slow(device: torch.device) -> str | None:
-    """Return why a GPU has to round by PyTorch's operators, in one line; None if it can run the Triton kernel, and for
-    a CPU."""
+@functools.cache
+def why_slow(device: torch.device, formats: frozenset[IntegerFormat], symmetric: bool) -> str | None:
+    """Return why a GPU has to round by PyTorch's operators, in one line; None if it can run the Triton kernel for these
+    formats, and for a CPU."""
     if device.type != "cuda":
         return None
     try:
         from tda_export.quantization import gptq_triton
 
-        gptq_triton.compile_kernel(device)
+        for format in formats:
+            gptq_triton.compile_kernel(device, BLOCK, format, symmetric=symmetric)
     except Exception as error:  # anything may stop Triton or the compiler that it calls
         return first_line(error)
     return None

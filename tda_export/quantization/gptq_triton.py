@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tda_export.weights.formats import DEFAULT_GROUP, IntegerFormat, integer_format
+from tda_export.weights.formats import IntegerFormat
 from tda_export.weights.integers import SHRINKS, SMALLEST_SCALE
 
 WARP_COLUMNS = 8  # columns of a group for each warp of a program
@@ -119,11 +119,11 @@ def round_block(
     return codes.view(rows, groups, format.group), scales, zero_points, errors
 
 
-def compile_kernel(device: torch.device) -> None:
-    """Round a matrix of one row, which compiles the kernel. Triton needs a C compiler and Python's header files.
+def compile_kernel(device: torch.device, rows: int, format: IntegerFormat, *, symmetric: bool) -> None:
+    """Round a block of one group, which compiles the kernel. Triton needs a C compiler and Python's header files.
 
     Raises:
         Exception: The kernel cannot be compiled or run.
     """
-    one, row = torch.ones(1, 1, device=device), torch.ones(1, DEFAULT_GROUP, device=device)
-    round_block(row, one, row[0], integer_format(4), symmetric=False)
+    block = torch.ones(rows, format.group, device=device)
+    round_block(block, torch.eye(rows, device=device), block[0], format, symmetric=symmetric)

@@ -155,6 +155,8 @@ class _Estimate:
                     name = part_name(layer, part)
                     other = self._products[name][index].to(products)
                     self._squares[index][name] = (products * other).sum(dtype=torch.float64).cpu()
+        for part in self._parts(layer):
+            del self._products[part_name(layer, part)]
 
     def losses(self) -> dict[str, float]:
         """Add up the sequences of all ranks."""

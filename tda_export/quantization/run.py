@@ -88,11 +88,13 @@ def quantize(
         return PartialLayers(output, key) if output and ranks.first else None
 
     model = LayerwiseModel(source, _device(settings.device, ranks)) if len(tokens) or len(held_out) else None
-    if model is not None and len(tokens) and (reason := why_slow(model.device)) is not None:
-        notify(
-            f"Triton's kernel cannot run ({reason}), so rounding takes several times as long. Triton needs a C "
-            "compiler and Python's header files."
-        )
+    if model is not None and settings.quantizer == "gptq":
+        reason = why_slow(model.device, frozenset(plan.integers.values()), settings.symmetric)
+        if reason is not None:
+            notify(
+                f"Triton's kernel cannot run ({reason}), so rounding takes several times as long. Triton needs a C "
+                "compiler and Python's header files."
+            )
     own = held_out[ranks.number :: ranks.count]
     dense: list[torch.Tensor] = []
     if model is not None and len(held_out):

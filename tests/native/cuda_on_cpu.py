@@ -31,7 +31,6 @@ INSTRUCTIONS = {
     "fma.rn.f16x2 %0, %1, %2, %3": "differences = FmaHalves(codes, 0x2c002c00u, zero.added);",
     "fma.rn.f16x2 %0, %1, %2, %0": "sum = FmaHalves(differences, factor, sum);",
     "cp.async.cg": "BeginCopy(place, address, 16);",
-    "cp.async.ca": "BeginCopy(place, address, 4 * kWords);",
     "cp.async.commit": "CommitGroup();",
     "cp.async.wait": "WaitForGroups(kPending);",
     "ld.shared": "memcpy(words, SharedPlace(place), sizeof words);",

@@ -10,7 +10,9 @@ import numpy as np
 
 from tda_export.graph import operators
 from tda_export.graph.ffn import FfnForm
+from tda_export.weights.formats import integer_format
 from tests.attention_model import AttentionForm, attention_session, random_attention
+from tests.code_model import code_session, feeds_of, random_codes, row_feeds
 from tests.ffn_model import NUMPY_DTYPES, array_of, ffn_session, ort_value, random_feeds, run
 from tests.native.test_functions import CUDA
 from tests.native.test_functions import run as run_function
@@ -78,6 +80,23 @@ def rows(rng: np.random.Generator, dtype: str) -> None:
                 assert np.isfinite(run(session, feeds).astype(np.float32)).all()
 
 
+def codes(rng: np.random.Generator, dtype: str) -> None:
+    """Rows and products of integers, with every number of columns that a thread loads."""
+    for format in (integer_format(4), integer_format(8)):
+        for inputs, outputs, tokens in ((33, 577, 1), (300, 4096, 1), (300, 8192, 1), (300, 12288, 1), (90, 264, 5)):
+            feeds, _ = row_feeds(rng, format, inputs, outputs, tokens, dtype)
+            del feeds["tolerance"]
+            for early in (False, True):
+                session = code_session(format, outputs, rows=True, bias=True, dtype=dtype, early=early)
+                for density in (0.0, 0.4, 1.0):
+                    feeds["price"] = price_for(feeds, density)
+                    assert np.isfinite(run(session, feeds).astype(np.float32)).all()
+            stored = random_codes(rng, format, inputs, outputs)
+            x = rng.standard_normal((1, tokens, outputs)).astype(NUMPY_DTYPES[dtype])
+            session = code_session(format, outputs, rows=False, dtype=dtype)
+            assert np.isfinite(run(session, feeds_of(stored, x)).astype(np.float32)).all()
+
+
 def attention(rng: np.random.Generator, dtype: str) -> None:
     for codes in (False, True):
         for size, heads in ((16, 3), (48, 2), (128, 8), (256, 1)):
@@ -96,5 +115,6 @@ if __name__ == "__main__":
         ffn(generator, dtype)
         functions(generator, dtype)
         rows(generator, dtype)
+        codes(generator, dtype)
         attention(generator, dtype)
         print(f"every kernel ran in {dtype}")

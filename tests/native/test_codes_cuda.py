@@ -21,7 +21,8 @@ formats = st.sampled_from(sorted(INTEGER_FORMATS.values(), key=lambda format: fo
 dtypes = st.sampled_from(["float16", "bfloat16"])
 # Rows that suit loads of 1, 8, 16 and 32 columns, and every kernel's number of slices.
 sizes = st.one_of(
-    st.integers(1, 200), st.sampled_from([255, 576, 577, 1025, 1160, 2064, 4096, 4128, 4129, 8192, 8208, 9216, 20000])
+    st.integers(1, 200),
+    st.sampled_from([255, 576, 577, 1025, 1160, 2064, 4096, 4128, 4129, 8192, 8208, 9216, 12288, 20000, 24576]),
 )
 tokens = st.sampled_from([1, 1, 1, 2, 3, 4, 5, 17, 33, 70])
 SOME = [pytest.param(INTEGER_FORMATS[name], id=name) for name in ("int4_g32", "int4_g128", "int8_g64")]
@@ -130,7 +131,7 @@ def test_x_that_is_not_finite_reaches_its_own_result_alone(
 def test_scales_that_are_not_finite(format: IntegerFormat, count: int, early: bool, scale: float) -> None:
     """Those of rows that no token reads are not seen; others reach the columns of their group, and no further."""
     rng = np.random.default_rng(2)
-    for outputs in (1088, 33):
+    for outputs in (1088, 33, 12288):
         feeds, _ = row_feeds(rng, format, 100, outputs, count, "float16")
         feeds["price"] = price_for(feeds, 0.5)
         call = session(format, outputs, rows=True, dtype="float16", early=early)

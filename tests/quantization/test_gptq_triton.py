@@ -14,7 +14,8 @@ from tda_export.models.source import ModelSource
 from tda_export.quantization import run
 from tda_export.quantization.gptq import block_rounding, quantise_rows, round_block, row_order, why_slow
 from tda_export.quantization.run import quantize
-from tda_export.weights.formats import INTEGER_FORMATS, IntegerFormat
+from tda_export.quantization.settings import QuantizeSettings
+from tda_export.weights.formats import INTEGER_FORMATS, IntegerFormat, integer_format
 from tests.calibration.shown import Shown
 from tests.quantization.test_gptq import error, formats, random_hessian, random_weight
 from tests.quantization.test_run import CORPUS, SETTINGS
@@ -24,9 +25,9 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def fresh_choice() -> Iterator[None]:
-    block_rounding.cache_clear()
+    why_slow.cache_clear()
     yield
-    block_rounding.cache_clear()
+    why_slow.cache_clear()
 
 
 @pytest.mark.gpu
@@ -42,15 +43,15 @@ def fresh_choice() -> Iterator[None]:
 def test_the_kernel_rounds_as_the_reference(
     format: IntegerFormat, rows: int, groups: int, padding: int, symmetric: bool, seed: int
 ) -> None:
-    assert why_slow(GPU) is None
     factor = row_order(random_hessian(rows, seed)).factor.to(GPU)
     columns = groups * format.group
     block = torch.from_numpy(random_weight(rows, columns, seed)).to(GPU)
     counts = torch.ones(columns, device=GPU)
     counts[columns - padding :] = 0
-    found = block_rounding(GPU)(block.clone(), factor, counts, format, symmetric=symmetric)
+    rounding = block_rounding(GPU, format, symmetric)
+    found = rounding(block.clone(), factor, counts, format, symmetric=symmetric)
     expected = round_block(block.clone(), factor, counts, format, symmetric=symmetric)
-    assert block_rounding(GPU) is not round_block
+    assert rounding is not round_block
     # A sum that is rounded otherwise can move an element over the middle of two codes, and rows after it with it.
     same_groups = (found[0].float() == expected[0].float()).all(dim=2).float().mean()
     assert same_groups > 0.9
@@ -73,14 +74,18 @@ def test_a_matrix_on_a_gpu(format: IntegerFormat) -> None:
 @pytest.mark.usefixtures("fresh_choice")
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tda_export.quantization.gptq_triton", None)
-    assert why_slow(torch.device("cpu")) is None
-    assert "gptq_triton" in str(why_slow(GPU))
-    assert block_rounding(GPU) is round_block
+    formats = frozenset(INTEGER_FORMATS.values())
+    assert why_slow(torch.device("cpu"), formats, False) is None
+    assert "gptq_triton" in str(why_slow(GPU, formats, False))
+    assert block_rounding(GPU, integer_format(4), False) is round_block
 
 
 def test_the_user_is_told(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "why_slow", lambda device: "No module named 'triton'")
+    monkeypatch.setattr(run, "why_slow", lambda device, formats, symmetric: "No module named 'triton'")
     lines: list[str] = []
+    rounded = {"quantizer": "rtn", "bits_per_weight": 6.0}  # by other operators
+    quantize(tiny, CORPUS, QuantizeSettings(**{**vars(SETTINGS), **rounded}), show=Shown(), notify=lines.append)
+    assert lines == []
     quantize(tiny, CORPUS, SETTINGS, show=Shown(), notify=lines.append)
     assert lines == [
         "Triton's kernel cannot run (No module named 'triton'), so rounding takes several times as long. Triton needs "

@@ -31,6 +31,7 @@ struct AttentionArguments {
 };
 
 constexpr int kMostSize = 256;  // elements of a head
+
 // Tokens before the call, and in all.
 struct Lengths {
   int past, total;

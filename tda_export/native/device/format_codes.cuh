@@ -171,31 +171,19 @@ static __device__ __forceinline__ void LoadWordsIf(bool wanted, const void* addr
   }
 }
 
-// Copy words of codes to an address of shared memory, from which only this thread reads them. CommitCopies and
+// Copy four words of codes to an address of shared memory, from which only this thread reads them. CommitCopies and
 // WaitForCopies (row_sums.cuh) tell when they are there.
-template <int kWords>
 static __device__ __forceinline__ void StartCopy(unsigned place, const void* address) {
 #if __CUDA_ARCH__ >= 800
-  if constexpr (kWords == 4) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(address) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(place), "l"(address), "n"(4 * kWords) : "memory");
-  }
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(address) : "memory");
 #endif
 }
 
-template <int kWords>
-static __device__ __forceinline__ void ReadCopy(unsigned place, unsigned (&words)[kWords]) {
-  if constexpr (kWords == 4) {
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(place)
-                 : "memory");
-  } else if constexpr (kWords == 2) {
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(place) : "memory");
-  } else {
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[0]) : "r"(place) : "memory");
-  }
+static __device__ __forceinline__ void ReadCopy(unsigned place, unsigned (&words)[4]) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(place)
+               : "memory");
 }
 
 // kWords words of codes a load, all of one group: a row begins where such a load may, and has a whole number of them. Of
@@ -264,13 +252,13 @@ struct CodeFormat {
     // The same in two parts: the codes go to `place` meanwhile.
     __device__ __forceinline__ Weights Start(int row, unsigned place) const {
       Weights pack;
-      StartCopy<kWords>(place, codes + Product(row, row_bytes));
+      StartCopy(place, codes + Product(row, row_bytes));
       pack.scale = __ldg(scales + Product(row, groups));
       pack.zero_byte = __ldg(zero_points + Product(row, zero_bytes));
       pack.zero_shift = zero_shift;
       return pack;
     }
-    __device__ __forceinline__ void Finish(unsigned place, Weights& pack) const { ReadCopy<kWords>(place, pack.words); }
+    __device__ __forceinline__ void Finish(unsigned place, Weights& pack) const { ReadCopy(place, pack.words); }
   };
 
   __device__ __forceinline__ explicit CodeFormat(const StoredMatrix& matrix)

@@ -179,6 +179,7 @@ struct RingReader {
   static constexpr int kTogether = 4;  // the list is filled up to whole numbers of these
   static constexpr int kEarly = kRows;
   static constexpr bool kEarlyListed = true;
+  static_assert(kRows % kTogether == 0 && kTogether <= kFilling && kEarly <= kWarp, "the list holds what fills it up");
 
   const Column& column;
   WarpRows<1, Format>& shared;
