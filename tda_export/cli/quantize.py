@@ -211,7 +211,10 @@ def quantize(
 
 def _int8_linears(formats: dict[str, str]) -> str:
     """Say how many of each part are in int8."""
-    parts = [(name.rpartition(".")[2], format) for name, format in formats.items() if name.startswith("layers.")]
+    from tda_export.weights.plan import EMBEDDING, HEAD
+
+    linears = {name: format for name, format in formats.items() if name not in (EMBEDDING, HEAD)}
+    parts = [(name.rpartition(".")[2], format) for name, format in linears.items()]
     every, wide = Counter(part for part, _ in parts), Counter(part for part, format in parts if "int8" in format)
     return "Linears in int8: " + ", ".join(f"{part} {wide[part]} of {count}" for part, count in every.items())
 
