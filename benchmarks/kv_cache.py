@@ -104,7 +104,8 @@ def build(options: Any, folder: Path) -> list[Path]:
 
     on_gpu = options.provider == "cuda" or (options.provider == "auto" and cuda_problem() is None)
     source = random_source(options.shape)
-    storage = random_storage("float16" if on_gpu else "float32", read_plan(source, options.weights, None, ()))
+    plan = read_plan(source, options.weights or "float", None, ())
+    storage = random_storage("float16" if on_gpu else "float32", plan)
     for kv in contract.KV_FORMATS:
         build_random_priced(source, folder / kv, storage, (0.5,), kv=kv, quiet=True)
     return [folder / kv for kv in contract.KV_FORMATS]
@@ -134,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifacts", nargs="*", metavar="FLOAT INT8", help="built with --kv float and --kv int8")
     parser.add_argument("--shape", help="instead of artifacts: random weights of this model's shape")
-    parser.add_argument("--weights", choices=["float", "int8", "int4"], default="float", help="how --shape stores them")
+    parser.add_argument("--weights", choices=["float", "int8", "int4"], help="how --shape stores them (default: float)")
     parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 4096])
@@ -144,7 +145,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=8)
     options = parser.parse_args()
     if len(options.artifacts) != (0 if options.shape else len(contract.KV_FORMATS)):
-        raise SystemExit("Give two artifacts, FLOAT and INT8, or --shape.")
+        parser.error("give two artifacts, FLOAT and INT8, or --shape.")
+    if options.weights and not options.shape:
+        parser.error("--weights needs --shape: artifacts have their weights already.")
     if not options.shape:
         return measure(options.artifacts, options)
     with owned_folder(Path(tempfile.gettempdir()), "tda-export-kv-cache") as folder:

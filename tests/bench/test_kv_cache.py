@@ -48,7 +48,18 @@ def test_times_and_kl_of_a_shape(
     assert all(0 < line["kl"] < 0.1 for line in compared)  # type: ignore[operator]
 
 
-def test_artifacts_or_a_shape(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for given in ((), ("one",), ("--shape", "llama-2-7b", "one", "two")):
-        with pytest.raises(SystemExit, match=r"^Give two artifacts, FLOAT and INT8, or --shape\.$"):
-            run(monkeypatch, capsys, *given)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((), "give two artifacts, FLOAT and INT8, or --shape."),
+        (("one",), "give two artifacts, FLOAT and INT8, or --shape."),
+        (("--shape", "llama-2-7b", "one", "two"), "give two artifacts, FLOAT and INT8, or --shape."),
+        (("one", "two", "--weights", "float"), "--weights needs --shape: artifacts have their weights already."),
+    ],
+)
+def test_arguments_that_do_not_go_together(
+    given: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        run(monkeypatch, capsys, *given)
+    assert capsys.readouterr().err.splitlines()[-1] == f"kv_cache.py: error: {message}"
