@@ -3,7 +3,8 @@
     python benchmarks/paper_latency.py FOLDER [--shape opt-2.7b …] [--part masks …] [--prompt-tokens 1024]
         [--new-tokens 1024] [--json]
 
-FOLDER keeps the artifacts, 87 GB for the four models: they are built first, all at once, and one that is there is used.
+Each artifact is built in FOLDER, measured and deleted before the next one is built, so FOLDER needs room for one (15 GB
+for a 7B in fp16). With --build-only artifacts are kept, and later runs use them.
 
 Random weights of true shapes, activations in fp16, batch 1. Of each model one run compares, after checking logits:
 
@@ -27,7 +28,8 @@ import json
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import cycle, islice, product
 from pathlib import Path
@@ -60,29 +62,35 @@ def build(shape: str, part: str, folder: Path) -> None:
     from tda_export.bench.random_codes import random_storage
     from tda_export.bench.shapes import random_source
     from tda_export.graph.storage import read_plan
-    from tda_export.weights.formats import DEFAULT_GROUP
 
     source, place = random_source(shape), place_of(folder, shape, part)
     if part == "masks":
         build_random_artifact(source, place, DTYPE, SPARSITY, quiet=True)
         return
-    plan = read_plan(source, "int4" if part == "int4" else "float", DEFAULT_GROUP, ())
+    plan = read_plan(source, "int4" if part == "int4" else "float", None, ())
     _, prices = build_random_priced(source, place, random_storage(DTYPE, plan), PRICED_SPARSITIES, quiet=True)
     named = {f"priced_{1 - sparsity:.2f}": price for sparsity, price in prices.items()}
     (place / PRICES).write_text(json.dumps(named))
 
 
-def build_missing(shapes: Iterable[str], parts: Iterable[str], folder: Path) -> None:
-    """Build the artifacts that are not there, each in a process of its own."""
-    command = [sys.executable, __file__, str(folder), "--build-only"]
-    wanted = [(shape, part) for shape in shapes for part in parts if part in BUILT]
-    running = [
-        subprocess.Popen([*command, "--shape", shape, "--part", part])
-        for shape, part in wanted
-        if not is_built(folder, shape, part)
-    ]
-    for process in running:
-        process.wait()  # one that failed has said why, and its measurement will fail too
+@contextmanager
+def with_artifact(shape: str, part: str, folder: Path) -> Iterator[Path]:
+    """Find the artifact of a part in `folder`, or build it and delete it afterwards. Yields the folder that has it.
+
+    Raises:
+        TdaError: It could not be built.
+    """
+    from tda_export.errors import TdaError
+    from tda_export.temporary import owned_folder
+
+    if is_built(folder, shape, part):
+        yield folder
+        return
+    with owned_folder(folder, "paper-latency") as own:
+        command = [sys.executable, __file__, str(own), "--build-only", "--shape", shape, "--part", part]
+        if subprocess.run(command, check=False).returncode:  # a process of its own, whose memory is free afterwards
+            raise TdaError(f"{shape}, {part}: the artifact was not built. The reason stands above.")
+        yield own
 
 
 def is_built(folder: Path, shape: str, part: str) -> bool:
@@ -91,7 +99,11 @@ def is_built(folder: Path, shape: str, part: str) -> bool:
 
 
 def latency(shape: str, part: str, folder: Path, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-    """Measure one artifact: each method's seconds, milliseconds a token and share of the bandwidth."""
+    """Measure the artifact of a part: each method's seconds, milliseconds a token and share of the bandwidth.
+
+    Raises:
+        TdaError: The folder has the artifact of another model in its place.
+    """
     from tda_export.bench.decode import BenchSettings, run_bench
     from tda_export.calibration.corpus import builtin_folder
     from tda_export.errors import TdaError
@@ -164,23 +176,23 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--new-tokens", type=int, default=1024)
     parser.add_argument("--json", action="store_true", help="print a JSON line for each model and part")
-    parser.add_argument("--build-only", action="store_true", help="measure nothing")
+    parser.add_argument("--build-only", action="store_true", help="measure nothing, and keep the artifacts")
     options = parser.parse_args()
     shapes, parts = options.shape or list(PAPER_SECONDS), options.part or list(PARTS)
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.build_only:
         for shape, part in product(shapes, parts):
-            if part in BUILT:
+            if part in BUILT and not is_built(options.folder, shape, part):
                 build(shape, part, options.folder)
         return
-    build_missing(shapes, parts, options.folder)
     failed = []
     for shape, part in product(shapes, parts):
         try:
             if part == "kernel":
                 result = kernel(shape)
             else:
-                result = latency(shape, part, options.folder, options.prompt_tokens, options.new_tokens)
+                with with_artifact(shape, part, options.folder) as folder:
+                    result = latency(shape, part, folder, options.prompt_tokens, options.new_tokens)
         except Exception:  # what was measured, and what comes after, is worth having all the same
             traceback.print_exc()
             failed.append(f"{shape}, {part}")

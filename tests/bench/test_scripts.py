@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,7 +44,7 @@ def test_latency_is_printed_though_the_kernel_fails(
     as_json: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = load("paper_latency", monkeypatch)
-    monkeypatch.setattr(script, "build_missing", lambda shapes, parts, folder: None)
+    monkeypatch.setattr(script, "with_artifact", lambda shape, part, folder: nullcontext(folder))
     monkeypatch.setattr(
         script, "latency", lambda shape, part, folder, prompt, new: fail() if shape == "gemma-2b" else LATENCY
     )
