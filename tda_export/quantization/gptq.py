@@ -179,7 +179,7 @@ def block_rounding(device: torch.device, format: IntegerFormat, symmetric: bool)
 def why_slow(device: torch.device, formats: frozenset[IntegerFormat], symmetric: bool) -> str | None:
     """Return why a GPU has to round by PyTorch's operators, in one line; None if it can run the Triton kernel for these
     formats, and for a CPU."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not formats:
         return None
     try:
         from tda_export.quantization import gptq_triton

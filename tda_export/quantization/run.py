@@ -89,7 +89,9 @@ def quantize(
 
     model = LayerwiseModel(source, _device(settings.device, ranks)) if len(tokens) or len(held_out) else None
     if model is not None and settings.quantizer == "gptq":
-        reason = why_slow(model.device, frozenset(plan.integers.values()), settings.symmetric)
+        possible = (plan,) if mixture is None else (mixture.fours, mixture.eights)
+        formats = frozenset().union(*(each.linear_formats for each in possible))  # embedding and head are not GPTQ's
+        reason = why_slow(model.device, formats, settings.symmetric)
         if reason is not None:
             notify(
                 f"Triton's kernel cannot run ({reason}), so rounding takes several times as long. Triton needs a C "

@@ -42,7 +42,7 @@ class FormatPlan:
     formats: Mapping[str, WeightFormat | None]
 
     def of(self, name: str) -> WeightFormat | None:
-        """Return a matrix's format: `layers.{i}.{part}`, `embedding` or `head`; x
+        """Return the format of `layers.{i}.{part}`, `embedding` or `head`. A tied head has the embedding's format.
 
         Raises:
             KeyError: There is no such matrix.
@@ -53,6 +53,11 @@ class FormatPlan:
     def integers(self) -> dict[str, IntegerFormat]:
         """Return the matrices that are stored as integers, with their formats."""
         return {name: format for name, format in self.formats.items() if isinstance(format, IntegerFormat)}
+
+    @property
+    def linear_formats(self) -> frozenset[IntegerFormat]:
+        """Return the formats of those linears of the layers that are stored as integers."""
+        return frozenset(format for name, format in self.integers.items() if name not in (EMBEDDING, HEAD))
 
     def to_dict(self) -> dict[str, str]:
         """Return it as plain data."""

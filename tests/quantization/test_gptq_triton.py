@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +17,20 @@ from tda_export.quantization.gptq import block_rounding, quantise_rows, round_bl
 from tda_export.quantization.run import quantize
 from tda_export.quantization.settings import QuantizeSettings
 from tda_export.weights.formats import INTEGER_FORMATS, IntegerFormat, integer_format
+from tda_export.weights.plan import read_rules
 from tests.calibration.shown import Shown
 from tests.quantization.test_gptq import error, formats, random_hessian, random_weight
 from tests.quantization.test_run import CORPUS, SETTINGS
 
 GPU = torch.device("cuda", 0)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop(*arguments: object) -> None:
+    raise Stop
 
 
 @pytest.fixture
@@ -77,6 +87,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     formats = frozenset(INTEGER_FORMATS.values())
     assert why_slow(torch.device("cpu"), formats, False) is None
     assert "gptq_triton" in str(why_slow(GPU, formats, False))
+    assert why_slow(GPU, frozenset(), False) is None
     assert block_rounding(GPU, integer_format(4), False) is round_block
 
 
@@ -91,3 +102,25 @@ def test_the_user_is_told(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) ->
         "Triton's kernel cannot run (No module named 'triton'), so rounding takes several times as long. Triton needs "
         "a C compiler and Python's header files."
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({}, {"int4_g32"}),
+        ({"weights": "int8"}, {"int8_g32"}),
+        ({"rules": read_rules(["layers.*.up=int8_g64,head=int4_g128"])}, {"int4_g32", "int8_g64"}),
+        ({"rules": read_rules(["layers.*=float"])}, set()),
+        ({"bits_per_weight": 6.0}, {"int4_g32", "int8_g32"}),
+    ],
+)
+def test_kernels_are_compiled_for_what_gptq_rounds(
+    options: dict[str, Any], names: set[str], tiny: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embedding and head, in int8, are rounded to nearest; a mixture may have linears in either format."""
+    asked: list[frozenset[IntegerFormat]] = []
+    monkeypatch.setattr(run, "why_slow", lambda device, formats, symmetric: asked.append(formats))
+    monkeypatch.setattr(run, "_read", stop)
+    with pytest.raises(Stop):
+        quantize(tiny, CORPUS, QuantizeSettings(**{**vars(SETTINGS), **options}), show=Shown())
+    assert [{format.name for format in formats} for formats in asked] == [names]
