@@ -117,7 +117,7 @@ class Storage:
     def _codes(self, tensor: LazyTensor, members: Sequence[str], format: IntegerFormat) -> Codes:
         given = [self.codes[name] for name in members if name in self.codes]
         if len(given) < len(members):
-            rows = tensor.load().float().contiguous().numpy()
+            rows = tensor.load().float().contiguous()
             return round_matrix(", ".join(members), rows, format, symmetric=False)
         try:
             codes = given[0].beside(*given[1:])

@@ -197,8 +197,7 @@ class _Estimate:
 
         def rounded(part: str, together: int) -> Codes:
             format = self._formats[names[part]]
-            rows = weights[part].cpu().numpy()
-            return round_matrix(names[part], rows, format, symmetric=self._settings.symmetric)
+            return round_matrix(names[part], weights[part], format, symmetric=self._settings.symmetric)
 
         codes = zip(parts, self._ranks.in_order(parts, rounded), strict=True)
         return {part: decode(each, device) - weights[part] for part, each in codes}

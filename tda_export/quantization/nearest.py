@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import numpy as np
 import torch
@@ -12,11 +11,12 @@ from tda_export.errors import TdaError
 from tda_export.models.layout import Layout
 from tda_export.models.spec import DecoderSpec
 from tda_export.models.weights import Weights
+from tda_export.quantization import nearest_on_device
 from tda_export.weights.formats import IntegerFormat
 from tda_export.weights.integers import FIELDS, Codes, round_to_nearest
 from tda_export.weights.plan import EMBEDDING, HEAD
 
-ELEMENTS_AT_ONCE = 1 << 22  # elements of a matrix that one thread rounds at a time
+ELEMENTS_AT_ONCE = 1 << 22  # elements of a matrix that one thread or a GPU rounds at a time
 
 
 def read_matrix(spec: DecoderSpec, weights: Weights, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -37,27 +37,37 @@ def read_matrix(spec: DecoderSpec, weights: Weights, name: str, device: torch.de
     return rows
 
 
-def round_matrix(name: str, rows: np.ndarray, format: IntegerFormat, *, symmetric: bool) -> Codes:
-    """Round a matrix to the nearest codes with searched ranges, with PyTorch's threads.
+def round_matrix(
+    name: str,
+    rows: torch.Tensor,
+    format: IntegerFormat,
+    *,
+    symmetric: bool,
+    device: torch.device | str | None = None,
+) -> Codes:
+    """Round a matrix to the nearest codes with searched ranges, piece by piece: on the CPU by NumPy in as many threads
+    as PyTorch has, on a GPU by PyTorch. Both give the same codes (`nearest_on_device`).
 
     Args:
         name: The matrix's name, for messages.
         rows: float32 [rows, columns].
         format: The format of the codes.
         symmetric: Let zero points be the middle code.
+        device: Where to round; None means where `rows` are.
 
     Raises:
         TdaError: A weight is not finite, or too large for its scale.
     """
-    _check_finite(name, bool(np.isfinite(rows).all()))
-    step = max(1, ELEMENTS_AT_ONCE // rows.shape[1])
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        blocks = list(
-            threads.map(
-                partial(round_to_nearest, format=format, symmetric=symmetric),
-                (rows[start : start + step] for start in range(0, len(rows), step)),
+    _check_finite(name, bool(rows.isfinite().all()))
+    chosen = rows.device if device is None else torch.device(device)
+    pieces = rows.split(max(1, ELEMENTS_AT_ONCE // rows.shape[1]))
+    if chosen.type == "cpu":
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            blocks = list(
+                threads.map(lambda piece: round_to_nearest(piece.cpu().numpy(), format, symmetric=symmetric), pieces)
             )
-        )
+    else:
+        blocks = [nearest_on_device.round_to_nearest(piece.to(chosen), format, symmetric=symmetric) for piece in pieces]
     codes = Codes(format, *(np.concatenate([getattr(block, field) for block in blocks]) for field in FIELDS))
     check_scales(name, codes)
     return codes

@@ -87,11 +87,12 @@ def quantize(
         key = about | {"formats": plan.to_dict(), "device": settings.device, "versions": versions}
         return PartialLayers(output, key) if output and ranks.first else None
 
-    model = LayerwiseModel(source, _device(settings.device, ranks)) if len(tokens) or len(held_out) else None
+    device = _device(settings.device, ranks)
+    model = LayerwiseModel(source, device) if len(tokens) or len(held_out) else None
     if model is not None and settings.quantizer == "gptq":
         possible = (plan,) if mixture is None else (mixture.fours, mixture.eights)
         formats = frozenset().union(*(each.linear_formats for each in possible))  # embedding and head are not GPTQ's
-        reason = why_slow(model.device, formats, settings.symmetric)
+        reason = why_slow(torch.device(device), formats, settings.symmetric)
         if reason is not None:
             notify(
                 f"Triton's kernel cannot run ({reason}), so rounding takes several times as long. Triton needs a C "
@@ -110,7 +111,7 @@ def quantize(
         about |= {"mixture": mixture.describe(plan) | data}
     if settings.quantizer == "rtn":
         tokens = tokens[:0]  # they were for the losses
-    run = _Run(source, plan, settings, model, tokens, own, kept(plan), ranks)
+    run = _Run(source, plan, settings, device, model, tokens, own, kept(plan), ranks)
     with show("Quantising", spec.num_layers + 1) as advance:
         run.outside()
         advance(1)
@@ -133,7 +134,7 @@ def quantize(
 
 
 def _device(device: str, ranks: Ranks) -> str:
-    """Return the device of this rank's layers, given --device; `auto` is a GPU if there is one."""
+    """Return the device of this rank's layers and of its rounding, given --device; `auto` is a GPU if there is one."""
     if device != AUTO:
         return ranks.own_device(device)
     return ranks.own_device("cuda") if torch.cuda.is_available() else "cpu"
@@ -206,6 +207,7 @@ class _Run:
         source: ModelSource,
         plan: FormatPlan,
         settings: QuantizeSettings,
+        device: str,
         model: LayerwiseModel | None,
         tokens: torch.Tensor,
         held_out: torch.Tensor,
@@ -214,7 +216,7 @@ class _Run:
     ) -> None:
         self._spec, self._weights = source.spec, source.weights()
         self._plan, self._settings, self._model, self._partial = plan, settings, model, partial
-        self._tokens, self._held_out, self._ranks = tokens, held_out, ranks
+        self._device, self._tokens, self._held_out, self._ranks = device, tokens, held_out, ranks
         self.codes = KeptCodes()
         self._calls: list[Call] = []
         self._inputs: list[torch.Tensor] = []
@@ -226,8 +228,8 @@ class _Run:
         integers = self._plan.integers
 
         def rounded(name: str, together: int) -> Codes:
-            rows = read_matrix(self._spec, self._weights, name)
-            return round_matrix(name, rows.numpy(), integers[name], symmetric=self._settings.symmetric)
+            rows = read_matrix(self._spec, self._weights, name)  # in the CPU's memory; the device gets pieces
+            return round_matrix(name, rows, integers[name], symmetric=self._settings.symmetric, device=self._device)
 
         wanted = [name for name in (EMBEDDING, HEAD) if name in integers]
         for name, found in zip(wanted, self._ranks.in_order(wanted, rounded), strict=True):
@@ -260,13 +262,14 @@ class _Run:
         shapes = {name: (format, matrix_shape(self._spec, name)) for name, format in formats.items()}
         earlier = self._ranks.from_first(lambda: self._partial.load(layer, shapes) if self._partial else None)
         codes: dict[str, Codes] = {}
-        device = self._model.device if self._model else torch.device("cpu")
         for site, parts in linear_sites(self._spec).items():
-            rows = {part: read_matrix(self._spec, self._weights, part_name(layer, part), device) for part in parts}
+            rows = {
+                part: read_matrix(self._spec, self._weights, part_name(layer, part), self._device) for part in parts
+            }
             found = self._site(layer, site, rows, formats) if earlier is None else _of_parts(layer, parts, earlier)
             codes |= {part_name(layer, part): of_part for part, of_part in found.items()}
             self._put_parts(
-                layer, {part: decode(found[part], device) if part in found else own for part, own in rows.items()}
+                layer, {part: decode(found[part], self._device) if part in found else own for part, own in rows.items()}
             )
         if self._partial and codes:
             if earlier is None:
@@ -284,8 +287,7 @@ class _Run:
         if self._settings.quantizer == "rtn" or not wanted:
 
             def rounded(part: str, together: int) -> Codes:
-                own = rows[part].cpu().numpy()
-                return round_matrix(part_name(layer, part), own, wanted[part], symmetric=symmetric)
+                return round_matrix(part_name(layer, part), rows[part], wanted[part], symmetric=symmetric)
 
             return dict(zip(wanted, ranks.in_order(list(wanted), rounded), strict=True))
         assert self._model is not None

@@ -134,7 +134,7 @@ def test_codes_of_a_quantised_model_are_stored_as_they_are(
         rules=read_rules(["layers.1.down=int8_g64"]),
     )
     codes = {
-        name: round_matrix(name, read_matrix(spec, source.weights(), name).numpy(), format, symmetric=False)
+        name: round_matrix(name, read_matrix(spec, source.weights(), name), format, symmetric=False)
         for name, format in plan.integers.items()
     }
     write_quantised(source, tmp_path / "model", codes, plan, {})

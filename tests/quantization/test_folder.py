@@ -33,7 +33,7 @@ def rounded(source: ModelSource, output: Path, weights: str = "int8", rules: str
         rules=read_rules([rules]) if rules else [],
     )
     codes = {
-        name: round_matrix(name, read_matrix(spec, source.weights(), name).numpy(), format, symmetric=False)
+        name: round_matrix(name, read_matrix(spec, source.weights(), name), format, symmetric=False)
         for name, format in plan.integers.items()
     }
     write_quantised(source, output, codes, plan, {})

@@ -38,9 +38,9 @@ def rounding_errors(source: ModelSource) -> dict[str, torch.Tensor]:
     errors = {}
     for name in plan.integers:
         if name.startswith("layers."):
-            rows = read_matrix(spec, source.weights(), name).numpy()
+            rows = read_matrix(spec, source.weights(), name)
             codes = round_matrix(name, rows, plan.integers[name], symmetric=False)
-            errors[name] = torch.from_numpy(codes.decode() - rows)
+            errors[name] = torch.from_numpy(codes.decode()) - rows
     return errors
 
 
