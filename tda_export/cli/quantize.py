@@ -193,7 +193,7 @@ def quantize(
         if found < settings.all_sequences:
             click.echo(f"{dataset} has text for {found} sequences of {settings.length} tokens; using those.", err=True)
     show = partial(progress, quiet=quiet or as_json or not ranks.first)
-    say = partial(click.echo, err=True) if ranks.first else lambda line: None
+    say = partial(click.echo, err=True)  # `join` has silenced all ranks but the first
     quantised = run(source, corpus, settings, show=show, output=output.absolute(), ranks=ranks, notify=say)
     if not ranks.first:
         return

@@ -133,6 +133,30 @@ def test_quantising(tiny_model: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
+WITHOUT_TRITON = """
+import os
+from tda_export.cli.main import cli
+from tda_export.quantization import run
+
+run.why_slow = lambda device, formats, symmetric: "rank " + os.environ["RANK"]
+cli(%r)
+"""
+
+
+def test_the_first_rank_alone_says_that_triton_is_missing(tiny_model: Path, tmp_path: Path) -> None:
+    options = ("--sequences", "2", "--kl-sequences", "0", *LENGTHS)
+    program = tmp_path / "program.py"
+    program.write_text(WITHOUT_TRITON % ["quantize", str(tiny_model), "-o", str(tmp_path / "out"), *options])
+    process = start(2, program)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    notices = [line for line in stderr.splitlines() if "Triton" in line]
+    assert notices == [
+        "Triton's kernel cannot run (rank 0), so rounding takes several times as long. Triton needs a C compiler and "
+        "Python's header files."
+    ]
+
+
 @pytest.fixture(scope="module")
 def priced_artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("priced")
