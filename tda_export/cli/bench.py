@@ -13,7 +13,7 @@ import click
 from tda_export.cli.help_groups import command, option
 from tda_export.cli.options import FRACTION, PATH, json_option, provider_option, weight_options
 
-MILD_SPARSITY = 0.3  # of --shape, beside the one that is asked for
+MILD_SPARSITY = 0.3  # a second sparsity that --shape always measures
 METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin", "tt", "priced")  # those of tda_export.bench.decode
 
 
@@ -85,7 +85,7 @@ def bench(
     if given := [option for option, value in of_shape.items() if value is not None and artifact]:
         raise UsageError(f"{given[0]} is for --shape only; an artifact has its own. Leave it out.")
     settings = partial(BenchSettings, sparsity=sparsity, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-    settings(methods or ("dense",))  # refused before anything is built
+    settings(methods or ("dense",))  # wrong settings are refused before anything is built
     if artifact:
         opened = open_artifact(artifact)
         chosen_methods = methods or default_methods(opened, new_tokens)

@@ -165,7 +165,7 @@ def build(
             return
         try:
             checks.extend(verify_artifact(folder, lambda name: source, provider=provider, quiet=as_json))
-        except TdaError as error:  # it speaks of a folder that goes away, and may advise what was just done
+        except TdaError as error:  # it names the temporary folder, and may advise building again
             told = str(error).replace(str(folder), str(output))
             problem = told.removesuffix(" Build the artifact again.")
             if problem != told:
@@ -188,7 +188,7 @@ def build(
 
 
 def _refuse_foreign(method: str, asked: Asked, calibration: Path | None, options: dict[str, Any]) -> None:
-    """Refuse options without meaning for a method."""
+    """Refuse options that have no effect with a method."""
     from tda_export.errors import UsageError
 
     given = options | {

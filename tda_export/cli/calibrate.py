@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 PRICED_BUDGET = {"max_kl": 0.05}
 TDA_BUDGET = {"sparsity": 0.5, "allocation": "kl"}
-CURVES_BUDGET = {"cett": 0.2}  # the paper's
+CURVES_BUDGET = {"cett": 0.2}  # the paper's value
 
 
 @command(
@@ -230,7 +230,7 @@ def calibrate(
         budget = reachable
         provenance = calibration.provenance | {"budget": _describe(budget, settings)}
         calibration = replace(calibration, provenance=provenance)
-    results = _results(calibration, budget, settings)  # before writing, so that what is written can be met
+    results = _results(calibration, budget, settings)  # may fail, so before writing
     write_calibration(calibration, output)
     PartialFile(output, {}).remove()
     if as_json:
@@ -252,13 +252,13 @@ def _check_options(method: CalibrationMethod, options: dict[str, Any], useless_w
 
 
 def _describe(budget: Budget, settings: CalibrationSettings) -> dict[str, Any]:
-    """Return the budget as plain data. Prices alone know no rule of allocation."""
+    """Return the budget as plain data, without an allocation rule where only prices are measured."""
     content = budget.describe()
     return content if settings.masks else {name: value for name, value in content.items() if name != "allocation"}
 
 
 def _reachable(budget: Budget, calibration: Calibration) -> Budget:
-    """Return the nearest budget that all that was measured can meet, and say when it is another."""
+    """Return the nearest budget that every measured table can meet, and tell the user where it is another one."""
     from tda_export.calibration.budgets import nearest_priced, nearest_reachable
 
     by_path = nearest_reachable(budget, calibration.kl)
@@ -275,7 +275,7 @@ def _reachable(budget: Budget, calibration: Calibration) -> Budget:
 
 
 def _results(calibration: Calibration, budget: Budget, settings: CalibrationSettings) -> dict[str, Any]:
-    """Return what the budget gives and what was measured, as plain data."""
+    """Return the measurements and what the budget chooses from them, as plain data."""
     results: dict[str, Any] = {}
     if calibration.priced is not None:
         tables = calibration.priced.tables()
@@ -292,7 +292,7 @@ def _results(calibration: Calibration, budget: Budget, settings: CalibrationSett
 
 
 def _of_masks(calibration: Calibration, budget: Budget) -> bool:
-    """Whether masks can be chosen by the budget: not by one of prices, where curves alone were measured beside them."""
+    """Return whether the budget can choose masks: a KL can do so only where the KL of masks was measured."""
     return calibration.kl is not None or not budget.by_kl
 
 
@@ -316,5 +316,5 @@ def _print(calibration: Calibration, budget: Budget, settings: CalibrationSettin
 
 
 def _text(budget: Budget) -> str:
-    """Describe a budget of prices, which has no rule of allocation."""
+    """Describe the budget of a price, which has no allocation rule."""
     return f"KL {budget.max_kl}" if budget.max_kl is not None else f"sparsity {budget.sparsity}"

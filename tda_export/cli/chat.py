@@ -78,7 +78,7 @@ def chat(
     if not sys.stdin.isatty():
         _talk(_piped_lines(), conversation, answering, deployment)
         return
-    with contextlib.suppress(ImportError):  # where it is, it gives input() editing and a history
+    with contextlib.suppress(ImportError):  # where Python has it, input() gets line editing and a history
         importlib.import_module("readline")
     with CtrlC() as ctrl_c:
         click.secho(f"{artifact.resolve().name}. /help lists the commands.", dim=True, err=True)
@@ -86,9 +86,9 @@ def chat(
 
 
 class CtrlC:
-    """What Ctrl-C does on a terminal: it stops an answer or a line that is being typed, and never the program.
+    """Handles Ctrl-C on a terminal: it stops the answer or the line that is being typed, never the program.
 
-    `answer` is what is being read, `typing` says whether input() waits.
+    `answer`: the generation that is being written. `typing`: whether input() waits for a line.
     """
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class CtrlC:
             self.typing = False
             raise KeyboardInterrupt
         if self.answer is not None:
-            self.answer.cancel()  # it ends at its next token, wherever the program is just now
+            self.answer.cancel()  # the generation ends at its next token, whatever the program is doing
 
 
 def _talk(
@@ -117,7 +117,7 @@ def _talk(
     deployment: AnyDeployment,
     ctrl_c: CtrlC | None = None,
 ) -> None:
-    """Answer line by line. Without a terminal the first failure ends it."""
+    """Answer line by line. Without a terminal, the first failure ends the chat."""
     for line in lines:
         text = line.strip()
         if text == "/quit":
@@ -164,24 +164,24 @@ def _answer(
                 click.echo(window_title(generation.metrics), nl=False, err=True)
     except TdaError:
         if shown:
-            click.echo()  # the error has a line of its own
+            click.echo()  # so that the error begins a new line
         raise
-    click.echo(generation.text[shown:])  # what an end of text left unfinished
+    click.echo(generation.text[shown:])  # text that was held back until the end
     click.secho(status(generation.metrics, deployment, stopped=generation.cancelled), dim=True, err=True)
 
 
 def window_title(metrics: Metrics) -> str:
-    """Return what makes a terminal show in its title what an answer reads and how fast it comes, while it comes."""
+    """Return the escape sequence that shows the bytes and the speed of an unfinished answer in the terminal's title."""
     rate = metrics.decode_tokens_per_second
     speed = "" if rate is None else f", {rate:.1f} tokens/s"
     return f"\033]0;{1 - metrics.sparsity:.0%} of {MATRICES[metrics.matrices]} bytes{speed}\007"
 
 
 def status(metrics: Metrics, deployment: AnyDeployment, *, stopped: bool = False) -> str:
-    """Say in one line what an answer read and how fast it came.
+    """Describe in one line the bytes that an answer read, and its speed.
 
-    The share of bytes counts masks and refreshes as they were; for rows that token thresholds skip, it is the
-    calibration's expectation.
+    The fraction of bytes counts masks and refreshes as they were. For rows that token thresholds skip, it is what the
+    calibration expects.
     """
     parts = [f"{1 - metrics.sparsity:.0%} of {MATRICES[metrics.matrices]} bytes read"]
     if metrics.mask != "dense" and deployment.by_calibration:
@@ -215,7 +215,7 @@ def _typed_lines(ctrl_c: CtrlC) -> Iterator[str]:
 
 
 def _prompt() -> str:
-    """Return what `input` shows. Where answers go elsewhere than to the terminal, show it on standard error instead."""
+    """Return the prompt for `input`. Where standard output is no terminal, print it to standard error instead."""
     if sys.stdout.isatty():
         return "> "
     click.echo("> ", nl=False, err=True)

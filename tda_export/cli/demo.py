@@ -1,4 +1,4 @@
-"""`tda-export demo`: what the project does, shown on the reader's own machine with the built-in model."""
+"""`tda-export demo`: show what the project does, with the built-in model on the user's own machine."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import click
 
 from tda_export.cli.help_groups import command, option
 
-MODEL = NAME = "smollm2-135m"  # what commands are given, and what results are called
-CETT = 0.2  # the paper's
-TDA_SEQUENCES = 4  # of calibration text: fewer than by default, so that minutes are enough
+MODEL = NAME = "smollm2-135m"  # the commands' MODEL, and the name of the results
+CETT = 0.2  # the paper's value
+TDA_SEQUENCES = 4  # fewer than the default of `calibrate`, so that the demo takes minutes
 QUANTIZE_SEQUENCES, QUANTIZE_KL_SEQUENCES = 16, 4
 INT4_SEQUENCES = 8
 ABOUT_MINUTES = 5
@@ -41,7 +41,7 @@ class Step:
 
     @property
     def command(self) -> str:
-        """The command line, as a reader would type it."""
+        """The command line, as a user would type it."""
         return " ".join(("tda-export", *self.arguments))
 
 
@@ -143,7 +143,7 @@ def check_layouts(at: Places) -> None:
 
 
 def run(context: click.Context, step: Step) -> None:
-    """Run a step unless its output is there. Of what the command prints the last line is shown, of progress all."""
+    """Run a step unless its output exists. Show its progress, and the last line that it prints."""
     if step.output.exists():
         click.echo(f"Using {step.output}")
         return

@@ -1,4 +1,4 @@
-"""What `tda-export demo` shows at its end: one prompt decoded in five ways, with what each costs and writes."""
+"""The comparison at the end of `tda-export demo`: speed, bytes, loss and text of five ways to answer one prompt."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ PROMPT = (
     "solving problems?"
 )
 NEW_TOKENS = 64
-ROUNDS = 5  # of generations, whose median speed counts
-MAX_KL = 0.05  # nats a token, what leaving rows out may add
+ROUNDS = 5  # generations of each way; their median speed is shown
+MAX_KL = 0.05  # nats a token that skipping rows may add
 SPARSITY = 0.5
-SHOWN = 180  # characters of an answer
+SHOWN = 180  # characters of each answer
 NOTES = (
     "MiB: weights that a token reads, as calibrated where rows are chosen token by token. KL: to float32, nats a "
     "token, over its answer; same: share of places with the same likeliest token. One answer to one "
@@ -47,10 +47,10 @@ NOTES = (
 
 @dataclass
 class Way:
-    """A way of decoding, and what was measured of it.
+    """A way of decoding, and its measurements.
 
     `rates`: tokens a second, one number a round. `bytes_per_token`: all weights that a token reads, in bytes. `kl`: to
-    float32, nats a token. `agreement`: share of places whose likeliest token is float32's.
+    float32, nats a token. `agreement`: fraction of positions with the same likeliest token as float32.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Way:
         self.bytes_per_token = dense_bytes(self.model) - unread
 
     def logits(self, prompt: Sequence[int], continuation: Sequence[int]) -> np.ndarray:
-        """Compute its logits along a given answer, float32 [C, V]."""
+        """Return the logits along a given answer, float32 [C, V]."""
         from tda_export.runtime.scoring import continuation_logits
 
         return continuation_logits(self.model, prompt, continuation, mask=self.mask, deployment=self.deployment)
@@ -91,9 +91,9 @@ def dense_bytes(model: Model) -> int:
 
 
 def compare_ways(masks: Model, int4: Model) -> list[Way]:
-    """Answer the prompt in five ways, the first of which is dense float32; shows progress.
+    """Answer the prompt in five ways, the first of which is dense float32. Show progress.
 
-    Ways take turns, so that what else the machine does falls on all of them.
+    The ways take turns, so that other load of the machine slows all of them alike.
 
     Args:
         masks: Float32 weights, with masks of the paper's method.

@@ -1,4 +1,4 @@
-"""How a command that runs an artifact is told to decode: --mask, budgets, --refresh and --provider."""
+"""Options of commands that run an artifact, for how to decode: --mask, budgets, --refresh and --provider."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Deployed:
-    """What `deployment_options` say: how to decode, and where to run."""
+    """The values of `deployment_options`: how to decode, and where to run."""
 
     mask: MaskMode | None
     price: float | None
@@ -41,9 +41,9 @@ class Deployed:
     def load(
         self, artifact: Path, *, keep_answers: bool = False, prompt_tokens: int | None = None
     ) -> tuple[Model, AnyDeployment]:
-        """Load an artifact; where a budget is given, choose from what its calibration measured.
+        """Load an artifact, and choose a deployment for the budget, if one is given, from its calibration's tables.
 
-        `prompt_tokens`: of the prompt that a KL is predicted after, None for those of calibration.
+        `prompt_tokens`: the length of the prompt after which a KL is predicted; None means calibration's length.
         """
         from tda_export.deployments import Asked, deployed
         from tda_export.errors import UsageError
@@ -67,7 +67,7 @@ class Deployed:
         check_mask(opened, self.mask)
         if keep_answers:
             check_keeping(opened)
-        deployment = deployed(opened, asked)  # refused before any session is opened
+        deployment = deployed(opened, asked)  # a budget that cannot be met is refused before any session is opened
         return Model(opened, provider), deployment
 
 

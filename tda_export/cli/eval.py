@@ -1,4 +1,4 @@
-"""`tda-export eval`: what a method keeps of the dense model, on a text or on tasks."""
+"""`tda-export eval`: compare a method with the dense model, on a text or on tasks."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def _bytes_read(result: dict[str, Any]) -> str:
 
 
 def _linear_bytes(result: dict[str, Any]) -> str:
-    """Say what is read of all linears, and the share of attention's."""
+    """Describe the bytes read of all linears, and the fraction read of those of attention."""
     dense = result["dense_linear_bytes"] - result["dense_ffn_bytes"]
     attention = (result["linear_bytes"] - result["ffn_bytes"]) / dense
     return f"{_of_dense(result['linear_bytes'], result['dense_linear_bytes'])}, attention's {attention:.3f}"

@@ -1,4 +1,4 @@
-"""`tda-export eval-data`: the data of the tasks."""
+"""`tda-export eval-data`: fetch the data of the tasks."""
 
 from __future__ import annotations
 

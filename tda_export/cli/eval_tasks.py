@@ -29,7 +29,7 @@ def evaluate_tasks(
     provider: str,
     as_json: bool,
 ) -> None:
-    """Run the tasks and print their results; see the command's options."""
+    """Run the tasks and print their results. The arguments are the options of `eval`."""
     from tda_export.errors import UsageError
 
     if importlib.util.find_spec("lm_eval") is None:
@@ -75,7 +75,7 @@ def _say(line: str) -> None:
 
 
 def _device(provider: str) -> str:
-    """Where transformers runs: with the artifact, where this PyTorch can."""
+    """Return the device for transformers: the artifact's, if this PyTorch supports it."""
     import torch
 
     return "cuda" if provider == "cuda" and torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""`tda-export generate`: run an artifact."""
+"""`tda-export generate`: generate text with an artifact."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tda_export.runtime.generate import Metrics
 
 MATRICES = {"ffn": "FFN", "linears": "linear"}
-SHORTEST = 1  # tokens of a prompt
+SHORTEST = 1  # the tokens of the shortest prompt
 FINISHED = {"stop": "end of text", "length": "token limit reached", "context": "context full", "": "interrupted"}
 
 
@@ -61,10 +61,10 @@ def generate(
         if prompt is None and sys.stdin.isatty():
             raise UsageError("No prompt. Give one as an argument or on standard input.")
         try:
-            prompt = sys.stdin.read().removesuffix("\n")  # echo's own
+            prompt = sys.stdin.read().removesuffix("\n")  # which `echo` adds
         except UnicodeDecodeError as error:
             raise TdaError("The prompt on standard input is not valid UTF-8 text. Convert it to UTF-8.") from error
-    # A KL is refused here if it is beyond the table of the shortest prompt, which reaches furthest.
+    # The table of the shortest prompt allows the largest KL. A larger one is refused before the model is loaded.
     model, deployment = deployed.load(artifact, prompt_tokens=SHORTEST)
     tokens = model.tokenize(prompt, chat=chat, chat_template_kwargs=answering.chat_template_kwargs)
     if deployed.max_kl is not None and isinstance(deployment, PriceDeployment):
@@ -90,17 +90,17 @@ def generate(
     if as_json:
         click.echo(json.dumps({"text": generation.text, "tokens": written, "metrics": asdict(generation.metrics)}))
     else:
-        click.echo(generation.text[shown:])  # what an end of text left unfinished
+        click.echo(generation.text[shown:])  # text that was held back until the end
         click.echo(summary(generation.metrics), err=True)
 
 
 def looked_up(metrics: Metrics) -> str:
-    """Say what a lookup gave."""
+    """Describe how many drafted tokens were accepted."""
     return f"{metrics.accepted} of {metrics.drafted} drafted tokens accepted, {metrics.decode_steps} steps"
 
 
 def summary(metrics: Metrics) -> str:
-    """Say in one paragraph what a generation cost."""
+    """Describe the time and bytes of a generation, in two lines."""
     rate = metrics.decode_tokens_per_second
     lines = [
         f"{metrics.prompt_tokens} prompt tokens, {metrics.new_tokens} new ({FINISHED[metrics.finish_reason]}), "

@@ -1,4 +1,4 @@
-"""Help in groups: what an option is about is said beside the option, what is rarely needed beside the command."""
+"""Help in groups. An option names its group; a command names its options that are rarely needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEIGHTS = "Weights"
 RARE = "Rarely needed"
 ORDER = (GENERAL, BUDGET, TEXT, WEIGHTS, SAMPLING, RARE)
 
-WIDTH = 100  # columns that help may take
+WIDTH = 100  # columns of help texts
 
 
 class GroupedOption(click.Option):
@@ -43,7 +43,7 @@ class GroupedCommand(click.Command):
         return RARE if parameter.name in self.rare else getattr(parameter, "group", GENERAL)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write one section for each group, as click writes its one."""
+        """Write one section for each group, where click writes one for all options."""
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in ORDER}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)

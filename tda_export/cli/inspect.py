@@ -1,4 +1,4 @@
-"""`tda-export inspect`: what was recognised of a model or an artifact, and what to expect of it."""
+"""`tda-export inspect`: describe a model or an artifact, and its largest possible speed-up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tda_export.cli.options import json_option
 from tda_export.cli.quantize import describe_quantisation
 from tda_export.float_kl import float_kl_text, integers_kl
 
-CONTEXT = 1024  # tokens
+CONTEXT = 1024  # default tokens in the cache
 SPARSITIES = (0.3, 0.5, 0.7)
 MIB = 2**20
 
@@ -173,7 +173,7 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _stored(kv: str, dtype: str) -> str:
-    """Say how keys and values are stored."""
+    """Describe how keys and values are stored."""
     from tda_export.graph.contract import KV_FLOAT
 
     return f"keys and values in {dtype if kv == KV_FLOAT else kv}"

@@ -1,4 +1,4 @@
-"""The `tda-export` command group, and how failures leave it."""
+"""The `tda-export` command group, and the messages and exit codes of failures."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")  # Python's and PyTorch's, w
 
 
 class ErrorMappingGroup(click.Group):
-    """Shows a TdaError as one line, with exit code 2 for usage and 1 for failure; 130 on Ctrl-C."""
+    """Shows a TdaError as one line. Exit codes: 2 for wrong usage, 1 for a failure, 130 for Ctrl-C."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().main(*args, **kwargs)
-        except OSError as error:  # help or an error that cannot be printed
+        except OSError as error:  # help or an error message cannot be printed
             with contextlib.suppress(OSError):
                 click.echo(f"Error: {_os_message(error)}", err=True)
             sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command. Of several ranks one shows the error that ends them all."""
+        """Run a command. Of several ranks, one shows the error that ends all of them."""
         try:
             result = self._invoke(ctx)
         except click.exceptions.Exit:
@@ -63,12 +63,12 @@ class ErrorMappingGroup(click.Group):
             raise click.UsageError(str(error)) from error
         except TdaError as error:
             raise click.ClickException(str(error)) from error
-        except BrokenPipeError:  # the reader of our output has left, as `head` does
+        except BrokenPipeError:  # the reader of standard output has ended, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(1)
-        except OSError as error:  # a file or folder that cannot be read
+        except OSError as error:  # a file or folder cannot be read
             raise click.ClickException(_os_message(error)) from error
-        except KeyboardInterrupt:  # where `signals` are not in charge
+        except KeyboardInterrupt:  # where the handler of `signals` is not installed
             click.echo("Interrupted.", err=True)
             ctx.exit(INTERRUPTED)
         except Exception as error:

@@ -125,14 +125,14 @@ def refresh_option(command: F) -> F:
 
 
 def chosen_refresh(artifact: Artifact, tokens: int | None) -> Refresh | None:
-    """Return the refresh of the option, with the artifact's own decay; None when it is not given."""
+    """Return the refresh that --refresh asks for, with the artifact's own decay; None if the option is not given."""
     from tda_export.runtime.deployment import Refresh
 
     return None if tokens is None else Refresh(tokens, artifact.deployment.refresh.decay)
 
 
 def check_mask(artifact: Artifact, mask: MaskMode | None) -> None:
-    """Refuse the masks of prompts where an artifact has none."""
+    """Refuse --mask tda for an artifact without masks."""
     from tda_export.errors import UsageError
 
     if mask == "tda" and artifact.layout == "priced":
@@ -143,7 +143,7 @@ def check_mask(artifact: Artifact, mask: MaskMode | None) -> None:
 
 
 def corpus_options(command: F) -> F:
-    """Add --dataset, --text-column and --seed: the text that a model is read with."""
+    """Add --dataset, --text-column and --seed, which choose the text for calibration or quantising."""
     for add in reversed(
         (
             option(
@@ -164,15 +164,15 @@ def corpus_options(command: F) -> F:
 
 
 def refuse_given(context: click.Context, names: Iterable[str], with_what: str) -> None:
-    """Refuse options that are on the command line and mean nothing with others.
+    """Refuse options that have no effect with other options.
 
     Args:
-        context: Of the command.
-        names: Of its parameters.
-        with_what: The others, for the message.
+        context: The command's context.
+        names: The names of the parameters to refuse.
+        with_what: The other options, for the message.
 
     Raises:
-        UsageError: One is there.
+        UsageError: One of the parameters is on the command line.
     """
     from tda_export.errors import UsageError
 
@@ -182,7 +182,7 @@ def refuse_given(context: click.Context, names: Iterable[str], with_what: str) -
 
 
 def weight_options(*formats: str) -> Callable[[F], F]:
-    """Return what adds --weights, one of these formats and the first by default, --group and --weights-for."""
+    """Return a decorator that adds --weights (one of `formats`, by default the first), --group and --weights-for."""
     options = (
         option(
             "--weights",
@@ -259,7 +259,7 @@ def chosen_budget(
     max_kl: float | None,
     default: dict[str, Any],
 ) -> Budget:
-    """Return the budget of the options, or `default` (plain data) when none is given."""
+    """Return the budget that the options ask for, or `default` (plain data) if none is given."""
     from tda_export.calibration.budgets import Budget, make_budget
 
     if (cett, sparsity, allocation, max_kl) == (None, None, None, None):
@@ -269,7 +269,7 @@ def chosen_budget(
 
 @dataclass(frozen=True)
 class Answering:
-    """What `answer_options` say: how to ask, how to choose tokens, and when to stop."""
+    """The values of `answer_options`: sampling, when to stop, and variables of the chat template."""
 
     max_new_tokens: int
     sampling: Sampling
@@ -281,7 +281,8 @@ class Answering:
 
 
 def answer_options(new_tokens: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add --max-new-tokens, with this default, and `ANSWER_OPTIONS`; the command gets them as `answering`."""
+    """Return a decorator that adds --max-new-tokens, with this default, and `ANSWER_OPTIONS`. The command gets their
+    values as `answering`."""
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
@@ -305,7 +306,7 @@ def answer_options(new_tokens: int) -> Callable[[Callable[..., None]], Callable[
             from tda_export.runtime.lookup import check_lookup
             from tda_export.runtime.stop_strings import StopStrings
 
-            StopStrings(stop)  # which refuses some, before a model is loaded
+            StopStrings(stop)  # wrong stop strings are refused before a model is loaded
             check_lookup(lookup)
             sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty, min_p)
             variables = _template_kwargs(chat_template_kwargs)

@@ -1,4 +1,4 @@
-"""`tda-export quantize`: a model in integers of 4 or 8 bits, and what that costs."""
+"""`tda-export quantize`: write a model with integers of 4 or 8 bits, and measure the loss."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def quantize(
         if found < settings.all_sequences:
             click.echo(f"{dataset} has text for {found} sequences of {settings.length} tokens; using those.", err=True)
     show = partial(progress, quiet=quiet or as_json or not ranks.first)
-    say = partial(click.echo, err=True)  # `join` has silenced all ranks but the first
+    say = partial(click.echo, err=True)  # only the first rank has a standard error (`ranks.join`)
     quantised = run(source, corpus, settings, show=show, output=output.absolute(), ranks=ranks, notify=say)
     if not ranks.first:
         return
@@ -210,7 +210,7 @@ def quantize(
 
 
 def _int8_linears(formats: dict[str, str]) -> str:
-    """Say how many of each part are in int8."""
+    """Describe how many linears of each part are in int8."""
     from tda_export.weights.plan import EMBEDDING, HEAD
 
     linears = {name: format for name, format in formats.items() if name not in (EMBEDDING, HEAD)}
@@ -220,7 +220,7 @@ def _int8_linears(formats: dict[str, str]) -> str:
 
 
 def describe_quantisation(content: dict[str, Any]) -> str:
-    """Say in one line how a model was quantised and what it lost, from what its config.json has."""
+    """Describe in one line how a model was quantised and the loss, from the entry in its config.json."""
     counts = Counter(content["formats"].values())
     formats = ", ".join(f"{count} {'matrix' if count == 1 else 'matrices'} {name}" for name, count in counts.items())
     try:

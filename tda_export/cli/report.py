@@ -1,4 +1,4 @@
-"""`tda-export report`: a calibration or an artifact as one page of charts."""
+"""`tda-export report`: draw a calibration or an artifact as one page of charts."""
 
 from __future__ import annotations
 

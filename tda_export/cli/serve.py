@@ -1,4 +1,4 @@
-"""`tda-export serve`: an artifact behind OpenAI's API."""
+"""`tda-export serve`: serve an artifact through OpenAI's API."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tda_export.cli.options import (
 )
 from tda_export.errors import TdaError
 
-PACKAGES = ("fastapi", "prometheus_client", "pydantic", "starlette", "h11", "uvicorn")  # of the extra
+PACKAGES = ("fastapi", "prometheus_client", "pydantic", "starlette", "h11", "uvicorn")  # of the extra `serve`
 
 
 @command(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[Any]], footer: list[str] | None = None) -> None:
-    """Print a table to standard output; the first column is text, the others are numbers."""
+    """Print a table to standard output. The first column is text; the others are numbers."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(title)
     table = Table(show_footer=footer is not None)
@@ -55,7 +55,7 @@ def print_allocation(allocation: Allocation, title: str) -> None:
 
 
 def print_measurements(measurements: list[dict[str, float]]) -> None:
-    """Print what the settings of a KL path cost (`KlTable.measurements`), ± one standard error where there is one."""
+    """Print the bytes and KL of each setting of a KL path (`KlTable.measurements`), with known standard errors."""
 
     def measured(row: dict[str, float], half: str) -> str:
         error = row[f"{half}_kl_stderr"]
@@ -75,10 +75,10 @@ def print_measurements(measurements: list[dict[str, float]]) -> None:
 
 
 def print_prices(table: PriceTable, integers: float | None = None) -> None:
-    """Print what prices save and cost, with one standard error where there is one.
+    """Print the bytes and KL of each price, with standard errors where known.
 
     Args:
-        table: What was measured.
+        table: The measurements.
         integers: The KL of the model's integers to the float model, where it is known (`float_kl.integers_kl`).
     """
     rows = [
