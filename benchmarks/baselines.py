@@ -2,18 +2,17 @@
 
     python benchmarks/baselines.py TEXT [--model smollm2-135m] [--sparsity 0.3 0.5 0.7] [--prompts 32] [--json]
 
-TEXT is a UTF-8 file that calibration has not seen. The windows of it and the protocol are those of `tda-export eval`
-on an artifact of the same model, and so are the keys of the JSON; it runs in PyTorch, float32, on the CPU. Everything
-is fitted to the built-in calibration text (or --dataset), 32 sequences of 384 tokens as `tda-export calibrate` draws
-them:
+TEXT is a UTF-8 file that calibration has not read. Windows, protocol and JSON keys are those of `tda-export eval` on an
+artifact of the same model. All methods run in PyTorch, float32, on the CPU. They are fitted to the built-in calibration
+text (or --dataset): 32 sequences of 384 tokens, drawn as by `tda-export calibrate`.
 
-- static: each layer's neurons of the largest scores over the whole text, the same for every prompt;
-- cats: |act(gate · x)| against a layer's quantile; reads every gate row, and so saves at most 2/3;
-- dejavu: a low-rank predictor a layer, trained here; what it reads itself counts, and is shown as `predictor_bytes`;
+- static: the neurons of each layer with the largest scores over the whole text, the same for every prompt;
+- cats: neurons with |act(gate · x)| above a quantile of the layer; reads every gate row, and so saves at most 2/3;
+- dejavu: a low-rank predictor for each layer, trained here; the bytes of the predictor count (`predictor_bytes`);
 - moe-true, moe: MoEfication, experts of 32 neurons chosen by their true activation (an upper bound) or by a router.
 
-Sparsity is the share of FFN bytes that is not read, as asked for; `ffn_bytes` is what was read. A method that cannot
-reach one is left out, and why is said on standard error. About ten minutes for SmolLM2-135M on two cores.
+Sparsity is the fraction of FFN bytes to skip; `ffn_bytes` are the bytes that were read. A method that cannot reach a
+sparsity is left out, with the reason on standard error. About ten minutes for SmolLM2-135M on two cores.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from tda_export.evaluation.text import TextQuality, TextSettings, cut_windows
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.progress import progress
 
-CALIBRATION_LENGTH = 384  # tokens of a sequence, as calibrate's defaults have it
+CALIBRATION_LENGTH = 384  # tokens of a sequence, the default of calibrate
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -50,17 +49,17 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=384)
     parser.add_argument("--continuation-tokens", type=int, default=128)
-    parser.add_argument("--dataset", default=BUILTIN, help="What the methods are fitted to, as calibrate takes it.")
-    parser.add_argument("--sequences", type=int, default=32, help="Sequences of it.")
-    parser.add_argument("--rank", type=int, default=64, help="Of the predictors.")
-    parser.add_argument("--epochs", type=int, default=5, help="Of their training.")
+    parser.add_argument("--dataset", default=BUILTIN, help="Text to fit the methods to, as for calibrate.")
+    parser.add_argument("--sequences", type=int, default=32, help="Sequences of that text.")
+    parser.add_argument("--rank", type=int, default=64, help="Rank of the predictors.")
+    parser.add_argument("--epochs", type=int, default=5, help="Epochs of their training.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="Print one JSON object a line, and no progress.")
     return parser.parse_args(given)
 
 
 def reachable(source: ModelSource, settings: PredictorSettings, options: argparse.Namespace) -> list[Wanted]:
-    """List what can be measured; say why the rest cannot."""
+    """List the methods and sparsities that can be measured. Print why the others cannot."""
     wanted: list[Wanted] = []
     for one in itertools.starmap(Wanted, itertools.product(options.methods, options.sparsity)):
         try:
@@ -72,7 +71,7 @@ def reachable(source: ModelSource, settings: PredictorSettings, options: argpars
 
 
 def read_calibration_text(model: Any, source: ModelSource, options: argparse.Namespace) -> list[torch.Tensor]:
-    """Return what enters each layer's FFN on the calibration text: L tensors, float32 [T, M]."""
+    """Return the inputs of each layer's FFN on the calibration text: L tensors, float32 [T, M]."""
     corpus = load_corpus(
         options.dataset,
         source.tokenizer,
@@ -87,7 +86,7 @@ def read_calibration_text(model: Any, source: ModelSource, options: argparse.Nam
 
 
 def row(one: Wanted, method: ReferenceMethod, quality: TextQuality, options: argparse.Namespace) -> dict[str, Any]:
-    """One result, with the keys of `tda-export eval --json`."""
+    """Return a result with the keys of `tda-export eval --json`."""
     return {
         "model": options.model,
         "dtype": "float32",
@@ -103,7 +102,7 @@ def row(one: Wanted, method: ReferenceMethod, quality: TextQuality, options: arg
 
 
 def line(result: dict[str, Any]) -> str:
-    """One line of the table."""
+    """Return a line of the table."""
     read = result["ffn_bytes"] / result["dense_ffn_bytes"]
     own = result["predictor_bytes"] / result["dense_ffn_bytes"]
     return (
@@ -128,7 +127,7 @@ class Baselines:
         self.methods: dict[Wanted, ReferenceMethod] = {}
 
     def fit(self, wanted: list[Wanted]) -> dict[Wanted, ReferenceMethod]:
-        """Fit what was not fitted before."""
+        """Fit the methods that are not fitted yet."""
         if new := [one for one in wanted if one not in self.methods]:
             with progress("Fitting", len(self.inputs), quiet=self.options.json) as advance:
                 spec = self.source.spec
@@ -138,7 +137,7 @@ class Baselines:
     def measure(
         self, text: str, name: str, prompt_tokens: int, wanted: list[Wanted] | None = None
     ) -> list[dict[str, Any]]:
-        """Measure some methods (by default all that were asked for) on a text, with prompts of a length."""
+        """Measure methods (by default all of the options) on a text, with prompts of one length."""
         options = argparse.Namespace(**vars(self.options) | {"text": Path(name), "prompt_tokens": prompt_tokens})
         settings = TextSettings(options.prompts, prompt_tokens, options.continuation_tokens)
         tokenizer = self.source.tokenizer

@@ -1,8 +1,8 @@
-"""Ten turns of a chat with an answer kept as sparse steps have written it, or read again densely before the next turn.
+"""Ten turns of a chat, with answers kept as sparse steps wrote them, or read again densely at the next turn.
 
-Both read the same chat: scripted messages with the answers that the dense model gives. For each turn: KL of the
-answer's tokens to the dense model that has read the same chat densely, nats a token, and the time from a message to the
-first token of its answer. A MODEL is calibrated and built first; an ARTIFACT is one of prices.
+Both ways read the same chat: scripted messages with the dense model's answers. Measured for each turn are the KL of the
+answer's tokens to the dense model that has read the same chat, in nats a token, and the time to the first token of the
+answer. A MODEL is calibrated and built first; an ARTIFACT must have prices.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ DENSE = PriceDeployment(0.0)
 
 @dataclass(frozen=True)
 class Turn:
-    """The tokens of a chat up to where an answer begins, and of the answer."""
+    """The tokens of a chat before an answer, and those of the answer."""
 
     prompt: list[int]
     answer: list[int]
@@ -52,8 +52,8 @@ class Turn:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a memory made of a turn: logits before each of the answer's tokens, float32 [C, V], and the first one's wait
-    in seconds, for which `read` tokens were read."""
+    """A measured turn: logits before each token of the answer, float32 [C, V], the seconds to the first token, and the
+    number of tokens that were `read` for it."""
 
     logits: np.ndarray
     seconds: float
@@ -61,7 +61,7 @@ class Reading:
 
 
 def script(model: Model, new_tokens: int) -> list[Turn]:
-    """Let the dense model answer the messages."""
+    """Return the chat in which the dense model answers the messages."""
     chat, turns = Conversation(model, mask="dense"), []
     for message in MESSAGES:
         generation = chat.say(message, max_new_tokens=new_tokens)
@@ -69,7 +69,7 @@ def script(model: Model, new_tokens: int) -> list[Turn]:
         answer = [token.id for token in generation]
         if chat.dropped_turns:
             raise UsageError(f"{len(turns)} turns fill this model's context. Give fewer --new-tokens.")
-        if answer:  # a turn that the model leaves without an answer has nothing to compare
+        if answer:  # a turn without an answer has nothing to compare
             turns.append(Turn(prompt, answer))
     return turns
 
@@ -89,7 +89,7 @@ def read_turn(memory: PromptMemory, turn: Turn, how: PriceDeployment) -> Reading
 
 
 def measure(model: Model, turns: list[Turn], how: PriceDeployment, repeats: int) -> Iterator[Row]:
-    """Yield a row for every turn, and one of all."""
+    """Yield a row for every turn, and one for all turns together."""
     dense_memory = model.memory(keep_answers=True)
     dense = [read_turn(dense_memory, turn, DENSE).logits for turn in turns]
     kls: dict[str, list[np.ndarray]] = {}
@@ -113,7 +113,7 @@ def measure(model: Model, turns: list[Turn], how: PriceDeployment, repeats: int)
                 f"{name}_read_tokens": reads[name][number],
             }
         yield row
-    later = {name: np.concatenate(values[1:] or values) for name, values in kls.items()}  # the first turn keeps nothing
+    later = {name: np.concatenate(values[1:] or values) for name, values in kls.items()}  # nothing kept in turn 1
     difference = later["keep"] - later["reread"]
     summary: Row = {"turn": "all but the first", "answer_tokens": len(difference)}
     for name in kls:
@@ -133,7 +133,7 @@ def measure(model: Model, turns: list[Turn], how: PriceDeployment, repeats: int)
 
 
 def line(row: Row) -> str:
-    """Write a row for people: KL and milliseconds with each answer read again and kept."""
+    """Return a line of text for a row: KL and milliseconds with answers read again, and with answers kept."""
     text = f"{row['turn']!s:>17}"
     for name in ("reread", "keep"):
         text += f"  {name}: KL {row[f'{name}_kl']:.4f}, first token {1000 * row[f'{name}_seconds']:7.1f} ms "
@@ -159,14 +159,14 @@ def run(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
 
 
 def built(model: str, folder: Path) -> Path:
-    """Calibrate and build a model by the program's own defaults."""
+    """Calibrate and build a model with the program's defaults."""
     calibration, artifact = folder / "calibration.safetensors", folder / "artifact"
     for arguments in (
         ["calibrate", model, "-o", str(calibration)],
         ["build", model, "--calibration", str(calibration), "-o", str(artifact)],
     ):
         done = subprocess.run([sys.executable, "-m", "tda_export", *arguments], stdout=sys.stderr, check=False)
-        if done.returncode:  # it has said why on standard error
+        if done.returncode:  # its error is on standard error
             raise TdaError(f"'tda-export {arguments[0]}' of {model} failed. See above.")
     return artifact
 
@@ -175,11 +175,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="MODEL|ARTIFACT")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--sparsity", type=float, help="of all linears (0.5 by default)")
-    budget.add_argument("--max-kl", type=float, help="nats a token")
-    budget.add_argument("--price", type=float, help="of a byte")
-    parser.add_argument("--new-tokens", type=int, default=96, help="of an answer at most (96)")
-    parser.add_argument("--repeats", type=int, default=3, help="of the whole chat, of which times are medians (3)")
+    budget.add_argument("--sparsity", type=float, help="fraction of bytes of all linears to skip (0.5)")
+    budget.add_argument("--max-kl", type=float, help="predicted KL, nats a token")
+    budget.add_argument("--price", type=float, help="price of a byte")
+    parser.add_argument("--new-tokens", type=int, default=96, help="most tokens of an answer (96)")
+    parser.add_argument("--repeats", type=int, default=3, help="repetitions of the whole chat; times are medians (3)")
     parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--json", action="store_true", help="print a row of JSON for every turn")
     options = parser.parse_args()

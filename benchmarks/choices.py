@@ -1,17 +1,17 @@
-"""Measure on calibration text what the defaults were chosen by: the prior's pseudo-count, and refreshes.
+"""Measure two defaults on calibration text: the pseudo-count of the prior, and refreshes.
 
     python benchmarks/choices.py prior [--model smollm2-135m] [--device cpu]
     python benchmarks/choices.py refresh ARTIFACT [--intervals 0 64 32 16 8] [--decays 1 0.9 0.5 0]
 
-prior: masks of 70 % of the neurons and 40 % of up and down rows in every layer, thresholds chosen for each pseudo-count
-on the blended scores, a prompt's prior taken from the other sequences; prompts of 256 and of 32 tokens. In PyTorch.
+prior: masks of 70 % of the neurons and 40 % of up and down rows in every layer. For each pseudo-count, thresholds are
+chosen on the blended scores. The prior of a prompt comes from the other sequences. Prompts have 256 and 32 tokens. In
+PyTorch.
 
-refresh: the artifact as built, prompts of 256 tokens of the same text. Every row is one interval and one decay, with
-the bytes that it reads and the seconds that its generations take beside those without refreshes, which are always
-measured. With ONNX Runtime.
+refresh: the artifact as built, with prompts of 256 tokens of the same text. Each row is one interval and one decay: the
+bytes read, and the time of a token relative to that without refreshes, which is always measured. In ONNX Runtime.
 
-Both print one JSON object a line, on 32 sequences of the built-in text with 128 tokens scored; --sequences and
---dataset stand before the part's name.
+Both print one JSON object a line. They score 128 tokens of each of 32 sequences of the built-in text. Give --sequences
+and --dataset before `prior` or `refresh`.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ from tda_export.runtime.deployment import Refresh
 
 MASK_DENSITY, TOKEN_DENSITY = 0.7, 0.4
 PSEUDO_COUNTS = (0, 16, 64, 256, 1024)
-PROMPTS = (256, 32)  # the second: how a short prompt leans on the prior
+PROMPTS = (256, 32)  # short prompts depend most on the prior
 CONTINUATION = 128
 TIMED_PROMPTS = 4
 
 
 def sequences(source: ModelSource, options: argparse.Namespace, length: int) -> torch.Tensor:
-    """Calibration text, int64 [N, length]."""
+    """Return sequences of the calibration text, int64 [N, length]."""
     corpus = load_corpus(
         options.dataset,
         source.tokenizer,
@@ -66,7 +66,7 @@ def sequences(source: ModelSource, options: argparse.Namespace, length: int) -> 
 
 
 def prior_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row for each prompt length and pseudo-count."""
+    """Yield a row for each prompt length and pseudo-count."""
     source = resolve_model(options.model, notify=lambda notice: print(notice, file=sys.stderr))
     spec = source.spec
     require_gates(spec)
@@ -84,7 +84,7 @@ def prior_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             densities = torch.full((2, spec.num_layers), MASK_DENSITY, device=scale.device)
             densities[1] = TOKEN_DENSITY
             level = Level(score_thresholds(blended, densities[0]), torch.zeros(spec.num_layers, device=scale.device))
-            for _ in range(2):  # first without token thresholds, then as they change what later layers see
+            for _ in range(2):  # the second pass has token thresholds, which change the inputs of later layers
                 histogram = EstimateHistogram(spec.num_layers, scale.device)
                 collect_estimates(model, spec, dense, blended, level, scale, down, histogram)
                 level = Level(level.score_square, histogram.thresholds(densities[1]))
@@ -104,7 +104,7 @@ def prior_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def up_scales(model: Any, spec: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """RMS over tokens of up_i · x, without the first, which all others attend to: float32 [L, F]."""
+    """Return the RMS of up_i · x over tokens, float32 [L, F]. The first token, an attention sink, is left out."""
     squares: dict[int, torch.Tensor] = {}
     handles = []
     for layer in range(spec.num_layers):
@@ -122,12 +122,12 @@ def up_scales(model: Any, spec: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def mean_kl(kls: list[float], share: float) -> dict[str, float]:
-    """KL with its standard error, and the share of FFN bytes read."""
+    """Return the KL with its standard error, and the fraction of FFN bytes read."""
     return {"kl": statistics.mean(kls), "kl_stderr": statistics.stdev(kls) / math.sqrt(len(kls)), "ffn_share": share}
 
 
 def refresh_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row for each interval and decay; without refreshes the decay means nothing."""
+    """Yield a row for each interval and decay. Without refreshes the decay has no effect, and there is one row."""
     model = load(options.artifact, provider=options.provider)
     source = resolve_model(options.model or model.artifact.name)
     settings = TextSettings(options.sequences, PROMPTS[0], CONTINUATION)
@@ -154,7 +154,7 @@ def refresh_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def token_seconds(model: Model, windows: list[list[int]], refresh: Refresh) -> float:
-    """Median over prompts of the seconds that a token after the first takes."""
+    """Return the seconds of a token after the first, as the median over prompts."""
     how = model.artifact.deployment.with_refresh(refresh)
     rates = []
     for window in windows[: TIMED_PROMPTS + 1]:
@@ -165,7 +165,7 @@ def token_seconds(model: Model, windows: list[list[int]], refresh: Refresh) -> f
             rates.append((times[-1] - times[0]) / (len(times) - 1))
     if not rates:
         raise TdaError("Every answer ended after a token or two, so there is nothing to time. Give another --dataset.")
-    return statistics.median(rates[1:] or rates)  # the first warms up
+    return statistics.median(rates[1:] or rates)  # the first prompt warms up
 
 
 def arguments() -> argparse.Namespace:
@@ -181,7 +181,7 @@ def arguments() -> argparse.Namespace:
     refresh.add_argument("artifact", type=Path)
     refresh.add_argument("--intervals", nargs="+", type=int, default=[0, 64, 32, 16, 8])
     refresh.add_argument("--decays", nargs="+", type=float, default=[1.0, 0.9, 0.5, 0.0])
-    refresh.add_argument("--model", help="Whose tokenizer reads the text.  [default: the one that it was built from]")
+    refresh.add_argument("--model", help="Model whose tokenizer reads the text.  [default: that of the artifact]")
     refresh.add_argument("--provider", default="auto")
     return parser.parse_args()
 

@@ -1,7 +1,7 @@
-"""Copies of a Llama that compute the same function with weights that lie on no 4-bit grid.
+"""Write a copy of a Llama that computes the same function with weights that are not on a 4-bit grid.
 
-A model that comes from a 4-bit file has weights on a grid of 16 values in groups, on which quantisers look lossless or
-absurd. Measure them on copies instead:
+The weights of a model from a 4-bit file have 16 values in each group. Quantisers then seem to lose nothing, or far too
+much. So measure them on copies:
 
     python benchmarks/copies.py smollm2-135m scaled /tmp/scaled
     python benchmarks/copies.py smollm2-135m rotated /tmp/rotated
@@ -9,8 +9,9 @@ absurd. Measure them on copies instead:
     python benchmarks/quantised_kl.py /tmp/scaled /tmp/scaled-int4 --text valid.txt
 
 *scaled*: random factors e^u, u in [-0.4, 0.4], on the channels between norms and linears, on neurons between up and
-down, and on values between v and o. *rotated*: norms folded into linears, and the residual stream times a random
-orthogonal matrix; it leaves no sparse inputs, so never measure prices on it. Logits must agree to 1e-3.
+down, and on values between v and o. *rotated*: norms are folded into linears, and the residual stream is multiplied by
+a random orthogonal matrix. A rotated copy has no sparse inputs, so do not measure prices on it. The logits of the copy
+must agree with the model's to 1e-3.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ import torch
 from tda_export.models.source import resolve_model
 
 EXPONENT = 0.4
-TOLERANCE = 1e-3  # of logits
-TOKENS = 64  # that logits are compared on
+TOLERANCE = 1e-3  # the largest difference of logits
+TOKENS = 64  # on which logits are compared
 
 
 def scaled(model: Any, generator: torch.Generator) -> None:
@@ -59,7 +60,7 @@ def scaled(model: Any, generator: torch.Generator) -> None:
 
 
 def rotated(model: Any, generator: torch.Generator) -> None:
-    """Fold norms into what reads them, and rotate the residual stream. The head is no longer the embedding's."""
+    """Fold norms into the linears that read them, and rotate the residual stream. This unties the head."""
     body, config = model.model, model.config
     size = config.hidden_size
     rotation = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
@@ -86,7 +87,7 @@ KINDS: dict[str, Callable[[Any, torch.Generator], None]] = {"scaled": scaled, "r
 
 
 def make_copy(model: Any, kind: str, seed: int) -> tuple[Any, float]:
-    """Return a copy of a transformers Llama, and by how much its logits differ at most."""
+    """Return a copy of a transformers Llama, and the largest difference of its logits."""
     other = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(model.config.vocab_size, (1, TOKENS), generator=generator)
@@ -118,7 +119,7 @@ def main() -> None:
     other, difference = make_copy(source.reference(), options.kind, options.seed)
     if difference > TOLERANCE:
         parser.error(f"logits differ by {difference:.2e}, which is more than {TOLERANCE}: this is no copy.")
-    # What a GGUF file was de-quantised from says nothing of the copy.
+    # The quantisation of a GGUF file is not that of the copy.
     if hasattr(other.config, "quantization_config"):
         del other.config.quantization_config
     other.config.architectures = ["LlamaForCausalLM"]

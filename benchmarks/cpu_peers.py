@@ -1,21 +1,21 @@
-"""Compare four-bit stacks on the CPU by turns, in one run: same model, same depth of context, batch 1.
+"""Compare four-bit stacks on the CPU in one run, taking turns: same model, same length of context, batch 1.
 
     python benchmarks/cpu_peers.py FOLDER --llama LLAMA_CPP_BIN [--model smollm2-135m | --shape qwen2.5-0.5b]
         [--artifact INT4_ARTIFACT] [--depth 1024] [--rounds 6]
 
-- llama.cpp, Q4_0, with and without flash attention, whichever is faster. The head has four bits (`llama-quantize
-  --pure`), or what `llama-quantize` gives it by default. LLAMA_CPP_BIN is the folder of its `llama-bench` and
+- llama.cpp, Q4_0, with or without flash attention, whichever is faster. The head has four bits (`llama-quantize
+  --pure`), or the default of `llama-quantize`. LLAMA_CPP_BIN is the folder of its `llama-bench` and
   `llama-quantize`. The source distribution of llama-cpp-python holds llama.cpp: `pip download --no-deps --no-binary
   llama-cpp-python llama-cpp-python`, unpack, and in its vendor/llama.cpp `cmake -B build -DCMAKE_BUILD_TYPE=Release
   -DLLAMA_CURL=OFF && cmake --build build --target llama-bench llama-quantize`.
 - ONNX Runtime GenAI, int4 in blocks of 32, head included, int8 arithmetic (accuracy level 4), made by its own builder.
-- Ours: an artifact of four-bit priced rows, dense and at 0.7 and 0.5 of the rows' bytes; of --shape, with random
-  weights, they are made here (`bench/artifact.py`): with the default's int8 head, with a head of four bits, and with
-  keys and values of eight bits. Peers keep keys and values as floats of 16 bits (llama.cpp) or 32 (GenAI), ours of 32.
+- Ours: an artifact of four-bit priced rows, dense and at 0.7 and 0.5 of the rows' bytes. For --shape, artifacts of
+  random weights are made here (`bench/artifact.py`): with the default int8 head, with a head of four bits, and with
+  keys and values of eight bits. llama.cpp keeps keys and values as floats of 16 bits, GenAI and ours as floats of 32.
 
-Every round times all of them, one after another. Prints one JSON object: milliseconds a token and of a prompt of
---depth tokens as medians with ranges, and how many times faster than the fastest peer in the same round, and than the
-fastest with a head of as many bits. Run it with nothing beside it.
+Each round times all stacks, one after another. Prints one JSON object: milliseconds of a token and of a prompt of
+--depth tokens, as medians with ranges, and the speed-up over the fastest peer in the same round, and over the fastest
+peer with a head of as many bits. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-TOKENS = 32  # of a round
+TOKENS = 32  # tokens timed in a round
 HEAD_4, HEAD_8 = "head int4", "head int8"
 PEERS = (f"llama.cpp Q4_0, {HEAD_4}", f"llama.cpp Q4_0, {HEAD_8}", f"GenAI int4, {HEAD_4}")
 SPARSITIES = (0.3, 0.5)
@@ -40,7 +40,7 @@ GGUF_TYPE = "Q4_0"
 
 
 def hugging_face(options: argparse.Namespace) -> Path:
-    """Make the folder that peers are made of, float32."""
+    """Write the float32 model folder that peers are converted from."""
     folder = options.folder / "model"
     if (folder / "config.json").is_file():
         return folder
@@ -74,7 +74,7 @@ def genai_folder(options: argparse.Namespace, model: Path) -> Path:
 def write_gguf(model: Path, path: Path) -> None:
     """Write the weights of a Hugging Face folder as GGUF without a vocabulary, float16, in their own order.
 
-    llama.cpp's converter permutes rows of q and k, which changes neither time nor quantisation, row by row.
+    llama.cpp's converter permutes rows of q and k. That changes neither the time nor the quantisation of a row.
     """
     import gguf
     from transformers import AutoConfig
@@ -130,7 +130,7 @@ def gguf_file(options: argparse.Namespace, model: Path, *, pure: bool) -> Path:
 
 
 def llama_bench(options: argparse.Namespace, model: Path) -> Callable[[], tuple[float, float]]:
-    """Return what times one round: seconds a token, and of a prompt."""
+    """Return a function that times one round: seconds of a token, and of a prompt."""
     command = [options.llama / "llama-bench", "-m", model, "-t", options.threads, "-r", 1, "-fa", "0,1", "-o", "json"]
 
     def run(*arguments: Any) -> float:
@@ -146,7 +146,7 @@ def llama_bench(options: argparse.Namespace, model: Path) -> Callable[[], tuple[
 
 
 def timed(read: Callable[[], object], step: Callable[[], object]) -> tuple[float, float]:
-    """Return seconds a token, and of a prompt with the first token."""
+    """Return the seconds of a token, and of a prompt with the first token."""
     started = time.perf_counter()
     read()
     step()
@@ -197,7 +197,7 @@ def ours(
 
 
 def our_artifacts(options: argparse.Namespace, model: Path) -> dict[str, tuple[Path, dict[str, float]]]:
-    """Return artifacts by their caches and heads, each with the price of each share of the rows' bytes."""
+    """Return artifacts named by cache and head, each with a price for each fraction of the rows' bytes."""
     from tda_export.runtime.artifact import open_artifact
 
     if options.artifact:
@@ -207,7 +207,7 @@ def our_artifacts(options: argparse.Namespace, model: Path) -> dict[str, tuple[P
         opened = open_artifact(options.artifact)
         prices = {f"{1 - share:.2f}": chosen_price(opened, sparsity=share).price for share in SPARSITIES}
         matrices = opened.manifest["matrices"]
-        head = matrices[HEAD if HEAD in matrices else EMBEDDING]["format"].partition("_")[0]  # a tied head
+        head = matrices[HEAD if HEAD in matrices else EMBEDDING]["format"].partition("_")[0]  # EMBEDDING is a tied head
         return {f"head {head}": (options.artifact, {"1.00": 0.0} | prices)}
     from tda_export.bench.artifact import build_random_priced
     from tda_export.graph.storage import read_plan, storage_of
@@ -232,7 +232,7 @@ def our_artifacts(options: argparse.Namespace, model: Path) -> dict[str, tuple[P
 
 
 def times_faster(times: dict[str, list[tuple[float, float]]], peers: Sequence[str], name: str) -> float | None:
-    """Return the median over rounds, the first apart, of the fastest peer's time for a token to one's own."""
+    """Return the fastest peer's time for a token over one's own: the median over all rounds but the first."""
     if not peers:
         return None
     rounds = range(1, len(times[name]))
@@ -245,13 +245,13 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, required=True, help="folder of llama-bench and llama-quantize")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--shape", help="random weights of a name of tda_export.bench.shapes instead of --model")
-    parser.add_argument("--artifact", type=Path, help="of --model, four bits, with a table of prices")
-    parser.add_argument("--weights-for", action="append", default=[], help="as of build, for what is made here")
+    parser.add_argument("--artifact", type=Path, help="artifact of --model with four bits and a table of prices")
+    parser.add_argument("--weights-for", action="append", default=[], help="as for build, for the artifacts made here")
     parser.add_argument("--depth", type=int, default=1024, help="tokens of context")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prepare-only", action="store_true")
-    parser.add_argument("--skip", action="append", default=[], help="ways whose name has this are left out; repeatable")
+    parser.add_argument("--skip", action="append", default=[], help="leave out stacks whose name has this; repeatable")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     model = hugging_face(options)

@@ -2,10 +2,10 @@
 
     python benchmarks/end_to_end_7b.py FOLDER
 
-Calibrates, builds float16, verifies against transformers, loads and generates, and prints one JSON object: seconds
-and peak memory of the build, device memory of both sessions beside the size of the weights, time a token.
-Needs 27 GB of disk, and for the verification a GPU that holds the model once in float32 and twice in float16 (one of
-80 GB did).
+It calibrates, builds float16, verifies against transformers, loads and generates. It prints one JSON object: seconds
+and peak memory of the build, device memory of both sessions beside the size of the weights, and the time of a token. It
+needs 27 GB of disk, and for the verification a GPU that holds the model once in float32 and twice in float16 (80 GB
+were enough).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PROMPT_TOKENS = 1024
 
 
 def gpu_memory() -> int:
-    """Bytes in use on the device, by everybody."""
+    """Return the bytes in use on the device, by all processes."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]) << 20
 
@@ -132,7 +132,7 @@ def run(folder: Path) -> dict[str, Any]:
     prompt = [3 + i * 7919 % 31997 for i in range(PROMPT_TOKENS)]
     for mask in ("dense", "tda"):
         times = []
-        for _ in range(1 + REPETITIONS):  # the first warms up
+        for _ in range(1 + REPETITIONS):  # the first one warms up
             generation = model.generate(prompt, mask=mask, max_new_tokens=NEW_TOKENS)  # type: ignore[arg-type]
             assert len(list(generation)) == NEW_TOKENS
             times.append((generation.metrics.decode_seconds / (NEW_TOKENS - 1), generation.metrics.time_to_first_token))

@@ -1,15 +1,15 @@
-"""Keys and values of 8 bits beside floats: what they cost in KL, and the time of a step with each.
+"""Compare keys and values of 8 bits with floats: the KL, and the time of a step.
 
     python benchmarks/kv_cache.py FLOAT INT8 --text valid.txt --contexts 512 4096 --windows 4
     python benchmarks/kv_cache.py FLOAT INT8 --text valid.txt --contexts 1024 4096 --time
     python benchmarks/kv_cache.py --shape llama-3-8b --weights int4 --contexts 1024 8192 32768 --time
 
 FLOAT and INT8 are artifacts of one model of the layout `priced`, built with --kv float and --kv int8. With --shape both
-are made of random weights, float16 on CUDA, and deleted afterwards (TMPDIR). Contexts are read densely, and what
-follows is decoded at price 0. KL is that of INT8 to FLOAT over --tokens tokens after each context, with its standard
-error over windows, which follow one another in the text. With --time both take turns of 16 steps at each length of
-context, the first one left out; milliseconds are medians over turns, with the smallest and the largest. Without --text
-the built-in texts are repeated. Prints one JSON object a context.
+are made of random weights, float16 on CUDA, and deleted afterwards (TMPDIR). Contexts are read densely, and the tokens
+after them are decoded at price 0. KL is that of INT8 to FLOAT over --tokens tokens after each context, with its
+standard error over windows, which follow one another in the text. With --time both take turns of 16 steps at each
+length of context. The first turn is left out, and milliseconds are medians over turns with the smallest and the
+largest. Without --text the built-in texts are repeated. Prints one JSON object a context.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from tda_export.runtime.priced import PricedPrefill
 from tda_export.runtime.providers import cuda_problem
 from tda_export.temporary import owned_folder
 
-STEPS = 16  # of a turn
+STEPS = 16  # steps of a turn
 
 
 def log_probabilities(model: Model, context: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
-    """Read a context, and return the log-probabilities of what follows each of `tokens`, float64 [C, V]."""
+    """Read a context, then `tokens`, and return the log-probabilities after each of the tokens, float64 [C, V]."""
     shape, sessions = model.artifact.shape, model.sessions
     cache = KvCache(shape, sessions.provider, len(context) + len(tokens))
     PricedPrefill(sessions, shape, cache).read(context)

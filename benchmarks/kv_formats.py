@@ -1,4 +1,4 @@
-"""Ways to round keys and values to 8 bits, in transformers: KL of each to float keys and values.
+"""Compare ways to round keys and values to 8 bits, in transformers: the KL of each to float keys and values.
 
     python benchmarks/kv_formats.py MODEL --text valid.txt --windows 3
 
@@ -55,7 +55,7 @@ WAYS: dict[str, tuple[Rounding, Rounding]] = {
 
 
 class Rounded(DynamicCache):
-    """A cache that gives back rounded keys and values."""
+    """A cache that returns rounded keys and values."""
 
     def __init__(self, model: Any, keys: Rounding, values: Rounding) -> None:
         super().__init__(config=model.config)
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--window-tokens", type=int, default=640)
-    parser.add_argument("--tokens", type=int, default=128, help="at the end of each, that count")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of each window that KL is taken over")
     options = parser.parse_args()
     source = resolve_model(options.model)
     model, size = source.reference(), options.window_tokens

@@ -1,8 +1,8 @@
-"""Prompt lookup: tokens a step and tokens a second with drafts of several lengths and without, in turns.
+"""Measure prompt lookup: tokens a step and a second, without drafts and with drafts of several lengths, in turns.
 
-Two kinds of text that repeat what they are given: a summary in the words of its source, and a piece of code that is
-edited. Answers are greedy; tokens that differ from those without a lookup are counted. Without a budget an ARTIFACT
-decodes as it was built to.
+Two kinds of answers repeat their prompt: a summary in the words of its source, and an edited piece of code. Answers are
+greedy. Tokens that differ from those without a lookup are counted. Without a budget, an ARTIFACT decodes as it was
+built.
 """
 
 from __future__ import annotations
@@ -76,14 +76,14 @@ def decoded(generation: Generation) -> list[int]:
 
 
 def differing(one: list[int], other: list[int]) -> int:
-    """Count the places at which two answers have different tokens, or one of them none."""
+    """Count the positions at which two answers have different tokens, or only one has a token."""
     return sum(a != b for a, b in zip(one, other, strict=False)) + abs(len(one) - len(other))
 
 
 def measure(
     model: Model, how: AnyDeployment | None, lookups: list[int], new_tokens: int, repeats: int
 ) -> Iterator[Row]:
-    """Yield a row for each text and draft length; 0 is without."""
+    """Yield a row for each text and draft length; 0 is without lookup."""
     for name, prompt in PROMPTS.items():
         tokens = model.tokenize(prompt)
         rates: dict[int, list[float]] = {lookup: [] for lookup in lookups}
@@ -95,7 +95,7 @@ def measure(
                 )
                 answers[lookup] = decoded(generation)
                 costs[lookup] = metrics = generation.metrics
-                if repeat and metrics.decode_tokens_per_second:  # the first one warms up
+                if repeat and metrics.decode_tokens_per_second:  # the first repetition warms up
                     rates[lookup].append(metrics.decode_tokens_per_second)
         for lookup in lookups:
             metrics = costs[lookup]
@@ -119,7 +119,7 @@ def measure(
 
 
 def line(row: Row) -> str:
-    """Write a row for people."""
+    """Return a row as a line of text."""
     return (
         f"{row['text']:>8}  lookup {row['lookup']:2}  {row['tokens_per_step']:5.2f} tokens a step "
         f"({row['accepted']} of {row['drafted']} drafted)  {row['tokens_per_second']:6.1f} tokens/s "
@@ -141,12 +141,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", metavar="ARTIFACT")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--sparsity", type=float, help="of all linears")
-    budget.add_argument("--max-kl", type=float, help="nats a token")
-    budget.add_argument("--price", type=float, help="of a byte")
+    budget.add_argument("--sparsity", type=float, help="fraction of bytes of all linears to skip")
+    budget.add_argument("--max-kl", type=float, help="predicted KL, nats a token")
+    budget.add_argument("--price", type=float, help="price of a byte")
     parser.add_argument("--lookup", type=int, nargs="+", default=[2, 4, 7, 15], help="draft lengths (2 4 7 15)")
-    parser.add_argument("--new-tokens", type=int, default=200, help="of an answer (200)")
-    parser.add_argument("--repeats", type=int, default=5, help="of which rates are medians (5)")
+    parser.add_argument("--new-tokens", type=int, default=200, help="tokens of an answer (200)")
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions; rates are medians (5)")
     parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--json", action="store_true", help="print a row of JSON for every measurement")
     options = parser.parse_args()

@@ -6,19 +6,20 @@
 Each artifact is built in FOLDER, measured and deleted before the next one is built, so FOLDER needs room for one (15 GB
 for a 7B in fp16). With --build-only artifacts are kept, and later runs use them.
 
-Random weights of true shapes, activations in fp16, batch 1. Of each model one run compares, after checking logits:
+Weights are random, of true shapes; activations are fp16; the batch is 1. Logits are checked first. The parts of a
+model:
 
 - masks: dense (ONNX Runtime's own operators, captured), TT, Griffin and TDA at 50 % of the neurons, and two levels at
   50 % of the bytes;
-- priced: dense again, all rows by the row kernel, and 0.70 and 0.50 of the bytes of all linears (rows are drawn, see
-  `bench/artifact.py`);
-- int4: the last three with weights in int4, in groups of 32 (codes are drawn);
+- priced: dense again, all rows by the row kernel, and 0.70 and 0.50 of the bytes of all linears (rows are drawn at
+  random, see `bench/artifact.py`);
+- int4: the last three with weights in int4, in groups of 32 (random codes);
 - kernel: the FFN's kernel alone.
 
-Seconds are prefill and as many steps as new tokens. The ceiling is the time in which a copy's bandwidth brings in the
-bytes that a token reads. TT drops neurons token by token after computing gate and up, by stock operators, so it reads
-all bytes whatever it keeps. The kernel alone is measured with GELU in place of ReLU, which has zeros. OPT's bytes leave
-out the down rows of neurons that ReLU makes zero. A part that fails is reported, and the others are measured.
+Seconds are those of the prefill and of one step for each new token. The ceiling is the time of a token whose bytes are
+read at a copy's bandwidth. TT drops neurons after it has computed gate and up, by stock operators, so it reads all
+bytes. The kernel alone is measured with GELU in place of ReLU, since ReLU makes zeros. OPT's bytes leave out the down
+rows of neurons that ReLU makes zero. If a part fails, it is reported, and the others are measured.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ PAPER_SECONDS = {
 DTYPE = "float16"
 SPARSITY = 0.5
 PRICED_SPARSITIES = (0.3, SPARSITY)
-PRICES = "bench-prices.json"  # in a priced artifact's folder
+PRICES = "bench-prices.json"  # a file in the folder of a priced artifact
 
 
 def place_of(folder: Path, shape: str, part: str) -> Path:
@@ -57,7 +58,7 @@ def place_of(folder: Path, shape: str, part: str) -> Path:
 
 
 def build(shape: str, part: str, folder: Path) -> None:
-    """Build the artifact of a part for a model."""
+    """Build a model's artifact for a part."""
     from tda_export.bench.artifact import build_random_artifact, build_random_priced
     from tda_export.bench.random_codes import random_storage
     from tda_export.bench.shapes import random_source
@@ -99,7 +100,7 @@ def is_built(folder: Path, shape: str, part: str) -> bool:
 
 
 def latency(shape: str, part: str, folder: Path, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-    """Measure the artifact of a part: each method's seconds, milliseconds a token and share of the bandwidth.
+    """Measure the artifact of a part: each method's seconds, milliseconds a token and fraction of the bandwidth.
 
     Raises:
         TdaError: The folder has the artifact of another model in its place.
@@ -131,12 +132,12 @@ def latency(shape: str, part: str, folder: Path, prompt_tokens: int, new_tokens:
 
 
 def rows_of(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """The methods of a result."""
+    """Return the methods of a result with their figures."""
     return [(name, row) for name, row in result.items() if isinstance(row, dict) and "ms_per_token" in row]
 
 
 def kernel(shape: str) -> dict[str, Any]:
-    """Measure the kernel alone at a model's FFN shape."""
+    """Measure the kernel alone at the shape of a model's FFN."""
     from tda_export.bench.kernel import measure
     from tda_export.bench.shapes import random_source
     from tda_export.graph.ffn import FfnForm
@@ -193,7 +194,7 @@ def main() -> None:
             else:
                 with with_artifact(shape, part, options.folder) as folder:
                     result = latency(shape, part, folder, options.prompt_tokens, options.new_tokens)
-        except Exception:  # what was measured, and what comes after, is worth having all the same
+        except Exception:  # the other parts are still worth measuring
             traceback.print_exc()
             failed.append(f"{shape}, {part}")
             continue

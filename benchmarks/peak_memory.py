@@ -1,4 +1,4 @@
-"""Peak memory of a block of this process."""
+"""Measure the peak memory of this process in a block of code."""
 
 from __future__ import annotations
 

@@ -3,22 +3,22 @@
     python benchmarks/peer_quality.py FOLDER --text valid.txt --llama LLAMA_CPP_BIN [--prices CALIBRATION]
         [--windows 12] [--only NAME ...] [--results FILE] [--chart FILE.svg]
 
-All are made, in FOLDER, of the scaled copy of SmolLM2-135M (`copies.py` says why), and measured by one code: weights
-are de-quantised into PyTorch, float32, and each model reads windows of 384 + 128 tokens itself. Activations are floats,
-though llama.cpp and GenAI round them to 8 bits on the CPU, which adds to their loss.
+All models are made in FOLDER from the scaled copy of SmolLM2-135M (see `copies.py`), and measured by the same code:
+weights are de-quantised into PyTorch, float32, and each model reads windows of 384 + 128 tokens itself. Activations are
+floats here. On the CPU llama.cpp and GenAI round them to 8 bits, which adds to their loss.
 
 - Ours: float16; int8 by `quantize --quantizer rtn`; int4 by `quantize` (GPTQ); `quantize --bits-per-weight`, in which
-  some linears are int8; int4 with some parts from the int8 folder, as `--weights-for` would store them. Each dense, and
-  at prices after a dense prompt. c² of rows are those of CALIBRATION for every format, by default `tda-export calibrate
-  FOLDER/int4 --packing sites`. λ comes from its table, by the bytes of a row; a mixed folder reads somewhat other rows
-  at it than the share in its label.
-- llama.cpp: `llama-quantize` of its default mixtures, without and with an importance matrix, which is made here of the
-  text that GPTQ reads. `cpu_peers.py` says how to build it; LLAMA_CPP_BIN is the folder of the program.
-- GenAI: its builder, int4 in blocks of 32, its default, and `k_quant` with the head int8, alone and mixed.
+  some linears are int8; int4 with some parts from the int8 folder, as `--weights-for` would store them. Each is
+  measured dense, and at prices after a dense prompt. For every format c² of rows comes from CALIBRATION, by default
+  that of `tda-export calibrate FOLDER/int4 --packing sites`. λ comes from its table, scaled by the bytes of a row. In a
+  mixed folder the fraction of rows read differs a little from the one in the label.
+- llama.cpp: `llama-quantize` with its default mixtures, without and with an importance matrix, which is made here from
+  the text that GPTQ reads. `cpu_peers.py` says how to build it. LLAMA_CPP_BIN is the folder of the program.
+- GenAI: its builder, int4 in blocks of 32, with the default and with `k_quant` and an int8 head, alone and mixed.
 
-Bytes: all that a token reads of the layers' linears and of the head, scales and zero points with them, by the sizes in
-each one's own format. Norms and the row of the embedding are left out. What --results has is not measured again; the
-rows are printed as a table, and drawn as a chart. Most of the time is GPTQ's, for four folders.
+Bytes are those that a token reads of the layers' linears and of the head, scales and zero points included, in each
+model's own format. Norms and the row of the embedding are left out. Rows in --results are not measured again. All rows
+are printed as a table and drawn as a chart. Most of the time goes to GPTQ, for four folders.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ DARK = "--page:#15171a;--ink:#e8e8e8;--quiet:#a6a6a6;--grid:#2a2e33;"
 STYLE = """text{fill:var(--ink);font:12px system-ui,sans-serif}.tick,.note{fill:var(--quiet)}.grid{stroke:var(--grid)}
 .axis{stroke:var(--quiet)}.line{fill:none;stroke-width:2}.error{stroke-width:1.4}.mark{stroke:var(--page)}"""
 
-# Of ours, what the chart shows; the table has all.
+# Our models in the chart. The table has all of them.
 CHARTED = ("ours float16", "ours int8", "ours int4", "ours 5.8 bits")
 
 Row = dict[str, Any]
@@ -67,7 +67,7 @@ def measure(
     prices: dict[float, float],
     squares: Any,
 ) -> Iterator[Row]:
-    """Yield bytes and KL at each price, by the share of rows that was asked for."""
+    """Yield the bytes and the KL at each price, by the fraction of rows that it is for."""
     rows = {}
     if stored.row_bytes is not None:
         packing: Packing = PACKING if stored.row_bytes.suits(spec, PACKING) else "separate"
@@ -98,7 +98,7 @@ def measure(
 
 
 def float_continuations(source: Any, windows: torch.Tensor, path: Path) -> list[torch.Tensor]:
-    """Return the float model's log-probabilities, from a file where it has those of these windows."""
+    """Return the float model's log-probabilities on windows, from a file if it has them."""
     if path.is_file():
         kept = torch.load(path)
         if torch.equal(kept["windows"], windows):
@@ -109,7 +109,7 @@ def float_continuations(source: Any, windows: torch.Tensor, path: Path) -> list[
 
 
 def linear_bytes(row_bytes: RowBytes, spec: Any, densities: dict[str, torch.Tensor]) -> float:
-    """Return what a token read of the linears of all layers."""
+    """Return the bytes that a token read of the linears of all layers."""
     outputs = linear_outputs(spec)
     return sum(
         float(densities[part][layer]) * linear_shape(spec, part)[0] * row_bytes.of(layer, (part,), outputs)
@@ -119,10 +119,10 @@ def linear_bytes(row_bytes: RowBytes, spec: Any, densities: dict[str, torch.Tens
 
 
 def prices_of(priced: Any, spec: Any, row_bytes: RowBytes) -> dict[float, float]:
-    """Return λ by the share of rows that the calibration's table gives for it, per byte of this format's rows.
+    """Return λ by the fraction of rows that it reads in the calibration's table, per byte of this format's rows.
 
-    Where all matrices have one format, these are the rows read. Where formats are mixed, a row of more bytes has to be
-    worth more, so that fewer of the wide ones are read.
+    If all matrices have one format, these rows are read. If formats are mixed, rows of more bytes need a larger effect,
+    so fewer of them are read.
     """
     outputs, table = linear_outputs(spec), priced.table(PACKING)
     theirs, own = (
@@ -182,9 +182,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--llama", type=Path, required=True, help="folder of llama-quantize")
-    parser.add_argument("--prices", type=Path, help="a calibration of a quantised folder of the copy")
+    parser.add_argument("--prices", type=Path, help="calibration file of a quantised folder of the copy")
     parser.add_argument("--windows", type=int, default=12)
-    parser.add_argument("--only", nargs="+", help="names of the table; all by default")
+    parser.add_argument("--only", nargs="+", help="models by their names in the table; all by default")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "data" / "peer_quality.jsonl")
     parser.add_argument("--chart", type=Path, help="SVG file to write")
     options = parser.parse_args()

@@ -2,18 +2,18 @@
 
     python benchmarks/peers.py FOLDER [--shape llama-2-7b] [--prompt-tokens 1024] [--new-tokens 1024]
 
-Makes a random model of a true shape in FOLDER, then measures, each in a process of its own:
+Makes a random model of a true shape in FOLDER, then measures each of these in a process of its own:
 
 - Hugging Face transformers, eager, and with a static cache and torch.compile;
 - ONNX Runtime GenAI, built by its own builder, CUDA graph on;
 - ours: plain dense, dense by the native kernel, TDA and two levels at --sparsity;
-- ours with priced rows: dense by the row kernel, and 0.7 and 0.5 of the bytes of all linears. Rows are drawn, since
-  random weights have no prices: the share of each matrix is that of a real model (`bench/artifact.py`);
-- both in int4, in groups of 32: GenAI by its own builder, with and without its kernels `fpA_intB`, and ours with priced
-  rows, its codes drawn (`bench/random_codes.py`).
+- ours with priced rows: dense by the row kernel, and 0.7 and 0.5 of the bytes of all linears. Random weights have no
+  prices, so rows are drawn at random; the fraction of each matrix is that of a real model (`bench/artifact.py`);
+- GenAI and ours in int4, in groups of 32: GenAI by its own builder, with and without its kernels `fpA_intB`, and ours
+  with priced rows and random codes (`bench/random_codes.py`).
 
-The logits after the prompt of every stack of floats are compared with transformers' before its times count; those of
-int4, which are of other numbers, must be finite, and ours those of the function bodies. Prints one JSON object: median
+Before a stack of floats is timed, its logits after the prompt are compared with transformers'. Logits of int4, which
+has other weights, must be finite, and ours must be those of the function bodies. Prints one JSON object: median
 milliseconds a token with their range, and milliseconds to the first token. Needs `onnxruntime-genai-cuda` and about 55
 GB of disk for 7B.
 """
@@ -33,10 +33,10 @@ from typing import Any
 
 import numpy as np
 
-HF_TOKENS = 64  # transformers is slower by factors, and as steady
-ROUND = 16  # tokens, as tda-export bench takes them
-LARGEST_ERROR = 5e-2  # of logits, relative to the largest
-FIRST_TOKENS = 5  # repetitions
+HF_TOKENS = 64  # fewer for transformers, which is several times slower and as steady
+ROUND = 16  # tokens a round, as in tda-export bench
+LARGEST_ERROR = 5e-2  # of logits, relative to the largest logit
+FIRST_TOKENS = 5  # repetitions of the time to the first token
 PRICED_SPARSITIES = (0.3, 0.5)
 PEERS = {"ours": ("genai",), "priced": ("genai",), "int4": ("genai_int4", "genai_int4_fpa")}
 
@@ -46,7 +46,7 @@ def prompt_of(options: argparse.Namespace) -> list[int]:
 
 
 def summary(seconds: list[float], firsts: list[float]) -> dict[str, Any]:
-    """Milliseconds a token, as medians over rounds of tokens, and to the first token."""
+    """Return the milliseconds of a token, as medians over rounds, and those to the first token."""
     rounds = [1e3 * sum(seconds[i : i + ROUND]) / ROUND for i in range(0, len(seconds) - ROUND + 1, ROUND)]
     return {
         "ms_per_token": statistics.median(rounds),
@@ -57,7 +57,7 @@ def summary(seconds: list[float], firsts: list[float]) -> dict[str, Any]:
 
 
 def check(name: str, logits: np.ndarray, options: argparse.Namespace) -> float:
-    """Compare logits [V] after the prompt with transformers' and return the error; refuse a large one."""
+    """Return the error of logits [V] after the prompt, relative to transformers'. Refuse a large one."""
     expected = np.load(options.folder / "logits.npy")
     error = float(np.abs(logits - expected).max() / np.abs(expected).max())
     if not error <= LARGEST_ERROR:
@@ -66,7 +66,7 @@ def check(name: str, logits: np.ndarray, options: argparse.Namespace) -> float:
 
 
 def check_finite(name: str, logits: np.ndarray) -> None:
-    """Refuse logits that are no finite numbers."""
+    """Refuse logits that are not finite."""
     if not np.isfinite(logits).all():
         raise SystemExit(f"{name}: logits are not finite, so nothing was timed.")
 
@@ -111,7 +111,7 @@ def build_int4(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_rows(options: argparse.Namespace, source: Any, storage: Any, name: str) -> dict[str, Any]:
-    """Build an artifact with priced rows in a folder of this name, and keep its prices beside it."""
+    """Build an artifact with priced rows in the folder of this name, and write its prices beside it."""
     from tda_export.bench.artifact import build_random_priced
 
     _, prices = build_random_priced(source, options.folder / name, storage, PRICED_SPARSITIES, quiet=True)
@@ -158,13 +158,13 @@ def transformers(options: argparse.Namespace, compiled: bool) -> dict[str, Any]:
         )
         return [later - earlier for earlier, later in pairwise(clock.times)], clock.times[0] - started
 
-    generate()  # compiles
+    generate()  # the first call compiles
     runs = [generate() for _ in range(2)]
     return summary(runs[-1][0], [first for _, first in runs]) | {"error": error, "new_tokens": HF_TOKENS}
 
 
 def genai_build(options: argparse.Namespace, precision: str) -> dict[str, Any]:
-    """Run GenAI's own model builder, CUDA graph on; its int4 is in blocks of 32."""
+    """Run GenAI's own model builder with the CUDA graph on. Its int4 is in blocks of 32."""
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", options.folder / "model"]
     command += ["-o", options.folder / f"genai-{precision}", "-p", precision, "-e", "cuda"]
     command += ["-c", options.folder / "cache", "--extra_options", "enable_cuda_graph=1"]
@@ -200,7 +200,7 @@ def genai(options: argparse.Namespace, precision: str, session_options: dict[str
         generator.generate_next_token()
         generator.get_next_tokens()
         firsts.append(time.perf_counter() - started)
-    for _ in range(3):  # the first captures
+    for _ in range(3):  # the first one captures the graph
         generator.generate_next_token()
     seconds = []
     for _ in range(options.new_tokens - 8):
@@ -242,7 +242,7 @@ def priced(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def bench_rows(options: argparse.Namespace, name: str, methods: tuple[str, ...]) -> dict[str, Any]:
-    """Time what `build_rows` made."""
+    """Time an artifact of `build_rows`."""
     from tda_export.bench.decode import BenchSettings, run_bench
     from tda_export.runtime import open_artifact
 
@@ -256,7 +256,7 @@ def bench_rows(options: argparse.Namespace, name: str, methods: tuple[str, ...])
 
 
 def beside_genai(report: dict[str, Any]) -> None:
-    """Enter in rows of ours how many times faster they are than GenAI's fastest of the same precision."""
+    """Add to our rows the speed-up over the fastest of GenAI's of the same precision."""
     for step, peers in PEERS.items():
         times = [report[peer]["ms_per_token"] for peer in peers if isinstance(report.get(peer), dict)]
         if not times or not isinstance(report.get(step), dict):
@@ -288,14 +288,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", default="llama-2-7b", help="a name of tda_export.bench.shapes, or a config.json")
-    parser.add_argument("--architecture", help="its class in transformers, where the name does not follow")
+    parser.add_argument("--architecture", help="class in transformers, if its name is not that of the model type")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--new-tokens", type=int, default=1024)
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument(
         "--step", choices=STEPS, action="append", help="run this step alone; may be given several times"
     )
-    parser.add_argument("--only", choices=STEPS, help=argparse.SUPPRESS)  # in this process
+    parser.add_argument("--only", choices=STEPS, help=argparse.SUPPRESS)  # runs in this process
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.only:
@@ -310,11 +310,11 @@ def main() -> None:
                 command += [f"--{name.replace('_', '-')}", str(value)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
-            report[step] = "failed"  # its own error is above; the others are measured all the same
+            report[step] = "failed"  # its error is printed above; the other steps still run
         elif content := json.loads(done.stdout.splitlines()[-1]):
             report[step] = content
         print(f"{step}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-        (options.folder / "report.json").write_text(json.dumps(report, indent=1))  # so far
+        (options.folder / "report.json").write_text(json.dumps(report, indent=1))  # the report so far
     beside_genai(report)
     print(json.dumps(report, indent=1))
 

@@ -1,7 +1,7 @@
-"""Measure many settings of artifacts in several processes, each with few threads: one session scales badly.
+"""Measure many settings of artifacts in several processes of few threads each, since one session scales badly.
 
-A task is some windows of a text and all settings of one artifact. On a priced artifact the prompts of the windows are
-read, and their continuations decoded densely, once for all settings.
+A task is a part of the windows of a text, with all settings of one artifact. On a priced artifact, the prompts are read
+and the continuations decoded densely once for all settings.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Window = Sequence[int]
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one request: what was measured of each window, and the price that it came to (of priced artifacts)."""
+    """The measurements of one request: one for each window, and the price that was chosen (for priced artifacts)."""
 
     windows: list[Any]
     price: float | None
@@ -47,7 +47,7 @@ class Pool:
         windows: Sequence[Window],
         advance: Callable[[int], None] = lambda windows: None,
     ) -> list[Measured]:
-        """Spread the windows over the processes, and join what comes back, in order."""
+        """Spread the windows over the processes, and return their results in order."""
         chunks = [windows[start :: self._jobs] for start in range(min(self._jobs, len(windows)))]
         running = {self._executor.submit(task, windows=chunk): index for index, chunk in enumerate(chunks)}
         found: dict[int, list[Measured]] = {}
@@ -64,8 +64,8 @@ class Pool:
 
 @contextmanager
 def open_pool(jobs: int, threads: int) -> Iterator[Pool]:
-    """Start processes, each with so many threads."""
-    for name in (THREADS, "OMP_NUM_THREADS"):  # which they inherit, and read when they import
+    """Start processes with this many threads each."""
+    for name in (THREADS, "OMP_NUM_THREADS"):  # processes inherit these, and read them when they import
         os.environ[name] = str(threads)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as executor:
@@ -77,12 +77,12 @@ def open_pool(jobs: int, threads: int) -> Iterator[Pool]:
 
 
 def text_task(folder: Path, requests: Iterable[Request], settings: TextSettings) -> Callable[..., list[Measured]]:
-    """Measure requests by the protocol of `evaluation/text.py`; windows are `WindowQuality`."""
+    """Measure requests by the protocol of `evaluation/text.py`. The result of a window is a `WindowQuality`."""
     return partial(_measure_text, folder, list(requests), settings)
 
 
 def free_task(folder: Path, requests: Iterable[Request], new_tokens: int) -> Callable[..., list[Measured]]:
-    """Measure free generation after prompts; windows are `FreeText`."""
+    """Measure free generation after prompts. The result of a window is a `FreeText`."""
     return partial(_measure_free, folder, list(requests), new_tokens)
 
 
@@ -113,7 +113,7 @@ def _measure_text(
 
 
 def _shared(model: Model, settings: TextSettings, windows: Sequence[Window]) -> list[tuple[KvCache, Any, Any]]:
-    """Return each window's cache, which holds its dense prompt, what prefill said of it, and the dense logits."""
+    """Return for each window the cache of its dense prompt, the output of prefill, and the dense logits."""
     setting = open_setting(model.artifact, model.sessions, Request("dense"))
     shared = []
     for window in windows:

@@ -1,10 +1,10 @@
-"""Measure what a calibration's prices read and cost on other text and after other prompts, beside its own table.
+"""Measure the bytes and KL of a calibration's prices on other text and after other prompts, beside its own table.
 
     python benchmarks/price_tables.py MODEL --calibration FILE [--dataset builtin] [--prompt-tokens 256 32]
 
-The prices of each --sparsity come from the calibration's table, as an artifact's do. On the built-in text they are
-measured on the sequences that gave no price; of another --dataset all sequences are taken. With every prompt length the
-same tokens are scored: a shorter prompt is the end of the longer one. In PyTorch, strict protocol.
+The price for each --sparsity comes from the calibration's table, as in an artifact. On the built-in text, prices are
+measured on the sequences that they were not estimated on; of another --dataset, on all sequences. The same tokens are
+scored after every prompt length: a shorter prompt is the end of the longer one. In PyTorch, by the strict protocol.
 
 It prints one row for each prompt length and sparsity: bytes asked for and read, KL predicted and measured.
 """
@@ -30,7 +30,7 @@ from tda_export.progress import progress
 
 
 def sequences(source: ModelSource, found: Calibration, options: argparse.Namespace) -> torch.Tensor:
-    """Text that gave no price, int64 [N, prompt and continuation], the prompt at least as long as is wanted."""
+    """Return sequences that no price was estimated on, int64 [N, P + C]. P is at least the longest prompt's length."""
     settings, builtin = found.provenance["settings"], options.dataset == BUILTIN
     if builtin and max(options.prompt_tokens) > settings["prompt_tokens"]:
         raise UsageError(
@@ -55,7 +55,7 @@ def sequences(source: ModelSource, found: Calibration, options: argparse.Namespa
 
 
 def measured(options: argparse.Namespace) -> Iterator[Row]:
-    """A row for each prompt length and sparsity."""
+    """Yield a row for each prompt length and sparsity."""
     source = resolve_model(options.model, notify=lambda line: print(line, file=sys.stderr))
     found, spec = read_calibration(options.calibration), source.spec
     if found.model_fingerprint != source.fingerprint:
@@ -100,10 +100,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure a calibration's prices on other text and other prompts.")
     parser.add_argument("model")
     parser.add_argument("--calibration", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--dataset", default=BUILTIN, help="As of calibrate.  [default: builtin]")
+    parser.add_argument("--dataset", default=BUILTIN, help="As for calibrate.  [default: builtin]")
     parser.add_argument("--text-column")
     parser.add_argument("--packing", choices=PACKINGS, default="separate")
-    parser.add_argument("--sequences", type=int, default=32, help="At most.  [default: 32]")
+    parser.add_argument("--sequences", type=int, default=32, help="Most sequences.  [default: 32]")
     parser.add_argument("--prompt-tokens", nargs="+", type=int, default=[256, 32])
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.15, 0.3, 0.5])
     return parser.parse_args()

@@ -3,15 +3,15 @@
     python benchmarks/priced_table.py MODEL FOLDER --text wikitext2_valid.txt --text coqa.jsonl [--jobs 16] [--free 512]
         [--parts ffn all] [--methods priced teal-uniform]
 
-MODEL is calibrated on the built-in text (or --calibration FILE is taken, of --method all), its artifacts of both kinds
-are built, and TEAL's greedy densities searched; all of it is kept in FOLDER, as is every row that was measured
-(rows.jsonl), so that an interrupted run goes on from there. --text is a UTF-8 text that calibration has not seen, or a
-.jsonl file of stories; prompts of --prompt-tokens are read densely, and every token after them is sparse.
+The script calibrates MODEL on the built-in text (unless --calibration FILE, of --method all, is given), builds
+artifacts of both layouts, and searches TEAL's greedy densities. FOLDER keeps all of it, and every measured row
+(rows.jsonl), so that an interrupted run resumes. --text is a UTF-8 text that calibration has not read, or a .jsonl file
+of stories. Prompts of --prompt-tokens are read densely, and every token after them is sparse.
 
-Prices and thresholds come from the calibration alone: bytes asked for stand beside bytes read. At each of --sparsity
-methods are compared at the same bytes, of the FFN, of attention, or of all linears: KL is interpolated between the two
-settings of a method around them, --around a sparsity. With --around 0 each sparsity is measured itself, and --shares
-between them are compared. Methods of the FFN alone read attention whole.
+Prices and thresholds come from the calibration alone, so bytes asked for are printed beside bytes read. For each
+--sparsity, methods are compared at the same bytes, of the FFN, of attention, or of all linears: the KL is interpolated
+between two settings of a method, --around below and above the sparsity. With --around 0 each sparsity itself is
+measured, and methods are compared at --shares between them. Methods of the FFN alone read all rows of attention.
 
 It prints a row for each setting (asked and read), then a row for each comparison; --json FILE has all of them.
 """
@@ -48,7 +48,7 @@ from tda_export.progress import progress
 from tda_export.runtime.artifact import Artifact, open_artifact
 from tda_export.runtime.text import Text
 
-AROUND = 0.03  # of a sparsity: the settings between which KL is interpolated
+AROUND = 0.03  # below and above a sparsity: the settings between which KL is interpolated
 SCOPES: dict[Parts, str] = {"ffn": "ffn_share", "all": "linear_share", "attention": "attention_share"}
 MASKS = ("tda", "griffin")
 METHODS = ("priced", "teal-uniform", "teal-greedy", "wina", *MASKS)
@@ -60,7 +60,7 @@ KEYS = (
 
 @dataclass(frozen=True)
 class Cell:
-    """A setting: a method and the sparsity that is asked of it, of the parts that may drop rows."""
+    """A setting: a method, the parts that may skip rows, and the sparsity asked for in these parts."""
 
     method: str
     parts: Parts
@@ -69,20 +69,20 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The method, with TEAL's kinds told apart."""
+        """The method, with a name for each kind of TEAL."""
         return self.method if self.densities is None else f"{self.method}-{self.densities}"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is measured: artifacts by layout, and files of greedy densities by parts."""
+    """The inputs of the measurements: artifacts by layout, and files of greedy densities by parts."""
 
     artifacts: dict[str, Artifact]
     densities: dict[Parts, Path]
     masks: tuple[str, ...]
 
     def request(self, cell: Cell) -> Request:
-        """How `tda-export eval` would be asked for a cell."""
+        """Return the request of `tda-export eval` for a cell."""
         if cell.method == "tda":
             return Request("tda", sparsity=cell.sparsity, allocation="kl")
         if cell.method == "griffin":
@@ -91,12 +91,12 @@ class Prepared:
         return Request(cell.method, sparsity=cell.sparsity, parts=cell.parts, densities=densities)
 
     def artifact(self, cell: Cell) -> Artifact:
-        """The artifact that runs a cell."""
+        """Return the artifact that runs a cell."""
         return self.artifacts["indexed" if cell.method in MASKS else "priced"]
 
 
 def prepare(options: argparse.Namespace) -> Prepared:
-    """Calibrate, build and search what is not there yet."""
+    """Calibrate, build and search, unless FOLDER has the result."""
     folder: Path = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     calibration = options.calibration or folder / "calibration.safetensors"
@@ -135,7 +135,7 @@ def _tda_export(*arguments: str) -> None:
 
 
 def cells(options: argparse.Namespace, prepared: Prepared) -> list[Cell]:
-    """List the settings: each sparsity and those around it, of priced rows exactly as well."""
+    """List the settings: those around each sparsity, and for priced rows the sparsity itself too."""
     steps = sorted({-options.around, options.around})
     around = [round(sparsity + step, 4) for sparsity in options.sparsity for step in steps]
     listed = []
@@ -152,7 +152,7 @@ def cells(options: argparse.Namespace, prepared: Prepared) -> list[Cell]:
 
 
 def _reachable(prepared: Prepared, cell: Cell) -> bool:
-    """Tell whether the calibration reaches a setting; say why where it does not."""
+    """Return whether the calibration reaches a setting. If it does not, print why."""
     try:
         check_request(prepared.artifact(cell), prepared.request(cell))
         if cell.method == "tda":
@@ -164,7 +164,7 @@ def _reachable(prepared: Prepared, cell: Cell) -> bool:
 
 
 def measured(options: argparse.Namespace, prepared: Prepared, pool: Pool) -> Iterator[Row]:
-    """All settings on all texts and prompt lengths, and free generation, those that were kept among them."""
+    """Return the rows of all settings on all texts and prompt lengths, and of free generation, kept rows included."""
     rows = Rows(options.folder / "rows.jsonl", KEYS)
     listed = cells(options, prepared)
     texts = {path.stem: read_text(path) for path in options.text}
@@ -226,7 +226,7 @@ def _measured(
 
 def _windows(artifact: Artifact, content: str, settings: TextSettings, *, free: bool) -> list[list[int]]:
     text = Text(artifact)
-    if free:  # a window is a prompt
+    if free:  # then a window is a prompt
         settings = TextSettings(settings.prompts, settings.prompt_tokens, 1)
     windows = cut_windows(text.encode(content, special_tokens=False), text.encode(""), settings)
     return [window[: settings.prompt_tokens] for window in windows] if free else windows
@@ -254,7 +254,7 @@ def _quality(
 
 
 def comparisons(rows: list[Row], shares: list[float]) -> Iterator[Row]:
-    """Every method's KL at the same bytes, and priced rows' against the better TEAL's."""
+    """Compare the KL of all methods at the same bytes, and of priced rows with the better TEAL."""
     texts = list(dict.fromkeys((row["text"], row["prompt_tokens"]) for row in rows if row["new_tokens"] is None))
     for (text, prompt), (parts, read), share in product(texts, SCOPES.items(), shares):
         here = [row for row in rows if (row["text"], row["prompt_tokens"], row["new_tokens"]) == (text, prompt, None)]
@@ -274,7 +274,7 @@ def comparisons(rows: list[Row], shares: list[float]) -> Iterator[Row]:
 
 
 def setting_line(row: Row) -> str:
-    """One measured setting."""
+    """Return a measured setting as a line of text."""
     if row["new_tokens"] is not None:
         kl = " ".join(f"{value:.3f}" for value in row["kl"])
         return (
@@ -294,7 +294,7 @@ def setting_line(row: Row) -> str:
 
 
 def comparison_line(row: Row) -> str:
-    """All methods at the same bytes."""
+    """Return all methods at the same bytes as a line of text."""
     kl = ", ".join(f"{name} {'–' if value is None else f'{value:.4f}'}" for name, value in row["kl"].items())
     ratio = "" if row["priced_to_teal"] is None else f"; priced / better TEAL {row['priced_to_teal']:.2f}"
     return f"{row['text']} {row['prompt_tokens']}, {row['share']:g} of the bytes of {row['bytes_of']}: KL {kl}{ratio}"
@@ -304,21 +304,21 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure priced rows beside other methods, in many processes.")
     parser.add_argument("model")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--text", type=Path, action="append", required=True, help="May be given many times.")
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="In place of a new one, of --method all.")
+    parser.add_argument("--text", type=Path, action="append", required=True, help="Text to measure on. Repeatable.")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="Use this calibration (of --method all).")
     parser.add_argument("--packing", choices=PACKINGS, default="separate")
-    parser.add_argument("--parts", nargs="+", choices=tuple(SCOPES), default=list(SCOPES), help="Whose rows may drop.")
+    parser.add_argument("--parts", nargs="+", choices=tuple(SCOPES), default=list(SCOPES), help="Parts that skip rows.")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--around", type=float, default=AROUND, metavar="STEP", help=f"Of a sparsity.  [{AROUND}]")
-    parser.add_argument("--shares", nargs="+", type=float, help="Of bytes, to compare at.  [1 - each of --sparsity]")
+    parser.add_argument("--around", type=float, default=AROUND, metavar="STEP", help=f"See above.  [{AROUND}]")
+    parser.add_argument("--shares", nargs="+", type=float, help="Fractions of bytes to compare.  [1 - each --sparsity]")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.3, 0.5])
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--prompt-tokens", nargs="+", type=int, default=[384, 32])
     parser.add_argument("--continuation-tokens", type=int, default=128)
-    parser.add_argument("--free", type=int, default=0, metavar="TOKENS", help="Also write so many after each prompt.")
+    parser.add_argument("--free", type=int, default=0, metavar="TOKENS", help="Also generate after each prompt.")
     parser.add_argument("--free-prompts", type=int, default=16)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="Processes.  [default: one a core]")
-    parser.add_argument("--threads", type=int, default=1, help="Of each process.")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="Processes.  [default: one for each core]")
+    parser.add_argument("--threads", type=int, default=1, help="Threads of each process.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Write all rows here, one JSON object a line.")
     return parser.parse_args()
 

@@ -3,23 +3,23 @@
     python benchmarks/quality_table.py ARTIFACT TEXT... --priced ARTIFACT [--of ffn linears] [--token-calibration FILE]
         [--densities FILE] [--prompt-tokens 32 384] [--rows FILE]
 
-ARTIFACT is one of --method tda --allocation kl, the one of --priced of --method priced, of the same model. FILE of
---token-calibration is a calibration with --estimator token --curves-only (for the paper's method and TT), those of
---densities are of benchmarks/teal_densities.py (for TEAL's greedy densities). Each TEXT is a UTF-8 file that
-calibration has not seen, or a .jsonl file whose lines hold a "story" (as `tda-export eval-data` writes coqa.jsonl), of
-which each is read once.
+ARTIFACT is built with --method tda --allocation kl, that of --priced with --method priced, from the same model. The
+FILE of --token-calibration is a calibration with --estimator token --curves-only (for the paper's method and TT). Those
+of --densities are written by benchmarks/teal_densities.py (for TEAL's greedy densities). Each TEXT is a UTF-8 file that
+calibration has not read, or a .jsonl file whose lines have a "story" (such as the coqa.jsonl of `tda-export
+eval-data`). Each story is read once.
 
-By the strict protocol of `tda-export eval --text`: tda, uniform (masks alone), griffin, tt and paper on the artifact;
-priced, teal and wina on the priced one, dropping rows of the FFN alone where FFN bytes are compared and of all linears
-where those are; and static, cats, dejavu, moe-true and moe of `benchmarks/baselines.py` (without them: --no-baselines).
-Methods of the FFN alone read attention whole.
+All methods follow the strict protocol of `tda-export eval --text`. ARTIFACT runs tda, uniform (masks alone), griffin,
+tt and paper. The priced artifact runs priced, teal and wina, which skip rows of the FFN alone if FFN bytes are
+compared, and of all linears if those are. static, cats, dejavu, moe-true and moe are those of `benchmarks/baselines.py`
+(leave them out with --no-baselines). Methods of the FFN alone read all rows of attention.
 
-A threshold that was calibrated on other text or longer prompts reads more or fewer bytes than it was chosen for. So
-that methods are compared at the same bytes, one that misses the bytes of --sparsity by more than --within is measured
-again at another sparsity (the column "asked"), and once more on the other side of the bytes: "KL there" is
-interpolated between the two. The paper's method chooses its own bytes.
+A threshold that was calibrated on other text or longer prompts reads more or fewer bytes than it was chosen for. If a
+method misses the bytes of --sparsity by more than --within, it is measured again at another sparsity (the column
+"asked"), and once more on the other side of the bytes. "KL there" is interpolated between the two. The paper's method
+chooses its own bytes.
 
---rows keeps what was measured, one JSON object a line: an interrupted run goes on from there.
+--rows keeps the measurements, one JSON object a line, so that an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from tda_export.evaluation.text import TextSettings, cut_windows, evaluate_text
 from tda_export.packing import Parts
 from tda_export.runtime import Model, load
 
-LARGEST_TT_SPARSITY = 1 / 3  # TT saves down rows alone
+LARGEST_TT_SPARSITY = 1 / 3  # TT skips down rows alone
 KEYS = (
     "artifact",
     "token_calibration",
@@ -64,7 +64,7 @@ SHARES = {"ffn": "ffn_share", "linears": "linear_share"}
 
 
 def read_text(path: Path) -> str:
-    """Read a text, or the stories of a .jsonl file, each once and in order."""
+    """Read a text, or the stories of a .jsonl file, in order and without repetitions."""
     if not path.is_file():
         raise UsageError(f"{path}: no such file. Give a UTF-8 text, or a .jsonl file of stories.")
     try:
@@ -73,7 +73,7 @@ def read_text(path: Path) -> str:
         raise TdaError(f"{path}: not valid UTF-8 text. Convert it to UTF-8.") from error
     if path.suffix != ".jsonl":
         return content
-    stories: dict[str, None] = {}  # each once, in order
+    stories: dict[str, None] = {}  # keys in order, without repetitions
     for number, line in enumerate(content.splitlines(), 1):
         try:
             stories[json.loads(line)["story"]] = None
@@ -83,7 +83,7 @@ def read_text(path: Path) -> str:
 
 
 def artifact_cells(options: argparse.Namespace) -> list[Cell]:
-    """What is measured on the artifact of masks."""
+    """List the cells to measure on the artifact with masks."""
     cells = [Cell("dense")]
     for sparsity, share in product(options.sparsity, options.shares):
         cells += [Cell("tda", sparsity, share), Cell("uniform", sparsity, share), Cell("griffin", sparsity, share)]
@@ -93,7 +93,7 @@ def artifact_cells(options: argparse.Namespace) -> list[Cell]:
 
 
 def priced_cells(options: argparse.Namespace) -> list[Cell]:
-    """What is measured on the priced artifact."""
+    """List the cells to measure on the priced artifact."""
     methods = ["priced", "teal", "wina"]
     return [
         Cell(method, sparsity, share)
@@ -103,7 +103,7 @@ def priced_cells(options: argparse.Namespace) -> list[Cell]:
 
 
 def _densities(options: argparse.Namespace, share: str) -> Path | None:
-    """The file of greedy densities for what is compared."""
+    """Return the file of greedy densities for the compared bytes."""
     parts = _parts(share)
     return next((path for path in options.densities if read_densities(path).parts == parts), None)
 
@@ -113,7 +113,7 @@ def _parts(share: str) -> Parts:
 
 
 def request(cell: Cell, options: argparse.Namespace) -> Request:
-    """How `tda-export eval` would be asked for a cell."""
+    """Return the request of `tda-export eval` for a cell."""
     tokens = options.token_calibration
     match cell.method:
         case "priced" | "teal" | "wina":
@@ -132,7 +132,7 @@ def request(cell: Cell, options: argparse.Namespace) -> Request:
 
 
 def with_share(row: Row) -> Row:
-    """Add the shares of the FFN's bytes and of those of all linears that were read."""
+    """Add the fractions of bytes read, of the FFN and of all linears."""
     linears = row["linear_bytes"] / row["dense_linear_bytes"]
     return row | {"ffn_share": row["ffn_bytes"] / row["dense_ffn_bytes"], "linear_share": linears}
 
@@ -156,7 +156,7 @@ class OnArtifact:
 
 
 class InPyTorch:
-    """Measures the methods of `baselines.py`, which are fitted when they are first asked for."""
+    """Measures the methods of `baselines.py`, which are fitted when they are first used."""
 
     def __init__(self, options: argparse.Namespace, model: str) -> None:
         given = ["any", "--model", model, "--prompts", str(options.prompts), "--json", "--sparsity"]
@@ -166,14 +166,14 @@ class InPyTorch:
 
     def measure(self, text: str, prompt_tokens: int, cell: Cell) -> Row:
         """Measure a cell on a text, with prompts of a length."""
-        self.fitted.fit(self.fitted.wanted)  # at once, since that reads the calibration text
+        self.fitted.fit(self.fitted.wanted)  # all at once, since fitting reads the calibration text
         wanted = [baselines.Wanted(cell.method, cell.sparsity)]  # type: ignore[arg-type]
         [row] = self.fitted.measure(text, "any", prompt_tokens, wanted)
         return with_share(row)
 
 
 def line(row: Row) -> str:
-    """One line of the Markdown table."""
+    """Return a line of the Markdown table."""
     cells = (
         row["method"],
         "" if row["sparsity"] is None else f"{row['sparsity']:g}",
@@ -195,18 +195,18 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure all methods on texts and prompt lengths at the same bytes.")
     parser.add_argument("artifact", type=Path)
     parser.add_argument("texts", type=Path, nargs="+", metavar="TEXT")
-    parser.add_argument("--priced", type=Path, metavar="ARTIFACT", help="Of the same model, of --method priced.")
-    parser.add_argument("--of", nargs="+", choices=tuple(SHARES), default=["ffn"], help="Whose bytes are the same.")
-    parser.add_argument("--densities", type=Path, nargs="+", default=[], metavar="FILE", help="Of TEAL, greedy.")
+    parser.add_argument("--priced", type=Path, metavar="ARTIFACT", help="Priced artifact of the same model.")
+    parser.add_argument("--of", nargs="+", choices=tuple(SHARES), default=["ffn"], help="Matrices to compare bytes of.")
+    parser.add_argument("--densities", type=Path, nargs="+", default=[], metavar="FILE", help="TEAL's densities.")
     parser.add_argument("--token-calibration", type=Path, metavar="FILE")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.3, 0.5, 0.7])
-    parser.add_argument("--within", type=float, default=0.01, help="Share of the dense bytes.  [default: 0.01]")
+    parser.add_argument("--within", type=float, default=0.01, help="Fraction of dense bytes.  [default: 0.01]")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--prompt-tokens", nargs="+", type=int, default=[32, 384])
     parser.add_argument("--continuation-tokens", type=int, default=128)
-    parser.add_argument("--model", help="For the baselines.  [default: what the artifact was built from]")
+    parser.add_argument("--model", help="Model of the baselines.  [default: the artifact's]")
     parser.add_argument("--no-baselines", action="store_true")
-    parser.add_argument("--rows", type=Path, metavar="FILE", help="Keep what was measured here, and go on from it.")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="Keep measurements here, and resume from them.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object a line.")
     options = parser.parse_args()
     options.shares = [SHARES[name] for name in options.of]
@@ -214,10 +214,10 @@ def arguments() -> argparse.Namespace:
 
 
 def measured(options: argparse.Namespace) -> Iterator[Row]:
-    """All rows, as they come, those that were kept among them.
+    """Yield all rows as they are measured, kept rows included.
 
     Raises:
-        TdaError: At the end, where some missed their bytes.
+        TdaError: At the end, if rows missed their bytes.
     """
     names = [path.stem for path in options.texts]
     if len(set(names)) < len(names):

@@ -3,10 +3,10 @@
     python benchmarks/quantised_kl.py FLOAT QUANTISED [QUANTISED ...] --text valid.txt --windows 24
         [--calibration QUANTISED=FILE ...] [--sparsity 0.3 0.5]
 
-Each model reads the prompts itself, densely. With a model's calibration (`tda-export calibrate QUANTISED`) its
-continuations are read at the prices of the calibration's table for each sparsity, as decode reads them: KL to the float
-model, to the quantised model's own dense output, and how much more than the sum of both alone that is. Windows follow
-one another in the text, without a token that the tokenizer would put before each.
+Each model reads the prompts itself, densely. With a model's calibration (`tda-export calibrate QUANTISED`), it decodes
+the continuations at the prices of the calibration's table for each sparsity. It prints the KL to the float model, the
+KL to the model's own dense output, that of the dense output to the float model, and the ratio of the first to the sum
+of the other two. Windows follow one another in the text, without the token that the tokenizer puts before a text.
 """
 
 from __future__ import annotations

@@ -1,19 +1,20 @@
-"""Time calibrating, or quantising, of one process against that of several ranks, on random weights of a true shape.
+"""Compare the time of calibrating or quantising in one process and in several ranks, on random weights of a true shape.
 
     python benchmarks/ranks.py FOLDER [--work quantize] [--shape llama-3.2-1b] [--ranks 1 --ranks 2]
         [--device cpu|cuda|auto]
 
-Makes the model in FOLDER/SHAPE-DTYPE, where it stays and is found again, and reads built-in text, in bytes. Each run is
-a process of its own, or as many as it has ranks, started by torchrun; every process has as many of the processor's
-cores as a rank of the largest run. A run whose results lie in FOLDER is not repeated. Prints one JSON line a run:
+It makes the model in FOLDER/SHAPE-DTYPE, or uses the one there, and reads the built-in text as bytes. Each run is one
+process, or torchrun with a process for each rank. Every process gets as many cores as a rank of the largest run. A run
+whose results are in FOLDER is not repeated. It prints one JSON line a run:
 
-- seconds of the work as a whole, of each step and of the rest, which is mostly loading, and of the whole run with its
-  start; the same in terms of the first run (`speedup`);
-- how the results differ: prices and KL of the table relative to the first run's largest, or the KL to the float model;
-- peak memory of the first rank: PyTorch's on each GPU, and on the CPU what no file backs.
+- seconds of the work, of each step, of the rest, which is mostly loading, and of the whole run with its start; and the
+  ratios to the first run (`speedup`);
+- the difference of the results: of prices and KL of the table, relative to the largest of the first run, or of the KL
+  to the float model;
+- peak memory of the first rank: PyTorch's on each GPU, and anonymous memory on the CPU.
 
-Give several sequences for each rank: the first of a run also takes what starting CUDA takes. An eighth of the sequences
-of `quantize` measure the KL.
+Give several sequences for each rank, because the first sequence of a run includes the start of CUDA. An eighth of the
+sequences of `quantize` measure the KL.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
 class Timed:
-    """Stands in for progress bars, and says how long each took."""
+    """Replaces progress bars, and records the time of each."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -52,7 +53,7 @@ class Timed:
 
 
 def make(options: argparse.Namespace) -> Path:
-    """Make the model, unless it is there."""
+    """Make the model, unless it exists."""
     import torch
 
     from tda_export.bench.random_model import write_random_model
@@ -60,7 +61,7 @@ def make(options: argparse.Namespace) -> Path:
     from tda_export.graph.contract import DTYPES
 
     folder: Path = options.folder / f"{options.shape}-{options.dtype}"
-    if not (folder / "tokenizer.json").is_file():  # written last
+    if not (folder / "tokenizer.json").is_file():  # which is written last
         source = random_source(options.shape)
         config = source.config
         config.architectures = [source.spec.architecture]
@@ -69,7 +70,7 @@ def make(options: argparse.Namespace) -> Path:
 
 
 def builtin_corpus(tokenizer: Any, sequences: int, length: int) -> Any:
-    """Cut the built-in text as it comes: what the CLI does with a dataset needs a package that may be missing."""
+    """Cut the built-in text into sequences. Reading it as the CLI does needs a package that may be missing."""
     import torch
 
     from tda_export.calibration.corpus import Corpus, builtin_folder
@@ -81,7 +82,7 @@ def builtin_corpus(tokenizer: Any, sequences: int, length: int) -> Any:
 
 
 def run_rank(options: argparse.Namespace) -> None:
-    """Work as one rank; the first prints what it took, and keeps what came of it."""
+    """Work as one rank. The first rank prints time and memory, and writes the results."""
     import torch
 
     from tda_export import ranks as group
@@ -140,7 +141,7 @@ def quantize(options: argparse.Namespace, source: Any, ranks: Any, shown: Timed)
     )
     corpus = builtin_corpus(source.tokenizer, settings.all_sequences, settings.length)
     if ranks.first:
-        PartialLayers(options.output, {}).remove()  # an interrupted run's
+        PartialLayers(options.output, {}).remove()  # left by an interrupted run
     started = time.perf_counter()
     quantised = run(source, corpus, settings, show=shown, output=options.output, ranks=ranks)
     return time.perf_counter() - started, lambda output: output.write_text(json.dumps(quantised.about["loss"]))
@@ -150,7 +151,7 @@ WORK = {"calibrate": calibrate, "quantize": quantize}
 
 
 def calibrations_differ(one: Path, other: Path) -> dict[str, float]:
-    """Return by how much two calibrations differ."""
+    """Return the differences of two calibrations."""
     from tda_export.calibration.file import read_calibration
 
     first, second = read_calibration(one).priced, read_calibration(other).priced
@@ -194,7 +195,7 @@ def main() -> None:
         return
     options.folder.mkdir(parents=True, exist_ok=True)
     counts = options.ranks or [1, 2]
-    threads = max(1, len(os.sched_getaffinity(0)) // max(counts))  # as many for all, so that sums are rounded alike
+    threads = max(1, len(os.sched_getaffinity(0)) // max(counts))  # equal in all runs, so that sums are rounded alike
     path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
 
@@ -202,7 +203,7 @@ def main() -> None:
         command = [sys.executable, *start, __file__, *sys.argv[1:], *arguments]
         return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
 
-    run("--make")  # in a process of its own, which holds no memory of a GPU meanwhile
+    run("--make")  # in a process of its own, so that this one takes no GPU memory
     first: tuple[Path, dict[str, Any]] | None = None
     for count in counts:
         setting = {"work": options.work, "shape": options.shape, "dtype": options.dtype, "device": options.device}

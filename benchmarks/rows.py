@@ -1,4 +1,4 @@
-"""What the scripts print and keep: rows of JSON."""
+"""Rows of JSON, which the scripts print and keep."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 def print_rows(rows: Iterable[Row], line: Callable[[Row], str] = json.dumps, header: str = "") -> int:
-    """Print rows as they come. Returns the exit status: 2 for bad usage and 1 for a failure, each with one line."""
+    """Print rows as they come. Return the exit status: 2 for wrong usage and 1 for a failure, with a line on either."""
     try:
         if header:
             print(header)
@@ -30,7 +30,7 @@ def print_rows(rows: Iterable[Row], line: Callable[[Row], str] = json.dumps, hea
 
 
 def file_id(path: Path) -> str:
-    """Tell one content of a file from another.
+    """Return an id of a file's content.
 
     Raises:
         UsageError: It cannot be read.
@@ -42,20 +42,20 @@ def file_id(path: Path) -> str:
 
 
 def artifact_id(artifact: Artifact) -> str:
-    """Tell one build of an artifact from another."""
+    """Return an id of an artifact's build."""
     return file_id(artifact.folder / MANIFEST_FILE)
 
 
 class Rows:
-    """Rows by what identifies them; kept in a file of one JSON object a line, where one is given."""
+    """Rows by the keys that identify them. They are kept in a file, one JSON object a line, if one is given."""
 
     def __init__(self, path: Path | None, names: tuple[str, ...]) -> None:
-        """Read what the file has. `names`: the keys that identify a row; rows without one of them are of other runs.
+        """Read the rows of the file. `names`: the keys that identify a row. Rows without one of them are ignored.
 
-        A last line that was cut off while it was written is deleted.
+        An incomplete last line, of an interrupted run, is deleted.
 
         Raises:
-            TdaError: Another line is no JSON object.
+            TdaError: Another line is not a JSON object.
         """
         self.path, self.names = path, names
         self.found: dict[tuple[Any, ...], Row] = {}
@@ -75,11 +75,11 @@ class Rows:
                 self.found[self.key(row)] = row
 
     def key(self, row: Row) -> tuple[Any, ...]:
-        """What identifies a row."""
+        """Return the values that identify a row."""
         return tuple(row[name] for name in self.names)
 
     def get(self, row: Row) -> Row | None:
-        """Return the row that was kept of what these keys identify."""
+        """Return the kept row that these keys identify, if there is one."""
         return self.found.get(self.key(row))
 
     def add(self, row: Row) -> Row:

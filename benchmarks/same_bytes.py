@@ -1,4 +1,4 @@
-"""Compare methods at the same bytes, of the FFN or of all linears: ask again until what is read is what was meant."""
+"""Compare methods at the same bytes, of the FFN or of all linears, by a search for the sparsity to ask for."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from rows import Row
 from tda_export.errors import TdaError, UsageError
 
 MOST_TRIES = 5
-FLATTEST = -0.2  # points of bytes for a point of sparsity: what the secant is believed to be at the least
+FLATTEST = -0.2  # the smallest slope that the secant may have, in points of bytes for a point of sparsity
 
 
 class Cell(NamedTuple):
-    """A method and the share of bytes that it shall not read; None for what chooses its own.
+    """A method and the fraction of bytes to skip; None for a method that chooses its own.
 
-    `share`: the key of a row that says what was read, `ffn_share` or `linear_share`.
+    `share`: the key of a row for the fraction that was read, `ffn_share` or `linear_share`.
     """
 
     method: str
@@ -26,14 +26,14 @@ class Cell(NamedTuple):
 
 
 def miss(row: Row) -> float:
-    """How much more was read than the sparsity of the row's cell allows, as a share of dense."""
+    """Return how many bytes more than the sparsity of the row's cell allows were read, as a fraction of dense."""
     return 0.0 if row["sparsity"] is None else float(row[row["share"]]) - (1 - row["sparsity"])
 
 
 def next_asked(tried: list[tuple[float, float]]) -> float:
-    """The sparsity to ask for next: (asked, miss) of earlier tries, by the secant through the last two.
+    """Return the sparsity to ask for next, by the secant through the last two of the earlier tries, (asked, miss) each.
 
-    The first step takes a point of bytes for a point of sparsity.
+    The first step assumes that a point of sparsity changes the bytes by a point.
     """
     asked, missed = tried[-1]
     slope = -1.0
@@ -49,19 +49,19 @@ def at_same_bytes(
     """Measure a cell until it misses its bytes by at most `within`, or MOST_TRIES times (two more with `between`).
 
     Args:
-        cell: What shall be measured.
-        within: Share of the dense bytes.
-        measure: Given the cell with the sparsity to ask for, returns a row; of what it has, the cell's share is used.
-        first: The sparsity to ask for first, where it is known to be better than the cell's own.
+        cell: The cell to measure.
+        within: The allowed miss, a fraction of the dense bytes.
+        measure: Called with the cell and the sparsity to ask for; returns a row, which has the cell's share.
+        first: The sparsity to ask for first, if a better one than the cell's own is known.
         between: Also measure on the other side of the bytes; rows then have a `kl`.
 
     Returns:
-        The row that misses least, with `method`, `sparsity` and `share` (the cell's), `asked`, `within` and `miss`. A
-        method that refuses the next sparsity keeps the best that it has. With `between`, `kl_at` is the KL at the very
-        bytes, interpolated between two settings around them (None where there are none).
+        The row that misses least, with `method`, `sparsity` and `share` (the cell's), `asked`, `within` and `miss`. If
+        a method refuses the next sparsity, its best row so far counts. With `between`, `kl_at` is the KL at exactly
+        these bytes, interpolated between two settings around them (None if there are none).
 
     Raises:
-        UsageError: It refuses the first.
+        UsageError: The method refuses the first sparsity.
     """
     tried: list[Row] = []
     asked = cell.sparsity if first is None else first
@@ -79,7 +79,7 @@ def at_same_bytes(
         if near and (not between or cell.sparsity is None or min(misses) <= 0 <= max(misses)):
             break
         asked = next_asked([(row["asked"], row["miss"]) for row in tried])
-        if near:  # on the other side of the bytes
+        if near:  # now measure on the other side of the bytes
             asked = min(max(asked + math.copysign(within, misses[-1]), 0.0), 0.95)
     best = min(tried, key=lambda row: abs(row["miss"]))
     if not between or cell.sparsity is None:
@@ -88,14 +88,14 @@ def at_same_bytes(
 
 
 def kl_at(points: Sequence[tuple[float, float]], share: float) -> float | None:
-    """Interpolate the KL at a share of bytes between two settings: its logarithm is taken as linear in the share.
+    """Interpolate the KL at a fraction of bytes between two settings. Its logarithm is taken as linear in the fraction.
 
     Args:
-        points: Of settings of one method: share of bytes that was read, KL.
-        share: Of bytes.
+        points: The fraction of bytes read and the KL of each setting of one method.
+        share: The fraction of bytes.
 
     Returns:
-        None where no setting read less, or none more.
+        The KL; None if no setting read less, or none read more.
     """
     below = [point for point in points if point[0] <= share]
     above = [point for point in points if point[0] >= share]
@@ -111,10 +111,10 @@ def kl_at(points: Sequence[tuple[float, float]], share: float) -> float | None:
 
 
 def require_same_bytes(rows: Iterable[Row]) -> None:
-    """Fail where rows miss their bytes.
+    """Fail if rows miss their bytes.
 
     Raises:
-        TdaError: Says which.
+        TdaError: Rows do; the message names them.
     """
     missed = [f"{row['method']} at {row['sparsity']:g}" for row in rows if abs(row["miss"]) > row["within"]]
     if missed:

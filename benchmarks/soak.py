@@ -1,14 +1,14 @@
 """Run many requests for a given time and watch the process that answers them for growth.
 
-Two targets, one after the other, each in a process of its own: `generate` (the Python interface: plain generations,
-and a conversation) and `serve` (the server, asked by three clients over HTTP). Requests have random lengths, budgets,
-sampling and ends: some are read to their end, some closed, dropped or cancelled, some are wrong and refused. The first
-half of the time is warm-up and not counted (--warm-up): memory rises to its highest need, and to the most scattered of
-it, ever more slowly. The rest is cut into ten equal blocks.
+There are two targets, one after the other, each in a process of its own: `generate` (the Python interface: plain
+generations, and a conversation) and `serve` (the server, with three clients over HTTP). Requests have random lengths,
+budgets, sampling and ends: some are read to the end, some closed, dropped or cancelled, some are invalid and refused.
+The first half of the time is warm-up (--warm-up) and does not count, since memory rises to its maximum ever more
+slowly. The rest is cut into ten equal blocks.
 
-Rule of the verdict. Memory: a straight line through the blocks' medians; it grows if the slope is above three of its
-standard errors and above --tolerance. File descriptors and threads: they grow if the fewest of the last block are more
-than the most of the first. The exit status is 1 where something grows, or where a request is answered wrongly.
+Memory grows if the slope of a straight line through the blocks' medians is above three of its standard errors and above
+--tolerance. File descriptors and threads grow if the minimum of the last block is above the maximum of the first. The
+exit status is 1 if something grows, or if a request gets a wrong answer.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from tda_export.runtime import open_artifact
 from tda_export.versions import installed_versions
 
 BLOCKS = 10
-SURE = 3.0  # standard errors
+SURE = 3.0  # standard errors of a slope that counts as growth
 MB = 1e6
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One look at a process and its children: seconds since the start, bytes, numbers.
+    """A sample of a process and its children: seconds since the start, bytes, numbers.
 
-    `resident` is all memory that is held, `anonymous` what of it is no file's (where the system tells; else the same).
+    `resident` is all memory held, `anonymous` the part that no file backs (where the system reports it; else the same).
     """
 
     seconds: float
@@ -58,7 +58,7 @@ class Line:
 
 
 def look(process: psutil.Process, started: float) -> Sample | None:
-    """Look at a process with its children, or return None where one of them has just ended."""
+    """Sample a process with its children; return None if one of them has just ended."""
     resident = anonymous = descriptors = threads = 0
     try:
         for one in (process, *process.children(recursive=True)):
@@ -82,10 +82,10 @@ def fit(x: list[float], y: list[float]) -> Line:
 
 
 def blocks(samples: list[Sample], seconds: float, warm_up: float) -> list[list[Sample]]:
-    """Cut what came after the warm-up into blocks of equal time.
+    """Cut the samples after the warm-up into blocks of equal time.
 
     Raises:
-        UsageError: One would be empty.
+        UsageError: A block would be empty.
     """
     begin, length = warm_up * seconds, (1 - warm_up) * seconds / BLOCKS
     cut: list[list[Sample]] = [[] for _ in range(BLOCKS)]
@@ -98,13 +98,13 @@ def blocks(samples: list[Sample], seconds: float, warm_up: float) -> list[list[S
 
 
 def growth(samples: list[Sample], seconds: float, *, warm_up: float, tolerance: float) -> Row:
-    """Say what grew, by the rule above.
+    """Return the growth, by the rule above.
 
     Args:
-        samples: In order of time.
-        seconds: Of the whole run.
-        warm_up: Share of it that is not counted.
-        tolerance: Growth of memory that counts as none, MB a minute.
+        samples: The samples in order of time.
+        seconds: The time of the whole run.
+        warm_up: The fraction of the time that does not count.
+        tolerance: The growth of memory that is allowed, MB a minute.
     """
     cut, found, grows = blocks(samples, seconds, warm_up), Row(), []
     minutes = [statistics.fmean(sample.seconds for sample in block) / 60 for block in cut]
@@ -124,10 +124,10 @@ def growth(samples: list[Sample], seconds: float, *, warm_up: float, tolerance: 
 
 
 def soak(target: Target, options: argparse.Namespace) -> Row:
-    """Run a target for the given time, and say what grew.
+    """Run a target for the given time, and return the growth.
 
     Raises:
-        TdaError: The target ended by itself, or answered a request wrongly.
+        TdaError: The target ended, or gave a wrong answer to a request.
     """
     seconds, samples = 60 * options.minutes, list[Sample]()
     with target(options.artifact, options.provider, options.seed) as running:
@@ -145,14 +145,14 @@ def soak(target: Target, options: argparse.Namespace) -> Row:
 def run(options: argparse.Namespace) -> Iterator[Row]:
     if not (options.minutes > 0 and options.every > 0 and 0 <= options.warm_up < 1):
         raise UsageError("Give --minutes and --every above 0, and a --warm-up in [0, 1).")
-    open_artifact(options.artifact)  # refuses what cannot be run before any process is started
+    open_artifact(options.artifact)  # a wrong artifact is refused before any process is started
     for name in options.target or TARGETS:
         row: Row = {"target": name, "artifact": options.artifact.resolve().name, "minutes": options.minutes}
         yield row | soak(TARGETS[name], options) | versions()
 
 
 def versions() -> Row:
-    """Say with what it was measured."""
+    """Return the versions and the device of the measurement."""
     return {
         "threads_of_products": os.environ.get("TDA_EXPORT_THREADS", ""),
         "python": platform.python_version(),
@@ -162,7 +162,7 @@ def versions() -> Row:
 
 
 def line(row: Row) -> str:
-    """Write a row for people."""
+    """Return a row as a line of text."""
     requests = ", ".join(f"{count} {name}" for name, count in sorted(row["requests"].items()))
     text = f"{row['target']}, {row['minutes']:g} minutes: {sum(row['requests'].values())} requests ({requests})\n"
     for name in ("resident", "anonymous"):
@@ -178,12 +178,12 @@ def line(row: Row) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
-    parser.add_argument("--target", choices=list(TARGETS), action="append", help="may be given twice (both)")
-    parser.add_argument("--minutes", type=float, default=30.0, help="of each target (30)")
-    parser.add_argument("--every", type=float, default=1.0, help="seconds between two looks (1)")
-    parser.add_argument("--warm-up", type=float, default=0.5, help="share of the time that is not counted (0.5)")
-    parser.add_argument("--tolerance", type=float, default=0.05, help="MB a minute that count as no growth (0.05)")
-    parser.add_argument("--seed", type=int, default=0, help="of lengths, budgets and ends (0)")
+    parser.add_argument("--target", choices=list(TARGETS), action="append", help="repeatable (both)")
+    parser.add_argument("--minutes", type=float, default=30.0, help="minutes for each target (30)")
+    parser.add_argument("--every", type=float, default=1.0, help="seconds between two samples (1)")
+    parser.add_argument("--warm-up", type=float, default=0.5, help="fraction of the time that does not count (0.5)")
+    parser.add_argument("--tolerance", type=float, default=0.05, help="allowed growth of memory, MB a minute (0.05)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of lengths, budgets and ends (0)")
     parser.add_argument("--provider", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", action="store_true", help="print a row of JSON for each target")
     options = parser.parse_args()

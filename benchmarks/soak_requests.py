@@ -1,4 +1,4 @@
-"""Requests of `soak.py`: what to ask by chance, and the two targets that answer."""
+"""Random requests for `soak.py`, and the two targets that answer them."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ from tda_export.runtime import Artifact, Conversation, Model, Sampling, load, op
 from tda_export.runtime.deployment import PriceDeployment
 from tda_export.runtime.text import Text
 
-MOST_PROMPT, MOST_ANSWER, MOST_CHAT = 512, 64, 1024  # tokens
-WORDS_KEPT = 12_000  # more than the tokenizers package keeps (10,000, 0.4 kB each)
-LETTERS = str.maketrans("0123456789", "ghijklmnop")  # a word of hexadecimal digits, without digits
+MOST_PROMPT, MOST_ANSWER, MOST_CHAT = 512, 64, 1024  # the most tokens of each
+WORDS_KEPT = 12_000  # more than the cache of the tokenizers package holds (10,000, 0.4 kB each)
+LETTERS = str.maketrans("0123456789", "ghijklmnop")  # turns hexadecimal digits into letters
 CLIENTS = 3
-PATIENCE = 600  # seconds, for one answer and for an end
-ENDS = ("read", "read", "read", "closed", "dropped", "cancelled")  # of a generation, as often
+PATIENCE = 600  # seconds to wait for an answer, and for a target to end
+ENDS = ("read", "read", "read", "closed", "dropped", "cancelled")  # ends of a generation, drawn with equal chances
 WORDS = "the sea was calm and a small boat went slowly along the coast of an island".split()  # noqa: SIM905 (a text)
-ANY_PRICES = (0.0, 1e-8, 1e-6)  # where nothing was measured: what they skip does not matter here
+ANY_PRICES = (0.0, 1e-8, 1e-6)  # for artifacts without a table; how much they skip does not matter here
 
 
 class Running(Protocol):
-    """A target at work, in the process `pid`."""
+    """A running target, in the process `pid`."""
 
     pid: int
 
     def check(self) -> None:
-        """Raise TdaError where it ended by itself, or answered wrongly."""
+        """Raise TdaError if the target has ended, or has given a wrong answer."""
 
     def counts(self) -> Mapping[str, int]:
-        """Stop it, and return how many requests ended in which way."""
+        """Stop the target, and return the number of requests for each end."""
 
 
 Target = Callable[[Path, str, int], AbstractContextManager[Running]]
 
 
 def length(chance: random.Random, most: int) -> int:
-    """Draw a length from 1 to `most`, small ones as often as large ones by their order of magnitude."""
+    """Draw a length from 1 to `most`; its logarithm is uniform."""
     return round(most ** chance.random())
 
 
 def sampling(chance: random.Random) -> dict[str, Any]:
-    """Draw how to choose tokens: greedy as often as not."""
+    """Draw sampling options: greedy for half of the requests."""
     if chance.random() < 0.5:
         return {"temperature": 0.0}
     return {
@@ -66,7 +66,7 @@ def sampling(chance: random.Random) -> dict[str, Any]:
 
 
 def budgets(artifact: Artifact) -> list[dict[str, float]]:
-    """Return the budgets to draw from: none, and where there are prices dense and two others."""
+    """Return the budgets to draw from: no budget, and with prices also dense and two others."""
     if artifact.layout != "priced":
         return [{}]
     table = artifact.price_table
@@ -76,7 +76,7 @@ def budgets(artifact: Artifact) -> list[dict[str, float]]:
 
 
 def generate_until_told(folder: Path, provider: str, seed: int, pipe: Connection) -> None:
-    """Generate until something comes through the pipe, then send back how many requests ended how."""
+    """Generate until a message comes through the pipe, then send the number of requests for each end."""
     model, chance, counts = load(folder, provider=provider), random.Random(seed), Counter[str]()
     chats = model.text.has_chat_template
     conversation = Conversation(model, context=min(MOST_CHAT, model.check_context(None))) if chats else None
@@ -111,9 +111,9 @@ def generate_until_told(folder: Path, provider: str, seed: int, pipe: Connection
 
 
 def take_most_memory(model: Model, conversation: Conversation | None) -> None:
-    """Generate with the longest prompt, fill a conversation, and the tokenizer's memory of words.
+    """Generate with the longest prompt, fill a conversation, and fill the tokenizer's cache of words.
 
-    Otherwise what is reserved, but first written to later, and what has a bound would look like growth.
+    Otherwise their memory, which is bounded but first used later, would look like growth.
     """
     for number in range(WORDS_KEPT):
         model.text.encode(f"{number:x}".translate(LETTERS))
@@ -124,7 +124,7 @@ def take_most_memory(model: Model, conversation: Conversation | None) -> None:
 
 
 def plain_generation(model: Model, chance: random.Random) -> Any:
-    """Begin a generation from tokens drawn by chance."""
+    """Begin a generation from random tokens."""
     context = model.check_context(None)
     prompt = chance.choices(range(model.artifact.shape.vocab_size), k=length(chance, min(MOST_PROMPT, context - 1)))
     budget = chance.choice(budgets(model.artifact))
@@ -141,7 +141,7 @@ def plain_generation(model: Model, chance: random.Random) -> Any:
 
 @dataclass
 class Generating:
-    """`generate_until_told` in a process."""
+    """Runs `generate_until_told` in a process."""
 
     process: Any
     pipe: Connection
@@ -182,7 +182,7 @@ class Serving:
     def __init__(self, process: subprocess.Popen[str], address: tuple[str, int], folder: Path, seed: int) -> None:
         self.pid, self._process, self._address = process.pid, process, address
         artifact = open_artifact(folder)
-        self._most_words = min(MOST_PROMPT, artifact.shape.max_positions) // 8  # a token may be one letter
+        self._most_words = min(MOST_PROMPT, artifact.shape.max_positions) // 8  # since a token may be one letter
         self._chats = Text(artifact).has_chat_template
         self._budgets, self._name = budgets(artifact), folder.resolve().name
         self._counts, self._wrong, self._stop = Counter[str](), list[str](), threading.Event()
@@ -210,11 +210,11 @@ class Serving:
         try:
             while not self._stop.is_set():
                 self._counts[self._request(chance)] += 1
-        except Exception as error:  # shown by `check`, in the main thread
+        except Exception as error:  # `check` raises it in the main thread
             self._wrong.append(f"{type(error).__name__}: {error}")
 
     def _request(self, chance: random.Random) -> str:
-        """Ask once on a connection of its own, and say how that ended."""
+        """Send a request on a connection of its own, and return how it ended."""
         path, body = self._body(chance)
         wrong = chance.random() < 0.05
         if wrong:
@@ -251,7 +251,7 @@ class Serving:
 
 @contextlib.contextmanager
 def serving(folder: Path, provider: str, seed: int) -> Iterator[Running]:
-    """Serve on a free port of this machine."""
+    """Start a server on a free port of this machine."""
     command = [sys.executable, "-m", "tda_export", "serve", str(folder), "--port", "0", "--provider", provider]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
@@ -265,7 +265,7 @@ def serving(folder: Path, provider: str, seed: int) -> Iterator[Running]:
             sys.stderr.write(line)
         raise TdaError("The server did not start. See above.")
     finally:
-        process.terminate()  # answers have the server's --grace to end
+        process.terminate()  # running requests have the server's --grace to end
         process.wait(PATIENCE)
 
 

@@ -20,13 +20,13 @@ from tda_export.packing import RowBytes, linear_shape, row_bytes_of
 from tda_export.weights.formats import FLOAT_FORMATS
 from tda_export.weights.plan import HEAD, FormatPlan, part_name
 
-BITS = ("5.2", "5.8", "6.4")  # mean bits of a weight of the linears, some of which are int8 and the others int4
+BITS = ("5.2", "5.8", "6.4")  # mean bits of a weight of the linears, of which some are int8 and the others int4
 QUANTISED = {
     "int8": ["--weights", "int8", "--quantizer", "rtn"],
     "int4": ["--weights", "int4"],
     **{f"{bits} bits": ["--bits-per-weight", bits] for bits in BITS},
 }
-MIXED = {  # parts of int4 that are int8
+MIXED = {  # the parts that are int8; the others are int4
     "int4, v int8": ("v",),
     "int4, v and o int8": ("v", "o"),
     "int4, v, o and down int8": ("v", "o", "down"),
@@ -45,9 +45,10 @@ Make = Callable[[], "Stored"]
 
 @dataclass(frozen=True)
 class Stored:
-    """A model of de-quantised weights, and what they take where they are stored.
+    """A model of de-quantised weights, and their bytes as stored.
 
-    `row_bytes`: of ours, whose rows have prices; None of a peer, whose linears take `linear_bytes` in each layer.
+    `row_bytes`: the bytes of a row for our models, whose rows have prices; None for others, for which `linear_bytes`
+    are the bytes of the linears of a layer.
     """
 
     model: Any
@@ -61,7 +62,7 @@ def run(*words: Any) -> None:
 
 
 class Stacks:
-    """All that are compared, each made when it is asked for."""
+    """The models to compare. Each is made when it is first used."""
 
     def __init__(self, folder: Path, llama: Path) -> None:
         self.folder, self.llama, self.copy = folder, llama, folder / "scaled"
@@ -111,7 +112,7 @@ class Stacks:
         return make
 
     def _with(self, weights: dict[str, torch.Tensor]) -> Any:
-        """Return the copy with other matrices, by the checkpoint's names."""
+        """Return the copy of the model with other matrices, given by their names in the checkpoint."""
         model = self.source.reference()
         with torch.no_grad():
             for name, value in weights.items():
@@ -143,7 +144,7 @@ class Stacks:
         return make
 
     def _imatrix(self) -> Path:
-        """Write the mean squares of the inputs of every linear over text, as llama.cpp's importance matrix."""
+        """Write llama.cpp's importance matrix: the mean squares of the inputs of every linear over text."""
         import gguf
 
         path, spec = self.folder / "imatrix.gguf", self.source.spec
@@ -177,7 +178,7 @@ class Stacks:
         writer.add_uint32("imatrix.chunk_count", len(corpus.tokens))
         writer.add_uint32("imatrix.chunk_size", IMATRIX_LENGTH)
         for name, total in sums.items():
-            target = targets.get(f"{name}.weight", "token_embd.weight")  # of a tied head
+            target = targets.get(f"{name}.weight", "token_embd.weight")  # for a tied head
             writer.add_tensor(f"{target}.in_sum2", total.float().numpy()[None])
             writer.add_tensor(f"{target}.counts", np.full((1, 1), len(corpus.tokens) * IMATRIX_LENGTH, np.float32))
         writer.write_header_to_file()
@@ -237,7 +238,7 @@ def onnx_matrices(path: Path) -> Iterator[tuple[str, torch.Tensor, int]]:
 
 
 def unpacked(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Return the numbers of bytes, the first of a byte in its low bits, float32."""
+    """Return the numbers that are packed in bytes, as float32. The first of a byte is in its low bits."""
     if bits == 8:
         return codes.astype(np.float32)
     return np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1).astype(np.float32)

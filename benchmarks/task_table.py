@@ -3,14 +3,14 @@
     python benchmarks/task_table.py ARTIFACT --data FOLDER [--tasks all] [--limit 500] [--methods tda griffin]
         [--priced ARTIFACT --methods dense priced teal griffin --of linears]
 
-ARTIFACT is one of --method tda --allocation kl, that of --priced one of --method priced (which priced, teal and wina
-need; TEAL has greedy densities with --densities), FOLDER what `tda-export eval-data` wrote. Every task and method is
-what `tda-export eval ARTIFACT --tasks TASK --method METHOD --sparsity ASKED --json` prints (uniform: `--method tda
---allocation uniform`), zero-shot, by the strict protocol. A prompt that is shorter than those of the calibration text
-reads other bytes than were asked for. So that methods are compared at the same bytes, ASKED is first sought on --pilot
-questions, and the whole task is measured again where it still misses the bytes of --sparsity by more than --within.
+ARTIFACT is built with --method tda --allocation kl, that of --priced with --method priced. priced, teal and wina need
+the latter; --densities are greedy densities for TEAL. FOLDER is written by `tda-export eval-data`. The figures of a
+task and a method are those of `tda-export eval ARTIFACT --tasks TASK --method METHOD --sparsity ASKED --json` (uniform:
+`--method tda --allocation uniform`), zero-shot, by the strict protocol. A prompt that is shorter than those of the
+calibration text reads other bytes than were asked for. To compare methods at the same bytes, ASKED is first searched on
+--pilot questions. The whole task is measured again if it still misses the bytes of --sparsity by more than --within.
 
-Prints one JSON object for each task and method. --rows keeps them: an interrupted run goes on from there.
+Prints one JSON object for each task and method. --rows keeps them, so that an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ KEYS = ("task", "artifact", "method", "sparsity", "limit", "within", "share", "d
 
 
 def request(cell: Cell, densities: Path | None = None) -> Request:
-    """How `tda-export eval` would be asked for a cell."""
+    """Return the request of `tda-export eval` for a cell."""
     if cell.method == "dense":
         return Request("dense")
     if cell.method in ROW_METHODS:
@@ -53,7 +53,7 @@ def request(cell: Cell, densities: Path | None = None) -> Request:
 
 
 def folder_of(options: argparse.Namespace, method: str) -> Path:
-    """The artifact that runs a method."""
+    """Return the artifact that runs a method."""
     folder: Path | None = options.priced if method in ROW_METHODS else options.artifact
     if folder is None:
         raise UsageError(f"Method {method} needs an artifact of --method priced. Give it with --priced.")
@@ -69,10 +69,10 @@ def measure(options: argparse.Namespace, task: str, limit: int | None, cell: Cel
 
 
 def measured(options: argparse.Namespace) -> Iterator[Row]:
-    """All rows, as they come, those that were kept among them.
+    """Yield all rows as they are measured, kept rows included.
 
     Raises:
-        TdaError: At the end, where some missed their bytes.
+        TdaError: At the end, if rows missed their bytes.
     """
     rows = Rows(options.rows, KEYS)
     tasks = chosen_tasks(options.tasks)
@@ -101,15 +101,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--tasks", nargs="+", default=[ALL_TASKS])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["tda", "griffin"])
-    parser.add_argument("--priced", type=Path, metavar="ARTIFACT", help="Of the same model, of --method priced.")
-    parser.add_argument("--densities", type=Path, metavar="FILE", help="Of TEAL, greedy.")
-    parser.add_argument("--of", choices=tuple(SHARES), default="ffn", help="Whose bytes are the same.")
+    parser.add_argument("--priced", type=Path, metavar="ARTIFACT", help="Priced artifact of the same model.")
+    parser.add_argument("--densities", type=Path, metavar="FILE", help="Greedy densities for TEAL.")
+    parser.add_argument("--of", choices=tuple(SHARES), default="ffn", help="Matrices to compare bytes of.")
     parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--within", type=float, default=0.01, help="Share of the dense bytes.  [default: 0.01]")
+    parser.add_argument("--within", type=float, default=0.01, help="Fraction of dense bytes.  [default: 0.01]")
     parser.add_argument("--limit", type=int, default=500, help="Questions of a task, 0 for all.  [default: 500]")
-    parser.add_argument("--pilot", type=int, default=100, help="Questions for seeking.  [default: 100]")
+    parser.add_argument("--pilot", type=int, default=100, help="Questions for the search.  [default: 100]")
     parser.add_argument("--provider", default="auto")
-    parser.add_argument("--rows", type=Path, metavar="FILE", help="Keep what was measured here, and go on from it.")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="Keep measurements here, and resume from them.")
     return parser.parse_args()
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/teal_densities.py MODEL --calibration FILE -o OUTPUT [--packing separate] [--parts all]
 
-FILE is of `tda-export calibrate --method priced`, whose counts of inputs give the thresholds. Errors of blocks are
-taken on --sequences of the built-in text, 64 tokens after dense prompts of 64. In PyTorch, float32.
+FILE comes from `tda-export calibrate --method priced`; its counts of inputs give the thresholds. Errors of blocks are
+measured on --sequences of the built-in text, on 64 tokens after dense prompts of 64. In PyTorch, float32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tda_export.models.source import ModelSource, resolve_model
 from tda_export.packing import PACKINGS, Packing, Parts
 from tda_export.progress import progress
 
-TOKENS = 64  # of a prompt, and after it
+TOKENS = 64  # tokens of a prompt, and tokens after it
 SEQUENCES = 8
 
 
@@ -30,7 +30,7 @@ def search(
     """Search the densities of a model.
 
     Raises:
-        UsageError: The calibration is of another model, or without prices.
+        UsageError: The calibration is of another model, or has no prices.
         TdaError: It cannot be read.
     """
     found = read_calibration(calibration)

@@ -3,10 +3,10 @@
     python benchmarks/true_shapes.py FOLDER [--shape opt-350m …] [--dtype fp16]
 
 Prints one JSON line a model: its shape, file sizes, seconds and peak anonymous memory of the build (`--no-verify`) with
-the bound that it must keep to (1.5 GiB and twice the largest tensor), and seconds and tokens of one generation. Each
-model is made, built and run in processes of their own; where one fails the line names it (`failed`), and the next
-model's turn comes. FOLDER needs room for one checkpoint and one artifact (32 GB for an 8B model in fp16). Generation
-runs on the GPU where one is, and otherwise with fp32 or fp16.
+its bound (1.5 GiB and twice the largest tensor), and seconds and tokens of one generation. A model is made, built and
+run in three processes. If one fails, the line names the step (`failed`), and the next model follows. FOLDER needs room
+for one checkpoint and one artifact (32 GB for an 8B model in fp16). Generation runs on the GPU if there is one, and
+otherwise on the CPU, with fp32 or fp16.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tda_export.bench.shapes import SHAPES
 
 PAPER = ("opt-350m", "opt-2.7b", "gemma-2b", "llama-2-7b", "llama-3-8b", "mistral-7b")
 NEW_TOKENS = 32
-ALLOWED_BYTES = 3 << 29  # 1.5 GiB, besides twice the largest tensor
+ALLOWED_BYTES = 3 << 29  # 1.5 GiB; twice the largest tensor is added
 PROMPT = "The history of the lighthouse began in the year"
 
 
@@ -90,13 +90,13 @@ STEPS = {"make": make, "build": build, "run": run}
 
 
 def measure(folder: Path, shape: str, dtype: str, steps: list[str]) -> dict[str, Any]:
-    """Run the steps of one model up to one that fails, which `failed` then names, and delete its files."""
+    """Run the steps of one model until one fails, which `failed` then names. Delete the model's files."""
     report: dict[str, Any] = {"model": shape, "dtype": dtype}
     try:
         for step in steps:
             command = [sys.executable, __file__, str(folder), "--shape", shape, "--dtype", dtype, "--step", step]
             result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-            if result.returncode:  # it has said why on standard error
+            if result.returncode:  # its error is on standard error
                 report["failed"] = step
                 break
             report |= json.loads(result.stdout.splitlines()[-1])
@@ -128,7 +128,7 @@ def main() -> None:
         folder = options.folder / shape
         try:
             folder.mkdir(parents=True)
-        except FileExistsError:  # perhaps of a run that was killed; it may be anything, so it is not deleted
+        except FileExistsError:  # it may be anything, so it is not deleted
             failed.append(f"{folder} is there already, delete it")
             continue
         report = measure(folder, shape, options.dtype, steps)
