@@ -31,7 +31,7 @@ TABLES = ("cos_cache", "sin_cache")
 
 @dataclass(frozen=True)
 class AttentionForm:
-    """What attention is made of; `window`, `scale` and `softcap` 0 are none, or by default. `codes`: Attention8."""
+    """Attributes of an attention. `window` and `softcap` 0 mean none, `scale` 0 the default. `codes`: Attention8."""
 
     heads: int = 4
     kv_heads: int = 2
@@ -46,18 +46,18 @@ class AttentionForm:
 
     @property
     def inputs(self) -> list[str]:
-        """The names of the node's inputs."""
+        """Return the names of the node's inputs."""
         left_out = {*(("key", "value") if self.packed else ()), *(() if self.rotary else TABLES)}
         names = operators.ATTENTION_8_INPUTS if self.codes else operators.ATTENTION_INPUTS
         return [name for name in names if name not in left_out]
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The names of the node's outputs."""
+        """Return the names of the node's outputs."""
         return OUTPUTS_8 if self.codes else OUTPUTS
 
     def dtype_of(self, name: str, dtype: str) -> str:
-        """The dtype of an input or output where activations have `dtype`."""
+        """Return the dtype of an input or output if activations have `dtype`."""
         if name in NUMBERS:
             return "int32"
         if name.endswith("_scale"):
@@ -78,8 +78,8 @@ def attention_session(
     provider: str | None = None,
     captured: int = 0,
 ) -> ort.InferenceSession:
-    """A session on a provider, by default on the CPU for float32 and on CUDA otherwise; without `native` the function
-    body runs. With `captured`, which is then the attention mask's length, calls are captured as a CUDA graph."""
+    """Make a session on a provider, by default on the CPU for float32 and on CUDA otherwise. Without `native` the
+    function body runs. With `captured`, the attention mask's length, calls are captured as a CUDA graph."""
     values = {name: ir.Value(name=name, type=ir.TensorType(DTYPES[form.dtype_of(name, dtype)])) for name in form.inputs}
     ops = Ops()
     given = operators.ATTENTION_8_INPUTS if form.codes else operators.ATTENTION_INPUTS
@@ -131,8 +131,8 @@ def random_attention(
     pairs: int | None = None,
     dtype: str = "float32",
 ) -> dict[str, np.ndarray]:
-    """Inputs after `past` tokens, in a cache of just these, or with `room` for as many as past and call; `pairs` of a
-    head's elements are rotated, by default all."""
+    """Return random inputs after `past` tokens. The cache holds just these, or has `room` for this many tokens, the
+    call's included. `pairs` of a head's elements are rotated, by default all."""
 
     def draw(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(NUMPY_DTYPES[dtype])
@@ -159,15 +159,15 @@ def random_attention(
 
 
 def run_attention(session: ort.InferenceSession, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """Run as applications with a growing cache do: what attention gives, present keys and values."""
+    """Run as applications with a growing cache do; return the output, and present keys and values."""
     results: list[np.ndarray] = session.run([output.name for output in session.get_outputs()], dict(feeds))
     return results
 
 
 def run_in_place(session: ort.InferenceSession, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """Run with the past's buffers for the present's, as the driver does."""
+    """Run with the past's buffers as the present's, as the driver does."""
     binding = session.io_binding()
-    arrays = {name: value.copy() for name, value in feeds.items()}  # whose memory the values are
+    arrays = {name: value.copy() for name, value in feeds.items()}  # the memory of the values
     values = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in arrays.items()}
     for name, value in values.items():
         binding.bind_ortvalue_input(name, value)
@@ -182,7 +182,7 @@ def run_in_place(session: ort.InferenceSession, feeds: Mapping[str, np.ndarray])
 def reference(
     feeds: Mapping[str, np.ndarray], form: AttentionForm, present: Sequence[np.ndarray] | None = None
 ) -> np.ndarray:
-    """Compute what each token attends to, float64 [1, S, H D]; of Attention8, given what its cache holds afterwards."""
+    """Compute the output of attention, float64 [1, S, H D]. Attention8 is given its cache after the call."""
     queries, keys, values = _of_call(feeds, form)
     past = _past(feeds)
     if present is not None:
@@ -194,7 +194,7 @@ def reference(
 
 
 def unrounded(feeds: Mapping[str, np.ndarray], form: AttentionForm) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Compute codes and scales of the call's keys and values, float64 [S, KV, D] and [S, KV], codes before rounding."""
+    """Compute unrounded codes and scales of the call's keys and values, float64 [S, KV, D] and [S, KV]."""
     found = []
     for rows in _of_call(feeds, form)[1:]:
         scales = np.abs(rows).max(axis=2) / 127
@@ -212,7 +212,7 @@ def _stands_for(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def _of_call(feeds: Mapping[str, np.ndarray], form: AttentionForm) -> list[np.ndarray]:
-    """Queries, keys and values of the call as attention takes them, float64 [S, heads, D]."""
+    """Return the call's queries, keys and values after rotation, float64 [S, heads, D]."""
     of: dict[str, Any] = {name: np.asarray(value, np.float64) for name, value in feeds.items() if name not in NUMBERS}
     tokens, past, size = of["query"].shape[1], _past(feeds), form.size
     if form.packed:
@@ -263,7 +263,7 @@ def _attended(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, past: i
 def forms(
     draw: st.DrawFn, sizes: tuple[int, ...], codes: bool = False, kv_heads: tuple[int, ...] = (1, 2, 3)
 ) -> AttentionForm:
-    """Draw a form with one of these sizes of a head, and numbers of heads; with `codes` its cache is of 8 bits."""
+    """Draw a form with one of these head sizes, and numbers of heads. With `codes`, the cache has 8 bits."""
     kv = draw(st.sampled_from(kv_heads))
     return AttentionForm(
         heads=kv * draw(st.sampled_from([1, 2, 3, 4, 5, 9])),

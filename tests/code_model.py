@@ -1,4 +1,4 @@
-"""Models of one node whose weights are integers, all of them inputs, and the slow reference in float64."""
+"""Models of one node with integer weights as inputs, and the slow reference in float64."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def code_session(
     dtype: str = "float32",
     early: bool = False,
 ) -> ort.InferenceSession:
-    """A session of RowLinear4 or RowLinear8 (`rows`), or of Linear4 or Linear8; `group` replaces the format's.
+    """Make a session of RowLinear4 or RowLinear8 (`rows`), or of Linear4 or Linear8. `group` replaces the format's.
 
     It is on the CPU for activations of float32 and on CUDA otherwise.
     """
@@ -58,7 +58,7 @@ def code_session(
 
 
 def random_codes(rng: np.random.Generator, format: IntegerFormat, rows: int, columns: int) -> Codes:
-    """Codes of every value, scaled so that elements are of order one."""
+    """Return random codes of every value, scaled so that elements are of order one."""
     groups, most = format.groups(columns), format.levels - 1
     return Codes(
         format,
@@ -73,7 +73,7 @@ def feeds_of(codes: Codes, x: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def tolerance(x: np.ndarray, codes: Codes) -> float:
-    """What sums of float32 may be off by: they hold codes and zero points before one is subtracted from the other."""
+    """Return the tolerance of float32 sums, which add codes and zero points before they subtract one from the other."""
     largest = float(np.abs(codes.scales.astype(np.float64)).max()) * codes.format.levels
     return 2e-6 * max(1.0, float(np.linalg.norm(x, axis=-1).max(initial=0.0))) * max(1.0, largest)
 
@@ -81,7 +81,7 @@ def tolerance(x: np.ndarray, codes: Codes) -> float:
 def row_feeds(
     rng: np.random.Generator, format: IntegerFormat, inputs: int, outputs: int, count: int, dtype: str = "float32"
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Inputs of a product with rows at price 0, and the elements of its matrix."""
+    """Return the inputs of a product with rows at price 0, and the elements of its matrix."""
     codes = random_codes(rng, format, inputs, outputs)
     feeds = feeds_of(codes, rng.standard_normal((1, count, inputs)).astype(NUMPY_DTYPES[dtype]))
     feeds["row_price"] = np.exp(rng.standard_normal(inputs)).astype(np.float32)

@@ -20,10 +20,10 @@ from tda_export.runtime.providers import cuda_problem
 from tests.examples.applications import Applications, node_problem
 from tests.tiny import save_tiny_model
 
-settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+settings.register_profile("untimed", deadline=None)  # a busy machine must not fail a test
 settings.load_profile("untimed")
 
-# A model that this project does not ship.
+# This project does not ship this model.
 collect_ignore = [] if os.environ.get("TDA_EXPORT_GEMMA3") else ["test_gemma3.py"]
 
 TINY_LENGTHS = ("--sequences", "4", "--prompt-tokens", "32", "--continuation-tokens", "16")
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def build_tda(model: object, calibration: object) -> tuple[object, ...]:
-    """Arguments of `tda-export build --method tda`, without an output."""
+    """Return the arguments of `tda-export build --method tda`, without an output."""
     return "build", model, "--method", "tda", "--calibration", calibration
 
 
@@ -58,7 +58,7 @@ def run_ok(*arguments: object) -> Result:
 
 @pytest.fixture(scope="session")
 def applications(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Applications]:
-    """The examples, installed below a temporary folder, which goes afterwards: Node's packages are large."""
+    """Installs the examples in a temporary folder, which is deleted afterwards, since Node's packages are large."""
     folder = tmp_path_factory.mktemp("applications")
     yield Applications(folder)
     shutil.rmtree(folder)
@@ -84,7 +84,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[An
 
 @pytest.fixture(scope="session")
 def tiny_calibration(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its calibration at sparsity 0.5 on the built-in text."""
+    """The tiny model's calibration at sparsity 0.5 on the built-in text."""
     path = tmp_path_factory.mktemp("calibrations") / "tiny.safetensors"
     run_ok("calibrate", tiny_model, "-o", path, "--sparsity", "0.5", *CALIBRATE_TINY)
     return path
@@ -92,7 +92,7 @@ def tiny_calibration(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def tiny_artifact(tiny_model: Path, tiny_calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its verified artifact. Session-wide: copy it before changing anything in it."""
+    """The tiny model's verified artifact. All tests share it: copy it before changing it."""
     path = tmp_path_factory.mktemp("artifacts") / "tiny"
     run_ok(*build_tda(tiny_model, tiny_calibration), "-o", path)
     return path
@@ -100,7 +100,7 @@ def tiny_artifact(tiny_model: Path, tiny_calibration: Path, tmp_path_factory: py
 
 @pytest.fixture(scope="session")
 def priced_calibration(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its prices at sparsity 0.5 on the built-in text."""
+    """The tiny model's calibration of prices at sparsity 0.5 on the built-in text."""
     path = tmp_path_factory.mktemp("calibrations") / "priced.safetensors"
     run_ok("calibrate", tiny_model, "-o", path, "--sparsity", "0.5", *PRICE_TINY)
     return path
@@ -108,7 +108,7 @@ def priced_calibration(tiny_model: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def priced_artifact(tiny_model: Path, priced_calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its verified artifact of priced rows. Session-wide: copy it before changing anything in it."""
+    """The tiny model's verified artifact of priced rows. All tests share it: copy it before changing it."""
     path = tmp_path_factory.mktemp("artifacts") / "priced"
     run_ok("build", tiny_model, "--calibration", priced_calibration, "-o", path)
     return path
@@ -116,7 +116,7 @@ def priced_artifact(tiny_model: Path, priced_calibration: Path, tmp_path_factory
 
 @pytest.fixture(scope="session")
 def integer_artifact(tiny_model: Path, priced_calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its verified artifact of four-bit rows, dense unless it is given a price."""
+    """The tiny model's verified artifact of four-bit rows. It decodes densely unless a price is given."""
     path = tmp_path_factory.mktemp("artifacts") / "integers"
     run_ok("build", tiny_model, "--calibration", priced_calibration, "--weights", "int4", "--price", "0", "-o", path)
     return path
@@ -124,7 +124,7 @@ def integer_artifact(tiny_model: Path, priced_calibration: Path, tmp_path_factor
 
 @pytest.fixture(scope="session")
 def token_artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its artifact with a calibration of the token estimator, which threshold truncation needs."""
+    """The tiny model's artifact with a calibration of the token estimator, which threshold truncation needs."""
     folder = tmp_path_factory.mktemp("token")
     sequences = ("--sequences", "2", "--prompt-tokens", "24", "--continuation-tokens", "8")
     output = folder / "calibration.safetensors"

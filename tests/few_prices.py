@@ -1,4 +1,4 @@
-"""A calibration of prices in less time."""
+"""Calibrates prices in less time."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 
 from tda_export.calibration import price_run, price_table
 
-SHARES = (0.9, 0.6, 0.3)  # fewer than the product's, which are measured alike
+SHARES = (0.9, 0.6, 0.3)  # fewer than the product measures
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_prices() -> Iterator[None]:
-    """Import it into a module to measure `SHARES` there."""
+    """Measure only `SHARES` in a module that imports this fixture."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (price_run, price_table):
             patch.setattr(module, "SHARES", SHARES)

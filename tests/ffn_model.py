@@ -20,7 +20,7 @@ from tda_export.native.library import register_native
 NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 FIXED_DTYPES = {"mask_indices": "int32", "neuron_scale": "float32", "token_thresholds": "float32"}
 PROVIDERS = {"float32": "CPUExecutionProvider", "float16": "CUDAExecutionProvider", "bfloat16": "CUDAExecutionProvider"}
-# Relative error of a sum of rounded products; half-precision results are rounded once at the end.
+# Relative error of a sum of rounded products. Half-precision results are rounded once, at the end.
 TOLERANCES = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 QUIET = 4
 
@@ -41,7 +41,7 @@ def input_names(form: FfnForm, down_bias: bool) -> list[str]:
 def ffn_session(
     form: FfnForm, *, down_bias: bool = False, layer: int = 0, dtype: str = "float32", native: bool = True
 ) -> ort.InferenceSession:
-    """A session on the CPU for float32 and on CUDA otherwise; without `native` the function body runs."""
+    """Make a session on the CPU for float32 and on CUDA otherwise. Without `native` the function body runs."""
     inputs = {
         name: ir.Value(name=name, type=ir.TensorType(DTYPES[FIXED_DTYPES.get(name, dtype)]))
         for name in input_names(form, down_bias)
@@ -61,7 +61,7 @@ def ffn_session(
 
 
 def run(session: ort.InferenceSession, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Run with numpy arrays of any dtype that numpy has with ml_dtypes."""
+    """Run with numpy arrays, whose dtypes may be those of ml_dtypes."""
     values = {name: ort_value(feeds[name]) for name in (item.name for item in session.get_inputs())}
     (y,) = session.run_with_ort_values(["y"], values)
     return array_of(y)
@@ -94,7 +94,7 @@ def random_feeds(
     dtype: str,
     threshold: float,
 ) -> dict[str, np.ndarray]:
-    """Inputs of every form, weights scaled so that results are of order one."""
+    """Return random inputs for any form. Weights are scaled so that results are of order one."""
 
     def draw(*shape: int, scale: float = 1.0) -> np.ndarray:
         return (scale * rng.standard_normal(shape)).astype(NUMPY_DTYPES[dtype])
@@ -126,7 +126,7 @@ def activate(activation: str, value: np.ndarray) -> np.ndarray:
 def reference(
     form: FfnForm, feeds: Mapping[str, np.ndarray], *, down_bias: bool, threshold: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute y [1, S, M] in float64, and the estimates [S, K] that the threshold is compared with."""
+    """Compute in float64 y [1, S, M] and the estimates [S, K] that are compared with the threshold."""
     f = {name: np.asarray(value, np.float64) for name, value in feeds.items() if name != "mask_indices"}
     indices = feeds["mask_indices"]
     neurons, hidden = f["w_up"].shape

@@ -1,4 +1,4 @@
-"""Mutations of files by seed, and what runs them: worker processes, so that a crash is not pytest's."""
+"""Mutations of files by seed, and worker processes that run them, so that a crash does not end pytest."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OTHERS: tuple[Any, ...] = (None, True, False, [], {}, [[]], {"a": 1}, *TEXTS)
 
 
 def places(content: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The places of all values within JSON, those of objects and arrays too."""
+    """Return the places of all values in JSON, objects and arrays included."""
     if isinstance(content, dict | list):
         for key, value in content.items() if isinstance(content, dict) else enumerate(content):
             yield (*place, key)
@@ -31,9 +31,9 @@ def places(content: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...
 
 
 def mutate_json(text: str, random: random.Random) -> str:
-    """Change one value: another number or kind, a key deleted, renamed or doubled, values swapped, nested deeply."""
+    """Change one value: replace it, delete, rename or double its key, swap it with another, or nest it deeply."""
     content = json.loads(text)
-    # First by depth, so that long arrays do not take all mutations.
+    # The depth is drawn first, so that long arrays do not get all mutations.
     every = list(places(content))
     depth = random.choice(sorted({len(place) for place in every}))
     place = random.choice([place for place in every if len(place) == depth])
@@ -64,7 +64,7 @@ def mutate_json(text: str, random: random.Random) -> str:
 
 
 def mutate_bytes(data: bytes, random: random.Random) -> bytes:
-    """Flip a bit, some bits or a byte, cut off, put in, swap blocks, fill."""
+    """Flip a bit, some bits or a byte, cut bytes off, insert bytes, swap blocks, or fill a block."""
     kind = random.choice(["bit", "bit", "bits", "byte", "cut", "insert", "swap", "fill", "nothing"])
     changed = bytearray(data)
     at = random.randrange(len(changed))
@@ -89,7 +89,7 @@ def mutate_bytes(data: bytes, random: random.Random) -> bytes:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did: its exit code, what it said, and the traceback of what it did not handle."""
+    """The outcome of a command: exit code, output, and the traceback of an exception that it did not handle."""
 
     exit_code: int
     stdout: str
@@ -98,7 +98,7 @@ class Outcome:
 
     @property
     def problem(self) -> str:
-        """What is wrong with it, nothing if it succeeded or failed as a command may."""
+        """What is wrong with the outcome; empty after a success or a proper failure."""
         if self.traceback:
             return self.traceback
         if self.exit_code not in (0, 1, 2):
@@ -114,7 +114,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Case:
-    """A mutation by its seed: `check` is given a folder of its own, a generator, and `where` the good files are."""
+    """A mutation by its seed. `check` gets a folder of its own, a generator, and `where` the good files are."""
 
     check: Callable[[Path, random.Random, Path], str]
     seed: int
@@ -124,7 +124,7 @@ class Case:
         return f"{self.check.__name__} of {self.where.name} with seed {self.seed}"
 
     def run(self) -> str:
-        """Return what is wrong, or nothing."""
+        """Return the problem; empty if there is none."""
         folder = Path(tempfile.mkdtemp(dir=self.where.parent))
         try:
             return self.check(folder, random.Random(self.seed), self.where)
@@ -135,8 +135,8 @@ class Case:
 
 
 def _serve(pipe: Connection) -> None:
-    """Run the cases that come through a pipe, None being the last, and send back what is wrong with them."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # before anything heavy is imported, which receiving the first case does
+    """Run the cases that come through a pipe, up to None, and send back the problem of each."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # before the first case is received, which imports heavy packages
     pipe.send(None)
     while case := pipe.recv():
         pipe.send(None)
@@ -144,7 +144,7 @@ def _serve(pipe: Connection) -> None:
 
 
 class Worker:
-    """A process that runs one case after another, and is replaced when one ends it or takes too long."""
+    """A process that runs one case after another. It is replaced if a case ends it or takes too long."""
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
@@ -155,13 +155,13 @@ class Worker:
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other,), daemon=True)
         self._process.start()
-        other.close()  # so that the process's end is the pipe's end
+        other.close()  # so that the pipe ends with the process
         self._pipe.recv()
 
     def run(self, case: Case) -> str:
         self._pipe.send(case)
         try:
-            self._pipe.recv()  # the time that the imports took does not count: it is long on a busy machine
+            self._pipe.recv()  # the time of imports does not count, since it is long on a busy machine
             if self._pipe.poll(self._timeout):
                 return str(self._pipe.recv())
             problem = f"not done after {self._timeout} s"
@@ -184,11 +184,11 @@ class Worker:
 
 
 def run_all(cases: Sequence[Case], timeout: float) -> dict[str, str]:
-    """Run cases in worker processes, and return what is wrong by case.
+    """Run cases in worker processes, and return the problems by case.
 
     Args:
-        cases: To run.
-        timeout: Seconds for one, behind the imports of the module that its check is in.
+        cases: The cases.
+        timeout: The seconds that a case may take after the imports of its check's module.
     """
     waiting, wrong = iter(cases), dict[str, str]()
     lock = threading.Lock()

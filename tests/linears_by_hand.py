@@ -1,4 +1,4 @@
-"""The linears of transformers models by hand: what tests of prices and of dropped rows compare with."""
+"""The linears of transformers models, found by hand. Tests of prices and of skipped rows compare with them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tda_export.models.spec import DecoderSpec
 
 
 def by_hand(model: Any, spec: DecoderSpec, layer: int, part: str) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
-    """Return a part's module, its weights [in, out], and where in the module's outputs its own are, int64 [out]."""
+    """Return a part's module, its weights [in, out], and the places of its outputs among the module's, int64 [out]."""
     names = {
         "q": spec.names.query,
         "k": spec.names.key,
@@ -41,7 +41,7 @@ SITES = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 
 
 def sites_of(spec: DecoderSpec) -> list[tuple[str, ...]]:
-    """The parts that read one input together."""
+    """Return the parts that read the same input, by site."""
     return [tuple(part for part in site if spec.gated or part != "gate") for site in SITES]
 
 

@@ -14,13 +14,13 @@ from tda_export.graph.row_linear import row_linear, row_linear_functions
 from tda_export.native.library import register_native
 from tests.ffn_model import NUMPY_DTYPES, PROVIDERS
 
-PRICES = (operators.RowLinearInput.ROW_PRICE, operators.RowLinearInput.PRICE)  # float32, whatever the weights are
+PRICES = (operators.RowLinearInput.ROW_PRICE, operators.RowLinearInput.PRICE)  # always float32
 
 
 def row_session(
     *, bias: bool = False, early: bool = False, dtype: str = "float32", native: bool = True, threads: int = 0
 ) -> ort.InferenceSession:
-    """A session on the CPU for float32 and on CUDA otherwise; without `native` the function body runs."""
+    """Make a session on the CPU for float32 and on CUDA otherwise. Without `native` the function body runs."""
     names = operators.ROW_LINEAR_INPUTS[: 5 if bias else 4]
     values = [ir.Value(name=name, type=ir.TensorType(DTYPES["float32" if name in PRICES else dtype])) for name in names]
     ops = Ops()
@@ -42,7 +42,7 @@ def row_session(
 def random_rows(
     rng: np.random.Generator, *, tokens: int, inputs: int, outputs: int, dtype: str, zeros: float = 0.0
 ) -> dict[str, np.ndarray]:
-    """Inputs at price 0, scaled so that results are of order one; `zeros` is the share of x that is zero."""
+    """Return random inputs at price 0, scaled so that results are of order one. `zeros`: the fraction of zeros in x."""
 
     def draw(*shape: int, scale: float = 1.0) -> np.ndarray:
         return (scale * rng.standard_normal(shape)).astype(NUMPY_DTYPES[dtype])
@@ -59,14 +59,14 @@ def random_rows(
 
 
 def worth(feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-    """What is compared with the price, float32 [S, in]."""
+    """Return the estimates that are compared with the price, float32 [S, in]."""
     x = feeds["x"].astype(np.float32).reshape(-1, len(feeds["w"]))
     with np.errstate(invalid="ignore", over="ignore"):
         return (x * x * feeds["row_price"]).astype(np.float32)
 
 
 def price_for(feeds: Mapping[str, np.ndarray], density: float) -> np.ndarray:
-    """A price, float32 [1], at which about this share of rows is read."""
+    """Return a price, float32 [1], at which about this fraction of rows is read."""
     values = np.sort(worth(feeds), axis=None)
     at = round((1 - density) * len(values))
     return np.full(1, values[at] if at < len(values) else np.inf, np.float32)

@@ -1,4 +1,4 @@
-"""From what a user asks for to what decode is given."""
+"""From a budget that a user asks for to the inputs of decode."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def price_of(artifact: Artifact, **asked: Any) -> PriceDeployment:
     return deployment
 
 
-# What was asked for
+# Requests
 
 
 def test_nothing_asked_is_no_budget() -> None:
@@ -129,7 +129,7 @@ def test_what_priced_artifacts_refuse(priced: Artifact, asked: dict[str, Any], w
 
 
 def test_artifact_without_a_table(priced: Artifact) -> None:
-    """Built without measurements: it takes prices, and nothing that would need the table."""
+    """An artifact that was built without measurements takes prices, and refuses budgets that need the table."""
     artifact = with_manifest(priced, price_table=None)
     assert price_of(artifact, price=0.25) == PriceDeployment(0.25)
     for asked in ({"sparsity": 0.5}, {"max_kl": 0.05}):
@@ -165,7 +165,7 @@ def test_masks_by_budget(indexed: Artifact) -> None:
     uniform = masks_of(indexed, sparsity=0.3, allocation="uniform")
     assert not uniform.token_thresholds.any()
     assert not uniform.prior
-    assert not uniform.tail_mean  # it came with the allocation by KL
+    assert not uniform.tail_mean  # the tail mean belonged to the allocation by KL
 
 
 def test_tail_mean_that_was_asked_for_stays(indexed: Artifact) -> None:

@@ -24,7 +24,7 @@ from tests.runtime.conftest import without_native_kernels
 pytestmark = pytest.mark.real_model
 
 MODEL = "smollm2-135m"
-# One at which no neuron stands within rounding (1e-6 of it) of its token threshold: there applications may differ.
+# Here no neuron is within rounding (1e-6) of its token threshold. Otherwise applications might differ.
 PROMPT = "The lighthouse on the northern cape was built in"
 GREEDY_TOKENS = 64
 LARGEST_LOGIT_DIFFERENCE = 2e-3
@@ -40,7 +40,7 @@ LOGIT_CHECKS = (
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Calibrated on four short sequences of the built-in text and built; both commands' results lie beside it."""
+    """An artifact calibrated on four short sequences of the built-in text. The commands' results are beside it."""
     folder = tmp_path_factory.mktemp("real")
     short = ("--method", "tda", "--sequences", 4, "--prompt-tokens", 96, "--continuation-tokens", 32)
     calibrated = run_ok("calibrate", MODEL, "-o", folder / "calibration.safetensors", *short, "--json")
@@ -138,7 +138,7 @@ def test_another_budget_without_the_model(artifact: Path) -> None:
 
 
 def test_demo_compares_five_ways(artifact: Path, tmp_path: Path) -> None:
-    """With results that were made faster: other thresholds, rounding to nearest, few sequences."""
+    """The results are made in less time: other thresholds, rounding to nearest, few sequences."""
     at = places(tmp_path)
     at.tda.symlink_to(artifact)
     at.tda_calibration.symlink_to(artifact.parent / "calibration.safetensors")

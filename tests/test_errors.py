@@ -1,4 +1,4 @@
-"""What may stand in a message: one line, no controls, no end of it."""
+"""Values in a message are shown on one line, shortened, and without control characters."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def test_shown_is_short_printable_and_one_line(text: str, length: int) -> None:
         ("naïve “名前”", "naïve “名前”"),
         ("a\nb\r\tc", r"a\nb\r\tc"),
         ("\x1b[31mred\x9b", r"\x1b[31mred\x9b"),
-        ("\u202egnp.exe", r"\u202egnp.exe"),  # reads backwards on a terminal
-        ("\ud800", r"\ud800"),  # no terminal takes it
+        ("\u202egnp.exe", r"\u202egnp.exe"),  # a terminal would show the rest backwards
+        ("\ud800", r"\ud800"),  # cannot be encoded
         (10**50, "1" + "0" * 50),
     ],
 )

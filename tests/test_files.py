@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Atomic = Callable[[Path], AbstractContextManager[Path]]
 
 
 def check(path: Path, *, overwrite: bool, earlier: bool = True) -> None:
-    """check_output of a command that takes whatever is there for its own earlier output, or for none."""
+    """Call check_output as a command that takes any existing output for its own earlier one, or none."""
     check_output(path, overwrite=overwrite, what="an artifact", is_earlier_output=lambda found: earlier)
 
 
 def put(part: Path, content: str) -> None:
-    """Write `content` as a file, or into a folder."""
+    """Write `content` to a file, or into a folder."""
     (part / "a" if part.is_dir() else part).write_text(content)
 
 
@@ -58,7 +58,7 @@ def full_disk() -> OSError:
 def test_appears_when_done(atomic: Atomic, tmp_path: Path) -> None:
     with atomic(tmp_path / "x") as part:
         put(part, "new")
-        assert part.parent.parent == tmp_path  # the same file system, so that the rename is atomic
+        assert part.parent.parent == tmp_path  # on the same file system, so that the rename is atomic
         assert not (tmp_path / "x").exists()
     assert names(tmp_path) == ["x"]
     assert content(tmp_path / "x") == "new"
@@ -89,7 +89,7 @@ def test_relative_path(atomic: Atomic, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_permissions_are_the_umasks(atomic: Atomic, tmp_path: Path) -> None:
-    """Temporary files are for their owner alone; results are for whom the umask lets read."""
+    """Only the owner can read temporary files; results can be read as the umask allows."""
     before = os.umask(0o027)
     try:
         with atomic(tmp_path / "x") as part:
@@ -120,7 +120,7 @@ def test_failure_leaves_nothing(atomic: Atomic, tmp_path: Path, error: BaseExcep
 
 @pytest.mark.parametrize("name", ["new", "old", "replaced", "lock", "wheels"])
 def test_no_name_of_an_output_is_in_the_way(atomic: Atomic, tmp_path: Path, name: str) -> None:
-    """They are names that the temporary folder has."""
+    """Not even names of files in the temporary folder."""
     for text in ("first", "second"):
         with pytest.raises(RuntimeError, match="halfway"):
             fail_halfway(atomic, tmp_path / name, RuntimeError("halfway"))
@@ -180,14 +180,14 @@ def test_what_libraries_written_in_rust_say(text: str, number: int | None, reaso
 
 
 def test_the_temporary_name_is_not_shown(atomic: Atomic, tmp_path: Path) -> None:
-    """Only a file that is not the output, under its temporary name, says anything to the user."""
+    """An error names the output, not its temporary file."""
     with pytest.raises(TdaError, match=r"could not be written \(Permission denied\)"), atomic(tmp_path / "x") as part:
         raise os_error(errno.EACCES, str(part))
 
 
 @pytest.mark.parametrize("call", ["mkdir", "open"])
 def test_full_disk_at_the_start(atomic: Atomic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    """A disk out of inodes refuses the temporary folder itself, or the lock in it."""
+    """On a disk without free inodes, the temporary folder or the lock in it cannot be made."""
 
     def refuse(*arguments: object) -> None:
         raise full_disk()
@@ -200,13 +200,13 @@ def test_full_disk_at_the_start(atomic: Atomic, tmp_path: Path, monkeypatch: pyt
 
 
 def test_parent_that_went_away(atomic: Atomic, tmp_path: Path) -> None:
-    """check_output saw it, and then the step took an hour."""
+    """The parent existed at check_output, and was deleted during the work."""
     with pytest.raises(TdaError, match="No such file or directory"), atomic(tmp_path / "gone" / "x"):
         pass
 
 
 def failing_renames(monkeypatch: pytest.MonkeyPatch, *failing: int) -> None:
-    """Let the renames of these numbers, from 1, fail."""
+    """Let the renames with these numbers fail, counted from 1."""
     rename, count = Path.rename, 0
 
     def maybe(path: Path, target: Path) -> Path:
@@ -233,7 +233,7 @@ def test_failed_rename_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.
 def test_the_old_folder_is_never_deleted_before_the_new_one_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where it cannot even be put back it stays beside, under another name, and the next run puts it back."""
+    """If it cannot be put back, it stays beside the output under another name, and the next run puts it back."""
     with atomic_folder(tmp_path / "x") as part:
         put(part, "old")
     with monkeypatch.context() as patch:
@@ -264,7 +264,7 @@ def test_failed_rename_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_everything_is_synced_before_the_rename(
     atomic: Atomic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a power cut the name must not be there without the content."""
+    """After a power cut the name must not exist without the content."""
     events: list[str] = []
     fsync = os.fsync
 

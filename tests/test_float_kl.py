@@ -1,4 +1,4 @@
-"""KL to the float model is what integers lost and what prices add; what says nothing of it is passed over."""
+"""The KL to the float model is the sum of the integers' and the prices'. Entries without the former are ignored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that were altered at random: a command gives one clear line, or what it gives is right, or verify finds it."""
+"""Commands on randomly altered files: one clear error line, or a right result, or verify finds the change."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tests.fuzz import Case, Outcome, mutate_bytes, mutate_json, run_all
 from tests.tiny import save_tiny_model
 
 PROMPT = "The sea is calm tonight"
-SECONDS = 60.0  # for one mutation, of which each takes a fraction of a second
+SECONDS = 60.0  # for one mutation, which takes a fraction of a second
 GENERATE = (PROMPT, "--max-new-tokens", 6, "--provider", "cpu", "--json")
-# What a generation says that does not differ from run to run.
+# The output of a generation that is the same in every run.
 FIGURES = ("prompt_tokens", "new_tokens", "density", "sparsity", "dense_bytes_per_token")
 # Float16: NaN, infinities, the smallest and the largest denormal, the largest numbers, zeros.
 SCALES = np.array([0x7E00, 0x7C00, 0xFC00, 0x0001, 0x03FF, 0x7BFF, 0xFBFF, 0x0000, 0x8000], np.uint16)
@@ -40,7 +40,7 @@ def run(*arguments: object) -> Outcome:
 
 
 def told(stdout: str) -> list[object]:
-    """What a generation said: its text, and the figures that are no times."""
+    """Return the text of a generation, and its figures except times."""
     result = json.loads(stdout)
     return [result["text"], result["tokens"], *(result["metrics"][name] for name in FIGURES)]
 
@@ -87,7 +87,7 @@ def other_bytes(folder: Path, random: random.Random, where: Path) -> str:
 def _bytes_of(name: str, folder: Path, random: random.Random, where: Path) -> str:
     artifact = copied(folder, where, "artifact")
     (artifact / name).write_bytes(mutate_bytes((artifact / name).read_bytes(), random))
-    if name != contract.MANIFEST_FILE and random.random() < 0.7:  # else the size tells already
+    if name != contract.MANIFEST_FILE and random.random() < 0.7:  # otherwise the size shows the change
         _enter_size(artifact, name)
     return generates_or_says_why(artifact, where)
 
@@ -105,13 +105,13 @@ def _enter_size(artifact: Path, name: str) -> None:
 
 
 def _enter(artifact: Path, name: str) -> None:
-    """Enter what a file is now, as if it had been built so."""
+    """Write the size and hash of a changed file into the manifest, as if it had been built so."""
     entry = {"size": (artifact / name).stat().st_size, "sha256": sha256(artifact / name)}
     _change_manifest(artifact, lambda manifest: manifest["files"].update({name: entry}))
 
 
 def graph_names(folder: Path, random: random.Random, where: Path) -> str:
-    """A name within a graph is another, and the manifest has the graph's new hash."""
+    """Change a name in a graph; the manifest has the graph's new hash."""
     artifact = copied(folder, where, "artifact")
     name = random.choice([contract.PREFILL_FILE, contract.DECODE_FILE])
     model = onnx.load(artifact / name, load_external_data=False)
@@ -149,7 +149,7 @@ def calibration_bytes(folder: Path, random: random.Random, where: Path) -> str:
     path = folder / "calibration.safetensors"
     data = (where / path.name).read_bytes()
     header = int.from_bytes(data[:8], "little") + 8
-    if random.random() < 0.5:  # the header is little of it
+    if random.random() < 0.5:  # the header is a small part of the file
         path.write_bytes(mutate_bytes(data[:header], random) + data[header:])
     else:
         path.write_bytes(mutate_bytes(data, random))
@@ -157,7 +157,7 @@ def calibration_bytes(folder: Path, random: random.Random, where: Path) -> str:
 
 
 def calibration_values(folder: Path, random: random.Random, where: Path) -> str:
-    """A value of its record, or of its header, which says where tensors are."""
+    """Change a value of a calibration's record, or of its header, which has the places of tensors."""
     path = folder / "calibration.safetensors"
     data = (where / path.name).read_bytes()
     size = int.from_bytes(data[:8], "little")
@@ -173,7 +173,7 @@ def calibration_values(folder: Path, random: random.Random, where: Path) -> str:
 
 
 def _calibration(path: Path, where: Path) -> str:
-    """A calibration that is not as it was is refused; one that passes is as it was."""
+    """A changed calibration is refused; an accepted one has its old values."""
     from tda_export.calibration.file import read_calibration
     from tda_export.errors import TdaError
 
@@ -188,7 +188,7 @@ def _calibration(path: Path, where: Path) -> str:
 
 
 def model_config(folder: Path, random: random.Random, where: Path) -> str:
-    """A model's config.json, of which an artifact is built without any calibration."""
+    """Change a model's config.json, and build an artifact without a calibration."""
     model = copied(folder, where, "model")
     path = model / "config.json"
     path.write_text(mutate_json(path.read_text(), random), encoding="utf-8", errors="surrogatepass")
@@ -201,7 +201,7 @@ def model_config(folder: Path, random: random.Random, where: Path) -> str:
 
 
 def code_values(folder: Path, random: random.Random, where: Path) -> str:
-    """Codes, scales or zero points of one matrix are others, and the manifest has the new hash."""
+    """Change codes, scales or zero points of one matrix; the manifest has the new hash."""
     artifact = copied(folder, where, "artifact")
     manifest = json.loads((artifact / contract.MANIFEST_FILE).read_text())
     matrices = [matrix["tensors"] for matrix in manifest["matrices"].values()]
@@ -223,7 +223,7 @@ def code_values(folder: Path, random: random.Random, where: Path) -> str:
 
 
 def weights_length(folder: Path, random: random.Random, where: Path) -> str:
-    """weights.bin ends too soon, and the manifest may say so: always an error."""
+    """Cut weights.bin; the manifest may have the new size. This is always an error."""
     artifact = copied(folder, where, "artifact")
     path = artifact / contract.WEIGHTS_FILE
     size = path.stat().st_size
@@ -236,7 +236,7 @@ def weights_length(folder: Path, random: random.Random, where: Path) -> str:
 
 
 def matrix_values(folder: Path, random: random.Random, where: Path) -> str:
-    """What the manifest says of a matrix or of one of its tensors: its format, sizes or place."""
+    """Change format, sizes or place of a matrix, or of one of its tensors, in the manifest."""
     artifact = copied(folder, where, "artifact")
 
     def size(value: int) -> int:
@@ -265,7 +265,7 @@ def matrix_values(folder: Path, random: random.Random, where: Path) -> str:
 
 
 def node_sizes(folder: Path, random: random.Random, where: Path) -> str:
-    """A number of a node, or a shape or type of a weight in a graph; the manifest has the graph's new hash."""
+    """Change a number of a node, or shape or type of a weight in a graph; the manifest has the graph's new hash."""
     artifact = copied(folder, where, "artifact")
     name = random.choice([contract.PREFILL_FILE, contract.DECODE_FILE])
     model = onnx.load(artifact / name, load_external_data=False)
@@ -299,7 +299,7 @@ MUTATIONS: dict[Callable[[Path, random.Random, Path], str], int] = {
 }
 
 
-# Of artifacts of integers; half of the seeds for each.
+# For artifacts of integers. Each gets half of the seeds.
 INTEGER_MUTATIONS: dict[Callable[[Path, random.Random, Path], str], int] = {
     code_values: 16,
     weights_length: 4,
@@ -309,7 +309,7 @@ INTEGER_MUTATIONS: dict[Callable[[Path, random.Random, Path], str], int] = {
 
 
 def _good(artifact: Path, folder: Path) -> Path:
-    """A folder with an artifact, and what it generates."""
+    """Make a folder with an artifact and the text that it generates."""
     shutil.copytree(artifact, folder / "artifact")
     outcome = run("generate", folder / "artifact", *GENERATE)
     assert outcome.exit_code == 0, outcome
@@ -320,7 +320,7 @@ def _good(artifact: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def floats(tiny_artifact: Path, tiny_calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an artifact, a calibration and a model, and what the artifact generates."""
+    """A folder with an artifact, a calibration and a model, and the text that the artifact generates."""
     folder = _good(tiny_artifact, tmp_path_factory.mktemp("floats", numbered=False))
     shutil.copy(tiny_calibration, folder / "calibration.safetensors")
     save_tiny_model("llama", folder / "model", num_hidden_layers=1)
@@ -331,7 +331,7 @@ def floats(tiny_artifact: Path, tiny_calibration: Path, tmp_path_factory: pytest
 def integers(
     tiny_model: Path, priced_calibration: Path, integer_artifact: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Path]:
-    """Folders as of floats: four bits, and mostly eight in groups that do not divide every row."""
+    """Folders like `floats`: one with four bits, one with mostly eight in groups that do not divide every row."""
     both = tmp_path_factory.mktemp("artifacts") / "both"
     formats = ("--weights", "int8", "--group", 64, "--weights-for", "layers.0.*=int4")
     run_ok("build", tiny_model, "--calibration", priced_calibration, *formats, "--price", "0", "-o", both)

@@ -1,6 +1,6 @@
-"""What runs the fuzz test's mutations names those that crash, hang or fail, and what a command may not say.
+"""The runner of the fuzz test names mutations that crash, hang or fail, and improper output of a command.
 
-Nothing heavy is imported here: every crash means another process.
+No heavy package is imported here, because every crash starts another process.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def is_right(folder: Path, random: random.Random, where: Path) -> str:
 
 
 def test_a_mutation_that_ends_its_process_is_named(tmp_path: Path) -> None:
-    """The others are run all the same."""
+    """The others still run."""
     (tmp_path / "good").mkdir()
     checks = [is_right, ends_its_process, is_right, fails, never_ends, ends_its_process, is_right, fails]
     wrong = run_all([Case(check, seed, tmp_path / "good") for seed, check in enumerate(checks)], 10.0)

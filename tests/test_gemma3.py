@@ -1,6 +1,6 @@
 """Gemma 3 270M in float32 on the CPU: a second real architecture, with its own norms, windows and vocabulary.
 
-Collected where TDA_EXPORT_GEMMA3 names its GGUF file (conftest.py). The Gemma terms do not let this project ship it.
+Collected if TDA_EXPORT_GEMMA3 names its GGUF file (conftest.py). The Gemma terms do not let this project ship it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tda_export.runtime import Model, load
 from tests.conftest import build_tda, run_ok
 from tests.test_end_to_end import LOGIT_CHECKS
 
-pytestmark = pytest.mark.timeout(3600)  # calibrating takes its time on two cores
+pytestmark = pytest.mark.timeout(3600)  # calibrating takes long on two cores
 
 GREEDY_TOKENS = 64
 WINDOW = 512
@@ -33,7 +33,7 @@ def source() -> ModelSource:
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Calibrated with prompts longer than the window, built and verified."""
+    """A verified artifact, calibrated with prompts longer than the window."""
     folder, model = tmp_path_factory.mktemp("gemma3"), os.environ["TDA_EXPORT_GEMMA3"]
     lengths = ("--method", "tda", "--sequences", 4, "--prompt-tokens", 600, "--continuation-tokens", 32)
     run_ok("calibrate", model, "-o", folder / "calibration", *lengths)

@@ -1,4 +1,4 @@
-"""What an import may load: every check in a fresh interpreter."""
+"""The packages that an import may load. Every check runs in a fresh interpreter."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def loaded(code: str) -> set[str]:
 
 
 def parents(module: str) -> list[str]:
-    """The packages whose import comes before a module's."""
+    """Return the packages that are imported before a module."""
     parts = module.split(".")
     return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
 def imported_at_once(body: Iterable[ast.stmt]) -> Iterator[str]:
-    """What the statements of a module import when it is imported itself, not later in a function."""
+    """Return what a module imports at its own import, not later in a function."""
     for statement in body:
         if isinstance(statement, ast.ImportFrom) and statement.module:
             yield statement.module
@@ -52,7 +52,7 @@ def imported_at_once(body: Iterable[ast.stmt]) -> Iterator[str]:
 
 
 def test_no_module_imports_itself_on_the_way() -> None:
-    """Whichever module is imported first. A package counts too, where a module of another one is imported."""
+    """Any module may be imported first. A package counts as imported where a module of it is."""
     modules = {
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
         for path in PACKAGE.rglob("*.py")
@@ -74,7 +74,7 @@ def test_no_module_imports_itself_on_the_way() -> None:
 def test_runtime_loads_no_conversion_packages(module: str) -> None:
     modules = loaded(f"import {module}")
     assert modules.isdisjoint((*CONVERSION, *SERVER))
-    assert {"numpy", "onnxruntime", "tokenizers", "jinja2"} <= modules  # the check sees what is loaded
+    assert {"numpy", "onnxruntime", "tokenizers", "jinja2"} <= modules  # shows that the check works
 
 
 def test_tables_of_prices_load_nothing() -> None:
@@ -82,7 +82,7 @@ def test_tables_of_prices_load_nothing() -> None:
 
 
 def test_runtime_runs_without_conversion_packages(tiny_artifact: object) -> None:
-    """Even where none of them is installed: None in sys.modules makes an import fail."""
+    """Even if none of them is installed: None in sys.modules makes an import fail."""
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({CONVERSION}))\n"
         "from tda_export.runtime import load\n"
@@ -112,7 +112,7 @@ def test_a_chat_runs_without_conversion_packages(tiny_artifact: object) -> None:
 
 
 def test_generate_runs_without_conversion_packages(tiny_artifact: object) -> None:
-    """The command too, and so do its failures: it names PyTorch's exceptions without importing it."""
+    """Its failures too: it knows PyTorch's exceptions without importing it."""
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({CONVERSION}))\n"
         "from tda_export.cli.main import cli\n"
@@ -152,7 +152,7 @@ def test_bad_option_is_light() -> None:
 
 
 def environment(setting: str | None, **more: str) -> dict[str, str]:
-    """Ours, with ORT_DISABLE_TELEMETRY as a user has it, and without what else turns telemetry off."""
+    """Return this environment with the user's ORT_DISABLE_TELEMETRY, and without other ways to turn telemetry off."""
     others = {name: os.environ[name] for name in os.environ if name not in TELEMETRY_OFF}
     return others | ({} if setting is None else {"ORT_DISABLE_TELEMETRY": setting}) | more
 
@@ -162,7 +162,7 @@ def environment(setting: str | None, **more: str) -> dict[str, str]:
     "module", ["tda_export", "tda_export.__main__", "tda_export.runtime", "tda_export.graph.parity"]
 )
 def test_telemetry_is_off_unless_the_user_decided(module: str, setting: str | None, expected: str) -> None:
-    """Before ONNX Runtime is imported, whichever module comes first."""
+    """It is off before ONNX Runtime is imported, whichever module comes first."""
     code = (
         "import os, sys\n"
         "class Finder:\n"

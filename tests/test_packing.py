@@ -1,4 +1,4 @@
-"""What rows take by their formats, and what may lie side by side."""
+"""The bytes of rows by their formats, and which matrices may be packed side by side."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_whether_there_are_floats(spec: DecoderSpec) -> None:
     ("rules", "group", "suits"),
     [
         ("", 32, True),
-        ("", 64, False),  # keys have half a group
-        ("*.q=int4_g32,*.k=int4_g32,*.v=int4_g32", 64, False),  # the gate has one and a half
+        ("", 64, False),  # a row of keys is half a group
+        ("*.q=int4_g32,*.k=int4_g32,*.v=int4_g32", 64, False),  # a row of the gate is one and a half groups
         ("*.q=int4_g32,*.k=int4_g32,*.v=int4_g32,*.gate=int4_g32,*.up=int4_g32", 128, True),
         ("*.q=float,*.k=float,*.v=float,*.gate=int4_g32,*.up=int4_g32", 128, True),
         ("*.v=int8", 32, False),

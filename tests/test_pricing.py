@@ -1,4 +1,4 @@
-"""Tables of prices: what lies between measured rows, and what does not."""
+"""Tables of prices: interpolation between measured rows, and refusals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TABLE = PriceTable("separate", 4, 128, (DENSE, FIRST, LAST))
 
 @st.composite
 def tables(draw: st.DrawFn) -> PriceTable:
-    """Tables as measuring gives them: prices rise, the others should, but for noise; dense of ReLU reads less."""
+    """Draw tables like measured ones: prices rise, other columns rise up to noise, and dense ReLU reads less than 1."""
     count = draw(st.integers(1, 6))
     steps = draw(st.lists(st.floats(0.05, 3), min_size=count, max_size=count))
     prices = [math.exp(sum(steps[: i + 1]) - 20) for i in range(count)]
@@ -41,7 +41,7 @@ def tables(draw: st.DrawFn) -> PriceTable:
 
 
 def test_between_dense_and_the_first_row() -> None:
-    """What is dropped goes with the root of the price, KL with its power 1.5."""
+    """The skipped fraction is proportional to the root of the price, KL to its power 1.5."""
     middle = TABLE.predicted(0.25e-9)
     assert middle.share == pytest.approx(1 - 0.1 * 0.5)
     assert middle.kl == pytest.approx(0.001 / 8)
@@ -50,7 +50,7 @@ def test_between_dense_and_the_first_row() -> None:
 
 
 def test_between_two_rows() -> None:
-    """Shares are linear in the logarithm of the price, KL is a power of it."""
+    """Fractions are linear in the logarithm of the price, KL is a power of the price."""
     middle = TABLE.predicted(1e-8)
     assert middle.share == pytest.approx(0.7)
     assert middle.parts["down"] == pytest.approx(0.7)
@@ -79,7 +79,7 @@ def test_dense_of_relu_meets_a_sparsity() -> None:
 def test_measured_rows_are_predicted(table: PriceTable, index: int) -> None:
     measured = table.rows[index % len(table.rows)]
     predicted = table.predicted(measured.price)
-    assert predicted.share <= measured.share + 1e-12  # less only where noise raised it
+    assert predicted.share <= measured.share + 1e-12  # smaller only where noise had raised it
     assert predicted.kl >= measured.kl - 1e-12
     assert predicted.agreement == pytest.approx(measured.agreement)
     shares, kls = [r.share for r in table.rows], [r.kl for r in table.rows]
@@ -97,7 +97,7 @@ def test_dearer_reads_less_and_loses_more(table: PriceTable, one: float, other: 
 
 @given(tables(), st.floats(0, 1))
 def test_a_sparsity_is_met(table: PriceTable, part: float) -> None:
-    """Whatever the table measured can be asked for, and no price is dearer than needed."""
+    """Any measured sparsity can be asked for, and the price is no higher than needed."""
     sparsity = part * (1 - table.least_share)
     price = table.price_for(sparsity=sparsity)
     assert 0 <= price <= table.most_price
@@ -117,7 +117,7 @@ def test_a_kl_is_kept(table: PriceTable, part: float) -> None:
 
 @given(tables(), st.integers(1, 8), st.floats(0, 1))
 def test_rescaling_keeps_what_is_read(table: PriceTable, element_bytes: int, part: float) -> None:
-    """Rows of half the bytes cost half: at twice the price a byte the same rows are read."""
+    """If rows take half the bytes, the same rows are read at twice the price of a byte."""
     other = table.rescaled(element_bytes)
     price = part * table.most_price
     factor = table.element_bytes / element_bytes
@@ -216,7 +216,7 @@ BOTH = dataclasses.replace(TABLE, short=SHORT)
 
 
 def test_between_two_lengths_of_prompt() -> None:
-    """Halfway between their logarithms the KL is their geometric mean, and a price for a KL follows."""
+    """Halfway between the logarithms of the lengths, the KL is the geometric mean. The price for a KL agrees."""
     middle = BOTH.after(round(math.sqrt(32 * 256)))
     assert middle.rows[1].kl == pytest.approx(math.sqrt(0.001 * 0.002), rel=1e-2)
     assert middle.rows[2].kl == pytest.approx(math.sqrt(0.1 * 0.14), rel=1e-2)

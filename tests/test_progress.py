@@ -1,4 +1,4 @@
-"""Progress: plain lines where no terminal is, nothing when quiet, a bar on a terminal."""
+"""Progress: a bar on a terminal, plain lines elsewhere, nothing when quiet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tda_export.progress import progress
 
 
 class Clock:
-    """A clock that moves only when told."""
+    """A clock that moves only when a test sets it."""
 
     now = 0.0
 

@@ -1,4 +1,4 @@
-"""Ranks alone and as torchrun starts them: what they share, and how they end."""
+"""One rank alone, and ranks under torchrun: what they exchange, and how they end."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ print(json.dumps(all_of_them))
 
 
 def test_what_ranks_share(tmp_path: Path) -> None:
-    """Every rank has everything, in the order of the items; the first alone prints."""
+    """Every rank gets all results, in the order of the items. The first rank alone prints."""
     first, *others = json.loads(succeed(3, script(tmp_path, SHARING)))
     for count in (0, 1, 2, 3, 7):
         expected = [[item, item % 3, min(3, count - item // 3 * 3), 2.0 * item * item] for item in range(count)]
@@ -79,7 +79,7 @@ def test_tensors_are_packed_exactly(dtype: torch.dtype, shape: list[int]) -> Non
     for one, other in zip(found["a"], value["a"], strict=True):
         assert (one.dtype, one.shape) == (other.dtype, other.shape)  # type: ignore[union-attr]
         assert torch.equal(one, other)
-        one += True if dtype == torch.bool else 1  # it can be added to
+        one += True if dtype == torch.bool else 1  # it is writable
 
 
 def test_without_torchrun_it_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ def failing(folder: Path, how: str) -> Path:
     ],
 )
 def test_an_error_of_any_rank_is_one_line(tmp_path: Path, how: str, line: str) -> None:
-    """Item 11 is the second rank's."""
+    """The second rank works on item 11."""
     (found,) = errors(start(2, failing(tmp_path, how)))
     assert found.startswith(line)
 
@@ -233,7 +233,7 @@ def test_torchrun_that_is_interrupted(tmp_path: Path) -> None:
 
 
 def test_nothing_is_said_of_ranks_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that is no first rank and has not joined leaves it to the first to say what is wrong."""
+    """A process that has not joined reports an error only if it is the first rank."""
     said: dict[str, Any] = {}
     for rank in ("0", "3"):
         monkeypatch.setenv("RANK", rank)

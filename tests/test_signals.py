@@ -1,4 +1,4 @@
-"""Signals end a process wherever it is: all in processes of their own."""
+"""Signals end a process at any point. Every test runs processes of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if sys.platform == "win32":
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "terminate"])
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.getcwd()}
 
-# Ways to swallow an exception: what runs a signal handler in the middle of them would lose one that it raised.
+# Code that swallows exceptions. An exception that a signal handler raised inside it would be lost.
 SWALLOWERS = {
     "destructor": """
 class Waits:
@@ -77,7 +77,7 @@ with owned_folder(Path(sys.argv[1]), "x") as folder, undo_on_signal(undo_and_fai
 
 
 def heed_interrupts() -> None:
-    """A test run in the background of a shell ignores SIGINT, and so would what it starts."""
+    """Restore SIGINT, which a test run in the background of a shell ignores, as would its children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -94,7 +94,7 @@ def run_python(*arguments: object, **options: Any) -> subprocess.Popen[str]:
 
 
 def end_once_ready(process: subprocess.Popen[str], number: signal.Signals) -> str:
-    """Send the signal once the process is ready; require the right end, and return the rest of its output."""
+    """Send the signal once the process is ready. Check how it ends, and return the rest of its output."""
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
@@ -112,7 +112,7 @@ def test_nothing_swallows_a_signal(number: signal.Signals, where: str) -> None:
 
 @SIGNALS
 def test_what_was_under_way_is_undone(tmp_path: Path, number: signal.Signals) -> None:
-    """All of it, even where something fails meanwhile."""
+    """All of it, even if one undo fails."""
     assert end_once_ready(run_python("-c", START + UNDOING, tmp_path), number) == "undone\nundone\n"
     assert list(tmp_path.iterdir()) == []
 
@@ -136,7 +136,7 @@ with progress("Waiting", 10):
     process.send_signal(number)
     assert process.wait(60) == 128 + number
     shown = b""
-    with contextlib.suppress(OSError):  # which is how a terminal's other end says that it was closed
+    with contextlib.suppress(OSError):  # raised when the other end of the terminal is closed
         while block := os.read(ours, 4096):
             shown += block
     os.close(ours)
@@ -178,14 +178,14 @@ with undo_on_signal(lambda: time.sleep(600)):
 
 
 def test_an_ignored_interrupt_stays_ignored() -> None:
-    """As a shell starts jobs in the background."""
+    """A shell starts background jobs with SIGINT ignored."""
     code = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nprint('goes on')"
     process = run_python("-c", START + code, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     assert process.communicate(timeout=60) == ("goes on\n", "")
 
 
 def handles_signals(process: subprocess.Popen[str]) -> bool:
-    """Tell whether a process has a handler for SIGTERM, which is so from its first own lines on."""
+    """Return whether a process has a handler for SIGTERM, which its first lines install."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
     return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
@@ -195,7 +195,7 @@ def handles_signals(process: subprocess.Popen[str]) -> bool:
 @SIGNALS
 @pytest.mark.parametrize("module", ["tda_export.__main__", "tda_export.cli.main"])
 def test_the_first_moments_of_a_command(tmp_path: Path, number: signal.Signals, module: str) -> None:
-    """Before and while it imports what it needs."""
+    """Before and during its imports."""
     seeded = random.Random(number)
     for moment in [0.0, *(seeded.uniform(0, 1.0) for _ in range(4))]:
         code = f"from {module} import main; main()"
@@ -205,7 +205,7 @@ def test_the_first_moments_of_a_command(tmp_path: Path, number: signal.Signals, 
         time.sleep(moment)
         process.send_signal(number)
         stdout, stderr = process.communicate(timeout=60)
-        if process.returncode == 1:  # it was faster: an empty folder is no model
+        if process.returncode == 1:  # it failed before the signal came, since an empty folder is no model
             assert stderr.startswith("Error: "), moment
         else:
             assert process.returncode == 128 + number, (moment, stderr)

@@ -49,7 +49,7 @@ def test_closed_output_and_error(tiny_artifact: Path) -> None:
 def test_no_output_file_takes_the_number_of_a_closed_stream(
     tiny_model: Path, tiny_calibration: Path, tiny_artifact: Path, tmp_path: Path
 ) -> None:
-    """Or what libraries print would stand in the weights."""
+    """Otherwise the output of libraries would go into the weights."""
     done = shell("<&- >&- 2>&-", *build_tda(tiny_model, tiny_calibration), "-o", tmp_path / "a")
     assert done.returncode == 0
     for path in tiny_artifact.iterdir():
@@ -66,7 +66,7 @@ def test_full_output(tiny_artifact: Path, arguments: list[str]) -> None:
 
 @FULL
 def test_full_error(tiny_artifact: Path) -> None:
-    """The exit code is all that is left to tell."""
+    """Only the exit code can report the failure."""
     done = shell("2> /dev/full", "generate", "nowhere", "Hi")
     assert (done.returncode, done.stdout, done.stderr) == (FAILURE, "", "")
 

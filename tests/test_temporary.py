@@ -1,4 +1,4 @@
-"""Temporary folders: a living owner keeps them, an ended one does not, and a kill at any moment loses nothing."""
+"""Temporary folders stay while their owner lives, and are removed afterwards. A kill at any moment loses nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tda_export.temporary import LOCK, owned_folder, remove_abandoned
 if sys.platform == "win32":
     pytest.skip("signals and forks", allow_module_level=True)
 
-# Each child goes one line of the package further than the one before it, and then kills itself.
+# Each child runs one more line of the package than the one before it, and then kills itself.
 KILLED_AT_EVERY_LINE = """
 import os, signal, sys
 from pathlib import Path
@@ -103,7 +103,7 @@ def run_python(code: str, *arguments: object) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("existing", ["new", "replacing"])
 @pytest.mark.parametrize("atomic", ["atomic_file", "atomic_folder"])
 def test_killed_at_every_line(tmp_path: Path, atomic: str, existing: str) -> None:
-    """Afterwards there is the old output or the new one, whole, and nothing else once the next run has begun."""
+    """Afterwards the old or the new output exists, whole. Once the next run has begun, nothing else does."""
     process = run_python(KILLED_AT_EVERY_LINE, atomic, tmp_path, existing)
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
@@ -153,7 +153,7 @@ def test_only_folders_of_that_name_are_removed(tmp_path: Path, name: str) -> Non
 
 
 def test_what_is_no_such_folder_stays(tmp_path: Path) -> None:
-    """A file, a link, and a folder that holds something and no lock were made by others."""
+    """A file, a link, and a folder with content but no lock were made by other programs."""
     (tmp_path / ".x.aaaaaaaa.tmp").write_text("a file")
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / LOCK).touch()
@@ -184,7 +184,7 @@ def test_an_owner_that_ended_before_it_had_begun(tmp_path: Path) -> None:
 def test_a_folder_that_is_taken_for_abandoned_while_it_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """Another process looks between two steps of making one. Then another one is made."""
+    """Another process looks for abandoned folders while this one makes its folder. Then a new one is made."""
     lock, open_, disturbed = temporary._lock, os.open, 0
 
     def disturb() -> None:
@@ -217,7 +217,7 @@ def test_a_folder_that_is_taken_for_abandoned_while_it_is_made(
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work goes on, and nobody is taken for ended."""
+    """Work goes on, and no owner is taken for ended."""
 
     def refuse(handle: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -230,7 +230,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_what_cannot_be_removed_can_be_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its lock stays, by which it is known."""
+    """The lock stays, so that a later run recognises the folder."""
     with monkeypatch.context() as patch, owned_folder(tmp_path, "x") as folder:
         (folder / "stuck").touch()
         patch.setattr(temporary, "remove", lambda path: None)

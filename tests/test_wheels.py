@@ -32,7 +32,7 @@ def executable(path: Path, text: str) -> str:
 
 
 def hatchling(folder: Path, target: str, output: Path, **environment: str) -> tuple[Path, str]:
-    """Build a target of the project in a folder; return the file, and what was said."""
+    """Build a target of the project in a folder. Return the file and the output."""
     done = subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(output)],
         cwd=folder,
@@ -57,7 +57,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("machine", make_wheels.PLATFORMS)
 def test_wheel_with_the_library(source: Path, machine: str, tmp_path: Path) -> None:
-    """One for any Python 3 on the platform that sysconfig names, with all that runs and without what only tests."""
+    """The wheel is for any Python 3 on the platform of sysconfig. It has all code that runs, and no tests."""
     compiler = executable(tmp_path / "c++", RECORDING_COMPILER)
     wheel, _ = hatchling(source, "wheel", tmp_path / "dist", CXX=compiler, _PYTHON_HOST_PLATFORM=f"linux-{machine}")
     assert wheel.name == f"tda_export-{__version__}-py3-none-linux_{machine}.whl"
@@ -82,7 +82,7 @@ def test_wheel_without_a_compiler(source: Path, tmp_path: Path) -> None:
 
 
 def compile_with(arguments: str, machine: str, compiler: str, zig: str, library: Path) -> str:
-    """Run make_wheels as a compiler, with another program for Zig; return what it wrote, or what it said."""
+    """Run make_wheels as a compiler, with another program for Zig. Return its file, or its output."""
     code = (
         "import sys, make_wheels\n"
         f"make_wheels.PYTHON = ({zig!r},)\n"
@@ -101,7 +101,7 @@ def test_other_machines_get_zig_alone(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="wheels are for Linux")
 def test_x86_gets_objects_of_the_compiler(tmp_path: Path) -> None:
-    """The compiler gets what compiles and Zig what links; objects are really made of two sources."""
+    """The compiler gets compilations, and Zig gets links. Objects are really made, of two sources."""
     zig, library = executable(tmp_path / "zig", RECORDING_COMPILER), tmp_path / "arch_x86_64_v4.so"
     compiler = find_compiler()[0]
     for name in ("one", "two"):
@@ -131,7 +131,7 @@ def test_a_compiler_that_fails(tmp_path: Path) -> None:
 
 
 def test_exports() -> None:
-    """The symbols that stay visible are the functions that the sources declare for others."""
+    """The visible symbols are the functions that the sources export."""
     sources = "".join(path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.cc")))
     declared = re.findall(r'^extern "C" .*?(\w+)\(', re.sub(r"__attribute__\(\(.*?\)\)\)", "", sources), re.MULTILINE)
     assert {f"{name};" for name in declared} == set(make_wheels.EXPORTS.split()) - {

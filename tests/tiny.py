@@ -57,7 +57,7 @@ GEMMA = {
     "attention_bias": True,
     "tie_word_embeddings": True,
 }
-SOFT_CAPS = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}  # low enough to be reached
+SOFT_CAPS = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}  # low enough to have an effect
 OPT = {
     "num_key_value_heads": 4,
     "ffn_dim": 96,

@@ -1,4 +1,4 @@
-"""Commands as several ranks, as torchrun starts them."""
+"""Run commands as several ranks under torchrun."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ COMMAND = ("-m", "tda_export")
 
 
 def start(ranks: int, *arguments: object) -> subprocess.Popen[str]:
-    """Start Python with these arguments as ranks; 1 is a process alone. Its output is piped."""
+    """Start Python with these arguments as ranks; 1 is one process without torchrun. Its output is piped."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    # A test run in the background of a shell ignores SIGINT, and so would what it starts.
+    # A test run in the background of a shell ignores SIGINT, and so would its children.
     heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)} if os.name == "posix" else {}
     command = [sys.executable, *torchrun, *map(str, arguments)]
     pipe = subprocess.PIPE
@@ -25,7 +25,7 @@ def start(ranks: int, *arguments: object) -> subprocess.Popen[str]:
 
 
 def succeed(ranks: int, *arguments: object) -> str:
-    """Run it, require success, and return what it printed."""
+    """Run ranks, require success, and return the standard output."""
     process = start(ranks, *arguments)
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
@@ -33,7 +33,7 @@ def succeed(ranks: int, *arguments: object) -> str:
 
 
 def errors(process: subprocess.Popen[str]) -> list[str]:
-    """Wait for its failure, and return the lines that begin as our errors do; torchrun says a lot more."""
+    """Wait for a failure, and return the lines that begin like our errors. torchrun prints many others."""
     _, stderr = process.communicate(timeout=300)
     assert process.returncode != 0
     return [line for line in stderr.splitlines() if line.startswith(("Error", "Interrupted"))]
@@ -45,7 +45,7 @@ def rank_of(process: subprocess.Popen[str], number: int) -> psutil.Process:
 
 
 def script(folder: Path, text: str) -> Path:
-    """Write a program for ranks, which have joined as `ranks`."""
+    """Write a program for ranks, in which `ranks` have joined."""
     path = folder / "program.py"
     begin = "from tda_export import ranks as group\nfrom tda_export.errors import TdaError, UsageError\n"
     path.write_text(begin + "ranks = group.join('cpu')\n" + text + "\ngroup.leave()\n")

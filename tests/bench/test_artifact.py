@@ -20,4 +20,4 @@ def test_scaled_shares_leave_unread_what_was_asked_for(matrices: list[tuple[floa
     assert sum(shares[name] * size[name] for name in size) / sum(size.values()) == pytest.approx(sparsity, abs=1e-9)
     for name, share in unread.items():
         for other, larger in unread.items():
-            assert share > larger or shares[name] <= shares[other] + 1e-12  # order stays
+            assert share > larger or shares[name] <= shares[other] + 1e-12  # the order of the matrices stays

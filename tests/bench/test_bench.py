@@ -1,4 +1,4 @@
-"""The benchmark checks what it times, and says what it measured."""
+"""The benchmark checks logits before it times, and describes the measurement."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_plain_dense_graph_is_the_model(artifact: Artifact, sessions: Sessions, 
 
 
 def greedy_without_end(source: ModelSource, count: int) -> list[int]:
-    """Greedy tokens of transformers that an end of text does not stop."""
+    """Return greedy tokens of transformers, past an end of text."""
     tokens = list(PROMPT)
     with torch.inference_mode():
         for _ in range(count):
@@ -115,11 +115,11 @@ def test_json(artifact: Artifact) -> None:
         assert row["share_of_copy_bandwidth"] > 0
         assert row["bytes_per_token"] > row["skippable_bytes_per_token"]
     assert [result[name]["sparsity"] for name in ("dense", "dense_native", "tda", "griffin")] == [0, 0, 0.5, 0.5]
-    assert result["two_levels"]["sparsity"] == pytest.approx(0.5, abs=0.15)  # thresholds meet other tokens
+    assert result["two_levels"]["sparsity"] == pytest.approx(0.5, abs=0.15)  # thresholds are used on other tokens
 
 
 def test_token_thresholds_of_the_artifact_do_not_count(tiny_artifact: Path) -> None:
-    """Every method brings its own, and what it is checked against has none but those."""
+    """Every method sets its own thresholds, and is checked against a graph with the same ones."""
     assert open_artifact(tiny_artifact).deployment.token_thresholds.all()
     methods = ("--method", "tda", "--method", "griffin", "--method", "dense_native")
     run_ok("bench", tiny_artifact, *methods, "--prompt-tokens", 24, "--new-tokens", 16, "--provider", "cpu", "--json")
@@ -289,7 +289,7 @@ def test_truncation_keeps_the_share_of_neurons_that_was_asked_for(artifact: Arti
 
 @pytest.mark.parametrize(("method", "least", "most"), [("dense_native", 0.1, 0.4), ("tda", 0.505, 0.7)])
 def test_bytes_of_inactive_neurons_do_not_count(method: str, least: float, most: float, tmp_path: Path) -> None:
-    """ReLU leaves about half of a random model's neurons inactive, whose down rows are not read."""
+    """ReLU makes about half of a random model's neurons inactive. Their down rows are not read."""
     opt = resolve_model(str(save_tiny_model("opt", tmp_path / "model")))
     artifact = open_artifact(build_tiny(opt, tmp_path / "artifact"))
     result = run_bench(artifact, "cpu", BenchSettings((method,), 0.5, 64, 32), PROMPT)
@@ -313,7 +313,7 @@ def test_config_that_transformers_refuses(tmp_path: Path, config: dict[str, Any]
 def test_prices_of_an_artifact(priced_artifact: Path) -> None:
     result = json.loads(run_ok("bench", priced_artifact, *SHORT, "--sparsity", 0.3, "--json").stdout)
     assert [result[name]["sparsity"] for name in ("dense", "dense_native")] == [0, 0]
-    assert result["priced"]["sparsity"] == pytest.approx(0.3, abs=0.15)  # the price meets another text
+    assert result["priced"]["sparsity"] == pytest.approx(0.3, abs=0.15)  # the price is used on other text
     shown = run_ok("bench", priced_artifact, *SHORT, "--method", "priced")
     assert " priced " in shown.stdout
 
@@ -337,7 +337,7 @@ def test_random_rows_read_exactly_what_was_asked_for(tmp_path: Path) -> None:
     path.write_text(json.dumps(SMALL))
     result = json.loads(run_ok("bench", "--shape", path, *SHORT, "--sparsity", 0.5, "--json").stdout)
     for name, sparsity in (("priced_0.70", 0.3), ("priced_0.50", 0.5)):
-        assert result[name]["sparsity"] == pytest.approx(sparsity, abs=0.03)  # whole rows
+        assert result[name]["sparsity"] == pytest.approx(sparsity, abs=0.03)  # up to whole rows
     both = run_cli("bench", "--shape", path, *SHORT, "--method", "priced", "--method", "tda")
     assert both.exit_code == 2
     assert "priced and tda need different artifacts" in both.stderr

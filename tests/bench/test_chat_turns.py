@@ -24,7 +24,7 @@ def test_both_ways_read_the_same_chat(
     monkeypatch.setattr(script, "MESSAGES", ("The sea", "Why?", "And the moon?"))
     options = (priced_artifact, "--new-tokens", 10, "--repeats", 1, "--json")
     first, *later, whole = map(json.loads, turns(script, monkeypatch, capsys, *options).splitlines())
-    assert first["keep_kl"] == pytest.approx(first["reread_kl"])  # nothing was kept yet
+    assert first["keep_kl"] == pytest.approx(first["reread_kl"])  # no answer has been kept yet
     assert first["keep_read_tokens"] == first["reread_read_tokens"] == first["prompt_tokens"]
     assert any(row["keep_read_tokens"] < row["reread_read_tokens"] for row in later)
     assert all(row[f"{name}_{what}"] > 0 for row in later for name in ("keep", "reread") for what in ("kl", "seconds"))

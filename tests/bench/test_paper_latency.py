@@ -23,7 +23,7 @@ TOKENS = ("--prompt-tokens", "64", "--new-tokens", "32")
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script with a tiny shape under a name of the paper's; it builds in this process, and measures on the CPU."""
+    """The script, with a tiny shape under the name of a model. It builds in this process and measures on the CPU."""
     found = load("paper_latency", monkeypatch)
     monkeypatch.setitem(SHAPES, SHAPE, SMALL)
     run_bench = decode.run_bench
@@ -82,7 +82,7 @@ def test_figures_of_a_part(
     for row in rows.values():
         assert row["seconds"] == pytest.approx((row["prefill_ms"] + 32 * row["ms_per_token"]) / 1e3)
         assert row["ceiling_ms"] == pytest.approx(row["bytes_per_token"] / result["copy_gb_per_second"] / 1e6)
-        assert row["paper_a100_seconds"] is None  # other numbers of tokens than the paper's
+        assert row["paper_a100_seconds"] is None  # since the paper has other numbers of tokens
     if part != "masks":
         shares = [rows[name]["sparsity"] for name in methods[-2:]]
         assert shares == pytest.approx([0.3, 0.5], abs=0.02)
@@ -125,7 +125,7 @@ def test_an_artifact_of_another_model(script: ModuleType, tmp_path: Path) -> Non
 def test_an_artifact_that_cannot_be_built(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The others are measured."""
+    """The other parts are measured."""
     build = script.subprocess.run
 
     def failing(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
@@ -142,7 +142,7 @@ def test_an_artifact_that_cannot_be_built(
 
 
 def test_the_command_builds_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line that the script gives itself is one that it understands."""
+    """The script understands the command line that it starts itself with."""
     script = load("paper_latency", monkeypatch)
     commands: list[list[str]] = []
 

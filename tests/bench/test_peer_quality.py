@@ -1,4 +1,4 @@
-"""benchmarks/peer_quality.py: bytes, de-quantised weights of peers, and what is compared with what."""
+"""benchmarks/peer_quality.py: bytes, de-quantised weights of peers, and the comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prices on other prompts: on the calibration's own they give its table."""
+"""benchmarks/price_tables.py: on the calibration's own prompts, prices give its own table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of priced rows and other methods: what is compared, one small run, and going on from its rows."""
+"""benchmarks/priced_table.py: the comparisons, one small run, and resuming from its rows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def row(name: str, parts: str, ffn: float, linears: float, kl: float) -> dict[st
 
 
 def test_methods_are_compared_at_the_same_bytes(script: ModuleType) -> None:
-    """Methods of the FFN alone stand beside those of all linears by what they read of them."""
+    """Methods of the FFN alone are compared with those of all linears at the same bytes of all linears."""
     rows = [
         row("priced", "all", 0.5, 0.45, 0.4),
         row("priced", "all", 0.5, 0.55, 0.1),

@@ -1,4 +1,4 @@
-"""Random matrices of integers: what they are, and that an artifact of them is one as any other."""
+"""Random matrices of integers, and artifacts of them, which are like any other."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_seed_and_a_name_give_the_same_numbers_in_any_order() -> None:
         np.testing.assert_array_equal(same, array)
     assert (different[0] != first[0]).mean() > 0.9
     assert (draw_packed(one, seed=1)[0] != first[0]).mean() > 0.9
-    # Pinned: an artifact of one machine is that of any other.
+    # Pinned, since artifacts of all machines must be the same.
     np.testing.assert_array_equal(first[0][0, :4], PINNED)
 
 
@@ -78,7 +78,7 @@ PINNED = [254, 208, 230, 204]
 
 
 def test_floats_stay_what_they_were() -> None:
-    """The slow way: the pool rolled to where a tensor begins, and repeated."""
+    """The slow way: roll the pool to the start of a tensor, and repeat it."""
     weights = RandomWeights({str(i): (5, 7) for i in range(40)} | {"long": (POOL_NUMBERS // 8 + 3, 9), "norm": (64,)})
     for name, shape in weights._shapes.items():
         size = int(torch.Size(shape).numel())
@@ -121,7 +121,7 @@ def test_an_artifact_of_codes(source: ModelSource, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rules", [(), ("*.down=float", "layers.0.*=int8")])
 def test_a_price_reads_its_share_of_the_bytes(rules: tuple[str, ...], source: ModelSource, tmp_path: Path) -> None:
-    """Whatever formats there are: bytes count, not elements."""
+    """With any formats: bytes count, not elements."""
     storage = storage_of_small(source, *rules)
     artifact, _ = build_random_priced(source, tmp_path / "artifact", storage, (0.3, 0.5), quiet=True)
     unread, rows = [0, 0], []

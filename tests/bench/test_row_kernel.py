@@ -1,4 +1,4 @@
-"""The timing of RowLinear checks what it times, counts the bytes that are read, and refuses what it cannot time."""
+"""The timing of RowLinear checks results, counts the bytes read, and refuses forms that it cannot time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods are compared at the same bytes: another sparsity is asked for until what is read is what was meant."""
+"""benchmarks/same_bytes.py searches for the sparsity at which a method reads the wanted bytes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_what_reads_other_bytes_is_asked_again(
     slope=st.floats(0.5, 1.3),
 )
 def test_kl_is_taken_between_two_settings(same_bytes: ModuleType, sparsity: float, offset: float, slope: float) -> None:
-    """Of the bytes of all linears; the logarithm of KL is linear in them here, so that nothing is lost."""
+    """By the bytes of all linears. Here the logarithm of KL is linear in them, so interpolation is exact."""
 
     def measure(cell: Any) -> dict[str, Any]:
         share = min(1.0, 1 - slope * cell.sparsity + offset)
@@ -123,7 +123,7 @@ def test_rows_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = rows.Rows(path, ("method", "sparsity"))
     assert kept.get({"method": "tda", "sparsity": 0.5, "other": 1}) == row
     assert kept.get({"method": "tda", "sparsity": 0.3}) is None
-    # Rows that do not say what tells them apart are of another kind.
+    # Rows without all keys are ignored.
     assert rows.Rows(path, ("method", "sparsity", "artifact")).found == {}
 
 

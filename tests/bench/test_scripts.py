@@ -1,4 +1,4 @@
-"""Long benchmarks: what one part fails at costs nothing that the others measure."""
+"""Long benchmarks: if one part fails, the others are still measured and printed."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_latency_is_printed_though_the_kernel_fails(
 def run_true_shapes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, failing: tuple[str, str] | None, peak: int, *shapes: str
 ) -> None:
-    """Run the script with steps that answer at once; one of a shape may fail."""
+    """Run the script with instant steps, of which one step of one shape may fail."""
     script = load("true_shapes", monkeypatch)
     answers = {
         "make": {"largest_tensor_bytes": 8},

@@ -1,4 +1,4 @@
-"""benchmarks/soak.py: its rule on made-up samples, and both targets for seconds on a tiny artifact."""
+"""benchmarks/soak.py: its rule on made-up samples, and both targets for a few seconds on a tiny artifact."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def verdict(script: ModuleType, memory: Any, descriptors: Any = lambda t: 20, threads: Any = lambda t: 4) -> Any:
-    """Judge functions of the seconds, looked at once a second."""
+    """Return the growth of values given as functions of the seconds, sampled once a second."""
     times = [float(t) for t in range(int(SECONDS))]
     samples = [script.Sample(t, int(memory(t)), int(memory(t)) // 2, descriptors(t), threads(t)) for t in times]
     return script.growth(samples, SECONDS, warm_up=0.5, tolerance=0.05)
@@ -43,7 +43,7 @@ def test_what_is_no_growth(script: ModuleType) -> None:
     for memory in (
         lambda t: 100e6,
         lambda t: 100e6 + 5e6 * min(t, 200) / 200,  # a warm-up
-        lambda t: 100e6 + 0.04e6 * t / 60,  # under the tolerance
+        lambda t: 100e6 + 0.04e6 * t / 60,  # below the tolerance
         lambda t: 100e6 - 1e6 * t / 60,
         lambda t: 100e6 + 3e6 * noise.random(),
     ):
@@ -85,7 +85,7 @@ def run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object)
 def test_both_targets_answer(
     priced_artifact: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Seconds are too few to judge memory by, so that any growth is tolerated here."""
+    """A few seconds show nothing about memory, so any growth is allowed here."""
     options = ("--minutes", 0.08, "--every", 0.05, "--tolerance", 1e6, "--json")
     assert run(script, monkeypatch, priced_artifact, *options) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -133,14 +133,14 @@ def test_time_must_hold_ten_blocks(script: ModuleType) -> None:
 def test_target_that_ends_by_itself_is_an_error(
     priced_artifact: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The table's artifact opens, and its graph is no longer there."""
+    """The artifact can be opened, but its graph is deleted."""
     monkeypatch.setattr("soak_requests.subprocess.Popen", lambda *words, **options: Ended())
     assert run(script, monkeypatch, priced_artifact, "--target", "serve", "--minutes", "0.05") == 1
     assert capsys.readouterr().err == "Error: The server did not start. See above.\n"
 
 
 class Ended:
-    """A process that has ended and said nothing."""
+    """A process that has ended without output."""
 
     stderr: tuple[str, ...] = ()
 
