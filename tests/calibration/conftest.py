@@ -1,4 +1,4 @@
-"""What tests of datasets and of calibration by KL share."""
+"""Fixtures of the tests of datasets and of calibration by KL."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.calibration.kl_case import KlCase, make_case
 
 @pytest.fixture(autouse=True, scope="package")
 def _no_sleep() -> Iterator[None]:
-    """Spare the five seconds that `datasets` sleeps whenever a Parquet stream ends or is collected."""
+    """Skip the five seconds that `datasets` sleeps whenever a Parquet stream ends or is collected."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
         yield

@@ -54,7 +54,7 @@ def make_case(
 
 
 def with_down_scaled(case: KlCase, factors: list[float]) -> KlCase:
-    """Make a case of a model whose FFNs matter by these factors."""
+    """Make a case of a model whose down weights are scaled by a factor for each layer."""
     model = copy.deepcopy(case.model)
     for weight, factor in zip(down_weights(model, case.spec), factors, strict=True):
         weight *= factor

@@ -1,4 +1,4 @@
-"""Progress that tests can look at."""
+"""Progress that tests can inspect."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tda_export.progress import Advance
 
 
 class Shown:
-    """Stands in for progress bars: what was shown, of how many units, and how many came."""
+    """Replaces progress bars, and records the description, the number of units, and the units finished of each."""
 
     def __init__(self) -> None:
         self.bars: list[list[Any]] = []

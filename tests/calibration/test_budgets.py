@@ -30,7 +30,7 @@ GRID = torch.tensor([0.0, 0.1, 0.2, 0.4, 0.8, 2.0])
 
 
 def curves(cett: list[list[float]], density: list[list[float]] | None = None) -> CurveSums:
-    """Make sums of 4 tokens and 2 sequences whose means are these; density falls evenly unless given."""
+    """Make sums of 4 tokens and 2 sequences with these means. Density falls evenly unless given."""
     points = len(cett[0])
     even = [1 - k / (points - 1) for k in range(points)]
 
@@ -183,7 +183,7 @@ TOKEN_DENSITY = torch.tensor([[1.0, 0.9, 0.6, 0.4, 0.1, 0.0]] * 2, dtype=torch.f
 
 
 def token_curves() -> CurveSums:
-    """Of the token estimator: 8 tokens, and a density of prompts that is another."""
+    """Make curves of the token estimator: 8 tokens, and another density of prompts."""
     return dataclasses.replace(curves([RISING, CROSSING]), token_density=TOKEN_DENSITY * 8)
 
 
@@ -274,13 +274,13 @@ def test_budget_by_kl_is_a_point_of_the_path(budget: Budget) -> None:
 
 
 def test_less_sparsity_than_dense_has_is_dense_and_says_what_it_has() -> None:
-    """Zero activations of ReLU are not read: here half of the neurons of an FFN without gates."""
+    """Rows of ReLU's zero activations are not read: here those of half of the neurons of an FFN without gates."""
     rest = path_table()
     dense = {"share": [0.75], "kl": [[0.0, 0.0]], "kl_stderr": [[0.0, 0.0]], "mask_density": [[1.0, 1.0]]}
     dense |= {"token_density": [[0.4, 0.6]]}
     columns = {
         field.name: torch.cat(
-            [torch.tensor(dense.get(field.name, [[0.0, 0.0]])), getattr(rest, field.name)[1:]]  # which end at 0.3
+            [torch.tensor(dense.get(field.name, [[0.0, 0.0]])), getattr(rest, field.name)[1:]]  # the shares end at 0.3
         )
         for field in dataclasses.fields(KlTable)
         if field.name != "prior_tokens"

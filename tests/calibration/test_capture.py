@@ -1,4 +1,4 @@
-"""What the hooks see, and that they go away."""
+"""The hooks capture the right values, and are removed afterwards."""
 
 from __future__ import annotations
 

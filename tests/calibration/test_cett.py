@@ -1,4 +1,4 @@
-"""The fast curve mathematics against loops that read like the definition."""
+"""The fast computation of curves against loops that follow the definition."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_default_grid_steps_are_at_most_0_11_percent() -> None:
     inner = threshold_grid()[1:-1].double()
     steps = inner[1:] / inner[:-1] - 1
     assert float(steps.max()) <= 0.0011
-    assert float(steps.min()) >= 0.0009  # logarithmic: no point is wasted where it is not needed
+    assert float(steps.min()) >= 0.0009  # logarithmic, so that no points are wasted
 
 
 # Scores
@@ -238,7 +238,7 @@ def test_tail_norms_are_those_of_adding_one_by_one(tokens: int, neurons: int, hi
 
 @pytest.mark.parametrize("neurons", [2, BLOCK_NEURONS - 2, BLOCK_NEURONS, BLOCK_NEURONS + 2, 2 * BLOCK_NEURONS])
 def test_tails_that_cancel_are_zero_and_never_nan(neurons: int) -> None:
-    """Every second neuron takes back what the one before it gave."""
+    """Every second neuron cancels the one before it."""
     vectors = torch.randn(neurons // 2, 5, generator=generator_of(0))
     down = torch.stack([vectors, -vectors], dim=1).reshape(neurons, 5)  # [F, M]
     norms = tail_norms(torch.full((3, neurons), 7.0), down)

@@ -1,4 +1,4 @@
-"""Numbers that cannot be are refused when a calibration is read, and the tensor is named."""
+"""Impossible numbers in a calibration are refused, and the message names the tensor."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MAY_BE_NEGATIVE = ("activation",)
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A good file, of the token estimator and with a path."""
+    """A good calibration of the token estimator, with a KL path."""
     grid, generator = threshold_grid(50), torch.Generator().manual_seed(0)
     accumulator = CurveAccumulator(2, 7, grid, "token", prompt_tokens=4)
     for layer in range(2):
@@ -53,7 +53,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def rewrite(written: Path, path: Path, changes: dict[str, Change]) -> None:
-    """Copy a file with other tensors, and without the hash that would tell."""
+    """Copy a file with other tensors, and without the hash, which would show the change."""
     with safe_open(written, framework="pt") as file:
         record = json.loads(file.metadata()[METADATA_KEY])
         del record[DIGEST_KEY]
@@ -64,7 +64,7 @@ def rewrite(written: Path, path: Path, changes: dict[str, Change]) -> None:
 
 
 def last(value: float) -> Change:
-    """Put a value at a tensor's end."""
+    """Replace a tensor's last value."""
 
     def change(tensor: torch.Tensor) -> torch.Tensor:
         tensor.view(-1)[-1] = value
@@ -91,7 +91,7 @@ EVERYWHERE: dict[str, Change] = {
 def test_the_good_file_is_read(written: Path, path: Path) -> None:
     assert read_calibration(written).kl is not None
     rewrite(written, path, {})
-    assert read_calibration(path).provenance == PROVENANCE  # without a hash, as files of before
+    assert read_calibration(path).provenance == PROVENANCE  # a file of an earlier version has no hash
 
 
 @pytest.mark.parametrize("kind", EVERYWHERE)
@@ -105,7 +105,7 @@ def test_what_no_tensor_may_be(written: Path, path: Path, name: str, kind: str) 
 @pytest.mark.parametrize("kind", ["nan", "inf", "other dtype", "a number"])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_tensor_is_named(written: Path, path: Path, name: str, kind: str) -> None:
-    """`a number` of a tensor that gives others their size may be found by them."""
+    """Even a tensor that gives others their size."""
     rewrite(written, path, {name: EVERYWHERE[kind]})
     with pytest.raises(
         TdaError, match=rf"\({name} (has values that are not finite|should be \w+ \[.*\], and is \w+ \[.*\])"
@@ -146,7 +146,7 @@ def test_what_is_out_of_order_or_too_much(written: Path, path: Path, name: str, 
 
 
 def test_sizes_that_fit_each_other_and_nothing_else(written: Path, path: Path) -> None:
-    """Layers of the path that are not those of the curves."""
+    """The number of layers of the path differs from that of the curves."""
     columns = ("thresholds", "token_thresholds", "mask_density", "token_density", "cett", "sensitivity")
     rewrite(written, path, {KL + name: lambda tensor: torch.cat([tensor, tensor], dim=1) for name in columns})
     with pytest.raises(TdaError, match=rf"\({KL}thresholds should be float32 \[2, 2\], and is float32 \[2, 4\]\)"):
@@ -154,7 +154,7 @@ def test_sizes_that_fit_each_other_and_nothing_else(written: Path, path: Path) -
 
 
 def test_a_flipped_bit_is_found_wherever_it_is(written: Path, path: Path) -> None:
-    """Also where the number that it makes could be."""
+    """Even if the changed number would be possible."""
     whole = written.read_bytes()
     start = 8 + int.from_bytes(whole[:8], "little")
     with safe_open(written, framework="pt") as file:
@@ -207,7 +207,7 @@ def test_damaged_provenance_is_one_short_line(written: Path, path: Path, provena
         read_calibration(path)
     assert str(raised.value).isprintable()
     assert len(str(raised.value)) < 600
-    is_calibration(path)  # whatever it says, it says so
+    is_calibration(path)  # it may return either, but must not raise
 
 
 def test_a_header_nested_too_deeply(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""From datasets of every kind to sequences of one length."""
+"""Datasets of every kind become sequences of one length."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tda_export.calibration.corpus import (
 )
 from tda_export.errors import TdaError, UsageError
 
-TOKENIZER = byte_tokenizer()  # one token a byte, none before a text
+TOKENIZER = byte_tokenizer()  # one token a byte, and no token before a text
 MARKER = "<|document|>"  # the line between two documents of a text file
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
@@ -63,7 +63,7 @@ def texts(corpus: Corpus) -> list[str]:
 
 
 class Recorder:
-    """A byte tokenizer that keeps the texts it is given."""
+    """A byte tokenizer that records its texts."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -74,10 +74,10 @@ class Recorder:
 
 
 def pieces(dataset: object, **options: Any) -> list[str]:
-    """The pieces of a dataset in their shuffled order, all of them unless `sequences` says otherwise."""
+    """Return the pieces of a dataset in their shuffled order, by default all of them."""
     recorder = Recorder()
     load(dataset, tokenizer=recorder, **({"sequences": 10_000} | options))
-    assert recorder.texts[:2] == ["", "\n\n"]  # what begins a sequence, and what joins two pieces
+    assert recorder.texts[:2] == ["", "\n\n"]  # the beginning of a sequence, and the text between two pieces
     return recorder.texts[2:]
 
 
@@ -202,7 +202,7 @@ def test_a_marker_within_a_line_is_text(tmp_path: Path) -> None:
 def test_documents_are_cut_into_pieces_of_eight_characters_a_token(
     sizes: list[int], length: int, seed: int, tmp_path: Path
 ) -> None:
-    """Every document is one letter, so that a piece shows which document it came from."""
+    """Every document repeats one letter, so that a piece shows its document."""
     documents = [letter * size for letter, size in zip(ALPHABET, sizes, strict=False)]
     path = write_documents(tmp_path / "letters.txt", [*documents, "z" * length])  # enough for one sequence
     limit = PIECE_CHARACTERS_PER_TOKEN * length
@@ -211,7 +211,7 @@ def test_documents_are_cut_into_pieces_of_eight_characters_a_token(
 
 
 def test_pieces_of_a_long_document_are_shuffled_among_the_others(tmp_path: Path) -> None:
-    """A book must not fill the corpus alone: it is cut before the shuffle."""
+    """Documents are cut before the shuffle, so that a book does not fill the corpus alone."""
     assert SHUFFLE_BUFFER == 1_000
     limit = 4 * PIECE_CHARACTERS_PER_TOKEN
     path = write_documents(tmp_path / "books.txt", [letter * (20 * limit) for letter in "ab"])
@@ -240,12 +240,12 @@ def test_surroundings_of_documents_and_pieces_are_stripped(tmp_path: Path) -> No
 
 
 def slow_sequences(texts_in_order: list[str], size: int, sequences: int) -> list[str]:
-    """The sequences of pieces in this order: the starts of long ones, then cuts of all that is left in one string."""
+    """Return the sequences of pieces in this order: the starts of long ones, then cuts of the rest as one string."""
     starts = [text[:size] for text in texts_in_order if len(text) >= size]
     left = ""
     for text in texts_in_order:
         if rest := text[size:] if len(text) >= size else text:
-            left += ("\n\n" if len(left) % size else "") + rest  # no blank line where a sequence begins
+            left += ("\n\n" if len(left) % size else "") + rest  # no blank line at the beginning of a sequence
     return (starts + [left[i : i + size] for i in range(0, len(left) - size + 1, size)])[:sequences]
 
 
@@ -284,7 +284,7 @@ def test_each_piece_gives_one_sequence_while_there_are_enough(tmp_path: Path) ->
 def test_short_documents_are_joined_by_a_blank_line(tmp_path: Path) -> None:
     path = write_documents(tmp_path / "short.txt", ["ab"] * 4)
     assert texts(load(path, length=6)) == ["ab\n\nab", "ab\n\nab"]
-    assert texts(load(path, length=5)) == ["ab\n\na", "b\n\nab"]  # the fourth fills no sequence
+    assert texts(load(path, length=5)) == ["ab\n\na", "b\n\nab"]  # the fourth document is too short for a sequence
 
 
 def test_a_token_before_every_text_begins_each_sequence(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_a_token_before_every_text_begins_each_sequence(tmp_path: Path) -> None:
     corpus = load(path, tokenizer=tokenizer)
     assert len(corpus.tokens) > 3
     assert corpus.tokens[:, 0].tolist() == [begin] * len(corpus.tokens)
-    assert (corpus.tokens[:, 1:] != begin).all()  # neither a later piece nor the blank line brings another
+    assert (corpus.tokens[:, 1:] != begin).all()  # neither a later piece nor the blank line adds another
     assert tokenizer.decode(corpus.tokens[0, 1:]) == "abc"
 
 

@@ -1,4 +1,4 @@
-"""Datasets that cannot be used, and those of the hub."""
+"""Datasets that cannot be used, and datasets of the hub."""
 
 from __future__ import annotations
 

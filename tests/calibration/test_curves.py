@@ -1,4 +1,4 @@
-"""Curves of a whole model: sums that add, against forward passes taken apart by the test itself."""
+"""Curves of a whole model against forward passes that the test takes apart; sums over sequences add up."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHECKED_THRESHOLDS = 60  # of the 13,819, evenly spaced, both ends among them
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
-    """A tiny model with an FFN output bias, which stays out of CETT."""
+    """A tiny model with an FFN output bias, which does not count for CETT."""
     return resolve_model(str(save_tiny_model("llama-biases", tmp_path_factory.mktemp("curves") / "model")))
 
 
@@ -48,7 +48,7 @@ def accumulated(source: ModelSource, tokens: torch.Tensor) -> dict[Estimator, tu
 
 
 def neuron_outputs(model: Any, sequence: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Run one sequence; yield for each layer h [P + C, F] and n [P + C, F, M], in float64, from the FFN's input."""
+    """Run one sequence. Yield h [P + C, F] and n [P + C, F, M] of each layer, float64, from the FFN's input."""
     inputs: list[torch.Tensor] = []
     handles = [
         layer.mlp.register_forward_pre_hook(lambda mlp, arguments: inputs.append(arguments[0][0].double()))
@@ -66,7 +66,7 @@ def neuron_outputs(model: Any, sequence: torch.Tensor) -> Iterator[tuple[torch.T
 
 
 def cett_sum(n: torch.Tensor, dropped: torch.Tensor) -> float:
-    """Sum over tokens of || sum of the dropped n_i(t) || / || sum of all n_i(t) ||; n [T, F, M], dropped [T, F]."""
+    """Return the sum over tokens of || Σ dropped n_i(t) || / || Σ n_i(t) ||; n [T, F, M], dropped [T, F]."""
     total = 0.0
     for vectors, which in zip(n, dropped, strict=True):
         total += float(vectors[which].sum(dim=0).norm() / vectors.sum(dim=0).norm())
@@ -75,7 +75,7 @@ def cett_sum(n: torch.Tensor, dropped: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def slow(source: ModelSource, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The fields of CurveSums from their definitions, at CHECKED_THRESHOLDS; `ratio` for each estimator."""
+    """Return the fields of CurveSums by their definitions, at CHECKED_THRESHOLDS, with `ratio` for each estimator."""
     grid = threshold_grid().double()
     grid = grid[torch.linspace(0, len(grid) - 1, CHECKED_THRESHOLDS).long()]
     layers, neurons = source.spec.num_layers, source.spec.ffn_size
@@ -175,7 +175,7 @@ def test_progress_advances_by_one_a_sequence(source: ModelSource, tokens: torch.
     assert steps == [1, 1]
 
 
-# Which tokens count for what
+# Tokens that count
 
 
 def add_one(estimator: Estimator, h: torch.Tensor, *, prompt: int) -> CurveSums:
@@ -218,7 +218,7 @@ def test_a_continuation_that_needs_other_neurons_loses_everything() -> None:
     assert sums.ratio_tokens.tolist() == [2]
     assert sums.mean_cett[0].tolist() == [0.0] + [1.0] * 29
     assert sums.mean_density[0].tolist() == [1.0] + [0.5] * 28 + [0.0]
-    per_token = add_one("token", h, prompt=4)  # each token keeps what it needs, up to the last threshold
+    per_token = add_one("token", h, prompt=4)  # each token keeps its neuron up to the last threshold
     assert per_token.ratio_tokens.tolist() == [5]
     assert per_token.mean_cett[0].tolist() == [0.0] * 29 + [1.0]
 
@@ -240,7 +240,7 @@ def test_a_continuation_without_output_is_left_out() -> None:
 def test_activations_that_are_not_finite_are_refused(
     estimator: Estimator, value: float, token: int, dtype: torch.dtype
 ) -> None:
-    """Float16 overflows with some models; their curves would be of nothing."""
+    """Float16 overflows in some models, and their curves would mean nothing."""
     accumulator = CurveAccumulator(3, 5, threshold_grid(30), estimator, 4)
     h = torch.ones(8, 5, dtype=dtype)
     accumulator.add(1, h, torch.eye(5, dtype=dtype))

@@ -1,4 +1,4 @@
-"""What is read from dense sequences, beside transformers' own states and brute force."""
+"""Statistics of dense sequences against transformers' own states and brute force."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def random_sequences(seed: int, number: int) -> list[DenseSequence]:
     generator = torch.Generator().manual_seed(seed)
 
     def sums(tokens: int) -> NeuronSums:
-        # Over many orders of magnitude, as scores are.
+        # Over many orders of magnitude, like scores.
         squares = 10 ** (-8 * torch.rand(2, 5, generator=generator))
         return NeuronSums(squares, torch.randn(2, 5, generator=generator), tokens)
 

@@ -1,4 +1,4 @@
-"""The calibration file: what is written is read, and nothing else is."""
+"""The calibration file: written values are read back, and other files are refused."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def calibration(request: pytest.FixtureRequest) -> Calibration:
 
 
 def kl_table() -> KlTable:
-    """A path of two settings and two layers; no two numbers are equal."""
+    """Make a path of two settings and two layers, without equal numbers."""
     values = 0.1 + 0.8 * torch.rand(8, 2, 2, generator=torch.Generator().manual_seed(1))
     kl, stderr, thresholds, token_thresholds, mask, token, cett, sensitivity = values
     columns = (kl.sort(dim=0).values, stderr, thresholds, token_thresholds, mask, mask * token, cett, sensitivity)
@@ -70,7 +70,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def write_metadata(path: Path, metadata: str | None) -> None:
-    """Write a safetensors file with this text where a calibration has its provenance."""
+    """Write a safetensors file with this text in place of a calibration's provenance."""
     save_file({"grid": torch.zeros(4)}, path, metadata=None if metadata is None else {METADATA_KEY: metadata})
 
 
@@ -123,7 +123,7 @@ def test_writing_replaces_an_earlier_file(calibration: Calibration, path: Path) 
     assert read_calibration(path).provenance == PROVENANCE
 
 
-# What is not a calibration
+# Other files
 
 
 def test_missing_file(path: Path) -> None:
@@ -222,7 +222,7 @@ def test_record_without_what_build_needs(calibration: Calibration, path: Path, m
         read_calibration(path)
 
 
-# What a build asks of a file
+# Checks of a build
 
 
 @pytest.mark.parametrize("budget", [Budget(cett=0.2), Budget(sparsity=0.5, allocation="uniform")], ids=str)
@@ -269,7 +269,7 @@ def test_other_safetensors_is_no_calibration(path: Path, metadata: str | None) -
 
 
 def test_other_files_are_no_calibration(path: Path) -> None:
-    assert not is_calibration(path)  # not there
+    assert not is_calibration(path)  # it does not exist
     assert not is_calibration(path.parent)
     for content in (b"", b"text", bytes(100)):
         path.write_bytes(content)
@@ -281,9 +281,9 @@ def test_other_files_are_no_calibration(path: Path) -> None:
 
 @contextlib.contextmanager
 def full_disk() -> Iterator[None]:
-    """Let no file grow over 4 KiB, which safetensors sees as it would see a full disk.
+    """Let no file grow over 4 KiB. safetensors then fails as on a full disk.
 
-    Only around the call itself: pytest's own output may go to a file.
+    Use it around the call alone, because pytest's own output may go to a file.
     """
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

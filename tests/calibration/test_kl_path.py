@@ -1,4 +1,4 @@
-"""The sweep: its budget, how densities move, and that it can be interrupted."""
+"""The sweep: its budget, the changes of densities, and interruptions."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_scaling_at_both_ends() -> None:
     densities = Densities(torch.tensor([0.5, 0.01]), torch.tensor([0.2, 0.005]))
     dense = scale_to(densities, 1.0, GATED)
     assert dense.mask.tolist() == dense.token.tolist() == [1.0, 1.0]
-    sparse = scale_to(densities, SMALLEST_DENSITY / 10, GATED)  # out of reach: as sparse as bounds allow
+    sparse = scale_to(densities, SMALLEST_DENSITY / 10, GATED)  # unreachable: as sparse as bounds allow
     assert sparse.mask.tolist() == sparse.token.tolist() == pytest.approx([SMALLEST_DENSITY] * 2)
 
 
@@ -90,7 +90,7 @@ def test_moving_hits_the_budget_whatever_the_prices(densities: Densities, share:
 
 @given(low=st.floats(0.01, 10), ratio=st.floats(1.5, 4), share=st.floats(0.1, 0.6))
 def test_a_higher_price_gets_more_density(low: float, ratio: float, share: float) -> None:
-    """Layers that were alike, the last with dearer bytes."""
+    """Equal layers, of which the last has a higher price."""
     alike = Densities(torch.full((4,), 0.6), torch.full((4,), 0.5))
     prices = torch.full((2, 4), low)
     prices[:, 3] *= ratio

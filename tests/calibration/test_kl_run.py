@@ -1,4 +1,4 @@
-"""The whole second part of a calibration, on a tiny model, beside slow measurements of its settings."""
+"""The second part of a calibration on a tiny model, against slow measurements of its settings."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_divergence_rises_along_the_path(found: KlTable) -> None:
 
 
 def test_settings_cost_what_the_reference_says(case: KlCase, found: KlTable) -> None:
-    """Measure each setting again with the reference of masked FFNs, from what the table holds alone."""
+    """Measure each setting again with the reference of masked FFNs, given only the table."""
     sequences = read_dense(case.model, case.spec, case.tokens[:ODD], PROMPT)
     blended, layers = blend(sequences, PRIOR_TOKENS), case.spec.num_layers
     for index in (0, 3, len(SHARES) - 1):
@@ -136,7 +136,7 @@ def test_sensitivities_are_those_of_one_layer_alone(case: KlCase, found: KlTable
 
 
 def test_held_out_sequences_choose_no_thresholds(case: KlCase, found: KlTable) -> None:
-    """Other held-out sequences change what they cost, and the thresholds through the prior alone; here without one."""
+    """Other held-out sequences change their own KL. Thresholds depend on them only through a prior, which is off."""
     tokens = case.tokens[:ODD].clone()
     first = run(dataclasses.replace(case, tokens=tokens), ODD, prior_tokens=0.0)[0]
     tokens[1::2] = tokens[1::2].flip(1)

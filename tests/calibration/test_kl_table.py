@@ -1,4 +1,4 @@
-"""Points of a measured path: at its settings, between them and at both ends."""
+"""Points of a measured path: at its settings, between them, and at both ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BY_LAYER = ("thresholds", "token_thresholds", "mask_density", "token_density", "
 
 
 def table(shares: list[float] = SHARES, kl: list[float] = KL, **changes: list[list[float]]) -> KlTable:
-    """Make a table of two layers whose fitted halves cost nothing, so that only the held-out ones may count."""
+    """Make a table of two layers with a KL of 0 on the fitted half, so that only the held-out half counts."""
     number = len(shares)
     rising = [(i + 1) / number for i in range(number)]
     columns = {
@@ -38,7 +38,7 @@ def table(shares: list[float] = SHARES, kl: list[float] = KL, **changes: list[li
 
 @st.composite
 def tables(draw: st.DrawFn) -> KlTable:
-    """Paths of one to six settings; the divergence may be zero, noisy, falling or below zero."""
+    """Draw paths of one to six settings. The divergence may be zero, noisy, falling or negative."""
     number = draw(st.integers(1, 6))
     shares = sorted(draw(st.lists(st.integers(1, 99), min_size=number, max_size=number, unique=True)), reverse=True)
     kl = draw(st.lists(st.one_of(st.just(0.0), st.floats(-0.0078125, 5, width=32)), min_size=number, max_size=number))
@@ -100,7 +100,7 @@ def test_everything_is_monotone_in_the_share(measured: KlTable, data: st.DataObj
 
 
 def relu_table() -> KlTable:
-    """A table that begins with dense, which reads 80 % of the bytes."""
+    """Make a table that begins with dense, which reads 80 % of the bytes."""
     changes = {name: getattr(table(), name).tolist() for name in BY_LAYER}
     changes |= {name: [[0.0, 0.0], *changes[name][1:]] for name in ("thresholds", "token_thresholds", "cett")}
     changes["mask_density"][0] = [1.0, 1.0]

@@ -1,4 +1,4 @@
-"""Histograms of inputs, and the thresholds that are read off them."""
+"""Histograms of inputs, and thresholds from them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_every_float_is_in_its_bin(values: list[float]) -> None:
 
 @given(st.lists(st.floats(-1e9, 1e9, width=32), min_size=1, max_size=50))
 def test_magnitudes_are_counted(values: list[float]) -> None:
-    """Small ones and zeros in the first bin, large ones in the last."""
+    """Small magnitudes and zeros are in the first bin, large ones in the last."""
     counts, edges = count_magnitudes(torch.tensor(values)), magnitude_edges()
     assert counts.shape == (BINS,)
     assert edges.shape == (BINS + 1,)
@@ -74,7 +74,7 @@ def test_thresholds_fall_with_the_density() -> None:
 
 
 def test_zeros_need_no_threshold() -> None:
-    """Of ReLU: more than what is not zero cannot be reached."""
+    """With ReLU no density above the share of nonzero inputs can be reached."""
     histogram = count_magnitudes(torch.tensor([0.0, 0.0, 0.0, 1.0]))[None]
     assert float(thresholds_at(histogram, torch.tensor([0.2]))) > 0.9
     assert float(thresholds_at(histogram, torch.tensor([0.5]))) < 1e-6
@@ -110,7 +110,7 @@ def test_inputs_of_all_sites_are_counted(family: Family, name: str) -> None:
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("method", ["teal", "wina"])
 def test_row_prices_of_other_methods_have_their_densities(family: Family, packing: Packing, method: str) -> None:
-    """Of the first layer's first site, whose inputs nothing has changed: the densities that were asked for."""
+    """At the first site of the first layer, whose inputs are unchanged, densities are those that were asked for."""
     model, spec = family("llama")
     tokens = torch.arange(3, 120)[None]
     norms = row_norms(model, spec)

@@ -1,4 +1,4 @@
-"""Thresholds for densities, and prices beside finite differences."""
+"""Thresholds for densities, and prices against finite differences."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_faded_estimates_count_less(weight: float) -> None:
     histogram = filled(torch.full((3, 10), 1.0), keep)
     histogram.fade(weight)
     histogram.add(0, torch.full((2, 10), 100.0), keep)
-    share = 20 / (20 + 30 * weight)  # of the larger ones
+    share = 20 / (20 + 30 * weight)  # the share of the larger ones
     assert float(histogram.thresholds(torch.tensor([share - 0.01]))[0]) == pytest.approx(100, rel=0.011)
     if weight:
         assert float(histogram.thresholds(torch.tensor([share + 0.01]))[0]) == pytest.approx(1, rel=0.011)
@@ -150,7 +150,7 @@ def test_the_ffn_share_counts_three_equal_matrices() -> None:
 
 
 def ranked(case: KlCase) -> list[Blended]:
-    """Give neurons scores 0, 1, 2, … in a random order, so that masks are easy to name; means stay true."""
+    """Give neurons scores 0, 1, 2, … in a random order, so that masks are easy to name. Means stay correct."""
     generator = torch.Generator().manual_seed(3)
     layers, neurons = case.spec.num_layers, case.spec.ffn_size
     order = torch.stack([torch.randperm(neurons, generator=generator) for _ in range(layers)])
@@ -224,7 +224,7 @@ def test_token_prices_are_the_slope_of_the_divergence(kl_case: KlCase, layer: in
 
 
 def test_prices_count_the_bytes_that_a_band_reads(kl_case: KlCase) -> None:
-    """Both prices, band by band and token by token, with token thresholds that skip some of the mask's neurons."""
+    """Check both prices, by band and token, with token thresholds that skip some of the mask's neurons."""
     blended = ranked(kl_case)
     level = Level(torch.full((3,), 40.0), torch.full((3,), 0.1))
     neighbours = Neighbours(
@@ -307,7 +307,7 @@ def test_prices_of_half_precision_models(kl_case: KlCase, tmp_path: Path, dtype:
 
 
 def test_small_gradients_survive_float16(tmp_path: Path) -> None:
-    """Weights so small that the gradients of activations underflow float16 unless the loss is scaled."""
+    """The weights are so small that gradients of activations underflow float16 unless the loss is scaled."""
     case = make_case(tmp_path, dtype=torch.float16)
     full = make_case(tmp_path)
     for one in (full, case):

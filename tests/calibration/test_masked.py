@@ -1,4 +1,4 @@
-"""FFNs that drop neurons, beside the reference of the graph's tests and explicit loops."""
+"""FFNs that drop neurons, against the reference of the graph's tests and explicit loops."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_observers_see_every_layer_and_its_gradient(kl_case: KlCase) -> None:
         assert torch.equal(run.used.detach()[0], run.h * run.survivors)
         assert torch.equal(run.survivors, masking.keep[layer] & (run.estimates >= masking.token_thresholds[layer]))
         assert run.used.grad is not None
-        assert run.used.grad[0][~run.survivors].abs().sum() > 0  # what is dropped has a price too
+        assert run.used.grad[0][~run.survivors].abs().sum() > 0  # dropped neurons have a price too
     assert all(parameter.grad is None for parameter in kl_case.model.parameters())
 
 

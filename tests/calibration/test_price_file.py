@@ -1,4 +1,4 @@
-"""Prices in a calibration file: what is written, and what is refused."""
+"""Prices in a calibration file: written, read back, and refused."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_round_trip(path: Path, linears: dict[str, tuple[int, int]]) -> None:
 
 
 def test_files_of_version_3_are_read(path: Path) -> None:
-    """They hold masks alone."""
+    """They have masks alone."""
     grid = threshold_grid(50)
     accumulator = CurveAccumulator(2, 7, grid, "prompt", prompt_tokens=4)
     for layer in range(2):
@@ -146,7 +146,7 @@ def test_damaged_tensors(path: Path, name: str, damage: str) -> None:
     if damage == "not finite" and not make_tensor(name).is_floating_point():
         return
     if damage == "negative" and name.endswith("kl"):
-        return  # by rounding
+        return  # changed by rounding alone
     write(path)
     rewrite(path, change)
     with pytest.raises(TdaError, match=r"tiny\.safetensors: not a readable calibration \(.*\)\. Run 'tda-export cal"):
@@ -206,7 +206,7 @@ def test_short_prompts_were_not_measured(path: Path) -> None:
 
 
 def test_a_file_without_short_prompts_has_one_kl(path: Path) -> None:
-    """As files of before are."""
+    """Files of earlier versions have none."""
 
     def change(metadata: Any, tensors: dict[str, torch.Tensor]) -> None:
         del tensors["measured.sites.short_kl"], metadata["priced"]["prompts"]

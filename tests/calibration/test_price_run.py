@@ -1,4 +1,4 @@
-"""The calibration of priced rows as a whole: halves of the sequences, interruptions, and what is recorded."""
+"""The whole calibration of priced rows: halves of the sequences, interruptions, and the record."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.few_prices import SHARES, few_prices  # noqa: F401 -- a fixture
 
 CORPUS = Corpus(torch.arange(5, 77).reshape(6, 12), "some.txt", "0" * 64)
 SETTINGS = CalibrationSettings(prompt_tokens=8, continuation_tokens=4, sequences=6)
-PASSES = 1 + 2 * len(SHARES)  # of a sequence, each of which is read after a short prompt as well
+PASSES = 1 + 2 * len(SHARES)  # of a sequence; each pass also reads it after a short prompt
 BUDGET = {"max_kl": 0.05}
 
 
@@ -35,7 +35,7 @@ class Interruption(Exception):
 
 
 def interrupt(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int, *, after: bool) -> None:
-    """Break off the call-th call of a function, at its beginning or its end."""
+    """Raise in the given call of a function, at its beginning or its end."""
     original, calls = getattr(owner, name), iter(range(10**6))
 
     def broken(*arguments: Any, **options: Any) -> Any:
@@ -142,7 +142,7 @@ def test_an_interrupted_run_goes_on(
     pricings: int,
     measurings: int,
 ) -> None:
-    """Nothing that was saved is done again, and the result is the same to the bit."""
+    """Saved work is not repeated, and the result is the same to the bit."""
     monkeypatch.setattr(price_run, "SAVE_SECONDS", 0.0)
     output = tmp_path / "calibration"
     with pytest.MonkeyPatch.context() as patch:
@@ -174,7 +174,7 @@ def test_an_interrupted_run_goes_on(
 def test_sequences_that_were_not_measured_after_a_short_prompt_are_not_used(
     tiny: ModelSource, uninterrupted: Calibration, tmp_path: Path, left: int
 ) -> None:
-    """An earlier version counted them as done: of two sequences `left` have a KL after a short prompt."""
+    """An earlier version counted them as done. Of two sequences, `left` have a KL after a short prompt."""
     output, partial = tmp_path / "calibration", tmp_path / "calibration.partial"
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, price_run, "measure_sequence", 4, after=False)
@@ -210,7 +210,7 @@ def test_what_another_calibration_left_is_not_used(tiny: ModelSource, tmp_path: 
 
 
 def test_all_methods_in_one_file(tiny: ModelSource, uninterrupted: Calibration, tmp_path: Path) -> None:
-    """Each as it is alone, also where the run was interrupted within the second."""
+    """Each is the same as alone, also if the run was interrupted within the second method."""
     settings = dataclasses.replace(SETTINGS, method="all", curves_only=True)
     output = tmp_path / "calibration"
     with pytest.MonkeyPatch.context() as patch:
@@ -239,7 +239,7 @@ def test_the_table_of_one_packing_is_that_of_both(tiny: ModelSource, uninterrupt
 
 
 def test_half_precision(tiny: ModelSource, uninterrupted: Calibration) -> None:
-    """Prices are of the stored elements' bytes; c² is nearly the same."""
+    """Prices count the bytes of stored elements; c² is nearly the same."""
     half = calibrate(tiny, CORPUS, dataclasses.replace(SETTINGS, dtype="bf16"), BUDGET, show=Shown()).priced
     exact = uninterrupted.priced
     assert isinstance(half, Priced)
@@ -253,7 +253,7 @@ def test_half_precision(tiny: ModelSource, uninterrupted: Calibration) -> None:
 def test_short_prompts_are_measured_as_if_they_were_the_calibrations_own(
     tiny: ModelSource, uninterrupted: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same tokens behind the last one of the prompt, in the first sequences alone."""
+    """The same tokens are scored, after the end of the prompt, in the first sequences alone."""
     monkeypatch.setattr(price_run, "SHORT_SEQUENCES", 2)
     priced, long = calibrate(tiny, CORPUS, SETTINGS, BUDGET, show=Shown()).priced, uninterrupted.priced
     assert priced is not None

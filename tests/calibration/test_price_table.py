@@ -1,4 +1,4 @@
-"""Tables of prices: which prices are measured, and the bytes and KL of each, by hand."""
+"""Tables of prices: the choice of prices, and the bytes and KL of each against sums by hand."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def shapes(spec: DecoderSpec) -> dict[str, tuple[int, int]]:
     return {part: linear_shape(spec, part) for part in linear_parts(spec)}
 
 
-# Which prices
+# The choice of prices
 
 
 @given(st.integers(0, 2**32), st.lists(st.floats(0.01, 0.99), min_size=1, max_size=8, unique=True))
@@ -57,7 +57,7 @@ def test_prices_leave_their_shares(seed: int, shares: list[float]) -> None:
 
 
 def test_rows_that_are_worth_nothing_do_not_count() -> None:
-    """ReLU's zeros: shares are of what dense reads."""
+    """With ReLU's zeros, shares are relative to the rows that dense reads."""
     worth = torch.cat([torch.zeros(3000), torch.linspace(1e-6, 1e-5, 1000)])
     histogram = torch.bincount(float_bins(worth), minlength=ALL_BINS).double()
     (price,) = prices_at(histogram, (0.5,))
@@ -70,7 +70,7 @@ def test_nothing_is_worth_anything() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
 def test_chosen_prices_leave_their_shares_of_dense_inputs(family: Family, name: str) -> None:
-    """Counted with inputs that are dense, as they were chosen."""
+    """The count is on dense inputs, like the choice."""
     model, spec = family(name)
     tokens = draw_tokens(spec, 2)
     row_prices = row_prices_of(model, spec, tokens)
@@ -95,13 +95,13 @@ def test_chosen_prices_leave_their_shares_of_dense_inputs(family: Family, name: 
             assert read / whole == pytest.approx(share, abs=0.01)
 
 
-# What they cost
+# Bytes and KL
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt-neox", "opt"])
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_bytes_and_kl_by_hand(family: Family, name: str, packing: Any) -> None:
-    """One call of the whole sequence, whose prompt reads every row, row by row."""
+    """Compute one call of the whole sequence row by row; the prompt reads every row."""
     model, spec = family(name)
     tokens = draw_tokens(spec, 4)
     row_prices = row_prices_of(model, spec, tokens[::2])[packing]
@@ -200,7 +200,7 @@ def test_an_interrupted_sequence_is_not_counted(family: Family) -> None:
 
 
 def test_logits_that_are_not_finite(family: Family) -> None:
-    """Their KL is no 0."""
+    """Their KL must not become 0."""
     model, spec = family("llama")
     tokens = draw_tokens(spec, 1)
     prices = row_prices_of(model, spec, tokens)["sites"]

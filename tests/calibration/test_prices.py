@@ -45,9 +45,9 @@ def price(model: Any, spec: DecoderSpec, tokens: torch.Tensor, choose: Any) -> P
 def squares_of_clones(
     model: Any, spec: DecoderSpec, tokens: torch.Tensor, labels: torch.Tensor
 ) -> dict[tuple[str, ...], torch.Tensor]:
-    """Sums over tokens of the square gradient by a clone of the input that the parts alone read, [L, in].
+    """Return sums over tokens of the squared gradient by a clone of the input that only these parts read, [L, in].
 
-    The whole sequence in one call without cache; the label of the prompt's last token changes nothing.
+    The whole sequence is one call without cache. The label of the prompt's last token changes nothing.
     """
     groups = {(part,) for site in sites_of(spec) for part in site} | set(sites_of(spec))
     squares: dict[tuple[str, ...], torch.Tensor] = {}
@@ -107,7 +107,7 @@ def test_a_site_adds_before_it_squares(family: Family) -> None:
 
 
 def test_order_does_not_matter(family: Family) -> None:
-    """Labels belong to the sequence, whenever it is read."""
+    """The labels depend on the sequence, not on the order."""
     model, spec = family("llama")
     sequences = [draw_tokens(spec.vocab_size, index) for index in range(3)]
 
@@ -136,7 +136,7 @@ def test_labels_are_the_models_own() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(family: Family, dtype: torch.dtype) -> None:
-    """Small gradients, which float16 would lose, count: so small that unscaled they round to nothing."""
+    """Gradients so small that unscaled they round to zero in float16 still count."""
     model, spec = family("llama")
     tokens, labels = draw_tokens(spec.vocab_size), draw_labels(spec.vocab_size)
     exact = price(model, spec, tokens, lambda logits: labels)
@@ -148,7 +148,7 @@ def test_half_precision(family: Family, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("factor", [1e-6, 1e3])
 def test_the_scale_of_half_precision_fits(family: Family, factor: float) -> None:
-    """A head so small that gradients underflow, or so large that the scaled ones overflow: they are rescaled."""
+    """The scale changes if gradients underflow, with a small head, or if scaled ones overflow, with a large head."""
     model, spec = family("llama")
     model = copy.deepcopy(model)
     model.lm_head.weight.mul_(factor)
@@ -169,7 +169,7 @@ def test_gradients_that_are_not_finite(family: Family) -> None:
 
 
 def test_row_prices(family: Family) -> None:
-    """c² a byte, of the rows that a packing stores."""
+    """A row price is c² divided by the bytes of a row in this packing."""
     model, spec = family("llama")
     sums = price(model, spec, draw_tokens(spec.vocab_size), sampled_labels(1, 0, 0))
     separate, sites = (sums.row_prices(spec, packing, RowBytes(4)) for packing in ("separate", "sites"))

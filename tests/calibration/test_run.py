@@ -96,7 +96,7 @@ def equal(one: Calibration, other: Calibration) -> bool:
 
 @pytest.fixture(autouse=True)
 def _no_save_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Curves are saved once, when they are whole, however slow the machine is: tests count saves."""
+    """Curves are saved once, when they are complete, also on a slow machine, because tests count saves."""
     monkeypatch.setattr(run_module, "SAVE_SECONDS", math.inf)
 
 
@@ -140,11 +140,11 @@ def test_calibration_records_where_it_came_from(tiny: ModelSource, dtype: Any, c
 
 
 class Interruption(Exception):
-    """Where a test ends a run."""
+    """Raised by a test to end a run."""
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, call: int, *, after: bool) -> None:
-    """Raise at the given call of a method, before or after it does its work."""
+    """Raise in the given call of a method, before or after its work."""
     calls, original = itertools.count(), getattr(owner, method)
 
     def interrupted(*arguments: Any) -> Any:
@@ -172,7 +172,7 @@ def calls_of(monkeypatch: pytest.MonkeyPatch, owner: type, method: str) -> list[
 
 
 def steps_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Record at which steps the sweep is."""
+    """Record the steps of the sweep."""
     steps, original = list[int](), PathSearch.advance
 
     def recorded(self: PathSearch, state: PathState) -> Any:
@@ -209,7 +209,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     with pytest.MonkeyPatch.context() as patch:
         steps, shown = steps_of(patch), Shown()
         calibration = calibrate(tiny, CORPUS, SETTINGS, BUDGET, show=shown, output=output)
-    assert steps == list(range(step, WARM_UP + STEPS))  # the first save is of the curves
+    assert steps == list(range(step, WARM_UP + STEPS))  # the first save has the curves
     assert [bar[0] for bar in shown.bars] == ["Allocating"]
     assert shown.bars[0][1] == shown.bars[0][2]
     assert equal(calibration, uninterrupted)
@@ -257,7 +257,7 @@ def test_an_interruption_of_the_curves_repeats_no_sequence_that_was_kept(
     uninterrupted = calibrate(tiny, CORPUS, settings, BUDGET, show=Shown())
     output, layers = tmp_path / "calibration.safetensors", tiny.spec.num_layers
     with pytest.MonkeyPatch.context() as patch:
-        # A clock that ticks at every look: one look begins, one follows each sequence, one each save.
+        # The clock ticks each time it is read: once at the beginning, after each sequence, and after each save.
         patch.setattr(run_module, "time", SimpleNamespace(monotonic=itertools.count().__next__))
         patch.setattr(run_module, "SAVE_SECONDS", 1 if every else 2)
         interrupt(patch, CurveAccumulator, "add", 4 * layers + 1, after=True)  # within the fifth sequence
@@ -275,7 +275,7 @@ def test_an_interruption_of_the_curves_repeats_no_sequence_that_was_kept(
 def test_short_runs_keep_curves_only_when_they_are_complete(
     tiny: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Saving takes little of the time."""
+    """Saving must take little of the time."""
     saved = calls_of(monkeypatch, PartialFile, "save")
     settings = dataclasses.replace(SETTINGS, curves_only=True)
     calibrate(tiny, CORPUS, settings, {"cett": 0.2}, show=Shown(), output=tmp_path / "calibration.safetensors")
@@ -283,7 +283,7 @@ def test_short_runs_keep_curves_only_when_they_are_complete(
 
 
 def test_complete_curves_are_not_read_again(tiny: ModelSource, tmp_path: Path) -> None:
-    """As after a failure to write the calibration itself."""
+    """For example after a failure to write the calibration."""
     settings, output = dataclasses.replace(SETTINGS, curves_only=True), tmp_path / "calibration.safetensors"
     first = calibrate(tiny, CORPUS, settings, {"cett": 0.2}, show=Shown(), output=output)
     shown = Shown()
@@ -295,7 +295,7 @@ def test_one_sequence_is_enough_for_curves_alone(tiny: ModelSource) -> None:
     corpus = Corpus(CORPUS.tokens[:1], "some.txt", "0" * 64)
     settings = dataclasses.replace(SETTINGS, sequences=1, curves_only=True)
     assert calibrate(tiny, corpus, settings, {"cett": 0.2}, show=Shown()).sums.sequences.tolist() == [1]
-    with pytest.raises(UsageError, match="1 is too few for that"):  # less text than was asked for
+    with pytest.raises(UsageError, match="1 is too few for that"):  # the text is too short
         calibrate(tiny, corpus, SETTINGS, BUDGET, show=Shown())
 
 
@@ -341,7 +341,7 @@ def test_what_another_version_left_is_not_used(
 def test_another_budget_goes_on_all_the_same(
     tiny: ModelSource, uninterrupted: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The path does not depend on it."""
+    """The path does not depend on the budget."""
     output = tmp_path / "calibration.safetensors"
     leave_partial(tiny, output)
     steps = steps_of(monkeypatch)

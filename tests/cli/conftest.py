@@ -1,4 +1,4 @@
-"""What tests of failing commands share: one clear line, and nothing left behind."""
+"""Checks of failing commands: one clear line, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def build(model: Path, calibration: Path, output: Path, *options: object) -> Res
 
 
 def assert_error(result: Result, code: int, *texts: str) -> str:
-    """Require one line "Error: …" that holds every text, `code`, and no traceback; return the line."""
+    """Require one line "Error: …" with every text, the exit code `code`, and no traceback. Return the line."""
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     return assert_error_text(result.stderr, result.exit_code, code, *texts)
 
@@ -30,14 +30,14 @@ def assert_error_text(stderr: str, exit_code: int, code: int, *texts: str) -> st
     assert exit_code == code, stderr
     before, _, message = stderr.rpartition("Error: ")
     assert "Error: " not in before
-    assert message.count("\n") == 1, message  # one line, and it ends
+    assert message.count("\n") == 1, message  # exactly one line, with its end
     for text in texts:
         assert text in message
     return message
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:
-    """Everything below a folder, with the content of its files."""
+    """Return all paths below a folder, with the content of files."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
@@ -46,7 +46,7 @@ def listing(folder: Path) -> dict[str, bytes | None]:
 
 @pytest.fixture
 def outputs(tmp_path: Path) -> Iterator[Path]:
-    """A folder for outputs, in which a failing command must leave nothing that was not there before."""
+    """A folder for outputs. A failing command must leave nothing new in it."""
     folder = tmp_path / "outputs"
     folder.mkdir()
     yield folder
@@ -65,5 +65,5 @@ def artifact_copy(tiny_artifact: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same architecture with other weights."""
+    """A model of the same architecture with other weights."""
     return save_tiny_model("llama", tmp_path_factory.mktemp("models") / "other", seed=1)

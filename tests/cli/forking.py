@@ -1,8 +1,8 @@
-"""Run commands in forks of a process that has imported everything, so that each costs no start of its own.
+"""Run commands in forks of a process that has imported all packages, so that a command starts at once.
 
-Arguments: the commands to run first, as JSON lists; what they import stays. They start no threads that a fork would
-need. Then each line of standard input is a JSON list of arguments and the seconds after which to kill, or null. The
-answer is the exit code (negative: a signal), a line.
+Arguments: commands to run first, as JSON lists, for their imports. They must not start threads, which forks do not
+have. Then each line of standard input is a JSON list: arguments, and the seconds after which to kill, or null. The
+answer is a line with the exit code (negative for a signal).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def serve(first: list[list[str]]) -> None:
             run(arguments)
         if seconds is not None:
             time.sleep(seconds)
-            os.kill(child, signal.SIGKILL)  # nobody else can have its number before it was waited for
+            os.kill(child, signal.SIGKILL)  # its number cannot be reused before it was waited for
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
 
 
@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> None:
     except SystemExit as end:
         os._exit(int(end.code or 0))
     finally:
-        os._exit(99)  # main ends by SystemExit, or something is wrong
+        os._exit(99)  # main must end by SystemExit
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What tests of several commands share."""
+"""Helpers of the tests of several commands."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CHECK_NAMES = [
 
 
 def result_of(*arguments: object) -> Any:
-    """Run with --json and require that standard output is JSON and nothing else."""
+    """Run with --json, and require that standard output is only JSON."""
     result = run_ok(*arguments, "--json")
     assert result.stderr == ""
     return json.loads(result.stdout)

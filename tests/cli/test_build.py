@@ -68,7 +68,7 @@ def test_manifest(tiny_model: Path, tiny_artifact: Path) -> None:
 def test_another_budget_needs_no_calibration(
     tiny_model: Path, tiny_calibration: Path, tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Build and generate choose from the same curves: a rebuilt artifact equals the old one run with its budget."""
+    """Build and generate choose from the same curves: an artifact built with a budget equals another at this budget."""
 
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("calibrated again")
@@ -125,7 +125,7 @@ def test_build_by_max_kl(tiny_model: Path, tiny_calibration: Path, tmp_path: Pat
 
 
 def test_build_with_refresh(tiny_model: Path, tiny_calibration: Path, tiny_artifact: Path, tmp_path: Path) -> None:
-    """It is the default of generate and eval there, of another budget too, and 0 turns it off."""
+    """It becomes the default of generate and eval, also with another budget, and --refresh 0 turns it off."""
     output = tmp_path / "a"
     arguments = (
         *build_tda(tiny_model, tiny_calibration),
@@ -138,7 +138,7 @@ def test_build_with_refresh(tiny_model: Path, tiny_calibration: Path, tiny_artif
     run_ok(*arguments)
     manifest = json.loads((output / contract.MANIFEST_FILE).read_text())
     assert manifest["refresh"] == {"tokens": 5, "decay": 1.0}
-    assert manifest["expected"]["sparsity"] == pytest.approx(0.5, abs=0.02)  # of all tokens, every fifth of them dense
+    assert manifest["expected"]["sparsity"] == pytest.approx(0.5, abs=0.02)  # of all tokens; every fifth is dense
     default = ("--sparsity", "0.5")
     assert generated(output)["tokens"] == generated(tiny_artifact, "--refresh", 5, *default)["tokens"]
     for budget in (default, ("--sparsity", "0.3"), ("--cett", "0.2")):
@@ -148,7 +148,7 @@ def test_build_with_refresh(tiny_model: Path, tiny_calibration: Path, tiny_artif
         off = generated(output, "--refresh", 0, *budget)
         assert off["tokens"] == generated(tiny_artifact, *budget)["tokens"] != own["tokens"]
         assert off["metrics"]["refreshes"] == 0
-    assert off["metrics"]["sparsity"] > own["metrics"]["sparsity"]  # of a CETT: a sparsity has refreshes within it
+    assert off["metrics"]["sparsity"] > own["metrics"]["sparsity"]  # with --cett; a sparsity would count refreshes
     dense = generated(output, "--mask", "dense")
     assert (dense["metrics"]["refreshes"], dense["metrics"]["sparsity"]) == (0, 0.0)
 
@@ -168,7 +168,7 @@ def test_overwrite_replaces_an_artifact(
 ) -> None:
     output = tmp_path / "a"
     shutil.copytree(tiny_artifact, output)
-    (output / contract.GENERATION_CONFIG_FILE).unlink()  # an earlier output need not be a whole one
+    (output / contract.GENERATION_CONFIG_FILE).unlink()  # an earlier output may be incomplete
     arguments = (
         *build_tda(tiny_model, tiny_calibration),
         "--sparsity",
@@ -183,7 +183,7 @@ def test_overwrite_replaces_an_artifact(
 
 
 def test_tail_mean(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
-    """Of a budget that does not bring it; another budget of that kind leaves it."""
+    """With a budget that has no tail mean of its own. Another such budget keeps it."""
     arguments = (
         *build_tda(tiny_model, tiny_calibration),
         "--sparsity",
@@ -224,13 +224,13 @@ def test_griffin(tiny_model: Path, tmp_path: Path) -> None:
     built = result_of("build", tiny_model, "--method", "griffin", "--sparsity", "0.75", "-o", output)
     assert built["budget"] == {"sparsity": 0.75, "allocation": "uniform"}
     assert all(check["passed"] for check in built["checks"])
-    for prompt in (PROMPT, "x", "def f(a):"):  # every prompt keeps as many, save one token, of which nothing is known
+    for prompt in (PROMPT, "x", "def f(a):"):  # a prompt of one token has no scores
         metrics = result_of("generate", output, prompt, "--max-new-tokens", 2)["metrics"]
         assert metrics["sparsity"] == (0.0 if len(prompt) == 1 else 0.75)
 
 
 def test_token_estimator(tiny_model: Path, tmp_path: Path) -> None:
-    """The paper's reading from end to end."""
+    """The paper's own estimator from end to end."""
     calibration, output = tmp_path / "c", tmp_path / "a"
     result = result_of(
         "calibrate", tiny_model, "-o", calibration, *CALIBRATE_TINY, "--estimator", "token", "--cett", 0.2
@@ -255,7 +255,7 @@ def test_verify(tiny_artifact: Path) -> None:
 
 
 def test_model_of_a_short_context(tmp_path: Path) -> None:
-    """Verification's own prompts are longer than this model's 128 positions."""
+    """The prompts of the verification are longer than this model's 128 positions."""
     model = save_tiny_model("llama", tmp_path / "model", max_position_embeddings=128)
     run_ok("calibrate", model, "-o", tmp_path / "c", *CALIBRATE_TINY)
     built = result_of(*build_tda(model, tmp_path / "c"), "-o", tmp_path / "a")
@@ -266,7 +266,7 @@ def test_model_of_a_short_context(tmp_path: Path) -> None:
 
 
 def test_several_chat_templates(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
-    """transformers saves all but the default one into a folder, which artifacts leave out."""
+    """transformers saves all templates but the default one in a folder, which artifacts leave out."""
     model = shutil.copytree(tiny_model, tmp_path / "model")
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = {"default": CHAT_TEMPLATE, "tool_use": "{{ tools }}"}
@@ -301,7 +301,7 @@ def test_damaged_chat_templates_are_no_fault_of_the_disk(tiny_model: Path, tmp_p
 
 
 def set_templates(model: Path, templates: list[dict[str, str]]) -> None:
-    """Give a model chat templates as older releases of transformers saved them."""
+    """Give a model chat templates in the format of older releases of transformers."""
     (model / contract.CHAT_TEMPLATE_FILE).unlink(missing_ok=True)
     path = model / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": templates}))

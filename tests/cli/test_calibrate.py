@@ -85,7 +85,7 @@ def test_calibrate_json(tiny_model: Path, tmp_path: Path) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_curves_only(tiny_model: Path, tmp_path: Path, options: list[str], budget: dict[str, Any]) -> None:
-    """Builds take one-level budgets from it, without prior and tail mean."""
+    """A build from it takes one-level budgets, without prior and tail mean."""
     output = tmp_path / "c.safetensors"
     result = result_of("calibrate", tiny_model, "-o", output, *CALIBRATE_TINY, "--curves-only", *options)
     assert result["settings"]["curves_only"]
@@ -125,7 +125,7 @@ def test_calibrate_overwrites_a_calibration(tiny_model: Path, tiny_calibration: 
 def test_a_sparsity_that_is_just_missed_becomes_the_nearest(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was measured is kept, with a budget that can be met."""
+    """The measurements are kept, with a budget that can be met."""
     monkeypatch.setattr("tda_export.calibration.kl_plan.SHARES", (0.7, 0.5, 0.3))
     output = tmp_path / "c.safetensors"
     result = run_ok("calibrate", tiny_model, "-o", output, *CALIBRATE_TINY, "--sparsity", "0.79")
@@ -169,7 +169,7 @@ def test_less_text_than_asked_for(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_names_in_brackets_are_shown_as_they_are(tiny_model: Path, tmp_path: Path) -> None:
-    """Rich takes [v2] for markup."""
+    """Rich would take [v2] for markup."""
     model = shutil.copytree(tiny_model, tmp_path / "tiny[v2]")
     result = run_ok("calibrate", model, "-o", tmp_path / "c", *CALIBRATE_TINY)
     assert f"{model}, prompt estimator" in result.stdout

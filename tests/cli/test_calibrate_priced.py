@@ -17,13 +17,13 @@ from tests.few_prices import SHARES, few_prices  # noqa: F401 -- a fixture
 
 @pytest.fixture(scope="module")
 def priced(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The calibration of the default method, and what was printed."""
+    """The calibration of the default method, and its output."""
     path = tmp_path_factory.mktemp("priced") / "c.safetensors"
     return path, run_ok("calibrate", tiny_model, "-o", path, *TINY_LENGTHS).stdout
 
 
 def test_the_default(tiny_model: Path, priced: tuple[Path, str]) -> None:
-    """A table for each packing, and what the budget reads."""
+    """It prints a table for each packing, and the bytes read at the budget."""
     path, printed = priced
     calibration = read_calibration(path)
     assert calibration.provenance["budget"] == {"max_kl": 0.05}
@@ -74,7 +74,7 @@ def test_it_is_repeatable(tiny_model: Path, tmp_path: Path, priced: tuple[Path, 
 
 
 def test_all_methods(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masks are built from it as from their own calibration."""
+    """A build with masks from it is the same as from a calibration of masks alone."""
     monkeypatch.setattr("tda_export.calibration.kl_plan.SHARES", (0.7, 0.5))
     output = tmp_path / "c"
     options = ("--method", "all", "--sparsity", "0.3")
@@ -109,7 +109,7 @@ def interrupt(*arguments: object, **options: object) -> None:
 def test_a_budget_that_is_just_missed_becomes_the_nearest(
     tiny_model: Path, tmp_path: Path, option: str, budget: str
 ) -> None:
-    """What was measured is kept, with a budget that every table can meet."""
+    """The measurements are kept, with a budget that every table can meet."""
     output, asked = tmp_path / "c", {"sparsity": 0.79, "max_kl": 50.0}[budget]
     result = run_ok("calibrate", tiny_model, "-o", output, *TINY_LENGTHS, option, asked)
     calibration = read_calibration(output)
@@ -155,7 +155,7 @@ def test_masks_are_not_built_from_prices(outputs: Path, tiny_model: Path, priced
 
 
 def test_an_earlier_calibration_is_replaced(tiny_calibration: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """Of either kind."""
+    """A calibration of either method is."""
     shutil.copy(tiny_calibration, tmp_path / "c")
     run_ok("calibrate", tiny_model, "-o", tmp_path / "c", *TINY_LENGTHS, "--packing", "sites", "--overwrite")
     assert read_calibration(tmp_path / "c").priced is not None

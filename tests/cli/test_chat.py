@@ -36,7 +36,7 @@ def loaded(tiny_artifact: Path) -> Model:
 
 
 def answers(model: Model, turns: list[str], *, new_tokens: int = 12, **options: object) -> list[str]:
-    """What the chat answers, and nothing of the command."""
+    """Return the answers of the chat, without other output."""
     said, chat = [], Conversation(model)
     for text in turns:
         answer = chat.say(text, max_new_tokens=new_tokens, **options)  # type: ignore[arg-type]
@@ -46,7 +46,7 @@ def answers(model: Model, turns: list[str], *, new_tokens: int = 12, **options: 
 
 
 def test_each_line_is_a_turn(tiny_artifact: Path, loaded: Model) -> None:
-    lines = f"{TURNS[0]}\n\n  {TURNS[1]}  \n{TURNS[2]}"  # the last line without an end
+    lines = f"{TURNS[0]}\n\n  {TURNS[1]}  \n{TURNS[2]}"  # the last line has no line end
     result = run_cli("chat", tiny_artifact, "--max-new-tokens", 12, input=lines)
     assert result.exit_code == 0
     assert result.stdout == "".join(f"{answer}\n" for answer in answers(loaded, TURNS))
@@ -148,7 +148,7 @@ def test_failures_from_a_pipe(tiny_artifact: Path, artifact_copy: Path) -> None:
     ids=lambda value: value[0] if isinstance(value, tuple) else None,
 )
 def test_usage(tiny_artifact: Path, options: tuple[object, ...], text: str) -> None:
-    """Refused at the start, before anything is said."""
+    """Refused at the start, before the first message."""
     assert_error(run_cli("chat", tiny_artifact, *options, input=""), USAGE, text)
 
 
@@ -184,7 +184,7 @@ def test_window_title() -> None:
     assert window_title(metrics) == "\033]0;49% of FFN bytes, 12.3 tokens/s\007"
 
 
-# The tiny model would be done before anyone could press a key.
+# The tiny model would finish before a key could be pressed.
 SLOW = """
 import time
 from tda_export.cli.main import main
@@ -198,7 +198,7 @@ main()
 
 
 class Terminal:
-    """The command on a pseudo-terminal of its own, ten tokens a second."""
+    """The command on its own pseudo-terminal, slowed to ten tokens a second."""
 
     def __init__(self, *arguments: object, kind: str = "dumb", output: Path | None = None) -> None:
         self._ours, theirs = pty.openpty()
@@ -211,7 +211,7 @@ class Terminal:
             stderr=theirs,
             env=environment,
             start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a test in the background ignores
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test in the background ignores it
         )
         os.close(theirs)
         self.shown = ""
@@ -220,11 +220,11 @@ class Terminal:
         os.write(self._ours, text.encode())
 
     def until(self, pattern: str, *, interrupt: bool = False) -> str:
-        """Wait until the terminal shows a match; return what it showed up to there, and forget it.
+        """Wait until the terminal shows a match. Return and forget the output up to it.
 
         Args:
-            pattern: What to wait for.
-            interrupt: Press Ctrl-C once a second meanwhile: Python misses one that comes just before it waits.
+            pattern: The regular expression to wait for.
+            interrupt: Press Ctrl-C once a second, because Python misses one that comes just before it waits.
         """
         end = time.monotonic() + 120
         while not (found := re.search(pattern, self.shown)):
@@ -235,18 +235,18 @@ class Terminal:
         return before
 
     def settle(self) -> None:
-        """Wait until nothing comes any more, and forget what came."""
+        """Wait until the output ends, and forget it."""
         while self._read(2.0):
             pass
         self.shown = ""
 
     def _read(self, seconds: float) -> bool:
-        """Take in what the terminal shows within some time, if it shows anything."""
+        """Read the output of the terminal, if there is any within some time."""
         if not select.select([self._ours], [], [], seconds)[0]:
             return False
         try:
             self.shown += os.read(self._ours, 4096).decode(errors="replace").replace("\r\n", "\n")
-        except OSError as error:  # the other side has closed
+        except OSError as error:  # the other end is closed
             raise AssertionError(f"it ended: {self.shown[-500:]!r}") from error
         return True
 
@@ -264,7 +264,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(artifact_copy: Path) -> Non
         shell.until(r"/quit or Ctrl-D ends the chat\.", interrupt=True)
         shell.settle()
         shell.type("Hi\n")
-        shell.until("Hi\n.")  # its echo, and the first text of the answer
+        shell.until("Hi\n.")  # the echo, and the first text of the answer
         os.killpg(shell.process.pid, signal.SIGINT)
         line = shell.until(r"\[\d+% of FFN bytes read[^\]]*\]")
         assert "prompt tokens read, stopped]" in line

@@ -26,7 +26,7 @@ WIDE = {"COLUMNS": "250"}
 
 @pytest.fixture(scope="module")
 def tiny_demo(tiny_model: Path) -> Callable[[pytest.MonkeyPatch], None]:
-    """Puts the tiny model, and less of everything, in the demo's place."""
+    """Replaces the demo's model by the tiny one, and lowers its numbers."""
 
     def put(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(demo, "MODEL", str(tiny_model))
@@ -44,7 +44,7 @@ def tiny_demo(tiny_model: Path) -> Callable[[pytest.MonkeyPatch], None]:
 def whole(
     tiny_demo: Callable[[pytest.MonkeyPatch], None], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str]:
-    """The folder and the output of a demo that began with nothing."""
+    """The folder and the output of a demo that began without files."""
     folder = tmp_path_factory.mktemp("demo") / "artifacts"
     with pytest.MonkeyPatch.context() as monkeypatch:
         tiny_demo(monkeypatch)
@@ -73,7 +73,7 @@ def rows_of(output: str) -> dict[str, list[str]]:
 
 
 def reference(model: Model, dense: Model, prompt: list[int], answer: list[int], **how: object) -> tuple[float, float]:
-    """KL and agreement of a way along the dense answer."""
+    """Return KL and agreement of a way along the dense answer."""
     expected = continuation_logits(dense, prompt, answer, mask="dense")
     found = compare(expected, continuation_logits(model, prompt, answer, **how))  # type: ignore[arg-type]
     return found.kl, found.agreement
@@ -131,13 +131,13 @@ def test_the_commands_at_the_end_are_real(whole: tuple[Path, str]) -> None:
 
 
 def test_the_real_steps_are_what_it_says(tmp_path: Path) -> None:
-    """The arguments for the built-in model are taken by the commands."""
+    """The commands accept the arguments for the built-in model."""
     at = demo.places(tmp_path)
     for step in demo.steps(at):
         name, *arguments = step.arguments
         context = cli.commands[name].make_context(name, arguments, parent=click.Context(cli))
         assert context.params["output"] == step.output
-    assert math.isclose(demo.CETT, 0.2)  # the paper's
+    assert math.isclose(demo.CETT, 0.2)  # the paper's value
 
 
 @pytest.mark.parametrize("name", ["tda", "int4"])

@@ -156,7 +156,7 @@ def test_truncated_calibration(outputs: Path, tiny_model: Path, tiny_calibration
 
 @pytest.fixture(scope="session")
 def griffin_artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with top-k selection."""
+    """An artifact of the tiny model with top-k selection."""
     path = tmp_path_factory.mktemp("artifacts") / "griffin"
     run_ok("build", tiny_model, "--method", "griffin", "--sparsity", "0.5", "--no-verify", "-o", path)
     return path
@@ -248,7 +248,7 @@ def test_budget_of_an_artifact_without_calibration(artifact_copy: Path, budget: 
 
 @BUDGETS
 def test_budget_of_top_k_selection(artifact_copy: Path, budget: list[str]) -> None:
-    """Even with a calibration: nothing would read the thresholds."""
+    """Refused even with a calibration, because this artifact reads no thresholds."""
     edit_manifest(artifact_copy, lambda manifest: manifest["method"].update(selection="topk", density=0.5))
     result = run_cli("generate", artifact_copy, "Hi", *budget)
     assert_error(result, USAGE, "selects its neurons by rank, so it takes no other budget")

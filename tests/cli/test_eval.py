@@ -1,4 +1,4 @@
-"""`tda-export eval`: what it prints, and how it refuses."""
+"""`tda-export eval`: output and errors."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_refreshes_are_told_apart(tiny_artifact: Path, text: Path) -> None:
 
 @pytest.mark.parametrize("beside", [True, False], ids=["file", "own"])
 def test_paper(tiny_artifact: Path, token_artifact: Path, text: Path, beside: bool) -> None:
-    """One level, by the CETT of tokens: the mask is all that saves bytes."""
+    """One level, by the CETT of tokens: only the mask saves bytes."""
     given = ("--calibration", token_artifact / contract.CALIBRATION_FILE) if beside else ()
     artifact = tiny_artifact if beside else token_artifact
     for options, cett in (((), 0.2), (("--cett", 0.4), 0.4)):
@@ -215,6 +215,6 @@ def test_parts_of_an_artifact_of_masks(tiny_artifact: Path, text: Path) -> None:
 
 
 def test_bytes_of_all_linears_are_printed(tiny_artifact: Path, text: Path) -> None:
-    """Attention is read whole by masks."""
+    """Methods with masks read all rows of attention."""
     printed = run_ok("eval", tiny_artifact, "--text", text, "--method", "griffin", "--sparsity", 0.5, *SMALL).stdout
     assert "of all linears      0.700: 0.2 of 0.4 MiB, attention's 1.000" in printed

@@ -1,4 +1,4 @@
-"""`tda-export eval --tasks` and `eval-data`: what they print, and how they refuse."""
+"""`tda-export eval --tasks` and `eval-data`: output and errors."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_truncation_on_tasks(token_artifact: Path, data: Path) -> None:
 def test_data_from_the_environment(tiny_artifact: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TDA_EXPORT_EVAL_DATA", str(data))
     assert "copa" in run_ok("eval", tiny_artifact, "--tasks", "copa").stdout
-    text = ("eval", tiny_artifact, "--text", data / "copa.jsonl")  # the variable is no option of --text
+    text = ("eval", tiny_artifact, "--text", data / "copa.jsonl")  # the variable must not count as an option
     assert_error(run_cli(*text), FAILURE, "The text has")
 
 

@@ -1,4 +1,4 @@
-"""What fails half-way (a full disk, Ctrl-C, a check) leaves nothing behind, and what was there before as it was."""
+"""A failure half-way (a full disk, Ctrl-C, a check) leaves nothing behind, and existing files as they were."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def full_disk(*arguments: object, **options: object) -> None:
 
 
 def half_written(plan: object, path: Path, *arguments: object) -> None:
-    """Stand in for write_weights on a disk that fills up."""
+    """Replace write_weights, on a disk that fills up."""
     path.write_bytes(bytes(1000))
     full_disk()
 
@@ -65,7 +65,7 @@ def test_disk_full_while_replacing(
 def test_disk_full_while_writing_the_tokenizer(
     outputs: Path, tiny_model: Path, tiny_calibration: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """tokenizers raises a bare Exception: `Tokenizer.save("/dev/full")` is how this text was found."""
+    """tokenizers raises a bare Exception. The text is that of `Tokenizer.save("/dev/full")`."""
 
     def refuse(*arguments: object, **options: object) -> None:
         raise Exception("No space left on device (os error 28)")
@@ -91,12 +91,12 @@ def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
 
 
 def heed_interrupts() -> None:
-    """A test run in the background of a shell, as by nohup, ignores SIGINT, and so would what it starts."""
+    """Restore SIGINT, which a test run in the background of a shell ignores, as would its children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def limit_files() -> None:
-    """Let writing past SMALL_FILES fail, as a full disk does, instead of ending the process."""
+    """Let writing past SMALL_FILES fail, as on a full disk, instead of ending the process."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILES, SMALL_FILES))
 
@@ -122,7 +122,7 @@ def test_files_that_really_cannot_be_written(
 def test_disk_full_while_calibrating(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool
 ) -> None:
-    """What was saved before stays, and the next run, with space, goes on from it."""
+    """Saved work stays, and the next run, with free space, resumes from it."""
     saves = 0
 
     def save_once(*arguments: Any, **options: Any) -> None:
@@ -152,7 +152,7 @@ def test_disk_full_while_calibrating(
     assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
 
 
-# What the operating system, or memory, refuses anywhere else
+# Other refusals of the operating system, and too little memory
 
 
 def refuse_with(error: BaseException) -> Callable[..., None]:
@@ -191,7 +191,7 @@ def test_unreadable_input(
     tiny_calibration: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A failure that no module foresaw: never a traceback."""
+    """An unexpected failure gives no traceback either."""
     monkeypatch.setattr(step, refuse_with(error))
     arguments = {
         "calibrate": [tiny_model, "-o", outputs / "x"],
@@ -234,7 +234,7 @@ def test_out_of_memory(
 
 
 def test_an_array_that_no_memory_holds(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """numpy's MemoryError is a class of its own."""
+    """numpy's MemoryError is its own class."""
     monkeypatch.setattr("tda_export.runtime.kv_cache.empty_tensor", lambda *arguments: np.zeros(10**16))
     assert_error(run_cli("generate", tiny_artifact, "Hi"), FAILURE, "No memory for keys and values of")
 
@@ -252,7 +252,7 @@ def interrupt(*arguments: object, **options: object) -> None:
 
 
 def interrupted_writing(plan: object, path: Path, *arguments: object) -> None:
-    """Stand in for write_weights when Ctrl-C comes half-way."""
+    """Replace write_weights: Ctrl-C comes half-way."""
     path.write_bytes(bytes(1000))
     raise KeyboardInterrupt
 
@@ -288,7 +288,7 @@ def test_interrupted_calibration(outputs: Path, tiny_model: Path, monkeypatch: p
     ids=["path", "writing", "writing curves"],
 )
 def test_interrupted_calibration_goes_on(tmp_path: Path, tiny_model: Path, step: str, more: list[str]) -> None:
-    """What it leaves is the partial file alone, which the next run uses and removes."""
+    """It leaves only the partial file, which the next run uses and removes."""
     arguments = ("calibrate", tiny_model, *CALIBRATE_TINY, *more, "-o")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, interrupt)
@@ -346,7 +346,7 @@ def test_interrupted_generation(tiny_artifact: Path, monkeypatch: pytest.MonkeyP
 def test_signal_while_calibrating(
     outputs: Path, tiny_model: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    """A real signal to a real process, at a time when it surely calibrates: it says so on standard error first."""
+    """A real signal to a real process, sent once its progress on standard error shows that it calibrates."""
     (tmp_path / "long.jsonl").write_text((json.dumps({"text": "x" * 48}) + "\n") * LONG_CALIBRATION)
     length = ["--prompt-tokens", "32", "--continuation-tokens", "16", "--sequences", LONG_CALIBRATION + 1]
     arguments = [tiny_model, "-o", outputs / "x", "--dataset", tmp_path / "long.jsonl", *length]
@@ -367,7 +367,7 @@ def test_signal_while_calibrating(
 def test_failed_verification_leaves_no_artifact(
     outputs: Path, tiny_model: Path, tiny_calibration: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tda_export.graph.comparison.FLOAT32_LOGITS", 0.0)  # nothing is as exact as that
+    monkeypatch.setattr("tda_export.graph.comparison.FLOAT32_LOGITS", 0.0)  # no result is so exact
     result = build(tiny_model, tiny_calibration, outputs / "x")
     assert_error(result, FAILURE, "Verification failed (prefill logits, ", "x was not written")
     assert "FAILED" in result.stdout
@@ -388,7 +388,7 @@ def test_failed_verification_leaves_no_artifact(
 def test_verification_does_not_advise_what_was_just_done(
     outputs: Path, tiny_model: Path, tiny_calibration: Path, monkeypatch: pytest.MonkeyPatch, text: str, shown: str
 ) -> None:
-    """Nor does it speak of a folder that is gone."""
+    """The error does not name the temporary folder either."""
 
     def refuse(folder: Path) -> None:
         raise TdaError(text.format(folder))

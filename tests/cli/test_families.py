@@ -33,7 +33,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_build_verifies(built: tuple[str, Path]) -> None:
     _, folder = built
     checks = json.loads((folder / "built.json").read_text())["checks"]
-    assert len(checks) == 17  # with the prior, which budgets by KL have
+    assert len(checks) == 17  # including that of the prior, which budgets by KL have
     assert all(check["passed"] for check in checks)
     assert run_ok("verify", folder / "artifact").stdout.count(" ok ") == 17
 
@@ -72,7 +72,7 @@ def test_eval_and_report(built: tuple[str, Path], tmp_path: Path) -> None:
 
 
 def test_bench(built: tuple[str, Path]) -> None:
-    """It compares the logits of all methods before it times them."""
+    """bench compares the logits of all methods before it times them."""
     _, folder = built
     methods = ("--method", "dense", "--method", "dense_native", "--method", "two_levels", "--method", "griffin")
     lengths = ("--prompt-tokens", 32, "--new-tokens", 32)

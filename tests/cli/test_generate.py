@@ -74,7 +74,7 @@ def test_generate_json(tiny_artifact: Path) -> None:
 
 
 def test_generate_one_token(tiny_artifact: Path) -> None:
-    """There is no second token that a rate could start at."""
+    """There is no rate, since rates start at the second token."""
     result = run_ok("generate", tiny_artifact, PROMPT, "--max-new-tokens", 1)
     assert "1 new (token limit reached)" in result.stderr
     assert "tokens/s" not in result.stderr
@@ -103,7 +103,7 @@ def test_standard_input_is_documented() -> None:
 
 
 def test_generated_text_ends_in_half_a_character(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was held back comes last on standard output too, whether the length or an end of text stops it."""
+    """Held-back text is printed at the end, whether the length or an end of text stops the generation."""
     text = load(tiny_artifact).text
     half = [*text.encode("é"), text.encode("世")[0]]
     for tokens, count in ((half, len(half)), ([*half, 2], 10)):
@@ -159,14 +159,14 @@ def test_end_tokens_can_be_ignored(artifact_copy: Path) -> None:
 
 
 def test_min_p(tiny_artifact: Path) -> None:
-    """At 1 the likeliest alone is left."""
+    """At 1 only the likeliest token is left."""
     options = ("--temperature", "1", "--seed", "1")
     assert generated(tiny_artifact, *options, "--min-p", "1")["tokens"] == generated(tiny_artifact)["tokens"]
     assert generated(tiny_artifact, *options)["tokens"] != generated(tiny_artifact)["tokens"]
 
 
 def test_variables_for_the_chat_template(artifact_copy: Path) -> None:
-    """From generate and from chat."""
+    """They work with generate and with chat."""
     replace_file(artifact_copy, contract.CHAT_TEMPLATE_FILE, b"{% if short %}A{% else %}ABCDE{% endif %}")
     variables = ("--chat-template-kwargs", '{"short": true}')
     assert generated(artifact_copy, "--chat")["metrics"]["prompt_tokens"] == 5
@@ -188,7 +188,7 @@ def test_variables_for_the_chat_template(artifact_copy: Path) -> None:
 )
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_variables_that_cannot_be(tmp_path: Path, command: str, given: str, text: str) -> None:
-    """Before a model is loaded."""
+    """They are refused before a model is loaded."""
     arguments = ["x", "--chat"] if command == "generate" else []
     assert_error(run_cli(command, tmp_path / "none", *arguments, "--chat-template-kwargs", given), USAGE, text)
 

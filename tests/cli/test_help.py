@@ -1,4 +1,4 @@
-"""Help: what is common fits one screen, what is rare comes last, and docs/commands.md holds all of it."""
+"""Help: common options fit one screen, rare ones come last, and docs/commands.md has all of them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_rare_options_of_no_parameter_are_refused() -> None:
 
 
 def test_options_without_a_group_are_general() -> None:
-    """click.option works too."""
+    """click.option can be used too."""
     made = command("paint", rare=("size",))(option("--size")(click.option("--colour")(lambda size, colour: None)))
     assert isinstance(made, GroupedCommand)
     with click.Context(made) as context:

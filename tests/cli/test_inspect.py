@@ -1,4 +1,4 @@
-"""`tda-export inspect`: what it says of a model is what the artifact then is."""
+"""`tda-export inspect`: its figures for a model are those of the artifact built from it."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def test_ceiling_is_the_ratio_of_bytes(tiny_model: Path) -> None:
     assert result["dtype"] == "float16"
     hidden, ffn, vocabulary, kv = 64, 96, 259, 2 * 16
     layer = 3 * ffn * hidden + hidden * (hidden + 2 * kv) + hidden * hidden + 2 * hidden
-    read = 2 * (3 * layer + hidden + vocabulary * hidden)  # the embedding is looked up, the head is read
-    read += 4 * 3 * (3 * hidden + ffn)  # what the rows of qkv, o, gate_up and down are worth
+    read = 2 * (3 * layer + hidden + vocabulary * hidden)  # the embedding is looked up; the head is read whole
+    read += 4 * 3 * (3 * hidden + ffn)  # row prices of qkv, o, gate_up and down
     dense = read + 3 * CONTEXT * 2 * kv * 2
     assert result["bytes_per_token"] == dense
     saved = 2 * 3 * 3 * ffn * hidden

@@ -1,4 +1,4 @@
-"""Integer weights by the command line: quantize, calibrate, build, and what runs the result."""
+"""Integer weights on the command line: quantize, calibrate, build, and the commands that run the result."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_it_generates_and_answers_to_budgets(artifact: Path) -> None:
     for budget in ((), ("--price", "0"), ("--sparsity", "0.2"), ("--max-kl", "0.01")):
         result = run_ok("generate", artifact, "The tide", "--max-new-tokens", "8", *budget, "--json")
         metrics[budget] = json.loads(result.stdout)["metrics"]
-    assert metrics["--price", "0"]["sparsity"] < 0.01  # of inputs that are zero
+    assert metrics["--price", "0"]["sparsity"] < 0.01  # from inputs that are zero
     assert metrics[()]["sparsity"] > metrics["--sparsity", "0.2"]["sparsity"] > 0
 
 
@@ -75,7 +75,7 @@ def test_inspect_says_what_the_integers_cost(artifact: Path, quantised: Path) ->
 
 
 def test_tables_have_the_kl_to_the_float_model(artifact: Path, calibration: Path, tmp_path: Path) -> None:
-    """Of an artifact and of a calibration: what `quantize` measured, and what each price adds."""
+    """For an artifact and a calibration: the KL that `quantize` measured, and that which each price adds."""
     opened = open_artifact(artifact)
     assert opened.price_table is not None
     lost = opened.manifest["model"]["quantization"]["loss"]["kl"]
@@ -145,7 +145,7 @@ def prepared(model: Path, folder: Path, *options: object) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("group", [64, 128])
 def test_groups_that_do_not_end_with_a_part(group: int, tiny_model: Path, tmp_path: Path) -> None:
-    """Keys have 32 outputs: sites would share groups, so parts are stored apart."""
+    """Keys have 32 outputs. In sites, parts would share groups, so they are stored apart."""
     model, calibration = prepared(tiny_model, tmp_path, "--group", group)
     run_ok("build", model, "--calibration", calibration, "-o", tmp_path / "a")
     opened = open_artifact(tmp_path / "a")
@@ -160,7 +160,7 @@ def test_groups_that_do_not_end_with_a_part(group: int, tiny_model: Path, tmp_pa
 
 
 def test_floats_of_another_size_beside_integers(tiny_model: Path, tmp_path: Path) -> None:
-    """A price is of a byte: floats alone would be worth another one, and the table is of one price for all."""
+    """A price is of a byte. Floats need the same price as integers, because the table has one price for all."""
     model, calibration = prepared(tiny_model, tmp_path, "--weights-for", "layers.0.*=float")
     arguments = ("build", model, "--calibration", calibration, "-o", tmp_path / "a")
     words = "was measured with floats of 4 bytes beside the integers, and these are of 2. Choose the --dtype that was"

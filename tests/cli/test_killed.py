@@ -1,4 +1,4 @@
-"""Kill a command at any moment: the next run gives what an undisturbed one gives, and leaves nothing else."""
+"""Kill a command at any moment: the next run gives the result of an undisturbed one, and leaves nothing else."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if not hasattr(os, "fork"):
     pytest.skip("forks", allow_module_level=True)
 
 KILLS = 20
-AT_ONCE = 4  # kills that one finishing run follows
+AT_ONCE = 4  # kills before each run to the end
 
 
 class Forks:
-    """Commands in forks of one warm process (tests/cli/forking.py)."""
+    """Runs commands in forks of one warm process (tests/cli/forking.py)."""
 
     def __init__(self, folder: Path, *first: tuple[object, ...]) -> None:
         environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
@@ -48,13 +48,13 @@ class Forks:
         return int(self._line())
 
     def succeed(self, arguments: tuple[object, ...]) -> float:
-        """Run a command to its end, require success, and return how many seconds it took."""
+        """Run a command to its end, require success, and return the seconds."""
         start = time.monotonic()
         assert self.run(arguments) == 0, self.errors.read_text()
         return time.monotonic() - start
 
     def kill(self, arguments: tuple[object, ...], moment: float) -> None:
-        """Run a command and kill it at that moment, or earlier if it has already ended by then."""
+        """Run a command and kill it at that moment, or at an earlier one if it ends too soon."""
         while (code := self.run(arguments, kill_after=moment)) != -signal.SIGKILL:
             assert code == 0, self.errors.read_text()
             moment *= 0.7

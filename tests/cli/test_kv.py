@@ -1,4 +1,4 @@
-"""Keys and values of 8 bits by the command line: build, and everything that runs the result."""
+"""Keys and values of 8 bits on the command line: build, and the commands that run the result."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL = ("--prompts", 2, "--prompt-tokens", 24, "--continuation-tokens", 8)
 
 @pytest.fixture(scope="module")
 def built(tiny_model: Path, priced_calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A verified artifact of prices, and what build said of it beside it."""
+    """A verified artifact of prices, with the output of build beside it."""
     folder = tmp_path_factory.mktemp("kv")
     made = run_ok(
         "build", tiny_model, "--calibration", priced_calibration, "--kv", "int8", "-o", folder / "artifact", "--json"
@@ -72,7 +72,7 @@ def test_everything_runs_it(built: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 5, 24])
 def test_logits_do_not_depend_on_where_a_call_begins(built: Path, chunk: int) -> None:
-    """Tokens attend to what is stored, those of their own call included."""
+    """Tokens attend to stored codes, also to those of their own call."""
     model = load(built, provider="cpu")
     shape, sessions = model.artifact.shape, model.sessions
     tokens = list(range(5, 5 + 32))
@@ -99,7 +99,7 @@ def test_masks_have_it_too(method: str, tiny_model: Path, tiny_calibration: Path
 
 
 def test_integer_weights_have_it_too(tiny_model: Path, priced_calibration: Path, tmp_path: Path) -> None:
-    """Whose prefill uses kernels as well."""
+    """Their prefill uses kernels as well."""
     weights = ("--weights", "int4", "--price", 0)
     arguments = ("build", tiny_model, "--calibration", priced_calibration, *weights, "--kv", "int8")
     run_ok(*arguments, "-o", tmp_path / "artifact")
@@ -107,7 +107,7 @@ def test_integer_weights_have_it_too(tiny_model: Path, priced_calibration: Path,
 
 
 def test_half_precision_has_it_too(tiny_model: Path, priced_calibration: Path, tmp_path: Path) -> None:
-    """On the CPU, by stock operators, to which it says why."""
+    """On the CPU it runs by stock operators, and a line says why."""
     artifact = tmp_path / "artifact"
     arguments = ("build", tiny_model, "--calibration", priced_calibration, "--kv", "int8", "--dtype", "fp16")
     made = run_ok(*arguments, "--provider", "cpu", "-o", artifact, "--json")

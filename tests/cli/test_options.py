@@ -1,4 +1,4 @@
-"""Options and outputs that cannot be are refused with exit code 2, before any work."""
+"""Impossible options and outputs are refused with exit code 2, before any work."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ def test_artifact_that_exists(tiny_model: Path, tiny_calibration: Path, artifact
 
 
 def test_calibration_over_a_models_weights(model_copy: Path) -> None:
-    """A slip of the fingers: both are .safetensors files."""
+    """An easy mistake, since both are .safetensors files."""
     before = listing(model_copy)
     result = run_cli("calibrate", model_copy, "-o", model_copy / "model.safetensors", *CALIBRATE_TINY, "--overwrite")
     assert_error(result, USAGE, "model.safetensors exists and is not a calibration, so it is not replaced")
@@ -337,7 +337,7 @@ def test_artifact_over_a_foreign_folder(
 def test_artifact_over_one_that_holds_more(
     tiny_model: Path, tiny_calibration: Path, artifact_copy: Path, name: str
 ) -> None:
-    """Somebody put a file of their own beside ours."""
+    """A user put a file of their own into the artifact."""
     (artifact_copy / name).parent.mkdir(exist_ok=True)
     (artifact_copy / name).write_text("mine")
     before = listing(artifact_copy.parent)

@@ -1,4 +1,4 @@
-"""Commands on artifacts of priced rows: budgets, what they print, and what they refuse."""
+"""Commands on artifacts of priced rows: budgets, output, and errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.cli.results import PROMPT, generated, result_of
 from tests.conftest import PRICE_TINY, build_tda, run_cli, run_ok
 from tests.runtime.conftest import edit_manifest
 
-LINEARS = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)  # numbers: layers, of q, o, k, v and the FFN
+LINEARS = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)  # elements: layers times those of q, o, k, v and the FFN
 CHECK_NAMES = [
     "files match their hashes",
     "prefill.onnx passes onnx.checker",
@@ -102,7 +102,7 @@ def test_budgets_of_build_and_generate_are_alike(
 def test_build_by_max_kl_knows_no_prompt(
     tiny_model: Path, priced_calibration: Path, table: PriceTable, tmp_path: Path
 ) -> None:
-    """It takes the table as it is, and not after a prompt of some length."""
+    """build uses the table of calibration's own prompts."""
     options = ("--calibration", priced_calibration, "--max-kl", 0.02, "--no-verify", "-o", tmp_path / "a")
     assert result_of("build", tiny_model, *options)["budget"] == {"max_kl": 0.02}
     price = json.loads((tmp_path / "a" / contract.MANIFEST_FILE).read_text())["price"]
@@ -118,14 +118,14 @@ def test_dense_prices_are_written_as_0(tiny_model: Path, priced_calibration: Pat
 
 @pytest.mark.parametrize("command", [("generate", PROMPT), ("chat",)], ids=["generate", "chat"])
 def test_prices_beyond_the_table_are_refused(command: tuple[str, ...], priced_artifact: Path) -> None:
-    """Nobody knows what they read."""
+    """Their bytes are not known."""
     name, *rest = command
     result = run_cli(name, priced_artifact, *rest, "--price", 1e9)
     assert_error(result, USAGE, "Price 1e+09 is beyond what was measured: up to ")
 
 
 def test_packing_and_dtype(tiny_model: Path, priced_calibration: Path, tmp_path: Path) -> None:
-    """Rows of half the size are worth twice the price, and lie side by side unless it is said."""
+    """Rows of half the size have twice the price, and are packed by site unless an option says otherwise."""
     prices = {}
     for name, options in {
         "fp32": [],
@@ -239,7 +239,7 @@ def test_generate_by_max_kl(priced_artifact: Path, table: PriceTable) -> None:
 
 
 def test_a_kl_that_short_prompts_alone_reach(priced_artifact: Path, table: PriceTable) -> None:
-    """The table that counts is that of the prompt's own length, also for what is beyond it."""
+    """The table of the prompt's own length counts, also for the largest KL."""
     long, here = table.rows[-1].kl, table.after(1).rows[-1].kl
     assert long < here
     asked = ("generate", priced_artifact, "S", "--max-new-tokens", 2, "--max-kl")
@@ -369,7 +369,7 @@ def test_eval_by_price_on_masks(tiny_artifact: Path, text: Path, method: str | N
 
 @pytest.mark.parametrize("command", [("generate", PROMPT), ("inspect",), ("verify",)], ids=lambda words: words[0])
 def test_artifact_of_the_format_before(tiny_artifact: Path, tmp_path: Path, command: tuple[str, ...]) -> None:
-    """One line, whatever the command."""
+    """Every command gives one line."""
     folder = Path(shutil.copytree(tiny_artifact, tmp_path / "artifact"))
 
     def older(manifest: dict[str, object]) -> None:
@@ -386,7 +386,7 @@ def test_artifact_of_the_format_before(tiny_artifact: Path, tmp_path: Path, comm
 def test_calibration_of_the_version_before_serves_masks(
     tiny_model: Path, tiny_calibration: Path, tiny_artifact: Path, outputs: Path, tmp_path: Path
 ) -> None:
-    """And is told apart from one of prices."""
+    """And it is not taken for one of prices."""
     path = tmp_path / "calibration.safetensors"
     with safe_open(tiny_calibration, framework="pt") as file:
         content = json.loads(file.metadata()[METADATA_KEY])

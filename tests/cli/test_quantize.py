@@ -1,4 +1,4 @@
-"""`tda-export quantize`: its folder is a model for the other commands, and what it refuses."""
+"""`tda-export quantize`: its folder is a model for the other commands; errors."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_mean_of_bits(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_a_mean_of_bits_and_no_measurement(tiny_model: Path, tmp_path: Path) -> None:
-    """Rounding reads text all the same."""
+    """Rounding then reads text to estimate losses."""
     options = ("--bits-per-weight", "7", "--quantizer", "rtn", "--kl-sequences", "0", "--seed", "1", *LENGTHS)
     content = json.loads(run_ok("quantize", tiny_model, "-o", tmp_path / "out", *options, "--json").stdout)
     assert (content["data"]["sequences"], content["data"]["kl_sequences"]) == (8, 0)
@@ -210,7 +210,7 @@ def test_too_little_text(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_goes_on(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the command: layers are kept beside the output, and gone when it is there."""
+    """Layers are kept beside the output, and removed once it is written."""
     from tda_export.quantization import run
 
     original, calls = run.pass_on, iter(range(10))

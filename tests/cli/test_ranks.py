@@ -1,4 +1,4 @@
-"""Commands that torchrun starts as several ranks: what one process gives, also after an end in between."""
+"""Commands as several ranks under torchrun give the result of one process, also after an interruption."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ MANY = ("--sequences", "40", "--packing", "sites", *LENGTHS)
 @pytest.fixture(autouse=True)
 def single_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as ranks, so that sums are rounded alike
+    torch.set_num_threads(1)  # like the ranks, so that sums are rounded alike
     yield
     torch.set_num_threads(threads)
 
 
 def test_calibration(tiny_model: Path, tmp_path: Path) -> None:
-    """All of it: prices and their tables, curves and the KL path, to the bit. Three ranks share 7 sequences."""
+    """Prices and their tables, curves and the KL path are equal to the bit. Three ranks share 7 sequences."""
     options = ("--method", "all", "--sequences", "7", *LENGTHS)
     found = {}
     for ranks in (1, 3):
@@ -62,7 +62,7 @@ def uninterrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def measured(partial: Path) -> int:
-    """Return how many sequences a calibration that goes on has measured."""
+    """Return how many sequences a running calibration has measured."""
     try:
         with safe_open(partial, framework="numpy") as file:
             return len(file.get_tensor("priced.measured.sites.kl"))
@@ -71,7 +71,7 @@ def measured(partial: Path) -> int:
 
 
 def end_while_measuring(model: Path, output: Path, number: signal.Signals, *, rank: int | None) -> list[str]:
-    """Start two ranks, send one of them or torchrun a signal once something is measured, and return their errors."""
+    """Start two ranks. Send one of them, or torchrun, a signal once a sequence is measured. Return their errors."""
     process = start(2, *COMMAND, "calibrate", model, "-o", output, *MANY)
     partial = output.with_name(output.name + ".partial")
     while not measured(partial):
@@ -112,8 +112,8 @@ def test_an_output_that_exists_is_one_error(tiny_model: Path, tmp_path: Path) ->
 
 
 def test_quantising(tiny_model: Path, tmp_path: Path) -> None:
-    """Hessians are sums over ranks, which may be rounded otherwise, and so may a few codes. The choice of int8 linears
-    is that of one process."""
+    """Hessians are sums over ranks, so they are rounded differently, and a few codes may differ. The choice of int8
+    linears is that of one process."""
     lengths = ("--prompt-tokens", "24", "--continuation-tokens", "8")
     options = ("--sequences", "5", "--kl-sequences", "3", "--bits-per-weight", "6", *lengths)
     losses = []

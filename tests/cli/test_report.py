@@ -1,4 +1,4 @@
-"""`tda-export report`: one page from a calibration or an artifact, and how it refuses."""
+"""`tda-export report`: one page from a calibration or an artifact, and errors."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def write_result(folder: Path, name: str, **changes: Any) -> Path:
 
 
 def edited(calibration: Path, path: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
-    """A copy of a calibration with other metadata."""
+    """Copy a calibration with other metadata."""
     with safe_open(calibration, framework="pt") as file:
         metadata = json.loads(file.metadata()[METADATA_KEY])
     metadata.pop(DIGEST_KEY)
@@ -100,7 +100,7 @@ def test_curves_alone(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_stored_budget_beyond_the_path(tiny_calibration: Path, tmp_path: Path) -> None:
-    """As `calibrate --sparsity 0.95` leaves it. What can be drawn is drawn."""
+    """`calibrate --sparsity 0.95` leaves such a file. The report draws what it can."""
     calibration = edited(
         tiny_calibration, tmp_path / "c.safetensors", lambda metadata: metadata["budget"].update(sparsity=0.95)
     )
@@ -112,7 +112,7 @@ def test_stored_budget_beyond_the_path(tiny_calibration: Path, tmp_path: Path) -
 
 
 def test_artifact_with_refreshes(tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
-    """The allocation is the one that was built: of the steps between refreshes."""
+    """The page shows the allocation that was built, that of the steps between refreshes."""
     artifact, output = tmp_path / "a", tmp_path / "report.html"
     budget = ("--method", "tda", "--sparsity", 0.5, "--refresh", 5)
     run_ok("build", tiny_model, *budget, "--calibration", tiny_calibration, "--no-verify", "-o", artifact)
@@ -138,7 +138,7 @@ PRICES = ["Densities of rows", "Prices of rows"]
 
 
 def test_calibration_of_prices(priced_calibration: Path, tmp_path: Path) -> None:
-    """Without curves and masks."""
+    """It has neither curves nor masks."""
     output = tmp_path / "report.html"
     run_ok("report", priced_calibration, "-o", output, "--results", write_result(tmp_path, "r.json"))
     root = parse(output)
@@ -150,7 +150,7 @@ def test_calibration_of_prices(priced_calibration: Path, tmp_path: Path) -> None
 
 
 def test_artifact_of_prices(priced_artifact: Path, tmp_path: Path) -> None:
-    """No graph is run."""
+    """The report runs no graph."""
     output = tmp_path / "report.html"
     run_ok("report", priced_artifact, "-o", output, "--results", write_result(tmp_path, "r.json"))
     root = parse(output)
@@ -162,7 +162,7 @@ def test_artifact_of_prices(priced_artifact: Path, tmp_path: Path) -> None:
 
 
 def test_artifacts_of_prices_that_know_less(priced_artifact: Path, tmp_path: Path) -> None:
-    """Without its calibration file the manifest's table is there; without that, a summary."""
+    """Without its calibration file, the page has the manifest's table; without that, a summary."""
     artifact = Path(shutil.copytree(priced_artifact, tmp_path / "artifact"))
     (artifact / contract.CALIBRATION_FILE).unlink()
     edit_manifest(artifact, lambda manifest: manifest["files"].pop(contract.CALIBRATION_FILE))
@@ -185,7 +185,7 @@ def test_calibration_of_all_methods(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_artifact_without_thresholds_and_calibration(tiny_model: Path, tmp_path: Path) -> None:
-    """Griffin's takes its neurons by number."""
+    """Griffin's artifact chooses neurons by their number."""
     artifact, output = tmp_path / "griffin", tmp_path / "report.html"
     run_ok("build", tiny_model, "--method", "griffin", "--sparsity", 0.5, "-o", artifact, "--no-verify")
     run_ok("report", artifact, "-o", output)

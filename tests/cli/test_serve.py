@@ -1,4 +1,4 @@
-"""`tda-export serve` as a process: how it starts, what it says, how it stops."""
+"""`tda-export serve` as a process: start, output and end."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from tests.conftest import run_cli
 
 @contextlib.contextmanager
 def started(*arguments: object, descriptors: int | None = None) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
-    """The process, which may open so many `descriptors`, what it said until it served, and the address."""
+    """Start a server that may open this many `descriptors`. Yield the process, its first output, and the address."""
 
     def prepare() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a test in the background ignores
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test in the background ignores it
         if descriptors is not None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
 
@@ -101,7 +101,7 @@ def test_answers_are_kept(priced_artifact: Path) -> None:
 
 
 def test_a_lookup(priced_artifact: Path) -> None:
-    """Answers stay the same, with and without streaming, and what it gave is counted."""
+    """Answers stay the same, with and without streaming, and accepted drafts are counted."""
     ask: dict[str, Any] = {"model": "priced", "prompt": "the sea, the sea, the sea", "max_tokens": 160}
     ask |= {"temperature": 0, "extra_body": {"ignore_eos": True}}
     answers, counted = [], []
@@ -127,7 +127,7 @@ def test_an_address_that_others_reach_is_said(tiny_artifact: Path) -> None:
 
 
 def test_hosts_and_sites(tiny_artifact: Path) -> None:
-    """They reach the server, together with what --host says."""
+    """--allowed-host and --cors reach the server, together with the name in --host."""
     options = ("--host", "localhost", "--allowed-host", "a.example", "--cors", "https://b.example")
     with started(tiny_artifact, *options) as (_, _, url):
         http, health = openai.DefaultHttpxClient(), url.removesuffix("v1") + "health"

@@ -16,7 +16,7 @@ INLINE = re.compile(r"`([^`\n]*)`")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. `language` is the first word after the fence; `norun` says why its commands do not run here."""
+    """A fenced block. `language` is the first word after the fence; `norun`: why its commands do not run here."""
 
     language: str
     norun: str
@@ -24,7 +24,7 @@ class Block:
 
     @property
     def commands(self) -> list[str]:
-        """The lines of a block of shell commands, with continued lines joined."""
+        """Return the lines of a block of shell commands, with continued lines joined."""
         lines = self.body.replace("\\\n", " ").splitlines()
         return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
 

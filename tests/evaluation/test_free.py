@@ -1,4 +1,4 @@
-"""Free generation, beside reading whole texts again for every token."""
+"""Free generation, against reading the whole text again for every token."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def prompts() -> list[list[int]]:
 
 
 def written(model: Model, setting: Setting, prompt: list[int], mask: str) -> list[int]:
-    """A greedy text: for every token all that was written so far is read again."""
+    """Return a greedy text. The whole text so far is read again for every token."""
     tokens: list[int] = []
     while len(tokens) < NEW:
         # The prompt's last logits are those of a dense continuation of one token, its own last.
@@ -80,7 +80,7 @@ def test_refreshes_count_and_keep_nearer(model: Model, prompts: list[list[int]])
 
 
 def test_bytes_with_refreshes(model: Model, prompts: list[list[int]]) -> None:
-    """Of 69 tokens every fourth is dense, 17; the others read the neurons of the mask of all that was before."""
+    """Of 69 tokens every fourth is dense, 17 in all. The others read the neurons of the mask of all text before."""
     setting = open_setting(model.artifact, model.sessions, Request(sparsity=0.5, refresh=Refresh(4)))
     shape = model.artifact.shape
     one_level = dataclasses.replace(setting.deployment, token_thresholds=np.zeros(shape.num_layers, np.float32))
@@ -100,7 +100,7 @@ def test_bytes_with_refreshes(model: Model, prompts: list[list[int]]) -> None:
     assert quality.dense_ffn_bytes == every * row
     expected = [(rows + 17 * every) * row / 69 for rows in sparse_rows]
     assert quality.ffn_bytes == pytest.approx(statistics.mean(expected), rel=1e-9)
-    more = [17 * (every - rows / 52) * row / 69 for rows in sparse_rows]  # than as many sparse tokens
+    more = [17 * (every - rows / 52) * row / 69 for rows in sparse_rows]  # more than as many sparse tokens
     assert quality.refresh_ffn_bytes == pytest.approx(statistics.mean(more), rel=1e-9)
 
 

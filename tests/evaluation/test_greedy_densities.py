@@ -1,4 +1,4 @@
-"""TEAL's greedy densities: the search beside brute force, interpolation, and files of something else."""
+"""TEAL's greedy densities: the search against brute force, interpolation, and other files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SIZES = {"small": 10, "large": 100}
 
 
 def test_each_step_costs_least_error_for_its_bytes() -> None:
-    """Against the same rule written out with the sizes of steps."""
+    """Against the same rule, written out with the sizes of steps."""
     weights = {"small": 1.0, "large": 5.0}
 
     def error(densities: dict[str, float]) -> float:
@@ -94,7 +94,7 @@ def test_densities_of_a_model(
     source: ModelSource,
     tmp_path: Path,
 ) -> None:
-    """Every layer keeps to its sparsity, some errors are traded, and an artifact reads what they say."""
+    """Every layer has its sparsity, densities differ, and an artifact reads as many rows as they say."""
     priced = read_calibration(priced_calibration).priced
     assert priced is not None
     tokens = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -119,7 +119,7 @@ def test_densities_of_a_model(
 
 
 def test_greedy_is_no_worse_than_uniform(reference: Any, source: ModelSource, priced_calibration: Path) -> None:
-    """At a block's output, on the tokens that were searched."""
+    """At a block's output, on the tokens of the search."""
     priced = read_calibration(priced_calibration).priced
     assert priced is not None
     tokens = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(0))

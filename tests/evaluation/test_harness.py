@@ -1,4 +1,4 @@
-"""The model class of lm-evaluation-harness, beside lm-eval's own for transformers."""
+"""The model class for lm-evaluation-harness, against lm-eval's own for transformers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_dense_rolling_loglikelihoods_are_those_of_hf(tiny_artifact: Path, sourc
     expected = hf.loglikelihood_rolling(requests, disable_tqdm=True)
     found = make(tiny_artifact, method="dense", protocol="griffin", max_length=length)
     assert found.loglikelihood_rolling(requests, disable_tqdm=True) == pytest.approx(expected, abs=LOG)
-    if length == 200:  # one window: the protocols differ in nothing that a dense model would see
+    if length == 200:  # one window, in which a dense model gives the same by both protocols
         strict = make(tiny_artifact, method="dense", max_length=length)
         assert strict.loglikelihood_rolling(requests, disable_tqdm=True) == pytest.approx(expected, abs=LOG)
 
@@ -112,7 +112,7 @@ def test_methods_and_protocols_differ(tiny_artifact: Path) -> None:
 @pytest.mark.parametrize("refresh", [None, 0, 3])
 @pytest.mark.parametrize("method", ["own", "uniform"])
 def test_griffin_generations_are_those_of_the_driver(tiny_artifact: Path, method: str, refresh: int | None) -> None:
-    """There the first new token is dense, as in use; refreshes and token thresholds are the driver's too."""
+    """By this protocol the first new token is dense, as in use. Refreshes and token thresholds are the driver's."""
     lm = make(
         tiny_artifact,
         protocol="griffin",
@@ -130,7 +130,7 @@ def test_griffin_generations_are_those_of_the_driver(tiny_artifact: Path, method
 
 @pytest.mark.parametrize("refresh", [2, 5])
 def test_strict_generations_with_refreshes_equal_a_loop(tiny_artifact: Path, refresh: int) -> None:
-    """Beside a step by hand; scoring is not refreshed."""
+    """Against steps by hand. Scoring has no refreshes."""
     lm = make(tiny_artifact, refresh=refresh)
     how, tokens, new = lm.setting.deployment, lm.text.encode("The boats come home"), list[int]()
     step = lm.setting.open_step(len(tokens) + 12)

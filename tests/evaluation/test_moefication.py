@@ -1,4 +1,4 @@
-"""MoEfication: balanced clusters, experts by their true activation beside brute force, and fitted routers."""
+"""MoEfication: balanced clusters, experts by true activation against brute force, and fitted routers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Predictors of neurons: that they learn, what they read, and that training repeats."""
+"""Predictors of neurons: learning, bytes, and reproducible training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SETTINGS = PredictorSettings(rank=RANK, epochs=20, batch_tokens=64)
 
 
 def learnable(tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs on very different scales around a mean, and magnitudes that a map of rank 4 decides."""
+    """Return inputs of very different scales around a mean, and magnitudes from a map of rank 4."""
     fixed = torch.Generator().manual_seed(0)
     directions = torch.randn(HIDDEN, RANK, generator=fixed) @ torch.randn(RANK, NEURONS, generator=fixed)
     standard = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))
@@ -67,7 +67,7 @@ def test_inputs_and_neurons_that_never_change_do_no_harm() -> None:
 
 
 def test_a_token_reads_the_rows_of_the_largest_logits(reference: Any, source: ModelSource) -> None:
-    """The slow way: dense outputs of neurons, of which the best logits are added."""
+    """The slow way: compute all neurons, and add the outputs of those with the largest logits."""
     generator = torch.Generator().manual_seed(4)
     predictors = [
         Predictor(*(torch.randn(shape, generator=generator) for shape in ((64, 2), (2, 96), (96,)))) for _ in range(3)

@@ -1,4 +1,4 @@
-"""What priced artifacts run: thresholds beside brute force, parts, counted bytes beside transformers, refusals."""
+"""Methods on priced artifacts: thresholds against brute force, parts, bytes against transformers, refusals."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def packing_of(model: Model) -> Packing:
 
 
 def row_prices(model: Model, request: Request, source: ModelSource) -> tuple[dict[str, torch.Tensor], float]:
-    """What the request should give transformers: row prices of the matrices that may drop rows, and the price."""
+    """Return the expected row prices of the matrices that may skip rows, and the price, for transformers."""
     spec, packing, parts = source.spec, packing_of(model), request.parts or "all"
     priced = read_calibration(model.artifact.file(contract.CALIBRATION_FILE)).priced
     assert priced is not None
@@ -105,7 +105,7 @@ def test_bytes_of_all_linears(priced_model: Model) -> None:
 
 
 def magnitudes_of(samples: dict[str, torch.Tensor], norms: dict[str, torch.Tensor], source: ModelSource) -> Priced:
-    """What calibration would count of inputs [T, in] by site; the same in every layer."""
+    """Return calibration's counts of inputs [T, in] by site, equal in every layer."""
     sites = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
     counts = {site: count_magnitudes(x)[None].expand(3, -1) for site, x in samples.items()}
     weighted = {
@@ -118,7 +118,7 @@ def magnitudes_of(samples: dict[str, torch.Tensor], norms: dict[str, torch.Tenso
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("method", ["teal", "wina"])
 def test_thresholds_are_quantiles(method: Any, packing: Packing, source: ModelSource) -> None:
-    """Beside sorting: so many of the products |x_i| or |x_i| ||W_i|| are read, and they are the largest."""
+    """Against sorting: the largest products |x_i| or |x_i| ||W_i|| are read, as many as asked for."""
     generator, spec = torch.Generator().manual_seed(0), source.spec
     matrices = packed_matrices(spec, packing)
     samples, norms = {}, {}

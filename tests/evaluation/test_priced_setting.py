@@ -1,4 +1,4 @@
-"""Methods on priced artifacts: what they decode, and the bytes that they count."""
+"""Methods on priced artifacts: logits and counted bytes."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_dense_reads_everything(priced_model: Model, request_: Request) -> None:
 
 
 def test_without_a_mask_is_dense(priced_model: Model) -> None:
-    """What every measurement compares a method with."""
+    """Every measurement compares a method with it."""
     setting = opened(priced_model, Request(sparsity=0.7))
     cache = KvCache(setting.shape, "cpu", len(PROMPT) + len(READ))
     setting.read(PROMPT, cache)
@@ -95,7 +95,7 @@ def test_without_a_mask_is_dense(priced_model: Model) -> None:
 
 
 def test_other_prices_of_rows(priced_model: Model) -> None:
-    """A row of infinite price is always read, one of none never; what is left out keeps its own."""
+    """A row with an infinite price is always read, one with price 0 never. Other matrices keep their prices."""
     artifact, price = priced_model.artifact, PriceDeployment(1e-6)
     names = counted_matrices(artifact)
     assert len(names) == LAYERS * len(OUTPUTS)
@@ -114,7 +114,7 @@ def test_other_prices_of_rows(priced_model: Model) -> None:
 
 
 def test_budgets_are_described(priced_model: Model) -> None:
-    assert opened(priced_model, Request()).budget == {"sparsity": 0.5}  # that it was built with
+    assert opened(priced_model, Request()).budget == {"sparsity": 0.5}  # the budget that it was built with
     assert opened(priced_model, Request(max_kl=0.02)).budget == {"max_kl": 0.02}
     assert opened(priced_model, Request("priced", price=1e-7)).budget == {"price": 1e-7}
     dense = opened(priced_model, Request("dense"))

@@ -1,4 +1,4 @@
-"""The baselines in PyTorch: what each token keeps, what that reads, and that keeping all is dense."""
+"""The baselines in PyTorch: kept neurons, bytes, and dense results if all are kept."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def logits(model: Any, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
 
 
 def ffn(module: Any, x: torch.Tensor, neurons: list[list[int]]) -> torch.Tensor:
-    """FFN(x) of tokens [T, M], where each token has a list of neurons: one neuron's vector at a time."""
+    """Return FFN(x) of tokens [T, M] with a list of neurons for each token, adding one neuron's vector at a time."""
     outputs = torch.zeros_like(x)
     for token, kept in enumerate(neurons):
         for i in kept:
@@ -62,7 +62,7 @@ def ffn(module: Any, x: torch.Tensor, neurons: list[list[int]]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Fixed:
-    """Reads the same rows whatever comes, and asks for what a test gives."""
+    """Always reads the same rows, which the test gives."""
 
     rows: Rows
     extra_bytes: int = 0
@@ -90,7 +90,7 @@ def test_keeping_every_neuron_is_dense_exactly(family: str, method: Any, tmp_pat
     with sparse_ffn(reference, source.spec, method) as count:
         assert torch.equal(logits(reference), dense)
     assert count.shares == (1.0, 1.0, 1.0)
-    assert torch.equal(logits(reference), dense)  # and the model is as it was
+    assert torch.equal(logits(reference), dense)  # the model is unchanged
 
 
 @pytest.mark.parametrize("activation", get_args(Activation))
@@ -123,7 +123,7 @@ def test_rows_are_counted_by_matrix_and_dropped_neurons_add_nothing(reference: A
     assert count.shares == (1.0, 0.5, 0.25)
     assert count.ffn_share == pytest.approx((1.0 + 0.5 + 0.25) / 3)
     with sparse_ffn(reference, source.spec, Fixed(Rows(mask(24), mask(24), mask(24)))) as count:
-        assert torch.equal(logits(reference), sparse)  # a neuron counts where all of its rows are read
+        assert torch.equal(logits(reference), sparse)  # a neuron counts if all of its rows are read
     assert count.ffn_share == 0.25
 
 
@@ -144,7 +144,7 @@ def test_static_keeps_the_largest_scores_of_each_layer(reference: Any, source: M
 def test_cats_keeps_large_gates_and_reads_every_gate_row(reference: Any, source: ModelSource) -> None:
     mlp, inputs = reference.model.layers[0].mlp, ffn_inputs(reference, source.spec, TOKENS[None])[0]
     quantile = cats_threshold(layer_activations(reference, source.spec, 0, inputs).activated, 0.4)
-    threshold = quantile * (1 - 1e-5)  # rounding decides at the quantile itself, which is one of the sizes
+    threshold = quantile * (1 - 1e-5)  # the quantile itself is one of the sizes, where rounding would decide
     kept: list[list[int]] = []
     for x in inputs:
         gates = (mlp.gate_proj.weight.detach() @ x).tolist()
@@ -155,7 +155,7 @@ def test_cats_keeps_large_gates_and_reads_every_gate_row(reference: Any, source:
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     density = sum(map(len, kept)) / (NEURONS * len(inputs))
     assert count.shares == pytest.approx((1.0, density, density))
-    assert density == pytest.approx(1 - 1.5 * 0.4, abs=1e-3)  # on the text that it was chosen by
+    assert density == pytest.approx(1 - 1.5 * 0.4, abs=1e-3)  # on the text that it was chosen on
     assert count.ffn_share == pytest.approx(0.6, abs=1e-3)
 
 
@@ -187,7 +187,7 @@ def test_scores_of_the_inputs_are_the_priors_of_calibration(reference: Any, sour
 def test_measures_by_the_protocol_of_eval(
     model: Model, reference: Any, source: ModelSource, windows: list[list[int]]
 ) -> None:
-    """A static mask through the artifact's decode graph, and here."""
+    """A static mask gives the same in the artifact's decode graph and here."""
     static = static_method(torch.rand(LAYERS, NEURONS, generator=torch.Generator().manual_seed(3)), 0.5)
     every = StaticMethod(torch.ones(LAYERS, NEURONS, dtype=torch.bool), extra_bytes=1000)
     results = measure_methods(reference, source.spec, windows, SETTINGS, {"half": static, "all": every})
@@ -204,7 +204,7 @@ def test_measures_by_the_protocol_of_eval(
     assert half.ffn_bytes == pytest.approx(half.dense_ffn_bytes / 2)
     assert half.density == 0.5
     losses, kls = [], []
-    for window in windows:  # slowly: token by token, every context read anew
+    for window in windows:  # the slow way: every context is read again for each token
         total, divergence = 0.0, 0.0
         with torch.inference_mode():
             cache = reference(torch.tensor([window[:24]]), use_cache=True).past_key_values

@@ -50,7 +50,7 @@ ROWS: dict[str, dict[str, Any]] = {
 PROMPTS: dict[str, list[tuple[str, str]]] = {
     "hellaswag": [("Roof: A man sits. He", f" {choice}") for choice in ("sings.", "falls.", "eats.", "runs.")],
     "piqa": [("Question: Boil water\nAnswer:", " Use a pot."), ("Question: Boil water\nAnswer:", " Use a hat.")],
-    # The harness's own prompt has two spaces here.
+    # The harness's own prompt has two spaces.
     "copa": [("It rained therefore", "  the street dried."), ("It rained therefore", "  the Sea rose.")],
     "arc_challenge": [("Question: Why?\nAnswer:", " So."), ("Question: Why?\nAnswer:", " No.")],
     "boolq": [("Tax -- A tax.\nQuestion: is it?\nAnswer:", f" {answer}") for answer in ("no", "yes")],
@@ -72,7 +72,7 @@ RIGHT = {"hellaswag": 1, "piqa": 0, "copa": 1, "arc_challenge": 0, "boolq": 1, "
 
 
 def write_data(folder: Path, rows: int = 3) -> Path:
-    """Write a few rows of every task, which differ in nothing: the tiny model has no opinion."""
+    """Write a few equal rows of every task, since the tiny model knows no answers."""
     folder.mkdir(exist_ok=True)
     for task, row in ROWS.items():
         (folder / f"{task}.jsonl").write_text(f"{json.dumps(row)}\n" * rows, encoding="utf-8")
@@ -113,7 +113,7 @@ def test_results_are_those_of_transformers(data: Path, lm: TdaLM, source: ModelS
 
 
 def test_the_right_answer_is_the_likeliest(data: Path, lm: TdaLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that knows the answers is always right, and one that is sure of them needs no bits."""
+    """A model that knows the answers is always right, and its bits are 0 if it is certain."""
     right = {PROMPTS[task][index] for task, index in RIGHT.items()}
 
     def sure(requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
@@ -138,11 +138,11 @@ def test_limit_and_ffn_share(data: Path, tiny_artifact: Path) -> None:
         assert result.ffn_share is not None
         assert 0.0 < result.ffn_share < 1.0
         assert result.linear_share is not None
-        assert result.ffn_share < result.linear_share < 1.0  # attention is read whole
+        assert result.ffn_share < result.linear_share < 1.0  # all rows of attention are read
 
 
 def test_gold_likelihoods_by_hand() -> None:
-    doc = {"answer": "élan"}  # with its space six bytes
+    doc = {"answer": "élan"}  # six bytes with its space
     assert offline.gold_answer(doc, [(-12.0, False)]) == {
         "acc": 0.0,
         "bits_per_byte": pytest.approx(12.0 / 6 / math.log(2)),

@@ -1,4 +1,4 @@
-"""Log-likelihoods by both protocols, beside a slow reference that scores every token by itself."""
+"""Log-likelihoods by both protocols, against a slow reference that scores every token by itself."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def setting(model: Model, request: pytest.FixtureRequest) -> Setting:
 def slow_score(setting: Setting, read: list[int], sparse: list[int], predicted: list[int]) -> tuple[float, bool]:
     """Score each prediction in a cache of its own: `read` densely, then `sparse` under its mask, token by token.
 
-    Nothing is refreshed. A mask of one token is that of the prior, or every neuron.
+    There are no refreshes. The mask of one token is that of the prior, or has every neuron.
     """
     how, inputs = (
         setting.deployment,
@@ -95,7 +95,7 @@ def test_griffin_scores_the_last_step_alone_under_a_mask(
 def test_sharing_a_prefill_changes_nothing(
     setting: Setting, context: list[int], continuations: list[list[int]], data: st.DataObject
 ) -> None:
-    """Among them continuations that differ in their last token alone, and equal ones."""
+    """Some continuations differ only in their last token, and some are equal."""
     protocol = data.draw(st.sampled_from(["strict", "griffin"]))
     continuations = [*continuations, [*continuations[0][:-1], 77], continuations[0]]
     together = Scorer(setting, protocol).score(context, continuations)
@@ -160,7 +160,7 @@ def test_ffn_share_is_a_mean_over_scored_tokens(tiny_artifact: Path) -> None:
     setting = open_setting(model.artifact, model.sessions, Request("griffin", sparsity=0.5))
     scorer = Scorer(setting)
     scorer.score(list(range(5, 45)), [[1, 2, 3]])
-    scorer.score([5], [[6]])  # no mask, so it reads everything
+    scorer.score([5], [[6]])  # no mask, so every row is read
     assert scorer.take_shares() == (pytest.approx((3 * 0.5 + 1.0) / 4), 1.0)
     last_steps = Scorer(setting, "griffin")
     last_steps.score(list(range(5, 45)), [[1, 2, 3]])
@@ -186,7 +186,7 @@ def test_truncation_scores_and_counts_each_token(token_artifact: Path) -> None:
     assert scorer.take_shares() == (pytest.approx(np.mean(shares)), 1.0)
     assert scorer.take_shares() is None
     dense = Scorer(open_setting(loaded.artifact, loaded.sessions, Request("dense")))
-    unread = scorer.score([5], [[6]])  # nothing that a context would give: dense, as for other methods
+    unread = scorer.score([5], [[6]])  # no context, so dense, as for other methods
     assert unread[0].loglikelihood == pytest.approx(dense.score([5], [[6]])[0].loglikelihood, abs=FLOAT32)
     with pytest.raises(UsageError, match="does not generate"):
         setting.open_step(8)

@@ -1,4 +1,4 @@
-"""Settings of methods: what each checks, and how it decodes."""
+"""Settings of methods: checks, and decoding."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ KL_BUDGETS = [Request(sparsity=0.4), Request(max_kl=0.05)]
 
 
 def with_manifest(artifact: Artifact, **changes: Any) -> Artifact:
-    """The same artifact with another manifest."""
+    """Return the artifact with another manifest."""
     return dataclasses.replace(artifact, manifest=artifact.manifest | changes)
 
 
@@ -158,7 +158,7 @@ def test_a_step_decodes_as_the_setting_does(model: Model, request_: Request) -> 
 def test_budget_without_the_path_keeps_a_tail_that_was_asked_for(
     model: Model, built: dict[str, float], tail: bool
 ) -> None:
-    """The tail mean of an artifact that was built by KL belongs to the path."""
+    """If an artifact was built by KL, its tail mean belongs to the path."""
     how = mask_deployment(with_manifest(model.artifact, budget=built), Budget(cett=0.1))
     assert (how.tail_mean, how.prior) == (tail, False)
 
@@ -193,7 +193,7 @@ def test_budget_by_kl_takes_a_point_of_the_path(model: Model, request_: Request)
 
 
 def test_paper_is_one_level_by_the_cett_of_tokens(model: Model, token_artifact: Path) -> None:
-    """On an artifact that was built with both levels, from a calibration of tokens beside it."""
+    """On an artifact built with both levels, with another calibration of tokens."""
     path = token_artifact / contract.CALIBRATION_FILE
     calibration = read_calibration(path)
     for cett in (None, 0.4):
@@ -222,7 +222,7 @@ def test_paper_of_an_artifact_of_tokens_is_its_own_calibration(token_artifact: P
 
 
 def slow_counts(model: Model, source: ModelSource, reference: Any, mask: PromptMask, thresholds: np.ndarray) -> Any:
-    """Count with transformers what each token of READ keeps of each layer's mask, int [L, S]."""
+    """Count with transformers the neurons of each layer's mask that each token of READ keeps, int [L, S]."""
     masks, tails = reference_mask(model, mask)
     level, counts = second_level(model, thresholds), {}
 
@@ -240,7 +240,7 @@ def slow_counts(model: Model, source: ModelSource, reference: Any, mask: PromptM
 
 
 def padded(mask: PromptMask, padding: int) -> PromptMask:
-    """The same mask with so many padding indices between and after its indices."""
+    """Return the mask with this many padding indices between and after its indices."""
     inputs = dict(mask.inputs)
     for layer in range(3):
         indices = mask.indices(layer)
@@ -303,7 +303,7 @@ def test_counted_share_is_that_of_gate_up_and_down_rows(model: Model, source: Mo
 
 
 def slow_refreshed(setting: Setting, tokens: list[int]) -> Counted:
-    """Decode token by token; where a refresh is due, read prompt and tokens so far anew in a cache of its own."""
+    """Decode token by token. At a refresh, read the prompt and all tokens so far in a new cache."""
     period, how = setting.deployment.refresh.tokens, setting.deployment
     sparse_setting = setting.without_refresh()
     logits, densities, shares, dense = [], [], [], 0
@@ -336,7 +336,7 @@ def slow_refreshed(setting: Setting, tokens: list[int]) -> Counted:
 def test_decode_counted_with_refreshes_equals_a_loop(
     model: Model, request_: Request, refresh: Refresh, count: int
 ) -> None:
-    """Also where the last refresh is the last token, and where none is due."""
+    """Also if the last refresh is at the last token, and if there is none."""
     setting = open_setting(model.artifact, model.sessions, dataclasses.replace(request_, refresh=refresh))
     assert setting.budget["refresh"] == refresh.tokens
     tokens = list(range(40, 40 + count))

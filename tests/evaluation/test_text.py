@@ -1,4 +1,4 @@
-"""Quality on a text, beside a slow reference and transformers."""
+"""Quality on a text, against a slow reference and transformers."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_quality_is_that_of_the_continuation_alone(
     windows: list[list[int]],
     request_: Request,
 ) -> None:
-    """The artifact's own mask, those of budgets, and Griffin's: each window read by itself, and averaged by hand."""
+    """For the artifact's own mask, those of budgets, and Griffin's. The test reads each window alone, and averages."""
     setting = open_setting(model.artifact, model.sessions, request_)
     quality = evaluate_text(model.artifact, setting, windows, SETTINGS)
     kls, losses, dense_losses, agreements = [], [], [], []
@@ -114,7 +114,7 @@ def test_quality_is_that_of_the_continuation_alone(
 
 @pytest.mark.parametrize("period", [2, 3, 7, 8])
 def test_refreshes_of_a_text(model: Model, windows: list[list[int]], period: int) -> None:
-    """Their bytes are told apart: of seven tokens so many are read densely."""
+    """Their bytes are reported apart: some of seven tokens are read densely."""
     request = Request(refresh=Refresh(period))
     setting = open_setting(model.artifact, model.sessions, request)
     quality = evaluate_text(model.artifact, setting, windows, SETTINGS)

@@ -1,4 +1,4 @@
-"""The examples as other people would run them: each in a process of its own, from prompt to token ids."""
+"""The examples as users run them: each in a process of its own, from prompt to token ids."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ const options = { dense: dense === "dense", maxNewTokens: Number(count), price: 
 for await (const token of artifact.generate(artifact.encode(prompt), options)) tokens.push(token);
 console.log(tokens.join(" "));
 """
-# What a clean environment of an example does not have; None in sys.modules makes an import fail.
+# Packages that a clean environment of an example lacks. None in sys.modules makes an import fail.
 FOREIGN = ("tda_export", "torch", "transformers", "onnx", "onnx_ir", "onnxruntime_genai")
 
 Application = Callable[[Path, str, MaskMode | None, int], list[int]]
 
 
 def run(*command: object, folder: Path | None = None, text: str | None = None) -> str:
-    """Run a command and return what it printed; what went wrong is in the failure."""
+    """Run a command and return its output. A failure shows the error."""
     words = [str(word) for word in command]
     done = subprocess.run(words, cwd=folder, input=text, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
@@ -48,13 +48,13 @@ def ids(printed: str) -> list[int]:
 
 
 def node_problem() -> str | None:
-    """Say what the Node example lacks here, or None. Where CI runs it must not lack anything."""
+    """Return what the Node example lacks here, or None. In CI it must lack nothing."""
     missing = [name for name in ("node", "npm") if shutil.which(name) is None]
     return f"{' and '.join(missing)} not found" if missing and not os.environ.get("CI") else None
 
 
 def ours(artifact: Path, prompt: str, mask: MaskMode | None, count: int, price: float | None = None) -> list[int]:
-    """The package's own driver; without a mask by the artifact's own method, at its own price or another."""
+    """Run the package's own driver. Without a mask it uses the artifact's method, at its own price or another."""
     model = load(artifact, provider="cpu")
     how = None if price is None else model.at(price=price)
     return [token.id for token in model.generate(prompt, mask=mask, max_new_tokens=count, deployment=how)]
@@ -70,7 +70,7 @@ def genai(artifact: Path, prompt: str, mask: MaskMode | None, count: int, *optio
 
 
 def minimal(artifact: Path, prompt: str, mask: MaskMode | None, count: int, price: float | None = None) -> list[int]:
-    """The script in an interpreter that cannot import what it claims not to need."""
+    """Run the script in an interpreter that cannot import the packages that it does not need."""
     words = [str(artifact), prompt, *dense_option(mask), "--max-new-tokens", str(count), "--ids"]
     words += [] if price is None else [f"--price={price}"]
     code = (
@@ -81,7 +81,7 @@ def minimal(artifact: Path, prompt: str, mask: MaskMode | None, count: int, pric
 
 
 class Applications:
-    """The examples that are installed or compiled first, when they are first asked for, below a folder."""
+    """The examples that are installed or compiled in a folder when they are first used."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -98,7 +98,7 @@ class Applications:
     def cpp_program(self) -> Path:
         """The C++ example, compiled against the project's ABI declaration and linked to the library of this Python."""
         library = next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))
-        (self._folder / "libonnxruntime.so.1").symlink_to(library)  # the name that it has in a release
+        (self._folder / "libonnxruntime.so.1").symlink_to(library)  # its name in a release
         program = self._folder / "generate"
         headers = [f"-I{Path(__file__).parent}", f"-I{NATIVE_SOURCES}"]
         flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", *headers]
@@ -113,16 +113,16 @@ class Applications:
         return ids(run(*command, *([] if price is None else [price]), folder=self.node_folder))
 
     def cpp(self, artifact: Path, prompt: str, mask: MaskMode | None, count: int, *options: object) -> list[int]:
-        """It takes token ids; tokenizing is the caller's part."""
+        """Run the C++ example, which takes token ids."""
         tokens = Tokenizer.from_file(str(artifact / contract.TOKENIZER_FILE)).encode(prompt).ids
         return ids(run(self.cpp_program, artifact, *dense_option(mask), "--max-new-tokens", count, *options, *tokens))
 
     def priced(self, name: str, artifact: Path, prompt: str, count: int, price: float) -> list[int]:
-        """Run one of those that take a price, all but GenAI."""
+        """Run an application that takes a price, any but GenAI."""
         if name == "cpp":
             return self.cpp(artifact, prompt, None, count, "--price", price)
         return {"minimal": minimal, "node": self.node}[name](artifact, prompt, None, count, price)
 
     def named(self, name: str) -> Application:
-        """An application of APPLICATIONS."""
+        """Return an application of APPLICATIONS."""
         return {"genai": genai, "minimal": minimal, "node": self.node, "cpp": self.cpp}[name]

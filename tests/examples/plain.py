@@ -1,4 +1,4 @@
-"""An artifact in plain ONNX Runtime, as an application without this package sees it."""
+"""An artifact in plain ONNX Runtime, as in an application without this package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tda_export.graph import contract
 
 
 class PlainArtifact:
-    """An artifact as an application sees it: its manifest, and sessions that nothing was registered with."""
+    """An artifact in an application: its manifest, and sessions without registered libraries."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -26,7 +26,7 @@ class PlainArtifact:
         return dict(zip(names, session.run(names, feeds), strict=True))
 
     def needed(self, tokens: np.ndarray, past: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
-        """The inputs without defaults, after the outputs of a call before."""
+        """Return the inputs without defaults, given the outputs of the call before."""
         pairs = [(contract.past_key, contract.present_key), (contract.past_value, contract.present_value)]
         empty = np.zeros((1, self.shape.num_kv_heads, 0, self.shape.head_size), np.float32)
         cache = {

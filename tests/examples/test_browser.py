@@ -24,7 +24,7 @@ def model(priced_artifact: Path) -> Model:
 
 @pytest.fixture(scope="module")
 def served(model: Model) -> Iterator[Served]:
-    with serving(model, new_tokens=24) as running:  # what a random model says fills the context quickly
+    with serving(model, new_tokens=24) as running:  # answers of a random model fill the context quickly
         yield running
 
 
@@ -56,14 +56,14 @@ def test_stop_cancels_the_answer(model: Model) -> None:
         (step,) = steps(served.url, {"say": "Hello", "stop": True})
         until(lambda: served.worker.idle)
     assert step["answer"]
-    assert "read" not in step["cost"]  # which is asked for at the end of a whole answer
+    assert "read" not in step["cost"]  # which comes only at the end of a whole answer
     assert step["button"] == "Send"
 
 
 def test_errors_are_shown(served: Served) -> None:
     refused, answered = steps(served.url, {"skip": "0.9", "say": "Hello"}, {"skip": "0.5", "say": "Again"})
     assert "Sparsity 0.9 is more than was measured" in refused["cost"]
-    assert answered["body"]["messages"] == [{"role": "user", "content": "Again"}]  # what was refused is forgotten
+    assert answered["body"]["messages"] == [{"role": "user", "content": "Again"}]  # the refused message is forgotten
     (alone,) = steps("http://127.0.0.1:9", {"say": "Hello"})
     assert alone["cost"] == "No answer from http://127.0.0.1:9."
 

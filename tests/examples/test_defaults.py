@@ -1,4 +1,4 @@
-"""What an application may leave out, with plain ONNX Runtime: the results are those of the defaults, given."""
+"""Inputs that an application may leave out, in plain ONNX Runtime. The results are those of the defaults."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_decode_without_token_thresholds(
     masks: dict[str, np.ndarray],
     tails: dict[str, np.ndarray],
 ) -> None:
-    """They are the budget's by default, which are not off."""
+    """The default is the budget's thresholds, not 0."""
     feeds = plain.needed(TOKENS[:, :1], prefilled) | masks | tails
     left_out = plain.run(contract.DECODE_FILE, feeds)
     assert_equal(left_out, plain.run(contract.DECODE_FILE, feeds | default_token_thresholds(plain)))
@@ -125,7 +125,7 @@ def test_explicit_decode_is_decode_without_defaults(
 
 
 def test_explicit_decode_of_prices(priced_artifact: Path) -> None:
-    """The price may be left out of decode alone, and is the budget's then."""
+    """The price may be left out of decode alone; the default is the budget's."""
     plain = PlainArtifact(priced_artifact)
     feeds = plain.needed(TOKENS[:, :1], plain.run(contract.PREFILL_FILE, plain.needed(TOKENS)))
     own = {contract.PRICE: np.array([plain.manifest["price"]], np.float32)}
@@ -139,7 +139,7 @@ def test_explicit_decode_of_prices(priced_artifact: Path) -> None:
 
 
 def test_genai_reads_a_prompt_of_one_token_by_decode(tiny_artifact: Path, plain: PlainArtifact) -> None:
-    """A limit of its pipelines: there is no prefill then, so that decode's defaults count."""
+    """A limit of its pipelines: without a prefill, decode's defaults count."""
     tokenizer = Tokenizer.from_file(str(tiny_artifact / contract.TOKENIZER_FILE))
     tokens, past, answer = np.array([tokenizer.encode("a").ids]), None, []
     assert tokens.shape == (1, 1)

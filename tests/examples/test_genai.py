@@ -62,7 +62,7 @@ def test_library_is_that_of_the_installed_onnxruntime() -> None:
 
 
 def test_stages_list_every_output_of_their_graphs(config: dict[str, Any], tiny_artifact: Path) -> None:
-    """GenAI aborts at one that is not listed."""
+    """GenAI aborts at an output that is not listed."""
     stages = config["model"]["decoder"]["pipeline"][0]
     assert [stage["filename"] for stage in stages.values()] == [contract.PREFILL_FILE, contract.DECODE_FILE]
     for stage in stages.values():
@@ -90,7 +90,7 @@ def test_no_library_is_named(built: str, request: pytest.FixtureRequest) -> None
 
 
 def test_prices_need_no_pipeline(config: dict[str, Any], priced_artifact: Path) -> None:
-    """Their configuration is a plain decoder's, of the decode graph; what it says of the model is the same."""
+    """Their configuration is that of a plain decoder with the decode graph. The entries on the model are the same."""
     priced = json.loads((priced_artifact / contract.GENAI_CONFIG_FILE).read_text())
     decoder = priced["model"].pop("decoder")
     assert (priced["model"]["type"], decoder.pop("filename")) == ("llama", contract.DECODE_FILE)
@@ -100,7 +100,7 @@ def test_prices_need_no_pipeline(config: dict[str, Any], priced_artifact: Path) 
 
 
 def test_prompts_after_the_first_are_read_at_the_price(priced_artifact: Path) -> None:
-    """Unlike a pipeline, a plain decoder takes them; they have a past."""
+    """A plain decoder takes them, unlike a pipeline, and they have a past."""
     model = load(priced_artifact, provider="cpu")
     first, second = list(range(40, 60)), list(range(60, 70))
     step = open_step(model.sessions, model.artifact.shape, 64)
@@ -119,7 +119,7 @@ def test_prompts_after_the_first_are_read_at_the_price(priced_artifact: Path) ->
 
 @pytest.mark.parametrize(("batch", "turns", "problem"), [(2, 1, "Got: 2 Expected: 1"), (1, 2, "total_sequence_length")])
 def test_batches_and_second_prompts_are_refused(batch: int, turns: int, problem: str, tiny_artifact: Path) -> None:
-    assert version("onnxruntime-genai") == "0.18.0"  # what the configuration is written for
+    assert version("onnxruntime-genai") == "0.18.0"  # the version that the configuration is written for
     command = [sys.executable, "-c", SCRIPT, str(tiny_artifact)]
     assert subprocess.run([*command, "1", "1"]).returncode == 0
     done = subprocess.run([*command, str(batch), str(turns)], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The Node example beyond its tokens: chat template and chat."""
+"""The Node example's chat template and chat."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The chat with a slider, as people run it: lines in, bars and answers out."""
+"""The chat with a slider, as users run it: lines in, bars and answers out."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_slider_moves_within_what_was_measured(priced_artifact: Path) -> None:
     least = round(100 * (1 - table.most_sparsity))
     assert [share for _, share, _ in bars] == pytest.approx([50, 65, 55, 100, 95, 70, least, least], abs=1)
     assert all(length == pytest.approx(share / 5, abs=1) for length, share, _ in bars)
-    assert bars[3][2] == 0 < bars[1][2] < bars[0][2]  # dense loses nothing, and more bytes lose less
+    assert bars[3][2] == 0 < bars[1][2] < bars[0][2]  # dense loses nothing, and more bytes mean less loss
 
 
 def test_answers_are_those_of_the_price(priced_artifact: Path) -> None:

@@ -1,4 +1,4 @@
-"""Two servers behind HAProxy, as examples/replicas has it: conversations stay, and nobody loses by one's end."""
+"""Two servers behind HAProxy, as in examples/replicas. Conversations stay, and the end of one loses no request."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Replicas:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
     def ask(self, conversation: str | None = None, tokens: int = 3) -> str:
-        """Ask, require an answer, and return who gave it."""
+        """Send a request, require an answer, and return the replica that gave it."""
         with self.client() as client:
             answer = client.completions.with_raw_response.create(
                 model="sea",
@@ -83,7 +83,7 @@ def replicas(tiny_artifact: Path) -> Iterator[Replicas]:
 
 
 def ask_slowly(replicas: Replicas, conversation: str) -> tuple[int, str | None]:
-    """Send the head of a request, and later its body. Return the status, and who answered."""
+    """Send the head of a request, and later its body. Return the status, and the replica that answered."""
     connection = http.client.HTTPConnection(replicas.url.removeprefix("http://"), timeout=60)
     body = json.dumps({"model": "sea", "prompt": "The sea", "max_tokens": 3}).encode()
     connection.putrequest("POST", "/v1/completions")
@@ -105,7 +105,7 @@ def test_requests_go_round_and_conversations_stay(replicas: Replicas) -> None:
 
 
 def test_one_is_killed_while_clients_talk(replicas: Replicas) -> None:
-    """Every request is answered; conversations of the other replica stay where they are."""
+    """Every request is answered, and conversations of the other replica stay there."""
     homes = replicas.homes()
     failed: list[BaseException] = []
     killed, served = threading.Event(), {"a": 0, "b": 0}
@@ -136,7 +136,7 @@ def test_one_is_killed_while_clients_talk(replicas: Replicas) -> None:
 
 
 def test_one_is_stopped_in_good_order(replicas: Replicas) -> None:
-    """It ends the answer that it has begun, and what comes meanwhile goes to the other."""
+    """It finishes the answer that it has begun. Requests that come meanwhile go to the other."""
     ours = next(conversation for conversation, home in replicas.homes().items() if home == "a")
     with replicas.client() as client:
         stream = client.completions.create(
@@ -151,7 +151,7 @@ def test_one_is_stopped_in_good_order(replicas: Replicas) -> None:
         next(stream)
         replicas.servers["a"].send_signal(signal.SIGTERM)
         while (answer := ask_slowly(replicas, ours)) == (200, "a"):
-            pass  # it has not heard of its end yet
+            pass  # it does not know of the end yet
         assert answer == (200, "b")
         assert {replicas.ask(ours) for _ in range(5)} <= {"a", "b"}
         assert list(stream)[-1].choices[0].finish_reason == "length"

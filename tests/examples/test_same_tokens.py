@@ -29,7 +29,7 @@ NAMES = ["genai", "minimal", pytest.param("node", marks=pytest.mark.node), "cpp"
 
 @pytest.fixture(scope="module")
 def griffin_artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One level, top-k, no tail mean: decode takes no token thresholds."""
+    """An artifact with one level, top-k, and no tail mean. Its decode takes no token thresholds."""
     path = tmp_path_factory.mktemp("griffin") / "artifact"
     run_ok("build", tiny_model, "--method", "griffin", "--sparsity", "0.5", "--no-verify", "-o", path)
     return path
@@ -37,7 +37,7 @@ def griffin_artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def empty_artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thresholds that no score reaches: the masks hold no neuron."""
+    """An artifact with thresholds that no score reaches, so that masks are empty."""
     path, source = tmp_path_factory.mktemp("empty") / "artifact", resolve_model(str(tiny_model))
     design = IndexedDesign(tda(), [10.0] * source.spec.num_layers)
     request = BuildRequest(source, Storage("float32"), design, Budget(sparsity=0.5).describe())
@@ -50,7 +50,7 @@ def test_minimal_driver_is_short() -> None:
 
 
 def test_dense_and_masked_tokens_differ(tiny_artifact: Path) -> None:
-    """Otherwise equal tokens would say nothing about masks."""
+    """Otherwise equal tokens would show nothing about masks."""
     assert ours(tiny_artifact, PROMPT, "tda", TOKENS) != ours(tiny_artifact, PROMPT, "dense", TOKENS)
 
 
@@ -79,7 +79,7 @@ def test_tokens_of_integers(name: str, integer_artifact: Path, applications: App
 
 
 def test_genai_takes_the_kernels_of_a_library_in_the_folder(integer_artifact: Path, tmp_path: Path) -> None:
-    """As docs/artifact-format.md says; a library that is not there is refused, so it is in use."""
+    """As docs/artifact-format.md describes. Without the file GenAI refuses, so the library is in use."""
     folder = Path(shutil.copytree(integer_artifact, tmp_path / "artifact"))
     path = folder / contract.GENAI_CONFIG_FILE
     config = json.loads(path.read_text())

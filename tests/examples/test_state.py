@@ -1,4 +1,4 @@
-"""State over calls as docs/artifact-format.md has it, in plain ONNX Runtime: pieces, refresh, fixed buffers."""
+"""State across calls as in docs/artifact-format.md, in plain ONNX Runtime: pieces, refresh, fixed buffers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tokens_of(numbers: list[int]) -> np.ndarray:
 
 
 def carried(plain: PlainArtifact, before: dict[str, np.ndarray], decay: float = 1.0) -> dict[str, np.ndarray]:
-    """The statistics of a prefill as inputs of the next."""
+    """Return the statistics of a prefill as inputs of the next."""
     stats = {contract.past_neuron_stats(i): before[contract.present_neuron_stats(i)] for i in plain.layers}
     weight = {contract.PAST_STATS_WEIGHT: before[contract.PRESENT_STATS_WEIGHT]}
     return stats | weight | {contract.STATS_DECAY: np.array([decay], np.float32)}
@@ -38,7 +38,7 @@ def mask_of(plain: PlainArtifact, prefilled: dict[str, np.ndarray]) -> dict[str,
 
 
 def without_last(plain: PlainArtifact, outputs: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
-    """Take the last tokens out of the keys and values of a call."""
+    """Remove the last tokens from the keys and values of a call."""
     names = [name(i) for i in plain.layers for name in (contract.present_key, contract.present_value)]
     return {name: outputs[name][:, :, : outputs[name].shape[2] - number] for name in names}
 
@@ -81,7 +81,7 @@ def test_refresh_is_that_of_our_driver(plain: PlainArtifact, decay: float) -> No
 
 
 def test_fixed_buffers_and_tokens_that_feed_themselves(plain: PlainArtifact) -> None:
-    """One buffer for past and present, a mask of its length, padded indices, the likeliest token written in place."""
+    """One buffer for past and present, a mask of its length, padded indices, and the next token written in place."""
     expected = [token.id for token in load(plain.folder, provider="cpu").generate(PROMPT, max_new_tokens=16)]
     shape, capacity, length = plain.shape, len(PROMPT) + 16, len(PROMPT)
     attended = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, capacity), np.int64))

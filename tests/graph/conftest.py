@@ -1,4 +1,4 @@
-"""The tiny artifact, loaded, and copies of it."""
+"""Fixtures: the tiny artifact, loaded, and copies of it."""
 
 from tests.runtime.conftest import artifact_copy, model
 

@@ -1,4 +1,4 @@
-"""The graphs keep the contract, and nothing spells its names but the contract module."""
+"""The graphs keep the contract, and only the contract module spells its names."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_manifest_repeats_the_contract(built: Built) -> None:
 
 
 def external_tensors(path: Path) -> dict[str, tuple[int, int]]:
-    """Offset and length in weights.bin of each external initializer."""
+    """Return offset and length in weights.bin of each external initializer."""
     model = onnx.load(path, load_external_data=False)
     tensors = {}
     for tensor in model.graph.initializer:
@@ -110,9 +110,9 @@ def test_no_weight_of_a_layer_is_stored_twice(built: Built) -> None:
     for offset, length in sorted(every.values()):
         assert offset >= ends, "two tensors overlap"
         ends = offset + length
-    # The file holds those tensors and less than a page of padding for each: no room for a second copy.
+    # The file has these tensors, with less than a page of padding for each, so there is no second copy.
     assert 0 <= (folder / contract.WEIGHTS_FILE).stat().st_size - sum(n for _, n in every.values()) < 4096 * len(every)
-    for file in GRAPHS:  # and none is inside a graph file
+    for file in GRAPHS:  # and no graph file has one
         largest = max(shape.hidden_size * shape.ffn_size, 1) * 4
         model = onnx.load(folder / file, load_external_data=False)
         assert all(len(tensor.raw_data) < largest for tensor in model.graph.initializer)
@@ -129,7 +129,7 @@ def test_manifest_places_weights_where_the_graphs_do(built: Built) -> None:
 
 
 def literals(path: Path) -> set[str]:
-    """Every string constant of a module that is not a docstring, f-string parts among them."""
+    """Return every string constant of a module except docstrings, with the parts of f-strings."""
     tree = ast.parse(path.read_text())
     documentation = {
         id(node.body[0].value)
@@ -157,9 +157,9 @@ def test_tensor_names_are_spelled_in_the_contract_module_only() -> None:
     assert len(spelled) > 12
     for path in PACKAGE.rglob("*.py"):
         names = path.name in ("contract.py", "weight_names.py", "operators.py")
-        if names or path.parts[-2] in ("models", "weights"):  # which hold the names of checkpoints and of formats
+        if names or path.parts[-2] in ("models", "weights"):  # where names of checkpoints and formats belong
             continue
         for literal in literals(path):
-            # A sentence in a message may mention an option such as --mask; a name stands alone or begins a literal.
+            # A message may mention an option such as --mask. A name is a whole literal, or begins one.
             found = [name for name in spelled if literal == name or (literal.startswith(name) and name.endswith("."))]
             assert not found, f"{path.name} spells {found} in {literal!r}"

@@ -1,4 +1,4 @@
-"""Arithmetic of a decoder's parts in half precision, exactly as PyTorch's."""
+"""The arithmetic of a decoder's parts in half precision is exactly PyTorch's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_residual_scale_is_not_rounded_to_half_precision(tmp_path: Path) -> No
     graph = GraphBuilder(spec, WeightTable({}, {}), "float16", [Y])
     graph.outputs[SCALED.name], bias = graph.branch(graph.inputs[Y.name], None, "no norm")
     assert bias is None
-    # Not ONNX Runtime: on the CPU it computes half precision in float32 and drops casts on the way.
+    # Not in ONNX Runtime, which computes half precision in float32 on the CPU and drops casts.
     evaluator = ReferenceEvaluator(ir.to_proto(graph.model("branch", [SCALED], {})))
     y = np.random.default_rng(0).standard_normal((1, 9, 64)).astype(np.float16)
     found = evaluator.run(None, {Y.name: y})[0]

@@ -1,4 +1,4 @@
-"""Graphs derived from an artifact whose manifest describes none of them: one line that blames the manifest."""
+"""If graphs cannot be derived from a manifest, one line names the manifest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/artifact-format.md says what the contract says: no more names, no fewer, with their dtypes and axes."""
+"""docs/artifact-format.md has exactly the names of the contract, with their dtypes and axes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tda_export.graph import contract, operators
 from tests.graph.test_manifest_schema import SCHEMA
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "artifact-format.md").read_text(encoding="utf-8")
-# Sizes that tell apart what an axis is.
+# All sizes differ, so that a size identifies its axis.
 SHAPE = contract.ModelShape(17, 3, 5, 7, 11, 13, 19, "float16")
 AXES = {1: "1", 2: "2", 17: "L", 3: "KV", 5: "D", 7: "M", 11: "F", 13: "V"} | {
     "sequence_length": "S",
@@ -34,7 +34,7 @@ TABLES = {  # by the headings of their sections
 }
 
 
-# What keys and values of 8 bits change of them; dense graphs have nothing but these, tokens and logits.
+# Changes by keys and values of 8 bits. Dense graphs have only these, tokens and logits.
 TABLES["Keys and values of 8 bits"] = (contract.dense_inputs(CODES)[2:], contract.dense_outputs(CODES)[1:])
 
 
@@ -43,7 +43,7 @@ def by_layer(name: str) -> str:
 
 
 def rows(tensors: Sequence[contract.IoTensor]) -> list[tuple[str, ...]]:
-    """The table of a list of tensors, one row for all layers."""
+    """Return the table of a list of tensors, with one row for all layers."""
     wanted = [tensor for tensor in tensors if not re.search(r"\.[1-9]", tensor.name)]
     return [
         (
@@ -56,7 +56,7 @@ def rows(tensors: Sequence[contract.IoTensor]) -> list[tuple[str, ...]]:
 
 
 def written_tables(heading: str) -> list[list[tuple[str, ...]]]:
-    """The tables of a section: name, dtype and axes of each row."""
+    """Return the tables of a section: name, dtype and axes of each row."""
     section = DOCUMENT.split(f"\n### {heading}\n")[1].split("\n#")[0]
     tables: list[list[tuple[str, ...]]] = []
     for line in section.splitlines():
@@ -74,7 +74,7 @@ def test_tables_are_the_contract(heading: str) -> None:
 
 
 def schema_names(schema: object) -> set[str]:
-    """Every property and choice of the manifest's schema."""
+    """Return every property and choice of the manifest's schema."""
     if isinstance(schema, list):
         return set().union(*map(schema_names, schema)) if schema else set()
     if not isinstance(schema, dict):
@@ -96,7 +96,7 @@ ENDINGS = (contract.linear_bias, contract.row_price, "{}.scales".format, "{}.zer
 
 
 def beside(names: set[str]) -> set[str]:
-    """What may stand beside matrices in weights.bin, which the document names by its ending."""
+    """Return the tensors beside matrices in weights.bin, which the document names by their endings."""
     return {of(name) for name in names if "{i}" in name or name in ("embedding", "head") for of in ENDINGS}
 
 
@@ -126,7 +126,7 @@ def test_every_property_of_the_manifest_appears() -> None:
 
 
 def test_every_name_exists() -> None:
-    """A quoted word with an underscore, or with a layer, is a name of the contract or of a file of the artifact."""
+    """A quoted word with an underscore, or with a layer, must be a name of the contract or of an artifact's file."""
     elsewhere = {"bind_cpu_input", "bind_ortvalue_input", "past_present_share_buffer"}  # ONNX Runtime's, GenAI's
     elsewhere |= {"set_model_input", "metadata_props"}
     weights = weight_names() | beside(weight_names()) | {of("") for of in ENDINGS}

@@ -1,4 +1,4 @@
-"""The tiny models reach what they are there to test: without any of its features, a family's logits are others."""
+"""The features of the tiny models have an effect: without one of them, a family's logits differ."""
 
 from __future__ import annotations
 
@@ -58,6 +58,6 @@ def test_feature_shows_in_logits(family: str, without: dict[str, Any], tmp_path:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_is_random(family: str, tmp_path: Path) -> None:
-    """Norm weights are not all ones and biases not all zero, so that none can be left out unseen."""
+    """Norm weights are not all 1 and biases not all 0, so that a missing one is noticed."""
     model = AutoModelForCausalLM.from_pretrained(save_tiny_model(family, tmp_path / "model"))
     assert all(parameter.std() > 0.01 for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""`tda::IndexedFFN` as a function, against the sum over neurons that it stands for."""
+"""The function body of `tda::IndexedFFN`, against the sum over neurons of its definition."""
 
 from __future__ import annotations
 

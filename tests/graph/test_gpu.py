@@ -41,7 +41,7 @@ def test_family_matches_transformers(family: str, dtype: str, tmp_path: Path) ->
     [*((family, "float16") for family in FAMILIES), *((family, "bfloat16") for family in ("llama", "gemma2", "phi3"))],
 )
 def test_family_with_keys_and_values_of_8_bits(family: str, dtype: str, tmp_path: Path) -> None:
-    """By the kernel in decode, captured and not, and by stock operators in prefill."""
+    """By the kernel in decode, with and without capture, and by stock operators in prefill."""
     source = resolve_model(str(save_tiny_model(family, tmp_path / "model")))
     artifact = build_tiny(source, tmp_path / "artifact", dtype=dtype, kv=contract.KV_INT8)
     checks = verify_artifact(artifact, lambda name: source, provider="cuda", quiet=True)
@@ -62,7 +62,7 @@ GENERATIONS = [("tda", 100), ("dense", 100), ("tda", 30)]
 
 @pytest.mark.parametrize("kv", contract.KV_FORMATS)
 def test_one_capture_serves_every_prompt(kv: str, tiny_model: Path, tmp_path: Path) -> None:
-    """Prompts and masks one after another give what each gives alone in a fresh model, in this thread and another."""
+    """A sequence of prompts and masks gives what each gives alone in a fresh model, in this thread and in another."""
     artifact = build_tiny(resolve_model(str(tiny_model)), tmp_path / "artifact", dtype="float16", kv=kv)
     model = load(artifact)
     assert model.sessions.captures
@@ -84,7 +84,7 @@ def test_one_capture_serves_every_prompt(kv: str, tiny_model: Path, tmp_path: Pa
 
 
 def test_threads_that_come_and_go(tiny_model: Path, tmp_path: Path) -> None:
-    """A thread may get the id of one that has ended, but not what that one captured."""
+    """A thread may get the id of one that has ended, but not its captured graph."""
     model = load(build_tiny(resolve_model(str(tiny_model)), tmp_path / "artifact", dtype="float16"))
     prompt = list(range(3, 60))
     expected = [token.id for token in model.generate(prompt, max_new_tokens=20)]
@@ -99,7 +99,7 @@ def test_threads_that_come_and_go(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_a_memory_goes_on_from_prompt_to_prompt(tiny_model: Path, tmp_path: Path) -> None:
-    """With what one reading of the whole gives; a thread that captures the step anew finds all of it in place."""
+    """The result is that of reading the whole prompt. Another thread, which captures the step anew, gives it too."""
     artifact = build_tiny(resolve_model(str(tiny_model)), tmp_path / "artifact", dtype="float16")
     prompt, more = list(range(3, 60)), list(range(90, 120))
 
@@ -143,7 +143,7 @@ def test_two_generations_at_once(tiny_model: Path, tmp_path: Path) -> None:
     assert parallel == alone * 4
 
 
-# With codes, another rounding of a key may change a code, and so the mask: only the dense logits are comparable.
+# With codes, a key that is rounded differently may change a code, and so the mask. Only dense logits compare.
 @pytest.mark.parametrize(("kv", "mask", "tolerance"), [("float", "tda", 0.05), ("int8", "dense", 0.1)])
 def test_native_and_stock_agree(
     kv: str, mask: Literal["tda", "dense"], tolerance: float, tiny_model: Path, tmp_path: Path

@@ -43,7 +43,7 @@ from tests.tiny import FAMILIES
 
 
 def rounded(source: ModelSource, *rules: str) -> Storage:
-    """Four bits in the layers, eight outside, as --weights int4 has it, and rules."""
+    """Round to four bits in the layers and eight outside, like --weights int4, with rules."""
     return storage_of(source, "float32", read_plan(source, "int4", 32, rules))
 
 
@@ -160,7 +160,7 @@ def test_codes_of_a_quantised_model_are_stored_as_they_are(
 def run_product(
     codes: Codes, x: np.ndarray, row_price: np.ndarray | None, price: float, bias: np.ndarray | None
 ) -> np.ndarray:
-    """Run the function body of one product; without row prices that of an output-major matrix."""
+    """Run the function body of one product. Without row prices the matrix is output-major."""
     ops = Ops()
     rows, columns = codes.codes.shape
     matrix = Matrix("w", rows, columns, codes.format, "output" if row_price is None else "input")

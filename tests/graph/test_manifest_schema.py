@@ -1,4 +1,4 @@
-"""The manifest's JSON schema: it takes what build writes and refuses what is damaged, as opening does."""
+"""The manifest's JSON schema accepts manifests of build, and refuses the damaged ones that opening refuses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.runtime.conftest import edit_manifest
 
 PATH = Path(contract.__file__).with_name("manifest.schema.json")
 SCHEMA = json.loads(PATH.read_text(encoding="utf-8"))
-OPTIONAL = {"kv"}  # which artifacts that were built before it do not have
+OPTIONAL = {"kv"}  # missing in artifacts of earlier versions
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 
@@ -59,7 +59,7 @@ def test_every_method_and_budget(
 
 
 def properties_of(layout: str) -> set[str]:
-    """What the schema asks for of a layout."""
+    """Return the properties that the schema requires for a layout."""
     by_layout = {part["if"]["properties"]["layout"]["const"]: part["then"]["required"] for part in SCHEMA["allOf"]}
     assert set(by_layout) == set(SCHEMA["properties"]["layout"]["enum"])
     assert {*SCHEMA["required"], *OPTIONAL}.union(*by_layout.values()) == set(SCHEMA["properties"])

@@ -79,7 +79,7 @@ def test_float16_on_the_cpu(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("positions", [3, 4, 9, 512])
 def test_tokenizer_that_makes_one_token_of_a_text(positions: int, tmp_path: Path) -> None:
-    """Too few tokens to compare anything are followed by others."""
+    """Other tokens follow if there are too few to compare."""
     folder = save_tiny_model("llama", tmp_path / "model", max_position_embeddings=positions)
     words = Tokenizer(models.WordLevel({"<unk>": 0, "word": 1}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)

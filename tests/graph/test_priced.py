@@ -1,4 +1,4 @@
-"""Priced artifacts of every family against transformers, whose linears drop the same rows."""
+"""Priced artifacts of every family against transformers with the same rows skipped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.tiny import FAMILIES, save_tiny_model
 
 
 def random_prices(source: ModelSource, packing: Packing, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Row prices that differ a little, so that x decides as well."""
+    """Return row prices that differ a little, so that x also decides which rows are read."""
     generator, spec = torch.Generator().manual_seed(seed), source.spec
     return {
         name: torch.rand(spec.num_layers, linear_shape(spec, parts[0])[0], generator=generator) + 0.5
@@ -40,12 +40,12 @@ def build_priced(
 
 @pytest.fixture(scope="session")
 def source_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelSource]:
-    """The tiny model of a family, which is loaded once: its checks share the module in transformers."""
+    """Return the tiny model of a family. It is loaded once, so that checks share the transformers module."""
 
     @functools.cache
     def load(family: str) -> ModelSource:
         source = resolve_model(str(save_tiny_model(family, tmp_path_factory.mktemp("priced") / family)))
-        object.__setattr__(source, "reference", functools.cache(source.reference))  # it is frozen
+        object.__setattr__(source, "reference", functools.cache(source.reference))  # the dataclass is frozen
         return source
 
     return load

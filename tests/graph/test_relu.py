@@ -1,4 +1,4 @@
-"""ReLU at work: zero activations cost no down rows, and nothing is lost by it."""
+"""ReLU: the down rows of zero activations are not read, and the result is the same."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def opt(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelSource, Model]:
 
 
 def active_neurons(source: ModelSource) -> np.ndarray:
-    """Count the neurons of which an activation is not zero, int64 [L, C], in transformers."""
+    """Count the neurons with a nonzero activation in transformers, int64 [L, C]."""
     counts: list[torch.Tensor] = []
     model = source.reference()
 
@@ -47,7 +47,7 @@ def active_neurons(source: ModelSource) -> np.ndarray:
 
 
 def test_only_active_neurons_are_counted_and_the_result_is_dense(opt: tuple[ModelSource, Model]) -> None:
-    """Every neuron in the mask and a threshold of 0."""
+    """With every neuron in the mask and a threshold of 0."""
     source, model = opt
     counting = counting_sessions(model.artifact, model.sessions)
     cache = KvCache(model.artifact.shape, "cpu", 64)
@@ -89,7 +89,7 @@ def test_calibration_counts_the_same_neurons(opt: tuple[ModelSource, Model]) -> 
 
 @pytest.mark.parametrize("asked", [Request("dense"), Request("griffin", sparsity=0.5)], ids=["dense", "griffin"])
 def test_every_method_reads_no_rows_of_zeros(opt: tuple[ModelSource, Model], asked: Request) -> None:
-    """What eval reports of it: the mask's up rows, and the down rows of its active neurons."""
+    """eval counts the mask's up rows, and the down rows of its active neurons."""
     _, model = opt
     setting = open_setting(model.artifact, model.sessions, asked)
     cache = KvCache(model.artifact.shape, "cpu", 64)

@@ -1,4 +1,4 @@
-"""An altered manifest does not pass verification, whatever of it was altered."""
+"""An altered manifest does not pass verification, whichever value was altered."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def problems(artifact: Path) -> list[str]:
 
 
 def leaves(content: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The places of all plain values in a manifest."""
+    """Return the places of all plain values in a manifest."""
     if isinstance(content, dict | list) and content:
         for key, value in content.items() if isinstance(content, dict) else enumerate(content):
             yield from leaves(value, (*place, key))
@@ -42,7 +42,7 @@ def leaves(content: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...
 
 
 def altered(value: Any) -> Any:
-    """A value of the same kind that is near it."""
+    """Return a near value of the same kind."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, float):
@@ -58,7 +58,7 @@ def test_every_value_of_the_manifest_changes_its_hash(tiny_artifact: Path) -> No
     whole, count = manifest_hash(manifest), 0
     for place in leaves(manifest):
         if place[0] == "files" and place[1] in contract.GRAPH_FILES:
-            continue  # these hashes follow from this one
+            continue  # these hashes depend on this one
         changed = json.loads(text)
         holder = changed
         for key in place[:-1]:

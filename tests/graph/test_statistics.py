@@ -52,7 +52,7 @@ def prefill(folder: Path) -> Prefill:
 
 
 def activations(model_folder: Path, tokens: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """h [T, F] and W_down [M, F] of each layer, straight out of transformers."""
+    """Return h [T, F] and W_down [M, F] of each layer from transformers."""
     model = resolve_model(str(model_folder)).reference()
     captured = []
     for layer in model.model.layers:
@@ -65,7 +65,7 @@ def activations(model_folder: Path, tokens: list[int]) -> list[tuple[np.ndarray,
 
 
 def expected_statistics(h: np.ndarray, down: np.ndarray, *, magnitude: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The definition, token by token: sums of r_i(t)^2 and of h_i(t), the first token left out."""
+    """Compute sums of r_i(t)^2 and of h_i(t) by definition, token by token, without the first token."""
     squares, sums = np.zeros(h.shape[1]), np.zeros(h.shape[1])
     norms = np.linalg.norm(down.astype(np.float64), axis=0) if magnitude else np.ones(h.shape[1])
     for token in h[1:].astype(np.float64):

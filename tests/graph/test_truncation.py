@@ -1,4 +1,4 @@
-"""Threshold truncation beside transformers: r_i(t) by its definition, layer by layer."""
+"""Threshold truncation against transformers, with r_i(t) by definition, layer by layer."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from tests.tiny import save_tiny_model
 PROMPT, CONTINUATION = list(range(3, 15)), [40, 90, 17, 151, 33]
 THRESHOLDS = [0.05, 0.08, 0.03]
 LOGITS_TOLERANCE = 2e-4
-NEAR = 1e-5  # of a threshold: rounding may decide there
+NEAR = 1e-5  # to a threshold; so close, rounding may decide
 
 
 def truncated(
     model: Any, source: ModelSource, thresholds: list[float]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Read the prompt densely and the continuation truncated: logits [C, V], kept [L, C], closest call to a threshold.
+    """Read the prompt densely, the continuation truncated. Return logits [C, V], kept [L, C], and the smallest margin.
 
-    One token and one neuron's condition at a time.
+    It takes one token, and the condition of one neuron, at a time.
     """
     names, kept, closest = source.spec.names, torch.zeros(3, len(CONTINUATION), dtype=torch.int64), torch.tensor(1.0)
     handles = []
@@ -69,7 +69,7 @@ def truncated(
 
 
 def run_truncated(loaded: Model, sessions: Sessions, thresholds: list[float] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [C, V] and kept neurons [L, C] of the derived graph."""
+    """Return logits [C, V] and kept neurons [L, C] of the derived graph."""
     cache = KvCache(loaded.artifact.shape, "cpu", 64)
     prefill(sessions, loaded.artifact.shape, PROMPT, cache)
     inputs = {} if thresholds is None else {contract.THRESHOLDS: device_tensor(np.array(thresholds, np.float32), "cpu")}
@@ -121,7 +121,7 @@ def test_graph_has_the_inputs_and_outputs_of_the_contract(model: Model) -> None:
 
 
 def test_half_precision_has_the_functions_of_decode(model: Model) -> None:
-    """Its session needs CUDA."""
+    """A session of it would need CUDA."""
     proto = ir.to_proto(build_truncation(artifact_spec(model.artifact), weight_table(model.artifact), "float16"))
     assert {tensor.name for tensor in proto.graph.output} >= {contract.KEPT_NEURONS}
     assert {function.name for function in proto.functions} == {

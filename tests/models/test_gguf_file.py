@@ -1,4 +1,4 @@
-"""The walk over a GGUF file's header: what it reads, and that nothing in a file makes it go beyond the file."""
+"""The reader of a GGUF file's header: its values, and no file makes it read beyond the end."""
 
 from __future__ import annotations
 

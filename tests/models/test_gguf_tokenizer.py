@@ -1,4 +1,4 @@
-"""How a GGUF file's text is split: as its model's own tokenizer does it, or not at all."""
+"""The tokenizer of a GGUF file splits text like the model's own tokenizer, or is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tda_export.models.source import resolve_model
 
 LINES = "Steps:\n\n1. Wash 23\n\n2. Dry  7"
 MERGES = ["Ċ Ċ", "Ġ Ġ", "Ġ 2", "1 .", "2 3", "ĊĊ 2", "Ġ W", "a b"]
-# One token that no row of merges leads to.
+# One token that no merges give.
 TOKENS = [
     "<s>",
     "</s>",
@@ -31,7 +31,7 @@ CONTROL, NORMAL = 3, 1
 def write_tokenizer(
     path: Path, pre: str | None, *, architecture: str = "llama", model: str = "gpt2", **flags: bool
 ) -> Any:
-    """Write a GGUF file of a tokenizer alone and return what is made of it."""
+    """Write a GGUF file of a tokenizer alone, and return the tokenizer made from it."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(64)
     writer.add_embedding_length(32)
@@ -59,7 +59,7 @@ def write_tokenizer(
 
 
 def expected_ids(split: pre_tokenizers.PreTokenizer, *, whole: bool = False) -> list[int]:
-    """Tokenize LINES with a tokenizer that is put together by hand."""
+    """Tokenize LINES with a tokenizer made by hand."""
     vocabulary = {token: number for number, token in enumerate(TOKENS)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(m.split(" ")) for m in MERGES], ignore_merges=whole))
     tokenizer.add_special_tokens([AddedToken("<s>"), AddedToken("</s>")])

@@ -1,4 +1,4 @@
-"""A model of which memory holds one layer at a time does what the whole model does."""
+"""A model with one layer in memory at a time gives the results of the whole model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def has_weights(module: torch.nn.Module) -> set[bool]:
 
 
 def test_one_layer_has_weights(tiny_model: Path) -> None:
-    """Also after an error inside the block; what was done to a layer is forgotten."""
+    """Also after an error inside the block. Changes to a layer are lost."""
     source = resolve_model(str(tiny_model))
     layerwise = LayerwiseModel(source, "cpu")
     layers = [layer_module(layerwise.model, source.spec, layer) for layer in range(source.spec.num_layers)]

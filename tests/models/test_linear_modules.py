@@ -1,4 +1,4 @@
-"""The linears of every family: weights, outputs, inputs and gradients against those taken by hand."""
+"""The linears of every family: weights, outputs, inputs and gradients against those found by hand."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def self_size(module: Any, spec: DecoderSpec) -> int:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_inputs_and_outputs_of_a_call(family: Family, name: str) -> None:
-    """What a site reads, times a part's weights, is what the part gives."""
+    """The input of a site times a part's weights is the output of the part."""
     model, spec = family(name)
     inputs: dict[tuple[int, str], torch.Tensor] = {}
     outputs: dict[tuple[int, str], torch.Tensor] = {}

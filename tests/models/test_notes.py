@@ -1,4 +1,4 @@
-"""What transformers says: what matters is passed on, once, in one line."""
+"""Messages of transformers: important ones are passed on, once, in one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.models.test_source import change_weights, no_notice, set_config
 
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget what was said before, and listen."""
+    """Forget earlier messages, and record new ones."""
     monkeypatch.setattr(notes._NOTES, "said", set())
     quiet_transformers()
 
@@ -95,10 +95,10 @@ def test_tensors_that_the_model_does_not_have_are_not_reported(
     assert capsys.readouterr().err == ""
 
 
-# Mistral's tokenizers that were converted with another model's splitting
+# Tokenizers of Mistral that were converted with another model's splitting
 
 FORMER_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-LARGE_VOCABULARY = 100_100  # transformers looks at those of more than 100,000
+LARGE_VOCABULARY = 100_100  # transformers checks those of more than 100,000
 
 
 def large_tokenizer() -> PreTrainedTokenizerFast:
@@ -126,7 +126,7 @@ def test_splitting_of_an_older_mistral_is_corrected_and_said(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = with_large_tokenizer(tiny_model, tmp_path / "model", **MISTRAL)
-    assert len(source.tokenizer("12").input_ids) == 2  # Mistral's digits stand alone
+    assert len(source.tokenizer("12").input_ids) == 2  # Mistral splits digits
     note = "text is split as Mistral's corrected tokenizers do it (transformers' fix_mistral_regex).\n"
     assert capsys.readouterr().err == f"Note: {tmp_path / 'model'}: {note}"
     source.tokenizer.save_pretrained(tmp_path / "saved")

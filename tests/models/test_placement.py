@@ -1,4 +1,4 @@
-"""Models whose weights lie elsewhere between calls, as accelerate's hooks have it, against the same in one place."""
+"""Models with weights offloaded between calls by accelerate's hooks, against the same models in one place."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TOO_LARGE = (
 
 
 def offload(model: Any, spec: DecoderSpec) -> Any:
-    """Return a copy whose layers but the first have weights only while they are called."""
+    """Return a copy in which all layers but the first have weights only during their calls."""
     model = copy.deepcopy(model)
     for layer in range(1, spec.num_layers):
         attach_align_device_hook(layer_module(model, spec, layer), execution_device="cpu", offload=True)
@@ -58,7 +58,7 @@ def priced(model: Any, spec: DecoderSpec) -> Priced:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prices_of_offloaded_layers(family: Family, name: str) -> None:
-    """Norms, prices by backward passes, and tables by dropped rows, wherever the family packs its matrices."""
+    """Norms, prices by backward passes, and tables by skipped rows, with packed matrices too."""
     model, spec = family(name)
     expected, found = (priced_tensors(priced(each, spec)) for each in (model, offload(model, spec)))
     for tensor, value in expected.items():
@@ -66,7 +66,7 @@ def test_prices_of_offloaded_layers(family: Family, name: str) -> None:
 
 
 def test_backward_passes_fetch_weights_again(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every matrix of an offloaded layer, once for each label, since the graph has kept none of them."""
+    """Every matrix of an offloaded layer is fetched once for each label, since the graph keeps none of them."""
     model, spec = family("llama-biases")
     model = offload(model, spec).requires_grad_(False)
     fetched: Counter[str] = Counter()
@@ -110,7 +110,7 @@ def tiny(tiny_model: Path) -> ModelSource:
 
 
 def test_calibration_of_a_spread_model(tiny: ModelSource) -> None:
-    """Where there is no GPU all of it is in the CPU's memory."""
+    """Without a GPU the whole model is in the CPU's memory."""
     corpus, lengths = Corpus(TOKENS, "some.txt", "0" * 64), {"prompt_tokens": PROMPT, "continuation_tokens": 4}
     found = []
     for device in ("cpu", "auto"):
@@ -122,7 +122,7 @@ def test_calibration_of_a_spread_model(tiny: ModelSource) -> None:
 
 
 def test_quantising_on_any_device(tiny: ModelSource) -> None:
-    """Where there is no GPU, layers are on the CPU."""
+    """Without a GPU, layers are on the CPU."""
     corpus = Corpus(TOKENS, "some.txt", "0" * 64)
     options = {"sequences": 3, "kl_sequences": 1, "prompt_tokens": PROMPT, "continuation_tokens": 4}
     one, other = (
@@ -151,7 +151,7 @@ def test_without_accelerate(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_shares_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 5 GPUs two processes have two each; of the CPU's memory each has its part."""
+    """Two processes get two of 5 GPUs each, and half of the CPU's memory."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: ((gpu + 1) * 1000, 10**6))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=900))

@@ -63,7 +63,7 @@ def slow_frequencies(rope: RopeSpec, head_size: int) -> list[float]:
         if rope.scaling == "linear":
             frequency /= rope.factor
         if rope.scaling == "llama3":
-            turns = rope.original_max_positions * frequency / (2 * math.pi)  # within the original context
+            turns = rope.original_max_positions * frequency / (2 * math.pi)  # in the original context
             kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
             kept = min(max(kept, 0.0), 1.0)
             frequency = kept * frequency + (1 - kept) * frequency / rope.factor
@@ -90,7 +90,7 @@ def test_tables_are_those_of_transformers(name: str) -> None:
         table = rope_table(rope, head_size, positions, function)
         assert table.shape == (positions, head_size // 2)
         assert table.dtype == torch.float32
-        # An angle of 4,096 radians has an ulp of 5e-4 in float32: a rounding of the frequency moves it by that much.
+        # An angle of 4,096 radians has an ulp of 5e-4 in float32, so rounding the frequency moves it by that much.
         torch.testing.assert_close(table, expected[0, :, : head_size // 2], rtol=0, atol=1e-3)
         torch.testing.assert_close(table[:64], expected[0, :64, : head_size // 2], rtol=0, atol=1e-5)
 
@@ -132,7 +132,7 @@ def test_llama3_keeps_short_wavelengths_and_divides_long_ones() -> None:
     assert float(scaled[-1]) == pytest.approx(float(plain[-1]) / rope.factor)
     ratio = scaled / plain
     assert bool((ratio[1:] <= ratio[:-1] + 1e-6).all())
-    assert bool(((ratio < 0.99) & (ratio > 1.01 / rope.factor)).any())  # and between them is a slope
+    assert bool(((ratio < 0.99) & (ratio > 1.01 / rope.factor)).any())  # and there is a slope between them
 
 
 def test_first_position_is_not_rotated() -> None:
@@ -143,7 +143,7 @@ def test_first_position_is_not_rotated() -> None:
 
 @pytest.mark.parametrize(("head_size", "rotary_size"), [(16, 16), (16, 8), (32, 24), (96, 24)])
 def test_rotating_whole_heads_in_another_order_rotates_a_part(head_size: int, rotary_size: int) -> None:
-    """Scores of rotated queries and keys are those of rotating the first elements alone, pairs (j, j + R/2)."""
+    """Scores of rotated queries and keys equal those with only the first elements rotated, in pairs (j, j + R/2)."""
     rope, positions, half, part = RopeSpec(1e4), 7, head_size // 2, rotary_size // 2
     query, key = torch.randn(2, positions, head_size, dtype=torch.float64)
     cos, sin = (rope_table(rope, head_size, positions, function, rotary_size).double() for function in ("cos", "sin"))

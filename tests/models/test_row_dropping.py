@@ -25,7 +25,7 @@ def random_prices(spec: DecoderSpec, packing: str) -> dict[str, torch.Tensor]:
         size = {"o": spec.num_heads * spec.head_size, "down": spec.ffn_size}.get(site[0], spec.hidden_size)
         joined = "qkv" if "q" in site else "_".join(site)
         for name in site if packing == "separate" else (joined,):
-            # Over four decades, so that in every family some rows are read and some are not.
+            # Over four decades, so that every family reads some rows and skips some.
             prices[name] = 10 ** (4 * torch.rand(spec.num_layers, size, generator=generator) - 2)
     return prices
 
@@ -60,7 +60,7 @@ def test_like_a_loop_over_tokens(family: Family, name: str, packing: str) -> Non
             expected = model(TOKENS).logits
         with dropping(model, spec, prices, PRICE) as count:
             found = model(TOKENS).logits
-        assert torch.equal(model(TOKENS).logits, dense)  # the hooks are gone
+        assert torch.equal(model(TOKENS).logits, dense)  # the hooks are removed
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert (found - dense).abs().max() > 0.01
     densities = count.densities(spec)
@@ -74,7 +74,7 @@ def test_like_a_loop_over_tokens(family: Family, name: str, packing: str) -> Non
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gpt-neox"])
 def test_parts_without_prices_are_whole(family: Family, name: str) -> None:
-    """Also where others of the same module drop rows."""
+    """Also if other parts of the same module skip rows."""
     model, spec = family(name)
     prices = random_prices(spec, "separate")
     with torch.no_grad(), dropping(model, spec, {"q": prices["q"], "down": prices["down"]}, PRICE) as count:
@@ -95,7 +95,7 @@ def test_dense(family: Family, price: float) -> None:
 
 
 def test_limits_of_a_row_price(family: Family) -> None:
-    """0 goes at any price, infinity is always read."""
+    """A row of price 0 is skipped at any price, one of infinity is always read."""
     model, spec = family("llama")
     size = (spec.num_layers, spec.hidden_size)
     prices = {"q": torch.zeros(size), "k": torch.full(size, torch.inf)}
@@ -115,7 +115,7 @@ def test_nan_reaches_the_logits(family: Family) -> None:
 
 
 def test_zeros_are_never_read(family: Family) -> None:
-    """ReLU's, at any price and without one."""
+    """Zeros of ReLU: at any price, and without one."""
     model, spec = family("opt")
     for prices, price in (({}, 0.0), (random_prices(spec, "separate"), 0.0)):
         with torch.no_grad(), dropping(model, spec, prices, price) as count:

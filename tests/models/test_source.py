@@ -1,4 +1,4 @@
-"""Every way to name a model, and every way in which that fails."""
+"""All ways to name a model, and their errors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_reference_has_the_weights_of_the_checkpoint(tiny_model: Path, dtype: to
 
 
 def test_reference_has_soft_caps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some releases of transformers (5.17 is one) choose SDPA for Gemma 2, which has none; others refuse it."""
+    """Some releases of transformers, such as 5.17, choose SDPA for Gemma 2, without soft caps. Others refuse it."""
     from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 
     monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
@@ -69,7 +69,7 @@ def test_generation_config_falls_back_to_the_configuration(folder: Path) -> None
 
 
 def test_damaged_generation_config_is_no_missing_one(folder: Path) -> None:
-    """It may hold the stop tokens: to go on without them would let the model babble."""
+    """It may have the stop tokens, without which the model would not stop."""
     (folder / "generation_config.json").write_text("{nope")
     with pytest.raises(TdaError, match=r"generation_config\.json"):
         _ = resolve_model(str(folder)).generation_config
@@ -95,7 +95,7 @@ def test_file_of_another_kind(tmp_path: Path) -> None:
         resolve_model(str(path))
 
 
-# A damaged folder: one line that names the model
+# Damaged folders: one line that names the model
 
 
 def set_config(folder: Path, **fields: object) -> None:
@@ -196,7 +196,7 @@ def test_architectures_of_a_wrong_type(architectures: object, folder: Path) -> N
         _ = resolve_model(str(folder)).spec
 
 
-# Weights that do not fit the configuration: transformers would draw them at random
+# Weights that do not fit the configuration, which transformers would initialise at random
 
 
 def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -243,7 +243,7 @@ def test_head_of_a_tied_checkpoint_is_not_missed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2", "opt"])
 def test_own_head_of_a_checkpoint_that_calls_it_tied_is_kept(family: str, tmp_path: Path) -> None:
-    """As transformers does: it ties what is missing or equal, and nothing else."""
+    """transformers ties a head only if it is missing or equal."""
     folder = save_tiny_model(family, tmp_path / "model")
     embedding = f"{resolve_model(str(folder)).spec.names.embedding}.weight"
     assert resolve_model(str(folder)).spec.tied_head
@@ -277,7 +277,7 @@ def test_tensors_that_the_model_does_not_have_are_left_alone(folder: Path) -> No
 
 
 class Hub:
-    """Stands in for `snapshot_download`: gives a folder, or fails."""
+    """Replaces `snapshot_download`: returns a folder, or fails."""
 
     def __init__(self, answer: Path | Exception) -> None:
         self.answer = answer

@@ -36,9 +36,9 @@ def write_gguf(
     further: dict[str, str | int | float] | None = None,
     left_out: Sequence[str] = (),
 ) -> ModelSource:
-    """Write a model with tensors of these shapes and further keys after the architecture's name, and resolve it.
+    """Write a model with tensors of these shapes and further keys, and resolve it.
 
-    `left_out` names keys, without the architecture, that are not written.
+    `left_out`: keys to leave out, without the architecture's name.
     """
     writer = gguf.GGUFWriter(path, architecture)
     adders = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
@@ -79,7 +79,7 @@ def test_gguf(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ROPE_FACTORS)
 def test_gguf_with_rope_factors_is_refused(name: str, tmp_path: Path) -> None:
-    """They are Llama 3.1's or Phi's scaling; transformers passes over them, and the model would rotate wrongly."""
+    """They are the scaling of Llama 3.1 or Phi. transformers ignores them, and would rotate wrongly."""
     assert "rope_freqs.weight" in ROPE_FACTORS
     source = write_gguf(tmp_path / "model.gguf", GGUF_TENSORS | {name: (8,)})
     message = (
@@ -126,7 +126,7 @@ def test_gguf_that_says_what_is_not_read_is_refused(
         ("llama", 1, {"rope.scaling.type": "none"}),
         ("llama", 1, {"rope.scaling.factor": 1.0}),
         ("phi3", 1, {"attention.sliding_window": 0}),
-        ("phi3", 1, {"attention.sliding_window": 64}),  # as long as the context
+        ("phi3", 1, {"attention.sliding_window": 64}),  # equal to the context
         ("gemma2", 26, {"attention.sliding_window": 16}),
         ("gemma3", 34, {"attention.sliding_window": 16}),
         ("qwen2", 46, {}),

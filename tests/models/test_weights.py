@@ -1,4 +1,4 @@
-"""Checkpoint folders: read lazily from safetensors, and from nothing else."""
+"""Checkpoint folders are read lazily, and only from safetensors."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_shards_of_transformers_are_read(tiny_model: Path, tmp_path: Path) -> No
 
 @pytest.fixture
 def read_names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Record the names of the tensors whose data is read."""
+    """Record the names of the tensors that are read."""
     names: list[str] = []
     open_file = weights_module.safe_open
 
@@ -96,7 +96,7 @@ def test_only_what_is_asked_for_is_read(write: Any, tmp_path: Path, read_names: 
 
 
 def test_single_file_comes_before_an_index(tmp_path: Path) -> None:
-    """As in transformers, which the reference is loaded with."""
+    """As in transformers, which loads the reference."""
     write_shards(tmp_path)
     save_file({"a.weight": torch.zeros(2, 3)}, tmp_path / SINGLE_FILE)
     weights = open_safetensors(tmp_path)
@@ -116,7 +116,7 @@ def test_order_is_that_of_transformers(tiny_model: Path, tmp_path: Path) -> None
         assert torch.equal(weights.load(name), tensor)
 
 
-# What is refused
+# Refused
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/secret.safetensors", "sub/../../secret.safetensors"])
@@ -200,7 +200,7 @@ def test_truncated_file(kept: int, write: Any, file: str, tmp_path: Path) -> Non
 
 
 def test_names_of_models_without_their_head_and_of_older_versions(tmp_path: Path) -> None:
-    """Checkpoints on the hub leave out the model's prefix, and GPT-NeoX's head has had another name."""
+    """Some checkpoints on the hub lack the model's prefix, and GPT-NeoX's head has had another name."""
     save_file({"h.0.weight": torch.ones(2), "embed_out.weight": torch.zeros(3)}, tmp_path / SINGLE_FILE)
     weights = open_safetensors(tmp_path)
     for name, expected in (("transformer.h.0.weight", torch.ones(2)), ("lm_head.weight", torch.zeros(3))):

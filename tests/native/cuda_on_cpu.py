@@ -16,7 +16,7 @@ from tests.attention_model import AttentionForm
 
 SOURCES = ("common.cuh", "kv_rows.cuh", "kv_sums.cuh", "kv_sums_matrices.cuh", "attention.cu")
 KERNELS = ("AppendTokens", "CopyPast", "JoinParts", *(f"Attend_{s}_{h}" for s in (64, 128, 256) for h in (1, 2, 4)))
-# What replaces PTX, by its first word; everything else is left out, as it is for overlapping launches and for weights.
+# Replacements for PTX, by its first word. Other PTX, such as that for overlapping launches, is left out.
 INSTRUCTIONS = {
     "cvt.f32.f16 ": "value = HalfOf(bits);",
     "cvt.rn.f16.f32 ": "bits = ToHalf(value);",
@@ -35,7 +35,7 @@ INSTRUCTIONS = {
     "cp.async.wait": "WaitForGroups(kPending);",
     "ld.shared": "memcpy(words, SharedPlace(place), sizeof words);",
 }
-# Of instructions in braces, by their registers.
+# Replacements for instructions in braces, by their registers.
 BLOCKS = {
     ".reg .b16 l, h;": "low = HalfOf(halves & 0xffff); high = HalfOf(halves >> 16);",
     ".reg .b16 half;": "factor = Halves(value * Scale(), value * Scale());",
@@ -50,7 +50,7 @@ INTEGERS = (
     *("tokens", "heads", "kv_heads", "size", "pairs", "past_room", "room", "most", "buffer", "splits"),
     *("query_stride", "key_stride", "value_stride", "window", "interleaved", "appends"),
 )
-THREADS = 128  # of a block of attention
+THREADS = 128  # threads of a block of attention
 GUARD, MARK, UNWRITTEN = 64, 0xAB, 0xFF
 
 
@@ -101,7 +101,7 @@ def compile_attention(folder: Path, *, bf16: bool, codes: bool, capability: int)
 
 
 class Guarded:
-    """An array in memory whose surroundings are known, so that a write beside it is found."""
+    """An array with known memory around it, so that a write outside is found."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
         count = int(np.prod(shape))
@@ -118,7 +118,7 @@ class Guarded:
 def run_on_cpu(
     library: ctypes.CDLL, form: AttentionForm, feeds: Mapping[str, np.ndarray], *, splits: int, in_place: bool = False
 ) -> list[np.ndarray]:
-    """Run attention; return what it gives, present keys and values, and their scales."""
+    """Run attention. Return its output, present keys and values, and their scales."""
     feeds = {name: np.asarray(array, order="C") for name, array in feeds.items()}
     query, dtype = feeds["query"], feeds["query"].dtype
     heads, kv_heads, size = form.heads, form.kv_heads, form.size

@@ -1,4 +1,4 @@
-"""Run every CUDA kernel at awkward shapes, for a checker to watch:
+"""Run every CUDA kernel at awkward shapes under a checker:
 
 compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.native.every_kernel
 compute-sanitizer --tool racecheck --error-exitcode 1 python -m tests.native.every_kernel
@@ -81,7 +81,7 @@ def rows(rng: np.random.Generator, dtype: str) -> None:
 
 
 def codes(rng: np.random.Generator, dtype: str) -> None:
-    """Rows and products of integers, with every number of columns that a thread loads."""
+    """Run rows and products of integers, with every number of columns that a thread loads."""
     for format in (integer_format(4), integer_format(8)):
         for inputs, outputs, tokens in ((33, 577, 1), (300, 4096, 1), (300, 8192, 1), (300, 12288, 1), (90, 264, 5)):
             feeds, _ = row_feeds(rng, format, inputs, outputs, tokens, dtype)

@@ -22,7 +22,7 @@ from tests.attention_model import (
 
 session = functools.cache(attention_session)
 NATIVE = [pytest.param(False, id="body"), pytest.param(True, id="cpu")]
-CLOSE = 1e-5  # of values of order one, in float32
+CLOSE = 1e-5  # tolerance for float32 values of order one
 PLAIN = AttentionForm()
 ALL_AT_ONCE = AttentionForm(heads=6, kv_heads=2, size=48, packed=True, window=150, scale=0.3, softcap=2.0)
 
@@ -40,7 +40,7 @@ lengths = {
 def test_it_is_what_the_body_computes_on_the_cpu(
     form: AttentionForm, whole: bool, tokens: int, past: int, room: int | None, seed: int
 ) -> None:
-    """With a cache that grows, present keys and values too; with a fixed one, what lies behind them is left alone."""
+    """With a growing cache, present keys and values agree too. In a fixed one, memory behind them is unchanged."""
     feeds = random_attention(
         np.random.default_rng(seed),
         form,
@@ -59,7 +59,7 @@ def test_it_is_what_the_body_computes_on_the_cpu(
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(form=forms((2, 6, 10, 24, 40, 72)), **lengths)
 def test_heads_of_any_size_on_the_cpu(form: AttentionForm, tokens: int, past: int, room: int | None, seed: int) -> None:
-    """Sizes that ONNX Runtime's kernel refuses, too."""
+    """Also sizes that ONNX Runtime's kernel refuses."""
     extra = None if room is None else past + tokens + room
     feeds = random_attention(np.random.default_rng(seed), form, tokens=tokens, past=past, room=extra)
     attended = (run_attention if room is None else run_in_place)(session(form), feeds)[0]
@@ -69,7 +69,7 @@ def test_heads_of_any_size_on_the_cpu(form: AttentionForm, tokens: int, past: in
 @pytest.mark.parametrize("native", NATIVE)
 @pytest.mark.parametrize("form", [PLAIN, ALL_AT_ONCE], ids=["plain", "all-at-once"])
 def test_steps_are_one_call_on_the_cpu(form: AttentionForm, native: bool) -> None:
-    """A prompt and steps after it, in one buffer, give what a call with all tokens gives."""
+    """A prompt and steps after it, in one buffer, give the result of a call with all tokens."""
     rng = np.random.default_rng(0)
     call, tokens = session(form, native=native), 300
     feeds = random_attention(rng, form, tokens=tokens, past=0)
@@ -89,7 +89,7 @@ def test_steps_are_one_call_on_the_cpu(form: AttentionForm, native: bool) -> Non
 
 @pytest.mark.parametrize("native", NATIVE)
 def test_padding_behind_a_prompt_on_the_cpu(native: bool) -> None:
-    """Tokens before it are what they are without it."""
+    """Padding does not change the tokens before it."""
     form = replace(PLAIN, window=9)
     feeds = random_attention(np.random.default_rng(1), form, tokens=30, past=0)
     whole = run_attention(session(form, native=native), feeds)[0]
@@ -107,7 +107,7 @@ def test_padding_alone_gives_zeros_on_the_cpu() -> None:
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("form", [PLAIN, ALL_AT_ONCE], ids=["plain", "all-at-once"])
 def test_a_token_alone_gives_the_same_bits_on_the_cpu(form: AttentionForm, threads: int) -> None:
-    """Whatever the number of threads, the other tokens of the call and the room of the cache."""
+    """For any number of threads, other tokens of the call, and room of the cache."""
     rng = np.random.default_rng(2)
     feeds = random_attention(rng, form, tokens=37, past=600)
     together, *present = run_attention(session(form), feeds)
@@ -132,7 +132,7 @@ def test_equal_calls_give_equal_bits_on_the_cpu(form: AttentionForm) -> None:
 @pytest.mark.parametrize("name", ["query", "key", "value", "past_key", "past_value"])
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 def test_what_is_not_finite_reaches_the_results_on_the_cpu(name: str, spoiled: float, softcap: float) -> None:
-    """As it does in the body, and those of no token before it or out of whose window it is."""
+    """As in the body. Earlier tokens, and tokens whose window does not include it, are unchanged."""
     form = AttentionForm(heads=4, kv_heads=2, size=32, window=20, softcap=softcap, rotary=False)
     feeds = random_attention(np.random.default_rng(4), form, tokens=5, past=300)
     spoil: tuple[int, ...] = (0, 2, 37) if name in ("query", "key", "value") else (0, 1, 282, 5)
@@ -144,7 +144,7 @@ def test_what_is_not_finite_reaches_the_results_on_the_cpu(name: str, spoiled: f
     whole = reference(feeds, form)
     seen = np.isfinite(whole)
     np.testing.assert_array_equal(np.isfinite(attended), seen)
-    # The body multiplies what a token does not attend to by zero, which a NaN survives, and makes numbers of scores
+    # The body multiplies values that a token does not attend to by zero, which keeps NaN, and makes numbers of scores
     # that are all NaN.
     assert name == "query" or not (np.isfinite(of_body) & ~seen).any()
     assert seen.any()

@@ -1,4 +1,4 @@
-"""`tda::Attention8`, attention to a cache of codes: the kernel on the CPU against its body and plain numpy."""
+"""`tda::Attention8`, attention to a cache of codes: the CPU kernel against its body and plain numpy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.ffn_model import TOLERANCES
 
 session = functools.cache(attention_session)
 NATIVE = [pytest.param(False, id="body"), pytest.param(True, id="cpu")]
-CLOSE = 1e-5  # of values of order one, in float32
+CLOSE = 1e-5  # tolerance for float32 values of order one
 PLAIN = AttentionForm(codes=True)
 ALL_AT_ONCE = AttentionForm(heads=6, kv_heads=2, size=48, packed=True, window=150, scale=0.3, softcap=2.0, codes=True)
 
@@ -48,7 +48,7 @@ def check(
     rounding: float = 1e-5,
     close: float = CLOSE,
 ) -> None:
-    """The past is as it was, new codes are the nearest, and what is attended to is what the cache holds.
+    """Check that the past is unchanged, new codes are the nearest, and tokens attend to the codes in the cache.
 
     Keys are rounded by `rounding`, relative to the largest element, before they are rounded to codes. Results may be
     `close` from the reference, relative to the largest or to 1.
@@ -73,7 +73,7 @@ def check(
 def test_it_attends_to_the_nearest_codes(
     native: bool, form: AttentionForm, tokens: int, past: int, room: int | None, seed: int
 ) -> None:
-    """With a cache that grows, and in one of fixed room."""
+    """In a growing cache, and in one of fixed room."""
     extra = None if room is None else past + tokens + room
     feeds = random_attention(np.random.default_rng(seed), form, tokens=tokens, past=past, room=extra)
     results = (run_attention if room is None else run_in_place)(session(form, native=native), feeds)
@@ -83,7 +83,7 @@ def test_it_attends_to_the_nearest_codes(
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(form=forms((2, 6, 7, 24, 40, 72), codes=True), **lengths)
 def test_heads_of_any_size(form: AttentionForm, tokens: int, past: int, room: int | None, seed: int) -> None:
-    """Sizes that ONNX Runtime's kernel refuses, too; of odd ones the last element is not rotated."""
+    """Also sizes that ONNX Runtime's kernel refuses. In odd sizes the last element is not rotated."""
     extra = None if room is None else past + tokens + room
     feeds = random_attention(np.random.default_rng(seed), form, tokens=tokens, past=past, room=extra)
     results = (run_attention if room is None else run_in_place)(session(form), feeds)
@@ -93,7 +93,7 @@ def test_heads_of_any_size(form: AttentionForm, tokens: int, past: int, room: in
 @settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 @given(form=forms((16, 64, 80), codes=True), **lengths)
 def test_the_body_in_half_precision(form: AttentionForm, tokens: int, past: int, room: int | None, seed: int) -> None:
-    """On the CPU, as far as float16 can say: codes of keys are those of rotated keys that were rounded to it."""
+    """On the CPU, up to the precision of float16: codes of keys are those of rotated keys rounded to float16."""
     extra = None if room is None else past + tokens + room
     rng = np.random.default_rng(seed)
     feeds = random_attention(rng, form, tokens=tokens, past=past, room=extra, dtype="float16")
@@ -108,7 +108,7 @@ def test_the_body_in_half_precision(form: AttentionForm, tokens: int, past: int,
     form=forms((16, 64, 80), codes=True), tokens=st.integers(1, 17), past=st.integers(0, 40), seed=st.integers(0, 2**16)
 )
 def test_values_have_the_codes_of_the_body(form: AttentionForm, tokens: int, past: int, seed: int) -> None:
-    """To the bit: nothing is done to them before they are rounded."""
+    """To the bit, since values are rounded as they are."""
     feeds = random_attention(np.random.default_rng(seed), form, tokens=tokens, past=past)
     _, _, values, _, scales = run_attention(session(form), feeds)
     _, _, expected, _, expected_scales = run_attention(session(form, native=False), feeds)
@@ -118,7 +118,7 @@ def test_values_have_the_codes_of_the_body(form: AttentionForm, tokens: int, pas
 
 @pytest.mark.parametrize("native", NATIVE)
 def test_heads_of_zeros_and_of_the_smallest_numbers(native: bool) -> None:
-    """A scale of zero gives zeros; a number that is no normal float does no harm."""
+    """A scale of zero gives zeros. Subnormal numbers do no harm."""
     form = replace(PLAIN, rotary=False)
     feeds = random_attention(np.random.default_rng(0), form, tokens=3, past=5)
     feeds["key"][0, 0], feeds["value"][0, 0] = 0, 0
@@ -134,7 +134,7 @@ def test_heads_of_zeros_and_of_the_smallest_numbers(native: bool) -> None:
 @pytest.mark.parametrize("native", NATIVE)
 @pytest.mark.parametrize("form", [PLAIN, ALL_AT_ONCE], ids=["plain", "all-at-once"])
 def test_steps_are_one_call(form: AttentionForm, native: bool) -> None:
-    """A prompt and steps after it, in one buffer, give what a call with all tokens gives: codes decide."""
+    """A prompt and steps after it, in one buffer, give the result of a call with all tokens, as all attend to codes."""
     call, tokens = session(form, native=native), 300
     feeds = random_attention(np.random.default_rng(0), form, tokens=tokens, past=0)
     whole, *present = run_attention(call, feeds)
@@ -156,7 +156,7 @@ def test_steps_are_one_call(form: AttentionForm, native: bool) -> None:
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("form", [PLAIN, ALL_AT_ONCE], ids=["plain", "all-at-once"])
 def test_a_token_alone_gives_the_same_bits(form: AttentionForm, threads: int) -> None:
-    """Whatever the number of threads, the other tokens of the call and the room of the cache."""
+    """For any number of threads, other tokens of the call, and room of the cache."""
     feeds = random_attention(np.random.default_rng(2), form, tokens=37, past=600)
     together, *present = run_attention(session(form), feeds)
     names = ("past_key", "past_value", "past_key_scale", "past_value_scale")
@@ -180,7 +180,7 @@ def test_a_token_alone_gives_the_same_bits(form: AttentionForm, threads: int) ->
     + [("past_key_scale", np.nan), ("past_value_scale", np.nan)],
 )
 def test_what_is_not_finite_reaches_the_results(name: str, spoiled: float, native: bool) -> None:
-    """And, with the kernel, those of no token before it or out of whose window it is."""
+    """With the kernel, earlier tokens, and tokens whose window does not include it, are unchanged."""
     form = AttentionForm(heads=4, kv_heads=2, size=32, window=20, rotary=False, codes=True)
     feeds = random_attention(np.random.default_rng(4), form, tokens=5, past=300)
     feeds[name][(0, 2, 37) if name in ("query", "key", "value") else (0, 1, 282)] = spoiled
@@ -191,7 +191,7 @@ def test_what_is_not_finite_reaches_the_results(name: str, spoiled: float, nativ
     if native:
         np.testing.assert_array_equal(np.isfinite(attended), seen)
         np.testing.assert_allclose(attended[seen], whole[seen], rtol=0, atol=CLOSE)
-    else:  # the body multiplies what a token does not attend to by zero, which a NaN survives
+    else:  # the body multiplies values that a token does not attend to by zero, which keeps NaN
         assert name == "query" or not (np.isfinite(attended) & ~seen).any()
 
 

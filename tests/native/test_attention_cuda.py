@@ -32,18 +32,18 @@ DTYPES = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 
 
 def run_attention(call: ort.InferenceSession, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """What attention gives, present keys and values, and their scales, with a cache that grows."""
+    """Run with a growing cache. Return the output, present keys and values, and their scales."""
     values = {name: ort_value(value) for name, value in feeds.items()}
     return [array_of(value) for value in call.run_with_ort_values([o.name for o in call.get_outputs()], values)]
 
 
 def expected_of(feeds: Mapping[str, np.ndarray], form: AttentionForm, present: list[np.ndarray]) -> np.ndarray:
-    """What a call should give; codes in the cache are what they are."""
+    """Return the expected results of a call, given the codes in the cache."""
     return reference(feeds, form, present if form.codes else None)
 
 
 def run_in_place(call: ort.InferenceSession, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """The same with the past's buffers for the present's, as the driver does; of float16."""
+    """Run with the past's buffers as the present's, as the driver does, in float16."""
     run = InPlace(call, feeds)
     return [run(), *run.caches()]
 
@@ -127,7 +127,7 @@ def test_it_is_what_the_formula_says(
 @pytest.mark.parametrize("form", [PLAIN, ALL_AT_ONCE, WIDE], ids=["plain", "all-at-once", "wide"])
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_it_appends_as_the_body_does(form: AttentionForm, tokens: int) -> None:
-    """In place, and to a cache that grows; behind the new tokens nothing is touched, or zeros are."""
+    """In place, and to a growing cache. Memory behind the new tokens is unchanged, or zero."""
     feeds = random_attention(np.random.default_rng(0), form, tokens=tokens, past=70, room=120, dtype="float16")
     results = [run_in_place(session(form, native=native, dtype="float16"), feeds) for native in (True, False)]
     for result, expected in zip(*results, strict=True):
@@ -143,8 +143,8 @@ def test_it_appends_as_the_body_does(form: AttentionForm, tokens: int) -> None:
 @pytest.mark.parametrize("form", CODES, ids=["plain", "all-at-once", "wide"])
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_it_appends_the_codes_of_the_body(form: AttentionForm, tokens: int) -> None:
-    """Those of values to the bit. Keys are rotated in float32, by the body in float16. In place nothing else is
-    touched."""
+    """Codes of values agree to the bit. Keys are rotated in float32, but by the body in float16. In place, no other
+    memory is changed."""
     feeds = random_attention(np.random.default_rng(0), form, tokens=tokens, past=70, room=120, dtype="float16")
     native = run_in_place(session(form, dtype="float16"), feeds)
     check(feeds, form, native, tokens, 70, close=TOLERANCES["float16"])
@@ -158,7 +158,7 @@ def test_it_appends_the_codes_of_the_body(form: AttentionForm, tokens: int) -> N
 
 @BOTH
 def test_a_token_alone_gives_the_same_bits(form: AttentionForm) -> None:
-    """Whatever the other tokens of the call, of which there are few, and the room of the cache."""
+    """For any other tokens of the call, of which there are few, and any room of the cache."""
     rng = np.random.default_rng(2)
     feeds = random_attention(rng, form, tokens=16, past=600, dtype="float16")
     together, *present = run_attention(session(form, dtype="float16"), feeds)
@@ -179,8 +179,8 @@ def test_a_token_alone_gives_the_same_bits(form: AttentionForm) -> None:
 @BOTH
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_one_captured_graph_serves_all_lengths(form: AttentionForm, tokens: int) -> None:
-    """A call is captured once. With lengths, queries, keys and values that change in place it gives what a call that
-    is not captured gives, to the bit."""
+    """A call is captured once. Lengths, queries, keys and values then change in place, and it gives the result of a
+    call without capture, to the bit."""
     rng, room = np.random.default_rng(3), 2100
     feeds = random_attention(rng, form, tokens=tokens, past=room - tokens, room=room, dtype="float16")
     replayed = InPlace(attention_session(form, dtype="float16", captured=room), feeds)
@@ -227,7 +227,7 @@ def test_what_is_not_finite_reaches_the_results(codes: bool, name: str) -> None:
 @pytest.mark.parametrize("codes", [False, True])
 @pytest.mark.parametrize(("last_index", "buffer"), [(9, 9), (-2, 9), (2**31 - 1, 9), (1000, 9), (-(2**31), 9)])
 def test_lengths_that_do_not_fit_harm_nothing(last_index: int, buffer: int, codes: bool) -> None:
-    """They are on the device: what a call returns is then undefined, but it touches no other memory."""
+    """Lengths are on the device. With wrong ones the result is undefined, but no other memory is changed."""
     form = replace(PLAIN, codes=codes)
     feeds = random_attention(np.random.default_rng(7), form, tokens=1, past=8, dtype="float16")
     feeds |= {"last_index": np.array([last_index], np.int32), "buffer": np.array(buffer, np.int32)}

@@ -19,7 +19,7 @@ from tests.native.test_attention_8 import check
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="written for Linux on x86-64"
 )
-WAYS = {  # the dtype, whether the cache has codes, and the compute capability
+WAYS = {  # dtype, whether the cache has codes, and compute capability
     "floats": ("bfloat16", False, 90),
     "codes": ("float16", True, 90),
     "codes-without-matrices": ("float16", True, 75),
@@ -97,7 +97,7 @@ def test_what_is_not_finite_reaches_the_results(way: tuple[ctypes.CDLL, str, boo
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(query=st.sampled_from([1e-3, 1.0, 30.0]), value=st.sampled_from([1e-6, 1.0, 30.0]), seed=st.integers(0, 2**16))
 def test_weights_of_any_size(way: tuple[ctypes.CDLL, str, bool], query: float, value: float, seed: int) -> None:
-    """Split into two float16 they are as good as in float32, whatever the scales of values."""
+    """Split into two float16 they are as precise as in float32, for any scales of values."""
     library, dtype, _ = way
     form, rng = AttentionForm(heads=4, kv_heads=1, size=64, codes=True), np.random.default_rng(seed)
     feeds = random_attention(rng, form, tokens=1, past=200, dtype=dtype)

@@ -103,7 +103,7 @@ def test_x_that_is_not_finite_reaches_its_own_result_alone(
 @pytest.mark.parametrize("count", [1, 5, 9])
 @pytest.mark.parametrize("scale", [np.nan, np.inf, -np.inf])
 def test_scales_that_are_not_finite(format: IntegerFormat, count: int, scale: float) -> None:
-    """Those of rows that no token reads change rounding alone; others reach the columns of their group, no further."""
+    """In rows that no token reads they only change rounding. In others they reach the columns of their group alone."""
     rng = np.random.default_rng(2)
     for outputs in (520, 33):
         feeds, _ = row_feeds(rng, format, 100, outputs, count)
@@ -143,8 +143,8 @@ def test_scales_of_an_output_reach_that_output_alone(format: IntegerFormat, scal
 @pytest.mark.parametrize("rows", [True, False], ids=["rows", "dots"])
 @pytest.mark.parametrize("count", [1, 8])
 def test_every_scale_has_its_exact_value(format: IntegerFormat, rows: bool, count: int) -> None:
-    """All finite float16 numbers, the smallest too: products with a power of two lose nothing. Sums over rows lose what
-    is small beside the largest."""
+    """For all finite float16 numbers, also the smallest: products with a power of two are exact. Sums over rows lose
+    terms that are small relative to the largest."""
     every = np.arange(2**16, dtype=np.uint16).view(np.float16)
     every = every[np.isfinite(every)].reshape(64, -1)
     groups = every.shape[1]
@@ -171,7 +171,7 @@ def test_every_scale_has_its_exact_value(format: IntegerFormat, rows: bool, coun
 @pytest.mark.parametrize("rows", [True, False], ids=["rows", "dots"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_token_alone_gives_the_same_bits(format: IntegerFormat, rows: bool, threads: int) -> None:
-    """Whatever the number of threads, and whatever the other tokens of the call need: up to 16 in all."""
+    """For any number of threads, and any rows that the other tokens of the call read, up to 16 tokens in all."""
     rng = np.random.default_rng(5)
     inputs, outputs = 700, 1037
     feeds, _ = row_feeds(rng, format, inputs, outputs, 16)
@@ -279,7 +279,7 @@ def test_attributes_that_do_not_fit(rows: bool, columns: int, group: int, messag
 @pytest.mark.parametrize("rows", [True, False], ids=["rows", "dots"])
 @pytest.mark.parametrize("count", [513, 1029])
 def test_more_tokens_than_a_tile(format: IntegerFormat, rows: bool, count: int) -> None:
-    """Each gives what it gives alone; those of the last tile too."""
+    """Each token gives what it gives alone, also in the last tile."""
     rng = np.random.default_rng(10)
     feeds, _ = row_feeds(rng, format, 70, 90, count)
     feeds["price"] = price_for(feeds, 0.5)
@@ -296,7 +296,7 @@ def test_more_tokens_than_a_tile(format: IntegerFormat, rows: bool, count: int) 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("row", [0, 1, 32, 33])
 def test_the_smallest_scales_of_rows(format: IntegerFormat, count: int, row: int) -> None:
-    """Subnormal float16 numbers among them: rows 0, 1, 32 and 33 of all 64 hold their smallest, of either sign."""
+    """Subnormal float16 numbers included: rows 0, 1, 32 and 33 of 64 have the smallest, of either sign."""
     every = np.arange(2**16, dtype=np.uint16).view(np.float16)
     every = every[np.abs(every) < 2**-10].reshape(64, -1)
     codes = random_codes(np.random.default_rng(11), format, 64, every.shape[1] * format.group)
@@ -313,7 +313,7 @@ def test_the_smallest_scales_of_rows(format: IntegerFormat, count: int, row: int
 @pytest.mark.parametrize("count", [1, 9])
 @pytest.mark.parametrize("columns", [np.s_[:1], np.s_[1:2], np.s_[2:]], ids=["first", "second", "others"])
 def test_columns_of_small_scales_are_as_exact(format: IntegerFormat, count: int, columns: slice) -> None:
-    """Integers that stand for floats have a unit of their own in each group of columns."""
+    """The integers that replace floats have their own unit in each group of columns."""
     rng = np.random.default_rng(12)
     feeds, _ = row_feeds(rng, format, 203, 5 * format.group, count)
     feeds["x"][..., 7] *= 1000

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 session = functools.lru_cache(maxsize=256)(code_session)
 formats = st.sampled_from(sorted(INTEGER_FORMATS.values(), key=lambda format: format.name))
 dtypes = st.sampled_from(["float16", "bfloat16"])
-# Rows that suit loads of 1, 8, 16 and 32 columns, and every kernel's number of slices.
+# Rows for loads of 1, 8, 16 and 32 columns, and for the number of slices of every kernel.
 sizes = st.one_of(
     st.integers(1, 200),
     st.sampled_from([255, 576, 577, 1025, 1160, 2064, 4096, 4128, 4129, 8192, 8208, 9216, 12288, 20000, 24576]),
@@ -129,7 +129,7 @@ def test_x_that_is_not_finite_reaches_its_own_result_alone(
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("scale", [np.nan, np.inf, -np.inf])
 def test_scales_that_are_not_finite(format: IntegerFormat, count: int, early: bool, scale: float) -> None:
-    """Those of rows that no token reads are not seen; others reach the columns of their group, and no further."""
+    """In rows that no token reads, they have no effect. In other rows they reach the columns of their group alone."""
     rng = np.random.default_rng(2)
     for outputs in (1088, 33, 12288):
         feeds, _ = row_feeds(rng, format, 100, outputs, count, "float16")

@@ -1,4 +1,4 @@
-"""Device code compiles for every kind of GPU, on a machine that has none."""
+"""Device code compiles for every kind of GPU on a machine without one."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ pytestmark = pytest.mark.skipif(
 def library() -> ctypes.CDLL:
     files = importlib.metadata.files("nvidia-cuda-nvrtc") or []
     (nvrtc,) = [file for file in files if Path(file).name.startswith("libnvrtc.so")]
-    ctypes.CDLL(str(nvrtc.locate()))  # found by its name from now on
+    ctypes.CDLL(str(nvrtc.locate()))  # from now on it is found by its name
     opened = ctypes.CDLL(str(LIBRARY))
     opened.TdaCompileCheck.restype = ctypes.c_char_p
     return opened

@@ -1,4 +1,4 @@
-"""The other functions' kernels, and their bodies, against plain numpy."""
+"""Kernels and bodies of the other functions against plain numpy."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def session(
     native: bool,
     attributes: tuple[tuple[str, Any], ...] = (),
 ) -> ort.InferenceSession:
-    """A model of one node; `inputs` are names and dtypes, `outputs` dtypes."""
+    """Make a session of one node. `inputs` are names and dtypes, `outputs` dtypes."""
     ops = Ops()
     values = [ir.Value(name=each, type=ir.TensorType(DTYPES[dtype])) for each, dtype in inputs]
     results = ops.multi(
@@ -91,14 +91,14 @@ def test_neuron_stats(
     rng = np.random.default_rng(seed)
     h = rng.standard_normal((1, tokens, neurons)).astype(NUMPY_DTYPES[dtype])
     counted = rng.random(tokens) < 0.7
-    h[0, ~counted] = np.inf  # what does not count may hold anything
+    h[0, ~counted] = np.inf  # tokens that do not count may have any values
     h[0, rng.random(tokens) < 0.1] = 0  # and a token may have no activation at all
     past, decay = rng.random((2, neurons)).astype(np.float32), np.array([0.75], np.float32)
     norms = rng.uniform(0.5, 2, neurons).astype(np.float32) if magnitude else np.ones(neurons, np.float32)
     feeds = {"h": h, "counted": counted, "past_stats": past, "decay": decay}
     feeds |= {"squared_norms": norms} if magnitude else {}
     if not native:
-        feeds["h"] = h = np.where(np.isinf(h), 3, h)  # the body's products with the row of counted tokens keep inf
+        feeds["h"] = h = np.where(np.isinf(h), 3, h)  # the body multiplies by 0, which keeps inf
     (present,) = run(operators.NEURON_STATS, feeds, ("float32",), provider, native)
     values = np.where(counted[:, None], np.asarray(h[0], np.float64), 0)
     squares = values**2 * norms
@@ -131,7 +131,7 @@ def test_select_mask(provider: str, native: bool, neurons: int, weight: float, d
     expected = (scores >= np.float32(threshold)) | (weight <= 0)
     np.testing.assert_array_equal(keep, expected)
     assert indices[indices >= 0].tolist() == np.flatnonzero(expected).tolist()
-    if native:  # padded to all neurons, after the mask
+    if native:  # the kernel pads to all neurons, after the mask
         assert len(indices) == neurons
         assert (indices[expected.sum() :] == contract.PADDING_INDEX).all()
 
@@ -175,7 +175,7 @@ def test_tail_mean(
 def test_greedy_token(
     provider: str, native: bool, vocabulary: int, tokens: int, spoiled: float | None, levels: int, seed: int
 ) -> None:
-    """The first of equal logits; -1 for a token with a logit that is not finite, and for no other."""
+    """The first of equal logits is taken; -1 exactly for tokens with a logit that is not finite."""
     rng = np.random.default_rng(seed)
     logits = rng.integers(-levels, levels, (1, tokens, vocabulary)).astype(np.float32)
     expected = logits.argmax(axis=2)

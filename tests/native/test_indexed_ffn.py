@@ -1,4 +1,4 @@
-"""The native kernel of `tda::IndexedFFN` against the sum over neurons that it stands for."""
+"""The native kernel of `tda::IndexedFFN` against the sum over neurons of its definition."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ session = functools.cache(ffn_session)
 
 @st.composite
 def index_lists(draw: st.DrawFn, neurons: int) -> np.ndarray:
-    """Some, none or all neurons, with padding anywhere."""
+    """Draw some, none or all neurons, with padding anywhere."""
     share = draw(st.sampled_from([0.0, 0.05, 0.5, 1.0]))
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
     kept = np.flatnonzero(rng.random(neurons) < share)
@@ -53,13 +53,13 @@ def test_kernel_is_the_sum_over_its_indices(
 ) -> None:
     rng = np.random.default_rng(seed)
     indices = data.draw(index_lists(neurons))
-    if dtype != "float32":  # on CUDA an index that is no neuron is ignored
+    if dtype != "float32":  # on CUDA an index of no neuron is ignored
         indices = np.concatenate([indices, data.draw(st.sampled_from([[], [-7, neurons], [2**30, -(2**31)]]))])
     feeds = random_feeds(
         rng, tokens=tokens, hidden=hidden, neurons=neurons, indices=indices, dtype=dtype, threshold=threshold
     )
     expected, estimates = reference(form, feeds, down_bias=down_bias, threshold=threshold)
-    # A neuron whose estimate is at the threshold within rounding may go either way: move the threshold off it.
+    # A neuron within rounding of the threshold may be read or not, so move the threshold away.
     if form.two_levels and threshold == 0.3:
         gap = TOLERANCES[dtype] * 10
         while len(close := estimates[np.abs(estimates - threshold) < gap]):
@@ -87,7 +87,7 @@ def test_equal_calls_give_equal_bits(dtype: str, tokens: int) -> None:
 @pytest.mark.parametrize("step", [1, 2], ids=["side by side", "apart"])
 @pytest.mark.parametrize("threshold", [0.0, 0.2])
 def test_a_token_alone_gives_the_same_bits_on_the_cpu(step: int, threshold: float) -> None:
-    """Whatever the other tokens of the call need."""
+    """For any neurons that the other tokens of the call read."""
     feeds = random_feeds(
         np.random.default_rng(0),
         tokens=17,
@@ -148,7 +148,7 @@ def test_shapes_that_do_not_fit(name: str, shape: tuple[int, ...], message: str)
 @pytest.mark.parametrize("order", ["side by side", "scattered"])
 @pytest.mark.parametrize("gated", [False, True])
 def test_zero_activations_cost_no_further_rows(gated: bool, order: str, dtype: str) -> None:
-    """ReLU's zeros: what is in the rows that belong to them shows nowhere, not even as 0 * NaN."""
+    """The further rows of ReLU's zeros have no effect, not even as 0 * NaN."""
     neurons, form = 400, FfnForm("relu", gated=gated, bias=True)
     rng = np.random.default_rng(0)
     indices = np.arange(neurons) if order == "side by side" else rng.permutation(neurons)
@@ -156,13 +156,13 @@ def test_zero_activations_cost_no_further_rows(gated: bool, order: str, dtype: s
     expected, _ = reference(form, feeds, down_bias=True, threshold=0.0)
     first = "gate" if gated else "up"
     products = feeds["x"].astype(np.float64)[0, 0] @ feeds[f"w_{first}"].astype(np.float64).T + feeds[f"b_{first}"]
-    silent = products < -1e-2  # no rounding makes them positive
+    silent = products < -1e-2  # clearly negative in spite of rounding
     assert 100 < silent.sum() < 300
     for name in ("w_down", *(("w_up", "b_up") if gated else ())):
         feeds[name] = feeds[name].copy()
         feeds[name][silent] = np.nan
     y = run(session(form, down_bias=True, layer=LAYER, dtype=dtype), feeds).astype(np.float64)
     np.testing.assert_allclose(y, expected, rtol=0, atol=TOLERANCES[dtype] * max(1.0, float(np.abs(expected).max())))
-    # The function body multiplies them, which proves that they would show.
+    # The function body multiplies them, which proves that they would have an effect.
     body = run(session(form, down_bias=True, layer=LAYER, dtype=dtype, native=False), feeds)
     assert np.isnan(body.astype(np.float64)).all()

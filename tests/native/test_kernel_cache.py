@@ -1,4 +1,4 @@
-"""Compiled device code on disk: private, whole, and never trusted when damaged. Each check in a process of its own."""
+"""Compiled device code on disk is private and whole, and refused if damaged. Each check has a process of its own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ print("result", float(run(ffn_session(FfnForm("silu"), dtype="float16"), feeds).
 
 
 def compute(cache: Path) -> str:
-    """Run the kernel with this cache folder; return its result."""
+    """Run the kernel with this cache folder, and return its result."""
     environment = os.environ | {"TDA_EXPORT_CACHE": str(cache)}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True, check=True

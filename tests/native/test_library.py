@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def fresh_answers() -> Iterator[None]:
-    """What is known of the library holds for a process; each test asks anew."""
+    """A process remembers facts about the library. Each test starts without them."""
     library.native_problem.cache_clear()
     library.warn_once.cache_clear()
     yield
@@ -83,7 +83,7 @@ def test_generation_without_it(tiny_artifact: Path) -> None:
 def test_kernels_that_cannot_be_made(
     tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As where NVRTC is missing: the session is refused with the kernel's own words, and the body runs."""
+    """For example without NVRTC: the session is refused with the kernel's message, and the body runs."""
     original = session_module.open_session
 
     def refuse_native(*arguments: Any, native: bool = False, **options: Any) -> ort.InferenceSession:
@@ -148,7 +148,7 @@ def test_folder_that_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads an ELF file")
 def test_it_stays_loaded() -> None:
-    """The flag NODELETE (8) of the dynamic section's entry FLAGS_1: sessions come and go, kernels stay."""
+    """By the flag NODELETE (8) in the dynamic section's entry FLAGS_1, kernels stay when sessions end."""
     content = LIBRARY.read_bytes()
     (headers,), (size, count) = struct.unpack_from("<Q", content, 32), struct.unpack_from("<HH", content, 54)
     segments = [struct.unpack_from("<II6Q", content, headers + i * size) for i in range(count)]
@@ -184,7 +184,7 @@ sys.exit(pytest.main(["-q", "-s", "-p", "no:cacheprovider", "tests/native/test_i
 
 
 def widest_target() -> tuple[str, ...]:
-    """Return the flags that leave one target, the widest that this processor has: sanitizers cannot choose at load."""
+    """Return the flags for one target, the widest of this processor, since sanitizers cannot choose at load."""
     features = set(Path("/proc/cpuinfo").read_text().split())
     if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"} <= features:
         return "-DTDA_ONE_TARGET=16", "-march=x86-64-v4"
@@ -195,7 +195,7 @@ def widest_target() -> tuple[str, ...]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the sanitizers' runtimes as GCC on Linux names them")
 def test_cpu_kernels_under_sanitizers(tmp_path: Path) -> None:
-    """The kernels' own tests, with a library that checks addresses and undefined behaviour."""
+    """Run the kernels' own tests with a library that checks addresses and undefined behaviour."""
     flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", *widest_target())
     checked = build(tmp_path / "libtda_ort.so", flags)
     runtimes = [
@@ -206,7 +206,7 @@ def test_cpu_kernels_under_sanitizers(tmp_path: Path) -> None:
     ]
     environment = os.environ | {
         "LD_PRELOAD": " ".join(map(str.strip, runtimes)),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself ends with memory that it never gave back
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself never frees some memory
     }
     done = subprocess.run(
         [sys.executable, "-c", SANITIZED, str(checked)], cwd=ROOT, env=environment, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""The native kernel of `tda::RowLinear` and its function body against the sum over rows that they stand for."""
+"""The native kernel and the function body of `tda::RowLinear` against the sum over rows of its definition."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_prices_that_read_every_row(dtype: str, native: bool, early: bool, price
 @pytest.mark.parametrize("tokens", [1, 5, 9])
 @pytest.mark.parametrize("price", [1e-30, 0.5, np.inf])
 def test_row_prices_of_nothing_and_of_infinity(dtype: str, native: bool, tokens: int, price: float) -> None:
-    """A row price of 0 goes at any price above 0, one of infinity is always read, for x of 0 too."""
+    """A row of price 0 is skipped at any price above 0. One of infinity is always read, even for x of 0."""
     rng = np.random.default_rng(1)
     feeds = random_rows(rng, tokens=tokens, inputs=300, outputs=65, dtype=dtype, zeros=0.2)
     free, dear = np.arange(300) % 3 == 1, np.arange(300) % 3 == 2
@@ -93,7 +93,7 @@ def test_row_prices_of_nothing_and_of_infinity(dtype: str, native: bool, tokens:
 @pytest.mark.parametrize("spoiled", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("price", [0.0, 0.5, np.inf])
 def test_x_that_is_not_finite_reaches_the_result(dtype: str, native: bool, spoiled: float, price: float) -> None:
-    """And that of no other token."""
+    """And no other token's result."""
     rng = np.random.default_rng(2)
     feeds = random_rows(rng, tokens=5, inputs=300, outputs=264, dtype=dtype)
     feeds["x"][0, 2, 150] = spoiled
@@ -110,7 +110,7 @@ def test_x_that_is_not_finite_reaches_the_result(dtype: str, native: bool, spoil
 @pytest.mark.parametrize("tokens", [1, 6, 9])
 @pytest.mark.parametrize("outputs", [264, 65])
 def test_rows_that_are_not_needed_are_not_used(dtype: str, early: bool, tokens: int, outputs: int) -> None:
-    """Neither dropped rows nor those of zeros: what is in them shows nowhere, not even as 0 * NaN."""
+    """Skipped rows and rows of zeros have no effect, not even as 0 * NaN."""
     rng = np.random.default_rng(3)
     feeds = random_rows(rng, tokens=tokens, inputs=1000, outputs=outputs, dtype=dtype)
     feeds["x"][..., rng.random(1000) < 0.4] = 0
@@ -140,7 +140,7 @@ def test_equal_calls_give_equal_bits(dtype: str, tokens: int, outputs: int) -> N
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_token_alone_gives_the_same_bits_on_the_cpu(threads: int) -> None:
-    """Whatever the number of threads, and whatever the other tokens of the call need."""
+    """For any number of threads, and any rows that the other tokens of the call read."""
     rng = np.random.default_rng(5)
     feeds = random_rows(rng, tokens=19, inputs=700, outputs=1037, dtype="float32")
     feeds["price"] = price_for(feeds, 0.4)

@@ -25,7 +25,7 @@ SOURCES = (
     *("common.cuh", "format.cuh", "format_codes.cuh", "products.cuh", "row_sums.cuh", "row_totals.cuh"),
     "row_linear.cu",
 )
-# By bits: kernels by the columns of a thread, those of four tokens last, each with its warps.
+# By bits: kernels by the columns of a thread, with their warps. Those of four tokens are last.
 KERNELS = {
     4: {"1_32_8_2": 8, "1_16_8_2": 8, "1_8_16_1": 16, "1_1_8_3": 8, "4_8_8_1": 8, "4_1_8_1": 8},
     8: {"1_8_8_3": 8, "1_8_16_1": 16, "1_1_8_3": 8, "4_8_8_1": 8, "4_1_8_1": 8},
@@ -59,7 +59,7 @@ def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def multiply(
     library: ctypes.CDLL, kernel: str, format: IntegerFormat, feeds: dict[str, np.ndarray], blocks: int, early: bool
 ) -> np.ndarray:
-    """Run a kernel with so many blocks for a slice of columns."""
+    """Run a kernel with this many blocks for a slice of columns."""
     feeds = {name: np.asarray(array, order="C") for name, array in feeds.items()}
     x, outputs = feeds["x"], feeds["bias"].shape[0]
     tile, width = (int(part) for part in kernel.split("_")[:2])
@@ -130,7 +130,7 @@ def test_sums_over_the_rows_that_are_worth_it(
 def test_rows_that_are_not_needed_may_be_anything(
     way: tuple[str, Libraries], kernel: str, price: float, early: bool
 ) -> None:
-    """Their scales are NaN; rows of x = 0 are among them, also those that are read before x is known."""
+    """Their scales are NaN. Rows of x = 0 are among them, also those loaded before x is known."""
     (dtype, libraries), format = way, integer_format(4)
     feeds, elements = row_feeds(np.random.default_rng(3), format, 200, 1056, 1, dtype)
     feeds["x"][0, 0, ::3] = 0

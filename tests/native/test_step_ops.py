@@ -1,4 +1,4 @@
-"""GatedActivation and CallPrice: bodies and kernels against plain numpy."""
+"""Bodies and kernels of GatedActivation and CallPrice against plain numpy."""
 
 from __future__ import annotations
 

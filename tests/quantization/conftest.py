@@ -1,4 +1,4 @@
-"""What tests of quantisation share."""
+"""Fixtures of the tests of quantisation."""
 
 from __future__ import annotations
 

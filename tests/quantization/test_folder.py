@@ -1,4 +1,4 @@
-"""Quantised folders: what is written comes back exactly, for every way in which families keep their tensors."""
+"""Quantised folders are read back exactly, for all ways in which families store tensors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def rounded(source: ModelSource, output: Path, weights: str = "int8", rules: str
 
 
 def made(name: str, folder: Path, rules: str = "", weights: str = "int8") -> tuple[ModelSource, ModelSource]:
-    """A tiny model, and the same quantised."""
+    """A tiny model, and its quantised folder."""
     source = resolve_model(str(save_tiny_model(name, folder / "float")))
     (folder / "float" / "LICENSE.md").write_text("Do what you like.")
     rounded(source, folder / "quantised", weights, rules)
@@ -50,7 +50,7 @@ def made(name: str, folder: Path, rules: str = "", weights: str = "int8") -> tup
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_every_family_comes_back_exactly(name: str, tmp_path: Path) -> None:
-    """Parts equal the codes, unquantised tensors the checkpoint, and transformers computes with just these weights."""
+    """Parts equal the codes, other tensors equal the checkpoint, and transformers computes with these weights."""
     source, quantised = made(name, tmp_path)
     spec = quantised.spec
     assert spec == source.spec
@@ -80,7 +80,7 @@ def test_every_family_comes_back_exactly(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "phi4-mini", "gpt-neox", "gpt2"])
 def test_matrices_that_stay_floats(name: str, tmp_path: Path) -> None:
-    """Also where they share a tensor of the checkpoint with integers, and where layers differ."""
+    """Also if they share a tensor of the checkpoint with integers, and if layers differ."""
     rules = "layers.*.v=float,layers.1.up=float,layers.2.*=float,embedding=float,head=int4"
     source, quantised = made(name, tmp_path, rules, "int4")
     spec, codes = source.spec, quantised.codes
@@ -151,7 +151,7 @@ def test_what_else_is_in_the_folder(good: Path) -> None:
 
 
 def damaged(good: Path, folder: Path, name: str, change: object) -> ModelSource:
-    """A copy in which a tensor is another, or is gone."""
+    """Copy a folder with a tensor replaced or removed."""
     shutil.copytree(good, folder)
     tensors = load_file(folder / "model.safetensors")
     tensors[name] = change(tensors[name])  # type: ignore[operator]

@@ -25,7 +25,7 @@ def random_weight(inputs: int, outputs: int, seed: int) -> np.ndarray:
 
 
 def random_hessian(inputs: int, seed: int, tokens: int = 300) -> torch.Tensor:
-    """Of inputs that go together and differ in size."""
+    """Return the Hessian of correlated inputs of different sizes."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(inputs, inputs, generator=generator) * torch.rand(inputs, generator=generator).mul(3).exp()
     x = torch.randn(tokens, inputs, generator=generator) @ mix / inputs**0.5
@@ -33,7 +33,7 @@ def random_hessian(inputs: int, seed: int, tokens: int = 300) -> torch.Tensor:
 
 
 def error(weight: np.ndarray, codes: Codes, hessian: torch.Tensor) -> float:
-    """tr(E^T H E)."""
+    """Return tr(E^T H E)."""
     e = torch.from_numpy(codes.decode() - weight).double()
     return float((e * (hessian.double() @ e)).sum())
 
@@ -75,8 +75,8 @@ def test_its_error_on_the_inputs_is_no_worse_than_rounding(
 
 
 def by_hand(weight: np.ndarray, hessian: torch.Tensor, format: IntegerFormat) -> Codes:
-    """The rows still to come are changed so that the error of those that are rounded is least: a least-squares problem
-    for each row, without any factor."""
+    """Round row after row. After each, change the rows that follow so that the error is smallest: a least-squares
+    problem for each row, without any factor."""
     h = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(len(hessian), dtype=torch.float64)
     order = hessian.diagonal().argsort(descending=True, stable=True)
     left = torch.from_numpy(weight).double()
@@ -99,15 +99,15 @@ def test_against_least_squares(inputs: int, outputs: int) -> None:
     weight, hessian, format = random_weight(inputs, outputs, 1), random_hessian(inputs, 1), integer_format(4)
     codes = quantise_rows(torch.from_numpy(weight), row_order(hessian), format)
     expected = by_hand(weight, hessian, format)
-    assert (codes.codes != expected.codes).mean() < 0.01  # an element may fall just beside the middle of two codes
+    assert (codes.codes != expected.codes).mean() < 0.01  # elements near the middle of two codes may differ
     assert error(weight, codes, hessian) == pytest.approx(error(weight, expected, hessian), rel=0.02)
 
 
 @settings(max_examples=25)
 @given(format=formats, size=st.tuples(st.integers(1, 40), st.integers(1, 80)), seed=st.integers(0, 9))
 def test_its_errors_are_those_of_rounding_passed_on(format: IntegerFormat, size: tuple[int, int], seed: int) -> None:
-    """The errors of a quantised matrix, taken back to those of its rows alone, are at most half a step where no code is
-    cut off."""
+    """The errors of a quantised matrix, converted back to those of rounding alone, are at most half a step unless a
+    code is cut off."""
     weight, hessian = random_weight(*size, seed), random_hessian(size[0], seed)
     rows = row_order(hessian)
     codes = quantise_rows(torch.from_numpy(weight), rows, format)
@@ -140,7 +140,7 @@ def test_more_rows_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(weight) < gptq.BLOCK
     monkeypatch.setattr(gptq, "BLOCK", 16)
     codes = quantise_rows(torch.from_numpy(weight), row_order(hessian), format)
-    assert (codes.codes != whole.codes).mean() < 0.01  # sums are rounded otherwise
+    assert (codes.codes != whole.codes).mean() < 0.01  # sums are rounded differently
     assert error(weight, codes, hessian) == pytest.approx(error(weight, whole, hessian), rel=0.02)
     assert error(weight, codes, hessian) < 0.5 * error(weight, round_to_nearest(weight, format), hessian)
 
@@ -204,10 +204,10 @@ def test_the_search_is_the_one_of_rounding_to_nearest() -> None:
     count=st.integers(1, 5),
 )
 def test_matrices_side_by_side(outputs: list[int], format: IntegerFormat, symmetric: bool, count: int) -> None:
-    """As each alone, but for products that may be rounded otherwise; also where ranks share the groups."""
+    """The result is that of each matrix alone, up to rounding of products, also if ranks share the groups."""
 
     class InTurns(Ranks):
-        """Does what all ranks do."""
+        """Does the work of all ranks in turn."""
 
         def in_order(self, items: Any, work: Any) -> Any:
             return [work(item, count) for item in items]

@@ -1,4 +1,4 @@
-"""The rounding of rows on a GPU: the Triton kernel against the reference, and what happens without it."""
+"""The rounding of rows on a GPU: the Triton kernel against the reference, and runs without it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_kernel_rounds_as_the_reference(
     found = rounding(block.clone(), factor, counts, format, symmetric=symmetric)
     expected = round_block(block.clone(), factor, counts, format, symmetric=symmetric)
     assert rounding is not round_block
-    # A sum that is rounded otherwise can move an element over the middle of two codes, and rows after it with it.
+    # A sum that is rounded differently can move an element over the middle of two codes, and change later rows.
     same_groups = (found[0].float() == expected[0].float()).all(dim=2).float().mean()
     assert same_groups > 0.9
     decoded = [(c.float() - z.float()[..., None]) * s.float()[..., None] for c, s, z, _ in (found, expected)]
@@ -94,7 +94,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_user_is_told(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "why_slow", lambda device, formats, symmetric: "No module named 'triton'")
     lines: list[str] = []
-    rounded = {"quantizer": "rtn", "bits_per_weight": 6.0}  # by other operators
+    rounded = {"quantizer": "rtn", "bits_per_weight": 6.0}  # GPTQ's rounding is not used
     quantize(tiny, CORPUS, QuantizeSettings(**{**vars(SETTINGS), **rounded}), show=Shown(), notify=lines.append)
     assert lines == []
     quantize(tiny, CORPUS, SETTINGS, show=Shown(), notify=lines.append)

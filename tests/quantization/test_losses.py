@@ -1,4 +1,4 @@
-"""Estimated losses of linears against gradients of whole models, and against what rounding one linear costs."""
+"""Estimated losses of linears against gradients of whole models, and against the KL of rounding one linear."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def gptq_errors(source: ModelSource, tokens: torch.Tensor) -> dict[str, torch.Te
 def by_weight_gradients(
     source: ModelSource, errors: dict[str, torch.Tensor], tokens: torch.Tensor, pieces: list[int]
 ) -> dict[str, float]:
-    """½ |E^T ∇|² / out a token, where ∇ is the gradient of the log-likelihood by the weights themselves."""
+    """Return ½ |E^T ∇|² / out a token, where ∇ is the gradient of the log-likelihood by the weights."""
     model, spec = source.reference().requires_grad_(True), source.spec
     found = dict.fromkeys(errors, 0.0)
     for number, sequence in enumerate(tokens):
@@ -87,10 +87,10 @@ def by_weight_gradients(
     return found
 
 
-# One of each way to store linears, and those that scale logits or hidden states.
+# A family for each way to store linears, and those that scale logits or hidden states.
 @pytest.mark.parametrize("name", ["gemma2", "gpt-neox", "gpt2", "granite", "llama", "opt", "phi3", "qwen3"])
 def test_against_gradients_by_the_weights(name: str, tmp_path: Path) -> None:
-    """GPTQ's Hessians come from the two sequences that give no gradients."""
+    """GPTQ's Hessians come from the two sequences without gradients."""
     source = resolve_model(str(save_tiny_model(name, tmp_path / name)))
     expected = by_weight_gradients(source, gptq_errors(source, TOKENS[3:]), TOKENS[:3], [24])
     assert estimated(source) == pytest.approx(expected, rel=2e-3, abs=1e-12)
@@ -104,14 +104,14 @@ def test_rounding_to_nearest_and_logits_in_pieces(tiny_model: Path, monkeypatch:
 
 
 def test_a_single_sequence_has_no_hessian(tiny_model: Path) -> None:
-    """Nothing is known of other inputs, so GPTQ is expected to do what rounding does."""
+    """There are no other inputs for a Hessian, so the estimate for GPTQ is that of rounding."""
     source = resolve_model(str(tiny_model))
     one = estimated(source, TOKENS[:1])
     assert one == pytest.approx(estimated(source, TOKENS[:1], quantizer="rtn"), rel=1e-3)
 
 
 def test_what_rounding_a_linear_costs(tiny_model: Path) -> None:
-    """Over all linears; each alone is subject to chance. The tiny model's layers change its predictions little."""
+    """Over all linears, because single ones are noisy. The tiny model's layers change its predictions little."""
     source = resolve_model(str(tiny_model))
     tokens = torch.randint(3, 259, (32, 24), generator=torch.Generator().manual_seed(5))
     found = estimated(source, tokens, quantizer="rtn")

@@ -83,7 +83,7 @@ def weights(kind: str, size: tuple[int, int], seed: int) -> np.ndarray:
 def test_pytorch_rounds_to_the_same_bits(
     format: IntegerFormat, kind: str, size: tuple[int, int], symmetric: bool, seed: int
 ) -> None:
-    assume(size[0] * format.groups(size[1]) > 1)  # NumPy adds up a single group in another order
+    assume(size[0] * format.groups(size[1]) > 1)  # NumPy adds the squares of a single group in another order
     rows = weights(kind, size, seed)
     found = nearest_on_device.round_to_nearest(torch.from_numpy(rows), format, symmetric=symmetric)
     same(found, round_to_nearest(rows, format, symmetric=symmetric))
@@ -105,7 +105,7 @@ def test_a_gpu_rounds_to_the_same_bits(
 
 @pytest.mark.parametrize(("elements", "counts"), [(1, [1] * 37), (10 * 83, [10, 10, 10, 7]), (1 << 22, [37])])
 def test_a_device_gets_pieces(elements: int, counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """None is larger than what is allowed at a time, unless it is one row."""
+    """A piece is at most the allowed size, or one row."""
     format, rows = integer_format(4), np.random.default_rng(0).standard_normal((37, 83)).astype(np.float32)
     whole = round_to_nearest(rows, format)
     left, sizes = iter(range(37)), []

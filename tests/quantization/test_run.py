@@ -1,4 +1,4 @@
-"""A quantisation as a whole: layers of every family, interruptions, and what it says that it loses."""
+"""A whole quantisation: layers of every family, interruptions, and the measured loss."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Interruption(Exception):
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_layers_alone_do_what_the_model_does(name: str, family: Any) -> None:
-    """Inputs of each layer, what its sites read, and so the Hessians, are those of a whole pass."""
+    """Inputs of each layer and of its sites, and so the Hessians, are those of a whole pass."""
     model, spec = family(name)
     calls, inputs = layer_calls(model, spec, TOKENS[0]), first_inputs(model, spec, TOKENS[:2])
     read: dict[tuple[int, str], torch.Tensor] = {}
@@ -78,7 +78,7 @@ def test_layers_alone_do_what_the_model_does(name: str, family: Any) -> None:
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_the_folder_is_the_model_whose_loss_was_measured(name: str, tmp_path: Path) -> None:
-    """Of every family; packed, transposed and rotated weights were put into the model as the folder has them."""
+    """In every family, also with packed, transposed and rotated weights."""
     source = resolve_model(str(save_tiny_model(name, tmp_path / "float")))
     before = {name: value.clone() for name, value in source.reference().state_dict().items()}
     quantised = quantize(source, CORPUS, SETTINGS, show=Shown(), output=tmp_path / "out")
@@ -96,7 +96,7 @@ def test_the_folder_is_the_model_whose_loss_was_measured(name: str, tmp_path: Pa
 
 
 def test_a_gguf_file_becomes_a_folder(tmp_path: Path) -> None:
-    """The model that transformers made of it, which is the source of its weights, stays as it is."""
+    """The transformers model, from which the weights come, stays unchanged."""
     source = write_gguf(tmp_path / "model.gguf")
     vars(source)["tokenizer"] = byte_tokenizer()
     before = {name: value.clone() for name, value in source.reference().state_dict().items()}
@@ -131,7 +131,7 @@ def test_gptq_loses_less_than_rounding(tiny: ModelSource) -> None:
 
 
 def changed_weights(source: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> ModelSource:
-    """A copy of a model with other weights."""
+    """Copy a model with other weights."""
     shutil.copytree(source, folder)
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -140,7 +140,7 @@ def changed_weights(source: Path, folder: Path, change: Callable[[dict[str, torc
 
 
 def test_a_model_whose_logits_are_not_finite(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One NaN behind all layers, which no Hessian sees; it shows before any layer is quantised."""
+    """A NaN after all layers, which no Hessian sees. It is found before any layer is quantised."""
 
     def damage(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.norm.weight"][0] = float("nan")
@@ -180,7 +180,7 @@ def test_progress_reaches_its_end(tiny: ModelSource) -> None:
 
 
 def test_rounding_needs_no_data(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no model: matrices are read and rounded one by one."""
+    """Nor a model: matrices are read and rounded one by one."""
     monkeypatch.setattr(ModelSource, "reference", None)
     settings = QuantizeSettings(quantizer="rtn", kl_sequences=0)
     found = quantize(tiny, None, settings, show=Shown())
@@ -204,7 +204,7 @@ def test_embedding_and_head_are_rounded_on_the_device(tiny: ModelSource, monkeyp
 
 
 def test_a_rank_without_sequences(tiny: ModelSource) -> None:
-    """There may be more ranks than held-out sequences, and rounding reads no others."""
+    """There may be more ranks than held-out sequences, and rounding to nearest reads no others."""
     settings, none = QuantizeSettings(quantizer="rtn", kl_sequences=2), TOKENS[:0]
     plan, model = settings.plan(tiny.spec), LayerwiseModel(tiny, "cpu")
     alone = run._Run(tiny, plan, settings, "cpu", model, none, none, None, ALONE)
@@ -260,7 +260,7 @@ def test_an_interrupted_run_gives_the_same_folder(name: str, call: int, tmp_path
             run, "quantise_together", lambda *given, **options: calls.append(1) or original(*given, **options)
         )
         assert finished(source, tmp_path / "out") == expected
-    assert len(calls) == (3 - call // sites) * sites  # whole layers are not done again
+    assert len(calls) == (3 - call // sites) * sites  # finished layers are not repeated
 
 
 def test_layers_of_another_quantisation_are_not_used(tiny: ModelSource, tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_finished_layers_are_removed(tiny: ModelSource, tmp_path: Path) -> None:
     partial = PartialLayers(tmp_path / "out", {})
     assert len(list(partial.folder.iterdir())) == 3
     others = ["layer-00001.safetensors", "layer-00002.safetensors", "layer-norms.safetensors", "notes.txt"]
-    save_file({"w": torch.zeros(1)}, partial.folder / others[0])  # of somebody else
+    save_file({"w": torch.zeros(1)}, partial.folder / others[0])  # not our file
     (partial.folder / others[1]).unlink()
     (partial.folder / others[1]).mkdir()
     (partial.folder / others[2]).write_bytes((partial.folder / "layer-00000.safetensors").read_bytes())
@@ -317,7 +317,7 @@ def test_layers_that_cannot_be_kept(
 
 
 def test_codes_of_layers_lie_beside_the_output(tiny: ModelSource, tmp_path: Path) -> None:
-    """And not in memory; without an output they are there, packed, and the same."""
+    """They are not in memory. Without an output the same codes are in memory, packed."""
     inside = quantize(tiny, CORPUS, SETTINGS, show=Shown())
     found = quantize(tiny, CORPUS, SETTINGS, show=Shown(), output=tmp_path / "out")
     assert list(found.codes) == list(inside.codes)
@@ -351,7 +351,7 @@ def test_a_folder_of_layers_that_is_in_the_way(tiny: ModelSource, tmp_path: Path
     finished(tiny, tmp_path / "out")
     partial.check()
     layer.write_bytes(layer.read_bytes()[:-100])
-    partial.check()  # damaged ones are done again
+    partial.check()  # damaged layers are done again
 
 
 def test_inputs_that_are_not_finite(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,7 +385,7 @@ def test_sequences_are_read_or_held_out(found: int, options: dict[str, Any], rea
 
 
 def test_every_quantiser_is_measured_on_the_same_text() -> None:
-    """The builtin text, as the command draws it for each."""
+    """It is the built-in text, as the command draws it for each quantiser."""
     tokenizer = byte_tokenizer()
     measured = []
     for options in ({"quantizer": "rtn"}, {"sequences": 3}, {"sequences": 9}):

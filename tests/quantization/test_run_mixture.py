@@ -24,7 +24,7 @@ MIXED = QuantizeSettings(**{**vars(SETTINGS), "bits_per_weight": 6.0, "rules": r
 
 
 def mean_bits(codes: Any) -> float:
-    """Of the layers' linears, from what is stored."""
+    """Return the mean bits of the layers' linears, from the stored bytes."""
     linears = [found for name, found in codes.items() if name.startswith("layers.")]
     stored = sum(array.nbytes for found in linears for array in found.pack())
     return 8 * stored / sum(found.codes.size for found in linears)
@@ -39,7 +39,7 @@ def test_some_linears_are_int8(quantizer: Quantizer, tiny: ModelSource) -> None:
     assert {format for name, format in formats.items() if name.startswith("layers.1.")} == {"int4_g32"}
     assert set(formats.values()) == {"int4_g32", "int8_g32"}
     assert {name: codes.format for name, codes in found.codes.items()} == found.plan.integers
-    used = {"gptq": 2, "rtn": 4}[quantizer]  # of 3, of which GPTQ's Hessians need some; 1 of 5 is held out
+    used = {"gptq": 2, "rtn": 4}[quantizer]  # GPTQ keeps some of its 3 for Hessians; 1 of 5 is held out
     mean = mean_bits(found.codes)
     assert 5.7 < mean <= 6
     assert found.about["mixture"] == {
@@ -64,7 +64,7 @@ def test_more_bits_lose_less(tiny: ModelSource) -> None:
 
 
 def test_estimated_losses_are_kept(tiny: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interrupted run does not estimate again; the folder is the same. Other bits need no other losses."""
+    """An interrupted run does not estimate again, and gives the same folder. Other bits use the same losses."""
     mixed = {"bits_per_weight": 6.0}
     expected = finished(tiny, tmp_path / "whole", **mixed)
     with monkeypatch.context() as patch:
@@ -78,7 +78,7 @@ def test_estimated_losses_are_kept(tiny: ModelSource, tmp_path: Path, monkeypatc
         patch.setattr(run, "linear_losses", None)
         assert finished(tiny, tmp_path / "out", **mixed) == expected
         assert finished(tiny, tmp_path / "out", bits_per_weight=5.0) == other
-        with pytest.raises(TypeError):  # other settings do
+        with pytest.raises(TypeError):  # other settings need new losses
             finished(tiny, tmp_path / "out", **mixed, symmetric=True)
     losses.write_bytes(losses.read_bytes()[:-5])
     assert finished(tiny, tmp_path / "out", **mixed) == expected

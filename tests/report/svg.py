@@ -1,4 +1,4 @@
-"""Read charts back: elements, and the values that the places of points stand for by the labelled ticks."""
+"""Read charts back: elements, and the values of points by the labelled ticks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tick_value(label: str) -> float:
 def reader(root: ET.Element, axis: str, *, log: bool = False):  # type: ignore[no-untyped-def]
     """Return a function from a place to a value, by the outermost two ticks of an axis, x or y."""
     ticks = [element for element in by_class(root, "tick") if axis in element.get("class", "").split()]
-    shift = 4 if axis == "y" else 0  # the text's baseline is under the tick
+    shift = 4 if axis == "y" else 0  # the text's baseline is below the tick
     known = sorted((tick_value(tick.text or ""), float(tick.get(axis, "")) - shift) for tick in ticks)
     (low, start), (high, end) = known[0], known[-1]
     if log:
@@ -54,7 +54,7 @@ def corners(element: ET.Element) -> list[tuple[float, float]]:
 
 
 def centre(mark: ET.Element) -> tuple[float, float]:
-    """Where a mark lies: a circle's centre, or the mean of a polygon's corners."""
+    """Return the place of a mark: a circle's centre, or the mean of a polygon's corners."""
     if mark.tag == "circle":
         return float(mark.get("cx", "")), float(mark.get("cy", ""))
     points = corners(mark)

@@ -83,7 +83,7 @@ def test_scores_are_those_of_transformers(tiny_model: Path, tiny_artifact: Path)
     reader = Reader(open_artifact(tiny_artifact), "cpu")
     expected = torch.stack(reference_scores(source.reference(), source.spec, TOKENS, magnitude=True)).numpy()
     assert reader.scores(TOKENS) == pytest.approx(expected, abs=1e-5)
-    assert reader.scores(TOKENS) == pytest.approx(expected, abs=1e-5)  # nothing is left of the call before
+    assert reader.scores(TOKENS) == pytest.approx(expected, abs=1e-5)  # the call before has no effect
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_inertia_in_small() -> None:
     assert first_quarter(len(r)) == 1
     assert found.cosine == pytest.approx((16 / 25 + 9 / 25 + 0) / 3)
     assert found.jaccard == pytest.approx((1 / 3 + 1 / 3 + 0) / 3)
-    assert found.kept == pytest.approx((1 + 0 + 2) / 6)  # of neurons 0 and 1
+    assert found.kept == pytest.approx((1 + 0 + 2) / 6)  # neurons 0 and 1
 
 
 def test_chance() -> None:
@@ -164,7 +164,7 @@ def test_chance() -> None:
 
 def test_brightness_sorts_by_the_first_quarter_without_sinks() -> None:
     r = np.zeros((5, 4))
-    r[0] = [1, 0, 0, 0]  # a sink
+    r[0] = [1, 0, 0, 0]  # an attention sink
     r[1] = [0.1, 0.9, 0.4, 0.2]
     picture = brightness(relative(r), sinks=1)
     assert picture.shape == (5, 4)
@@ -182,7 +182,7 @@ def test_random_tokens(tiny_artifact: Path) -> None:
 
 def test_prompts_are_thirteen() -> None:
     assert len(SIMILARITY_PROMPTS) == len({prompt.label for prompt in SIMILARITY_PROMPTS}) == 13
-    assert all(len((prompt.text or "").encode()) < 120 for prompt in SIMILARITY_PROMPTS)  # one byte a token, at most
+    assert all(len((prompt.text or "").encode()) < 120 for prompt in SIMILARITY_PROMPTS)  # at most one byte a token
     first = SIMILARITY_PROMPTS[0].text or ""
     assert shuffled(first) == SIMILARITY_PROMPTS[3].text != first
     assert sorted(shuffled(first).rstrip(".").split()) == sorted(first.rstrip(".").split())

@@ -1,4 +1,4 @@
-"""The section that a report opens with: what it says of reading, losing and gaining."""
+"""The first section of a report: bytes, loss and speed-up."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_masks_by_kl(tiny_calibration: Path) -> None:
     calibration = read_calibration(tiny_calibration)
     allocation = calibration.allocate(Budget(sparsity=0.5))
     answer = mask_answer(calibration, allocation, refresh=Refresh(10), ffn_bytes=10 * MIB)
-    assert answer.share == pytest.approx(0.55)  # of ten tokens one reads everything
+    assert answer.share == pytest.approx(0.55)  # one of ten tokens reads every row
     assert answer.lead.startswith("A token reads 55% of the bytes of the FFN (6 of 10 MiB), and loses")
     data = quality_data(calibration)
     assert data is not None
@@ -101,7 +101,7 @@ def test_masks_by_cett(tiny_calibration: Path) -> None:
 
 
 def drawn(answer: Answer, *, log: bool) -> np.ndarray:
-    """The points of an answer's chart, behind its legend's two."""
+    """Return the points of an answer's chart, without the two of the legend."""
     assert answer.figure is not None
     root = parse(answer.figure.chart)
     x, y = reader(root, "x"), reader(root, "y", log=log)

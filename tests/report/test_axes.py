@@ -1,4 +1,4 @@
-"""Axes: values lie where they should, and ticks are round and within the range."""
+"""Axes: places of values, and round ticks within the range."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Charts: well-formed, and every point where its data says."""
+"""Charts are well-formed, and every point is at the place of its data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_points_lie_where_the_ticks_say() -> None:
     xs, ys = [0.1, 0.45, 0.9], [0.5, 0.02, 0.003]
     root = parse(line_chart("title", [Series("a", xs, ys), Series("b", xs, ys[::-1], style=1)], X, Y))
     x, y = reader(root, "x"), reader(root, "y", log=True)
-    marks = [centre(mark) for mark in by_class(root, "mark")][2:]  # two are the legend's
+    marks = [centre(mark) for mark in by_class(root, "mark")][2:]  # the first two are the legend's
     assert [x(place) for place, _ in marks] == pytest.approx([*xs, *xs], abs=1e-3)
     assert [y(place) for _, place in marks] == pytest.approx([*ys, *ys[::-1]], rel=1e-2)
     line = by_class(root, "line", "polyline")[0]
@@ -118,7 +118,7 @@ def test_curves(curves: Curves, chart: Callable[[Curves, Chosen | None], Markup]
 
 
 def test_points_are_what_was_chosen_wherever_the_curves_are(curves: Curves) -> None:
-    chosen = Chosen([0.03, 2e-5], [0.75, 1.0], [0.4, 1.1], [0.3, 0.6])  # neither is on a curve, nor where one moves
+    chosen = Chosen([0.03, 2e-5], [0.75, 1.0], [0.4, 1.1], [0.3, 0.6])  # off the curves
 
     def points(chart: Markup, *, log: bool) -> np.ndarray:
         root = parse(chart)
@@ -169,7 +169,7 @@ def test_sensitivity() -> None:
     root = parse(sensitivity_chart(kl, share))
     x, y = reader(root, "x"), reader(root, "y", log=True)
     lines = [[(x(place[0]), y(place[1])) for place in corners(line)] for line in by_class(root, "line", "polyline")]
-    assert np.array(lines[0]) == pytest.approx(np.array([(0.2, 0.1), (0.5, 0.01)]), rel=2e-2)  # no KL of 0
+    assert np.array(lines[0]) == pytest.approx(np.array([(0.2, 0.1), (0.5, 0.01)]), rel=2e-2)  # a KL of 0 is not drawn
     assert np.array(lines[1]) == pytest.approx(np.array([(0.2, 0.2), (0.5, 0.05), (1.0, 0.02)]), rel=2e-2)
 
 

@@ -1,4 +1,4 @@
-"""The page: well-formed, escaped, and without anything from outside."""
+"""The page is well-formed and escaped, and loads nothing from outside."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_text_is_escaped_everywhere() -> None:
     assert "<script" not in html
     assert html.count("&lt;script&gt;") >= 2 * 10
     assert "\x00" not in html
-    # The template's elements are all closed, so a page is well-formed XML but for its doctype.
+    # The template closes all elements, so a page without its doctype is well-formed XML.
     root = ET.fromstring(html.removeprefix("<!DOCTYPE html>"))
     assert root.findtext(".//h1") == MARKUP.replace("\x00", "\ufffd")
     assert [len(row) for row in root.findall(".//tbody/tr")] == [2, 1, 2, 1]

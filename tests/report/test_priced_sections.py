@@ -1,4 +1,4 @@
-"""Sections on prices: what they draw and list is what was measured."""
+"""Sections on prices show the measurements."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def priced(calibration: Calibration) -> Priced:
 
 
 def marks(chart: str, *, log: bool, legends: int) -> np.ndarray:
-    """The points of a chart, behind its legend's."""
+    """Return the points of a chart, without those of the legend."""
     root = parse(chart)
     x, y = reader(root, "x"), reader(root, "y", log=log)
     return np.array([(x(a), y(b)) for a, b in map(centre, by_class(root, "mark"))][legends:])
@@ -87,7 +87,7 @@ def test_densities_by_part_and_layer(priced: Priced, packing: str) -> None:
             assert found.parts[part] == pytest.approx(read.tolist())
             assert np.mean(found.parts[part]) == pytest.approx(row.parts[part])
         if len(together(found.parts)) != len(lines):
-            continue  # near dense other lines fall together too
+            continue  # near dense, other lines coincide too
         layers = marks(layers_chart(found), log=False, legends=len(lines))
         expected = [(layer, value) for part in lines for layer, value in enumerate(found.parts[part])]
         assert layers == pytest.approx(np.array(expected), abs=8e-3)

@@ -1,4 +1,4 @@
-"""Results: what their lines and charts are called, and how they are sorted."""
+"""Results: names and order of lines and charts."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_groups() -> None:
 
 
 def test_section_without_labels() -> None:
-    """What is not known is left out of captions, and is a dash in the table."""
+    """Unknown values are left out of captions, and are a dash in the table."""
     unknown = result(model=None, continuation_tokens=None)
     section = methods_section([result(), unknown])
     assert [figure.caption for figure in section.figures] == [
@@ -104,7 +104,7 @@ def test_bytes_of_linears_have_a_chart_and_a_column_where_they_are_known() -> No
     legends = [[text.text for text in by_class(parse(figure.chart), "legend")] for figure in section.figures]
     assert legends == [["priced rows"], ["TDA (uniform)", "priced rows"]]
     root = parse(section.figures[0].chart)
-    (mark,) = by_class(root, "mark")[1:]  # the other one is the legend's
+    (mark,) = by_class(root, "mark")[1:]  # the first one is the legend's
     assert reader(root, "x")(centre(mark)[0]) == pytest.approx(0.6, rel=2e-2)
     column = section.tables[0].columns.index("bytes of all linears, share of dense")
     assert [row[column] for row in section.tables[0].rows] == ["–", "0.600"]

@@ -1,4 +1,4 @@
-"""Files of results: what eval and the benchmarks print, read back, and how other files are refused."""
+"""Files of results: output of eval and the benchmarks is read back, and other files are refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ QUALITY: dict[str, Any] = {
 
 
 def baseline_row(method: str, sparsity: float, **changes: Any) -> dict[str, Any]:
-    """A row of `benchmarks/baselines.py --json`."""
+    """Return a row of `benchmarks/baselines.py --json`."""
     return {
         "model": "smollm2-135m",
         "dtype": "float32",
@@ -51,13 +51,13 @@ def baseline_row(method: str, sparsity: float, **changes: Any) -> dict[str, Any]
 
 
 def table_row(method: str, sparsity: float | None, asked: float | None, **changes: Any) -> dict[str, Any]:
-    """A row of `benchmarks/quality_table.py --json` that was measured on the artifact."""
+    """Return a row of `benchmarks/quality_table.py --json` that was measured on the artifact."""
     row = QUALITY | {"method": method, "sparsity": sparsity, "asked": asked, "text": "stories", "prompt_tokens": 32}
     return row | {"ffn_share": QUALITY["ffn_bytes"] / QUALITY["dense_ffn_bytes"]} | changes
 
 
 def table_rows(**changes: Any) -> list[dict[str, Any]]:
-    """A row of each method, as the script orders them; those of baselines.py come with a baseline's keys."""
+    """Return a row of each method in the script's order. Those of baselines.py have a baseline's keys."""
     rows = [
         table_row("dense", None, None, kl=0.0),
         table_row("tda", 0.3, 0.33079576492309565),
@@ -127,7 +127,7 @@ NAMED = [
 
 @pytest.mark.parametrize("labels", [{}, {"model": "smollm2-135m", "continuation_tokens": 128}], ids=["bare", "labels"])
 def test_quality_table(tmp_path: Path, labels: dict[str, Any]) -> None:
-    """Rows of one text and length make one chart, those that name the model and those that do not."""
+    """Rows of one text and length make one chart, whether they name the model or not."""
     rows = table_rows(**labels)
     results = read_results(write(tmp_path, lines([*rows, *(row | {"prompt_tokens": 384} for row in rows)]))).qualities
     assert list(grouped(results)) == [("smollm2-135m", "stories", prompt, 128) for prompt in (32, 384)]

@@ -1,4 +1,4 @@
-"""Sections on a calibration: what they draw and say is what the calibration holds."""
+"""Sections on a calibration show the values in the calibration."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def calibration(tiny_calibration: Path) -> Calibration:
 
 
 def drawn(calibration: Calibration, budget: Budget) -> list[np.ndarray]:
-    """The points (x, y) of the three charts of curves."""
+    """Return the points (x, y) of the three charts of curves."""
     figures = curves_section(curves_of(calibration), calibration.allocate(budget)).figures
     found = []
     for figure, log in zip(figures, (True, True, False), strict=True):
@@ -92,7 +92,7 @@ def test_budget_by_kl_of_curves_alone(calibration: Calibration) -> None:
 
 
 def test_kl_of_every_setting(calibration: Calibration) -> None:
-    """Predicted KL is the KL of all layers on sequences that the path never saw, and nothing else is called so."""
+    """Predicted KL is only the KL of all layers on sequences that the path was not fitted to."""
     table = calibration.kl
     assert table is not None
     section = sensitivity_section(calibration)
@@ -114,14 +114,14 @@ def test_kl_of_every_setting(calibration: Calibration) -> None:
             f"{alone:.4f}",
         ]
     assert not section.notes
-    # At a setting of the path, the prediction of the allocation is the table's.
+    # At a setting of the path, the allocation's prediction is the table's.
     allocation = calibration.allocate(Budget(sparsity=1 - float(table.share[3])))
     assert allocation.kl == pytest.approx(table.predicted_kl[3], rel=1e-3)
     assert f"Predicted KL to dense: {allocation.kl:.3f}" in allocation_section(allocation, {}).paragraphs[1]
 
 
 def test_kl_of_one_sequence(calibration: Calibration) -> None:
-    """As `calibrate --sequences 1` leaves it: no standard errors, and nothing held out."""
+    """As after `calibrate --sequences 1`: no standard errors, and no held-out sequence."""
     assert calibration.kl is not None
     kl = calibration.kl.kl[:, :1].expand(-1, 2)
     one = replace(calibration, kl=replace(calibration.kl, kl=kl, kl_stderr=torch.zeros_like(kl)))

@@ -1,4 +1,4 @@
-"""The tiny artifact, loaded, beside the model that it was built from."""
+"""Fixtures: the tiny artifact, loaded, and the model that it was built from."""
 
 from __future__ import annotations
 
@@ -46,26 +46,26 @@ def replace_file(folder: Path, name: str, content: bytes) -> None:
 
 
 def add_unknown_token(folder: Path) -> None:
-    """Let an artifact's tokenizer know the token `<image>`, which the model does not: as Gemma 3's text models."""
+    """Add the token `<image>` to an artifact's tokenizer, but not to the model, as in Gemma 3's text models."""
     tokenizer = Tokenizer.from_file(str(folder / contract.TOKENIZER_FILE))
     tokenizer.add_special_tokens(["<image>"])
     replace_file(folder, contract.TOKENIZER_FILE, tokenizer.to_str().encode())
 
 
 def mask_alone(model: Model) -> Deployment:
-    """The artifact's own thresholds and prior, without token thresholds."""
+    """Return the artifact's own thresholds and prior, without token thresholds."""
     layers = model.artifact.shape.num_layers
     return Deployment(model.artifact.deployment.thresholds, np.zeros(layers, np.float32), ffn_matrices=GATED)
 
 
 def second_level(model: Model, thresholds: np.ndarray) -> SecondLevel:
-    """Token thresholds [L] as the reference takes them."""
+    """Return token thresholds [L] for the reference."""
     scales = [map_weight(model.artifact, contract.neuron_scale(layer)) for layer in range(len(thresholds))]
     return SecondLevel([torch.from_numpy(scale.copy()) for scale in scales], thresholds.tolist())
 
 
 def reference_mask(model: Model, mask: PromptMask) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """A prompt's mask as the reference takes it: L tensors [F] of 0 and 1, L tails [M]."""
+    """Return a prompt's mask for the reference: L tensors [F] of 0 and 1, and L tails [M]."""
     masks, tails = [], []
     for layer in range(model.artifact.shape.num_layers):
         kept = torch.zeros(model.artifact.shape.ffn_size)
@@ -77,7 +77,7 @@ def reference_mask(model: Model, mask: PromptMask) -> tuple[list[torch.Tensor], 
 
 @contextlib.contextmanager
 def without_native_kernels() -> Iterator[None]:
-    """Run as where the library was not built."""
+    """Run as if the library were not built."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SWITCH, "0")
         native_problem.cache_clear()
@@ -87,7 +87,7 @@ def without_native_kernels() -> Iterator[None]:
 
 @pytest.fixture(scope="session", params=["native", "stock"])
 def model(tiny_artifact: Path, request: pytest.FixtureRequest) -> Model:
-    """The tiny artifact on the CPU. A Model keeps nothing of a generation, so tests may share it."""
+    """The tiny artifact on the CPU. A generation does not change a Model, so tests share it."""
     with without_native_kernels() if request.param == "stock" else contextlib.nullcontext():
         loaded = load(tiny_artifact, provider="cpu")
     assert loaded.sessions.native == (request.param == "native")
@@ -96,7 +96,7 @@ def model(tiny_artifact: Path, request: pytest.FixtureRequest) -> Model:
 
 @pytest.fixture(scope="session", params=["native", "stock"])
 def priced_model(priced_artifact: Path, request: pytest.FixtureRequest) -> Model:
-    """The tiny artifact of priced rows on the CPU; tests may share it as well."""
+    """The tiny artifact of priced rows on the CPU, shared by tests."""
     with without_native_kernels() if request.param == "stock" else contextlib.nullcontext():
         loaded = load(priced_artifact, provider="cpu")
     assert loaded.sessions.native == (request.param == "native")
@@ -105,13 +105,13 @@ def priced_model(priced_artifact: Path, request: pytest.FixtureRequest) -> Model
 
 @pytest.fixture(scope="session")
 def source(tiny_model: Path) -> ModelSource:
-    """The model that it was built from."""
+    """The model that the tiny artifact was built from."""
     return resolve_model(str(tiny_model))
 
 
 @pytest.fixture(scope="session")
 def reference(source: ModelSource) -> Any:
-    """The same in transformers."""
+    """That model in transformers."""
     return source.reference()
 
 
@@ -122,7 +122,7 @@ def artifact_copy(tiny_artifact: Path, tmp_path: Path) -> Path:
 
 
 def row_prices(model: Model) -> dict[str, torch.Tensor]:
-    """What the rows of a priced artifact are worth, float32 [L, in] by stored matrix."""
+    """Return the row prices of a priced artifact, float32 [L, in] by stored matrix."""
     artifact = model.artifact
     spec, layers = artifact_spec(artifact), range(artifact.shape.num_layers)
     names = packed_matrices(spec, artifact.manifest["packing"])
@@ -134,14 +134,14 @@ def row_prices(model: Model) -> dict[str, torch.Tensor]:
 
 
 def prompt_mask(model: Model, prompt: str) -> PromptMask:
-    """The mask that a prompt gives."""
+    """Return the mask of a prompt."""
     shape = model.artifact.shape
     cache = KvCache(shape, model.provider, shape.max_positions)
     return prefill(model.sessions, shape, model.text.encode(prompt), cache)[1]
 
 
 def add_token(artifact: Path, token: str) -> None:
-    """Give an artifact's tokenizer a token that its model does not have."""
+    """Add a token to an artifact's tokenizer that its model does not have."""
     path = artifact / contract.TOKENIZER_FILE
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.add_special_tokens([token])

@@ -1,4 +1,4 @@
-"""Opening artifacts: good ones, damaged ones, hostile ones."""
+"""Open artifacts: good ones, damaged ones, and hostile ones."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_no_format_version(artifact_copy: Path, version: object) -> None:
 
 @pytest.mark.parametrize("key", ["files", "shape", "model", "method", "weights", "graph_weights"])
 def test_incomplete_manifest(artifact_copy: Path, key: str) -> None:
-    """Whatever the runtime or verify reads later must be missed here, where it is one clear line."""
+    """Every entry that the runtime or verify reads later is required here, with one clear line."""
     edit_manifest(artifact_copy, lambda manifest: manifest.pop(key))
     with pytest.raises(TdaError, match=rf"incomplete manifest.*{key}.*Build the artifact again"):
         open_artifact(artifact_copy)
@@ -233,7 +233,7 @@ def size_of_weights(manifest: dict[str, Any]) -> int:
     ],
 )
 def test_weight_outside_its_file(artifact_copy: Path, change: Callable[[dict[str, Any], int], object]) -> None:
-    """Whoever maps weights.bin into memory relies on this."""
+    """Programs that map weights.bin into memory rely on this check."""
     edit_manifest(
         artifact_copy, lambda manifest: change(manifest["weights"][contract.EMBEDDING], size_of_weights(manifest))
     )
@@ -324,7 +324,7 @@ def test_an_artifact_is_one(artifact_copy: Path, tmp_path: Path) -> None:
     ids=["newer", "no version", "incomplete", "damaged"],
 )
 def test_an_artifact_of_any_state_is_one(artifact_copy: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """It may be replaced even if it can no longer be opened: that is what rebuilding is for."""
+    """An artifact that cannot be opened may be replaced, because that is the purpose of a new build."""
     edit_manifest(artifact_copy, change)
     assert is_artifact(artifact_copy)
     (artifact_copy / contract.WEIGHTS_FILE).unlink()

@@ -1,4 +1,4 @@
-"""Artifacts whose files are links: inside the folder, in a hub's cache, and out of both."""
+"""Artifacts whose files are links: inside the folder, into a hub's cache, and elsewhere."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_link_to_itself_or_to_nothing(artifact_copy: Path, target: str) -> Non
 
 @pytest.fixture
 def cached(tiny_artifact: Path, tmp_path: Path) -> Path:
-    """The artifact as a hub's cache holds a repository."""
+    """The artifact as a repository in a hub's cache."""
     repository = tmp_path / "models--org--name"
     snapshot = repository / "snapshots" / "0123456789abcdef"
     snapshot.mkdir(parents=True)

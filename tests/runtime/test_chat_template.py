@@ -1,4 +1,4 @@
-"""Chat templates that are hostile or in a hurry, and variables for them."""
+"""Chat templates: hostile ones, closing early, and variables."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def template(folder: Path, source: str) -> ChatTemplate:
 @pytest.mark.skipif(sys.platform != "linux", reason="no limit of memory")
 @pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_templates_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
-    """And leave nothing behind: the next text is rendered."""
+    """They leave nothing behind, and the next text is rendered."""
     monkeypatch.setattr(chat_template, "RENDER_SECONDS", 1)
     hostile = template(tmp_path, source)
     with pytest.raises(TdaError, match=REASON):
@@ -64,13 +64,13 @@ def test_hostile_templates_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_long_messages_are_no_much_text(tmp_path: Path) -> None:
-    """What a template may write grows with what it is given."""
+    """The limit of a rendered text grows with the messages."""
     content = "ä¸–" * 3_000_000
     assert template(tmp_path, GOOD).render([{"role": "user", "content": content}], {}) == content + "!"
 
 
 def test_one_process_renders_all(tmp_path: Path) -> None:
-    """It starts with the first text, and ends with its template."""
+    """It starts with the first text, and ends when the template is closed."""
     made = template(tmp_path, GOOD)
     assert made._process is None
     made.render(HELLO, {})
@@ -119,7 +119,7 @@ def test_closing_ends_a_rendering(tmp_path: Path) -> None:
 
 
 def test_closing_while_the_process_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is nothing to end yet; the rendering ends all the same, and the next one is rendered."""
+    """There is no process to end yet. The rendering still ends, and the next text is rendered."""
     made, start = template(tmp_path, ENDLESS), subprocess.Popen
 
     def slow_start(*arguments: Any, **options: Any) -> Any:
@@ -164,7 +164,7 @@ VARIABLES: dict[str, Any] = {"enable_thinking": False, "level": 1.5, "tags": ["Ã
 
 
 def test_variables_reach_the_template(artifact_copy: Path) -> None:
-    """As transformers passes them."""
+    """As in transformers."""
     source = "{{ enable_thinking }} {{ level }} {{ tags | tojson }} {{ none is none }} {{ other is defined }}"
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = source

@@ -1,4 +1,4 @@
-"""Chats of several turns beside generations that read each whole chat anew."""
+"""Chats of several turns, against generations that read each whole chat again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TURNS = ["The sea is calm tonight", "Why?", "Tell me more about the moon, the ti
 
 
 def anew(model: Model, messages: list[dict[str, str]], **options: Any) -> str:
-    """The answer to messages, read without a memory."""
+    """Return the answer to messages that are read without a memory."""
     generation = model.generate(model.text.encode_chat(messages), **options)
     list(generation)
     return generation.text
@@ -48,7 +48,7 @@ def test_every_turn_equals_reading_the_whole_chat(model: Model, mask: Any, syste
 
 
 def test_a_template_that_renders_earlier_turns_differently(artifact_copy: Path) -> None:
-    """Here the last message is marked, so that the prompt before is no beginning of the next one."""
+    """This template marks the last message, so that a prompt is not the beginning of the next one."""
     template = (
         "{% for m in messages %}[{{ m.role }}{% if loop.last %}, now{% endif %}] {{ m.content }}\n{% endfor %}[you]"
     )
@@ -71,7 +71,7 @@ def test_an_answer_cut_short_stays_as_far_as_it_came(model: Model) -> None:
     assert said
     messages = [{"role": "user", "content": TURNS[0]}, {"role": "assistant", "content": said}]
     assert chat.messages == messages
-    second = chat.say(TURNS[1], max_new_tokens=8)  # closes the first
+    second = chat.say(TURNS[1], max_new_tokens=8)  # ends the first generation
     assert list(first) == []
     messages.append({"role": "user", "content": TURNS[1]})
     assert finish(second) == anew(model, messages, max_new_tokens=8)
@@ -122,7 +122,7 @@ def test_reset_forgets_all_but_the_system(model: Model) -> None:
 
 
 def test_the_oldest_turns_make_room(model: Model) -> None:
-    """A quarter of the context is free again then; the system's message stays."""
+    """Then a quarter of the context is free again. The system's message stays."""
     chat = Conversation(model, system="Be brief.", context=200)
     system = {"role": "system", "content": "Be brief."}
     dropped = []
@@ -141,7 +141,7 @@ def test_the_oldest_turns_make_room(model: Model) -> None:
         dropped.append(before)
     assert dropped[0] == 0
     assert dropped[-1] > 1
-    assert len(set(dropped)) < len(dropped) - 1  # not one with every turn: each reads the whole chat anew
+    assert len(set(dropped)) < len(dropped) - 1  # not at every turn, since each time the whole chat is read again
     users = [message["content"] for message in chat.messages if message["role"] == "user"]
     assert users == [f"{number}. What of the sea?" for number in range(8)][dropped[-1] :]
 
@@ -154,7 +154,7 @@ def test_a_message_that_alone_is_too_long(model: Model) -> None:
         chat.say("x" * 120)
     assert chat.messages == before
     assert chat.dropped_turns == 0
-    finish(chat.say("x" * 60, max_new_tokens=4))  # leaves no quarter free, and an answer has room yet
+    finish(chat.say("x" * 60, max_new_tokens=4))  # less than a quarter is free, but an answer fits
     assert chat.messages[-2]["content"] == "x" * 60
 
 

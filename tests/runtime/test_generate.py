@@ -1,4 +1,4 @@
-"""Generation beside transformers, and its ends."""
+"""Generation against transformers, and its ends."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_dense_greedy_equals_transformers(model: Model, reference: Any, prompt: 
         )[0, tokens.shape[1] :].tolist()
     if expected[-1] in model.artifact.eos_token_ids:
         expected.pop()
-    assert len(expected) > 32  # or this compares little
+    assert len(expected) > 32  # otherwise this compares too little
     assert ids(model, prompt, mask="dense", max_new_tokens=64) == expected
 
 
@@ -54,7 +54,7 @@ def test_dense_greedy_equals_transformers(model: Model, reference: Any, prompt: 
 def test_masked_greedy_equals_masked_transformers(
     model: Model, source: ModelSource, reference: Any, prompt: str, levels: int
 ) -> None:
-    """The slow reference: prefill dense, then every token with the prompt's neurons alone, or what it keeps of them."""
+    """The slow reference: dense prefill, then every token with the mask's neurons, or those that it keeps of them."""
     masks, tails = reference_mask(model, prompt_mask(model, prompt))
     own = model.artifact.deployment
     assert own.token_thresholds.all()
@@ -69,8 +69,8 @@ def test_masked_greedy_equals_masked_transformers(
     chosen = {1: mask_alone(model), 2: None}
     ours = ids(model, prompt, max_new_tokens=64, deployment=chosen[levels])
     assert ours == expected
-    assert ours != ids(model, prompt, mask="dense", max_new_tokens=64)  # the mask does something
-    assert ours != ids(model, prompt, max_new_tokens=64, deployment=chosen[3 - levels])  # so do token thresholds
+    assert ours != ids(model, prompt, mask="dense", max_new_tokens=64)  # the mask has an effect
+    assert ours != ids(model, prompt, max_new_tokens=64, deployment=chosen[3 - levels])  # so have token thresholds
 
 
 def test_iterating_gives_tokens(model: Model) -> None:
@@ -86,7 +86,7 @@ def test_iterating_gives_tokens(model: Model) -> None:
 
 
 def test_generations_are_independent(model: Model) -> None:
-    """Two at once, token by token, equal one after the other."""
+    """Two at once, token by token, give the same as one after the other."""
     alone = [ids(model, prompt, max_new_tokens=40) for prompt in PROMPTS[:2]]
     together = zip(*(model.generate(prompt, max_new_tokens=40) for prompt in PROMPTS[:2]), strict=True)
     assert [[token.id for token in tokens] for tokens in zip(*together, strict=True)] == alone
@@ -95,7 +95,7 @@ def test_generations_are_independent(model: Model) -> None:
 @pytest.mark.parametrize("prompt_tokens", [1, 30, 39])
 @pytest.mark.parametrize("mask", ["tda", "dense"])
 def test_stops_at_the_context(model: Model, prompt_tokens: int, mask: Any) -> None:
-    """`context` is the most tokens of prompt and answer together."""
+    """`context` is the maximum of tokens of prompt and answer together."""
     generation = model.generate([50] * prompt_tokens, context=40, mask=mask, max_new_tokens=100)
     tokens = [token.id for token in generation]
     assert generation.metrics.finish_reason == "context"
@@ -129,7 +129,7 @@ def test_stops_at_any_end_token(model: Model, artifact_copy: Path, position: int
 
 @pytest.mark.parametrize("position", [0, 5])
 def test_stops_at_given_tokens_too(model: Model, artifact_copy: Path, position: int) -> None:
-    """They are no part of the answer, like the model's own, which can be left aside."""
+    """Like the model's own, which can be ignored, they are not part of the answer."""
     tokens = ids(model, PROMPT, max_new_tokens=32)
     own, given = tokens[position + 3], tokens[position]
     edit_manifest(artifact_copy, lambda manifest: manifest["model"].update(eos_token_ids=[own]))
@@ -155,7 +155,7 @@ def test_stop_tokens_outside_the_vocabulary(model: Model, token: int) -> None:
 def test_text_is_the_decode_of_all_tokens(
     model: Model, monkeypatch: pytest.MonkeyPatch, content: str, end: str
 ) -> None:
-    """Wherever the model stops, in the middle of a character too."""
+    """Wherever the model stops, also in the middle of a character."""
     answer = model.text.encode(content)
     for length in range(1, len(answer) + 1):
         script = iter([*answer[:length], 2])
@@ -166,14 +166,14 @@ def test_text_is_the_decode_of_all_tokens(
         assert [token.id for token in tokens] == answer[:length]
         assert generation.metrics.finish_reason == end
         assert generation.text == content.encode()[:length].decode(errors="replace")
-        # The pieces are the text, but for what an end of text leaves unfinished: no token brings it.
+        # The pieces make the text, except an unfinished character at the end, which no token brings.
         pieces = "".join(token.text for token in tokens)
         assert pieces == (generation.text.rstrip("\N{REPLACEMENT CHARACTER}") if end == "stop" else generation.text)
 
 
 @pytest.mark.parametrize("end", ["length", "context", "stop"])
 def test_stop_strings_end_the_text(model: Model, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
-    """Across tokens, which here are bytes; no token brings a part of one, whatever ends the generation."""
+    """Across tokens, which here are bytes. No token brings a part of a stop string, whatever ends the generation."""
     content = "naïve ## 世界 ### rest"
     answer = model.text.encode(content)
     limits: dict[str, Any]
@@ -197,7 +197,7 @@ def test_stop_strings_end_the_text(model: Model, monkeypatch: pytest.MonkeyPatch
 def test_a_stop_string_that_the_end_completes(
     model: Model, monkeypatch: pytest.MonkeyPatch, limits: dict[str, int]
 ) -> None:
-    """What an unfinished character shows is text too."""
+    """The replacement of an unfinished character counts as text."""
     script = iter([*model.text.encode("a"), model.text.encode("é")[0]])
     monkeypatch.setattr("tda_export.runtime.model.make_sampler", lambda sampling: lambda _: next(script))
     generation = model.generate(PROMPT, stop=["a\N{REPLACEMENT CHARACTER}"], **limits)  # type: ignore[arg-type]
@@ -226,7 +226,7 @@ def test_repetition_penalty_equals_transformers(model: Model, reference: Any) ->
 
 @pytest.mark.parametrize("refresh", [0, 3])
 def test_repetition_penalty_keeps_a_mask_and_its_refreshes(model: Model, refresh: int) -> None:
-    """A penalty that is hardly one gives what greedy steps on the device give; a large one repeats nothing."""
+    """A penalty near 1 gives the same as greedy steps on the device. A large one repeats nothing."""
     how = model.artifact.deployment.with_refresh(Refresh(refresh))
     greedy = ids(model, PROMPT, max_new_tokens=24, deployment=how)
     near = Sampling(repetition_penalty=1 + 1e-7)
@@ -236,7 +236,7 @@ def test_repetition_penalty_keeps_a_mask_and_its_refreshes(model: Model, refresh
 
 
 def test_repetition_penalty_comes_before_sampling(model: Model) -> None:
-    """A tiny temperature takes the likeliest of the penalised tokens."""
+    """A tiny temperature takes the likeliest token after the penalty."""
     greedy = ids(model, PROMPT, max_new_tokens=24, sampling=Sampling(repetition_penalty=1.5))
     sampled = Sampling(temperature=1e-9, seed=0, repetition_penalty=1.5)
     assert ids(model, PROMPT, max_new_tokens=24, sampling=sampled) == greedy
@@ -291,7 +291,7 @@ def test_one_token_prompt_is_dense_without_a_prior(model: Model) -> None:
 
 
 def test_one_token_prompt_leans_on_the_prior(model: Model) -> None:
-    """Its mask is that of the calibration's statistics."""
+    """Its mask comes from the calibration's statistics."""
     calibration = read_calibration(model.artifact.file(contract.CALIBRATION_FILE))
     scores = (calibration.sums.score_square / calibration.sums.tokens).sqrt()  # [L, F]
     expected = int((scores >= torch.tensor(model.artifact.manifest["thresholds"])[:, None]).sum())
@@ -303,7 +303,7 @@ def test_one_token_prompt_leans_on_the_prior(model: Model) -> None:
 
 @pytest.mark.parametrize("close", [True, False], ids=["closed", "dropped"])
 def test_a_generation_left_half_way_gives_its_step_back(tiny_artifact: Path, close: bool) -> None:
-    """At once, and not when Python next looks for cycles: a KV cache hangs on it."""
+    """At once, and not at Python's next collection of cycles, because it holds a KV cache."""
     model = load(tiny_artifact, provider="cpu")
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Answers that stay as sparse steps have written them, beside the slow reference: the same written into a new cache."""
+"""Answers kept as sparse steps wrote them, against the slow reference: the same tokens written into a new cache."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tda_export.runtime.token_step import TokenStep
 
 TEXT = "In 1871 a watchmaker built a clock for the museum, and nobody could say why it lost eleven minutes a day."
 TURNS = ["The sea is calm tonight", "Why?", "Tell me more about the moon, the tide and the cliffs."]
-READ = None  # of a token that a prefill read; otherwise the price at which it was decoded
+READ = None  # for a token that a prefill read; otherwise the price at which it was decoded
 
 Written = list[tuple[int, float | None]]
 
 
 def replay(model: Model, written: Written) -> tuple[TokenStep, np.ndarray]:
-    """Write tokens into a new cache: runs of read ones by prefill, the others one by one."""
+    """Write tokens into a new cache: runs of prefilled ones by prefill, the others one by one."""
     step = open_step(model.sessions, model.artifact.shape, len(written) + 64)
     for price, run in itertools.groupby(written, lambda entry: entry[1]):
         tokens = [token for token, _ in run]
@@ -48,7 +48,7 @@ def keys_and_values(step: TokenStep, layers: int, length: int) -> np.ndarray:
 
 
 def answer(held: PromptMemory, model: Model, prompt: list[int], price: float, tokens: Sequence[int]) -> Any:
-    """Read a prompt and decode given tokens behind it; return logits and how many tokens were not read again."""
+    """Read a prompt and decode given tokens after it. Return logits and the number of reused tokens."""
     with held.borrow_step(len(prompt) + len(tokens) + 1) as step:
         how = PriceDeployment(price)
         logits, reused = held.read(step, prompt, how)
@@ -60,7 +60,7 @@ def answer(held: PromptMemory, model: Model, prompt: list[int], price: float, to
 
 
 def prices(model: Model) -> tuple[float, float]:
-    """Two that drop much."""
+    """Return two prices that skip many rows."""
     table = model.artifact.price_table
     assert table is not None
     return table.price_for(sparsity=0.4), table.most_price
@@ -76,7 +76,7 @@ def test_a_turn_goes_on_behind_the_kept_answer(priced_model: Model) -> None:
     expected = replay(priced_model, written)[1]
     np.testing.assert_allclose(logits, expected, atol=1e-4)
     dense = replay(priced_model, [(token, READ) for token in tokens[:50]])[1]
-    assert np.abs(logits - dense).max() > 1e-3  # the sparse keys and values tell
+    assert np.abs(logits - dense).max() > 1e-3  # sparse keys and values have an effect
 
 
 def test_without_it_answers_are_read_again(priced_model: Model) -> None:
@@ -86,7 +86,7 @@ def test_without_it_answers_are_read_again(priced_model: Model) -> None:
     logits, reused, _ = answer(held, priced_model, tokens[:50], price, [])
     assert reused == 20
     np.testing.assert_allclose(logits, replay(priced_model, [(t, READ) for t in tokens[:50]])[1], atol=1e-4)
-    assert answer(held, priced_model, tokens[:35], price, [])[1] == 34  # any length can be gone back to
+    assert answer(held, priced_model, tokens[:35], price, [])[1] == 34  # it can go back to any length
 
 
 def test_what_was_written_at_a_higher_price_is_read_again(priced_model: Model) -> None:
@@ -98,7 +98,7 @@ def test_what_was_written_at_a_higher_price_is_read_again(priced_model: Model) -
     held = priced_model.memory(keep_answers=True)
     answer(held, priced_model, tokens[:20], 0.0, tokens[20:30])
     answer(held, priced_model, tokens[:40], low, tokens[40:50])
-    assert answer(held, priced_model, tokens[:60], 0.0, [])[1] == 40  # what dense steps wrote is dense
+    assert answer(held, priced_model, tokens[:60], 0.0, [])[1] == 40  # dense steps wrote dense values
 
 
 @given(
@@ -108,7 +108,7 @@ def test_what_was_written_at_a_higher_price_is_read_again(priced_model: Model) -
 )
 @settings(max_examples=25)
 def test_any_prompts_in_any_order(priced_model: Model, order: list[tuple[int, int, int, int]]) -> None:
-    """The cache holds what the rule says: the longest beginning that was written at no higher price, the rest read."""
+    """The cache follows the rule: the longest beginning written at no higher price is kept, and the rest is read."""
     text, held, written = priced_model.text.encode(TEXT), priced_model.memory(keep_answers=True), Written()
     steps = (0.0, *prices(priced_model))
     for other, length, level, new in order:
@@ -136,7 +136,7 @@ def finish(generation: Any) -> list[int]:
 
 
 def test_a_chat_keeps_its_answers(priced_model: Model) -> None:
-    """Token by token as a replay of what was read and what was decoded; an answer's last token is read."""
+    """Equal, token by token, to a replay of the read and the decoded tokens. The last token of an answer is read."""
     how = priced_model.at(sparsity=0.4)
     chat, written = Conversation(priced_model, deployment=how, keep_answers=True), Written()
     kept = 0
@@ -155,7 +155,7 @@ def test_a_chat_keeps_its_answers(priced_model: Model) -> None:
             expected.append(int(step.logits(expected[-1]).argmax()))
         assert tokens == expected
         written += [(token, how.price) for token in tokens[:-1]]
-    assert kept > 0  # of random tokens not all come back as the same
+    assert kept > 0  # random tokens do not all tokenize back to themselves
 
 
 def test_dense_answers_are_the_same_either_way(priced_model: Model) -> None:
@@ -168,7 +168,7 @@ def test_dense_answers_are_the_same_either_way(priced_model: Model) -> None:
 
 @pytest.mark.parametrize("how", ["stop", "cancel", "close", "refused"])
 def test_however_an_answer_ends(priced_model: Model, how: str) -> None:
-    """What was decoded and is not in the text of the chat, or does not come back as the same tokens, is read again."""
+    """Decoded tokens that are not in the text of the chat, or are tokenized differently, are read again."""
     deployment = priced_model.at(sparsity=0.4)
     plain = Conversation(priced_model, deployment=deployment)
     finish(plain.say(TURNS[0], max_new_tokens=12))

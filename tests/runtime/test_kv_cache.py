@@ -1,4 +1,4 @@
-"""The KV cache: what fits, what does not, and what is forgotten."""
+"""The KV cache: what fits, what does not, and what is dropped."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_prefill_beyond_the_limit(model: Model) -> None:
     cache = KvCache(shape, "cpu", 10)
     with pytest.raises(TdaError, match="14 tokens do not fit into a context of 10"):
         prefill(model.sessions, shape, [5] * 20, cache, chunk=7)
-    assert cache.length == 7  # what was read stays
+    assert cache.length == 7  # tokens that were read stay
 
 
 def test_truncate_forgets(model: Model) -> None:

@@ -1,4 +1,4 @@
-"""Answers with a lookup beside the slow reference: the same answers without it."""
+"""Answers with a lookup, against the slow reference: the same answers without it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ texts = st.lists(st.lists(st.integers(3, 6), min_size=1, max_size=9), min_size=1
 
 
 def slow_draft(tokens: list[int], most: int) -> list[int]:
-    """Look for the longest end of the text at every earlier place, the newest first, and copy from there."""
+    """Search the longest end of the text at every earlier place, the newest first, and copy from there."""
     for length in range(LONGEST_MATCH, SHORTEST_MATCH - 1, -1):
         for place in range(len(tokens) - 1, length - 1, -1):
             if len(tokens) > length and tokens[place - length : place] == tokens[-length:]:
@@ -79,7 +79,7 @@ def test_the_length_of_drafts_follows_what_comes_of_them() -> None:
 
     assert [next_length(2, tried(2, 2), most) for most in (15, 3, 1)] == [4, 3, 1]
     assert [next_length(4, tried(4, right), 15) for right in (0, 1, 3)] == [1, 1, 3]
-    assert next_length(4, tried(2, 2), 15) == 8  # shortened by a refresh or an end, and right
+    assert next_length(4, tried(2, 2), 15) == 8  # shortened by a refresh or an end, and accepted
     assert [next_length(6, nothing, 5) for nothing in (tried(0, 0), Lookahead[int]())] == [5, 5]
 
 
@@ -87,11 +87,11 @@ def test_the_length_of_drafts_follows_what_comes_of_them() -> None:
 
 
 def whole(generation: Generation) -> tuple[list[Token], str, dict[str, Any]]:
-    """What an answer shows: tokens with their texts, the text, and what it cost but for time and steps."""
+    """Return the visible parts of an answer: tokens with texts, the text, and metrics except times and steps."""
     tokens = list(generation)
     metrics = dataclasses.asdict(generation.metrics)
     steps, accepted = metrics.pop("decode_steps"), metrics.pop("accepted")
-    metrics["decoded"] = steps + accepted  # each gives one token
+    metrics["decoded"] = steps + accepted  # each gave one token
     assert accepted <= metrics.pop("drafted")
     for name in ("time_to_first_token", "decode_seconds", "decode_tokens_per_second"):
         metrics.pop(name)
@@ -99,7 +99,7 @@ def whole(generation: Generation) -> tuple[list[Token], str, dict[str, Any]]:
 
 
 def assert_same(model: Model, prompt: Any, lookup: int, **options: Any) -> int:
-    """Require the same answer with a lookup and without; return how many drafted tokens were accepted."""
+    """Require the same answer with and without a lookup. Return the number of accepted drafted tokens."""
     generation = model.generate(prompt, lookup=lookup, **options)
     assert whole(generation) == whole(model.generate(prompt, **options))
     return generation.metrics.accepted
@@ -110,7 +110,7 @@ def built(
     source_of: Callable[[str], ModelSource],  # noqa: F811
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str, str], Model]:
-    """Loads the artifact of a family's tiny model, whose weights are floats or integers of four bits."""
+    """Loads the artifact of a family's tiny model, with float weights or integers of four bits."""
 
     @functools.cache
     def model(family: str, weights: str) -> Model:
@@ -128,7 +128,7 @@ def built(
 def test_greedy_answers_of_families(
     family: str, weights: str, prompt: list[int], lookup: int, price: float, built: Callable[[str, str], Model]
 ) -> None:
-    """At any price, whatever the text."""
+    """At any price, for any text."""
     model = built(family, weights)
     assert_same(model, prompt, lookup, max_new_tokens=24, deployment=PriceDeployment(price), ignore_eos=True)
 
@@ -136,8 +136,8 @@ def test_greedy_answers_of_families(
 def without_borders(model: Model, how: PriceDeployment) -> PriceDeployment:
     """Return a deployment whose answers depend on no rounding, up to ties.
 
-    Stock operators round by the number of tokens of a step, and a row at the very border of its price is then read or
-    not, which changes logits far more. Their steps read every row here.
+    Stock operators round differently for other numbers of tokens of a step. A row at the border of its price is then
+    read or not, which changes logits far more. So their steps read every row here.
     """
     return how if model.sessions.native else model.at(price=0)
 
@@ -162,7 +162,7 @@ def test_greedy_answers_under_masks(model: Model, prompt: list[int], lookup: int
 
 
 def test_tokens_are_accepted(priced_model: Model, model: Model) -> None:
-    """Otherwise all of this compares nothing."""
+    """Otherwise these tests would compare nothing."""
     for each in (priced_model, model):
         generation = each.generate(PHRASE * 4, lookup=5, max_new_tokens=160, ignore_eos=True)
         assert len(list(generation)) == 160
@@ -184,7 +184,7 @@ def test_tokens_are_accepted(priced_model: Model, model: Model) -> None:
 def test_sampled_answers(
     priced_model: Model, prompt: list[int], lookup: int, temperature: float, penalty: float, seed: int
 ) -> None:
-    """The same numbers are drawn for the same places."""
+    """The same random numbers are drawn for the same positions."""
     sampling = Sampling(temperature=temperature, seed=seed, repetition_penalty=penalty)
     assert isinstance(priced_model.artifact.deployment, PriceDeployment)
     how = without_borders(priced_model, priced_model.artifact.deployment)
@@ -194,7 +194,7 @@ def test_sampled_answers(
 @pytest.mark.parametrize("lookup", [1, 4, 15])
 @pytest.mark.parametrize("limit", [1, 2, 3, 9, 40])
 def test_ends_of_answers(priced_model: Model, lookup: int, limit: int) -> None:
-    """By length, by a full context, by end tokens and by stop strings, inside drafts too."""
+    """By length, by a full context, by end tokens and by stop strings, also inside drafts."""
     prompt = PHRASE * 3
     tokens = [token.id for token in priced_model.generate(prompt, max_new_tokens=limit, ignore_eos=True)]
     text = priced_model.text.decode(tokens)
@@ -212,7 +212,7 @@ def test_the_models_maximum(priced_model: Model) -> None:
 
 @pytest.mark.parametrize("keep_answers", [False, True])
 def test_what_stays_for_the_next_prompt(priced_model: Model, keep_answers: bool) -> None:
-    """An answer that was cut off inside of accepted drafts leaves what one without a lookup leaves."""
+    """An answer that ended inside accepted drafts leaves the same cache as one without a lookup."""
     answers = []
     for lookup in (0, 6):
         memory, prompt, shown = priced_model.memory(keep_answers=keep_answers), PHRASE * 3, []
@@ -238,7 +238,7 @@ def test_conversations(priced_model: Model) -> None:
 
 
 def test_logits_that_are_not_finite(priced_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of a token that counts are an error at its position, others are nothing."""
+    """For an accepted token they are an error at its position. For others they have no effect."""
     model = load(priced_artifact, provider="cpu")
     expected = whole(model.generate(PHRASE * 3, max_new_tokens=40))
     own = PricedStep.greedy_each
@@ -257,7 +257,7 @@ def test_logits_that_are_not_finite(priced_artifact: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("lookup", [3, 15])
 def test_steps_of_one_size_as_captures_need(priced_artifact: Path, lookup: int) -> None:
-    """Here on the CPU, which knows no captures: drafts are padded, and left out where the padding has no room."""
+    """Here on the CPU, which has no captures: drafts are padded, and left out if the padding does not fit."""
     expected = load(priced_artifact, provider="cpu")
     model = load(priced_artifact, provider="cpu")
     model.sessions.captures = True

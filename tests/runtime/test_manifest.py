@@ -1,4 +1,4 @@
-"""Manifests with numbers and names that cannot be: one short line."""
+"""Manifests with impossible numbers and names give one short line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts read behind what is held, beside the slow reference: one prefill of each whole prompt in a new cache."""
+"""Prompts read after held tokens, against the slow reference: a prefill of each whole prompt in a new cache."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ TEXT = "In 1871 a watchmaker built a clock for the museum, and nobody could say 
 
 
 def statistics(mask: PromptMask) -> tuple[np.ndarray, float]:
-    """The running statistics [L, 2, F] and their weight."""
+    """Return the running statistics [L, 2, F] and their weight."""
     rows = [mask.stats[contract.past_neuron_stats(layer)].numpy().copy() for layer in range(3)]
     return np.stack(rows), float(mask.stats[contract.PAST_STATS_WEIGHT].numpy()[0])
 
 
 def check_read(model: Model, held: PromptMemory, tokens: list[int], *, prior: bool = True) -> int:
-    """Read a prompt with a memory, require what one prefill of the whole gives, and return what was not read again."""
+    """Read a prompt with a memory, require the result of a whole prefill, and return the number of reused tokens."""
     how = dataclasses.replace(model.artifact.deployment, prior=prior)
     cache = KvCache(model.artifact.shape, "cpu", len(tokens))
     expected, whole = prefill(model.sessions, model.artifact.shape, tokens, cache, how.thresholds, prior=prior)
@@ -51,13 +51,13 @@ def check_read(model: Model, held: PromptMemory, tokens: list[int], *, prior: bo
                 )
         assert step.cache.length == len(tokens)
         step.use(mask, how.token_thresholds)
-        for token in tokens[:8]:  # what a generation leaves behind the prompt
+        for token in tokens[:8]:  # a generation leaves these after the prompt
             step.logits(token)
     return reused
 
 
 def test_turns_equal_one_prefill_of_the_whole(model: Model) -> None:
-    """Each prompt goes on behind the one before, whose answer, decoded under a mask, is read again."""
+    """Each prompt continues the one before. The answer, which was decoded under a mask, is read again."""
     tokens, held = model.text.encode(TEXT), model.memory()
     assert check_read(model, held, tokens[:20]) == 0
     assert check_read(model, held, tokens[:50]) == 20
@@ -74,13 +74,13 @@ def test_prompts_that_differ_are_read_from_the_checkpoint_before(model: Model) -
     assert check_read(model, held, tokens[:50] + other) == 50
     assert check_read(model, held, tokens[:49] + other) == 20
     assert check_read(model, held, tokens[:30]) == 20  # shorter than before
-    assert check_read(model, held, tokens[:30]) == 20  # the same: its last token's logits are asked for
+    assert check_read(model, held, tokens[:30]) == 20  # the same prompt: its last token is read for the logits
     assert check_read(model, held, other) == 0
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 30)), min_size=1, max_size=5))
 def test_any_sequence_of_prompts(model: Model, prompts: list[tuple[int, int]]) -> None:
-    """Prompts of few kinds, which have beginnings of all lengths in common."""
+    """Prompts of few kinds, with common beginnings of all lengths."""
     tokens, held = model.text.encode(TEXT), model.memory()
     kinds = [tokens, tokens[:12] + tokens[40:], tokens[:5] + [70] * 40, tokens[3:]]
     for kind, length in prompts:
@@ -101,7 +101,7 @@ def test_pieces_are_checkpoints(model: Model, monkeypatch: pytest.MonkeyPatch) -
     assert check_read(model, held, tokens[:60]) == 0
     assert check_read(model, held, tokens[:40] + [70] * 9) == 32
     monkeypatch.setattr(memory, "CHECKPOINTS", 2)
-    assert check_read(model, held, tokens) == 32  # the older ones go
+    assert check_read(model, held, tokens) == 32  # the older checkpoints are dropped
     assert check_read(model, held, tokens[:40] + [70] * 9) == 0
 
 
@@ -113,7 +113,7 @@ def test_more_room_than_before_reads_all_again(model: Model) -> None:
         return DecodeStep(model.sessions, model.artifact.shape, room)
 
     held = PromptMemory(open_step, 90, first_room=30)
-    assert check_read(model, held, tokens[:15]) == 0  # with 8 more for what follows
+    assert check_read(model, held, tokens[:15]) == 0  # with room for 8 more tokens
     assert check_read(model, held, tokens[:22]) == 15
     assert check_read(model, held, tokens[:23]) == 0
     assert check_read(model, held, tokens[:52]) == 23
@@ -129,7 +129,7 @@ def test_the_first_room(model: Model, most: int, tokens: int, room: int) -> None
 
 
 def test_room_ends_with_the_context(model: Model) -> None:
-    """However often it doubles; a generation with a larger context has its room all the same."""
+    """It never grows beyond the context. A generation with a larger context still gets its room."""
     held = model.memory(context=40)
     for tokens, room in ((20, 40), (40, 40), (41, 41), (50, 50)):
         with held.borrow_step(tokens) as step:
@@ -159,7 +159,7 @@ def test_a_cancelled_reading_keeps_what_is_whole(model: Model, monkeypatch: pyte
 
 
 def test_an_interrupted_reading_leaves_no_trace(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever lies in cache and statistics then: the next prompt is read from the last checkpoint on."""
+    """Cache and statistics may then have any content. The next prompt is read from the last checkpoint on."""
     tokens, held = model.text.encode(TEXT), model.memory()
     check_read(model, held, tokens[:20])
 
@@ -215,7 +215,7 @@ def test_generations_equal_those_without_a_memory(model: Model, mask: str, refre
 
 
 def test_another_budget_goes_on_with_the_same_statistics(model: Model) -> None:
-    """They do not depend on thresholds."""
+    """Statistics do not depend on thresholds."""
     held, tokens = model.memory(), model.text.encode(TEXT)
     list(model.generate(tokens[:60], memory=held, max_new_tokens=40))
     other = Deployment(model.artifact.deployment.thresholds * 1.5, np.zeros(3, np.float32), ffn_matrices=GATED)

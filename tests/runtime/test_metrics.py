@@ -1,4 +1,4 @@
-"""What a generation reports of itself."""
+"""The metrics of a generation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_metrics_of_a_mask(model: Model) -> None:
 
 
 def test_metrics_expect_of_token_thresholds_what_the_calibration_does(model: Model) -> None:
-    """A token reads the gate rows of its mask, and of them the up and down rows of the share that survives."""
+    """A token reads the gate rows of its mask, and up and down rows for the fraction that survives."""
     mask, survivors = prompt_mask(model, PROMPT), model.artifact.manifest["survivors"]
     assert all(0 < share < 1 for share in survivors)
     read = sum(len(mask.indices(layer)) * (1 + 2 * survivors[layer]) * 64 * 4 for layer in range(3))
@@ -57,7 +57,7 @@ def test_metrics_of_dense(model: Model) -> None:
 
 
 def test_rate_starts_at_the_second_token(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock that ticks once a reading: 1 s for prefill and for each step after it."""
+    """With a clock that ticks each time it is read: 1 s for prefill and for each later step."""
 
     class Clock:
         ticks = itertools.count()

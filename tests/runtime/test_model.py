@@ -79,7 +79,7 @@ def test_argument_out_of_range(model: Model, options: dict[str, Any], text: str)
 
 
 def test_threshold_that_is_no_number(model: Model) -> None:
-    """No score reaches NaN, so it would silently drop every neuron."""
+    """No score reaches NaN, so all neurons would be skipped silently."""
     bad = [0.1, float("nan"), 0.1]
     for how in (one_level(bad, 3, GATED), Deployment(None, np.array(bad, np.float32), ffn_matrices=GATED)):
         with pytest.raises(UsageError, match=r"^Thresholds must be finite\.$"):
@@ -111,12 +111,12 @@ def test_refresh_out_of_range(refresh: dict[str, Any], text: str) -> None:
 
 @pytest.mark.parametrize(("tokens", "share"), [(0, 0.4), (2, 0.7), (4, 0.55), (60, 0.41)])
 def test_share_of_refreshes(tokens: int, share: float) -> None:
-    """Of N tokens, one is read densely."""
+    """One of N tokens is read densely."""
     assert Refresh(tokens).ffn_share(0.4) == pytest.approx(share)
 
 
 def test_thresholds_for_top_k_selection(artifact_copy: Path) -> None:
-    """Its graph reads no thresholds, so they would silently do nothing."""
+    """Its graph reads no thresholds, so they would have no effect."""
     edit_manifest(artifact_copy, lambda manifest: manifest["method"].update(selection="topk", density=0.5))
     with pytest.raises(UsageError, match="selects its neurons by rank, so it takes no other budget"):
         load(artifact_copy, provider="cpu").generate(PROMPT, deployment=one_level([0.1] * 3, 3, GATED))
@@ -129,7 +129,7 @@ def test_token_outside_the_vocabulary(model: Model, token: int) -> None:
 
 
 def test_text_with_a_token_that_the_model_does_not_have(artifact_copy: Path) -> None:
-    """The tokenizer gives it for text; the model has no embedding for it."""
+    """The tokenizer gives the token for text, but the model has no embedding for it."""
     add_unknown_token(artifact_copy)
     model = load(artifact_copy, provider="cpu")
     text = "contains '<image>', token 259 of the tokenizer"
@@ -149,7 +149,7 @@ def test_variables_without_a_chat(model: Model) -> None:
 
 
 def test_variables_of_a_conversation(artifact_copy: Path) -> None:
-    """In every turn; names that are taken are refused at once."""
+    """They apply to every turn. Reserved names are refused at once."""
     template = b"{% for m in messages %}{{ m.content }}{% endfor %}{{ mark }}"
     replace_file(artifact_copy, contract.CHAT_TEMPLATE_FILE, template)
     model = load(artifact_copy, provider="cpu")
@@ -170,4 +170,4 @@ def test_chat_of_token_ids(model: Model) -> None:
 def test_load_takes_text_and_paths(tiny_artifact: Path, model: Model) -> None:
     loaded = load(str(tiny_artifact))
     assert loaded.artifact == model.artifact
-    assert loaded.provider == "cpu"  # float32, whatever the machine has
+    assert loaded.provider == "cpu"  # for float32 on any machine

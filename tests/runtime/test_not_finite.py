@@ -1,4 +1,4 @@
-"""Logits that are not finite end a generation, and spoil nothing that comes after."""
+"""Logits that are not finite end a generation, and do not affect later ones."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def spoil_rotation(folder: Path, position: int, bad: float) -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("native", [True, False], ids=["native", "stock"])
 def test_a_prompt_that_is_not_finite_leaves_nothing_behind(artifact_copy: Path, bad: float, native: bool) -> None:
-    """Statistics decay to nothing before each prompt, but no decay clears what is not a number."""
-    spoil_rotation(artifact_copy, 30, bad)  # which a short prompt never reaches
+    """Statistics decay to 0 before each prompt, but NaN would survive any decay."""
+    spoil_rotation(artifact_copy, 30, bad)  # a position beyond short prompts
     with contextlib.nullcontext() if native else without_native_kernels():
         model = load(artifact_copy, provider="cpu")
     short = list(range(5, 25))
@@ -68,8 +68,8 @@ def test_a_prompt_that_is_not_finite_leaves_nothing_behind(artifact_copy: Path, 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=0)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("native", [True, False], ids=["native", "stock"])
 def test_logits_that_become_infinite(artifact_copy: Path, bad: float, sampling: Sampling, native: bool) -> None:
-    """The rotation of one position is spoiled, so the token that is read there spoils its logits."""
-    spoil_rotation(artifact_copy, len(PROMPT) + 2, bad)  # of the third token that decode reads
+    """The rotation of one position is spoiled, so the logits of the token there are not finite."""
+    spoil_rotation(artifact_copy, len(PROMPT) + 2, bad)  # the position of the third token that decode reads
     with contextlib.nullcontext() if native else without_native_kernels():
         model = load(artifact_copy, provider="cpu")
     tokens: list[Token] = []
@@ -80,4 +80,4 @@ def test_logits_that_become_infinite(artifact_copy: Path, bad: float, sampling: 
 
     with pytest.raises(TdaError, match=rf"logits that are not finite at token {len(PROMPT) + 3}"):
         consume(model.generate(PROMPT, sampling=sampling))
-    assert len(tokens) == 3  # what came before is the caller's
+    assert len(tokens) == 3  # the tokens before it were returned

@@ -29,7 +29,7 @@ from tda_export.runtime.session import device_tensor
 from tests.runtime.conftest import PROMPT, reference_mask, second_level
 from tests.tiny import save_tiny_model
 
-LOGITS = 1e-4  # float32 logits of size 1 to 10 after three layers
+LOGITS = 1e-4  # tolerance of float32 logits of size 1 to 10 after three layers
 PROMPTS = st.lists(st.integers(0, BYTE_VOCABULARY - 1), min_size=1, max_size=60)
 
 
@@ -48,21 +48,21 @@ def indices(mask: PromptMask, layer: int) -> list[int]:
 
 
 def scores(mask: PromptMask, layer: int) -> np.ndarray:
-    """sqrt of the mean over tokens of r^2, from the running statistics, float32 [F]."""
+    """Return sqrt(mean of r^2 over tokens) from the running statistics, float32 [F]."""
     rows = mask.stats[contract.past_neuron_stats(layer)].numpy()
     return np.sqrt(rows[contract.SCORE_ROW] / mask.stats[contract.PAST_STATS_WEIGHT].numpy())
 
 
 @given(PROMPTS, st.integers(1, 64), st.booleans())
 def test_chunks_change_nothing(model: Model, tokens: list[int], chunk: int, prior: bool) -> None:
-    """The first chunk begins with the prior, the others with what the one before left."""
+    """The first chunk begins with the prior, the others with the state of the one before."""
     logits, whole = read(model, tokens, len(tokens), prior=prior)
     chunked_logits, chunked = read(model, tokens, chunk, prior=prior)
     np.testing.assert_allclose(chunked_logits, logits, atol=LOGITS)
     for layer in range(model.artifact.shape.num_layers):
         if len(tokens) > 1 or prior:
             np.testing.assert_allclose(scores(chunked, layer), scores(whole, layer), atol=1e-5)
-        # A neuron whose score is the threshold up to rounding may fall on either side.
+        # A neuron whose score is within rounding of the threshold may fall on either side.
         threshold = model.artifact.manifest["thresholds"][layer]
         for neuron in set(indices(whole, layer)) ^ set(indices(chunked, layer)):
             assert abs(scores(whole, layer)[neuron] - threshold) < 1e-5
@@ -85,7 +85,7 @@ def test_mask_is_what_reaches_the_threshold(model: Model, tokens: list[int], thr
 
 
 def test_one_token_keeps_every_neuron(model: Model) -> None:
-    """The first token of a sequence does not count, so without a prior dense is the only safe mask."""
+    """The first token of a sequence does not count, so without a prior only dense is safe."""
     shape = model.artifact.shape
     _, mask = read(model, model.text.encode("T"), CHUNK_TOKENS, prior=False)
     assert mask.count(3) == shape.num_layers * shape.ffn_size
@@ -109,7 +109,7 @@ def test_decode_step_equals_prefill(model: Model) -> None:
 
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "dense"])
 def test_greedy_steps_feed_themselves(model: Model, masked: bool) -> None:
-    """The token that a step chooses is where the next one reads it, whether or not it is given again."""
+    """A step writes its token where the next step reads it, whether or not it is given again."""
     shape, prompt = model.artifact.shape, model.text.encode(PROMPT)
     chosen = []
     for fed in (True, False):
@@ -127,7 +127,7 @@ def test_greedy_steps_feed_themselves(model: Model, masked: bool) -> None:
 
 @pytest.mark.parametrize("threshold", [0.0, 0.02, 1e9])
 def test_token_thresholds(model: Model, threshold: float) -> None:
-    """Off at 0, and above every estimate as if every neuron were dropped; with `decode` too."""
+    """0 turns them off; a threshold above every estimate skips every neuron. With `decode` too."""
     shape, prompt = model.artifact.shape, model.text.encode(PROMPT)
     step = DecodeStep(model.sessions, shape, len(prompt) + 1)
     _, mask = prefill(model.sessions, shape, prompt, step.cache)
@@ -150,7 +150,7 @@ def test_token_thresholds(model: Model, threshold: float) -> None:
 
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "dense"])
 def test_token_thresholds_of_the_step_are_taken_back(model: Model, masked: bool) -> None:
-    """A step is lent to one generation after another: thresholds of the one before do not stay."""
+    """Generations use a step one after another, and thresholds of an earlier one do not stay."""
     shape, prompt = model.artifact.shape, model.text.encode(PROMPT)
     step = DecodeStep(model.sessions, shape, len(prompt) + 1)
     _, mask = prefill(model.sessions, shape, prompt, step.cache)
@@ -195,7 +195,7 @@ def test_tail_mean_can_be_left_out(model: Model, source: ModelSource, reference:
 @pytest.mark.parametrize("size", [1, 2, 5], ids="S={}".format)
 @pytest.mark.parametrize("how", ["masked", "two levels", "dense"])
 def test_decode_equals_transformers(model: Model, source: ModelSource, reference: Any, size: int, how: str) -> None:
-    """Given tokens, S in a call, the last call with what is left over."""
+    """Given tokens, S in a call, and the rest in the last call."""
     shape, prompt = model.artifact.shape, model.text.encode(PROMPT)
     continuation = model.text.encode(" and the boats")
     cache = KvCache(shape, "cpu", shape.max_positions)
@@ -227,7 +227,7 @@ def test_decode_step_equals_decode(model: Model) -> None:
 
 
 def test_a_bound_call_is_not_run(model: Model) -> None:
-    """Its tokens count as read only once the caller has run it and commits."""
+    """Its tokens count as read only after the caller has run and committed it."""
     shape, tokens = model.artifact.shape, model.text.encode(PROMPT)
     cache = KvCache(shape, "cpu", shape.max_positions)
     every = {contract.NUM_LOGITS: device_tensor(np.zeros(1, np.int64), "cpu")}
@@ -245,7 +245,7 @@ def test_a_bound_call_is_not_run(model: Model) -> None:
 @pytest.mark.parametrize("padding", [0, 1, 7])
 @pytest.mark.parametrize("number", [None, 1, 3, 100, 0])
 def test_logits_of_a_padded_prompt(model: Model, padding: int, number: int | None) -> None:
-    """An application that pads on the right, to calls of one size, gets the last real token's logits."""
+    """An application that pads calls on the right to one size gets the logits of the last real token."""
     shape, tokens = model.artifact.shape, model.text.encode(PROMPT)
     cache = KvCache(shape, "cpu", shape.max_positions)
     inputs = {} if number is None else {contract.NUM_LOGITS: device_tensor(np.array([number], np.int64), "cpu")}
@@ -255,14 +255,14 @@ def test_logits_of_a_padded_prompt(model: Model, padding: int, number: int | Non
     logits = call.run()[contract.LOGITS].numpy()[0]
     expected = np.stack([read(model, tokens[:end], CHUNK_TOKENS)[0] for end in range(1, len(tokens) + 1)])
     if number == 0:
-        assert len(logits) == len(tokens) + padding  # every position, padding too
+        assert len(logits) == len(tokens) + padding  # for every position, with the padding
         np.testing.assert_allclose(logits[: len(tokens)], expected, atol=LOGITS)
     else:
         np.testing.assert_allclose(logits, expected[-(number or 1) :], atol=LOGITS)
 
 
 def test_prompt_longer_than_a_chunk(tmp_path: Path) -> None:
-    """The driver's own way with long prompts, against transformers, which reads them at once."""
+    """The driver reads long prompts in chunks, against transformers, which reads them at once."""
     source = resolve_model(str(save_tiny_model("llama", tmp_path / "model", max_position_embeddings=4096)))
     request = BuildRequest(
         source, Storage("float32"), IndexedDesign(tda(), [0.08] * 3), Budget(sparsity=0.5).describe()

@@ -1,4 +1,4 @@
-"""Decoding at a price beside transformers, whose linears drop the same rows, and beside dense decoding."""
+"""Decoding at a price, against transformers with the same rows skipped, and against dense decoding."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def opened(model: Model, tokens: int = 64) -> PricedStep:
 
 
 def half_price(model: Model) -> float:
-    """The price at which half of the bytes are read."""
+    """Return the price at which half of the bytes are read."""
     return model.at(sparsity=0.5).price
 
 
 def decoded(model: Model, price: float | None, tokens: list[int] = READ) -> np.ndarray:
-    """Logits after each of the tokens, float32 [S, V], token by token after a prompt; None is dense."""
+    """Decode tokens one by one after a prompt. Return the logits after each, float32 [S, V]. Price None is dense."""
     step = opened(model)
     step.begin(PROMPT, PriceDeployment(0.0))
     step.follow(None if price is None else PriceDeployment(price))
@@ -52,7 +52,7 @@ def decoded(model: Model, price: float | None, tokens: list[int] = READ) -> np.n
 def in_one_call(
     model: Model, cache: KvCache, tokens: list[int], inputs: Mapping[str, float], session: Any = None
 ) -> np.ndarray:
-    """Append tokens with the decode graph, or another one; logits, float32 [S, V]."""
+    """Append tokens with the decode graph, or another one, in one call. Return logits, float32 [S, V]."""
     values = {name: device_tensor(np.array([value], np.float32), "cpu") for name, value in inputs.items()}
     logits = bind_call(session or model.sessions.decode, cache, tokens, values).run()[contract.LOGITS]
     cache.commit()
@@ -96,19 +96,19 @@ def test_prefill_is_dense(priced_model: Model, reference: Any) -> None:
 
 @pytest.mark.parametrize("price", [0.0, -0.0, -1.0, -np.inf, np.nan], ids=str)
 def test_prices_up_to_zero_are_dense_to_the_bit(priced_model: Model, price: float) -> None:
-    """And a price that is not a number, which the graph gets from applications alone."""
+    """Also at a NaN, which only applications can give to the graph."""
     dense = decoded(priced_model, None)
     assert np.array_equal(decoded(priced_model, price), dense)
     cache = read_prompt(priced_model)
     step_by_step = [in_one_call(priced_model, cache, [token], {}, priced_model.sessions.prefill)[0] for token in READ]
-    if priced_model.sessions.native:  # which adds in another order
+    if priced_model.sessions.native:  # native kernels add in another order
         np.testing.assert_allclose(dense, np.stack(step_by_step), atol=1e-4)
     else:
         assert np.array_equal(dense, np.stack(step_by_step))
 
 
 def test_price_that_no_row_is_worth(priced_model: Model) -> None:
-    """Nothing is read: the logits do not depend on anything but the residual stream's first value."""
+    """No row is read, so logits depend only on the first value of the residual stream."""
     step = opened(priced_model)
     step.begin(PROMPT, PriceDeployment(0.0))
     step.follow(PriceDeployment(MORE_THAN_ANY))
@@ -123,7 +123,7 @@ def test_price_that_no_row_is_worth(priced_model: Model) -> None:
 @pytest.mark.parametrize("tokens", [PROMPT[:1], PROMPT], ids=["one token", "many"])
 @pytest.mark.parametrize("room", [0, 8])
 def test_a_call_without_a_past_is_dense(priced_model: Model, tokens: list[int], room: int) -> None:
-    """Whatever the price, and however large the buffers."""
+    """At any price, with buffers of any size."""
     shape = priced_model.artifact.shape
     dense, priced = (
         in_one_call(priced_model, KvCache(shape, "cpu", len(tokens) + room), tokens, {contract.PRICE: price})
@@ -149,7 +149,7 @@ def test_price_left_out_is_the_budgets(priced_model: Model) -> None:
 
 @given(st.lists(st.sampled_from([None, 0.0, 0.2, 0.5, 0.7]), min_size=1, max_size=6))
 def test_price_changes_between_tokens(priced_model: Model, sparsities: list[float | None]) -> None:
-    """As if each token came from a step of its own at its price, over the same keys and values."""
+    """Each token is as from a step of its own at its price, over the same keys and values."""
     shape = priced_model.artifact.shape
     step, cache = opened(priced_model), read_prompt(priced_model, room=8)
     step.begin(PROMPT, PriceDeployment(0.0))
@@ -209,7 +209,7 @@ def test_generation_is_a_loop_over_steps(priced_model: Model) -> None:
     assert metrics.sparsity == pytest.approx(0.5)
     assert metrics.dense_bytes_per_token == priced_model.artifact.linear_bytes
     assert metrics.bytes_per_token == pytest.approx(0.5 * priced_model.artifact.linear_bytes, abs=1)
-    assert expected == [token.id for token in priced_model.generate(PROMPT, max_new_tokens=16)]  # its own budget
+    assert expected == [token.id for token in priced_model.generate(PROMPT, max_new_tokens=16)]  # its own price
 
 
 def test_dense_generations(priced_model: Model) -> None:
@@ -228,7 +228,7 @@ def test_sampling_reads_by_price_too(priced_model: Model) -> None:
 
 
 def test_a_prompt_serves_every_price(priced_model: Model) -> None:
-    """Prefill knows no price, so what was read for one is read for all."""
+    """Prefill has no price, so a prompt read for one price is read for all."""
     memory, again = priced_model.memory(), [*PROMPT, 60, 61]
     list(priced_model.generate(PROMPT, max_new_tokens=4, memory=memory))
     for how in (priced_model.at(sparsity=0.2), priced_model.at(price=0.0), priced_model.at(max_kl=0.05)):
@@ -249,7 +249,7 @@ def test_conversation_is_that_of_one_prompt(priced_model: Model) -> None:
         assert (answer.metrics.reused_tokens > 0) == (text != "Hello")
 
 
-# What cannot be
+# Refusals
 
 
 @pytest.mark.parametrize("price", [float("nan"), float("inf"), -float("inf")])

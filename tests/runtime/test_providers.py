@@ -1,4 +1,4 @@
-"""Which provider runs an artifact. Both kinds of machine are simulated, so that the tests pass on both."""
+"""The choice of the provider. Machines with and without a GPU are simulated, so that the tests pass on both."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_cuda_with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Driver:
-    """Stands in for libcuda: `status` is what its calls return, `gpus` what it counts."""
+    """Replaces libcuda: its calls return `status`, and it counts `gpus`."""
 
     def __init__(self, status: int, gpus: int) -> None:
         self.status, self.gpus = status, gpus

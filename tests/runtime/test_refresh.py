@@ -1,4 +1,4 @@
-"""Refreshes beside a slow reference that reads everything anew by hand."""
+"""Refreshes, against a slow reference that reads all tokens again by hand."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ DENSE_BYTES = NEURONS * 3 * 64 * 4
 
 
 def statistics(mask: PromptMask) -> tuple[np.ndarray, float]:
-    """The running statistics [L, 2, F] and their weight."""
+    """Return the running statistics [L, 2, F] and their weight."""
     rows = [mask.stats[contract.past_neuron_stats(layer)].numpy().copy() for layer in range(3)]
     return np.stack(rows), float(mask.stats[contract.PAST_STATS_WEIGHT].numpy()[0])
 
 
 def read_alone(model: Model, tokens: list[int], **options: Any) -> tuple[np.ndarray, float]:
-    """The statistics of one reading in a cache of its own."""
+    """Return the statistics of one reading in a cache of its own."""
     cache = KvCache(model.artifact.shape, "cpu", len(tokens))
     return statistics(prefill(model.sessions, model.artifact.shape, tokens, cache, **options)[1])
 
@@ -46,7 +46,7 @@ def slow_generation(model: Model, prompt: list[int], how: Deployment, count: int
     """Generate greedily. Every N tokens prefill reads all tokens so far in a new cache, piece by piece.
 
     Returns:
-        The tokens, and the share of FFN bytes that each token after the first read.
+        The tokens, and the fraction of FFN bytes that each token after the first read.
     """
     shape, tokens, shares = model.artifact.shape, list[int](), list[float]()
     inputs = {contract.TOKEN_THRESHOLDS: device_tensor(how.token_thresholds, "cpu")}
@@ -81,7 +81,7 @@ def test_refreshed_generation_equals_reading_anew(model: Model, refresh: Refresh
     assert metrics.sparsity == pytest.approx(1 - np.mean(shares))
     assert metrics.bytes_per_token == pytest.approx(np.mean(shares) * DENSE_BYTES, abs=1)
     never = model.generate(PROMPT, max_new_tokens=24, deployment=how.with_refresh(Refresh()))
-    assert [token.id for token in never] != expected  # refreshes do something
+    assert [token.id for token in never] != expected  # refreshes have an effect
 
 
 @pytest.mark.parametrize("period", [2, 3, 7])
@@ -105,7 +105,7 @@ def test_dense_decoding_is_not_refreshed(model: Model) -> None:
 @pytest.mark.parametrize("end", ["length", "context", "stop"])
 @pytest.mark.parametrize("period", [2, 3])
 def test_no_token_is_lost_or_doubled(model: Model, monkeypatch: pytest.MonkeyPatch, period: int, end: str) -> None:
-    """At every distance of the end from a refresh, in the middle of a character too."""
+    """For every distance between the end and a refresh, also in the middle of a character."""
     answer = model.text.encode("naïve 世界")
     how = model.artifact.deployment.with_refresh(Refresh(period))
     for length in range(1, len(answer) + 1):
@@ -117,7 +117,7 @@ def test_no_token_is_lost_or_doubled(model: Model, monkeypatch: pytest.MonkeyPat
         assert [token.id for token in tokens] == answer[:length]
         assert generation.metrics.finish_reason == end
         assert generation.metrics.new_tokens == length
-        # An end token that a refresh chose comes after one; a limit ends a generation before the next refresh.
+        # An end token that a refresh chose comes after it. A limit ends a generation before the next refresh.
         assert generation.metrics.refreshes == (length if end == "stop" else length - 1) // period
         assert generation.text == bytes("naïve 世界", "utf-8")[:length].decode(errors="replace")
         pieces = "".join(token.text for token in tokens)
@@ -126,7 +126,7 @@ def test_no_token_is_lost_or_doubled(model: Model, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("decay", [1.0, 0.5, 0.0])
 def test_a_refresh_adds_to_the_statistics(model: Model, decay: float) -> None:
-    """Keys and values are those of a dense reading, whatever sparse steps left in the cache."""
+    """Keys and values become those of a dense reading, whatever sparse steps had written."""
     tokens, shape = model.text.encode(PROMPT), model.artifact.shape
     step = DecodeStep(model.sessions, shape, len(tokens))
     how = model.artifact.deployment
@@ -150,7 +150,7 @@ def test_a_refresh_adds_to_the_statistics(model: Model, decay: float) -> None:
 
 
 def test_statistics_begin_with_the_prior(model: Model, source: ModelSource, reference: Any) -> None:
-    """Prior plus what transformers gives of the prompt; without it the prompt's alone, whatever was read before."""
+    """They are the prior plus the prompt's by transformers. Without a prior they are the prompt's alone."""
     tokens, manifest = model.text.encode(PROMPT), model.artifact.manifest
     calibration = read_calibration(model.artifact.file(contract.CALIBRATION_FILE))
     prior = calibrated_prior(calibration.sums, manifest["prior_tokens"])
@@ -178,7 +178,7 @@ def test_prior_of_one_token_is_the_prior_alone(model: Model) -> None:
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "stock"])
 def test_refresh_that_is_not_finite(artifact_copy: Path, native: bool) -> None:
-    """The rotation of the second new token's place is spoiled, which a refresh every two tokens is first to read."""
+    """The rotation at the second new token is spoiled. The refresh after two tokens is the first to read it."""
     artifact = open_artifact(artifact_copy)
     entry = artifact.manifest["weights"][contract.COS_CACHE]
     path, shape = artifact.file(contract.WEIGHTS_FILE), tuple(entry["shape"])
@@ -210,7 +210,7 @@ def test_refresh_of_the_artifact_is_the_default(model: Model, artifact_copy: Pat
 
 
 def test_sampling_is_refreshed_too(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sampler that takes the likeliest token gives what greedy decoding does."""
+    """A sampler that takes the likeliest token gives the result of greedy decoding."""
     how = model.artifact.deployment.with_refresh(Refresh(3))
     greedy = [token.id for token in model.generate(PROMPT, max_new_tokens=20, deployment=how)]
     monkeypatch.setattr("tda_export.runtime.model.make_sampler", lambda sampling: lambda logits: int(logits.argmax()))

@@ -1,4 +1,4 @@
-"""Sampling beside slow, obvious references."""
+"""Sampling against slow, obvious references."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tda_export.runtime.sampling import (
 )
 
 LOGITS = hnp.arrays(np.float64, st.integers(1, 40), elements=st.floats(-80, 80, width=32))
-SHARES = 4096  # probabilities in whole 4096ths: their sums are exact, so that the border of a nucleus is too
+SHARES = 4096  # probabilities are multiples of 1/4096, so that sums and the border of a nucleus are exact
 
 
 def slow_softmax(logits: list[float]) -> list[float]:
@@ -53,7 +53,7 @@ def slow_top_p(probabilities: list[float], p: float) -> list[float]:
 
 @st.composite
 def exact_probabilities(draw: st.DrawFn) -> np.ndarray:
-    """Probabilities that are whole multiples of 1 / SHARES, many of them equal or zero."""
+    """Draw probabilities that are multiples of 1 / SHARES, many of them equal or zero."""
     borders = sorted(draw(st.lists(st.integers(0, SHARES), max_size=20)))
     return np.diff([0, *borders, SHARES]) / SHARES
 
@@ -104,7 +104,7 @@ def test_nucleus_is_never_empty() -> None:
 
 @given(exact_probabilities(), st.integers(0, SHARES).map(lambda share: share / SHARES))
 def test_keep_min_p(probabilities: np.ndarray, p: float) -> None:
-    """Those at the border are kept; p = 1 keeps the likeliest alone."""
+    """Tokens at the border are kept. p = 1 keeps only the likeliest."""
     kept = [share if share >= p * max(probabilities) else 0.0 for share in probabilities]
     np.testing.assert_allclose(
         keep_min_p(probabilities, p), [share / math.fsum(kept) for share in kept], rtol=1e-12, atol=0
@@ -120,7 +120,7 @@ def test_min_p_equals_transformers(logits: np.ndarray, p: float) -> None:
 
 
 def test_min_p_reaches_the_sampler() -> None:
-    """By the probabilities at its temperature."""
+    """It applies to the probabilities at the temperature."""
     logits = np.log(np.array([0.5, 0.3, 0.2]))
     for min_p, temperature, drawn in (
         (0.0, 1.0, {0, 1, 2}),
@@ -141,7 +141,7 @@ def test_a_tiny_temperature_is_almost_greedy(logits: np.ndarray) -> None:
 
 
 def test_greedy_needs_no_sampler() -> None:
-    """The decode step itself chooses."""
+    """The decode step itself chooses the token."""
     assert make_sampler(Sampling()) is None
 
 
@@ -156,7 +156,7 @@ def test_sample_comes_from_what_was_kept(logits: np.ndarray, temperature: float,
     scaled = slow_top_k((logits / temperature).tolist(), k)
     allowed = slow_top_p(slow_softmax(scaled), p)
     token = make_sampler(Sampling(temperature, k, p, seed))(logits.astype(np.float32))
-    # A token at the very border may fall on either side by rounding; it then is as likely as the last one kept.
+    # A token at the border may fall on either side by rounding. Then it is as likely as the last one kept.
     last = min(share for share in allowed if share > 0)
     assert allowed[token] > 0 or math.isclose(softmax(np.array(scaled))[token], last, rel_tol=1e-9) or p > 1 - 1e-9
 
@@ -188,7 +188,7 @@ def test_draws_follow_the_distribution() -> None:
 def test_almost_no_temperature_is_greedy(temperature: float, options: dict[str, Any], scale: float) -> None:
     logits = (np.array([0.5, 1.0, -1.0, 0.25]) * scale).astype(np.float32)
     sample = make_sampler(Sampling(temperature, seed=0, **options))
-    with np.errstate(over="ignore"):  # the others become -inf: that is what they are
+    with np.errstate(over="ignore"):  # the others become -inf, as they should
         assert {sample(logits) for _ in range(20)} == {1}
 
 
@@ -242,7 +242,7 @@ def test_repetition_penalty_equals_transformers(logits: np.ndarray, penalty: flo
         ours.add(token)
     np.testing.assert_allclose(
         ours.apply(logits), expected[0].numpy(), rtol=1e-5, atol=1e-35
-    )  # which loses digits of tiny ones
+    )  # float32 loses digits of tiny ones
     np.testing.assert_array_equal(logits, before)
 
 

@@ -1,4 +1,4 @@
-"""Fidelity beside a slow reference."""
+"""Fidelity, against a slow reference."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tda_export.runtime.scoring import Fidelity, compare, continuation_logits
 from tests.runtime.conftest import PROMPT, mask_alone, reference_mask, second_level
 
 CONTINUATION = " and the boats are home."
-LOGITS = 1e-4  # float32 logits of size 1 to 10 after three layers
+LOGITS = 1e-4  # tolerance of float32 logits of size 1 to 10 after three layers
 
 
 @st.composite
@@ -66,7 +66,7 @@ def test_compare_with_itself(pair: tuple[np.ndarray, np.ndarray], offset: float)
 
 
 def test_dense_logits_equal_prefill(model: Model) -> None:
-    """The slow reference reads the prompt and the continuation so far anew for every token."""
+    """The slow reference reads the prompt and the continuation so far again for every token."""
     shape = model.artifact.shape
     prompt, continuation = model.text.encode(PROMPT), model.text.encode(CONTINUATION)
     expected = []

@@ -1,4 +1,4 @@
-"""Sessions: what ONNX Runtime refuses becomes one line, and graphs that reach outside are refused."""
+"""Sessions: errors of ONNX Runtime become one line, and graphs with outside files are refused."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_damaged_graph(artifact_copy: Path, name: str) -> None:
 
 
 def test_external_data_at_an_absolute_path(artifact_copy: Path) -> None:
-    """Refused even where the file is the artifact's own: another machine has another one there."""
+    """Refused even if the file is the artifact's own, since it would be another on another machine."""
     path = artifact_copy / contract.DECODE_FILE
     graph = onnx.load(path, load_external_data=False)
     for tensor in graph.graph.initializer:
@@ -73,7 +73,7 @@ def test_failing_run(model: Model) -> None:
 
 
 def rename(folder: Path, file: str, old: str, new: str) -> None:
-    """Give an input or output of a graph another name everywhere in it, as a flipped bit may do."""
+    """Rename an input or output everywhere in a graph, as a flipped bit may do."""
     path = folder / file
     model = onnx.load(path, load_external_data=False)
     values = [*model.graph.input, *model.graph.output, *model.graph.initializer]
@@ -104,7 +104,7 @@ def rename(folder: Path, file: str, old: str, new: str) -> None:
     ],
 )
 def test_a_name_that_is_another(artifact_copy: Path, file: str, old: str, problem: str) -> None:
-    """A file whose hash is right may still be another version's, or hostile."""
+    """A file with the right hash may still be of another version, or hostile."""
     rename(artifact_copy, file, old, "other")
     with pytest.raises(TdaError, match=rf"{file}: the graph has {problem}\. Copy or build the artifact again\.$"):
         load(artifact_copy, provider="cpu")
@@ -128,7 +128,7 @@ def test_an_input_without_a_default_that_is_not_known(artifact_copy: Path) -> No
 
 @pytest.mark.parametrize("bind", ["feed an array", "feed a value", "write_to", "allocate"])
 def test_what_cannot_be_bound(model: Model, bind: str) -> None:
-    """ONNX Runtime says so when binding, or when running."""
+    """ONNX Runtime refuses at binding, or at running."""
     call, value = Call(model.sessions.decode), device_tensor(np.zeros(1, np.float32), "cpu")
     binding: dict[str, Callable[[], None]] = {
         "feed an array": lambda: call.feed("other", np.zeros(1, np.float32)),

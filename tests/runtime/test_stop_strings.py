@@ -1,4 +1,4 @@
-"""Stop strings beside a slow reference that looks at the text character by character."""
+"""Stop strings, against a slow reference that reads the text character by character."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from tda_export.errors import UsageError
 from tda_export.runtime.stop_strings import StopStrings
 
-SHORT = st.text("ab\n", min_size=1, max_size=4)  # few letters, so that beginnings of stop strings abound
+SHORT = st.text("ab\n", min_size=1, max_size=4)  # few letters, so that beginnings of stop strings are frequent
 
 
 def slow_cut(text: str, stops: list[str]) -> tuple[str, bool]:
-    """The text before the stop string that is complete first, and whether there is one."""
+    """Return the text before the stop string that is complete first, and whether there is one."""
     for end in range(1, len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:
@@ -22,7 +22,7 @@ def slow_cut(text: str, stops: list[str]) -> tuple[str, bool]:
 
 
 def run(pieces: list[str], stops: list[str]) -> tuple[list[str], bool]:
-    """What comes out, piece by piece and at the end."""
+    """Return the output, piece by piece and at the end."""
     watcher, out = StopStrings(stops), list[str]()
     for piece in pieces:
         text, stopped = watcher.add(piece)
@@ -43,7 +43,7 @@ def test_any_cut_into_pieces(pieces: list[str], stops: list[str]) -> None:
 
 @given(st.text("ab\n", max_size=12), st.lists(SHORT, min_size=1, max_size=3))
 def test_nothing_is_held_back_without_need(text: str, stops: list[str]) -> None:
-    """After every character exactly that is missing which a stop string may begin with."""
+    """After every character, exactly the possible beginning of a stop string is held back."""
     watcher, out = StopStrings(stops), ""
     for end, character in enumerate(text, start=1):
         piece, stopped = watcher.add(character)

@@ -40,14 +40,14 @@ TEMPLATES = {
 
 
 def with_template(folder: Path, template: str) -> Text:
-    """The text side of an artifact whose chat template was exchanged."""
+    """Return the text side of an artifact with another chat template."""
     artifact = open_artifact(folder)
     (folder / contract.CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
     return Text(artifact)
 
 
 def pieces_of(stream: TextStream, tokens: list[int]) -> list[str]:
-    """The text of every token, and what was held back to the end."""
+    """Return the text of every token, and the text held back to the end."""
     return [*(stream.add(token) for token in tokens), stream.finish()]
 
 
@@ -113,7 +113,7 @@ WORDS = ["<s>", "▁The", "▁sea", "▁is", "▁calm", "ly", ".", "▁"]
 
 @pytest.fixture
 def words(artifact_copy: Path) -> Text:
-    """A Metaspace tokenizer, as Llama 2's: its decoder drops the space before the first token it is given."""
+    """A Metaspace tokenizer like Llama 2's. Its decoder drops the space before the first token."""
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="▁"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
@@ -128,7 +128,7 @@ def words(artifact_copy: Path) -> Text:
     [
         ([1, 2], [3, 4, 5, 6], [" is", " calm", "ly", ".", ""]),
         ([0, 1, 2], [3, 4], [" is", " calm", ""]),
-        ([0, 1, *[2] * 20], [3, 4], [" is", " calm", ""]),  # longer than what the stream begins with
+        ([0, 1, *[2] * 20], [3, 4], [" is", " calm", ""]),  # longer than the tokens that the stream begins with
         ([1, 2, 0], [3, 4], [" is", " calm", ""]),
         ([0, 1, 2, 3, 4], [5, 6], ["ly", ".", ""]),
         ([0], [1, 2], ["The", " sea", ""]),  # the text begins here
@@ -142,7 +142,7 @@ def test_the_space_after_the_prompt(words: Text, prompt: list[int], tokens: list
 
 @pytest.fixture
 def byte_fallback(artifact_copy: Path) -> Text:
-    """A tokenizer of bytes as Llama 2's: its decoder shows a run of bytes that is not text as nothing but �."""
+    """A tokenizer of bytes like Llama 2's. Its decoder shows a run of bytes that is not text as � alone."""
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"<unk>": 256, "<s>": 257, "▁a": 258}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -189,7 +189,7 @@ CHARACTERS = ["é", "世", "👍", "a世", "世é"]
 def test_character_that_the_prompt_ends_inside(
     fallback: bool, content: str, missing: int, model: Model, byte_fallback: Text
 ) -> None:
-    """It comes with the token that completes it, once, and nothing of the prompt before it does."""
+    """It comes once, with the token that completes it, without the prompt's text before it."""
     text = byte_fallback if fallback else model.text
     tokens = [*(b"xy " + content.encode())] if fallback else model.text.encode("xy " + content)
     missing = min(missing, len(content[-1].encode()) - 1)
@@ -216,7 +216,7 @@ def test_prompt_that_ends_with_a_replacement_character(model: Model) -> None:
 
 
 def test_token_beyond_the_vocabulary_is_named(artifact_copy: Path) -> None:
-    """Gemma 3's tokenizer has tokens for images that its text model does not know."""
+    """Gemma 3's tokenizer has tokens for images that its text model does not have."""
     artifact = open_artifact(artifact_copy)
     path = artifact.file(contract.TOKENIZER_FILE)
     tokenizer = Tokenizer.from_file(str(path))
@@ -318,6 +318,6 @@ def test_damaged_tokenizer(artifact_copy: Path) -> None:
 
 
 def test_text_that_is_not_unicode(model: Model) -> None:
-    """Python reads foreign bytes of an argument or of standard input as lone surrogates."""
+    """Python reads invalid bytes of an argument or of standard input as lone surrogates."""
     with pytest.raises(TdaError, match="UTF-8"):
         model.text.encode("caf\udce9")

@@ -26,13 +26,13 @@ from tda_export.serve.worker import Worker
 NAME = "tiny"
 CONTEXT = 500
 BODY_BYTES = 40_000
-PATIENCE = 120  # seconds, for what takes a fraction of one
+PATIENCE = 120  # seconds to wait for things that take a fraction of one
 LOOPBACK_ALONE = make_access(host="127.0.0.1", loopback=True, allowed_hosts=(), origins=())
 
 
 @dataclass
 class Served:
-    """A server that runs; `worker` is its inside."""
+    """A running server and its `worker`."""
 
     url: str
     worker: Worker
@@ -89,7 +89,7 @@ def serving(
 
 
 def until(condition: Callable[[], object]) -> None:
-    """Wait for what another thread does."""
+    """Wait until a condition, which another thread makes true, holds."""
     end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end, "it did not come"
@@ -98,7 +98,7 @@ def until(condition: Callable[[], object]) -> None:
 
 @dataclass
 class Gate:
-    """Lets the model choose its tokens one by one; `drawn` of them so far. Every choice is the likeliest token."""
+    """Lets the model choose tokens one by one, always the likeliest. `drawn`: the number chosen so far."""
 
     drawn: int = 0
     _allowed: int = 0
@@ -138,14 +138,14 @@ def priced_model(priced_artifact: Path) -> Model:
 
 @pytest.fixture(scope="session")
 def priced_served(priced_model: Model) -> Iterator[Served]:
-    """The same around the tiny artifact of priced rows."""
+    """A server of the tiny artifact of priced rows."""
     with serving(priced_model) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def served(model: Model) -> Iterator[Served]:
-    """One server for all tests that leave it as it is."""
+    """One server for all tests that do not change it."""
     with serving(model) as running:
         yield running
 

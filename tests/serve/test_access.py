@@ -1,4 +1,4 @@
-"""Who may ask: hosts, other sites, and methods beside those that do the work."""
+"""Access: hosts, other sites, and HTTP methods."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_own_hosts(served: Served, host: str) -> None:
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "10.0.0.1", "", "a/b"])
 def test_other_hosts(served: Served, host: str) -> None:
-    """For every path: what a page of another site could read."""
+    """Refused on every path that a page of another site could read."""
     text = f"This server does not answer to the host name '{host}'. Start it with --allowed-host for that name."
     for path in ("/health", "/metrics", "/v1/models", "/nothing"):
         assert_error(http.get(served.url + path, headers={"Host": host}), 403, text, code="host_not_allowed")
@@ -123,7 +123,7 @@ def open_to(request: pytest.FixtureRequest, model: Model) -> Iterator[tuple[Serv
 
 
 def test_pages_that_may_ask(open_to: tuple[Served, str]) -> None:
-    """Answers and refusals can be read."""
+    """They can read answers and errors."""
     served, origin = open_to
     answer = http.request("OPTIONS", served.url + CHAT, headers=PREFLIGHT)
     assert answer.status_code == 200

@@ -1,4 +1,4 @@
-"""The API by the official client: answers, streams, usage."""
+"""The API with the official client: answers, streams, usage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GREEDY: dict[str, Any] = {"model": NAME, "temperature": 0}
 
 
 def expected(model: Model, prompt: Any, **options: Any) -> Any:
-    """The generation that the driver gives."""
+    """Return the generation of the driver."""
     tokens = prompt if isinstance(prompt, str) else model.text.encode_chat(prompt)
     generation = model.generate(tokens, context=CONTEXT, **options)
     list(generation)
@@ -88,7 +88,7 @@ def test_completions(served: Served, tokens: bool) -> None:
 
 
 def test_limits_that_nobody_gave(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Completions have 16 tokens, as the API says; chats as many as usual, if the context holds them."""
+    """Completions then have 16 tokens, as in the API. Chats have the usual number, or what fits the context."""
     answer = served.client().completions.create(prompt="The sea", **GREEDY)
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 16
@@ -105,7 +105,7 @@ def test_limits_that_nobody_gave(served: Served, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
 def test_no_limit(model: Model, field: str) -> None:
-    """-1 is what the context holds, or the server's own limit."""
+    """-1 means the rest of the context, or the server's own limit."""
     ask: dict[str, Any] = {"messages": MESSAGES, "extra_body": {field: -1}, **GREEDY}
     for new_tokens in (None, 30):
         with serving(model, new_tokens=new_tokens) as served:
@@ -140,7 +140,7 @@ def test_limits_beyond_the_servers_are_its_own(model: Model) -> None:
 
 
 def test_stop_tokens(served: Served) -> None:
-    """Of a chat and of a completion; they are no part of the answer."""
+    """In a chat and in a completion. They are not part of the answer."""
     tokens = [token.id for token in served.model.generate("The sea", max_new_tokens=16)]
     answer = served.client().completions.create(
         prompt="The sea", extra_body={"stop_token_ids": [258, tokens[5]]}, max_tokens=16, **GREEDY
@@ -169,7 +169,7 @@ def test_end_tokens_can_be_ignored(artifact_copy: Path) -> None:
 
 
 def test_variables_for_the_chat_template(artifact_copy: Path) -> None:
-    """As Qwen3 and SmolLM3 have their thinking switched off."""
+    """Qwen3 and SmolLM3 switch off thinking in this way."""
     template = b"{{ messages[0].content }}{% if enable_thinking is false %}<no>{% endif %}{{ messages[0].name }}"
     replace_file(artifact_copy, contract.CHAT_TEMPLATE_FILE, template)
     with serving(load(artifact_copy, provider="cpu")) as served:
@@ -204,7 +204,7 @@ def test_stop_strings(served: Served, stream: bool) -> None:
 
 
 def test_events_are_lines_whatever_their_text() -> None:
-    """For Python's splitlines too, which also splits at characters beyond ASCII."""
+    """Also for Python's splitlines, which splits at some characters beyond ASCII."""
     event = {"text": "a\u2028b\u2029c\x85d\x0be\nf\u4e16"}
     data, empty = server_sent(event).decode().splitlines()
     assert (json.loads(data.removeprefix("data: ")), empty) == (event, "")
@@ -228,7 +228,7 @@ def test_sampling(served: Served) -> None:
 
 
 def test_what_means_nothing_is_taken(served: Served) -> None:
-    """Clients send defaults."""
+    """Fields without effect are accepted, because clients send defaults."""
     harmless: dict[str, Any] = {
         "n": 1,
         "logprobs": False,
@@ -256,7 +256,7 @@ def test_content_in_parts_and_developers(served: Served) -> None:
 
 
 def test_a_chat_goes_on_where_it_was(model: Model) -> None:
-    """The second request repeats the first and its answer: only what is new is read."""
+    """The second request repeats the first and its answer. Only new tokens are read."""
     with serving(model) as served:
         client, messages = served.client(), list(MESSAGES)
         first = client.chat.completions.create(messages=messages, max_tokens=8, **GREEDY)

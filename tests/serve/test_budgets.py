@@ -20,7 +20,7 @@ READ, DENSE = "tda_export_skippable_read_bytes_total", "tda_export_skippable_den
 
 
 def budgets(model: Model) -> list[dict[str, float]]:
-    """Several of each kind, dense and the largest among them."""
+    """Return several of each kind, including dense and the largest."""
     table = model.artifact.price_table
     assert table is not None
     return [
@@ -41,7 +41,7 @@ def expected(model: Model, **options: Any) -> Any:
 
 
 def test_answers_are_those_of_generate(priced_served: Served) -> None:
-    """One after another, so that each reads its prompt behind the one before, and back to the server's own."""
+    """One after another, so that each reuses the prompt before it, and at the end with the server's own budget."""
     model, texts = priced_served.model, set()
     for budget in budgets(model):
         ours = expected(model, deployment=model.at(**budget, prompt_tokens=len(model.tokenize(PROMPT))))

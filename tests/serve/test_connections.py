@@ -1,4 +1,4 @@
-"""Connections that take too long, and more of them than there is room for."""
+"""Connections that take too long, and too many connections."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def connect(served: Served, content: bytes = b"") -> socket.socket:
 
 
 def rest(connection: socket.socket) -> bytes:
-    """What comes until the server closes."""
+    """Return the bytes until the server closes the connection."""
     with connection:
         return b"".join(iter(lambda: connection.recv(1 << 16), b""))
 
@@ -53,7 +53,7 @@ def hasty(model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
 
 
 def test_a_silent_connection_is_closed(hasty: Served) -> None:
-    """It asked for nothing, so it is told nothing."""
+    """It sent no request, so it gets no answer."""
     assert rest(connect(hasty)) == b""
 
 
@@ -112,7 +112,7 @@ def test_an_answer_has_all_the_time_it_needs(hasty: Served, gate: Gate) -> None:
 
 
 def test_a_client_that_reads_nothing_is_cut_off(hasty: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its answer is larger than all buffers on the way."""
+    """Its answer does not fit all buffers on the way."""
     monkeypatch.setattr(app, "server_sent", lambda event: server_sent(event) + b":" * (1 << 20) + b"\n\n")
     body = json.dumps({"model": NAME, "prompt": "Hi", "max_tokens": 100, "stream": True}).encode()
     stuck = connect(hasty, HEAD.replace(str(len(BODY)).encode(), str(len(body)).encode()) + body)
@@ -128,11 +128,11 @@ def test_one_too_many_closes_the_idlest(model: Model) -> None:
         for count in range(4):
             idle.append(connect(served, b"GET /" if count % 2 else b""))
             until(lambda count=count: len(served.server.server_state.connections) == count + 1)
-        for connection in idle[:3]:  # each by one that wants something
+        for connection in idle[:3]:  # each by a connection with a request
             answer = http.get(f"{served.url}/health", headers={"Connection": "close"})
             assert answer.status_code == 200
             assert rest(connection) == b""
-            # What it closed for has gone itself, so that there is room; take it.
+            # The connection that it made room for has ended, so there is room for this one.
             until(lambda: len(served.server.server_state.connections) <= 3)
             idle.append(connect(served))
             until(lambda: len(served.server.server_state.connections) == 4)
@@ -141,7 +141,7 @@ def test_one_too_many_closes_the_idlest(model: Model) -> None:
 
 
 def test_those_that_are_answered_stay(model: Model, gate: Gate) -> None:
-    """One more waits until one of them ends."""
+    """A further connection waits until one of them ends."""
     with serving(model, most_connections=3) as served:
         answered = [connect(served, HEAD.replace(b"Host", b"Connection: close\r\nHost") + BODY) for _ in range(3)]
         until(lambda: served.worker.waiting == 2)
@@ -159,7 +159,7 @@ def test_those_that_are_answered_stay(model: Model, gate: Gate) -> None:
 
 
 def test_descriptors_that_others_have_taken(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line says so, and the next connection is taken once there is one again."""
+    """One line reports it. The next connection is accepted once a descriptor is free."""
     monkeypatch.setattr(connections, "RETRY_SECONDS", 0)
     took = list[bytes]()
 

@@ -1,4 +1,4 @@
-"""What is refused, in the API's own shape and by the exceptions of the official client."""
+"""Errors, in the API's format and as exceptions of the official client."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def post(served: Served, path: str, body: Any) -> Any:
 
 
 def assert_error(answer: Any, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
-    """Require an error of the API's shape, whose message holds `message`."""
+    """Require an error in the API's format, whose message contains `message`."""
     assert answer.status_code == status, answer.text
     body = answer.json()
     assert body.keys() == {"error"}
@@ -126,7 +126,7 @@ def test_values(served: Served, change: dict[str, Any], param: str, text: str) -
     ids=["prompt", "token ids", "prompts", "stop", "messages", "content"],
 )
 def test_the_first_wrong_item_of_a_list_is_enough(kind: type[pydantic.BaseModel], change: dict[str, Any]) -> None:
-    """Collecting all of them takes seconds, and other clients wait."""
+    """Collecting all errors would take seconds, and other clients would wait."""
     with pytest.raises(pydantic.ValidationError) as raised:
         kind.model_validate({"model": NAME} | change)
     assert raised.value.error_count() <= 4
@@ -180,7 +180,7 @@ def test_content_that_is_not_supported(served: Served) -> None:
 
 @pytest.mark.parametrize("content", [{"content": ""}, {"content": None}, {}], ids=["empty", "null", "none"])
 def test_tool_calls(served: Served, content: dict[str, Any]) -> None:
-    """Their messages have no content."""
+    """Messages with tool calls have no content."""
     message = "Tool calls and their results are not supported by this server. Leave them out."
     call = {"role": "assistant", "tool_calls": [{"id": "1"}]} | content
     answer = post(served, CHAT, {"model": NAME, "messages": [*HELLO, call]})
@@ -284,7 +284,7 @@ def test_a_body_that_is_just_small_enough(served: Served) -> None:
 
 
 def test_a_page_of_another_site_cannot_post(served: Served) -> None:
-    """Browsers send text/plain anywhere without asking; JSON they do not."""
+    """Browsers send text/plain to any site without a preflight request, but not JSON."""
     body = b'{"model": "tiny", "prompt": "Hi"}'
     form = "application/x-www-form-urlencoded"  # curl -d
     text = "it does not say that it is JSON. Add the header: -H 'Content-Type: application/json'."
@@ -318,7 +318,7 @@ def test_a_token_that_the_model_does_not_have(artifact_copy: Path) -> None:
 
 
 def test_a_request_that_only_the_driver_refuses(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the request's fault all the same."""
+    """It is still an error of the request."""
 
     def refuse(*arguments: Any, **options: Any) -> None:
         raise UsageError("Not so. Do otherwise.")
@@ -345,7 +345,7 @@ def test_failures_of_the_model(
     text: str,
     code: str,
 ) -> None:
-    """Before the first token, and in the middle of a stream; the next request is answered."""
+    """Before the first token, and in the middle of a stream. The next request is answered."""
     run, steps = DecodeStep._run, iter(range(100))
 
     def failing(step: DecodeStep, tokens: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Fields that this server does not act on: none is ignored in silence."""
+"""Fields that this server does not support: none is ignored silently."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_names_that_may_be_anything(served: Served, name: str) -> None:
 @pytest.mark.parametrize("path", REQUESTS)
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_unsupported_fields(served: Served, path: str, name: str) -> None:
-    """They are refused, except where they have no effect."""
+    """They are refused, unless their value has no effect."""
     answer = post(served, path, REQUESTS[path] | {name: ["something"]})
     assert_error(answer, 400, f"'{name}' is not supported by this server", param=name, code="unsupported_parameter")
     for meaningless in (None, *UNSUPPORTED[name]):
@@ -109,7 +109,7 @@ def test_unsupported_fields_inside(served: Served, change: dict[str, Any], param
 
 
 def test_an_answer_may_be_sent_back_as_it_came(served: Served) -> None:
-    """With all the fields that clients fill up."""
+    """With all the fields that clients fill in."""
     said = post(served, CHAT, REQUESTS[CHAT]).json()["choices"][0]["message"]
     filled = {"annotations": [], "audio": None, "function_call": None, "tool_calls": None, "reasoning_content": None}
     messages = [*HELLO, said | filled, *HELLO]

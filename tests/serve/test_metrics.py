@@ -1,4 +1,4 @@
-"""What /metrics counts, read by Prometheus's own parser."""
+"""The metrics of /metrics, read by Prometheus's own parser."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.serve.conftest import NAME, Gate, Served, serving, until
 
 
 def samples(served: Served) -> dict[str, float]:
-    """Every sample by its name and labels."""
+    """Return every sample by its name and labels."""
     answer = openai.DefaultHttpxClient().get(f"{served.url}/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     found = {}
@@ -90,4 +90,4 @@ def test_refusals_cancellations_and_the_queue(model: Model, gate: Gate) -> None:
         found = samples(served)
         assert found["tda_export_requests_total{endpoint=chat,outcome=refused}"] == 2
         assert "tda_export_requests_total{endpoint=chat,outcome=answered}" not in found
-        assert found["tda_export_generated_tokens_total"] == gate.drawn - 1  # the last came too late
+        assert found["tda_export_generated_tokens_total"] == gate.drawn - 1  # the last token came after the end

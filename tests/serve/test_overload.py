@@ -1,4 +1,4 @@
-"""A server as a process, with more clients than it likes: it goes on, and has nothing left of them afterwards."""
+"""A server process under overload: it goes on, and keeps nothing of the clients afterwards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GOOD = {"model": "tiny", "prompt": "The sea is calm", "max_tokens": 3}
 
 
 class Client:
-    """What clients of one server share."""
+    """Clients of one server, and what they share."""
 
     def __init__(self, url: str) -> None:
         self.base = url.removesuffix("/v1")
@@ -48,7 +48,7 @@ class Client:
         return head.encode() + body
 
     def status(self, content: bytes, pause: float = 0.0) -> int:
-        """Send something, byte by byte if there is a pause between them, and return the status of the answer."""
+        """Send bytes, one by one if there is a pause, and return the status of the answer."""
         with self.connect() as connection:
             for piece in [content] if not pause else [content[i : i + 8] for i in range(0, len(content), 8)]:
                 connection.sendall(piece)
@@ -72,7 +72,7 @@ def threads(process: subprocess.Popen[str]) -> int:
 
 
 def warm(client: Client) -> None:
-    """Let the server open what it keeps: the process for templates, the thread that reads prompts."""
+    """Let the server start what it keeps: the process for templates, and the thread that reads prompts."""
     chat = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
     assert client.http.post(f"{client.base}/v1/chat/completions", json=chat).status_code == 200
     client.http.close()
@@ -85,7 +85,7 @@ def good(client: Client, number: int) -> int:
 
 def bad(client: Client, number: int) -> int:
     faults = (
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(40),  # somebody speaks TLS
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(40),  # TLS
         b"GET /health\r\nnonsense\r\n\r\n",
         client.request(unknown=1),
         client.request(prompt="x" * 1000),
@@ -102,7 +102,7 @@ def slow(client: Client, number: int) -> int:
 
 
 def leaving(client: Client, number: int) -> int:
-    """Before the head, in it, in the body, before the answer, and in it."""
+    """Leave before the head, in it, in the body, before the answer, or in it."""
     whole = client.request(stream=True, max_tokens=200)
     part = (b"", whole[:20], whole[:-5], whole, whole)[number % 5]
     with client.connect(part) as connection:
@@ -112,7 +112,7 @@ def leaving(client: Client, number: int) -> int:
 
 
 def test_many_clients_of_all_kinds(tiny_artifact: Path) -> None:
-    """64 at once: what is right is answered, what is wrong refused, and nothing stays of them."""
+    """64 at once: valid requests are answered, invalid ones refused, and nothing stays afterwards."""
     with started(tiny_artifact, "--provider", "cpu", "--max-body", 4000) as (process, _, url):
         client = Client(url)
         warm(client)
@@ -149,7 +149,7 @@ def test_many_clients_of_all_kinds(tiny_artifact: Path) -> None:
 
 
 def test_more_idle_connections_than_descriptors(tiny_artifact: Path) -> None:
-    """The server answers, complains of nothing, and has its descriptors again once they have gone."""
+    """The server answers without errors, and has its descriptors back once the connections are closed."""
     with started(tiny_artifact, "--provider", "cpu", descriptors=DESCRIPTORS) as (process, _, url):
         client = Client(url)
         warm(client)

@@ -1,4 +1,4 @@
-"""Order of arrival, a full queue, and clients that leave."""
+"""The queue: order of arrival, a full queue, and clients that leave."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tda_export.serve.worker import Done, Event, Failed, Job, Piece
 from tests.serve.conftest import NAME, PATIENCE, Gate, Served, serving, until
 
 AT_ONCE = 50
-PADDING = b": " + b"x" * 500_000 + b"\n\n"  # a comment behind an event
+PADDING = b": " + b"x" * 500_000 + b"\n\n"  # a comment after an event
 
 
 def question(number: int) -> list[Any]:
@@ -34,7 +34,7 @@ def answer_to(model: Model, number: int, tokens: int) -> str:
 
 
 def watch(served: Served, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
-    """Two lists that fill up with requests, named by their number: as they arrive, and as they end."""
+    """Return two lists that get the numbers of requests: when they arrive, and when they end."""
     arrived, ended, worker = list[int](), list[int](), served.worker
     submit, end = worker.submit, worker._end
 
@@ -56,7 +56,7 @@ def watch(served: Served, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], l
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_fifty_at_once(model: Model, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
-    """All are answered, each with its own answer, in the order in which they came."""
+    """All get their own answer, in order of arrival."""
     with serving(model) as served:
         arrived, ended = watch(served, monkeypatch)
 
@@ -79,7 +79,7 @@ def test_fifty_at_once(model: Model, monkeypatch: pytest.MonkeyPatch, stream: bo
 
 
 def test_answers_come_in_the_order_of_questions(model: Model, monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
-    """Fifty that arrive one after another while the model is busy with the first."""
+    """Fifty requests arrive one after another while the model is busy with the first."""
     with serving(model) as served:
         arrived, ended = watch(served, monkeypatch)
         answers: dict[int, str] = {}
@@ -109,7 +109,7 @@ def test_a_full_queue(model: Model, gate: Gate) -> None:
             served.client().completions.create(model=NAME, prompt="Hi")
         assert (raised.value.status_code, raised.value.code) == (503, "queue_full")
         assert int(raised.value.response.headers["retry-after"]) >= 1
-        leaving[1].close()  # a place becomes free without the model moving
+        leaving[1].close()  # a place becomes free while the model waits
         until(lambda: served.worker.waiting == 1)
         assert gate.drawn == 0
         leaving.append(_stream(served))
@@ -132,10 +132,10 @@ def test_a_queue_of_none(model: Model, gate: Gate) -> None:
 
 @pytest.mark.parametrize("prompt", [[50], []], ids=["answered", "failed"])
 def test_whoever_is_told_of_an_end_may_ask_again(model: Model, prompt: list[int]) -> None:
-    """The place is free before the end is told, so that a queue of none takes one question after another."""
+    """The place is free before the end is sent, so that a queue of length 0 takes one request after another."""
     with serving(model, queue=0) as served:
         told = list[type]()
-        order = Order(prompt, 2, Sampling(), ())  # none is a failure
+        order = Order(prompt, 2, Sampling(), ())  # none may fail
 
         def deliver(event: Event) -> None:
             if not isinstance(event, Piece):
@@ -160,7 +160,7 @@ def test_a_client_that_leaves_frees_its_place_within_a_token(model: Model, gate:
         waiting = _stream(served)
         until(lambda: worker.waiting == 1)
         leaving.close()
-        until(lambda: job.cancelled)  # the server has seen it; the model waits for its sixth token yet
+        until(lambda: job.cancelled)  # the server knows, while the model still waits for its sixth token
         assert worker._running is job
         gate.allow(1)
         until(lambda: worker._running is not job)
@@ -172,7 +172,7 @@ def test_a_client_that_leaves_frees_its_place_within_a_token(model: Model, gate:
 
 
 def test_a_client_that_leaves_the_queue(model: Model, gate: Gate) -> None:
-    """It never reaches the model."""
+    """Its request never reaches the model."""
     with serving(model) as served:
         running, leaving, staying = (_stream(served) for _ in range(3))
         until(lambda: served.worker.waiting == 2)
@@ -200,7 +200,7 @@ def test_the_official_client_leaves(model: Model, gate: Gate) -> None:
 
 
 def test_a_slow_client_holds_nobody_up(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It reads nothing of a stream that no buffer holds; the next one is answered all the same."""
+    """It reads nothing of a stream that is larger than all buffers. The next client still gets its answer."""
     written = list[bytes]()
 
     def padded(event: dict[str, Any]) -> bytes:
@@ -213,7 +213,7 @@ def test_a_slow_client_holds_nobody_up(model: Model, monkeypatch: pytest.MonkeyP
         answer = served.client().completions.create(model=NAME, prompt="Hi", max_tokens=4)
         assert answer.choices
         assert served.worker.idle
-        assert b'"finish_reason": "length"' not in b"".join(written)  # the model is done, and its client is not
+        assert b'"finish_reason": "length"' not in b"".join(written)  # the model has finished, its client has not
         rest = _rest(slow)
         assert rest.count(PADDING) == len(written)
         assert b'"finish_reason": "length"' in written[-1]
@@ -231,7 +231,7 @@ def test_answers_under_way_end_before_the_server_does(model: Model, gate: Gate) 
 
 
 def test_answers_that_take_longer_than_the_grace(model: Model, gate: Gate) -> None:
-    """They are cut off, those that wait are refused, and all are told."""
+    """They are cut off, waiting requests are refused, and all clients get a message."""
     gate.allow(3)
     with serving(model, grace=0.2) as served:
         stream, waiting, whole = _stream(served), _stream(served), _connect(served, '"max_tokens": 4')
@@ -249,7 +249,7 @@ def test_answers_that_take_longer_than_the_grace(model: Model, gate: Gate) -> No
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "terminate"])
 def test_told_twice_to_stop(model: Model, gate: Gate, number: int) -> None:
-    """It does not wait for the grace to pass."""
+    """It then does not wait for the grace period."""
     gate.allow(3)
     with serving(model) as served:
         stream = _stream(served)
@@ -271,7 +271,7 @@ def test_told_twice_to_stop(model: Model, gate: Gate, number: int) -> None:
 def test_a_client_that_never_reads_does_not_keep_the_server(
     model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its answer is larger than all buffers on the way. Whoever runs the server sees one line of that."""
+    """Its answer is larger than all buffers on the way. The server prints one line about it."""
     monkeypatch.setattr(app, "server_sent", lambda event: server_sent(event) + PADDING)
     monkeypatch.setattr(run, "LAST_SECONDS", 0.2)
     with serving(model) as served:
@@ -284,7 +284,7 @@ def test_a_client_that_never_reads_does_not_keep_the_server(
 
 
 def _open_when_stopping(served: Served, gate: Gate) -> None:
-    """The model cannot be interrupted inside a token: let it through only once the worker is to stop."""
+    """The model cannot be interrupted inside a token, so open the gate only once the worker shall stop."""
     until(lambda: served.worker._stopping)
     gate.open()
 
@@ -309,7 +309,7 @@ def test_a_worker_that_stops_tells_those_who_wait(model: Model, gate: Gate) -> N
 def test_a_worker_that_breaks_down_tells_everybody(
     model: Model, gate: Gate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Those whose answer it was, those who wait and those who come."""
+    """The client of the answer, those who wait, and those who come later."""
 
     def broken(logits: np.ndarray) -> int:
         gate.sample(logits)
@@ -331,12 +331,12 @@ def test_a_worker_that_breaks_down_tells_everybody(
 
 
 def _stream(served: Served) -> socket.socket:
-    """Ask for a stream of many tokens, and read nothing of it yet."""
+    """Request a stream of many tokens, without reading it yet."""
     return _connect(served, '"stream": true, "max_tokens": 400')
 
 
 def _connect(served: Served, options: str) -> socket.socket:
-    """Ask by a connection of one's own, which ends with its answer, and wait until the worker has the question."""
+    """Send a request on its own connection, which ends with the answer, and wait until the worker has it."""
     worker, accepted = served.worker, threading.Event()
     submit = worker.submit
 

@@ -1,4 +1,4 @@
-"""Chat templates that take their time: nobody else waits for them but those who ask after."""
+"""Slow chat templates: only requests that come later wait for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SLOW_FOR_SOME = "{% if messages[0].content == 'slow' %}" + ENDLESS + "{% endif %
 
 
 def test_the_event_loop_does_not_wait_for_a_template(artifact_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """/health is answered meanwhile, and an answer under way goes on; requests that come after wait for their turn."""
+    """Meanwhile /health is answered, and a running answer goes on. Later requests wait for their turn."""
     replace_file(artifact_copy, contract.CHAT_TEMPLATE_FILE, SLOW_FOR_SOME.encode())
     monkeypatch.setattr(chat_template, "RENDER_SECONDS", 1000)
     answers: dict[str, Any] = {}
@@ -39,8 +39,8 @@ def test_the_event_loop_does_not_wait_for_a_template(artifact_copy: Path, monkey
             assert http.get(f"{served.url}/health").json()["status"] == "ok"
         assert http.get(f"{served.url}/metrics").status_code == 200
         assert list(stream)[-1].choices[0].finish_reason
-        assert answers == {}  # the template is at it still
-        served.model.text.close()  # as when its time is over
+        assert answers == {}  # the template is still running
+        served.model.text.close()  # as after its time limit
         slow.join()
         usual.join()
     text = "the chat template cannot be rendered (its process was ended)"
@@ -49,7 +49,7 @@ def test_the_event_loop_does_not_wait_for_a_template(artifact_copy: Path, monkey
 
 
 def test_stopping_does_not_wait_for_a_template(artifact_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its process ends, and those who wait are told."""
+    """Its process ends, and waiting clients get an error."""
     replace_file(artifact_copy, contract.CHAT_TEMPLATE_FILE, ENDLESS.encode())
     monkeypatch.setattr(chat_template, "RENDER_SECONDS", 1000)
     answers = list[Any]()

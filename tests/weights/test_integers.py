@@ -1,4 +1,4 @@
-"""Codes of integer formats: packing, rounding, and what they decode to."""
+"""Codes of integer formats: packing, rounding, and decoding."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_elements_are_off_by_half_a_step_at_most(
     weight = random_weight(size, seed)
     codes = round_to_nearest(weight, format, symmetric=symmetric, search=False)
     step = np.repeat(codes.scales.astype(np.float32), format.group, axis=1)[:, : size[1]]
-    # A step of the ends, since scale and zero point are rounded themselves.
+    # Elements at the ends may be off by a step, since scale and zero point are rounded too.
     assert (np.abs(codes.decode() - weight) <= 1.01 * step).all()
     assert np.median(np.abs(codes.decode() - weight) / step) <= 0.5
     if symmetric:
@@ -62,7 +62,7 @@ def test_elements_are_off_by_half_a_step_at_most(
 @given(format=formats, size=sizes, seed=st.integers(0, 9), symmetric=st.booleans())
 @example(format=integer_format(4, 128), size=(50, 130), seed=0, symmetric=False)
 def test_a_searched_range_is_no_worse(format: IntegerFormat, size: tuple[int, int], seed: int, symmetric: bool) -> None:
-    """In any row and group, the last one too, which may be short."""
+    """In any row and group, also in the last group, which may be short."""
     weight = random_weight(size, seed)
     starts = np.arange(0, size[1], format.group)
     plain, searched = (
@@ -73,7 +73,7 @@ def test_a_searched_range_is_no_worse(format: IntegerFormat, size: tuple[int, in
 
 
 def parameters_by_hand(group: np.ndarray, format: IntegerFormat, symmetric: bool) -> list[tuple[float, float, float]]:
-    """Scale, zero point and squared error of a group at every range, one after another, from its definition."""
+    """Return scale, zero point and squared error of a group at every range, by their definitions."""
     most, middle = format.levels - 1, format.levels // 2
     low, high = min(group.min(), np.float32(0)), max(group.max(), np.float32(0))
     found = []
@@ -100,7 +100,7 @@ def test_the_best_of_all_ranges(
         candidates = parameters_by_hand(own, format, symmetric)
         scale, zero_point = float(codes.scales[row, group]), float(codes.zero_points[row, group])
         errors = {(scale, zero_point): error for scale, zero_point, error in candidates}
-        assert errors[scale, zero_point] <= min(errors.values()) * (1 + 1e-5)  # sums in float32 decide
+        assert errors[scale, zero_point] <= min(errors.values()) * (1 + 1e-5)  # the choice compares float32 sums
         expected = np.clip(np.rint(own / np.float32(scale)) + zero_point, 0, format.levels - 1)
         assert np.array_equal(codes.codes[row, group * format.group :][: format.group], expected)
 

@@ -1,4 +1,4 @@
-"""The choice of int8 linears: what it may take, what it prefers, and what is refused."""
+"""The choice of int8 linears: its limit, its order, and refusals."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def mixture(bits: float = 6.0, rules: str = "", layers: int = 2, group: int = 32
 
 
 def stored_bytes(found: Mixture, plan: FormatPlan) -> dict[str, int]:
-    """By hand: codes, float16 scales, and zero points, each row by itself."""
+    """Return the bytes by hand: codes, float16 scales, and zero points of each row."""
     sizes = {}
     for name, (rows, columns) in found.shapes.items():
         if (format := plan.integers.get(name)) is None:
@@ -89,7 +89,7 @@ def test_linears_of_one_size_are_taken_in_the_order_of_their_losses(case: tuple[
 
 
 def test_a_byte_is_spent_where_it_saves_most() -> None:
-    """k and up of one loss: k is smaller."""
+    """k and up lose equally much, and k is smaller."""
     found = mixture()
     losses = dict.fromkeys(found.open, 0.0) | {"layers.0.up": 1.0, "layers.0.k": 1.0, "layers.1.k": 0.1}
     sizes, more = stored_bytes(found, found.fours), stored_bytes(found, found.eights)

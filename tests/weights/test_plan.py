@@ -1,4 +1,4 @@
-"""Formats by name: defaults, rules, and what is refused."""
+"""Formats by name: defaults, rules, and refusals."""
 
 from __future__ import annotations
 
