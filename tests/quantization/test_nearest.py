@@ -9,8 +9,11 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from tda_export.errors import TdaError
-from tda_export.quantization import nearest, nearest_on_device
+from tda_export.models.source import ModelSource
+from tda_export.quantization import nearest, nearest_on_device, run
 from tda_export.quantization.nearest import decode, round_matrix
+from tda_export.quantization.settings import QuantizeSettings
+from tda_export.ranks import ALONE
 from tda_export.weights.formats import INTEGER_FORMATS, IntegerFormat, integer_format
 from tda_export.weights.integers import FIELDS, Codes, round_to_nearest
 
@@ -130,3 +133,16 @@ def test_weights_that_cannot_be_rounded() -> None:
     rows[1, 2] = 3e7
     with pytest.raises(TdaError, match=r"^head: some weights are too large for scales of int8_g32, which are float16"):
         round_matrix("head", rows, integer_format(8), symmetric=False)
+
+
+def test_embedding_and_head_are_rounded_on_the_device(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, tuple[torch.device, str]] = {}
+
+    def rounded(name: str, rows: torch.Tensor, format: IntegerFormat, *, symmetric: bool, device: str) -> Codes:
+        found[name] = (rows.device, device)
+        return round_matrix(name, rows, format, symmetric=symmetric)
+
+    monkeypatch.setattr(run, "round_matrix", rounded)
+    settings, none = QuantizeSettings(quantizer="rtn", kl_sequences=0), torch.zeros(0, 24, dtype=torch.int64)
+    run._Run(tiny, settings.plan(tiny.spec), settings, "cuda:1", None, none, none, None, ALONE).outside()
+    assert found == dict.fromkeys(("embedding", "head"), (torch.device("cpu"), "cuda:1"))

@@ -21,7 +21,7 @@ from tda_export.models.layerwise import LayerwiseModel, layer_module
 from tda_export.models.linear_modules import watch_sites
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.packing import linear_sites
-from tda_export.quantization import hessians, nearest, resume, run
+from tda_export.quantization import hessians, resume, run
 from tda_export.quantization.folder import write_quantised
 from tda_export.quantization.hessians import site_hessian
 from tda_export.quantization.kl import continuations, loss
@@ -30,8 +30,6 @@ from tda_export.quantization.resume import PartialLayers
 from tda_export.quantization.run import quantize
 from tda_export.quantization.settings import Quantizer, QuantizeSettings, split
 from tda_export.ranks import ALONE
-from tda_export.weights.formats import IntegerFormat
-from tda_export.weights.integers import Codes
 from tda_export.weights.plan import read_rules
 from tests.calibration.shown import Shown
 from tests.models.test_source_gguf import write_gguf
@@ -188,19 +186,6 @@ def test_rounding_needs_no_data(tiny: ModelSource, monkeypatch: pytest.MonkeyPat
     assert "loss" not in found.about
     assert found.about["quantizer"] == {"name": "rtn", "symmetric": False}
     assert len(found.codes) == 23
-
-
-def test_embedding_and_head_are_rounded_on_the_device(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
-    found: dict[str, tuple[torch.device, str]] = {}
-
-    def rounded(name: str, rows: torch.Tensor, format: IntegerFormat, *, symmetric: bool, device: str) -> Codes:
-        found[name] = (rows.device, device)
-        return nearest.round_matrix(name, rows, format, symmetric=symmetric)
-
-    monkeypatch.setattr(run, "round_matrix", rounded)
-    settings, none = QuantizeSettings(quantizer="rtn", kl_sequences=0), TOKENS[:0]
-    run._Run(tiny, settings.plan(tiny.spec), settings, "cuda:1", None, none, none, None, ALONE).outside()
-    assert found == dict.fromkeys(("embedding", "head"), (torch.device("cpu"), "cuda:1"))
 
 
 def test_a_rank_without_sequences(tiny: ModelSource) -> None:
