@@ -20,6 +20,8 @@ ADD_BIAS_NORM = "AddBiasNorm"
 ROW_LINEAR = "RowLinear"
 CALL_PRICE = "CallPrice"
 GATED_ACTIVATION = "GatedActivation"
+NORM_ROW_LINEAR = "NormRowLinear"
+GATED_ROW_LINEAR = "GatedRowLinear"
 ATTENTION = "Attention"
 
 # Attention's inputs by position, which are GroupQueryAttention's. Where `query` holds queries, keys and values side by
@@ -100,6 +102,12 @@ class IntegerInput:
 
 INTEGER_LINEAR_INPUTS = (IntegerInput.X, IntegerInput.WEIGHT, IntegerInput.SCALES, IntegerInput.ZERO_POINTS)
 INTEGER_ROW_LINEAR_INPUTS = (*INTEGER_LINEAR_INPUTS, IntegerInput.ROW_PRICE, IntegerInput.PRICE, IntegerInput.BIAS)
+
+# NormRowLinear and GatedRowLinear, and their forms for integers, take the inputs of AddNorm or GatedActivation, then
+# those of RowLinear after x. They give what RowLinear gives; NormRowLinear also gives the sum of x and residual. Their
+# attributes are those of both.
+NORM_INPUTS = ("x", "residual", "norm_weight")  # [.., in] twice, [in]
+GATED_INPUTS = ("gate", "up")  # [.., in] twice; without `up`, gate holds both side by side, [.., 2 in]
 
 
 class FfnInput:

@@ -17,6 +17,7 @@ from tda_export.graph.attention_function import StepGraphBuilder
 from tda_export.graph.contract import IoTensor
 from tda_export.graph.decoder import GraphBuilder, last_positions, model_shape
 from tda_export.graph.ffn import plain_ffn
+from tda_export.graph.fused import fuse
 from tda_export.graph.gated_activation import gated_activation, gated_activation_functions
 from tda_export.graph.greedy import greedy_token_function, greedy_tokens
 from tda_export.graph.integer_linear import integer_row_linear
@@ -160,7 +161,10 @@ def build_priced_decode(
     if half:
         functions += linear_functions(spec.norm)
     declared = contract.priced_decode_outputs(shape, counted=len(graph.kept), listed=rows)
-    return graph.model("decode", declared, defaults, functions)
+    model = graph.model("decode", declared, defaults, functions)
+    if half:
+        fuse(model)
+    return model
 
 
 def priced_matrices(spec: DecoderSpec, weights: WeightTable) -> list[str]:

@@ -1,0 +1,106 @@
+"""Nodes that become one: what is fused, and the same numbers with and without it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from tda_export.graph import contract, operators, priced
+from tda_export.graph.export import BuildRequest, export_artifact
+from tda_export.graph.priced import PricedDesign
+from tda_export.graph.storage import Storage, read_plan
+from tda_export.models.source import ModelSource
+from tda_export.packing import Packing
+from tda_export.runtime import load
+from tda_export.runtime.scoring import continuation_logits
+from tests.graph.test_priced import random_prices, source_of  # noqa: F401
+from tests.tiny import FAMILIES
+
+PROMPT = list(range(3, 23))
+
+
+def build(source: ModelSource, output: Path, packing: Packing, weights: str, price: float = 0.0) -> Path:
+    storage = Storage("float16", read_plan(source, weights, None, ()))
+    design = PricedDesign(packing, random_prices(source, packing), price)
+    export_artifact(
+        BuildRequest(source, storage, design, {"price": price}), output, quiet=True, check=lambda folder: None
+    )
+    return output
+
+
+def nodes(artifact: Path) -> Counter[str]:
+    model = ir.load(artifact / contract.DECODE_FILE)
+    return Counter(node.op_type for node in model.graph if node.domain == operators.FUNCTION_DOMAIN)
+
+
+@pytest.mark.parametrize("weights", ["float", "int4", "int8"])
+def test_a_layer_is_five_nodes(
+    weights: str,
+    source_of: Callable[[str], ModelSource],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """With packed sites: the norm goes into what reads it, and so does the gate. The first norm adds nothing."""
+    source = source_of("llama")
+    layers, form = source.spec.num_layers, {"float": "", "int4": "4", "int8": "8"}[weights]
+    found = nodes(build(source, tmp_path / "artifact", "sites", weights))
+    assert found[f"NormRowLinear{form}"] == 2 * layers - 1
+    assert found[f"GatedRowLinear{form}"] == layers
+    assert found["Attention"] == layers
+    assert found["AddNorm"] == 1  # the last one, which the head reads
+    assert found["GatedActivation"] == 0
+
+
+def test_a_norm_that_several_products_read_stays(
+    source_of: Callable[[str], ModelSource],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    source = source_of("llama")
+    found = nodes(build(source, tmp_path / "artifact", "separate", "int4"))
+    assert found["NormRowLinear4"] == 0
+    assert found["AddNorm"] == 2 * source.spec.num_layers
+    assert found["GatedRowLinear4"] == source.spec.num_layers  # of two inputs
+
+
+@pytest.mark.parametrize("packing", ["sites", "separate"])
+@pytest.mark.parametrize("weights", ["float", "int4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_bits(
+    family: str,
+    weights: str,
+    packing: Packing,
+    source_of: Callable[[str], ModelSource],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the functions' bodies, in a stock ONNX Runtime."""
+    source = source_of(family)
+    fused = build(source, tmp_path / "fused", packing, weights, 0.3)
+    with monkeypatch.context() as patched:
+        patched.setattr(priced, "fuse", lambda model: None)
+        apart = build(source, tmp_path / "apart", packing, weights, 0.3)
+    found = [continuation_logits(load(folder, provider="cpu"), PROMPT[:-4], PROMPT[-4:]) for folder in (fused, apart)]
+    assert np.isfinite(found[0]).all()
+    np.testing.assert_array_equal(*found)
+
+
+def test_the_graph_is_valid(source_of: Callable[[str], ModelSource], tmp_path: Path) -> None:  # noqa: F811
+    """Every function that a node or a body calls is defined once, and ONNX Runtime alone takes the model."""
+    artifact = build(source_of("llama"), tmp_path / "artifact", "sites", "int4")
+    model = ir.load(artifact / contract.DECODE_FILE)
+    called = {node.op_identifier() for node in model.graph if node.domain == operators.FUNCTION_DOMAIN}
+    called |= {
+        node.op_identifier()
+        for function in model.functions.values()
+        for node in function
+        if node.domain == operators.FUNCTION_DOMAIN
+    }
+    assert called <= set(model.functions)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    ort.InferenceSession(artifact / contract.DECODE_FILE, options, providers=["CPUExecutionProvider"])
