@@ -136,6 +136,32 @@ class Ranks:
         if shared is not tensor:
             tensor.copy_(shared)
 
+    def side_by_side(self, own: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """Join the columns of all ranks, on the device of this rank's own.
+
+        Args:
+            own: [rows, n, ..], of the same dtype on every rank.
+            sizes: n of each rank; it may be 0.
+
+        Returns:
+            [rows, sum of n, ..].
+
+        Raises:
+            TdaError: Another rank has ended.
+        """
+        if self.count == 1:
+            return own
+        import torch
+        from torch import distributed
+
+        padded = own.new_zeros(len(own), max(sizes), *own.shape[2:])
+        padded[:, : own.shape[1]] = own
+        shared = padded.to(self.device).view(torch.uint8)  # bytes, which every backend exchanges
+        found = [torch.empty_like(shared) for _ in range(self.count)]
+        _await(lambda: distributed.all_gather(found, shared, async_op=True))
+        pieces = [each.view(own.dtype)[:, :size] for each, size in zip(found, sizes, strict=True)]
+        return torch.cat(pieces, dim=1).to(own.device)
+
     def _gather(self, mine: Any) -> list[Any]:
         """Return each rank's value, by rank number."""
         if self.count == 1:

@@ -40,6 +40,9 @@ result["here"] = ranks.first_here(lambda: f"by {ranks.number}")
 total = torch.full((3,), 1.0 + ranks.number)
 ranks.add_up(total)
 result["total"] = total.tolist()
+for dtype in (torch.uint8, torch.float16, torch.float32):
+    own = torch.full((2, ranks.number, 3), 5.0 * ranks.number, dtype=dtype)  # ranks have 0, 1 and 2 columns
+    result[f"columns {dtype}"] = ranks.side_by_side(own, [0, 1, 2]).tolist()
 all_of_them = list(ranks.in_order(range(ranks.count), lambda item, together: result))
 print(json.dumps(all_of_them))
 """
@@ -53,6 +56,8 @@ def test_what_ranks_share(tmp_path: Path) -> None:
         assert first[str(count)] == expected
     assert first["first"] == "of 0"
     assert first["total"] == [6.0, 6.0, 6.0]
+    for dtype in ("uint8", "float16", "float32"):
+        assert first[f"columns torch.{dtype}"] == [[[5.0] * 3, [10.0] * 3, [10.0] * 3]] * 2
     assert [other.pop("here") for other in (first, *others)] == ["by 0", "by 1", "by 2"]
     assert others == [first, first]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from tda_export.errors import TdaError
 from tda_export.models.source import ModelSource, attention_options
 from tda_export.models.spec import DecoderSpec
+from tda_export.models.transfer import to_device
 from tda_export.models.weights import OTHER_FILES
 
 META = "meta"
@@ -47,14 +48,14 @@ class LayerwiseModel:
         self.model.tie_weights()  # reading has created new parameters
 
     @contextlib.contextmanager
-    def layer(self, layer: int) -> Iterator[None]:
-        """Load a layer's weights from the checkpoint while the block runs.
+    def layer(self, layer: int, unread: Collection[str] = ()) -> Iterator[None]:
+        """Load a layer's weights from the checkpoint while the block runs, except for those named in `unread`.
 
-        Replace them (`parameter.data = ..`), but do not write into them: they may be the source's own memory.
+        Replace them (`put`), but do not write into them: they may be the source's own memory.
         """
         name = layer_name(self.spec, layer)
         module = self.model.get_submodule(name)
-        self._read(name, module, recurse=True)
+        self._read(name, module, recurse=True, unread=unread)
         try:
             yield
         finally:
@@ -63,14 +64,19 @@ class LayerwiseModel:
             for parameter, _ in list(module.named_parameters()):
                 set_module_tensor_to_device(module, parameter, META)
 
-    def _read(self, prefix: str, module: torch.nn.Module, *, recurse: bool) -> None:
+    def put(self, module: str, weight: torch.Tensor) -> None:
+        """Set the weight of a module in the present layer."""
+        value = weight.to(self.device, torch.float32)
+        self.model.get_submodule(module).weight = torch.nn.Parameter(value, requires_grad=False)
+
+    def _read(self, prefix: str, module: torch.nn.Module, *, recurse: bool, unread: Collection[str] = ()) -> None:
         from accelerate.utils import set_module_tensor_to_device
 
         for name, _ in list(module.named_parameters(recurse=recurse)):
             full = f"{prefix}.{name}" if prefix else name
-            if self.spec.tied_head and full == f"{self.spec.names.head}.weight":
+            if full in unread or (self.spec.tied_head and full == f"{self.spec.names.head}.weight"):
                 continue
-            value = self._weights.load(full)
+            value = to_device(self._weights.load(full), self.device)
             set_module_tensor_to_device(module, name, self.device, value=value, dtype=torch.float32)
 
     def _check(self) -> None:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-import numpy as np
 import torch
 
 from tda_export.errors import TdaError, first_line
+from tda_export.quantization.code_tensors import CodeTensors
 from tda_export.ranks import ALONE, Ranks
 from tda_export.weights.formats import IntegerFormat
 from tda_export.weights.integers import SHRINKS, SMALLEST_SCALE, Codes
@@ -80,46 +81,81 @@ def quantise_rows(weight: torch.Tensor, rows: RowOrder, format: IntegerFormat, *
     Returns:
         The codes, with rows in the order of `weight`.
     """
-    (codes,) = quantise_together([weight], rows, format, symmetric=symmetric)
-    return codes
+    (codes,) = quantise_together([LazyMatrix.of(weight)], rows, format, symmetric=symmetric)
+    return codes.pack().unpack()
+
+
+@dataclass(frozen=True)
+class LazyMatrix:
+    """A matrix [in, out] of which each rank reads the columns that it rounds.
+
+    `read` gives float32 [in, n] for a slice of n columns, finite, on the device of the rows' order.
+    """
+
+    outputs: int
+    read: Callable[[slice], torch.Tensor]
+
+    @staticmethod
+    def of(weight: torch.Tensor) -> LazyMatrix:
+        """Take the columns of a tensor [in, out]."""
+        return LazyMatrix(weight.shape[1], lambda columns: weight[:, columns])
 
 
 def quantise_together(
-    weights: Sequence[torch.Tensor],
+    matrices: Sequence[LazyMatrix],
     rows: RowOrder,
     format: IntegerFormat,
     *,
     symmetric: bool = False,
     ranks: Ranks = ALONE,
-) -> list[Codes]:
+) -> list[CodeTensors]:
     """Do the same as `quantise_rows` for several matrices that read the same inputs, side by side: no group depends on
     another.
 
     Args:
-        weights: float32 [in, out] each.
+        matrices: The matrices.
         rows: The result of `row_order`.
         format: The format of all codes.
         symmetric: Let zero points be the middle code.
         ranks: The ranks, each of which rounds a share of the groups; all return the same result.
+
+    Returns:
+        The codes of each matrix, on the device of `rows`.
     """
-    filled = [_whole_groups(weight, format) for weight in weights]
-    side_by_side = torch.cat(filled, dim=1)
-    # 1 for elements of matrices, 0 for the padding of groups.
-    counts = torch.cat([(torch.arange(f.shape[1]) < w.shape[1]) for f, w in zip(filled, weights, strict=True)])
-    counts = counts.to(side_by_side)
-    share = -(-side_by_side.shape[1] // format.group // ranks.count) * format.group  # of columns
-
-    def quantise(piece: tuple[torch.Tensor, torch.Tensor], together: int) -> tuple[torch.Tensor, ...]:
-        return tuple(found.cpu() for found in _quantise_groups(*piece, rows, format, symmetric=symmetric))
-
-    shares = list(zip(side_by_side.split(share, dim=1), counts.split(share), strict=True))
-    pieces = list(ranks.in_order(shares, quantise))
-    widths = [each.shape[1] // format.group for each in filled]
-    found = [torch.cat(each, dim=1).split(widths, dim=1) for each in zip(*pieces, strict=True)]
+    counts = [format.groups(matrix.outputs) for matrix in matrices]
+    total = sum(counts)
+    share = -(-total // ranks.count)
+    starts = [min(total, rank * share) for rank in range(ranks.count + 1)]
+    sizes = [end - start for start, end in pairwise(starts)]
+    own = _read_groups(matrices, counts, starts[ranks.number], starts[ranks.number + 1], rows, format)
+    rounded = _quantise_groups(*own, rows, format, symmetric=symmetric)
+    joined = (ranks.side_by_side(each, sizes).split(counts, dim=1) for each in rounded)
     return [
-        Codes(format, _array(codes.flatten(1)[:, : weight.shape[1]]), _array(scales), _array(zero_points))
-        for weight, codes, scales, zero_points in zip(weights, *found, strict=True)
+        CodeTensors(format, codes.flatten(1)[:, : matrix.outputs], scales, zero_points)
+        for matrix, codes, scales, zero_points in zip(matrices, *joined, strict=True)
     ]
+
+
+def _read_groups(
+    matrices: Sequence[LazyMatrix], counts: Sequence[int], start: int, end: int, rows: RowOrder, format: IntegerFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read the groups `start` to `end` of matrices side by side.
+
+    Returns:
+        float32 [in, G group], and float32 [G group], 1 for elements and 0 for the padding of groups.
+    """
+    device = rows.factor.device
+    columns, elements = [torch.empty(len(rows.order), 0, device=device)], [torch.empty(0, device=device)]
+    before = 0
+    for matrix, count in zip(matrices, counts, strict=True):
+        first, last = max(start - before, 0), min(end - before, count)
+        before += count
+        if first < last:
+            read = matrix.read(slice(first * format.group, min(last * format.group, matrix.outputs)))
+            filled = _whole_groups(read, format)
+            columns.append(filled)
+            elements.append((torch.arange(filled.shape[1], device=device) < read.shape[1]).float())
+    return torch.cat(columns, dim=1), torch.cat(elements)
 
 
 def passed_on(errors: torch.Tensor, rows: RowOrder) -> torch.Tensor:
@@ -156,7 +192,7 @@ def _quantise_groups(
     scales = torch.empty(inputs, groups, dtype=torch.float16, device=columns.device)
     zero_points = torch.empty(inputs, groups, dtype=torch.uint8, device=columns.device)
     rounding = block_rounding(columns.device, format, symmetric)
-    for start in range(0, inputs, BLOCK):
+    for start in range(0, inputs if groups else 0, BLOCK):
         end = min(start + BLOCK, inputs)
         own = rows.factor[start:end, start:end]
         *rounded, errors = rounding(left[start:end], own, counts, format, symmetric=symmetric)
@@ -253,7 +289,3 @@ def search_groups(
     best = squares.sum(dim=2).argmin(dim=0)  # [groups]
     groups = torch.arange(len(grouped), device=grouped.device)
     return codes[best, groups], scales[best, groups], zero_points[best, groups]
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    return np.ascontiguousarray(tensor.numpy())

@@ -24,7 +24,7 @@ WEIGHTED_SITE = "qkv"
 def site_hessian(
     model: Any, spec: DecoderSpec, layer: int, site: str, call: Call, inputs: list[torch.Tensor]
 ) -> torch.Tensor:
-    """Add up x x^T over all tokens of all sequences, float32 [in, in] on the layer's device.
+    """Add up x x^T over all tokens of all sequences, float32 [in, in] on the model's device.
 
     Args:
         model: A transformers model.
@@ -34,7 +34,7 @@ def site_hessian(
         call: How the layer is called.
         inputs: The layer's input for each sequence, [1, T, M].
     """
-    hessian = _empty(spec, site, call)
+    hessian = _empty(spec, site, model.device)
     watch_site(model, spec, layer, site, call, inputs, lambda x: _add(hessian, site, x))
     return hessian
 
@@ -43,7 +43,7 @@ def layer_hessians(
     model: Any, spec: DecoderSpec, layer: int, call: Call, inputs: list[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Do the same for all sites of a layer in one pass, and replace each sequence's input by the layer's output."""
-    found = {site: _empty(spec, site, call) for site in linear_sites(spec)}
+    found = {site: _empty(spec, site, module_device(call.module)) for site in linear_sites(spec)}
     linears = layer_linears(model, spec, layer)
     handles = [
         linears[parts[0]].on_input(partial(_add, found[site], site)) for site, parts in linear_sites(spec).items()
@@ -68,9 +68,9 @@ def site_order(hessian: torch.Tensor, layer: int, site: str) -> RowOrder:
         raise TdaError(f"Layer {layer}, {site}: {error}") from error
 
 
-def _empty(spec: DecoderSpec, site: str, call: Call) -> torch.Tensor:
+def _empty(spec: DecoderSpec, site: str, device: torch.device) -> torch.Tensor:
     size = linear_shape(spec, linear_sites(spec)[site][0])[0]
-    return torch.zeros(size, size, device=module_device(call.module))
+    return torch.zeros(size, size, device=device)
 
 
 def _add(hessian: torch.Tensor, site: str, x: torch.Tensor) -> None:

@@ -28,10 +28,11 @@ from tda_export.models.linear_modules import layer_linears
 from tda_export.models.source import ModelSource
 from tda_export.packing import linear_outputs, linear_sites
 from tda_export.progress import Advance
+from tda_export.quantization.code_tensors import CodeTensors
 from tda_export.quantization.gptq import passed_on
 from tda_export.quantization.hessians import layer_hessians, site_order
 from tda_export.quantization.layers import first_inputs, layer_calls, pass_on
-from tda_export.quantization.nearest import decode, read_matrix, round_matrix
+from tda_export.quantization.nearest import read_matrix, round_matrix
 from tda_export.quantization.settings import LABELS, QuantizeSettings
 from tda_export.ranks import ALONE, Ranks
 from tda_export.weights.integers import Codes
@@ -200,7 +201,7 @@ class _Estimate:
             return round_matrix(names[part], weights[part], format, symmetric=self._settings.symmetric)
 
         codes = zip(parts, self._ranks.in_order(parts, rounded), strict=True)
-        return {part: decode(each, device) - weights[part] for part, each in codes}
+        return {part: CodeTensors.of(each, device).decode() - weights[part] for part, each in codes}
 
     def _label_gradients(self, index: int, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Return the gradients of the log-likelihood of labels by the hidden states [1, T, M] that they are predicted

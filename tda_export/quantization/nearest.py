@@ -10,6 +10,7 @@ import torch
 from tda_export.errors import TdaError
 from tda_export.models.layout import Layout
 from tda_export.models.spec import DecoderSpec
+from tda_export.models.transfer import to_device
 from tda_export.models.weights import Weights
 from tda_export.quantization import nearest_on_device
 from tda_export.weights.formats import IntegerFormat
@@ -19,8 +20,15 @@ from tda_export.weights.plan import EMBEDDING, HEAD
 ELEMENTS_AT_ONCE = 1 << 22  # elements of a matrix that one thread or a GPU rounds at a time
 
 
-def read_matrix(spec: DecoderSpec, weights: Weights, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Read a matrix as it is stored, float32 [rows, columns]: layers' linears [in, out], embedding and head [V, M].
+def read_matrix(
+    spec: DecoderSpec,
+    weights: Weights,
+    name: str,
+    device: torch.device | str = "cpu",
+    columns: slice = slice(None),
+) -> torch.Tensor:
+    """Read a matrix, or some columns of it, as it is stored, float32 [rows, columns]: layers' linears [in, out],
+    embedding and head [V, M].
 
     Raises:
         TdaError: A weight is not finite.
@@ -28,10 +36,10 @@ def read_matrix(spec: DecoderSpec, weights: Weights, name: str, device: torch.de
     layout = Layout(spec, weights)
     if name in (EMBEDDING, HEAD):
         module = spec.names.embedding if name == EMBEDDING else spec.names.head
-        weight = layout.plain(f"{module}.weight", spec.vocab_size, spec.embedding_width).load().to(device)
+        weight = layout.plain(f"{module}.weight", spec.vocab_size, spec.embedding_width).load()[:, columns].to(device)
     else:
         _, layer, part = name.split(".")
-        weight = layout.part(int(layer), part).load().to(device).T
+        weight = to_device(layout.part(int(layer), part).load()[columns], device).T
     rows = weight.float().contiguous()
     _check_finite(name, bool(rows.isfinite().all()))
     return rows
@@ -69,31 +77,19 @@ def round_matrix(
     else:
         blocks = [nearest_on_device.round_to_nearest(piece.to(chosen), format, symmetric=symmetric) for piece in pieces]
     codes = Codes(format, *(np.concatenate([getattr(block, field) for block in blocks]) for field in FIELDS))
-    check_scales(name, codes)
+    check_scales(name, format, bool(np.isfinite(codes.scales).all()))
     return codes
 
 
-def decode(codes: Codes, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Do what `Codes.decode` does, on a device: float32 [rows, columns]."""
-    rows, columns = codes.codes.shape
-    missing = codes.format.groups(columns) * codes.format.group - columns
-    numbers, scales, zero_points = (
-        torch.from_numpy(found).to(device) for found in (codes.codes, codes.scales, codes.zero_points)
-    )
-    grouped = torch.nn.functional.pad(numbers, (0, missing)).view(rows, -1, codes.format.group).float()
-    decoded = grouped.sub_(zero_points[..., None]).mul_(scales.float()[..., None])
-    return decoded.flatten(1)[:, :columns].contiguous()
-
-
-def check_scales(name: str, codes: Codes) -> None:
+def check_scales(name: str, format: IntegerFormat, finite: bool) -> None:
     """Refuse codes whose scales overflow float16, as weights of a million cause.
 
     Raises:
         TdaError: A scale overflows; the message names the matrix.
     """
-    if not np.isfinite(codes.scales).all():
+    if not finite:
         raise TdaError(
-            f"{name}: some weights are too large for scales of {codes.format.name}, which are float16. Leave the "
+            f"{name}: some weights are too large for scales of {format.name}, which are float16. Leave the "
             f"matrix float: --weights-for {name.replace(', ', '=float,')}=float."
         )
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from safetensors.numpy import save_file
 from tda_export.errors import TdaError, UsageError, first_line
 from tda_export.files import as_os_error, atomic_file, remove_leftovers
 from tda_export.weights.formats import IntegerFormat
-from tda_export.weights.integers import Codes, CodesByName
+from tda_export.weights.integers import Codes, CodesByName, PackedCodes
 
 SUFFIX = ".partial"
 KEY = "tda_export_partial"
@@ -60,7 +61,7 @@ class PartialLayers:
                 "choose another output."
             )
 
-    def save(self, layer: int, codes: dict[str, Codes]) -> None:
+    def save(self, layer: int, codes: Mapping[str, PackedCodes]) -> None:
         """Write the matrices of a layer atomically.
 
         Raises:
@@ -68,8 +69,8 @@ class PartialLayers:
         """
         tensors: dict[str, np.ndarray] = {}
         for name, found in codes.items():
-            packed = zip(found.format.tensors(name, *found.codes.shape), found.pack(), strict=True)
-            tensors |= {tensor.name: array for tensor, array in packed}
+            stored = zip(found.format.tensors(name, found.rows, found.columns), found.tensors, strict=True)
+            tensors |= {tensor.name: array for tensor, array in stored}
         self._write(self._path(layer), tensors, goes_on=layer > 0)
 
     def save_losses(self, losses: dict[str, float]) -> None:
@@ -159,16 +160,44 @@ class PartialLayers:
         return [path for path in self.folder.iterdir() if KEPT.fullmatch(path.name)]
 
 
+class LayerSaver:
+    """Saves layers in a thread of its own, while the next is quantised. Leaving its context waits for the last."""
+
+    def __init__(self, layers: PartialLayers) -> None:
+        self.layers, self._thread = layers, ThreadPoolExecutor(1, "save")
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> LayerSaver:
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self._wait()
+
+    def save(self, layer: int, codes: Mapping[str, PackedCodes]) -> None:
+        """Begin to save a layer, once the one before is saved.
+
+        Raises:
+            TdaError: The operating system refused to write the one before.
+        """
+        self._wait()
+        self._last = self._thread.submit(self.layers.save, layer, codes)
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            self._last.result()
+
+
 class KeptCodes(CodesByName):
     """Integer matrices as they are finished: packed in memory, or in files."""
 
     def __init__(self) -> None:
         super().__init__({})
 
-    def keep(self, codes: Mapping[str, Codes]) -> None:
+    def keep(self, codes: Mapping[str, PackedCodes]) -> None:
         """Keep matrices in memory."""
-        for name, found in codes.items():
-            self._read[name] = partial(Codes.unpack, found.format, found.codes.shape[1], *found.pack())
+        self._read |= {name: found.unpack for name, found in codes.items()}
 
     def keep_saved(self, layers: PartialLayers, layer: int, shapes: Shapes) -> None:
         """Keep the matrices of a layer in the file where it was saved."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,19 @@ from tda_export.models.quantised import matrix_shape
 from tda_export.models.source import ModelSource
 from tda_export.packing import linear_parts, linear_sites
 from tda_export.progress import Advance
-from tda_export.quantization.gptq import quantise_together, why_slow
+from tda_export.quantization.code_tensors import CodeTensors
+from tda_export.quantization.gptq import LazyMatrix, quantise_together, why_slow
 from tda_export.quantization.hessians import site_hessian, site_order
 from tda_export.quantization.kl import Compared, Loss, compare, summarise
 from tda_export.quantization.layers import Call, first_inputs, last_log_probabilities, layer_calls, pass_on
 from tda_export.quantization.losses import linear_losses
-from tda_export.quantization.nearest import check_scales, decode, read_matrix, round_matrix
-from tda_export.quantization.resume import KeptCodes, PartialLayers
+from tda_export.quantization.nearest import check_scales, read_matrix, round_matrix
+from tda_export.quantization.resume import KeptCodes, LayerSaver, PartialLayers
 from tda_export.quantization.settings import LABELS, QuantizeSettings, split
 from tda_export.ranks import ALONE, Ranks
 from tda_export.versions import installed_versions
 from tda_export.weights.formats import IntegerFormat
-from tda_export.weights.integers import Codes
+from tda_export.weights.integers import Codes, PackedCodes
 from tda_export.weights.mixture import Mixture
 from tda_export.weights.plan import EMBEDDING, HEAD, FormatPlan, part_name
 
@@ -41,7 +43,8 @@ Show = Callable[[str, int], AbstractContextManager[Advance]]
 
 @dataclass(frozen=True)
 class Quantised:
-    """A quantised model: its codes by matrix, their formats, and further entries of config.json.
+    """A quantised model: its codes by matrix, which the first rank alone has, their formats, and further entries of
+    config.json.
 
     With an output, codes of layers lie in files next to it until `PartialLayers.remove`.
     """
@@ -71,7 +74,7 @@ def quantize(
         show: Opens the progress display of a step, given its description and number of units.
         output: The folder that will be written. Layers that an interrupted run finished are read from next to it
             (`PartialLayers`). Only the first rank writes there.
-        ranks: The ranks that share sequences and matrices; all return the same result.
+        ranks: The ranks that share sequences and matrices; all return the same result, but for codes of linears.
         notify: Called with lines that are for the user.
 
     Raises:
@@ -111,13 +114,15 @@ def quantize(
         about |= {"mixture": mixture.describe(plan) | data}
     if settings.quantizer == "rtn":
         tokens = tokens[:0]  # they were for the losses
-    run = _Run(source, plan, settings, device, model, tokens, own, kept(plan), ranks)
-    with show("Quantising", spec.num_layers + 1) as advance:
-        run.outside()
-        advance(1)
-        for layer in range(spec.num_layers):
-            run.layer(layer)
+    layers = kept(plan)
+    with LayerSaver(layers) if layers else nullcontext() as saver:
+        run = _Run(source, plan, settings, device, model, tokens, own, saver, ranks)
+        with show("Quantising", spec.num_layers + 1) as advance:
+            run.outside()
             advance(1)
+            for layer in range(spec.num_layers):
+                run.layer(layer)
+                advance(1)
     measured = None
     if len(held_out):
         pairs = iter(zip(dense, run.log_probabilities(), strict=True))
@@ -211,11 +216,11 @@ class _Run:
         model: LayerwiseModel | None,
         tokens: torch.Tensor,
         held_out: torch.Tensor,
-        partial: PartialLayers | None,
+        saver: LayerSaver | None,
         ranks: Ranks,
     ) -> None:
         self._spec, self._weights = source.spec, source.weights()
-        self._plan, self._settings, self._model, self._partial = plan, settings, model, partial
+        self._plan, self._settings, self._model, self._saver = plan, settings, model, saver
         self._device, self._tokens, self._held_out, self._ranks = device, tokens, held_out, ranks
         self.codes = KeptCodes()
         self._calls: list[Call] = []
@@ -233,8 +238,8 @@ class _Run:
 
         wanted = [name for name in (EMBEDDING, HEAD) if name in integers]
         for name, found in zip(wanted, self._ranks.in_order(wanted, rounded), strict=True):
-            self.codes.keep({name: found})
-            self._put(names[name], decode(found))
+            self.codes.keep({name: PackedCodes.of(found)})
+            self._put(names[name], CodeTensors.of(found).decode())
         if self._model is not None:
             model, own = self._model.model, self._tokens[self._ranks.number :: self._ranks.count]
             for sequence in (self._tokens if len(self._tokens) else self._held_out)[:1]:  # a rank may have no sequences
@@ -244,7 +249,8 @@ class _Run:
 
     def layer(self, layer: int) -> None:
         """Quantise the linears of a layer, site by site, each with the quantised sites before it."""
-        with self._model.layer(layer) if self._model else nullcontext():
+        linears = [f"{module.format(i=layer)}.weight" for module in module_parts(self._spec)]
+        with self._model.layer(layer, unread=linears) if self._model else nullcontext():
             self._quantise(layer)
             if self._model is not None and self._calls:
                 last = layer + 1 == self._spec.num_layers
@@ -260,68 +266,73 @@ class _Run:
         names = [part_name(layer, part) for part in linear_parts(self._spec)]
         formats = {name: format for name in names if (format := self._plan.integers.get(name)) is not None}
         shapes = {name: (format, matrix_shape(self._spec, name)) for name, format in formats.items()}
-        earlier = self._ranks.from_first(lambda: self._partial.load(layer, shapes) if self._partial else None)
-        codes: dict[str, Codes] = {}
+        earlier = self._ranks.from_first(lambda: self._saver.layers.load(layer, shapes) if self._saver else None)
+        codes: dict[str, PackedCodes] = {}
         for site, parts in linear_sites(self._spec).items():
-            rows = {
-                part: read_matrix(self._spec, self._weights, part_name(layer, part), self._device) for part in parts
-            }
-            found = self._site(layer, site, rows, formats) if earlier is None else _of_parts(layer, parts, earlier)
-            codes |= {part_name(layer, part): of_part for part, of_part in found.items()}
-            self._put_parts(
-                layer, {part: decode(found[part], self._device) if part in found else own for part, own in rows.items()}
-            )
-        if self._partial and codes:
+            wanted = {part: formats[name] for part in parts if (name := part_name(layer, part)) in formats}
             if earlier is None:
-                self._partial.save(layer, codes)
-            self.codes.keep_saved(self._partial, layer, shapes)
+                found = self._site(layer, site, wanted)
+            else:
+                found = {part: CodeTensors.of(earlier[part_name(layer, part)], self._device) for part in wanted}
+            if self._ranks.first:
+                codes |= {part_name(layer, part): of_part.pack() for part, of_part in found.items()}
+            if self._model is not None:
+                values = {
+                    part: found[part].decode() if part in found else self._matrix(layer, part, slice(None))
+                    for part in parts
+                }
+                self._put_parts(layer, values)
+        if self._saver and codes:
+            if earlier is None:
+                self._saver.save(layer, codes)
+            self.codes.keep_saved(self._saver.layers, layer, shapes)
         else:
             self.codes.keep(codes)
 
-    def _site(
-        self, layer: int, site: str, rows: dict[str, torch.Tensor], formats: dict[str, IntegerFormat]
-    ) -> dict[str, Codes]:
+    def _matrix(self, layer: int, part: str, columns: slice) -> torch.Tensor:
+        """Read columns of a linear [in, out] onto this rank's device."""
+        return read_matrix(self._spec, self._weights, part_name(layer, part), self._device, columns)
+
+    def _site(self, layer: int, site: str, wanted: dict[str, IntegerFormat]) -> dict[str, CodeTensors]:
         """Quantise the parts of a site that have a format, and return codes by part."""
         symmetric, ranks = self._settings.symmetric, self._ranks
-        wanted = {part: formats[name] for part in rows if (name := part_name(layer, part)) in formats}
         if self._settings.quantizer == "rtn" or not wanted:
 
             def rounded(part: str, together: int) -> Codes:
-                return round_matrix(part_name(layer, part), rows[part], wanted[part], symmetric=symmetric)
+                rows = self._matrix(layer, part, slice(None))
+                return round_matrix(part_name(layer, part), rows, wanted[part], symmetric=symmetric)
 
-            return dict(zip(wanted, ranks.in_order(list(wanted), rounded), strict=True))
+            codes = zip(wanted, ranks.in_order(list(wanted), rounded), strict=True)
+            return {part: CodeTensors.of(of_part, self._device) for part, of_part in codes}
         assert self._model is not None
         hessian = site_hessian(self._model.model, self._spec, layer, site, self._calls[layer], self._inputs)
         ranks.add_up(hessian)
         order = site_order(hessian, layer, site)
-        found: dict[str, Codes] = {}
+        found: dict[str, CodeTensors] = {}
         for format in dict.fromkeys(wanted.values()):
             parts = [part for part in wanted if wanted[part] == format]
-            weights = [rows[part] for part in parts]
-            codes = quantise_together(weights, order, format, symmetric=symmetric, ranks=ranks)
-            found |= dict(zip(parts, codes, strict=True))
-        for part, codes_of_part in found.items():
-            check_scales(part_name(layer, part), codes_of_part)
+            matrices = [
+                LazyMatrix(matrix_shape(self._spec, part_name(layer, part))[1], partial(self._matrix, layer, part))
+                for part in parts
+            ]
+            together = quantise_together(matrices, order, format, symmetric=symmetric, ranks=ranks)
+            found |= dict(zip(parts, together, strict=True))
+        for part, of_part in found.items():
+            check_scales(part_name(layer, part), of_part.format, bool(of_part.scales.isfinite().all()))
         return {part: found[part] for part in wanted}
 
     def _put_parts(self, layer: int, values: dict[str, torch.Tensor]) -> None:
-        if self._model is None:
-            return
+        assert self._model is not None
         for module, parts in module_parts(self._spec).items():
             if parts[0] in values:
                 weight = module_weight(self._spec, {part: values[part] for part in parts})
-                self._put(module.format(i=layer), weight)
+                self._model.put(module.format(i=layer), weight)
 
     def _put(self, module: str, weight: torch.Tensor) -> None:
         """Set the weight of a module of the model. Modules that share it, such as a tied head, get it too."""
         if self._model is not None:
             parameter = self._model.model.get_submodule(module).weight
             parameter.data = weight.to(parameter)
-
-
-def _of_parts(layer: int, parts: tuple[str, ...], codes: dict[str, Codes]) -> dict[str, Codes]:
-    """Return the codes of those parts that are among a layer's codes, by part."""
-    return {part: codes[name] for part in parts if (name := part_name(layer, part)) in codes}
 
 
 def _about(

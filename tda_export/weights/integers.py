@@ -61,6 +61,24 @@ class Codes:
         return Codes(self.format, *joined)
 
 
+@dataclass(frozen=True)
+class PackedCodes:
+    """A matrix of an integer format as it is stored: `tensors` in the order of `IntegerFormat.tensors`."""
+
+    format: IntegerFormat
+    rows: int
+    columns: int
+    tensors: tuple[np.ndarray, ...]
+
+    @staticmethod
+    def of(codes: Codes) -> PackedCodes:
+        rows, columns = codes.codes.shape
+        return PackedCodes(codes.format, rows, columns, codes.pack())
+
+    def unpack(self) -> Codes:
+        return Codes.unpack(self.format, self.columns, *self.tensors)
+
+
 FIELDS = ("codes", "scales", "zero_points")
 
 

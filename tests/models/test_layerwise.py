@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tda_export.errors import TdaError
+from tda_export.models import transfer
 from tda_export.models.layerwise import LayerwiseModel, layer_module
 from tda_export.models.source import resolve_model
+from tda_export.models.transfer import to_device
 from tda_export.quantization.layers import first_inputs, last_log_probabilities, layer_calls, pass_on
 from tests.tiny import FAMILIES, save_tiny_model
 
@@ -61,6 +63,29 @@ def test_one_layer_has_weights(tiny_model: Path) -> None:
     inside = sum(parameter.numel() for each in layers for parameter in each.parameters())
     outside = [parameter for parameter in layerwise.model.parameters() if parameter.device.type != "meta"]
     assert sum(each.numel() for each in outside) == sum(map(torch.numel, layerwise.model.parameters())) - inside
+
+
+def test_weights_that_the_caller_sets(tiny_model: Path) -> None:
+    source = resolve_model(str(tiny_model))
+    layerwise = LayerwiseModel(source, "cpu")
+    layer = layer_module(layerwise.model, source.spec, 1)
+    module = "model.layers.1.mlp.down_proj"
+    with layerwise.layer(1, unread=[f"{module}.weight"]):
+        assert [name for name, each in layer.named_parameters() if each.is_meta] == ["mlp.down_proj.weight"]
+        weight = torch.full(layer.mlp.down_proj.weight.shape, 0.5, dtype=torch.bfloat16)
+        layerwise.put(module, weight)
+        assert torch.equal(layer.mlp.down_proj.weight, weight.float())
+    assert has_weights(layer) == {False}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("piece", [1, 6, 1 << 26])
+def test_copies_to_a_gpu(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "PIECE", piece)
+    for tensor in (torch.randn(5, 7), torch.randn(5, 7).T, torch.randn(9, 4).bfloat16()[2:5], torch.zeros(0, 3)):
+        copied = to_device(tensor, "cuda")
+        assert copied.is_cuda
+        assert torch.equal(copied.cpu(), tensor)
 
 
 def test_a_tied_head_stays_the_embedding(tmp_path: Path) -> None:

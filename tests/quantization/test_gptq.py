@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from tda_export.errors import TdaError
 from tda_export.quantization import gptq
-from tda_export.quantization.gptq import passed_on, quantise_rows, quantise_together, row_order, search_groups
+from tda_export.quantization.gptq import (
+    LazyMatrix,
+    passed_on,
+    quantise_rows,
+    quantise_together,
+    row_order,
+    search_groups,
+)
 from tda_export.ranks import Ranks
 from tda_export.weights.formats import INTEGER_FORMATS, IntegerFormat, integer_format
 from tda_export.weights.integers import SHRINKS, Codes, round_to_nearest
@@ -205,19 +212,49 @@ def test_the_search_is_the_one_of_rounding_to_nearest() -> None:
 )
 def test_matrices_side_by_side(outputs: list[int], format: IntegerFormat, symmetric: bool, count: int) -> None:
     """The result is that of each matrix alone, up to rounding of products, also if ranks share the groups."""
-
-    class InTurns(Ranks):
-        """Does the work of all ranks in turn."""
-
-        def in_order(self, items: Any, work: Any) -> Any:
-            return [work(item, count) for item in items]
-
     weights = [torch.from_numpy(random_weight(40, size, size)) for size in outputs]
     hessian = random_hessian(40, 6)
-    found = quantise_together(weights, row_order(hessian), format, symmetric=symmetric, ranks=InTurns(0, count))
+    rows, matrices = row_order(hessian), [LazyMatrix.of(weight) for weight in weights]
+    sent: list[list[torch.Tensor]] = []
+
+    class Sender(Ranks):
+        """Keeps what a rank sends."""
+
+        def side_by_side(self, own: torch.Tensor, sizes: Any) -> torch.Tensor:
+            assert own.shape[1] == sizes[self.number]
+            sent[-1].append(own)
+            return own.new_zeros(len(own), sum(sizes), *own.shape[2:])
+
+    class Receiver(Ranks):
+        """Joins what all have sent."""
+
+        def side_by_side(self, own: torch.Tensor, sizes: Any) -> torch.Tensor:
+            return torch.cat([pieces.pop(0) for pieces in sent], dim=1)
+
+    for number in range(count):
+        sent.append([])
+        quantise_together(matrices, rows, format, symmetric=symmetric, ranks=Sender(number, count))
+    found = quantise_together(matrices, rows, format, symmetric=symmetric, ranks=Receiver(0, count))
     assert len(found) == len(weights)
-    for weight, codes in zip(weights, found, strict=True):
-        alone = quantise_rows(weight, row_order(hessian), format, symmetric=symmetric)
+    for weight, tensors in zip(weights, found, strict=True):
+        codes, alone = tensors.pack().unpack(), quantise_rows(weight, rows, format, symmetric=symmetric)
         assert codes.codes.shape == weight.shape
         assert (codes.codes != alone.codes).mean() < 0.01
         assert error(weight.numpy(), codes, hessian) == pytest.approx(error(weight.numpy(), alone, hessian), rel=0.02)
+
+
+def test_a_rank_reads_the_columns_that_it_rounds() -> None:
+    weight, rows = torch.from_numpy(random_weight(40, 90, 0)), row_order(random_hessian(40, 0))
+    read: list[tuple[int, int]] = []
+
+    def columns(which: slice) -> torch.Tensor:
+        read.append((which.start, which.stop))
+        return weight[:, which]
+
+    class Alone(Ranks):
+        def side_by_side(self, own: torch.Tensor, sizes: Any) -> torch.Tensor:
+            return own.new_zeros(len(own), sum(sizes), *own.shape[2:])
+
+    for number in range(2):
+        quantise_together([LazyMatrix(90, columns)], rows, integer_format(4), ranks=Alone(number, 2))
+    assert read == [(0, 64), (64, 90)]  # three groups of 32: two and one

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tda_export.errors import TdaError
 from tda_export.models.source import ModelSource
 from tda_export.quantization import nearest, nearest_on_device, run
-from tda_export.quantization.nearest import decode, round_matrix
+from tda_export.quantization.code_tensors import CodeTensors
+from tda_export.quantization.nearest import round_matrix
 from tda_export.quantization.settings import QuantizeSettings
 from tda_export.ranks import ALONE
 from tda_export.weights.formats import INTEGER_FORMATS, IntegerFormat, integer_format
@@ -48,8 +49,11 @@ def test_pieces_are_the_whole(format: IntegerFormat, elements: int, monkeypatch:
 def test_decoding_in_pytorch_gives_the_same_bits(format: IntegerFormat, size: tuple[int, int], seed: int) -> None:
     rows = np.random.default_rng(seed).standard_normal(size).astype(np.float32)
     codes = round_to_nearest(rows, format)
-    found = decode(codes)
+    tensors = CodeTensors.of(codes)
+    found, packed = tensors.decode(), tensors.pack()
     assert found.is_contiguous()
+    assert all(np.array_equal(mine, its) for mine, its in zip(packed.tensors, codes.pack(), strict=True))
+    assert all(np.array_equal(getattr(packed.unpack(), field), getattr(codes, field)) for field in FIELDS)
     np.testing.assert_array_equal(found.numpy(), codes.decode())
 
 
