@@ -5,12 +5,12 @@
 #include <optional>
 
 #include "many_tokens_cuda.h"
+#include "norm_cuda.h"
 
 namespace tda {
 namespace {
 
 constexpr int64_t kRowsAtOnce = 2;
-constexpr int64_t kNormThreads = 512;
 
 CudaKernel LinearKernel(ElementType type, int bits, const std::string& name, int64_t threads) {
   return CudaModule::Get("linear", FormatDefines(type, bits)).Kernel(name.c_str(), static_cast<int>(threads));
@@ -94,49 +94,25 @@ class Linear : public Kernel {
   std::vector<std::pair<CudaKernel, int64_t>> kernels_[2];  // by tile of tokens; each with the columns of a load
 };
 
-struct AddNormArguments {
-  const void* x;
-  const void* residual;
-  const void* bias;
-  const void* weight;
-  void* normed;
-  void* sum;
-  int hidden;
-  float epsilon;
-  int early;
-};
-
 template <ElementType kType>
 class AddNorm : public Kernel {
  public:
-  explicit AddNorm(const KernelInfo& info) : epsilon_(info.Float("epsilon")), early_(info.Flag("early")) {
-    for (const bool wide : {false, true}) {
-      kernels_[wide] = LinearKernel(kType, 0, wide ? "AddNorm_8" : "AddNorm_1", kNormThreads);
-    }
-  }
+  explicit AddNorm(const KernelInfo& info) : norm_(info, kType) {}
 
   void Compute(const KernelContext& context) override {
-    const Tensor x = context.Input(0), residual = context.Input(1), weight = context.Input(2), bias = context.Input(3);
-    const int64_t hidden = weight.Count();
+    const NormTensors tensors = {context.Input(0), context.Input(1), context.Input(2), context.Input(3)};
+    const int64_t hidden = tensors.weight.Count();
+    const Tensor& x = tensors.x;
     if (x.rank == 0 || x.sizes[x.rank - 1] != hidden) {
       Fail("x: expected shape [.., ", hidden, "], got ", x.Shape());
     }
-    if (residual.Count() != x.Count()) Fail("residual: expected shape ", x.Shape(), ", got ", residual.Shape());
-    if (bias.present && bias.Count() != hidden) Fail("bias: expected shape [", hidden, "], got ", bias.Shape());
+    tensors.Check();
     const Tensor normed = context.OutputLike(0, x), sum = context.OutputLike(1, x);
-    if (x.Count() == 0) return;
-    const bool wide = hidden % kWide == 0 && SuitsWideLoads(x) && SuitsWideLoads(residual) && SuitsWideLoads(weight) &&
-                      SuitsWideLoads(bias) && SuitsWideLoads(normed) && SuitsWideLoads(sum);
-    const AddNormArguments arguments = {x.data,      residual.data, bias.data,
-                                        weight.data, normed.data,   sum.data,
-                                        static_cast<int>(hidden),   epsilon_, early_};
-    kernels_[wide].Launch(context.CudaStream(), x.Count() / hidden, 1, 1, kNormThreads, &arguments);
+    norm_.Launch(context, tensors, normed, sum);
   }
 
  private:
-  const float epsilon_;
-  const bool early_;
-  CudaKernel kernels_[2];  // by wide loads
+  const NormKernels norm_;
 };
 
 template <ElementType kType>

@@ -9,6 +9,7 @@
 #include "op.h"
 #include "row_linear_cpu.h"
 #include "row_linear_cuda.h"
+#include "row_linear_fused_cuda.h"
 #include "statistics_cuda.h"
 #include "step_ops.h"
 
@@ -19,7 +20,8 @@ const std::vector<OpDefinition>& Definitions() {
   static const std::vector<OpDefinition> definitions = [] {
     std::vector<OpDefinition> all = StatisticsOnCuda();
     for (const std::vector<OpDefinition>& some :
-         {LinearOnCuda(), StepOps(), RowLinearOnCpu(), RowLinearOnCuda(), LinearOnCpu(), AttentionOnCuda(), AttentionOnCpu()}) {
+         {LinearOnCuda(), StepOps(), RowLinearOnCpu(), RowLinearOnCuda(), FusedRowLinearOnCuda(), LinearOnCpu(), AttentionOnCuda(),
+          AttentionOnCpu()}) {
       all.insert(all.end(), some.begin(), some.end());
     }
     for (const OpDefinition& definition : {IndexedFfnOnCpu(), IndexedFfnOnCuda(kHalf), IndexedFfnOnCuda(kBfloat16),

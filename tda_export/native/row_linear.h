@@ -1,4 +1,5 @@
-// tda::RowLinear and its forms for integers, the part that all providers share: inputs and their checks.
+// tda::RowLinear and its forms for integers, the part that all providers share: inputs and their checks. NormRowLinear and
+// GatedRowLinear have other inputs in the place of x.
 //
 //   y = sum over i of x[i] * w[i, :] + bias,   over the rows i that a token does not drop
 //
@@ -10,15 +11,22 @@
 
 namespace tda {
 
-// Types of inputs for activations of `type`, and a matrix of these tensors.
-std::vector<IoType> RowLinearInputs(ElementType type, std::vector<IoType> weight);
+// Types of inputs for activations of `type`: what x comes from, and a matrix of these tensors.
+std::vector<IoType> RowLinearInputs(std::vector<IoType> x, ElementType type, std::vector<IoType> weight);
+
+// What a node has ahead of w: so many inputs, the first of which has a name, and `parts` columns for each row of w.
+struct InputsAhead {
+  size_t count = 1;
+  const char* name = "x";
+  int64_t parts = 1;
+};
 
 struct RowLinearCall {
-  static constexpr size_t kScales = 2;  // the input
+  static constexpr size_t kScales = 2;  // the input, where x alone is ahead of w
 
   // Read and check the inputs of a call: floats, or codes with scales and zero points.
-  explicit RowLinearCall(const KernelContext& context);
-  RowLinearCall(const KernelContext& context, const CodeLayout& layout);
+  explicit RowLinearCall(const KernelContext& context, const InputsAhead& ahead = {});
+  RowLinearCall(const KernelContext& context, const CodeLayout& layout, const InputsAhead& ahead = {});
 
   int64_t tokens;   // S
   int64_t inputs;   // rows of w
@@ -26,8 +34,8 @@ struct RowLinearCall {
   Tensor x, weight, scales, zero_points, row_price, price, bias, y;
 
  private:
-  RowLinearCall(const KernelContext& context, size_t weight_tensors);
-  void CheckAndAllocate(const KernelContext& context);
+  RowLinearCall(const KernelContext& context, const InputsAhead& ahead, size_t weight_tensors);
+  void CheckAndAllocate(const KernelContext& context, const InputsAhead& ahead);
 };
 
 }  // namespace tda

@@ -156,9 +156,9 @@ class RowLinearCodesCpu : public Kernel {
 }  // namespace
 
 std::vector<OpDefinition> RowLinearOnCpu() {
-  const std::vector<IoType> of_codes = RowLinearInputs(kFloat, CodeTypes());
+  const std::vector<IoType> of_codes = RowLinearInputs({{kFloat}}, kFloat, CodeTypes());
   return {
-      {"RowLinear", nullptr, RowLinearInputs(kFloat, {{kFloat}}), {{kFloat}}, Create<RowLinearCpu>},
+      {"RowLinear", nullptr, RowLinearInputs({{kFloat}}, kFloat, {{kFloat}}), {{kFloat}}, Create<RowLinearCpu>},
       {"RowLinear4", nullptr, of_codes, {{kFloat}}, Create<RowLinearCodesCpu<4>>},
       {"RowLinear8", nullptr, of_codes, {{kFloat}}, Create<RowLinearCodesCpu<8>>},
   };

@@ -6,38 +6,11 @@
 #include "activation.h"
 #include "cuda_module.h"
 #include "exponential.h"
+#include "gated_cuda.h"
 #include "indexed_ffn_device.h"
 
 namespace tda {
 namespace {
-
-// Describe the call: gate and up [.., F], or one input [.., 2 F] that holds them side by side; h is [.., F].
-struct GatedCall {
-  explicit GatedCall(const KernelContext& context) : gate(context.Input(0)), up(context.Input(1)) {
-    if (gate.rank == 0) Fail("gate: expected shape [.., neurons], got ", gate.Shape());
-    const int64_t width = gate.sizes[gate.rank - 1];
-    Tensor shape = gate;
-    if (up.present) {
-      if (up.Shape() != gate.Shape()) Fail("up: expected shape ", gate.Shape(), ", got ", up.Shape());
-    } else {
-      if (width % 2) Fail("gate: expected shape [.., 2 * neurons], got ", gate.Shape());
-      shape.sizes[shape.rank - 1] = width / 2;
-    }
-    neurons = shape.sizes[shape.rank - 1];
-    stride = width;
-    tokens = neurons == 0 ? 0 : shape.Count() / neurons;
-    h = context.OutputLike(0, shape);
-  }
-
-  // The start of a row's second half, in elements of T, where up has no separate input.
-  template <class T>
-  const T* Up() const {
-    return up.present ? up.As<const T>() : gate.As<const T>() + neurons;
-  }
-
-  Tensor gate, up, h;
-  int64_t tokens, neurons, stride;
-};
 
 // Compute act(gate) * up [neurons].
 template <int kLanes>
@@ -72,10 +45,11 @@ class GatedActivationCpu : public Kernel {
 
   void Compute(const KernelContext& context) override {
     const GatedCall call(context);
+    const Tensor output = context.OutputLike(0, call.h);
     for (int64_t t = 0; t < call.tokens; ++t) {
       const float* gate = call.gate.As<const float>() + t * call.stride;
       const float* up = call.Up<float>() + t * call.stride;
-      float* h = call.h.As<float>() + t * call.neurons;
+      float* h = output.As<float>() + t * call.neurons;
       Gate(activation_, gate, up, call.neurons, h);
     }
   }
@@ -84,38 +58,18 @@ class GatedActivationCpu : public Kernel {
   const Activation activation_;
 };
 
-struct GatedArguments {
-  const void* gate;
-  const void* up;
-  void* h;
-  int neurons, stride;
-};
-
 template <ElementType kType>
 class GatedActivationCuda : public Kernel {
  public:
-  explicit GatedActivationCuda(const KernelInfo& info) {
-    RequireDtype(kType);
-    const int activation = static_cast<int>(ParseActivation(info.String("activation")));
-    const CudaModule& module =
-        CudaModule::Get("gated_activation", {"TDA_BF16=" + std::to_string(kType == kBfloat16),
-                                             "TDA_ACTIVATION=" + std::to_string(activation)});
-    for (const bool wide : {false, true}) kernels_[wide] = module.Kernel(wide ? "Gated_8" : "Gated_1", kThreads);
-  }
+  explicit GatedActivationCuda(const KernelInfo& info) : kernels_(info, kType) {}
 
   void Compute(const KernelContext& context) override {
     const GatedCall call(context);
-    if (call.tokens == 0) return;
-    const bool wide = call.neurons % kWide == 0 && SuitsWideLoads(call.gate) && SuitsWideLoads(call.up) &&
-                      SuitsWideLoads(call.h);
-    const GatedArguments arguments = {call.gate.data, call.Up<uint16_t>(), call.h.data,
-                                      static_cast<int>(call.neurons), static_cast<int>(call.stride)};
-    const int64_t blocks = CeilDivide(call.neurons, kThreads * (wide ? kWide : 1));
-    kernels_[wide].Launch(context.CudaStream(), blocks, call.tokens, 1, kThreads, &arguments);
+    kernels_.Launch(context, call, context.OutputLike(0, call.h));
   }
 
  private:
-  CudaKernel kernels_[2];  // by wide loads
+  const GatedKernels kernels_;
 };
 
 // input_ids [1, S], attention_mask [1, T] and a price [1]; the result is a price [1].

@@ -182,6 +182,8 @@ inline float __int_as_float(int bits) { return Reinterpret<float>(bits); }
 inline float __uint_as_float(unsigned bits) { return Reinterpret<float>(bits); }
 inline unsigned __float_as_uint(float value) { return Reinterpret<unsigned>(value); }
 inline float __log2f(float value) { return std::log2(value); }
+inline float __expf(float value) { return std::exp(value); }
+inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   const uint64_t bytes = uint64_t{y} << 32 | x;
   unsigned result = 0;

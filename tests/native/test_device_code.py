@@ -22,7 +22,11 @@ DEFINES = {
     ],
     "statistics": ["TDA_BF16=0", "TDA_BF16=1"],
     "linear": [f"TDA_BF16={bf16} TDA_BITS={bits}" for bf16 in (0, 1) for bits in BITS],
-    "row_linear": [f"TDA_BF16={bf16} TDA_BITS={bits} TDA_CLUSTERS=1" for bf16 in (0, 1) for bits in BITS],
+    "row_linear": [
+        f"TDA_BF16={bf16} TDA_BITS={bits} TDA_CLUSTERS=1 {inputs}"
+        for bf16, bits in itertools.product((0, 1), BITS)
+        for inputs in ("TDA_INPUTS=0", "TDA_INPUTS=1", f"TDA_INPUTS=2 TDA_ACTIVATION={(bf16 + bits // 4 * 2) % 4}")
+    ],
     "expand": [f"TDA_BF16={bf16} TDA_BITS={bits}" for bf16 in (0, 1) for bits in BITS],
     "greedy": ["TDA_BF16=0"],
     "attention": [f"TDA_BF16={bf16} TDA_KV_CODES={codes}" for bf16 in (0, 1) for codes in (1, 0)],

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="written for Linux on x86-64"
 )
 SOURCES = (
-    *("common.cuh", "format.cuh", "format_codes.cuh", "products.cuh", "row_sums.cuh", "row_totals.cuh"),
+    *("common.cuh", "format.cuh", "format_codes.cuh", "products.cuh", "rms_norm.cuh", "row_sums.cuh", "row_totals.cuh"),
     "row_linear.cu",
 )
 # By bits: kernels by the columns of a thread, with their warps. Those of four tokens are last.
@@ -51,7 +51,13 @@ def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     libraries = {}
     for bits, kernels in KERNELS.items():
         named = {f"RowLinear_{name}": 32 * warps for name, warps in kernels.items()}
-        defines = {"TDA_BF16": bf16, "TDA_BITS": bits, "TDA_CLUSTERS": 0, "__CUDA_ARCH__": 10 * capability}
+        defines = {
+            "TDA_BF16": bf16,
+            "TDA_BITS": bits,
+            "TDA_CLUSTERS": 0,
+            "TDA_INPUTS": 0,
+            "__CUDA_ARCH__": 10 * capability,
+        }
         libraries[bits] = compile_for_cpu(folder, SOURCES, named, "RowLinearArguments", defines)
     return request.param.partition("-")[0], libraries
 

@@ -8,7 +8,7 @@ struct GatedArguments {
 };
 
 template <int kWidth>
-static __device__ __forceinline__ void Gated(const GatedArguments& a) {
+static __device__ __forceinline__ void GatedActivation(const GatedArguments& a) {
   WaitForEarlierKernels();
   LetNextKernelStart();
   const int first = (blockIdx.x * kThreads + threadIdx.x) * kWidth;
@@ -17,11 +17,14 @@ static __device__ __forceinline__ void Gated(const GatedArguments& a) {
   float gate[kWidth], up[kWidth];
   Load<kWidth>(a.gate + row + first).ToFloats(gate);
   Load<kWidth>(a.up + row + first).ToFloats(up);
-  // The product of rounded activations, as separate operators compute it.
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) gate[i] = ToFloat(FromFloat(Activate(gate[i]))) * up[i];
+  for (int i = 0; i < kWidth; ++i) gate[i] = Gated(gate[i], up[i]);
   Store<kWidth>(a.h + static_cast<size_t>(blockIdx.y) * a.neurons + first, gate);
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads) Gated_8(GatedArguments arguments) { Gated<8>(arguments); }
-extern "C" __global__ void __launch_bounds__(kThreads) Gated_1(GatedArguments arguments) { Gated<1>(arguments); }
+extern "C" __global__ void __launch_bounds__(kThreads) Gated_8(GatedArguments arguments) {
+  GatedActivation<8>(arguments);
+}
+extern "C" __global__ void __launch_bounds__(kThreads) Gated_1(GatedArguments arguments) {
+  GatedActivation<1>(arguments);
+}

@@ -119,6 +119,7 @@ struct MaskedNeurons {
   struct Candidate {
     int row;
   };
+  struct Given {};
 
   const FfnArguments& a;
   int first_token, tokens;
@@ -131,7 +132,9 @@ struct MaskedNeurons {
     return {static_cast<unsigned>(neuron) < static_cast<unsigned>(a.neurons) ? neuron : -1};
   }
 
-  __device__ __forceinline__ void Values(const Candidate& candidate, int k, float (&values)[kTokens]) const {
+  __device__ __forceinline__ Given Read(const Candidate&) const { return {}; }
+
+  __device__ __forceinline__ void Values(const Candidate& candidate, const Given&, int k, float (&values)[kTokens]) const {
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
       const bool there = candidate.row >= 0 && t < tokens;

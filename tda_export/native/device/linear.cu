@@ -53,29 +53,21 @@ struct AddNormArguments {
   int early;  // 1: no kernel that may still run writes weight or bias
 };
 
-constexpr int kNormThreads = 512;
 constexpr int kHeld = 2;  // packs of a row that a thread keeps in registers; the rest of a longer row is read again
 
-// Round x + residual + bias, as the model's dtype has it; store it and return the squares' sum.
+// Store the rounded sums of a pack, and return their squares' sum.
 template <int kWidth>
 static __device__ __forceinline__ float AddPack(const AddNormArguments& a, size_t row, int at, const float* bias,
                                                 float* sums) {
-  float y[kWidth], r[kWidth], square = 0.0f;
-  Load<kWidth>(a.x + row + at).ToFloats(y);
-  Load<kWidth>(a.residual + row + at).ToFloats(r);
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    sums[i] = ToFloat(FromFloat(y[i] + r[i] + bias[i]));
-    square += sums[i] * sums[i];
-  }
+  const float square = RoundSums(Load<kWidth>(a.x + row + at), Load<kWidth>(a.residual + row + at), bias, sums);
   Store<kWidth>(a.sum + row + at, sums);
   return square;
 }
 
-// RMS norm (arXiv 1910.07467) of x + residual + bias, and that sum: one block a token.
+// RMS norm of x + residual + bias, and that sum: one block a token.
 template <int kWidth>
 static __device__ __forceinline__ void AddNorm(const AddNormArguments& a) {
-  __shared__ float squares[kNormThreads / kWarp];
+  __shared__ float squares[kNormWarps];
   const size_t row = static_cast<size_t>(blockIdx.x) * a.hidden;
   const int stride = kNormThreads * kWidth;
   const int first = threadIdx.x * kWidth;
@@ -104,17 +96,14 @@ static __device__ __forceinline__ void AddNorm(const AddNormArguments& a) {
   square = WarpSum(square);
   if (threadIdx.x % kWarp == 0) squares[threadIdx.x / kWarp] = square;
   __syncthreads();
-  float total = 0.0f;
-#pragma unroll
-  for (int w = 0; w < kNormThreads / kWarp; ++w) total += squares[w];
-  const float scale = rsqrtf(total / a.hidden + a.epsilon);
+  const float scale = NormScale(squares, a.hidden, a.epsilon);
 #pragma unroll
   for (int p = 0; p < kHeld; ++p) {
     if (first + p * stride >= a.hidden) break;
     float w[kWidth];
     weights[p].ToFloats(w);
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) w[i] *= held[p][i] * scale;
+    for (int i = 0; i < kWidth; ++i) w[i] = Normed(w[i], held[p][i], scale);
     Store<kWidth>(a.normed + row + first + p * stride, w);
   }
   for (int at = first + kHeld * stride; at < a.hidden; at += stride) {
@@ -122,7 +111,7 @@ static __device__ __forceinline__ void AddNorm(const AddNormArguments& a) {
     Load<kWidth>(a.sum + row + at).ToFloats(sums);  // this thread's own
     Load<kWidth>(a.weight + at).ToFloats(w);
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) w[i] *= sums[i] * scale;
+    for (int i = 0; i < kWidth; ++i) w[i] = Normed(w[i], sums[i], scale);
     Store<kWidth>(a.normed + row + at, w);
   }
 }

@@ -1,11 +1,13 @@
 // tda::RowLinear, RowLinear4 and RowLinear8 on CUDA: y = sum over i of x[i] * w[i, :] + bias, over the rows that a token
-// needs. Compile-time constants: TDA_BITS of a code, 0 where weights are elements, and TDA_CLUSTERS, whether the GPU has
-// them.
+// needs; and, of one token, NormRowLinear and GatedRowLinear with their forms, whose x is a norm or a gated activation
+// that every block makes for itself. Compile-time constants: TDA_BITS of a code, 0 where weights are elements,
+// TDA_CLUSTERS, whether the GPU has them, TDA_INPUTS, where x comes from: 0 stored, 1 a norm, 2 a gated activation, and
+// for the latter TDA_ACTIVATION (device/activation.cuh).
 //
 // One launch. A token drops row i where x[i]^2 * row_price[i] < price, compared in float32; rows of zeros are never read.
 
 struct RowLinearArguments {
-  const Element* x;        // [tokens, inputs]
+  const Element* x;        // [tokens, inputs]; of a gated activation the gate
   StoredMatrix weight;     // [inputs, outputs]
   const float* row_price;  // [inputs]
   const float* price;      // [1]
@@ -15,30 +17,169 @@ struct RowLinearArguments {
   Element* y;              // [tokens, outputs]
   int tokens, inputs, outputs, counters;
   int early;  // 1: no kernel that may still run writes weight, row_price, price or bias; 0: it may write price
+#if TDA_INPUTS
+  const Element* other;  // [inputs]: what a norm adds to x, or the up of a gated activation
+#endif
+#if TDA_INPUTS == 1
+  const Element* norm_weight;  // [inputs]; written by no kernel that may still run
+  Element* sum;                // [inputs]: x + other
+  float epsilon;
+  int wide;  // whether AddNorm would use wide loads
+#endif
 };
+
+// Inputs say what x is: `Known` is what can be read of a row before earlier kernels have ended, and `Given` what is read
+// after them, ahead of Value. Make() comes between; all threads of the block call it. A row of -1 has the value 0.
+#if TDA_INPUTS == 0
+struct Inputs {
+  struct Known {};
+  struct Given {};
+
+  __device__ __forceinline__ Inputs(const RowLinearArguments& a, int first_token)
+      : x(a.x + static_cast<size_t>(first_token) * a.inputs), inputs(a.inputs) {}
+
+  __device__ __forceinline__ Known Look(int) const { return {}; }
+  template <int kBlockWarps>
+  __device__ __forceinline__ void Make() {}
+  __device__ __forceinline__ Given Read(int) const { return {}; }
+  __device__ __forceinline__ float Value(int row, const Known&, const Given&, int t, int tokens) const {
+    float value = 0.0f;
+    if (row >= 0 && t < tokens) value = ToFloat(x[static_cast<size_t>(t) * inputs + row]);
+    return value;
+  }
+
+  const Element* x;
+  const int inputs;
+};
+#elif TDA_INPUTS == 1
+struct Inputs {
+  using Known = float;  // the weight
+  struct Given {
+    Pack<1> x, other;
+  };
+
+  __device__ __forceinline__ Inputs(const RowLinearArguments& a, int) : a(a) {}
+
+  __device__ __forceinline__ Known Look(int row) const { return row < 0 ? 0.0f : ToFloat(a.norm_weight[row]); }
+
+  // Add the squares as AddNorm does, and store a part of the sum.
+  template <int kBlockWarps>
+  __device__ __forceinline__ void Make() {
+    __shared__ float squares[kNormWarps];
+    if (a.wide) {
+      AddSquares<8, kBlockWarps>(squares);
+    } else {
+      AddSquares<1, kBlockWarps>(squares);
+    }
+    __syncthreads();
+    scale = NormScale(squares, a.inputs, a.epsilon);
+  }
+
+  __device__ __forceinline__ Given Read(int row) const {
+    if (row < 0) return {};
+    return {Load<1>(a.x + row), Load<1>(a.other + row)};
+  }
+
+  __device__ __forceinline__ float Value(int row, const Known& weight, const Given& given, int, int) const {
+    const float none = 0.0f;
+    float sum;
+    RoundSums(given.x, given.other, &none, &sum);
+    return row < 0 ? 0.0f : ToFloat(FromFloat(Normed(weight, sum, scale)));
+  }
+
+  // A thread plays those of AddNorm that are whole blocks of this kernel apart.
+  template <int kWidth, int kBlockWarps>
+  __device__ __forceinline__ void AddSquares(float (&squares)[kNormWarps]) const {
+    constexpr int kBlockThreads = kBlockWarps * kWarp;
+    constexpr int kPlayed = kNormThreads / kBlockThreads;
+    static_assert(kPlayed * kBlockThreads == kNormThreads, "all of them are played");
+    const float none[kWidth] = {};
+    float sums[kWidth], played[kPlayed] = {};
+#pragma unroll 2
+    for (int first = threadIdx.x * kWidth; first < a.inputs; first += kNormThreads * kWidth) {
+      Pack<kWidth> x[kPlayed], other[kPlayed];
+#pragma unroll
+      for (int p = 0; p < kPlayed; ++p) {
+        const int at = first + p * kBlockThreads * kWidth;
+        if (at >= a.inputs) break;
+        x[p] = Load<kWidth>(a.x + at);
+        other[p] = Load<kWidth>(a.other + at);
+      }
+#pragma unroll
+      for (int p = 0; p < kPlayed; ++p) {
+        if (first + p * kBlockThreads * kWidth >= a.inputs) break;
+        played[p] += RoundSums(x[p], other[p], none, sums);
+      }
+    }
+#pragma unroll
+    for (int p = 0; p < kPlayed; ++p) {
+      const float square = WarpSum(played[p]);
+      if (threadIdx.x % kWarp == 0) squares[p * kBlockWarps + threadIdx.x / kWarp] = square;
+    }
+    // Stores amid the loads above would hold those up.
+    const int block = blockIdx.y * gridDim.x + blockIdx.x, blocks = gridDim.y * gridDim.x;
+    for (int at = (block * kBlockThreads + threadIdx.x) * kWidth; at < a.inputs; at += blocks * kBlockThreads * kWidth) {
+      RoundSums(Load<kWidth>(a.x + at), Load<kWidth>(a.other + at), none, sums);
+      Store<kWidth>(a.sum + at, sums);
+    }
+  }
+
+  const RowLinearArguments& a;
+  float scale = 0.0f;
+};
+#else
+struct Inputs {
+  struct Known {};
+  struct Given {
+    Element gate, up;
+  };
+
+  __device__ __forceinline__ Inputs(const RowLinearArguments& a, int) : gate(a.x), up(a.other) {}
+
+  __device__ __forceinline__ Known Look(int) const { return {}; }
+  template <int kBlockWarps>
+  __device__ __forceinline__ void Make() {}
+  __device__ __forceinline__ Given Read(int row) const {
+    if (row < 0) return {};
+    return {gate[row], up[row]};
+  }
+  __device__ __forceinline__ float Value(int row, const Known&, const Given& given, int, int) const {
+    return row < 0 ? 0.0f : ToFloat(FromFloat(Gated(ToFloat(given.gate), ToFloat(given.up))));
+  }
+
+  const Element* gate;
+  const Element* up;
+};
+#endif
 
 template <int kTokens>
 struct PricedRows {
   struct Candidate {
     int row;
     float row_price;
+    Inputs::Known known;
   };
+  using Given = Inputs::Given;
 
-  const Element* x;  // [tokens, inputs]
+  const Inputs& inputs;
   const float* row_price;
   const float& price;
-  int tokens, inputs;
+  int tokens;
   bool every_row;
 
   __device__ __forceinline__ bool EveryRow() const { return every_row; }
 
-  __device__ __forceinline__ Candidate Look(int k) const { return {k, k < 0 ? 0.0f : row_price[k]}; }
+  __device__ __forceinline__ Candidate Look(int k) const {
+    return {k, k < 0 ? 0.0f : row_price[k], inputs.Look(k)};
+  }
 
-  __device__ __forceinline__ void Values(const Candidate& candidate, int, float (&values)[kTokens]) const {
+  __device__ __forceinline__ Given Read(const Candidate& candidate) const { return inputs.Read(candidate.row); }
+
+  __device__ __forceinline__ void Values(const Candidate& candidate, const Given& given, int,
+                                         float (&values)[kTokens]) const {
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
-      float value = 0.0f;
-      if (candidate.row >= 0 && t < tokens) value = ToFloat(x[static_cast<size_t>(t) * inputs + candidate.row]);
+      const float value = inputs.Value(candidate.row, candidate.known, given, t, tokens);
       // Less, not its opposite: NaN is kept.
       values[t] = __fmul_rn(__fmul_rn(value, value), candidate.row_price) < price ? 0.0f : value;
     }
@@ -66,12 +207,8 @@ static __device__ __forceinline__ void RowLinear(const RowLinearArguments& a) {
   cluster_sums.Begin();
 #endif
   float price = a.early ? *a.price : 0.0f;
-  const PricedRows<kTokens> source = {a.x + static_cast<size_t>(first_token) * a.inputs,
-                                      a.row_price,
-                                      price,
-                                      tokens,
-                                      a.inputs,
-                                      a.early && !(price > 0.0f)};
+  Inputs inputs(a, first_token);
+  const PricedRows<kTokens> source = {inputs, a.row_price, price, tokens, a.early && !(price > 0.0f)};
   bool passed = false;
   const auto ready = [&] {
     if (passed) return;
@@ -79,6 +216,7 @@ static __device__ __forceinline__ void RowLinear(const RowLinearArguments& a) {
     WaitForEarlierKernels();
     LetNextKernelStart();
     if (!a.early) price = *a.price;
+    inputs.Make<kBlockWarps>();
   };
   const Format weight(a.weight);
   float sums[kTokens][kWidth] = {};
@@ -114,9 +252,11 @@ TDA_ROW_LINEAR(1, 8, 8, 3)
 TDA_ROW_LINEAR(1, 8, 8, 2)
 #endif
 TDA_ROW_LINEAR(1, 8, 16, 1)
-TDA_ROW_LINEAR(4, 8, 8, 1)
 TDA_ROW_LINEAR(1, 1, 8, 3)
+#if !TDA_INPUTS
+TDA_ROW_LINEAR(4, 8, 8, 1)
 TDA_ROW_LINEAR(4, 1, 8, 1)
+#endif
 
 #if !TDA_CLUSTERS
 // Set the counters to zero, ahead of the kernel that counts arrivals.

@@ -11,7 +11,10 @@
 //                                 in the matrix, -1 where there is none, as for a k of -1
 //   EveryRow()                    all candidates are needed, bar zeros, and this is known before earlier kernels have
 //                                 ended: the first rows are read meanwhile
-//   Values(candidate, k, values)  after earlier kernels: what each token multiplies it with; 0 where it does not need it
+//   Given Read(candidate)         after earlier kernels: what values are computed from, where reads of several candidates
+//                                 would otherwise wait for computations between them
+//   Values(candidate, given, k, values)  after earlier kernels: what each token multiplies it with; 0 where it does not
+//                                 need it
 
 constexpr int kRowsTogether = 4;  // neighbouring candidates that go to the same warp
 constexpr int kLooks = 4;         // candidates that a lane looks at together
@@ -246,8 +249,8 @@ struct ReaderChoice<true, 1, Format> {
   using Type = RingReader<Format>;
 };
 
-// Add the rows of warp `warp` of `warps` at `column` to sums. `ready` waits for earlier kernels; it is called before
-// values are asked for, if there are candidates.
+// Add the rows of warp `warp` of `warps` at `column` to sums. `ready` waits for earlier kernels; every warp calls it before
+// it reads what values come from, if there are candidates, be they its own or not.
 template <int kTokens, class Format, class Source, class Ready>
 static __device__ __forceinline__ void AddRows(const Source& source, const Format& matrix, int count, int warp,
                                                int warps, int column, WarpRows<kTokens, Format>& shared,
@@ -269,9 +272,12 @@ static __device__ __forceinline__ void AddRows(const Source& source, const Forma
     const bool early = base == 0 && source.EveryRow();
     if (early) reader.Begin(candidates[0].row);
     ready();
+    typename Source::Given given[kLooks];
+#pragma unroll
+    for (int j = 0; j < kLooks; ++j) given[j] = source.Read(candidates[j]);
     float values[kLooks][kTokens];
 #pragma unroll
-    for (int j = 0; j < kLooks; ++j) source.Values(candidates[j], base + j * stride + own, values[j]);
+    for (int j = 0; j < kLooks; ++j) source.Values(candidates[j], given[j], base + j * stride + own, values[j]);
     int listed_rows = 0;
 #pragma unroll
     for (int j = 0; j < kLooks; ++j) {

@@ -1,0 +1,181 @@
+#include "row_product_cuda.h"
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <utility>
+
+namespace tda {
+namespace {
+
+constexpr int64_t kMostRanks = 16;  // blocks of a cluster
+
+// A kernel for one token or a tile of them, and how many blocks can share the rows of a slice of columns. That decides in
+// which order rows are added, so it is the same number whatever x is: that of the kernel that finds x stored.
+struct SharedKernel {
+  CudaKernel kernel;
+  int64_t width;  // columns of a thread
+  int64_t warps;
+  int resident_blocks = 0;
+  int resident_clusters[kMostRanks + 1] = {};  // by blocks of a cluster
+
+  int64_t Slice() const { return kWarp * width; }
+
+  // As many blocks as run at once when there are so many sums of slices, but none without rows for each of its warps.
+  int64_t Ranks(int64_t sums, int64_t inputs, bool clusters) const {
+    const int64_t most = std::max<int64_t>(1, CeilDivide(inputs, warps * kRowsTogether));
+    if (!clusters) return std::clamp<int64_t>(resident_blocks / sums, 1, most);
+    int64_t ranks = std::min(most, kMostRanks);
+    while (ranks > 1 && resident_clusters[ranks] < sums) --ranks;
+    return ranks;
+  }
+};
+
+}  // namespace
+
+// The kernels of one element type, bits of a code, and kind of inputs on one GPU.
+class RowLinearKernels {
+ public:
+  RowLinearKernels(ElementType type, int bits, RowInputs inputs, const std::vector<std::string>& more_defines)
+      : bits(bits == 0 ? 16 : bits),
+        multiprocessors(CudaDevice::Current().multiprocessors),
+        clusters(HasClusters(CudaDevice::Current().capability)) {
+    const auto module_of = [&](RowInputs x, const std::vector<std::string>& more) {
+      std::vector<std::string> defines = FormatDefines(type, bits);
+      defines.push_back("TDA_CLUSTERS=" + std::to_string(clusters));
+      defines.push_back("TDA_INPUTS=" + std::to_string(static_cast<int>(x)));
+      defines.insert(defines.end(), more.begin(), more.end());
+      return &CudaModule::Get("row_linear", defines);
+    };
+    const CudaModule* const stored = module_of(RowInputs::kStored, {});
+    const CudaModule* const module = inputs == RowInputs::kStored ? stored : module_of(inputs, more_defines);
+    auto shared = [&](int tokens, int64_t width, int64_t warps, int blocks) {
+      std::string name = "RowLinear";
+      for (const int64_t part : {int64_t{tokens}, width, warps, int64_t{blocks}}) name += "_" + std::to_string(part);
+      const unsigned threads = static_cast<unsigned>(warps * kWarp);
+      const CudaKernel counted = stored->Kernel(name.c_str(), threads);
+      const CudaKernel kernel = module == stored ? counted : module->Kernel(name.c_str(), threads);
+      SharedKernel made = {kernel, width, warps, counted.resident_blocks};
+      for (unsigned ranks = 1; clusters && ranks <= kMostRanks; ++ranks) {
+        // A kernel that has no cluster of a size cannot be launched so, however many the other one has.
+        const bool possible = module == stored || kernel.ResidentClusters(ranks, threads) > 0;
+        made.resident_clusters[ranks] = possible ? counted.ResidentClusters(ranks, threads) : 0;
+      }
+      return made;
+    };
+    // The fewer slices there are, the more warps share the rows of one, and larger blocks take fewer steps to add up.
+    // The best choices were measured on an H100 and an H200, those from 24 slices on between 21.5, where both kernels of four
+    // bits were as fast, and 56.
+    if (bits == 4) {
+      const SharedKernel wider = shared(1, 16, 8, 2), widest = shared(1, 32, 8, 2);
+      wide = {{widest, 24}, {wider, 32}, {widest, 12}, {wider, 12}};
+    } else {
+      wide = {{shared(1, 8, 8, 3), CeilDivide(multiprocessors, 2)}, {shared(1, 8, 8, 2), CeilDivide(multiprocessors, 4)}};
+    }
+    wide.push_back({shared(1, 8, 16, 1), 0});
+    narrow = shared(1, 1, 8, 3);
+    if (inputs == RowInputs::kStored) {
+      tile = shared(4, 8, 8, 1);
+      narrow_tile = shared(4, 1, 8, 1);
+    }
+    if (!clusters) clear_counters = module->Kernel("ClearCounters", kThreads);
+  }
+
+  static const RowLinearKernels& Get(ElementType type, int bits, RowInputs inputs,
+                                     const std::vector<std::string>& defines) {
+    static std::mutex mutex;
+    static std::map<std::tuple<int, int, int, RowInputs, std::vector<std::string>>, std::unique_ptr<RowLinearKernels>>
+        made;
+    const std::lock_guard<std::mutex> lock(mutex);
+    std::unique_ptr<RowLinearKernels>& kernels = made[{CudaDevice::Current().device, type, bits, inputs, defines}];
+    if (kernels == nullptr) kernels = std::make_unique<RowLinearKernels>(type, bits, inputs, defines);
+    return *kernels;
+  }
+
+  const SharedKernel& Choose(int64_t tokens, const StoredMatrix& matrix) const {
+    if (!SuitsLoads(matrix, kWide, bits)) return tokens == 1 ? narrow : narrow_tile;
+    if (tokens > 1) return tile;
+    for (const auto& [kernel, least_slices] : wide) {
+      const bool suits = SuitsLoads(matrix, kernel.width, bits);
+      if (suits && CeilDivide(matrix.columns, kernel.Slice()) >= least_slices) return kernel;
+    }
+    return wide.back().first;
+  }
+
+  int64_t bits;  // of a column
+  int64_t multiprocessors;
+  bool clusters;
+  std::vector<std::pair<SharedKernel, int64_t>> wide;  // of one token, each with the slices that it is worth it from
+  SharedKernel tile;                                   // of a tile of tokens
+  SharedKernel narrow, narrow_tile;
+  CudaKernel clear_counters;
+};
+
+RowProduct::RowProduct(const KernelInfo& info, ElementType type, int bits, RowInputs inputs,
+                       const std::vector<std::string>& defines)
+    : allocator_(info), early_(info.Flag("early")), many_tokens_(info, type, bits) {
+  if (bits > 0) layout_.emplace(info, bits);
+  stored_ = &RowLinearKernels::Get(type, bits, RowInputs::kStored, {});
+  made_ = &RowLinearKernels::Get(type, bits, inputs, defines);
+}
+
+RowLinearCall RowProduct::Read(const KernelContext& context, const InputsAhead& ahead) const {
+  return layout_ ? RowLinearCall(context, *layout_, ahead) : RowLinearCall(context, ahead);
+}
+
+StoredMatrix RowProduct::Matrix(const RowLinearCall& call) const {
+  return layout_ ? StoredCodes(*layout_, call.weight, call.scales, call.zero_points) : StoredElements(call.weight);
+}
+
+void RowProduct::Multiply(const KernelContext& context, const RowLinearCall& call, const void* x) const {
+  if (call.y.Count() == 0) return;
+  if (many_tokens_.Pays(call.tokens)) {
+    many_tokens_.Multiply(context, {x, Matrix(call), false, call.tokens, call.inputs, call.outputs, call.y.data,
+                                    call.row_price.As<const float>(), call.price.As<const float>(), call.bias.data});
+    return;
+  }
+  RowLinearArguments arguments = {};
+  arguments.x = x;
+  Launch(context, call, *stored_, arguments);
+}
+
+void RowProduct::MultiplyMade(const KernelContext& context, const RowLinearCall& call,
+                              const RowLinearArguments& made) const {
+  Launch(context, call, *made_, made);
+}
+
+void RowProduct::Launch(const KernelContext& context, const RowLinearCall& call, const RowLinearKernels& kernels,
+                        RowLinearArguments arguments) const {
+  const StoredMatrix matrix = Matrix(call);
+  const SharedKernel& shared = kernels.Choose(call.tokens, matrix);
+  const int64_t tile = call.tokens == 1 ? 1 : kTile;
+  const int64_t tiles = CeilDivide(call.tokens, tile);
+  const int64_t slices = CeilDivide(call.outputs, shared.Slice());
+  const int64_t ranks = shared.Ranks(slices * tiles, call.inputs, kernels.clusters);
+
+  arguments.weight = matrix;
+  arguments.row_price = call.row_price.As<const float>();
+  arguments.price = call.price.As<const float>();
+  arguments.bias = call.bias.data;
+  arguments.y = call.y.data;
+  arguments.tokens = static_cast<int>(call.tokens);
+  arguments.inputs = static_cast<int>(call.inputs);
+  arguments.outputs = static_cast<int>(call.outputs);
+  arguments.early = early_;
+  void* stream = context.CudaStream();
+  const unsigned threads = static_cast<unsigned>(shared.warps * kWarp);
+  if (kernels.clusters) {
+    shared.kernel.Launch(stream, ranks, slices, tiles, threads, &arguments, static_cast<unsigned>(ranks));
+    return;
+  }
+  const size_t partial_bytes = Aligned(tiles * slices * ranks * tile * shared.Slice() * sizeof(float));
+  arguments.counters = static_cast<int>(tiles * slices);
+  const Scratch scratch(context, allocator_, partial_bytes + arguments.counters * sizeof(unsigned), true);
+  arguments.partial = scratch.As<float>();
+  arguments.arrived = scratch.As<unsigned>(partial_bytes);
+  kernels.clear_counters.Launch(stream, 1, 1, 1, kThreads, &arguments);
+  shared.kernel.Launch(stream, ranks, slices, tiles, threads, &arguments);
+}
+
+}  // namespace tda

@@ -1,0 +1,67 @@
+// A node's product by priced rows on CUDA (device/row_linear.cu): one launch for few tokens, where the GPU has clusters.
+// Its x is stored, or, of one token, made by the kernel that multiplies.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "many_tokens_cuda.h"
+#include "row_linear.h"
+
+namespace tda {
+
+struct RowLinearArguments {
+  const void* x;
+  StoredMatrix weight;
+  const float* row_price;
+  const float* price;
+  const void* bias;
+  float* partial;
+  unsigned* arrived;
+  void* y;
+  int tokens, inputs, outputs, counters;
+  int early;
+  // What x is made from; kernels that find it stored take no more than the arguments above.
+  const void* other;
+  const void* norm_weight;
+  void* sum;
+  float epsilon;
+  int wide;
+};
+
+// What device/row_linear.cu calls TDA_INPUTS.
+enum class RowInputs { kStored, kNormed, kGated };
+
+class RowLinearKernels;
+
+class RowProduct {
+ public:
+  // `defines` are those that kernels with such inputs need besides.
+  RowProduct(const KernelInfo& info, ElementType type, int bits, RowInputs inputs = RowInputs::kStored,
+             const std::vector<std::string>& defines = {});
+
+  RowLinearCall Read(const KernelContext& context, const InputsAhead& ahead = {}) const;
+
+  // Multiply what is stored at `x`, [tokens, inputs].
+  void Multiply(const KernelContext& context, const RowLinearCall& call, const void* x) const;
+
+  // Multiply the inputs that `made`, whose other members are not read, tells the kernel to make: of one token, and where
+  // there are outputs. The bits are those of Multiply.
+  void MultiplyMade(const KernelContext& context, const RowLinearCall& call, const RowLinearArguments& made) const;
+
+ private:
+  StoredMatrix Matrix(const RowLinearCall& call) const;
+  void Launch(const KernelContext& context, const RowLinearCall& call, const RowLinearKernels& kernels,
+              RowLinearArguments arguments) const;
+
+  const Allocator allocator_;
+  const bool early_;
+  const ManyTokens many_tokens_;
+  std::optional<CodeLayout> layout_;  // where there are codes
+  const RowLinearKernels* stored_;    // kept for the process, as are those below
+  const RowLinearKernels* made_;
+};
+
+}  // namespace tda

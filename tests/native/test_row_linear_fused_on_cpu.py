@@ -1,0 +1,343 @@
+"""The device code of NormRowLinear and GatedRowLinear, run on the CPU: the bits of separate kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tda_export.weights.formats import integer_format
+from tests.code_model import random_codes
+from tests.ffn_model import NUMPY_DTYPES
+from tests.native.cuda_on_cpu import Guarded, compile_for_cpu
+from tests.native.test_row_linear_on_cpu import Arguments
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="written for Linux on x86-64"
+)
+COMMON = ("activation.cuh", "common.cuh", "format.cuh", "format_codes.cuh", "gated.cuh", "products.cuh", "rms_norm.cuh")
+ROWS = ("row_sums.cuh", "row_totals.cuh", "row_linear.cu")
+# By bits: kernels of one token by the columns of a thread, each with its warps.
+KERNELS = {
+    0: {"1_8_8_3": 8, "1_8_8_2": 8, "1_8_16_1": 16, "1_1_8_3": 8},
+    4: {"1_32_8_2": 8, "1_16_8_2": 8, "1_8_16_1": 16, "1_1_8_3": 8},
+    8: {"1_8_8_3": 8, "1_8_8_2": 8, "1_8_16_1": 16, "1_1_8_3": 8},
+}
+STORED, NORMED, GATED = range(3)
+NORM_THREADS, THREADS = 512, 256
+ACTIVATIONS = {0: 1, 4: 0, 8: 2}  # by bits, so that not every pair is compiled
+DTYPES = ("float16", "bfloat16")
+EPSILON = 1e-5
+
+
+class FusedArguments(ctypes.Structure):
+    _fields_ = (
+        *Arguments._fields_,
+        *((name, ctypes.c_void_p) for name in ("other", "norm_weight", "sum")),
+        ("epsilon", ctypes.c_float),
+        ("wide", ctypes.c_int),
+    )
+
+
+class NormArguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "residual", "bias", "weight", "normed", "sum")),
+        ("hidden", ctypes.c_int),
+        ("epsilon", ctypes.c_float),
+        ("early", ctypes.c_int),
+    )
+
+
+class GatedArguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("gate", "up", "h")),
+        *((name, ctypes.c_int) for name in ("neurons", "stride")),
+    )
+
+
+Compile = Callable[..., ctypes.CDLL]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
+    """Compile what a test asks for, once."""
+
+    @functools.cache
+    def compile_once(source: str, **defines: int) -> ctypes.CDLL:
+        folder = tmp_path_factory.mktemp("device")
+        defines["__CUDA_ARCH__"] = 900
+        if source == "row_linear":
+            defines["TDA_CLUSTERS"] = 0
+            kernels = {f"RowLinear_{name}": 32 * warps for name, warps in KERNELS[defines["TDA_BITS"]].items()}
+            return compile_for_cpu(folder, (*COMMON, *ROWS), kernels, "RowLinearArguments", defines)
+        if source == "linear":
+            kernels = dict.fromkeys(("AddNorm_8", "AddNorm_1"), NORM_THREADS)
+            return compile_for_cpu(folder, (*COMMON, "linear.cu"), kernels, "AddNormArguments", defines)
+        kernels = dict.fromkeys(("Gated_8", "Gated_1"), THREADS)
+        return compile_for_cpu(folder, (*COMMON, "gated_activation.cu"), kernels, "GatedArguments", defines)
+
+    return compile_once
+
+
+def address(array: np.ndarray) -> int:
+    return array.ctypes.data
+
+
+def bits_like(count: int) -> Guarded:
+    return Guarded((count,), np.dtype(np.uint16))
+
+
+class Product:
+    """A matrix with prices, and kernels that multiply with it by so many blocks for a slice of columns."""
+
+    def __init__(
+        self,
+        rng: np.random.Generator,
+        compiled: Compile,
+        *,
+        dtype: str,
+        bits: int,
+        kernel: str,
+        inputs: int,
+        outputs: int,
+        blocks: int,
+        biased: bool,
+        early: bool,
+    ) -> None:
+        self._compiled, self._bits, self._kernel, self._blocks = compiled, bits, kernel, blocks
+        self._bf16 = int(dtype == "bfloat16")
+        self._inputs, self._outputs, self._early = inputs, outputs, early
+        self._group = 32
+        if bits:
+            self._tensors = random_codes(rng, integer_format(bits), inputs, outputs).pack()
+            self._group = integer_format(bits).group
+        else:
+            elements = rng.standard_normal((inputs, outputs)) * inputs**-0.5
+            self._tensors = (elements.astype(NUMPY_DTYPES[dtype]),)
+        self._bias = rng.standard_normal(outputs).astype(NUMPY_DTYPES[dtype]) if biased else None
+        self.row_price = np.exp(rng.standard_normal(inputs)).astype(np.float32)
+        self.price = np.zeros(1, np.float32)
+
+    def run(self, made: int, x: np.ndarray, **more: float) -> np.ndarray:
+        """Return the bits of y, uint16 [out], of x as the kernel finds or makes it."""
+        width = int(self._kernel.split("_")[1])
+        slices = -(-self._outputs // (32 * width))
+        y = bits_like(self._outputs)
+        partial = Guarded((slices * self._blocks * 32 * width,), np.dtype(np.float32))
+        arrived = np.zeros(slices, np.uint32)
+        tensors = [np.ascontiguousarray(tensor) for tensor in self._tensors]
+        places = dict(zip(("codes", "scales", "zero_points"), map(address, tensors), strict=False))
+        arguments = FusedArguments(
+            x=address(x),
+            **places,
+            columns=self._outputs,
+            group_shift=self._group.bit_length() - 1,
+            row_price=address(self.row_price),
+            price=address(self.price),
+            bias=None if self._bias is None else address(self._bias),
+            partial=address(partial.array),
+            arrived=address(arrived),
+            y=address(y.array),
+            tokens=1,
+            inputs=self._inputs,
+            outputs=self._outputs,
+            counters=slices,
+            early=self._early,
+            **more,
+        )
+        defines = {"TDA_BF16": self._bf16, "TDA_BITS": self._bits, "TDA_INPUTS": made}
+        if made == GATED:
+            defines["TDA_ACTIVATION"] = ACTIVATIONS[self._bits]
+        library = self._compiled("row_linear", **defines)
+        library.Run(f"RowLinear_{self._kernel}".encode(), self._blocks, slices, 1, ctypes.byref(arguments))
+        for guarded in (y, partial):
+            guarded.check()
+        return y.array.copy()
+
+
+def choose_price(rng: np.random.Generator, x: np.ndarray, product: Product, kind: str) -> None:
+    """Set the price: a number, or one at which a part of the rows is dropped."""
+    if kind != "some":
+        product.price[:] = float(kind)
+        return
+    with np.errstate(all="ignore"):
+        worth = x.astype(np.float32) ** 2 * product.row_price
+    finite = worth[np.isfinite(worth)]
+    product.price[:] = np.quantile(finite, rng.random()) if finite.size else 1.0
+
+
+def spoil(rng: np.random.Generator, values: np.ndarray, kind: str) -> None:
+    """Put zeros, or what is not finite, in some places."""
+    if kind == "zeros":
+        values[rng.random(values.shape) < 0.5] = 0
+    elif kind == "negative zeros":
+        values[rng.random(values.shape) < 0.5] = -0.0
+    elif kind != "none":
+        values[rng.integers(len(values))] = float(kind)
+
+
+# Of more than 2 * 512 * 8 inputs AddNorm reads some again; one that is no multiple of 8 is read singly.
+SIZES = st.one_of(st.integers(1, 70), st.sampled_from([511, 512, 520, 1031, 2056, 4096, 4104, 8192, 8200, 1537]))
+COMMON_DRAWS = {
+    "bits": st.sampled_from([0, 4, 8]),
+    "dtype": st.sampled_from(DTYPES),
+    "inputs": SIZES,
+    "loads": st.integers(1, 5),
+    "blocks": st.integers(1, 3),
+    "price": st.sampled_from(["0", "some", "some", "nan", "inf", "-1"]),
+    "spoiled": st.sampled_from(["none", "none", "zeros", "negative zeros", "nan", "inf", "-inf"]),
+    "biased": st.booleans(),
+    "early": st.booleans(),
+    "seed": st.integers(0, 2**16),
+}
+SLOW = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
+
+
+def drawn_product(
+    rng: np.random.Generator,
+    compiled: Compile,
+    data: st.DataObject,
+    *,
+    dtype: str,
+    bits: int,
+    inputs: int,
+    loads: int,
+    blocks: int,
+    biased: bool,
+    early: bool,
+) -> Product:
+    kernel = data.draw(st.sampled_from(list(KERNELS[bits])))
+    outputs = 9 * loads * int(kernel.split("_")[1])
+    return Product(
+        rng,
+        compiled,
+        dtype=dtype,
+        bits=bits,
+        kernel=kernel,
+        inputs=inputs,
+        outputs=min(outputs, max(1, 2_000_000 // inputs // 32) * 32),
+        blocks=blocks,
+        biased=biased,
+        early=early,
+    )
+
+
+@settings(max_examples=80, **SLOW)
+@given(data=st.data(), **COMMON_DRAWS)
+def test_a_norm_within_the_product(
+    compiled: Compile,
+    data: st.DataObject,
+    bits: int,
+    dtype: str,
+    inputs: int,
+    loads: int,
+    blocks: int,
+    price: str,
+    spoiled: str,
+    biased: bool,
+    early: bool,
+    seed: int,
+) -> None:
+    rng = np.random.default_rng(seed)
+    product = drawn_product(
+        rng,
+        compiled,
+        data,
+        dtype=dtype,
+        bits=bits,
+        inputs=inputs,
+        loads=loads,
+        blocks=blocks,
+        biased=biased,
+        early=early,
+    )
+    x, residual, weight = (rng.standard_normal((3, inputs)) * 2).astype(NUMPY_DTYPES[dtype])
+    for values in (x, residual):
+        spoil(rng, values, spoiled)
+    normed, sums, own_sums = (bits_like(inputs) for _ in range(3))
+    wide = inputs % 8 == 0 and data.draw(st.booleans())  # pointers may forbid it
+    arguments = NormArguments(
+        x=address(x),
+        residual=address(residual),
+        bias=None,
+        weight=address(weight),
+        normed=address(normed.array),
+        sum=address(sums.array),
+        hidden=inputs,
+        epsilon=EPSILON,
+        early=early,
+    )
+    library = compiled("linear", TDA_BF16=int(dtype == "bfloat16"), TDA_BITS=0)
+    library.Run(b"AddNorm_8" if wide else b"AddNorm_1", 1, 1, 1, ctypes.byref(arguments))
+    element = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16
+    choose_price(rng, normed.array.view(element), product, price)
+    expected = product.run(STORED, normed.array)
+    y = product.run(
+        NORMED,
+        x,
+        other=address(residual),
+        norm_weight=address(weight),
+        sum=address(own_sums.array),
+        epsilon=EPSILON,
+        wide=wide,
+    )
+    for guarded in (normed, sums, own_sums):
+        guarded.check()
+    np.testing.assert_array_equal(own_sums.array, sums.array)
+    np.testing.assert_array_equal(y, expected)
+
+
+@settings(max_examples=50, **SLOW)
+@given(data=st.data(), packed=st.booleans(), **COMMON_DRAWS)
+def test_a_gated_activation_within_the_product(
+    compiled: Compile,
+    data: st.DataObject,
+    packed: bool,
+    bits: int,
+    dtype: str,
+    inputs: int,
+    loads: int,
+    blocks: int,
+    price: str,
+    spoiled: str,
+    biased: bool,
+    early: bool,
+    seed: int,
+) -> None:
+    rng = np.random.default_rng(seed)
+    product = drawn_product(
+        rng,
+        compiled,
+        data,
+        dtype=dtype,
+        bits=bits,
+        inputs=inputs,
+        loads=loads,
+        blocks=blocks,
+        biased=biased,
+        early=early,
+    )
+    both = (rng.standard_normal(2 * inputs) * 2).astype(NUMPY_DTYPES[dtype])
+    spoil(rng, both, spoiled)
+    gate, up = both, both[inputs:] if packed else both[inputs:].copy()
+    h = bits_like(inputs)
+    arguments = GatedArguments(
+        gate=address(gate), up=address(up), h=address(h.array), neurons=inputs, stride=2 * inputs if packed else inputs
+    )
+    wide = inputs % 8 == 0
+    library = compiled("gated_activation", TDA_BF16=int(dtype == "bfloat16"), TDA_ACTIVATION=ACTIVATIONS[bits])
+    kernel = b"Gated_8" if wide else b"Gated_1"
+    library.Run(kernel, -(-inputs // (THREADS * (8 if wide else 1))), 1, 1, ctypes.byref(arguments))
+    h.check()
+    element = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16
+    choose_price(rng, h.array.view(element), product, price)
+    np.testing.assert_array_equal(product.run(GATED, gate, other=address(up)), product.run(STORED, h.array))
