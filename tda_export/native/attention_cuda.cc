@@ -1,5 +1,5 @@
-// tda::Attention and tda::Attention8 on CUDA (device/attention.cu): parts of the cache at the same time, joined by a second
-// kernel.
+// tda::Attention and tda::Attention8 on CUDA (device/attention.cu): parts of the cache at the same time, joined by the
+// blocks of a cluster where the GPU has clusters, and otherwise by a second kernel.
 #include "attention_cuda.h"
 
 #include <algorithm>
@@ -11,12 +11,13 @@
 namespace tda {
 namespace {
 
-constexpr int64_t kAttentionThreads = 128;
+constexpr int64_t kAttentionThreads = 128;  // of a block, unless it is a wide one
 constexpr int64_t kLoadBytes = 16;      // of a key, for one lane
 constexpr int64_t kMostSize = 256;      // elements of a head
-constexpr const char* kSizes[] = {"64", "128", "256"};  // the largest head of each of the kernels
+constexpr int64_t kSizes[] = {64, 128, 256};  // the largest head of each of the kernels
 constexpr int64_t kBlocksAtOnce = 4;    // on a multiprocessor
-constexpr int64_t kMostSplits = 64;
+constexpr int64_t kMostSplits = 64;     // without clusters
+constexpr int64_t kMostRanks = 16;      // blocks of a cluster
 constexpr int64_t kFewTokens = 16;      // of more there are blocks enough without parts of the cache
 constexpr int64_t kCopyingBlocks = 256;
 
@@ -47,6 +48,13 @@ struct AttentionArguments {
 
 bool IsInPlace(const Tensor& past, const Tensor& present) { return past.data == present.data; }
 
+// A kernel, and how many parts of the cache it takes.
+struct AttendKernel {
+  CudaKernel kernel;
+  int64_t threads = kAttentionThreads;
+  int64_t splits = 1;
+};
+
 // kCache: the type of keys and values in the cache, kType or kInt8.
 template <ElementType kType, ElementType kCache>
 class AttentionCuda : public Kernel {
@@ -55,20 +63,21 @@ class AttentionCuda : public Kernel {
 
  public:
   explicit AttentionCuda(const KernelInfo& info)
-      : allocator_(info), settings_(info), multiprocessors_(CudaDevice::Current().multiprocessors) {
+      : allocator_(info), settings_(info), clusters_(HasClusters(CudaDevice::Current().capability)) {
     RequireDtype(kType);
     const CudaModule& module = CudaModule::Get("attention", {"TDA_BF16=" + std::to_string(kType == kBfloat16),
-                                                             "TDA_KV_CODES=" + std::to_string(kScaled)});
+                                                             "TDA_KV_CODES=" + std::to_string(kScaled),
+                                                             "TDA_CLUSTERS=" + std::to_string(clusters_)});
     append_ = module.Kernel("AppendTokens", kAttentionThreads);
     copy_ = module.Kernel("CopyPast", kAttentionThreads);
-    join_ = module.Kernel("JoinParts", kAttentionThreads);
+    if (!clusters_) join_ = module.Kernel("JoinParts", kAttentionThreads);
     const int64_t group = settings_.heads / settings_.kv_heads;
     heads_at_once_ = group == 1 ? 1 : group == 2 ? 2 : 4;
-    for (size_t i = 0; i < std::size(kSizes); ++i) {
-      const std::string name = std::string("Attend_") + kSizes[i] + "_" + std::to_string(heads_at_once_);
-      attend_[i] = module.Kernel(name.c_str(), kAttentionThreads);
-    }
     tiles_ = settings_.kv_heads * CeilDivide(group, heads_at_once_);
+    for (size_t i = 0; i < std::size(kSizes); ++i) {
+      many_tokens_[i].kernel = Attend(module, kSizes[i], kAttentionThreads);
+      few_tokens_[i] = ForFewTokens(module, kSizes[i], many_tokens_[i].kernel);
+    }
   }
 
   void Compute(const KernelContext& context) override {
@@ -79,12 +88,11 @@ class AttentionCuda : public Kernel {
     }
     const int64_t most = call.pairs > 0 ? std::min(call.room, call.cos.sizes[0]) : call.room;
     if (call.tokens > most) Fail("query: ", call.tokens, " tokens do not fit into a cache of ", most);
-    const int64_t splits =
-        call.tokens > kFewTokens
-            ? 1
-            : std::clamp<int64_t>(CeilDivide(kBlocksAtOnce * multiprocessors_, tiles_), 1, kMostSplits);
+    const AttendKernel& attend =
+        (call.tokens > kFewTokens ? many_tokens_ : few_tokens_)[call.size <= 64 ? 0 : call.size <= 128 ? 1 : 2];
+    const bool has_parts = attend.splits > 1;
     const size_t partial_bytes =
-        splits == 1 ? 1 : call.tokens * settings_.heads * splits * (call.size + 2) * sizeof(float);
+        has_parts && !clusters_ ? call.tokens * settings_.heads * attend.splits * (call.size + 2) * sizeof(float) : 1;
     const Scratch scratch(context, allocator_, partial_bytes, true);
     const bool in_place = IsInPlace(call.past_key, call.present_key) &&
                           IsInPlace(call.past_value, call.present_value) &&
@@ -117,7 +125,7 @@ class AttentionCuda : public Kernel {
     arguments.room = static_cast<int>(call.room);
     arguments.most = static_cast<int>(most);
     arguments.buffer = static_cast<int>(call.buffer);
-    arguments.splits = static_cast<int>(splits);
+    arguments.splits = static_cast<int>(attend.splits);
     arguments.query_stride = static_cast<int>(call.QueryStride());
     arguments.key_stride = arguments.value_stride = static_cast<int>(call.KeyStride());
     arguments.window = static_cast<int>(settings_.window);
@@ -133,17 +141,44 @@ class AttentionCuda : public Kernel {
     }
     if (tokens == 0) return;
     if (!arguments.appends) append_.Launch(stream, tokens, kv_heads, 1, kAttentionThreads, &arguments);
-    const CudaKernel& attend = attend_[call.size <= 64 ? 0 : call.size <= 128 ? 1 : 2];
-    attend.Launch(stream, splits, tiles_, tokens, kAttentionThreads, &arguments);
-    if (splits > 1) join_.Launch(stream, settings_.heads, tokens, 1, kAttentionThreads, &arguments);
+    attend.kernel.Launch(stream, attend.splits, tiles_, tokens, attend.threads, &arguments,
+                         has_parts && clusters_ ? attend.splits : 0);
+    if (has_parts && !clusters_) {
+      join_.Launch(stream, settings_.heads, tokens, 1, kAttentionThreads, &arguments);
+    }
   }
 
  private:
+  CudaKernel Attend(const CudaModule& module, int64_t size, int64_t threads) const {
+    std::string name = "Attend";
+    for (const int64_t part : {size, heads_at_once_, threads}) name += "_" + std::to_string(part);
+    return module.Kernel(name.c_str(), static_cast<int>(threads));
+  }
+
+  // Choose for heads of a size. The number of tokens has no say, so that it changes no bit.
+  AttendKernel ForFewTokens(const CudaModule& module, int64_t size, const CudaKernel& narrow) const {
+    // What fills the GPU: more parts than that wait for others.
+    const int64_t blocks = kBlocksAtOnce * CudaDevice::Current().multiprocessors;
+    const int64_t splits = std::max<int64_t>(1, CeilDivide(blocks, tiles_));
+    if (!clusters_) return {narrow, kAttentionThreads, std::min(splits, kMostSplits)};
+    AttendKernel chosen = {narrow, kAttentionThreads, std::min(splits, kMostRanks)};
+    // A cluster has few blocks. If all clusters together are less than half of what fills the GPU, wide blocks have as
+    // many bytes under way on a multiprocessor, of which each then has one at most.
+    if (2 * kMostRanks * tiles_ <= blocks) {
+      chosen.threads = kScaled && size < kMostSize ? 512 : 256;
+      chosen.kernel = Attend(module, size, chosen.threads);
+    }
+    // All clusters of a token run at the same time. The driver is asked in any case, since that permits the size.
+    while (chosen.splits > 1 && chosen.kernel.ResidentClusters(chosen.splits, chosen.threads) < tiles_) --chosen.splits;
+    return chosen;
+  }
+
   const Allocator allocator_;
   const AttentionSettings settings_;
-  const int64_t multiprocessors_;
+  const bool clusters_;
   int64_t heads_at_once_, tiles_;  // heads that share a key-value head, and how many such tiles there are
-  CudaKernel append_, copy_, join_, attend_[std::size(kSizes)];
+  CudaKernel append_, copy_, join_;
+  AttendKernel few_tokens_[std::size(kSizes)], many_tokens_[std::size(kSizes)];
 };
 
 template <ElementType kType, ElementType kCache>

@@ -1,22 +1,28 @@
-// Device code on the CPU, one block at a time: a thread is a fiber, which gives way to others at barriers and wherever a
-// warp exchanges values. Slow, and only for tests. `cuda_on_cpu.py` replaces the instructions that device code writes in
-// PTX with the functions at the end.
+// Device code on the CPU, one cluster of blocks at a time: a block is a thread, and a thread is a fiber, which gives way to
+// others at barriers and wherever a warp exchanges values. Slow, and only for tests. `cuda_on_cpu.py` replaces the
+// instructions that device code writes in PTX with the functions at the end.
 #pragma once
 
+#include <pthread.h>
 #include <ucontext.h>
 
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
+#include <thread>
 #include <vector>
 
 #define __device__
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static
+#define __shared__ static thread_local
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
 struct uint2 {
@@ -47,6 +53,7 @@ constexpr unsigned kWarp = 32;
 struct Fiber {
   ucontext_t context;
   bool ended = false;
+  unsigned cluster_waits = 0;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
 };
 struct Barrier {
@@ -56,17 +63,28 @@ struct Index {
   unsigned x = 0, y = 0, z = 0;
 };
 
-inline ucontext_t scheduler;
-inline std::vector<Fiber> fibers;
-inline unsigned current = 0;
-inline Index block, grid;
-inline Barrier of_block;
-inline std::vector<Barrier> of_warps;
-inline std::vector<uint32_t> exchanged;  // kWords for each thread
-inline std::function<void()> kernel;
+// Of a block.
+inline thread_local ucontext_t scheduler;
+inline thread_local std::vector<Fiber> fibers;
+inline thread_local unsigned current = 0;
+inline thread_local Index block;
+inline thread_local bool all_wait_for_blocks;
+inline thread_local Barrier of_block;
+inline thread_local std::vector<Barrier> of_warps;
+inline thread_local std::vector<uint32_t> exchanged;  // kWords for each thread
 constexpr unsigned kWords = 6;
 
-inline void GiveWay() { swapcontext(&fibers[current].context, &scheduler); }
+// Of all blocks.
+inline Index grid;
+inline std::function<void()> kernel;
+inline std::vector<char*> shared_memories;  // of the blocks of a cluster, by rank
+inline std::atomic<unsigned> arrived_in_cluster;
+
+// `to_blocks`: the thread waits for another block of its cluster.
+inline void GiveWay(bool to_blocks = false) {
+  all_wait_for_blocks = all_wait_for_blocks && to_blocks;
+  swapcontext(&fibers[current].context, &scheduler);
+}
 
 inline void Arrive(Barrier& barrier, unsigned members) {
   const unsigned generation = barrier.generation;
@@ -103,6 +121,7 @@ inline void RunBlock(unsigned threads) {
   of_block = {};
   for (Fiber& fiber : fibers) {
     fiber.ended = false;
+    fiber.cluster_waits = 0;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
@@ -110,22 +129,48 @@ inline void RunBlock(unsigned threads) {
   }
   for (bool running = true; running;) {
     running = false;
+    all_wait_for_blocks = true;
     for (current = 0; current < threads; ++current) {
       if (fibers[current].ended) continue;
       swapcontext(&scheduler, &fibers[current].context);
       running = running || !fibers[current].ended;
     }
+    if (running && all_wait_for_blocks) std::this_thread::sleep_for(std::chrono::microseconds(100));
   }
 }
 
-inline void Launch(Index blocks, unsigned threads, std::function<void()> work) {
-  kernel = std::move(work);
-  grid = blocks;
-  for (block.z = 0; block.z < grid.z; ++block.z) {
-    for (block.y = 0; block.y < grid.y; ++block.y) {
-      for (block.x = 0; block.x < grid.x; ++block.x) RunBlock(threads);
+// Where the block's shared memory begins: its variables lie at the same distances from here in every block.
+inline thread_local char shared_memory;
+
+// Run the blocks of a rank, each together with those of the other ranks.
+inline void RunRank(unsigned rank, unsigned threads, pthread_barrier_t* together) {
+  const unsigned ranks = shared_memories.size();
+  shared_memories[rank] = &shared_memory;
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = rank; x < grid.x; x += ranks) {
+        block = {x, y, z};
+        pthread_barrier_wait(together);
+        if (rank == 0) arrived_in_cluster = 0;
+        pthread_barrier_wait(together);
+        RunBlock(threads);
+      }
     }
   }
+}
+
+// Every `cluster` blocks along x form a cluster.
+inline void Launch(Index blocks, unsigned cluster, unsigned threads, std::function<void()> work) {
+  kernel = std::move(work);
+  grid = blocks;
+  shared_memories.assign(cluster, nullptr);
+  pthread_barrier_t together;
+  pthread_barrier_init(&together, nullptr, cluster);
+  std::vector<std::thread> others;
+  for (unsigned rank = 1; rank < cluster; ++rank) others.emplace_back(RunRank, rank, threads, &together);
+  RunRank(0, threads, &together);
+  for (std::thread& other : others) other.join();
+  pthread_barrier_destroy(&together);
 }
 
 struct ThreadIndex {
@@ -238,12 +283,57 @@ inline unsigned FmaHalves(unsigned a, unsigned b, unsigned c) {
   return Halves(fma(0), fma(16));
 }
 
-// Addresses of shared memory have 32 bits: distances from here.
-inline char shared_memory;
+// Addresses of shared memory have 32 bits: distances from `shared_memory`, below 1 + the rank whose memory it is; 0 is the
+// block's own.
+constexpr unsigned kDistanceBits = 24, kMiddle = 1u << (kDistanceBits - 1);
 inline unsigned __cvta_generic_to_shared(const void* place) {
-  return static_cast<unsigned>(static_cast<const char*>(place) - &shared_memory);
+  return static_cast<unsigned>(static_cast<const char*>(place) - &emulator::shared_memory) + kMiddle;
 }
-inline char* SharedPlace(unsigned address) { return &shared_memory + static_cast<int>(address); }
+inline unsigned AtRankOf(unsigned own, unsigned rank) { return own % (1u << kDistanceBits) | (rank + 1) << kDistanceBits; }
+inline char* SharedPlace(unsigned address) {
+  const unsigned rank = address >> kDistanceBits;
+  char* memory = rank == 0 ? &emulator::shared_memory : emulator::shared_memories.at(rank - 1);
+  return memory + address % (1u << kDistanceBits) - kMiddle;
+}
+
+// barrier.cluster: every thread arrives once for each time that it waits.
+inline void ArriveInCluster() { ++emulator::arrived_in_cluster; }
+inline void WaitForCluster() {
+  const unsigned threads = emulator::fibers.size() * emulator::shared_memories.size();
+  const unsigned all = ++emulator::fibers[emulator::current].cluster_waits * threads;
+  while (emulator::arrived_in_cluster < all) emulator::GiveWay(true);
+}
+
+// mbarrier, for one phase: what is still to come until it opens.
+struct ToCome {
+  int arrivals, bytes;
+};
+inline std::mutex barriers;
+template <class Change>
+void ChangeBarrier(unsigned address, const Change& change) {
+  const std::lock_guard<std::mutex> lock(barriers);
+  change(*reinterpret_cast<ToCome*>(SharedPlace(address)));
+}
+inline void InitBarrier(unsigned address) {
+  ChangeBarrier(address, [](ToCome& barrier) { barrier = {1, 0}; });
+}
+inline void ArriveAndExpect(unsigned address, int bytes) {
+  ChangeBarrier(address, [&](ToCome& barrier) { barrier = {barrier.arrivals - 1, barrier.bytes + bytes}; });
+}
+inline bool HasOpened(unsigned address) {
+  bool opened;
+  ChangeBarrier(address, [&](ToCome& barrier) { opened = barrier.arrivals == 0 && barrier.bytes == 0; });
+  if (!opened) emulator::GiveWay(true);
+  return opened;
+}
+
+// st.async: like the GPU, it takes only places that are aligned to what is sent.
+template <int kCount>
+void SendFloats(unsigned place, const float (&values)[kCount], unsigned barrier) {
+  if (reinterpret_cast<uintptr_t>(SharedPlace(place)) % sizeof values) abort();
+  std::memcpy(SharedPlace(place), values, sizeof values);
+  ChangeBarrier(barrier, [](ToCome& there) { there.bytes -= sizeof values; });
+}
 
 // cp.async: a copy is made when its group is waited for and no earlier, so what does not wait reads what was there.
 struct Copy {
@@ -251,7 +341,7 @@ struct Copy {
   const void* address;
   unsigned bytes;
 };
-inline std::vector<std::vector<std::vector<Copy>>> copies;  // by thread and group, the last one not yet committed
+inline thread_local std::vector<std::vector<std::vector<Copy>>> copies;  // by thread and group, the last one not yet committed
 inline std::vector<std::vector<Copy>>& OwnCopies() {
   if (copies.size() < emulator::fibers.size()) copies.resize(emulator::fibers.size());
   auto& own = copies[emulator::current];

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,8 @@ import numpy as np
 from tda_export.native.build import FOLDER, find_compiler
 from tests.attention_model import AttentionForm
 
-SOURCES = ("common.cuh", "kv_rows.cuh", "kv_sums.cuh", "kv_sums_matrices.cuh", "attention.cu")
-KERNELS = ("AppendTokens", "CopyPast", "JoinParts", *(f"Attend_{s}_{h}" for s in (64, 128, 256) for h in (1, 2, 4)))
+SOURCES = ("cluster.cuh", "common.cuh", "kv_rows.cuh", "kv_sums.cuh", "kv_sums_matrices.cuh", "attention.cu")
+FIRST_WITH_CLUSTERS = 90  # compute capability
 # Replacements for PTX, by its first word. Other PTX, such as that for overlapping launches, is left out.
 INSTRUCTIONS = {
     "cvt.f32.f16 ": "value = HalfOf(bits);",
@@ -34,11 +35,18 @@ INSTRUCTIONS = {
     "cp.async.commit": "CommitGroup();",
     "cp.async.wait": "WaitForGroups(kPending);",
     "ld.shared": "memcpy(words, SharedPlace(place), sizeof words);",
+    "mapa.": "there = AtRankOf(own, rank);",
+    "mbarrier.init.": "InitBarrier(barrier);",
+    "mbarrier.arrive.expect_tx.": "ArriveAndExpect(barrier, floats * static_cast<int>(sizeof(float)));",
+    "barrier.cluster.arrive.": "ArriveInCluster();",
+    "barrier.cluster.wait.": "WaitForCluster();",
+    "st.async.": "SendFloats(place, values, barrier);",
 }
 # Replacements for instructions in braces, by their registers.
 BLOCKS = {
     ".reg .b16 l, h;": "low = HalfOf(halves & 0xffff); high = HalfOf(halves >> 16);",
     ".reg .b16 half;": "factor = Halves(value * Scale(), value * Scale());",
+    "mbarrier.try_wait.": "there = HasOpened(Address(&bytes_to_come));",
 }
 LOADED = {"words": "memcpy(words, address, sizeof words);", "pack": "memcpy(&pack, address, sizeof pack);"}
 POINTERS = (
@@ -50,7 +58,8 @@ INTEGERS = (
     *("tokens", "heads", "kv_heads", "size", "pairs", "past_room", "room", "most", "buffer", "splits"),
     *("query_stride", "key_stride", "value_stride", "window", "interleaved", "appends"),
 )
-THREADS = 128  # threads of a block of attention
+THREADS = 128  # threads of a block of attention, unless it is a wide one
+SIZES = (64, 128, 256)  # the largest head of each of its kernels
 GUARD, MARK, UNWRITTEN = 64, 0xAB, 0xFF
 
 
@@ -82,22 +91,41 @@ def compile_for_cpu(
     source = "".join((FOLDER / "device" / name).read_text(encoding="utf-8") for name in sources)
     source = re.sub(r'asm( volatile)?\(\s*"(?P<ptx>(?:.|\n)*?)\);', _on_cpu, source)
     cases = "".join(
-        f'  if (!strcmp(name, "{kernel}")) emulator::Launch({{x, y, z}}, {threads}, [=] {{ {kernel}(*a); }});\n'
+        f'  if (!strcmp(name, "{kernel}")) emulator::Launch({{x, y, z}}, cluster, {threads}, [=] {{ {kernel}(*a); }});\n'
         for kernel, threads in kernels.items()
     )
-    run = f"void Run(const char* name, unsigned x, unsigned y, unsigned z, const {arguments}* a) {{\n{cases}}}\n"
+    clusters = "int HasClusters() { return TDA_CLUSTERS; }\n"
+    grid = "unsigned x, unsigned y, unsigned z, unsigned cluster"
+    run = f"void Run(const char* name, {grid}, const {arguments}* a) {{\n{cases}}}\n"
     name = "-".join([arguments, *(str(value) for value in defines.values())])
-    (folder / f"{name}.cc").write_text(f'#include "cuda_on_cpu.h"\n{source}extern "C" {run}')
-    flags = ("-std=c++17", "-O1", "-w", "-fPIC", "-shared", f"-I{Path(__file__).parent}")
+    (folder / f"{name}.cc").write_text(f'#include "cuda_on_cpu.h"\n{source}extern "C" {clusters}extern "C" {run}')
+    flags = ("-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-pthread", f"-I{Path(__file__).parent}")
     defined = [f"-D{define}={value}" for define, value in defines.items()]
     library = folder / f"{name}.so"
     subprocess.run([*find_compiler(), *flags, *defined, str(folder / f"{name}.cc"), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 
 
+def has_clusters(library: ctypes.CDLL) -> bool:
+    """Whether kernels were compiled for a GPU with clusters."""
+    return bool(library.HasClusters())
+
+
 def compile_attention(folder: Path, *, bf16: bool, codes: bool, capability: int) -> ctypes.CDLL:
-    defines = {"TDA_BF16": int(bf16), "TDA_KV_CODES": int(codes), "__CUDA_ARCH__": 10 * capability}
-    return compile_for_cpu(folder, SOURCES, dict.fromkeys(KERNELS, THREADS), "AttentionArguments", defines)
+    """The kernels of a kind of GPU."""
+    clusters = capability >= FIRST_WITH_CLUSTERS
+    kernels = dict.fromkeys(("AppendTokens", "CopyPast", *(() if clusters else ("JoinParts",))), THREADS)
+    for size, heads, wide in itertools.product(SIZES, (1, 2, 4), (False, True) if clusters else (False,)):
+        threads = threads_of(size, codes, wide)
+        kernels[f"Attend_{size}_{heads}_{threads}"] = threads
+    defines = {"TDA_BF16": int(bf16), "TDA_KV_CODES": int(codes), "TDA_CLUSTERS": int(clusters)}
+    defines |= {"__CUDA_ARCH__": 10 * capability}
+    return compile_for_cpu(folder, SOURCES, kernels, "AttentionArguments", defines)
+
+
+def threads_of(size: int, codes: bool, wide: bool) -> int:
+    """The threads of a block of attention to heads of at most this size."""
+    return THREADS if not wide else 512 if codes and size < SIZES[-1] else 256
 
 
 class Guarded:
@@ -116,9 +144,18 @@ class Guarded:
 
 
 def run_on_cpu(
-    library: ctypes.CDLL, form: AttentionForm, feeds: Mapping[str, np.ndarray], *, splits: int, in_place: bool = False
+    library: ctypes.CDLL,
+    form: AttentionForm,
+    feeds: Mapping[str, np.ndarray],
+    *,
+    splits: int,
+    in_place: bool = False,
+    wide: bool = False,
 ) -> list[np.ndarray]:
-    """Run attention. Return its output, present keys and values, and their scales."""
+    """Run attention. Return its output, present keys and values, and their scales.
+
+    `wide`, with clusters only: take wide blocks for few tokens.
+    """
     feeds = {name: np.asarray(array, order="C") for name, array in feeds.items()}
     query, dtype = feeds["query"], feeds["query"].dtype
     heads, kv_heads, size = form.heads, form.kv_heads, form.size
@@ -130,7 +167,8 @@ def run_on_cpu(
         for name, array in past.items():
             present[name].array[...] = array
         past = {name: guarded.array for name, guarded in present.items()}
-    splits = splits if tokens <= 16 else 1
+    splits, wide = (splits, wide) if tokens <= 16 else (1, False)
+    clusters = has_clusters(library)
     partial = Guarded((tokens * heads * splits * (size + 2),), np.dtype(np.float32))
     attended = Guarded((1, tokens, heads * size), np.dtype(np.uint16))
     start = query.ctypes.data
@@ -171,8 +209,8 @@ def run_on_cpu(
         softcap=form.softcap,
     )
 
-    def launch(kernel: str, x: int, y: int, z: int = 1) -> None:
-        library.Run(kernel.encode(), x, y, z, ctypes.byref(arguments))
+    def launch(kernel: str, x: int, y: int, z: int = 1, *, cluster: int = 1) -> None:
+        library.Run(kernel.encode(), x, y, z, cluster, ctypes.byref(arguments))
 
     if not in_place:
         launch("CopyPast", min(room, 256), kv_heads, 2)
@@ -180,9 +218,10 @@ def run_on_cpu(
         launch("AppendTokens", tokens, kv_heads)
     group = heads // kv_heads
     at_once = group if group < 3 else 4
-    most = next(each for each in (64, 128, 256) if size <= each)
-    launch(f"Attend_{most}_{at_once}", splits, kv_heads * -(-group // at_once), tokens)
-    if splits > 1:
+    most = next(each for each in SIZES if size <= each)
+    attend = f"Attend_{most}_{at_once}_{threads_of(most, form.codes, wide)}"
+    launch(attend, splits, kv_heads * -(-group // at_once), tokens, cluster=splits if clusters else 1)
+    if splits > 1 and not clusters:
         launch("JoinParts", heads, tokens)
     for guarded in (partial, attended, *present.values()):
         guarded.check()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.attention_model import AttentionForm, forms, random_attention, reference
 from tests.ffn_model import TOLERANCES
-from tests.native.cuda_on_cpu import compile_attention, run_on_cpu
+from tests.native.cuda_on_cpu import compile_attention, has_clusters, run_on_cpu
 from tests.native.test_attention_8 import check
 
 pytestmark = pytest.mark.skipif(
@@ -22,6 +22,8 @@ pytestmark = pytest.mark.skipif(
 WAYS = {  # dtype, whether the cache has codes, and compute capability
     "floats": ("bfloat16", False, 90),
     "codes": ("float16", True, 90),
+    "floats-without-clusters": ("float16", False, 80),
+    "codes-without-clusters": ("bfloat16", True, 80),
     "codes-without-matrices": ("float16", True, 75),
 }
 
@@ -40,6 +42,7 @@ def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     past=st.one_of(st.integers(0, 40), st.sampled_from([63, 64, 65, 300])),
     room=st.sampled_from([None, 0, 30]),
     splits=st.sampled_from([1, 3]),
+    wide=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 def test_it_is_what_the_formula_says(
@@ -49,13 +52,16 @@ def test_it_is_what_the_formula_says(
     past: int,
     room: int | None,
     splits: int,
+    wide: bool,
     seed: int,
 ) -> None:
     library, dtype, codes = way
     form = data.draw(forms((16, 48, 64, 80, 128, 256), codes, kv_heads=(1, 2)))
     extra = None if room is None else past + tokens + room
     feeds = random_attention(np.random.default_rng(seed), form, tokens=tokens, past=past, room=extra, dtype=dtype)
-    results = run_on_cpu(library, form, feeds, splits=splits, in_place=room is not None)
+    results = run_on_cpu(
+        library, form, feeds, splits=splits, in_place=room is not None, wide=wide and has_clusters(library)
+    )
     if codes:
         return check(feeds, form, results, tokens, past, close=TOLERANCES[dtype])
     expected = reference(feeds, form)

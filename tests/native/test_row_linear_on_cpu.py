@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tda_export.weights.formats import INTEGER_FORMATS, IntegerFormat, integer_format
 from tests.code_model import row_feeds, row_reference
-from tests.native.cuda_on_cpu import Guarded, compile_for_cpu
+from tests.native.cuda_on_cpu import Guarded, compile_for_cpu, has_clusters
 from tests.native.test_codes_cuda import assert_close
 from tests.row_model import price_for, worth
 
@@ -22,7 +22,8 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="written for Linux on x86-64"
 )
 SOURCES = (
-    *("common.cuh", "format.cuh", "format_codes.cuh", "products.cuh", "rms_norm.cuh", "row_sums.cuh", "row_totals.cuh"),
+    *("cluster.cuh", "common.cuh", "format.cuh", "format_codes.cuh", "products.cuh"),
+    *("rms_norm.cuh", "row_sums.cuh", "row_totals.cuh"),
     "row_linear.cu",
 )
 # By bits: kernels by the columns of a thread, with their warps. Those of four tokens are last.
@@ -30,7 +31,11 @@ KERNELS = {
     4: {"1_32_8_2": 8, "1_16_8_2": 8, "1_8_16_1": 16, "1_1_8_3": 8, "4_8_8_1": 8, "4_1_8_1": 8},
     8: {"1_8_8_3": 8, "1_8_16_1": 16, "1_1_8_3": 8, "4_8_8_1": 8, "4_1_8_1": 8},
 }
-WAYS = {"float16": (0, 90), "bfloat16": (1, 90), "float16-without-ring": (0, 75)}
+WAYS = {  # whether elements are bfloat16, the compute capability, and whether there are clusters
+    "float16": (0, 90, 1),
+    "bfloat16": (1, 80, 0),
+    "float16-without-ring": (0, 75, 0),
+}
 
 
 class Arguments(ctypes.Structure):
@@ -47,14 +52,14 @@ Libraries = dict[int, ctypes.CDLL]
 
 @pytest.fixture(scope="module", params=WAYS)
 def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Libraries]:
-    folder, (bf16, capability) = tmp_path_factory.mktemp("device"), WAYS[request.param]
+    folder, (bf16, capability, clusters) = tmp_path_factory.mktemp("device"), WAYS[request.param]
     libraries = {}
     for bits, kernels in KERNELS.items():
         named = {f"RowLinear_{name}": 32 * warps for name, warps in kernels.items()}
         defines = {
             "TDA_BF16": bf16,
             "TDA_BITS": bits,
-            "TDA_CLUSTERS": 0,
+            "TDA_CLUSTERS": clusters,
             "TDA_INPUTS": 0,
             "__CUDA_ARCH__": 10 * capability,
         }
@@ -88,7 +93,8 @@ def multiply(
         counters=len(arrived),
         early=early,
     )
-    library.Run(f"RowLinear_{kernel}".encode(), blocks, slices, tiles, ctypes.byref(arguments))
+    cluster = blocks if has_clusters(library) else 1
+    library.Run(f"RowLinear_{kernel}".encode(), blocks, slices, tiles, cluster, ctypes.byref(arguments))
     for guarded in (y, partial):
         guarded.check()
     return y.array.view(ml_dtypes.bfloat16 if x.dtype == ml_dtypes.bfloat16 else np.float16)

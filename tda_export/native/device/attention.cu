@@ -1,6 +1,7 @@
 // tda::Attention and tda::Attention8 on CUDA, for few tokens at a time: rotary embedding, keys and values appended to the
 // cache, and attention over parts of the cache that are joined afterwards (flash decoding). KvRows says how the cache
-// stores keys and values (kv_rows.cuh).
+// stores keys and values (kv_rows.cuh). With TDA_CLUSTERS, whether the GPU has them, the blocks that attend to the parts
+// are a cluster and join them; without, a second kernel does.
 
 using KvStored = KvRows::Stored;
 
@@ -19,7 +20,8 @@ struct AttentionArguments {
   const Element* cos;        // [positions, pairs]
   const Element* sin;
   const int* last_index;     // [1]
-  float* partial;            // [tokens, heads, splits, D + 2]: a part's sum, its largest score, and its weights' sum
+  float* partial;            // [tokens, heads, splits, D + 2]: a part's sum, its largest score, and its weights' sum; used
+                             // without clusters only
   Element* attended;         // [tokens, heads, D]
   int tokens, heads, kv_heads, size, pairs, past_room, room, most, buffer, splits;
   // `most`: tokens that there is room, and angles, for.
@@ -108,13 +110,62 @@ extern "C" __global__ void __launch_bounds__(kAttentionThreads) CopyPast(Attenti
   }
 }
 
+// Store the result of some elements of a head from element d on.
+template <int kElements>
+static __device__ __forceinline__ void StoreAttended(const AttentionArguments& a, size_t head, int d,
+                                                     const Attended<kElements>& joined) {
+  // Padding may attend to nothing.
+#pragma unroll
+  for (int i = 0; i < kElements; ++i) {
+    a.attended[head * a.size + d + i] = FromFloat(joined.weights == 0.0f ? 0.0f : joined.sum[i] / joined.weights);
+  }
+}
+
+#if TDA_CLUSTERS
+// Where the parts of a cluster meet: each block joins a share of the sums, four at a time, and gets them with the largest
+// score and the weights of their head from every block.
+template <int kMostSums>
+struct ClusterParts {
+  static constexpr int kMostFours = kMostSums / 4 + kMostRanks;
+
+  __align__(16) float sums[kMostFours][4];  // [ranks, fours of a rank]
+  __align__(8) float scores[kMostFours][2];
+  ClusterInbox inbox;
+
+  __device__ __forceinline__ int OwnFours(int sums_sent) const { return (sums_sent / 4 + gridDim.x - 1) / gridDim.x; }
+
+  // Called when the block begins: each block will send so many sums.
+  __device__ __forceinline__ void Begin(int sums_sent) {
+    const int most = OwnFours(sums_sent), fours = min(most, sums_sent / 4 - static_cast<int>(blockIdx.x) * most);
+    inbox.Begin(max(fours, 0) * static_cast<int>(gridDim.x) * 6);
+  }
+
+  // Send four of the block's sums to the block that joins them.
+  __device__ __forceinline__ void Send(int sums_sent, int four, const Attended<4>& part) const {
+    const int own_fours = OwnFours(sums_sent), rank = four / own_fours;
+    const int at = blockIdx.x * own_fours + four - rank * own_fours;
+    const float scores_sent[2] = {part.largest, part.weights};
+    inbox.Send(sums[at], rank, part.sum);
+    inbox.Send(scores[at], rank, scores_sent);
+  }
+
+  // Join four of the block's own share.
+  __device__ __forceinline__ Attended<4> Joined(int own_four, int own_fours) const {
+    const auto at = [&](int rank) { return rank * own_fours + own_four; };
+    return Join<4>(
+        gridDim.x, [&](int rank) { return scores[at(rank)][0]; }, [&](int rank) { return scores[at(rank)][1]; },
+        [&](int rank, float* sum) { LoadFour(sums[at(rank)], sum); });
+  }
+};
+#endif
+
 // One block: a part of the cache (blockIdx.x), up to kHeads of the heads that share a key-value head (blockIdx.y), a token
 // (blockIdx.z). A row has at most kSize elements.
-template <int kSize, int kHeads>
+template <int kSize, int kHeads, int kThreads>
 static __device__ __forceinline__ void Attend(const AttentionArguments& a) {
-  using Loop = AttendLoop<kSize, kHeads>;
+  using Loop = AttendLoop<kSize, kHeads, kThreads>;
   using Shared = InShared<kSize>;
-  constexpr int kChunk = Loop::kChunk, kSlots = Loop::kSlots;
+  constexpr int kRows = Loop::kRows, kSlots = Loop::kSlots, kWarps = kThreads / kWarpLanes;
   __shared__ __align__(16) float queries[kHeads][kSize];
   __shared__ float units[kHeads], largest[kSlots][kHeads], weights[kSlots][kHeads];
   __shared__ __align__(16) float sums[kSlots][kHeads][Loop::kStride];
@@ -124,6 +175,10 @@ static __device__ __forceinline__ void Attend(const AttentionArguments& a) {
   const int first_head = kv_head * group + in_group;
   const int heads = min(kHeads, group - in_group);
   const int token = blockIdx.z, split = blockIdx.x, warp = threadIdx.x / kWarpLanes;
+#if TDA_CLUSTERS
+  __shared__ ClusterParts<kHeads * kSize> cluster_parts;
+  if (a.splits > 1) cluster_parts.Begin(heads * kSize);
+#endif
   WaitForEarlierKernels();
   LetNextKernelStart();
 
@@ -132,9 +187,9 @@ static __device__ __forceinline__ void Attend(const AttentionArguments& a) {
   const int end = min(position + 1, lengths.total);
   const int begin = a.window > 0 ? max(end - a.window, 0) : 0;
   // A part depends on the token's own position, not on the other tokens of the call.
-  const int part = ((end + a.splits - 1) / a.splits + kChunk - 1) / kChunk * kChunk;
-  const int from = max(begin, split * part), to = min(end, (split + 1) * part);
-  static_assert(kHeads <= kAttentionWarps, "each warp prepares one query");
+  const int part = ((end - begin + a.splits - 1) / a.splits + kRows - 1) / kRows * kRows;
+  const int from = begin + split * part, to = min(end, from + part);
+  static_assert(kHeads <= kWarps, "each warp prepares one query");
   if (warp < kHeads) {
     WarpHead<kSize / kWarpLanes> head;
     float unit = 1.0f;
@@ -148,8 +203,8 @@ static __device__ __forceinline__ void Attend(const AttentionArguments& a) {
     for (int i = 0; i < kSize / kWarpLanes; ++i) queries[warp][Shared::Place(head.Index(i))] = head.own[i];
     if (threadIdx.x % kWarpLanes == 0) units[warp] = unit;
   }
-  if (a.appends && position >= split * part && position < (split + 1) * part && warp >= kAttentionWarps - 2) {
-    Append<kSize>(a, token, position, kv_head, kAttentionWarps - 1 - warp);
+  if (a.appends && position >= from && position < from + part && warp >= kWarps - 2) {
+    Append<kSize>(a, token, position, kv_head, kWarps - 1 - warp);
   }
   __syncthreads();
 
@@ -162,66 +217,85 @@ static __device__ __forceinline__ void Attend(const AttentionArguments& a) {
   }
   Loop::Run(rows, queries, units, largest, weights, sums);
   __syncthreads();
-  for (int i = threadIdx.x; i < heads * kSize; i += kAttentionThreads) {
-    const int h = i / kSize, place = i % kSize, d = Shared::ElementAt(place);
-    if (d >= a.size) continue;
-    float top = Nothing(), weight = 0.0f, sum = 0.0f;
-#pragma unroll
-    for (int s = 0; s < kSlots; ++s) top = fmaxf(top, largest[s][h]);
-#pragma unroll
-    for (int s = 0; s < kSlots; ++s) {
-      const float factor = Factor(largest[s][h], top);
-      weight += factor * weights[s][h];
-      sum += factor * sums[s][h][place];
-    }
+#if TDA_CLUSTERS
+  if (a.splits > 1) cluster_parts.inbox.WaitForBlocks();
+#endif
+  for (int four = threadIdx.x; four < heads * kSize / 4; four += kThreads) {
+    const int h = four * 4 / kSize, place = four * 4 % kSize, d = Shared::ElementAt(place);
+    const Attended<4> joined = Join<4>(
+        kSlots, [&](int s) { return largest[s][h]; }, [&](int s) { return weights[s][h]; },
+        [&](int s, float* sum) { LoadFour(&sums[s][h][place], sum); });
     const size_t head = static_cast<size_t>(token) * a.heads + first_head + h;
     if (a.splits == 1) {
-      a.attended[head * a.size + d] = FromFloat(weight == 0.0f ? 0.0f : sum / weight);
+      if (d < a.size) StoreAttended(a, head, d, joined);
       continue;
     }
+#if TDA_CLUSTERS
+    cluster_parts.Send(heads * kSize, four, joined);
+#else
+    if (d >= a.size) continue;
     float* own = a.partial + (head * a.splits + split) * (a.size + 2);
-    own[d] = sum;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) own[d + i] = joined.sum[i];
     if (d == 0) {
-      own[a.size] = top;
-      own[a.size + 1] = weight;
+      own[a.size] = joined.largest;
+      own[a.size + 1] = joined.weights;
     }
+#endif
   }
+#if TDA_CLUSTERS
+  if (a.splits == 1) return;
+  cluster_parts.inbox.WaitForFloats();
+  const int own_fours = cluster_parts.OwnFours(heads * kSize);
+  for (int i = threadIdx.x; i < own_fours; i += kThreads) {
+    const int four = split * own_fours + i, h = four * 4 / kSize, d = Shared::ElementAt(four * 4 % kSize);
+    if (h >= heads || d >= a.size) continue;
+    StoreAttended(a, static_cast<size_t>(token) * a.heads + first_head + h, d, cluster_parts.Joined(i, own_fours));
+  }
+#endif
 }
 
+#if !TDA_CLUSTERS
 // Join the parts of a head (blockIdx.x) and token (blockIdx.y).
 extern "C" __global__ void __launch_bounds__(kAttentionThreads) JoinParts(AttentionArguments a) {
   WaitForEarlierKernels();
   LetNextKernelStart();
   const size_t head = static_cast<size_t>(blockIdx.y) * a.heads + blockIdx.x;
   const float* parts = a.partial + head * a.splits * (a.size + 2);
-  float top = Nothing();
-  for (int s = 0; s < a.splits; ++s) top = fmaxf(top, parts[s * (a.size + 2) + a.size]);
   for (int d = threadIdx.x; d < a.size; d += kAttentionThreads) {
-    float weight = 0.0f, sum = 0.0f;
-#pragma unroll 8
-    for (int s = 0; s < a.splits; ++s) {
-      const float* own = parts + s * (a.size + 2);
-      const float factor = Factor(own[a.size], top);
-      weight += factor * own[a.size + 1];
-      sum += factor * own[d];
-    }
-    // Padding may attend to nothing.
-    a.attended[head * a.size + d] = FromFloat(weight == 0.0f ? 0.0f : sum / weight);
+    const auto at = [&](int p, int i) { return parts[p * (a.size + 2) + i]; };
+    StoreAttended(a, head, d,
+                  Join<1>(
+                      a.splits, [&](int p) { return at(p, a.size); }, [&](int p) { return at(p, a.size + 1); },
+                      [&](int p, float* sum) { *sum = at(p, d); }));
   }
 }
+#endif
 
-#define TDA_ATTEND(size, heads)                                                 \
-  extern "C" __global__ void __launch_bounds__(kAttentionThreads, 4)            \
-      Attend_##size##_##heads(AttentionArguments a) {                           \
-    Attend<size, heads>(a);                                                     \
+// `blocks` on a multiprocessor at once.
+#define TDA_ATTEND(size, heads, threads, blocks)                     \
+  extern "C" __global__ void __launch_bounds__(threads, blocks)      \
+      Attend_##size##_##heads##_##threads(AttentionArguments a) {    \
+    Attend<size, heads, threads>(a);                                 \
   }
+#define TDA_ATTEND_ALL(size, threads, blocks) \
+  TDA_ATTEND(size, 1, threads, blocks)        \
+  TDA_ATTEND(size, 2, threads, blocks)        \
+  TDA_ATTEND(size, 4, threads, blocks)
 
-TDA_ATTEND(64, 1)
-TDA_ATTEND(64, 2)
-TDA_ATTEND(64, 4)
-TDA_ATTEND(128, 1)
-TDA_ATTEND(128, 2)
-TDA_ATTEND(128, 4)
-TDA_ATTEND(256, 1)
-TDA_ATTEND(256, 2)
-TDA_ATTEND(256, 4)
+TDA_ATTEND_ALL(64, 128, 4)
+TDA_ATTEND_ALL(128, 128, 4)
+TDA_ATTEND_ALL(256, 128, 4)
+
+#if TDA_CLUSTERS
+// Wide blocks, for few tiles (attention_cuda.cc). Codes need more threads, since a warp has 16 rows under way; of large
+// heads those are as many bytes with half the threads, and more would not fit into static shared memory.
+#if TDA_KV_CODES
+TDA_ATTEND_ALL(64, 512, 1)
+TDA_ATTEND_ALL(128, 512, 1)
+#else
+TDA_ATTEND_ALL(64, 256, 1)
+TDA_ATTEND_ALL(128, 256, 1)
+#endif
+TDA_ATTEND_ALL(256, 256, 1)
+#endif

@@ -7,13 +7,12 @@
 // Each has
 //
 //   kSlots    partial results, which the block then combines
-//   kChunk    rows that the block reads at a time
+//   kRows     rows that a part of the cache is a multiple of
 //   kStride   floats of a head's sum
 //   kUnits    queries come divided by a unit of their head
 //   Run       compute the partial results: each slot's largest score, sum of weights, and sum of weighted values
 
-constexpr int kAttentionThreads = 128;
-constexpr int kAttentionWarps = kAttentionThreads / kWarpLanes;
+constexpr int kAttentionThreads = 128;  // of a block, unless it is a wide one
 constexpr float kLog2E = 1.4426950408889634f;
 
 // The score of a missing key: minus infinity.
@@ -44,6 +43,14 @@ struct Attended {
   float sum[kElements] = {};
 };
 
+static __device__ __forceinline__ void LoadFour(const float* address, float* four) {
+  const float4 loaded = *reinterpret_cast<const float4*>(address);
+  four[0] = loaded.x;
+  four[1] = loaded.y;
+  four[2] = loaded.z;
+  four[3] = loaded.w;
+}
+
 // Where the elements of a head lie in shared memory: by fours, so that neighbouring lanes, which have kElements each, read
 // and write neighbouring fours.
 template <int kSize>
@@ -60,11 +67,7 @@ struct InShared {
   }
   // Load elements d to d + 3, where d is a multiple of 4.
   static __device__ __forceinline__ void Load(const float* head, int d, float* four) {
-    const float4 loaded = *reinterpret_cast<const float4*>(head + Place(d));
-    four[0] = loaded.x;
-    four[1] = loaded.y;
-    four[2] = loaded.z;
-    four[3] = loaded.w;
+    LoadFour(head + Place(d), four);
   }
 };
 
@@ -76,13 +79,33 @@ static __device__ __forceinline__ float Factor(float largest, float joint) {
   return exp2f(largest - (joint == Nothing() ? 0.0f : joint));
 }
 
-template <int kSize, int kHeads>
+// Join `count` partial results at some elements of a head: largest(p), weights(p), and load(p, sum).
+template <int kElements, class Largest, class Weights, class Load>
+static __device__ __forceinline__ Attended<kElements> Join(int count, const Largest& largest, const Weights& weights,
+                                                           const Load& load) {
+  Attended<kElements> joined;
+#pragma unroll 8
+  for (int p = 0; p < count; ++p) joined.largest = fmaxf(joined.largest, largest(p));
+#pragma unroll 8
+  for (int p = 0; p < count; ++p) {
+    const float factor = Factor(largest(p), joined.largest);
+    float sum[kElements];
+    load(p, sum);
+    joined.weights += factor * weights(p);
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) joined.sum[i] += factor * sum[i];
+  }
+  return joined;
+}
+
+template <int kSize, int kHeads, int kThreads>
 struct AttendByLanes {
   using Shared = InShared<kSize>;
   static constexpr int kElements = Shared::kElements, kLanes = Shared::kLanes;
-  static constexpr int kKeys = kAttentionThreads / kLanes;               // that are read together
-  static constexpr int kRounds = (kHeads == 4 ? 4 : 8) * 8 / kElements;  // of them, all under way at once
-  static constexpr int kSlots = kKeys, kChunk = kKeys * kRounds, kStride = kSize;
+  static constexpr bool kFewRegisters = kHeads == 4 && kThreads == kAttentionThreads;
+  static constexpr int kKeys = kThreads / kLanes;                        // that are read together
+  static constexpr int kRounds = (kFewRegisters ? 4 : 8) * 8 / kElements;  // of them, all under way at once
+  static constexpr int kSlots = kKeys, kRows = kKeys, kChunk = kKeys * kRounds, kStride = kSize;
   static constexpr bool kUnits = false;
 
   static __device__ __forceinline__ void Run(const KvPart& rows, const float (*queries)[kSize], const float*,

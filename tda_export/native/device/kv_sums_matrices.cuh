@@ -46,12 +46,12 @@ static __device__ __forceinline__ HalfPair Transposed(HalfPair pair) {
 // times heads, and the values' weighted sums another, elements times rows by rows times heads. Queries and weights are
 // split into two float16 each, in neighbouring columns, so nothing is lost to float16. The order of elements within
 // products is free; it is such that a lane reads 16 bytes of a row.
-template <int kSize, int kHeads>
+template <int kSize, int kHeads, int kThreads>
 struct AttendByMatrices {
   using Shared = InShared<kSize>;
   static_assert(kHeads <= 4, "a head has two of eight columns");
   static constexpr int kRows = 16;  // of a warp
-  static constexpr int kSlots = kAttentionWarps, kChunk = kSlots * kRows;
+  static constexpr int kSlots = kThreads / kWarpLanes, kChunk = kSlots * kRows;
   static constexpr int kStride = kSize + 8;  // so that lanes of different heads write to different banks
   static constexpr bool kUnits = true;
   static constexpr int kKeyLoads = kSize / 64;                       // four lanes read a key, 16 bytes each
@@ -216,9 +216,9 @@ struct AttendByMatrices {
 #endif
 
 #if TDA_KV_CODES && __CUDA_ARCH__ >= 800
-template <int kSize, int kHeads>
-using AttendLoop = AttendByMatrices<kSize, kHeads>;
+template <int kSize, int kHeads, int kThreads>
+using AttendLoop = AttendByMatrices<kSize, kHeads, kThreads>;
 #else
-template <int kSize, int kHeads>
-using AttendLoop = AttendByLanes<kSize, kHeads>;
+template <int kSize, int kHeads, int kThreads>
+using AttendLoop = AttendByLanes<kSize, kHeads, kThreads>;
 #endif

@@ -106,72 +106,27 @@ static __device__ __forceinline__ void AddBlocksInMemory(const float (&sums)[kTo
 
 #if TDA_CLUSTERS
 
-constexpr int kMostRanks = 16;  // blocks of a cluster
-
-// Where the sums of the cluster's blocks meet: each adds a part of the cells. `bytes_to_come` is a barrier of shared
-// memory that opens when the sums of all blocks are there, without any of them waiting for another's memory.
+// Where the sums of the cluster's blocks meet: each adds a part of the cells.
 template <int kTokens, int kWidth>
 struct ClusterSums {
   static constexpr int kCells = kTokens * kWarp * kWidth;
 
   float received[kCells + kMostRanks * kWarp];  // [ranks, cells of a rank]
-  unsigned long long bytes_to_come;
-
-  static __device__ __forceinline__ unsigned Address(const void* own) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(own));
-  }
-
-  static __device__ __forceinline__ unsigned AtRank(unsigned own, int rank) {
-    unsigned there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(own), "r"(rank));
-    return there;
-  }
+  ClusterInbox inbox;
 
   __device__ __forceinline__ int OwnCells() const { return (kCells + gridDim.x - 1) / gridDim.x; }
 
-  // Called when the block begins: tell the other blocks that this one can be written to.
+  // Called when the block begins.
   __device__ __forceinline__ void Begin() {
-    if (threadIdx.x == 0) {
-      const int cells = min(OwnCells(), kCells - static_cast<int>(blockIdx.x) * OwnCells());
-      const unsigned barrier = Address(&bytes_to_come);
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                   "r"(max(cells, 0) * static_cast<int>(gridDim.x * sizeof(float)))
-                   : "memory");
-    }
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-  }
-
-  // Wait for the other blocks to begin.
-  __device__ __forceinline__ void WaitForBlocks() const {
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    const int cells = min(OwnCells(), kCells - static_cast<int>(blockIdx.x) * OwnCells());
+    inbox.Begin(max(cells, 0) * static_cast<int>(gridDim.x));
   }
 
   // Send the block's sum of a cell to the block that adds it.
   __device__ __forceinline__ void Send(int cell, float sum) {
     const int own_cells = OwnCells(), rank = cell / own_cells;
-    const unsigned place = AtRank(Address(&received[blockIdx.x * own_cells + cell - rank * own_cells]), rank);
-    const unsigned barrier = AtRank(Address(&bytes_to_come), rank);
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(place),
-                 "r"(__float_as_uint(sum)), "r"(barrier)
-                 : "memory");
-  }
-
-  // Wait for all sums of this block's cells.
-  __device__ __forceinline__ void WaitForSums() const {
-    unsigned there = 0;
-    while (there == 0) {
-      asm volatile(
-          "{\n"
-          ".reg .pred there;\n"
-          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 there, [%1], 0;\n"
-          "selp.u32 %0, 1, 0, there;\n"
-          "}"
-          : "=r"(there)
-          : "r"(Address(&bytes_to_come))
-          : "memory");
-    }
+    const float sums[1] = {sum};
+    inbox.Send(&received[blockIdx.x * own_cells + cell - rank * own_cells], rank, sums);
   }
 };
 
@@ -185,11 +140,11 @@ static __device__ __forceinline__ void AddBlocksInCluster(const float (&sums)[kT
   constexpr int kCells = kTokens * kSlice;
   StoreWarpSums(sums, shared);
   __syncthreads();
-  cluster_sums.WaitForBlocks();
+  cluster_sums.inbox.WaitForBlocks();
   for (int cell = threadIdx.x; cell < kCells; cell += kBlockWarps * kWarp) {
     cluster_sums.Send(cell, BlockSum(shared, cell));
   }
-  cluster_sums.WaitForSums();
+  cluster_sums.inbox.WaitForFloats();
   const int own_cells = cluster_sums.OwnCells();
   for (int own = threadIdx.x; own < own_cells; own += kBlockWarps * kWarp) {
     const int cell = blockIdx.x * own_cells + own;
