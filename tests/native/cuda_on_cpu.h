@@ -289,7 +289,9 @@ constexpr unsigned kDistanceBits = 24, kMiddle = 1u << (kDistanceBits - 1);
 inline unsigned __cvta_generic_to_shared(const void* place) {
   return static_cast<unsigned>(static_cast<const char*>(place) - &emulator::shared_memory) + kMiddle;
 }
-inline unsigned AtRankOf(unsigned own, unsigned rank) { return own % (1u << kDistanceBits) | (rank + 1) << kDistanceBits; }
+inline unsigned AtRankOf(unsigned own, unsigned rank) {
+  return own % (1u << kDistanceBits) | (rank + 1) << kDistanceBits;
+}
 inline char* SharedPlace(unsigned address) {
   const unsigned rank = address >> kDistanceBits;
   char* memory = rank == 0 ? &emulator::shared_memory : emulator::shared_memories.at(rank - 1);
@@ -341,7 +343,8 @@ struct Copy {
   const void* address;
   unsigned bytes;
 };
-inline thread_local std::vector<std::vector<std::vector<Copy>>> copies;  // by thread and group, the last one not yet committed
+// By thread and group, the last one not yet committed.
+inline thread_local std::vector<std::vector<std::vector<Copy>>> copies;
 inline std::vector<std::vector<Copy>>& OwnCopies() {
   if (copies.size() < emulator::fibers.size()) copies.resize(emulator::fibers.size());
   auto& own = copies[emulator::current];

@@ -91,18 +91,31 @@ def compile_for_cpu(
     source = "".join((FOLDER / "device" / name).read_text(encoding="utf-8") for name in sources)
     source = re.sub(r'asm( volatile)?\(\s*"(?P<ptx>(?:.|\n)*?)\);', _on_cpu, source)
     cases = "".join(
-        f'  if (!strcmp(name, "{kernel}")) emulator::Launch({{x, y, z}}, cluster, {threads}, [=] {{ {kernel}(*a); }});\n'
+        f'  if (!strcmp(name, "{kernel}")) emulator::Launch(grid, cluster, {threads}, [=] {{ {kernel}(*a); }});\n'
         for kernel, threads in kernels.items()
     )
-    clusters = "int HasClusters() { return TDA_CLUSTERS; }\n"
-    grid = "unsigned x, unsigned y, unsigned z, unsigned cluster"
-    run = f"void Run(const char* name, {grid}, const {arguments}* a) {{\n{cases}}}\n"
+    shown = 'extern "C" __attribute__((visibility("default")))'
+    parameters = f"const char* name, unsigned x, unsigned y, unsigned z, unsigned cluster, const {arguments}* a"
+    run = f"{shown} void Run({parameters}) {{\n  const emulator::Index grid = {{x, y, z}};\n{cases}}}\n"
+    clusters = f"{shown} int HasClusters() {{ return TDA_CLUSTERS; }}\n"
     name = "-".join([arguments, *(str(value) for value in defines.values())])
-    (folder / f"{name}.cc").write_text(f'#include "cuda_on_cpu.h"\n{source}extern "C" {clusters}extern "C" {run}')
-    flags = ("-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-pthread", f"-I{Path(__file__).parent}")
+    (folder / f"{name}.cc").write_text(f'#include "cuda_on_cpu.h"\n{source}{run}{clusters}')
+    # Hidden, so that libraries that are loaded together share no variables.
+    flags = ("-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden")
     defined = [f"-D{define}={value}" for define, value in defines.items()]
     library = folder / f"{name}.so"
-    subprocess.run([*find_compiler(), *flags, *defined, str(folder / f"{name}.cc"), "-o", str(library)], check=True)
+    subprocess.run(
+        [
+            *find_compiler(),
+            *flags,
+            *defined,
+            f"-I{Path(__file__).parent}",
+            str(folder / f"{name}.cc"),
+            "-o",
+            str(library),
+        ],
+        check=True,
+    )
     return ctypes.CDLL(str(library))
 
 

@@ -99,8 +99,8 @@ def codes(rng: np.random.Generator, dtype: str) -> None:
 
 def attention(rng: np.random.Generator, dtype: str) -> None:
     for codes in (False, True):
-        for size, heads in ((16, 3), (48, 2), (128, 8), (256, 1)):
-            form = AttentionForm(heads=heads, kv_heads=1, size=size, window=300 * (heads == 3), codes=codes)
+        for size, heads, kv_heads in ((16, 3, 1), (48, 2, 1), (128, 8, 1), (256, 1, 1), (64, 96, 32), (128, 40, 40)):
+            form = AttentionForm(heads=heads, kv_heads=kv_heads, size=size, window=300 * (heads == 3), codes=codes)
             session = attention_session(form, dtype=dtype)
             for tokens, past in ((1, 0), (1, 700), (5, 61), (17, 3)):
                 feeds = random_attention(rng, form, tokens=tokens, past=past, dtype=dtype)

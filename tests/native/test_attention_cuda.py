@@ -176,6 +176,43 @@ def test_a_token_alone_gives_the_same_bits(form: AttentionForm) -> None:
                 np.testing.assert_array_equal(result, expected)
 
 
+# With clusters these are wide blocks, blocks of 128 threads in clusters of 16 and of fewer, and blocks of no cluster.
+@pytest.mark.parametrize("kv_heads", [1, 8, 16, 32, 40, 160, 700])
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("codes", [False, True], ids=["floats", "codes"])
+def test_few_and_many_heads(kv_heads: int, group: int, codes: bool) -> None:
+    """In place and not, one token and three give the same bits, and what the formula says."""
+    form = AttentionForm(heads=group * kv_heads, kv_heads=kv_heads, size=64, codes=codes)
+    call = session(form, dtype="float16")
+    for past in (0, 5, 40, 300):
+        feeds = random_attention(np.random.default_rng(past), form, tokens=3, past=past, dtype="float16")
+        together, *present = run_attention(call, feeds)
+        expected = expected_of(feeds, form, present)
+        tolerance = TOLERANCES["float16"] * max(1.0, float(np.abs(expected).max()))
+        np.testing.assert_allclose(together.astype(np.float64), expected, rtol=0, atol=tolerance)
+        names = [name for name in feeds if name.startswith("past_")]
+        for t in range(3):
+            alone = feeds | dict(zip(names, present, strict=True)) | {"last_index": np.array([past + t], np.int32)}
+            alone |= {name: feeds[name][:, t : t + 1] for name in ("query", "key", "value")}
+            attended, *held = run_in_place(call, alone)
+            np.testing.assert_array_equal(attended[:, 0], together[:, t])
+            for result, before in zip(held, present, strict=True):
+                np.testing.assert_array_equal(result, before)
+
+
+@pytest.mark.parametrize("codes", [False, True], ids=["floats", "codes"])
+@pytest.mark.parametrize("window", [1, 17, 300, 1024])
+@pytest.mark.parametrize(("kv_heads", "size"), [(1, 256), (2, 128), (32, 128)])
+def test_windows_of_long_contexts(kv_heads: int, size: int, window: int, codes: bool) -> None:
+    form = AttentionForm(heads=2 * kv_heads, kv_heads=kv_heads, size=size, window=window, codes=codes)
+    for tokens, past in ((1, 0), (1, 1500), (16, 1501)):
+        feeds = random_attention(np.random.default_rng(past), form, tokens=tokens, past=past, dtype="float16")
+        attended, *present = run_attention(session(form, dtype="float16"), feeds)
+        expected = expected_of(feeds, form, present)
+        tolerance = TOLERANCES["float16"] * max(1.0, float(np.abs(expected).max()))
+        np.testing.assert_allclose(attended.astype(np.float64), expected, rtol=0, atol=tolerance)
+
+
 @BOTH
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_one_captured_graph_serves_all_lengths(form: AttentionForm, tokens: int) -> None:

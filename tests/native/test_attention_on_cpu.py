@@ -59,9 +59,8 @@ def test_it_is_what_the_formula_says(
     form = data.draw(forms((16, 48, 64, 80, 128, 256), codes, kv_heads=(1, 2)))
     extra = None if room is None else past + tokens + room
     feeds = random_attention(np.random.default_rng(seed), form, tokens=tokens, past=past, room=extra, dtype=dtype)
-    results = run_on_cpu(
-        library, form, feeds, splits=splits, in_place=room is not None, wide=wide and has_clusters(library)
-    )
+    wide = wide and has_clusters(library)
+    results = run_on_cpu(library, form, feeds, splits=splits, in_place=room is not None, wide=wide)
     if codes:
         return check(feeds, form, results, tokens, past, close=TOLERANCES[dtype])
     expected = reference(feeds, form)
@@ -74,15 +73,41 @@ def test_a_token_alone_gives_the_same_bits(way: tuple[ctypes.CDLL, str, bool], h
     library, dtype, codes = way
     form = AttentionForm(heads=heads, kv_heads=2, size=size, codes=codes)
     feeds = random_attention(np.random.default_rng(2), form, tokens=9, past=80, dtype=dtype)
-    together, *present = run_on_cpu(library, form, feeds, splits=3)
+    wide = has_clusters(library)
+    together, *present = run_on_cpu(library, form, feeds, splits=3, wide=wide)
     names = [name for name in feeds if name.startswith("past_")]
     for t in (0, 8):
         alone = feeds | dict(zip(names, present, strict=True)) | {"last_index": np.array([80 + t], np.int32)}
         alone |= {name: feeds[name][:, t : t + 1] for name in ("query", "key", "value")}
-        attended, *held = run_on_cpu(library, form, alone, splits=3, in_place=True)
+        attended, *held = run_on_cpu(library, form, alone, splits=3, in_place=True, wide=wide)
         np.testing.assert_array_equal(attended[:, 0], together[:, t])
         for result, expected in zip(held, present, strict=True):
             np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("way", ["floats", "codes"], indirect=True)
+@pytest.mark.parametrize(
+    ("heads", "size", "window", "splits", "past"),
+    [
+        (4, 64, 0, 16, 300),  # each rank joins as many sums as every other
+        (3, 128, 50, 13, 200),  # some join fewer, and some parts are empty
+        (1, 16, 0, 16, 9),  # a context shorter than one part of each rank
+        (1, 16, 0, 16, 0),
+    ],
+)
+def test_ranks_of_a_cluster(
+    way: tuple[ctypes.CDLL, str, bool], heads: int, size: int, window: int, splits: int, past: int
+) -> None:
+    """Their number changes nothing but the order of sums."""
+    library, dtype, codes = way
+    form = AttentionForm(heads=heads, kv_heads=1, size=size, window=window, codes=codes)
+    feeds = random_attention(np.random.default_rng(5), form, tokens=1, past=past, dtype=dtype)
+    attended, *present = run_on_cpu(library, form, feeds, splits=splits)
+    expected = reference(feeds, form, present if codes else None)
+    tolerance = TOLERANCES[dtype] * max(1.0, float(np.abs(expected).max()))
+    np.testing.assert_allclose(attended.astype(np.float64), expected, rtol=0, atol=tolerance)
+    for alone, held in zip(run_on_cpu(library, form, feeds, splits=1)[1:], present, strict=True):
+        np.testing.assert_array_equal(alone, held)
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value", "past_key_scale", "past_value_scale"])

@@ -51,10 +51,9 @@ struct ClusterInbox {
                    : "memory");
     } else {
       static_assert(kCount == 4, "1, 2 or 4 floats");
-      asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                       place),
-                   "r"(__float_as_uint(values[0])), "r"(__float_as_uint(values[1])), "r"(__float_as_uint(values[2])),
-                   "r"(__float_as_uint(values[3])), "r"(barrier)
+      asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+                   ::"r"(place), "r"(__float_as_uint(values[0])), "r"(__float_as_uint(values[1])),
+                   "r"(__float_as_uint(values[2])), "r"(__float_as_uint(values[3])), "r"(barrier)
                    : "memory");
     }
   }
