@@ -10,6 +10,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -49,6 +50,7 @@ namespace emulator {
 
 constexpr size_t kStackBytes = 128 << 10;
 constexpr unsigned kWarp = 32;
+constexpr unsigned kMostNaps = 60000;  // of 100 microseconds or more
 
 struct Fiber {
   ucontext_t context;
@@ -127,6 +129,7 @@ inline void RunBlock(unsigned threads) {
     fiber.context.uc_stack.ss_size = kStackBytes;
     makecontext(&fiber.context, Enter, 0);
   }
+  unsigned naps = 0;
   for (bool running = true; running;) {
     running = false;
     all_wait_for_blocks = true;
@@ -135,7 +138,15 @@ inline void RunBlock(unsigned threads) {
       swapcontext(&scheduler, &fibers[current].context);
       running = running || !fibers[current].ended;
     }
-    if (running && all_wait_for_blocks) std::this_thread::sleep_for(std::chrono::microseconds(100));
+    if (!running || !all_wait_for_blocks) {
+      naps = 0;
+      continue;
+    }
+    if (++naps == kMostNaps) {
+      std::fputs("a block waits for others of its cluster for too long\n", stderr);
+      std::abort();
+    }
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
   }
 }
 
