@@ -128,17 +128,17 @@ def compile_attention(folder: Path, *, bf16: bool, codes: bool, capability: int)
     """The kernels of a kind of GPU."""
     clusters = capability >= FIRST_WITH_CLUSTERS
     kernels = dict.fromkeys(("AppendTokens", "CopyPast", *(() if clusters else ("JoinParts",))), THREADS)
-    for size, heads, wide in itertools.product(SIZES, (1, 2, 4), (False, True) if clusters else (False,)):
-        threads = threads_of(size, codes, wide)
+    for size, heads, wide in itertools.product(SIZES, (1, 2, 4), (False, True) if clusters and codes else (False,)):
+        threads = threads_of(size, wide)
         kernels[f"Attend_{size}_{heads}_{threads}"] = threads
     defines = {"TDA_BF16": int(bf16), "TDA_KV_CODES": int(codes), "TDA_CLUSTERS": int(clusters)}
     defines |= {"__CUDA_ARCH__": 10 * capability}
     return compile_for_cpu(folder, SOURCES, kernels, "AttentionArguments", defines)
 
 
-def threads_of(size: int, codes: bool, wide: bool) -> int:
+def threads_of(size: int, wide: bool) -> int:
     """The threads of a block of attention to heads of at most this size."""
-    return THREADS if not wide else 512 if codes and size < SIZES[-1] else 256
+    return THREADS if not wide else 512 if size < SIZES[-1] else 256
 
 
 class Guarded:
@@ -167,7 +167,7 @@ def run_on_cpu(
 ) -> list[np.ndarray]:
     """Run attention. Return its output, present keys and values, and their scales.
 
-    `wide`, with clusters only: take wide blocks for few tokens.
+    `wide`, with clusters and codes only: take wide blocks for few tokens.
     """
     feeds = {name: np.asarray(array, order="C") for name, array in feeds.items()}
     query, dtype = feeds["query"], feeds["query"].dtype
@@ -232,7 +232,7 @@ def run_on_cpu(
     group = heads // kv_heads
     at_once = group if group < 3 else 4
     most = next(each for each in SIZES if size <= each)
-    attend = f"Attend_{most}_{at_once}_{threads_of(most, form.codes, wide)}"
+    attend = f"Attend_{most}_{at_once}_{threads_of(most, wide)}"
     launch(attend, splits, kv_heads * -(-group // at_once), tokens, cluster=splits if clusters else 1)
     if splits > 1 and not clusters:
         launch("JoinParts", heads, tokens)

@@ -7,7 +7,6 @@ import functools
 import platform
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np

@@ -287,15 +287,10 @@ TDA_ATTEND_ALL(64, 128, 4)
 TDA_ATTEND_ALL(128, 128, 4)
 TDA_ATTEND_ALL(256, 128, 4)
 
-#if TDA_CLUSTERS
-// Wide blocks, for few tiles (attention_cuda.cc). Codes need more threads, since a warp has 16 rows under way; of large
-// heads those are as many bytes with half the threads, and more would not fit into static shared memory.
-#if TDA_KV_CODES
+#if TDA_CLUSTERS && TDA_KV_CODES
+// Wide blocks, for few tiles (attention_cuda.cc): a warp has 16 rows under way. Of large heads those are as many bytes with
+// half the threads, and more would not fit into static shared memory.
 TDA_ATTEND_ALL(64, 512, 1)
 TDA_ATTEND_ALL(128, 512, 1)
-#else
-TDA_ATTEND_ALL(64, 256, 1)
-TDA_ATTEND_ALL(128, 256, 1)
-#endif
 TDA_ATTEND_ALL(256, 256, 1)
 #endif
