@@ -34,7 +34,7 @@ FEWEST_TOKENS = 3 * CONTINUATION_TOKENS  # of a prompt and its continuation
 FEWEST_PROMPT_TOKENS = 2  # the first token never counts
 FLOAT32_LOGITS = 2e-3  # largest absolute difference of float32 logits
 ROUNDED_FACTOR = 2.0  # half precision, or codes, may be this many times as far from float32 as transformers with them
-SECOND_LEVEL_FACTOR = 5.0  # the same factor where rounding decides which neurons near a threshold are skipped
+SECOND_LEVEL_FACTOR = 10.0  # the same factor where rounding decides which neurons near a threshold are skipped
 # Tolerances of scores, keys and values relative to the largest, by dtype or by format of keys and values.
 RELATIVE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1, "int8": 5e-2}
 
