@@ -14,6 +14,7 @@ from tda_export.weights.formats import integer_format
 from tests.attention_model import AttentionForm, attention_session, random_attention
 from tests.code_model import code_session, feeds_of, random_codes, row_feeds
 from tests.ffn_model import NUMPY_DTYPES, array_of, ffn_session, ort_value, random_feeds, run
+from tests.fused_model import AHEAD, fused_feeds, fused_session, run_all
 from tests.native.test_functions import CUDA
 from tests.native.test_functions import run as run_function
 from tests.row_model import price_for, random_rows, row_session
@@ -97,6 +98,19 @@ def codes(rng: np.random.Generator, dtype: str) -> None:
             assert np.isfinite(run(session, feeds_of(stored, x)).astype(np.float32)).all()
 
 
+def fused(rng: np.random.Generator, dtype: str) -> None:
+    """Products that make their own inputs, wide and narrow, with every number of columns that a thread loads."""
+    for bits in (0, 4, 8):
+        for inputs, outputs, tokens in ((33, 577, 1), (304, 4096, 1), (8200, 264, 1), (300, 12288, 1), (90, 264, 5)):
+            for kind, early in ((kind, early) for kind in AHEAD for early in (False, True)):
+                feeds = fused_feeds(rng, kind, bits, tokens=tokens, inputs=inputs, outputs=outputs, dtype=dtype)
+                session = fused_session(kind, bits, outputs, dtype=dtype, fused=True, early=early)
+                for price in (0.0, 0.3, np.inf):
+                    feeds["price"][:] = price
+                    for result in run_all(session, feeds):
+                        assert np.isfinite(result.astype(np.float32)).all()
+
+
 def attention(rng: np.random.Generator, dtype: str) -> None:
     for codes in (False, True):
         for size, heads, kv_heads in ((16, 3, 1), (48, 2, 1), (128, 8, 1), (256, 1, 1), (64, 96, 32), (128, 40, 40)):
@@ -116,5 +130,6 @@ if __name__ == "__main__":
         functions(generator, dtype)
         rows(generator, dtype)
         codes(generator, dtype)
+        fused(generator, dtype)
         attention(generator, dtype)
         print(f"every kernel ran in {dtype}")
