@@ -64,7 +64,6 @@ struct Barrier {
 struct Index {
   unsigned x = 0, y = 0, z = 0;
 };
-
 // Of a block.
 inline thread_local ucontext_t scheduler;
 inline thread_local std::vector<Fiber> fibers;
@@ -73,8 +72,8 @@ inline thread_local Index block;
 inline thread_local bool all_wait_for_blocks;
 inline thread_local Barrier of_block;
 inline thread_local std::vector<Barrier> of_warps;
-inline thread_local std::vector<uint32_t> exchanged;  // kWords for each thread
 constexpr unsigned kWords = 6;
+inline thread_local std::vector<uint32_t> exchanged;  // kWords for each thread
 
 // Of all blocks.
 inline Index grid;
