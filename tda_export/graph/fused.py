@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from tda_export.graph import operators
+from tda_export.graph.integer_linear import COLUMNS, EARLY, GROUP
 from tda_export.graph.ops import IR_VERSION, OPSET, Ops
 from tda_export.graph.row_linear import WITH_BIAS
 
@@ -23,8 +24,7 @@ ATTRIBUTES = {
     operators.ADD_NORM: (ir.AttrFloat32("epsilon", 1e-6),),
     operators.GATED_ACTIVATION: (ir.AttrString("activation", "silu"),),
 }
-OWN = {"": (), "4": ("columns", "group"), "8": ("columns", "group")}  # attributes of RowLinear's forms
-EARLY = "early"
+OWN = {"": (), "4": (COLUMNS, GROUP), "8": (COLUMNS, GROUP)}  # attributes of RowLinear's forms
 
 
 def fuse(model: ir.Model) -> None:
@@ -32,7 +32,8 @@ def fuse(model: ir.Model) -> None:
 
     The results are the same, bit for bit: these functions have the bodies of the functions that they replace.
     """
-    for node in list(model.graph):
+    order = {node: place for place, node in enumerate(model.graph)}
+    for node in order:
         if node.domain != operators.FUNCTION_DOMAIN or node.op_type not in ROW_LINEARS:
             continue
         x = node.inputs[0]
@@ -41,6 +42,10 @@ def fuse(model: ir.Model) -> None:
             continue
         if x is not maker.outputs[0] or len(x.uses()) != 1 or x.is_graph_output():
             continue
+        if EARLY in maker.attributes and not maker.attributes[EARLY].as_int():
+            continue  # the kernel reads a norm's weight early
+        if any(order[use.node] < order[node] for value in maker.outputs[1:] for use in value.uses()):
+            continue  # `together` stands where `node` was
         together = _together(maker, node)
         if together.op_identifier() not in model.functions:
             function = _flat(_function(maker, node), [model.functions[each.op_identifier()] for each in (maker, node)])
@@ -64,7 +69,7 @@ def _together(maker: ir.Node, node: ir.Node) -> ir.Node:
 
 
 def _replace(graph: ir.Graph, maker: ir.Node, node: ir.Node, together: ir.Node) -> None:
-    """Put `together` where `node` was; all inputs exist there, and nothing reads the maker's other outputs earlier."""
+    """Put `together` where `node` was. All inputs exist there."""
     before, after = [node.outputs[0], *maker.outputs[1:]], together.outputs
     for old, new in zip(before, after, strict=True):
         new.name, new.type, new.shape = old.name, old.type, old.shape

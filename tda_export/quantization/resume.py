@@ -1,7 +1,7 @@
 """Finished layers: one file each next to the output, from which an interrupted quantisation resumes. The losses that
 formats are chosen by have one more file there.
 
-They are read again for the output, so that memory holds the codes of only one layer at a time.
+They are read again for the output, so memory holds the packed codes of two layers at most.
 """
 
 from __future__ import annotations
@@ -161,7 +161,10 @@ class PartialLayers:
 
 
 class LayerSaver:
-    """Saves layers in a thread of its own, while the next is quantised. Leaving its context waits for the last."""
+    """Saves layers in a thread of its own, while the next is quantised.
+
+    Leaving its context waits for the last. Its error is raised also where the block has raised another.
+    """
 
     def __init__(self, layers: PartialLayers) -> None:
         self.layers, self._thread = layers, ThreadPoolExecutor(1, "save")
@@ -170,10 +173,9 @@ class LayerSaver:
     def __enter__(self) -> LayerSaver:
         return self
 
-    def __exit__(self, kind: object, *rest: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self._thread.shutdown()
-        if kind is None:
-            self._wait()
+        self._wait()
 
     def save(self, layer: int, codes: Mapping[str, PackedCodes]) -> None:
         """Begin to save a layer, once the one before is saved.
@@ -186,7 +188,8 @@ class LayerSaver:
 
     def _wait(self) -> None:
         if self._last is not None:
-            self._last.result()
+            last, self._last = self._last, None
+            last.result()
 
 
 class KeptCodes(CodesByName):

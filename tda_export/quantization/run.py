@@ -274,7 +274,7 @@ class _Run:
                 found = self._site(layer, site, wanted)
             else:
                 found = {part: CodeTensors.of(earlier[part_name(layer, part)], self._device) for part in wanted}
-            if self._ranks.first:
+            if earlier is None and self._ranks.first:
                 codes |= {part_name(layer, part): of_part.pack() for part, of_part in found.items()}
             if self._model is not None:
                 values = {
@@ -282,7 +282,7 @@ class _Run:
                     for part in parts
                 }
                 self._put_parts(layer, values)
-        if self._saver and codes:
+        if self._saver and formats:
             if earlier is None:
                 self._saver.save(layer, codes)
             self.codes.keep_saved(self._saver.layers, layer, shapes)

@@ -13,7 +13,11 @@ import pytest
 
 from tda_export.graph import contract, operators, priced
 from tda_export.graph.export import BuildRequest, export_artifact
+from tda_export.graph.fused import fuse
+from tda_export.graph.linear import linear_functions
+from tda_export.graph.ops import IR_VERSION, OPSET, Ops
 from tda_export.graph.priced import PricedDesign
+from tda_export.graph.row_linear import row_linear, row_linear_functions
 from tda_export.graph.storage import Storage, read_plan
 from tda_export.models.source import ModelSource
 from tda_export.packing import Packing
@@ -104,3 +108,33 @@ def test_the_graph_is_valid(source_of: Callable[[str], ModelSource], tmp_path: P
     options = ort.SessionOptions()
     options.log_severity_level = 4
     ort.InferenceSession(artifact / contract.DECODE_FILE, options, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("case", ["fused", "late", "between", "output"])
+def test_pairs_that_stay(case: str) -> None:
+    """A norm whose weight may be written late, whose sum is read before the product, or that is an output itself."""
+    ops = Ops()
+    half = ir.TensorType(ir.DataType.FLOAT16)
+    names = ("x", "residual", "norm", "w", "row_price", "price")
+    values = [ir.Value(name=name, type=half) for name in names]
+    x, residual, norm, w, row_price, price = values
+    normed, total = ops.multi(
+        operators.ADD_NORM,
+        *(x, residual, norm),
+        outputs=(True, True),
+        domain=operators.FUNCTION_DOMAIN,
+        epsilon=1e-6,
+        early=int(case != "late"),
+    )
+    between = [ops.op("Neg", total)] if case == "between" else []
+    y = row_linear(ops, normed, w, row_price, price)
+    outputs = [y, total, *between, *([normed] if case == "output" else [])]
+    for number, value in enumerate(outputs):
+        value.name = f"output_{number}"
+    imports = {"": OPSET, operators.FUNCTION_DOMAIN: 1}
+    graph = ir.Graph(values, outputs, nodes=ops.tape.nodes, opset_imports=imports, name="pair")
+    model = ir.Model(graph, ir_version=IR_VERSION, functions=[*linear_functions(), *row_linear_functions()])
+    fuse(model)
+    found = [node.op_type for node in model.graph]
+    assert (found == [operators.NORM_ROW_LINEAR]) == (case == "fused")
+    assert (operators.ADD_NORM in found) == (case != "fused")

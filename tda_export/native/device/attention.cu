@@ -165,7 +165,7 @@ template <int kSize, int kHeads, int kThreads>
 static __device__ __forceinline__ void Attend(const AttentionArguments& a) {
   using Loop = AttendLoop<kSize, kHeads, kThreads>;
   using Shared = InShared<kSize>;
-  constexpr int kRows = Loop::kRows, kSlots = Loop::kSlots, kWarps = kThreads / kWarpLanes;
+  constexpr int kPartRows = Loop::kPartRows, kSlots = Loop::kSlots, kWarps = kThreads / kWarpLanes;
   __shared__ __align__(16) float queries[kHeads][kSize];
   __shared__ float units[kHeads], largest[kSlots][kHeads], weights[kSlots][kHeads];
   __shared__ __align__(16) float sums[kSlots][kHeads][Loop::kStride];
@@ -187,7 +187,7 @@ static __device__ __forceinline__ void Attend(const AttentionArguments& a) {
   const int end = min(position + 1, lengths.total);
   const int begin = a.window > 0 ? max(end - a.window, 0) : 0;
   // A part depends on the token's own position, not on the other tokens of the call.
-  const int part = ((end - begin + a.splits - 1) / a.splits + kRows - 1) / kRows * kRows;
+  const int part = ((end - begin + a.splits - 1) / a.splits + kPartRows - 1) / kPartRows * kPartRows;
   const int from = begin + split * part, to = min(end, from + part);
   static_assert(kHeads <= kWarps, "each warp prepares one query");
   if (warp < kHeads) {

@@ -7,7 +7,7 @@
 // Each has
 //
 //   kSlots    partial results, which the block then combines
-//   kRows     rows that a part of the cache is a multiple of
+//   kPartRows a part of the cache has a multiple of so many rows
 //   kStride   floats of a head's sum
 //   kUnits    queries come divided by a unit of their head
 //   Run       compute the partial results: each slot's largest score, sum of weights, and sum of weighted values
@@ -102,10 +102,9 @@ template <int kSize, int kHeads, int kThreads>
 struct AttendByLanes {
   using Shared = InShared<kSize>;
   static constexpr int kElements = Shared::kElements, kLanes = Shared::kLanes;
-  static constexpr bool kFewRegisters = kHeads == 4 && kThreads == kAttentionThreads;
-  static constexpr int kKeys = kThreads / kLanes;                        // that are read together
-  static constexpr int kRounds = (kFewRegisters ? 4 : 8) * 8 / kElements;  // of them, all under way at once
-  static constexpr int kSlots = kKeys, kRows = kKeys, kChunk = kKeys * kRounds, kStride = kSize;
+  static constexpr int kKeys = kThreads / kLanes;                  // that are read together
+  static constexpr int kRounds = (kHeads == 4 ? 4 : 8) * 8 / kElements;  // of them, all under way at once
+  static constexpr int kSlots = kKeys, kPartRows = kKeys, kChunk = kKeys * kRounds, kStride = kSize;
   static constexpr bool kUnits = false;
 
   static __device__ __forceinline__ void Run(const KvPart& rows, const float (*queries)[kSize], const float*,

@@ -50,7 +50,7 @@ template <int kSize, int kHeads, int kThreads>
 struct AttendByMatrices {
   using Shared = InShared<kSize>;
   static_assert(kHeads <= 4, "a head has two of eight columns");
-  static constexpr int kRows = 16;  // of a warp
+  static constexpr int kRows = 16, kPartRows = kRows;  // of a warp
   static constexpr int kSlots = kThreads / kWarpLanes, kChunk = kSlots * kRows;
   static constexpr int kStride = kSize + 8;  // so that lanes of different heads write to different banks
   static constexpr bool kUnits = true;
