@@ -23,7 +23,10 @@ from tests.native.test_row_linear_on_cpu import Arguments
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="written for Linux on x86-64"
 )
-COMMON = ("activation.cuh", "common.cuh", "format.cuh", "format_codes.cuh", "gated.cuh", "products.cuh", "rms_norm.cuh")
+COMMON = (
+    *("activation.cuh", "cluster.cuh", "common.cuh", "format.cuh", "format_codes.cuh", "gated.cuh", "products.cuh"),
+    "rms_norm.cuh",
+)
 ROWS = ("row_sums.cuh", "row_totals.cuh", "row_linear.cu")
 # By bits: kernels of one token by the columns of a thread, each with its warps.
 KERNELS = {
@@ -34,7 +37,7 @@ KERNELS = {
 STORED, NORMED, GATED = range(3)
 NORM_THREADS, THREADS = 512, 256
 ACTIVATIONS = {0: 1, 4: 0, 8: 2}  # by bits, so that not every pair is compiled
-DTYPES = ("float16", "bfloat16")
+CLUSTERS = {"float16": 1, "bfloat16": 0}  # by dtype, likewise
 EPSILON = 1e-5
 
 
@@ -73,9 +76,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
     @functools.cache
     def compile_once(source: str, **defines: int) -> ctypes.CDLL:
         folder = tmp_path_factory.mktemp("device")
-        defines["__CUDA_ARCH__"] = 900
+        defines = {"TDA_CLUSTERS": 0, "__CUDA_ARCH__": 900 if defines.get("TDA_CLUSTERS") else 800} | defines
         if source == "row_linear":
-            defines["TDA_CLUSTERS"] = 0
             kernels = {f"RowLinear_{name}": 32 * warps for name, warps in KERNELS[defines["TDA_BITS"]].items()}
             return compile_for_cpu(folder, (*COMMON, *ROWS), kernels, "RowLinearArguments", defines)
         if source == "linear":
@@ -113,7 +115,7 @@ class Product:
         early: bool,
     ) -> None:
         self._compiled, self._bits, self._kernel, self._blocks = compiled, bits, kernel, blocks
-        self._bf16 = int(dtype == "bfloat16")
+        self._bf16, self._clusters = int(dtype == "bfloat16"), CLUSTERS[dtype]
         self._inputs, self._outputs, self._early = inputs, outputs, early
         self._group = 32
         if bits:
@@ -153,11 +155,12 @@ class Product:
             early=self._early,
             **more,
         )
-        defines = {"TDA_BF16": self._bf16, "TDA_BITS": self._bits, "TDA_INPUTS": made}
+        defines = {"TDA_BF16": self._bf16, "TDA_BITS": self._bits, "TDA_INPUTS": made, "TDA_CLUSTERS": self._clusters}
         if made == GATED:
             defines["TDA_ACTIVATION"] = ACTIVATIONS[self._bits]
         library = self._compiled("row_linear", **defines)
-        library.Run(f"RowLinear_{self._kernel}".encode(), self._blocks, slices, 1, ctypes.byref(arguments))
+        cluster = self._blocks if self._clusters else 1
+        library.Run(f"RowLinear_{self._kernel}".encode(), self._blocks, slices, 1, cluster, ctypes.byref(arguments))
         for guarded in (y, partial):
             guarded.check()
         return y.array.copy()
@@ -195,7 +198,7 @@ def revealing_epsilon(x: np.ndarray, residual: np.ndarray) -> float:
 SIZES = st.one_of(st.integers(1, 70), st.sampled_from([511, 512, 520, 1031, 2056, 4096, 4104, 8192, 8200, 1537]))
 COMMON_DRAWS = {
     "bits": st.sampled_from([0, 4, 8]),
-    "dtype": st.sampled_from(DTYPES),
+    "dtype": st.sampled_from(list(CLUSTERS)),
     "inputs": SIZES,
     "loads": st.integers(1, 5),
     "blocks": st.integers(1, 3),
@@ -288,7 +291,7 @@ def test_a_norm_within_the_product(
         early=early,
     )
     library = compiled("linear", TDA_BF16=int(dtype == "bfloat16"), TDA_BITS=0)
-    library.Run(b"AddNorm_8" if wide else b"AddNorm_1", 1, 1, 1, ctypes.byref(arguments))
+    library.Run(b"AddNorm_8" if wide else b"AddNorm_1", 1, 1, 1, 1, ctypes.byref(arguments))
     element = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16
     choose_price(rng, normed.array.view(element), product, price)
     expected = product.run(STORED, normed.array)
@@ -347,7 +350,7 @@ def test_a_gated_activation_within_the_product(
     wide = inputs % 8 == 0
     library = compiled("gated_activation", TDA_BF16=int(dtype == "bfloat16"), TDA_ACTIVATION=ACTIVATIONS[bits])
     kernel = b"Gated_8" if wide else b"Gated_1"
-    library.Run(kernel, -(-inputs // (THREADS * (8 if wide else 1))), 1, 1, ctypes.byref(arguments))
+    library.Run(kernel, -(-inputs // (THREADS * (8 if wide else 1))), 1, 1, 1, ctypes.byref(arguments))
     h.check()
     element = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16
     choose_price(rng, h.array.view(element), product, price)
