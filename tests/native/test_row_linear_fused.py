@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.ffn_model import NUMPY_DTYPES
-from tests.fused_model import AHEAD, fused_feeds, fused_session, run_all
+from tests.fused_model import AHEAD, fused_feeds, fused_session, revealing_epsilon, run_all
 
 session = functools.lru_cache(maxsize=256)(fused_session)
 
@@ -101,6 +101,18 @@ def test_equal_calls_give_equal_bits(kind: str, bits: int, dtype: str) -> None:
         for _ in range(20):
             for mine, other in zip(same_bits(kind, bits, feeds, dtype, early=early), first, strict=True):
                 np.testing.assert_array_equal(mine, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("inputs", [1031, 4096, 8200])
+@pytest.mark.parametrize("outputs", [265, 1024, 12288])
+def test_squares_are_added_in_the_order_of_the_norm(inputs: int, outputs: int, dtype: str, bits: int) -> None:
+    feeds = fused_feeds(np.random.default_rng(2), "norm", bits, tokens=1, inputs=inputs, outputs=outputs, dtype=dtype)
+    feeds["norm_weight"] = (feeds["norm_weight"].astype(np.float32) / 100).astype(NUMPY_DTYPES[dtype])
+    epsilon = revealing_epsilon(feeds["x"], feeds["residual"])
+    same_bits("norm", bits, feeds, dtype, early=True, epsilon=epsilon)
 
 
 @pytest.mark.gpu

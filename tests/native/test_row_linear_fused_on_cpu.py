@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tda_export.weights.formats import integer_format
 from tests.code_model import random_codes
 from tests.ffn_model import NUMPY_DTYPES
+from tests.fused_model import EPSILON, revealing_epsilon
 from tests.native.cuda_on_cpu import Guarded, compile_for_cpu
 from tests.native.test_row_linear_on_cpu import Arguments
 
@@ -38,7 +39,6 @@ STORED, NORMED, GATED = range(3)
 NORM_THREADS, THREADS = 512, 256
 ACTIVATIONS = {0: 1, 4: 0, 8: 2}  # by bits, so that not every pair is compiled
 CLUSTERS = {"float16": 1, "bfloat16": 0}  # by dtype, likewise
-EPSILON = 1e-5
 
 
 class FusedArguments(ctypes.Structure):
@@ -187,11 +187,49 @@ def spoil(rng: np.random.Generator, values: np.ndarray, kind: str) -> None:
         values[rng.integers(len(values))] = float(kind)
 
 
-def revealing_epsilon(x: np.ndarray, residual: np.ndarray) -> float:
-    """Leave almost nothing of the mean square, so that its last bit, and the order of additions, shows in the norm."""
-    total = (x.astype(np.float32) + residual.astype(np.float32)).astype(x.dtype).astype(np.float64)
-    mean = float(np.mean(total**2))
-    return -mean * (1 - 4e-6) if np.isfinite(mean) and mean > 0 else EPSILON
+def assert_norm_within(
+    rng: np.random.Generator,
+    compiled: Compile,
+    product: Product,
+    x: np.ndarray,
+    residual: np.ndarray,
+    weight: np.ndarray,
+    *,
+    epsilon: float,
+    wide: bool,
+    price: str,
+) -> None:
+    """AddNorm and then the product give the bits of the product that makes its norm, by loads of the same width."""
+    inputs = len(x)
+    normed, sums, own_sums = (bits_like(inputs) for _ in range(3))
+    arguments = NormArguments(
+        x=address(x),
+        residual=address(residual),
+        bias=None,
+        weight=address(weight),
+        normed=address(normed.array),
+        sum=address(sums.array),
+        hidden=inputs,
+        epsilon=epsilon,
+        early=1,
+    )
+    library = compiled("linear", TDA_BF16=int(x.dtype == ml_dtypes.bfloat16), TDA_BITS=0)
+    library.Run(b"AddNorm_8" if wide else b"AddNorm_1", 1, 1, 1, 1, ctypes.byref(arguments))
+    choose_price(rng, normed.array.view(x.dtype), product, price)
+    expected = product.run(STORED, normed.array)
+    y = product.run(
+        NORMED,
+        x,
+        other=address(residual),
+        norm_weight=address(weight),
+        sum=address(own_sums.array),
+        epsilon=epsilon,
+        wide=wide,
+    )
+    for guarded in (normed, sums, own_sums):
+        guarded.check()
+    np.testing.assert_array_equal(own_sums.array, sums.array)
+    np.testing.assert_array_equal(y, expected)
 
 
 # Of more than 2 * 512 * 8 inputs AddNorm reads some again; one that is no multiple of 8 is read singly.
@@ -277,37 +315,34 @@ def test_a_norm_within_the_product(
     if cancels:
         epsilon = revealing_epsilon(x, residual)
         weight = (weight / 100).astype(weight.dtype)
-    normed, sums, own_sums = (bits_like(inputs) for _ in range(3))
     wide = inputs % 8 == 0 and data.draw(st.booleans())  # pointers may forbid it
-    arguments = NormArguments(
-        x=address(x),
-        residual=address(residual),
-        bias=None,
-        weight=address(weight),
-        normed=address(normed.array),
-        sum=address(sums.array),
-        hidden=inputs,
-        epsilon=epsilon,
-        early=early,
-    )
-    library = compiled("linear", TDA_BF16=int(dtype == "bfloat16"), TDA_BITS=0)
-    library.Run(b"AddNorm_8" if wide else b"AddNorm_1", 1, 1, 1, 1, ctypes.byref(arguments))
-    element = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16
-    choose_price(rng, normed.array.view(element), product, price)
-    expected = product.run(STORED, normed.array)
-    y = product.run(
-        NORMED,
-        x,
-        other=address(residual),
-        norm_weight=address(weight),
-        sum=address(own_sums.array),
-        epsilon=epsilon,
-        wide=wide,
-    )
-    for guarded in (normed, sums, own_sums):
-        guarded.check()
-    np.testing.assert_array_equal(own_sums.array, sums.array)
-    np.testing.assert_array_equal(y, expected)
+    assert_norm_within(rng, compiled, product, x, residual, weight, epsilon=epsilon, wide=wide, price=price)
+
+
+@pytest.mark.parametrize("kernel", ["1_8_8_2", "1_8_16_1"])
+@pytest.mark.parametrize("dtype", list(CLUSTERS))
+@pytest.mark.parametrize(("inputs", "wide"), [(1031, False), (1537, False), (4096, True), (8200, True)])
+def test_squares_are_added_in_the_order_of_the_norm(
+    compiled: Compile, inputs: int, wide: bool, dtype: str, kernel: str
+) -> None:
+    rng = np.random.default_rng(inputs)
+    for _ in range(5):
+        x, residual, weight = (rng.standard_normal((3, inputs)) * 2).astype(NUMPY_DTYPES[dtype])
+        weight = (weight / 100).astype(weight.dtype)
+        product = Product(
+            rng,
+            compiled,
+            dtype=dtype,
+            bits=0,
+            kernel=kernel,
+            inputs=inputs,
+            outputs=64,
+            blocks=2,
+            biased=False,
+            early=True,
+        )
+        epsilon = revealing_epsilon(x, residual)
+        assert_norm_within(rng, compiled, product, x, residual, weight, epsilon=epsilon, wide=wide, price="0")
 
 
 @settings(max_examples=50, **SLOW)
