@@ -71,8 +71,7 @@ def test_a_norm_that_several_products_read_stays(
     assert found["GatedRowLinear4"] == source.spec.num_layers  # of two inputs
 
 
-@pytest.mark.parametrize("packing", ["sites", "separate"])
-@pytest.mark.parametrize("weights", ["float", "int4"])
+@pytest.mark.parametrize(("weights", "packing"), [("float", "separate"), ("int4", "sites")])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_bits(
     family: str,
