@@ -1,4 +1,4 @@
-"""Reopen standard input, output and error where the parent process closed them."""
+"""Standard input, output and error that the parent process closed, or that cannot be written."""
 
 from __future__ import annotations
 
@@ -23,3 +23,14 @@ def open_standard_streams() -> None:
             os.set_inheritable(number, True)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 - for good
+
+
+def drop_unwritable() -> None:
+    """Drop what output and error hold and cannot write. As it ends, the interpreter would fail to write it, say so in
+    several lines, and exit with 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())

@@ -22,6 +22,7 @@ def shell(redirection: str, *arguments: object) -> subprocess.CompletedProcess[s
     """Run `tda-export` from a shell, which closes or redirects its streams."""
     command = ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-m", "tda_export", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    environment.pop("PYTHONUNBUFFERED", None)  # what a stream holds matters as well
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
 
 

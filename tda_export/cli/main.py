@@ -26,7 +26,7 @@ from tda_export.cli.serve import serve
 from tda_export.cli.verify import verify
 from tda_export.errors import TdaError, UsageError
 from tda_export.signals import end_on_signals
-from tda_export.standard_streams import open_standard_streams
+from tda_export.standard_streams import drop_unwritable, open_standard_streams
 
 INTERRUPTED = 130  # 128 + SIGINT
 OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")  # Python's and PyTorch's, which is not imported here
@@ -42,6 +42,8 @@ class ErrorMappingGroup(click.Group):
             with contextlib.suppress(OSError):
                 click.echo(f"Error: {_os_message(error)}", err=True)
             sys.exit(1)
+        finally:
+            drop_unwritable()
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command. Of several ranks, one shows the error that ends all of them."""
