@@ -278,7 +278,7 @@ def drawn_product(
     )
 
 
-@settings(max_examples=80, **SLOW)
+@settings(max_examples=40, **SLOW)
 @given(data=st.data(), cancels=st.booleans(), **COMMON_DRAWS)
 def test_a_norm_within_the_product(
     compiled: Compile,
@@ -345,7 +345,7 @@ def test_squares_are_added_in_the_order_of_the_norm(
         assert_norm_within(rng, compiled, product, x, residual, weight, epsilon=epsilon, wide=wide, price="0")
 
 
-@settings(max_examples=50, **SLOW)
+@settings(max_examples=25, **SLOW)
 @given(data=st.data(), packed=st.booleans(), **COMMON_DRAWS)
 def test_a_gated_activation_within_the_product(
     compiled: Compile,
