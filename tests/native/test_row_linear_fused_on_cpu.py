@@ -7,6 +7,7 @@ import functools
 import platform
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
@@ -234,89 +235,74 @@ def assert_norm_within(
 
 # Of more than 2 * 512 * 8 inputs AddNorm reads some again; one that is no multiple of 8 is read singly.
 SIZES = st.one_of(st.integers(1, 70), st.sampled_from([511, 512, 520, 1031, 2056, 4096, 4104, 8192, 8200, 1537]))
-COMMON_DRAWS = {
-    "bits": st.sampled_from([0, 4, 8]),
-    "dtype": st.sampled_from(list(CLUSTERS)),
-    "inputs": SIZES,
-    "loads": st.integers(1, 5),
-    "blocks": st.integers(1, 3),
-    "price": st.sampled_from(["0", "some", "some", "nan", "inf", "-1"]),
-    "spoiled": st.sampled_from(["none", "none", "zeros", "negative zeros", "nan", "inf", "-inf"]),
-    "biased": st.booleans(),
-    "early": st.booleans(),
-    "seed": st.integers(0, 2**16),
-}
 SLOW = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
 
 
-def drawn_product(
-    rng: np.random.Generator,
-    compiled: Compile,
-    data: st.DataObject,
-    *,
-    dtype: str,
-    bits: int,
-    inputs: int,
-    loads: int,
-    blocks: int,
-    biased: bool,
-    early: bool,
-) -> Product:
-    kernel = data.draw(st.sampled_from(list(KERNELS[bits])))
-    outputs = 9 * loads * int(kernel.split("_")[1])
-    return Product(
-        rng,
-        compiled,
-        dtype=dtype,
-        bits=bits,
-        kernel=kernel,
-        inputs=inputs,
-        outputs=min(outputs, max(1, 2_000_000 // inputs // 32) * 32),
-        blocks=blocks,
-        biased=biased,
-        early=early,
+@dataclass(frozen=True)
+class Case:
+    """What both kinds of fused products draw."""
+
+    kernel: str
+    bits: int
+    dtype: str
+    inputs: int
+    loads: int
+    blocks: int
+    price: str
+    spoiled: str
+    biased: bool
+    early: bool
+    seed: int
+
+    def product(self, compiled: Compile) -> tuple[np.random.Generator, Product]:
+        """Return a product, and the numbers to draw its inputs from."""
+        rng = np.random.default_rng(self.seed)
+        outputs = 9 * self.loads * int(self.kernel.split("_")[1])
+        return rng, Product(
+            rng,
+            compiled,
+            dtype=self.dtype,
+            bits=self.bits,
+            kernel=self.kernel,
+            inputs=self.inputs,
+            outputs=min(outputs, max(1, 2_000_000 // self.inputs // 32) * 32),
+            blocks=self.blocks,
+            biased=self.biased,
+            early=self.early,
+        )
+
+
+CASES = st.sampled_from([(bits, kernel) for bits, kernels in KERNELS.items() for kernel in kernels]).flatmap(
+    lambda drawn: st.builds(
+        Case,
+        bits=st.just(drawn[0]),
+        kernel=st.just(drawn[1]),
+        dtype=st.sampled_from(list(CLUSTERS)),
+        inputs=SIZES,
+        loads=st.integers(1, 5),
+        blocks=st.integers(1, 3),
+        price=st.sampled_from(["0", "some", "some", "nan", "inf", "-1"]),
+        spoiled=st.sampled_from(["none", "none", "zeros", "negative zeros", "nan", "inf", "-inf"]),
+        biased=st.booleans(),
+        early=st.booleans(),
+        seed=st.integers(0, 2**16),
     )
+)
 
 
 @settings(max_examples=40, **SLOW)
-@given(data=st.data(), cancels=st.booleans(), **COMMON_DRAWS)
-def test_a_norm_within_the_product(
-    compiled: Compile,
-    data: st.DataObject,
-    cancels: bool,
-    bits: int,
-    dtype: str,
-    inputs: int,
-    loads: int,
-    blocks: int,
-    price: str,
-    spoiled: str,
-    biased: bool,
-    early: bool,
-    seed: int,
-) -> None:
-    rng = np.random.default_rng(seed)
-    product = drawn_product(
-        rng,
-        compiled,
-        data,
-        dtype=dtype,
-        bits=bits,
-        inputs=inputs,
-        loads=loads,
-        blocks=blocks,
-        biased=biased,
-        early=early,
-    )
-    x, residual, weight = (rng.standard_normal((3, inputs)) * 2).astype(NUMPY_DTYPES[dtype])
+@given(case=CASES, cancels=st.booleans(), wide=st.booleans())
+def test_a_norm_within_the_product(compiled: Compile, case: Case, cancels: bool, wide: bool) -> None:
+    rng, product = case.product(compiled)
+    x, residual, weight = (rng.standard_normal((3, case.inputs)) * 2).astype(NUMPY_DTYPES[case.dtype])
     for values in (x, residual):
-        spoil(rng, values, spoiled)
+        spoil(rng, values, case.spoiled)
     epsilon = EPSILON
     if cancels:
         epsilon = revealing_epsilon(x, residual)
         weight = (weight / 100).astype(weight.dtype)
-    wide = inputs % 8 == 0 and data.draw(st.booleans())  # pointers may forbid it
-    assert_norm_within(rng, compiled, product, x, residual, weight, epsilon=epsilon, wide=wide, price=price)
+    wide = wide and case.inputs % 8 == 0  # pointers may forbid it
+    assert_norm_within(rng, compiled, product, x, residual, weight, epsilon=epsilon, wide=wide, price=case.price)
 
 
 @pytest.mark.parametrize("kernel", ["1_8_8_2", "1_8_16_1"])
@@ -346,47 +332,23 @@ def test_squares_are_added_in_the_order_of_the_norm(
 
 
 @settings(max_examples=25, **SLOW)
-@given(data=st.data(), packed=st.booleans(), **COMMON_DRAWS)
-def test_a_gated_activation_within_the_product(
-    compiled: Compile,
-    data: st.DataObject,
-    packed: bool,
-    bits: int,
-    dtype: str,
-    inputs: int,
-    loads: int,
-    blocks: int,
-    price: str,
-    spoiled: str,
-    biased: bool,
-    early: bool,
-    seed: int,
-) -> None:
-    rng = np.random.default_rng(seed)
-    product = drawn_product(
-        rng,
-        compiled,
-        data,
-        dtype=dtype,
-        bits=bits,
-        inputs=inputs,
-        loads=loads,
-        blocks=blocks,
-        biased=biased,
-        early=early,
-    )
-    both = (rng.standard_normal(2 * inputs) * 2).astype(NUMPY_DTYPES[dtype])
-    spoil(rng, both, spoiled)
+@given(case=CASES, packed=st.booleans())
+def test_a_gated_activation_within_the_product(compiled: Compile, case: Case, packed: bool) -> None:
+    rng, product = case.product(compiled)
+    inputs = case.inputs
+    both = (rng.standard_normal(2 * inputs) * 2).astype(NUMPY_DTYPES[case.dtype])
+    spoil(rng, both, case.spoiled)
     gate, up = both, both[inputs:] if packed else both[inputs:].copy()
     h = bits_like(inputs)
     arguments = GatedArguments(
         gate=address(gate), up=address(up), h=address(h.array), neurons=inputs, stride=2 * inputs if packed else inputs
     )
     wide = inputs % 8 == 0
-    library = compiled("gated_activation", TDA_BF16=int(dtype == "bfloat16"), TDA_ACTIVATION=ACTIVATIONS[bits])
+    bf16 = int(case.dtype == "bfloat16")
+    library = compiled("gated_activation", TDA_BF16=bf16, TDA_ACTIVATION=ACTIVATIONS[case.bits])
     kernel = b"Gated_8" if wide else b"Gated_1"
     library.Run(kernel, -(-inputs // (THREADS * (8 if wide else 1))), 1, 1, 1, ctypes.byref(arguments))
     h.check()
-    element = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16
-    choose_price(rng, h.array.view(element), product, price)
+    element = ml_dtypes.bfloat16 if bf16 else np.float16
+    choose_price(rng, h.array.view(element), product, case.price)
     np.testing.assert_array_equal(product.run(GATED, gate, other=address(up)), product.run(STORED, h.array))
