@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from typing import Any
 
@@ -66,7 +65,6 @@ class ErrorMappingGroup(click.Group):
         except TdaError as error:
             raise click.ClickException(str(error)) from error
         except BrokenPipeError:  # the reader of standard output has ended, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(1)
         except OSError as error:  # a file or folder cannot be read
             raise click.ClickException(_os_message(error)) from error
