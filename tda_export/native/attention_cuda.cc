@@ -12,6 +12,8 @@ namespace tda {
 namespace {
 
 constexpr int64_t kAttentionThreads = 128;  // of a block, unless it is a wide one
+constexpr int64_t kWarpLanes = 32;
+constexpr int64_t kPadding = 8;         // floats after a head's sum of codes
 constexpr int64_t kLoadBytes = 16;      // of a key, for one lane
 constexpr int64_t kMostSize = 256;      // elements of a head
 constexpr int64_t kSizes[] = {64, 128, 256};  // the largest head of each of the kernels
@@ -67,7 +69,7 @@ class AttentionCuda : public Kernel {
         settings_(info),
         heads_at_once_(HeadsAtOnce(settings_.heads / settings_.kv_heads)),
         tiles_(settings_.kv_heads * CeilDivide(settings_.heads / settings_.kv_heads, heads_at_once_)),
-        clusters_(JoinsInClusters()) {
+        clusters_(HasClusters(CudaDevice::Current().capability)) {
     RequireDtype(kType);
     const CudaModule& module = CudaModule::Get("attention", {"TDA_BF16=" + std::to_string(kType == kBfloat16),
                                                              "TDA_KV_CODES=" + std::to_string(kScaled),
@@ -158,17 +160,13 @@ class AttentionCuda : public Kernel {
   // Whether all clusters together are less than half of what fills the GPU, since a cluster has few blocks.
   bool FewTiles() const { return 2 * kMostRanks * tiles_ <= FullGpu(); }
 
-  // Floats of few tiles are read faster by more blocks than clusters have. On an H200, LLaMA-3-8B's shape (8 key-value
-  // heads of 128, 4 heads each), a step after 8,000 tokens took 3.76 ms with clusters of wide blocks: no less than before,
-  // although its other kernels had become 0.4 ms faster. With codes it took 2.86 ms.
-  bool JoinsInClusters() const {
-    return HasClusters(CudaDevice::Current().capability) && (kScaled || !FewTiles());
-  }
-
   CudaKernel Attend(const CudaModule& module, int64_t size, int64_t threads) const {
     std::string name = "Attend";
     for (const int64_t part : {size, heads_at_once_, threads}) name += "_" + std::to_string(part);
-    return module.Kernel(name.c_str(), static_cast<int>(threads));
+    // Wide blocks have their sums in dynamic memory (device/kv_sums.cuh, device/kv_sums_matrices.cuh).
+    const int64_t sums = kScaled ? threads / kWarpLanes * (size + kPadding) : threads * kLaneElements;
+    const int64_t bytes = threads > kAttentionThreads ? sums * heads_at_once_ * static_cast<int64_t>(sizeof(float)) : 0;
+    return module.Kernel(name.c_str(), static_cast<int>(threads), static_cast<unsigned>(bytes));
   }
 
   // Choose for heads of a size. The number of tokens has no say, so that it changes no bit.

@@ -55,6 +55,8 @@ CudaDevice CudaDevice::Current() {
   driver.Check(driver.CtxGetDevice(&current.device), "find the current device");
   driver.Check(driver.DeviceGetAttribute(&major, kComputeCapabilityMajor, current.device), "read the device");
   driver.Check(driver.DeviceGetAttribute(&minor, kComputeCapabilityMinor, current.device), "read the device");
+  driver.Check(driver.DeviceGetAttribute(&current.shared_bytes, kMostSharedBytesOfBlock, current.device),
+               "read the shared memory of a block");
   driver.Check(driver.DeviceGetAttribute(&current.multiprocessors, kMultiprocessorCount, current.device),
                "read the device");
   current.capability = 10 * major + minor;

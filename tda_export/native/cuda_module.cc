@@ -76,15 +76,20 @@ const CudaModule& CudaModule::Get(const std::string& name, const std::vector<std
   return *module;
 }
 
-CudaKernel CudaModule::Kernel(const char* name, int threads) const {
+CudaKernel CudaModule::Kernel(const char* name, int threads, unsigned shared_bytes) const {
   const CudaDriver& driver = CudaDriver::Get();
   CudaKernel kernel;
   CuFunction handle = nullptr;
   driver.Check(driver.LibraryGetKernel(&handle, library_, name), "find a kernel");
   // Loads the kernel now, since a first launch inside a capture cannot load it.
   driver.Check(driver.KernelGetFunction(&kernel.function, handle), "load a kernel");
+  if (shared_bytes > 0) {
+    driver.Check(driver.FuncSetAttribute(kernel.function, kMostDynamicSharedBytes, static_cast<int>(shared_bytes)),
+                 "give a kernel shared memory");
+  }
+  kernel.shared_bytes = shared_bytes;
   int blocks = 0;
-  driver.Check(driver.OccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel.function, threads, 0),
+  driver.Check(driver.OccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel.function, threads, shared_bytes),
                "measure a kernel");
   kernel.resident_blocks = blocks * device_.multiprocessors;
   kernel.overlaps = device_.capability >= kFirstWithEarlyStart;
@@ -101,7 +106,8 @@ void CudaKernel::Launch(void* stream, unsigned grid_x, unsigned grid_y, unsigned
     attributes[count++].value.programmatic_stream_serialization_allowed = 1;
   }
   if (cluster > 0) attributes[count++] = ClusterOf(cluster);
-  CuLaunchConfig config = {grid_x, grid_y, grid_z, threads, 1, 1, 0, static_cast<CuStream>(stream), attributes, count};
+  CuLaunchConfig config = {grid_x,       grid_y,     grid_z, threads, 1, 1, shared_bytes, static_cast<CuStream>(stream),
+                           attributes, count};
   void* parameters[] = {const_cast<void*>(arguments)};
   driver.Check(driver.LaunchKernelEx(&config, function, parameters, nullptr), "start a kernel");
 }
@@ -111,7 +117,7 @@ int CudaKernel::ResidentClusters(unsigned cluster, unsigned threads) const {
   // Sizes above 8 must be enabled, and the driver reports whether the GPU supports them.
   if (driver.FuncSetAttribute(function, kNonPortableClusterSizeAllowed, 1) != 0) return 0;
   CuLaunchAttribute attribute = ClusterOf(cluster);
-  CuLaunchConfig config = {cluster, 1, 1, threads, 1, 1, 0, nullptr, &attribute, 1};
+  CuLaunchConfig config = {cluster, 1, 1, threads, 1, 1, shared_bytes, nullptr, &attribute, 1};
   int clusters = 0;
   return driver.OccupancyMaxActiveClusters(&clusters, function, &config) == 0 ? clusters : 0;
 }

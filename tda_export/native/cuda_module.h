@@ -22,7 +22,8 @@ struct CudaKernel {
   // How many clusters of this size the whole GPU holds at once; 0 where it does not support the size.
   int ResidentClusters(unsigned cluster, unsigned threads) const;
 
-  bool overlaps = false;  // the GPU can begin kernels early
+  bool overlaps = false;      // the GPU can begin kernels early
+  unsigned shared_bytes = 0;  // dynamic shared memory of a block
 };
 
 class CudaModule {
@@ -30,7 +31,8 @@ class CudaModule {
   // Return the module of a device source (device/<name>.cu) for the current device. Modules stay loaded.
   static const CudaModule& Get(const std::string& name, const std::vector<std::string>& defines);
 
-  CudaKernel Kernel(const char* name, int threads) const;
+  // `shared_bytes`: dynamic shared memory of a block.
+  CudaKernel Kernel(const char* name, int threads, unsigned shared_bytes = 0) const;
 
  private:
   CudaModule(const std::string& name, const std::vector<std::string>& defines);

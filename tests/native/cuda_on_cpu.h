@@ -1,6 +1,6 @@
 // Device code on the CPU, one cluster of blocks at a time: a block is a thread, and a thread is a fiber, which gives way to
 // others at barriers and wherever a warp exchanges values. Slow, and only for tests. `cuda_on_cpu.py` replaces the
-// instructions that device code writes in PTX with the functions at the end.
+// instructions that device code writes in PTX with the functions of `ptx_on_cpu.h`.
 #pragma once
 
 #include <pthread.h>
@@ -25,6 +25,7 @@
 #define __launch_bounds__(...)
 #define __shared__ static thread_local
 #define __align__(bytes) __attribute__((aligned(bytes)))
+#define TDA_DYNAMIC_MEMORY(name) static thread_local __align__(256) unsigned char name[160 << 10]
 
 struct uint2 {
   unsigned x, y;
@@ -149,8 +150,9 @@ inline void RunBlock(unsigned threads) {
   }
 }
 
-// Where the block's shared memory begins: its variables lie at the same distances from here in every block.
-inline thread_local char shared_memory;
+// Where the block's shared memory begins: its variables lie at the same distances from here in every block, aligned as they
+// are themselves.
+alignas(256) inline thread_local char shared_memory;
 
 // Run the blocks of a rank, each together with those of the other ranks.
 inline void RunRank(unsigned rank, unsigned threads, pthread_barrier_t* together) {
@@ -257,144 +259,4 @@ T max(T a, T b) {
 }
 inline unsigned min(unsigned a, int b) { return min(a, static_cast<unsigned>(b)); }
 
-// PTX
-
-inline float HalfOf(unsigned bits) {
-  const unsigned exponent = bits >> 10 & 31, fraction = bits & 1023;
-  float value = exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, static_cast<int>(exponent) - 25);
-  if (exponent == 31) value = fraction ? std::nanf("") : INFINITY;
-  return bits & 0x8000 ? -value : value;
-}
-inline unsigned short ToHalf(float value) {
-  const unsigned sign = std::signbit(value) ? 0x8000 : 0;
-  const float magnitude = std::fabs(value);
-  if (std::isnan(value)) return 0x7fff;
-  if (magnitude >= 65520.0f) return sign | 0x7c00;
-  if (magnitude < std::ldexp(1.0f, -14)) return sign | static_cast<unsigned>(std::rint(std::ldexp(magnitude, 24)));
-  int exponent;
-  const float fraction = std::frexp(magnitude, &exponent);  // 0.5 to 1
-  // A fraction that is rounded up to 2048 carries into the exponent.
-  return sign | static_cast<unsigned>((exponent + 14) * 1024 + std::rint(fraction * 2048.0f) - 1024);
-}
-inline unsigned short ToBfloat16(float value) {
-  const uint32_t bits = Reinterpret<uint32_t>(value);
-  return std::isnan(value) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-inline unsigned Halves(float low, float high) { return ToHalf(low) | static_cast<unsigned>(ToHalf(high)) << 16; }
-inline unsigned AddHalves(unsigned a, unsigned b) {
-  return Halves(HalfOf(a & 0xffff) + HalfOf(b & 0xffff), HalfOf(a >> 16) + HalfOf(b >> 16));
-}
-
-inline unsigned FmaHalves(unsigned a, unsigned b, unsigned c) {
-  const auto fma = [&](int shift) {
-    const auto half = [&](unsigned pair) { return HalfOf(pair >> shift & 0xffff); };
-    return static_cast<float>(double{half(a)} * half(b) + half(c));  // a double holds all but the rarest sums exactly
-  };
-  return Halves(fma(0), fma(16));
-}
-
-// Addresses of shared memory have 32 bits: distances from `shared_memory`, below 1 + the rank whose memory it is; 0 is the
-// block's own.
-constexpr unsigned kDistanceBits = 24, kMiddle = 1u << (kDistanceBits - 1);
-inline unsigned __cvta_generic_to_shared(const void* place) {
-  return static_cast<unsigned>(static_cast<const char*>(place) - &emulator::shared_memory) + kMiddle;
-}
-inline unsigned AtRankOf(unsigned own, unsigned rank) {
-  return own % (1u << kDistanceBits) | (rank + 1) << kDistanceBits;
-}
-inline char* SharedPlace(unsigned address) {
-  const unsigned rank = address >> kDistanceBits;
-  char* memory = rank == 0 ? &emulator::shared_memory : emulator::shared_memories.at(rank - 1);
-  return memory + address % (1u << kDistanceBits) - kMiddle;
-}
-
-// barrier.cluster: every thread arrives once for each time that it waits.
-inline void ArriveInCluster() { ++emulator::arrived_in_cluster; }
-inline void WaitForCluster() {
-  const unsigned threads = emulator::fibers.size() * emulator::shared_memories.size();
-  const unsigned all = ++emulator::fibers[emulator::current].cluster_waits * threads;
-  while (emulator::arrived_in_cluster < all) emulator::GiveWay(true);
-}
-
-// mbarrier, for one phase: what is still to come until it opens.
-struct ToCome {
-  int arrivals, bytes;
-};
-inline std::mutex barriers;
-template <class Change>
-void ChangeBarrier(unsigned address, const Change& change) {
-  const std::lock_guard<std::mutex> lock(barriers);
-  change(*reinterpret_cast<ToCome*>(SharedPlace(address)));
-}
-inline void InitBarrier(unsigned address) {
-  ChangeBarrier(address, [](ToCome& barrier) { barrier = {1, 0}; });
-}
-inline void ArriveAndExpect(unsigned address, int bytes) {
-  ChangeBarrier(address, [&](ToCome& barrier) { barrier = {barrier.arrivals - 1, barrier.bytes + bytes}; });
-}
-inline bool HasOpened(unsigned address) {
-  bool opened;
-  ChangeBarrier(address, [&](ToCome& barrier) { opened = barrier.arrivals == 0 && barrier.bytes == 0; });
-  if (!opened) emulator::GiveWay(true);
-  return opened;
-}
-
-// st.async: like the GPU, it takes only places that are aligned to what is sent.
-template <int kCount>
-void SendFloats(unsigned place, const float (&values)[kCount], unsigned barrier) {
-  if (reinterpret_cast<uintptr_t>(SharedPlace(place)) % sizeof values) abort();
-  std::memcpy(SharedPlace(place), values, sizeof values);
-  ChangeBarrier(barrier, [](ToCome& there) { there.bytes -= sizeof values; });
-}
-
-// cp.async: a copy is made when its group is waited for and no earlier, so what does not wait reads what was there.
-struct Copy {
-  unsigned place;
-  const void* address;
-  unsigned bytes;
-};
-// By thread and group, the last one not yet committed.
-inline thread_local std::vector<std::vector<std::vector<Copy>>> copies;
-inline std::vector<std::vector<Copy>>& OwnCopies() {
-  if (copies.size() < emulator::fibers.size()) copies.resize(emulator::fibers.size());
-  auto& own = copies[emulator::current];
-  if (own.empty()) own.emplace_back();
-  return own;
-}
-inline void BeginCopy(unsigned place, const void* address, unsigned bytes) {
-  OwnCopies().back().push_back({place, address, bytes});
-}
-inline void CommitGroup() { OwnCopies().emplace_back(); }
-inline void WaitForGroups(size_t pending) {
-  auto& own = OwnCopies();
-  while (own.size() > pending + 1) {
-    for (const Copy& copy : own.front()) std::memcpy(SharedPlace(copy.place), copy.address, copy.bytes);
-    own.erase(own.begin());
-  }
-}
-
-// movmatrix.sync.aligned.m8n8.trans.b16
-inline unsigned Transpose(unsigned pair) {
-  const unsigned lane = emulator::current % emulator::kWarp, row = lane / 4, column = lane % 4 * 2;
-  return emulator::Exchange({pair}, [&](const auto& word) {
-    const auto at = [&](unsigned r, unsigned c) { return word(r * 4 + c / 2, 0) >> 16 * (c % 2) & 0xffff; };
-    return at(column, row) | at(column + 1, row) << 16;
-  });
-}
-
-// mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32
-inline void MultiplyAdd(float* sum, const unsigned* a, const unsigned* b) {
-  const unsigned lane = emulator::current % emulator::kWarp;
-  emulator::Exchange({a[0], a[1], a[2], a[3], b[0], b[1]}, [&](const auto& word) {
-    for (unsigned i = 0; i < 4; ++i) {
-      const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-      for (unsigned k = 0; k < 16; ++k) {
-        const unsigned pair = k % 8 / 2, shift = 16 * (k % 2);
-        const unsigned of_a = word(row % 8 * 4 + pair, row / 8 + k / 8 * 2) >> shift & 0xffff;
-        const unsigned of_b = word(column * 4 + pair, 4 + k / 8) >> shift & 0xffff;
-        sum[i] += HalfOf(of_a) * HalfOf(of_b);
-      }
-    }
-    return 0;
-  });
-}
+#include "ptx_on_cpu.h"

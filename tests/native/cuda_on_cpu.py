@@ -15,7 +15,15 @@ import numpy as np
 from tda_export.native.build import FOLDER, find_compiler
 from tests.attention_model import AttentionForm
 
-SOURCES = ("cluster.cuh", "common.cuh", "kv_rows.cuh", "kv_sums.cuh", "kv_sums_matrices.cuh", "attention.cu")
+SOURCES = (
+    "cluster.cuh",
+    "common.cuh",
+    "half_products.cuh",
+    "kv_rows.cuh",
+    "kv_sums.cuh",
+    "kv_sums_matrices.cuh",
+    "attention.cu",
+)
 FIRST_WITH_CLUSTERS = 90  # compute capability
 # Replacements for PTX, by its first word. Other PTX, such as that for overlapping launches, is left out.
 INSTRUCTIONS = {
@@ -24,6 +32,10 @@ INSTRUCTIONS = {
     "cvt.rn.bf16.f32 ": "bits = ToBfloat16(value);",
     "cvt.rn.f16x2.f32 ": "pair = Halves(low, high);",
     "add.rn.f16x2 ": "pair = AddHalves(pair, 0xe480e480u);",
+    "mul.rn.f16x2 ": "product = FmaHalves(a, b, 0x80008000u);",
+    "ldmatrix.": "LoadMatrices(place, loaded);",
+    "set.neu.": "mask = NonzeroHalves(pair);",
+    "cp.async.ca": "BeginCopy(place, address, kBytes);",
     "movmatrix.": "result = Transpose(pair);",
     "mma.sync.": "MultiplyAdd(sum, first, second);",
     "lop3.b32 %0, %1, 0x000f000f": "codes = (shifted & 0x000f000fu) | 0x64006400u;",
@@ -128,7 +140,7 @@ def compile_attention(folder: Path, *, bf16: bool, codes: bool, capability: int)
     """The kernels of a kind of GPU."""
     clusters = capability >= FIRST_WITH_CLUSTERS
     kernels = dict.fromkeys(("AppendTokens", "CopyPast", *(() if clusters else ("JoinParts",))), THREADS)
-    for size, heads, wide in itertools.product(SIZES, (1, 2, 4), (False, True) if clusters and codes else (False,)):
+    for size, heads, wide in itertools.product(SIZES, (1, 2, 4), (False, True) if clusters else (False,)):
         threads = threads_of(size, wide)
         kernels[f"Attend_{size}_{heads}_{threads}"] = threads
     defines = {"TDA_BF16": int(bf16), "TDA_KV_CODES": int(codes), "TDA_CLUSTERS": int(clusters)}
@@ -167,7 +179,7 @@ def run_on_cpu(
 ) -> list[np.ndarray]:
     """Run attention. Return its output, present keys and values, and their scales.
 
-    `wide`, with clusters and codes only: take wide blocks for few tokens.
+    `wide`, with clusters only: take wide blocks for few tokens.
     """
     feeds = {name: np.asarray(array, order="C") for name, array in feeds.items()}
     query, dtype = feeds["query"], feeds["query"].dtype

@@ -59,7 +59,7 @@ def test_it_is_what_the_formula_says(
     form = data.draw(forms((16, 48, 64, 80, 128, 256), codes, kv_heads=(1, 2)))
     extra = None if room is None else past + tokens + room
     feeds = random_attention(np.random.default_rng(seed), form, tokens=tokens, past=past, room=extra, dtype=dtype)
-    wide = wide and codes and has_clusters(library)
+    wide = wide and has_clusters(library)
     results = run_on_cpu(library, form, feeds, splits=splits, in_place=room is not None, wide=wide)
     if codes:
         return check(feeds, form, results, tokens, past, close=TOLERANCES[dtype])
@@ -73,7 +73,7 @@ def test_a_token_alone_gives_the_same_bits(way: tuple[ctypes.CDLL, str, bool], h
     library, dtype, codes = way
     form = AttentionForm(heads=heads, kv_heads=2, size=size, codes=codes)
     feeds = random_attention(np.random.default_rng(2), form, tokens=9, past=80, dtype=dtype)
-    wide = codes and has_clusters(library)
+    wide = has_clusters(library)
     together, *present = run_on_cpu(library, form, feeds, splits=3, wide=wide)
     names = [name for name in feeds if name.startswith("past_")]
     for t in (0, 8):

@@ -38,9 +38,25 @@ constexpr int kMostSize = 256;  // elements of a head
 struct Lengths {
   int past, total;
 
-  __device__ __forceinline__ explicit Lengths(const AttentionArguments& a) {
-    total = min(max(*a.last_index, -1), a.most - 1) + 1;
+  __device__ __forceinline__ explicit Lengths(const AttentionArguments& a) : Lengths(a, *a.last_index) {}
+
+  __device__ __forceinline__ Lengths(const AttentionArguments& a, int last_index) {
+    total = min(max(last_index, -1), a.most - 1) + 1;
     past = a.tokens == a.buffer ? 0 : max(total - a.tokens, 0);
+  }
+};
+
+// The rows of the cache that a block attends to. They depend on the token's own position, not on the call's other tokens.
+struct Part {
+  int position, from, size, to;
+
+  __device__ __forceinline__ Part(const AttentionArguments& a, const Lengths& lengths, int token, int split, int part_rows) {
+    position = lengths.past + token;
+    const int end = min(position + 1, lengths.total);
+    const int begin = a.window > 0 ? max(end - a.window, 0) : 0;
+    size = ((end - begin + a.splits - 1) / a.splits + part_rows - 1) / part_rows * part_rows;
+    from = begin + split * size;
+    to = min(end, from + size);
   }
 };
 
@@ -110,6 +126,23 @@ extern "C" __global__ void __launch_bounds__(kAttentionThreads) CopyPast(Attenti
   }
 }
 
+// Tell the second-level cache which rows a block will read, before earlier kernels have ended. Should one of them still
+// change the length, nothing but time is lost: the load goes past the first-level cache, which might keep it.
+template <int kPartRows, int kThreads>
+static __device__ __forceinline__ void PrefetchPart(const AttentionArguments& a, int kv_head, int token, int split) {
+  constexpr int kLine = 128, kMostRows = 256;
+  const Part part(a, Lengths(a, __ldcg(a.last_index)), token, split, kPartRows);
+  const int row_bytes = a.size * static_cast<int>(sizeof(KvStored));
+  const size_t first = (static_cast<size_t>(kv_head) * a.room + part.from) * row_bytes;
+  const int bytes = min(part.to - part.from, kMostRows) * row_bytes;
+  for (int at = threadIdx.x * kLine; at < bytes; at += kThreads * kLine) {
+    const char* key = reinterpret_cast<const char*>(a.present_key) + first + at;
+    const char* value = reinterpret_cast<const char*>(a.present_value) + first + at;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(key));
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(value));
+  }
+}
+
 // Store the result of some elements of a head from element d on.
 template <int kElements>
 static __device__ __forceinline__ void StoreAttended(const AttentionArguments& a, size_t head, int d,
@@ -168,7 +201,10 @@ static __device__ __forceinline__ void Attend(const AttentionArguments& a) {
   constexpr int kPartRows = Loop::kPartRows, kSlots = Loop::kSlots, kWarps = kThreads / kWarpLanes;
   __shared__ __align__(16) float queries[kHeads][kSize];
   __shared__ float units[kHeads], largest[kSlots][kHeads], weights[kSlots][kHeads];
-  __shared__ __align__(16) float sums[kSlots][kHeads][Loop::kStride];
+  struct alignas(16) Sums {
+    float of[kSlots][kHeads][Loop::kStride];
+  };
+  auto& sums = BlockMemory<Sums, (kThreads > kAttentionThreads)>().of;
   const int group = a.heads / a.kv_heads;
   const int tiles = (group + kHeads - 1) / kHeads;
   const int kv_head = blockIdx.y / tiles, in_group = blockIdx.y % tiles * kHeads;
@@ -179,23 +215,18 @@ static __device__ __forceinline__ void Attend(const AttentionArguments& a) {
   __shared__ ClusterParts<kHeads * kSize> cluster_parts;
   if (a.splits > 1) cluster_parts.Begin(heads * kSize);
 #endif
+  if (a.past_key == a.present_key) PrefetchPart<kPartRows, kThreads>(a, kv_head, token, split);
   WaitForEarlierKernels();
   LetNextKernelStart();
 
-  const Lengths lengths(a);
-  const int position = lengths.past + token;
-  const int end = min(position + 1, lengths.total);
-  const int begin = a.window > 0 ? max(end - a.window, 0) : 0;
-  // A part depends on the token's own position, not on the other tokens of the call.
-  const int part = ((end - begin + a.splits - 1) / a.splits + kPartRows - 1) / kPartRows * kPartRows;
-  const int from = begin + split * part, to = min(end, from + part);
+  const Part part(a, Lengths(a), token, split, kPartRows);
   static_assert(kHeads <= kWarps, "each warp prepares one query");
   if (warp < kHeads) {
     WarpHead<kSize / kWarpLanes> head;
     float unit = 1.0f;
     if (warp < heads) {
       const Element* query = a.query + static_cast<size_t>(token) * a.query_stride + (first_head + warp) * a.size;
-      head.Set(a.size, [&](int d) { return Rotated(a, query, d, position) * a.scale; });
+      head.Set(a.size, [&](int d) { return Rotated(a, query, d, part.position) * a.scale; });
       if constexpr (KvRows::kScaled) head.Spread(a.size);
       if constexpr (Loop::kUnits) unit = head.TakeUnit();
     }
@@ -203,14 +234,14 @@ static __device__ __forceinline__ void Attend(const AttentionArguments& a) {
     for (int i = 0; i < kSize / kWarpLanes; ++i) queries[warp][Shared::Place(head.Index(i))] = head.own[i];
     if (threadIdx.x % kWarpLanes == 0) units[warp] = unit;
   }
-  if (a.appends && position >= from && position < from + part && warp >= kWarps - 2) {
-    Append<kSize>(a, token, position, kv_head, kWarps - 1 - warp);
+  if (a.appends && part.position >= part.from && part.position < part.from + part.size && warp >= kWarps - 2) {
+    Append<kSize>(a, token, part.position, kv_head, kWarps - 1 - warp);
   }
   __syncthreads();
 
   const size_t first_row = static_cast<size_t>(kv_head) * a.room;
   KvPart rows = {a.present_key + first_row * a.size, a.present_value + first_row * a.size, nullptr, nullptr, a.size,
-                 from, to, a.softcap};
+                 part.from, part.to, a.softcap};
   if constexpr (KvRows::kScaled) {
     rows.key_scales = a.present_key_scale + first_row;
     rows.value_scales = a.present_value_scale + first_row;
@@ -287,9 +318,9 @@ TDA_ATTEND_ALL(64, 128, 4)
 TDA_ATTEND_ALL(128, 128, 4)
 TDA_ATTEND_ALL(256, 128, 4)
 
-#if TDA_CLUSTERS && TDA_KV_CODES
-// Wide blocks, for few tiles (attention_cuda.cc): a warp has 16 rows under way. Of large heads those are as many bytes with
-// half the threads, and more would not fit into static shared memory.
+#if TDA_CLUSTERS
+// Wide blocks, for few tiles (attention_cuda.cc), whose sums are in dynamic memory. Of large heads, half the threads have as
+// many bytes under way.
 TDA_ATTEND_ALL(64, 512, 1)
 TDA_ATTEND_ALL(128, 512, 1)
 TDA_ATTEND_ALL(256, 256, 1)

@@ -2,6 +2,8 @@
 //
 // NVRTC compiles this for the user's GPU, so nothing is included. TDA_BF16 selects the element type.
 
+constexpr int kWarp = 32;
+
 typedef unsigned short Element;  // float16 or bfloat16, as bits
 
 static __device__ __forceinline__ float HalfToFloat(unsigned short bits) {
@@ -127,6 +129,23 @@ static __device__ __forceinline__ void WaitForEarlierKernels() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// Memory whose size the host gives at the launch.
+#ifndef TDA_DYNAMIC_MEMORY
+#define TDA_DYNAMIC_MEMORY(name) extern __shared__ __align__(256) unsigned char name[]
+#endif
+
+// Return memory that a block shares, of a size that is known when this is compiled, or dynamic.
+template <class Memory, bool kDynamic>
+static __device__ __forceinline__ Memory& BlockMemory() {
+  if constexpr (kDynamic) {
+    TDA_DYNAMIC_MEMORY(memory);
+    return *reinterpret_cast<Memory*>(memory);
+  } else {
+    __shared__ Memory memory;
+    return memory;
+  }
 }
 
 // Let the next kernel of the stream start where it fits. Call it only after WaitForEarlierKernels, so that memory that

@@ -1,6 +1,5 @@
 // Products of weight rows with activations, the heart of every kernel that reads weights: one warp a row.
 
-constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kWide = 8;  // elements of x that a thread loads at once
