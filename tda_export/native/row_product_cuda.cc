@@ -10,6 +10,12 @@ namespace tda {
 namespace {
 
 constexpr int64_t kMostRanks = 16;  // blocks of a cluster
+constexpr int64_t kMatrixRows = 16;  // rows that a warp adds at once by matrices
+constexpr int kFirstWithMatrices = 80;  // compute capability
+constexpr unsigned kStaticBytes = 4096;  // at most, of a kernel's shared memory beside what is asked for
+
+// Dynamic shared memory of a warp that has so many matrices under way (device/row_sums_matrices.cuh).
+constexpr unsigned MatrixBytes(int bits, int matrices) { return matrices * (bits == 4 ? 2432 : 4608) + 768; }
 
 // A kernel for one token or a tile of them, and how many blocks can share the rows of a slice of columns. That decides in
 // which order rows are added, so it is the same number whatever x is: that of the kernel that finds x stored.
@@ -17,6 +23,7 @@ struct SharedKernel {
   CudaKernel kernel;
   int64_t width;  // columns of a thread
   int64_t warps;
+  int64_t rows;           // that a warp adds at once
   int resident_blocks = 0;
   int resident_clusters[kMostRanks + 1] = {};  // by blocks of a cluster
 
@@ -24,13 +31,24 @@ struct SharedKernel {
 
   // As many blocks as run at once when there are so many sums of slices, but none without rows for each of its warps.
   int64_t Ranks(int64_t sums, int64_t inputs, bool clusters) const {
-    const int64_t most = std::max<int64_t>(1, CeilDivide(inputs, warps * kRowsTogether));
+    const int64_t most = std::max<int64_t>(1, CeilDivide(inputs, warps * rows));
     if (!clusters) return std::clamp<int64_t>(resident_blocks / sums, 1, most);
     int64_t ranks = std::min(most, kMostRanks);
     while (ranks > 1 && resident_clusters[ranks] < sums) --ranks;
     return ranks;
   }
 };
+
+// Columns of a thread by matrices.
+constexpr int64_t kMatrixWidth = 8;
+
+// Whether codes lie as kernels by matrices need them: groups of 32 columns, and whole slices of them.
+bool SuitsMatrices(const StoredMatrix& matrix, int64_t bits) {
+  constexpr int kGroupShift = 5;
+  const auto aligned = [](const void* address, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; };
+  return matrix.group_shift == kGroupShift && matrix.columns % (kWarp * kMatrixWidth) == 0 && aligned(matrix.weights, 16) &&
+         aligned(matrix.scales, 16) && aligned(matrix.zero_points, static_cast<uintptr_t>(bits));
+}
 
 }  // namespace
 
@@ -50,13 +68,16 @@ class RowLinearKernels {
     };
     const CudaModule* const stored = module_of(RowInputs::kStored, {});
     const CudaModule* const module = inputs == RowInputs::kStored ? stored : module_of(inputs, more_defines);
-    auto shared = [&](int tokens, int64_t width, int64_t warps, int blocks) {
-      std::string name = "RowLinear";
-      for (const int64_t part : {int64_t{tokens}, width, warps, int64_t{blocks}}) name += "_" + std::to_string(part);
+    // `matrices`: how many of them a warp has under way; 0: it adds row after row.
+    auto shared = [&](int tokens, int64_t width, int64_t warps, int blocks, int matrices = 0) {
+      std::string name = "RowLinear_" + std::to_string(tokens) + "_";
+      name += matrices > 0 ? "m" + std::to_string(matrices) : std::to_string(width);
+      for (const int64_t part : {warps, int64_t{blocks}}) name += "_" + std::to_string(part);
       const unsigned threads = static_cast<unsigned>(warps * kWarp);
-      const CudaKernel counted = stored->Kernel(name.c_str(), threads);
-      const CudaKernel kernel = module == stored ? counted : module->Kernel(name.c_str(), threads);
-      SharedKernel made = {kernel, width, warps, counted.resident_blocks};
+      const unsigned bytes = matrices > 0 ? static_cast<unsigned>(warps) * MatrixBytes(bits, matrices) : 0;
+      const CudaKernel counted = stored->Kernel(name.c_str(), threads, bytes);
+      const CudaKernel kernel = module == stored ? counted : module->Kernel(name.c_str(), threads, bytes);
+      SharedKernel made = {kernel, width, warps, matrices > 0 ? kMatrixRows : kRowsTogether, counted.resident_blocks};
       for (unsigned ranks = 1; clusters && ranks <= kMostRanks; ++ranks) {
         // A kernel that has no cluster of a size cannot be launched so, however many the other one has.
         const bool possible = module == stored || kernel.ResidentClusters(ranks, threads) > 0;
@@ -79,6 +100,15 @@ class RowLinearKernels {
       tile = shared(4, 8, 8, 1);
       narrow_tile = shared(4, 1, 8, 1);
     }
+    const CudaDevice device = CudaDevice::Current();
+    if (bits > 0 && type == kHalf && device.capability >= kFirstWithMatrices) {
+      matrices.push_back(shared(1, kMatrixWidth, 8, 3, 2));
+      const int most = bits == 4 ? 3 : 2;
+      const int64_t warps = 16;
+      if (warps * MatrixBytes(bits, most) + kStaticBytes <= static_cast<unsigned>(device.shared_bytes)) {
+        matrices.push_back(shared(1, kMatrixWidth, warps, 1, most));
+      }
+    }
     if (!clusters) clear_counters = module->Kernel("ClearCounters", kThreads);
   }
 
@@ -93,9 +123,19 @@ class RowLinearKernels {
     return *kernels;
   }
 
-  const SharedKernel& Choose(int64_t tokens, const StoredMatrix& matrix) const {
+  // Choose among kernels by matrices. Of the large blocks a multiprocessor has one, so they are as fast as the others or
+  // faster where they are nearly as many as multiprocessors, and slower where they are far fewer, or more.
+  const SharedKernel& ByMatrices(const StoredMatrix& matrix, int64_t inputs) const {
+    const SharedKernel& large = matrices.back();
+    const int64_t slices = CeilDivide(matrix.columns, large.Slice());
+    const int64_t blocks = slices * large.Ranks(slices, inputs, clusters);
+    return blocks <= multiprocessors && 10 * blocks >= 7 * multiprocessors ? large : matrices.front();
+  }
+
+  const SharedKernel& Choose(int64_t tokens, const StoredMatrix& matrix, int64_t inputs) const {
     if (!SuitsLoads(matrix, kWide, bits)) return tokens == 1 ? narrow : narrow_tile;
     if (tokens > 1) return tile;
+    if (!matrices.empty() && SuitsMatrices(matrix, bits)) return ByMatrices(matrix, inputs);
     for (const auto& [kernel, least_slices] : wide) {
       const bool suits = SuitsLoads(matrix, kernel.width, bits);
       if (suits && CeilDivide(matrix.columns, kernel.Slice()) >= least_slices) return kernel;
@@ -107,6 +147,7 @@ class RowLinearKernels {
   int64_t multiprocessors;
   bool clusters;
   std::vector<std::pair<SharedKernel, int64_t>> wide;  // of one token, each with the slices that it is worth it from
+  std::vector<SharedKernel> matrices;                  // of one token, by matrices: one of small blocks first
   SharedKernel tile;                                   // of a tile of tokens
   SharedKernel narrow, narrow_tile;
   CudaKernel clear_counters;
@@ -148,7 +189,7 @@ void RowProduct::MultiplyMade(const KernelContext& context, const RowLinearCall&
 void RowProduct::Launch(const KernelContext& context, const RowLinearCall& call, const RowLinearKernels& kernels,
                         RowLinearArguments arguments) const {
   const StoredMatrix matrix = Matrix(call);
-  const SharedKernel& shared = kernels.Choose(call.tokens, matrix);
+  const SharedKernel& shared = kernels.Choose(call.tokens, matrix, call.inputs);
   const int64_t tile = call.tokens == 1 ? 1 : kTile;
   const int64_t tiles = CeilDivide(call.tokens, tile);
   const int64_t slices = CeilDivide(call.outputs, shared.Slice());

@@ -26,10 +26,18 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="written for Linux on x86-64"
 )
 COMMON = (
-    *("activation.cuh", "cluster.cuh", "common.cuh", "format.cuh", "format_codes.cuh", "gated.cuh", "products.cuh"),
-    "rms_norm.cuh",
+    *(
+        "activation.cuh",
+        "cluster.cuh",
+        "common.cuh",
+        "format.cuh",
+        "format_codes.cuh",
+        "gated.cuh",
+        "half_products.cuh",
+    ),
+    *("products.cuh", "rms_norm.cuh"),
 )
-ROWS = ("row_sums.cuh", "row_totals.cuh", "row_linear.cu")
+ROWS = ("row_sums.cuh", "row_sums_matrices.cuh", "row_totals.cuh", "row_linear.cu")
 # By bits: kernels of one token by the columns of a thread, each with its warps.
 KERNELS = {
     0: {"1_8_8_3": 8, "1_8_8_2": 8, "1_8_16_1": 16, "1_1_8_3": 8},

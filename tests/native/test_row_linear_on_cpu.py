@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
+from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
@@ -22,11 +23,12 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="written for Linux on x86-64"
 )
 SOURCES = (
-    *("cluster.cuh", "common.cuh", "format.cuh", "format_codes.cuh", "products.cuh"),
-    *("rms_norm.cuh", "row_sums.cuh", "row_totals.cuh"),
+    *("cluster.cuh", "common.cuh", "format.cuh", "format_codes.cuh", "half_products.cuh", "products.cuh"),
+    *("rms_norm.cuh", "row_sums.cuh", "row_sums_matrices.cuh", "row_totals.cuh"),
     "row_linear.cu",
 )
-# By bits: kernels by the columns of a thread, with their warps. Those of four tokens are last.
+# By bits: kernels by tokens and the columns of a thread, with their warps. Those of four tokens are last.
+BY_MATRICES = {4: {"1_m2_8_3": 8, "1_m3_16_1": 16}, 8: {"1_m2_8_3": 8, "1_m2_16_1": 16}}
 KERNELS = {
     4: {"1_32_8_2": 8, "1_16_8_2": 8, "1_8_16_1": 16, "1_1_8_3": 8, "4_8_8_1": 8, "4_1_8_1": 8},
     8: {"1_8_8_3": 8, "1_8_16_1": 16, "1_1_8_3": 8, "4_8_8_1": 8, "4_1_8_1": 8},
@@ -47,14 +49,32 @@ class Arguments(ctypes.Structure):
     )
 
 
-Libraries = dict[int, ctypes.CDLL]
+@dataclass(frozen=True)
+class Way:
+    """Kernels for a kind of elements and GPU, by bits of a code."""
+
+    dtype: str
+    libraries: dict[int, ctypes.CDLL]
+    kernels: dict[int, dict[str, int]]
+
+
+def columns_of(kernel: str) -> int:
+    """The columns that a thread of a kernel sums."""
+    width = kernel.split("_")[1]
+    return 8 if width.startswith("m") else int(width)
+
+
+def load_of(kernel: str) -> int:
+    """The columns that a row must have a whole number of: those of a thread's load, or by matrices of a slice."""
+    return 256 if "_m" in kernel else columns_of(kernel)
 
 
 @pytest.fixture(scope="module", params=WAYS)
-def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Libraries]:
+def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Way:
     folder, (bf16, capability, clusters) = tmp_path_factory.mktemp("device"), WAYS[request.param]
-    libraries = {}
-    for bits, kernels in KERNELS.items():
+    libraries, all_kernels = {}, {}
+    for bits in KERNELS:
+        kernels = all_kernels[bits] = KERNELS[bits] | (BY_MATRICES[bits] if capability >= 80 and not bf16 else {})
         named = {f"RowLinear_{name}": 32 * warps for name, warps in kernels.items()}
         defines = {
             "TDA_BF16": bf16,
@@ -64,7 +84,7 @@ def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
             "__CUDA_ARCH__": 10 * capability,
         }
         libraries[bits] = compile_for_cpu(folder, SOURCES, named, "RowLinearArguments", defines)
-    return request.param.partition("-")[0], libraries
+    return Way(request.param.partition("-")[0], libraries, all_kernels)
 
 
 def multiply(
@@ -73,7 +93,7 @@ def multiply(
     """Run a kernel with this many blocks for a slice of columns."""
     feeds = {name: np.asarray(array, order="C") for name, array in feeds.items()}
     x, outputs = feeds["x"], feeds["bias"].shape[0]
-    tile, width = (int(part) for part in kernel.split("_")[:2])
+    tile, width = int(kernel.split("_")[0]), columns_of(kernel)
     tiles, slices = -(-x.shape[1] // tile), -(-outputs // (32 * width))
     y = Guarded((1, x.shape[1], outputs), np.dtype(np.uint16))
     partial = Guarded((tiles * slices * blocks * tile * 32 * width,), np.dtype(np.float32))
@@ -113,7 +133,7 @@ def multiply(
     seed=st.integers(0, 2**16),
 )
 def test_sums_over_the_rows_that_are_worth_it(
-    way: tuple[str, Libraries],
+    way: Way,
     data: st.DataObject,
     format: IntegerFormat,
     inputs: int,
@@ -124,42 +144,48 @@ def test_sums_over_the_rows_that_are_worth_it(
     early: bool,
     seed: int,
 ) -> None:
-    dtype, libraries = way
-    kernel = data.draw(st.sampled_from(list(KERNELS[format.bits])))
-    tile, width = (int(part) for part in kernel.split("_")[:2])
+    kernels = [name for name in way.kernels[format.bits] if format.group == 32 or "_m" not in name]
+    kernel = data.draw(st.sampled_from(kernels))
     rng = np.random.default_rng(seed)
-    tokens = 1 if tile == 1 else data.draw(st.integers(2, 5))
-    feeds, elements = row_feeds(rng, format, inputs, 9 * loads * width, tokens, dtype)
+    tokens = 1 if kernel.startswith("1_") else data.draw(st.integers(2, 5))
+    outputs = (1 if "_m" in kernel else 9) * loads * load_of(kernel)
+    feeds, elements = row_feeds(rng, format, inputs, outputs, tokens, way.dtype)
     feeds["x"][rng.random(feeds["x"].shape) < zeros] = 0
     feeds["price"] = price_for(feeds, density)
-    y = multiply(libraries[format.bits], kernel, format, feeds, blocks, early)
-    assert_close(y, row_reference(feeds, elements, bias=True), dtype)
+    y = multiply(way.libraries[format.bits], kernel, format, feeds, blocks, early)
+    assert_close(y, row_reference(feeds, elements, bias=True), way.dtype)
+
+
+# Kernels that read rows before it is known which are needed, by bits.
+EARLY = {4: {"1_32_8_2", "1_16_8_2", *BY_MATRICES[4]}, 8: {*BY_MATRICES[8]}}
+
+
+def early_kernels(way: Way) -> list[tuple[int, str]]:
+    return [(bits, kernel) for bits, kernels in way.kernels.items() for kernel in kernels if kernel in EARLY[bits]]
 
 
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("price", [0.0, 0.5])
-@pytest.mark.parametrize("kernel", ["1_32_8_2", "1_16_8_2"])
-def test_rows_that_are_not_needed_may_be_anything(
-    way: tuple[str, Libraries], kernel: str, price: float, early: bool
-) -> None:
+def test_rows_that_are_not_needed_may_be_anything(way: Way, price: float, early: bool) -> None:
     """Their scales are NaN. Rows of x = 0 are among them, also those loaded before x is known."""
-    (dtype, libraries), format = way, integer_format(4)
-    feeds, elements = row_feeds(np.random.default_rng(3), format, 200, 1056, 1, dtype)
-    feeds["x"][0, 0, ::3] = 0
-    feeds["price"] = price_for(feeds, price) if price else np.zeros(1, np.float32)
-    unread = (feeds["x"][0, 0] == 0) | (worth(feeds)[0] < feeds["price"])
-    feeds["scales"] = np.where(unread[:, None], np.float16(np.nan), feeds["scales"])
-    y = multiply(libraries[4], kernel, format, feeds, 2, early)
-    elements[unread] = 0
-    assert_close(y, row_reference(feeds, elements, bias=True), dtype)
+    for bits, kernel in early_kernels(way):
+        format = integer_format(bits)
+        feeds, elements = row_feeds(np.random.default_rng(3), format, 200, 1024, 1, way.dtype)
+        feeds["x"][0, 0, ::3] = 0
+        feeds["price"] = price_for(feeds, price) if price else np.zeros(1, np.float32)
+        unread = (feeds["x"][0, 0] == 0) | (worth(feeds)[0] < feeds["price"])
+        feeds["scales"] = np.where(unread[:, None], np.float16(np.nan), feeds["scales"])
+        y = multiply(way.libraries[bits], kernel, format, feeds, 2, early)
+        elements[unread] = 0
+        assert_close(y, row_reference(feeds, elements, bias=True), way.dtype)
 
 
-@pytest.mark.parametrize("kernel", ["1_32_8_2", "1_16_8_2"])
-def test_what_is_not_finite_reaches_the_result(way: tuple[str, Libraries], kernel: str) -> None:
-    (dtype, libraries), format = way, integer_format(4)
-    feeds, _ = row_feeds(np.random.default_rng(4), format, 90, 1024, 1, dtype)
-    feeds["scales"][5, 3] = np.inf
-    y = multiply(libraries[4], kernel, format, feeds, 1, True)
-    assert np.isfinite(y).all(axis=(0, 1)).tolist() == [column // 32 != 3 for column in range(1024)]
-    feeds["x"][0, 0, 70] = np.nan
-    assert not np.isfinite(multiply(libraries[4], kernel, format, feeds, 1, False)).any()
+def test_what_is_not_finite_reaches_the_result(way: Way) -> None:
+    for bits, kernel in early_kernels(way):
+        format, library = integer_format(bits), way.libraries[bits]
+        feeds, _ = row_feeds(np.random.default_rng(4), format, 90, 1024, 1, way.dtype)
+        feeds["scales"][5, 3] = np.inf
+        y = multiply(library, kernel, format, feeds, 1, True)
+        assert np.isfinite(y).all(axis=(0, 1)).tolist() == [column // 32 != 3 for column in range(1024)]
+        feeds["x"][0, 0, 70] = np.nan
+        assert not np.isfinite(multiply(library, kernel, format, feeds, 1, False)).any()

@@ -3,14 +3,17 @@
 //   kWidth                          columns of one load of a thread
 //   kLoads                          loads that a warp of Products has under way at once
 //   kRowLoads                       and of AddRows, each of one row: an even number that divides a warp's lanes
-//   kRingRows                       rows that a warp of AddRows has under way through shared memory, for one token; 0: none
+//   kRowsBy                         how a warp of AddRows reads the rows of one token (row_sums.cuh)
+//   kRingRows                       rows that it has under way by a ring
 //   kRingWords                      words of a thread for each of them
+//   Lanes                           which columns a lane of AddRows sums
 //   Format(matrix)
 //   Row At(row)                     a row, with loads of the kWidth columns from column + offset on, as a pack; offset is
 //                                   a constant, so that loads side by side share an address
 //     Load(column, offset)          read
 //     LoadIf(wanted, column, offset)  read where it is wanted; otherwise nothing is read, and all is zero
-//   Column From(column)             the kWidth columns from there on of every row, with loads of a row as a pack
+//   Column From(slice)              a lane's kWidth columns, of a slice that begins at this column, in every row, with loads of
+//                                   a row as a pack; lanes past the end of a row have its last columns
 //     Load(row)
 //     Start(row, place)           with a ring: the same, but words come in place, where Finish(place, pack) takes them
 //
@@ -21,6 +24,24 @@
 // unsigned numbers of 32.
 static __device__ __forceinline__ size_t Product(int a, int b) {
   return static_cast<size_t>(static_cast<unsigned>(a)) * static_cast<unsigned>(b);
+}
+
+// How a warp of AddRows reads its rows: RegisterReader, RingReader (row_sums.cuh) and MatrixReader (row_sums_matrices.cuh).
+enum class RowsBy { kRegisters, kRing, kMatrices };
+
+// Lanes sum kWidth neighbouring columns each.
+template <int kWidth>
+struct LanesInOrder {
+  static constexpr int kRun = kWidth % 4 == 0 ? 4 : 1;  // neighbours in runs of so many
+
+  // Return the column, within the slice, of a lane's sum i.
+  static __device__ __forceinline__ int Column(int lane, int i) { return lane * kWidth + i; }
+};
+
+// Return the first of this lane's columns in a slice, kWidth of them a lane, or the last that there are so many from.
+template <int kWidth>
+static __device__ __forceinline__ int LaneColumn(int slice, int columns) {
+  return min(slice + static_cast<int>(threadIdx.x % kWarp) * kWidth, columns - kWidth);
 }
 
 // A matrix as it is stored, [rows, columns]. Of elements there are weights alone.
@@ -38,7 +59,8 @@ struct ElementFormat {
   static constexpr int kWidth = kElements;
   static constexpr int kLoads = 16;
   static constexpr int kRowLoads = 8;
-  static constexpr int kRingRows = 0, kRingWords = 0;
+  static constexpr RowsBy kRowsBy = RowsBy::kRegisters;
+  using Lanes = LanesInOrder<kWidth>;
 
   struct Row {
     const Element* first;
@@ -65,7 +87,9 @@ struct ElementFormat {
       : ElementFormat(static_cast<const Element*>(matrix.weights), matrix.columns) {}
 
   __device__ __forceinline__ Row At(int row) const { return {weights + Product(row, columns)}; }
-  __device__ __forceinline__ Column From(int column) const { return {weights + column, columns}; }
+  __device__ __forceinline__ Column From(int slice) const {
+    return {weights + LaneColumn<kWidth>(slice, columns), columns};
+  }
 
   const Element* weights;
   int columns;

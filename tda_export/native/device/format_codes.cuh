@@ -194,12 +194,10 @@ struct CodeFormat {
   static constexpr int kLoads = 8;
   static constexpr int kRowLoads = kWords == 4 ? 4 : 8;
   // Where a thread loads less, registers hold enough rows, and the ring was slower.
-#if __CUDA_ARCH__ >= 800
-  static constexpr int kRingRows = kBits == 4 && kWords == 4 ? 8 : 0;
-#else
-  static constexpr int kRingRows = 0;
-#endif
-  static constexpr int kRingWords = kWords;
+  static constexpr RowsBy kRowsBy =
+      __CUDA_ARCH__ >= 800 && kBits == 4 && kWords == 4 ? RowsBy::kRing : RowsBy::kRegisters;
+  static constexpr int kRingRows = 8, kRingWords = kWords;
+  using Lanes = LanesInOrder<kWidth>;
 
   using Weights = CodePack<kBits, kWords>;
 
@@ -276,7 +274,8 @@ struct CodeFormat {
             matrix.zero_points + Product(row, zero_bytes), matrix.group_shift};
   }
 
-  __device__ __forceinline__ Column From(int column) const {
+  __device__ __forceinline__ Column From(int slice) const {
+    const int column = LaneColumn<kWidth>(slice, matrix.columns);
     const int group = column >> matrix.group_shift;
     return {Codes() + column * kBits / 8,
             matrix.scales + group,

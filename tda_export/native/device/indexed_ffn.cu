@@ -151,10 +151,7 @@ static __device__ __forceinline__ void DownSums(const FfnArguments& a) {
     WarpRows<kTokens, Format> rows[kWarps];
     WarpSums<kTokens, kWidth, kWarps> sums;
   } shared;
-  const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
-  // Lanes past the end of a row read its last columns, and their sums are thrown away.
-  const int column = min(blockIdx.y * kWarp * kWidth + lane * kWidth, a.hidden - kWidth);
   const int first_token = blockIdx.z * kTokens;
   const int tokens = min(kTokens, a.tokens - first_token);
   // Unless activations may be zero, the needed rows are known before the first kernel has ended.
@@ -162,13 +159,13 @@ static __device__ __forceinline__ void DownSums(const FfnArguments& a) {
   const MaskedNeurons<kTokens> source = {a, first_token, tokens, every_row};
   const Format down = {a.down, a.hidden};
   float sums[kTokens][kWidth] = {};
-  AddRows<kTokens>(source, down, a.indices, warp * gridDim.x + blockIdx.x, gridDim.x * kWarps, column,
-                   shared.rows[warp], sums, [] { WaitForEarlierKernels(); });
+  AddRows<kTokens>(source, down, a.indices, warp * gridDim.x + blockIdx.x, gridDim.x * kWarps,
+                   blockIdx.y * kWarp * kWidth, shared.rows[warp], sums, [] { WaitForEarlierKernels(); });
   WaitForEarlierKernels();
   LetNextKernelStart();
   const Totals totals = {a.down_bias, a.y + static_cast<size_t>(first_token) * a.hidden, a.hidden, tokens};
   __syncthreads();  // the rows give way to the sums
-  AddBlocksInMemory(sums, shared.sums, a.partial, a.arrived, totals);
+  AddBlocksInMemory<typename Format::Lanes>(sums, shared.sums, a.partial, a.arrived, totals);
 }
 
 #define TDA_KERNELS(tokens, width)                                                                              \

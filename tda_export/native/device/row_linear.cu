@@ -192,16 +192,14 @@ template <int kTokens, class Format, int kBlockWarps>
 static __device__ __forceinline__ void RowLinear(const RowLinearArguments& a) {
   constexpr int kWidth = Format::kWidth;
   constexpr int kSlice = kWarp * kWidth;
-  __shared__ union {
+  union Shared {
     WarpRows<kTokens, Format> rows[kBlockWarps];
     WarpSums<kTokens, kWidth, kBlockWarps> sums;
-  } shared;
-  const int lane = threadIdx.x % kWarp;
+  };
+  Shared& shared = BlockMemory<Shared, Format::kRowsBy == RowsBy::kMatrices>();
   const int warp = threadIdx.x / kWarp;
   const int first_token = blockIdx.z * kTokens;
   const int tokens = min(kTokens, a.tokens - first_token);
-  // Lanes past the end of a row read its last columns, and their sums are thrown away.
-  const int column = min(blockIdx.y * kSlice + lane * kWidth, a.outputs - kWidth);
 #if TDA_CLUSTERS
   __shared__ ClusterSums<kTokens, kWidth> cluster_sums;
   cluster_sums.Begin();
@@ -220,14 +218,14 @@ static __device__ __forceinline__ void RowLinear(const RowLinearArguments& a) {
   };
   const Format weight(a.weight);
   float sums[kTokens][kWidth] = {};
-  AddRows<kTokens>(source, weight, a.inputs, warp * gridDim.x + blockIdx.x, gridDim.x * kBlockWarps, column,
-                   shared.rows[warp], sums, ready);
+  AddRows<kTokens>(source, weight, a.inputs, warp * gridDim.x + blockIdx.x, gridDim.x * kBlockWarps,
+                   blockIdx.y * kSlice, shared.rows[warp], sums, ready);
   const Totals totals = {a.bias, a.y + static_cast<size_t>(first_token) * a.outputs, a.outputs, tokens};
   __syncthreads();  // the rows give way to the sums
 #if TDA_CLUSTERS
-  AddBlocksInCluster(sums, shared.sums, cluster_sums, totals);
+  AddBlocksInCluster<typename Format::Lanes>(sums, shared.sums, cluster_sums, totals);
 #else
-  AddBlocksInMemory(sums, shared.sums, a.partial, a.arrived, totals);
+  AddBlocksInMemory<typename Format::Lanes>(sums, shared.sums, a.partial, a.arrived, totals);
 #endif
 }
 
@@ -238,11 +236,13 @@ static __device__ __forceinline__ void RowLinear(const RowLinearArguments& a) {
 #endif
 
 // `blocks` on a multiprocessor at once leave so many registers that a warp has all its loads under way together.
-#define TDA_ROW_LINEAR(tokens, width, warps, blocks)                                    \
+#define TDA_ROW_LINEAR_OF(tokens, width, warps, blocks, Format)                         \
   extern "C" __global__ void __launch_bounds__(warps* kWarp, blocks)                    \
       RowLinear_##tokens##_##width##_##warps##_##blocks(RowLinearArguments arguments) { \
-    RowLinear<tokens, TDA_ROW_FORMAT(width), warps>(arguments);                         \
+    RowLinear<tokens, Format, warps>(arguments);                                        \
   }
+#define TDA_ROW_LINEAR(tokens, width, warps, blocks) \
+  TDA_ROW_LINEAR_OF(tokens, width, warps, blocks, TDA_ROW_FORMAT(width))
 
 #if TDA_BITS == 4
 TDA_ROW_LINEAR(1, 32, 8, 2)
@@ -253,6 +253,17 @@ TDA_ROW_LINEAR(1, 8, 8, 2)
 #endif
 TDA_ROW_LINEAR(1, 8, 16, 1)
 TDA_ROW_LINEAR(1, 1, 8, 3)
+#if TDA_HALF_CODES
+// With the matrices of rows that a warp has under way.
+using TwoMatrices = CodeMatrixFormat<TDA_BITS, 2>;
+TDA_ROW_LINEAR_OF(1, m2, 8, 3, TwoMatrices)
+#if TDA_BITS == 4
+using ThreeMatrices = CodeMatrixFormat<TDA_BITS, 3>;
+TDA_ROW_LINEAR_OF(1, m3, 16, 1, ThreeMatrices)
+#else
+TDA_ROW_LINEAR_OF(1, m2, 16, 1, TwoMatrices)
+#endif
+#endif
 #if !TDA_INPUTS
 TDA_ROW_LINEAR(4, 8, 8, 1)
 TDA_ROW_LINEAR(4, 1, 8, 1)

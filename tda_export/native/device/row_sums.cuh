@@ -26,20 +26,30 @@ struct alignas(kTokens == 1 ? 8 : 4) ListedRow {
   float values[kTokens];
 };
 
+constexpr int kMostListed = kLooks * kWarp;
+
 // The needed rows among the candidates that a warp looks at together.
 template <int kTokens>
 struct RowList {
-  ListedRow<kTokens> rows[kLooks * kWarp + kFilling];
+  ListedRow<kTokens> rows[kMostListed + kFilling];
+
+  __device__ __forceinline__ void Put(int at, int row, const float (&values)[kTokens]) {
+    rows[at].row = row;
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) rows[at].values[t] = values[t];
+  }
 };
 
-// What a warp of AddRows has in shared memory. In the ring a thread reads only what it has copied itself, so shared memory
-// stands in for registers: many more rows are under way than would fit those.
+template <RowsBy, int kTokens, class Format>
+struct ReaderChoice;
+
+// What a warp of AddRows has in shared memory. Of several tokens, rows come by registers.
 template <int kTokens, class Format>
 struct WarpRows {
-  static constexpr bool kRing = kTokens == 1 && Format::kRingRows > 0;
+  using Reader = typename ReaderChoice<kTokens == 1 ? Format::kRowsBy : RowsBy::kRegisters, kTokens, Format>::Type;
 
-  RowList<kTokens> list;
-  alignas(16) unsigned ring[kRing ? Format::kRingRows : 1][kRing ? kWarp * Format::kRingWords : 1];
+  typename Reader::List list;
+  typename Reader::Room room;
 };
 
 static __device__ __forceinline__ void CommitCopies() {
@@ -111,9 +121,11 @@ struct FewRows<true, 1, kWidth> {
   }
 };
 
-// How a warp reads its rows, by way of registers: while the rows of one half are added, those of the other are under way.
+// By way of registers: while the rows of one half are added, those of the other are under way.
 template <int kTokens, class Format>
 struct RegisterReader {
+  using List = RowList<kTokens>;
+  struct Room {};
   using Column = decltype(static_cast<const Format*>(nullptr)->From(0));
   using Weights = decltype(static_cast<const Column*>(nullptr)->Load(0));
   static constexpr int kHalf = Format::kRowLoads / 2;
@@ -138,10 +150,8 @@ struct RegisterReader {
     // Loads come kEarly together: the last row fills the list up, times 0.
     const int end = (listed_rows + kEarly - 1) / kEarly * kEarly;
     if (listed_rows + lane < end) {
-      ListedRow<kTokens>& place = rows[listed_rows + lane];
-      place.row = rows[listed_rows - 1].row;
-#pragma unroll
-      for (int t = 0; t < kTokens; ++t) place.values[t] = 0.0f;
+      constexpr float kNothing[kTokens] = {};
+      shared.list.Put(listed_rows + lane, rows[listed_rows - 1].row, kNothing);
     }
     __syncwarp();
     if (begun) {
@@ -173,7 +183,8 @@ struct RegisterReader {
   }
 };
 
-// By way of the ring: the rows that follow are under way while one is added.
+// By way of a ring in shared memory: the rows that follow are under way while one is added. A thread reads only what it
+// has copied itself, so shared memory stands in for registers: many more rows are under way than would fit those.
 template <class Format>
 struct RingReader {
   using Column = decltype(static_cast<const Format*>(nullptr)->From(0));
@@ -184,16 +195,21 @@ struct RingReader {
   static constexpr bool kEarlyListed = true;
   static_assert(kRows % kTogether == 0 && kTogether <= kFilling && kEarly <= kWarp, "the list holds what fills it up");
 
+  using List = RowList<1>;
+  struct Room {
+    alignas(16) unsigned words[kRows][kWarp * Format::kRingWords];
+  };
+
   const Column& column;
   WarpRows<1, Format>& shared;
   float (&sums)[1][Format::kWidth];
   Weights packs[kRows];
 
   __device__ __forceinline__ unsigned Own() const {
-    return static_cast<unsigned>(__cvta_generic_to_shared(shared.ring[0] + threadIdx.x % kWarp * Format::kRingWords));
+    return static_cast<unsigned>(__cvta_generic_to_shared(shared.room.words[0] + threadIdx.x % kWarp * Format::kRingWords));
   }
 
-  static __device__ __forceinline__ unsigned Place(unsigned own, int b) { return own + b * sizeof(shared.ring[0]); }
+  static __device__ __forceinline__ unsigned Place(unsigned own, int b) { return own + b * sizeof(Room::words[0]); }
 
   __device__ __forceinline__ void Begin(int row) {
     const unsigned own = Own();
@@ -240,23 +256,23 @@ struct RingReader {
   }
 };
 
-template <bool kRing, int kTokens, class Format>
-struct ReaderChoice {
+template <int kTokens, class Format>
+struct ReaderChoice<RowsBy::kRegisters, kTokens, Format> {
   using Type = RegisterReader<kTokens, Format>;
 };
 template <class Format>
-struct ReaderChoice<true, 1, Format> {
+struct ReaderChoice<RowsBy::kRing, 1, Format> {
   using Type = RingReader<Format>;
 };
 
-// Add the rows of warp `warp` of `warps` at `column` to sums. `ready` waits for earlier kernels; every warp calls it before
+// Add the rows of warp `warp` of `warps` to sums of a slice of columns. `ready` waits for earlier kernels; every warp calls it before
 // it reads what values come from, if there are candidates, be they its own or not.
 template <int kTokens, class Format, class Source, class Ready>
 static __device__ __forceinline__ void AddRows(const Source& source, const Format& matrix, int count, int warp,
-                                               int warps, int column, WarpRows<kTokens, Format>& shared,
+                                               int warps, int slice, WarpRows<kTokens, Format>& shared,
                                                float (&sums)[kTokens][Format::kWidth], const Ready& ready) {
-  using Reader = typename ReaderChoice<WarpRows<kTokens, Format>::kRing, kTokens, Format>::Type;
-  const auto weights = matrix.From(column);
+  using Reader = typename WarpRows<kTokens, Format>::Reader;
+  const auto weights = matrix.From(slice);
   const int lane = threadIdx.x % kWarp;
   const int own = (lane / kRowsTogether * warps + warp) * kRowsTogether + lane % kRowsTogether;
   const int stride = warps * kWarp;
@@ -284,12 +300,7 @@ static __device__ __forceinline__ void AddRows(const Source& source, const Forma
       const bool under_way = early && j == 0 && lane < Reader::kEarly;
       const bool listed = under_way ? Reader::kEarlyListed : Needed(values[j]);
       const unsigned all = __ballot_sync(0xffffffffu, listed);
-      if (listed) {
-        ListedRow<kTokens>& place = shared.list.rows[listed_rows + __popc(all & lanes_before)];
-        place.row = candidates[j].row;
-#pragma unroll
-        for (int t = 0; t < kTokens; ++t) place.values[t] = values[j][t];
-      }
+      if (listed) shared.list.Put(listed_rows + __popc(all & lanes_before), candidates[j].row, values[j]);
       listed_rows += __popc(all);
     }
     __syncwarp();

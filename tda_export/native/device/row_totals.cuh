@@ -42,22 +42,23 @@ struct Totals {
   }
 };
 
-template <int kTokens, int kWidth, int kBlockWarps>
+// Lanes: which columns a lane's sums are of.
+template <class Lanes, int kTokens, int kWidth, int kBlockWarps>
 static __device__ __forceinline__ void StoreWarpSums(const float (&sums)[kTokens][kWidth],
                                                      WarpSums<kTokens, kWidth, kBlockWarps>& shared) {
   using Cells = WarpSums<kTokens, kWidth, kBlockWarps>;
-  constexpr int kStored = kWidth < 4 ? 1 : 4;
   const int lane = threadIdx.x % kWarp;
   float* cells = shared.cells[threadIdx.x / kWarp];
 #pragma unroll
   for (int t = 0; t < kTokens; ++t)
 #pragma unroll
-    for (int i = 0; i < kWidth; i += kStored) {
-      float* place = cells + Cells::Place((t * kWarp + lane) * kWidth + i);
-      if constexpr (kStored == 1) {
-        *place = sums[t][i];
-      } else {
+    for (int i = 0; i < kWidth; i += Lanes::kRun) {
+      float* place = cells + Cells::Place(t * kWarp * kWidth + Lanes::Column(lane, i));
+      if constexpr (Lanes::kRun == 4) {
         *reinterpret_cast<float4*>(place) = make_float4(sums[t][i], sums[t][i + 1], sums[t][i + 2], sums[t][i + 3]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < Lanes::kRun; ++j) place[j] = sums[t][i + j];
       }
     }
 }
@@ -73,14 +74,14 @@ static __device__ __forceinline__ float BlockSum(const WarpSums<kTokens, kWidth,
 
 // Add the blocks in global memory: the last of them to arrive adds what all have left in `partial`, [tiles, slices,
 // blocks, cells]. `arrived`, [tiles, slices], was zero before the kernel.
-template <int kTokens, int kWidth, int kBlockWarps>
+template <class Lanes, int kTokens, int kWidth, int kBlockWarps>
 static __device__ __forceinline__ void AddBlocksInMemory(const float (&sums)[kTokens][kWidth],
                                                          WarpSums<kTokens, kWidth, kBlockWarps>& shared,
                                                          float* all_partial, unsigned* arrived, const Totals& totals) {
   constexpr int kSlice = kWarp * kWidth;
   constexpr int kCells = kTokens * kSlice;
   __shared__ bool last;
-  StoreWarpSums(sums, shared);
+  StoreWarpSums<Lanes>(sums, shared);
   __syncthreads();
   const size_t place = static_cast<size_t>(blockIdx.z) * gridDim.y + blockIdx.y;
   float* partial = all_partial + place * gridDim.x * kCells;
@@ -131,14 +132,14 @@ struct ClusterSums {
 };
 
 // Add the blocks along the grid's x, which are one cluster. cluster_sums.Begin() was called when the block began.
-template <int kTokens, int kWidth, int kBlockWarps>
+template <class Lanes, int kTokens, int kWidth, int kBlockWarps>
 static __device__ __forceinline__ void AddBlocksInCluster(const float (&sums)[kTokens][kWidth],
                                                           WarpSums<kTokens, kWidth, kBlockWarps>& shared,
                                                           ClusterSums<kTokens, kWidth>& cluster_sums,
                                                           const Totals& totals) {
   constexpr int kSlice = kWarp * kWidth;
   constexpr int kCells = kTokens * kSlice;
-  StoreWarpSums(sums, shared);
+  StoreWarpSums<Lanes>(sums, shared);
   __syncthreads();
   cluster_sums.inbox.WaitForBlocks();
   for (int cell = threadIdx.x; cell < kCells; cell += kBlockWarps * kWarp) {
