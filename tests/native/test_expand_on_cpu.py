@@ -1,4 +1,4 @@
-"""The device code that prepares products of many tokens, run on the CPU: all ways to expand codes give the same bits."""
+"""Device code that prepares products of many tokens, run on the CPU: all ways to expand codes give the same bits."""
 
 from __future__ import annotations
 
