@@ -9,7 +9,6 @@ namespace {
 constexpr int64_t kScratchBytes = 64 << 20;  // of expanded elements, about
 constexpr int64_t kOutputsTogether = 128;    // a whole number of groups
 constexpr int64_t kElementBytes = 2;
-constexpr int64_t kMostBlocks = 65535;  // along the grid's y
 
 constexpr int64_t kTileTokens = 128, kTileOutputs = 256;  // of a block of cuBLAS's, about
 constexpr int64_t kMostScratchBytes = 128 << 20;
