@@ -30,10 +30,12 @@ def code_session(
     group: int | None = None,
     dtype: str = "float32",
     early: bool = False,
+    price: float | None = None,
 ) -> ort.InferenceSession:
     """Make a session of RowLinear4 or RowLinear8 (`rows`), or of Linear4 or Linear8. `group` replaces the format's.
 
-    It is on the CPU for activations of float32 and on CUDA otherwise.
+    `price` is a constant of the model; by default it is an input. The session is on the CPU for activations of float32
+    and on CUDA otherwise.
     """
     names = (ROW_INPUTS if bias else ROW_INPUTS[:-1]) if rows else DOT_INPUTS
     node = helper.make_node(
@@ -46,10 +48,16 @@ def code_session(
         early=int(early),
     )
     types = TYPES | dict.fromkeys(("x", "bias"), FLOATS[dtype])
-    values = [helper.make_tensor_value_info(name, types.get(name, TensorProto.FLOAT), None) for name in names]
+    constants = [] if price is None else [helper.make_tensor("price", TensorProto.FLOAT, [1], [price])]
+    values = [
+        helper.make_tensor_value_info(name, types.get(name, TensorProto.FLOAT), None)
+        for name in names
+        if name not in {constant.name for constant in constants}
+    ]
     y = helper.make_tensor_value_info("y", FLOATS[dtype], None)
     imports = [helper.make_opsetid("", 21), helper.make_opsetid("tda", 1)]
-    model = helper.make_model(helper.make_graph([node], "codes", values, [y]), opset_imports=imports, ir_version=10)
+    graph = helper.make_graph([node], "codes", values, [y], initializer=constants)
+    model = helper.make_model(graph, opset_imports=imports, ir_version=10)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads

@@ -102,11 +102,15 @@ def build_priced_prefill(
     inputs = graph.inputs
     lengths = attention_lengths(graph.ops, inputs[contract.ATTENTION_MASK])
     tokens = call_tokens(graph.ops, inputs[contract.INPUT_IDS], lengths)
-    hidden = graph.layers(lengths, plain_ffn(graph))
+    # In half precision the node has a kernel, which reads gate and up once; stock operators copy them apart first.
+    node = spec.gated and dtype != "float32"
+    gated = partial(gated_activation, graph.ops, spec.activation) if node else None
+    hidden = graph.layers(lengths, plain_ffn(graph, gated))
     last = last_positions(graph.ops, hidden, inputs[contract.NUM_LOGITS], tokens.attended)
     graph.outputs[contract.LOGITS] = graph.logits(last)
     defaults = {contract.NUM_LOGITS: np.ones(1, np.int64)}
-    return graph.model("prefill", contract.dense_outputs(shape), defaults)
+    functions = gated_activation_functions(spec.activation) if node else []
+    return graph.model("prefill", contract.dense_outputs(shape), defaults, functions)
 
 
 def build_priced_decode(

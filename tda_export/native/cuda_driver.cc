@@ -32,6 +32,7 @@ CudaDriver::CudaDriver() {
   find("cuOccupancyMaxActiveClusters", OccupancyMaxActiveClusters);
   find("cuFuncSetAttribute", FuncSetAttribute);
   find("cuLaunchKernelEx", LaunchKernelEx);
+  find("cuMemcpy", Memcpy);
   if (missing != nullptr) Fail("the NVIDIA driver has no ", missing, "; update it to one for CUDA 12 or newer");
   Check(Init(0), "start the driver");
 }

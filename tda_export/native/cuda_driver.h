@@ -71,6 +71,7 @@ struct CudaDriver {
   CuResult (*OccupancyMaxActiveClusters)(int* clusters, CuFunction function, const CuLaunchConfig* config);
   CuResult (*FuncSetAttribute)(CuFunction function, int attribute, int value);
   CuResult (*LaunchKernelEx)(const CuLaunchConfig* config, CuFunction function, void** arguments, void** extra);
+  CuResult (*Memcpy)(uintptr_t to, uintptr_t from, size_t bytes);  // either may be the host's
 
  private:
   CudaDriver();

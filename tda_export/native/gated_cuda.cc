@@ -1,5 +1,7 @@
 #include "gated_cuda.h"
 
+#include <algorithm>
+
 #include "activation.h"
 #include "indexed_ffn_device.h"
 
@@ -10,7 +12,7 @@ struct GatedArguments {
   const void* gate;
   const void* up;
   void* h;
-  int neurons, stride;
+  int tokens, neurons, stride;
 };
 
 }  // namespace
@@ -30,10 +32,10 @@ void GatedKernels::Launch(const KernelContext& context, const GatedCall& call, c
   if (call.tokens == 0) return;
   const bool wide =
       call.neurons % kWide == 0 && SuitsWideLoads(call.gate) && SuitsWideLoads(call.up) && SuitsWideLoads(h);
-  const GatedArguments arguments = {call.gate.data, call.Up<uint16_t>(), h.data, static_cast<int>(call.neurons),
-                                    static_cast<int>(call.stride)};
+  const GatedArguments arguments = {call.gate.data, call.Up<uint16_t>(), h.data, static_cast<int>(call.tokens),
+                                    static_cast<int>(call.neurons), static_cast<int>(call.stride)};
   const int64_t blocks = CeilDivide(call.neurons, kThreads * (wide ? kWide : 1));
-  kernels_[wide].Launch(context.CudaStream(), blocks, call.tokens, 1, kThreads, &arguments);
+  kernels_[wide].Launch(context.CudaStream(), blocks, std::min(call.tokens, kMostBlocks), 1, kThreads, &arguments);
 }
 
 }  // namespace tda

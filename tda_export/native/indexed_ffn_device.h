@@ -15,6 +15,7 @@ constexpr int64_t kWarps = kThreads / kWarp;
 constexpr int64_t kRowLoads = 8;
 constexpr int64_t kRowsTogether = 4;
 constexpr int64_t kWide = 8;  // elements of a wide load, 16 bytes
+constexpr int64_t kMostBlocks = 65535;  // along the grid's y
 constexpr int64_t kTile = 4;  // tokens that share one read of the weights
 
 struct FfnArguments {

@@ -1,6 +1,7 @@
 #include "many_tokens_cuda.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 namespace tda {
 namespace {
@@ -8,7 +9,19 @@ namespace {
 constexpr int64_t kScratchBytes = 64 << 20;  // of expanded elements, about
 constexpr int64_t kOutputsTogether = 128;    // a whole number of groups
 constexpr int64_t kElementBytes = 2;
-constexpr int64_t kMostBlocks = 65535;  // along the grid's y
+
+constexpr int64_t kTileTokens = 128, kTileOutputs = 256;  // of a block of cuBLAS's, about
+constexpr int64_t kMostScratchBytes = 128 << 20;
+constexpr int64_t kLeastStripBytes = 16 << 20;
+constexpr int64_t kExpandedTogether = 4;
+
+// For measuring only: a sum of these, read at each call.
+constexpr int kSkipsCopy = 1, kExpandsRows = 2, kWhole = 4, kFillsWaves = 8, kStaysInCache = 16, kKeepsWide = 32;
+
+bool Variant(int wanted) {
+  const char* text = std::getenv("TDA_PREFILL_VARIANT");
+  return ((text == nullptr ? 0 : std::atoi(text)) & wanted) != 0;
+}
 
 struct ExpandArguments {
   StoredMatrix matrix;
@@ -30,20 +43,69 @@ struct KeepArguments {
 }  // namespace
 
 ManyTokens::ManyTokens(const KernelInfo& info, ElementType type, int bits)
-    : allocator_(info), type_(type), bits_(bits) {
+    : allocator_(info), type_(type), bits_(bits), multiprocessors_(CudaDevice::Current().multiprocessors) {
   const CudaModule& module = CudaModule::Get("expand", FormatDefines(type, bits));
   keep_inputs_ = module.Kernel("KeepInputs", kThreads);
-  for (const bool wide : {false, true}) expand_[wide] = module.Kernel(wide ? "Expand_8" : "Expand_1", kThreads);
+  for (const bool wide : {false, true}) {
+    expand_[wide] = module.Kernel(wide ? "Expand_8" : "Expand_1", kThreads);
+    keep_[wide] = module.Kernel(wide ? "Keep_8" : "Keep_1", kThreads);
+  }
+  expand_rows_ = module.Kernel("ExpandRows", kThreads);
+}
+
+// How many outputs are expanded and multiplied together: so many that blocks of cuBLAS fill the GPU in the fewest rounds.
+int64_t ManyTokens::OutputsAtOnce(const ManyTokensCall& call) const {
+  const int64_t bytes = call.inputs * kElementBytes;  // of an output
+  if (Variant(kWhole)) return call.outputs;
+  if (!Variant(kFillsWaves | kStaysInCache)) {
+    const int64_t fit = kScratchBytes / bytes / kOutputsTogether * kOutputsTogether;
+    return std::min(call.outputs, std::max(kOutputsTogether, fit));
+  }
+  const int64_t tiles = CeilDivide(call.tokens, kTileTokens);
+  const auto rounds = [&](int64_t outputs) {
+    return CeilDivide(tiles * CeilDivide(outputs, kTileOutputs), multiprocessors_);
+  };
+  int64_t best = 0, least = 0;
+  for (int64_t each = kTileOutputs;; each += kTileOutputs) {
+    const int64_t total = call.outputs / each * rounds(each) + rounds(call.outputs % each);
+    const bool preferred = Variant(kStaysInCache) ? best * bytes < kLeastStripBytes : true;
+    if (best == 0 || total < least || (total == least && preferred)) best = each, least = total;
+    if (each >= call.outputs || (each + kTileOutputs) * bytes > kMostScratchBytes) break;
+  }
+  return std::min(best, call.outputs);
+}
+
+// Copy x without the inputs that are not worth their price.
+void ManyTokens::Keep(void* stream, const ManyTokensCall& call, void* kept) const {
+  const KeepArguments arguments = {call.x,
+                                   call.row_price,
+                                   call.price,
+                                   kept,
+                                   call.bias,
+                                   call.y,
+                                   static_cast<int>(call.tokens),
+                                   static_cast<int>(call.inputs),
+                                   static_cast<int>(call.outputs)};
+  if (!Variant(kKeepsWide)) {
+    keep_inputs_.Launch(stream, CeilDivide(call.inputs, kThreads), std::min(call.tokens, kMostBlocks), 1, kThreads,
+                        &arguments);
+    return;
+  }
+  const auto suits = [](const void* data, int64_t count) {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && count % kWide == 0;
+  };
+  const bool wide = suits(call.x, call.inputs) && (call.bias == nullptr || (suits(call.bias, call.outputs) && suits(call.y, 0)));
+  const CudaKernel& kernel = keep_[wide];
+  const int64_t blocks = CeilDivide(call.inputs, kThreads * (wide ? kWide : 1));
+  const int64_t tokens_together = std::max<int64_t>(1, 2 * kernel.resident_blocks / blocks);
+  kernel.Launch(stream, blocks, std::min({call.tokens, tokens_together, kMostBlocks}), 1, kThreads, &arguments);
 }
 
 void ManyTokens::Multiply(const KernelContext& context, const ManyTokensCall& call) const {
   void* stream = context.CudaStream();
-  const bool expands = bits_ > 0, keeps = call.price != nullptr;
-  int64_t at_once = call.outputs;
-  if (expands) {
-    const int64_t fit = kScratchBytes / (call.inputs * kElementBytes) / kOutputsTogether * kOutputsTogether;
-    at_once = std::min(call.outputs, std::max(kOutputsTogether, fit));
-  }
+  const bool expands = bits_ > 0;
+  const bool keeps = call.price != nullptr && !(Variant(kSkipsCopy) && call.every_row && call.bias == nullptr);
+  const int64_t at_once = expands ? OutputsAtOnce(call) : call.outputs;
   const size_t kept_bytes = keeps ? Aligned(call.tokens * call.inputs * kElementBytes) : 0;
   const size_t expanded_bytes = expands ? at_once * call.inputs * kElementBytes : 0;
   const Scratch scratch(context, allocator_, std::max<size_t>(1, kept_bytes + expanded_bytes), true);
@@ -57,17 +119,7 @@ void ManyTokens::Multiply(const KernelContext& context, const ManyTokensCall& ca
   product.y_stride = call.outputs;
   if (keeps) {
     product.x = scratch.As<void>();
-    const KeepArguments arguments = {call.x,
-                                     call.row_price,
-                                     call.price,
-                                     scratch.As<void>(),
-                                     call.bias,
-                                     call.y,
-                                     static_cast<int>(call.tokens),
-                                     static_cast<int>(call.inputs),
-                                     static_cast<int>(call.outputs)};
-    keep_inputs_.Launch(stream, CeilDivide(call.inputs, kThreads), std::min(call.tokens, kMostBlocks), 1, kThreads,
-                        &arguments);
+    Keep(stream, call, scratch.As<void>());
   }
   for (int64_t first = 0; first < call.outputs; first += at_once) {
     product.outputs = std::min(at_once, call.outputs - first);
@@ -90,6 +142,11 @@ void ManyTokens::Expand(void* stream, const ManyTokensCall& call, int64_t first,
   arguments.columns = static_cast<int>(call.output_major ? call.inputs : count);
   const bool wide = SuitsLoads(call.matrix, kWide, bits_);
   const int64_t blocks = CeilDivide(arguments.columns, kThreads * (wide ? kWide : 1));
+  if (wide && Variant(kExpandsRows)) {
+    const int64_t together = CeilDivide(arguments.rows, kExpandedTogether);
+    expand_rows_.Launch(stream, blocks, std::min(together, kMostBlocks), 1, kThreads, &arguments);
+    return;
+  }
   expand_[wide].Launch(stream, blocks, std::min<int64_t>(arguments.rows, kMostBlocks), 1, kThreads, &arguments);
 }
 

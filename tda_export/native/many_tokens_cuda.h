@@ -17,6 +17,7 @@ struct ManyTokensCall {
   const float* row_price = nullptr;  // [inputs]; null: every input counts
   const float* price = nullptr;      // [1]
   const void* bias = nullptr;        // [outputs] or null; given with prices alone
+  bool every_row = false;            // whether the price is known to drop no input
 };
 
 class ManyTokens {
@@ -29,13 +30,16 @@ class ManyTokens {
   void Multiply(const KernelContext& context, const ManyTokensCall& call) const;
 
  private:
+  int64_t OutputsAtOnce(const ManyTokensCall& call) const;
+  void Keep(void* stream, const ManyTokensCall& call, void* kept) const;
   void Expand(void* stream, const ManyTokensCall& call, int64_t first, int64_t count, void* elements) const;
 
   const Allocator allocator_;
   const Cublas cublas_;
   const ElementType type_;
   const int bits_;
-  CudaKernel keep_inputs_, expand_[2];  // by wide loads
+  const int64_t multiprocessors_;
+  CudaKernel keep_inputs_, keep_[2], expand_[2], expand_rows_;  // by wide loads
 };
 
 }  // namespace tda

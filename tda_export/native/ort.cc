@@ -1,6 +1,26 @@
 #include "ort.h"
 
 namespace tda {
+namespace {
+
+Tensor Describe(const OrtApi* api, OrtValue* value) {
+  Tensor tensor;
+  if (value == nullptr) return tensor;
+  tensor.present = true;
+  OrtTensorTypeAndShapeInfo* info = nullptr;
+  Check(api, api->GetTensorTypeAndShape(value, &info));
+  OrtStatus* status = api->GetTensorElementType(info, &tensor.type);
+  if (status == nullptr) status = api->GetDimensionsCount(info, &tensor.rank);
+  const bool too_many = status == nullptr && tensor.rank > Tensor::kMaxRank;
+  if (status == nullptr && !too_many) status = api->GetDimensions(info, tensor.sizes, tensor.rank);
+  api->ReleaseTensorTypeAndShapeInfo(info);
+  Check(api, status);
+  if (too_many) Fail("a tensor of ", tensor.rank, " axes; at most ", Tensor::kMaxRank, " are expected");
+  Check(api, api->GetTensorMutableData(value, &tensor.data));
+  return tensor;
+}
+
+}  // namespace
 
 void Check(const OrtApi* api, OrtStatus* status) {
   if (status == nullptr) return;
@@ -52,11 +72,13 @@ std::string KernelInfo::String(const char* attribute) const {
   return value;
 }
 
-bool KernelInfo::IsConstant(size_t input) const {
+bool KernelInfo::IsConstant(size_t input) const { return Constant(input).present; }
+
+Tensor KernelInfo::Constant(size_t input) const {
   int constant = 0;
   const OrtValue* value = nullptr;
   Check(api_, api_->KernelInfoGetConstantInput_tensor(info_, input, &constant, &value));
-  return constant != 0;
+  return constant != 0 ? Describe(api_, const_cast<OrtValue*>(value)) : Tensor();
 }
 
 Allocator::Allocator(const KernelInfo& info) : api_(info.api()) {
@@ -71,7 +93,7 @@ Tensor KernelContext::Input(size_t index) const {
   if (index >= count) return Tensor();
   const OrtValue* value = nullptr;
   Check(api_, api_->KernelContext_GetInput(context_, index, &value));
-  return Describe(const_cast<OrtValue*>(value));
+  return Describe(api_, const_cast<OrtValue*>(value));
 }
 
 Tensor KernelContext::Output(size_t index, std::initializer_list<int64_t> sizes) const {
@@ -98,24 +120,7 @@ void* KernelContext::CublasHandle() const {
 Tensor KernelContext::Allocate(size_t index, const int64_t* sizes, size_t rank) const {
   OrtValue* value = nullptr;
   Check(api_, api_->KernelContext_GetOutput(context_, index, sizes, rank, &value));
-  return Describe(value);
-}
-
-Tensor KernelContext::Describe(OrtValue* value) const {
-  Tensor tensor;
-  if (value == nullptr) return tensor;
-  tensor.present = true;
-  OrtTensorTypeAndShapeInfo* info = nullptr;
-  Check(api_, api_->GetTensorTypeAndShape(value, &info));
-  OrtStatus* status = api_->GetTensorElementType(info, &tensor.type);
-  if (status == nullptr) status = api_->GetDimensionsCount(info, &tensor.rank);
-  const bool too_many = status == nullptr && tensor.rank > Tensor::kMaxRank;
-  if (status == nullptr && !too_many) status = api_->GetDimensions(info, tensor.sizes, tensor.rank);
-  api_->ReleaseTensorTypeAndShapeInfo(info);
-  Check(api_, status);
-  if (too_many) Fail("a tensor of ", tensor.rank, " axes; at most ", Tensor::kMaxRank, " are expected");
-  Check(api_, api_->GetTensorMutableData(value, &tensor.data));
-  return tensor;
+  return Describe(api_, value);
 }
 
 Scratch::Scratch(const KernelContext& context, const Allocator& allocator, size_t bytes, bool cuda)

@@ -54,6 +54,7 @@ class KernelInfo {
   float Float(const char* attribute) const;
   std::string String(const char* attribute) const;
   bool IsConstant(size_t input) const;  // whether an input has the same values in every call
+  Tensor Constant(size_t input) const;  // those values, in the provider's memory; not present where they may differ
   const OrtApi* api() const { return api_; }
   const OrtKernelInfo* get() const { return info_; }
 
@@ -100,7 +101,6 @@ class KernelContext {
   OrtKernelContext* get() const { return context_; }
 
  private:
-  Tensor Describe(OrtValue* value) const;
   Tensor Allocate(size_t index, const int64_t* sizes, size_t rank) const;
 
   const OrtApi* api_;

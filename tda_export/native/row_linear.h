@@ -14,6 +14,9 @@ namespace tda {
 // Types of inputs for activations of `type`: what x comes from, and a matrix of these tensors.
 std::vector<IoType> RowLinearInputs(std::vector<IoType> x, ElementType type, std::vector<IoType> weight);
 
+// The number of the input `price` of a node with so many inputs ahead of w, which holds floats or codes.
+constexpr size_t PriceInput(size_t ahead, bool codes) { return ahead + (codes ? 3 : 1) + 1; }
+
 // What a node has ahead of w: so many inputs, the first of which has a name, and `parts` columns for each row of w.
 struct InputsAhead {
   size_t count = 1;

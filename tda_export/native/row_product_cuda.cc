@@ -50,6 +50,20 @@ bool SuitsMatrices(const StoredMatrix& matrix, int64_t bits) {
          aligned(matrix.scales, 16) && aligned(matrix.zero_points, static_cast<uintptr_t>(bits));
 }
 
+// Inputs ahead of the matrix, by where x comes from.
+constexpr size_t kAhead[] = {1, 3, 2};
+
+// Whether a node's price is a constant at which every row is read.
+bool DropsNothing(const KernelInfo& info, size_t ahead, bool codes) {
+  const Tensor constant = info.Constant(PriceInput(ahead, codes));
+  if (!constant.present || constant.type != kFloat || constant.Count() != 1) return false;
+  const CudaDriver& driver = CudaDriver::Get();
+  float price = 0;
+  const auto address = [](const void* data) { return reinterpret_cast<uintptr_t>(data); };
+  driver.Check(driver.Memcpy(address(&price), address(constant.data), sizeof(price)), "read a price");
+  return !(price > 0);
+}
+
 }  // namespace
 
 // The kernels of one element type, bits of a code, and kind of inputs on one GPU.
@@ -155,7 +169,10 @@ class RowLinearKernels {
 
 RowProduct::RowProduct(const KernelInfo& info, ElementType type, int bits, RowInputs inputs,
                        const std::vector<std::string>& defines)
-    : allocator_(info), early_(info.Flag("early")), many_tokens_(info, type, bits) {
+    : allocator_(info),
+      early_(info.Flag("early")),
+      every_row_(DropsNothing(info, kAhead[static_cast<int>(inputs)], bits > 0)),
+      many_tokens_(info, type, bits) {
   if (bits > 0) layout_.emplace(info, bits);
   stored_ = &RowLinearKernels::Get(type, bits, RowInputs::kStored, {});
   made_ = &RowLinearKernels::Get(type, bits, inputs, defines);
@@ -173,7 +190,8 @@ void RowProduct::Multiply(const KernelContext& context, const RowLinearCall& cal
   if (call.y.Count() == 0) return;
   if (many_tokens_.Pays(call.tokens)) {
     many_tokens_.Multiply(context, {x, Matrix(call), false, call.tokens, call.inputs, call.outputs, call.y.data,
-                                    call.row_price.As<const float>(), call.price.As<const float>(), call.bias.data});
+                                    call.row_price.As<const float>(), call.price.As<const float>(), call.bias.data,
+                                    every_row_});
     return;
   }
   RowLinearArguments arguments = {};

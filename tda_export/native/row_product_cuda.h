@@ -58,6 +58,7 @@ class RowProduct {
 
   const Allocator allocator_;
   const bool early_;
+  const bool every_row_;  // the price is the same in every call, and drops no row
   const ManyTokens many_tokens_;
   std::optional<CodeLayout> layout_;  // where there are codes
   const RowLinearKernels* stored_;    // kept for the process, as are those below

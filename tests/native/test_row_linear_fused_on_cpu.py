@@ -71,7 +71,7 @@ class NormArguments(ctypes.Structure):
 class GatedArguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("gate", "up", "h")),
-        *((name, ctypes.c_int) for name in ("neurons", "stride")),
+        *((name, ctypes.c_int) for name in ("tokens", "neurons", "stride")),
     )
 
 
@@ -349,7 +349,12 @@ def test_a_gated_activation_within_the_product(compiled: Compile, case: Case, pa
     gate, up = both, both[inputs:] if packed else both[inputs:].copy()
     h = bits_like(inputs)
     arguments = GatedArguments(
-        gate=address(gate), up=address(up), h=address(h.array), neurons=inputs, stride=2 * inputs if packed else inputs
+        gate=address(gate),
+        up=address(up),
+        h=address(h.array),
+        tokens=1,
+        neurons=inputs,
+        stride=2 * inputs if packed else inputs,
     )
     wide = inputs % 8 == 0
     bf16 = int(case.dtype == "bfloat16")

@@ -86,6 +86,16 @@ def test_gated_activation(
     np.testing.assert_allclose(array_of(h).astype(np.float64), expected, rtol=tolerance, atol=tolerance * 8)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("neurons", [8, 9], ids=["wide", "narrow"])
+def test_a_gated_activation_of_more_tokens_than_a_grid_has_blocks(neurons: int) -> None:
+    gate_up = np.random.default_rng(0).standard_normal((1, 65537, 2 * neurons)).astype(np.float16)
+    session = gated_session("relu", True, "float16", CUDA, True)
+    (h,) = session.run_with_ort_values(["h"], {"gate": ort_value(gate_up)})
+    gate, up = np.split(gate_up.astype(np.float32), 2, axis=-1)
+    np.testing.assert_array_equal(array_of(h), (np.maximum(gate, 0) * up).astype(np.float16))
+
+
 @functools.cache
 def price_session(provider: str, native: bool) -> ort.InferenceSession:
     int64, float32 = ir.TensorType(ir.DataType.INT64), ir.TensorType(ir.DataType.FLOAT)

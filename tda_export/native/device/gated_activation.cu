@@ -4,7 +4,7 @@ struct GatedArguments {
   const Element* gate;  // row t begins at t * stride
   const Element* up;
   Element* h;  // [tokens, neurons]
-  int neurons, stride;
+  int tokens, neurons, stride;
 };
 
 template <int kWidth>
@@ -13,13 +13,15 @@ static __device__ __forceinline__ void GatedActivation(const GatedArguments& a) 
   LetNextKernelStart();
   const int first = (blockIdx.x * kThreads + threadIdx.x) * kWidth;
   if (first >= a.neurons) return;
-  const size_t row = static_cast<size_t>(blockIdx.y) * a.stride;
-  float gate[kWidth], up[kWidth];
-  Load<kWidth>(a.gate + row + first).ToFloats(gate);
-  Load<kWidth>(a.up + row + first).ToFloats(up);
+  for (int token = blockIdx.y; token < a.tokens; token += gridDim.y) {
+    const size_t row = static_cast<size_t>(token) * a.stride;
+    float gate[kWidth], up[kWidth];
+    Load<kWidth>(a.gate + row + first).ToFloats(gate);
+    Load<kWidth>(a.up + row + first).ToFloats(up);
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) gate[i] = Gated(gate[i], up[i]);
-  Store<kWidth>(a.h + static_cast<size_t>(blockIdx.y) * a.neurons + first, gate);
+    for (int i = 0; i < kWidth; ++i) gate[i] = Gated(gate[i], up[i]);
+    Store<kWidth>(a.h + static_cast<size_t>(token) * a.neurons + first, gate);
+  }
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads) Gated_8(GatedArguments arguments) {
