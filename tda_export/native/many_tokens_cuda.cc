@@ -1,27 +1,14 @@
 #include "many_tokens_cuda.h"
 
 #include <algorithm>
-#include <cstdlib>
 
 namespace tda {
 namespace {
 
-constexpr int64_t kScratchBytes = 64 << 20;  // of expanded elements, about
-constexpr int64_t kOutputsTogether = 128;    // a whole number of groups
 constexpr int64_t kElementBytes = 2;
-
 constexpr int64_t kTileTokens = 128, kTileOutputs = 256;  // of a block of cuBLAS's, about
-constexpr int64_t kMostScratchBytes = 128 << 20;
-constexpr int64_t kLeastStripBytes = 16 << 20;
-constexpr int64_t kExpandedTogether = 4;
-
-// For measuring only: a sum of these, read at each call.
-constexpr int kSkipsCopy = 1, kExpandsRows = 2, kWhole = 4, kFillsWaves = 8, kStaysInCache = 16, kKeepsWide = 32;
-
-bool Variant(int wanted) {
-  const char* text = std::getenv("TDA_PREFILL_VARIANT");
-  return ((text == nullptr ? 0 : std::atoi(text)) & wanted) != 0;
-}
+constexpr int64_t kMostExpandedBytes = 128 << 20;         // unless a tile's outputs have more
+constexpr int64_t kExpandedTogether = 4;                  // rows of a thread (device/expand.cu)
 
 struct ExpandArguments {
   StoredMatrix matrix;
@@ -45,22 +32,16 @@ struct KeepArguments {
 ManyTokens::ManyTokens(const KernelInfo& info, ElementType type, int bits)
     : allocator_(info), type_(type), bits_(bits), multiprocessors_(CudaDevice::Current().multiprocessors) {
   const CudaModule& module = CudaModule::Get("expand", FormatDefines(type, bits));
-  keep_inputs_ = module.Kernel("KeepInputs", kThreads);
   for (const bool wide : {false, true}) {
     expand_[wide] = module.Kernel(wide ? "Expand_8" : "Expand_1", kThreads);
     keep_[wide] = module.Kernel(wide ? "Keep_8" : "Keep_1", kThreads);
   }
-  expand_rows_ = module.Kernel("ExpandRows", kThreads);
 }
 
-// How many outputs are expanded and multiplied together: so many that blocks of cuBLAS fill the GPU in the fewest rounds.
+// How many outputs are expanded and multiplied together: as many as memory allows, or fewer if blocks of cuBLAS fill the GPU
+// in fewer rounds then.
 int64_t ManyTokens::OutputsAtOnce(const ManyTokensCall& call) const {
   const int64_t bytes = call.inputs * kElementBytes;  // of an output
-  if (Variant(kWhole)) return call.outputs;
-  if (!Variant(kFillsWaves | kStaysInCache)) {
-    const int64_t fit = kScratchBytes / bytes / kOutputsTogether * kOutputsTogether;
-    return std::min(call.outputs, std::max(kOutputsTogether, fit));
-  }
   const int64_t tiles = CeilDivide(call.tokens, kTileTokens);
   const auto rounds = [&](int64_t outputs) {
     return CeilDivide(tiles * CeilDivide(outputs, kTileOutputs), multiprocessors_);
@@ -68,9 +49,8 @@ int64_t ManyTokens::OutputsAtOnce(const ManyTokensCall& call) const {
   int64_t best = 0, least = 0;
   for (int64_t each = kTileOutputs;; each += kTileOutputs) {
     const int64_t total = call.outputs / each * rounds(each) + rounds(call.outputs % each);
-    const bool preferred = Variant(kStaysInCache) ? best * bytes < kLeastStripBytes : true;
-    if (best == 0 || total < least || (total == least && preferred)) best = each, least = total;
-    if (each >= call.outputs || (each + kTileOutputs) * bytes > kMostScratchBytes) break;
+    if (best == 0 || total <= least) best = each, least = total;
+    if (each >= call.outputs || (each + kTileOutputs) * bytes > kMostExpandedBytes) break;
   }
   return std::min(best, call.outputs);
 }
@@ -86,11 +66,6 @@ void ManyTokens::Keep(void* stream, const ManyTokensCall& call, void* kept) cons
                                    static_cast<int>(call.tokens),
                                    static_cast<int>(call.inputs),
                                    static_cast<int>(call.outputs)};
-  if (!Variant(kKeepsWide)) {
-    keep_inputs_.Launch(stream, CeilDivide(call.inputs, kThreads), std::min(call.tokens, kMostBlocks), 1, kThreads,
-                        &arguments);
-    return;
-  }
   const auto suits = [](const void* data, int64_t count) {
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && count % kWide == 0;
   };
@@ -104,7 +79,7 @@ void ManyTokens::Keep(void* stream, const ManyTokensCall& call, void* kept) cons
 void ManyTokens::Multiply(const KernelContext& context, const ManyTokensCall& call) const {
   void* stream = context.CudaStream();
   const bool expands = bits_ > 0;
-  const bool keeps = call.price != nullptr && !(Variant(kSkipsCopy) && call.every_row && call.bias == nullptr);
+  const bool keeps = call.price != nullptr && !(call.every_row && call.bias == nullptr);
   const int64_t at_once = expands ? OutputsAtOnce(call) : call.outputs;
   const size_t kept_bytes = keeps ? Aligned(call.tokens * call.inputs * kElementBytes) : 0;
   const size_t expanded_bytes = expands ? at_once * call.inputs * kElementBytes : 0;
@@ -142,12 +117,8 @@ void ManyTokens::Expand(void* stream, const ManyTokensCall& call, int64_t first,
   arguments.columns = static_cast<int>(call.output_major ? call.inputs : count);
   const bool wide = SuitsLoads(call.matrix, kWide, bits_);
   const int64_t blocks = CeilDivide(arguments.columns, kThreads * (wide ? kWide : 1));
-  if (wide && Variant(kExpandsRows)) {
-    const int64_t together = CeilDivide(arguments.rows, kExpandedTogether);
-    expand_rows_.Launch(stream, blocks, std::min(together, kMostBlocks), 1, kThreads, &arguments);
-    return;
-  }
-  expand_[wide].Launch(stream, blocks, std::min<int64_t>(arguments.rows, kMostBlocks), 1, kThreads, &arguments);
+  const int64_t together = wide ? CeilDivide(arguments.rows, kExpandedTogether) : arguments.rows;
+  expand_[wide].Launch(stream, blocks, std::min(together, kMostBlocks), 1, kThreads, &arguments);
 }
 
 }  // namespace tda

@@ -39,7 +39,7 @@ class ManyTokens {
   const ElementType type_;
   const int bits_;
   const int64_t multiprocessors_;
-  CudaKernel keep_inputs_, keep_[2], expand_[2], expand_rows_;  // by wide loads
+  CudaKernel keep_[2], expand_[2];  // by wide loads
 };
 
 }  // namespace tda

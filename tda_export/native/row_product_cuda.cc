@@ -12,10 +12,11 @@ namespace {
 constexpr int64_t kMostRanks = 16;  // blocks of a cluster
 constexpr int64_t kMatrixRows = 16;  // rows that a warp adds at once by matrices
 constexpr int kFirstWithMatrices = 80;  // compute capability
-constexpr unsigned kStaticBytes = 4096;  // at most, of a kernel's shared memory beside what is asked for
+constexpr int64_t kLargeWarps = 16;
+constexpr int64_t kStaticBytes = 4096;  // at most, of a kernel's shared memory beside what is asked for
 
 // Dynamic shared memory of a warp that has so many matrices under way (device/row_sums_matrices.cuh).
-constexpr unsigned MatrixBytes(int bits, int matrices) { return matrices * (bits == 4 ? 2432 : 4608) + 768; }
+constexpr int64_t MatrixBytes(int bits, int matrices) { return matrices * (bits == 4 ? 2432 : 4608) + 768; }
 
 // A kernel for one token or a tile of them, and how many blocks can share the rows of a slice of columns. That decides in
 // which order rows are added, so it is the same number whatever x is: that of the kernel that finds x stored.
@@ -85,10 +86,10 @@ class RowLinearKernels {
     // `matrices`: how many of them a warp has under way; 0: it adds row after row.
     auto shared = [&](int tokens, int64_t width, int64_t warps, int blocks, int matrices = 0) {
       std::string name = "RowLinear_" + std::to_string(tokens) + "_";
-      name += matrices > 0 ? "m" + std::to_string(matrices) : std::to_string(width);
+      name += matrices == 0 ? std::to_string(width) : warps == kLargeWarps ? "large" : "small";
       for (const int64_t part : {warps, int64_t{blocks}}) name += "_" + std::to_string(part);
       const unsigned threads = static_cast<unsigned>(warps * kWarp);
-      const unsigned bytes = matrices > 0 ? static_cast<unsigned>(warps) * MatrixBytes(bits, matrices) : 0;
+      const unsigned bytes = static_cast<unsigned>(matrices > 0 ? warps * MatrixBytes(bits, matrices) : 0);
       const CudaKernel counted = stored->Kernel(name.c_str(), threads, bytes);
       const CudaKernel kernel = module == stored ? counted : module->Kernel(name.c_str(), threads, bytes);
       SharedKernel made = {kernel, width, warps, matrices > 0 ? kMatrixRows : kRowsTogether, counted.resident_blocks};
@@ -116,11 +117,10 @@ class RowLinearKernels {
     }
     const CudaDevice device = CudaDevice::Current();
     if (bits > 0 && type == kHalf && device.capability >= kFirstWithMatrices) {
-      matrices.push_back(shared(1, kMatrixWidth, 8, 3, 2));
-      const int most = bits == 4 ? 3 : 2;
-      const int64_t warps = 16;
-      if (warps * MatrixBytes(bits, most) + kStaticBytes <= static_cast<unsigned>(device.shared_bytes)) {
-        matrices.push_back(shared(1, kMatrixWidth, warps, 1, most));
+      const int under_way = bits == 4 ? 2 : 1;
+      matrices.push_back(shared(1, kMatrixWidth, 8, 3, under_way));
+      if (kLargeWarps * MatrixBytes(bits, under_way + 1) + kStaticBytes <= device.shared_bytes) {
+        matrices.push_back(shared(1, kMatrixWidth, kLargeWarps, 1, under_way + 1));
       }
     }
     if (!clusters) clear_counters = module->Kernel("ClearCounters", kThreads);

@@ -81,10 +81,25 @@ def rows(rng: np.random.Generator, dtype: str) -> None:
                 assert np.isfinite(run(session, feeds).astype(np.float32)).all()
 
 
+CODE_SHAPES = [
+    *((33, 577, 1), (300, 4096, 1), (4096, 4096, 1), (300, 8192, 1), (300, 12288, 1)),
+    *((90, 264, 5), (300, 4096, 40)),
+]
+
+
 def codes(rng: np.random.Generator, dtype: str) -> None:
     """Run rows and products of integers, with every number of columns that a thread loads."""
     for format in (integer_format(4), integer_format(8)):
-        for inputs, outputs, tokens in ((33, 577, 1), (300, 4096, 1), (300, 8192, 1), (300, 12288, 1), (90, 264, 5)):
+        shapes = (
+            (33, 577, 1),
+            (300, 4096, 1),
+            (4096, 4096, 1),
+            (300, 8192, 1),
+            (300, 12288, 1),
+            (90, 264, 5),
+            (300, 4096, 40),
+        )
+        for inputs, outputs, tokens in shapes:
             feeds, _ = row_feeds(rng, format, inputs, outputs, tokens, dtype)
             del feeds["tolerance"]
             for early in (False, True):

@@ -67,6 +67,23 @@ def test_sums_over_the_rows_that_are_worth_it(
     assert_close(y, row_reference(feeds, elements, bias=bias), dtype)
 
 
+@pytest.mark.parametrize("name", ["int4_g32", "int8_g32"])
+@pytest.mark.parametrize("shape", [(31, 256), (500, 1280), (4096, 4096), (11008, 1024), (1000, 22016)], ids=str)
+def test_whole_slices_of_columns(name: str, shape: tuple[int, int]) -> None:
+    """In float16 these are multiplied by tensor cores, by small blocks and by large ones."""
+    (inputs, outputs), format = shape, INTEGER_FORMATS[name]
+    feeds, elements = row_feeds(np.random.default_rng(5), format, inputs, outputs, 1, "float16")
+    feeds["x"][0, 0, ::7] = 0
+    for density in (0.0, 0.3, 1.0):
+        feeds["price"] = price_for(feeds, density)
+        expected = row_reference(feeds, elements, bias=True)
+        for early in (False, True):
+            call = session(format, outputs, rows=True, bias=True, dtype="float16", early=early)
+            y = run(call, feeds)
+            assert_close(y, expected, "float16")
+            np.testing.assert_array_equal(run(call, feeds), y)
+
+
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     format=formats,

@@ -1,4 +1,4 @@
-"""Device code that prepares products of many tokens, run on the CPU: all ways to expand codes give the same bits."""
+"""Device code that prepares products of many tokens, run on the CPU: codes are expanded, and inputs dropped."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.native.cuda_on_cpu import Guarded, compile_for_cpu
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="written for Linux on x86-64"
 )
-SOURCES = ("common.cuh", "format.cuh", "format_codes.cuh", "products.cuh", "expand.cu")
+SOURCES = ("common.cuh", "format.cuh", "format_codes.cuh", "half_products.cuh", "products.cuh", "expand.cu")
 THREADS = 256
-TOGETHER = 4  # rows of a thread of ExpandRows
+TOGETHER = 4  # rows of a thread of Expand_8
 
 Libraries = dict[tuple[str, int], ctypes.CDLL]
 
@@ -48,7 +48,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Libraries:
     folder, found = tmp_path_factory.mktemp("device"), {}
     for dtype in ("float16", "bfloat16"):
         for bits in (0, 4, 8):
-            names = ("Expand_1", "Expand_8", "ExpandRows") if bits else ("KeepInputs", "Keep_1", "Keep_8")
+            names = ("Expand_1", "Expand_8") if bits else ("Keep_1", "Keep_8")
             defines = {
                 "TDA_BF16": int(dtype == "bfloat16"),
                 "TDA_BITS": bits,
@@ -91,7 +91,7 @@ def test_expanding(
     packed = [np.asarray(array, order="C") for array in codes.pack()]
     expected = codes.decode()[first_row : first_row + rows, first_column : first_column + columns]
     expected = expected.astype(NUMPY_DTYPES[dtype]).view(np.uint16)
-    for kernel, width, together in (("Expand_1", 1, 1), ("Expand_8", 8, 1), ("ExpandRows", 8, TOGETHER)):
+    for kernel, width, together in (("Expand_1", 1, 1), ("Expand_8", 8, TOGETHER)):
         elements = Guarded((rows, columns), np.dtype(np.uint16))
         arguments = ExpandArguments(
             *(array.ctypes.data for array in packed),
@@ -138,7 +138,7 @@ def test_keeping_inputs(
     added = rng.standard_normal(outputs).astype(x.dtype)
     worth = x.astype(np.float32) ** 2 * row_price
     expected = np.where(worth < prices, np.zeros_like(x), x)
-    for kernel, width in (("KeepInputs", 1), ("Keep_1", 1), ("Keep_8", 8)):
+    for kernel, width in (("Keep_1", 1), ("Keep_8", 8)):
         if inputs % width or outputs % width:
             continue
         kept, y = Guarded(x.shape, np.dtype(np.uint16)), Guarded((tokens, outputs), np.dtype(np.uint16))

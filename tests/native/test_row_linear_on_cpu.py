@@ -28,7 +28,7 @@ SOURCES = (
     "row_linear.cu",
 )
 # By bits: kernels by tokens and the columns of a thread, with their warps. Those of four tokens are last.
-BY_MATRICES = {4: {"1_m2_8_3": 8, "1_m3_16_1": 16}, 8: {"1_m2_8_3": 8, "1_m2_16_1": 16}}
+BY_MATRICES = {"1_small_8_3": 8, "1_large_16_1": 16}
 KERNELS = {
     4: {"1_32_8_2": 8, "1_16_8_2": 8, "1_8_16_1": 16, "1_1_8_3": 8, "4_8_8_1": 8, "4_1_8_1": 8},
     8: {"1_8_8_3": 8, "1_8_16_1": 16, "1_1_8_3": 8, "4_8_8_1": 8, "4_1_8_1": 8},
@@ -60,13 +60,12 @@ class Way:
 
 def columns_of(kernel: str) -> int:
     """The columns that a thread of a kernel sums."""
-    width = kernel.split("_")[1]
-    return 8 if width.startswith("m") else int(width)
+    return 8 if kernel in BY_MATRICES else int(kernel.split("_")[1])
 
 
 def load_of(kernel: str) -> int:
     """The columns that a row must have a whole number of: those of a thread's load, or by matrices of a slice."""
-    return 256 if "_m" in kernel else columns_of(kernel)
+    return 256 if kernel in BY_MATRICES else columns_of(kernel)
 
 
 @pytest.fixture(scope="module", params=WAYS)
@@ -74,7 +73,7 @@ def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     folder, (bf16, capability, clusters) = tmp_path_factory.mktemp("device"), WAYS[request.param]
     libraries, all_kernels = {}, {}
     for bits in KERNELS:
-        kernels = all_kernels[bits] = KERNELS[bits] | (BY_MATRICES[bits] if capability >= 80 and not bf16 else {})
+        kernels = all_kernels[bits] = KERNELS[bits] | (BY_MATRICES if capability >= 80 and not bf16 else {})
         named = {f"RowLinear_{name}": 32 * warps for name, warps in kernels.items()}
         defines = {
             "TDA_BF16": bf16,
@@ -144,11 +143,11 @@ def test_sums_over_the_rows_that_are_worth_it(
     early: bool,
     seed: int,
 ) -> None:
-    kernels = [name for name in way.kernels[format.bits] if format.group == 32 or "_m" not in name]
+    kernels = [name for name in way.kernels[format.bits] if format.group == 32 or name not in BY_MATRICES]
     kernel = data.draw(st.sampled_from(kernels))
     rng = np.random.default_rng(seed)
     tokens = 1 if kernel.startswith("1_") else data.draw(st.integers(2, 5))
-    outputs = (1 if "_m" in kernel else 9) * loads * load_of(kernel)
+    outputs = (1 if kernel in BY_MATRICES else 9) * loads * load_of(kernel)
     feeds, elements = row_feeds(rng, format, inputs, outputs, tokens, way.dtype)
     feeds["x"][rng.random(feeds["x"].shape) < zeros] = 0
     feeds["price"] = price_for(feeds, density)
@@ -157,7 +156,7 @@ def test_sums_over_the_rows_that_are_worth_it(
 
 
 # Kernels that read rows before it is known which are needed, by bits.
-EARLY = {4: {"1_32_8_2", "1_16_8_2", *BY_MATRICES[4]}, 8: {*BY_MATRICES[8]}}
+EARLY = {4: {"1_32_8_2", "1_16_8_2", *BY_MATRICES}, 8: {*BY_MATRICES}}
 
 
 def early_kernels(way: Way) -> list[tuple[int, str]]:

@@ -8,28 +8,22 @@ struct ExpandArguments {
   int rows, columns;              // how many
 };
 
-// One thread expands kWidth columns of a row, and the same columns of later rows.
-template <int kWidth>
-static __device__ __forceinline__ void Expand(const ExpandArguments& a) {
+// One thread expands a column of a row, and the same column of later rows.
+extern "C" __global__ void __launch_bounds__(kThreads) Expand_1(ExpandArguments a) {
 #if TDA_BITS
   WaitForEarlierKernels();
   LetNextKernelStart();
-  const CodeFormat<TDA_BITS, kWidth * TDA_BITS / 32> matrix(a.matrix);
-  const int column = (blockIdx.x * kThreads + threadIdx.x) * kWidth;
+  const CodeFormat<TDA_BITS, 0> matrix(a.matrix);
+  const int column = blockIdx.x * kThreads + threadIdx.x;
   if (column >= a.columns) return;
   for (int row = blockIdx.y; row < a.rows; row += gridDim.y) {
     const auto pack = matrix.At(a.first_row + row).Load(a.first_column + column);
-    float values[kWidth];
-    pack.ToFloats(values);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) values[i] *= pack.Scale();
-    Store<kWidth>(a.elements + static_cast<size_t>(row) * a.columns + column, values);
+    float value;
+    pack.ToFloats(&value);
+    a.elements[static_cast<size_t>(row) * a.columns + column] = FromFloat(value * pack.Scale());
   }
 #endif
 }
-
-extern "C" __global__ void __launch_bounds__(kThreads) Expand_8(ExpandArguments arguments) { Expand<8>(arguments); }
-extern "C" __global__ void __launch_bounds__(kThreads) Expand_1(ExpandArguments arguments) { Expand<1>(arguments); }
 
 #if TDA_BITS
 // Two elements in a word, the first one in its low half.
@@ -40,12 +34,6 @@ static __device__ __forceinline__ unsigned Bfloat16s(float low, float high) {
   return pair;
 }
 #else
-static __device__ __forceinline__ unsigned Scaled(unsigned differences, unsigned scales) {
-  unsigned product;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(differences), "r"(scales));
-  return product;
-}
-
 // Return the differences of the codes 2 k and 2 k + 1 of a word of eight-bit codes from a zero point, by way of 1024 + c.
 template <int k>
 static __device__ __forceinline__ unsigned EightBitDifferences(unsigned word, const ZeroHalves& zero) {
@@ -71,18 +59,18 @@ static __device__ __forceinline__ uint4 Elements(const Weights& pack) {
   const ZeroHalves zero(pack.ZeroPoint());
   const unsigned scales = pack.scale * 0x10001u;
 #if TDA_BITS == 4
-  const unsigned codes_0_4 = Scaled(Differences<0>(pack.words[0], zero), scales);
-  const unsigned codes_1_5 = Scaled(Differences<1>(pack.words[0], zero), scales);
-  const unsigned codes_2_6 = Scaled(Differences<2>(pack.words[0], zero), scales);
-  const unsigned codes_3_7 = Scaled(Differences<3>(pack.words[0], zero), scales);
+  const unsigned codes_0_4 = ProductOf(Differences<0>(pack.words[0], zero), scales);
+  const unsigned codes_1_5 = ProductOf(Differences<1>(pack.words[0], zero), scales);
+  const unsigned codes_2_6 = ProductOf(Differences<2>(pack.words[0], zero), scales);
+  const unsigned codes_3_7 = ProductOf(Differences<3>(pack.words[0], zero), scales);
   constexpr unsigned kLow = 0x5410, kHigh = 0x7632;
   return make_uint4(__byte_perm(codes_0_4, codes_1_5, kLow), __byte_perm(codes_2_6, codes_3_7, kLow),
                     __byte_perm(codes_0_4, codes_1_5, kHigh), __byte_perm(codes_2_6, codes_3_7, kHigh));
 #else
-  return make_uint4(Scaled(EightBitDifferences<0>(pack.words[0], zero), scales),
-                    Scaled(EightBitDifferences<1>(pack.words[0], zero), scales),
-                    Scaled(EightBitDifferences<0>(pack.words[1], zero), scales),
-                    Scaled(EightBitDifferences<1>(pack.words[1], zero), scales));
+  return make_uint4(ProductOf(EightBitDifferences<0>(pack.words[0], zero), scales),
+                    ProductOf(EightBitDifferences<1>(pack.words[0], zero), scales),
+                    ProductOf(EightBitDifferences<0>(pack.words[1], zero), scales),
+                    ProductOf(EightBitDifferences<1>(pack.words[1], zero), scales));
 #endif
 #endif
 }
@@ -104,7 +92,7 @@ static __device__ __forceinline__ void ExpandColumns(const ExpandArguments& a, c
 #endif
 
 // One thread expands eight columns of kExpandedTogether rows, and of later rows.
-extern "C" __global__ void __launch_bounds__(kThreads) ExpandRows(ExpandArguments a) {
+extern "C" __global__ void __launch_bounds__(kThreads) Expand_8(ExpandArguments a) {
 #if TDA_BITS
   constexpr int kWidth = 8;
   WaitForEarlierKernels();
@@ -112,7 +100,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) ExpandRows(ExpandArgument
   const int column = (blockIdx.x * kThreads + threadIdx.x) * kWidth;
   if (column >= a.columns) return;
   using Format = CodeFormat<TDA_BITS, kWidth * TDA_BITS / 32>;
-  const auto weights = Format(a.matrix).From(a.first_column + column);
+  const int slice = a.first_column + column - threadIdx.x % kWarp * kWidth;  // of a warp
+  const auto weights = Format(a.matrix).From(slice);
   Element* elements = a.elements + column;
   for (int first = blockIdx.y * kExpandedTogether; first < a.rows; first += gridDim.y * kExpandedTogether) {
     if (first + kExpandedTogether <= a.rows) {
@@ -169,22 +158,3 @@ static __device__ __forceinline__ void Keep(const KeepArguments& a) {
 
 extern "C" __global__ void __launch_bounds__(kThreads) Keep_8(KeepArguments arguments) { Keep<8>(arguments); }
 extern "C" __global__ void __launch_bounds__(kThreads) Keep_1(KeepArguments arguments) { Keep<1>(arguments); }
-
-// Copy x with zeros in place of dropped inputs, and fill y with the bias, if there is one.
-extern "C" __global__ void __launch_bounds__(kThreads) KeepInputs(KeepArguments a) {
-  WaitForEarlierKernels();
-  LetNextKernelStart();
-  const float price = *a.price;
-  const int first = blockIdx.x * kThreads + threadIdx.x, stride = gridDim.x * kThreads;
-  for (int token = blockIdx.y; token < a.tokens; token += gridDim.y) {
-    const size_t row = static_cast<size_t>(token) * a.inputs;
-    for (int i = first; i < a.inputs; i += stride) {
-      const Element x = a.x[row + i];
-      const float value = ToFloat(x);
-      const bool dropped = __fmul_rn(__fmul_rn(value, value), a.row_price[i]) < price;  // NaN is kept
-      a.kept[row + i] = dropped ? Element(0) : x;
-    }
-    if (a.bias == nullptr) continue;
-    for (int i = first; i < a.outputs; i += stride) a.y[static_cast<size_t>(token) * a.outputs + i] = a.bias[i];
-  }
-}

@@ -9,6 +9,12 @@ static __device__ __forceinline__ HalfPair ToHalves(float low, float high) {
   return pair;
 }
 
+static __device__ __forceinline__ HalfPair ProductOf(HalfPair a, HalfPair b) {
+  HalfPair product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+
 #if __CUDA_ARCH__ >= 800
 
 // Add the product of matrices [16, 16] and [16, 8] of float16 to one of float32. With g = lane / 4 and c = lane % 4 a lane

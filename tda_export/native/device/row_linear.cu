@@ -254,15 +254,16 @@ TDA_ROW_LINEAR(1, 8, 8, 2)
 TDA_ROW_LINEAR(1, 8, 16, 1)
 TDA_ROW_LINEAR(1, 1, 8, 3)
 #if TDA_HALF_CODES
-// With the matrices of rows that a warp has under way.
-using TwoMatrices = CodeMatrixFormat<TDA_BITS, 2>;
-TDA_ROW_LINEAR_OF(1, m2, 8, 3, TwoMatrices)
+// By matrices of rows, with so many of them under way in a warp.
 #if TDA_BITS == 4
-using ThreeMatrices = CodeMatrixFormat<TDA_BITS, 3>;
-TDA_ROW_LINEAR_OF(1, m3, 16, 1, ThreeMatrices)
+using SmallBlocks = CodeMatrixFormat<TDA_BITS, 2>;
+using LargeBlocks = CodeMatrixFormat<TDA_BITS, 3>;
 #else
-TDA_ROW_LINEAR_OF(1, m2, 16, 1, TwoMatrices)
+using SmallBlocks = CodeMatrixFormat<TDA_BITS, 1>;
+using LargeBlocks = CodeMatrixFormat<TDA_BITS, 2>;
 #endif
+TDA_ROW_LINEAR_OF(1, small, 8, 3, SmallBlocks)
+TDA_ROW_LINEAR_OF(1, large, 16, 1, LargeBlocks)
 #endif
 #if !TDA_INPUTS
 TDA_ROW_LINEAR(4, 8, 8, 1)

@@ -65,12 +65,6 @@ static __device__ __forceinline__ void LoadTransposed(unsigned place, HalfPair (
                : "memory");
 }
 
-static __device__ __forceinline__ HalfPair ProductOf(HalfPair a, HalfPair b) {
-  HalfPair product;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-  return product;
-}
-
 // Return 16 ones for each that is not 0; NaN is not.
 static __device__ __forceinline__ unsigned NonzeroMask(HalfPair pair) {
   unsigned mask;
