@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,8 +13,11 @@ SHARES = (0.9, 0.6, 0.3)  # fewer than the product measures
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_prices() -> Iterator[None]:
-    """Measure only `SHARES` in a module that imports this fixture."""
+def few_prices(priced_calibration: Path) -> Iterator[None]:
+    """Measure only `SHARES` in a module that imports this fixture.
+
+    Other modules share `priced_calibration`, so it is made before.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for module in (price_run, price_table):
             patch.setattr(module, "SHARES", SHARES)
