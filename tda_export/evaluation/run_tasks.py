@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval import simple_evaluate
+from lm_eval import evaluate
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
@@ -100,9 +100,8 @@ def run_tasks(
     for number, task in enumerate(tasks, 1):
         notify(f"{task} ({number} of {len(tasks)})")
         began = time.monotonic()
-        found = simple_evaluate(
-            model=lm, tasks=[task], limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=1
-        )
+        # Not simple_evaluate, which also describes the machine with a dozen other programs; that takes seconds.
+        found = evaluate(lm, manager.load([task]), limit=limit, log_samples=False, bootstrap_iters=1)
         ffn, linears = _shares(lm)
         results[task] = TaskResult(
             questions=int(found["n-samples"][task]["effective"]),

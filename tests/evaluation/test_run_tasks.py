@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,20 @@ def test_limit_and_ffn_share(data: Path, tiny_artifact: Path) -> None:
         assert 0.0 < result.ffn_share < 1.0
         assert result.linear_share is not None
         assert result.ffn_share < result.linear_share < 1.0  # all rows of attention are read
+
+
+def test_no_other_program_runs(data: Path, lm: TdaLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness's `simple_evaluate` runs a dozen, to describe the machine, and ignores their failures."""
+    started: list[Any] = []
+
+    def start(self: Any, *command: Any, **options: Any) -> None:
+        started.append(command)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", start)
+    monkeypatch.setattr(subprocess.Popen, "__del__", lambda self: None)
+    assert run_tasks(lm, ["piqa"], data, limit=1)["piqa"].questions == 1
+    assert started == []
 
 
 def test_gold_likelihoods_by_hand() -> None:
