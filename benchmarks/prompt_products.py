@@ -2,9 +2,9 @@
 
     python benchmarks/prompt_products.py [--shape 4096x4096 ..] [--tokens 1024 2048] [--bits 4]
 
-Microseconds a product, median of five rounds (range). Ours runs through RowLinear4 or RowLinear8 in ONNX Runtime, with a
-price of 0 that is a constant, as in prefill.onnx, and with one that is an input. Each result is compared with PyTorch's
-before it is timed. A round goes over several matrices, of more bytes than the second-level cache holds.
+Microseconds a product, median of five rounds (range). Ours runs through RowLinear4 or RowLinear8 in ONNX Runtime, with
+a price of 0 that is a constant, as in prefill.onnx, and with one that is an input. Each result is compared with
+PyTorch's before it is timed. A round goes over several matrices, of more bytes than the second-level cache holds.
 """
 
 from __future__ import annotations
