@@ -2,7 +2,7 @@
 //
 //   DEVICE_SOURCE   the device code, with BEGIN_STAMPS(layer) and STAMP(i) where a block reaches a step
 //   TDA_BITS        4 or 8
-//   KERNELS         {"name", kernel, columns of a thread, threads, dynamic shared bytes}, ...
+//   KERNELS         {"name", kernel, columns of a thread, threads, dynamic shared bytes, rows of a warp at once}, ...
 //
 //     device_rows [--stamps] INPUTSxOUTPUTS .. density ..
 #include <cuda_fp16.h>
@@ -61,7 +61,7 @@ constexpr const char* kSteps[kStamps] = {"the block begins", "earlier kernels ha
 struct KernelCase {
   const char* name;
   void (*kernel)(RowLinearArguments);
-  int width, threads, dynamic_bytes;
+  int width, threads, dynamic_bytes, rows;  // rows that a warp adds at once
 };
 
 __global__ void FillWords(unsigned* words, size_t count, unsigned seed) {
@@ -105,7 +105,7 @@ int RanksOf(const KernelCase& made, int inputs, int slices, cudaLaunchConfig_t c
   attribute.id = cudaLaunchAttributeClusterDimension;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  for (int ranks = std::min(kMostRanks, std::max(1, inputs / (made.threads / 32 * 4))); ranks > 1; --ranks) {
+  for (int ranks = std::min(kMostRanks, (inputs - 1) / (made.threads / 32 * made.rows) + 1); ranks > 1; --ranks) {
     attribute.val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
     config.gridDim = dim3(ranks, slices);
     int clusters = 0;

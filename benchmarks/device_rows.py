@@ -20,7 +20,8 @@ from pathlib import Path
 from tda_export.native.build import device_sources
 
 SOURCE = Path(__file__).with_suffix(".cu")
-# By bits: kernels by name, with the columns of a thread, threads, and dynamic shared memory.
+# By bits: kernels by name, with the columns of a thread, threads, and sets of 16 rows under way in shared memory, whose
+# sizes device/row_sums_matrices.cuh asserts.
 LIST_BYTES, MATRIX_BYTES = 768, {4: 2432, 8: 4608}
 KERNELS = {
     4: {"1_small_8_3": (8, 256, 2), "1_large_16_1": (8, 512, 3), "1_32_8_2": (32, 256, 0), "1_16_8_2": (16, 256, 0)},
@@ -52,7 +53,7 @@ def cases_of(bits: int) -> str:
     rows = []
     for name, (width, threads, matrices) in (KERNELS[bits] | LAST).items():
         memory = threads // 32 * (matrices * MATRIX_BYTES[bits] + LIST_BYTES) if matrices else 0
-        rows.append(f'{{"{name}", RowLinear_{name}, {width}, {threads}, {memory}}}')
+        rows.append(f'{{"{name}", RowLinear_{name}, {width}, {threads}, {memory}, {16 if matrices else 4}}}')
     return ", ".join(rows)
 
 

@@ -69,7 +69,8 @@ void ManyTokens::Keep(void* stream, const ManyTokensCall& call, void* kept) cons
   const auto suits = [](const void* data, int64_t count) {
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && count % kWide == 0;
   };
-  const bool wide = suits(call.x, call.inputs) && (call.bias == nullptr || (suits(call.bias, call.outputs) && suits(call.y, 0)));
+  const bool bias_suits = call.bias == nullptr || (suits(call.bias, call.outputs) && suits(call.y, 0));
+  const bool wide = suits(call.x, call.inputs) && bias_suits;
   const CudaKernel& kernel = keep_[wide];
   const int64_t blocks = CeilDivide(call.inputs, kThreads * (wide ? kWide : 1));
   const int64_t tokens_together = std::max<int64_t>(1, 2 * kernel.resident_blocks / blocks);

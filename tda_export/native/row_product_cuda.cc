@@ -46,7 +46,9 @@ constexpr int64_t kMatrixWidth = 8;
 // Whether codes lie as kernels by matrices need them: groups of 32 columns, and whole slices of them.
 bool SuitsMatrices(const StoredMatrix& matrix, int64_t bits) {
   constexpr int kGroupShift = 5;
-  const auto aligned = [](const void* address, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; };
+  const auto aligned = [](const void* address, uintptr_t bytes) {
+    return reinterpret_cast<uintptr_t>(address) % bytes == 0;
+  };
   return matrix.group_shift == kGroupShift && matrix.columns % (kWarp * kMatrixWidth) == 0 && aligned(matrix.weights, 16) &&
          aligned(matrix.scales, 16) && aligned(matrix.zero_points, static_cast<uintptr_t>(bits));
 }
@@ -137,8 +139,8 @@ class RowLinearKernels {
     return *kernels;
   }
 
-  // Choose among kernels by matrices. Of the large blocks a multiprocessor has one, so they are as fast as the others or
-  // faster where they are nearly as many as multiprocessors, and slower where they are far fewer, or more.
+  // Choose among kernels by matrices. Large blocks, one on a multiprocessor, win only where 70 to 100 % of the
+  // multiprocessors get one.
   const SharedKernel& ByMatrices(const StoredMatrix& matrix, int64_t inputs) const {
     const SharedKernel& large = matrices.back();
     const int64_t slices = CeilDivide(matrix.columns, large.Slice());

@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -218,6 +219,13 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
     unsigned votes = 0;
     for (unsigned lane = 0; lane < emulator::kWarp; ++lane) votes |= word(lane, 0) << lane;
     return votes;
+  });
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  return emulator::Exchange({value}, [&](const auto& word) {
+    unsigned largest = 0;
+    for (unsigned lane = 0; lane < emulator::kWarp; ++lane) largest = std::max(largest, word(lane, 0));
+    return largest;
   });
 }
 inline unsigned atomicAdd(unsigned* place, unsigned value) {

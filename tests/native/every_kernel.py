@@ -90,16 +90,7 @@ CODE_SHAPES = [
 def codes(rng: np.random.Generator, dtype: str) -> None:
     """Run rows and products of integers, with every number of columns that a thread loads."""
     for format in (integer_format(4), integer_format(8)):
-        shapes = (
-            (33, 577, 1),
-            (300, 4096, 1),
-            (4096, 4096, 1),
-            (300, 8192, 1),
-            (300, 12288, 1),
-            (90, 264, 5),
-            (300, 4096, 40),
-        )
-        for inputs, outputs, tokens in shapes:
+        for inputs, outputs, tokens in CODE_SHAPES:
             feeds, _ = row_feeds(rng, format, inputs, outputs, tokens, dtype)
             del feeds["tolerance"]
             for early in (False, True):

@@ -20,7 +20,7 @@ from tests.code_model import random_codes
 from tests.ffn_model import NUMPY_DTYPES
 from tests.fused_model import EPSILON, revealing_epsilon
 from tests.native.cuda_on_cpu import Guarded, compile_for_cpu
-from tests.native.test_row_linear_on_cpu import Arguments
+from tests.native.test_row_linear_on_cpu import BY_MATRICES, Arguments, columns_of, load_of
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="written for Linux on x86-64"
@@ -87,7 +87,10 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
         folder = tmp_path_factory.mktemp("device")
         defines = {"TDA_CLUSTERS": 0, "__CUDA_ARCH__": 900 if defines.get("TDA_CLUSTERS") else 800} | defines
         if source == "row_linear":
-            kernels = {f"RowLinear_{name}": 32 * warps for name, warps in KERNELS[defines["TDA_BITS"]].items()}
+            named = KERNELS[defines["TDA_BITS"]] | (
+                BY_MATRICES if defines["TDA_BITS"] and not defines["TDA_BF16"] else {}
+            )
+            kernels = {f"RowLinear_{name}": 32 * warps for name, warps in named.items()}
             return compile_for_cpu(folder, (*COMMON, *ROWS), kernels, "RowLinearArguments", defines)
         if source == "linear":
             kernels = dict.fromkeys(("AddNorm_8", "AddNorm_1"), NORM_THREADS)
@@ -139,7 +142,7 @@ class Product:
 
     def run(self, made: int, x: np.ndarray, **more: float) -> np.ndarray:
         """Return the bits of y, uint16 [out], of x as the kernel finds or makes it."""
-        width = int(self._kernel.split("_")[1])
+        width = columns_of(self._kernel)
         slices = -(-self._outputs // (32 * width))
         y = bits_like(self._outputs)
         partial = Guarded((slices * self._blocks * 32 * width,), np.dtype(np.float32))
@@ -265,7 +268,8 @@ class Case:
     def product(self, compiled: Compile) -> tuple[np.random.Generator, Product]:
         """Return a product, and the numbers to draw its inputs from."""
         rng = np.random.default_rng(self.seed)
-        outputs = 9 * self.loads * int(self.kernel.split("_")[1])
+        load = load_of(self.kernel)
+        outputs = (1 if self.kernel in BY_MATRICES else 9) * self.loads * load
         return rng, Product(
             rng,
             compiled,
@@ -273,19 +277,20 @@ class Case:
             bits=self.bits,
             kernel=self.kernel,
             inputs=self.inputs,
-            outputs=min(outputs, max(1, 2_000_000 // self.inputs // 32) * 32),
+            outputs=min(outputs, max(1, 2_000_000 // self.inputs // max(32, load)) * max(32, load)),
             blocks=self.blocks,
             biased=self.biased,
             early=self.early,
         )
 
 
-CASES = st.sampled_from([(bits, kernel) for bits, kernels in KERNELS.items() for kernel in kernels]).flatmap(
+DRAWN = [(bits, kernel) for bits, kernels in KERNELS.items() for kernel in (*kernels, *(BY_MATRICES if bits else ()))]
+CASES = st.sampled_from(DRAWN).flatmap(
     lambda drawn: st.builds(
         Case,
         bits=st.just(drawn[0]),
         kernel=st.just(drawn[1]),
-        dtype=st.sampled_from(list(CLUSTERS)),
+        dtype=st.just("float16") if drawn[1] in BY_MATRICES else st.sampled_from(list(CLUSTERS)),
         inputs=SIZES,
         loads=st.integers(1, 5),
         blocks=st.integers(1, 3),

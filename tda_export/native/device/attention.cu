@@ -48,15 +48,18 @@ struct Lengths {
 
 // The rows of the cache that a block attends to. They depend on the token's own position, not on the call's other tokens.
 struct Part {
-  int position, from, size, to;
+  int position, from, to;
+  int end;  // of the room for its rows, of which those from `to` on are not there yet
 
-  __device__ __forceinline__ Part(const AttentionArguments& a, const Lengths& lengths, int token, int split, int part_rows) {
+  __device__ __forceinline__ Part(const AttentionArguments& a, const Lengths& lengths, int token, int split,
+                                  int part_rows) {
     position = lengths.past + token;
-    const int end = min(position + 1, lengths.total);
-    const int begin = a.window > 0 ? max(end - a.window, 0) : 0;
-    size = ((end - begin + a.splits - 1) / a.splits + part_rows - 1) / part_rows * part_rows;
-    from = begin + split * size;
-    to = min(end, from + size);
+    const int last = min(position + 1, lengths.total);
+    const int begin = a.window > 0 ? max(last - a.window, 0) : 0;
+    const int rows = ((last - begin + a.splits - 1) / a.splits + part_rows - 1) / part_rows * part_rows;
+    from = begin + split * rows;
+    end = from + rows;
+    to = min(last, end);
   }
 };
 
@@ -77,7 +80,7 @@ template <int kSize>
 static __device__ __forceinline__ void Append(const AttentionArguments& a, int token, int position, int kv_head, int part) {
   if (position >= a.room) return;
   const size_t row = static_cast<size_t>(kv_head) * a.room + position;
-  WarpHead<kSize / kWarpLanes> head;
+  WarpHead<kSize / kWarp> head;
   if (part == 0) {
     const Element* key = a.key + static_cast<size_t>(token) * a.key_stride + kv_head * a.size;
     head.Set(a.size, [&](int d) { return Rotated(a, key, d, position); });
@@ -95,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(kAttentionThreads) AppendTokens(Att
   WaitForEarlierKernels();
   LetNextKernelStart();
   const Lengths lengths(a);
-  const int warp = threadIdx.x / kWarpLanes;
+  const int warp = threadIdx.x / kWarp;
   if (warp < 2) Append<kMostSize>(a, blockIdx.x, lengths.past + blockIdx.x, blockIdx.y, warp);
 }
 
@@ -130,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(kAttentionThreads) CopyPast(Attenti
 // change the length, nothing but time is lost: the load goes past the first-level cache, which might keep it.
 template <int kPartRows, int kThreads>
 static __device__ __forceinline__ void PrefetchPart(const AttentionArguments& a, int kv_head, int token, int split) {
-  constexpr int kLine = 128, kMostRows = 256;
+  constexpr int kLine = 128, kMostRows = 256;  // of long parts the first, as many as are there when they are read
   const Part part(a, Lengths(a, __ldcg(a.last_index)), token, split, kPartRows);
   const int row_bytes = a.size * static_cast<int>(sizeof(KvStored));
   const size_t first = (static_cast<size_t>(kv_head) * a.room + part.from) * row_bytes;
@@ -198,19 +201,24 @@ template <int kSize, int kHeads, int kThreads>
 static __device__ __forceinline__ void Attend(const AttentionArguments& a) {
   using Loop = AttendLoop<kSize, kHeads, kThreads>;
   using Shared = InShared<kSize>;
-  constexpr int kPartRows = Loop::kPartRows, kSlots = Loop::kSlots, kWarps = kThreads / kWarpLanes;
+  constexpr int kPartRows = Loop::kPartRows, kSlots = Loop::kSlots, kWarps = kThreads / kWarp;
   __shared__ __align__(16) float queries[kHeads][kSize];
   __shared__ float units[kHeads], largest[kSlots][kHeads], weights[kSlots][kHeads];
   struct alignas(16) Sums {
     float of[kSlots][kHeads][Loop::kStride];
   };
+  // The host asks for so much (attention_cuda.cc).
+  static_assert(sizeof(Sums) == sizeof(float) * kHeads * (KvRows::kScaled && __CUDA_ARCH__ >= 800
+                                                              ? kThreads / kWarp * (kSize + 8)
+                                                              : kThreads * KvRows::kElements),
+                "the host knows this size");
   auto& sums = BlockMemory<Sums, (kThreads > kAttentionThreads)>().of;
   const int group = a.heads / a.kv_heads;
   const int tiles = (group + kHeads - 1) / kHeads;
   const int kv_head = blockIdx.y / tiles, in_group = blockIdx.y % tiles * kHeads;
   const int first_head = kv_head * group + in_group;
   const int heads = min(kHeads, group - in_group);
-  const int token = blockIdx.z, split = blockIdx.x, warp = threadIdx.x / kWarpLanes;
+  const int token = blockIdx.z, split = blockIdx.x, warp = threadIdx.x / kWarp;
 #if TDA_CLUSTERS
   __shared__ ClusterParts<kHeads * kSize> cluster_parts;
   if (a.splits > 1) cluster_parts.Begin(heads * kSize);
@@ -222,7 +230,7 @@ static __device__ __forceinline__ void Attend(const AttentionArguments& a) {
   const Part part(a, Lengths(a), token, split, kPartRows);
   static_assert(kHeads <= kWarps, "each warp prepares one query");
   if (warp < kHeads) {
-    WarpHead<kSize / kWarpLanes> head;
+    WarpHead<kSize / kWarp> head;
     float unit = 1.0f;
     if (warp < heads) {
       const Element* query = a.query + static_cast<size_t>(token) * a.query_stride + (first_head + warp) * a.size;
@@ -231,10 +239,10 @@ static __device__ __forceinline__ void Attend(const AttentionArguments& a) {
       if constexpr (Loop::kUnits) unit = head.TakeUnit();
     }
 #pragma unroll
-    for (int i = 0; i < kSize / kWarpLanes; ++i) queries[warp][Shared::Place(head.Index(i))] = head.own[i];
-    if (threadIdx.x % kWarpLanes == 0) units[warp] = unit;
+    for (int i = 0; i < kSize / kWarp; ++i) queries[warp][Shared::Place(head.Index(i))] = head.own[i];
+    if (threadIdx.x % kWarp == 0) units[warp] = unit;
   }
-  if (a.appends && part.position >= part.from && part.position < part.from + part.size && warp >= kWarps - 2) {
+  if (a.appends && part.position >= part.from && part.position < part.end && warp >= kWarps - 2) {
     Append<kSize>(a, token, part.position, kv_head, kWarps - 1 - warp);
   }
   __syncthreads();

@@ -124,7 +124,7 @@ static __device__ __forceinline__ float WarpSum(float value) {
 }
 
 // A kernel launched with the programmatic attribute starts before the previous kernel in the stream has ended. Nothing
-// that an earlier kernel wrote may be read before this returns.
+// that an earlier kernel wrote may be read before this returns, unless a wrong value does no harm (PrefetchPart).
 static __device__ __forceinline__ void WaitForEarlierKernels() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -124,7 +124,7 @@ struct KeepArguments {
 };
 
 // Copy x with zeros in place of dropped inputs, and fill y with the bias, if there is one. A thread has kWidth inputs of
-// every token, so it reads their prices once.
+// several tokens, so it reads their prices once.
 template <int kWidth>
 static __device__ __forceinline__ void Keep(const KeepArguments& a) {
   WaitForEarlierKernels();

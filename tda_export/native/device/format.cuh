@@ -7,6 +7,9 @@
 //   kRingRows                       rows that it has under way by a ring
 //   kRingWords                      words of a thread for each of them
 //   Lanes                           which columns a lane of AddRows sums
+//
+// CodeMatrixFormat (row_sums_matrices.cuh), for MatrixReader alone, has other members beside kWidth, kRowsBy, Lanes and From.
+//
 //   Format(matrix)
 //   Row At(row)                     a row, with loads of the kWidth columns from column + offset on, as a pack; offset is
 //                                   a constant, so that loads side by side share an address

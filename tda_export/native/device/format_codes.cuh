@@ -171,8 +171,8 @@ static __device__ __forceinline__ void LoadWordsIf(bool wanted, const void* addr
   }
 }
 
-// Copy four words of codes to an address of shared memory, from which only this thread reads them. CommitCopies and
-// WaitForCopies (row_sums.cuh) tell when they are there.
+// Copy 16 bytes to an address of shared memory. CommitCopies and WaitForCopies (row_sums.cuh) tell the thread that copied
+// when they are there; other lanes read them after a __syncwarp.
 static __device__ __forceinline__ void StartCopy(unsigned place, const void* address) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(address) : "memory");

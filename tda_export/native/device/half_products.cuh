@@ -3,12 +3,6 @@
 // Two float16 in a register.
 using HalfPair = unsigned;
 
-static __device__ __forceinline__ HalfPair ToHalves(float low, float high) {
-  HalfPair pair;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-
 static __device__ __forceinline__ HalfPair ProductOf(HalfPair a, HalfPair b) {
   HalfPair product;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
@@ -16,6 +10,12 @@ static __device__ __forceinline__ HalfPair ProductOf(HalfPair a, HalfPair b) {
 }
 
 #if __CUDA_ARCH__ >= 800
+
+static __device__ __forceinline__ HalfPair ToHalves(float low, float high) {
+  HalfPair pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
 
 // Add the product of matrices [16, 16] and [16, 8] of float16 to one of float32. With g = lane / 4 and c = lane % 4 a lane
 // holds: of the first, pairs of columns 2 c and 2 c + 8 in rows g and g + 8, in the order (row g, row g + 8) by columns; of

@@ -8,15 +8,13 @@
 //              Hadamard matrix, which spreads a key's few large elements over all elements
 //   Write      write a row
 
-constexpr int kWarpLanes = 32;
-
 // One head of at most kLaneElements * 32 elements, in a warp: element i of a lane is element lane + 32 i of the head.
 // Elements behind the head's size are zero.
 template <int kLaneElements>
 struct WarpHead {
   float own[kLaneElements] = {};
 
-  static __device__ __forceinline__ int Index(int i) { return threadIdx.x % kWarpLanes + kWarpLanes * i; }
+  static __device__ __forceinline__ int Index(int i) { return threadIdx.x % kWarp + kWarp * i; }
 
   // Set every element to element(index).
   template <class Elements>
@@ -29,7 +27,7 @@ struct WarpHead {
   __device__ __forceinline__ void Spread(int size) {
     const int block = size & -size;
 #pragma unroll
-    for (int half = 1; half < kWarpLanes; half *= 2) {
+    for (int half = 1; half < kWarp; half *= 2) {
       if (half >= block) break;
 #pragma unroll
       for (int i = 0; i < kLaneElements; ++i) {
@@ -39,7 +37,7 @@ struct WarpHead {
     }
 #pragma unroll
     for (int half = 1; half < kLaneElements; half *= 2) {
-      if (half * kWarpLanes >= block) break;
+      if (half * kWarp >= block) break;
 #pragma unroll
       for (int i = 0; i < kLaneElements; ++i) {
         if (i & half) continue;
@@ -59,7 +57,7 @@ struct WarpHead {
 #pragma unroll
     for (int i = 0; i < kLaneElements; ++i) largest = fmaxf(largest, fabsf(own[i]));
 #pragma unroll
-    for (int offset = kWarpLanes / 2; offset > 0; offset >>= 1) {
+    for (int offset = kWarp / 2; offset > 0; offset >>= 1) {
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
     }
     return largest;
@@ -138,7 +136,7 @@ struct CodeRows {
       const float code = fminf(fmaxf(rintf(head.own[i] / divisor), -kLargest), kLargest);
       if (head.Index(i) < size) row[head.Index(i)] = static_cast<Stored>(static_cast<int>(code));
     }
-    if (threadIdx.x % kWarpLanes == 0) *scale = own_scale;
+    if (threadIdx.x % kWarp == 0) *scale = own_scale;
   }
 };
 

@@ -32,7 +32,7 @@ struct AttendByMatrices {
   using Shared = InShared<kSize>;
   static_assert(kHeads <= 4, "a head has two of eight columns");
   static constexpr int kRows = 16, kPartRows = kRows;  // of a warp
-  static constexpr int kSlots = kThreads / kWarpLanes, kChunk = kSlots * kRows;
+  static constexpr int kSlots = kThreads / kWarp, kChunk = kSlots * kRows;
   static constexpr int kStride = kSize + 8;  // so that lanes of different heads write to different banks
   static constexpr bool kUnits = true;
   static constexpr int kKeyLoads = kSize / 64;                       // four lanes read a key, 16 bytes each
@@ -44,7 +44,7 @@ struct AttendByMatrices {
   static __device__ __forceinline__ void Run(const KvPart& rows, const float (*queries)[kSize], const float* units,
                                              float (*largest)[kHeads], float (*weights)[kHeads],
                                              float (*sums)[kHeads][kStride]) {
-    const int warp = threadIdx.x / kWarpLanes, g = threadIdx.x % kWarpLanes / 4, c = threadIdx.x % 4;
+    const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, c = threadIdx.x % 4;
     HalfPair query[kKeyLoads][4][2];  // of head g / 2; the first parts in even columns, the second ones in odd columns
 #pragma unroll
     for (int i = 0; i < kKeyLoads; ++i)
@@ -113,7 +113,7 @@ struct AttendByMatrices {
         next = fmaxf(next, scores[r] + scale);
       }
 #pragma unroll
-      for (int offset = 4; offset < kWarpLanes; offset *= 2) next = fmaxf(next, __shfl_xor_sync(0xffffffffu, next, offset));
+      for (int offset = 4; offset < kWarp; offset *= 2) next = fmaxf(next, __shfl_xor_sync(0xffffffffu, next, offset));
       const float factor = Factor(top, next);
       top = next;
       weight *= factor;
@@ -152,7 +152,7 @@ struct AttendByMatrices {
     }
 
 #pragma unroll
-    for (int offset = 4; offset < kWarpLanes; offset *= 2) weight += __shfl_xor_sync(0xffffffffu, weight, offset);
+    for (int offset = 4; offset < kWarp; offset *= 2) weight += __shfl_xor_sync(0xffffffffu, weight, offset);
     if (c >= kHeads) return;
     if (g == 0) {
       largest[warp][c] = top;

@@ -265,8 +265,8 @@ struct ReaderChoice<RowsBy::kRing, 1, Format> {
   using Type = RingReader<Format>;
 };
 
-// Add the rows of warp `warp` of `warps` to sums of a slice of columns. `ready` waits for earlier kernels; every warp calls it before
-// it reads what values come from, if there are candidates, be they its own or not.
+// Add the rows of warp `warp` of `warps` to sums of a slice of columns. `ready` waits for earlier kernels; every warp calls
+// it before it reads what values come from, if there are candidates, be they its own or not.
 template <int kTokens, class Format, class Source, class Ready>
 static __device__ __forceinline__ void AddRows(const Source& source, const Format& matrix, int count, int warp,
                                                int warps, int slice, WarpRows<kTokens, Format>& shared,

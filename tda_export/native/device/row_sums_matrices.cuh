@@ -2,8 +2,10 @@
 //
 // Codes need almost no work. Transposed on their way out of shared memory, a register holds the same columns' codes of
 // two neighbouring rows, and what a mask leaves of it are two float16: bits of a code below float16's exponent are the
-// code times a power of two, exactly. So the sums of code * factor, and of zero point * factor, are exact up to float32,
-// where factor = value * scale is rounded to float16.
+// code times a power of two, exactly. So the sums of code * factor, and of zero point * factor, are as exact as tensor cores
+// add in float32, where factor = value * scale is rounded to float16. Values are first multiplied by a power of two, so
+// that the largest of a list is from 256 to 512: factors are neither too large for float16 nor, unless they count
+// nothing beside others, too small.
 
 // In bfloat16, factors would have too few bits.
 #define TDA_HALF_CODES (TDA_BITS && !TDA_BF16 && __CUDA_ARCH__ >= 800)
@@ -98,6 +100,8 @@ struct MatrixReader {
   static constexpr int kEarlySlots = kSlots < 2 ? kSlots : 2, kEarly = kRows * kEarlySlots;
   static constexpr bool kEarlyListed = true;
   static constexpr int kRun = Format::Lanes::kRun;  // codes in 16 bits
+  static constexpr int kFraction = 10;              // bits of a float16
+  static constexpr float kFullCode = 1 << 24;       // a float16 of bit 0 alone is 2^-24
   static constexpr int kParts = kBits;              // of 16 times 16 bits of a row
   static constexpr int kLoads = Format::kSliceBytes / 16, kLoadRows = kWarp / kLoads;
   static_assert(kEarly <= kWarp && Format::kSliceBytes % 128 == 0, "early rows are first candidates of a lane");
@@ -175,6 +179,7 @@ struct MatrixReader {
     for (int s = 0; s < kSlots; ++s) {
       if (!begun || s >= kEarlySlots) start(s, s * kRows);
     }
+    const unsigned power = PowerOf(listed_rows);
     float products[kRun][4] = {}, zero_products[4] = {};
 #pragma unroll 1
     for (int at = 0; at < listed_rows; at += kSlots * kRows) {
@@ -184,17 +189,33 @@ struct MatrixReader {
         if (first >= listed_rows) break;
         WaitForCopies<kSlots - 1>();
         __syncwarp();
-        AddMatrix(shared.room.slots[s], list.values + first, products, zero_products);
+        AddMatrix(shared.room.slots[s], list.values + first, power << kFraction, products, zero_products);
         __syncwarp();
         start(s, first + kSlots * kRows);
       }
     }
-    Finish(products, zero_products);
+    Finish(products, zero_products, kFullCode / PowerOfTwo(power));
   }
 
-  // Add the products of a matrix: element (unit, group) of products[k] is of code k in 16 bits.
-  __device__ __forceinline__ void AddMatrix(const Slot& slot, const unsigned short* list_values, float (&products)[kRun][4],
-                                            float (&zero_products)[4]) const {
+  // Return the exponent, as float16 has it, of the power of two that values are multiplied with: 2^8 to 2^9 for the
+  // largest, if float16 has such a power, and 1 where it is not finite.
+  __device__ __forceinline__ unsigned PowerOf(int listed_rows) const {
+    constexpr unsigned kMagnitude = 0x7fff, kMostExponent = 30, kOne = 15, kWanted = kOne + 8;
+    unsigned largest = 0;
+    for (int i = threadIdx.x % kWarp; i < listed_rows; i += kWarp) {
+      largest = max(largest, static_cast<unsigned>(shared.list.values[i]) & kMagnitude);
+    }
+    const unsigned exponent = __reduce_max_sync(0xffffffffu, largest) >> kFraction;
+    return exponent > kMostExponent ? kOne : min(kWanted + kOne - exponent, kMostExponent);
+  }
+
+  static __device__ __forceinline__ float PowerOfTwo(unsigned exponent) {
+    return __uint_as_float((exponent + 127 - 15) << 23);
+  }
+
+  // Add the products of a matrix: element (unit, group) of products[k] is of code k in 16 bits. `power`: of values, float16.
+  __device__ __forceinline__ void AddMatrix(const Slot& slot, const unsigned short* list_values, unsigned power,
+                                            float (&products)[kRun][4], float (&zero_products)[4]) const {
     constexpr unsigned kLowCodes = kBits == 4 ? 0x000f000fu : 0x00ff00ffu, kHighCodes = 0x00f000f0u;
     const int lane = threadIdx.x % kWarp, group = lane / 4, c = lane % 4;
     HalfPair scales[2], factors[2], zero_points[4] = {};
@@ -203,7 +224,7 @@ struct MatrixReader {
     for (int i = 0; i < 2; ++i) {
       const HalfPair values = reinterpret_cast<const HalfPair*>(list_values)[c + 4 * i];
       // A row that is not needed may have any scale.
-      factors[i] = ProductOf(values, scales[i]) & NonzeroMask(values);
+      factors[i] = ProductOf(ProductOf(values, power * 0x10001u), scales[i]) & NonzeroMask(values);
       const unsigned char* zeros = slot.zero_points[2 * c + 8 * i] + group * kBits / 8;
       const unsigned both = zeros[0] | zeros[Format::kZeroBytes] << 16;
       zero_points[2 * i] = both >> group * kBits % 8 & kLowCodes;
@@ -231,18 +252,19 @@ struct MatrixReader {
     }
   }
 
-  __device__ __forceinline__ void Finish(const float (&products)[kRun][4], const float (&zero_products)[4]) const {
-    constexpr float kUnit = 1 << 24;  // what bit 0 of a float16 lacks to 1
+  // `full`: what a code in the lowest bits of a float16 lacks to its value, and its product to the sum.
+  __device__ __forceinline__ void Finish(const float (&products)[kRun][4], const float (&zero_products)[4],
+                                         float full) const {
     const int c = threadIdx.x % 4;
     // Of zero points only those of a group with its own factors count: the diagonal.
-    const float zeros[2] = {__shfl_sync(0xffffffffu, zero_products[0], 9 * c) * kUnit,
-                            __shfl_sync(0xffffffffu, zero_products[1], 9 * c + 4) * kUnit};
+    const float zeros[2] = {__shfl_sync(0xffffffffu, zero_products[0], 9 * c) * full,
+                            __shfl_sync(0xffffffffu, zero_products[1], 9 * c + 4) * full};
 #pragma unroll
     for (int i = 0; i < Format::kWidth; ++i) {
       const int run = i / kRun, k = i % kRun;
       // Of four bits a unit is of the group of its half; of eight, units of one group are in both halves.
       const int odd = kBits == 4 ? run : run / 2, at = kBits == 4 ? 3 * run : run / 2 + run % 2 * 2;
-      sums[0][i] += products[k][at] * (k * kBits % 8 ? kUnit / 16 : kUnit) - zeros[odd];
+      sums[0][i] += products[k][at] * (k * kBits % 8 ? full / 16 : full) - zeros[odd];
     }
   }
 };
