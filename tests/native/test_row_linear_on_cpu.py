@@ -155,20 +155,20 @@ def test_sums_over_the_rows_that_are_worth_it(
     assert_close(y, row_reference(feeds, elements, bias=True), way.dtype)
 
 
-@pytest.mark.parametrize("size", [3e-5, 1e-3, 0.03, 1.0, 300.0])
+@pytest.mark.parametrize("size", [1e-3, 300.0])
 def test_small_and_large_factors_are_as_exact_as_others(way: Way, size: float) -> None:
     """A scale of eight bits is about a thousandth, and x may be small. Other kernels of int4 multiply in float16."""
     for bits, kernels in way.kernels.items():
         format = integer_format(bits)
         for kernel in (kernel for kernel in kernels if bits == 8 or kernel in BY_MATRICES):
             tokens = 1 if kernel.startswith("1_") else 2
-            feeds, elements = row_feeds(np.random.default_rng(6), format, 300, 1024, tokens, way.dtype)
+            feeds, elements = row_feeds(np.random.default_rng(6), format, 150, 512, tokens, way.dtype)
             feeds["x"] = (feeds["x"].astype(np.float32) * size).astype(feeds["x"].dtype)
             feeds["bias"][:] = 0
             feeds["price"][:] = 0
             small = (feeds["scales"] * 0.01).astype(np.float16)
             elements = elements * (small / feeds["scales"]).astype(np.float64).repeat(format.group, axis=1)
-            y = multiply(way.libraries[bits], kernel, format, feeds | {"scales": small}, 2, True).astype(np.float64)
+            y = multiply(way.libraries[bits], kernel, format, feeds | {"scales": small}, 1, True).astype(np.float64)
             expected = row_reference(feeds, elements, bias=False)
             error = np.sqrt(((y - expected) ** 2).mean() / (expected**2).mean())
             assert error < {"float16": 2e-3, "bfloat16": 6e-3}[way.dtype] + 6e-8 / np.abs(expected).max(), (
