@@ -117,8 +117,9 @@ struct ClusterSums {
 
   __device__ __forceinline__ int OwnCells() const { return (kCells + gridDim.x - 1) / gridDim.x; }
 
-  // Called when the block begins.
+  // Called when the block begins. A block alone sends nothing.
   __device__ __forceinline__ void Begin() {
+    if (gridDim.x == 1) return;
     const int cells = min(OwnCells(), kCells - static_cast<int>(blockIdx.x) * OwnCells());
     inbox.Begin(max(cells, 0) * static_cast<int>(gridDim.x));
   }
@@ -141,17 +142,21 @@ static __device__ __forceinline__ void AddBlocksInCluster(const float (&sums)[kT
   constexpr int kCells = kTokens * kSlice;
   StoreWarpSums<Lanes>(sums, shared);
   __syncthreads();
-  cluster_sums.inbox.WaitForBlocks();
-  for (int cell = threadIdx.x; cell < kCells; cell += kBlockWarps * kWarp) {
-    cluster_sums.Send(cell, BlockSum(shared, cell));
+  const bool alone = gridDim.x == 1;
+  if (!alone) {
+    cluster_sums.inbox.WaitForBlocks();
+    for (int cell = threadIdx.x; cell < kCells; cell += kBlockWarps * kWarp) {
+      cluster_sums.Send(cell, BlockSum(shared, cell));
+    }
+    cluster_sums.inbox.WaitForFloats();
   }
-  cluster_sums.inbox.WaitForFloats();
   const int own_cells = cluster_sums.OwnCells();
   for (int own = threadIdx.x; own < own_cells; own += kBlockWarps * kWarp) {
     const int cell = blockIdx.x * own_cells + own;
     if (cell >= kCells || !totals.Wanted<kSlice>(cell)) continue;
     float sum = totals.First<kSlice>(cell);
-    for (int rank = 0; rank < gridDim.x; ++rank) sum += cluster_sums.received[rank * own_cells + own];
+    if (alone) sum += BlockSum(shared, cell);
+    for (int rank = 0; !alone && rank < gridDim.x; ++rank) sum += cluster_sums.received[rank * own_cells + own];
     totals.Store<kSlice>(cell, sum);
   }
 }
