@@ -22,8 +22,8 @@ from tda_export.graph.attention_function import (
 )
 from tda_export.graph.integer_attention import hadamard
 from tda_export.graph.ops import DTYPES, IR_VERSION, MICROSOFT, OPSET, Ops
-from tda_export.native.library import register_native
 from tests.ffn_model import NUMPY_DTYPES, PROVIDERS
+from tests.sessions import small_session
 
 NUMBERS = ("last_index", "buffer")  # int32
 TABLES = ("cos_cache", "sin_cache")
@@ -112,13 +112,9 @@ def attention_session(
     )
     functions = attention_8_functions(form.size) if form.codes else attention_functions()
     model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, functions=functions))
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
-    if native:
-        register_native(options)
-    chosen = (provider or PROVIDERS[dtype], {"enable_cuda_graph": "1"} if captured else {})
-    return ort.InferenceSession(model.SerializeToString(), options, providers=[chosen])
+    options = {"enable_cuda_graph": "1"} if captured else {}
+    chosen = provider or PROVIDERS[dtype]
+    return small_session(model.SerializeToString(), chosen, native=native, threads=threads, **options)
 
 
 def random_attention(

@@ -6,11 +6,11 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
-from tda_export.native.library import register_native
 from tda_export.weights.formats import IntegerFormat
 from tda_export.weights.integers import Codes
 from tests.ffn_model import NUMPY_DTYPES, PROVIDERS
 from tests.row_model import worth
+from tests.sessions import small_session
 
 TYPES = {"w": TensorProto.UINT8, "scales": TensorProto.FLOAT16, "zero_points": TensorProto.UINT8}
 DOT_INPUTS = ("x", *TYPES)
@@ -58,11 +58,7 @@ def code_session(
     imports = [helper.make_opsetid("", 21), helper.make_opsetid("tda", 1)]
     graph = helper.make_graph([node], "codes", values, [y], initializer=constants)
     model = helper.make_model(graph, opset_imports=imports, ir_version=10)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
-    register_native(options)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=[PROVIDERS[dtype]])
+    return small_session(model.SerializeToString(), PROVIDERS[dtype], threads=threads)
 
 
 def random_codes(rng: np.random.Generator, format: IntegerFormat, rows: int, columns: int) -> Codes:

@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 from tda_export.graph import operators
 from tda_export.graph.ffn import FfnForm, indexed_ffn, indexed_ffn_function
 from tda_export.graph.ops import DTYPES, IR_VERSION, MICROSOFT, OPSET, Ops
-from tda_export.native.library import register_native
+from tests.sessions import CPU, CUDA, small_session
 
 NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 FIXED_DTYPES = {"mask_indices": "int32", "neuron_scale": "float32", "token_thresholds": "float32"}
-PROVIDERS = {"float32": "CPUExecutionProvider", "float16": "CUDAExecutionProvider", "bfloat16": "CUDAExecutionProvider"}
+PROVIDERS = {"float32": CPU, "float16": CUDA, "bfloat16": CUDA}
 # Relative error of a sum of rounded products. Half-precision results are rounded once, at the end.
 TOLERANCES = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
-QUIET = 4
 
 forms = st.builds(
     FfnForm,
@@ -53,11 +52,7 @@ def ffn_session(
     graph = ir.Graph(list(inputs.values()), [y], nodes=ops.tape.nodes, opset_imports=imports, name="ffn")
     functions = (indexed_ffn_function(form, down_bias=down_bias),)
     model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, functions=functions))
-    options = ort.SessionOptions()
-    options.log_severity_level = QUIET
-    if native:
-        register_native(options)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=[PROVIDERS[dtype]])
+    return small_session(model.SerializeToString(), PROVIDERS[dtype], native=native)
 
 
 def run(session: ort.InferenceSession, feeds: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -16,11 +16,11 @@ from tda_export.graph.linear import linear_functions
 from tda_export.graph.ops import DTYPES, IR_VERSION, MICROSOFT, OPSET, Ops
 from tda_export.graph.row_linear import row_linear, row_linear_functions
 from tda_export.models.spec import Activation
-from tda_export.native.library import register_native
 from tda_export.weights.formats import IntegerFormat, integer_format
 from tda_export.weights.matrix import Matrix
 from tests.code_model import random_codes
 from tests.ffn_model import NUMPY_DTYPES, PROVIDERS, array_of, ort_value
+from tests.sessions import small_session
 
 FIXED = {"scales": "float16", "zero_points": "uint8", "row_price": "float32", "price": "float32"}
 EPSILON = 1e-5
@@ -81,12 +81,7 @@ def fused_session(
     if fused:
         fuse(model)
     assert len(model.graph) == (1 if fused else 2)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    if native:
-        register_native(options)
-    proto = ir.to_proto(model)
-    return ort.InferenceSession(proto.SerializeToString(), options, providers=[provider or PROVIDERS[dtype]])
+    return small_session(ir.to_proto(model).SerializeToString(), provider or PROVIDERS[dtype], native=native)
 
 
 def fused_feeds(

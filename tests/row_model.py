@@ -11,8 +11,8 @@ import onnxruntime as ort
 from tda_export.graph import operators
 from tda_export.graph.ops import DTYPES, IR_VERSION, OPSET, Ops
 from tda_export.graph.row_linear import row_linear, row_linear_functions
-from tda_export.native.library import register_native
 from tests.ffn_model import NUMPY_DTYPES, PROVIDERS
+from tests.sessions import small_session
 
 PRICES = (operators.RowLinearInput.ROW_PRICE, operators.RowLinearInput.PRICE)  # always float32
 
@@ -31,12 +31,7 @@ def row_session(
     imports = {"": OPSET, operators.FUNCTION_DOMAIN: 1}
     graph = ir.Graph(values, [y], nodes=ops.tape.nodes, opset_imports=imports, name="rows")
     model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, functions=row_linear_functions()))
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
-    if native:
-        register_native(options)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=[PROVIDERS[dtype]])
+    return small_session(model.SerializeToString(), PROVIDERS[dtype], native=native, threads=threads)
 
 
 def random_rows(

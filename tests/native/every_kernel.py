@@ -15,9 +15,9 @@ from tests.attention_model import AttentionForm, attention_session, random_atten
 from tests.code_model import code_session, feeds_of, random_codes, row_feeds
 from tests.ffn_model import NUMPY_DTYPES, array_of, ffn_session, ort_value, random_feeds, run
 from tests.fused_model import AHEAD, fused_feeds, fused_session, run_all
-from tests.native.test_functions import CUDA
 from tests.native.test_functions import run as run_function
 from tests.row_model import price_for, random_rows, row_session
+from tests.sessions import CUDA
 
 FORMS = [
     FfnForm("silu", two_levels=True),

@@ -18,10 +18,9 @@ from tda_export.graph.linear import linear_functions
 from tda_export.graph.method import griffin, tda
 from tda_export.graph.ops import DTYPES, IR_VERSION, MICROSOFT, OPSET, Ops
 from tda_export.graph.statistics import neuron_stats_function, select_mask_function, tail_mean_function
-from tda_export.native.library import register_native
 from tests.ffn_model import NUMPY_DTYPES, TOLERANCES, array_of, ort_value
+from tests.sessions import CPU, CUDA, small_session
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 HALF = ["float16", "bfloat16"]
 FUNCTIONS = {
     operators.NEURON_STATS: neuron_stats_function(tda()),
@@ -54,11 +53,7 @@ def session(
     imports = {"": OPSET, MICROSOFT: 1, operators.FUNCTION_DOMAIN: 1}
     graph = ir.Graph(values, results, nodes=ops.tape.nodes, opset_imports=imports, name="one")
     model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, functions=[function]))
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    if native:
-        register_native(options)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
+    return small_session(model.SerializeToString(), provider, native=native)
 
 
 def run(

@@ -17,10 +17,9 @@ from tda_export.graph.gated_activation import gated_activation, gated_activation
 from tda_export.graph.ops import DTYPES, IR_VERSION, MICROSOFT, OPSET, Ops
 from tda_export.graph.row_linear import call_price, call_price_function
 from tda_export.models.spec import Activation
-from tda_export.native.library import register_native
 from tests.ffn_model import NUMPY_DTYPES, TOLERANCES, array_of, ort_value
+from tests.sessions import CPU, CUDA, small_session
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu")
 WAYS = [
     pytest.param(CPU, False, "float32", id="body"),
@@ -35,11 +34,7 @@ def open_model(
     imports = {"": OPSET, MICROSOFT: 1, operators.FUNCTION_DOMAIN: 1}
     graph = ir.Graph(inputs, [output], nodes=ops.tape.nodes, opset_imports=imports, name="one")
     model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, functions=functions))
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    if native:
-        register_native(options)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
+    return small_session(model.SerializeToString(), provider, native=native)
 
 
 @functools.cache

@@ -1,0 +1,33 @@
+"""Sessions of the small models that tests make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnxruntime as ort
+
+from tda_export.native.library import register_native
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+SILENT = 4  # ONNX Runtime logs fatal errors only
+
+
+def small_session(
+    model: bytes, provider: str, *, native: bool = True, threads: int = 0, **options: Any
+) -> ort.InferenceSession:
+    """Open a session.
+
+    Args:
+        model: The model.
+        provider: ONNX Runtime's name of the execution provider.
+        native: Register the native kernels.
+        threads: Threads of a session on the CPU, 0 for as many as cores. Tests on a GPU keep hundreds of sessions, so
+            these get one thread each, which is the caller's.
+        options: The provider's options.
+    """
+    settings = ort.SessionOptions()
+    settings.log_severity_level = SILENT
+    settings.intra_op_num_threads = 1 if provider == CUDA else threads
+    if native:
+        register_native(settings)
+    return ort.InferenceSession(model, settings, providers=[(provider, options)])
