@@ -43,41 +43,12 @@ __device__ unsigned long long stamps[kMostLayers][kStamps][kMostBlocks];
 #include DEVICE_SOURCE
 #endif
 
-#define CHECK(call)                                                                        \
-  do {                                                                                     \
-    const cudaError_t error = (call);                                                      \
-    if (error != cudaSuccess) {                                                            \
-      std::fprintf(stderr, "%s: %s\n", #call, cudaGetErrorString(error));                  \
-      std::exit(1);                                                                        \
-    }                                                                                      \
-  } while (0)
+#include "device_program.cuh"
 
-constexpr int kGroup = 32;
 constexpr size_t kTotalBytes = 1500000000;  // of all matrices, so that no cache holds them
 constexpr double kLargestError = 2e-3;      // relative to the largest result
 constexpr const char* kSteps[kStamps] = {"the block begins", "earlier kernels have ended", "its rows are listed",
                                          "its rows are added", "the result is stored"};
-
-struct KernelCase {
-  const char* name;
-  void (*kernel)(RowLinearArguments);
-  int width, threads, dynamic_bytes, rows;  // rows that a warp adds at once
-};
-
-__global__ void FillWords(unsigned* words, size_t count, unsigned seed) {
-  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += size_t{gridDim.x} * blockDim.x) {
-    unsigned hash = static_cast<unsigned>(i * 2654435761u) ^ seed;
-    hash = (hash ^ hash >> 15) * 0x2c1b3c6du;
-    hash = (hash ^ hash >> 12) * 0x297a2d39u;
-    words[i] = hash ^ hash >> 15;
-  }
-}
-
-__global__ void FillScales(__half* scales, size_t count) {
-  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += size_t{gridDim.x} * blockDim.x) {
-    scales[i] = __float2half(0.005f * (1.0f + i * 7919 % 97 / 97.0f));
-  }
-}
 
 // The slow reference: a thread for each output.
 __global__ void Reference(RowLinearArguments a, float* y) {
@@ -99,22 +70,6 @@ __global__ void Reference(RowLinearArguments a, float* y) {
   y[column] = sum;
 }
 
-// The most blocks that share a slice of columns so that all run at once.
-int RanksOf(const KernelCase& made, int inputs, int slices, cudaLaunchConfig_t config) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  for (int ranks = std::min(kMostRanks, (inputs - 1) / (made.threads / 32 * made.rows) + 1); ranks > 1; --ranks) {
-    attribute.val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
-    config.gridDim = dim3(ranks, slices);
-    int clusters = 0;
-    if (cudaOccupancyMaxActiveClusters(&clusters, made.kernel, &config) == cudaSuccess && clusters >= slices) return ranks;
-    cudaGetLastError();
-  }
-  return 1;
-}
-
 void PrintStamps(int blocks, int layer) {
   static unsigned long long all[kMostLayers][kStamps][kMostBlocks];
   CHECK(cudaMemcpyFromSymbol(all, stamps, sizeof all));
@@ -134,10 +89,7 @@ void Measure(const KernelCase& made, const std::vector<RowLinearArguments>& laye
              bool with_stamps, float* expected) {
   const RowLinearArguments& first = layers[0];
   const int slice = 32 * made.width, slices = (first.outputs + slice - 1) / slice;
-  CHECK(cudaFuncSetAttribute(made.kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  if (made.dynamic_bytes > 0) {
-    CHECK(cudaFuncSetAttribute(made.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, made.dynamic_bytes));
-  }
+  AllowLaunches(made);
   cudaStream_t stream;
   CHECK(cudaStreamCreate(&stream));
   cudaLaunchConfig_t config = {};
@@ -244,7 +196,7 @@ void MeasureShape(int inputs, int outputs, const std::vector<double>& densities,
     auto* own_zero_points = static_cast<unsigned*>(allocate(zero_words * 4));
     FillWords<<<1024, 256>>>(own_codes, codes / 4, layer);
     FillWords<<<1024, 256>>>(own_zero_points, zero_words, layer + kMostLayers);
-    FillScales<<<1024, 256>>>(own_scales, scales);
+    FillScales<<<1024, 256>>>(own_scales, scales, 0.005f);
     layers[layer].weight = {own_codes, reinterpret_cast<unsigned short*>(own_scales),
                             reinterpret_cast<unsigned char*>(own_zero_points), outputs, 5};
     layers[layer].y = static_cast<Element*>(allocate(outputs * sizeof(Element)));

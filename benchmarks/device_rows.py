@@ -15,6 +15,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from tda_export.native.build import device_sources
@@ -48,10 +49,12 @@ def device_code(stamps: bool) -> str:
     return text
 
 
-def cases_of(bits: int) -> str:
-    """Return KERNELS for device_rows.cu."""
+def cases_of(bits: int, names: Collection[str] | None = None) -> str:
+    """Return KERNELS for device_rows.cu, all of them or those of these names."""
     rows = []
     for name, (width, threads, matrices) in (KERNELS[bits] | LAST).items():
+        if names is not None and name not in names:
+            continue
         memory = threads // 32 * (matrices * MATRIX_BYTES[bits] + LIST_BYTES) if matrices else 0
         rows.append(f'{{"{name}", RowLinear_{name}, {width}, {threads}, {memory}, {16 if matrices else 4}}}')
     return ", ".join(rows)
