@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from tda_export.graph.integer_attention import hadamard
-from tda_export.graph.integer_cache import kept_of
+from tda_export.graph.cache_formats import hadamard
+from tda_export.graph.stored_cache import kept_of
 from tda_export.models.source import resolve_model
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]

@@ -42,13 +42,15 @@ def sparse_inputs(manifest: dict, prefilled: dict, price: float | None) -> dict:
 def generate(folder: Path, prompt: list[int], *, dense: bool = False, price: float | None = None):
     """Yield the likeliest tokens, one after another, until the model ends its answer."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    if manifest.get("kv", "float") != "float":
+    shape, stored = manifest["shape"], manifest.get("kv", "float")
+    if stored == "int8":
         sys.exit(f"{folder}: keys and values of 8 bits, which this example does not read. Build it with --kv float.")
-    shape = manifest["shape"]
     layers = range(shape["num_layers"])
     prefill, decode = open_graph(folder, "prefill.onnx"), open_graph(folder, "decode.onnx")
 
-    empty = np.zeros((1, shape["num_kv_heads"], 0, shape["head_size"]), NUMPY_TYPES[shape["dtype"]])
+    empty = np.zeros(
+        (1, shape["num_kv_heads"], 0, shape["head_size"]), NUMPY_TYPES[shape["dtype"] if stored == "float" else stored]
+    )
     cache = {f"past_key_values.{i}.{part}": empty for i in layers for part in ("key", "value")}
     sparse: dict[str, np.ndarray] = {}
     length, tokens, graph = 0, prompt, prefill

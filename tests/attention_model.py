@@ -1,4 +1,4 @@
-"""Models of one Attention or Attention8 node, and the slow reference: one token and head at a time, in float64."""
+"""Models of one node of attention, and the slow reference: one token and head at a time, in float64."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ import onnx_ir as ir
 import onnxruntime as ort
 from hypothesis import strategies as st
 
-from tda_export.graph import operators
+from tda_export.graph import contract, operators
 from tda_export.graph.attention_function import (
-    OUTPUTS,
-    OUTPUTS_8,
-    attention_8_functions,
-    attention_8_node,
     attention_functions,
     attention_node,
+    stored_attention_functions,
+    stored_attention_node,
 )
-from tda_export.graph.integer_attention import hadamard
+from tda_export.graph.cache_formats import CACHE_FORMATS, hadamard
 from tda_export.graph.ops import DTYPES, IR_VERSION, MICROSOFT, OPSET, Ops
 from tests.ffn_model import NUMPY_DTYPES, PROVIDERS
 from tests.sessions import small_session
@@ -31,7 +29,8 @@ TABLES = ("cos_cache", "sin_cache")
 
 @dataclass(frozen=True)
 class AttentionForm:
-    """Attributes of an attention. `window` and `softcap` 0 mean none, `scale` 0 the default. `codes`: Attention8."""
+    """Attributes of an attention. `window` and `softcap` 0 mean none, `scale` 0 the default. `kv`: how the
+    cache is stored."""
 
     heads: int = 4
     kv_heads: int = 2
@@ -42,7 +41,12 @@ class AttentionForm:
     window: int = 0
     scale: float = 0.0
     softcap: float = 0.0
-    codes: bool = False
+    kv: str = contract.KV_FLOAT
+
+    @property
+    def codes(self) -> bool:
+        """Whether the cache holds codes."""
+        return self.kv == contract.KV_INT8
 
     @property
     def inputs(self) -> list[str]:
@@ -54,7 +58,7 @@ class AttentionForm:
     @property
     def outputs(self) -> tuple[str, ...]:
         """Return the names of the node's outputs."""
-        return OUTPUTS_8 if self.codes else OUTPUTS
+        return operators.ATTENTION_8_OUTPUTS if self.codes else operators.ATTENTION_OUTPUTS
 
     def dtype_of(self, name: str, dtype: str) -> str:
         """Return the dtype of an input or output if activations have `dtype`."""
@@ -62,11 +66,8 @@ class AttentionForm:
             return "int32"
         if name.endswith("_scale"):
             return "float32"
-        return (
-            "int8"
-            if self.codes and name.endswith(("past_key", "past_value", "present_key", "present_value"))
-            else dtype
-        )
+        stored = name in ("past_key", "past_value", "present_key", "present_value")
+        return dtype if self.kv == contract.KV_FLOAT or not stored else self.kv
 
 
 def attention_session(
@@ -83,18 +84,23 @@ def attention_session(
     values = {name: ir.Value(name=name, type=ir.TensorType(DTYPES[form.dtype_of(name, dtype)])) for name in form.inputs}
     ops = Ops()
     given = operators.ATTENTION_8_INPUTS if form.codes else operators.ATTENTION_INPUTS
-    outputs = (attention_8_node if form.codes else attention_node)(
-        ops,
-        [values.get(name) for name in (given if form.rotary else given[: -len(TABLES)])],
-        num_heads=form.heads,
-        kv_num_heads=form.kv_heads,
-        local_window_size=form.window or -1,
-        do_rotary=int(form.rotary),
-        rotary_interleaved=int(form.interleaved),
-        **({} if form.codes else {"width": form.heads * form.size}),
+    inputs = [values.get(name) for name in (given if form.rotary else given[: -len(TABLES)])]
+    settings: dict[str, Any] = {
+        "num_heads": form.heads,
+        "kv_num_heads": form.kv_heads,
+        "local_window_size": form.window or -1,
+        "do_rotary": int(form.rotary),
+        "rotary_interleaved": int(form.interleaved),
         **({"scale": form.scale} if form.scale else {}),
         **({"softcap": form.softcap} if form.softcap else {}),
-    )
+    }
+    if form.kv == contract.KV_FLOAT:
+        outputs = attention_node(ops, inputs, width=form.heads * form.size, **settings)
+        functions = attention_functions()
+    else:
+        format = CACHE_FORMATS[form.kv]
+        outputs = stored_attention_node(ops, format, inputs, **settings)
+        functions = stored_attention_functions(format, form.size)
     for output, name in zip(outputs, form.outputs, strict=True):
         output.name, output.type = name, ir.TensorType(DTYPES[form.dtype_of(name, dtype)])
     imports = {"": OPSET, MICROSOFT: 1, operators.FUNCTION_DOMAIN: 1}
@@ -110,7 +116,6 @@ def attention_session(
         opset_imports=imports,
         name="attention",
     )
-    functions = attention_8_functions(form.size) if form.codes else attention_functions()
     model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, functions=functions))
     options = {"enable_cuda_graph": "1"} if captured else {}
     chosen = provider or PROVIDERS[dtype]
@@ -139,6 +144,8 @@ def random_attention(
     angles = rng.uniform(0, 6, ((room or total) + 3, form.size // 2 if pairs is None else pairs))
     cache = (1, form.kv_heads, past if room is None else room, form.size)
     past_rows = {"past_key": draw(*cache), "past_value": draw(*cache)}
+    if form.kv == contract.KV_FLOAT16:
+        past_rows = {name: rows.astype(np.float16) for name, rows in past_rows.items()}
     if form.codes:
         past_rows = {name: rng.integers(-127, 128, cache).astype(np.int8) for name in past_rows}
         scales = {f"{name}_scale": np.abs(draw(*cache[:3])) / 60 for name in past_rows}  # to values of order one
@@ -178,11 +185,11 @@ def run_in_place(session: ort.InferenceSession, feeds: Mapping[str, np.ndarray])
 def reference(
     feeds: Mapping[str, np.ndarray], form: AttentionForm, present: Sequence[np.ndarray] | None = None
 ) -> np.ndarray:
-    """Compute the output of attention, float64 [1, S, H D]. Attention8 is given its cache after the call."""
+    """Compute the output of attention, float64 [1, S, H D]. Where the cache rounds, it is given after the call."""
     queries, keys, values = _of_call(feeds, form)
     past = _past(feeds)
     if present is not None:
-        keys, values = (_stands_for(codes, scales) for codes, scales in zip(present[:2], present[2:], strict=True))
+        keys, values = (_stands_for(*stored) for stored in (present[::2], present[1::2]))
     else:
         before = [feeds[name][0, :, :past].astype(np.float64).swapaxes(0, 1) for name in ("past_key", "past_value")]
         keys, values = (np.concatenate(rows) for rows in zip(before, (keys, values), strict=True))  # [T, KV, D]
@@ -192,10 +199,15 @@ def reference(
 def unrounded(feeds: Mapping[str, np.ndarray], form: AttentionForm) -> list[tuple[np.ndarray, np.ndarray]]:
     """Compute unrounded codes and scales of the call's keys and values, float64 [S, KV, D] and [S, KV]."""
     found = []
-    for rows in _of_call(feeds, form)[1:]:
+    for rows in unrounded_heads(feeds, form):
         scales = np.abs(rows).max(axis=2) / 127
         found.append((rows / np.where(scales > 0, scales, 1.0)[..., None], scales))
     return found
+
+
+def unrounded_heads(feeds: Mapping[str, np.ndarray], form: AttentionForm) -> list[np.ndarray]:
+    """Compute the call's keys, after rotation, and values as they are before rounding, float64 [S, KV, D]."""
+    return _of_call(feeds, form)[1:]
 
 
 def _past(feeds: Mapping[str, np.ndarray]) -> int:
@@ -203,8 +215,9 @@ def _past(feeds: Mapping[str, np.ndarray]) -> int:
     return 0 if tokens == int(feeds["buffer"]) else total - tokens
 
 
-def _stands_for(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    return (codes[0].astype(np.float64) * scales[0, ..., None]).swapaxes(0, 1)  # [T, KV, D]
+def _stands_for(stored: np.ndarray, scales: np.ndarray | None = None) -> np.ndarray:
+    rows = stored[0].astype(np.float64)
+    return (rows if scales is None else rows * scales[0, ..., None]).swapaxes(0, 1)  # [T, KV, D]
 
 
 def _of_call(feeds: Mapping[str, np.ndarray], form: AttentionForm) -> list[np.ndarray]:
@@ -257,13 +270,13 @@ def _attended(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, past: i
 
 @st.composite
 def forms(
-    draw: st.DrawFn, sizes: tuple[int, ...], codes: bool = False, kv_heads: tuple[int, ...] = (1, 2, 3)
+    draw: st.DrawFn, sizes: tuple[int, ...], kv: str = contract.KV_FLOAT, kv_heads: tuple[int, ...] = (1, 2, 3)
 ) -> AttentionForm:
-    """Draw a form with one of these head sizes, and numbers of heads. With `codes`, the cache has 8 bits."""
-    kv = draw(st.sampled_from(kv_heads))
+    """Draw a form with one of these head sizes, and numbers of heads. `kv`: how the cache is stored."""
+    shared = draw(st.sampled_from(kv_heads))
     return AttentionForm(
-        heads=kv * draw(st.sampled_from([1, 2, 3, 4, 5, 9])),
-        kv_heads=kv,
+        heads=shared * draw(st.sampled_from([1, 2, 3, 4, 5, 9])),
+        kv_heads=shared,
         size=draw(st.sampled_from(sizes)),
         packed=draw(st.booleans()),
         rotary=draw(st.booleans()),
@@ -271,5 +284,5 @@ def forms(
         window=draw(st.sampled_from([0, 0, 1, 7, 64, 300])),
         scale=draw(st.sampled_from([0.0, 0.0, 0.05, 0.3])),
         softcap=draw(st.sampled_from([0.0, 0.0, 0.7, 50.0])),
-        codes=codes,
+        kv=kv,
     )

@@ -14,7 +14,7 @@ export async function load(folder) {
     ["manifest.json", "tokenizer.json", "tokenizer_config.json"].map(async (name) => JSON.parse(await read(name))),
   );
   if (manifest.shape.dtype !== "float32") throw new Error(`${folder} is not float32: build it with --dtype fp32`);
-  if ((manifest.kv ?? "float") !== "float") throw new Error(`${folder} has 8-bit keys and values: build it with --kv float`);
+  if ((manifest.kv ?? "float") !== "float") throw new Error(`${folder} stores keys and values in ${manifest.kv}: build it with --kv float`);
   // This package feeds no input that has a default, so it takes the decode graph in which none has.
   const [prefill, decode] = await Promise.all(
     ["prefill.onnx", "decode_explicit.onnx"].map((name) =>

@@ -114,8 +114,10 @@ def check_methods(artifact: Artifact, methods: Sequence[str]) -> None:
         UsageError: There is such a method.
     """
     layout = artifact.layout
-    if not artifact.only_floats and "dense" in methods:
-        raise UsageError("dense is a graph of floats, and this artifact has integers. Take --method dense_native.")
+    if not artifact.one_dtype and "dense" in methods:
+        raise UsageError(
+            "dense is a graph in the model's dtype, and this artifact has others. Take --method dense_native."
+        )
     possible, build = (PRICED_METHODS, "tda") if layout == "priced" else (MASK_METHODS, "priced")
     if foreign := [name for name in methods if name not in possible]:
         raise UsageError(
@@ -128,8 +130,8 @@ def default_methods(artifact: Artifact, new_tokens: int) -> tuple[str, ...]:
     """Return `DEFAULT_METHODS` without those that the artifact has no graph for, or that need more tokens to choose
     thresholds."""
     if artifact.layout == "priced":
-        return PRICED_METHODS if artifact.only_floats else PRICED_METHODS[1:]
-    impossible = set() if artifact.only_floats else {"dense"}
+        return PRICED_METHODS if artifact.one_dtype else PRICED_METHODS[1:]
+    impossible = set() if artifact.one_dtype else {"dense"}
     if not artifact_method(artifact).two_levels or new_tokens < 2 * PROBED_TOKENS:
         impossible.add("two_levels")
     return tuple(name for name in DEFAULT_METHODS if name not in impossible)

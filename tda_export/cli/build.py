@@ -84,11 +84,12 @@ if TYPE_CHECKING:
 @weight_options("float", "int8", "int4")
 @option(
     "--kv",
-    type=click.Choice(["float", "int8"]),
+    type=click.Choice(["float", "float16", "int8"]),
     default="float",
     show_default=True,
     group=WEIGHTS,
-    help="How keys and values are stored: as --dtype says, or in 8 bits with a scale for each token and head.",
+    help="How keys and values are stored: as --dtype says; in 16 bits beside fp32; or in 8 bits with a scale for each "
+    "token and head.",
 )
 @overwrite_option
 @option("--no-verify", is_flag=True, help="Skip the comparison with transformers.")
@@ -131,7 +132,7 @@ def build(
     from tda_export.errors import TdaError
     from tda_export.files import check_output
     from tda_export.graph.contract import DTYPES
-    from tda_export.graph.export import export_artifact
+    from tda_export.graph.export import check_kv, export_artifact
     from tda_export.graph.storage import read_plan, storage_of
     from tda_export.graph.verify import verify_artifact
     from tda_export.models.source import resolve_model
@@ -149,6 +150,7 @@ def build(
         refresh=None if refresh is None else Refresh(refresh),
     )
     choose_provider(provider, DTYPES[dtype])
+    check_kv(kv, DTYPES[dtype])
     _refuse_foreign(method, asked, calibration_file, {"--packing": packing, "--tail": tail})
     source = resolve_model(model, notify=lambda line: click.echo(line, err=True))
     plan = read_plan(source, weights, group, weights_for)

@@ -1,7 +1,7 @@
-"""`tda::Attention` and `tda::Attention8`: attention as an ONNX function, which a native kernel may replace.
+"""`tda::Attention`, `Attention8` and `Attention16`: attention as an ONNX function, which a native kernel may replace.
 
-Attention is ONNX Runtime's GroupQueryAttention. Attention8 is the same over a cache of 8-bit codes
-(`integer_attention`).
+Attention is ONNX Runtime's GroupQueryAttention. Attention8 and Attention16 are the same over a cache of 8-bit codes and
+of float16 (`stored_attention`).
 """
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ import onnx_ir as ir
 
 from tda_export.graph import contract, operators
 from tda_export.graph.attention import group_query_attention
+from tda_export.graph.cache_formats import CACHE_FORMATS, CacheFormat
 from tda_export.graph.decoder import GraphBuilder
-from tda_export.graph.integer_attention import integer_attention
 from tda_export.graph.ops import MICROSOFT, OPSET, Ops
+from tda_export.graph.stored_attention import stored_attention
 
 PACKED = "packed"  # an overload: queries, keys and values in one input
-# Attention8's overloads without tables of rotary embedding, since a body that uses the tables needs them.
+# Those two's overloads without tables of rotary embedding, since a body that uses the tables needs them.
 UNTURNED, PACKED_UNTURNED = "unturned", "packed_unturned"
 # GroupQueryAttention's defaults of attributes.
 DEFAULTS: dict[str, float] = {"scale": 0.0, "softcap": 0.0}
 INTEGERS = ("num_heads", "kv_num_heads", "local_window_size", "do_rotary", "rotary_interleaved")
 WIDTH = "width"
-OUTPUTS = ("attended", "present_key", "present_value")
-OUTPUTS_8 = (*OUTPUTS, "present_key_scale", "present_value_scale")
 
 
 class StepGraphBuilder(GraphBuilder):
@@ -32,29 +31,31 @@ class StepGraphBuilder(GraphBuilder):
 
     def attend(self, inputs: Sequence[ir.Value | None], settings: dict[str, float]) -> list[ir.Value]:
         if self.shape.kv != contract.KV_FLOAT:
-            return attention_8_node(self.ops, inputs, **settings)
+            return stored_attention_node(self.ops, CACHE_FORMATS[self.shape.kv], inputs, **settings)
         width = self.spec.num_heads * self.spec.head_size
         return attention_node(self.ops, inputs, width=width, **settings)
 
     def attention_functions(self) -> list[ir.Function]:
         """Define the functions that the nodes of attention call."""
-        return (
-            attention_functions() if self.shape.kv == contract.KV_FLOAT else attention_8_functions(self.spec.head_size)
-        )
+        if self.shape.kv == contract.KV_FLOAT:
+            return attention_functions()
+        return stored_attention_functions(CACHE_FORMATS[self.shape.kv], self.spec.head_size)
 
 
 def attention_node(ops: Ops, inputs: Sequence[ir.Value | None], **settings: float) -> list[ir.Value]:
     """Add the node, with inputs in the order of `operators.ATTENTION_INPUTS` and the outputs of `attention.Attend`."""
     overload = PACKED if inputs[1] is None else ""
-    return _node(ops, operators.ATTENTION, overload, inputs, OUTPUTS, settings)
+    return _node(ops, operators.ATTENTION, overload, inputs, operators.ATTENTION_OUTPUTS, settings)
 
 
-def attention_8_node(ops: Ops, inputs: Sequence[ir.Value | None], **settings: float) -> list[ir.Value]:
-    """Add the node, with inputs in the order of `operators.ATTENTION_8_INPUTS` and the outputs of
+def stored_attention_node(
+    ops: Ops, format: CacheFormat, inputs: Sequence[ir.Value | None], **settings: float
+) -> list[ir.Value]:
+    """Add the node of a format's operator, with inputs in the order of `format.inputs` and the outputs of
     `attention.Attend`."""
-    packed, turned = inputs[1] is None, len(inputs) == len(operators.ATTENTION_8_INPUTS)
+    packed, turned = inputs[1] is None, len(inputs) == len(format.inputs)
     overload = (PACKED if packed else "") if turned else (PACKED_UNTURNED if packed else UNTURNED)
-    return _node(ops, operators.ATTENTION_8, overload, inputs, OUTPUTS_8, settings)
+    return _node(ops, format.operator, overload, inputs, format.outputs, settings)
 
 
 def _node(
@@ -80,10 +81,10 @@ def attention_functions() -> list[ir.Function]:
     return [_function(packed=False), _function(packed=True)]
 
 
-def attention_8_functions(head_size: int) -> list[ir.Function]:
-    """Define `tda::Attention8` and all its overloads for heads of `head_size` elements."""
+def stored_attention_functions(format: CacheFormat, head_size: int) -> list[ir.Function]:
+    """Define a format's operator and all its overloads for heads of `head_size` elements."""
     return [
-        _function_8(overload, head_size, packed=packed, turned=turned)
+        _stored_function(format, overload, head_size, packed=packed, turned=turned)
         for overload, packed, turned in (
             ("", False, True),
             (PACKED, True, True),
@@ -111,17 +112,25 @@ def _function(*, packed: bool) -> ir.Function:
         by_axis = ops.op("Unsqueeze", width, ops.constant([0], "int64"))
         attended = ops.op("Reshape", attended, ops.op("Concat", ops.constant([0, 0], "int64"), by_axis, axis=0))
     overload = PACKED if packed else ""
-    return _defined(operators.ATTENTION, overload, ops, inputs, [attended, *present], OUTPUTS, (*INTEGERS, WIDTH))
+    return _defined(
+        operators.ATTENTION,
+        overload,
+        ops,
+        inputs,
+        [attended, *present],
+        operators.ATTENTION_OUTPUTS,
+        (*INTEGERS, WIDTH),
+    )
 
 
-def _function_8(overload: str, head_size: int, *, packed: bool, turned: bool) -> ir.Function:
+def _stored_function(format: CacheFormat, overload: str, head_size: int, *, packed: bool, turned: bool) -> ir.Function:
     ops = Ops()
-    names = operators.ATTENTION_8_INPUTS if turned else operators.ATTENTION_8_INPUTS[: -len(operators.ROTARY_TABLES)]
+    names = format.inputs if turned else format.inputs[: -len(operators.ROTARY_TABLES)]
     inputs = [ir.Value(name=name) for name in names]
     query, key, value, *rest = inputs
     given = [query, None, None] if packed else [query, key, value]
-    outputs = integer_attention(ops, [*given, *rest], head_size, _references(INTEGERS))
-    return _defined(operators.ATTENTION_8, overload, ops, inputs, outputs, OUTPUTS_8, INTEGERS)
+    outputs = stored_attention(ops, format, [*given, *rest], head_size, _references(INTEGERS))
+    return _defined(format.operator, overload, ops, inputs, outputs, format.outputs, INTEGERS)
 
 
 def _defined(

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import torch
 
 from tda_export.graph import contract
-from tda_export.graph.integer_cache import with_stored_cache
+from tda_export.graph.stored_cache import with_stored_cache
 from tda_export.graph.stored_integers import with_stored_integers
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec

@@ -131,9 +131,10 @@ def tensor_bytes(shape: Sequence[int], dtype: str) -> int:
     return math.prod(shape) * DTYPE_BYTES[dtype]
 
 
-# How keys and values are stored: in the model's dtype, or as codes with a float32 scale for each token and head.
-KV_FLOAT, KV_INT8 = "float", "int8"
-KV_FORMATS = (KV_FLOAT, KV_INT8)
+# How keys and values are stored: in the model's dtype, in float16 where that is float32, or as codes with a float32
+# scale for each token and head.
+KV_FLOAT, KV_FLOAT16, KV_INT8 = "float", "float16", "int8"
+KV_FORMATS = (KV_FLOAT, KV_FLOAT16, KV_INT8)
 
 PADDING_INDEX = -1  # fills mask_indices up to a fixed size; such an entry contributes nothing
 
@@ -267,7 +268,7 @@ def layer_caches(shape: ModelShape, layer: int) -> list[CacheTensor]:
     names = [(past_key, present_key), (past_value, present_value)]
     heads, row = shape.num_kv_heads, (shape.head_size,)
     caches = [CacheTensor(past(layer), present(layer), elements, heads, row) for past, present in names]
-    if shape.kv != KV_FLOAT:
+    if shape.kv == KV_INT8:
         scales = [(past_scale(layer, part), present_scale(layer, part)) for part in ("key", "value")]
         caches += [CacheTensor(past, present, "float32", heads, ()) for past, present in scales]
     return caches

@@ -10,10 +10,11 @@ import onnx_ir as ir
 import tda_export
 from tda_export.graph import contract, operators
 from tda_export.graph.attention import Lengths, attention, call_positions, group_query_attention
+from tda_export.graph.cache_formats import CACHE_FORMATS
 from tda_export.graph.contract import IoTensor, ModelShape
-from tda_export.graph.integer_attention import integer_attention
 from tda_export.graph.integer_linear import integer_functions, integer_linear, integer_row_linear, integer_rows
 from tda_export.graph.ops import IR_VERSION, MICROSOFT, OPSET, Ops, io_value, name_output
+from tda_export.graph.stored_attention import stored_attention
 from tda_export.graph.weights_file import WeightTable
 from tda_export.models.spec import DecoderSpec
 
@@ -150,7 +151,8 @@ class GraphBuilder:
     def attend(self, inputs: Sequence[ir.Value | None], settings: dict[str, float]) -> list[ir.Value]:
         """Add the nodes of attention (`attention.Attend`); some graphs use a function for them."""
         if self.shape.kv != contract.KV_FLOAT:
-            return integer_attention(self.ops, inputs, self.spec.head_size, settings)
+            format = CACHE_FORMATS[self.shape.kv]
+            return stored_attention(self.ops, format, inputs, self.spec.head_size, settings)
         attended, *present = group_query_attention(self.ops, inputs, **settings)
         packed = self.weights.matrices.get(contract.qkv_weight(0))
         if packed is not None and packed.major == "input":

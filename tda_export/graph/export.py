@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 import tda_export
-from tda_export.errors import TdaError
+from tda_export.errors import TdaError, UsageError
 from tda_export.files import as_os_error, atomic_folder, sha256
 from tda_export.graph import contract
 from tda_export.graph.decoder import model_shape
@@ -75,6 +75,16 @@ class BuildRequest:
         return self.storage.dtype
 
 
+def check_kv(kv: str, dtype: str) -> None:
+    """Refuse a way to store keys and values (one of `contract.KV_FORMATS`) beside a dtype that takes as little.
+
+    Raises:
+        UsageError: It is float16 beside another dtype than float32.
+    """
+    if kv == contract.KV_FLOAT16 and dtype != "float32":
+        raise UsageError(f"Keys and values in float16 are for float32. With {dtype}, 'float' takes as little.")
+
+
 def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: Callable[[Path], None]) -> None:
     """Write the artifact to a temporary sibling of `output`, check it there, and rename it.
 
@@ -85,8 +95,10 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
         check: Called with the finished temporary folder. If it raises, the folder is removed.
 
     Raises:
+        UsageError: See `check_kv`.
         TdaError: The checkpoint does not fit its configuration, the disk is full, or `check` failed.
     """
+    check_kv(request.kv, request.dtype)
     source, spec = request.source, request.source.spec
     tokenizer = source.tokenizer  # loaded first, so that a damaged one fails before anything is written
     plan = list(plan_weights(spec, source.weights(), request.storage, request.design.rows))
@@ -103,7 +115,7 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
         graphs = request.design.graphs(spec, table, request.dtype, request.kv)
         _save_tokenizer(tokenizer, source.name, folder)
         _write_json(folder / contract.GENERATION_CONFIG_FILE, source.generation_config)
-        if request.kv == contract.KV_FLOAT:  # GenAI has no scales of keys and values
+        if request.kv != contract.KV_INT8:  # GenAI has no scales of keys and values
             genai = genai_config(request.source, request.dtype, layout=request.design.layout)
             _write_json(folder / contract.GENAI_CONFIG_FILE, genai)
         if request.calibration_file:

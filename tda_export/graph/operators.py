@@ -40,7 +40,12 @@ ATTENTION_INPUTS = (
 )
 
 
-# Attention to a cache of codes (`contract.KV_INT8`). Attributes: those of GroupQueryAttention, all of them given.
+ATTENTION_OUTPUTS = ("attended", "present_key", "present_value")
+
+
+# Attention to a cache of float16 beside float32 (`contract.KV_FLOAT16`), with the inputs and outputs of Attention, and
+# to one of codes (`contract.KV_INT8`). Attributes: those of GroupQueryAttention, all of them given.
+ATTENTION_16 = "Attention16"
 ATTENTION_8 = "Attention8"
 ATTENTION_8_INPUTS = (
     *ATTENTION_INPUTS[:3],
@@ -50,6 +55,7 @@ ATTENTION_8_INPUTS = (
     "past_value_scale",  # float32 [1, KV, P]
     *ATTENTION_INPUTS[5:],
 )
+ATTENTION_8_OUTPUTS = (*ATTENTION_OUTPUTS, "present_key_scale", "present_value_scale")
 ROTARY_TABLES = ATTENTION_INPUTS[-2:]
 
 

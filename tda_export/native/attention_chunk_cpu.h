@@ -80,7 +80,7 @@ TDA_INLINE void ScoreRows(const float* const* queries, const typename Rows::Elem
   }
   for (; i < size; ++i) {
     for (int q = 0; q < kQueries; ++q) {
-      for (int r = 0; r < kRows; ++r) scores[q * stride + r] += queries[q][i] * keys[r * size + i];
+      for (int r = 0; r < kRows; ++r) scores[q * stride + r] += queries[q][i] * Rows::Value(keys[r * size + i]);
     }
   }
 }
@@ -172,7 +172,7 @@ TDA_INLINE void AttendQueries(const QueriesOfChunk<Rows>& chunk, int64_t first) 
     for (int q = 0; q < kQueries; ++q) {
       float of_column = 0.0f;
       for (int64_t r = 0; r < rows; ++r) {
-        of_column += scores[q * kStride + r] * chunk.values.elements[r * chunk.size + column];
+        of_column += scores[q * kStride + r] * Rows::Value(chunk.values.elements[r * chunk.size + column]);
       }
       ChunkResult::At(results[q]).values[column] = of_column;
     }

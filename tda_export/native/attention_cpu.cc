@@ -1,4 +1,4 @@
-// tda::Attention and tda::Attention8 on the CPU, float32: one kernel, over a cache of floats or of codes.
+// tda::Attention, Attention8 and Attention16 on the CPU, float32: one kernel, over a cache of floats, codes or float16.
 //
 // Queries are rotated and scaled, keys and values are appended to the cache, and attention reads only the cache. Then
 // ONNX Runtime's thread pool gets chunks of the cache of each key-value head, for a few tokens at a time, and the
@@ -22,6 +22,7 @@ constexpr int64_t kTokensAlone = 8;       // likewise, whose heads are rotated
 
 #define TDA_ATTENTION(attribute, lanes)                                                                       \
   attribute void AttendChunk(const QueriesOfChunk<FloatRows>& chunk) { AttendChunkOf<lanes>(chunk); }         \
+  attribute void AttendChunk(const QueriesOfChunk<HalfRows>& chunk) { AttendChunkOf<lanes>(chunk); }          \
   attribute void AttendChunk(const QueriesOfChunk<CodeRows>& chunk) { AttendChunkOf<lanes>(chunk); }          \
   attribute void JoinChunks(float* results, int64_t chunks, int64_t stride, int64_t size, float* out) {       \
     JoinChunksOf<lanes>(results, chunks, stride, size, out);                                                  \
@@ -29,6 +30,7 @@ constexpr int64_t kTokensAlone = 8;       // likewise, whose heads are rotated
   attribute void Rotate(const Rotation& rotation, const float* x, int64_t size, float scale, float* y) {      \
     RotateHead(rotation, x, size, scale, y);                                                                  \
   }                                                                                                           \
+  attribute void Round(const float* x, int64_t size, uint16_t* halves) { RoundHead(x, size, halves); }        \
   attribute void Spread(float* x, int64_t size) { SpreadHead(x, size); }                                      \
   attribute float Quantize(const float* x, int64_t size, int8_t* codes) { return QuantizeHead(x, size, codes); }
 TDA_FOR_EACH_TARGET(TDA_ATTENTION)
@@ -69,7 +71,7 @@ void ForEach(const KernelContext& context, int64_t count, bool here, const Work&
 }
 
 // Rotate a token's queries and keys, and write them, the keys and the values where attention reads them; `keys` has
-// room for keys that become codes.
+// room for keys that are not stored as floats.
 template <class Rows>
 void PlaceToken(const CpuCall& call, int64_t token, float* queries, float* keys) {
   using Element = typename Rows::Element;
@@ -90,14 +92,21 @@ void PlaceToken(const CpuCall& call, int64_t token, float* queries, float* keys)
     Element* present_key = call.present_key.As<Element>() + row * size;
     Element* present_value = call.present_value.As<Element>() + row * size;
     const float* value = call.Value<float>(token) + h * size;
+    float* key;
+    if constexpr (Rows::kConverted) {
+      key = keys + (token * settings.kv_heads + h) * size;
+    } else {
+      key = present_key;
+    }
+    Rotate(rotation, call.Key<float>(token) + h * size, size, 1.0f, key);
     if constexpr (Rows::kScaled) {
-      float* key = keys + (token * settings.kv_heads + h) * size;
-      Rotate(rotation, call.Key<float>(token) + h * size, size, 1.0f, key);
       Spread(key, size);
       call.present_key_scale.As<float>()[row] = Quantize(key, size, present_key);
       call.present_value_scale.As<float>()[row] = Quantize(value, size, present_value);
+    } else if constexpr (Rows::kConverted) {
+      Round(key, size, present_key);
+      Round(value, size, present_value);
     } else {
-      Rotate(rotation, call.Key<float>(token) + h * size, size, 1.0f, present_key);
       std::memcpy(present_value, value, size * sizeof(float));
     }
   }
@@ -247,7 +256,7 @@ class AttentionCpu : public Kernel {
       most = std::max(most, Tile<Rows>(call, first).Floats());
     }
     const int64_t query_floats = call.tokens * settings_.heads * call.size;
-    const int64_t key_floats = Rows::kScaled ? call.tokens * kv_heads * call.size : 0;
+    const int64_t key_floats = Rows::kConverted ? call.tokens * kv_heads * call.size : 0;
     const int64_t floats = query_floats + key_floats + most;
     const size_t counters = (floats * sizeof(float) + 63) / 64 * 64;
     const Scratch scratch(context, allocator_, counters + kv_heads * sizeof(std::atomic<int64_t>), false);
@@ -279,6 +288,8 @@ class AttentionCpu : public Kernel {
 std::vector<OpDefinition> AttentionOnCpu() {
   return {OpDefinition("Attention", nullptr, AttentionInputs(kFloat, kFloat), AttentionOutputs(kFloat, kFloat),
                        Create<AttentionCpu<FloatRows>>),
+          OpDefinition("Attention16", nullptr, AttentionInputs(kFloat, kHalf), AttentionOutputs(kFloat, kHalf),
+                       Create<AttentionCpu<HalfRows>>),
           OpDefinition("Attention8", nullptr, AttentionInputs(kFloat, kInt8), AttentionOutputs(kFloat, kInt8),
                        Create<AttentionCpu<CodeRows>>)};
 }

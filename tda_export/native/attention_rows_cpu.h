@@ -1,4 +1,4 @@
-// Rows of keys or values in a cache of floats or of 8-bit codes, and the conversion of a head to codes.
+// Rows of keys or values in a cache of floats, of float16 or of 8-bit codes, and the conversion of a head to these.
 //
 // A row of codes c represents scale * c, with one scale per row. Keys are multiplied by a Hadamard matrix before they
 // are stored, which spreads their few large elements over all elements; queries are multiplied by it too.
@@ -12,7 +12,8 @@ namespace tda {
 
 struct FloatRows {
   using Element = float;
-  static constexpr bool kScaled = false;
+  static constexpr bool kConverted = false, kScaled = false;
+  static TDA_INLINE float Value(float element) { return element; }
   template <int kLanes>
   static TDA_INLINE typename Lanes<kLanes>::Vector Load(const float* address) {
     return Lanes<kLanes>::Load(address);
@@ -21,9 +22,22 @@ struct FloatRows {
   const float* elements;  // [rows, size]
 };
 
+struct HalfRows {
+  using Element = uint16_t;
+  static constexpr bool kConverted = true, kScaled = false;
+  static TDA_INLINE float Value(uint16_t element) { return HalfToFloat(element); }
+  template <int kLanes>
+  static TDA_INLINE typename Lanes<kLanes>::Vector Load(const uint16_t* address) {
+    return Lanes<kLanes>::LoadHalves(address);
+  }
+
+  const uint16_t* elements;  // [rows, size]
+};
+
 struct CodeRows {
   using Element = int8_t;
-  static constexpr bool kScaled = true;
+  static constexpr bool kConverted = true, kScaled = true;
+  static TDA_INLINE float Value(int8_t element) { return element; }
   template <int kLanes>
   static TDA_INLINE typename Lanes<kLanes>::Vector Load(const int8_t* address) {
     return Lanes<kLanes>::LoadSignedBytes(address);
@@ -47,6 +61,10 @@ TDA_INLINE void SpreadHead(float* x, int64_t size) {
   }
   const float unit = 1.0f / std::sqrt(static_cast<float>(block));
   for (int64_t i = 0; i < size; ++i) x[i] *= unit;
+}
+
+TDA_INLINE void RoundHead(const float* x, int64_t size, uint16_t* halves) {
+  for (int64_t i = 0; i < size; ++i) halves[i] = FloatToHalf(x[i]);
 }
 
 // Round a head to codes, to nearest, ties to even, and return its scale: NaN where the head is not finite.

@@ -21,6 +21,30 @@ TDA_INLINE float HalfToFloat(uint16_t half) {
   return half & 0x8000u ? -value : value;
 }
 
+// Round to float16, to nearest, ties to even; from 65,520 on the result is infinite.
+TDA_INLINE uint16_t FloatToHalf(float value) {
+  constexpr uint32_t kInfinity = 0x7f800000, kLeastInfinite = 0x477ff000, kLeastNormal = 0x38800000;
+  uint32_t magnitude;
+  std::memcpy(&magnitude, &value, sizeof(value));
+  const uint32_t sign = magnitude >> 16 & 0x8000u;
+  magnitude &= 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > kInfinity) {
+    half = 0x7e00;
+  } else if (magnitude >= kLeastInfinite) {
+    half = 0x7c00;
+  } else if (magnitude < kLeastNormal) {  // multiples of 2^-24, which is the last bit of 0.5
+    float sum;
+    std::memcpy(&sum, &magnitude, sizeof(sum));
+    sum += 0.5f;
+    std::memcpy(&half, &sum, sizeof(half));
+    half -= 0x3f000000;
+  } else {
+    half = (magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13;
+  }
+  return static_cast<uint16_t>(sign | half);
+}
+
 // A vector of kLanes floats, and the same at any address; words and integers of as many bits.
 template <int kLanes>
 struct VectorOf;

@@ -79,8 +79,8 @@ class Artifact:
         return not all(matrix.format.is_float for matrix in self.matrices.values())
 
     @property
-    def only_floats(self) -> bool:
-        """Whether neither matrices nor keys and values are stored as integers."""
+    def one_dtype(self) -> bool:
+        """Whether matrices, keys and values are all stored in the model's dtype."""
         return not self.has_integers and self.shape.kv == contract.KV_FLOAT
 
     @property

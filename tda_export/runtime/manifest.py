@@ -7,7 +7,7 @@ from typing import Any
 
 from tda_export.ffn_share import FFN_MATRICES, GATED
 from tda_export.graph import contract
-from tda_export.graph.contract import DTYPES, KV_FLOAT, KV_FORMATS, ModelShape
+from tda_export.graph.contract import DTYPES, KV_FLOAT, KV_FLOAT16, KV_FORMATS, ModelShape
 from tda_export.packing import PACKINGS
 from tda_export.pricing import PriceTable
 from tda_export.runtime.deployment import Refresh
@@ -32,7 +32,7 @@ def check_manifest(manifest: dict[str, Any]) -> tuple[ModelShape, dict[str, Matr
         if name not in ("dtype", "kv"):
             _require(_is_size(value) and value > 0, f"shape.{name}")
     _require(shape.dtype in DTYPES.values(), "shape.dtype")
-    _require(shape.kv in KV_FORMATS, "kv")
+    _require(shape.kv in KV_FORMATS and (shape.kv != KV_FLOAT16 or shape.dtype == "float32"), "kv")
     for name in RECORDS:
         _require(isinstance(manifest[name], dict), name)
     model = manifest["model"]

@@ -357,7 +357,10 @@ def test_integers(tmp_path: Path) -> None:
     assert integers["priced_0.50"]["sparsity"] == pytest.approx(0.5, abs=0.03)
     dense = run_cli("bench", *shape, "--weights", "int4", "--method", "dense")
     assert dense.exit_code == 2
-    assert "dense is a graph of floats, and this artifact has integers. Take --method dense_native." in dense.stderr
+    assert (
+        "dense is a graph in the model's dtype, and this artifact has others. Take --method dense_native."
+        in dense.stderr
+    )
     masks = run_cli("bench", *shape, "--weights", "int4", "--method", "tda")
     assert masks.exit_code == 2
     assert "tda needs float weights. Leave --weights and --weights-for out." in masks.stderr

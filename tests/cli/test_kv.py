@@ -1,4 +1,4 @@
-"""Keys and values of 8 bits on the command line: build, and the commands that run the result."""
+"""Keys and values in 8 and in 16 bits on the command line: build, and the commands that run the result."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tda_export.runtime.priced import PricedPrefill
 from tests.cli.conftest import FAILURE, USAGE, assert_error
 from tests.cli.results import PROMPT
 from tests.conftest import build_tda, run_cli, run_ok
+from tests.examples.applications import genai, minimal, ours
 from tests.graph.test_manifest_schema import VALIDATOR
 from tests.runtime.conftest import edit_manifest
 
@@ -33,6 +34,53 @@ def built(tiny_model: Path, priced_calibration: Path, tmp_path_factory: pytest.T
     )
     (folder / "built.json").write_text(made.stdout)
     return folder / "artifact"
+
+
+@pytest.fixture(scope="module")
+def halves(tiny_model: Path, priced_calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A verified artifact of prices with a cache of float16."""
+    folder = tmp_path_factory.mktemp("halves") / "artifact"
+    made = run_ok("build", tiny_model, "--calibration", priced_calibration, "--kv", "float16", "-o", folder, "--json")
+    assert [check for check in json.loads(made.stdout)["checks"] if not check["passed"]] == []
+    return folder
+
+
+def test_a_cache_of_float16(halves: Path, priced_artifact: Path, tmp_path: Path) -> None:
+    manifest = json.loads((halves / contract.MANIFEST_FILE).read_text())
+    assert (manifest["kv"], manifest["shape"]["dtype"]) == ("float16", "float32")
+    VALIDATOR.validate(manifest)
+    found = {path: json.loads(run_ok("inspect", path, "--json").stdout) for path in (halves, priced_artifact)}
+    assert 2 * found[halves]["cache_bytes"] == found[priced_artifact]["cache_bytes"]
+    assert "of them for the cache, keys and values in float16\n" in run_ok("inspect", halves).stdout
+    text = tmp_path / "text.txt"
+    text.write_text("A tide table is a list of heights and hours. " * 12)
+    assert json.loads(run_ok("eval", halves, "--text", text, *SMALL, "--json").stdout)["kl"] > 0
+    timed = json.loads(run_ok("bench", halves, "--prompt-tokens", 32, "--new-tokens", 16, "--json").stdout)
+    assert {"dense_native", "priced"} <= set(timed)
+
+
+def test_applications_read_a_cache_of_float16(halves: Path) -> None:
+    expected = ours(halves, PROMPT, None, 16)
+    assert minimal(halves, PROMPT, None, 16) == expected
+    assert genai(halves, PROMPT, None, 16) == expected
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision_takes_as_little(
+    dtype: str, tiny_model: Path, priced_calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tda_export.runtime.providers.choose_provider", lambda *_: "cpu")
+    arguments = ("build", tiny_model, "--calibration", priced_calibration, "--kv", "float16", "--dtype", dtype)
+    result = run_cli(*arguments, "-o", tmp_path / "artifact")
+    text = f"Keys and values in float16 are for float32. With {contract.DTYPES[dtype]}, 'float' takes as little."
+    assert_error(result, USAGE, text)
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_a_manifest_with_a_cache_of_float16_beside_float16(halves: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(halves, tmp_path / "artifact")
+    edit_manifest(copy, lambda manifest: manifest["shape"].update(dtype="float16"))
+    assert_error(run_cli("generate", copy, PROMPT), FAILURE, "incomplete manifest (kv)")
 
 
 def test_build_verifies_and_says_so(built: Path) -> None:
@@ -131,7 +179,9 @@ def test_the_cpu_has_no_bfloat16(tiny_model: Path, priced_calibration: Path, tmp
 def test_dense_is_of_floats(built: Path) -> None:
     result = run_cli("bench", built, "--method", "dense", "--prompt-tokens", 32, "--new-tokens", 16)
     assert_error(
-        result, USAGE, "dense is a graph of floats, and this artifact has integers. Take --method dense_native."
+        result,
+        USAGE,
+        "dense is a graph in the model's dtype, and this artifact has others. Take --method dense_native.",
     )
 
 

@@ -51,11 +51,17 @@ def test_family_matches_transformers(family: str, tmp_path: Path) -> None:
     assert [check for check in checks if not check.passed] == []
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_family_with_keys_and_values_of_8_bits(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "kv"),
+    [
+        *((family, contract.KV_INT8) for family in FAMILIES),
+        *((family, contract.KV_FLOAT16) for family in ("gemma2", "opt-post-norm", "gpt-neox", "phi3", "phi4-mini")),
+    ],
+)
+def test_family_with_stored_keys_and_values(family: str, kv: str, tmp_path: Path) -> None:
     """By the kernel in decode, and by stock operators in prefill."""
     source = resolve_model(str(save_tiny_model(family, tmp_path / "model")))
-    artifact = build_tiny(source, tmp_path / "artifact", kv=contract.KV_INT8)
+    artifact = build_tiny(source, tmp_path / "artifact", kv=kv)
     checks = verify_artifact(artifact, lambda name: source, provider="cpu", quiet=True)
     assert [check for check in checks if not check.passed] == []
     assert all(check.difference for check in checks if check.name.endswith("logits"))

@@ -118,9 +118,9 @@ def fused(rng: np.random.Generator, dtype: str) -> None:
 
 
 def attention(rng: np.random.Generator, dtype: str) -> None:
-    for codes in (False, True):
+    for kv in ("float", "int8"):
         for size, heads, kv_heads in ((16, 3, 1), (48, 2, 1), (128, 8, 1), (256, 1, 1), (64, 96, 32), (128, 40, 40)):
-            form = AttentionForm(heads=heads, kv_heads=kv_heads, size=size, window=300 * (heads == 3), codes=codes)
+            form = AttentionForm(heads=heads, kv_heads=kv_heads, size=size, window=300 * (heads == 3), kv=kv)
             session = attention_session(form, dtype=dtype)
             for tokens, past in ((1, 0), (1, 700), (5, 61), (17, 3)):
                 feeds = random_attention(rng, form, tokens=tokens, past=past, dtype=dtype)

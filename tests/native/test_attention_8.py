@@ -26,8 +26,8 @@ from tests.ffn_model import TOLERANCES
 session = functools.cache(attention_session)
 NATIVE = [pytest.param(False, id="body"), pytest.param(True, id="cpu")]
 CLOSE = 1e-5  # tolerance for float32 values of order one
-PLAIN = AttentionForm(codes=True)
-ALL_AT_ONCE = AttentionForm(heads=6, kv_heads=2, size=48, packed=True, window=150, scale=0.3, softcap=2.0, codes=True)
+PLAIN = AttentionForm(kv="int8")
+ALL_AT_ONCE = AttentionForm(heads=6, kv_heads=2, size=48, packed=True, window=150, scale=0.3, softcap=2.0, kv="int8")
 
 
 lengths = {
@@ -69,7 +69,7 @@ def check(
 
 @pytest.mark.parametrize("native", NATIVE)
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
-@given(form=forms((16, 32, 64, 80, 128), codes=True), **lengths)
+@given(form=forms((16, 32, 64, 80, 128), kv="int8"), **lengths)
 def test_it_attends_to_the_nearest_codes(
     native: bool, form: AttentionForm, tokens: int, past: int, room: int | None, seed: int
 ) -> None:
@@ -81,7 +81,7 @@ def test_it_attends_to_the_nearest_codes(
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
-@given(form=forms((2, 6, 7, 24, 40, 72), codes=True), **lengths)
+@given(form=forms((2, 6, 7, 24, 40, 72), kv="int8"), **lengths)
 def test_heads_of_any_size(form: AttentionForm, tokens: int, past: int, room: int | None, seed: int) -> None:
     """Also sizes that ONNX Runtime's kernel refuses. In odd sizes the last element is not rotated."""
     extra = None if room is None else past + tokens + room
@@ -91,7 +91,7 @@ def test_heads_of_any_size(form: AttentionForm, tokens: int, past: int, room: in
 
 
 @settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
-@given(form=forms((16, 64, 80), codes=True), **lengths)
+@given(form=forms((16, 64, 80), kv="int8"), **lengths)
 def test_the_body_in_half_precision(form: AttentionForm, tokens: int, past: int, room: int | None, seed: int) -> None:
     """On the CPU, up to the precision of float16: codes of keys are those of rotated keys rounded to float16."""
     extra = None if room is None else past + tokens + room
@@ -105,7 +105,7 @@ def test_the_body_in_half_precision(form: AttentionForm, tokens: int, past: int,
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    form=forms((16, 64, 80), codes=True), tokens=st.integers(1, 17), past=st.integers(0, 40), seed=st.integers(0, 2**16)
+    form=forms((16, 64, 80), kv="int8"), tokens=st.integers(1, 17), past=st.integers(0, 40), seed=st.integers(0, 2**16)
 )
 def test_values_have_the_codes_of_the_body(form: AttentionForm, tokens: int, past: int, seed: int) -> None:
     """To the bit, since values are rounded as they are."""
@@ -181,7 +181,7 @@ def test_a_token_alone_gives_the_same_bits(form: AttentionForm, threads: int) ->
 )
 def test_what_is_not_finite_reaches_the_results(name: str, spoiled: float, native: bool) -> None:
     """With the kernel, earlier tokens, and tokens whose window does not include it, are unchanged."""
-    form = AttentionForm(heads=4, kv_heads=2, size=32, window=20, rotary=False, codes=True)
+    form = AttentionForm(heads=4, kv_heads=2, size=32, window=20, rotary=False, kv="int8")
     feeds = random_attention(np.random.default_rng(4), form, tokens=5, past=300)
     feeds[name][(0, 2, 37) if name in ("query", "key", "value") else (0, 1, 282)] = spoiled
     attended, *present = run_attention(session(form, native=native), feeds)

@@ -22,7 +22,7 @@ session = functools.cache(attention_session)
 PLAIN = AttentionForm()
 ALL_AT_ONCE = AttentionForm(heads=6, kv_heads=2, size=48, packed=True, window=150, scale=0.3, softcap=2.0)
 WIDE = AttentionForm(heads=5, kv_heads=1, size=256)
-CODES = [replace(form, codes=True) for form in (PLAIN, ALL_AT_ONCE, WIDE)]
+CODES = [replace(form, kv="int8") for form in (PLAIN, ALL_AT_ONCE, WIDE)]
 BOTH = pytest.mark.parametrize(
     "form",
     [PLAIN, ALL_AT_ONCE, WIDE, *CODES],
@@ -78,8 +78,8 @@ class InPlace:
 
 
 FORMS = {
-    codes: forms((16, 48, 64, 80, 128, 256) if codes else (8, 16, 40, 64, 80, 128, 256), codes, kv_heads=(1, 2, 3, 8))
-    for codes in (False, True)
+    False: forms((8, 16, 40, 64, 80, 128, 256), kv_heads=(1, 2, 3, 8)),
+    True: forms((16, 48, 64, 80, 128, 256), "int8", kv_heads=(1, 2, 3, 8)),
 }
 
 
@@ -182,7 +182,7 @@ def test_a_token_alone_gives_the_same_bits(form: AttentionForm) -> None:
 @pytest.mark.parametrize("codes", [False, True], ids=["floats", "codes"])
 def test_few_and_many_heads(kv_heads: int, group: int, codes: bool) -> None:
     """In place and not, one token and three give the same bits, and what the formula says."""
-    form = AttentionForm(heads=group * kv_heads, kv_heads=kv_heads, size=64, codes=codes)
+    form = AttentionForm(heads=group * kv_heads, kv_heads=kv_heads, size=64, kv="int8" if codes else "float")
     call = session(form, dtype="float16")
     for past in (0, 5, 40, 300):
         feeds = random_attention(np.random.default_rng(past), form, tokens=3, past=past, dtype="float16")
@@ -204,7 +204,9 @@ def test_few_and_many_heads(kv_heads: int, group: int, codes: bool) -> None:
 @pytest.mark.parametrize("window", [1, 17, 300, 1024])
 @pytest.mark.parametrize(("kv_heads", "size"), [(1, 256), (2, 128), (32, 128)])
 def test_windows_of_long_contexts(kv_heads: int, size: int, window: int, codes: bool) -> None:
-    form = AttentionForm(heads=2 * kv_heads, kv_heads=kv_heads, size=size, window=window, codes=codes)
+    form = AttentionForm(
+        heads=2 * kv_heads, kv_heads=kv_heads, size=size, window=window, kv="int8" if codes else "float"
+    )
     for tokens, past in ((1, 0), (1, 1500), (16, 1501)):
         feeds = random_attention(np.random.default_rng(past), form, tokens=tokens, past=past, dtype="float16")
         attended, *present = run_attention(session(form, dtype="float16"), feeds)
@@ -251,7 +253,7 @@ def test_padding_alone_gives_zeros(form: AttentionForm) -> None:
     ],
 )
 def test_what_is_not_finite_reaches_the_results(codes: bool, name: str) -> None:
-    form = AttentionForm(heads=4, kv_heads=2, size=32, window=20, rotary=False, codes=codes)
+    form = AttentionForm(heads=4, kv_heads=2, size=32, window=20, rotary=False, kv="int8" if codes else "float")
     feeds = random_attention(np.random.default_rng(4), form, tokens=5, past=300, dtype="float16")
     spoil: tuple[int, ...] = (0, 2, 37) if name in ("query", "key", "value") else (0, 1, 282, 5)
     feeds[name][spoil[:3] if codes else spoil] = np.nan
@@ -265,7 +267,7 @@ def test_what_is_not_finite_reaches_the_results(codes: bool, name: str) -> None:
 @pytest.mark.parametrize(("last_index", "buffer"), [(9, 9), (-2, 9), (2**31 - 1, 9), (1000, 9), (-(2**31), 9)])
 def test_lengths_that_do_not_fit_harm_nothing(last_index: int, buffer: int, codes: bool) -> None:
     """Lengths are on the device. With wrong ones the result is undefined, but no other memory is changed."""
-    form = replace(PLAIN, codes=codes)
+    form = replace(PLAIN, kv="int8" if codes else "float")
     feeds = random_attention(np.random.default_rng(7), form, tokens=1, past=8, dtype="float16")
     feeds |= {"last_index": np.array([last_index], np.int32), "buffer": np.array(buffer, np.int32)}
     assert run_attention(session(form, dtype="float16"), feeds)[0].shape == (1, 1, 64)
@@ -274,7 +276,7 @@ def test_lengths_that_do_not_fit_harm_nothing(last_index: int, buffer: int, code
 @pytest.mark.parametrize(("codes", "multiple"), [(False, 8), (True, 16)])
 @pytest.mark.parametrize("size", [12, 264])
 def test_heads_that_it_does_not_read(size: int, codes: bool, multiple: int) -> None:
-    form = replace(PLAIN, size=size, codes=codes)
+    form = replace(PLAIN, size=size, kv="int8" if codes else "float")
     feeds = random_attention(np.random.default_rng(8), form, tokens=1, past=8, dtype="float16")
     message = f"heads of {size} elements; on CUDA they have a multiple of {multiple}, at most 256"
     with pytest.raises(Exception, match=f"tda::Attention8?: query: {message}"):

@@ -56,7 +56,7 @@ def test_it_is_what_the_formula_says(
     seed: int,
 ) -> None:
     library, dtype, codes = way
-    form = data.draw(forms((16, 48, 64, 80, 128, 256), codes, kv_heads=(1, 2)))
+    form = data.draw(forms((16, 48, 64, 80, 128, 256), "int8" if codes else "float", kv_heads=(1, 2)))
     extra = None if room is None else past + tokens + room
     feeds = random_attention(np.random.default_rng(seed), form, tokens=tokens, past=past, room=extra, dtype=dtype)
     wide = wide and has_clusters(library)
@@ -71,7 +71,7 @@ def test_it_is_what_the_formula_says(
 @pytest.mark.parametrize(("heads", "size"), [(2, 32), (6, 128)])
 def test_a_token_alone_gives_the_same_bits(way: tuple[ctypes.CDLL, str, bool], heads: int, size: int) -> None:
     library, dtype, codes = way
-    form = AttentionForm(heads=heads, kv_heads=2, size=size, codes=codes)
+    form = AttentionForm(heads=heads, kv_heads=2, size=size, kv="int8" if codes else "float")
     feeds = random_attention(np.random.default_rng(2), form, tokens=9, past=80, dtype=dtype)
     wide = has_clusters(library)
     together, *present = run_on_cpu(library, form, feeds, splits=3, wide=wide)
@@ -100,7 +100,7 @@ def test_ranks_of_a_cluster(
 ) -> None:
     """Their number changes nothing but the order of sums."""
     library, dtype, codes = way
-    form = AttentionForm(heads=heads, kv_heads=1, size=size, window=window, codes=codes)
+    form = AttentionForm(heads=heads, kv_heads=1, size=size, window=window, kv="int8" if codes else "float")
     feeds = random_attention(np.random.default_rng(5), form, tokens=1, past=past, dtype=dtype)
     attended, *present = run_on_cpu(library, form, feeds, splits=splits)
     expected = reference(feeds, form, present if codes else None)
@@ -115,7 +115,7 @@ def test_what_is_not_finite_reaches_the_results(way: tuple[ctypes.CDLL, str, boo
     library, dtype, codes = way
     if not codes and name.endswith("_scale"):
         name = name.removesuffix("_scale")
-    form = AttentionForm(heads=4, kv_heads=2, size=32, window=20, rotary=False, codes=codes)
+    form = AttentionForm(heads=4, kv_heads=2, size=32, window=20, rotary=False, kv="int8" if codes else "float")
     feeds = random_attention(np.random.default_rng(4), form, tokens=5, past=90, dtype=dtype)
     feeds[name][(0, 2, 37) if name in ("query", "key", "value") else (0, 1, 72)] = np.nan
     attended, *present = run_on_cpu(library, form, feeds, splits=2)
@@ -130,7 +130,7 @@ def test_what_is_not_finite_reaches_the_results(way: tuple[ctypes.CDLL, str, boo
 def test_weights_of_any_size(way: tuple[ctypes.CDLL, str, bool], query: float, value: float, seed: int) -> None:
     """Split into two float16 they are as precise as in float32, for any scales of values."""
     library, dtype, _ = way
-    form, rng = AttentionForm(heads=4, kv_heads=1, size=64, codes=True), np.random.default_rng(seed)
+    form, rng = AttentionForm(heads=4, kv_heads=1, size=64, kv="int8"), np.random.default_rng(seed)
     feeds = random_attention(rng, form, tokens=1, past=200, dtype=dtype)
     for name, factor in (("query", query), ("value", value)):
         feeds[name] = (feeds[name].astype(np.float32) * factor).astype(feeds[name].dtype)

@@ -1,4 +1,4 @@
-"""Keys and values in 8 bits in transformers: the slow reference of `integer_attention`."""
+"""Keys and values in a format of their own in transformers: the slow reference of `stored_attention`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from tda_export.graph import contract
-from tda_export.graph.integer_attention import LARGEST_CODE, hadamard
+from tda_export.graph.cache_formats import LARGEST_CODE, hadamard
 from tda_export.models.rope import rotary_order
 from tda_export.models.spec import DecoderSpec
 
@@ -28,6 +28,21 @@ class IntegerCache(DynamicCache):
         """Append keys and values [1, KV, S, D]."""
         kept = kept_of(key_states.float() @ self._turn) @ self._turn.T
         return super().update(kept.to(key_states), kept_of(value_states.float()).to(value_states), *args, **settings)
+
+
+class HalfCache(DynamicCache):
+    """A cache that returns keys and values rounded to float16, also those of the call's own tokens."""
+
+    def __init__(self, model: Any, spec: DecoderSpec) -> None:
+        super().__init__(config=model.config)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **settings: Any) -> Any:
+        """Append keys and values [1, KV, S, D]."""
+        kept = (states.half().to(states) for states in (key_states, value_states))
+        return super().update(*kept, *args, **settings)
+
+
+CACHES = {contract.KV_FLOAT16: HalfCache, contract.KV_INT8: IntegerCache}
 
 
 def kept_of(x: torch.Tensor) -> torch.Tensor:
@@ -54,7 +69,7 @@ def with_stored_cache(model: Any, spec: DecoderSpec, kv: str) -> Any:
 
     def give(module: Any, arguments: Any, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if _cache_of(**settings) is None:
-            settings = dict(settings, past_key_values=IntegerCache(model, spec), use_cache=True)
+            settings = dict(settings, past_key_values=CACHES[kv](model, spec), use_cache=True)
         return arguments, settings
 
     for module in (model, model.base_model):  # OPT's model does not call its base model
