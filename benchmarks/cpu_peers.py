@@ -10,8 +10,8 @@
   -DLLAMA_CURL=OFF && cmake --build build --target llama-bench llama-quantize`.
 - ONNX Runtime GenAI, int4 in blocks of 32, head included, int8 arithmetic (accuracy level 4), made by its own builder.
 - Ours: an artifact of four-bit priced rows, dense and at 0.7 and 0.5 of the rows' bytes. For --shape, artifacts of
-  random weights are made here (`bench/artifact.py`): with the default int8 head, with a head of four bits, and with
-  keys and values of eight bits. llama.cpp keeps keys and values as floats of 16 bits, GenAI and ours as floats of 32.
+  random weights are made here (`bench/artifact.py`): with the default int8 head and with a head of four bits, each with
+  keys and values as floats of 32 and 16 bits and in 8. llama.cpp keeps them as floats of 16 bits, GenAI of 32.
 
 Each round times all stacks, one after another. Prints one JSON object: milliseconds of a token and of a prompt of
 --depth tokens, as medians with ranges, and the speed-up over the fastest peer in the same round, and over the fastest
@@ -34,6 +34,7 @@ import numpy as np
 
 TOKENS = 32  # tokens timed in a round
 HEAD_4, HEAD_8 = "head int4", "head int8"
+HEADS: tuple[tuple[str, list[str]], ...] = ((HEAD_8, []), (HEAD_4, ["head=int4"]))  # with build's --weights-for
 PEERS = (f"llama.cpp Q4_0, {HEAD_4}", f"llama.cpp Q4_0, {HEAD_8}", f"GenAI int4, {HEAD_4}")
 SPARSITIES = (0.3, 0.5)
 GGUF_TYPE = "Q4_0"
@@ -215,10 +216,8 @@ def our_artifacts(options: argparse.Namespace, model: Path) -> dict[str, tuple[P
 
     found = {}
     for label, rule, kv in (
-        (HEAD_8, [], "float"),
-        (HEAD_4, ["head=int4"], "float"),
-        (f"KV int8, {HEAD_8}", [], "int8"),
-        (f"KV int8, {HEAD_4}", ["head=int4"], "int8"),
+        *((head, rule, "float") for head, rule in HEADS),
+        *((f"KV {kv}, {head}", rule, kv) for kv in ("float16", "int8") for head, rule in HEADS),
     ):
         folder = options.folder / f"artifact-{label.replace(', ', '-').replace(' ', '-')}"
         known = folder.with_suffix(".prices.json")

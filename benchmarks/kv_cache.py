@@ -1,15 +1,16 @@
-"""Compare keys and values of 8 bits with floats: the KL, and the time of a step.
+"""Compare ways to store keys and values with floats: the KL, and the time of a step.
 
-    python benchmarks/kv_cache.py FLOAT INT8 --text valid.txt --contexts 512 4096 --windows 4
-    python benchmarks/kv_cache.py FLOAT INT8 --text valid.txt --contexts 1024 4096 --time
+    python benchmarks/kv_cache.py FLOAT OTHER .. --text valid.txt --contexts 512 4096 --windows 4
+    python benchmarks/kv_cache.py FLOAT OTHER .. --text valid.txt --contexts 1024 4096 --time
     python benchmarks/kv_cache.py --shape llama-3-8b --weights int4 --contexts 1024 8192 32768 --time
 
-FLOAT and INT8 are artifacts of one model of the layout `priced`, built with --kv float and --kv int8. With --shape both
-are made of random weights, float16 on CUDA, and deleted afterwards (TMPDIR). Contexts are read densely, and the tokens
-after them are decoded at price 0. KL is that of INT8 to FLOAT over --tokens tokens after each context, with its
-standard error over windows, which follow one another in the text. With --time both take turns of 16 steps at each
-length of context. The first turn is left out, and milliseconds are medians over turns with the smallest and the
-largest. Without --text the built-in texts are repeated. Prints one JSON object a context.
+FLOAT and the others are artifacts of one model of the layout `priced`, built with --kv float, and with float16 or int8.
+With --shape they are made of random weights, float16 on CUDA, where --kv float16 is the same as float, and deleted
+afterwards (TMPDIR). Contexts are read densely, and the tokens after them are decoded at price 0. KL is to FLOAT over
+--tokens tokens after each context, with its standard error over windows, which follow one another in the text. With
+--time all take turns of 16 steps at each length of context. The first turn is left out, and milliseconds are medians
+over turns with the smallest and the largest. Without --text the built-in texts are repeated. Prints one JSON object a
+context.
 """
 
 from __future__ import annotations
@@ -52,22 +53,22 @@ def log_probabilities(model: Model, context: Sequence[int], tokens: Sequence[int
 
 
 def divergence(models: Sequence[Model], text: list[int], context: int, options: Any) -> dict[str, Any]:
-    window, found, agreed = context + options.tokens, [], []
+    window, others = context + options.tokens, [model.artifact.shape.kv for model in models[1:]]
     if len(text) < window * options.windows:
         raise SystemExit(f"The text has {len(text)} tokens, and {options.windows} windows take {window} each.")
+    found: dict[str, list[tuple[float, float]]] = {kv: [] for kv in others}  # KL and agreement of each window
     for start in range(0, window * options.windows, window):
         tokens = text[start : start + window]
-        dense, codes = (log_probabilities(model, tokens[:context], tokens[context:]) for model in models)
-        found.append(float((np.exp(dense) * (dense - codes)).sum(axis=1).mean()))
-        agreed.append(float((dense.argmax(axis=1) == codes.argmax(axis=1)).mean()))
-    return {
-        "context": context,
-        "windows": options.windows,
-        "tokens": options.tokens,
-        "kl": float(np.mean(found)),
-        "kl_stderr": float(np.std(found, ddof=1) / np.sqrt(len(found))) if len(found) > 1 else None,
-        "agreement": float(np.mean(agreed)),
-    }
+        floats, *stored = (log_probabilities(model, tokens[:context], tokens[context:]) for model in models)
+        for kv, other in zip(others, stored, strict=True):
+            kl = (np.exp(floats) * (floats - other)).sum(axis=1).mean()
+            found[kv].append((float(kl), float((floats.argmax(axis=1) == other.argmax(axis=1)).mean())))
+    result: dict[str, Any] = {"context": context, "windows": options.windows, "tokens": options.tokens}
+    for kv, windows in found.items():
+        kl, agreed = np.array(windows).T
+        error = float(np.std(kl, ddof=1) / np.sqrt(len(kl))) if len(kl) > 1 else None
+        result[kv] = {"kl": float(kl.mean()), "kl_stderr": error, "agreement": float(agreed.mean())}
+    return result
 
 
 def times(models: Sequence[Model], text: list[int], context: int, options: Any) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def steps(runner: PricedRunner) -> None:
 
 
 def build(options: Any, folder: Path) -> list[Path]:
-    """Build both artifacts of a shape, with the same random weights."""
+    """Build the artifacts of a shape, with the same random weights."""
     from tda_export.bench.artifact import build_random_priced
     from tda_export.bench.random_codes import random_storage
     from tda_export.bench.shapes import random_source
@@ -106,9 +107,10 @@ def build(options: Any, folder: Path) -> list[Path]:
     source = random_source(options.shape)
     plan = read_plan(source, options.weights or "float", None, ())
     storage = random_storage("float16" if on_gpu else "float32", plan)
-    for kv in contract.KV_FORMATS:
+    formats = [kv for kv in contract.KV_FORMATS if not (on_gpu and kv == contract.KV_FLOAT16)]
+    for kv in formats:
         build_random_priced(source, folder / kv, storage, (0.5,), kv=kv, quiet=True)
-    return [folder / kv for kv in contract.KV_FORMATS]
+    return [folder / kv for kv in formats]
 
 
 def text_of(model: Model, options: Any) -> list[int]:
@@ -124,8 +126,8 @@ def text_of(model: Model, options: Any) -> list[int]:
 def measure(folders: Sequence[Path | str], options: Any) -> None:
     models = [load(folder, provider=options.provider) for folder in folders]
     found = [model.artifact.shape.kv for model in models]
-    if found != list(contract.KV_FORMATS):
-        raise SystemExit(f"Keys and values of the artifacts are {' and '.join(found)}; give float, then int8.")
+    if found[0] != contract.KV_FLOAT or len({*found}) != len(found):
+        raise SystemExit(f"Keys and values of the artifacts are {' and '.join(found)}; give float, then others.")
     text = text_of(models[0], options)
     for context in options.contexts:
         print(json.dumps((times if options.time else divergence)(models, text, context, options)), flush=True)
@@ -133,7 +135,7 @@ def measure(folders: Sequence[Path | str], options: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifacts", nargs="*", metavar="FLOAT INT8", help="built with --kv float and --kv int8")
+    parser.add_argument("artifacts", nargs="*", metavar="FLOAT OTHER", help="built with --kv float, and others")
     parser.add_argument("--shape", help="instead of artifacts: random weights of this model's shape")
     parser.add_argument("--weights", choices=["float", "int8", "int4"], help="how --shape stores them (default: float)")
     parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto")
@@ -144,8 +146,8 @@ def main() -> None:
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--turns", type=int, default=8)
     options = parser.parse_args()
-    if len(options.artifacts) != (0 if options.shape else len(contract.KV_FORMATS)):
-        parser.error("give two artifacts, FLOAT and INT8, or --shape.")
+    if bool(options.shape) == (len(options.artifacts) > 1) or len(options.artifacts) == 1:
+        parser.error("give FLOAT and at least one other artifact, or --shape.")
     if options.weights and not options.shape:
         parser.error("--weights needs --shape: artifacts have their weights already.")
     if not options.shape:

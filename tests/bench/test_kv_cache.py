@@ -42,18 +42,19 @@ def test_times_and_kl_of_a_shape(
     timed = run(monkeypatch, capsys, *common, "--time", "--turns", 2)
     assert [line["context"] for line in timed] == [30, 100]
     for line in timed:
-        assert all(line[kv]["ms"] > 0 for kv in ("float", "int8"))  # type: ignore[index]
+        assert all(line[kv]["ms"] > 0 for kv in ("float", "float16", "int8"))  # type: ignore[index]
     compared = run(monkeypatch, capsys, *common, "--windows", 2, "--tokens", 8)
     assert [line["context"] for line in compared] == [30, 100]
-    assert all(0 < line["kl"] < 0.1 for line in compared)  # type: ignore[operator]
+    for line in compared:
+        assert 0 < line["float16"]["kl"] < line["int8"]["kl"] < 0.1  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ((), "give two artifacts, FLOAT and INT8, or --shape."),
-        (("one",), "give two artifacts, FLOAT and INT8, or --shape."),
-        (("--shape", "llama-2-7b", "one", "two"), "give two artifacts, FLOAT and INT8, or --shape."),
+        ((), "give FLOAT and at least one other artifact, or --shape."),
+        (("one",), "give FLOAT and at least one other artifact, or --shape."),
+        (("--shape", "llama-2-7b", "one", "two"), "give FLOAT and at least one other artifact, or --shape."),
         (("one", "two", "--weights", "float"), "--weights needs --shape: artifacts have their weights already."),
     ],
 )
