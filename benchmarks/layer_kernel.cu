@@ -30,6 +30,11 @@ const std::vector<Shape> kSmall = {{2048, 1536}, {1536, 2048}, {2048, 1024}};
 constexpr double kGatherBytes = 6e6;  // of partial sums that blocks would read, from which they are gathered
 constexpr size_t kCopiedBytes = 1 << 29;
 
+__global__ void CopyAll(const uint4* from, uint4* to, size_t count) {
+  const size_t threads = size_t{gridDim.x} * blockDim.x;
+  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += threads) to[i] = from[i];
+}
+
 struct LayerCase {
   const char* name;
   void (*kernel)(LayerArguments);
@@ -217,17 +222,18 @@ int main(int count, char** texts) {
   cudaStream_t stream;
   CHECK(cudaStreamCreate(&stream));
   CheckSmall(stream, multiprocessors, densities);
-  auto* from = Allocate<unsigned char>(kCopiedBytes);
-  auto* to = Allocate<unsigned char>(kCopiedBytes);
-  const Times copy = TimeReplays(
-      stream, [&] { CHECK(cudaMemcpyAsync(to, from, kCopiedBytes, cudaMemcpyDeviceToDevice, stream)); });
+  const size_t copied = kCopiedBytes / sizeof(uint4);
+  const auto* from = Allocate<uint4>(copied);
+  auto* to = Allocate<uint4>(copied);
+  const Times copy = TimeReplays(stream, [&] { CopyAll<<<16 * multiprocessors, 512, 0, stream>>>(from, to, copied); });
   const double rate = 2.0 * kCopiedBytes / copy.median / 1e3;
 
   Chain chain(kLayer, layers);
   const Launches launches(chain, multiprocessors);
   std::printf("{\"gpu\": \"%s\", \"multiprocessors\": %d, \"copy_gb_per_s\": %.0f, \"layers\": %d, \"layer_mb\": %.1f, "
               "\"launches\": \"%s\"}\n",
-              device.name, multiprocessors, rate, layers, chain.bytes / layers / 1e6, launches.Kernels(kLayer.size()).c_str());
+              device.name, multiprocessors, rate, layers, chain.bytes / layers / 1e6,
+              launches.Kernels(kLayer.size()).c_str());
   std::vector<OneKernel> kernels;
   for (const LayerCase& made : kCases) kernels.emplace_back(chain, made, multiprocessors);
   for (const double density : densities) {
@@ -237,8 +243,8 @@ int main(int count, char** texts) {
                            const Times& times) {
       std::printf("{\"way\": \"%s\", \"density\": %.2f, \"blocks\": \"%s\", \"early\": %d, \"gathered\": \"%s\", "
                   "\"us_per_layer\": %.2f, \"least\": %.2f, \"most\": %.2f, \"bytes_us\": %.2f, \"error\": %.1e}\n",
-                  way, blocks.c_str(), early, gathered, times.median / layers, times.least / layers, times.most / layers,
-                  bytes_us, error);
+                  way, density, blocks.c_str(), early, gathered, times.median / layers, times.least / layers,
+                  times.most / layers, bytes_us, error);
       std::fflush(stdout);
     };
     const auto measure_launches = [&] {
