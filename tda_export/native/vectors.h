@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #define TDA_INLINE inline __attribute__((always_inline))
 
 namespace tda {
@@ -84,6 +88,9 @@ struct Lanes {
       asm("vcvtph2ps %1, %0" : "=v"(values) : "m"(*reinterpret_cast<const uint16_t(*)[kLanes]>(address)));
       return values;
     }
+#endif
+#if defined(__aarch64__)
+    if constexpr (kLanes == 4) return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(address)));
 #endif
     for (int lane = 0; lane < kLanes; ++lane) values[lane] = HalfToFloat(address[lane]);
     return values;
