@@ -209,7 +209,8 @@ def our_artifacts(options: argparse.Namespace, model: Path) -> dict[str, tuple[P
         prices = {f"{1 - share:.2f}": chosen_price(opened, sparsity=share).price for share in SPARSITIES}
         matrices = opened.manifest["matrices"]
         head = matrices[HEAD if HEAD in matrices else EMBEDDING]["format"].partition("_")[0]  # EMBEDDING is a tied head
-        return {f"head {head}": (options.artifact, {"1.00": 0.0} | prices)}
+        cache = "" if opened.shape.kv == "float" else f"KV {opened.shape.kv}, "
+        return {f"{cache}head {head}": (options.artifact, {"1.00": 0.0} | prices)}
     from tda_export.bench.artifact import build_random_priced
     from tda_export.graph.storage import read_plan, storage_of
     from tda_export.models.source import resolve_model

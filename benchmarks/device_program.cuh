@@ -1,5 +1,5 @@
-// What device_rows.cu and layer_kernel.cu share: made-up weights, and how the host launches RowLinear. Include it after
-// the device code.
+// What device_rows.cu and layer_kernel.cu share: made-up weights, and what the host chooses before it launches RowLinear.
+// Include it after the device code.
 #pragma once
 
 #include <cuda_fp16.h>

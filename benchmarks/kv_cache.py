@@ -5,12 +5,11 @@
     python benchmarks/kv_cache.py --shape llama-3-8b --weights int4 --contexts 1024 8192 32768 --time
 
 FLOAT and the others are artifacts of one model of the layout `priced`, built with --kv float, and with float16 or int8.
-With --shape they are made of random weights, float16 on CUDA, where --kv float16 is the same as float, and deleted
-afterwards (TMPDIR). Contexts are read densely, and the tokens after them are decoded at price 0. KL is to FLOAT over
---tokens tokens after each context, with its standard error over windows, which follow one another in the text. With
---time all take turns of 16 steps at each length of context. The first turn is left out, and milliseconds are medians
-over turns with the smallest and the largest. Without --text the built-in texts are repeated. Prints one JSON object a
-context.
+With --shape they are made of random weights, and deleted afterwards (TMPDIR): float16 on CUDA, where FLOAT is float16.
+Contexts are read densely, and the tokens after them are decoded at price 0. KL is to FLOAT over --tokens tokens after
+each context, with its standard error over windows, which follow one another in the text. With --time all take turns of
+16 steps at each length of context. The first turn is left out, and milliseconds are medians over turns with the
+smallest and the largest. Without --text the built-in texts are repeated. Prints one JSON object a context.
 """
 
 from __future__ import annotations
@@ -127,7 +126,7 @@ def measure(folders: Sequence[Path | str], options: Any) -> None:
     models = [load(folder, provider=options.provider) for folder in folders]
     found = [model.artifact.shape.kv for model in models]
     if found[0] != contract.KV_FLOAT or len({*found}) != len(found):
-        raise SystemExit(f"Keys and values of the artifacts are {' and '.join(found)}; give float, then others.")
+        raise SystemExit(f"Keys and values are in {' and '.join(found)}. Give float first, then others, each once.")
     text = text_of(models[0], options)
     for context in options.contexts:
         print(json.dumps((times if options.time else divergence)(models, text, context, options)), flush=True)

@@ -156,7 +156,9 @@ class OneKernel {
       for (int warp = 0; warp < made_.warps; ++warp) {
         if (units * (warp + 1) / made_.warps - units * warp / made_.warps > made_.units) Fail("a warp's list is too short");
       }
-      for (long long slice = first / chunks; slice <= (end - 1) / chunks; ++slice) ++groups[slice];
+      for (long long slice = first / chunks; slice <= (end - 1) / chunks; ++slice) {
+        if (++groups[slice] == 0) Fail("more than 255 blocks share a slice");
+      }
     }
     return groups;
   }

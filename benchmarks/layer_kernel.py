@@ -1,5 +1,7 @@
 """Time a chain of products of one token as launches of RowLinear4 and as one kernel whose blocks stay throughout.
 
+The one kernel was slower (docs/results.md) and is not in the product; this is how that was measured.
+
     python benchmarks/layer_kernel.py [--layers 8] [--density 1 0.7 0.5] [--stamps] [--out DIR] [--compile PROGRAM]
 
 A layer has the four products of LLaMA-3-8B's: int4 in groups of 32, float16, and neither attention nor norms in either

@@ -43,8 +43,8 @@ def generate(folder: Path, prompt: list[int], *, dense: bool = False, price: flo
     """Yield the likeliest tokens, one after another, until the model ends its answer."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     shape, stored = manifest["shape"], manifest.get("kv", "float")
-    if stored == "int8":
-        sys.exit(f"{folder}: keys and values of 8 bits, which this example does not read. Build it with --kv float.")
+    if stored not in ("float", "float16"):
+        sys.exit(f"{folder}: keys and values in {stored}, which this example does not read. Build it with --kv float.")
     layers = range(shape["num_layers"])
     prefill, decode = open_graph(folder, "prefill.onnx"), open_graph(folder, "decode.onnx")
 

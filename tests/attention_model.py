@@ -74,7 +74,7 @@ def attention_session(
     form: AttentionForm,
     *,
     native: bool = True,
-    threads: int = 0,
+    threads: int | None = None,
     dtype: str = "float32",
     provider: str | None = None,
     captured: int = 0,

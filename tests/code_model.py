@@ -26,7 +26,7 @@ def code_session(
     *,
     rows: bool,
     bias: bool = False,
-    threads: int = 0,
+    threads: int | None = None,
     group: int | None = None,
     dtype: str = "float32",
     early: bool = False,

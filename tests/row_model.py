@@ -18,7 +18,7 @@ PRICES = (operators.RowLinearInput.ROW_PRICE, operators.RowLinearInput.PRICE)  #
 
 
 def row_session(
-    *, bias: bool = False, early: bool = False, dtype: str = "float32", native: bool = True, threads: int = 0
+    *, bias: bool = False, early: bool = False, dtype: str = "float32", native: bool = True, threads: int | None = None
 ) -> ort.InferenceSession:
     """Make a session on the CPU for float32 and on CUDA otherwise. Without `native` the function body runs."""
     names = operators.ROW_LINEAR_INPUTS[: 5 if bias else 4]

@@ -13,7 +13,7 @@ SILENT = 4  # ONNX Runtime logs fatal errors only
 
 
 def small_session(
-    model: bytes, provider: str, *, native: bool = True, threads: int = 0, **options: Any
+    model: bytes, provider: str, *, native: bool = True, threads: int | None = None, **options: Any
 ) -> ort.InferenceSession:
     """Open a session.
 
@@ -21,13 +21,13 @@ def small_session(
         model: The model.
         provider: ONNX Runtime's name of the execution provider.
         native: Register the native kernels.
-        threads: Threads of a session on the CPU, 0 for as many as cores. Tests on a GPU keep hundreds of sessions, so
-            these get one thread each, which is the caller's.
+        threads: Threads, 0 for as many as cores. None is that on the CPU, and one, the caller's, on a GPU, whose tests
+            keep hundreds of sessions.
         options: The provider's options.
     """
     settings = ort.SessionOptions()
     settings.log_severity_level = SILENT
-    settings.intra_op_num_threads = 1 if provider == CUDA else threads
+    settings.intra_op_num_threads = int(provider == CUDA) if threads is None else threads
     if native:
         register_native(settings)
     return ort.InferenceSession(model, settings, providers=[(provider, options)])

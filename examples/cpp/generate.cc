@@ -155,6 +155,11 @@ void Generate(const Arguments& given) {
   const OrtTensorTypeAndShapeInfo* key = nullptr;
   Check(api->CastTypeInfoToTensorInfo(type, &key));
   std::vector<int64_t> cache_sizes = Sizes(key);  // [1, KV, past, D]
+  ONNXTensorElementDataType stored = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  Check(api->GetTensorElementType(key, &stored));
+  if (stored != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
+    throw std::runtime_error("keys and values are not float32: build it with --dtype fp32 --kv float");
+  }
   api->ReleaseTypeInfo(type);
 
   const int64_t length = static_cast<int64_t>(given.prompt.size()), capacity = length + given.max_new_tokens;

@@ -88,8 +88,8 @@ if TYPE_CHECKING:
     default="float",
     show_default=True,
     group=WEIGHTS,
-    help="How keys and values are stored: as --dtype says; in 16 bits beside fp32; or in 8 bits with a scale for each "
-    "token and head.",
+    help="How keys and values are stored: as --dtype says; float16, for --dtype fp32; or in 8 bits with a scale for "
+    "each token and head.",
 )
 @overwrite_option
 @option("--no-verify", is_flag=True, help="Skip the comparison with transformers.")
@@ -149,8 +149,8 @@ def build(
         allocation=allocation,
         refresh=None if refresh is None else Refresh(refresh),
     )
-    choose_provider(provider, DTYPES[dtype])
     check_kv(kv, DTYPES[dtype])
+    choose_provider(provider, DTYPES[dtype])
     _refuse_foreign(method, asked, calibration_file, {"--packing": packing, "--tail": tail})
     source = resolve_model(model, notify=lambda line: click.echo(line, err=True))
     plan = read_plan(source, weights, group, weights_for)

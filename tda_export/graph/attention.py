@@ -14,7 +14,7 @@ from tda_export.graph.weights_file import WeightTable
 from tda_export.models.spec import DecoderSpec
 
 Norm = Callable[[ir.Value, str], ir.Value]  # (x [.., N], name of a weight [N]) -> [.., N]
-# (inputs of tda::Attention or Attention8, attributes) -> attention's output [1, S, H D], and the present caches
+# (inputs of a function of attention, attributes) -> attention's output [1, S, H D], and the present caches
 Attend = Callable[[Sequence[ir.Value | None], dict[str, float]], list[ir.Value]]
 
 

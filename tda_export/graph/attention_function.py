@@ -18,8 +18,8 @@ from tda_export.graph.ops import MICROSOFT, OPSET, Ops
 from tda_export.graph.stored_attention import stored_attention
 
 PACKED = "packed"  # an overload: queries, keys and values in one input
-# Those two's overloads without tables of rotary embedding, since a body that uses the tables needs them.
-UNTURNED, PACKED_UNTURNED = "unturned", "packed_unturned"
+# Overloads of Attention8 and Attention16 without rotary tables, since a body that uses the tables needs them.
+NO_ROTARY, PACKED_NO_ROTARY = "no_rotary", "packed_no_rotary"
 # GroupQueryAttention's defaults of attributes.
 DEFAULTS: dict[str, float] = {"scale": 0.0, "softcap": 0.0}
 INTEGERS = ("num_heads", "kv_num_heads", "local_window_size", "do_rotary", "rotary_interleaved")
@@ -53,8 +53,8 @@ def stored_attention_node(
 ) -> list[ir.Value]:
     """Add the node of a format's operator, with inputs in the order of `format.inputs` and the outputs of
     `attention.Attend`."""
-    packed, turned = inputs[1] is None, len(inputs) == len(format.inputs)
-    overload = (PACKED if packed else "") if turned else (PACKED_UNTURNED if packed else UNTURNED)
+    packed, rotary = inputs[1] is None, len(inputs) == len(format.inputs)
+    overload = (PACKED if packed else "") if rotary else (PACKED_NO_ROTARY if packed else NO_ROTARY)
     return _node(ops, format.operator, overload, inputs, format.outputs, settings)
 
 
@@ -84,12 +84,12 @@ def attention_functions() -> list[ir.Function]:
 def stored_attention_functions(format: CacheFormat, head_size: int) -> list[ir.Function]:
     """Define a format's operator and all its overloads for heads of `head_size` elements."""
     return [
-        _stored_function(format, overload, head_size, packed=packed, turned=turned)
-        for overload, packed, turned in (
+        _stored_function(format, overload, head_size, packed=packed, rotary=rotary)
+        for overload, packed, rotary in (
             ("", False, True),
             (PACKED, True, True),
-            (UNTURNED, False, False),
-            (PACKED_UNTURNED, True, False),
+            (NO_ROTARY, False, False),
+            (PACKED_NO_ROTARY, True, False),
         )
     ]
 
@@ -123,9 +123,9 @@ def _function(*, packed: bool) -> ir.Function:
     )
 
 
-def _stored_function(format: CacheFormat, overload: str, head_size: int, *, packed: bool, turned: bool) -> ir.Function:
+def _stored_function(format: CacheFormat, overload: str, head_size: int, *, packed: bool, rotary: bool) -> ir.Function:
     ops = Ops()
-    names = format.inputs if turned else format.inputs[: -len(operators.ROTARY_TABLES)]
+    names = format.inputs if rotary else format.inputs[: -len(operators.ROTARY_TABLES)]
     inputs = [ir.Value(name=name) for name in names]
     query, key, value, *rest = inputs
     given = [query, None, None] if packed else [query, key, value]

@@ -1,11 +1,11 @@
 """How a cache stores keys and values that are not stored as activations are, in ONNX Runtime's own operators.
 
-`Codes` are 8-bit codes: the keys or values of one token and head, x [D], are stored as x = scale c, scale = max |x| /
+`KvCodes` are 8-bit codes: the keys or values of one token and head, x [D], are stored as x = scale c, scale = max |x| /
 127 in float32 and c in -127 to 127, rounded to nearest, ties to even; where x is not finite the scale is NaN. Keys are
 multiplied by a Hadamard matrix (`hadamard`) first, which spreads a key's few large elements over all elements. Queries
 are multiplied by it as well, so that scores do not change.
 
-`Halves` are float16, rounded to nearest, ties to even; from 65,520 on they are infinite.
+`KvHalves` are float16, rounded to nearest, ties to even; from 65,520 on they are infinite.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class CacheFormat(ABC):
     kinds: tuple[CacheTensorKind, ...]
 
     @abstractmethod
-    def turned(self, ops: Ops, x: ir.Value, head_size: int) -> ir.Value:
-        """Change queries or keys [1, S, heads, D] by a matrix that leaves scores as they are; float32."""
+    def spread(self, ops: Ops, x: ir.Value, head_size: int) -> ir.Value:
+        """Multiply queries or keys [1, S, heads, D] by a matrix that leaves scores as they are; float32."""
 
     @abstractmethod
     def stored(self, ops: Ops, x: ir.Value) -> list[ir.Value]:
@@ -52,12 +52,12 @@ class CacheFormat(ABC):
         """Return what is stored, float32."""
 
 
-class Halves(CacheFormat):
+class KvHalves(CacheFormat):
     operator, inputs = operators.ATTENTION_16, operators.ATTENTION_INPUTS
     outputs = operators.ATTENTION_OUTPUTS
     kinds = (CacheTensorKind("float16"),)
 
-    def turned(self, ops: Ops, x: ir.Value, head_size: int) -> ir.Value:
+    def spread(self, ops: Ops, x: ir.Value, head_size: int) -> ir.Value:
         return ops.cast(x, "float32")
 
     def stored(self, ops: Ops, x: ir.Value) -> list[ir.Value]:
@@ -68,12 +68,12 @@ class Halves(CacheFormat):
         return ops.cast(halves, "float32")
 
 
-class Codes(CacheFormat):
+class KvCodes(CacheFormat):
     operator, inputs = operators.ATTENTION_8, operators.ATTENTION_8_INPUTS
     outputs = operators.ATTENTION_8_OUTPUTS
     kinds = (CacheTensorKind("int8"), CacheTensorKind("float32", row=False))
 
-    def turned(self, ops: Ops, x: ir.Value, head_size: int) -> ir.Value:
+    def spread(self, ops: Ops, x: ir.Value, head_size: int) -> ir.Value:
         return ops.op("MatMul", ops.cast(x, "float32"), ops.constant(hadamard(head_size), "float32"))
 
     def stored(self, ops: Ops, x: ir.Value) -> list[ir.Value]:
@@ -92,7 +92,7 @@ class Codes(CacheFormat):
         return ops.op("Mul", ops.cast(codes, "float32"), scales)
 
 
-CACHE_FORMATS: dict[str, CacheFormat] = {contract.KV_FLOAT16: Halves(), contract.KV_INT8: Codes()}
+CACHE_FORMATS: dict[str, CacheFormat] = {contract.KV_FLOAT16: KvHalves(), contract.KV_INT8: KvCodes()}
 
 
 def hadamard(size: int) -> np.ndarray:

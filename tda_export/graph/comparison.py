@@ -33,10 +33,11 @@ CONTINUATION_TOKENS = 8
 FEWEST_TOKENS = 3 * CONTINUATION_TOKENS  # of a prompt and its continuation
 FEWEST_PROMPT_TOKENS = 2  # the first token never counts
 FLOAT32_LOGITS = 2e-3  # largest absolute difference of float32 logits
-ROUNDED_FACTOR = 2.0  # half precision, or codes, may be this many times as far from float32 as transformers with them
+# Half precision, or a cache of codes or float16, may be this many times as far from float32 as transformers with them.
+ROUNDED_FACTOR = 2.0
 SECOND_LEVEL_FACTOR = 10.0  # the same factor where rounding decides which neurons near a threshold are skipped
 # Tolerances of scores, keys and values relative to the largest, by dtype or by format of keys and values.
-RELATIVE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1, "int8": 5e-2}
+RELATIVE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1, "float16 cache": 3e-3, "int8 cache": 5e-2}
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,10 @@ class Worst:
 class Comparison(ABC):
     """Compares the artifact's graphs with transformers in float32.
 
-    Half precision, and keys and values of 8 bits, are compared with `rounded` too: transformers in the artifact's
-    dtype, which stores keys and values as the artifact does. Logits may be a few times as far from float32 as those of
-    `rounded`. With codes no closer agreement can be required: rounding decides between neighbouring codes, and each
-    changed code changes all layers after it.
+    Half precision, and keys and values in a format of their own, are compared with `rounded` too: transformers in the
+    artifact's dtype, which stores keys and values as the artifact does. Logits may be a few times as far from float32
+    as those of `rounded`. With codes no closer agreement can be required: rounding decides between neighbouring codes,
+    and each changed code changes all layers after it.
     """
 
     def __init__(self, artifact: Artifact, source: ModelSource, provider: str, advance: Advance) -> None:
@@ -126,7 +127,8 @@ class Comparison(ABC):
         half: torch.Tensor | None,
         factor: float = ROUNDED_FACTOR,
     ) -> None:
-        allowed = FLOAT32_LOGITS if half is None else factor * float((half - expected).abs().max())
+        rounding = 0.0 if half is None else factor * float((half - expected).abs().max())
+        allowed = max(rounding, FLOAT32_LOGITS) if self.shape.dtype == "float32" else rounding
         self._add(name, float(np.abs(ours - expected.numpy()).max()), allowed)
 
     def _relative(

@@ -231,7 +231,7 @@ class ModelShape:
     @property
     def precision(self) -> str:
         """The key of tolerances: the dtype, or the format of keys and values where that rounds more."""
-        return self.dtype if self.kv == KV_FLOAT or self.dtype == "bfloat16" else self.kv
+        return self.dtype if self.kv == KV_FLOAT or self.dtype == "bfloat16" else f"{self.kv} cache"
 
 
 @dataclass(frozen=True)

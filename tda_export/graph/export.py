@@ -82,7 +82,9 @@ def check_kv(kv: str, dtype: str) -> None:
         UsageError: It is float16 beside another dtype than float32.
     """
     if kv == contract.KV_FLOAT16 and dtype != "float32":
-        raise UsageError(f"Keys and values in float16 are for float32. With {dtype}, 'float' takes as little.")
+        raise UsageError(
+            f"--kv float16 is for --dtype fp32. With {dtype}, keys and values take 16 bits already: leave --kv out."
+        )
 
 
 def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: Callable[[Path], None]) -> None:

@@ -26,7 +26,7 @@ from tda_export.runtime.session import device_tensor, map_weight, open_session
 
 CHUNK = 7  # tokens of a chunk in the chunked-prefill check
 # The share of rows for which rounding of x may change the decision against transformers.
-OTHERWISE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2, "int8": 5e-2}
+OTHERWISE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2, "float16 cache": 3e-3, "int8 cache": 5e-2}
 
 
 class PricedComparison(Comparison):

@@ -59,20 +59,20 @@ def stored_attention(
 
     interleaved = _named("interleaved", settings["rotary_interleaved"])
 
-    def turned(x: ir.Value) -> ir.Value:
+    def placed(x: ir.Value) -> ir.Value:
         """Apply rotary embedding and what the format asks for, float32 [1, S, heads, D]."""
         if tables:
             x = ops.op("RotaryEmbedding", x, place.positions, *tables, domain=MICROSOFT, interleaved=interleaved)
-        return format.turned(ops, by_head(x), head_size)
+        return format.spread(ops, by_head(x), head_size)
 
     def in_dtype(x: ir.Value) -> ir.Value:
         return ops.op("CastLike", x, query)
 
-    keys, values = format.stored(ops, turned(key)), format.stored(ops, ops.cast(by_head(value), "float32"))
+    keys, values = format.stored(ops, placed(key)), format.stored(ops, ops.cast(by_head(value), "float32"))
     attended, *_ = group_query_attention(
         ops,
         [
-            side_by_side(in_dtype(turned(query))),
+            side_by_side(in_dtype(placed(query))),
             side_by_side(in_dtype(format.read(ops, keys))),
             side_by_side(in_dtype(format.read(ops, values))),
             in_dtype(format.read(ops, place.held(past_keys))),

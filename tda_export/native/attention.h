@@ -1,9 +1,10 @@
 // tda::Attention, Attention8 and Attention16: the inputs of a call, and their checks.
 //
 // Queries attend to keys and values in a cache [1, KV, P, D], to which those of the call's tokens are appended. Each
-// token attends to itself and earlier tokens, within the window if there is one. tda::Attention16 has a cache of float16
-// beside float32, tda::Attention8 one of codes, and their scales [1, KV, P] (attention_rows_cpu.h). The past has no tokens where the call has as many tokens as the
-// attention mask is long; otherwise it has the attended tokens minus those of the call.
+// token attends to itself and earlier tokens, within the window if there is one. tda::Attention16 has a cache of
+// float16 beside float32, tda::Attention8 one of codes, and their scales [1, KV, P] (attention_rows_cpu.h). The past has
+// no tokens where the call has as many tokens as the attention mask is long; otherwise it has the attended tokens minus
+// those of the call.
 #pragma once
 
 #include "op.h"

@@ -41,12 +41,11 @@ class RowOrder:
     factor: torch.Tensor
 
 
-def row_order(hessian: torch.Tensor, ranks: Ranks = ALONE) -> RowOrder:
+def row_order(hessian: torch.Tensor) -> RowOrder:
     """Order the rows of matrices that read the same inputs, and factor the inverse of their Hessian in float64.
 
     Args:
         hessian: X^T X, float [in, in] on any device. Inputs that are always 0 are allowed.
-        ranks: The ranks that have the same Hessian. Each inverts a share of the factor's columns; all return the same.
 
     Raises:
         TdaError: The Hessian is not finite, or has no factor; callers put a name and a colon before the message.
@@ -64,32 +63,10 @@ def row_order(hessian: torch.Tensor, ranks: Ranks = ALONE) -> RowOrder:
         if not failed:
             # Read backwards, the lower factor of the reversed matrix is an upper R with R R^T = H; the factor of H's
             # inverse is R^-1.
-            return RowOrder(order, _inverse(lower.flip(0, 1), unit, ranks))
+            factor = torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True)
+            return RowOrder(order, factor.float())
         damping *= MORE_DAMPING
     raise TdaError("the Hessian of its inputs has no Cholesky factor. Give more --sequences.")
-
-
-def _inverse(upper: torch.Tensor, unit: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """Return the inverse of an upper triangular matrix, float32 [n, n]. Columns before b need only rows before b."""
-    starts = equal_work(len(upper), ranks.count)
-    start, end = starts[ranks.number], starts[ranks.number + 1]
-    own = torch.linalg.solve_triangular(upper[:end, :end], unit[:end, start:end], upper=True).float()
-    padded = torch.nn.functional.pad(own, (0, 0, 0, len(upper) - end))
-    return ranks.side_by_side(padded, [b - a for a, b in pairwise(starts)])
-
-
-def equal_work(size: int, count: int) -> list[int]:
-    """Return where the columns of each of `count` ranks begin, and last `size`, so that all invert for as long.
-
-    Columns a to b of the inverse of a triangular matrix take about b^2 (b - a) steps.
-    """
-    ends = [0.0]
-    for _ in range(count):
-        before, end = ends[-1], ends[-1] + 1.0
-        for _ in range(20):  # Newton's method for end^2 (end - before) = 1, from above
-            end -= (end**2 * (end - before) - 1.0) / (3.0 * end**2 - 2.0 * end * before)
-        ends.append(end)
-    return [round(size * end / ends[-1]) for end in ends]
 
 
 def quantise_rows(weight: torch.Tensor, rows: RowOrder, format: IntegerFormat, *, symmetric: bool = False) -> Codes:

@@ -14,7 +14,6 @@ from tda_export.models.spec import DecoderSpec
 from tda_export.packing import linear_shape, linear_sites
 from tda_export.quantization.gptq import RowOrder, row_order
 from tda_export.quantization.layers import Call, pass_on, watch_site
-from tda_export.ranks import Ranks
 
 # The weight of a sequence's first token in q, k and v. All tokens attend to it, and its hidden state is unlike any
 # other, so its key and value must stay accurate.
@@ -57,14 +56,14 @@ def layer_hessians(
     return found
 
 
-def site_order(hessian: torch.Tensor, layer: int, site: str, ranks: Ranks) -> RowOrder:
+def site_order(hessian: torch.Tensor, layer: int, site: str) -> RowOrder:
     """Order the rows of a site's matrices (`row_order`).
 
     Raises:
         TdaError: The Hessian is not finite, or has no factor; the message names the site.
     """
     try:
-        return row_order(hessian, ranks)
+        return row_order(hessian)
     except TdaError as error:
         raise TdaError(f"Layer {layer}, {site}: {error}") from error
 

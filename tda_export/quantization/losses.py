@@ -187,7 +187,7 @@ class _Estimate:
             hessian = hessians.pop(site, None)
             if hessian is not None and wanted:
                 self._ranks.add_up(hessian)
-                rows = site_order(hessian, layer, site, self._ranks)
+                rows = site_order(hessian, layer, site)
                 found = {part: passed_on(each, rows) for part, each in found.items()}
             errors |= found
         return errors

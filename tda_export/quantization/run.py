@@ -307,7 +307,7 @@ class _Run:
         assert self._model is not None
         hessian = site_hessian(self._model.model, self._spec, layer, site, self._calls[layer], self._inputs)
         ranks.add_up(hessian)
-        order = site_order(hessian, layer, site, ranks)
+        order = site_order(hessian, layer, site)
         found: dict[str, CodeTensors] = {}
         for format in dict.fromkeys(wanted.values()):
             parts = [part for part in wanted if wanted[part] == format]

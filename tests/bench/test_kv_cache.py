@@ -49,6 +49,14 @@ def test_times_and_kl_of_a_shape(
         assert 0 < line["float16"]["kl"] < line["int8"]["kl"] < 0.1  # type: ignore[index]
 
 
+def test_float_comes_first(shape: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("tda_export.graph.contract.KV_FORMATS", ("int8", "float"))
+    with pytest.raises(
+        SystemExit, match=r"^Keys and values are in int8 and float. Give float first, then others, each"
+    ):
+        run(monkeypatch, capsys, "--shape", shape, "--provider", "cpu", "--contexts", 30)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

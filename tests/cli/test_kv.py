@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tda_export.graph import contract
+from tda_export.native.library import LIBRARY
 from tda_export.runtime import load
 from tda_export.runtime.artifact import open_artifact
 from tda_export.runtime.kv_cache import KvCache
@@ -59,27 +60,28 @@ def test_a_cache_of_float16(halves: Path, priced_artifact: Path, tmp_path: Path)
     assert {"dense_native", "priced"} <= set(timed)
 
 
-def test_applications_read_a_cache_of_float16(halves: Path) -> None:
+def test_applications_read_a_cache_of_float16(halves: Path, tmp_path: Path) -> None:
     expected = ours(halves, PROMPT, None, 16)
     assert minimal(halves, PROMPT, None, 16) == expected
     assert genai(halves, PROMPT, None, 16) == expected
+    folder = Path(shutil.copytree(halves, tmp_path / "artifact"))
+    shutil.copy(LIBRARY, folder)  # GenAI takes a library only from here
+    assert genai(folder, PROMPT, None, 16, "--library", LIBRARY.name) == expected
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_half_precision_takes_as_little(
-    dtype: str, tiny_model: Path, priced_calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tda_export.runtime.providers.choose_provider", lambda *_: "cpu")
+def test_half_precision_takes_as_little(dtype: str, tiny_model: Path, priced_calibration: Path, tmp_path: Path) -> None:
     arguments = ("build", tiny_model, "--calibration", priced_calibration, "--kv", "float16", "--dtype", dtype)
     result = run_cli(*arguments, "-o", tmp_path / "artifact")
-    text = f"Keys and values in float16 are for float32. With {contract.DTYPES[dtype]}, 'float' takes as little."
-    assert_error(result, USAGE, text)
+    taken = "keys and values take 16 bits already: leave --kv out."
+    assert_error(result, USAGE, f"--kv float16 is for --dtype fp32. With {contract.DTYPES[dtype]}, {taken}")
     assert not (tmp_path / "artifact").exists()
 
 
 def test_a_manifest_with_a_cache_of_float16_beside_float16(halves: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(halves, tmp_path / "artifact")
     edit_manifest(copy, lambda manifest: manifest["shape"].update(dtype="float16"))
+    assert not VALIDATOR.is_valid(json.loads((copy / contract.MANIFEST_FILE).read_text()))
     assert_error(run_cli("generate", copy, PROMPT), FAILURE, "incomplete manifest (kv)")
 
 
@@ -134,12 +136,15 @@ def test_logits_do_not_depend_on_where_a_call_begins(built: Path, chunk: int) ->
     np.testing.assert_allclose(np.concatenate(found), expected, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["tda", "griffin"])
-def test_masks_have_it_too(method: str, tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "kv"), [("tda", "int8"), ("tda", "float16"), ("griffin", "int8")])
+def test_masks_have_it_too(method: str, kv: str, tiny_model: Path, tiny_calibration: Path, tmp_path: Path) -> None:
     griffin = ("build", tiny_model, "--method", "griffin", "--sparsity", 0.5)
     arguments = griffin if method == "griffin" else build_tda(tiny_model, tiny_calibration)
-    run_ok(*arguments, "--kv", "int8", "-o", tmp_path / "artifact")
+    run_ok(*arguments, "--kv", kv, "-o", tmp_path / "artifact")
     assert run_ok("generate", tmp_path / "artifact", PROMPT, "--max-new-tokens", 8).stdout
+    if kv == "float16":
+        expected = ours(tmp_path / "artifact", PROMPT, None, 16)
+        assert genai(tmp_path / "artifact", PROMPT, None, 16) == expected
     timed = run_ok(
         "bench", tmp_path / "artifact", "--method", "dense_native", "--prompt-tokens", 32, "--new-tokens", 16
     )

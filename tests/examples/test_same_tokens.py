@@ -177,12 +177,12 @@ def test_native_kernels_in_cpp(built: str, applications: Applications, request: 
     assert tokens == ours(artifact, PROMPT, None, TOKENS)
 
 
-@pytest.mark.parametrize("name", NAMES[1:3])
-def test_caches_of_integers_are_refused(
-    name: str, priced_artifact: Path, applications: Applications, tmp_path: Path
+@pytest.mark.parametrize(("name", "kv"), [*((name, "int8") for name in NAMES[1:3]), ("node", "float16")])
+def test_caches_of_other_formats_are_refused(
+    name: str, kv: str, priced_artifact: Path, applications: Applications, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(priced_artifact, tmp_path / "artifact"))
-    edit_manifest(folder, lambda manifest: manifest.update(kv="int8"))
+    edit_manifest(folder, lambda manifest: manifest.update(kv=kv))
     with pytest.raises(
         AssertionError, match=r"artifact.* keys and values.*build it with --kv float|Build it with --kv"
     ):

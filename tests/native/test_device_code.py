@@ -40,7 +40,7 @@ CASES += [
     for defines in (all_defines if name in ("linear", "row_linear", "expand") else all_defines[:1])
     for capability in (75, 80, 89, 120)
     if capability >= 80 or "TDA_BF16=1" not in defines
-    # 89 and 120 select the code of 80 and 90: of RowLinear, the forms that read x as it is stored.
+    # 89 compiles the code of 80, and 120 that of 90: only RowLinear itself is compiled for them, not its other forms.
     if capability in (75, 80) or "TDA_INPUTS" not in defines or "TDA_INPUTS=0" in defines
 ]
 

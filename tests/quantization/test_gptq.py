@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +14,6 @@ from tda_export.errors import TdaError
 from tda_export.quantization import gptq
 from tda_export.quantization.gptq import (
     LazyMatrix,
-    equal_work,
     passed_on,
     quantise_rows,
     quantise_together,
@@ -27,7 +24,6 @@ from tda_export.ranks import Ranks
 from tda_export.weights.formats import INTEGER_FORMATS, IntegerFormat, integer_format
 from tda_export.weights.integers import SHRINKS, Codes, round_to_nearest
 
-T = TypeVar("T")
 formats = st.sampled_from(list(INTEGER_FORMATS.values()))
 
 
@@ -207,8 +203,18 @@ def test_the_search_is_the_one_of_rounding_to_nearest() -> None:
             assert np.array_equal(scales.half().numpy(), expected.scales[row])
 
 
-def of_ranks(count: int, work: Callable[[Ranks], T]) -> T:
-    """Run work of `count` ranks in turn, and return the result of the first once it gets what all send."""
+@settings(max_examples=25)
+@given(
+    outputs=st.lists(st.integers(1, 90), min_size=1, max_size=3),
+    format=formats,
+    symmetric=st.booleans(),
+    count=st.integers(1, 5),
+)
+def test_matrices_side_by_side(outputs: list[int], format: IntegerFormat, symmetric: bool, count: int) -> None:
+    """The result is that of each matrix alone, up to rounding of products, also if ranks share the groups."""
+    weights = [torch.from_numpy(random_weight(40, size, size)) for size in outputs]
+    hessian = random_hessian(40, 6)
+    rows, matrices = row_order(hessian), [LazyMatrix.of(weight) for weight in weights]
     sent: list[list[torch.Tensor]] = []
 
     class Sender(Ranks):
@@ -227,42 +233,8 @@ def of_ranks(count: int, work: Callable[[Ranks], T]) -> T:
 
     for number in range(count):
         sent.append([])
-        work(Sender(number, count))
-    return work(Receiver(0, count))
-
-
-@settings(max_examples=25)
-@given(size=st.integers(1, 60), count=st.integers(1, 5))
-def test_ranks_share_the_inverse(size: int, count: int) -> None:
-    hessian = random_hessian(size, size)
-    alone, shared = row_order(hessian), of_ranks(count, lambda ranks: row_order(hessian, ranks))
-    assert torch.equal(alone.order, shared.order)
-    torch.testing.assert_close(alone.factor, shared.factor)
-    starts = equal_work(size, count)
-    assert [starts[0], starts[-1]] == [0, size]
-    assert starts == sorted(starts)
-
-
-def test_ranks_invert_for_as_long() -> None:
-    for count in range(1, 9):
-        starts = equal_work(10**6, count)
-        work = [end**2 * (end - start) for start, end in pairwise(starts)]
-        assert max(work) < 1.001 * min(work)
-
-
-@settings(max_examples=25)
-@given(
-    outputs=st.lists(st.integers(1, 90), min_size=1, max_size=3),
-    format=formats,
-    symmetric=st.booleans(),
-    count=st.integers(1, 5),
-)
-def test_matrices_side_by_side(outputs: list[int], format: IntegerFormat, symmetric: bool, count: int) -> None:
-    """The result is that of each matrix alone, up to rounding of products, also if ranks share the groups."""
-    weights = [torch.from_numpy(random_weight(40, size, size)) for size in outputs]
-    hessian = random_hessian(40, 6)
-    rows, matrices = row_order(hessian), [LazyMatrix.of(weight) for weight in weights]
-    found = of_ranks(count, lambda ranks: quantise_together(matrices, rows, format, symmetric=symmetric, ranks=ranks))
+        quantise_together(matrices, rows, format, symmetric=symmetric, ranks=Sender(number, count))
+    found = quantise_together(matrices, rows, format, symmetric=symmetric, ranks=Receiver(0, count))
     assert len(found) == len(weights)
     for weight, tensors in zip(weights, found, strict=True):
         codes, alone = tensors.pack().unpack(), quantise_rows(weight, rows, format, symmetric=symmetric)

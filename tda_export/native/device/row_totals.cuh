@@ -117,7 +117,7 @@ struct ClusterSums {
 
   __device__ __forceinline__ int OwnCells() const { return (kCells + gridDim.x - 1) / gridDim.x; }
 
-  // Called when the block begins. A block alone sends nothing.
+  // Called when the block begins. A block alone sends nothing: compute-sanitizer refuses that in a cluster of one.
   __device__ __forceinline__ void Begin() {
     if (gridDim.x == 1) return;
     const int cells = min(OwnCells(), kCells - static_cast<int>(blockIdx.x) * OwnCells());
@@ -155,8 +155,11 @@ static __device__ __forceinline__ void AddBlocksInCluster(const float (&sums)[kT
     const int cell = blockIdx.x * own_cells + own;
     if (cell >= kCells || !totals.Wanted<kSlice>(cell)) continue;
     float sum = totals.First<kSlice>(cell);
-    if (alone) sum += BlockSum(shared, cell);
-    for (int rank = 0; !alone && rank < gridDim.x; ++rank) sum += cluster_sums.received[rank * own_cells + own];
+    if (alone) {
+      sum += BlockSum(shared, cell);
+    } else {
+      for (int rank = 0; rank < gridDim.x; ++rank) sum += cluster_sums.received[rank * own_cells + own];
+    }
     totals.Store<kSlice>(cell, sum);
   }
 }
