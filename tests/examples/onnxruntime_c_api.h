@@ -11,8 +11,8 @@ constexpr uint32_t ORT_API_VERSION = tda::kOrtApiVersion;
 enum OrtLoggingLevel { ORT_LOGGING_LEVEL_ERROR = 3 };
 enum OrtAllocatorType { OrtArenaAllocator = 1 };
 enum OrtMemType { OrtMemTypeDefault = 0 };
-enum ONNXTensorElementDataType {
-  ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT = 1,
-  ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 = 6,
-  ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 = 7,
-};
+using ONNXTensorElementDataType = int;  // an enum in the original, which functions here take as int
+constexpr ONNXTensorElementDataType ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED = 0;
+constexpr ONNXTensorElementDataType ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT = 1;
+constexpr ONNXTensorElementDataType ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 = 6;
+constexpr ONNXTensorElementDataType ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 = 7;

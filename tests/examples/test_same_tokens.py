@@ -177,7 +177,8 @@ def test_native_kernels_in_cpp(built: str, applications: Applications, request: 
     assert tokens == ours(artifact, PROMPT, None, TOKENS)
 
 
-@pytest.mark.parametrize(("name", "kv"), [*((name, "int8") for name in NAMES[1:3]), ("node", "float16")])
+@pytest.mark.parametrize("kv", ["int8", "int4"])
+@pytest.mark.parametrize("name", NAMES[1:3])
 def test_caches_of_other_formats_are_refused(
     name: str, kv: str, priced_artifact: Path, applications: Applications, tmp_path: Path
 ) -> None:
@@ -187,3 +188,12 @@ def test_caches_of_other_formats_are_refused(
         AssertionError, match=r"artifact.* keys and values.*build it with --kv float|Build it with --kv"
     ):
         applications.named(name)(folder, PROMPT, None, 4)
+
+
+def test_cpp_refuses_a_cache_of_float16(
+    tiny_model: Path, priced_calibration: Path, applications: Applications, tmp_path: Path
+) -> None:
+    common = ("build", tiny_model, "--calibration", priced_calibration, "--no-verify")
+    run_ok(*common, "--kv", "float16", "-o", tmp_path / "artifact")
+    with pytest.raises(AssertionError, match="keys and values are not float32: build it with --dtype fp32 --kv float"):
+        applications.cpp(tmp_path / "artifact", PROMPT, None, 4)
