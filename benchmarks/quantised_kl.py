@@ -6,7 +6,8 @@
 Each model reads the prompts itself, densely. With a model's calibration (`tda-export calibrate QUANTISED`), it decodes
 the continuations at the prices of the calibration's table for each sparsity. It prints the KL to the float model, the
 KL to the model's own dense output, that of the dense output to the float model, and the ratio of the first to the sum
-of the other two. Windows follow one another in the text, without the token that the tokenizer puts before a text.
+of the other two. Windows follow one another in the text. Each begins with the token that the tokenizer puts before a
+text (BOS), if there is one, and counts it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,15 @@ from tda_export.models.row_dropping import dropping
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.packing import Packing
 from tda_export.quantization.kl import continuations, loss
+
+
+def text_windows(tokenizer: Any, text: str, length: int) -> torch.Tensor:
+    """Cut a text into windows int64 [N, length], each with the tokens that the tokenizer puts before a text."""
+    before = torch.tensor(tokenizer("").input_ids, dtype=torch.int64)
+    tokens = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.int64)
+    size = length - len(before)
+    cut = tokens[: len(tokens) // size * size].view(-1, size)
+    return torch.cat([before.expand(len(cut), -1), cut], dim=1)
 
 
 def at_price(
@@ -80,8 +90,7 @@ def main() -> None:
     source = resolve_model(options.model)
     length = options.prompt_tokens + options.continuation_tokens
     text = options.text.read_text(encoding="utf-8")[: 16 * length * options.windows]
-    tokens = torch.tensor(source.tokenizer(text, add_special_tokens=False).input_ids)
-    windows = tokens[: len(tokens) // length * length].view(-1, length)[: options.windows]
+    windows = text_windows(source.tokenizer, text, length)[: options.windows]
     if len(windows) < options.windows:
         parser.error(f"{options.text} has {len(windows)} windows of {length} tokens.")
     dense = list(continuations(source.reference(device=options.device), windows, options.prompt_tokens))

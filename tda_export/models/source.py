@@ -136,6 +136,12 @@ class ModelSource:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, **options)
         if not tokenizer.is_fast:
             raise TdaError(f"{self.name}: its tokenizer has no fast version (tokenizer.json), which artifacts need.")
+        # Some of transformers' tokenizers (Gemma, Qwen2, GPT-2) are made with special tokens alone if there is no file.
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise TdaError(
+                f"{self.name}: its tokenizer has no tokens except special ones: tokenizer.json is missing or empty. "
+                "Download the model again."
+            )
         if self.gguf:
             correct_gguf_tokenizer(tokenizer, self.header, self.name)
         elif getattr(tokenizer.backend_tokenizer, MISTRAL_FIX, False):

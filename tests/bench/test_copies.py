@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
+from tda_export.bench.random_model import byte_tokenizer
 from tda_export.models.source import resolve_model
 from tests.bench.test_scripts import load
 from tests.conftest import run_ok
@@ -83,3 +85,21 @@ def test_kl_on_a_text(
     with pytest.raises(SystemExit):
         script.main()
     assert "windows of 512 tokens." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_windows_begin_with_what_the_tokenizer_puts_before_a_text(
+    begins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, tokenizer = load("quantised_kl", monkeypatch), byte_tokenizer()
+    before = []
+    if begins:
+        before = [tokenizer.bos_token_id]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, before[0])]
+        )
+    windows = script.text_windows(tokenizer, "abcdefghijk", 4).tolist()
+    assert [window[: len(before)] for window in windows] == [before] * len(windows)
+    texts = [tokenizer.decode(window[len(before) :]) for window in windows]
+    assert texts == (["abc", "def", "ghi"] if begins else ["abcd", "efgh"])
+    assert script.text_windows(tokenizer, "ab", 4).shape == (0, 4)

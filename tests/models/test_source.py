@@ -130,6 +130,15 @@ def test_damaged_tokenizer(content: str | None, folder: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["gemma3", "qwen2", "gpt2"])
+def test_missing_tokenizer_is_not_replaced_by_an_empty_one(name: str, tmp_path: Path) -> None:
+    folder = save_tiny_model(name, tmp_path / name)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).unlink()
+    with pytest.raises(TdaError, match=rf"^{folder}: its tokenizer has no tokens except special ones: .+ again\.$"):
+        _ = resolve_model(str(folder)).tokenizer
+
+
 def test_slow_tokenizer_is_refused(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Slow:
         is_fast = False
