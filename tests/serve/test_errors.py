@@ -356,7 +356,7 @@ def test_failures_of_the_model(
     with serving(model) as served, caplog.at_level(logging.ERROR):
         with monkeypatch.context() as patch:
             patch.setattr(DecodeStep, "_run", failing)
-            answer = post(served, COMPLETIONS, {"model": NAME, "prompt": "Hi"})
+            answer = post(served, COMPLETIONS, {"model": NAME, "prompt": "Hi", "temperature": 0})
             assert_error(answer, 500, text, code=code)
             steps = iter(range(100))
             stream = served.client().chat.completions.create(model=NAME, messages=HELLO, stream=True, temperature=0)
