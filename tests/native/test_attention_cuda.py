@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.attention_model import AttentionForm, attention_session, forms, random_attention, reference
 from tests.ffn_model import TOLERANCES, array_of, ort_value
-from tests.native.test_attention_8 import check
+from tests.stored_attention import check_codes
 
 pytestmark = pytest.mark.gpu
 
@@ -116,7 +116,7 @@ def test_it_is_what_the_formula_says(
     )
     results = run_attention(session(form, dtype=dtype), feeds)
     if codes:
-        check(feeds, form, results, tokens, past, close=TOLERANCES[dtype])
+        check_codes(feeds, form, results, tokens, past, close=TOLERANCES[dtype])
         assert not any(behind[:, :, past + tokens :].any() for behind in results[1:])
         return
     expected = reference(feeds, form)
@@ -147,9 +147,9 @@ def test_it_appends_the_codes_of_the_body(form: AttentionForm, tokens: int) -> N
     memory is changed."""
     feeds = random_attention(np.random.default_rng(0), form, tokens=tokens, past=70, room=120, dtype="float16")
     native = run_in_place(session(form, dtype="float16"), feeds)
-    check(feeds, form, native, tokens, 70, close=TOLERANCES["float16"])
+    check_codes(feeds, form, native, tokens, 70, close=TOLERANCES["float16"])
     body = run_attention(session(form, native=False, dtype="float16"), feeds)
-    check(feeds, form, body, tokens, 70, rounding=2**-10, close=TOLERANCES["float16"])
+    check_codes(feeds, form, body, tokens, 70, rounding=2**-10, close=TOLERANCES["float16"])
     for number in (2, 4):
         np.testing.assert_array_equal(native[number][:, :, : 70 + tokens], body[number][:, :, : 70 + tokens])
     for result, name in zip(native[1:], ("key", "value", "key_scale", "value_scale"), strict=True):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.attention_model import AttentionForm, forms, random_attention, reference
 from tests.ffn_model import TOLERANCES
 from tests.native.cuda_on_cpu import compile_attention, has_clusters, run_on_cpu
-from tests.native.test_attention_8 import check
+from tests.stored_attention import check_codes
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="written for Linux on x86-64"
@@ -62,7 +62,7 @@ def test_it_is_what_the_formula_says(
     wide = wide and has_clusters(library)
     results = run_on_cpu(library, form, feeds, splits=splits, in_place=room is not None, wide=wide)
     if codes:
-        return check(feeds, form, results, tokens, past, close=TOLERANCES[dtype])
+        return check_codes(feeds, form, results, tokens, past, close=TOLERANCES[dtype])
     expected = reference(feeds, form)
     tolerance = TOLERANCES[dtype] * max(1.0, float(np.abs(expected).max(initial=0.0)))
     np.testing.assert_allclose(results[0].astype(np.float64), expected, rtol=0, atol=tolerance)
