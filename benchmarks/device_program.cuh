@@ -42,8 +42,16 @@ __global__ void FillScales(__half* scales, size_t count, float least) {
   }
 }
 
+inline cudaLaunchConfig_t ConfigOf(const KernelCase& made) {
+  cudaLaunchConfig_t config = {};
+  config.blockDim = dim3(made.threads);
+  config.dynamicSmemBytes = made.dynamic_bytes;
+  return config;
+}
+
 // The most blocks that share a slice of columns so that all run at once.
-inline int RanksOf(const KernelCase& made, int inputs, int slices, cudaLaunchConfig_t config) {
+inline int RanksOf(const KernelCase& made, int inputs, int slices) {
+  cudaLaunchConfig_t config = ConfigOf(made);
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   config.attrs = &attribute;
@@ -64,4 +72,20 @@ inline void AllowLaunches(const KernelCase& made) {
   if (made.dynamic_bytes > 0) {
     CHECK(cudaFuncSetAttribute(made.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, made.dynamic_bytes));
   }
+}
+
+// Launch a product in clusters of `ranks` blocks. It may begin before the kernel before it in the stream has ended.
+inline void LaunchProduct(const KernelCase& made, int ranks, int slices, cudaStream_t stream,
+                          const RowLinearArguments& product) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
+  cudaLaunchConfig_t config = ConfigOf(made);
+  config.gridDim = dim3(ranks, slices);
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  CHECK(cudaLaunchKernelEx(&config, made.kernel, product));
 }

@@ -92,21 +92,9 @@ void Measure(const KernelCase& made, const std::vector<RowLinearArguments>& laye
   AllowLaunches(made);
   cudaStream_t stream;
   CHECK(cudaStreamCreate(&stream));
-  cudaLaunchConfig_t config = {};
-  config.blockDim = dim3(made.threads);
-  config.dynamicSmemBytes = made.dynamic_bytes;
-  config.stream = stream;
-  const int ranks = RanksOf(made, first.inputs, slices, config);
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
-  config.gridDim = dim3(ranks, slices);
-  config.attrs = attributes;
-  config.numAttrs = 2;
+  const int ranks = RanksOf(made, first.inputs, slices);
 
-  CHECK(cudaLaunchKernelEx(&config, made.kernel, first));
+  LaunchProduct(made, ranks, slices, stream, first);
   Reference<<<(first.outputs + 255) / 256, 256, 0, stream>>>(first, expected);
   std::vector<float> wanted(first.outputs);
   std::vector<__half> found(first.outputs);
@@ -126,7 +114,7 @@ void Measure(const KernelCase& made, const std::vector<RowLinearArguments>& laye
   cudaGraph_t graph;
   cudaGraphExec_t replayed;
   CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-  for (const RowLinearArguments& layer : layers) CHECK(cudaLaunchKernelEx(&config, made.kernel, layer));
+  for (const RowLinearArguments& layer : layers) LaunchProduct(made, ranks, slices, stream, layer);
   CHECK(cudaStreamEndCapture(stream, &graph));
   CHECK(cudaGraphInstantiate(&replayed, graph, 0));
   cudaEvent_t begin, end;

@@ -189,27 +189,17 @@ class Launches {
     for (const KernelCase& each : made) AllowLaunches(each);
     for (const Shape& shape : chain.shapes) {
       const int slices = shape.outputs / kSliceColumns;
-      const int blocks = slices * RanksOf(made[1], shape.inputs, slices, ConfigOf(made[1]));
+      const int blocks = slices * RanksOf(made[1], shape.inputs, slices);
       const bool large = blocks <= multiprocessors && 10 * blocks >= 7 * multiprocessors;
       const KernelCase& chosen = made[large];
-      chosen_.push_back({&chosen, RanksOf(chosen, shape.inputs, slices, ConfigOf(chosen)), slices});
+      chosen_.push_back({&chosen, RanksOf(chosen, shape.inputs, slices), slices});
     }
   }
 
   void Run(cudaStream_t stream) const {
     for (size_t p = 0; p < chosen_.size(); ++p) {
       const auto& [made, ranks, slices] = chosen_[p];
-      cudaLaunchConfig_t config = ConfigOf(*made);
-      cudaLaunchAttribute attributes[2] = {};
-      attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[0].val.programmaticStreamSerializationAllowed = 1;
-      attributes[1].id = cudaLaunchAttributeClusterDimension;
-      attributes[1].val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
-      config.gridDim = dim3(ranks, slices);
-      config.stream = stream;
-      config.attrs = attributes;
-      config.numAttrs = 2;
-      CHECK(cudaLaunchKernelEx(&config, made->kernel, chain_.products[p]));
+      LaunchProduct(*made, ranks, slices, stream, chain_.products[p]);
     }
   }
 
@@ -227,13 +217,6 @@ class Launches {
     const KernelCase* made;
     int ranks, slices;
   };
-
-  static cudaLaunchConfig_t ConfigOf(const KernelCase& made) {
-    cudaLaunchConfig_t config = {};
-    config.blockDim = dim3(made.threads);
-    config.dynamicSmemBytes = made.dynamic_bytes;
-    return config;
-  }
 
   const Chain& chain_;
   std::vector<Choice> chosen_;
