@@ -6,7 +6,7 @@ Row i of a matrix holds the weights of input channel i. A token reads it unless 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 from tda_export.models.linear_modules import Linear, by_module, layer_linears
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import linear_parts, linear_shape, linear_sites
+
+PriceOf = Callable[[int, str], torch.Tensor]  # layer and part to the price of each token of a call, float [T, 1]
 
 
 @dataclass
@@ -48,7 +50,7 @@ def dropping(
     model: Any,
     spec: DecoderSpec,
     row_prices: Mapping[str, torch.Tensor],
-    price: float | torch.Tensor,
+    price: float | torch.Tensor | PriceOf,
     decisions: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[RowsRead]:
     """Drop rows of a model's linears while the block runs, and count those that are read.
@@ -61,7 +63,8 @@ def dropping(
         spec: Its architecture.
         row_prices: float32 [L, in] of each matrix, by the name of its part or of its site, whose parts then drop the
             same rows. Parts without row prices are read whole.
-        price: The least worth of a row that is read, or float [T, 1], one for each token of a call; 0 is dense.
+        price: The least worth of a row that is read, or float [T, 1], one for each token of a call, or a function that
+            returns such prices for a layer and part (equal ones for the parts of a site); 0 is dense.
         decisions: Given decisions, bool [L, T, in] by the names of `row_prices`, true where a row is read. They replace
             the price's decisions, which are compared with them. The block may then have only one call.
 
@@ -70,7 +73,7 @@ def dropping(
     """
     names = _matrices(spec, row_prices)
     device = model.device
-    level = torch.as_tensor(price, dtype=torch.float32, device=device)
+    price_of = price if callable(price) else _constant(torch.as_tensor(price, dtype=torch.float32, device=device))
     on_device = {name: value.to(device, torch.float32) for name, value in row_prices.items()}
     count = RowsRead({part: torch.zeros(spec.num_layers, dtype=torch.float64, device=device) for part in names})
     handles: list[Any] = []
@@ -79,7 +82,7 @@ def dropping(
         def kept(linear: Linear, x: torch.Tensor) -> torch.Tensor | None:
             name = names[linear.part]
             own = None if name is None else on_device[name][layer].to(x.device)
-            rows = None if own is None else kept_rows(x.detach(), own, level.to(x.device))
+            rows = None if own is None else kept_rows(x.detach(), own, price_of(layer, linear.part).to(x.device))
             if rows is not None and decisions is not None and name is not None:
                 others = decisions[name][layer].to(x.device)
                 count.decided += rows.numel()
@@ -120,6 +123,10 @@ def dropping(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _constant(price: torch.Tensor) -> PriceOf:
+    return lambda layer, part: price
 
 
 def _matrices(spec: DecoderSpec, row_prices: Mapping[str, torch.Tensor]) -> dict[str, str | None]:

@@ -1,0 +1,333 @@
+"""Measure priced rows whose price differs by token, as the model's own state predicts how much a token's loss matters.
+
+    python benchmarks/token_prices.py MODEL --calibration FILE --text wikitext2_valid.txt
+        [--probes 2 8 14 20 26] [--strength 0.3 0.45] [--densities FILE]
+
+An experiment in PyTorch: no artifact has such prices. g_ti is the gradient of the log-likelihood by input channel i of
+a matrix at token t. Prices of rows hold its mean square over tokens; but |g_t|² differs between tokens by orders of
+magnitude, and alike in all layers. At some layers, the probes, a linear function of the FFN's input is fitted to log
+|g_t|² of the matrices between this probe and the next (ridge regression on the sequences that gave the prices; one
+function for k and v, and one for all others). A token's price is then
+
+    price · exp(-strength · prediction),    with the prediction centred, and cut to -4 to 4.
+
+Before the first probe, prices are those of the artifact. TEAL's greedy densities (--densities, from
+benchmarks/teal_densities.py) are measured beside it. Every way is compared at the same bytes of all linears.
+
+It prints one row for each way and fraction of bytes: KL, and the difference to plain prices on the same windows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import functools
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rows import Row, print_rows
+from same_bytes import Cell, at_same_bytes, kl_at
+
+from tda_export.calibration.corpus import BUILTIN, load_corpus
+from tda_export.calibration.divergence import mean_kl
+from tda_export.calibration.file import Calibration, read_calibration
+from tda_export.calibration.prices import read_prompt, sampled_labels
+from tda_export.errors import UsageError
+from tda_export.evaluation.greedy_densities import read_densities
+from tda_export.evaluation.row_methods import threshold_prices
+from tda_export.evaluation.text import TextSettings, cut_windows
+from tda_export.models.linear_modules import layer_linears
+from tda_export.models.row_dropping import PriceOf, RowsRead, dropping
+from tda_export.models.source import ModelSource, resolve_model
+from tda_export.models.spec import DecoderSpec
+from tda_export.packing import linear_parts, linear_shape
+from tda_export.progress import progress
+
+PACKING, PARTS = "separate", "all"
+WITHIN = 0.02  # a miss of the bytes up to which a setting counts
+MOST, LEAST = 4.0, 1e-3  # the largest prediction; the smallest |g_t|², relative to the mean
+GROUPS: dict[str, int] = {"k": 1, "v": 1}  # by part; all others are 0
+
+
+@dataclass
+class Probes:
+    """Predictions of a call: `weight` [hidden, 2] and `offset` [2] by probe layer; `found`: the last one, [T, 2]."""
+
+    weight: dict[int, torch.Tensor]
+    offset: dict[int, torch.Tensor]
+    found: torch.Tensor | None = None
+
+    def observe(self, layer: int, x: torch.Tensor) -> None:
+        """Take the FFN's input x [T, hidden] of a probe layer."""
+        self.found = (x.float() @ self.weight[layer] + self.offset[layer]).clamp(-MOST, MOST)
+
+    def price_of(self, price: float, strength: float) -> PriceOf:
+        """Return the price of each token by layer and part."""
+
+        def of(layer: int, part: str) -> torch.Tensor:
+            if self.found is None:
+                return torch.tensor(price)
+            return price * (-strength * self.found[:, GROUPS.get(part, 0), None]).exp()
+
+        return of
+
+
+def ffn_input(spec: DecoderSpec) -> str:
+    return linear_parts(spec)[4]  # gate, or fc1
+
+
+@dataclass
+class Sample:
+    """A sequence's inputs of the probes, [T, hidden] by layer, and |g_t|² by layer and part, [T]."""
+
+    inputs: dict[int, torch.Tensor]
+    square: dict[tuple[int, str], torch.Tensor]
+
+
+def sample(
+    model: Any, spec: DecoderSpec, sequence: torch.Tensor, prompt: int, probes: Sequence[int], labels: int, index: int
+) -> Sample:
+    """Take one sequence. Every token but the last, which has no label, counts."""
+    inputs: dict[int, torch.Tensor] = {}
+    square: dict[tuple[int, str], torch.Tensor] = {}
+    cache = read_prompt(model, sequence[:prompt])
+    handles = [model.get_input_embeddings().register_forward_hook(lambda m, i, out: out.detach().requires_grad_())]
+
+    def watch(layer: int, part: str) -> Callable[[torch.Tensor], None]:
+        def observe(gradient: torch.Tensor) -> None:
+            square[layer, part] = square.get((layer, part), 0) + gradient.float().square().sum(dim=1)
+
+        return observe
+
+    def keep(layer: int) -> Callable[[torch.Tensor], None]:
+        return lambda x: inputs.update({layer: x.detach().float()[:-1]})
+
+    for layer in range(spec.num_layers):
+        for part, linear in layer_linears(model, spec, layer).items():
+            if layer in probes and part == ffn_input(spec):
+                handles.append(linear.on_input(keep(layer)))
+            handles.append(linear.on_input_gradient(watch(layer, part)))
+    try:
+        with torch.enable_grad():
+            logits = model(sequence[None, prompt:], past_key_values=cache, use_cache=True).logits[0, :-1]
+            log_probs = logits.float().log_softmax(dim=-1)
+            for row in sampled_labels(labels, 0, index)(logits.detach().float()):
+                log_probs.gather(1, row[:, None]).sum().backward(retain_graph=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Sample(inputs, {key: value[:-1] for key, value in square.items()})
+
+
+def fit(samples: Sequence[Sample], spec: DecoderSpec, probes: Sequence[int], ridge: float) -> Probes:
+    """Fit the predictions of every probe; `ridge` is added to the diagonal of standardised inputs' products."""
+    square = {key: torch.cat([each.square[key] for each in samples]) for key in samples[0].square}
+    logs = {key: value.clamp_min(LEAST * value.mean()).log() for key, value in square.items()}
+    found = Probes({}, {})
+    for probe, last in zip(probes, [*probes[1:], spec.num_layers - 1], strict=True):
+        x = torch.cat([each.inputs[probe] for each in samples]).double()
+        mean, std = x.mean(dim=0), x.std(dim=0).clamp_min(1e-6)
+        z = (x - mean) / std
+        targets = []
+        for group in (0, 1):
+            own = [
+                value
+                for (layer, part), value in logs.items()
+                if GROUPS.get(part, 0) == group and (probe < layer <= last or (layer == probe and _after(spec, part)))
+            ]
+            mean_log = torch.stack(own).mean(dim=0).double()
+            targets.append(mean_log - mean_log.mean())
+        products = z.T @ z + ridge * torch.eye(z.shape[1], dtype=torch.float64)
+        weight = torch.linalg.solve(products, z.T @ torch.stack(targets, dim=1)) / std[:, None]
+        found.weight[probe], found.offset[probe] = weight.float(), -(mean @ weight).float()
+    return found
+
+
+def _after(spec: DecoderSpec, part: str) -> bool:
+    """Whether a part of the probe's own layer comes after the probe."""
+    return part in linear_parts(spec)[4:]
+
+
+class Text:
+    """Windows of a text, read densely once: prompts' keys and values, and log-probabilities of continuations."""
+
+    def __init__(self, source: ModelSource, model: Any, path: Path, settings: TextSettings) -> None:
+        self._model, self._spec, self._prompt = model, source.spec, settings.prompt_tokens
+        tokens = source.tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+        self._windows = torch.tensor(cut_windows(tokens, source.tokenizer("")["input_ids"], settings))
+        self._caches = [read_prompt(model, window[: self._prompt]) for window in self._windows]
+        with torch.no_grad():
+            self._dense = [self._read(i) for i in range(len(self._windows))]
+
+    def _read(self, window: int) -> torch.Tensor:
+        cache = copy.deepcopy(self._caches[window])
+        tokens = self._windows[window, None, self._prompt :]
+        logits = self._model(tokens, past_key_values=cache, use_cache=True).logits[0]
+        found: torch.Tensor = logits.float().log_softmax(dim=-1)
+        return found
+
+    def measure(self, rows: Mapping[str, torch.Tensor], price: float, probes: Probes, strength: float) -> Row:
+        """Return the KL of each window, their mean, and the fraction of all linears' bytes that is read."""
+        kl, shares = [], []
+        for window, dense in enumerate(self._dense):
+            probes.found = None
+            prices = probes.price_of(price, strength)
+            with torch.no_grad(), watching(self._model, self._spec, probes):  # before rows are dropped
+                counting = dropping(self._model, self._spec, rows, prices)
+                with counting as count:
+                    kl.append(float(mean_kl(dense, self._read(window))))
+            shares.append(share_of(self._spec, count))
+        return {"windows": kl, "kl": sum(kl) / len(kl), "linear_share": sum(shares) / len(shares)}
+
+
+@contextlib.contextmanager
+def watching(model: Any, spec: DecoderSpec, probes: Probes) -> Iterator[None]:
+    """Let the probes observe their layers while the block runs. Rows that are dropped inside it are still there."""
+    handles = []
+    for layer in probes.weight:
+        linear = layer_linears(model, spec, layer)[ffn_input(spec)]
+        handles.append(linear.on_input(functools.partial(probes.observe, layer)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def share_of(spec: DecoderSpec, count: RowsRead) -> float:
+    """Return the fraction of all linears' bytes that was read."""
+    sizes = {part: math.prod(linear_shape(spec, part)) for part in linear_parts(spec)}
+    read = sum(sizes[part] * float(own.mean()) for part, own in count.densities(spec).items())
+    return read / sum(sizes.values())
+
+
+def difference(windows: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of the logarithms of windows / others, and its standard error."""
+    logs = torch.tensor(windows).log() - torch.tensor(others).log()
+    return float(logs.mean()), float(logs.std() / math.sqrt(len(logs))) if len(logs) > 1 else 0.0
+
+
+def price_sequences(source: ModelSource, found: Calibration, options: argparse.Namespace) -> torch.Tensor:
+    """Return the sequences that gave the prices, at most --sequences of them, int64 [N, P + C]."""
+    settings = found.provenance["settings"]
+    corpus = load_corpus(
+        options.dataset,
+        source.tokenizer,
+        text_column=None,
+        sequences=settings["sequences"],
+        length=settings["prompt_tokens"] + settings["continuation_tokens"],
+        seed=settings["seed"],
+        vocab_size=source.spec.vocab_size,
+    )
+    if corpus.sha256 != found.provenance["dataset"]["tokens_sha256"]:
+        raise UsageError(f"{options.calibration} is of other text. Give its --dataset.")
+    return corpus.tokens[::2][: options.sequences]
+
+
+def fitted(source: ModelSource, model: Any, found: Calibration, options: argparse.Namespace) -> Probes:
+    """Sample the sequences and fit the probes.
+
+    Raises:
+        UsageError: A probe is no layer with layers after it.
+    """
+    last = source.spec.num_layers - 2
+    if options.probes != sorted({*options.probes}) or options.probes[0] < 0 or options.probes[-1] > last:
+        raise UsageError(f"--probes: give rising layers from 0 to {last}.")
+    sequences, prompt = price_sequences(source, found, options), found.provenance["settings"]["prompt_tokens"]
+    samples = []
+    with progress("Sampling", len(sequences), quiet=not sys.stderr.isatty()) as advance:
+        for index, sequence in enumerate(sequences):
+            samples.append(sample(model, source.spec, sequence, prompt, options.probes, options.labels, 2 * index))
+            advance(1)
+    return fit(samples, source.spec, options.probes, options.ridge)
+
+
+def measured(options: argparse.Namespace) -> Iterator[Row]:
+    """Yield a row for each way and fraction of bytes."""
+    source = resolve_model(options.model, notify=lambda line: print(line, file=sys.stderr))
+    found, spec = read_calibration(options.calibration), source.spec
+    if found.model_fingerprint != source.fingerprint:
+        raise UsageError(f"{options.calibration} is of another model than {source.name}. Calibrate this one.")
+    priced = found.priced
+    if priced is None or PACKING not in priced.measured:
+        raise UsageError(f"{options.calibration} has no table of prices with packing {PACKING}. Calibrate with it.")
+    model = source.reference().requires_grad_(False)
+    probes = fitted(source, model, found, options)
+    text = Text(source, model, options.text, TextSettings(options.prompts, options.prompt_tokens, 128))
+    row_prices, table = priced.sums.row_prices(spec, PACKING, priced.row_bytes), priced.table(PACKING)
+
+    def by_price(strength: float, cell: Cell) -> Row:
+        return text.measure(row_prices, table.price_for(sparsity=cell.sparsity), probes, strength)
+
+    ways: dict[str, Callable[[Cell], Row]] = {"priced": functools.partial(by_price, 0.0)}
+    ways |= {f"priced, strength {value:g}": functools.partial(by_price, value) for value in options.strength}
+    if options.densities:
+        densities = read_densities(options.densities)
+        densities.require(options.densities, source.fingerprint, PACKING, PARTS)
+
+        def by_threshold(cell: Cell) -> Row:
+            thresholds = densities.at(cell.sparsity or 0.0)
+            return text.measure(threshold_prices("teal", priced, spec, PACKING, thresholds), 1.0, probes, 0.0)
+
+        ways["TEAL, greedy densities"] = by_threshold
+    for sparsity in options.sparsity:
+        plain: list[float] | None = None
+        for name, measure in ways.items():
+            settings: list[Row] = []
+
+            def keeping(cell: Cell, measure: Callable[[Cell], Row] = measure, kept: list[Row] = settings) -> Row:
+                kept.append(measure(cell))
+                return dict(kept[-1])
+
+            at_same_bytes(Cell(name, sparsity, "linear_share"), WITHIN, keeping, between=True)
+            windows = [kl_at(points, 1 - sparsity) for points in by_window(settings)]
+            usable = [0.0 if kl is None else kl for kl in windows]
+            plain = plain or usable
+            log_ratio, error = difference(usable, plain)
+            yield {
+                "way": name,
+                "share": 1 - sparsity,
+                "read": [row["linear_share"] for row in settings],
+                "kl": kl_at([(row["linear_share"], row["kl"]) for row in settings], 1 - sparsity),
+                "of_priced": math.exp(log_ratio),
+                "log_stderr": error,
+            }
+
+
+def by_window(settings: Sequence[Row]) -> Iterator[list[tuple[float, float]]]:
+    """Yield the fraction of bytes and the KL of every setting, for each window."""
+    for window in range(len(settings[0]["windows"])):
+        yield [(row["linear_share"], row["windows"][window]) for row in settings]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure prices that differ by token.")
+    parser.add_argument("model")
+    parser.add_argument("--calibration", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--dataset", default=BUILTIN, help="The calibration's own.  [default: builtin]")
+    parser.add_argument("--text", type=Path, required=True, help="Text to measure on.")
+    parser.add_argument("--densities", type=Path, metavar="FILE", help="TEAL's greedy densities.")
+    parser.add_argument("--probes", nargs="+", type=int, required=True, metavar="LAYER")
+    parser.add_argument("--strength", nargs="+", type=float, default=[0.3, 0.45])
+    parser.add_argument("--ridge", type=float, default=3000.0, help="[default: 3000]")
+    parser.add_argument("--labels", type=int, default=2, help="Labels of each token.  [default: 2]")
+    parser.add_argument("--sequences", type=int, default=32, help="Most sequences to sample.  [default: 32]")
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.3, 0.5])
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--prompt-tokens", type=int, default=384)
+    return parser.parse_args()
+
+
+def main() -> int:
+    return print_rows(measured(arguments()), json.dumps)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
