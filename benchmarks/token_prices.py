@@ -11,8 +11,11 @@ function for k and v, and one for all others). A token's price is then
 
     price · exp(-strength · prediction),    with the prediction centred, and cut to -4 to 4.
 
-Before the first probe, prices are those of the artifact. TEAL's greedy densities (--densities, from
-benchmarks/teal_densities.py) are measured beside it. Every way is compared at the same bytes of all linears.
+Before the first probe, prices are those of the artifact. With --power p, row prices of each matrix are drawn together:
+c² becomes (c²)^p m^(1 - p), m the geometric mean of the matrix, in which each row weighs as much as its c².
+
+TEAL's greedy densities (--densities, from benchmarks/teal_densities.py) are measured beside it. Every way is compared
+at the same bytes of all linears.
 
 It prints one row for each way and fraction of bytes: KL, and the difference to plain prices on the same windows.
 """
@@ -23,6 +26,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import itertools
 import json
 import math
 import sys
@@ -263,11 +267,13 @@ def measured(options: argparse.Namespace) -> Iterator[Row]:
     text = Text(source, model, options.text, TextSettings(options.prompts, options.prompt_tokens, 128))
     row_prices, table = priced.sums.row_prices(spec, PACKING, priced.row_bytes), priced.table(PACKING)
 
-    def by_price(strength: float, cell: Cell) -> Row:
-        return text.measure(row_prices, table.price_for(sparsity=cell.sparsity), probes, strength)
+    def by_price(rows: Mapping[str, torch.Tensor], strength: float, cell: Cell) -> Row:
+        return text.measure(rows, table.price_for(sparsity=cell.sparsity), probes, strength)
 
-    ways: dict[str, Callable[[Cell], Row]] = {"priced": functools.partial(by_price, 0.0)}
-    ways |= {f"priced, strength {value:g}": functools.partial(by_price, value) for value in options.strength}
+    ways: dict[str, Callable[[Cell], Row]] = {"priced": functools.partial(by_price, row_prices, 0.0)}
+    for power, strength in itertools.product(options.power, options.strength):
+        name = f"priced, strength {strength:g}" + (f", power {power:g}" if power != 1 else "")
+        ways[name] = functools.partial(by_price, drawn_together(row_prices, power), strength)
     if options.densities:
         densities = read_densities(options.densities)
         densities.require(options.densities, source.fingerprint, PACKING, PARTS)
@@ -301,6 +307,16 @@ def measured(options: argparse.Namespace) -> Iterator[Row]:
             }
 
 
+def drawn_together(row_prices: Mapping[str, torch.Tensor], power: float) -> dict[str, torch.Tensor]:
+    """Draw the row prices of each matrix towards their geometric mean, weighted by themselves."""
+    drawn = {}
+    for name, prices in row_prices.items():
+        own = prices.double().clamp_min(1e-300)
+        mean = ((own * own.log()).sum(dim=1, keepdim=True) / own.sum(dim=1, keepdim=True)).exp()
+        drawn[name] = (own**power * mean ** (1 - power)).float().where(prices > 0, 0)
+    return drawn
+
+
 def by_window(settings: Sequence[Row]) -> Iterator[list[tuple[float, float]]]:
     """Yield the fraction of bytes and the KL of every setting, for each window."""
     for window in range(len(settings[0]["windows"])):
@@ -316,6 +332,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--densities", type=Path, metavar="FILE", help="TEAL's greedy densities.")
     parser.add_argument("--probes", nargs="+", type=int, required=True, metavar="LAYER")
     parser.add_argument("--strength", nargs="+", type=float, default=[0.3, 0.45])
+    parser.add_argument("--power", nargs="+", type=float, default=[1.0])
     parser.add_argument("--ridge", type=float, default=3000.0, help="[default: 3000]")
     parser.add_argument("--labels", type=int, default=2, help="Labels of each token.  [default: 2]")
     parser.add_argument("--sequences", type=int, default=32, help="Most sequences to sample.  [default: 32]")

@@ -86,3 +86,11 @@ def test_a_run(tiny_model: Path, tmp_path: Path) -> None:
     wrong = subprocess.run([*command, "--probes", "9"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("Error: --probes: give rising layers from 0 to ")
+
+
+def test_prices_drawn_together(script: ModuleType) -> None:
+    prices = {"q": torch.tensor([[1.0, 4.0, 0.0], [2.0, 2.0, 2.0]])}
+    half, whole = (script.drawn_together(prices, power)["q"] for power in (0.5, 1.0))
+    torch.testing.assert_close(whole, prices["q"])
+    mean = 4.0 ** (4 / 5)  # (1 log 1 + 4 log 4) / 5
+    torch.testing.assert_close(half, torch.tensor([[mean**0.5, 2 * mean**0.5, 0.0], [2.0, 2.0, 2.0]]))
