@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,8 @@ from tests.attention_model import AttentionForm, forms, random_attention, refere
 from tests.ffn_model import TOLERANCES
 from tests.stored_attention import CLOSE, LENGTHS, NATIVE, check_codes, session
 
+# ONNX Runtime computes float16 graphs in float32 on x86-64, but in float16 on ARM processors that have its arithmetic.
+BODY_CLOSE = TOLERANCES["float16"] * (8 if platform.machine() in ("aarch64", "arm64") else 1)
 PLAIN = AttentionForm(kv="int8")
 
 
@@ -26,7 +29,7 @@ def test_the_body_in_half_precision(form: AttentionForm, tokens: int, past: int,
     call = session(form, native=False, dtype="float16", provider="CPUExecutionProvider")
     results = (run_attention if room is None else run_in_place)(call, feeds)
     assert results[0].dtype == np.float16
-    check_codes(feeds, form, results, tokens, past, rounding=2**-10, close=TOLERANCES["float16"])
+    check_codes(feeds, form, results, tokens, past, rounding=2**-10, close=BODY_CLOSE)
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
