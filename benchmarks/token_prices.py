@@ -1,13 +1,13 @@
 """Measure priced rows whose price differs by token, as the model's own state predicts how much a token's loss matters.
 
-    python benchmarks/token_prices.py MODEL --calibration FILE --text wikitext2_valid.txt
-        [--probes 2 8 14 20 26] [--strength 0.3 0.45] [--densities FILE]
+    python benchmarks/token_prices.py MODEL --calibration FILE --text wikitext2_valid.txt --probes 2 8 14 20 26
+        [--strength 0.3 0.45] [--power 1 0.85] [--densities FILE] [--labels 2] [--ridge 0.75]
 
 An experiment in PyTorch: no artifact has such prices. g_ti is the gradient of the log-likelihood by input channel i of
 a matrix at token t. Prices of rows hold its mean square over tokens; but |g_t|² differs between tokens by orders of
-magnitude, and alike in all layers. At some layers, the probes, a linear function of the FFN's input is fitted to log
-|g_t|² of the matrices between this probe and the next (ridge regression on the sequences that gave the prices; one
-function for k and v, and one for all others). A token's price is then
+magnitude, and alike in neighbouring layers. At some layers, the probes, a linear function of the FFN's input is fitted
+to log |g_t|², averaged over the matrices from this probe to the next (ridge regression on the sequences that gave the
+prices, read densely; one function for k and v, and one for all other matrices). A token's price is then
 
     price · exp(-strength · prediction),    with the prediction centred, and cut to -4 to 4.
 
@@ -15,9 +15,10 @@ Before the first probe, prices are those of the artifact. With --power p, row pr
 c² becomes (c²)^p m^(1 - p), m the geometric mean of the matrix, in which each row weighs as much as its c².
 
 TEAL's greedy densities (--densities, from benchmarks/teal_densities.py) are measured beside it. Every way is compared
-at the same bytes of all linears.
+at the same bytes of all linears: its KL, of the mean and of each window, is interpolated between two settings.
 
-It prints one row for each way and fraction of bytes: KL, and the difference to plain prices on the same windows.
+It prints one row for each way and fraction of bytes: KL, and the geometric mean over windows of its ratio to plain
+prices and to TEAL, with the standard error of the ratio's logarithm.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +44,8 @@ from same_bytes import Cell, at_same_bytes, kl_at
 from tda_export.calibration.corpus import BUILTIN, load_corpus
 from tda_export.calibration.divergence import mean_kl
 from tda_export.calibration.file import Calibration, read_calibration
-from tda_export.calibration.prices import read_prompt, sampled_labels
-from tda_export.errors import UsageError
+from tda_export.calibration.prices import ChooseLabels, read_prompt, sampled_labels
+from tda_export.errors import TdaError, UsageError
 from tda_export.evaluation.greedy_densities import read_densities
 from tda_export.evaluation.row_methods import threshold_prices
 from tda_export.evaluation.text import TextSettings, cut_windows
@@ -55,36 +57,46 @@ from tda_export.packing import linear_parts, linear_shape
 from tda_export.progress import progress
 
 PACKING, PARTS = "separate", "all"
+PLAIN, TEAL = "priced", "TEAL, greedy densities"
 WITHIN = 0.02  # a miss of the bytes up to which a setting counts
 MOST, LEAST = 4.0, 1e-3  # the largest prediction; the smallest |g_t|², relative to the mean
 GROUPS: dict[str, int] = {"k": 1, "v": 1}  # by part; all others are 0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Probes:
-    """Predictions of a call: `weight` [hidden, 2] and `offset` [2] by probe layer; `found`: the last one, [T, 2]."""
+    """The fitted functions: `weight` [hidden, 2] and `offset` [2] by layer; the columns are the groups."""
 
     weight: dict[int, torch.Tensor]
     offset: dict[int, torch.Tensor]
-    found: torch.Tensor | None = None
+
+    def predict(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """Predict from the FFN's input x [T, hidden] of a probe's layer, [T, 2]."""
+        return (x.float() @ self.weight[layer] + self.offset[layer]).clamp(-MOST, MOST)
+
+
+@dataclass
+class TokenPrices:
+    """The prices of the tokens of one call. `prediction`: the last probe's, None before the first."""
+
+    probes: Probes
+    price: float
+    strength: float
+    prediction: torch.Tensor | None = None
 
     def observe(self, layer: int, x: torch.Tensor) -> None:
-        """Take the FFN's input x [T, hidden] of a probe layer."""
-        self.found = (x.float() @ self.weight[layer] + self.offset[layer]).clamp(-MOST, MOST)
+        self.prediction = self.probes.predict(layer, x)
 
-    def price_of(self, price: float, strength: float) -> PriceOf:
-        """Return the price of each token by layer and part."""
-
-        def of(layer: int, part: str) -> torch.Tensor:
-            if self.found is None:
-                return torch.tensor(price)
-            return price * (-strength * self.found[:, GROUPS.get(part, 0), None]).exp()
-
-        return of
+    def __call__(self, layer: int, part: str) -> torch.Tensor:
+        """Return the price of each token for a matrix, [T, 1]; [] where all have the same."""
+        if self.prediction is None:
+            return torch.tensor(self.price)
+        return self.price * (-self.strength * self.prediction[:, GROUPS.get(part, 0), None]).exp()
 
 
 def ffn_input(spec: DecoderSpec) -> str:
-    return linear_parts(spec)[4]  # gate, or fc1
+    """Return the part that reads the FFN's input: gate, or up where there is no gate."""
+    return linear_parts(spec)[4]
 
 
 @dataclass
@@ -96,7 +108,12 @@ class Sample:
 
 
 def sample(
-    model: Any, spec: DecoderSpec, sequence: torch.Tensor, prompt: int, probes: Sequence[int], labels: int, index: int
+    model: Any,
+    spec: DecoderSpec,
+    sequence: torch.Tensor,
+    prompt: int,
+    probes: Sequence[int],
+    choose: ChooseLabels,
 ) -> Sample:
     """Take one sequence. Every token but the last, which has no label, counts."""
     inputs: dict[int, torch.Tensor] = {}
@@ -122,7 +139,7 @@ def sample(
         with torch.enable_grad():
             logits = model(sequence[None, prompt:], past_key_values=cache, use_cache=True).logits[0, :-1]
             log_probs = logits.float().log_softmax(dim=-1)
-            for row in sampled_labels(labels, 0, index)(logits.detach().float()):
+            for row in choose(logits.detach().float()):
                 log_probs.gather(1, row[:, None]).sum().backward(retain_graph=True)
     finally:
         for handle in handles:
@@ -131,32 +148,34 @@ def sample(
 
 
 def fit(samples: Sequence[Sample], spec: DecoderSpec, probes: Sequence[int], ridge: float) -> Probes:
-    """Fit the predictions of every probe; `ridge` is added to the diagonal of standardised inputs' products."""
+    """Fit every probe. `ridge` is relative to the number of tokens, as inputs are standardised."""
     square = {key: torch.cat([each.square[key] for each in samples]) for key in samples[0].square}
     logs = {key: value.clamp_min(LEAST * value.mean()).log() for key, value in square.items()}
     found = Probes({}, {})
-    for probe, last in zip(probes, [*probes[1:], spec.num_layers - 1], strict=True):
+    for probe, following in zip(probes, [*probes[1:], spec.num_layers], strict=True):
         x = torch.cat([each.inputs[probe] for each in samples]).double()
         mean, std = x.mean(dim=0), x.std(dim=0).clamp_min(1e-6)
         z = (x - mean) / std
         targets = []
         for group in (0, 1):
-            own = [
-                value
-                for (layer, part), value in logs.items()
-                if GROUPS.get(part, 0) == group and (probe < layer <= last or (layer == probe and _after(spec, part)))
-            ]
+            own = [logs[key] for key in segment(spec, probe, following) if GROUPS.get(key[1], 0) == group]
             mean_log = torch.stack(own).mean(dim=0).double()
             targets.append(mean_log - mean_log.mean())
-        products = z.T @ z + ridge * torch.eye(z.shape[1], dtype=torch.float64)
+        products = z.T @ z + ridge * len(z) * torch.eye(z.shape[1], dtype=torch.float64)
         weight = torch.linalg.solve(products, z.T @ torch.stack(targets, dim=1)) / std[:, None]
         found.weight[probe], found.offset[probe] = weight.float(), -(mean @ weight).float()
     return found
 
 
-def _after(spec: DecoderSpec, part: str) -> bool:
-    """Whether a part of the probe's own layer comes after the probe."""
-    return part in linear_parts(spec)[4:]
+def segment(spec: DecoderSpec, probe: int, following: int) -> list[tuple[int, str]]:
+    """List the layers and parts whose prices a probe sets: from its FFN to the attention of the next probe's layer."""
+    ffn = linear_parts(spec)[4:]
+    every = [(layer, part) for layer in range(probe, spec.num_layers) for part in linear_parts(spec)]
+    return [
+        (layer, part)
+        for layer, part in every
+        if (layer > probe or part in ffn) and (layer < following or (layer == following and part not in ffn))
+    ]
 
 
 class Text:
@@ -181,23 +200,24 @@ class Text:
         """Return the KL of each window, their mean, and the fraction of all linears' bytes that is read."""
         kl, shares = [], []
         for window, dense in enumerate(self._dense):
-            probes.found = None
-            prices = probes.price_of(price, strength)
-            with torch.no_grad(), watching(self._model, self._spec, probes):  # before rows are dropped
-                counting = dropping(self._model, self._spec, rows, prices)
-                with counting as count:
-                    kl.append(float(mean_kl(dense, self._read(window))))
+            prices = TokenPrices(probes, price, strength)
+            # Probes first: they read their inputs before rows are dropped.
+            with torch.no_grad(), watching(self._model, self._spec, prices), self._dropping(rows, prices) as count:
+                kl.append(float(mean_kl(dense, self._read(window))))
             shares.append(share_of(self._spec, count))
         return {"windows": kl, "kl": sum(kl) / len(kl), "linear_share": sum(shares) / len(shares)}
 
+    def _dropping(self, rows: Mapping[str, torch.Tensor], prices: PriceOf) -> AbstractContextManager[RowsRead]:
+        return dropping(self._model, self._spec, rows, prices)
+
 
 @contextlib.contextmanager
-def watching(model: Any, spec: DecoderSpec, probes: Probes) -> Iterator[None]:
-    """Let the probes observe their layers while the block runs. Rows that are dropped inside it are still there."""
+def watching(model: Any, spec: DecoderSpec, prices: TokenPrices) -> Iterator[None]:
+    """Let prices observe the layers of probes while the block runs."""
     handles = []
-    for layer in probes.weight:
+    for layer in prices.probes.weight:
         linear = layer_linears(model, spec, layer)[ffn_input(spec)]
-        handles.append(linear.on_input(functools.partial(probes.observe, layer)))
+        handles.append(linear.on_input(functools.partial(prices.observe, layer)))
     try:
         yield
     finally:
@@ -210,12 +230,6 @@ def share_of(spec: DecoderSpec, count: RowsRead) -> float:
     sizes = {part: math.prod(linear_shape(spec, part)) for part in linear_parts(spec)}
     read = sum(sizes[part] * float(own.mean()) for part, own in count.densities(spec).items())
     return read / sum(sizes.values())
-
-
-def difference(windows: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """Return the mean of the logarithms of windows / others, and its standard error."""
-    logs = torch.tensor(windows).log() - torch.tensor(others).log()
-    return float(logs.mean()), float(logs.std() / math.sqrt(len(logs))) if len(logs) > 1 else 0.0
 
 
 def price_sequences(source: ModelSource, found: Calibration, options: argparse.Namespace) -> torch.Tensor:
@@ -244,11 +258,13 @@ def fitted(source: ModelSource, model: Any, found: Calibration, options: argpars
     last = source.spec.num_layers - 2
     if options.probes != sorted({*options.probes}) or options.probes[0] < 0 or options.probes[-1] > last:
         raise UsageError(f"--probes: give rising layers from 0 to {last}.")
-    sequences, prompt = price_sequences(source, found, options), found.provenance["settings"]["prompt_tokens"]
+    sequences, settings = price_sequences(source, found, options), found.provenance["settings"]
     samples = []
     with progress("Sampling", len(sequences), quiet=not sys.stderr.isatty()) as advance:
         for index, sequence in enumerate(sequences):
-            samples.append(sample(model, source.spec, sequence, prompt, options.probes, options.labels, 2 * index))
+            # The sequence's number in the corpus; these are the even ones.
+            choose = sampled_labels(options.labels, settings["seed"], 2 * index)
+            samples.append(sample(model, source.spec, sequence, settings["prompt_tokens"], options.probes, choose))
             advance(1)
     return fit(samples, source.spec, options.probes, options.ridge)
 
@@ -270,10 +286,7 @@ def measured(options: argparse.Namespace) -> Iterator[Row]:
     def by_price(rows: Mapping[str, torch.Tensor], strength: float, cell: Cell) -> Row:
         return text.measure(rows, table.price_for(sparsity=cell.sparsity), probes, strength)
 
-    ways: dict[str, Callable[[Cell], Row]] = {"priced": functools.partial(by_price, row_prices, 0.0)}
-    for power, strength in itertools.product(options.power, options.strength):
-        name = f"priced, strength {strength:g}" + (f", power {power:g}" if power != 1 else "")
-        ways[name] = functools.partial(by_price, drawn_together(row_prices, power), strength)
+    ways: dict[str, Callable[[Cell], Row]] = {PLAIN: functools.partial(by_price, row_prices, 0.0)}
     if options.densities:
         densities = read_densities(options.densities)
         densities.require(options.densities, source.fingerprint, PACKING, PARTS)
@@ -282,29 +295,58 @@ def measured(options: argparse.Namespace) -> Iterator[Row]:
             thresholds = densities.at(cell.sparsity or 0.0)
             return text.measure(threshold_prices("teal", priced, spec, PACKING, thresholds), 1.0, probes, 0.0)
 
-        ways["TEAL, greedy densities"] = by_threshold
+        ways[TEAL] = by_threshold
+    for power, strength in itertools.product(options.power, options.strength):
+        name = f"strength {strength:g}, power {power:g}"
+        ways[name] = functools.partial(by_price, drawn_together(row_prices, power), strength)
     for sparsity in options.sparsity:
-        plain: list[float] | None = None
-        for name, measure in ways.items():
-            settings: list[Row] = []
-
-            def keeping(cell: Cell, measure: Callable[[Cell], Row] = measure, kept: list[Row] = settings) -> Row:
-                kept.append(measure(cell))
-                return dict(kept[-1])
-
-            at_same_bytes(Cell(name, sparsity, "linear_share"), WITHIN, keeping, between=True)
-            windows = [kl_at(points, 1 - sparsity) for points in by_window(settings)]
-            usable = [0.0 if kl is None else kl for kl in windows]
-            plain = plain or usable
-            log_ratio, error = difference(usable, plain)
+        tries = {name: at_bytes(name, sparsity, measure) for name, measure in ways.items()}
+        windows = {name: [interpolated(name, of, sparsity) for of in by_window(own)] for name, own in tries.items()}
+        for name, own in tries.items():
             yield {
                 "way": name,
                 "share": 1 - sparsity,
-                "read": [row["linear_share"] for row in settings],
-                "kl": kl_at([(row["linear_share"], row["kl"]) for row in settings], 1 - sparsity),
-                "of_priced": math.exp(log_ratio),
-                "log_stderr": error,
+                "read": [row["linear_share"] for row in own],
+                "kl": interpolated(name, [(row["linear_share"], row["kl"]) for row in own], sparsity),
+                "of_priced": ratio(windows[name], windows[PLAIN]),
+                "of_teal": ratio(windows[name], windows[TEAL]) if TEAL in windows else None,
             }
+
+
+def at_bytes(name: str, sparsity: float, measure: Callable[[Cell], Row]) -> list[Row]:
+    """Measure settings on both sides of the bytes."""
+    tries: list[Row] = []
+
+    def keeping(cell: Cell) -> Row:
+        tries.append(measure(cell))
+        return dict(tries[-1])
+
+    at_same_bytes(Cell(name, sparsity, "linear_share"), WITHIN, keeping, between=True)
+    return tries
+
+
+def by_window(tries: Sequence[Row]) -> Iterator[list[tuple[float, float]]]:
+    """Yield the fraction of bytes of all windows and the KL of one, of every setting, for each window."""
+    for window in range(len(tries[0]["windows"])):
+        yield [(row["linear_share"], row["windows"][window]) for row in tries]
+
+
+def interpolated(name: str, points: Sequence[tuple[float, float]], sparsity: float) -> float:
+    """Interpolate the KL at exactly the bytes.
+
+    Raises:
+        TdaError: No setting reads less, or none more.
+    """
+    found = kl_at(points, 1 - sparsity)
+    if found is None:
+        raise TdaError(f"{name}: no settings around {1 - sparsity:g} of the bytes were found. Give other --sparsity.")
+    return found
+
+
+def ratio(windows: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Return the geometric mean of windows / others, and the standard error of its logarithm."""
+    logs = torch.tensor(windows, dtype=torch.float64).log() - torch.tensor(others, dtype=torch.float64).log()
+    return [float(logs.mean().exp()), float(logs.std() / math.sqrt(len(logs))) if len(logs) > 1 else 0.0]
 
 
 def drawn_together(row_prices: Mapping[str, torch.Tensor], power: float) -> dict[str, torch.Tensor]:
@@ -317,12 +359,6 @@ def drawn_together(row_prices: Mapping[str, torch.Tensor], power: float) -> dict
     return drawn
 
 
-def by_window(settings: Sequence[Row]) -> Iterator[list[tuple[float, float]]]:
-    """Yield the fraction of bytes and the KL of every setting, for each window."""
-    for window in range(len(settings[0]["windows"])):
-        yield [(row["linear_share"], row["windows"][window]) for row in settings]
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure prices that differ by token.")
     parser.add_argument("model")
@@ -333,7 +369,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--probes", nargs="+", type=int, required=True, metavar="LAYER")
     parser.add_argument("--strength", nargs="+", type=float, default=[0.3, 0.45])
     parser.add_argument("--power", nargs="+", type=float, default=[1.0])
-    parser.add_argument("--ridge", type=float, default=3000.0, help="[default: 3000]")
+    parser.add_argument("--ridge", type=float, default=0.75, help="[default: 0.75]")
     parser.add_argument("--labels", type=int, default=2, help="Labels of each token.  [default: 2]")
     parser.add_argument("--sequences", type=int, default=32, help="Most sequences to sample.  [default: 32]")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.3, 0.5])

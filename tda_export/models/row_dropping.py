@@ -16,7 +16,7 @@ from tda_export.models.linear_modules import Linear, by_module, layer_linears
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import linear_parts, linear_shape, linear_sites
 
-PriceOf = Callable[[int, str], torch.Tensor]  # layer and part to the price of each token of a call, float [T, 1]
+PriceOf = Callable[[int, str], torch.Tensor]  # layer and part to the price of a call's tokens, float32 [] or [T, 1]
 
 
 @dataclass
@@ -40,7 +40,7 @@ def kept_rows(x: torch.Tensor, row_price: torch.Tensor, price: torch.Tensor) -> 
     Args:
         x: The input of each token, [T, in]; compared in float32.
         row_price: float32 [in].
-        price: float32 [].
+        price: float32 [], or [T, 1].
     """
     return ~(x.float().square() * row_price < price)
 

@@ -123,3 +123,24 @@ def test_zeros_are_never_read(family: Family) -> None:
         densities = count.densities(spec)
         assert 0.2 < float(densities["down"].mean()) < 0.8
         assert float(densities["up"].min()) == 1.0
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gpt-neox"])
+def test_prices_by_layer_and_part(family: Family, name: str) -> None:
+    """A price is as many times higher as row prices would be lower, for each token."""
+    model, spec = family(name)
+    prices = random_prices(spec, "separate")
+    by_token = PRICE * 2.0 ** torch.arange(-3, 4)[:, None]
+    factor = {part: 2.0 ** (torch.arange(spec.num_layers) + i - 2) for i, part in enumerate(prices)}
+    lower = {part: price / factor[part][:, None] for part, price in prices.items()}
+    with torch.no_grad():
+        with dropping(model, spec, lower, by_token) as expected_count:
+            expected = model(TOKENS).logits
+        with dropping(model, spec, prices, lambda layer, part: by_token * factor[part][layer]) as count:
+            found = model(TOKENS).logits
+        with dropping(model, spec, prices, PRICE):
+            plain = model(TOKENS).logits
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, plain)
+    for part, read in expected_count.read.items():
+        assert torch.equal(count.read[part], read)

@@ -3,7 +3,7 @@ numpy."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,11 +21,11 @@ from tests.attention_model import (
 from tests.stored_attention import CHECKS, CLOSE, LENGTHS, NATIVE, cache_names, session
 
 FORMATS = sorted(CHECKS)
-ALL_AT_ONCE: dict[str, Any] = {"heads": 6, "size": 48, "packed": True, "window": 150, "scale": 0.3, "softcap": 2.0}
+ALL_AT_ONCE = AttentionForm(heads=6, kv_heads=2, size=48, packed=True, window=150, scale=0.3, softcap=2.0)
 FORMS = [
-    pytest.param(AttentionForm(kv=kv, **settings), id=f"{kv}-{name}")
+    pytest.param(replace(form, kv=kv), id=f"{kv}-{name}")
     for kv in FORMATS
-    for name, settings in (("plain", {}), ("all-at-once", ALL_AT_ONCE))
+    for name, form in (("plain", AttentionForm()), ("all-at-once", ALL_AT_ONCE))
 ]
 
 
