@@ -15,7 +15,6 @@ from tda_export.calibration.prices import price_continuation, read_prompt, sampl
 from tda_export.errors import TdaError
 from tda_export.models.source import resolve_model
 from tests.bench.test_scripts import BENCHMARKS, load
-from tests.conftest import PRICE_TINY, run_ok
 
 PARTS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -75,12 +74,11 @@ def test_prices_by_token(script: ModuleType) -> None:
     torch.testing.assert_close(of(4, "k")[:, 0], 2 * torch.tensor([-1.5, -0.5]).exp())
 
 
-def test_a_run(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run(tiny_model: Path, priced_calibration: Path, tmp_path: Path) -> None:
     """Strength 0 and power 1 are the plain prices. TEAL is there where its densities are."""
-    calibration, text, densities = (tmp_path / name for name in ("c.safetensors", "text.txt", "d.json"))
-    run_ok("calibrate", tiny_model, "-o", calibration, *PRICE_TINY)
+    text, densities = tmp_path / "text.txt", tmp_path / "d.json"
     text.write_text("The sea is calm to-night. The tide is full, the moon lies fair upon the straits. " * 12)
-    model = [str(tiny_model), "--calibration", str(calibration)]
+    model = [str(tiny_model), "--calibration", str(priced_calibration)]
     search = [sys.executable, str(BENCHMARKS / "teal_densities.py"), *model, "-o", str(densities), "--sequences", "1"]
     subprocess.run(search, capture_output=True, check=True)
     command = [sys.executable, str(BENCHMARKS / "token_prices.py"), *model, "--text", str(text), "--sparsity", "0.3"]
