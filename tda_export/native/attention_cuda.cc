@@ -12,7 +12,7 @@ namespace tda {
 namespace {
 
 constexpr int64_t kAttentionThreads = 128;  // of a block, unless it is a wide one
-constexpr int64_t kPadding = 8;         // floats after a head's sum of codes
+constexpr int64_t kPadding = 8;         // floats after a head's sum by matrices
 constexpr int64_t kLoadBytes = 16;      // of a key, for one lane
 constexpr int64_t kMostSize = 256;      // elements of a head
 constexpr int64_t kSizes[] = {64, 128, 256};  // the largest head of each of the kernels
@@ -61,6 +61,7 @@ template <ElementType kType, ElementType kCache>
 class AttentionCuda : public Kernel {
   static constexpr bool kScaled = kCache == kInt8;
   static constexpr int64_t kLaneElements = kLoadBytes / (kScaled ? 1 : 2);
+  static constexpr bool kMatrices = kScaled || kType == kHalf;  // on GPUs with clusters
 
  public:
   explicit AttentionCuda(const KernelInfo& info)
@@ -163,7 +164,7 @@ class AttentionCuda : public Kernel {
     std::string name = "Attend";
     for (const int64_t part : {size, heads_at_once_, threads}) name += "_" + std::to_string(part);
     // Wide blocks have their sums in dynamic memory (device/kv_sums.cuh, device/kv_sums_matrices.cuh).
-    const int64_t sums = kScaled ? threads / kWarp * (size + kPadding) : threads * kLaneElements;
+    const int64_t sums = kMatrices ? threads / kWarp * (size + kPadding) : threads * kLaneElements;
     const int64_t bytes = threads > kAttentionThreads ? sums * heads_at_once_ * static_cast<int64_t>(sizeof(float)) : 0;
     return module.Kernel(name.c_str(), static_cast<int>(threads), static_cast<unsigned>(bytes));
   }

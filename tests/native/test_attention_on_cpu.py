@@ -20,9 +20,11 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="written for Linux on x86-64"
 )
 WAYS = {  # dtype, whether the cache has codes, and compute capability
-    "floats": ("bfloat16", False, 90),
+    "floats": ("float16", False, 90),
+    "bfloat16": ("bfloat16", False, 90),
     "codes": ("float16", True, 90),
     "floats-without-clusters": ("float16", False, 80),
+    "floats-without-matrices": ("float16", False, 75),
     "codes-without-clusters": ("bfloat16", True, 80),
     "codes-without-matrices": ("float16", True, 75),
 }

@@ -208,9 +208,8 @@ static __device__ __forceinline__ void Attend(const AttentionArguments& a) {
     float of[kSlots][kHeads][Loop::kStride];
   };
   // The host asks for so much (attention_cuda.cc).
-  static_assert(sizeof(Sums) == sizeof(float) * kHeads * (KvRows::kScaled && __CUDA_ARCH__ >= 800
-                                                              ? kThreads / kWarp * (kSize + 8)
-                                                              : kThreads * KvRows::kElements),
+  static_assert(sizeof(Sums) == sizeof(float) * kHeads * (TDA_KV_MATRICES ? kThreads / kWarp * (kSize + 8)
+                                                                          : kThreads * KvRows::kElements),
                 "the host knows this size");
   auto& sums = BlockMemory<Sums, (kThreads > kAttentionThreads)>().of;
   const int group = a.heads / a.kv_heads;
@@ -324,7 +323,7 @@ extern "C" __global__ void __launch_bounds__(kAttentionThreads) JoinParts(Attent
 
 TDA_ATTEND_ALL(64, 128, 4)
 TDA_ATTEND_ALL(128, 128, 4)
-TDA_ATTEND_ALL(256, 128, 4)
+TDA_ATTEND_ALL(256, 128, 2)
 
 #if TDA_CLUSTERS
 // Wide blocks, for few tiles (attention_cuda.cc), whose sums are in dynamic memory. Of large heads, half the threads have as

@@ -1,8 +1,8 @@
 // Attention of the queries of some heads to rows of a cache, which they share, by one block. There are two ways:
 //
 //   AttendByLanes      any rows: some lanes read a row together and add products in float32
-//   AttendByMatrices   codes, on GPUs whose tensor cores have these shapes (Ampere and newer): converting and adding in
-//                      float32 takes as long as reading the codes, or longer
+//   AttendByMatrices   codes and float16, on GPUs whose tensor cores have these shapes (Ampere and newer): converting and
+//                      adding in float32 takes as long as reading the rows, or longer
 //
 // Each has
 //
