@@ -10,10 +10,9 @@ from tda_export.graph import contract
 from tda_export.graph.contract import ModelShape
 from tda_export.runtime.deployment import AnyDeployment, PriceDeployment
 from tda_export.runtime.kv_cache import KvCache
+from tda_export.runtime.phases import CHUNK_TOKENS
 from tda_export.runtime.session import Call, Sessions, device_tensor, empty_tensor
 from tda_export.runtime.token_step import DENSE, Reading, TokenStep, Width
-
-CHUNK_TOKENS = 2048  # longer prompts are prefilled in pieces of this size
 
 
 class PricedPrefill:

@@ -14,6 +14,10 @@ from tda_export.errors import TdaError, UsageError
 CPU, CUDA = "cpu", "cuda"
 EXECUTION_PROVIDERS = {CPU: "CPUExecutionProvider", CUDA: "CUDAExecutionProvider"}
 HALF = ("float16", "bfloat16")
+# Bits of ONNX Runtime's option `sdpa_kernel`: FlashAttention, memory-efficient attention, and plain products. cuDNN's
+# kernels (8) are left out: they compile a plan for every new number of tokens, for which a new prompt would wait, and
+# ONNX Runtime keeps all these plans.
+ATTENTION_KERNELS = 1 | 2 | 16
 
 
 def choose_provider(requested: str, dtype: str) -> str:
@@ -67,6 +71,7 @@ def provider_arguments(provider: str, *, capture: bool = False) -> list[tuple[st
         "use_tf32": "0",  # scores are compared with thresholds: keep their full float32 precision
         "enable_skip_layer_norm_strict_mode": "1",  # accumulate norms in float32, as PyTorch does
         "arena_extend_strategy": "kSameAsRequested",
+        "sdpa_kernel": str(ATTENTION_KERNELS),
         "enable_cuda_graph": "1" if capture else "0",
     }
     return [(EXECUTION_PROVIDERS[CUDA], options), (EXECUTION_PROVIDERS[CPU], {})]

@@ -122,3 +122,12 @@ def test_no_cuda_problem(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_arguments_of_the_cpu() -> None:
     assert provider_arguments("cpu") == [("CPUExecutionProvider", {})]
+
+
+def test_no_attention_that_plans_for_each_length() -> None:
+    """cuDNN's kernels, ONNX Runtime's first choice on Hopper, compile a plan for every number of tokens and keep it."""
+    (name, options), _ = provider_arguments("cuda")
+    cudnn, others = 8, int(options["sdpa_kernel"])
+    assert name == "CUDAExecutionProvider"
+    assert not others & cudnn
+    assert others > 0  # with 0 ONNX Runtime would choose
