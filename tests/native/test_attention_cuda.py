@@ -18,7 +18,7 @@ from tests.stored_attention import check_codes
 
 pytestmark = pytest.mark.gpu
 
-session = functools.cache(attention_session)
+session = functools.lru_cache(maxsize=32)(attention_session)
 PLAIN = AttentionForm()
 ALL_AT_ONCE = AttentionForm(heads=6, kv_heads=2, size=48, packed=True, window=150, scale=0.3, softcap=2.0)
 WIDE = AttentionForm(heads=5, kv_heads=1, size=256)

@@ -16,7 +16,7 @@ from tests.row_model import price_for, worth
 
 pytestmark = pytest.mark.gpu
 
-session = functools.lru_cache(maxsize=256)(code_session)
+session = functools.lru_cache(maxsize=32)(code_session)
 formats = st.sampled_from(sorted(INTEGER_FORMATS.values(), key=lambda format: format.name))
 dtypes = st.sampled_from(["float16", "bfloat16"])
 # Rows for loads of 1, 8, 16 and 32 columns, and for the number of slices of every kernel.

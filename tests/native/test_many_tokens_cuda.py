@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 FORMATS = [pytest.param(INTEGER_FORMATS[name], id=name) for name in ("int4_g32", "int4_g128", "int8_g32", "int8_g128")]
 SHAPES = [(33, 8, 8), (40, 300, 264), (129, 577, 1033), (33, 4096, 1160), (40, 9, 2056)]  # tokens, inputs, outputs
 
-session = functools.lru_cache(maxsize=256)(code_session)
+session = functools.lru_cache(maxsize=32)(code_session)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

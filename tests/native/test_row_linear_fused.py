@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.ffn_model import NUMPY_DTYPES
 from tests.fused_model import AHEAD, fused_feeds, fused_session, revealing_epsilon, run_all
 
-session = functools.lru_cache(maxsize=256)(fused_session)
+session = functools.lru_cache(maxsize=32)(fused_session)
 
 KINDS = list(AHEAD)
 BITS = [0, 4, 8]

@@ -63,8 +63,8 @@ def test_the_kernel_rounds_as_the_reference(
     expected = round_block(block.clone(), factor, counts, format, symmetric=symmetric)
     assert rounding is not round_block
     # A sum that is rounded differently can move an element over the middle of two codes, and change later rows.
-    differs = (found[0] != expected[0]).any(dim=2)
-    assert int(differs.sum()) <= 1 + 0.1 * differs.numel()
+    differs = found[0] != expected[0]
+    assert int(differs.sum()) <= 1 + 0.02 * differs.numel()
     decoded = [(c.float() - z.float()[..., None]) * s.float()[..., None] for c, s, z, _ in (found, expected)]
     scale = expected[1].float().max()
     assert float((decoded[0] - decoded[1]).abs().mean()) < 0.05 * float(scale)
