@@ -73,7 +73,8 @@ class AttentionCuda : public Kernel {
     RequireDtype(kType);
     const CudaModule& module = CudaModule::Get("attention", {"TDA_BF16=" + std::to_string(kType == kBfloat16),
                                                              "TDA_KV_CODES=" + std::to_string(kScaled),
-                                                             "TDA_CLUSTERS=" + std::to_string(clusters_)});
+                                                             "TDA_CLUSTERS=" + std::to_string(clusters_),
+                                                             "TDA_HEADS=" + std::to_string(heads_at_once_)});
     append_ = module.Kernel("AppendTokens", kAttentionThreads);
     copy_ = module.Kernel("CopyPast", kAttentionThreads);
     if (!clusters_) join_ = module.Kernel("JoinParts", kAttentionThreads);

@@ -29,7 +29,10 @@ DEFINES = {
     ],
     "expand": [f"TDA_BF16={bf16} TDA_BITS={bits}" for bf16 in (0, 1) for bits in BITS],
     "greedy": ["TDA_BF16=0"],
-    "attention": [f"TDA_BF16={bf16} TDA_KV_CODES={codes} TDA_CLUSTERS=1" for bf16 in (0, 1) for codes in (1, 0)],
+    "attention": [
+        f"TDA_BF16={bf16} TDA_KV_CODES={codes} TDA_CLUSTERS=1 TDA_HEADS={heads}"
+        for codes, (bf16, heads) in itertools.product((1, 0), ((0, 4), (0, 1), (1, 2)))
+    ],
     "gated_activation": [f"TDA_BF16={activation % 2} TDA_ACTIVATION={activation}" for activation in ACTIVATIONS],
     "call_price": ["TDA_BF16=0"],
 }

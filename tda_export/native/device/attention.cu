@@ -311,15 +311,22 @@ extern "C" __global__ void __launch_bounds__(kAttentionThreads) JoinParts(Attent
 #endif
 
 // `blocks` on a multiprocessor at once.
-#define TDA_ATTEND(size, heads, threads, blocks)                     \
+#define TDA_ATTEND_KERNEL(size, heads, threads, blocks)              \
   extern "C" __global__ void __launch_bounds__(threads, blocks)      \
       Attend_##size##_##heads##_##threads(AttentionArguments a) {    \
     Attend<size, heads, threads>(a);                                 \
   }
+#define TDA_ATTEND(size, heads, threads, blocks) TDA_ATTEND_KERNEL(size, heads, threads, blocks)
+
+// A model needs the kernels for one number of heads at once; without TDA_HEADS there are those for all.
+#ifdef TDA_HEADS
+#define TDA_ATTEND_ALL(size, threads, blocks) TDA_ATTEND(size, TDA_HEADS, threads, blocks)
+#else
 #define TDA_ATTEND_ALL(size, threads, blocks) \
   TDA_ATTEND(size, 1, threads, blocks)        \
   TDA_ATTEND(size, 2, threads, blocks)        \
   TDA_ATTEND(size, 4, threads, blocks)
+#endif
 
 TDA_ATTEND_ALL(64, 128, 4)
 TDA_ATTEND_ALL(128, 128, 4)
