@@ -28,7 +28,7 @@ import numpy as np
 from tda_export.bench.priced import PricedRunner
 from tda_export.bench.timing import Spread, take_turns
 from tda_export.calibration.corpus import builtin_folder
-from tda_export.graph import contract
+from tda_export.graph import kv_formats
 from tda_export.graph.derive import artifact_spec
 from tda_export.graph.sizes import artifact_sizes
 from tda_export.runtime import Model, load
@@ -106,7 +106,7 @@ def build(options: Any, folder: Path) -> list[Path]:
     source = random_source(options.shape)
     plan = read_plan(source, options.weights or "float", None, ())
     storage = random_storage("float16" if on_gpu else "float32", plan)
-    formats = [kv for kv in contract.KV_FORMATS if not (on_gpu and kv == contract.KV_FLOAT16)]
+    formats = [kv for kv in kv_formats.KV_FORMATS if not (on_gpu and kv == kv_formats.KV_FLOAT16)]
     for kv in formats:
         build_random_priced(source, folder / kv, storage, (0.5,), kv=kv, quiet=True)
     return [folder / kv for kv in formats]
@@ -125,7 +125,7 @@ def text_of(model: Model, options: Any) -> list[int]:
 def measure(folders: Sequence[Path | str], options: Any) -> None:
     models = [load(folder, provider=options.provider) for folder in folders]
     found = [model.artifact.shape.kv for model in models]
-    if found[0] != contract.KV_FLOAT or len({*found}) != len(found):
+    if found[0] != kv_formats.KV_FLOAT or len({*found}) != len(found):
         raise SystemExit(f"Keys and values are in {' and '.join(found)}. Give float first, then others, each once.")
     text = text_of(models[0], options)
     for context in options.contexts:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from hypothesis import strategies as st
 
-from tda_export.graph import contract, operators
+from tda_export.graph import kv_formats, operators
 from tda_export.graph.attention_function import (
     attention_functions,
     attention_node,
@@ -41,12 +41,12 @@ class AttentionForm:
     window: int = 0
     scale: float = 0.0
     softcap: float = 0.0
-    kv: str = contract.KV_FLOAT
+    kv: str = kv_formats.KV_FLOAT
 
     @property
     def codes(self) -> bool:
         """Whether the cache holds codes."""
-        return self.kv == contract.KV_INT8
+        return self.kv == kv_formats.KV_INT8
 
     @property
     def inputs(self) -> list[str]:
@@ -67,7 +67,7 @@ class AttentionForm:
         if name.endswith("_scale"):
             return "float32"
         stored = name in ("past_key", "past_value", "present_key", "present_value")
-        return dtype if self.kv == contract.KV_FLOAT or not stored else self.kv
+        return dtype if self.kv == kv_formats.KV_FLOAT or not stored else self.kv
 
 
 def attention_session(
@@ -94,7 +94,7 @@ def attention_session(
         **({"scale": form.scale} if form.scale else {}),
         **({"softcap": form.softcap} if form.softcap else {}),
     }
-    if form.kv == contract.KV_FLOAT:
+    if form.kv == kv_formats.KV_FLOAT:
         outputs = attention_node(ops, inputs, width=form.heads * form.size, **settings)
         functions = attention_functions()
     else:
@@ -144,7 +144,7 @@ def random_attention(
     angles = rng.uniform(0, 6, ((room or total) + 3, form.size // 2 if pairs is None else pairs))
     cache = (1, form.kv_heads, past if room is None else room, form.size)
     past_rows = {"past_key": draw(*cache), "past_value": draw(*cache)}
-    if form.kv == contract.KV_FLOAT16:
+    if form.kv == kv_formats.KV_FLOAT16:
         past_rows = {name: rows.astype(np.float16) for name, rows in past_rows.items()}
     if form.codes:
         past_rows = {name: rng.integers(-127, 128, cache).astype(np.int8) for name in past_rows}
@@ -270,7 +270,7 @@ def _attended(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, past: i
 
 @st.composite
 def forms(
-    draw: st.DrawFn, sizes: tuple[int, ...], kv: str = contract.KV_FLOAT, kv_heads: tuple[int, ...] = (1, 2, 3)
+    draw: st.DrawFn, sizes: tuple[int, ...], kv: str = kv_formats.KV_FLOAT, kv_heads: tuple[int, ...] = (1, 2, 3)
 ) -> AttentionForm:
     """Draw a form with one of these head sizes, and numbers of heads. `kv`: how the cache is stored."""
     shared = draw(st.sampled_from(kv_heads))

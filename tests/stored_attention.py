@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from tda_export.graph import contract
+from tda_export.graph import kv_formats
 from tests.attention_model import AttentionForm, attention_session, reference, unrounded, unrounded_heads
 
 session = functools.cache(attention_session)
@@ -72,4 +72,4 @@ def _check_past(feeds: Mapping[str, np.ndarray], form: AttentionForm, present: S
         np.testing.assert_array_equal(whole[:, :, :past], feeds[name][:, :, :past])
 
 
-CHECKS: dict[str, Callable[..., None]] = {contract.KV_INT8: check_codes, contract.KV_FLOAT16: check_halves}
+CHECKS: dict[str, Callable[..., None]] = {kv_formats.KV_INT8: check_codes, kv_formats.KV_FLOAT16: check_halves}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tda_export.calibration.budgets import Budget
-from tda_export.graph import contract
+from tda_export.graph import kv_formats
 from tda_export.graph.export import BuildRequest, export_artifact
 from tda_export.graph.indexed import IndexedDesign
 from tda_export.graph.method import tda
@@ -70,7 +70,7 @@ def build_random_priced(
     sparsities: Sequence[float],
     *,
     packing: Packing | None = None,
-    kv: str = contract.KV_FLOAT,
+    kv: str = kv_formats.KV_FLOAT,
     seed: int = 0,
     quiet: bool,
 ) -> tuple[Artifact, dict[float, float]]:
@@ -86,7 +86,7 @@ def build_random_priced(
         storage: How its weights are stored.
         sparsities: One sparsity, or a lower and a higher one: shares of the linears' bytes that are not read.
         packing: The packing of the linears; None chooses by storage.
-        kv: How keys and values are stored, one of `contract.KV_FORMATS`.
+        kv: How keys and values are stored, one of `kv_formats.KV_FORMATS`.
         seed: The seed of the draw.
         quiet: Show no progress.
 

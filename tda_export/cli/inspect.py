@@ -100,7 +100,7 @@ def _of_artifact(folder: Path, context: int | None) -> dict[str, Any]:
 
 def _described(name: str, spec: Any, sizes: Any, dtype: str, context: int | None) -> dict[str, Any]:
     from tda_export.errors import UsageError
-    from tda_export.graph.contract import KV_FLOAT
+    from tda_export.graph.kv_formats import KV_FLOAT
     from tda_export.graph.sizes import features
 
     if context is None:
@@ -174,7 +174,7 @@ def _print(result: dict[str, Any]) -> None:
 
 def _stored(kv: str, dtype: str) -> str:
     """Describe how keys and values are stored."""
-    from tda_export.graph.contract import KV_FLOAT
+    from tda_export.graph.kv_formats import KV_FLOAT
 
     return f"keys and values in {dtype if kv == KV_FLOAT else kv}"
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from tda_export.graph import contract, operators
+from tda_export.graph import kv_formats, operators
 from tda_export.graph.attention import group_query_attention
 from tda_export.graph.cache_formats import CACHE_FORMATS, CacheFormat
 from tda_export.graph.decoder import GraphBuilder
@@ -30,14 +30,14 @@ class StepGraphBuilder(GraphBuilder):
     """Builds attention as a function, for graphs that read few tokens at a time."""
 
     def attend(self, inputs: Sequence[ir.Value | None], settings: dict[str, float]) -> list[ir.Value]:
-        if self.shape.kv != contract.KV_FLOAT:
+        if self.shape.kv != kv_formats.KV_FLOAT:
             return stored_attention_node(self.ops, CACHE_FORMATS[self.shape.kv], inputs, **settings)
         width = self.spec.num_heads * self.spec.head_size
         return attention_node(self.ops, inputs, width=width, **settings)
 
     def attention_functions(self) -> list[ir.Function]:
         """Define the functions that the nodes of attention call."""
-        if self.shape.kv == contract.KV_FLOAT:
+        if self.shape.kv == kv_formats.KV_FLOAT:
             return attention_functions()
         return stored_attention_functions(CACHE_FORMATS[self.shape.kv], self.spec.head_size)
 

@@ -12,32 +12,32 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from tda_export.graph import contract, operators
+from tda_export.graph import kv_formats, operators
+from tda_export.graph.kv_formats import CACHE_KINDS, CacheTensorKind
 from tda_export.graph.ops import Ops
 
 LARGEST_CODE = 127.0
 
 
-@dataclass(frozen=True)
-class CacheTensorKind:
-    """A tensor that keys are stored in, and another one for values: of rows [1, KV, P, D], or of one number a row."""
-
-    dtype: str
-    row: bool = True
-
-
 class CacheFormat(ABC):
-    """A format: the operator that attends to such a cache, and how keys and values of a call are stored and read."""
+    """A format: the operator that attends to such a cache, and how keys and values of a call are stored and read.
 
+    `kv` is its name, of `kv_formats.KV_FORMATS`.
+    """
+
+    kv: str
     operator: str
     inputs: tuple[str, ...]  # the operator's
     outputs: tuple[str, ...]
-    kinds: tuple[CacheTensorKind, ...]
+
+    @property
+    def kinds(self) -> tuple[CacheTensorKind, ...]:
+        """The tensors of such a cache."""
+        return CACHE_KINDS[self.kv]
 
     @abstractmethod
     def spread(self, ops: Ops, x: ir.Value, head_size: int) -> ir.Value:
@@ -53,9 +53,9 @@ class CacheFormat(ABC):
 
 
 class KvHalves(CacheFormat):
+    kv = kv_formats.KV_FLOAT16
     operator, inputs = operators.ATTENTION_16, operators.ATTENTION_INPUTS
     outputs = operators.ATTENTION_OUTPUTS
-    kinds = (CacheTensorKind("float16"),)
 
     def spread(self, ops: Ops, x: ir.Value, head_size: int) -> ir.Value:
         return ops.cast(x, "float32")
@@ -69,9 +69,9 @@ class KvHalves(CacheFormat):
 
 
 class KvCodes(CacheFormat):
+    kv = kv_formats.KV_INT8
     operator, inputs = operators.ATTENTION_8, operators.ATTENTION_8_INPUTS
     outputs = operators.ATTENTION_8_OUTPUTS
-    kinds = (CacheTensorKind("int8"), CacheTensorKind("float32", row=False))
 
     def spread(self, ops: Ops, x: ir.Value, head_size: int) -> ir.Value:
         return ops.op("MatMul", ops.cast(x, "float32"), ops.constant(hadamard(head_size), "float32"))
@@ -92,7 +92,7 @@ class KvCodes(CacheFormat):
         return ops.op("Mul", ops.cast(codes, "float32"), scales)
 
 
-CACHE_FORMATS: dict[str, CacheFormat] = {contract.KV_FLOAT16: KvHalves(), contract.KV_INT8: KvCodes()}
+CACHE_FORMATS: dict[str, CacheFormat] = {format.kv: format for format in (KvHalves(), KvCodes())}
 
 
 def hadamard(size: int) -> np.ndarray:

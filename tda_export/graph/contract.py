@@ -1,7 +1,7 @@
 """The contract of the two graphs: every input, output and weight by name, dtype and axes.
 
 Tensor names are spelled only here. They follow ONNX Runtime GenAI's names where it has one. The module imports only the
-names of weights, so that every other part of the project can import it.
+names of weights and the formats of keys and values, so that every other part of the project can import it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from tda_export.graph.kv_formats import CACHE_KINDS, KV_FLOAT
 from tda_export.graph.weight_names import (
     COS_CACHE as COS_CACHE,
 )
@@ -131,11 +132,6 @@ def tensor_bytes(shape: Sequence[int], dtype: str) -> int:
     return math.prod(shape) * DTYPE_BYTES[dtype]
 
 
-# How keys and values are stored: in the model's dtype, in float16 where that is float32, or as codes with a float32
-# scale for each token and head.
-KV_FLOAT, KV_FLOAT16, KV_INT8 = "float", "float16", "int8"
-KV_FORMATS = (KV_FLOAT, KV_FLOAT16, KV_INT8)
-
 PADDING_INDEX = -1  # fills mask_indices up to a fixed size; such an entry contributes nothing
 
 INPUT_IDS = "input_ids"
@@ -216,7 +212,7 @@ def ffn_input(layer: int) -> str:
 @dataclass(frozen=True)
 class ModelShape:
     """The sizes that appear in the contract, in elements, the model's dtype (a value of `DTYPES`), and how keys and
-    values are stored (one of `KV_FORMATS`)."""
+    values are stored (one of `kv_formats.KV_FORMATS`)."""
 
     num_layers: int
     num_kv_heads: int
@@ -264,14 +260,13 @@ class CacheTensor:
 
 def layer_caches(shape: ModelShape, layer: int) -> list[CacheTensor]:
     """List the tensors that hold a layer's keys and values, in the order of the graphs' inputs and outputs."""
-    elements = shape.dtype if shape.kv == KV_FLOAT else shape.kv
-    names = [(past_key, present_key), (past_value, present_value)]
-    heads, row = shape.num_kv_heads, (shape.head_size,)
-    caches = [CacheTensor(past(layer), present(layer), elements, heads, row) for past, present in names]
-    if shape.kv == KV_INT8:
-        scales = [(past_scale(layer, part), present_scale(layer, part)) for part in ("key", "value")]
-        caches += [CacheTensor(past, present, "float32", heads, ()) for past, present in scales]
-    return caches
+    rows = [(past_key(layer), present_key(layer)), (past_value(layer), present_value(layer))]
+    numbers = [(past_scale(layer, part), present_scale(layer, part)) for part in ("key", "value")]
+    return [
+        CacheTensor(*names, kind.dtype or shape.dtype, shape.num_kv_heads, (shape.head_size,) if kind.row else ())
+        for kind in CACHE_KINDS[shape.kv]
+        for names in (rows if kind.row else numbers)
+    ]
 
 
 def prefill_inputs(shape: ModelShape) -> list[IoTensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from tda_export.graph import contract
+from tda_export.graph import contract, kv_formats
 from tda_export.graph.attention import attention_lengths
 from tda_export.graph.attention_function import StepGraphBuilder
 from tda_export.graph.decoder import GraphBuilder, model_shape
@@ -26,7 +26,7 @@ def build_decode(
     method: Method,
     token_thresholds: np.ndarray | None = None,
     *,
-    kv: str = contract.KV_FLOAT,
+    kv: str = kv_formats.KV_FLOAT,
     explicit: bool = False,
     ffn_inputs: bool = False,
     counted: bool = False,
@@ -40,7 +40,7 @@ def build_decode(
         dtype: A value of `contract.DTYPES`.
         method: The method. With `two_levels` the graph takes token thresholds.
         token_thresholds: float32 [L], the default of the input with that name; None is off.
-        kv: How keys and values are stored, one of `contract.KV_FORMATS`.
+        kv: How keys and values are stored, one of `kv_formats.KV_FORMATS`.
         explicit: Give no input a default.
         ffn_inputs: Add the input of each layer's FFN to the outputs, for measurements.
         counted: Add the number of neurons that each layer computes for each token, int64 [L, S], to the outputs; for

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 import tda_export
-from tda_export.graph import contract, operators
+from tda_export.graph import contract, kv_formats, operators
 from tda_export.graph.attention import Lengths, attention, call_positions, group_query_attention
 from tda_export.graph.cache_formats import CACHE_FORMATS
 from tda_export.graph.contract import IoTensor, ModelShape
@@ -22,7 +22,7 @@ from tda_export.models.spec import DecoderSpec
 Ffn = Callable[[int, ir.Value], tuple[ir.Value, ir.Value | None]]
 
 
-def model_shape(spec: DecoderSpec, dtype: str, kv: str = contract.KV_FLOAT) -> ModelShape:
+def model_shape(spec: DecoderSpec, dtype: str, kv: str = kv_formats.KV_FLOAT) -> ModelShape:
     """Return the contract's sizes for a decoder whose keys and values are stored as `kv` says."""
     return ModelShape(
         num_layers=spec.num_layers,
@@ -46,7 +46,7 @@ class GraphBuilder:
         weights: WeightTable,
         dtype: str,
         inputs: Sequence[IoTensor],
-        kv: str = contract.KV_FLOAT,
+        kv: str = kv_formats.KV_FLOAT,
     ) -> None:
         self.spec, self.weights, self.dtype = spec, weights, dtype
         self.shape = model_shape(spec, dtype, kv)
@@ -150,7 +150,7 @@ class GraphBuilder:
 
     def attend(self, inputs: Sequence[ir.Value | None], settings: dict[str, float]) -> list[ir.Value]:
         """Add the nodes of attention (`attention.Attend`); some graphs use a function for them."""
-        if self.shape.kv != contract.KV_FLOAT:
+        if self.shape.kv != kv_formats.KV_FLOAT:
             format = CACHE_FORMATS[self.shape.kv]
             return stored_attention(self.ops, format, inputs, self.spec.head_size, settings)
         attended, *present = group_query_attention(self.ops, inputs, **settings)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import tda_export
 from tda_export.errors import TdaError, UsageError
 from tda_export.files import as_os_error, atomic_folder, sha256
-from tda_export.graph import contract
+from tda_export.graph import contract, kv_formats
 from tda_export.graph.decoder import model_shape
 from tda_export.graph.genai import genai_config
 from tda_export.graph.seal import SEAL_KEY, manifest_hash
@@ -59,7 +59,7 @@ class Design(Protocol):
 @dataclass(frozen=True)
 class BuildRequest:
     """What to build: a model, the storage and the design of its weights, and how keys and values are stored (one of
-    `contract.KV_FORMATS`)."""
+    `kv_formats.KV_FORMATS`)."""
 
     source: ModelSource
     storage: Storage
@@ -67,7 +67,7 @@ class BuildRequest:
     budget: dict[str, Any]  # as the user gave it
     calibration_file: Path | None = None
     calibration: dict[str, Any] | None = None  # provenance
-    kv: str = contract.KV_FLOAT
+    kv: str = kv_formats.KV_FLOAT
 
     @property
     def dtype(self) -> str:
@@ -76,12 +76,12 @@ class BuildRequest:
 
 
 def check_kv(kv: str, dtype: str) -> None:
-    """Refuse a way to store keys and values (one of `contract.KV_FORMATS`) beside a dtype that takes as little.
+    """Refuse a way to store keys and values (one of `kv_formats.KV_FORMATS`) beside a dtype that takes as little.
 
     Raises:
         UsageError: It is float16 beside another dtype than float32.
     """
-    if kv == contract.KV_FLOAT16 and dtype != "float32":
+    if kv == kv_formats.KV_FLOAT16 and dtype != "float32":
         raise UsageError(
             f"--kv float16 is for --dtype fp32. With {dtype}, keys and values take 16 bits already: leave --kv out."
         )
@@ -117,7 +117,7 @@ def export_artifact(request: BuildRequest, output: Path, *, quiet: bool, check: 
         graphs = request.design.graphs(spec, table, request.dtype, request.kv)
         _save_tokenizer(tokenizer, source.name, folder)
         _write_json(folder / contract.GENERATION_CONFIG_FILE, source.generation_config)
-        if request.kv != contract.KV_INT8:  # GenAI has no scales of keys and values
+        if request.kv != kv_formats.KV_INT8:  # GenAI has no scales of keys and values
             genai = genai_config(request.source, request.dtype, layout=request.design.layout)
             _write_json(folder / contract.GENAI_CONFIG_FILE, genai)
         if request.calibration_file:

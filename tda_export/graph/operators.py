@@ -43,8 +43,8 @@ ATTENTION_INPUTS = (
 ATTENTION_OUTPUTS = ("attended", "present_key", "present_value")
 
 
-# Attention to a cache of float16 beside float32 (`contract.KV_FLOAT16`), with the inputs and outputs of Attention, and
-# to one of codes (`contract.KV_INT8`). Attributes: those of GroupQueryAttention, all of them given.
+# Attention to a cache of float16 beside float32 (`kv_formats.KV_FLOAT16`), with the inputs and outputs of Attention,
+# and to one of codes (`kv_formats.KV_INT8`). Attributes: those of GroupQueryAttention, all of them given.
 ATTENTION_16 = "Attention16"
 ATTENTION_8 = "Attention8"
 ATTENTION_8_INPUTS = (

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 
 from tda_export.calibration.curves import CurveSums
-from tda_export.graph import contract
+from tda_export.graph import contract, kv_formats
 from tda_export.graph.attention import attention_lengths, call_tokens
 from tda_export.graph.decoder import GraphBuilder, last_positions, model_shape
 from tda_export.graph.ffn import dense_activations
@@ -46,7 +46,7 @@ def build_prefill(
     thresholds: np.ndarray,
     prior: Prior | None = None,
     *,
-    kv: str = contract.KV_FLOAT,
+    kv: str = kv_formats.KV_FLOAT,
 ) -> ir.Model:
     """Build the graph that reads a prompt densely and returns its prompt mask.
 
@@ -57,7 +57,7 @@ def build_prefill(
         method: Statistic, selection and tail.
         thresholds: float32 [L], the default of the `thresholds` input.
         prior: The initial statistics by default; None is zero.
-        kv: How keys and values are stored, one of `contract.KV_FORMATS`.
+        kv: How keys and values are stored, one of `kv_formats.KV_FORMATS`.
 
     Returns:
         The model with the inputs and outputs of `contract.prefill_inputs` and `contract.prefill_outputs`.

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from tda_export.graph import contract
+from tda_export.graph import contract, kv_formats
 from tda_export.graph.attention import attention_lengths, call_tokens
 from tda_export.graph.attention_function import StepGraphBuilder
 from tda_export.graph.contract import IoTensor
@@ -45,7 +45,7 @@ class RowGraphBuilder(StepGraphBuilder):
         weights: WeightTable,
         dtype: str,
         inputs: Sequence[IoTensor],
-        kv: str = contract.KV_FLOAT,
+        kv: str = kv_formats.KV_FLOAT,
     ) -> None:
         super().__init__(spec, weights, dtype, inputs, kv)
         self.kept: list[ir.Value] = []
@@ -84,7 +84,7 @@ class FunctionRowGraphBuilder(RowGraphBuilder, FunctionGraphBuilder):
 
 
 def build_priced_prefill(
-    spec: DecoderSpec, weights: WeightTable, dtype: str, *, kv: str = contract.KV_FLOAT
+    spec: DecoderSpec, weights: WeightTable, dtype: str, *, kv: str = kv_formats.KV_FLOAT
 ) -> ir.Model:
     """Build the graph that reads a prompt densely.
 
@@ -92,7 +92,7 @@ def build_priced_prefill(
         spec: The architecture.
         weights: The tensors of weights.bin.
         dtype: A value of `contract.DTYPES`.
-        kv: How keys and values are stored, one of `contract.KV_FORMATS`.
+        kv: How keys and values are stored, one of `kv_formats.KV_FORMATS`.
 
     Returns:
         The model with the inputs and outputs of `contract.priced_prefill_inputs` and `contract.dense_outputs`.
@@ -119,7 +119,7 @@ def build_priced_decode(
     dtype: str,
     price: float = 0.0,
     *,
-    kv: str = contract.KV_FLOAT,
+    kv: str = kv_formats.KV_FLOAT,
     explicit: bool = False,
     counted: bool = False,
     listed: bool = False,
@@ -131,7 +131,7 @@ def build_priced_decode(
         weights: The tensors of weights.bin, row prices among them.
         dtype: A value of `contract.DTYPES`.
         price: The default of the input with that name; 0 is dense.
-        kv: How keys and values are stored, one of `contract.KV_FORMATS`.
+        kv: How keys and values are stored, one of `kv_formats.KV_FORMATS`.
         explicit: Give no input a default.
         counted: Add the number of rows that each token reads of each matrix, in the order of computation, to the
             outputs. Rows whose input is zero are not read.

@@ -15,7 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from tda_export.graph.attention import group_query_attention
-from tda_export.graph.cache_formats import CacheFormat, CacheTensorKind
+from tda_export.graph.cache_formats import CacheFormat
+from tda_export.graph.kv_formats import CacheTensorKind
 from tda_export.graph.ops import MICROSOFT, Ops
 
 # GroupQueryAttention's attributes that the body passes on.

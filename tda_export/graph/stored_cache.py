@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from tda_export.graph import contract
+from tda_export.graph import kv_formats
 from tda_export.graph.cache_formats import LARGEST_CODE, hadamard
 from tda_export.models.rope import rotary_order
 from tda_export.models.spec import DecoderSpec
@@ -42,7 +42,7 @@ class HalfCache(DynamicCache):
         return super().update(*kept, *args, **settings)
 
 
-CACHES = {contract.KV_FLOAT16: HalfCache, contract.KV_INT8: IntegerCache}
+CACHES = {kv_formats.KV_FLOAT16: HalfCache, kv_formats.KV_INT8: IntegerCache}
 
 
 def kept_of(x: torch.Tensor) -> torch.Tensor:
@@ -57,12 +57,12 @@ def with_stored_cache(model: Any, spec: DecoderSpec, kv: str) -> Any:
     Args:
         model: A transformers model.
         spec: Its architecture.
-        kv: One of `contract.KV_FORMATS`.
+        kv: One of `kv_formats.KV_FORMATS`.
 
     Returns:
         A model that creates such a cache in every call without one.
     """
-    if kv == contract.KV_FLOAT:
+    if kv == kv_formats.KV_FLOAT:
         return model
     weights = itertools.chain(model.parameters(), model.buffers())
     model = copy.deepcopy(model, {id(tensor): tensor for tensor in weights})

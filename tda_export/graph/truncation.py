@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from tda_export.graph import contract
+from tda_export.graph import contract, kv_formats
 from tda_export.graph.attention import attention_lengths
 from tda_export.graph.attention_function import StepGraphBuilder
 from tda_export.graph.contract import IoTensor
@@ -41,14 +41,14 @@ def truncation_outputs(shape: contract.ModelShape) -> list[IoTensor]:
     ]
 
 
-def build_truncation(spec: DecoderSpec, weights: WeightTable, dtype: str, *, kv: str = contract.KV_FLOAT) -> ir.Model:
+def build_truncation(spec: DecoderSpec, weights: WeightTable, dtype: str, *, kv: str = kv_formats.KV_FLOAT) -> ir.Model:
     """Build the graph that keeps, for every token, the neurons with r_i(t) >= the layer's threshold.
 
     Args:
         spec: The architecture.
         weights: The tensors of weights.bin, squared lengths of down columns among them.
         dtype: A value of `contract.DTYPES`.
-        kv: How keys and values are stored, one of `contract.KV_FORMATS`.
+        kv: How keys and values are stored, one of `kv_formats.KV_FORMATS`.
 
     Returns:
         The model with the inputs and outputs of `truncation_inputs` and `truncation_outputs`. The

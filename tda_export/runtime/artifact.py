@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tda_export.errors import TdaError, UsageError, first_line, shown
-from tda_export.graph import contract
+from tda_export.graph import contract, kv_formats
 from tda_export.graph.contract import ModelShape
 from tda_export.pricing import PriceTable
 from tda_export.runtime.deployment import AnyDeployment, Deployment, Refresh, price_deployment
@@ -81,7 +81,7 @@ class Artifact:
     @property
     def one_dtype(self) -> bool:
         """Whether matrices, keys and values are all stored in the model's dtype."""
-        return not self.has_integers and self.shape.kv == contract.KV_FLOAT
+        return not self.has_integers and self.shape.kv == kv_formats.KV_FLOAT
 
     @property
     def linear_bytes(self) -> int:

@@ -7,7 +7,8 @@ from typing import Any
 
 from tda_export.ffn_share import FFN_MATRICES, GATED
 from tda_export.graph import contract
-from tda_export.graph.contract import DTYPES, KV_FLOAT, KV_FLOAT16, KV_FORMATS, ModelShape
+from tda_export.graph.contract import DTYPES, ModelShape
+from tda_export.graph.kv_formats import KV_FLOAT, KV_FLOAT16, KV_FORMATS
 from tda_export.packing import PACKINGS
 from tda_export.pricing import PriceTable
 from tda_export.runtime.deployment import Refresh

@@ -50,7 +50,7 @@ def test_times_and_kl_of_a_shape(
 
 
 def test_float_comes_first(shape: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("tda_export.graph.contract.KV_FORMATS", ("int8", "float"))
+    monkeypatch.setattr("tda_export.graph.kv_formats.KV_FORMATS", ("int8", "float"))
     with pytest.raises(
         SystemExit, match=r"^Keys and values are in int8 and float. Give float first, then others, each"
     ):

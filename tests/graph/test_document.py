@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tda_export.graph import contract, operators
+from tda_export.graph import contract, kv_formats, operators
 from tests.graph.test_manifest_schema import SCHEMA
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "artifact-format.md").read_text(encoding="utf-8")
@@ -22,7 +22,7 @@ AXES = {1: "1", 2: "2", 17: "L", 3: "KV", 5: "D", 7: "M", 11: "F", 13: "V"} | {
     "total_sequence_length": "T",
     "num_mask_indices_0": "K",
 }
-CODES = dataclasses.replace(SHAPE, kv=contract.KV_INT8)
+CODES = dataclasses.replace(SHAPE, kv=kv_formats.KV_INT8)
 TABLES = {  # by the headings of their sections
     f"{contract.PREFILL_FILE}, priced": (contract.priced_prefill_inputs(SHAPE), contract.dense_outputs(SHAPE)),
     f"{contract.DECODE_FILE}, priced": (contract.priced_decode_inputs(SHAPE), contract.priced_decode_outputs(SHAPE)),

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from tda_export.graph import contract
+from tda_export.graph import contract, kv_formats
 from tda_export.graph.ffn import FfnForm
 from tda_export.graph.verify import verify_artifact
 from tda_export.models.source import resolve_model
@@ -43,7 +43,7 @@ def test_family_matches_transformers(family: str, dtype: str, tmp_path: Path) ->
 def test_family_with_keys_and_values_of_8_bits(family: str, dtype: str, tmp_path: Path) -> None:
     """By the kernel in decode, with and without capture, and by stock operators in prefill."""
     source = resolve_model(str(save_tiny_model(family, tmp_path / "model")))
-    artifact = build_tiny(source, tmp_path / "artifact", dtype=dtype, kv=contract.KV_INT8)
+    artifact = build_tiny(source, tmp_path / "artifact", dtype=dtype, kv=kv_formats.KV_INT8)
     checks = verify_artifact(artifact, lambda name: source, provider="cuda", quiet=True)
     assert [check for check in checks if not check.passed] == []
 
@@ -51,7 +51,7 @@ def test_family_with_keys_and_values_of_8_bits(family: str, dtype: str, tmp_path
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_prices_with_keys_and_values_of_8_bits(dtype: str, tiny_model: Path, tmp_path: Path) -> None:
     source = resolve_model(str(tiny_model))
-    artifact = build_priced(source, tmp_path / "artifact", "sites", dtype=dtype, kv=contract.KV_INT8)
+    artifact = build_priced(source, tmp_path / "artifact", "sites", dtype=dtype, kv=kv_formats.KV_INT8)
     checks = verify_artifact(artifact, lambda name: source, provider="cuda", quiet=True)
     assert len(checks) == 11
     assert [check for check in checks if not check.passed] == []
@@ -60,7 +60,7 @@ def test_prices_with_keys_and_values_of_8_bits(dtype: str, tiny_model: Path, tmp
 GENERATIONS = [("tda", 100), ("dense", 100), ("tda", 30)]
 
 
-@pytest.mark.parametrize("kv", [contract.KV_FLOAT, contract.KV_INT8])
+@pytest.mark.parametrize("kv", [kv_formats.KV_FLOAT, kv_formats.KV_INT8])
 def test_one_capture_serves_every_prompt(kv: str, tiny_model: Path, tmp_path: Path) -> None:
     """A sequence of prompts and masks gives what each gives alone in a fresh model, in this thread and in another."""
     artifact = build_tiny(resolve_model(str(tiny_model)), tmp_path / "artifact", dtype="float16", kv=kv)

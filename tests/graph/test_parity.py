@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tda_export.calibration.budgets import Budget
 from tda_export.errors import TdaError
-from tda_export.graph import contract
+from tda_export.graph import kv_formats
 from tda_export.graph.comparison import PROMPTS
 from tda_export.graph.export import BuildRequest, export_artifact
 from tda_export.graph.indexed import IndexedDesign
@@ -31,7 +31,7 @@ def build_tiny(
     *,
     method: Method | None = None,
     dtype: str = "float32",
-    kv: str = contract.KV_FLOAT,
+    kv: str = kv_formats.KV_FLOAT,
 ) -> Path:
     method = method or tda("mean", two_levels=True)
     spec = source.spec
@@ -54,8 +54,8 @@ def test_family_matches_transformers(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "kv"),
     [
-        *((family, contract.KV_INT8) for family in FAMILIES),
-        *((family, contract.KV_FLOAT16) for family in ("gemma2", "opt-post-norm", "gpt-neox", "phi3", "phi4-mini")),
+        *((family, kv_formats.KV_INT8) for family in FAMILIES),
+        *((family, kv_formats.KV_FLOAT16) for family in ("gemma2", "opt-post-norm", "gpt-neox", "phi3", "phi4-mini")),
     ],
 )
 def test_family_with_stored_keys_and_values(family: str, kv: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tda_export.graph import contract
+from tda_export.graph import kv_formats
 from tda_export.graph.export import BuildRequest, export_artifact
 from tda_export.graph.priced import PricedDesign
 from tda_export.graph.priced_parity import PricedComparison
@@ -30,7 +30,7 @@ def random_prices(source: ModelSource, packing: Packing, seed: int = 0) -> dict[
 
 
 def build_priced(
-    source: ModelSource, output: Path, packing: Packing, *, dtype: str = "float32", kv: str = contract.KV_FLOAT
+    source: ModelSource, output: Path, packing: Packing, *, dtype: str = "float32", kv: str = kv_formats.KV_FLOAT
 ) -> Path:
     design = PricedDesign(packing, random_prices(source, packing), 0.0)
     request = BuildRequest(source, Storage(dtype), design, {"price": 0.0}, kv=kv)
@@ -81,7 +81,7 @@ def test_a_matrix_of_other_prices_is_found(
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "opt-post-norm", "gpt-neox", "phi4-mini"])
-@pytest.mark.parametrize("kv", [contract.KV_FLOAT, contract.KV_INT8])
+@pytest.mark.parametrize("kv", [kv_formats.KV_FLOAT, kv_formats.KV_INT8])
 def test_float16_on_the_cpu(family: str, kv: str, source_of: Callable[[str], ModelSource], tmp_path: Path) -> None:
     source = source_of(family)
     artifact = build_priced(source, tmp_path / "artifact", "sites", dtype="float16", kv=kv)
