@@ -72,7 +72,11 @@ class Mixture:
         taken = sum(self._bytes(self.fours, name) for name in self._linears)
         more = {name: self._bytes(self.eights, name) - self._bytes(self.fours, name) for name in self.open}
         formats = dict(self.fours.formats)
-        for name in sorted(more, key=lambda name: losses[name] / more[name], reverse=True):
+
+        def order(name: str) -> tuple[float, float]:
+            return losses[name] / more[name], losses[name]  # rounding may make the quotients of different losses equal
+
+        for name in sorted(more, key=order, reverse=True):
             if taken + more[name] <= most:
                 formats[name] = self.eights.of(name)
                 taken += more[name]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tda_export.errors import UsageError
@@ -74,7 +75,17 @@ def test_the_mean_is_at_most_what_was_asked_for_and_no_further_linear_fits(
         assert name in found.open or plan.of(name) == format
 
 
+def one_of_two(first: float, second: float) -> tuple[Mixture, dict[str, float]]:
+    """Return a case with two open linears of one size, their losses, and room for one of them."""
+    rules = ",".join(f"layers.*.{part}=int4" for part in PARTS if part != "down")
+    found = mixture(rules=rules)
+    least, most = (found.bits_per_weight(plan) for plan in (found.fours, found.eights))
+    return mixture(0.4 * least + 0.6 * most, rules), dict(zip(found.open, (first, second), strict=True))
+
+
 @given(case=cases())
+@example(case=one_of_two(0.0, 5e-324))  # a byte's share of the smallest number is 0
+@example(case=one_of_two(math.nextafter(0.95, 0.0), 0.95))  # rounding makes the shares equal
 def test_linears_of_one_size_are_taken_in_the_order_of_their_losses(case: tuple[Mixture, dict[str, float]]) -> None:
     found, losses = case
     plan = found.choose(losses)
