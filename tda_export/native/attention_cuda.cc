@@ -16,7 +16,6 @@ constexpr int64_t kPadding = 8;         // floats after a head's sum by matrices
 constexpr int64_t kLoadBytes = 16;      // of a key, for one lane
 constexpr int64_t kMostSize = 256;      // elements of a head
 constexpr int64_t kSizes[] = {64, 128, 256};  // the largest head of each of the kernels
-constexpr int64_t kBlocksAtOnce = 4;    // on a multiprocessor
 constexpr int64_t kMostSplits = 64;     // without clusters
 constexpr int64_t kMostRanks = 16;      // blocks of a cluster
 constexpr int64_t kFewTokens = 16;      // of more there are blocks enough without parts of the cache
@@ -61,7 +60,7 @@ template <ElementType kType, ElementType kCache>
 class AttentionCuda : public Kernel {
   static constexpr bool kScaled = kCache == kInt8;
   static constexpr int64_t kLaneElements = kLoadBytes / (kScaled ? 1 : 2);
-  static constexpr bool kMatrices = kScaled || kType == kHalf;  // on GPUs with clusters
+  static constexpr bool kMatrices = kScaled || kType == kHalf;  // attend by tensor cores, from Ampere on
 
  public:
   explicit AttentionCuda(const KernelInfo& info)
@@ -155,11 +154,14 @@ class AttentionCuda : public Kernel {
  private:
   static int64_t HeadsAtOnce(int64_t group) { return group == 1 ? 1 : group == 2 ? 2 : 4; }
 
-  // What fills the GPU: more blocks than that wait for others.
-  static int64_t FullGpu() { return kBlocksAtOnce * CudaDevice::Current().multiprocessors; }
+  // What fills the GPU: more blocks than that wait for others (device/attention.cu).
+  static int64_t FullGpu(int64_t size) {
+    const int64_t blocks = !kScaled && kMatrices && size == kMostSize ? 2 : 4;  // on a multiprocessor
+    return blocks * CudaDevice::Current().multiprocessors;
+  }
 
   // Whether all clusters together are less than half of what fills the GPU, since a cluster has few blocks.
-  bool FewTiles() const { return 2 * kMostRanks * tiles_ <= FullGpu(); }
+  bool FewTiles(int64_t size) const { return 2 * kMostRanks * tiles_ <= FullGpu(size); }
 
   CudaKernel Attend(const CudaModule& module, int64_t size, int64_t threads) const {
     std::string name = "Attend";
@@ -172,11 +174,11 @@ class AttentionCuda : public Kernel {
 
   // Choose for heads of a size. The number of tokens has no say, so that it changes no bit.
   AttendKernel ForFewTokens(const CudaModule& module, int64_t size, const CudaKernel& narrow) const {
-    const int64_t splits = std::max<int64_t>(1, CeilDivide(FullGpu(), tiles_));
+    const int64_t splits = std::max<int64_t>(1, CeilDivide(FullGpu(size), tiles_));
     if (!clusters_) return {narrow, kAttentionThreads, std::min(splits, kMostSplits)};
     AttendKernel chosen = {narrow, kAttentionThreads, std::min(splits, kMostRanks)};
     // Wide blocks have as many bytes under way on a multiprocessor, of which each then has one at most.
-    if (FewTiles()) {
+    if (FewTiles(size)) {
       chosen.threads = size < kMostSize ? 512 : 256;
       chosen.kernel = Attend(module, size, chosen.threads);
     }

@@ -112,33 +112,44 @@ def test_ranks_of_a_cluster(
         np.testing.assert_array_equal(alone, held)
 
 
-@pytest.mark.parametrize("name", ["query", "key", "value", "past_key_scale", "past_value_scale"])
-def test_what_is_not_finite_reaches_the_results(way: tuple[ctypes.CDLL, str, bool], name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        *((name, np.nan) for name in ("query", "key", "value", "past_key_scale", "past_value_scale")),
+        *((name, np.inf) for name in ("query", "value")),
+    ],
+)
+def test_what_is_not_finite_reaches_the_results(way: tuple[ctypes.CDLL, str, bool], name: str, number: float) -> None:
     library, dtype, codes = way
     if not codes and name.endswith("_scale"):
         name = name.removesuffix("_scale")
     form = AttentionForm(heads=4, kv_heads=2, size=32, window=20, rotary=False, kv="int8" if codes else "float")
     feeds = random_attention(np.random.default_rng(4), form, tokens=5, past=90, dtype=dtype)
-    feeds[name][(0, 2, 37) if name in ("query", "key", "value") else (0, 1, 72)] = np.nan
+    feeds[name][(0, 2, 37) if name in ("query", "key", "value") else (0, 1, 72)] = number
     attended, *present = run_on_cpu(library, form, feeds, splits=2)
-    seen = np.isfinite(reference(feeds, form, present if codes else None))
+    with np.errstate(invalid="ignore"):
+        seen = np.isfinite(reference(feeds, form, present if codes else None))
     np.testing.assert_array_equal(np.isfinite(attended.astype(np.float32)), seen)
     assert 0 < seen.mean() < 1
 
 
-@pytest.mark.parametrize("way", ["codes", "codes-without-matrices"], indirect=True)
+@pytest.mark.parametrize("way", ["floats", "codes", "codes-without-matrices"], indirect=True)
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(query=st.sampled_from([1e-3, 1.0, 30.0]), value=st.sampled_from([1e-6, 1.0, 30.0]), seed=st.integers(0, 2**16))
 def test_weights_of_any_size(way: tuple[ctypes.CDLL, str, bool], query: float, value: float, seed: int) -> None:
     """Split into two float16 they are as precise as in float32, for any scales of values."""
-    library, dtype, _ = way
-    form, rng = AttentionForm(heads=4, kv_heads=1, size=64, kv="int8"), np.random.default_rng(seed)
+    library, dtype, codes = way
+    form = AttentionForm(heads=4, kv_heads=1, size=64, kv="int8" if codes else "float")
+    rng = np.random.default_rng(seed)
     feeds = random_attention(rng, form, tokens=1, past=200, dtype=dtype)
     for name, factor in (("query", query), ("value", value)):
         feeds[name] = (feeds[name].astype(np.float32) * factor).astype(feeds[name].dtype)
-    spread = value * np.exp(rng.normal(0, 2, feeds["past_value_scale"].shape))
-    feeds["past_value_scale"] *= spread.astype(np.float32)
+    spread = value * np.exp(rng.normal(0, 2, feeds["past_value"].shape[:3]))
+    if codes:
+        feeds["past_value_scale"] *= spread.astype(np.float32)
+    else:
+        feeds["past_value"] = (feeds["past_value"].astype(np.float32) * spread[..., None]).astype(dtype)
     attended, *present = run_on_cpu(library, form, feeds, splits=2)
-    expected = reference(feeds, form, present)
+    expected = reference(feeds, form, present if codes else None)
     error = np.abs(attended.astype(np.float64) - expected)
     assert (error <= 2**-11 * np.abs(expected) + 2**-24 + 2e-4 * np.abs(expected).max()).all()

@@ -31,16 +31,22 @@ DEFINES = {
     "greedy": ["TDA_BF16=0"],
     "attention": [
         f"TDA_BF16={bf16} TDA_KV_CODES={codes} TDA_CLUSTERS=1 TDA_HEADS={heads}"
-        for codes, (bf16, heads) in itertools.product((1, 0), ((0, 4), (0, 1), (1, 2)))
+        for (bf16, heads), codes in itertools.product(((0, 4), (0, 1), (1, 2)), (1, 0))
     ],
     "gated_activation": [f"TDA_BF16={activation % 2} TDA_ACTIVATION={activation}" for activation in ACTIVATIONS],
     "call_price": ["TDA_BF16=0"],
 }
 CASES = [(name, defines, 90) for name, all_defines in DEFINES.items() for defines in all_defines]
+FOR_ALL_GPUS = {
+    "linear": None,
+    "row_linear": None,
+    "expand": None,
+    "attention": 2,
+}  # so many of the forms; otherwise one
 CASES += [
     (name, defines.replace("TDA_CLUSTERS=1", f"TDA_CLUSTERS={int(capability >= 90)}"), capability)
     for name, all_defines in DEFINES.items()
-    for defines in (all_defines if name in ("linear", "row_linear", "expand") else all_defines[:1])
+    for defines in all_defines[: FOR_ALL_GPUS.get(name, 1)]
     for capability in (75, 80, 89, 120)
     if capability >= 80 or "TDA_BF16=1" not in defines
     # 89 compiles the code of 80, and 120 that of 90: only RowLinear itself is compiled for them, not its other forms.

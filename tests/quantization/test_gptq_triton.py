@@ -62,9 +62,12 @@ def test_the_kernel_rounds_as_the_reference(
     found = rounding(block.clone(), factor, counts, format, symmetric=symmetric)
     expected = round_block(block.clone(), factor, counts, format, symmetric=symmetric)
     assert rounding is not round_block
-    # A sum that is rounded differently can move an element over the middle of two codes, and change later rows.
+    # A sum that is rounded differently can move an element over the middle of two codes, and change later rows. With 8
+    # bits and groups of 128, 17 % of the groups had such an element once.
     differs = found[0] != expected[0]
+    touched = differs.any(dim=2)
     assert int(differs.sum()) <= 1 + 0.02 * differs.numel()
+    assert int(touched.sum()) <= 1 + 0.25 * touched.numel()
     decoded = [(c.float() - z.float()[..., None]) * s.float()[..., None] for c, s, z, _ in (found, expected)]
     scale = expected[1].float().max()
     assert float((decoded[0] - decoded[1]).abs().mean()) < 0.05 * float(scale)

@@ -330,7 +330,8 @@ extern "C" __global__ void __launch_bounds__(kAttentionThreads) JoinParts(Attent
 
 TDA_ATTEND_ALL(64, 128, 4)
 TDA_ATTEND_ALL(128, 128, 4)
-TDA_ATTEND_ALL(256, 128, 2)
+// Large heads of floats take more registers by tensor cores.
+TDA_ATTEND_ALL(256, 128, (TDA_KV_MATRICES && !TDA_KV_CODES ? 2 : 4))
 
 #if TDA_CLUSTERS
 // Wide blocks, for few tiles (attention_cuda.cc), whose sums are in dynamic memory. Of large heads, half the threads have as

@@ -5,7 +5,7 @@
 
 #if TDA_KV_MATRICES
 
-// Split a number into two float16 whose sum is as exact as 22 bits.
+// Split a number into two float16 whose sum is as exact as 22 bits, in the normal range of float16.
 static __device__ __forceinline__ HalfPair SplitHalves(float value) {
   const float first = HalfToFloat(static_cast<unsigned short>(ToHalves(value, 0.0f)));
   return ToHalves(first, value - first);
@@ -68,7 +68,8 @@ static __device__ __forceinline__ HalfPair Transposed(HalfPair pair) {
 
 // A warp reads 16 rows at a time. Their products with queries are one matrix product, rows times elements by elements
 // times heads, and the values' weighted sums another, elements times rows by rows times heads. Queries and weights are
-// split into two float16 each, in neighbouring columns, so nothing is lost to float16. The order of elements within
+// split into two float16 each, in neighbouring columns, so results are nearly as exact as in float32. Where a query, a key
+// or a value is infinite, results that it reaches may be NaN. The order of elements within
 // products is free; it is such that a lane reads 16 bytes of a row.
 template <int kSize, int kHeads, int kThreads>
 struct AttendByMatrices {
@@ -212,12 +213,12 @@ struct AttendByMatrices {
 
   // Load words of a row from element d on; zeros where there are none.
   template <int kWords>
-  static __device__ __forceinline__ void LoadWords(unsigned* words, const KvRows::Stored* first, const KvPart& rows,
+  static __device__ __forceinline__ void LoadWords(unsigned* words, const KvRows::Stored* all, const KvPart& rows,
                                                    int row, int d) {
 #pragma unroll
     for (int w = 0; w < kWords; ++w) words[w] = 0;
     if (row >= rows.to || d >= rows.size) return;
-    const KvRows::Stored* address = first + static_cast<size_t>(row) * rows.size + d;
+    const KvRows::Stored* address = all + static_cast<size_t>(row) * rows.size + d;
     if constexpr (kWords == 4) {
       const uint4 bits = LoadBits(address);
       words[0] = bits.x;
