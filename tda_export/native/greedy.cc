@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "cuda_module.h"
+#include "vectors.h"
 
 namespace tda {
 namespace {
@@ -29,6 +30,53 @@ struct Call {
   int64_t vocabulary, count;
 };
 
+// Return the place of the largest number, the first of equal ones, or -1 where one is not finite. Blocks are compared by
+// their largest number, and only the block that has the largest of all is searched.
+template <int kLanes>
+TDA_INLINE int64_t PlaceOf(const float* numbers, int64_t count) {
+  using V = Lanes<kLanes>;
+  constexpr int64_t kBlock = 1024, kVectors = 4;  // vectors that are compared at the same time
+  typename V::Vector spoiled[kVectors] = {};     // zero times a number that is not finite is NaN
+  float largest = numbers[0], spoiled_rest = 0.0f;
+  int64_t block = 0;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, count);
+    typename V::Vector own[kVectors];
+    for (int64_t v = 0; v < kVectors; ++v) own[v] = typename V::Vector{} + numbers[begin];
+    int64_t i = begin;
+    for (; i + kVectors * kLanes <= end; i += kVectors * kLanes) {
+      for (int64_t v = 0; v < kVectors; ++v) {
+        const typename V::Vector loaded = V::Load(numbers + i + v * kLanes);
+        spoiled[v] += 0.0f * loaded;
+        own[v] = loaded > own[v] ? loaded : own[v];
+      }
+    }
+    float of_block = numbers[begin];
+    for (; i < end; ++i) {
+      spoiled_rest += 0.0f * numbers[i];
+      of_block = std::max(of_block, numbers[i]);
+    }
+    for (int64_t v = 0; v < kVectors; ++v) {
+      for (int lane = 0; lane < kLanes; ++lane) of_block = std::max(of_block, own[v][lane]);
+    }
+    if (of_block > largest) {
+      largest = of_block;
+      block = begin;
+    }
+  }
+  for (int64_t v = 0; v < kVectors; ++v) {
+    for (int lane = 0; lane < kLanes; ++lane) spoiled_rest += spoiled[v][lane];
+  }
+  if (std::isnan(spoiled_rest)) return -1;
+  return std::find(numbers + block, numbers + std::min(block + kBlock, count), largest) - numbers;
+}
+
+#define TDA_PLACE(attribute, lanes)                                       \
+  attribute int64_t PlaceOfLargest(const float* numbers, int64_t count) { \
+    return PlaceOf<lanes>(numbers, count);                                \
+  }
+TDA_FOR_EACH_TARGET(TDA_PLACE)
+
 class GreedyTokenCpu : public Kernel {
  public:
   explicit GreedyTokenCpu(const KernelInfo&) {}
@@ -37,14 +85,7 @@ class GreedyTokenCpu : public Kernel {
     const Call call(context);
     for (int64_t t = 0; t < call.count; ++t) {
       const float* logits = call.logits.As<const float>() + t * call.vocabulary;
-      float spoiled = 0.0f;  // zero times a number that is not finite is NaN
-      float largest = logits[0];
-      for (int64_t i = 0; i < call.vocabulary; ++i) {
-        spoiled += 0.0f * logits[i];
-        largest = std::max(largest, logits[i]);
-      }
-      call.tokens.As<int64_t>()[t] =
-          std::isnan(spoiled) ? -1 : std::find(logits, logits + call.vocabulary, largest) - logits;
+      call.tokens.As<int64_t>()[t] = PlaceOfLargest(logits, call.vocabulary);
     }
   }
 };
