@@ -19,6 +19,7 @@ from tests.stored_attention import check_codes
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="written for Linux on x86-64"
 )
+LARGEST_HALF = 65504.0
 WAYS = {  # dtype, whether the cache has codes, and compute capability
     "floats": ("float16", False, 90),
     "bfloat16": ("bfloat16", False, 90),
@@ -112,6 +113,19 @@ def test_ranks_of_a_cluster(
         np.testing.assert_array_equal(alone, held)
 
 
+@pytest.mark.parametrize("way", ["floats-without-clusters", "codes-without-clusters"], indirect=True)
+@pytest.mark.parametrize(("size", "splits", "past"), [(48, 31, 200), (80, 33, 300), (256, 64, 500), (64, 64, 5)])
+def test_a_kernel_joins_many_parts(way: tuple[ctypes.CDLL, str, bool], size: int, splits: int, past: int) -> None:
+    """More parts than a warp has lanes, heads that are no whole warps, and parts without rows."""
+    library, dtype, codes = way
+    form = AttentionForm(heads=4, kv_heads=2, size=size, kv="int8" if codes else "float")
+    feeds = random_attention(np.random.default_rng(6), form, tokens=1, past=past, dtype=dtype)
+    attended, *present = run_on_cpu(library, form, feeds, splits=splits)
+    expected = reference(feeds, form, present if codes else None)
+    tolerance = TOLERANCES[dtype] * max(1.0, float(np.abs(expected).max()))
+    np.testing.assert_allclose(attended.astype(np.float64), expected, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize(
     ("name", "number"),
     [
@@ -148,7 +162,8 @@ def test_weights_of_any_size(way: tuple[ctypes.CDLL, str, bool], query: float, v
     if codes:
         feeds["past_value_scale"] *= spread.astype(np.float32)
     else:
-        feeds["past_value"] = (feeds["past_value"].astype(np.float32) * spread[..., None]).astype(dtype)
+        spread_values = feeds["past_value"].astype(np.float32) * spread[..., None]
+        feeds["past_value"] = spread_values.clip(-LARGEST_HALF, LARGEST_HALF).astype(dtype)
     attended, *present = run_on_cpu(library, form, feeds, splits=2)
     expected = reference(feeds, form, present if codes else None)
     error = np.abs(attended.astype(np.float64) - expected)

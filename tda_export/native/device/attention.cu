@@ -294,18 +294,44 @@ static __device__ __forceinline__ void Attend(const AttentionArguments& a) {
 }
 
 #if !TDA_CLUSTERS
-// Join the parts of a head (blockIdx.x) and token (blockIdx.y).
+constexpr int kMostParts = 64;  // of a head and token (attention_cuda.cc)
+
+// Join the parts of a head (blockIdx.x) and token (blockIdx.y). The lanes of each warp hold the parts' largest scores and
+// weights, so that loads of sums do not wait for one another.
 extern "C" __global__ void __launch_bounds__(kAttentionThreads) JoinParts(AttentionArguments a) {
   WaitForEarlierKernels();
   LetNextKernelStart();
   const size_t head = static_cast<size_t>(blockIdx.y) * a.heads + blockIdx.x;
   const float* parts = a.partial + head * a.splits * (a.size + 2);
-  for (int d = threadIdx.x; d < a.size; d += kAttentionThreads) {
-    const auto at = [&](int p, int i) { return parts[p * (a.size + 2) + i]; };
-    StoreAttended(a, head, d,
-                  Join<1>(
-                      a.splits, [&](int p) { return at(p, a.size); }, [&](int p) { return at(p, a.size + 1); },
-                      [&](int p, float* sum) { *sum = at(p, d); }));
+  const auto at = [&](int part, int i) { return parts[part * (a.size + 2) + i]; };
+  constexpr int kOfLane = kMostParts / kWarp;
+  float factors[kOfLane], weights[kOfLane], top = Nothing();
+#pragma unroll
+  for (int i = 0; i < kOfLane; ++i) {
+    const int part = threadIdx.x % kWarp + kWarp * i;
+    factors[i] = part < a.splits ? at(part, a.size) : Nothing();  // the largest score, until `top` is known
+    weights[i] = part < a.splits ? at(part, a.size + 1) : 0.0f;
+    top = fmaxf(top, factors[i]);
+  }
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
+#pragma unroll
+  for (int i = 0; i < kOfLane; ++i) factors[i] = Factor(factors[i], top);
+
+  for (int first = 0; first < a.size; first += kAttentionThreads) {  // all lanes take part
+    const int d = first + threadIdx.x;
+    Attended<1> joined;
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      const int own_parts = min(a.splits - kWarp * i, kWarp);
+#pragma unroll 8
+      for (int p = 0; p < own_parts; ++p) {
+        const float factor = __shfl_sync(0xffffffffu, factors[i], p);
+        joined.weights += factor * __shfl_sync(0xffffffffu, weights[i], p);
+        joined.sum[0] += factor * (d < a.size ? at(p + kWarp * i, d) : 0.0f);
+      }
+    }
+    if (d < a.size) StoreAttended(a, head, d, joined);
   }
 }
 #endif
