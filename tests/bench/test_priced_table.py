@@ -17,6 +17,8 @@ from tda_export.runtime.session import THREADS
 from tests.bench.test_scripts import BENCHMARKS, load
 from tests.conftest import TINY_LENGTHS, run_ok
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
