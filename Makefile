@@ -10,9 +10,9 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/tda-export demo
 
-# Two processes of one thread each.
+# Two processes of one thread each. They take the files in the order of tests/conftest.py.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 TDA_EXPORT_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 TDA_EXPORT_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

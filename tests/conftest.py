@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,15 @@ QUANTIZE_TINY = ("--kl-sequences", "2", *TINY_LENGTHS)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run. Files marked `long` come first, then those of most tests: in several
+    processes, what comes last should be short."""
     for marker, problem in (("gpu", cuda_problem()), ("node", node_problem())):
         for item in items:
             if problem and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=problem))
+    long = {item.path for item in items if item.get_closest_marker("long")}
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in long, -tests[item.path]))  # within a file, as before
 
 
 def build_tda(model: object, calibration: object) -> tuple[object, ...]:

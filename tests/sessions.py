@@ -27,6 +27,7 @@ def small_session(
     """
     settings = ort.SessionOptions()
     settings.log_severity_level = SILENT
+    settings.enable_cpu_mem_arena = False  # so that a sanitizer sees the end of each tensor
     settings.intra_op_num_threads = int(provider == CUDA) if threads is None else threads
     if native:
         register_native(settings)

@@ -40,9 +40,9 @@ LOGIT_CHECKS = (
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact calibrated on four short sequences of the built-in text. The commands' results are beside it."""
+    """An artifact calibrated on two short sequences of the built-in text. The commands' results are beside it."""
     folder = tmp_path_factory.mktemp("real")
-    short = ("--method", "tda", "--sequences", 4, "--prompt-tokens", 96, "--continuation-tokens", 32)
+    short = ("--method", "tda", "--sequences", 2, "--prompt-tokens", 96, "--continuation-tokens", 32)
     calibrated = run_ok("calibrate", MODEL, "-o", folder / "calibration.safetensors", *short, "--json")
     (folder / "calibrated.json").write_text(calibrated.stdout)
     built = run_ok(
@@ -143,7 +143,7 @@ def test_demo_compares_five_ways(artifact: Path, tmp_path: Path) -> None:
     at.tda.symlink_to(artifact)
     at.tda_calibration.symlink_to(artifact.parent / "calibration.safetensors")
     run_ok("quantize", MODEL, "-o", at.int4_model, "--quantizer", "rtn", "--kl-sequences", 0)
-    short = ("--packing", "sites", "--sequences", 4, "--prompt-tokens", 96, "--continuation-tokens", 32)
+    short = ("--packing", "sites", "--sequences", 2, "--prompt-tokens", 96, "--continuation-tokens", 32)
     run_ok("calibrate", at.int4_model, "-o", at.int4_calibration, *short)
     result = run_ok("demo", "--artifacts", tmp_path)
     ways = ["float32, dense", "float32, TDA", "int4, dense", "int4, --max-kl 0.05", "int4, --sparsity 0.5"]

@@ -22,6 +22,8 @@ from tests.torchrun import COMMAND, errors, rank_of, script, start, succeed
 if sys.platform == "win32":
     pytest.skip("torchrun of POSIX", allow_module_level=True)
 
+pytestmark = pytest.mark.long
+
 SHARING = """
 import dataclasses, json, torch
 from tda_export.packing import RowBytes

@@ -74,13 +74,20 @@ def test_prices_by_token(script: ModuleType) -> None:
     torch.testing.assert_close(of(4, "k")[:, 0], 2 * torch.tensor([-1.5, -0.5]).exp())
 
 
-def test_a_run(tiny_model: Path, priced_calibration: Path, tmp_path: Path) -> None:
+def test_a_run(
+    script: ModuleType,
+    tiny_model: Path,
+    priced_calibration: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Strength 0 and power 1 are the plain prices. TEAL is there where its densities are."""
     text, densities = tmp_path / "text.txt", tmp_path / "d.json"
     text.write_text("The sea is calm to-night. The tide is full, the moon lies fair upon the straits. " * 12)
     model = [str(tiny_model), "--calibration", str(priced_calibration)]
-    search = [sys.executable, str(BENCHMARKS / "teal_densities.py"), *model, "-o", str(densities), "--sequences", "1"]
-    subprocess.run(search, capture_output=True, check=True)
+    monkeypatch.setattr("sys.argv", ["teal_densities.py", *model, "-o", str(densities), "--sequences", "1"])
+    assert load("teal_densities", monkeypatch).main() == 0
     command = [sys.executable, str(BENCHMARKS / "token_prices.py"), *model, "--text", str(text), "--sparsity", "0.3"]
     command += ["--prompts", "2", "--prompt-tokens", "64"]
     chosen = ["--probes", "0", "--strength", "0", "0.5", "--power", "1", "0.5", "--densities", str(densities)]
@@ -93,9 +100,10 @@ def test_a_run(tiny_model: Path, priced_calibration: Path, tmp_path: Path) -> No
     assert plain["of_teal"][0] == pytest.approx(1 / teal["of_priced"][0])
     for row in (plain, teal, by_token, drawn, both):
         assert min(row["read"]) <= row["share"] <= max(row["read"])
-    wrong = subprocess.run([*command, "--probes", "9"], capture_output=True, text=True, check=False)
-    assert wrong.returncode == 2
-    assert wrong.stderr.startswith("Error: --probes: give rising layers from 0 to ")
+    monkeypatch.setattr("sys.argv", [*command[1:], "--probes", "9"])
+    capsys.readouterr()
+    assert script.main() == 2
+    assert capsys.readouterr().err.startswith("Error: --probes: give rising layers from 0 to ")
 
 
 def test_bytes_that_no_setting_reaches(script: ModuleType) -> None:

@@ -20,6 +20,8 @@ from tests.conftest import CALIBRATE_TINY, QUANTIZE_TINY, build_tda
 if not hasattr(os, "fork"):
     pytest.skip("forks", allow_module_level=True)
 
+pytestmark = pytest.mark.long
+
 KILLS = 20
 AT_ONCE = 4  # kills before each run to the end
 

@@ -21,6 +21,8 @@ from tests.torchrun import COMMAND, errors, rank_of, start, succeed
 if sys.platform == "win32":
     pytest.skip("torchrun of POSIX", allow_module_level=True)
 
+pytestmark = pytest.mark.long
+
 LENGTHS = ("--prompt-tokens", "32", "--continuation-tokens", "16")
 MANY = ("--sequences", "40", "--packing", "sites", *LENGTHS)
 

@@ -193,6 +193,7 @@ def widest_target() -> tuple[str, ...]:
     )
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the sanitizers' runtimes as GCC on Linux names them")
 def test_cpu_kernels_under_sanitizers(tmp_path: Path) -> None:
     """Run the kernels' own tests with a library that checks addresses and undefined behaviour.

@@ -22,9 +22,10 @@ from tests.fused_model import EPSILON, revealing_epsilon
 from tests.native.cuda_on_cpu import Guarded, compile_for_cpu
 from tests.native.test_row_linear_on_cpu import BY_MATRICES, Arguments, columns_of, load_of
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64", reason="written for Linux on x86-64"
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="written for Linux on x86-64"),
+]
 COMMON = (
     *(
         "activation.cuh",
