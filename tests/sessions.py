@@ -29,6 +29,7 @@ def small_session(
     settings.log_severity_level = SILENT
     settings.enable_cpu_mem_arena = False  # so that a sanitizer sees the end of each tensor
     settings.intra_op_num_threads = int(provider == CUDA) if threads is None else threads
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # several processes share the cores
     if native:
         register_native(settings)
     return ort.InferenceSession(model, settings, providers=[(provider, options)])
