@@ -12,8 +12,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 GLIBC = "2.28"
@@ -30,6 +32,13 @@ def run(*command: object, **environment: str) -> None:
     done = subprocess.run([str(part) for part in command], env=os.environ | environment)
     if done.returncode:
         sys.exit(done.returncode)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a source distribution. Python before 3.11.4, such as Debian 12's, has no filters."""
+    filters: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder, **filters)
 
 
 def output_of(*command: str) -> str:
@@ -63,7 +72,7 @@ def make_wheels(output: Path) -> None:
         folder = Path(name)
         run(*PYTHON, "build", "--no-isolation", "--sdist", "--outdir", folder, ROOT)
         (archive,) = folder.iterdir()
-        shutil.unpack_archive(archive, folder / "source", filter="data")
+        unpack(archive, folder / "source")
         (source,) = (folder / "source").iterdir()
         for machine in PLATFORMS:
             compiler = shlex.join([sys.executable, __file__, machine, os.environ.get("CXX", "g++")])

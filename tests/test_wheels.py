@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -50,8 +49,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The source distribution, unpacked."""
     folder = tmp_path_factory.mktemp("sdist")
     archive, _ = hatchling(ROOT, "sdist", folder / "dist")
-    with tarfile.open(archive) as opened:
-        opened.extractall(folder, filter="data")
+    make_wheels.unpack(archive, folder)
     return folder / f"tda_export-{__version__}"
 
 
