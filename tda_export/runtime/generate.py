@@ -17,7 +17,7 @@ from tda_export.runtime.deployment import AnyDeployment
 from tda_export.runtime.lookup import FIRST_LENGTH, Lookahead, TextIndex, next_length
 from tda_export.runtime.memory import Cancelled, PromptMemory
 from tda_export.runtime.sampling import RepetitionPenalty, Sampler
-from tda_export.runtime.session import Sessions
+from tda_export.runtime.session import Sessions, alone_on
 from tda_export.runtime.stop_strings import StopStrings
 from tda_export.runtime.text import TextStream
 from tda_export.runtime.token_step import TokenStep
@@ -77,11 +77,13 @@ class Generation:
     """An iterator of tokens; `metrics` and `text` are current at every step.
 
     An unfinished generation returns its decode step (and KV cache) when it is closed or dropped. `cancel` may be called
-    from another thread or a signal handler, all else only from one thread.
+    from another thread or a signal handler, all else only from one thread. Generations of several threads run at once
+    on the CPU and take turns on a GPU, token by token.
     """
 
     def __init__(self, decoding: Decoding) -> None:
         self._decoding = decoding
+        self._provider = decoding.metrics.provider
         # The generator's frame holds the decoding, not this object: in a cycle, dropping this object would free
         # nothing.
         self._tokens = decoding.tokens()
@@ -110,7 +112,8 @@ class Generation:
         return self
 
     def __next__(self) -> Token:
-        return next(self._tokens)
+        with alone_on(self._provider):
+            return next(self._tokens)
 
     def close(self) -> None:
         """End the generation here. The model's decode step is free for the next generation; no more tokens come."""

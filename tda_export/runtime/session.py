@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import threading
 
 import numpy as np
 import onnxruntime as ort
@@ -23,6 +25,17 @@ GRAPH_ID = "gpu_graph_id"  # a run option: which captured graph to replay
 NO_GRAPH = "-1"
 KERNEL_ERROR = f"{operators.FUNCTION_DOMAIN}::"  # how the native library begins its errors
 
+_cuda_lock = threading.RLock()
+
+
+def alone_on(provider: str) -> contextlib.AbstractContextManager[object]:
+    """Keep this process's other threads from using CUDA within the block; on the CPU nothing is kept from anyone.
+
+    A capture of a step fails if another thread allocates or copies memory on the GPU meanwhile. A step has the GPU to
+    itself anyway, so taking turns costs no time. The same thread may enter again.
+    """
+    return _cuda_lock if provider == CUDA else contextlib.nullcontext()
+
 
 class Sessions:
     """Prefill and decode of one artifact on one provider.
@@ -38,6 +51,10 @@ class Sessions:
     """
 
     def __init__(self, artifact: Artifact, provider: str) -> None:
+        with alone_on(provider):
+            self._open_both(artifact, provider)
+
+    def _open_both(self, artifact: Artifact, provider: str) -> None:
         self.provider = provider
         self.shared_weights = upload_weights(artifact) if provider == CUDA else {}
         self._graph_ids = itertools.count(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from tda_export.graph import contract
 from tda_export.runtime import Model, load
 from tda_export.runtime.artifact import open_artifact
 from tda_export.runtime.kv_cache import KvCache
-from tda_export.runtime.session import THREADS, Call, device_tensor, open_session
+from tda_export.runtime.providers import CPU, CUDA
+from tda_export.runtime.session import THREADS, Call, alone_on, device_tensor, open_session
 from tests.runtime.conftest import edit_manifest
 
 
@@ -161,3 +163,18 @@ def test_threads_of_one_session_leave_the_cores_to_the_other(tiny_artifact: Path
     sessions = load(tiny_artifact, provider="cpu").sessions
     for session in (sessions.prefill, sessions.decode):
         assert session.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"
+
+
+@pytest.mark.parametrize(("provider", "waits"), [(CUDA, True), (CPU, False)])
+def test_generations_of_several_threads_take_turns_on_a_gpu(tiny_artifact: Path, provider: str, waits: bool) -> None:
+    """A capture in one thread fails if another one calls CUDA meanwhile."""
+    generation = load(tiny_artifact, provider=CPU).generate([3, 4, 5], max_new_tokens=2)
+    generation._provider = provider
+    tokens = []
+    thread = threading.Thread(target=lambda: tokens.append(next(generation)))
+    with alone_on(provider), alone_on(provider):
+        thread.start()
+        thread.join(0.5 if waits else None)
+        assert thread.is_alive() == waits
+    thread.join()
+    assert len(tokens) == 1
