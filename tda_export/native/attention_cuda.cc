@@ -160,9 +160,6 @@ class AttentionCuda : public Kernel {
     return blocks * CudaDevice::Current().multiprocessors;
   }
 
-  // Whether all clusters together are less than half of what fills the GPU, since a cluster has few blocks.
-  bool FewTiles(int64_t size) const { return 2 * kMostRanks * tiles_ <= FullGpu(size); }
-
   CudaKernel Attend(const CudaModule& module, int64_t size, int64_t threads) const {
     std::string name = "Attend";
     for (const int64_t part : {size, heads_at_once_, threads}) name += "_" + std::to_string(part);
@@ -172,17 +169,20 @@ class AttentionCuda : public Kernel {
     return module.Kernel(name.c_str(), static_cast<int>(threads), static_cast<unsigned>(bytes));
   }
 
-  // Choose for heads of a size. The number of tokens has no say, so that it changes no bit.
+  // Choose for heads of a size. The number of tokens has no say, so that it changes no bit. Wide blocks have as many bytes
+  // under way on a multiprocessor, of which each then has one at most; their smaller clusters start sooner after a product
+  // that fills the GPU. They win wherever clusters of them have at least two.
   AttendKernel ForFewTokens(const CudaModule& module, int64_t size, const CudaKernel& narrow) const {
     const int64_t splits = std::max<int64_t>(1, CeilDivide(FullGpu(size), tiles_));
     if (!clusters_) return {narrow, kAttentionThreads, std::min(splits, kMostSplits)};
-    AttendKernel chosen = {narrow, kAttentionThreads, std::min(splits, kMostRanks)};
-    // Wide blocks have as many bytes under way on a multiprocessor, of which each then has one at most.
-    if (FewTiles(size)) {
-      chosen.threads = size < kMostSize ? 512 : 256;
-      chosen.kernel = Attend(module, size, chosen.threads);
-    }
-    // All clusters of a token run at the same time. The driver is asked in any case, since that permits the size.
+    const int64_t threads = size < kMostSize ? 512 : 256;
+    const AttendKernel wide = Resident({Attend(module, size, threads), threads, std::min(splits, kMostRanks)});
+    return wide.splits > 1 ? wide : Resident({narrow, kAttentionThreads, std::min(splits, kMostRanks)});
+  }
+
+  // Split less, so that all clusters of a token run at the same time. The driver is asked in any case, since that permits
+  // the size.
+  AttendKernel Resident(AttendKernel chosen) const {
     while (chosen.splits > 1 && chosen.kernel.ResidentClusters(chosen.splits, chosen.threads) < tiles_) --chosen.splits;
     return chosen;
   }

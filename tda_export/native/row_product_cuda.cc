@@ -139,13 +139,14 @@ class RowLinearKernels {
     return *kernels;
   }
 
-  // Choose among kernels by matrices. Large blocks, one on a multiprocessor, win only where 70 to 100 % of the
-  // multiprocessors get one.
+  // Choose among kernels by matrices. Large blocks, one on a multiprocessor, win where at least 70 % of the multiprocessors
+  // have one, on average over all rounds.
   const SharedKernel& ByMatrices(const StoredMatrix& matrix, int64_t inputs) const {
     const SharedKernel& large = matrices.back();
     const int64_t slices = CeilDivide(matrix.columns, large.Slice());
     const int64_t blocks = slices * large.Ranks(slices, inputs, clusters);
-    return blocks <= multiprocessors && 10 * blocks >= 7 * multiprocessors ? large : matrices.front();
+    const int64_t rounds = CeilDivide(blocks, multiprocessors);
+    return 10 * blocks >= 7 * rounds * multiprocessors ? large : matrices.front();
   }
 
   const SharedKernel& Choose(int64_t tokens, const StoredMatrix& matrix, int64_t inputs) const {

@@ -360,7 +360,7 @@ TDA_ATTEND_ALL(128, 128, 4)
 TDA_ATTEND_ALL(256, 128, (TDA_KV_MATRICES && !TDA_KV_CODES ? 2 : 4))
 
 #if TDA_CLUSTERS
-// Wide blocks, for few tiles (attention_cuda.cc), whose sums are in dynamic memory. Of large heads, half the threads have as
+// Wide blocks (attention_cuda.cc), whose sums are in dynamic memory. Of large heads, half the threads have as
 // many bytes under way.
 TDA_ATTEND_ALL(64, 512, 1)
 TDA_ATTEND_ALL(128, 512, 1)
