@@ -190,17 +190,18 @@ class Launches {
     for (const Shape& shape : chain.shapes) {
       const int slices = shape.outputs / kSliceColumns;
       const int blocks = slices * RanksOf(made[1], shape.inputs, slices);
-      const bool large = blocks <= multiprocessors && 10 * blocks >= 7 * multiprocessors;
+      const bool large = 10 * blocks >= 7 * ((blocks - 1) / multiprocessors + 1) * multiprocessors;
       const KernelCase& chosen = made[large];
       chosen_.push_back({&chosen, RanksOf(chosen, shape.inputs, slices), slices});
     }
   }
 
   void Run(cudaStream_t stream) const {
-    for (size_t p = 0; p < chosen_.size(); ++p) {
-      const auto& [made, ranks, slices] = chosen_[p];
-      LaunchProduct(*made, ranks, slices, stream, chain_.products[p]);
-    }
+    for (size_t p = 0; p < chosen_.size(); ++p) Run(p, stream);
+  }
+  void Run(size_t p, cudaStream_t stream) const {
+    const auto& [made, ranks, slices] = chosen_[p];
+    LaunchProduct(*made, ranks, slices, stream, chain_.products[p]);
   }
 
   std::string Kernels(size_t count) const {
