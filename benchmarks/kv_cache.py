@@ -9,7 +9,8 @@ With --shape they are made of random weights, and deleted afterwards (TMPDIR): f
 Contexts are read densely, and the tokens after them are decoded at price 0. KL is to FLOAT over --tokens tokens after
 each context, with its standard error over windows, which follow one another in the text. With --time all take turns of
 16 steps at each length of context. The first turn is left out, and milliseconds are medians over turns with the
-smallest and the largest. Without --text the built-in texts are repeated. Prints one JSON object a context.
+smallest and the largest. With --sparsity, at most two of them, those of a shape also take their turns where so many of
+the linears' bytes are not read. Without --text the built-in texts are repeated. Prints one JSON object a context.
 """
 
 from __future__ import annotations
@@ -72,21 +73,24 @@ def divergence(models: Sequence[Model], text: list[int], context: int, options: 
 
 def times(models: Sequence[Model], text: list[int], context: int, options: Any) -> dict[str, Any]:
     room = context + STEPS * (options.turns + 1)
+    prices = {"": 0.0} | {f" {sparsity:g}": price for sparsity, price in options.prices.items()}
     runners = {}
     for model in models:
-        runner = PricedRunner(model.artifact, model.sessions, room, 0.0)
-        runner.prefill(text[:context])
-        runners[model.artifact.shape.kv] = runner
+        for name, price in prices.items():
+            runner = PricedRunner(model.artifact, model.sessions, room, price)
+            runner.prefill(text[:context])
+            runners[model.artifact.shape.kv + name] = runner
     spent = take_turns({name: partial(steps, runner) for name, runner in runners.items()}, options.turns + 1)
     result: dict[str, Any] = {"context": context, "turns": options.turns, "steps": STEPS}
     for model in models:
-        spread = Spread.of([1e3 * seconds / STEPS for seconds in spent[model.artifact.shape.kv][1:]])
         sizes = artifact_sizes(artifact_spec(model.artifact), model.artifact)
-        result[model.artifact.shape.kv] = {
-            "ms": spread.median,
-            "ms_range": [spread.smallest, spread.largest],
-            "cache_bytes": sizes.cache(context),
-        }
+        for name in prices:
+            spread = Spread.of([1e3 * seconds / STEPS for seconds in spent[model.artifact.shape.kv + name][1:]])
+            result[model.artifact.shape.kv + name] = {
+                "ms": spread.median,
+                "ms_range": [spread.smallest, spread.largest],
+                "cache_bytes": sizes.cache(context),
+            }
     return result
 
 
@@ -108,7 +112,9 @@ def build(options: Any, folder: Path) -> list[Path]:
     storage = random_storage("float16" if on_gpu else "float32", plan)
     formats = [kv for kv in kv_formats.KV_FORMATS if not (on_gpu and kv == kv_formats.KV_FLOAT16)]
     for kv in formats:
-        build_random_priced(source, folder / kv, storage, (0.5,), kv=kv, quiet=True)
+        sparsities = options.sparsity or (0.5,)
+        _, prices = build_random_priced(source, folder / kv, storage, sparsities, kv=kv, quiet=True)
+        options.prices = prices if options.sparsity else {}
     return [folder / kv for kv in formats]
 
 
@@ -144,11 +150,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--sparsity", type=float, nargs="+", metavar="SHARE", help="with --shape and --time")
     options = parser.parse_args()
+    options.prices = {}  # by sparsity
     if bool(options.shape) == (len(options.artifacts) > 1) or len(options.artifacts) == 1:
         parser.error("give FLOAT and at least one other artifact, or --shape.")
     if options.weights and not options.shape:
         parser.error("--weights needs --shape: artifacts have their weights already.")
+    if options.sparsity and not (options.shape and options.time and len(options.sparsity) < 3):
+        parser.error("--sparsity takes at most two shares, with --shape and --time.")
     if not options.shape:
         return measure(options.artifacts, options)
     with owned_folder(Path(tempfile.gettempdir()), "tda-export-kv-cache") as folder:

@@ -39,10 +39,11 @@ def test_times_and_kl_of_a_shape(
     shape: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ("--shape", shape, "--provider", "cpu", "--contexts", 30, 100)
-    timed = run(monkeypatch, capsys, *common, "--time", "--turns", 2)
+    timed = run(monkeypatch, capsys, *common, "--time", "--turns", 2, "--sparsity", 0.3, 0.5)
     assert [line["context"] for line in timed] == [30, 100]
     for line in timed:
-        assert all(line[kv]["ms"] > 0 for kv in ("float", "float16", "int8"))  # type: ignore[index]
+        ways = [kv + sparsity for kv in ("float", "float16", "int8") for sparsity in ("", " 0.3", " 0.5")]
+        assert all(line[way]["ms"] > 0 for way in ways)  # type: ignore[index]
     compared = run(monkeypatch, capsys, *common, "--windows", 2, "--tokens", 8)
     assert [line["context"] for line in compared] == [30, 100]
     for line in compared:
@@ -64,6 +65,7 @@ def test_float_comes_first(shape: str, monkeypatch: pytest.MonkeyPatch, capsys: 
         (("one",), "give FLOAT and at least one other artifact, or --shape."),
         (("--shape", "llama-2-7b", "one", "two"), "give FLOAT and at least one other artifact, or --shape."),
         (("one", "two", "--weights", "float"), "--weights needs --shape: artifacts have their weights already."),
+        (("--shape", "llama-2-7b", "--sparsity", 0.5), "--sparsity takes at most two shares, with --shape and --time."),
     ],
 )
 def test_arguments_that_do_not_go_together(
