@@ -1,7 +1,8 @@
 // Sums over rows of codes by products of bytes (digits_cpu.h), for the chunks of row_sums_cpu.h.
 //
 // Four rows are taken at once. Their codes of a column come to lie in the four bytes of a lane, beside the digits of what
-// the rows are multiplied with: the token's value times the scale of row and group.
+// the rows are multiplied with: the token's value times the scale of row and group. Several tokens share the codes; a row
+// that a token does not need is multiplied by 0 for it, which changes no sum.
 #pragma once
 
 #include "digits_cpu.h"
@@ -14,8 +15,8 @@ constexpr int64_t kQuadsAtOnce = 8;  // their sums stay in registers
 constexpr int64_t kRowsOfQuads = kQuad * kQuadsAtOnce;
 constexpr int64_t kBlocksAhead = 4;  // lines of a row that are asked for early
 
-// The sums of a chunk's rows in a tile, as integers, and what they need of the chunk.
-template <int kLanes, int kBits>
+// The sums of a chunk's rows in a tile for some tokens, as integers, and what they need of the chunk.
+template <int kLanes, int kBits, int kTokens>
 class DigitSums {
   using Format = CodeFormat<kBits>;
   using Block = CodeBlock<kLanes, kBits>;
@@ -27,10 +28,11 @@ class DigitSums {
   static constexpr int kPerByte = 8 / kBits;
   static constexpr int kVectors = Block::kPerLane;  // of a block
   static constexpr int kBlockBytes = kLanes * 4;
-  static constexpr int64_t kTileBlocks = Format::kTileColumns / Block::kColumns;
-  static constexpr int64_t kGroups = Format::kTileGroups + kLanes;
 
  public:
+  // The most columns at once. Of several tokens, so many that their sums and digits stay in the first cache.
+  static constexpr int64_t kMostColumns = kTokens > 1 ? 4 * Block::kColumns : Format::kTileColumns;
+
   TDA_INLINE DigitSums(const Format& weight, int64_t begin, int64_t end)
       : weight_(weight),
         begin_(begin),
@@ -42,27 +44,40 @@ class DigitSums {
         group_of_lane_(V::Counting() / 4 * (16 * kPerByte) >> weight.group_shift),
         whole_rows_(WholeRows()) {}
 
-  // Add the rows of a list to sums [end - begin], whole blocks of them. The list has room for kQuad more.
-  // Returns whether they could be added: not where they or the scales are not finite, or all products are very small.
-  TDA_INLINE bool AddRows(int32_t* rows, float* values, int64_t count, float* sums) {
-    if (count == 0) return true;
+  // Add the rows of a list to the sums [end - begin] of each token, whole blocks of them. The list and its values have room
+  // for kQuad more. Returns the tokens whose rows could not be added, as bits: not where they or the scales are not finite,
+  // or all products are very small. Their values are lost.
+  TDA_INLINE unsigned AddRows(int32_t* rows, float* const* values, int64_t count, float* const* sums) {
+    if (count == 0) return 0;
     Prefetch(rows, count);
-    const float most = Most(values, count), largest_product = most * weight_.largest->most;
-    if (!(largest_product < HUGE_VALF)) return false;
-    if (largest_product == 0.0f) return true;
-    if (largest_product < kSmallestMost) return false;
-    SetSteps(most);
+    unsigned failed = 0, used = 0;
+    for (int t = 0; t < kTokens; ++t) {
+      const float most = Most(values[t], count), largest_product = most * weight_.largest->most;
+      if (largest_product >= kSmallestMost && largest_product < HUGE_VALF) {
+        used |= 1u << t;
+      } else {
+        if (largest_product != 0.0f) failed |= 1u << t;
+        std::fill_n(values[t], count, 0.0f);
+      }
+      SetSteps(t, used >> t & 1 ? most : 0.0f);
+    }
+    if (used == 0) return failed;
     for (; count % kQuad; ++count) {
       rows[count] = rows[count - 1];
-      values[count] = 0.0f;
+      for (int t = 0; t < kTokens; ++t) values[t][count] = 0.0f;
     }
-    std::fill_n(sums_, blocks_ * kVectors * kDigits, Integers{});
-    std::fill_n(zero_sums_[0], kDigits * kGroups, 0);
+    for (int t = 0; t < kTokens; ++t) {
+      std::fill_n(sums_[t], blocks_ * kVectors * kDigits, Integers{});
+      std::fill_n(zero_sums_[t][0], kDigits * kGroups, 0);
+    }
     for (int64_t first = 0; first < count; first += kRowsOfQuads) {
       AddQuads(rows, values, first, count);
     }
-    for (int64_t block = 0; block < blocks_; ++block) Complete(block, sums + block * Block::kColumns);
-    return true;
+    for (int t = 0; t < kTokens; ++t) {
+      if (!(used >> t & 1)) continue;
+      for (int64_t block = 0; block < blocks_; ++block) Complete(t, block, sums[t] + block * Block::kColumns);
+    }
+    return failed;
   }
 
  private:
@@ -85,12 +100,12 @@ class DigitSums {
     return value;
   }
 
-  // Choose the steps of each group of columns, for values up to `most`.
-  TDA_INLINE void SetSteps(float most) {
+  // Choose a token's steps of each group of columns, for values up to `most`.
+  TDA_INLINE void SetSteps(int token, float most) {
     for (int64_t g = 0; g < groups_; g += kLanes) {
       const Vector steps = StepsFor<kLanes>(V::Load(weight_.largest->of_group.data() + first_group_ + g) * most);
-      V::Store(steps_ + g, steps);
-      V::Store(per_step_ + g, 1.0f / steps);
+      V::Store(steps_[token] + g, steps);
+      V::Store(per_step_[token] + g, 1.0f / steps);
     }
   }
 
@@ -105,7 +120,7 @@ class DigitSums {
     }
   }
 
-  TDA_INLINE void AddQuads(const int32_t* rows, const float* values, int64_t start, int64_t count) {
+  TDA_INLINE void AddQuads(const int32_t* rows, float* const* values, int64_t start, int64_t count) {
     const uint8_t* first[kRowsOfQuads];
     const uint8_t* later[kRowsOfQuads];
     const int64_t number = std::min(kRowsOfQuads, count - start), quads = number / kQuad;
@@ -118,12 +133,16 @@ class DigitSums {
       later[r] = RowCodes(next);
       weight_.PrefetchGroups(next, first_group_, groups_);
     }
-    for (int64_t q = 0; q < quads; ++q) Prepare(q, values + start + q * kQuad);
+    for (int64_t q = 0; q < quads; ++q) Prepare(q, values, start + q * kQuad);
     for (int64_t block = 0; block < blocks_; ++block) {
       const int64_t at = block * kBlockBytes, ahead = block + kBlocksAhead;
       const uint8_t* const* asked = ahead < blocks_ ? first : later;
       const int64_t asked_at = (ahead < blocks_ ? ahead : std::max<int64_t>(ahead - blocks_, 0)) * kBlockBytes;
-      AddBlock(block, first, at, quads, asked, asked_at);
+      if constexpr (kTokens == 1) {
+        AddBlock(block, first, at, quads, asked, asked_at);
+      } else {
+        AddBlockOfTokens(block, first, at, quads, asked, asked_at);
+      }
     }
   }
 
@@ -152,31 +171,67 @@ class DigitSums {
     zeros_[r] = static_cast<uint8_t*>(std::memcpy(copy.zeros, zeros_[r], Format::CodeBytes(groups_)));
   }
 
-  // Compute the digits of four rows, by group, and add them times the zero points. Past the last group it is of no use.
-  TDA_INLINE void Prepare(int64_t quad, const float* values) {
+  // Compute the digits of four rows from `row` of the list on, by group, and add them times the zero points. Past the last
+  // group it is of no use.
+  TDA_INLINE void Prepare(int64_t quad, float* const* values, int64_t row) {
     const uint16_t* const* scales = scales_ + quad * kQuad;
     const uint8_t* const* zeros = zeros_ + quad * kQuad;
     for (int64_t g = 0; g < groups_; g += kLanes) {
-      Words in_steps[kQuad], zero_points = {};
+      Vector own_scales[kQuad];
+      Words zero_points = {};
       for (int r = 0; r < kQuad; ++r) {
-        in_steps[r] = B::InSteps(V::LoadHalves(scales[r] + g) * values[r] * V::Load(per_step_ + g));
+        own_scales[r] = V::LoadHalves(scales[r] + g);
         zero_points |= Block::WordsInOrder(zeros[r] + Format::CodeBytes(g)) << 8 * r;
       }
-      const Words digits[kDigits] = {B::template Digit<0>(in_steps), B::template Digit<1>(in_steps),
-                                     B::template Digit<2>(in_steps)};
-      for (int d = 0; d < kDigits; ++d) {
-        StoreWords(digits_[quad][d] + g, digits[d]);
-        const Integers sum = B::AddProducts(LoadIntegers(zero_sums_[d] + g), zero_points, digits[d]);
-        StoreWords(zero_sums_[d] + g, reinterpret_cast<Words>(sum));
+      for (int t = 0; t < kTokens; ++t) {
+        Words in_steps[kQuad];
+        for (int r = 0; r < kQuad; ++r) {
+          in_steps[r] = B::InSteps(own_scales[r] * values[t][row + r] * V::Load(per_step_[t] + g));
+        }
+        const Words digits[kDigits] = {B::template Digit<0>(in_steps), B::template Digit<1>(in_steps),
+                                       B::template Digit<2>(in_steps)};
+        for (int d = 0; d < kDigits; ++d) {
+          StoreWords(digits_[t][quad][d] + g, digits[d]);
+          const Integers sum = B::AddProducts(LoadIntegers(zero_sums_[t][d] + g), zero_points, digits[d]);
+          StoreWords(zero_sums_[t][d] + g, reinterpret_cast<Words>(sum));
+        }
       }
     }
   }
 
-  // Add a block of all quads. Of its vectors of bytes, lane e of the l-th 16 bytes has the codes of byte 16 l + 4 j + e, for
-  // the j-th of four.
-  TDA_INLINE void AddBlock(int64_t block, const uint8_t* const* first, int64_t at, int64_t quads,
-                           const uint8_t* const* asked, int64_t asked_at) {
-    Integers* own = sums_ + block * kVectors * kDigits;
+  // Read a block of four rows. Of its vectors of bytes, lane e of the l-th 16 bytes has the codes of byte
+  // 16 l + 4 j + e, for the j-th of four.
+  TDA_INLINE void ReadQuad(const uint8_t* const* first, int64_t at, const uint8_t* const* asked, int64_t asked_at,
+                           Words (&quarters)[4]) const {
+    Words rows[kQuad];
+    for (int r = 0; r < kQuad; ++r) {
+      rows[r] = V::LoadWords(first[r] + at);
+      __builtin_prefetch(asked[r] + asked_at);
+    }
+    const Words low[2] = {B::LowBytes(rows[0], rows[1]), B::LowBytes(rows[2], rows[3])};
+    const Words high[2] = {B::HighBytes(rows[0], rows[1]), B::HighBytes(rows[2], rows[3])};
+    quarters[0] = B::LowPairs(low[0], low[1]);
+    quarters[1] = B::HighPairs(low[0], low[1]);
+    quarters[2] = B::LowPairs(high[0], high[1]);
+    quarters[3] = B::HighPairs(high[0], high[1]);
+  }
+
+  // Return the n-th codes of bytes.
+  static TDA_INLINE Words Codes(Words bytes, int n) {
+    if constexpr (kBits == 4) return bytes >> 4 * n & 0x0f0f0f0fu;
+    return bytes;
+  }
+
+  TDA_INLINE void ReadDigits(int token, int64_t quad, int64_t group, Words (&digits)[kDigits]) const {
+    for (int d = 0; d < kDigits; ++d) {
+      digits[d] = __builtin_shuffle(LoadWords(digits_[token][quad][d] + group), group_of_lane_);
+    }
+  }
+
+  // Add a block of all quads to the sums of a token: products(quad, digits, totals) adds those of a quad.
+  template <class Products>
+  TDA_INLINE void AddToTotals(int token, int64_t block, int64_t quads, const Products& products) {
+    Integers* own = sums_[token] + block * kVectors * kDigits;
     Integers totals[kVectors][kDigits];
     for (int v = 0; v < kVectors; ++v) {
       for (int d = 0; d < kDigits; ++d) totals[v][d] = own[v * kDigits + d];
@@ -184,41 +239,60 @@ class DigitSums {
     const int64_t group = block * Block::kColumns >> weight_.group_shift;
     for (int64_t q = 0; q < quads; ++q) {
       Words digits[kDigits];
-      for (int d = 0; d < kDigits; ++d) {
-        digits[d] = __builtin_shuffle(LoadWords(digits_[q][d] + group), group_of_lane_);
-      }
-      Words rows[kQuad];
-      for (int r = 0; r < kQuad; ++r) {
-        rows[r] = V::LoadWords(first[q * kQuad + r] + at);
-        __builtin_prefetch(asked[q * kQuad + r] + asked_at);
-      }
-      const Words low[2] = {B::LowBytes(rows[0], rows[1]), B::LowBytes(rows[2], rows[3])};
-      const Words high[2] = {B::HighBytes(rows[0], rows[1]), B::HighBytes(rows[2], rows[3])};
-      const Words quarters[4] = {B::LowPairs(low[0], low[1]), B::HighPairs(low[0], low[1]), B::LowPairs(high[0], high[1]),
-                                 B::HighPairs(high[0], high[1])};
-      for (int j = 0; j < 4; ++j) {
-        for (int n = 0; n < kPerByte; ++n) {
-          Words codes = quarters[j];
-          if constexpr (kBits == 4) codes = codes >> 4 * n & 0x0f0f0f0fu;
-          Integers(&sum)[kDigits] = totals[j * kPerByte + n];
-          for (int d = 0; d < kDigits; ++d) sum[d] = B::AddProducts(sum[d], codes, digits[d]);
-        }
-      }
+      ReadDigits(token, q, group, digits);
+      products(q, digits, totals);
     }
     for (int v = 0; v < kVectors; ++v) {
       for (int d = 0; d < kDigits; ++d) own[v * kDigits + d] = totals[v][d];
     }
   }
 
-  // Add a block's sums, less those of the zero points, times the steps, in the order of CodeBlock.
-  TDA_INLINE void Complete(int64_t block, float* sums) {
-    const Vector steps = Block::Spread(steps_ + (block * Block::kColumns >> weight_.group_shift),
+  TDA_INLINE void AddBlock(int64_t block, const uint8_t* const* first, int64_t at, int64_t quads,
+                           const uint8_t* const* asked, int64_t asked_at) {
+    const auto products = [&](int64_t q, const Words(&digits)[kDigits], Integers(&totals)[kVectors][kDigits])
+        __attribute__((always_inline)) {
+      Words quarters[4];
+      ReadQuad(first + q * kQuad, at, asked + q * kQuad, asked_at, quarters);
+      for (int j = 0; j < 4; ++j) {
+        for (int n = 0; n < kPerByte; ++n) {
+          const Words codes = Codes(quarters[j], n);
+          Integers(&sum)[kDigits] = totals[j * kPerByte + n];
+          for (int d = 0; d < kDigits; ++d) sum[d] = B::AddProducts(sum[d], codes, digits[d]);
+        }
+      }
+    };
+    AddToTotals(0, block, quads, products);
+  }
+
+  // Codes are made ready for all tokens before they are multiplied with the digits of one after another.
+  TDA_INLINE void AddBlockOfTokens(int64_t block, const uint8_t* const* first, int64_t at, int64_t quads,
+                                   const uint8_t* const* asked, int64_t asked_at) {
+    for (int64_t q = 0; q < quads; ++q) {
+      Words quarters[4];
+      ReadQuad(first + q * kQuad, at, asked + q * kQuad, asked_at, quarters);
+      for (int j = 0; j < 4; ++j) {
+        for (int n = 0; n < kPerByte; ++n) codes_[q][j * kPerByte + n] = Codes(quarters[j], n);
+      }
+    }
+    const auto products = [&](int64_t q, const Words(&digits)[kDigits], Integers(&totals)[kVectors][kDigits])
+        __attribute__((always_inline)) {
+      for (int v = 0; v < kVectors; ++v) {
+        const Words codes = codes_[q][v];
+        for (int d = 0; d < kDigits; ++d) totals[v][d] = B::AddProducts(totals[v][d], codes, digits[d]);
+      }
+    };
+    for (int t = 0; t < kTokens; ++t) AddToTotals(t, block, quads, products);
+  }
+
+  // Add a block's sums of a token, less those of the zero points, times the steps, in the order of CodeBlock.
+  TDA_INLINE void Complete(int token, int64_t block, float* sums) {
+    const Vector steps = Block::Spread(steps_[token] + (block * Block::kColumns >> weight_.group_shift),
                                        Block::GroupOfLane(weight_.group_shift));
     const int64_t group = block * Block::kColumns >> weight_.group_shift;
-    const Integers* own = sums_ + block * kVectors * kDigits;
+    const Integers* own = sums_[token] + block * kVectors * kDigits;
     Integers zeros[kDigits];
     for (int d = 0; d < kDigits; ++d) {
-      zeros[d] = reinterpret_cast<Integers>(__builtin_shuffle(LoadWords(zero_sums_[d] + group), group_of_lane_));
+      zeros[d] = reinterpret_cast<Integers>(__builtin_shuffle(LoadWords(zero_sums_[token][d] + group), group_of_lane_));
     }
     for (int n = 0; n < kPerByte; ++n) {
       Words quarters[4];
@@ -248,21 +322,24 @@ class DigitSums {
     std::memcpy(address, &words, sizeof(words));
   }
 
+  static constexpr int64_t kGroups = kMostColumns / kSmallestGroup + kLanes;
+
   const Format& weight_;
   const int64_t begin_, end_, blocks_, first_group_, groups_;
   const Words group_of_lane_;
-  float steps_[kGroups], per_step_[kGroups];  // by group, from the tile's first on
+  float steps_[kTokens][kGroups], per_step_[kTokens][kGroups];  // by group, from the tile's first on
   const int64_t whole_rows_;
   const uint16_t* scales_[kRowsOfQuads];
   const uint8_t* zeros_[kRowsOfQuads];
   struct RowCopy {
-    uint8_t codes[Format::CodeBytes(Format::kTileColumns)];
+    uint8_t codes[Format::CodeBytes(kMostColumns)];
     uint16_t scales[kGroups];
     uint8_t zeros[kGroups];
   } copies_[kRowsOfQuads];
-  Integers sums_[kTileBlocks * kVectors * kDigits];
-  int32_t zero_sums_[kDigits][kGroups];
-  int32_t digits_[kQuadsAtOnce][kDigits][kGroups];
+  Integers sums_[kTokens][kMostColumns / Block::kColumns * kVectors * kDigits];
+  int32_t zero_sums_[kTokens][kDigits][kGroups];
+  int32_t digits_[kTokens][kQuadsAtOnce][kDigits][kGroups];
+  Words codes_[kTokens > 1 ? kQuadsAtOnce : 1][kVectors];  // of a block
 };
 
 }  // namespace tda

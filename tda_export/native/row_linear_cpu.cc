@@ -1,8 +1,9 @@
 // tda::RowLinear and its forms for integers on the CPU, float32 activations.
 //
-// A few tokens are computed one by one: ONNX Runtime's thread pool gets chunks of rows (row_sums_cpu.h), in tiles of
-// columns where rows are long, and the thread that ends the last chunk of a tile adds the chunks up. Many tokens are
-// computed as a product of matrices (row_panels_cpu.h), whose panels of columns are distributed over threads.
+// A few tokens are computed one by one, or share the codes that they read: ONNX Runtime's thread pool gets chunks of rows
+// (row_sums_cpu.h), in tiles of columns where rows are long, and the thread that ends the last chunk of a tile adds the
+// chunks up. Many tokens are computed as a product of matrices (row_panels_cpu.h), whose panels of columns are distributed
+// over threads.
 #include "row_linear_cpu.h"
 
 #include <algorithm>
@@ -20,8 +21,8 @@ constexpr int64_t kFewTokens = 8;  // that go one by one where codes become floa
 
 #define TDA_OF_FORMAT(attribute, lanes, Format)                                                           \
   attribute bool MultipliesBytes(const Format&) { return MultipliesBytesOf<lanes, Format>(); }             \
-  attribute void SumChunk(const Format& weight, const ChunkOfToken& chunk, float* sums) {                 \
-    SumChunkOf<lanes>(weight, chunk, sums);                                                               \
+  attribute void SumChunk(const Format& weight, const ChunkOfTokens& chunk) {                             \
+    SumChunkOf<lanes>(weight, chunk);                                                                     \
   }                                                                                                       \
   attribute void AddChunks(const Format&, float* sums, int64_t chunks, int64_t stride, int64_t columns,   \
                            const float* bias, float* y) {                                                 \
@@ -57,18 +58,15 @@ void MultiplyFew(const KernelContext& context, const Allocator& allocator, const
   context.ParallelFor(tasks, [&](size_t task) {
     const int64_t chunk = task % chunks.count, tile = task / chunks.count;
     const int64_t begin = chunks.FirstColumn(tile), end = chunks.FirstColumn(tile + 1);
-    const auto sums = [&](int64_t t, int64_t of) {
-      return scratch.As<float>() + (t * chunks.count + of) * stride + begin;
-    };
-    for (int64_t t = 0; t < call.tokens; ++t) {
-      const float* x = call.x.As<const float>() + t * call.inputs;
-      SumChunk(weight, {x, prices, chunks.FirstRow(chunk), chunks.FirstRow(chunk + 1), begin, end}, sums(t, chunk));
-    }
+    float* const sums = scratch.As<float>() + begin;
+    const int64_t token_stride = chunks.count * stride;
+    SumChunk(weight, {call.x.As<const float>(), call.tokens, call.inputs, prices, chunks.FirstRow(chunk),
+                      chunks.FirstRow(chunk + 1), begin, end, sums + chunk * stride, token_stride});
     if (ended[tile].fetch_add(1) + 1 < chunks.count) return;
     const float* bias = call.bias.present ? call.bias.As<const float>() + begin : nullptr;
     for (int64_t t = 0; t < call.tokens; ++t) {
       float* y = call.y.As<float>() + t * call.outputs + begin;
-      AddChunks(weight, sums(t, 0), chunks.count, stride, end - begin, bias, y);
+      AddChunks(weight, sums + t * token_stride, chunks.count, stride, end - begin, bias, y);
     }
   });
 }

@@ -1,4 +1,4 @@
-// Sums over the rows that one token needs, read in place.
+// Sums over the rows that tokens need, read in place.
 //
 // Rows are cut into chunks, and a chunk's rows are added one after another in order; the sums of the chunks are added in
 // order as well. The places of chunks depend only on the shape of the matrix, so that neither the number of threads nor
@@ -21,6 +21,7 @@ constexpr int64_t kFewChunks = 4, kMostChunks = 16;
 constexpr int64_t kShortChunk = 32 << 10, kLongChunk = 256 << 10;  // bytes of weights
 constexpr int64_t kListed = 512;           // rows at once
 constexpr int64_t kAheadBytes = 6 << 10;   // of what a thread reads are asked for early
+constexpr int kTokensTogether = 8;         // that share codes, at most
 
 constexpr int64_t WholeBlocks(int64_t columns) { return (columns + kMostBlock - 1) / kMostBlock * kMostBlock; }
 
@@ -44,12 +45,18 @@ struct RowChunks {
   int64_t tiles;
 };
 
-// A token's work on a chunk of rows, in a tile of columns.
-struct ChunkOfToken {
-  const float* x;  // [inputs]
+// A few tokens' work on a chunk of rows, in a tile of columns.
+struct ChunkOfTokens {
+  const float* x;  // [tokens, inputs]
+  int64_t tokens, inputs;
   RowPrices prices;
   int64_t first_row, end_row;
   int64_t begin, end;  // columns
+  float* sums;         // of each token, token_stride apart: whole blocks of columns, in the Format's own order
+  int64_t token_stride;
+
+  const float* X(int64_t token) const { return x + token * inputs; }
+  float* Sums(int64_t token) const { return sums + token * token_stride; }
 };
 
 // Return whether sums are computed by products of bytes.
@@ -61,43 +68,75 @@ TDA_INLINE bool MultipliesBytesOf() {
   return false;
 }
 
-// Compute the sums of a chunk by products of bytes. Returns false where these cannot be used, with undefined values in
-// `sums`.
-template <int kLanes, int kBits>
-TDA_INLINE bool SumDigits(const CodeFormat<kBits>& weight, const ChunkOfToken& chunk, float* sums) {
+// Compute the sums of kTokens tokens from `token` on by products of bytes. Returns those where these cannot be used, as
+// bits from the token on; their sums are undefined.
+template <int kLanes, int kTokens, int kBits>
+TDA_INLINE unsigned SumDigits(const CodeFormat<kBits>& weight, const ChunkOfTokens& chunk, int64_t token) {
+  using Sums = DigitSums<kLanes, kBits, kTokens>;
   int32_t rows[kListed + kQuad];
-  float values[kListed + kQuad];
-  DigitSums<kLanes, kBits> digit_sums(weight, chunk.begin, chunk.end);
-  std::fill_n(sums, WholeBlocks(chunk.end - chunk.begin), 0.0f);
-  for (int64_t first = chunk.first_row; first < chunk.end_row; first += kListed) {
-    const int64_t end = std::min(first + kListed, chunk.end_row);
-    const int64_t count = ListRows<kLanes>(chunk.x, chunk.prices, first, end, rows, values);
-    if (!digit_sums.AddRows(rows, values, count, sums)) return false;
+  float of_tokens[kTokens][kListed + kQuad];
+  float* values[kTokens];
+  for (int t = 0; t < kTokens; ++t) {
+    values[t] = of_tokens[t];
+    std::fill_n(chunk.Sums(token + t), WholeBlocks(chunk.end - chunk.begin), 0.0f);
   }
-  return true;
-}
-
-// Compute the sums of a chunk, float [end - begin], whole blocks of them, in the Format's own order of columns.
-template <int kLanes, class Format>
-TDA_INLINE void SumChunkOf(const Format& weight, const ChunkOfToken& chunk, float* sums) {
-  if constexpr (Format::kScaled) {
-    if constexpr (kByteProducts<kLanes, Format::kCodeBits>) {
-      if (weight.largest != nullptr && SumDigits<kLanes>(weight, chunk, sums)) return;
+  unsigned failed = 0;
+  for (int64_t first = chunk.first_row; first < chunk.end_row && failed + 1 < 1u << kTokens; first += kListed) {
+    const int64_t end = std::min(first + kListed, chunk.end_row);
+    const int64_t count = ListRows<kLanes>(chunk.X(token), chunk.inputs, chunk.prices, first, end, rows, values);
+    for (int64_t begin = chunk.begin; begin < chunk.end; begin += Sums::kMostColumns) {
+      float* sums[kTokens];
+      for (int t = 0; t < kTokens; ++t) sums[t] = chunk.Sums(token + t) + begin - chunk.begin;
+      Sums digit_sums(weight, begin, std::min(begin + Sums::kMostColumns, chunk.end));
+      failed |= digit_sums.AddRows(rows, values, count, sums);
     }
   }
+  return failed;
+}
+
+// Compute the sums of all tokens from `token` on, kTokens of them together, and what is left by halves of that.
+template <int kLanes, int kTokens, int kBits>
+TDA_INLINE uint64_t SumAllDigits(const CodeFormat<kBits>& weight, const ChunkOfTokens& chunk, int64_t token) {
+  uint64_t failed = 0;
+  for (; token + kTokens <= chunk.tokens; token += kTokens) {
+    failed |= static_cast<uint64_t>(SumDigits<kLanes, kTokens>(weight, chunk, token)) << token;
+  }
+  if constexpr (kTokens > 1) failed |= SumAllDigits<kLanes, kTokens / 2>(weight, chunk, token);
+  return failed;
+}
+
+// Compute the sums of one token by floats.
+template <int kLanes, class Format>
+TDA_INLINE void SumFloats(const Format& weight, const ChunkOfTokens& chunk, int64_t token) {
   int32_t rows[kListed];
   float values[kListed];
+  float* const of_token[1] = {values};
+  float* sums = chunk.Sums(token);
   const int64_t piece = weight.RowBytes() * (chunk.end - chunk.begin) / weight.columns + 1;
   const int64_t groups_ahead = 1 + kAheadBytes / (piece * Format::kRowsAtOnce);
   typename Format::Apart apart;
   std::fill_n(sums, WholeBlocks(chunk.end - chunk.begin), 0.0f);
   for (int64_t first = chunk.first_row; first < chunk.end_row; first += kListed) {
     const int64_t end = std::min(first + kListed, chunk.end_row);
-    const int64_t count = ListRows<kLanes>(chunk.x, chunk.prices, first, end, rows, values);
+    const int64_t count = ListRows<kLanes>(chunk.X(token), chunk.inputs, chunk.prices, first, end, rows, of_token);
     const RowList list = {rows, values, count, groups_ahead * Format::kRowsAtOnce};
     weight.template AddRows<kLanes>(list, chunk.begin, chunk.end, sums, apart);
   }
   weight.template Complete<kLanes>(chunk.begin, chunk.end, sums, apart);
+}
+
+// Compute the sums of a chunk.
+template <int kLanes, class Format>
+TDA_INLINE void SumChunkOf(const Format& weight, const ChunkOfTokens& chunk) {
+  uint64_t left = (uint64_t{1} << chunk.tokens) - 1;  // tokens, as bits
+  if constexpr (Format::kScaled) {
+    if constexpr (kByteProducts<kLanes, Format::kCodeBits>) {
+      if (weight.largest != nullptr) left = SumAllDigits<kLanes, kTokensTogether>(weight, chunk, 0);
+    }
+  }
+  for (int64_t t = 0; t < chunk.tokens; ++t) {
+    if (left >> t & 1) SumFloats<kLanes>(weight, chunk, t);
+  }
 }
 
 // Write the sum of all chunks, whose sums are `stride` floats apart, and of the bias, if there is one, to y [columns].

@@ -92,11 +92,30 @@ def test_x_that_is_not_finite_reaches_its_own_result_alone(
     format: IntegerFormat, spoiled: float, count: int, rows: bool
 ) -> None:
     feeds, _ = row_feeds(np.random.default_rng(1), format, 264, 264, count)
-    feeds["x"][0, 2, 150] = spoiled
     feeds["price"][:] = 0.5
-    y = run(session(format, 264, rows=rows), feeds)
-    np.testing.assert_array_equal(np.isfinite(y).all(axis=2), [np.arange(count) != 2])
+    call = session(format, 264, rows=rows)
+    expected = run(call, feeds)
+    feeds["x"][0, 2, 150] = spoiled
+    y = run(call, feeds)
+    np.testing.assert_array_equal(np.delete(y, 2, axis=1), np.delete(expected, 2, axis=1))
+    assert np.isfinite(expected).all()
     assert not np.isfinite(y[0, 2]).any()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("factor", [1e-30, 0.0, 1e30])
+@pytest.mark.parametrize("count", [2, 4, 8, 13])
+def test_a_token_of_another_size_changes_no_other_token(format: IntegerFormat, factor: float, count: int) -> None:
+    """Products that are too small for steps are added by floats."""
+    feeds, elements = row_feeds(np.random.default_rng(7), format, 600, 650, count)
+    call = session(format, 650, rows=True)
+    expected = run(call, feeds)
+    feeds["x"][0, 1] *= np.float32(factor)
+    y = run(call, feeds)
+    np.testing.assert_array_equal(np.delete(y, 1, axis=1), np.delete(expected, 1, axis=1))
+    np.testing.assert_array_equal(y[:, 1], run(call, feeds | {"x": feeds["x"][:, 1:2]})[:, 0])
+    scale = np.float64(factor) * feeds["tolerance"].max()
+    np.testing.assert_allclose(y[:, 1], row_reference(feeds, elements, bias=False)[:, 1], rtol=1e-4, atol=scale)
 
 
 @pytest.mark.parametrize("format", FORMATS)
