@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import re
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +26,9 @@ SOURCES = (
     "kv_sums_matrices.cuh",
     "attention.cu",
 )
+# Hidden, so that libraries that are loaded together share no variables. Not fortified, as some compilers are unasked: a
+# fortified longjmp refuses to change to another stack.
+FLAGS = ("-std=c++17", "-O1", "-w", "-fPIC", "-pthread", "-fvisibility=hidden", "-U_FORTIFY_SOURCE")
 FIRST_WITH_CLUSTERS = 90  # compute capability
 # Replacements for PTX, by its first word. Other PTX, such as that for overlapping launches, is left out.
 INSTRUCTIONS = {
@@ -97,6 +102,16 @@ def _loaded(ptx: str, condition: str = "") -> str:
     return next((f"{condition} {text}" for name, text in LOADED.items() if f"({name}" in ptx), ";")
 
 
+@functools.cache
+def _precompiled() -> tempfile.TemporaryDirectory[str]:
+    """The emulator's header, precompiled once in a process. It does not depend on defines; most of it is the standard
+    library's. A compiler that cannot use it reads the header itself."""
+    folder = tempfile.TemporaryDirectory(prefix="tda-header-")
+    header, output = Path(__file__).with_name("cuda_on_cpu.h"), Path(folder.name) / "cuda_on_cpu.h.gch"
+    subprocess.run([*find_compiler(), *FLAGS, "-x", "c++-header", str(header), "-o", str(output)], check=True)
+    return folder
+
+
 def compile_for_cpu(
     folder: Path, sources: Sequence[str], kernels: Mapping[str, int], arguments: str, defines: Mapping[str, int]
 ) -> ctypes.CDLL:
@@ -113,15 +128,15 @@ def compile_for_cpu(
     clusters = f"{shown} int HasClusters() {{ return TDA_CLUSTERS; }}\n"
     name = "-".join([arguments, *(str(value) for value in defines.values())])
     (folder / f"{name}.cc").write_text(f'#include "cuda_on_cpu.h"\n{source}{run}{clusters}')
-    # Hidden, so that libraries that are loaded together share no variables.
-    flags = ("-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden")
     defined = [f"-D{define}={value}" for define, value in defines.items()]
     library = folder / f"{name}.so"
     subprocess.run(
         [
             *find_compiler(),
-            *flags,
+            *FLAGS,
+            "-shared",
             *defined,
+            f"-I{_precompiled().name}",
             f"-I{Path(__file__).parent}",
             str(folder / f"{name}.cc"),
             "-o",
