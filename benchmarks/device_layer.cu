@@ -102,7 +102,7 @@ class Attention {
     return known && clusters >= tiles_;
   }
 
-  // The choice of attention_cuda.cc.
+  // The choice of attention_cuda.cc where key-value heads are few enough to need no bound of their own.
   std::pair<const AttentionCase*, int> Choice() const {
     for (int wide = 1; wide >= 0; --wide) {
       int splits = attention::kMostRanks;

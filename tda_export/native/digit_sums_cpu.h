@@ -30,7 +30,8 @@ class DigitSums {
   static constexpr int kBlockBytes = kLanes * 4;
 
  public:
-  // The most columns at once. Of several tokens, so many that their sums and digits stay in the first cache.
+  // The most columns at once. Of several tokens, so few that the sums and digits of four of them stay in a first cache of
+  // 48 KiB.
   static constexpr int64_t kMostColumns = kTokens > 1 ? 4 * Block::kColumns : Format::kTileColumns;
 
   TDA_INLINE DigitSums(const Format& weight, int64_t begin, int64_t end)

@@ -78,7 +78,7 @@ class Generation:
 
     An unfinished generation returns its decode step (and KV cache) when it is closed or dropped. `cancel` may be called
     from another thread or a signal handler, all else only from one thread. Generations of several threads run at once
-    on the CPU and take turns on a GPU, token by token.
+    on the CPU and take turns on a GPU, a prompt or a token at a time.
     """
 
     def __init__(self, decoding: Decoding) -> None:
@@ -117,7 +117,8 @@ class Generation:
 
     def close(self) -> None:
         """End the generation here. The model's decode step is free for the next generation; no more tokens come."""
-        self._tokens.close()
+        with alone_on(self._provider):
+            self._tokens.close()
 
 
 class Decoding:

@@ -29,10 +29,11 @@ _cuda_lock = threading.RLock()
 
 
 def alone_on(provider: str) -> contextlib.AbstractContextManager[object]:
-    """Keep this process's other threads from using CUDA within the block; on the CPU nothing is kept from anyone.
+    """Let one thread of this process at a time into such blocks on CUDA; on the CPU let all in.
 
-    A capture of a step fails if another thread allocates or copies memory on the GPU meanwhile. A step has the GPU to
-    itself anyway, so taking turns costs no time. The same thread may enter again.
+    A capture of a step fails if another thread allocates or copies memory on the GPU meanwhile. Sessions open and
+    generations advance in such a block. What uses CUDA without one, such as PyTorch or a session of the caller's own,
+    is not kept out. The same thread may enter again.
     """
     return _cuda_lock if provider == CUDA else contextlib.nullcontext()
 

@@ -103,6 +103,25 @@ def test_x_that_is_not_finite_reaches_its_own_result_alone(
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("inputs", "outputs"), [(1100, 31), (2600, 650)])
+@pytest.mark.parametrize("row", [3, 700, 1090])
+@pytest.mark.parametrize("value", [np.inf, 1e-38])
+def test_a_token_that_leaves_integers_in_one_list_of_rows(
+    format: IntegerFormat, inputs: int, outputs: int, row: int, value: float
+) -> None:
+    """Rows are listed 512 at a time. One list has a value that is not finite, or none but one that is too small."""
+    feeds, _ = row_feeds(np.random.default_rng(8), format, inputs, outputs, 9)
+    call = session(format, outputs, rows=True)
+    expected = run(call, feeds)
+    if np.isfinite(value):
+        feeds["x"][0, 4, row // 512 * 512 : row // 512 * 512 + 512] = 0
+    feeds["x"][0, 4, row] = value
+    y = run(call, feeds)
+    np.testing.assert_array_equal(np.delete(y, 4, axis=1), np.delete(expected, 4, axis=1))
+    np.testing.assert_array_equal(y[:, 4], run(call, feeds | {"x": feeds["x"][:, 4:5]})[:, 0])
+
+
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("factor", [1e-30, 0.0, 1e30])
 @pytest.mark.parametrize("count", [2, 4, 8, 13])
 def test_a_token_of_another_size_changes_no_other_token(format: IntegerFormat, factor: float, count: int) -> None:

@@ -170,11 +170,17 @@ def test_generations_of_several_threads_take_turns_on_a_gpu(tiny_artifact: Path,
     """A capture in one thread fails if another one calls CUDA meanwhile."""
     generation = load(tiny_artifact, provider=CPU).generate([3, 4, 5], max_new_tokens=2)
     generation._provider = provider
-    tokens = []
-    thread = threading.Thread(target=lambda: tokens.append(next(generation)))
+    tokens, runs = [], threading.Event()
+
+    def work() -> None:
+        runs.set()
+        tokens.append(next(generation))
+
+    thread = threading.Thread(target=work, daemon=True)
     with alone_on(provider), alone_on(provider):
         thread.start()
-        thread.join(0.5 if waits else None)
-        assert thread.is_alive() == waits
-    thread.join()
+        assert runs.wait(60)
+        thread.join(1 if waits else 60)
+        assert len(tokens) == (0 if waits else 1)
+    thread.join(60)
     assert len(tokens) == 1

@@ -360,8 +360,8 @@ TDA_ATTEND_ALL(128, 128, 4)
 TDA_ATTEND_ALL(256, 128, (TDA_KV_MATRICES && !TDA_KV_CODES ? 2 : 4))
 
 #if TDA_CLUSTERS
-// Wide blocks (attention_cuda.cc), whose sums are in dynamic memory. Of large heads, half the threads have as
-// many bytes under way.
+// Wide blocks (attention_cuda.cc), whose sums are in dynamic memory. Of large heads, half the threads have as many bytes
+// under way.
 TDA_ATTEND_ALL(64, 512, 1)
 TDA_ATTEND_ALL(128, 512, 1)
 TDA_ATTEND_ALL(256, 256, 1)
