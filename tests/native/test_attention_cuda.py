@@ -176,8 +176,8 @@ def test_a_token_alone_gives_the_same_bits(form: AttentionForm) -> None:
                 np.testing.assert_array_equal(result, expected)
 
 
-# With clusters, on 132 multiprocessors, these are wide blocks in clusters of 16 to two, blocks of 128 threads in clusters
-# of seven to two, and blocks of no cluster.
+# With clusters, on 132 multiprocessors, these are wide blocks in clusters of 16 to two, blocks of 128 threads in
+# clusters of seven to two, and blocks of no cluster.
 @pytest.mark.parametrize("kv_heads", [1, 8, 16, 32, 40, 70, 100, 160, 700])
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("codes", [False, True], ids=["floats", "codes"])
