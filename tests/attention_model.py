@@ -259,10 +259,10 @@ def _attended(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, past: i
         seen = slice(max(0, end - form.window) if form.window else 0, end)
         for h in range(form.heads):
             kv = h // (form.heads // form.kv_heads)
-            scores = keys[seen, kv] @ queries[t, h] * (form.scale or size**-0.5)
-            if form.softcap:
-                scores = np.tanh(scores / form.softcap) * form.softcap
-            with np.errstate(invalid="ignore"):
+            with np.errstate(invalid="ignore"):  # tests of what is not finite
+                scores = keys[seen, kv] @ queries[t, h] * (form.scale or size**-0.5)
+                if form.softcap:
+                    scores = np.tanh(scores / form.softcap) * form.softcap
                 weights = np.exp(scores - scores.max())
             attended[0, t, h] = weights @ values[seen, kv] / weights.sum()
     return attended.reshape(1, tokens, -1)
