@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tda_export.progress import progress
+from tda_export.report.markup import shorten
 
 if TYPE_CHECKING:
     import numpy as np
@@ -133,7 +133,7 @@ def print_comparison(ways: Sequence[Way]) -> None:
     for way in ways:
         rate = f"{median(way.rates):.0f}" if way.rates else ""
         size = f"{way.bytes_per_token / 2**20:.0f}"
-        answer = shorten(" ".join(way.text.split()), SHOWN, placeholder=" …")
+        answer = shorten(" ".join(way.text.split()), SHOWN)
         table.add_row(way.name, rate, size, f"{way.kl:.3f}", f"{way.agreement:.2f}", answer)
     console = Console(highlight=False, markup=False)
     console.print(table)
