@@ -251,7 +251,7 @@ struct LayerKernel {
   // Add the warp's matrices, and leave their sums in shared memory.
   __device__ __forceinline__ void Add(int p) {
     const unsigned power = PowerOfList();
-    const float full = Reader::kFullCode / Reader::PowerOfTwo(power);
+    const float full = Reader::FullCode(power);
     const bool in_both = share.cut < share.units;
     const auto column = Format(a.products[p].weight).From(0);
 #pragma unroll 1

@@ -48,7 +48,7 @@ def fuse(model: ir.Model) -> None:
             continue  # `together` stands where `node` was
         together = _together(maker, node)
         if together.op_identifier() not in model.functions:
-            function = _flat(_function(maker, node), [model.functions[each.op_identifier()] for each in (maker, node)])
+            function = flat(_function(maker, node), [model.functions[each.op_identifier()] for each in (maker, node)])
             model.functions[function.identifier()] = function
         _replace(model.graph, maker, node, together)
 
@@ -60,7 +60,7 @@ def _together(maker: ir.Node, node: ir.Node) -> ir.Node:
     attributes = [own for own in maker.attributes.values() if own.name != EARLY]
     return ir.Node(
         operators.FUNCTION_DOMAIN,
-        FUSED[maker.op_type] + _form(node),
+        FUSED[maker.op_type] + form_of(node),
         [*taken, *node.inputs[1:]],
         [*attributes, *node.attributes.values()],
         overload=_overload(maker, node),
@@ -76,9 +76,14 @@ def _replace(graph: ir.Graph, maker: ir.Node, node: ir.Node, together: ir.Node) 
     ir.convenience.replace_nodes_and_values(graph, node, [node, maker], [together], before, after)
 
 
-def _form(node: ir.Node) -> str:
-    """Return the end of RowLinear's name: the bits of codes, or nothing."""
-    return node.op_type.removeprefix(operators.ROW_LINEAR)
+def name_of(node: ir.Node) -> str:
+    """Return the name of a product without its form."""
+    return node.op_type.rstrip("48")
+
+
+def form_of(node: ir.Node) -> str:
+    """Return the end of a product's name: the bits of codes, or nothing."""
+    return node.op_type.removeprefix(name_of(node))
 
 
 def _overload(maker: ir.Node, node: ir.Node) -> str:
@@ -88,7 +93,7 @@ def _overload(maker: ir.Node, node: ir.Node) -> str:
 
 def _function(maker: ir.Node, node: ir.Node) -> ir.Function:
     """Define what `_together` calls: the one function after the other."""
-    ops, form = Ops(), _form(node)
+    ops, form = Ops(), form_of(node)
     taken = [ir.Value(name=name) for name in TAKEN[maker.op_type]]
     rows = [ir.Value(name=name) for name in _row_inputs(form, biased=node.overload == WITH_BIAS)]
     passed = [value for value, given in zip(taken, maker.inputs, strict=False) if given is not None]
@@ -124,7 +129,7 @@ def _function(maker: ir.Node, node: ir.Node) -> ir.Function:
     return ir.Function(operators.FUNCTION_DOMAIN, name, _overload(maker, node), graph=graph, attributes=attributes)
 
 
-def _flat(function: ir.Function, called: Sequence[ir.Function]) -> ir.Function:
+def flat(function: ir.Function, called: Sequence[ir.Function]) -> ir.Function:
     """Put the bodies of the called functions in the place of the calls: ONNX Runtime infers no types through calls
     inside of functions."""
     for each in called:

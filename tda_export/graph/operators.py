@@ -21,7 +21,11 @@ ROW_LINEAR = "RowLinear"
 CALL_PRICE = "CallPrice"
 GATED_ACTIVATION = "GatedActivation"
 NORM_ROW_LINEAR = "NormRowLinear"
+RMS_NORM = "RmsNorm"
+RMS_ROW_LINEAR = "RmsRowLinear"
 GATED_ROW_LINEAR = "GatedRowLinear"
+GATED_ROW_LINEAR_ADD = "GatedRowLinearAdd"
+ROW_LINEAR_ADD = "RowLinearAdd"
 ATTENTION = "Attention"
 
 # Attention's inputs by position, which are GroupQueryAttention's. Where `query` holds queries, keys and values side by
@@ -114,6 +118,15 @@ INTEGER_ROW_LINEAR_INPUTS = (*INTEGER_LINEAR_INPUTS, IntegerInput.ROW_PRICE, Int
 # attributes are those of both.
 NORM_INPUTS = ("x", "residual", "norm_weight")  # [.., in] twice, [in]
 GATED_INPUTS = ("gate", "up")  # [.., in] twice; without `up`, gate holds both side by side, [.., 2 in]
+
+# RowLinearAdd and GatedRowLinearAdd, and their forms, have one more input, the first one: `residual` [.., out]. It is
+# added to the result once that is rounded to its dtype. They give the sum and its square parts, float32
+# [.., out / SQUARE_COLUMNS]: the sums of the squares of so many neighbouring columns. RmsRowLinear takes such a sum and
+# its square parts in the place of x and residual; its attributes are those of NormRowLinear. RmsNorm, for graphs that
+# need the norm itself, gives no more than that.
+RESIDUAL = "residual"
+RMS_INPUTS = ("x", "squares", "norm_weight")
+SQUARE_COLUMNS = 32
 
 
 class FfnInput:

@@ -23,6 +23,7 @@ from tda_export.graph.greedy import greedy_token_function, greedy_tokens
 from tda_export.graph.integer_linear import integer_row_linear
 from tda_export.graph.linear import FunctionGraphBuilder, linear_functions
 from tda_export.graph.row_linear import call_price, call_price_function, dropped_rows, row_linear, row_linear_functions
+from tda_export.graph.sums import add_residuals
 from tda_export.graph.weight_plan import PricedRows
 from tda_export.graph.weights_file import WeightTable
 from tda_export.models.spec import DecoderSpec
@@ -168,6 +169,7 @@ def build_priced_decode(
     model = graph.model("decode", declared, defaults, functions)
     if half:
         fuse(model)
+        add_residuals(model)
     return model
 
 

@@ -2,7 +2,8 @@
 
 namespace tda {
 
-GatedCall::GatedCall(const KernelContext& context) : gate(context.Input(0)), up(context.Input(1)) {
+GatedCall::GatedCall(const KernelContext& context, size_t place)
+    : gate(context.Input(place)), up(context.Input(place + 1)) {
   if (gate.rank == 0) Fail("gate: expected shape [.., neurons], got ", gate.Shape());
   const int64_t width = gate.sizes[gate.rank - 1];
   h = gate;

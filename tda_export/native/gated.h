@@ -7,7 +7,8 @@ namespace tda {
 
 // Describe a call: gate and up [.., F], or one input [.., 2 F] that holds them side by side.
 struct GatedCall {
-  explicit GatedCall(const KernelContext& context);
+  // `place` is that of the input gate.
+  explicit GatedCall(const KernelContext& context, size_t place = 0);
 
   // The start of a row's second half, in elements of T, where up has no separate input.
   template <class T>

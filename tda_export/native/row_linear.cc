@@ -19,7 +19,7 @@ std::vector<IoType> RowLinearInputs(std::vector<IoType> x, ElementType type, std
 }
 
 RowLinearCall::RowLinearCall(const KernelContext& context, const InputsAhead& ahead, size_t weight_tensors)
-    : x(context.Input(0)),
+    : x(context.Input(ahead.place)),
       weight(context.Input(ahead.count)),
       row_price(context.Input(ahead.count + weight_tensors + kRowPrice)),
       price(context.Input(ahead.count + weight_tensors + kPrice)),

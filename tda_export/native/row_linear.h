@@ -17,11 +17,13 @@ std::vector<IoType> RowLinearInputs(std::vector<IoType> x, ElementType type, std
 // The number of the input `price` of a node with so many inputs ahead of w, which holds floats or codes.
 constexpr size_t PriceInput(size_t ahead, bool codes) { return ahead + (codes ? 3 : 1) + 1; }
 
-// What a node has ahead of w: so many inputs, the first of which has a name, and `parts` columns for each row of w.
+// What a node has ahead of w: so many inputs, and among them x, which has a name, a place, and `parts` columns for each row
+// of w.
 struct InputsAhead {
   size_t count = 1;
   const char* name = "x";
   int64_t parts = 1;
+  size_t place = 0;
 };
 
 struct RowLinearCall {

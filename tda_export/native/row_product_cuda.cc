@@ -53,9 +53,6 @@ bool SuitsMatrices(const StoredMatrix& matrix, int64_t bits) {
          aligned(matrix.scales, 16) && aligned(matrix.zero_points, static_cast<uintptr_t>(bits));
 }
 
-// Inputs ahead of the matrix, by where x comes from.
-constexpr size_t kAhead[] = {1, 3, 2};
-
 // Whether a node's price is a constant at which every row is read.
 bool DropsNothing(const KernelInfo& info, size_t ahead, bool codes) {
   const Tensor constant = info.Constant(PriceInput(ahead, codes));
@@ -170,11 +167,11 @@ class RowLinearKernels {
   CudaKernel clear_counters;
 };
 
-RowProduct::RowProduct(const KernelInfo& info, ElementType type, int bits, RowInputs inputs,
+RowProduct::RowProduct(const KernelInfo& info, ElementType type, int bits, size_t ahead, RowInputs inputs,
                        const std::vector<std::string>& defines)
     : allocator_(info),
       early_(info.Flag("early")),
-      every_row_(DropsNothing(info, kAhead[static_cast<int>(inputs)], bits > 0)),
+      every_row_(DropsNothing(info, ahead, bits > 0)),
       many_tokens_(info, type, bits) {
   if (bits > 0) layout_.emplace(info, bits);
   stored_ = &RowLinearKernels::Get(type, bits, RowInputs::kStored, {});
@@ -189,16 +186,20 @@ StoredMatrix RowProduct::Matrix(const RowLinearCall& call) const {
   return layout_ ? StoredCodes(*layout_, call.weight, call.scales, call.zero_points) : StoredElements(call.weight);
 }
 
-void RowProduct::Multiply(const KernelContext& context, const RowLinearCall& call, const void* x) const {
+void RowProduct::Multiply(const KernelContext& context, const RowLinearCall& call, const void* x,
+                          const Addition& addition) const {
   if (call.y.Count() == 0) return;
   if (many_tokens_.Pays(call.tokens)) {
     many_tokens_.Multiply(context, {x, Matrix(call), false, call.tokens, call.inputs, call.outputs, call.y.data,
                                     call.row_price.As<const float>(), call.price.As<const float>(), call.bias.data,
                                     every_row_});
+    if (addition.kernels != nullptr) addition.kernels->Add(context, call.tokens, call.outputs, addition, call.y.data);
     return;
   }
   RowLinearArguments arguments = {};
   arguments.x = x;
+  arguments.residual = addition.residual;
+  arguments.squares = addition.squares;
   Launch(context, call, *stored_, arguments);
 }
 

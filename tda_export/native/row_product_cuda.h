@@ -9,6 +9,7 @@
 
 #include "many_tokens_cuda.h"
 #include "row_linear.h"
+#include "sums_cuda.h"
 
 namespace tda {
 
@@ -23,32 +24,35 @@ struct RowLinearArguments {
   void* y;
   int tokens, inputs, outputs, counters;
   int early;
+  const void* residual;
+  float* squares;
   // What x is made from; kernels that find it stored take no more than the arguments above.
   const void* other;
   const void* norm_weight;
   void* sum;
+  const float* x_squares;
   float epsilon;
   int wide;
 };
 
 // What device/row_linear.cu calls TDA_INPUTS.
-enum class RowInputs { kStored, kNormed, kGated };
+enum class RowInputs { kStored, kNormed, kGated, kRms };
 
 class RowLinearKernels;
 
 class RowProduct {
  public:
-  // `defines` are those that kernels with such inputs need besides.
-  RowProduct(const KernelInfo& info, ElementType type, int bits, RowInputs inputs = RowInputs::kStored,
-             const std::vector<std::string>& defines = {});
+  // `ahead`: how many inputs the node has ahead of w. `defines` are those that kernels with such inputs need besides.
+  RowProduct(const KernelInfo& info, ElementType type, int bits, size_t ahead = 1,
+             RowInputs inputs = RowInputs::kStored, const std::vector<std::string>& defines = {});
 
   RowLinearCall Read(const KernelContext& context, const InputsAhead& ahead = {}) const;
 
-  // Multiply what is stored at `x`, [tokens, inputs].
-  void Multiply(const KernelContext& context, const RowLinearCall& call, const void* x) const;
+  // Multiply what is stored at `x`, [tokens, inputs], and add the residual, if there is one.
+  void Multiply(const KernelContext& context, const RowLinearCall& call, const void* x, const Addition& addition = {}) const;
 
-  // Multiply the inputs that `made`, whose other members are not read, tells the kernel to make: of one token, and where
-  // there are outputs. The bits are those of Multiply.
+  // Multiply the inputs that `made` tells the kernel to make: of one token, and where there are outputs. Of its other
+  // members the kernel reads residual and squares. The bits are those of Multiply.
   void MultiplyMade(const KernelContext& context, const RowLinearCall& call, const RowLinearArguments& made) const;
 
  private:

@@ -49,12 +49,16 @@ def test_a_layer_is_five_nodes(
     source_of: Callable[[str], ModelSource],  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    """With packed sites: the norm goes into what reads it, and so does the gate. The first norm adds nothing."""
+    """With packed sites: the norm goes into what reads it, and so does the gate; the residual into what makes it. The
+    first norm adds nothing."""
     source = source_of("llama")
     layers, form = source.spec.num_layers, {"float": "", "int4": "4", "int8": "8"}[weights]
     found = nodes(build(source, tmp_path / "artifact", "sites", weights))
-    assert found[f"NormRowLinear{form}"] == 2 * layers - 1
-    assert found[f"GatedRowLinear{form}"] == layers
+    assert found[f"RmsRowLinear{form}"] == 2 * layers - 1
+    assert found[f"NormRowLinear{form}"] == 0
+    assert found[f"RowLinearAdd{form}"] == layers
+    assert found[f"GatedRowLinearAdd{form}"] == layers - 1
+    assert found[f"GatedRowLinear{form}"] == 1  # the last one
     assert found["Attention"] == layers
     assert found["AddNorm"] == 1  # the last one, which the head reads
     assert found["GatedActivation"] == 0
@@ -83,6 +87,7 @@ def test_the_same_bits(
 ) -> None:
     """By the functions' bodies, in a stock ONNX Runtime."""
     source = source_of(family)
+    monkeypatch.setattr(priced, "add_residuals", lambda model: None)
     fused = build(source, tmp_path / "fused", packing, weights, 0.3)
     with monkeypatch.context() as patched:
         patched.setattr(priced, "fuse", lambda model: None)

@@ -252,6 +252,7 @@ T __ldcg(const T* address) {
   return *address;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __clz(unsigned bits) { return bits == 0 ? 32 : __builtin_clz(bits); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __int_as_float(int bits) { return Reinterpret<float>(bits); }
 inline float __uint_as_float(unsigned bits) { return Reinterpret<float>(bits); }

@@ -2,9 +2,13 @@
 
 compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.native.every_kernel
 compute-sanitizer --tool racecheck --error-exitcode 1 python -m tests.native.every_kernel
+
+Arguments are element types, both by default, so that two processes share the work.
 """
 
 from __future__ import annotations
+
+import sys
 
 import numpy as np
 
@@ -16,6 +20,7 @@ from tests.code_model import code_session, feeds_of, random_codes, row_feeds
 from tests.ffn_model import NUMPY_DTYPES, array_of, ffn_session, ort_value, random_feeds, run
 from tests.fused_model import AHEAD, fused_feeds, fused_session, run_all
 from tests.native.test_functions import run as run_function
+from tests.native.test_row_linear_sums import ADDING, layer_feeds, layer_session
 from tests.row_model import price_for, random_rows, row_session
 from tests.sessions import CUDA
 
@@ -117,6 +122,18 @@ def fused(rng: np.random.Generator, dtype: str) -> None:
                         assert np.isfinite(result.astype(np.float32)).all()
 
 
+def sums(rng: np.random.Generator, dtype: str) -> None:
+    """Products that add a residual, and the norms of the sums."""
+    for bits in (0, 4, 8):
+        for *sizes, tokens in ((33, 544, 577, 1), (304, 4096, 264, 1), (90, 256, 264, 5), (64, 96, 40, 40)):
+            inputs, hidden, outputs = sizes
+            for kind in ADDING:
+                feeds = layer_feeds(rng, kind, bits, (inputs, hidden, outputs), tokens=tokens, dtype=dtype)
+                session = layer_session(kind, bits, inputs, hidden, outputs, dtype=dtype, sums=True)
+                for result in run_all(session, feeds):
+                    assert np.isfinite(result.astype(np.float32)).all()
+
+
 def attention(rng: np.random.Generator, dtype: str) -> None:
     for kv in ("float", "int8"):
         for size, heads, kv_heads in ((16, 3, 1), (48, 2, 1), (128, 8, 1), (256, 1, 1), (64, 96, 32), (128, 40, 40)):
@@ -130,12 +147,13 @@ def attention(rng: np.random.Generator, dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    for dtype in ("float16", "bfloat16"):
+    for dtype in sys.argv[1:] or ("float16", "bfloat16"):
         generator = np.random.default_rng(0)
         ffn(generator, dtype)
         functions(generator, dtype)
         rows(generator, dtype)
         codes(generator, dtype)
         fused(generator, dtype)
+        sums(generator, dtype)
         attention(generator, dtype)
         print(f"every kernel ran in {dtype}")

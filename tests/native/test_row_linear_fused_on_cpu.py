@@ -1,4 +1,4 @@
-"""The device code of NormRowLinear and GatedRowLinear, run on the CPU: the bits of separate kernels."""
+"""The device code of products that make their own input, run on the CPU: the bits of separate kernels."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from tests.ffn_model import NUMPY_DTYPES
 from tests.fused_model import EPSILON, revealing_epsilon
 from tests.native.cuda_on_cpu import Guarded, compile_for_cpu
 from tests.native.test_row_linear_on_cpu import BY_MATRICES, Arguments, columns_of, load_of
+from tests.sums_model import square_parts
 
 pytestmark = [
     pytest.mark.long,
@@ -45,7 +46,7 @@ KERNELS = {
     4: {"1_32_8_2": 8, "1_16_8_2": 8, "1_8_16_1": 16, "1_1_8_3": 8},
     8: {"1_8_8_3": 8, "1_8_8_2": 8, "1_8_16_1": 16, "1_1_8_3": 8},
 }
-STORED, NORMED, GATED = range(3)
+STORED, NORMED, GATED, RMS = range(4)
 NORM_THREADS, THREADS = 512, 256
 ACTIVATIONS = {0: 1, 4: 0, 8: 2}  # by bits, so that not every pair is compiled
 CLUSTERS = {"float16": 1, "bfloat16": 0}  # by dtype, likewise
@@ -54,7 +55,7 @@ CLUSTERS = {"float16": 1, "bfloat16": 0}  # by dtype, likewise
 class FusedArguments(ctypes.Structure):
     _fields_ = (
         *Arguments._fields_,
-        *((name, ctypes.c_void_p) for name in ("other", "norm_weight", "sum")),
+        *((name, ctypes.c_void_p) for name in ("other", "norm_weight", "sum", "x_squares")),
         ("epsilon", ctypes.c_float),
         ("wide", ctypes.c_int),
     )
@@ -76,6 +77,27 @@ class GatedArguments(ctypes.Structure):
     )
 
 
+class RmsArguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "squares", "weight", "normed")),
+        *((name, ctypes.c_int) for name in ("tokens", "columns")),
+        ("epsilon", ctypes.c_float),
+    )
+
+
+class AddArguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("y", "residual", "squares")),
+        *((name, ctypes.c_int) for name in ("tokens", "columns")),
+    )
+
+
+# Kernels of linear.cu by the name of their arguments, with their threads.
+NORMS = {
+    "AddNormArguments": {"AddNorm_8": NORM_THREADS, "AddNorm_1": NORM_THREADS},
+    "RmsNormArguments": {"RmsNorm": THREADS},
+    "AddSquaresArguments": {"AddSquares": THREADS},
+}
 Compile = Callable[..., ctypes.CDLL]
 
 
@@ -93,9 +115,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
             )
             kernels = {f"RowLinear_{name}": 32 * warps for name, warps in named.items()}
             return compile_for_cpu(folder, (*COMMON, *ROWS), kernels, "RowLinearArguments", defines)
-        if source == "linear":
-            kernels = dict.fromkeys(("AddNorm_8", "AddNorm_1"), NORM_THREADS)
-            return compile_for_cpu(folder, (*COMMON, "linear.cu"), kernels, "AddNormArguments", defines)
+        if source in NORMS:
+            return compile_for_cpu(folder, (*COMMON, "row_totals.cuh", "linear.cu"), NORMS[source], source, defines)
         kernels = dict.fromkeys(("Gated_8", "Gated_1"), THREADS)
         return compile_for_cpu(folder, (*COMMON, "gated_activation.cu"), kernels, "GatedArguments", defines)
 
@@ -226,7 +247,7 @@ def assert_norm_within(
         epsilon=epsilon,
         early=1,
     )
-    library = compiled("linear", TDA_BF16=int(x.dtype == ml_dtypes.bfloat16), TDA_BITS=0)
+    library = compiled("AddNormArguments", TDA_BF16=int(x.dtype == ml_dtypes.bfloat16), TDA_BITS=0)
     library.Run(b"AddNorm_8" if wide else b"AddNorm_1", 1, 1, 1, 1, ctypes.byref(arguments))
     choose_price(rng, normed.array.view(x.dtype), product, price)
     expected = product.run(STORED, normed.array)
@@ -346,6 +367,57 @@ def test_squares_are_added_in_the_order_of_the_norm(
 
 
 @settings(max_examples=25, **SLOW)
+@given(case=CASES)
+def test_a_norm_of_a_sum_whose_squares_are_given(compiled: Compile, case: Case) -> None:
+    rng, product = case.product(compiled)
+    x, weight = (rng.standard_normal((2, case.inputs)) * 2).astype(NUMPY_DTYPES[case.dtype])
+    spoil(rng, x, case.spoiled)
+    with np.errstate(all="ignore"):
+        squares = square_parts(x)
+    normed = bits_like(case.inputs)
+    arguments = RmsArguments(
+        x=address(x),
+        squares=address(squares),
+        weight=address(weight),
+        normed=address(normed.array),
+        tokens=1,
+        columns=case.inputs,
+        epsilon=EPSILON,
+    )
+    library = compiled("RmsNormArguments", TDA_BF16=int(case.dtype == "bfloat16"), TDA_BITS=0)
+    library.Run(b"RmsNorm", 1, 1, 1, 1, ctypes.byref(arguments))
+    normed.check()
+    found = normed.array.view(x.dtype).astype(np.float64)
+    with np.errstate(all="ignore"):
+        exact = x.astype(np.float64) / np.sqrt((x.astype(np.float64) ** 2).mean() + EPSILON) * weight
+    if np.isfinite(exact).all():
+        np.testing.assert_allclose(found, exact, rtol={"float16": 1e-3, "bfloat16": 8e-3}[case.dtype], atol=1e-7)
+    choose_price(rng, normed.array.view(x.dtype), product, case.price)
+    y = product.run(RMS, x, norm_weight=address(weight), x_squares=address(squares), epsilon=EPSILON)
+    np.testing.assert_array_equal(y, product.run(STORED, normed.array))
+
+
+@pytest.mark.parametrize("dtype", list(CLUSTERS))
+@pytest.mark.parametrize("columns", [1, 31, 64, 300, 576])
+def test_the_addition_to_many_tokens(compiled: Compile, columns: int, dtype: str) -> None:
+    """It is that of a product, whose own addition test_row_linear_on_cpu.py shows."""
+    rng = np.random.default_rng(columns)
+    product, residual = (rng.standard_normal((2, 3, columns)) * 2).astype(NUMPY_DTYPES[dtype])
+    y, squares = Guarded((3, columns), np.dtype(np.uint16)), Guarded((3, -(-columns // 32)), np.dtype(np.float32))
+    y.array[:] = product.view(np.uint16)
+    arguments = AddArguments(
+        y=address(y.array), residual=address(residual), squares=address(squares.array), tokens=3, columns=columns
+    )
+    library = compiled("AddSquaresArguments", TDA_BF16=int(dtype == "bfloat16"), TDA_BITS=0)
+    library.Run(b"AddSquares", 3, -(-columns // THREADS), 1, 1, ctypes.byref(arguments))
+    for guarded in (y, squares):
+        guarded.check()
+    sums = (product.astype(np.float32) + residual.astype(np.float32)).astype(product.dtype)
+    np.testing.assert_array_equal(y.array, sums.view(np.uint16))
+    np.testing.assert_array_equal(squares.array, square_parts(sums))
+
+
+@settings(max_examples=25, **SLOW)
 @given(case=CASES, packed=st.booleans())
 def test_a_gated_activation_within_the_product(compiled: Compile, case: Case, packed: bool) -> None:
     rng, product = case.product(compiled)
@@ -370,4 +442,13 @@ def test_a_gated_activation_within_the_product(compiled: Compile, case: Case, pa
     h.check()
     element = ml_dtypes.bfloat16 if bf16 else np.float16
     choose_price(rng, h.array.view(element), product, case.price)
-    np.testing.assert_array_equal(product.run(GATED, gate, other=address(up)), product.run(STORED, h.array))
+    y = product.run(GATED, gate, other=address(up))
+    np.testing.assert_array_equal(y, product.run(STORED, h.array))
+    residual = rng.standard_normal(len(y)).astype(element)
+    squares = Guarded((-(-len(y) // 32),), np.dtype(np.float32))
+    added = product.run(GATED, gate, other=address(up), residual=address(residual), squares=address(squares.array))
+    squares.check()
+    with np.errstate(all="ignore"):
+        sums = (y.view(element).astype(np.float32) + residual.astype(np.float32)).astype(element)
+        np.testing.assert_array_equal(added.view(element).astype(np.float32), sums.astype(np.float32))
+        np.testing.assert_array_equal(squares.array, square_parts(sums))

@@ -18,6 +18,7 @@ from tests.code_model import row_feeds, row_reference
 from tests.native.cuda_on_cpu import Guarded, compile_for_cpu, has_clusters
 from tests.native.test_codes_cuda import assert_close
 from tests.row_model import price_for, worth
+from tests.sums_model import square_parts
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="written for Linux on x86-64"
@@ -46,6 +47,7 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("columns", "group_shift")),
         *((name, ctypes.c_void_p) for name in ("row_price", "price", "bias", "partial", "arrived", "y")),
         *((name, ctypes.c_int) for name in ("tokens", "inputs", "outputs", "counters", "early")),
+        *((name, ctypes.c_void_p) for name in ("residual", "squares")),
     )
 
 
@@ -89,13 +91,21 @@ def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def multiply(
     library: ctypes.CDLL, kernel: str, format: IntegerFormat, feeds: dict[str, np.ndarray], blocks: int, early: bool
 ) -> np.ndarray:
-    """Run a kernel with this many blocks for a slice of columns."""
+    """Run a kernel with this many blocks for a slice of columns, and return y."""
+    return multiply_and_add(library, kernel, format, feeds, blocks, early)[0]
+
+
+def multiply_and_add(
+    library: ctypes.CDLL, kernel: str, format: IntegerFormat, feeds: dict[str, np.ndarray], blocks: int, early: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Do the same with the residual of the feeds, if there is one, and return y and its square parts."""
     feeds = {name: np.asarray(array, order="C") for name, array in feeds.items()}
     x, outputs = feeds["x"], feeds["bias"].shape[0]
     tile, width = int(kernel.split("_")[0]), columns_of(kernel)
     tiles, slices = -(-x.shape[1] // tile), -(-outputs // (32 * width))
     y = Guarded((1, x.shape[1], outputs), np.dtype(np.uint16))
     partial = Guarded((tiles * slices * blocks * tile * 32 * width,), np.dtype(np.float32))
+    squares = Guarded((1, x.shape[1], -(-outputs // 32)), np.dtype(np.float32))
     arrived = np.zeros(tiles * slices, np.uint32)
     arguments = Arguments(
         x=x.ctypes.data,
@@ -111,12 +121,14 @@ def multiply(
         outputs=outputs,
         counters=len(arrived),
         early=early,
+        residual=feeds["residual"].ctypes.data if "residual" in feeds else None,
+        squares=squares.array.ctypes.data if "residual" in feeds else None,
     )
     cluster = blocks if has_clusters(library) else 1
     library.Run(f"RowLinear_{kernel}".encode(), blocks, slices, tiles, cluster, ctypes.byref(arguments))
-    for guarded in (y, partial):
+    for guarded in (y, partial, squares):
         guarded.check()
-    return y.array.view(ml_dtypes.bfloat16 if x.dtype == ml_dtypes.bfloat16 else np.float16)
+    return y.array.view(ml_dtypes.bfloat16 if x.dtype == ml_dtypes.bfloat16 else np.float16), squares.array.copy()
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -153,6 +165,26 @@ def test_sums_over_the_rows_that_are_worth_it(
     feeds["price"] = price_for(feeds, density)
     y = multiply(way.libraries[format.bits], kernel, format, feeds, blocks, early)
     assert_close(y, row_reference(feeds, elements, bias=True), way.dtype)
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 4, 15])
+def test_a_residual_is_added_to_the_rounded_total(way: Way, blocks: int) -> None:
+    """With the squares of the sums, where some columns of the last slice are missing. Clusters of other than a power of
+    two leave the sums to some of their blocks."""
+    for bits, kernels in way.kernels.items():
+        for kernel in kernels:
+            format, rng = integer_format(bits), np.random.default_rng(blocks)
+            tokens = 1 if kernel.startswith("1_") else 5
+            outputs = 512 if kernel in BY_MATRICES else 32 * columns_of(kernel) + 3 * load_of(kernel)
+            feeds, _ = row_feeds(rng, format, 70, outputs, tokens, way.dtype)
+            alone = multiply(way.libraries[bits], kernel, format, feeds, blocks, True)
+            residual = rng.standard_normal(alone.shape).astype(alone.dtype)
+            sums, squares = multiply_and_add(
+                way.libraries[bits], kernel, format, feeds | {"residual": residual}, blocks, True
+            )
+            expected = (alone.astype(np.float32) + residual.astype(np.float32)).astype(alone.dtype)
+            np.testing.assert_array_equal(sums.view(np.uint16), expected.view(np.uint16))
+            np.testing.assert_array_equal(squares, square_parts(sums))
 
 
 @pytest.mark.parametrize("size", [1e-3, 300.0])

@@ -133,6 +133,7 @@ struct MaskedNeurons {
   }
 
   __device__ __forceinline__ Given Read(const Candidate&) const { return {}; }
+  __device__ __forceinline__ void Complete() const {}
 
   __device__ __forceinline__ void Values(const Candidate& candidate, const Given&, int k, float (&values)[kTokens]) const {
 #pragma unroll
@@ -163,7 +164,13 @@ static __device__ __forceinline__ void DownSums(const FfnArguments& a) {
                    blockIdx.y * kWarp * kWidth, shared.rows[warp], sums, [] { WaitForEarlierKernels(); });
   WaitForEarlierKernels();
   LetNextKernelStart();
-  const Totals totals = {a.down_bias, a.y + static_cast<size_t>(first_token) * a.hidden, a.hidden, tokens};
+  const Totals totals = {a.down_bias,
+                         nullptr,
+                         a.y,
+                         nullptr,
+                         static_cast<unsigned>(a.hidden),
+                         static_cast<unsigned>(first_token),
+                         static_cast<unsigned>(a.tokens)};
   __syncthreads();  // the rows give way to the sums
   AddBlocksInMemory<typename Format::Lanes>(sums, shared.sums, a.partial, a.arrived, totals);
 }

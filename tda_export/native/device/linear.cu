@@ -116,6 +116,49 @@ static __device__ __forceinline__ void AddNorm(const AddNormArguments& a) {
   }
 }
 
+#if !TDA_BITS
+// y + residual, and the squares of the sums, as a product that adds a residual makes them (row_totals.cuh).
+struct AddSquaresArguments {
+  Element* y;               // [tokens, columns]; then the sums
+  const Element* residual;  // [tokens, columns]
+  float* squares;           // [tokens, SquareParts(columns)]
+  int tokens, columns;
+};
+
+// Block (x, y) adds kThreads columns of token x.
+extern "C" __global__ void __launch_bounds__(kThreads) AddSquares(AddSquaresArguments a) {
+  WaitForEarlierKernels();
+  LetNextKernelStart();
+  const Totals totals = {nullptr, a.residual, a.y, a.squares, static_cast<unsigned>(a.columns), blockIdx.x, blockIdx.x + 1};
+  const Totals::Cell<kAnyTokens, kThreads> cell(totals, threadIdx.x);
+  const float total = cell.wanted ? ToFloat(a.y[cell.Place(a.columns)]) : 0.0f;
+  totals.Store(cell, total, totals.Read(cell));
+}
+
+struct RmsNormArguments {
+  const Element* x;       // [tokens, columns]
+  const float* squares;   // [tokens, SquareParts(columns)] of x
+  const Element* weight;  // [columns]
+  Element* normed;        // [tokens, columns]
+  int tokens, columns;
+  float epsilon;
+};
+
+// The norm of sums whose squares are given, as a product makes it of one token (row_linear.cu): one block a token.
+extern "C" __global__ void __launch_bounds__(kThreads) RmsNorm(RmsNormArguments a) {
+  WaitForEarlierKernels();
+  LetNextKernelStart();
+  const float* squares = a.squares + static_cast<size_t>(blockIdx.x) * SquareParts(a.columns);
+  GivenSquares given;
+  given.Read(squares, a.columns);
+  const float scale = given.Scale(squares, a.columns, a.epsilon);
+  const size_t row = static_cast<size_t>(blockIdx.x) * a.columns;
+  for (int at = threadIdx.x; at < a.columns; at += kThreads) {
+    a.normed[row + at] = FromFloat(Normed(ToFloat(a.weight[at]), ToFloat(a.x[row + at]), scale));
+  }
+}
+#endif
+
 #if TDA_BITS
 #define TDA_LINEAR_FORMAT(width) CodeFormat<TDA_BITS, width * TDA_BITS / 32>
 #else

@@ -29,3 +29,29 @@ static __device__ __forceinline__ float NormScale(const float (&squares)[kNormWa
 }
 
 static __device__ __forceinline__ float Normed(float weight, float sum, float scale) { return weight * (sum * scale); }
+
+// Squares that the kernel that stores a sum has added for the norm of it: a part for each kWarp columns.
+static __device__ __forceinline__ unsigned SquareParts(unsigned columns) { return (columns + kWarp - 1) / kWarp; }
+
+// They, read by a warp: a lane has parts kWarp apart.
+struct GivenSquares {
+  static constexpr unsigned kHeld = 8;  // of 8192 columns; of more, a lane reads the rest later
+
+  __device__ __forceinline__ void Read(const float* squares, unsigned columns) {
+    const unsigned lane = threadIdx.x % kWarp, parts = SquareParts(columns);
+#pragma unroll
+    for (unsigned i = 0; i < kHeld; ++i) held[i] = lane + i * kWarp < parts ? squares[lane + i * kWarp] : 0.0f;
+  }
+
+  // Return what every sum is multiplied with. All lanes call it.
+  __device__ __forceinline__ float Scale(const float* squares, unsigned columns, float epsilon) const {
+    const unsigned lane = threadIdx.x % kWarp, parts = SquareParts(columns);
+    float sum = 0.0f;
+#pragma unroll
+    for (unsigned i = 0; i < kHeld; ++i) sum += held[i];
+    for (unsigned part = lane + kHeld * kWarp; part < parts; part += kWarp) sum += squares[part];
+    return rsqrtf(WarpSum(sum) / columns + epsilon);
+  }
+
+  float held[kHeld];
+};

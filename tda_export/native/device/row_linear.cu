@@ -1,8 +1,9 @@
 // tda::RowLinear, RowLinear4 and RowLinear8 on CUDA: y = sum over i of x[i] * w[i, :] + bias, over the rows that a token
-// needs; and, of one token, NormRowLinear and GatedRowLinear with their forms, whose x is a norm or a gated activation
-// that every block makes for itself. Compile-time constants: TDA_BITS of a code, 0 where weights are elements,
-// TDA_CLUSTERS, whether the GPU has them, TDA_INPUTS, where x comes from: 0 stored, 1 a norm, 2 a gated activation, and
-// for the latter TDA_ACTIVATION (device/activation.cuh).
+// needs; and, of one token, NormRowLinear, RmsRowLinear and GatedRowLinear with their forms, whose x is a norm or a gated
+// activation that every block makes for itself. With a residual, y is the residual plus that, and `squares` is what a norm
+// of y needs. Compile-time constants: TDA_BITS of a code, 0 where weights are elements, TDA_CLUSTERS, whether the GPU has
+// them, TDA_INPUTS, where x comes from: 0 stored, 1 a norm, 2 a gated activation, 3 a norm whose squares are given, and for
+// a gated activation TDA_ACTIVATION (device/activation.cuh).
 //
 // One launch. A token drops row i where x[i]^2 * row_price[i] < price, compared in float32; rows of zeros are never read.
 
@@ -17,19 +18,21 @@ struct RowLinearArguments {
   Element* y;              // [tokens, outputs]
   int tokens, inputs, outputs, counters;
   int early;  // 1: no kernel that may still run writes weight, row_price, price or bias; 0: it may write price
+  const Element* residual;  // [tokens, outputs] or null
+  float* squares;           // [tokens, SquareParts(outputs)] of y, or null
 #if TDA_INPUTS
   const Element* other;  // [inputs]: what a norm adds to x, or the up of a gated activation
-#endif
-#if TDA_INPUTS == 1
   const Element* norm_weight;  // [inputs]; written by no kernel that may still run
   Element* sum;                // [inputs]: x + other
+  const float* x_squares;      // [SquareParts(inputs)] of x
   float epsilon;
   int wide;  // whether AddNorm would use wide loads
 #endif
 };
 
 // Inputs say what x is: `Known` is what can be read of a row before earlier kernels have ended, and `Given` what is read
-// after them, ahead of Value. Make() comes between; all threads of the block call it. A row of -1 has the value 0.
+// after them, ahead of Value. All threads of a block call Make() between, and Complete() between Read and Value. A row of -1
+// has the value 0.
 #if TDA_INPUTS == 0
 struct Inputs {
   struct Known {};
@@ -41,6 +44,7 @@ struct Inputs {
   __device__ __forceinline__ Known Look(int) const { return {}; }
   template <int kBlockWarps>
   __device__ __forceinline__ void Make() {}
+  __device__ __forceinline__ void Complete() {}
   __device__ __forceinline__ Given Read(int) const { return {}; }
   __device__ __forceinline__ float Value(int row, const Known&, const Given&, int t, int tokens) const {
     float value = 0.0f;
@@ -74,6 +78,7 @@ struct Inputs {
     __syncthreads();
     scale = NormScale(squares, a.inputs, a.epsilon);
   }
+  __device__ __forceinline__ void Complete() {}
 
   __device__ __forceinline__ Given Read(int row) const {
     if (row < 0) return {};
@@ -127,6 +132,32 @@ struct Inputs {
   const RowLinearArguments& a;
   float scale = 0.0f;
 };
+#elif TDA_INPUTS == 3
+struct Inputs {
+  using Known = float;  // the weight
+  using Given = Element;
+
+  __device__ __forceinline__ Inputs(const RowLinearArguments& a, int) : a(a) {}
+
+  __device__ __forceinline__ Known Look(int row) const { return row < 0 ? 0.0f : ToFloat(a.norm_weight[row]); }
+
+  // Every warp adds all squares, so no thread waits for another warp's; and rows are read before they are there.
+  template <int kBlockWarps>
+  __device__ __forceinline__ void Make() {
+    squares.Read(a.x_squares, a.inputs);
+  }
+  __device__ __forceinline__ void Complete() { scale = squares.Scale(a.x_squares, a.inputs, a.epsilon); }
+
+  __device__ __forceinline__ Given Read(int row) const { return row < 0 ? Element() : a.x[row]; }
+
+  __device__ __forceinline__ float Value(int row, const Known& weight, const Given& given, int, int) const {
+    return row < 0 ? 0.0f : ToFloat(FromFloat(Normed(weight, ToFloat(given), scale)));
+  }
+
+  const RowLinearArguments& a;
+  GivenSquares squares;
+  float scale = 0.0f;
+};
 #else
 struct Inputs {
   struct Known {};
@@ -139,12 +170,14 @@ struct Inputs {
   __device__ __forceinline__ Known Look(int) const { return {}; }
   template <int kBlockWarps>
   __device__ __forceinline__ void Make() {}
+  __device__ __forceinline__ void Complete() {}
   __device__ __forceinline__ Given Read(int row) const {
     if (row < 0) return {};
     return {gate[row], up[row]};
   }
   __device__ __forceinline__ float Value(int row, const Known&, const Given& given, int, int) const {
-    return row < 0 ? 0.0f : ToFloat(FromFloat(Gated(ToFloat(given.gate), ToFloat(given.up))));
+    // No branch: of a row of -1 both are 0, and so is their product.
+    return ToFloat(FromFloat(Gated(ToFloat(given.gate), ToFloat(given.up))));
   }
 
   const Element* gate;
@@ -161,7 +194,7 @@ struct PricedRows {
   };
   using Given = Inputs::Given;
 
-  const Inputs& inputs;
+  Inputs& inputs;
   const float* row_price;
   const float& price;
   int tokens;
@@ -174,6 +207,8 @@ struct PricedRows {
   }
 
   __device__ __forceinline__ Given Read(const Candidate& candidate) const { return inputs.Read(candidate.row); }
+
+  __device__ __forceinline__ void Complete() const { inputs.Complete(); }
 
   __device__ __forceinline__ void Values(const Candidate& candidate, const Given& given, int,
                                          float (&values)[kTokens]) const {
@@ -198,7 +233,7 @@ static __device__ __forceinline__ void RowLinear(const RowLinearArguments& a) {
   };
   Shared& shared = BlockMemory<Shared, Format::kRowsBy == RowsBy::kMatrices>();
   const int warp = threadIdx.x / kWarp;
-  const int first_token = blockIdx.z * kTokens;
+  const int first_token = kTokens == 1 ? 0 : blockIdx.z * kTokens;  // one token has a kernel of its own
   const int tokens = min(kTokens, a.tokens - first_token);
 #if TDA_CLUSTERS
   __shared__ ClusterSums<kTokens, kWidth> cluster_sums;
@@ -220,7 +255,13 @@ static __device__ __forceinline__ void RowLinear(const RowLinearArguments& a) {
   float sums[kTokens][kWidth] = {};
   AddRows<kTokens>(source, weight, a.inputs, warp * gridDim.x + blockIdx.x, gridDim.x * kBlockWarps,
                    blockIdx.y * kSlice, shared.rows[warp], sums, ready);
-  const Totals totals = {a.bias, a.y + static_cast<size_t>(first_token) * a.outputs, a.outputs, tokens};
+  const Totals totals = {a.bias,
+                         a.residual,
+                         a.y,
+                         a.squares,
+                         static_cast<unsigned>(a.outputs),
+                         static_cast<unsigned>(first_token),
+                         static_cast<unsigned>(a.tokens)};
   __syncthreads();  // the rows give way to the sums
 #if TDA_CLUSTERS
   AddBlocksInCluster<typename Format::Lanes>(sums, shared.sums, cluster_sums, totals);

@@ -13,6 +13,7 @@
 //                                 ended: the first rows are read meanwhile
 //   Given Read(candidate)         after earlier kernels: what values are computed from, where reads of several candidates
 //                                 would otherwise wait for computations between them
+//   Complete()                    between Read and Values: what all values need
 //   Values(candidate, given, k, values)  after earlier kernels: what each token multiplies it with; 0 where it does not
 //                                 need it
 
@@ -291,6 +292,7 @@ static __device__ __forceinline__ void AddRows(const Source& source, const Forma
     typename Source::Given given[kLooks];
 #pragma unroll
     for (int j = 0; j < kLooks; ++j) given[j] = source.Read(candidates[j]);
+    source.Complete();
     float values[kLooks][kTokens];
 #pragma unroll
     for (int j = 0; j < kLooks; ++j) source.Values(candidates[j], given[j], base + j * stride + own, values[j]);

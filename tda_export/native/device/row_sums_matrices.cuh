@@ -101,7 +101,6 @@ struct MatrixReader {
   static constexpr bool kEarlyListed = true;
   static constexpr int kRun = Format::Lanes::kRun;  // codes in 16 bits
   static constexpr int kFraction = 10;              // bits of a float16
-  static constexpr float kFullCode = 1 << 24;       // a float16 of bit 0 alone is 2^-24
   static constexpr int kParts = kBits;              // of 16 times 16 bits of a row
   static constexpr int kLoads = Format::kSliceBytes / 16, kLoadRows = kWarp / kLoads;
   static_assert(kEarly <= kWarp && Format::kSliceBytes % 128 == 0, "early rows are first candidates of a lane");
@@ -194,7 +193,7 @@ struct MatrixReader {
         start(s, first + kSlots * kRows);
       }
     }
-    Finish(products, zero_products, kFullCode / PowerOfTwo(power));
+    Finish(products, zero_products, FullCode(power));
   }
 
   // Return the exponent, as float16 has it, of the power of two that values are multiplied with: 2^8 to 2^9 for the
@@ -209,9 +208,8 @@ struct MatrixReader {
     return exponent > kMostExponent ? kOne : min(kWanted + kOne - exponent, kMostExponent);
   }
 
-  static __device__ __forceinline__ float PowerOfTwo(unsigned exponent) {
-    return __uint_as_float((exponent + 127 - 15) << 23);
-  }
+  // Return 2^24, which a float16 of bit 0 alone lacks to 1, divided by the power.
+  static __device__ __forceinline__ float FullCode(unsigned power) { return __uint_as_float((127 + 24 + 15 - power) << 23); }
 
   // Add the products of a matrix: element (unit, group) of products[k] is of code k in 16 bits. `power`: of values, float16.
   __device__ __forceinline__ void AddMatrix(const Slot& slot, const unsigned short* list_values, unsigned power,

@@ -5,13 +5,13 @@
 // turned by their lane, so that lanes meet different banks.
 template <int kTokens, int kWidth, int kBlockWarps>
 struct WarpSums {
-  static constexpr int kFours = kWidth / 4;  // 0: one column a lane
+  static constexpr unsigned kFours = kWidth / 4;  // 0: one column a lane
 
-  static __device__ __forceinline__ int Place(int cell) {
+  static __device__ __forceinline__ unsigned Place(unsigned cell) {
     if constexpr (kFours == 0) {
       return cell;
     } else {
-      const int lane = cell / kWidth, four = cell % kWidth / 4;
+      const unsigned lane = cell / kWidth, four = cell % kWidth / 4;
       return lane * kWidth + (four + lane * kWidth / kWarp) % kFours * 4 + cell % 4;
     }
   }
@@ -19,28 +19,68 @@ struct WarpSums {
   alignas(16) float cells[kBlockWarps][kTokens * kWarp * kWidth];
 };
 
-// Where the totals of a slice (blockIdx.y) and a tile of tokens (blockIdx.z) go.
+constexpr int kAnyTokens = 0;  // of a cell: not one alone
+
+// Where the totals of a slice (blockIdx.y) and a tile of tokens go.
 struct Totals {
-  const Element* bias;  // [columns] or null
-  Element* y;           // [tokens, columns], from the tile's first token on
-  int columns, tokens;  // tokens of this tile
+  const Element* bias;      // [columns] or null
+  const Element* residual;  // [tokens, columns] or null: what is added to a total once it is rounded
+  Element* y;               // [tokens, columns]
+  float* squares;           // [tokens, SquareParts(columns)] of y, or null
+  unsigned columns, first_token, tokens;
 
-  template <int kSlice>
-  __device__ __forceinline__ bool Wanted(int cell) const {
-    return cell / kSlice < tokens && blockIdx.y * kSlice + cell % kSlice < columns;
+  // What is read of a cell's column: what its sum begins with, and the residual.
+  struct Ahead {
+    float first, residual;
+  };
+
+  template <int kTokens, int kSlice>
+  struct Cell {
+    __device__ __forceinline__ Cell(const Totals& totals, unsigned cell)
+        : column(blockIdx.y * kSlice + cell % kSlice),
+          token(kTokens == 1 ? 0 : totals.first_token + cell / kSlice),
+          wanted(column < totals.columns && (kTokens == 1 || token < totals.tokens)) {}
+
+    __device__ __forceinline__ size_t Place(unsigned columns) const {
+      return kTokens == 1 ? column : static_cast<size_t>(token) * columns + column;
+    }
+
+    const unsigned column, token;
+    const bool wanted;
+  };
+
+  template <class Cell>
+  __device__ __forceinline__ Ahead Read(const Cell& cell) const {
+    Ahead ahead = {};
+    if (cell.wanted && bias != nullptr) ahead.first = ToFloat(bias[cell.column]);
+    if (cell.wanted && residual != nullptr) ahead.residual = ToFloat(residual[cell.Place(columns)]);
+    return ahead;
   }
 
-  // What a cell's sum begins with.
-  template <int kSlice>
-  __device__ __forceinline__ float First(int cell) const {
-    return bias == nullptr ? 0.0f : ToFloat(bias[blockIdx.y * kSlice + cell % kSlice]);
-  }
-
-  template <int kSlice>
-  __device__ __forceinline__ void Store(int cell, float total) const {
-    y[static_cast<size_t>(cell / kSlice) * columns + blockIdx.y * kSlice + cell % kSlice] = FromFloat(total);
+  // Store the total of a cell, if it is wanted. All lanes of a warp call it, with neighbouring cells.
+  template <class Cell>
+  __device__ __forceinline__ void Store(const Cell& cell, float total, const Ahead& ahead) const {
+    Element stored = FromFloat(total);
+    if (residual != nullptr) stored = FromFloat(ToFloat(stored) + ahead.residual);
+    if (cell.wanted) y[cell.Place(columns)] = stored;
+    if (squares == nullptr) return;
+    const float value = cell.wanted ? ToFloat(stored) : 0.0f, square = WarpSum(__fmul_rn(value, value));
+    if (cell.wanted && cell.column % kWarp == 0) {
+      squares[cell.token * SquareParts(columns) + cell.column / kWarp] = square;
+    }
   }
 };
+
+// Call `visit` with the cells of a thread, of so many: whole warps of cells, and at most kMost.
+template <unsigned kMost, unsigned kThreads, class Visit>
+static __device__ __forceinline__ void ForCells(unsigned cells, const Visit& visit) {
+  if constexpr (kMost <= kThreads) {
+    if (threadIdx.x < cells) visit(threadIdx.x);
+  } else {
+#pragma unroll 1
+    for (unsigned cell = threadIdx.x; cell < cells; cell += kThreads) visit(cell);
+  }
+}
 
 // Lanes: which columns a lane's sums are of.
 template <class Lanes, int kTokens, int kWidth, int kBlockWarps>
@@ -64,8 +104,8 @@ static __device__ __forceinline__ void StoreWarpSums(const float (&sums)[kTokens
 }
 
 template <int kTokens, int kWidth, int kBlockWarps>
-static __device__ __forceinline__ float BlockSum(const WarpSums<kTokens, kWidth, kBlockWarps>& shared, int cell) {
-  const int place = WarpSums<kTokens, kWidth, kBlockWarps>::Place(cell);
+static __device__ __forceinline__ float BlockSum(const WarpSums<kTokens, kWidth, kBlockWarps>& shared, unsigned cell) {
+  const unsigned place = WarpSums<kTokens, kWidth, kBlockWarps>::Place(cell);
   float sum = 0.0f;
 #pragma unroll
   for (int w = 0; w < kBlockWarps; ++w) sum += shared.cells[w][place];
@@ -79,56 +119,63 @@ static __device__ __forceinline__ void AddBlocksInMemory(const float (&sums)[kTo
                                                          WarpSums<kTokens, kWidth, kBlockWarps>& shared,
                                                          float* all_partial, unsigned* arrived, const Totals& totals) {
   constexpr int kSlice = kWarp * kWidth;
-  constexpr int kCells = kTokens * kSlice;
+  constexpr unsigned kCells = kTokens * kSlice, kThreads = kBlockWarps * kWarp;
   __shared__ bool last;
   StoreWarpSums<Lanes>(sums, shared);
   __syncthreads();
   const size_t place = static_cast<size_t>(blockIdx.z) * gridDim.y + blockIdx.y;
   float* partial = all_partial + place * gridDim.x * kCells;
-  for (int cell = threadIdx.x; cell < kCells; cell += kBlockWarps * kWarp) {
+  ForCells<kCells, kThreads>(kCells, [&](unsigned cell) {
     partial[static_cast<size_t>(blockIdx.x) * kCells + cell] = BlockSum(shared, cell);
-  }
+  });
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) last = atomicAdd(&arrived[place], 1u) == gridDim.x - 1;
   __syncthreads();
   if (!last) return;
   __threadfence();
-  for (int cell = threadIdx.x; cell < kCells; cell += kBlockWarps * kWarp) {
-    if (!totals.Wanted<kSlice>(cell)) continue;
-    float sum = totals.First<kSlice>(cell);
+  ForCells<kCells, kThreads>(kCells, [&](unsigned cell) {
+    const Totals::Cell<kTokens, kSlice> at(totals, cell);
+    const Totals::Ahead ahead = totals.Read(at);
+    float sum = ahead.first;
 #pragma unroll 8
     for (int block = 0; block < gridDim.x; ++block) {
       sum += __ldcg(partial + static_cast<size_t>(block) * kCells + cell);
     }
-    totals.Store<kSlice>(cell, sum);
-  }
+    totals.Store(at, sum, ahead);
+  });
 }
 
 #if TDA_CLUSTERS
 
-// Where the sums of the cluster's blocks meet: each adds a part of the cells.
+// Where the sums of the cluster's blocks meet. The first of them, a power of two, add equal parts of the cells, whole warps
+// of them.
 template <int kTokens, int kWidth>
 struct ClusterSums {
-  static constexpr int kCells = kTokens * kWarp * kWidth;
+  static constexpr unsigned kCells = kTokens * kWarp * kWidth;
+  static constexpr unsigned kWarps = kCells / kWarp;
+  static_assert((kWarps & (kWarps - 1)) == 0, "parts are equal");
 
-  float received[kCells + kMostRanks * kWarp];  // [ranks, cells of a rank]
+  // [ranks, cells of a part]. One rank less than the most has the most to receive, but for parts of a warp.
+  static constexpr unsigned kMostReceived = (kMostRanks - 1) * kCells / (kMostRanks / 2), kOfWarps = kMostRanks * kWarp;
+  float received[kMostReceived > kOfWarps ? kMostReceived : kOfWarps];
   ClusterInbox inbox;
 
-  __device__ __forceinline__ int OwnCells() const { return (kCells + gridDim.x - 1) / gridDim.x; }
+  static __device__ __forceinline__ unsigned OwnCells() {
+    return kCells / min(1u << (31 - __clz(gridDim.x)), kWarps);  // both are powers of two
+  }
 
   // Called when the block begins. A block alone sends nothing: compute-sanitizer refuses that in a cluster of one.
   __device__ __forceinline__ void Begin() {
     if (gridDim.x == 1) return;
-    const int cells = min(OwnCells(), kCells - static_cast<int>(blockIdx.x) * OwnCells());
-    inbox.Begin(max(cells, 0) * static_cast<int>(gridDim.x));
+    inbox.Begin(blockIdx.x * OwnCells() < kCells ? OwnCells() * gridDim.x : 0);
   }
 
   // Send the block's sum of a cell to the block that adds it.
-  __device__ __forceinline__ void Send(int cell, float sum) {
-    const int own_cells = OwnCells(), rank = cell / own_cells;
+  __device__ __forceinline__ void Send(unsigned cell, float sum) {
+    const unsigned own_cells = OwnCells();
     const float sums[1] = {sum};
-    inbox.Send(&received[blockIdx.x * own_cells + cell - rank * own_cells], rank, sums);
+    inbox.Send(&received[blockIdx.x * own_cells + cell % own_cells], cell / own_cells, sums);
   }
 };
 
@@ -138,31 +185,32 @@ static __device__ __forceinline__ void AddBlocksInCluster(const float (&sums)[kT
                                                           WarpSums<kTokens, kWidth, kBlockWarps>& shared,
                                                           ClusterSums<kTokens, kWidth>& cluster_sums,
                                                           const Totals& totals) {
-  constexpr int kSlice = kWarp * kWidth;
-  constexpr int kCells = kTokens * kSlice;
+  using Cell = Totals::Cell<kTokens, kWarp * kWidth>;
+  constexpr unsigned kCells = kTokens * kWarp * kWidth, kThreads = kBlockWarps * kWarp;
+  const bool alone = gridDim.x == 1;
+  const unsigned own_cells = cluster_sums.OwnCells(), first_cell = blockIdx.x * own_cells;
+  const unsigned added_cells = first_cell < kCells ? own_cells : 0;
+  // What is read of a thread's first cell does not wait for other blocks.
+  Totals::Ahead ahead = {};
+  if (threadIdx.x < added_cells) ahead = totals.Read(Cell(totals, first_cell + threadIdx.x));
   StoreWarpSums<Lanes>(sums, shared);
   __syncthreads();
-  const bool alone = gridDim.x == 1;
   if (!alone) {
     cluster_sums.inbox.WaitForBlocks();
-    for (int cell = threadIdx.x; cell < kCells; cell += kBlockWarps * kWarp) {
-      cluster_sums.Send(cell, BlockSum(shared, cell));
-    }
+    ForCells<kCells, kThreads>(kCells, [&](unsigned cell) { cluster_sums.Send(cell, BlockSum(shared, cell)); });
     cluster_sums.inbox.WaitForFloats();
   }
-  const int own_cells = cluster_sums.OwnCells();
-  for (int own = threadIdx.x; own < own_cells; own += kBlockWarps * kWarp) {
-    const int cell = blockIdx.x * own_cells + own;
-    if (cell >= kCells || !totals.Wanted<kSlice>(cell)) continue;
-    float sum = totals.First<kSlice>(cell);
+  ForCells<kCells, kThreads>(added_cells, [&](unsigned own) {
+    const Cell cell(totals, first_cell + own);
+    if (kCells > kThreads && own >= kThreads) ahead = totals.Read(cell);
+    float sum = ahead.first;
     if (alone) {
-      sum += BlockSum(shared, cell);
+      sum += BlockSum(shared, own);
     } else {
-      for (int rank = 0; rank < gridDim.x; ++rank) sum += cluster_sums.received[rank * own_cells + own];
+      for (unsigned rank = 0; rank < gridDim.x; ++rank) sum += cluster_sums.received[rank * own_cells + own];
     }
-    totals.Store<kSlice>(cell, sum);
-  }
+    totals.Store(cell, sum, ahead);
+  });
 }
 
 #endif
-
