@@ -14,13 +14,8 @@ from tda_export.graph.ops import MICROSOFT, OPSET, Ops
 from tda_export.models.spec import NormKind
 
 
-class FunctionGraphBuilder(StepGraphBuilder):
-    """Builds products and norms as functions too, for half precision, which runs on CUDA."""
-
-    def linear(self, x: ir.Value, name: str) -> ir.Value:
-        if not self.weights.matrices[name].format.is_float:
-            return super().linear(x, name)
-        return self.ops.op(operators.LINEAR, x, self.weight(name), domain=operators.FUNCTION_DOMAIN, early=1)
+class NormGraphBuilder(StepGraphBuilder):
+    """Builds RMS norms of sums as functions, which products may make for themselves (`fused`)."""
 
     def add_and_norm(
         self, norm: str, x: ir.Value, residual: ir.Value, bias: ir.Value | None
@@ -41,10 +36,23 @@ class FunctionGraphBuilder(StepGraphBuilder):
         return normed, total
 
 
+class FunctionGraphBuilder(NormGraphBuilder):
+    """Builds products as functions too, for half precision, which runs on CUDA."""
+
+    def linear(self, x: ir.Value, name: str) -> ir.Value:
+        if not self.weights.matrices[name].format.is_float:
+            return super().linear(x, name)
+        return self.ops.op(operators.LINEAR, x, self.weight(name), domain=operators.FUNCTION_DOMAIN, early=1)
+
+
 def linear_functions(norm: NormKind = "rms") -> list[ir.Function]:
-    """Define `tda::Linear` and, for RMS norms, `tda::AddNorm` and `tda::AddBiasNorm`."""
-    norms = [_add_norm_function(biased=False), _add_norm_function(biased=True)] if norm == "rms" else []
-    return [_linear_function(), *norms]
+    """Define `tda::Linear` and `norm_functions`."""
+    return [_linear_function(), *norm_functions(norm)]
+
+
+def norm_functions(norm: NormKind = "rms") -> list[ir.Function]:
+    """Define, for RMS norms, `tda::AddNorm` and `tda::AddBiasNorm`."""
+    return [_add_norm_function(biased=False), _add_norm_function(biased=True)] if norm == "rms" else []
 
 
 def _linear_function() -> ir.Function:

@@ -21,7 +21,12 @@ from tda_export.graph.fused import fuse
 from tda_export.graph.gated_activation import gated_activation, gated_activation_functions
 from tda_export.graph.greedy import greedy_token_function, greedy_tokens
 from tda_export.graph.integer_linear import integer_row_linear
-from tda_export.graph.linear import FunctionGraphBuilder, linear_functions
+from tda_export.graph.linear import (
+    FunctionGraphBuilder,
+    NormGraphBuilder,
+    linear_functions,
+    norm_functions,
+)
 from tda_export.graph.row_linear import call_price, call_price_function, dropped_rows, row_linear, row_linear_functions
 from tda_export.graph.sums import add_residuals
 from tda_export.graph.weight_plan import PricedRows
@@ -80,8 +85,12 @@ class RowGraphBuilder(StepGraphBuilder):
         return integer_row_linear(self.ops, matrix, x, stored, row_price, self.price, bias, early=early)
 
 
+class NormRowGraphBuilder(RowGraphBuilder, NormGraphBuilder):
+    """The same with norms as functions, for decode."""
+
+
 class FunctionRowGraphBuilder(RowGraphBuilder, FunctionGraphBuilder):
-    """The same in half precision, where the other products and norms of decode are functions."""
+    """The same in half precision, where the other products of decode are functions too."""
 
 
 def build_priced_prefill(
@@ -143,7 +152,7 @@ def build_priced_decode(
         call without a past is dense.
     """
     shape, half = model_shape(spec, dtype, kv), dtype != "float32"
-    builder = FunctionRowGraphBuilder if half else RowGraphBuilder
+    builder = FunctionRowGraphBuilder if half else NormRowGraphBuilder
     graph = builder(spec, weights, dtype, contract.priced_decode_inputs(shape, explicit=explicit), kv)
     ops, inputs, outputs = graph.ops, graph.inputs, graph.outputs
     graph.counted, graph.listed = counted, listed
@@ -163,12 +172,11 @@ def build_priced_decode(
     if spec.gated:
         functions += gated_activation_functions(spec.activation)
     functions += graph.attention_functions()
-    if half:
-        functions += linear_functions(spec.norm)
+    functions += (linear_functions if half else norm_functions)(spec.norm)
     declared = contract.priced_decode_outputs(shape, counted=len(graph.kept), listed=rows)
     model = graph.model("decode", declared, defaults, functions)
+    fuse(model)
     if half:
-        fuse(model)
         add_residuals(model)
     return model
 

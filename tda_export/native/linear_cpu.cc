@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "digit_dots_cpu.h"
+#include "norm_cpu.h"
 
 namespace tda {
 namespace {
@@ -64,6 +65,39 @@ class LinearCpu : public Kernel {
   const CodeLayout layout_;
 };
 
+// x, residual, norm_weight and, for AddBiasNorm, bias; outputs the norm of their sum, and the sum. The bits are those of
+// products that make their own norm.
+class AddNormCpu : public Kernel {
+ public:
+  explicit AddNormCpu(const KernelInfo& info) : epsilon_(info.Float("epsilon")) {}
+
+  void Compute(const KernelContext& context) override {
+    const Tensor x = context.Input(0), residual = context.Input(1), weight = context.Input(2), bias = context.Input(3);
+    const int64_t columns = weight.Count();
+    if (columns == 0 || x.rank == 0 || x.sizes[x.rank - 1] != columns) {
+      Fail("x: expected shape [.., ", columns, "], got ", x.Shape());
+    }
+    if (residual.Count() != x.Count()) Fail("residual: expected shape ", x.Shape(), ", got ", residual.Shape());
+    if (bias.present && bias.Count() != columns) Fail("bias: expected shape [", columns, "], got ", bias.Shape());
+    const Tensor normed = context.OutputLike(0, x), sum = context.OutputLike(1, x);
+    context.ParallelFor(x.Count() / columns, [&](size_t token) {
+      const int64_t row = token * columns;
+      const float* first = x.As<const float>() + row;
+      const float* second = residual.As<const float>() + row;
+      float* const norm = normed.As<float>() + row;
+      if (bias.present) {
+        for (int64_t i = 0; i < columns; ++i) norm[i] = first[i] + bias.As<const float>()[i];
+        first = norm;
+      }
+      const float scale = NormScaleOf(first, second, columns, epsilon_);
+      NormSums(first, second, weight.As<const float>(), columns, scale, norm, sum.As<float>() + row);
+    });
+  }
+
+ private:
+  const float epsilon_;
+};
+
 }  // namespace
 
 std::vector<OpDefinition> LinearOnCpu() {
@@ -72,6 +106,8 @@ std::vector<OpDefinition> LinearOnCpu() {
   return {
       {"Linear4", nullptr, inputs, {{kFloat}}, Create<LinearCpu<4>>},
       {"Linear8", nullptr, inputs, {{kFloat}}, Create<LinearCpu<8>>},
+      {"AddNorm", nullptr, {{kFloat}, {kFloat}, {kFloat}}, {{kFloat}, {kFloat}}, Create<AddNormCpu>},
+      {"AddBiasNorm", nullptr, {{kFloat}, {kFloat}, {kFloat}, {kFloat}}, {{kFloat}, {kFloat}}, Create<AddNormCpu>},
   };
 }
 

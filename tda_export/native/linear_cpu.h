@@ -4,7 +4,7 @@
 
 namespace tda {
 
-// Linear4 and Linear8.
+// Linear4 and Linear8, AddNorm and AddBiasNorm.
 std::vector<OpDefinition> LinearOnCpu();
 
 }  // namespace tda

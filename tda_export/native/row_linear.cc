@@ -61,4 +61,17 @@ void RowLinearCall::CheckAndAllocate(const KernelContext& context, const InputsA
   y = context.OutputLike(0, shape);
 }
 
+void CheckNorm(const RowLinearCall& call, const Tensor& residual, const Tensor& weight) {
+  CheckNormWeight(call, weight);
+  if (residual.Count() != call.x.Count()) {
+    Fail("residual: expected shape ", call.x.Shape(), ", got ", residual.Shape());
+  }
+}
+
+void CheckNormWeight(const RowLinearCall& call, const Tensor& weight) {
+  if (weight.Count() != call.inputs) {
+    Fail("norm_weight: expected shape [", call.inputs, "], as w has ", call.inputs, " rows, got ", weight.Shape());
+  }
+}
+
 }  // namespace tda

@@ -43,4 +43,8 @@ struct RowLinearCall {
   void CheckAndAllocate(const KernelContext& context, const InputsAhead& ahead);
 };
 
+// Throw unless the residual has the shape of x, and there is a weight of the norm for each row of w.
+void CheckNorm(const RowLinearCall& call, const Tensor& residual, const Tensor& weight);
+void CheckNormWeight(const RowLinearCall& call, const Tensor& weight);
+
 }  // namespace tda

@@ -1,4 +1,5 @@
-// tda::RowLinear and its forms for integers on the CPU, float32 activations.
+// tda::RowLinear and its forms for integers on the CPU, float32 activations; and NormRowLinear and GatedRowLinear with
+// theirs, whose x each chunk of rows makes for itself.
 //
 // A few tokens are computed one by one, or share the codes that they read: ONNX Runtime's thread pool gets chunks of rows
 // (row_sums_cpu.h), in tiles of columns where rows are long, and the thread that ends the last chunk of a tile adds the
@@ -8,7 +9,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <optional>
 
+#include "activation.h"
+#include "gated.h"
+#include "gated_cpu.h"
+#include "norm_cpu.h"
 #include "row_linear.h"
 #include "row_panels_cpu.h"
 #include "row_sums_cpu.h"
@@ -41,13 +47,71 @@ constexpr int64_t kFewTokens = 8;  // that go one by one where codes become floa
   TDA_OF_FORMAT(attribute, lanes, CodeFormat<8>)
 TDA_FOR_EACH_TARGET(TDA_OF_ALL_FORMATS)
 
+// Where x [tokens, inputs] comes from:
+//
+//   kStored           whether it is in memory as a whole
+//   Stored()          where
+//   Make(token, first, end, once, x)  otherwise: write rows [first, end) of a token to x + first. `once`: no other call has
+//                     made or will make the same rows with it, so that what else is to be stored of them is stored
+struct StoredInputs {
+  static constexpr bool kStored = true;
+
+  const float* Stored() const { return x; }
+  void Make(int64_t, int64_t, int64_t, bool, float*) const {}
+
+  const float* x;
+};
+
+struct NormedInputs {
+  static constexpr bool kStored = false;
+
+  const float* Stored() const { return nullptr; }
+
+  // Every chunk adds all squares, which takes less time than waiting for another thread.
+  void Make(int64_t token, int64_t first, int64_t end, bool once, float* made) const {
+    const int64_t row = token * inputs, at = row + first;
+    const float scale = NormScaleOf(x + row, residual + row, inputs, epsilon);
+    NormSums(x + at, residual + at, weight + first, end - first, scale, made + first, once ? sum + at : nullptr);
+  }
+
+  const float* x;
+  const float* residual;
+  const float* weight;  // of the norm
+  float* sum;
+  int64_t inputs;
+  float epsilon;
+};
+
+struct GatedInputs {
+  static constexpr bool kStored = false;
+
+  const float* Stored() const { return nullptr; }
+
+  void Make(int64_t token, int64_t first, int64_t end, bool, float* made) const {
+    const int64_t at = token * stride + first;
+    MultiplyGated(activation, gate + at, up + at, end - first, made + first);
+  }
+
+  const float* gate;
+  const float* up;
+  int64_t stride;
+  Activation activation;
+};
+
+// Memory for what a thread makes.
+float* ThreadMemory(int64_t floats) {
+  thread_local std::vector<float> memory;
+  if (static_cast<int64_t>(memory.size()) < floats) memory.resize(floats);
+  return memory.data();
+}
+
 RowPrices PricesOf(const RowLinearCall& call) {
   return {call.row_price.As<const float>(), *call.price.As<const float>()};
 }
 
-template <class Format>
+template <class Format, class Inputs>
 void MultiplyFew(const KernelContext& context, const Allocator& allocator, const RowLinearCall& call,
-                 const Format& weight) {
+                 const Format& weight, const Inputs& inputs) {
   const RowChunks<Format> chunks(weight, call.inputs);
   const RowPrices prices = PricesOf(call);
   const int64_t stride = WholeBlocks(call.outputs), tasks = chunks.count * chunks.tiles;
@@ -59,9 +123,14 @@ void MultiplyFew(const KernelContext& context, const Allocator& allocator, const
     const int64_t chunk = task % chunks.count, tile = task / chunks.count;
     const int64_t begin = chunks.FirstColumn(tile), end = chunks.FirstColumn(tile + 1);
     float* const sums = scratch.As<float>() + begin;
-    const int64_t token_stride = chunks.count * stride;
-    SumChunk(weight, {call.x.As<const float>(), call.tokens, call.inputs, prices, chunks.FirstRow(chunk),
-                      chunks.FirstRow(chunk + 1), begin, end, sums + chunk * stride, token_stride});
+    const int64_t token_stride = chunks.count * stride, first_row = chunks.FirstRow(chunk), end_row = chunks.FirstRow(chunk + 1);
+    const float* x = inputs.Stored();
+    if constexpr (!Inputs::kStored) {
+      float* const made = ThreadMemory(call.tokens * call.inputs);
+      for (int64_t t = 0; t < call.tokens; ++t) inputs.Make(t, first_row, end_row, tile == 0, made + t * call.inputs);
+      x = made;
+    }
+    SumChunk(weight, {x, call.tokens, call.inputs, prices, first_row, end_row, begin, end, sums + chunk * stride, token_stride});
     if (ended[tile].fetch_add(1) + 1 < chunks.count) return;
     const float* bias = call.bias.present ? call.bias.As<const float>() + begin : nullptr;
     for (int64_t t = 0; t < call.tokens; ++t) {
@@ -71,9 +140,19 @@ void MultiplyFew(const KernelContext& context, const Allocator& allocator, const
   });
 }
 
-template <class Format>
+template <class Format, class Inputs>
 void MultiplyMany(const KernelContext& context, const Allocator& allocator, const RowLinearCall& call,
-                  const Format& weight) {
+                  const Format& weight, const Inputs& inputs) {
+  const float* x = inputs.Stored();
+  std::optional<Scratch> made_inputs;
+  if constexpr (!Inputs::kStored) {
+    made_inputs.emplace(context, allocator, call.tokens * call.inputs * sizeof(float), false);
+    float* const made_x = made_inputs->As<float>();
+    context.ParallelFor(call.tokens, [&](size_t token) {
+      inputs.Make(token, 0, call.inputs, true, made_x + token * call.inputs);
+    });
+    x = made_x;
+  }
   const int64_t tiles = (call.tokens + kTokenTile - 1) / kTokenTile;
   const int64_t tile_tokens = std::min(kTokenTile, (call.tokens + 7) / 8 * 8);
   const int64_t width = PanelColumns(), panels = (call.outputs + width - 1) / width;
@@ -84,7 +163,7 @@ void MultiplyMany(const KernelContext& context, const Allocator& allocator, cons
     const int64_t first = number * kTokenTile;
     const size_t at = number * ((tile_bytes + 63) / 64 * 64);
     TokenTile& tile = made[number];
-    tile.x = call.x.As<const float>() + first * call.inputs;
+    tile.x = x + first * call.inputs;
     tile.tokens = std::min(kTokenTile, call.tokens - first);
     tile.inputs = call.inputs;
     tile.prices = PricesOf(call);
@@ -106,43 +185,39 @@ void MultiplyMany(const KernelContext& context, const Allocator& allocator, cons
   });
 }
 
-template <class Format>
+template <class Format, class Inputs>
 void Multiply(const KernelContext& context, const Allocator& allocator, const RowLinearCall& call,
-              const Format& weight) {
-  if (call.y.Count() == 0) return;
+              const Format& weight, const Inputs& inputs) {
+  if (call.tokens == 0) return;
+  if (call.outputs == 0) {  // a norm still has its sum
+    for (int64_t t = 0; t < call.tokens; ++t) inputs.Make(t, 0, call.inputs, true, ThreadMemory(call.inputs));
+    return;
+  }
   if (call.tokens <= (MultipliesBytes(weight) ? kTokensByDigits : kFewTokens)) {
-    MultiplyFew(context, allocator, call, weight);
+    MultiplyFew(context, allocator, call, weight, inputs);
   } else {
-    MultiplyMany(context, allocator, call, weight);
+    MultiplyMany(context, allocator, call, weight, inputs);
   }
 }
 
-class RowLinearCpu : public Kernel {
+// A node's matrix, of elements (kBits 0) or codes.
+template <int kBits>
+class RowMatrix {
  public:
-  explicit RowLinearCpu(const KernelInfo& info) : allocator_(info) {}
+  RowMatrix(const KernelInfo& info, size_t ahead)
+      : allocator_(info), layout_(info, kBits), largest_scales_(info, ahead + RowLinearCall::kScales - 1) {}
 
-  void Compute(const KernelContext& context) override {
-    const RowLinearCall call(context);
-    Multiply(context, allocator_, call, FloatFormat{call.weight.As<const float>(), call.outputs});
+  RowLinearCall Read(const KernelContext& context, const InputsAhead& ahead) const {
+    return RowLinearCall(context, layout_, ahead);
   }
 
- private:
-  const Allocator allocator_;
-};
-
-template <int kBits>
-class RowLinearCodesCpu : public Kernel {
- public:
-  explicit RowLinearCodesCpu(const KernelInfo& info)
-      : allocator_(info), layout_(info, kBits), largest_scales_(info, RowLinearCall::kScales) {}
-
-  void Compute(const KernelContext& context) override {
-    const RowLinearCall call(context, layout_);
+  template <class Inputs>
+  void MultiplyBy(const KernelContext& context, const RowLinearCall& call, const Inputs& inputs) const {
     CodeFormat<kBits> weight(layout_, call.weight, call.scales, call.zero_points);
     std::shared_ptr<const LargestScales> largest;
     if (call.tokens <= kTokensByDigits && MultipliesBytes(weight)) largest = largest_scales_.Of(call.scales);
     weight.largest = largest.get();
-    Multiply(context, allocator_, call, weight);
+    Multiply(context, allocator_, call, weight, inputs);
   }
 
  private:
@@ -151,15 +226,94 @@ class RowLinearCodesCpu : public Kernel {
   const LargestScalesOf largest_scales_;
 };
 
+template <>
+class RowMatrix<0> {
+ public:
+  RowMatrix(const KernelInfo& info, size_t) : allocator_(info) {}
+
+  RowLinearCall Read(const KernelContext& context, const InputsAhead& ahead) const { return RowLinearCall(context, ahead); }
+
+  template <class Inputs>
+  void MultiplyBy(const KernelContext& context, const RowLinearCall& call, const Inputs& inputs) const {
+    Multiply(context, allocator_, call, FloatFormat{call.weight.As<const float>(), call.outputs}, inputs);
+  }
+
+ private:
+  const Allocator allocator_;
+};
+
+template <int kBits>
+class RowLinearCpu : public Kernel {
+ public:
+  explicit RowLinearCpu(const KernelInfo& info) : matrix_(info, 1) {}
+
+  void Compute(const KernelContext& context) override {
+    const RowLinearCall call = matrix_.Read(context, {});
+    matrix_.MultiplyBy(context, call, StoredInputs{call.x.As<const float>()});
+  }
+
+ private:
+  const RowMatrix<kBits> matrix_;
+};
+
+// x, residual, norm_weight, then RowLinear's inputs after x; outputs y and sum.
+template <int kBits>
+class NormRowLinearCpu : public Kernel {
+ public:
+  explicit NormRowLinearCpu(const KernelInfo& info) : epsilon_(info.Float("epsilon")), matrix_(info, 3) {}
+
+  void Compute(const KernelContext& context) override {
+    const RowLinearCall call = matrix_.Read(context, {3, "x", 1});
+    const Tensor residual = context.Input(1), weight = context.Input(2);
+    CheckNorm(call, residual, weight);
+    const Tensor sum = context.OutputLike(1, call.x);
+    matrix_.MultiplyBy(context, call, NormedInputs{call.x.As<const float>(), residual.As<const float>(),
+                                                   weight.As<const float>(), sum.As<float>(), call.inputs, epsilon_});
+  }
+
+ private:
+  const float epsilon_;
+  const RowMatrix<kBits> matrix_;
+};
+
+// gate and up, or both side by side, then RowLinear's inputs after x.
+template <int kBits>
+class GatedRowLinearCpu : public Kernel {
+ public:
+  explicit GatedRowLinearCpu(const KernelInfo& info)
+      : activation_(ParseActivation(info.String("activation"))), matrix_(info, 2) {}
+
+  void Compute(const KernelContext& context) override {
+    const GatedCall gated(context);
+    const RowLinearCall call = matrix_.Read(context, {2, "gate", gated.up.present ? 1 : 2});
+    matrix_.MultiplyBy(context, call, GatedInputs{gated.gate.As<const float>(), gated.Up<float>(), gated.stride, activation_});
+  }
+
+ private:
+  const Activation activation_;
+  const RowMatrix<kBits> matrix_;
+};
+
+template <int kBits>
+void Define(std::vector<OpDefinition>& definitions, const char* plain, const char* norm, const char* gated) {
+  const std::vector<IoType> weight = kBits > 0 ? CodeTypes() : std::vector<IoType>{{kFloat}};
+  const auto define = [&](const char* name, std::vector<IoType> ahead, size_t outputs, KernelFactory create) {
+    definitions.emplace_back(name, nullptr, RowLinearInputs(std::move(ahead), kFloat, weight),
+                             std::vector<IoType>(outputs, {kFloat}), create);
+  };
+  define(plain, {{kFloat}}, 1, Create<RowLinearCpu<kBits>>);
+  define(norm, {{kFloat}, {kFloat}, {kFloat}}, 2, Create<NormRowLinearCpu<kBits>>);
+  define(gated, {{kFloat}, {kFloat, true}}, 1, Create<GatedRowLinearCpu<kBits>>);
+}
+
 }  // namespace
 
 std::vector<OpDefinition> RowLinearOnCpu() {
-  const std::vector<IoType> of_codes = RowLinearInputs({{kFloat}}, kFloat, CodeTypes());
-  return {
-      {"RowLinear", nullptr, RowLinearInputs({{kFloat}}, kFloat, {{kFloat}}), {{kFloat}}, Create<RowLinearCpu>},
-      {"RowLinear4", nullptr, of_codes, {{kFloat}}, Create<RowLinearCodesCpu<4>>},
-      {"RowLinear8", nullptr, of_codes, {{kFloat}}, Create<RowLinearCodesCpu<8>>},
-  };
+  std::vector<OpDefinition> definitions;
+  Define<0>(definitions, "RowLinear", "NormRowLinear", "GatedRowLinear");
+  Define<4>(definitions, "RowLinear4", "NormRowLinear4", "GatedRowLinear4");
+  Define<8>(definitions, "RowLinear8", "NormRowLinear8", "GatedRowLinear8");
+  return definitions;
 }
 
 }  // namespace tda

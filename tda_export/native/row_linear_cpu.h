@@ -4,7 +4,7 @@
 
 namespace tda {
 
-// RowLinear, RowLinear4 and RowLinear8.
+// RowLinear, NormRowLinear and GatedRowLinear, each with forms for codes of 4 and 8 bits.
 std::vector<OpDefinition> RowLinearOnCpu();
 
 }  // namespace tda

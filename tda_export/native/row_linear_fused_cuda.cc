@@ -98,7 +98,7 @@ class RmsRowLinear : public Kernel {
     const RowLinearCall call = product_.Read(context, {3, "x", 1});
     const Tensor squares = context.Input(1), weight = context.Input(2);
     CheckSquares(squares, call.tokens, call.inputs);
-    CheckNormWeight(weight, call);
+    CheckNormWeight(call, weight);
     if (call.y.Count() == 0) return;
     if (call.tokens == 1) {
       RowLinearArguments made = {};
@@ -113,12 +113,6 @@ class RmsRowLinear : public Kernel {
     sums_.Norm(context, call.tokens, call.inputs, call.x.data, squares.As<const float>(), weight.data, epsilon_,
                scratch.As<void>());
     product_.Multiply(context, call, scratch.As<void>());
-  }
-
-  static void CheckNormWeight(const Tensor& weight, const RowLinearCall& call) {
-    if (weight.Count() != call.inputs) {
-      Fail("norm_weight: expected shape [", call.inputs, "], as w has ", call.inputs, " rows, got ", weight.Shape());
-    }
   }
 
  private:
@@ -138,8 +132,7 @@ class NormRowLinear : public Kernel {
   void Compute(const KernelContext& context) override {
     const RowLinearCall call = product_.Read(context, {3, "x", 1});
     const NormTensors tensors = {call.x, context.Input(1), context.Input(2), {}};
-    RmsRowLinear<kType, kBits>::CheckNormWeight(tensors.weight, call);
-    tensors.Check();
+    CheckNorm(call, tensors.residual, tensors.weight);
     const Tensor sum = context.OutputLike(1, call.x);
     if (call.tokens == 1 && call.outputs > 0) {
       RowLinearArguments made = {};

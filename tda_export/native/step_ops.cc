@@ -5,39 +5,12 @@
 
 #include "activation.h"
 #include "cuda_module.h"
-#include "exponential.h"
+#include "gated_cpu.h"
 #include "gated_cuda.h"
 #include "indexed_ffn_device.h"
 
 namespace tda {
 namespace {
-
-// Compute act(gate) * up [neurons].
-template <int kLanes>
-TDA_INLINE void GateOf(Activation activation, const float* gate, const float* up, int64_t neurons, float* h) {
-  using V = Lanes<kLanes>;
-  const auto all = [&](auto activate) __attribute__((always_inline)) {
-    int64_t i = 0;
-    for (; i + kLanes <= neurons; i += kLanes) V::Store(h + i, activate(V::Load(gate + i)) * V::Load(up + i));
-    for (; i < neurons; ++i) h[i] = activate(typename V::Vector{} + gate[i])[0] * up[i];
-  };
-  switch (activation) {
-    case Activation::kSilu:
-      return all([](auto g) __attribute__((always_inline)) { return g / (1.0f + Exp<kLanes>(-g)); });
-    case Activation::kGeluTanh:
-      return all([](auto g) __attribute__((always_inline)) {
-        return 0.5f * g * (1.0f + Tanh<kLanes>(0.79788456f * (g + 0.044715f * g * g * g)));
-      });
-    default:
-      for (int64_t i = 0; i < neurons; ++i) h[i] = Activate(activation, gate[i]) * up[i];
-  }
-}
-
-#define TDA_GATE(attribute, lanes)                                                                                  \
-  attribute void Gate(Activation activation, const float* gate, const float* up, int64_t neurons, float* h) {       \
-    GateOf<lanes>(activation, gate, up, neurons, h);                                                                \
-  }
-TDA_FOR_EACH_TARGET(TDA_GATE)
 
 class GatedActivationCpu : public Kernel {
  public:
@@ -50,7 +23,7 @@ class GatedActivationCpu : public Kernel {
       const float* gate = call.gate.As<const float>() + t * call.stride;
       const float* up = call.Up<float>() + t * call.stride;
       float* h = output.As<float>() + t * call.neurons;
-      Gate(activation_, gate, up, call.neurons, h);
+      MultiplyGated(activation_, gate, up, call.neurons, h);
     }
   }
 

@@ -198,7 +198,7 @@ def test_linear(provider: str, native: bool, dtype: str, inputs: int, outputs: i
     np.testing.assert_allclose(y.astype(np.float64), expected, rtol=0, atol=5 * TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize(("provider", "native", "dtype"), WAYS)
+@pytest.mark.parametrize(("provider", "native", "dtype"), [*WAYS, pytest.param(CPU, True, "float32", id="cpu")])
 @settings(max_examples=60)
 @given(
     hidden=st.one_of(st.integers(1, 70), st.sampled_from([8, 577, 1024, 1025, 4096, 8192, 8200, 16384])),

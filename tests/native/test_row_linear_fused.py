@@ -29,7 +29,8 @@ def same_bits(kind: str, bits: int, feeds: dict[str, np.ndarray], dtype: str, **
     ways = [session(kind, bits, columns, dtype=dtype, fused=fused, **form) for fused in (True, False)]
     found, expected = (run_all(way, feeds) for way in ways)
     for mine, other in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(mine.view(np.uint16), other.view(np.uint16))
+        bits_of = np.dtype(f"uint{8 * mine.dtype.itemsize}")
+        np.testing.assert_array_equal(mine.view(bits_of), other.view(bits_of))
     return list(found)
 
 
@@ -46,6 +47,69 @@ def test_the_body_without_a_kernel(kind: str, bits: int, bias: bool) -> None:
     feeds = fused_feeds(np.random.default_rng(0), kind, bits, tokens=3, inputs=64, outputs=96, dtype="float16")
     y, *_ = same_bits(kind, bits, feeds, "float16", bias=bias, native=False, provider="CPUExecutionProvider")
     assert np.isfinite(y).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    bits=st.sampled_from(BITS),
+    inputs=INPUTS,
+    outputs=st.one_of(st.integers(1, 200), st.sampled_from([577, 1160, 4128])),
+    tokens=st.sampled_from([1, 1, 2, 5, 17, 40]),
+    price=st.sampled_from(["0", "some", "some", "nan", "inf", "-1"]),
+    spoiled=st.sampled_from([None, None, 0.0, np.nan, np.inf]),
+    bias=st.booleans(),
+    activation=st.sampled_from(ACTIVATIONS),
+    seed=st.integers(0, 2**16),
+)
+def test_the_bits_of_two_nodes_on_the_cpu(
+    kind: str,
+    bits: int,
+    inputs: int,
+    outputs: int,
+    tokens: int,
+    price: str,
+    spoiled: float | None,
+    bias: bool,
+    activation: str,
+    seed: int,
+) -> None:
+    """Rows of chunks are made one by one, and by several threads. A token's bits do not depend on the call's others."""
+    rng = np.random.default_rng(seed)
+    inputs = max(1, min(inputs, 2_000_000 // outputs))
+    feeds = fused_feeds(rng, kind, bits, tokens=tokens, inputs=inputs, outputs=outputs, dtype="float32")
+    set_price(rng, feeds, price)
+    if spoiled is not None:
+        for name in AHEAD[kind][:2]:
+            feeds[name][rng.random(feeds[name].shape) < (0.4 if spoiled == 0 else 1 / inputs)] = spoiled
+    form = {"bias": bias, "activation": activation}
+    found = same_bits(kind, bits, feeds, "float32", **form)
+    if tokens <= 5:
+        ahead = [name for name in AHEAD[kind] if name != "norm_weight"]
+        last = feeds | {name: feeds[name][:, -1:] for name in ahead}
+        alone = run_all(session(kind, bits, outputs, dtype="float32", fused=True, **form), last)
+        for mine, other in zip(alone, found, strict=True):
+            np.testing.assert_array_equal(mine[0, 0].view(np.uint32), other[0, -1].view(np.uint32))
+
+
+def test_the_norm_on_the_cpu_is_that_of_the_body() -> None:
+    rng = np.random.default_rng(1)
+    for inputs, tokens in ((576, 1), (70, 3), (2049, 20)):
+        feeds = fused_feeds(rng, "norm", 4, tokens=tokens, inputs=inputs, outputs=96, dtype="float32")
+        found, expected = (
+            run_all(fused_session("norm", 4, 96, dtype="float32", fused=True, native=native), feeds)
+            for native in (True, False)
+        )
+        for mine, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-4 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3, 20])
+def test_the_sum_is_there_where_there_is_no_output_on_the_cpu(tokens: int) -> None:
+    feeds = fused_feeds(np.random.default_rng(2), "norm", 0, tokens=tokens, inputs=40, outputs=0, dtype="float32")
+    y, total = run_all(session("norm", 0, 0, dtype="float32", fused=True), feeds)
+    assert y.shape == (1, tokens, 0)
+    np.testing.assert_array_equal(total, feeds["x"] + feeds["residual"])
 
 
 @pytest.mark.gpu
@@ -159,15 +223,17 @@ MESSAGES = [
 ]
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.gpu), "float32"])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("kind", "name", "shape", "message"), MESSAGES)
-def test_shapes_that_do_not_fit(kind: str, bits: int, name: str, shape: tuple[int, ...], message: str) -> None:
-    feeds = fused_feeds(np.random.default_rng(4), kind, bits, tokens=1, inputs=40, outputs=40, dtype="float16")
+def test_shapes_that_do_not_fit(
+    kind: str, bits: int, name: str, shape: tuple[int, ...], message: str, dtype: str
+) -> None:
+    feeds = fused_feeds(np.random.default_rng(4), kind, bits, tokens=1, inputs=40, outputs=40, dtype=dtype)
     feeds[name] = np.ones(shape, feeds[name].dtype)
     operator = f"{'Norm' if kind == 'norm' else 'Gated'}RowLinear{bits or ''}"
     with pytest.raises(Exception, match=f"tda::{operator}: {message}"):
-        run_all(session(kind, bits, 40, dtype="float16", fused=True), feeds)
+        run_all(session(kind, bits, 40, dtype=dtype, fused=True), feeds)
 
 
 @pytest.mark.gpu
