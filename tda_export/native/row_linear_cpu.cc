@@ -123,14 +123,16 @@ void MultiplyFew(const KernelContext& context, const Allocator& allocator, const
     const int64_t chunk = task % chunks.count, tile = task / chunks.count;
     const int64_t begin = chunks.FirstColumn(tile), end = chunks.FirstColumn(tile + 1);
     float* const sums = scratch.As<float>() + begin;
-    const int64_t token_stride = chunks.count * stride, first_row = chunks.FirstRow(chunk), end_row = chunks.FirstRow(chunk + 1);
+    const int64_t token_stride = chunks.count * stride;
+    const int64_t first_row = chunks.FirstRow(chunk), end_row = chunks.FirstRow(chunk + 1);
     const float* x = inputs.Stored();
     if constexpr (!Inputs::kStored) {
       float* const made = ThreadMemory(call.tokens * call.inputs);
       for (int64_t t = 0; t < call.tokens; ++t) inputs.Make(t, first_row, end_row, tile == 0, made + t * call.inputs);
       x = made;
     }
-    SumChunk(weight, {x, call.tokens, call.inputs, prices, first_row, end_row, begin, end, sums + chunk * stride, token_stride});
+    SumChunk(weight, {x, call.tokens, call.inputs, prices, first_row, end_row, begin, end, sums + chunk * stride,
+                      token_stride});
     if (ended[tile].fetch_add(1) + 1 < chunks.count) return;
     const float* bias = call.bias.present ? call.bias.As<const float>() + begin : nullptr;
     for (int64_t t = 0; t < call.tokens; ++t) {
@@ -286,7 +288,8 @@ class GatedRowLinearCpu : public Kernel {
   void Compute(const KernelContext& context) override {
     const GatedCall gated(context);
     const RowLinearCall call = matrix_.Read(context, {2, "gate", gated.up.present ? 1 : 2});
-    matrix_.MultiplyBy(context, call, GatedInputs{gated.gate.As<const float>(), gated.Up<float>(), gated.stride, activation_});
+    const GatedInputs inputs = {gated.gate.As<const float>(), gated.Up<float>(), gated.stride, activation_};
+    matrix_.MultiplyBy(context, call, inputs);
   }
 
  private:

@@ -49,7 +49,8 @@ class RowProduct {
   RowLinearCall Read(const KernelContext& context, const InputsAhead& ahead = {}) const;
 
   // Multiply what is stored at `x`, [tokens, inputs], and add the residual, if there is one.
-  void Multiply(const KernelContext& context, const RowLinearCall& call, const void* x, const Addition& addition = {}) const;
+  void Multiply(const KernelContext& context, const RowLinearCall& call, const void* x,
+                const Addition& addition = {}) const;
 
   // Multiply the inputs that `made` tells the kernel to make: of one token, and where there are outputs. Of its other
   // members the kernel reads residual and squares. The bits are those of Multiply.

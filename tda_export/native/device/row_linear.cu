@@ -31,8 +31,8 @@ struct RowLinearArguments {
 };
 
 // Inputs say what x is: `Known` is what can be read of a row before earlier kernels have ended, and `Given` what is read
-// after them, ahead of Value. All threads of a block call Make() between, and Complete() between Read and Value. A row of -1
-// has the value 0.
+// after them, ahead of Value. All threads of a block call Make() between, and Complete() between Read and Value. A row
+// of -1 has the value 0.
 #if TDA_INPUTS == 0
 struct Inputs {
   struct Known {};

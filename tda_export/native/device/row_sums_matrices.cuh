@@ -209,7 +209,9 @@ struct MatrixReader {
   }
 
   // Return 2^24, which a float16 of bit 0 alone lacks to 1, divided by the power.
-  static __device__ __forceinline__ float FullCode(unsigned power) { return __uint_as_float((127 + 24 + 15 - power) << 23); }
+  static __device__ __forceinline__ float FullCode(unsigned power) {
+    return __uint_as_float((127 + 24 + 15 - power) << 23);
+  }
 
   // Add the products of a matrix: element (unit, group) of products[k] is of code k in 16 bits. `power`: of values, float16.
   __device__ __forceinline__ void AddMatrix(const Slot& slot, const unsigned short* list_values, unsigned power,
