@@ -34,7 +34,7 @@ STAMPS = {
     "  constexpr int kSlice = kWarp * kWidth;\n  union Shared {": "BEGIN_STAMPS(a.counters);",
     "    LetNextKernelStart();\n    if (!a.early)": "STAMP(1);",
     "    reader.Add(early, values[0], listed_rows);": "if (base == 0) STAMP(2);",
-    "  const Totals totals = {a.bias, a.y + static_cast<size_t>(first_token) * a.outputs": "STAMP(3);",
+    "  const Totals totals = {a.bias,\n": "STAMP(3);",
     "#else\n  AddBlocksInMemory<typename Format::Lanes>(sums, shared.sums, a.partial": "STAMP(4);",
 }
 

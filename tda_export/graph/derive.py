@@ -124,19 +124,20 @@ def derived_probe(artifact: Artifact) -> bytes:
 
 def counted_rows(artifact: Artifact) -> bytes:
     """Build the decode graph of a priced artifact that also counts the rows that each token reads."""
-    spec = artifact_spec(artifact)
-    with _of_manifest(artifact):
-        return _serialised(
-            build_priced_decode(spec, weight_table(artifact), artifact.shape.dtype, kv=artifact.shape.kv, counted=True)
-        )
+    return _priced_decode(artifact, counted=True)
 
 
 def listed_rows(artifact: Artifact) -> bytes:
     """Build the decode graph of a priced artifact that also returns which rows are worth the price to each token."""
-    spec = artifact_spec(artifact)
+    return _priced_decode(artifact, listed=True)
+
+
+def _priced_decode(artifact: Artifact, **outputs: bool) -> bytes:
+    spec, shape = artifact_spec(artifact), artifact.shape
+    like = {node.op_type for node in ir.load(artifact.file(contract.DECODE_FILE)).graph}
     with _of_manifest(artifact):
         return _serialised(
-            build_priced_decode(spec, weight_table(artifact), artifact.shape.dtype, kv=artifact.shape.kv, listed=True)
+            build_priced_decode(spec, weight_table(artifact), shape.dtype, kv=shape.kv, like=like, **outputs)
         )
 
 

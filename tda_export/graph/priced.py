@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from tda_export.graph import contract, kv_formats
+from tda_export.graph import contract, kv_formats, operators
 from tda_export.graph.attention import attention_lengths, call_tokens
 from tda_export.graph.attention_function import StepGraphBuilder
 from tda_export.graph.contract import IoTensor
@@ -33,6 +33,9 @@ from tda_export.graph.weight_plan import PricedRows
 from tda_export.graph.weights_file import WeightTable
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import Packing
+
+NORMS = {operators.ADD_NORM, operators.ADD_BIAS_NORM, operators.NORM_ROW_LINEAR}
+ADDITIONS = {operators.ROW_LINEAR_ADD, operators.GATED_ROW_LINEAR_ADD}
 
 
 class RowGraphBuilder(StepGraphBuilder):
@@ -133,6 +136,7 @@ def build_priced_decode(
     explicit: bool = False,
     counted: bool = False,
     listed: bool = False,
+    like: Collection[str] | None = None,
 ) -> ir.Model:
     """Build the graph in which each token reads the rows that are worth their bytes at a price.
 
@@ -146,13 +150,16 @@ def build_priced_decode(
         counted: Add the number of rows that each token reads of each matrix, in the order of computation, to the
             outputs. Rows whose input is zero are not read.
         listed: Add to the outputs which rows of each matrix are worth the price to each token, in the same order.
+        like: The operators of an artifact's own decode, which an earlier version may have built. Norms are computed as
+            there, so that rounding does not let the graph read other rows.
 
     Returns:
         The model with the inputs and outputs of `contract.priced_decode_inputs` and `contract.priced_decode_outputs`. A
         call without a past is dense.
     """
     shape, half = model_shape(spec, dtype, kv), dtype != "float32"
-    builder = FunctionRowGraphBuilder if half else NormRowGraphBuilder
+    plain, apart = _earlier_norms(like)
+    builder = FunctionRowGraphBuilder if half else RowGraphBuilder if plain else NormRowGraphBuilder
     graph = builder(spec, weights, dtype, contract.priced_decode_inputs(shape, explicit=explicit), kv)
     ops, inputs, outputs = graph.ops, graph.inputs, graph.outputs
     graph.counted, graph.listed = counted, listed
@@ -176,9 +183,18 @@ def build_priced_decode(
     declared = contract.priced_decode_outputs(shape, counted=len(graph.kept), listed=rows)
     model = graph.model("decode", declared, defaults, functions)
     fuse(model)
-    if half:
+    if half and not apart:
         add_residuals(model)
     return model
+
+
+def _earlier_norms(like: Collection[str] | None) -> tuple[bool, bool]:
+    """Return whether a decode of these operators has none of this project's norms, and whether it has none whose
+    product adds the residual."""
+    if like is None:
+        return False, False
+    names = {operator.rstrip("48") for operator in like}
+    return not names & NORMS, not names & ADDITIONS
 
 
 def priced_matrices(spec: DecoderSpec, weights: WeightTable) -> list[str]:

@@ -55,7 +55,7 @@ def add_residuals(model: ir.Model) -> None:
 
 
 def _norms_for_one_product(node: ir.Node) -> bool:
-    """Return whether a node is a NormRowLinear, or would be part of one if nothing but a RowLinear read its norm."""
+    """Return whether a node is a NormRowLinear, or an AddNorm whose norm one RowLinear reads, and maybe other nodes."""
     if node.domain != operators.FUNCTION_DOMAIN:
         return False
     if name_of(node) == operators.NORM_ROW_LINEAR:
@@ -64,7 +64,7 @@ def _norms_for_one_product(node: ir.Node) -> bool:
         return False
     users = [use.node for use in node.outputs[0].uses()]
     products = {user for user in users if user.domain == operators.FUNCTION_DOMAIN and user.op_type in ROW_LINEARS}
-    return len(products) == 1 and len(users) > 1
+    return len(products) == 1
 
 
 def _columns(node: ir.Node) -> int:

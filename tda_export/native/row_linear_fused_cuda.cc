@@ -24,7 +24,7 @@ class ResidualCall {
   ResidualCall(const KernelContext& context, const RowLinearCall& call, const SumKernels& kernels) {
     const Tensor residual = context.Input(0);
     if (residual.Shape() != call.y.Shape()) {
-      Fail("residual: expected shape ", call.y.Shape(), ", as x has ", call.tokens, " tokens and w ", call.outputs,
+      Fail("residual: expected shape ", call.y.Shape(), ", as the call has ", call.tokens, " tokens and w ", call.outputs,
            " columns, got ", residual.Shape());
     }
     Tensor shape = call.y;

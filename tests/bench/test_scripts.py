@@ -160,3 +160,8 @@ def test_logits_that_are_not_finite_are_not_timed(monkeypatch: pytest.MonkeyPatc
     script.check_finite("GenAI", np.zeros(3))
     with pytest.raises(SystemExit, match=r"^GenAI: logits are not finite, so nothing was timed\.$"):
         script.check_finite("GenAI", np.array([1.0, np.nan]))
+
+
+def test_every_stamp_of_device_rows_has_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = load("device_rows", monkeypatch).device_code(stamps=True)
+    assert all(code.count(f"STAMP({number});") == 1 for number in range(1, 5))

@@ -6,20 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
 from tda_export.graph import operators, priced
+from tda_export.graph.derive import listed_rows
 from tda_export.graph.fused import fuse
 from tda_export.graph.linear import linear_functions
 from tda_export.graph.ops import IR_VERSION, OPSET, Ops
 from tda_export.graph.row_linear import row_linear, row_linear_functions
 from tda_export.graph.sums import add_residuals
+from tda_export.graph.verify import verify_artifact
 from tda_export.models.source import ModelSource
 from tda_export.runtime import load
+from tda_export.runtime.artifact import open_artifact
 from tda_export.runtime.scoring import continuation_logits
 from tests.graph.test_fused import PROMPT, build, nodes
-from tests.graph.test_priced import source_of  # noqa: F401
+from tests.graph.test_priced import build_priced, source_of  # noqa: F401
 from tests.tiny import FAMILIES
 
 # Families without an RMS norm of a product and a residual: a product is normed or scaled, or has a bias, first.
@@ -77,10 +81,14 @@ def pair(case: str, *, columns: int = 64) -> tuple[ir.Model, Callable[[], list[s
         outputs=(True, True),
         domain=operators.FUNCTION_DOMAIN,
         epsilon=1e-6,
-        early=1,
+        early=int(case != "late"),
     )
     y = row_linear(ops, normed, next_w, next_row_price, price)
     outputs = [y, total]
+    if case in ("norm read", "late"):
+        outputs.append(ops.op("Neg", normed))
+    if case == "two products":
+        outputs.append(row_linear(ops, normed, next_w, next_row_price, price))
     if case == "read":
         outputs.append(ops.op("Neg", product))
     if case == "output":
@@ -94,15 +102,49 @@ def pair(case: str, *, columns: int = 64) -> tuple[ir.Model, Callable[[], list[s
     return model, lambda: [node.op_type for node in model.graph]
 
 
-@pytest.mark.parametrize("case", ["plain", "columns", "residual", "read", "output"])
+@pytest.mark.parametrize("case", ["columns", "residual", "read", "output", "late", "two products"])
 def test_pairs_that_stay(case: str) -> None:
-    """No whole number of square parts, a residual that is made later, or a product that something else reads."""
+    """No whole number of square parts, a residual that is made later, a product that something else reads, a norm whose
+    weight may be written late, or one that two products read."""
     model, names = pair(case, columns=72 if case == "columns" else 64)
     before = names()
-    assert operators.NORM_ROW_LINEAR in before
+    assert (operators.NORM_ROW_LINEAR in before) == (case not in ("late", "two products"))
     add_residuals(model)
-    if case == "plain":
-        assert names() == [operators.ROW_LINEAR_ADD, operators.RMS_ROW_LINEAR]
-        assert [value.name for value in model.graph.outputs] == ["output_0", "output_1"]
-    else:
-        assert names() == before
+    assert names() == before
+
+
+def test_a_pair() -> None:
+    model, names = pair("plain")
+    add_residuals(model)
+    assert names() == [operators.ROW_LINEAR_ADD, operators.RMS_ROW_LINEAR]
+    assert [value.name for value in model.graph.outputs] == ["output_0", "output_1"]
+
+
+def test_a_norm_that_is_read_elsewhere_too() -> None:
+    """As in a graph that lists rows: the product adds all the same, and the norm is a node."""
+    model, names = pair("norm read")
+    add_residuals(model)
+    assert sorted(names()) == sorted([operators.ROW_LINEAR_ADD, operators.RMS_NORM, operators.ROW_LINEAR, "Neg"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_artifacts_of_earlier_versions(
+    dtype: str,
+    source_of: Callable[[str], ModelSource],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Graphs that are derived from them compute norms as they do, so `verify` finds the same rows."""
+    source = source_of("llama")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(priced, "add_residuals", lambda model: None)
+        if dtype == "float32":
+            earlier.setattr(priced, "NormRowGraphBuilder", priced.RowGraphBuilder)
+            earlier.setattr(priced, "fuse", lambda model: None)
+        folder = build_priced(source, tmp_path / "artifact", "sites", dtype=dtype)
+    found = ir.from_proto(onnx.load_from_string(listed_rows(open_artifact(folder))))
+    names = {node.op_type for node in found.graph}
+    assert not names & {operators.RMS_NORM, operators.ROW_LINEAR_ADD}
+    assert (operators.ADD_NORM in names) == (dtype == "float16")
+    checks = verify_artifact(folder, lambda name: source, provider="cpu", quiet=True)
+    assert [check for check in checks if not check.passed] == []

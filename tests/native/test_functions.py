@@ -245,3 +245,24 @@ def test_shapes_that_do_not_fit(name: str, feeds: dict[str, tuple], outputs: int
     arrays = {key: np.ones(shape, np.float16) for key, shape in feeds.items()}
     with pytest.raises(Exception, match=f"tda::{name}: {message}"):
         run(name, arrays, ("float16",) * outputs, CUDA, True, **({"epsilon": 1e-5} if outputs == 2 else {}))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"x": (1, 3), "residual": (1, 3), "weight": (2,)}, r"AddNorm: x: expected shape \[.., 2\], got \[1, 3\]"),
+        (
+            {"x": (1, 2), "residual": (2, 2), "weight": (2,)},
+            r"AddNorm: residual: expected shape \[1, 2\], got \[2, 2\]",
+        ),
+        (
+            {"x": (1, 2), "residual": (1, 2), "weight": (2,), "bias": (3,)},
+            r"AddBiasNorm: bias: expected shape \[2\], got \[3\]",
+        ),
+    ],
+)
+def test_norms_on_the_cpu_whose_shapes_do_not_fit(shapes: dict[str, tuple[int, ...]], message: str) -> None:
+    feeds = {key: np.ones(shape, np.float32) for key, shape in shapes.items()}
+    name = operators.ADD_BIAS_NORM if "bias" in shapes else operators.ADD_NORM
+    with pytest.raises(Exception, match=f"tda::{message}"):
+        run(name, feeds, ("float32", "float32"), CPU, True, epsilon=1e-5)

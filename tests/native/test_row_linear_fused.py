@@ -236,10 +236,10 @@ def test_shapes_that_do_not_fit(
         run_all(session(kind, bits, 40, dtype=dtype, fused=True), feeds)
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.gpu), "float32"])
 @pytest.mark.parametrize("bits", BITS)
-def test_two_inputs_of_a_gate_have_the_width_of_the_rows(bits: int) -> None:
-    feeds = fused_feeds(np.random.default_rng(5), "gated", bits, tokens=1, inputs=40, outputs=40, dtype="float16")
-    feeds |= {name: np.ones((1, 1, 80), NUMPY_DTYPES["float16"]) for name in AHEAD["gated"]}
+def test_two_inputs_of_a_gate_have_the_width_of_the_rows(bits: int, dtype: str) -> None:
+    feeds = fused_feeds(np.random.default_rng(5), "gated", bits, tokens=1, inputs=40, outputs=40, dtype=dtype)
+    feeds |= {name: np.ones((1, 1, 80), NUMPY_DTYPES[dtype]) for name in AHEAD["gated"]}
     with pytest.raises(Exception, match=r"gate: expected shape \[.., 40\], as w has 40 rows, got \[1, 1, 80\]"):
-        run_all(session("gated", bits, 40, dtype="float16", fused=True), feeds)
+        run_all(session("gated", bits, 40, dtype=dtype, fused=True), feeds)

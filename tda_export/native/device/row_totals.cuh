@@ -148,6 +148,9 @@ static __device__ __forceinline__ void AddBlocksInMemory(const float (&sums)[kTo
 
 #if TDA_CLUSTERS
 
+// The number of zero bits ahead of the first one, at compile time.
+static __device__ constexpr unsigned Zeros(unsigned number) { return number >> 31 ? 0 : 1 + Zeros(number << 1 | 1); }
+
 // Where the sums of the cluster's blocks meet. The first of them, a power of two, add equal parts of the cells, whole warps
 // of them.
 template <int kTokens, int kWidth>
@@ -156,14 +159,18 @@ struct ClusterSums {
   static constexpr unsigned kWarps = kCells / kWarp;
   static_assert((kWarps & (kWarps - 1)) == 0, "parts are equal");
 
+  // A part has 2^Shift() cells.
+  static __device__ __forceinline__ unsigned Shift() {
+    constexpr unsigned kAll = 31 - Zeros(kCells), kMostParts = 31 - Zeros(kWarps);
+    return kAll - min(31u - static_cast<unsigned>(__clz(gridDim.x)), kMostParts);
+  }
+
   // [ranks, cells of a part]. One rank less than the most has the most to receive, but for parts of a warp.
   static constexpr unsigned kMostReceived = (kMostRanks - 1) * kCells / (kMostRanks / 2), kOfWarps = kMostRanks * kWarp;
   float received[kMostReceived > kOfWarps ? kMostReceived : kOfWarps];
   ClusterInbox inbox;
 
-  static __device__ __forceinline__ unsigned OwnCells() {
-    return kCells / min(1u << (31 - __clz(gridDim.x)), kWarps);  // both are powers of two
-  }
+  static __device__ __forceinline__ unsigned OwnCells() { return 1u << Shift(); }
 
   // Called when the block begins. A block alone sends nothing: compute-sanitizer refuses that in a cluster of one.
   __device__ __forceinline__ void Begin() {
@@ -173,9 +180,9 @@ struct ClusterSums {
 
   // Send the block's sum of a cell to the block that adds it.
   __device__ __forceinline__ void Send(unsigned cell, float sum) {
-    const unsigned own_cells = OwnCells();
+    const unsigned shift = Shift(), own = cell & ((1u << shift) - 1);
     const float sums[1] = {sum};
-    inbox.Send(&received[blockIdx.x * own_cells + cell % own_cells], cell / own_cells, sums);
+    inbox.Send(&received[(blockIdx.x << shift) + own], cell >> shift, sums);
   }
 };
 
