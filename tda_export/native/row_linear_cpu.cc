@@ -67,7 +67,7 @@ struct NormedInputs {
 
   const float* Stored() const { return nullptr; }
 
-  // Every chunk adds all squares, which takes less time than waiting for another thread.
+  // Every chunk adds all squares by itself, so that none waits for another.
   void Make(int64_t token, int64_t first, int64_t end, bool once, float* made) const {
     const int64_t row = token * inputs, at = row + first;
     const float scale = NormScaleOf(x + row, residual + row, inputs, epsilon);
