@@ -16,7 +16,8 @@ What `tda-export COMMAND --help` prints. `python docs/make_commands.py` writes t
 
 Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted, 143 terminated. An error is one line on standard
 error. `TDA_EXPORT_THREADS` sets the CPU threads of a session (default: all cores), `TDA_EXPORT_NATIVE=0` turns the
-native kernels off.
+native kernels off, `TDA_EXPORT_HUGE_PAGES=0` lets processes on the CPU share weights.bin in memory instead of copying
+it to huge pages, which is faster.
 """
 
 

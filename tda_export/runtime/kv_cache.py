@@ -8,7 +8,7 @@ import onnxruntime as ort
 from tda_export.errors import TdaError, first_line
 from tda_export.graph import contract
 from tda_export.graph.contract import ModelShape
-from tda_export.runtime.session import Call, empty_tensor
+from tda_export.runtime.session import Call, empty_tensors
 
 
 class KvCache:
@@ -25,11 +25,9 @@ class KvCache:
         self._layers = [contract.layer_caches(shape, layer) for layer in range(shape.num_layers)]
         try:
             self.mask = np.zeros((1, capacity), np.int64)  # the attention mask of the next call
-            self._buffers = {
-                tensor.past: empty_tensor(tensor.axes(capacity), tensor.dtype, provider)
-                for tensors in self._layers
-                for tensor in tensors
-            }
+            caches = [tensor for tensors in self._layers for tensor in tensors]
+            arrays = [(tensor.axes(capacity), tensor.dtype) for tensor in caches]
+            self._buffers = dict(zip([tensor.past for tensor in caches], empty_tensors(arrays, provider), strict=True))
         except Exception as error:  # numpy's MemoryError; ONNX Runtime's exceptions share no narrower base
             raise TdaError(
                 f"No memory for keys and values of {capacity} tokens ({first_line(error)}). "

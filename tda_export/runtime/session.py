@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -13,6 +14,7 @@ import onnxruntime as ort
 from tda_export.errors import TdaError, UsageError, first_line
 from tda_export.graph import contract, operators
 from tda_export.native.library import native_problem, register_native, warn_once
+from tda_export.runtime import huge_pages
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.graph_check import check_graph
 from tda_export.runtime.providers import CUDA, EXECUTION_PROVIDERS, provider_arguments
@@ -46,9 +48,10 @@ class Sessions:
     fast on the CPU). Without native kernels the function bodies run, and a warning appears once on standard error. With
     them, decode on CUDA is captured as a CUDA graph.
 
-    On CUDA the weights are uploaded once and given to both sessions as initializers. On the CPU both map weights.bin
-    into memory. Decode also packs the weights of attention and head for its products, a copy that makes it faster;
-    prefill does not, and FFN weights are never copied.
+    The weights are uploaded to CUDA, or read into huge pages on the CPU, once, and given to both sessions as
+    initializers. Where there are no huge pages (`huge_pages.read_file`), both sessions map weights.bin into memory.
+    Decode on the CPU also packs float weights of attention and head for its products, a copy that makes it faster;
+    prefill does not, and FFN weights are not copied again.
     """
 
     def __init__(self, artifact: Artifact, provider: str) -> None:
@@ -57,7 +60,7 @@ class Sessions:
 
     def _open_both(self, artifact: Artifact, provider: str) -> None:
         self.provider = provider
-        self.shared_weights = upload_weights(artifact) if provider == CUDA else {}
+        self.shared_weights = upload_weights(artifact) if provider == CUDA else read_weights(artifact)
         self._graph_ids = itertools.count(1)
         self.priced = artifact.layout == "priced"
         self.two_levels: bool = not self.priced and artifact.manifest["method"]["two_levels"]
@@ -105,7 +108,7 @@ class Sessions:
         check_graph(self.decode, artifact.file(decode), *declared[decode])
 
     def weights_of(self, artifact: Artifact, file: str) -> dict[str, ort.OrtValue]:
-        """Return the shared weights that a graph reads."""
+        """Return the shared weights that a graph reads, none where it maps weights.bin itself."""
         if not self.shared_weights:
             return {}
         return {name: self.shared_weights[name] for name in artifact.manifest["graph_weights"][file]}
@@ -257,6 +260,13 @@ def empty_tensor(shape: tuple[int, ...], dtype: str, provider: str) -> ort.OrtVa
     return device_tensor(np.zeros(shape, STORAGE.get(dtype, dtype)), provider, dtype)
 
 
+def empty_tensors(arrays: Sequence[tuple[Sequence[int], str]], provider: str) -> list[ort.OrtValue]:
+    """Allocate arrays of zeros, for (shape, dtype) each: in the provider's memory, on the CPU in huge pages."""
+    if provider == CUDA or any(dtype in STORAGE for _, dtype in arrays):
+        return [empty_tensor(tuple(shape), dtype, provider) for shape, dtype in arrays]
+    return huge_pages.zeros(arrays)
+
+
 def initializer(array: np.ndarray, provider: str, dtype: str) -> ort.OrtValue:
     """Copy an array to where sessions can share it as an initializer."""
     value = device_tensor(array, provider, dtype)
@@ -269,6 +279,24 @@ def upload_weights(artifact: Artifact) -> dict[str, ort.OrtValue]:
     return {
         name: initializer(map_weight(artifact, name), CUDA, entry["dtype"])
         for name, entry in artifact.manifest["weights"].items()
+    }
+
+
+def read_weights(artifact: Artifact) -> dict[str, ort.OrtValue]:
+    """Read weights.bin into huge pages, for any number of sessions to share on the CPU.
+
+    Returns:
+        Nothing where the mapped file serves as well (`huge_pages.read_file`), or for bfloat16, which numpy lacks.
+    """
+    entries = artifact.manifest["weights"]
+    if any(entry["dtype"] in STORAGE for entry in entries.values()):
+        return {}
+    size = artifact.manifest["files"][contract.WEIGHTS_FILE]["size"]
+    if (memory := huge_pages.read_file(artifact.weights_file, size)) is None:
+        return {}
+    return {
+        name: huge_pages.in_place(np.ndarray(entry["shape"], entry["dtype"], memory.data, entry["offset"]))
+        for name, entry in entries.items()
     }
 
 
