@@ -147,11 +147,12 @@ def llama_bench(options: argparse.Namespace, model: Path) -> Callable[[], tuple[
 
 
 def timed(read: Callable[[], object], step: Callable[[], object]) -> tuple[float, float]:
-    """Return the seconds of a token, and of a prompt with the first token."""
+    """Return the seconds of a token, and of a prompt to its last logits; llama-bench too has a warm-up before each."""
+    read()
     started = time.perf_counter()
     read()
-    step()
     first = time.perf_counter() - started
+    step()
     started = time.perf_counter()
     for _ in range(TOKENS):
         step()
@@ -164,12 +165,14 @@ def genai(options: argparse.Namespace, folder: Path, prompt: list[int]) -> Calla
     config = og.Config(str(folder))
     model = og.Model(config)
 
+    parameters = og.GeneratorParams(model)
+    length = len(prompt) + TOKENS + 2
+    parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
+
     def measure() -> tuple[float, float]:
-        parameters = og.GeneratorParams(model)
-        length = len(prompt) + TOKENS + 2
-        parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
-        generator = og.Generator(model, parameters)
-        return timed(lambda: generator.append_tokens(prompt), generator.generate_next_token)
+        generators = [og.Generator(model, parameters) for _ in range(2)]  # the first one warms up
+        unread = iter(generators)
+        return timed(lambda: next(unread).append_tokens(prompt), lambda: generators[-1].generate_next_token())
 
     return measure
 

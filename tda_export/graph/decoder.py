@@ -161,6 +161,10 @@ class GraphBuilder:
             attended = self.ops.op("Reshape", attended, self.ops.constant([0, 0, width], "int64"))
         return [attended, *present]
 
+    def attention_functions(self) -> list[ir.Function]:
+        """Define the functions that the nodes of attention call."""
+        return []
+
     def _projections(self, layer: int) -> list[str]:
         """Name the matrices of queries, keys and values: one (packed) or three."""
         packed = contract.qkv_weight(layer)

@@ -13,9 +13,9 @@ import torch
 
 from tda_export.graph import contract, kv_formats, operators
 from tda_export.graph.attention import attention_lengths, call_tokens
-from tda_export.graph.attention_function import StepGraphBuilder
+from tda_export.graph.attention_function import StepGraphBuilder, prompt_graph_builder
 from tda_export.graph.contract import IoTensor
-from tda_export.graph.decoder import GraphBuilder, last_positions, model_shape
+from tda_export.graph.decoder import last_positions, model_shape
 from tda_export.graph.ffn import plain_ffn
 from tda_export.graph.fused import fuse
 from tda_export.graph.gated_activation import gated_activation, gated_activation_functions
@@ -111,7 +111,7 @@ def build_priced_prefill(
         The model with the inputs and outputs of `contract.priced_prefill_inputs` and `contract.dense_outputs`.
     """
     shape = model_shape(spec, dtype, kv)
-    graph = GraphBuilder(spec, weights, dtype, contract.priced_prefill_inputs(shape), kv)
+    graph = prompt_graph_builder(dtype)(spec, weights, dtype, contract.priced_prefill_inputs(shape), kv)
     inputs = graph.inputs
     lengths = attention_lengths(graph.ops, inputs[contract.ATTENTION_MASK])
     tokens = call_tokens(graph.ops, inputs[contract.INPUT_IDS], lengths)
@@ -123,6 +123,7 @@ def build_priced_prefill(
     graph.outputs[contract.LOGITS] = graph.logits(last)
     defaults = {contract.NUM_LOGITS: np.ones(1, np.int64)}
     functions = gated_activation_functions(spec.activation) if node else []
+    functions += graph.attention_functions()
     return graph.model("prefill", contract.dense_outputs(shape), defaults, functions)
 
 

@@ -43,10 +43,9 @@ def alone_on(provider: str) -> contextlib.AbstractContextManager[object]:
 class Sessions:
     """Prefill and decode of one artifact on one provider.
 
-    `native` says whether the native kernels are in use: on CUDA in both sessions; on the CPU in decode and, where
-    weights are integers, in prefill (prefill's other operators have only CUDA kernels, and function bodies that are as
-    fast on the CPU). Without native kernels the function bodies run, and a warning appears once on standard error. With
-    them, decode on CUDA is captured as a CUDA graph.
+    `native` says whether the native kernels are in use: in both sessions, except on the CPU in prefill of prompt masks,
+    whose statistics have kernels only for CUDA. Without native kernels the function bodies run, and a warning appears
+    once on standard error. With them, decode on CUDA is captured as a CUDA graph.
 
     The weights are uploaded to CUDA, or read into huge pages on the CPU, once, and given to both sessions as
     initializers. Where there are no huge pages (`huge_pages.read_file`), both sessions map weights.bin into memory.
@@ -86,13 +85,14 @@ class Sessions:
     def _open(self, artifact: Artifact, *, native: bool) -> None:
         provider = self.provider
         self.native = native
-        self.native_prefill = provider == CUDA or artifact.has_integers
         self.captures = native and provider == CUDA
         # The kernel that selects by threshold pads masks to the number of all neurons, so that buffers keep their size.
         self.pads_masks = self.captures and artifact.manifest["method"].get("selection") == "threshold"
         prefill, decode = contract.PREFILL_FILE, contract.DECODE_FILE
         weights = self.weights_of(artifact, prefill)
-        self.prefill = open_session(artifact, prefill, provider, weights, native=native and self.native_prefill)
+        self.prefill = open_session(
+            artifact, prefill, provider, weights, native=native and (provider == CUDA or self.priced)
+        )
         self.decode = open_session(
             artifact,
             decode,
