@@ -48,7 +48,9 @@ class Text:
             text.encode()
         except UnicodeEncodeError as error:  # Python represents undecodable bytes of an argument so
             raise TdaError("The prompt is not valid UTF-8 text. Convert it to UTF-8.") from error
-        tokens = list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
+        # Only a batch lets other threads run meanwhile. A megabyte takes seconds.
+        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=special_tokens)
+        tokens = list(encoding.ids)
         vocabulary = self._artifact.shape.vocab_size
         beyond = next((token for token in tokens if token >= vocabulary), None)
         if beyond is not None:

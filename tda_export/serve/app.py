@@ -137,9 +137,9 @@ class Api:
         except ApiError:
             self._worker.metrics.ended(endpoint, "refused")
             raise
-        reply = Reply(chat=isinstance(body, ChatRequest), model=self._name)
+        reply = Reply(isinstance(body, ChatRequest), self._name, body.usage_wanted)
         if body.stream:
-            return EventStream(_chunks(reply, events, with_usage=body.usage_wanted), self._worker, job)
+            return EventStream(_chunks(reply, events), self._worker, job)
         try:
             return await _unless_left(request, _whole(reply, events))
         finally:
@@ -160,7 +160,7 @@ class EventStream(StreamingResponse):
             self._worker.cancel(self._job)
 
 
-async def _chunks(reply: Reply, events: asyncio.Queue[Event], *, with_usage: bool) -> AsyncIterator[bytes]:
+async def _chunks(reply: Reply, events: asyncio.Queue[Event]) -> AsyncIterator[bytes]:
     if reply.chat:
         yield server_sent(reply.begin())
     while True:
@@ -173,7 +173,7 @@ async def _chunks(reply: Reply, events: asyncio.Queue[Event], *, with_usage: boo
             await asyncio.sleep(0)  # see that the client has left before writing more, since asyncio complains
         if isinstance(event, Done):
             yield server_sent(reply.end(event.metrics))
-            if with_usage:
+            if reply.ends_with_usage:
                 yield server_sent(reply.usage(event.metrics))
             yield END_OF_STREAM
             return

@@ -44,7 +44,7 @@ TokenLimit = Annotated[int, AfterValidator(_token_limit)]
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
 
     include_usage: bool | None = None
 
@@ -53,7 +53,7 @@ class GenerationRequest(BaseModel):
     """The fields that chat and completions have in common. Unknown fields are kept, so that they can be refused by
     name."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
     usual_new_tokens: ClassVar[int | None] = None  # default length of an answer; None takes the server's
 
     model: str
@@ -136,14 +136,14 @@ class GenerationRequest(BaseModel):
 
 
 class ContentPart(BaseModel):
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
 
     type: str
     text: str | None = None
 
 
 class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Items[ContentPart] | None = None
@@ -169,12 +169,15 @@ class ChatMessage(BaseModel):
             )
         parts = [ContentPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
         for place, part in enumerate(parts):
-            if part.type != "text" or part.text is None:
+            if part.type != "text":
                 raise invalid(
                     f"Content of type '{part.type[:LONGEST_NAME]}' is not supported by this server. Send text.",
                     param=f"{where}.content[{place}]",
                     code="unsupported_content",
                 )
+            if part.text is None:
+                text = f"{where}.content[{place}].text"
+                raise invalid(f"{text}: Field required.", param=text, code="missing_required_parameter")
             check_fields(part.model_extra, ["type", "text"], {}, where=f"{where}.content[{place}].")
         role = "system" if self.role == "developer" else self.role
         message = {"role": role, "content": "".join(part.text or "" for part in parts)}

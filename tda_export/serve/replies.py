@@ -18,11 +18,13 @@ END_OF_STREAM = b"data: [DONE]\n\n"
 class Reply:
     """What all parts of one answer share.
 
-    `chat` is true for POST /v1/chat/completions and false for POST /v1/completions; `model` is the requested name.
+    `chat` is true for POST /v1/chat/completions and false for POST /v1/completions; `model` is the requested name;
+    `ends_with_usage` says whether a stream's last chunk has the usage, which is null in the others then.
     """
 
     chat: bool
     model: str
+    ends_with_usage: bool = False
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -47,7 +49,7 @@ class Reply:
         return self._chunk([self._choice(said, FINISH_REASONS[metrics.finish_reason])])
 
     def usage(self, metrics: Metrics) -> dict[str, Any]:
-        """Return the chunk with the usage, for requests that ask for it."""
+        """Return a stream's last chunk, for requests that ask for it."""
         return self._chunk([]) | {"usage": usage(metrics)}
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -55,7 +57,8 @@ class Reply:
         return {"id": f"{prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return self._head("chat.completion.chunk" if self.chat else "text_completion") | {"choices": choices}
+        chunk = self._head("chat.completion.chunk" if self.chat else "text_completion") | {"choices": choices}
+        return chunk | {"usage": None} if self.ends_with_usage else chunk
 
     def _choice(self, said: dict[str, Any], reason: str | None) -> dict[str, Any]:
         return {"index": 0, **said, "logprobs": None, "finish_reason": reason}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -100,6 +102,24 @@ def test_finish_returns_an_unfinished_character(model: Model, missing: int, held
 def test_finish_of_nothing(model: Model) -> None:
     assert model.text.stream([]).finish() == ""
     assert model.text.stream(model.text.encode("prompt")).finish() == ""
+
+
+def test_other_threads_run_while_text_is_tokenized(model: Model) -> None:
+    begun, ended, ticks = threading.Event(), threading.Event(), 0
+
+    def encode() -> None:
+        begun.set()
+        model.text.encode("1" * 1_000_000)
+        ended.set()
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    begun.wait()
+    while not ended.is_set():
+        time.sleep(1e-4)
+        ticks += 1
+    thread.join()
+    assert ticks > 10  # once or twice where the tokenizer keeps Python to itself
 
 
 def test_special_tokens_have_no_text(model: Model) -> None:
