@@ -56,6 +56,21 @@ def test_it_is_what_the_body_computes_on_the_cpu(
     np.testing.assert_allclose(results[0], reference(feeds, form), rtol=0, atol=CLOSE)
 
 
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    form=forms((32, 64, 80, 128)),
+    tokens=st.sampled_from([100, 128, 256, 300, 513]),
+    past=st.sampled_from([0, 0, 3, 256, 300]),
+    seed=st.integers(0, 2**16),
+)
+def test_prompts_on_the_cpu(form: AttentionForm, tokens: int, past: int, seed: int) -> None:
+    feeds = random_attention(np.random.default_rng(seed), form, tokens=tokens, past=past)
+    for result, of_body in zip(
+        *(run_attention(session(form, native=native), feeds) for native in (True, False)), strict=True
+    ):
+        np.testing.assert_allclose(result, of_body, rtol=0, atol=CLOSE)
+
+
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(form=forms((2, 6, 10, 24, 40, 72)), **lengths)
 def test_heads_of_any_size_on_the_cpu(form: AttentionForm, tokens: int, past: int, room: int | None, seed: int) -> None:
