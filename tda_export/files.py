@@ -40,8 +40,8 @@ def check_output(path: Path, *, overwrite: bool, what: str, is_earlier_output: C
         is_earlier_output: Returns whether this command wrote the existing output. Nothing else is replaced.
 
     Raises:
-        UsageError: The output exists and `overwrite` is off, it exists and is no earlier output, or its parent folder
-            is missing or read-only.
+        UsageError: The output exists and `overwrite` is off, it exists and is no earlier output, it is a pipe or a
+            device, or its parent folder is missing or read-only.
     """
     parent = path.absolute().parent
     if not parent.is_dir():
@@ -51,6 +51,8 @@ def check_output(path: Path, *, overwrite: bool, what: str, is_earlier_output: C
     remove_leftovers(path)
     if not (path.exists() or path.is_symlink()):
         return
+    if path.exists() and not (path.is_file() or path.is_dir()):  # to read a pipe could take forever
+        raise UsageError(f"{path} is a pipe or a device. Choose another output.")
     replaceable = is_earlier_output(path)
     if not overwrite:
         way_out = ", or replace it with --overwrite" if replaceable else ""

@@ -55,6 +55,17 @@ def full_disk() -> OSError:
     return os_error(errno.ENOSPC)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_pipe_is_no_output(tmp_path: Path, overwrite: bool) -> None:
+    """It is refused before anybody reads it, which could take forever."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    for path in (pipe, tmp_path / "link", Path("/dev/null")):
+        with pytest.raises(UsageError, match=r"is a pipe or a device\. Choose another output\.$"):
+            check_output(path, overwrite=overwrite, what="", is_earlier_output=lambda path: bool(path.read_bytes()))
+
+
 def test_appears_when_done(atomic: Atomic, tmp_path: Path) -> None:
     with atomic(tmp_path / "x") as part:
         put(part, "new")

@@ -165,8 +165,8 @@ def _print(result: dict[str, Any]) -> None:
             f"times as fast as dense, of the FFN {ceiling:.2f}"
         )
     click.echo(
-        f"  artifact {result['artifact_bytes'] / MIB:,.0f} MiB, a session {result['session_bytes'] / MIB:,.0f} MiB, "
-        f"{result['cache_bytes'] / MIB:,.0f} of them for the cache, {_stored(result['kv'], result['dtype'])}"
+        f"  artifact {result['artifact_bytes'] / MIB:,.0f} MiB, a session at least "
+        f"{result['session_bytes'] / MIB:,.0f} MiB, {result['cache_bytes'] / MIB:,.0f} of them for the cache, {_stored(result['kv'], result['dtype'])}"
     )
     if result.get("price_table"):
         print_prices(PriceTable.from_dict(result["price_table"]), integers_kl(result.get("quantization")))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
 
 import onnxruntime as ort
 
 from tda_export.errors import TdaError, first_line
 from tda_export.native.build import LIBRARY
+from tda_export.switches import switched_on
 
 SWITCH = "TDA_EXPORT_NATIVE"  # environment variable: 0 disables the library
 
@@ -17,7 +17,7 @@ SWITCH = "TDA_EXPORT_NATIVE"  # environment variable: 0 disables the library
 @functools.cache
 def native_problem() -> str | None:
     """Return why the native kernels cannot be used here, or None where they can. Tried once per process."""
-    if os.environ.get(SWITCH) == "0":
+    if not switched_on(SWITCH):
         return f"{SWITCH}=0 leaves them out"
     if not LIBRARY.is_file():
         return "the library was not built with the package (needs Linux or macOS and a C++ compiler)"

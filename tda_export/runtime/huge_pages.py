@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
+
+from tda_export.switches import switched_on
 
 HUGE_PAGE = 2 << 20  # bytes; also right where huge pages are larger: only fewer bytes are on them
 ALIGNMENT = 64  # bytes: a line of the cache, and the widest vector
@@ -95,4 +96,4 @@ def available_memory() -> int:
 
 
 def _wanted() -> bool:
-    return hasattr(mmap, "MADV_HUGEPAGE") and os.environ.get(SWITCH) != "0"
+    return switched_on(SWITCH) and hasattr(mmap, "MADV_HUGEPAGE")

@@ -71,6 +71,10 @@ class PromptMemory:
         self._prices: list[float] = []
         self._checkpoints: list[Checkpoint] = []
 
+    def opens_by(self, open_step: Callable[[int], TokenStep]) -> bool:
+        """Return whether this memory's steps are made by `open_step`."""
+        return bool(self._open_step == open_step)
+
     @contextlib.contextmanager
     def borrow_step(self, tokens: int) -> Iterator[TokenStep]:
         """Lend the step, with room for `tokens` tokens.

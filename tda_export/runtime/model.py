@@ -163,6 +163,8 @@ class Model:
         if max_new_tokens < 1:
             raise UsageError(f"{max_new_tokens} new tokens: give 1 or more.")
         check_lookup(lookup)
+        if memory is not None and not memory.opens_by(self._new_step):
+            raise UsageError("The memory belongs to another model. Make one with this model's memory().")
         own: MaskMode = "priced" if self.sessions.priced else "tda"
         mask = mask or own
         if mask not in (own, "dense"):
@@ -253,6 +255,8 @@ class Model:
             raise UsageError("Variables for the chat template have no effect without it. Leave them out, or chat.")
         if isinstance(prompt, str):
             return self._checked(self.text.encode(prompt))
+        if isinstance(prompt, bytes) or not all(hasattr(token, "__index__") for token in prompt):
+            raise UsageError("A prompt is text, or whole numbers: token ids.")
         tokens = [int(token) for token in prompt]
         vocabulary = self.artifact.shape.vocab_size
         if any(not 0 <= token < vocabulary for token in tokens):

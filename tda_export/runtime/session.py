@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnxruntime as ort
 
-from tda_export.errors import TdaError, UsageError, first_line
+from tda_export.errors import TdaError, UsageError, first_line, shown
 from tda_export.graph import contract, operators
 from tda_export.native.library import native_problem, register_native, warn_once
 from tda_export.runtime import huge_pages
@@ -23,6 +23,7 @@ ERRORS_ONLY = 3  # ONNX Runtime warns of every input that has a default
 ONNX_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16}
 STORAGE = {"bfloat16": "uint16"}  # numpy has no bfloat16; uint16 holds its bits
 THREADS = "TDA_EXPORT_THREADS"  # environment variable: threads of a session on the CPU; all cores unless it is set
+MOST_THREADS = 1024
 GRAPH_ID = "gpu_graph_id"  # a run option: which captured graph to replay
 NO_GRAPH = "-1"
 KERNEL_ERROR = f"{operators.FUNCTION_DOMAIN}::"  # how the native library begins its errors
@@ -182,8 +183,11 @@ def open_session(
 
 
 def _thread_count(given: str) -> int:
-    if not given.isdecimal() or int(given) < 1:
-        raise UsageError(f"{THREADS}={given}: give a whole number of threads from 1, or leave it out for all cores.")
+    if not given.isdecimal() or len(given) > len(str(MOST_THREADS)) or not 1 <= int(given) <= MOST_THREADS:
+        raise UsageError(
+            f"{THREADS}={shown(given)}: give a whole number of threads from 1 to {MOST_THREADS}, or leave it out for "
+            "all cores."
+        )
     return int(given)
 
 

@@ -105,6 +105,13 @@ def test_pieces_are_checkpoints(model: Model, monkeypatch: pytest.MonkeyPatch) -
     assert check_read(model, held, tokens[:40] + [70] * 9) == 0
 
 
+def test_memory_of_another_model(model: Model, priced_model: Model) -> None:
+    with pytest.raises(
+        UsageError, match=r"^The memory belongs to another model\. Make one with this model's memory\(\)"
+    ):
+        model.generate(TEXT, memory=priced_model.memory())
+
+
 def test_more_room_than_before_reads_all_again(model: Model) -> None:
     tokens, rooms = model.text.encode(TEXT), list[int]()
 

@@ -128,6 +128,17 @@ def test_token_outside_the_vocabulary(model: Model, token: int) -> None:
         model.generate([5, token])
 
 
+@pytest.mark.parametrize("prompt", [[1.5, 2.0], b"abc", ["a"]], ids=str)
+def test_a_prompt_of_something_else(model: Model, prompt: Any) -> None:
+    with pytest.raises(UsageError, match=r"^A prompt is text, or whole numbers: token ids"):
+        model.generate(prompt)
+
+
+def test_token_ids_of_numpy(model: Model) -> None:
+    expected = list(model.generate([5, 6, 7], max_new_tokens=4))
+    assert list(model.generate(np.array([5, 6, 7]), max_new_tokens=4)) == expected
+
+
 def test_text_with_a_token_that_the_model_does_not_have(artifact_copy: Path) -> None:
     """The tokenizer gives the token for text, but the model has no embedding for it."""
     add_unknown_token(artifact_copy)

@@ -13,6 +13,7 @@ import pytest
 
 from tda_export.errors import TdaError, UsageError
 from tda_export.graph import contract
+from tda_export.native import library
 from tda_export.runtime import Model, load
 from tda_export.runtime.artifact import open_artifact
 from tda_export.runtime.kv_cache import KvCache
@@ -151,12 +152,27 @@ def test_threads_of_sessions(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(THREADS, "2")
     sessions = load(tiny_artifact, provider="cpu").sessions
     assert sessions.decode.get_session_options().intra_op_num_threads == 2
-    for wrong in ("0", "-1", "two", "1.5"):
+    for wrong in ("0", "-1", "two", "1.5", "1025", "1000000"):
         monkeypatch.setenv(THREADS, wrong)
         with pytest.raises(
-            UsageError, match=rf"^TDA_EXPORT_THREADS={wrong}: give a whole number of threads from 1, or"
+            UsageError, match=rf"^TDA_EXPORT_THREADS={wrong}: give a whole number of threads from 1 to 1024, or"
         ):
             load(tiny_artifact, provider="cpu")
+
+
+@pytest.mark.parametrize("name", ["TDA_EXPORT_NATIVE", "TDA_EXPORT_HUGE_PAGES"])
+def test_switches(tiny_artifact: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for good in ("0", "1", ""):
+        monkeypatch.setenv(name, good)
+        library.native_problem.cache_clear()
+        assert load(tiny_artifact, provider="cpu").sessions.native == (name != "TDA_EXPORT_NATIVE" or good != "0")
+    for wrong in ("false", "2"):
+        monkeypatch.setenv(name, wrong)
+        library.native_problem.cache_clear()
+        with pytest.raises(UsageError, match=rf"^{name}={wrong}: give 0, or leave it out\.$"):
+            load(tiny_artifact, provider="cpu")
+    monkeypatch.delenv(name)
+    library.native_problem.cache_clear()
 
 
 def test_threads_of_one_session_leave_the_cores_to_the_other(tiny_artifact: Path) -> None:
