@@ -166,7 +166,8 @@ def _print(result: dict[str, Any]) -> None:
         )
     click.echo(
         f"  artifact {result['artifact_bytes'] / MIB:,.0f} MiB, a session at least "
-        f"{result['session_bytes'] / MIB:,.0f} MiB, {result['cache_bytes'] / MIB:,.0f} of them for the cache, {_stored(result['kv'], result['dtype'])}"
+        f"{result['session_bytes'] / MIB:,.0f} MiB, {result['cache_bytes'] / MIB:,.0f} of them for the cache, "
+        f"{_stored(result['kv'], result['dtype'])}"
     )
     if result.get("price_table"):
         print_prices(PriceTable.from_dict(result["price_table"]), integers_kl(result.get("quantization")))
