@@ -235,7 +235,7 @@ def test_out_of_memory(
 
 def test_an_array_that_no_memory_holds(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """numpy's MemoryError is its own class."""
-    monkeypatch.setattr("tda_export.runtime.kv_cache.empty_tensor", lambda *arguments: np.zeros(10**16))
+    monkeypatch.setattr("tda_export.runtime.kv_cache.empty_tensors", lambda *arguments: np.zeros(10**16))
     assert_error(run_cli("generate", tiny_artifact, "Hi"), FAILURE, "No memory for keys and values of")
 
 
