@@ -164,7 +164,6 @@ def genai(options: argparse.Namespace, folder: Path, prompt: list[int]) -> Calla
 
     config = og.Config(str(folder))
     model = og.Model(config)
-
     parameters = og.GeneratorParams(model)
     length = len(prompt) + TOKENS + 2
     parameters.set_search_options(max_length=length, min_length=length, do_sample=False)

@@ -20,6 +20,7 @@ import click
 
 from tda_export.runtime import Model, load
 from tda_export.runtime.huge_pages import SWITCH
+from tda_export.runtime.memory import PromptMemory
 
 WAYS = {"mapped file": "0", "huge pages": "1"}
 STEPS, WARM = 60, 20
@@ -35,7 +36,7 @@ def serve(artifact: str) -> None:
         print(json.dumps(timed(model, order["context"], order["budget"], memory)), flush=True)
 
 
-def timed(model: Model, context: int, budget: dict[str, float], memory: object) -> tuple[float, float]:
+def timed(model: Model, context: int, budget: dict[str, float], memory: PromptMemory) -> tuple[float, float]:
     """Return the milliseconds of a prompt with the first token, and of a step."""
     memory.forget()
     prompt = [3 + i * 7919 % 250 for i in range(context)]

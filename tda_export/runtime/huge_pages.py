@@ -23,7 +23,9 @@ ALIGNMENT = 64  # bytes: a line of the cache, and the widest vector
 SWITCH = "TDA_EXPORT_HUGE_PAGES"  # environment variable: 0 maps weights.bin, and has small pages for the rest
 MOST_OF_FREE = 0.5  # of the available memory; more weights than this stay in the mapped file
 MEMORY_INFO = Path("/proc/meminfo")
-GROUP_LIMIT, GROUP_USE = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")  # of a container
+# Of a container: its limit, what it uses, and what of that are files that it has not read lately (in memory.stat).
+GROUP_LIMIT, GROUP_USE = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+GROUP_STATISTICS, OLD_FILES = Path("/sys/fs/cgroup/memory.stat"), "inactive_file"
 
 
 def anonymous(size: int) -> np.ndarray:
@@ -89,7 +91,8 @@ def available_memory() -> int:
         lines = dict(line.split(":", 1) for line in MEMORY_INFO.read_text().splitlines())
         available = int(lines["MemAvailable"].split()[0]) << 10
         if GROUP_LIMIT.exists() and (limit := GROUP_LIMIT.read_text().strip()) != "max":
-            available = min(available, int(limit) - int(GROUP_USE.read_text()))
+            statistics = dict(line.split() for line in GROUP_STATISTICS.read_text().splitlines())
+            available = min(available, int(limit) - int(GROUP_USE.read_text()) + int(statistics[OLD_FILES]))
     except (OSError, ValueError, KeyError):
         return 0
     return max(available, 0)

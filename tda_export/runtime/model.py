@@ -255,9 +255,10 @@ class Model:
             raise UsageError("Variables for the chat template have no effect without it. Leave them out, or chat.")
         if isinstance(prompt, str):
             return self._checked(self.text.encode(prompt))
-        if isinstance(prompt, bytes) or not all(hasattr(token, "__index__") for token in prompt):
+        given = list(prompt)
+        if isinstance(prompt, bytes) or not all(hasattr(token, "__index__") for token in given):
             raise UsageError("A prompt is text, or whole numbers: token ids.")
-        tokens = [int(token) for token in prompt]
+        tokens = [int(token) for token in given]
         vocabulary = self.artifact.shape.vocab_size
         if any(not 0 <= token < vocabulary for token in tokens):
             raise UsageError(f"Token ids must lie in [0, {vocabulary}).")

@@ -91,8 +91,9 @@ def test_mapped_where_it_must_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [
         ("MemTotal:  9000 kB\nMemAvailable:  4000 kB\n", None, None, 4000 << 10),
         ("MemAvailable:  4000 kB\n", "max", "1000", 4000 << 10),
-        ("MemAvailable:  4000 kB\n", "3000000", "1000000", 2_000_000),
+        ("MemAvailable:  4000 kB\n", "3000000", "1000000", 2_000_500),
         ("MemAvailable:  4000 kB\n", "9000000", "1000000", 4000 << 10),
+        ("MemAvailable:  4000 kB\n", "3000000", "3000000", 500),
         ("MemAvailable:  4000 kB\n", "3000000", "3500000", 0),
         ("MemAvailable:  4000 kB\n", "much", "0", 0),
         ("MemTotal:  9000 kB\n", None, None, 0),
@@ -108,7 +109,9 @@ def test_available_memory(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, text in (("MEMORY_INFO", info), ("GROUP_LIMIT", limit), ("GROUP_USE", use)):
+    statistics = "anon 12\ninactive_file 500\n"
+    files = {"MEMORY_INFO": info, "GROUP_LIMIT": limit, "GROUP_USE": use, "GROUP_STATISTICS": statistics}
+    for name, text in files.items():
         monkeypatch.setattr(huge_pages, name, tmp_path / name)
         if text is not None:
             (tmp_path / name).write_text(text)
