@@ -80,7 +80,7 @@ def times(models: Sequence[Model], text: list[int], context: int, options: Any) 
             runner = PricedRunner(model.artifact, model.sessions, room, price)
             runner.prefill(text[:context])
             runners[model.artifact.shape.kv + name] = runner
-    spent = take_turns({name: partial(steps, runner) for name, runner in runners.items()}, options.turns + 1)
+    spent = take_turns({name: partial(runner.steps, STEPS) for name, runner in runners.items()}, options.turns + 1)
     result: dict[str, Any] = {"context": context, "turns": options.turns, "steps": STEPS}
     for model in models:
         sizes = artifact_sizes(artifact_spec(model.artifact), model.artifact)
@@ -92,11 +92,6 @@ def times(models: Sequence[Model], text: list[int], context: int, options: Any) 
                 "cache_bytes": sizes.cache(context),
             }
     return result
-
-
-def steps(runner: PricedRunner) -> None:
-    for _ in range(STEPS):
-        runner.step()
 
 
 def build(options: Any, folder: Path) -> list[Path]:

@@ -28,6 +28,7 @@ from tda_export.errors import TdaError, UsageError
 from tda_export.graph.derive import artifact_method, artifact_spec
 from tda_export.graph.sizes import artifact_sizes
 from tda_export.runtime.artifact import Artifact
+from tda_export.runtime.cuda_stream import cuda_driver
 from tda_export.runtime.providers import CUDA
 from tda_export.runtime.session import Sessions
 
@@ -218,7 +219,7 @@ def device_name(provider: str) -> str:
     if provider == CUDA:
         import ctypes
 
-        driver = ctypes.CDLL("libcuda.so.1")
+        driver = cuda_driver()
         name = ctypes.create_string_buffer(100)
         device = ctypes.c_int()
         if not driver.cuInit(0) and not driver.cuDeviceGet(ctypes.byref(device), 0):
@@ -229,5 +230,4 @@ def device_name(provider: str) -> str:
 
 
 def _steps(runner: Runner) -> None:
-    for _ in range(TOKENS_A_ROUND):
-        runner.step()
+    runner.steps(TOKENS_A_ROUND)

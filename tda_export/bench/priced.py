@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from tda_export.bench.decode import SECOND_LEVEL_FACTOR, Bench, BenchSettings
-from tda_export.bench.runners import DenseRunner
+from tda_export.bench.runners import DenseRunner, greedy_steps
 from tda_export.deployments import chosen_price
 from tda_export.errors import TdaError
 from tda_export.evaluation.priced_setting import NO_MASK, PricedSetting, open_priced
@@ -39,10 +39,11 @@ class PricedRunner:
         self._next: int | None = int(self._step.begin(prompt, PriceDeployment(self.price)).argmax())
         self.written = [self._next]
 
-    def step(self) -> int:
-        token, self._next = self._step.greedy(self._next), None
-        self.written.append(token)
-        return token
+    def steps(self, count: int) -> list[int]:
+        tokens = greedy_steps(self._step, self._next, count)
+        self._next = None
+        self.written += tokens
+        return tokens
 
     def logits(self, token: int) -> np.ndarray:
         logits = self._step.logits(token)

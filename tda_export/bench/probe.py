@@ -85,7 +85,7 @@ class Probe:
         """Choose thresholds that keep the share `wanted` of all up and down rows on some tokens; count on others what
         they keep."""
         assert runner.mask is not None
-        tokens = [runner.step() for _ in range(2 * PROBED_TOKENS)]
+        tokens = runner.steps(2 * PROBED_TOKENS)
         inputs = ffn_inputs(self._artifact, self._sessions, self._prompt, tokens)
         thresholds, left, spec = [], 0, self._spec
         for layer, x in enumerate(inputs):

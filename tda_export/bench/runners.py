@@ -36,16 +36,27 @@ from tda_export.runtime.session import (
     map_weight,
     open_session,
 )
+from tda_export.runtime.token_step import TokenStep
 
 
 class Runner(Protocol):
-    """Prefill a prompt, then step; `logits` are those after a given token, float32 [V]."""
+    """Prefill a prompt, then step, each step started as early as the last one allows; `logits` are those after a given
+    token, float32 [V]."""
 
     def prefill(self, prompt: Sequence[int]) -> None: ...
 
-    def step(self) -> int: ...
+    def steps(self, count: int) -> list[int]: ...
 
     def logits(self, token: int) -> np.ndarray: ...
+
+
+def greedy_steps(step: TokenStep, token: int | None, count: int) -> list[int]:
+    """Decode `count` tokens after `token` (None: the one chosen last)."""
+    chosen = []
+    for left in reversed(range(count)):
+        chosen.append(step.greedy(token, ahead=left > 0))
+        token = None
+    return chosen
 
 
 class SparseRunner:
@@ -72,9 +83,10 @@ class SparseRunner:
         self.mask = mask if self.masked else None
         self._next: int | None = int(logits.argmax())
 
-    def step(self) -> int:
-        token, self._next = self._step.greedy(self._next), None
-        return token
+    def steps(self, count: int) -> list[int]:
+        tokens = greedy_steps(self._step, self._next, count)
+        self._next = None
+        return tokens
 
     def logits(self, token: int) -> np.ndarray:
         logits = self._step.logits(token)
@@ -144,7 +156,10 @@ class DenseRunner:
         self._cache.commit()
         self._next: int | None = int(self._prompt_logits.numpy()[0, -1].argmax())
 
-    def step(self) -> int:
+    def steps(self, count: int) -> list[int]:
+        return [self._one() for _ in range(count)]
+
+    def _one(self) -> int:
         self._run(self._next)
         self._next = None
         self._choose.run_only()

@@ -139,12 +139,12 @@ class DecodeStep(TokenStep):
             self._bind_tokens(call, width)
             call.feed(contract.NUM_LOGITS, self._every_logit)
             return call
-        call = Call(self._sessions.decode, width.graph_id)
+        call = Call(self._sessions.decode, width.graph_id, self._sessions.stream)
         self._bind_tokens(call, width)
         for name, value in {**self._inputs, **self._second_level}.items():
             call.feed(name, value)
         call.write_to(contract.LOGITS, width.logits)
-        call.write_to(contract.GREEDY_TOKENS, width.tokens)
+        call.write_to(contract.GREEDY_TOKENS, width.chosen)
         return call
 
     def _every_neuron(self) -> np.ndarray:

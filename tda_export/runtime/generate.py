@@ -48,9 +48,10 @@ class Metrics:
     `reused_tokens` is how many tokens of the prompt were read before. `decode_steps` counts refreshes too, and a last
     step that gave an end token or finished after cancellation. `drafted` counts the tokens of a lookup that these steps
     read as drafts, and `accepted` those that needed no step of their own; `bytes_per_token` ignores that several tokens
-    of one step share reads. `decode_tokens_per_second` starts at the second token; the first comes from prefill.
-    `finish_reason`: an end token or a stop string, the token limit, a full context, or empty if the generation is not
-    finished or was cancelled.
+    of one step share reads. `decode_tokens_per_second` starts at the second token; the first comes from prefill. It
+    leaves out what the caller does between tokens, except where the next step is under way meanwhile. `finish_reason`:
+    an end token or a stop string, the token limit, a full context, or empty if the generation is not finished or was
+    cancelled.
     """
 
     provider: str
@@ -168,6 +169,7 @@ class Decoding:
                 with contextlib.suppress(Cancelled):
                     yield from self._generate(step)
             finally:
+                step.settle()
                 if self._memory is not None:
                     self._memory.keep(self._decoded, self._deployment)
 
@@ -199,7 +201,8 @@ class Decoding:
             yield Token(token, piece)
             if metrics.finish_reason:
                 return
-            started = time.perf_counter()
+            if not step.is_ahead:  # otherwise the step has been under way since the last one ended
+                started = time.perf_counter()
             self._stale.append(token)
             if self._text is not None:
                 self._text.add(token)
@@ -216,8 +219,10 @@ class Decoding:
             self._decoded.append(token)
             token = following
             self._account()
-            metrics.decode_seconds += time.perf_counter() - started
+            ended = time.perf_counter()
+            metrics.decode_seconds += ended - started
             metrics.decode_tokens_per_second = len(self._shares) / metrics.decode_seconds
+            started = ended
 
     def _read(self, step: TokenStep) -> np.ndarray:
         if self._memory is None:
@@ -245,7 +250,11 @@ class Decoding:
             tokens = [token, *self._draft(step)]
             # The step itself chooses the likeliest tokens.
             greedy = self._sampler is None and self._penalty is None
-            following: list[Any] = step.greedy_each(tokens).tolist() if greedy else list(step.logits_each(tokens))
+            following: list[Any]
+            if greedy:
+                following = step.greedy_each(tokens, ahead=self._one_more(step)).tolist()
+            else:
+                following = list(step.logits_each(tokens))
             self._ahead = Lookahead(tokens, following)
             self.metrics.decode_steps += 1
             self.metrics.drafted += self._ahead.drafted
@@ -255,6 +264,15 @@ class Decoding:
         if chosen < 0:
             raise self._not_finite()
         return chosen
+
+    def _one_more(self, step: TokenStep) -> bool:
+        """Whether a plain step follows the next one, unless its token ends the text."""
+        return (
+            self._text is None
+            and self.metrics.new_tokens + 1 < self._max_new_tokens
+            and step.cache.length + 2 < self._capacity
+            and len(self._stale) + 1 != self._refresh_tokens
+        )
 
     def _draft(self, step: TokenStep) -> list[int]:
         """Guess the tokens that follow the newest one, at most as many as fit before a refresh or the end."""

@@ -57,9 +57,9 @@ class PricedStep(TokenStep):
         return Reading(how.share, how.share) if how else DENSE
 
     def _bind(self, width: Width) -> Call:
-        call = Call(self._sessions.decode, width.graph_id)
+        call = Call(self._sessions.decode, width.graph_id, self._sessions.stream)
         self._bind_tokens(call, width)
         call.feed(contract.PRICE, self._price)
         call.write_to(contract.LOGITS, width.logits)
-        call.write_to(contract.GREEDY_TOKENS, width.tokens)
+        call.write_to(contract.GREEDY_TOKENS, width.chosen)
         return call

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
-import sys
 
 import onnxruntime as ort
 
 from tda_export.errors import TdaError, UsageError
+from tda_export.runtime.cuda_stream import cuda_driver, step_stream
 
 CPU, CUDA = "cpu", "cuda"
 EXECUTION_PROVIDERS = {CPU: "CPUExecutionProvider", CUDA: "CUDAExecutionProvider"}
@@ -52,7 +52,7 @@ def cuda_problem() -> str | None:
     if EXECUTION_PROVIDERS[CUDA] not in ort.get_available_providers():
         return "this ONNX Runtime was built without it (install onnxruntime-gpu)"
     try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        driver = cuda_driver()
     except OSError:
         return "no NVIDIA driver is installed here"
     count = ctypes.c_int(0)
@@ -62,7 +62,7 @@ def cuda_problem() -> str | None:
 
 
 def provider_arguments(provider: str, *, capture: bool = False) -> list[tuple[str, dict[str, str]]]:
-    """Return the `providers` argument of an InferenceSession; `capture` turns CUDA graphs on."""
+    """Return the `providers` argument of an InferenceSession; `capture` turns CUDA graphs on (see `step_stream`)."""
     if provider == CPU:
         return [(EXECUTION_PROVIDERS[CPU], {})]
     with contextlib.redirect_stdout(io.StringIO()):  # it prints advice about libraries that the system may well have
@@ -74,4 +74,6 @@ def provider_arguments(provider: str, *, capture: bool = False) -> list[tuple[st
         "sdpa_kernel": str(ATTENTION_KERNELS),
         "enable_cuda_graph": "1" if capture else "0",
     }
+    if capture:
+        options["user_compute_stream"] = str(step_stream().handle.value)
     return [(EXECUTION_PROVIDERS[CUDA], options), (EXECUTION_PROVIDERS[CPU], {})]

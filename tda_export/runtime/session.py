@@ -16,6 +16,7 @@ from tda_export.graph import contract, operators
 from tda_export.native.library import native_problem, register_native, warn_once
 from tda_export.runtime import huge_pages
 from tda_export.runtime.artifact import Artifact
+from tda_export.runtime.cuda_stream import Mark, StepStream, step_stream
 from tda_export.runtime.graph_check import check_graph
 from tda_export.runtime.providers import CUDA, EXECUTION_PROVIDERS, provider_arguments
 
@@ -25,6 +26,7 @@ STORAGE = {"bfloat16": "uint16"}  # numpy has no bfloat16; uint16 holds its bits
 THREADS = "TDA_EXPORT_THREADS"  # environment variable: threads of a session on the CPU; all cores unless it is set
 MOST_THREADS = 1024
 GRAPH_ID = "gpu_graph_id"  # a run option: which captured graph to replay
+ASYNCHRONOUS = "disable_synchronize_execution_providers"  # a run option: do not wait for the GPU
 NO_GRAPH = "-1"
 KERNEL_ERROR = f"{operators.FUNCTION_DOMAIN}::"  # how the native library begins its errors
 
@@ -87,6 +89,7 @@ class Sessions:
         provider = self.provider
         self.native = native
         self.captures = native and provider == CUDA
+        self.stream = step_stream() if self.captures else None  # of captured calls
         # The kernel that selects by threshold pads masks to the number of all neurons, so that buffers keep their size.
         self.pads_masks = self.captures and artifact.manifest["method"].get("selection") == "threshold"
         prefill, decode = contract.PREFILL_FILE, contract.DECODE_FILE
@@ -195,15 +198,21 @@ class Call:
     """One run of a session with its inputs and outputs bound. It may be run again with the same bindings.
 
     In a session that captures, `graph_id` names the captured graph: the first run captures it, which takes several
-    internal runs and needs every input and output bound to device memory.
+    internal runs and needs every input and output bound to device memory. `stream`, where given, is the session's own:
+    then `start` returns before the GPU has finished, and `wait` waits for it.
     """
 
-    def __init__(self, session: ort.InferenceSession, graph_id: str = NO_GRAPH) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, graph_id: str = NO_GRAPH, stream: StepStream | None = None
+    ) -> None:
         self._session = session
         self._binding = session.io_binding()
         self._outputs: list[str] = []
         self._options = ort.RunOptions()
         self._options.add_run_config_entry(GRAPH_ID, graph_id)
+        self._end = Mark(stream) if stream else None
+        if stream:
+            self._options.add_run_config_entry(ASYNCHRONOUS, "1")
 
     def feed(self, name: str, value: ort.OrtValue | np.ndarray) -> None:
         """Bind an input: a value in place, or an array that is copied to the device."""
@@ -233,8 +242,20 @@ class Call:
 
     def run_only(self) -> None:
         """Run without returning outputs, for outputs that are bound to the caller's memory."""
+        self.start()
+        self.wait()
+
+    def start(self) -> None:
+        """Run; with a stream, only put the run on it."""
         with _onnxruntime():
             self._session.run_with_iobinding(self._binding, self._options)
+        if self._end:
+            self._end.set()
+
+    def wait(self) -> None:
+        """Wait until the run that was started last has finished."""
+        if self._end:
+            self._end.wait()
 
 
 class _onnxruntime:

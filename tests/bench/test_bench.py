@@ -59,7 +59,7 @@ def sessions(artifact: Artifact) -> Sessions:
 def test_plain_dense_graph_is_the_model(artifact: Artifact, sessions: Sessions, source: ModelSource) -> None:
     runner = DenseRunner(artifact, sessions, 100)
     runner.prefill(PROMPT)
-    tokens = [runner.step() for _ in range(20)]
+    tokens = runner.steps(20)
     with torch.inference_mode():
         logits = source.reference()(torch.tensor([[*PROMPT, 7]])).logits[0, -1].numpy()
     runner.prefill(PROMPT)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -12,12 +14,14 @@ import pytest
 
 from tda_export.graph import contract, kv_formats
 from tda_export.graph.ffn import FfnForm
+from tda_export.graph.storage import read_plan, storage_of
 from tda_export.graph.verify import verify_artifact
 from tda_export.models.source import resolve_model
 from tda_export.runtime import Model, load
 from tda_export.runtime.memory import PromptMemory
 from tda_export.runtime.scoring import continuation_logits
 from tests.ffn_model import ffn_session, random_feeds, run
+from tests.graph.test_integers import build
 from tests.graph.test_parity import build_tiny
 from tests.graph.test_priced import build_priced
 from tests.runtime.conftest import without_native_kernels
@@ -80,7 +84,61 @@ def test_one_capture_serves_every_prompt(kv: str, tiny_model: Path, tmp_path: Pa
     again = [generate(model, number) for number in range(len(GENERATIONS))]
     assert first == elsewhere == again == alone
     assert model._idle is step
-    assert model.sessions.next_graph_id() == "2"  # one graph so far
+    assert model.sessions.next_graph_id() == "3"  # two graphs so far, of one step
+
+
+@pytest.fixture(params=["float", "int4"])
+def either(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) -> Model:
+    """A model of prompt masks in float16, or of prices in four bits."""
+    source, folder = resolve_model(str(tiny_model)), tmp_path / "artifact"
+    if request.param == "float":
+        return load(build_tiny(source, folder, dtype="float16"))
+    return load(build(source, storage_of(source, "float16", read_plan(source, "int4", 32, ())), folder))
+
+
+def test_steps_ahead(either: Model) -> None:
+    """The GPU works on while the caller holds a token. What it does ahead changes no token, wherever the text ends."""
+    model, prompt = either, list(range(3, 60))
+    expected = one_by_one(model, prompt, 40)
+    for _ in range(2):
+        for count in (40, 1, 7):
+            held = []
+            generation = model.generate(prompt, max_new_tokens=40)
+            for token in itertools.islice(generation, count):
+                held.append(token.id)
+                time.sleep(0.002)
+            generation.close()
+            assert held == expected[:count]
+
+
+def one_by_one(model: Model, prompt: list[int], count: int) -> list[int]:
+    """Decode by calls that wait for every token."""
+    how = model.artifact.deployment
+    with model.borrow_step(len(prompt) + count) as step:
+        tokens = [int(step.begin(prompt, how).argmax())]
+        step.follow(how)
+        while len(tokens) < count:
+            tokens.append(int(step.logits(tokens[-1]).argmax()))
+    return tokens
+
+
+def test_logits_that_are_not_finite_end_the_text(either: Model) -> None:
+    """The step after them is under way then, with no token to read. The model can be used on."""
+    model, prompt = either, list(range(3, 60))
+    expected = [token.id for token in model.generate(prompt, max_new_tokens=20)]
+    with model.borrow_step(100) as step:
+        spoiled = step.cache.keys_and_values(0)[1]
+        held = spoiled.numpy().copy()
+        how = model.artifact.deployment
+        step.begin(prompt, how)
+        step.follow(how)
+        step.capture()
+        spoiled.update_inplace(np.full_like(held, np.nan))
+        assert step.greedy(expected[0], ahead=True) == -1
+        assert step.is_ahead
+        step.settle()
+        spoiled.update_inplace(held)
+    assert [token.id for token in model.generate(prompt, max_new_tokens=20)] == expected
 
 
 def test_threads_that_come_and_go(tiny_model: Path, tmp_path: Path) -> None:

@@ -243,8 +243,8 @@ def test_logits_that_are_not_finite(priced_artifact: Path, monkeypatch: pytest.M
     expected = whole(model.generate(PHRASE * 3, max_new_tokens=40))
     own = PricedStep.greedy_each
 
-    def spoiled(step: PricedStep, tokens: list[int]) -> np.ndarray:
-        chosen = own(step, tokens)
+    def spoiled(step: PricedStep, tokens: list[int], *, ahead: bool) -> np.ndarray:
+        chosen = own(step, tokens, ahead=ahead)
         certain = 1
         while certain < len(chosen) and tokens[certain] == chosen[certain - 1]:
             certain += 1
