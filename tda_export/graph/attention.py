@@ -38,12 +38,22 @@ class CallTokens:
 
 def attention_lengths(ops: Ops, attention_mask: ir.Value) -> Lengths:
     """Compute lengths from `attention_mask` [1, T]: its row sum is the total, and T may exceed it (fixed buffers)."""
+    return buffer_lengths(ops, attention_mask, *total_length(ops, attention_mask))
+
+
+def total_length(ops: Ops, attention_mask: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Count the tokens of past and call: the number, int64 [1], and the index of the last one, int32 [1]."""
     total = ops.op("ReduceSum", attention_mask, ops.constant([1], "int64"), keepdims=0)  # int64 [1]
+    return total, ops.cast(ops.op("Sub", total, ops.constant([1], "int64")), "int32")
+
+
+def buffer_lengths(ops: Ops, attention_mask: ir.Value, total: ir.Value, last_index: ir.Value) -> Lengths:
+    """Add the length of the attention mask to the two results of `total_length`."""
     buffer = ops.op("Shape", attention_mask, start=1, end=2)  # int64 [1]
     return Lengths(
         total=total,
         buffer=buffer,
-        last_index=ops.cast(ops.op("Sub", total, ops.constant([1], "int64")), "int32"),
+        last_index=last_index,
         buffer_scalar=ops.cast(ops.op("Squeeze", buffer, ops.constant([0], "int64")), "int32"),
     )
 

@@ -18,7 +18,7 @@ LINEAR = "Linear"
 ADD_NORM = "AddNorm"
 ADD_BIAS_NORM = "AddBiasNorm"
 ROW_LINEAR = "RowLinear"
-CALL_PRICE = "CallPrice"
+CALL_START = "CallStart"
 GATED_ACTIVATION = "GatedActivation"
 NORM_ROW_LINEAR = "NormRowLinear"
 RMS_NORM = "RmsNorm"
@@ -27,6 +27,9 @@ GATED_ROW_LINEAR = "GatedRowLinear"
 GATED_ROW_LINEAR_ADD = "GatedRowLinearAdd"
 ROW_LINEAR_ADD = "RowLinearAdd"
 ATTENTION = "Attention"
+
+# The price of a call, float32 [1], the tokens of past and call, int64 [1], and the index of the last, int32 [1].
+CALL_START_OUTPUTS = ("chosen", "total", "last_index")
 
 # Attention's inputs by position, which are GroupQueryAttention's. Where `query` holds queries, keys and values side by
 # side, `key` and `value` are absent; without rotary embedding the tables are absent. Attributes: those of

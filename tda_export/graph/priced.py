@@ -14,6 +14,7 @@ import torch
 from tda_export.graph import contract, kv_formats, operators
 from tda_export.graph.attention import attention_lengths, call_tokens
 from tda_export.graph.attention_function import StepGraphBuilder, prompt_graph_builder
+from tda_export.graph.call_start import call_start, call_start_function
 from tda_export.graph.contract import IoTensor
 from tda_export.graph.decoder import last_positions, model_shape
 from tda_export.graph.ffn import plain_ffn
@@ -27,7 +28,7 @@ from tda_export.graph.linear import (
     linear_functions,
     norm_functions,
 )
-from tda_export.graph.row_linear import call_price, call_price_function, dropped_rows, row_linear, row_linear_functions
+from tda_export.graph.row_linear import dropped_rows, row_linear, row_linear_functions
 from tda_export.graph.sums import add_residuals
 from tda_export.graph.weight_plan import PricedRows
 from tda_export.graph.weights_file import WeightTable
@@ -165,9 +166,9 @@ def build_priced_decode(
     ops, inputs, outputs = graph.ops, graph.inputs, graph.outputs
     graph.counted, graph.listed = counted, listed
     mask = inputs[contract.ATTENTION_MASK]
-    graph.price = call_price(ops, inputs[contract.INPUT_IDS], mask, inputs[contract.PRICE])
+    graph.price, lengths = call_start(ops, inputs[contract.INPUT_IDS], mask, inputs[contract.PRICE])
     gated = partial(gated_activation, ops, spec.activation)
-    hidden = graph.layers(attention_lengths(ops, mask), plain_ffn(graph, gated))
+    hidden = graph.layers(lengths, plain_ffn(graph, gated))
     outputs[contract.LOGITS] = graph.logits(hidden)
     outputs[contract.GREEDY_TOKENS] = greedy_tokens(ops, outputs[contract.LOGITS])
     if counted:
@@ -176,7 +177,7 @@ def build_priced_decode(
     if listed:
         outputs[contract.READ_ROWS] = ops.op("Concat", *graph.read, axis=2)  # [1, S, rows]
     defaults = {} if explicit else {contract.PRICE: np.array([price], np.float32)}
-    functions = [*row_linear_functions(), call_price_function(), greedy_token_function()]
+    functions = [*row_linear_functions(), call_start_function(), greedy_token_function()]
     if spec.gated:
         functions += gated_activation_functions(spec.activation)
     functions += graph.attention_functions()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from tda_export.graph import contract, operators
+from tda_export.graph import operators
 from tda_export.graph.ops import OPSET, Ops
 
 WITH_BIAS = "bias"  # the function's overload: an absent input cannot reach Add
@@ -67,26 +67,3 @@ def _row_linear_function(*, biased: bool) -> ir.Function:
         graph=graph,
         attributes=[ir.AttrInt64("early", 0)],
     )
-
-
-def call_price(ops: Ops, input_ids: ir.Value, attention_mask: ir.Value, price: ir.Value) -> ir.Value:
-    """Add the node that computes the price of a call, float32 [1]: `price`, or 0 for a call without a past."""
-    return ops.op(operators.CALL_PRICE, input_ids, attention_mask, price, domain=operators.FUNCTION_DOMAIN)
-
-
-def call_price_function() -> ir.Function:
-    """Define `tda::CallPrice`: 0 where the attention mask [1, T] counts no more tokens than input_ids [1, S] has.
-
-    S is computed by a sum on the device, so that no shape is copied to the host.
-    """
-    ops = Ops()
-    input_ids, mask, price = (ir.Value(name=name) for name in (contract.INPUT_IDS, contract.ATTENTION_MASK, "given"))
-    ones = ops.op("Add", ops.op("Mul", input_ids, ops.constant(0, "int64")), ops.constant(1, "int64"))
-    tokens = ops.op("ReduceSum", ones, ops.constant([1], "int64"), keepdims=0)  # int64 [1]: S
-    total = ops.op("ReduceSum", mask, ops.constant([1], "int64"), keepdims=0)  # int64 [1]
-    chosen = ops.op("Where", ops.op("Greater", total, tokens), price, ops.constant([0.0], "float32"))
-    chosen.name = "chosen"
-    graph = ir.Graph(
-        [input_ids, mask, price], [chosen], nodes=ops.tape.nodes, opset_imports={"": OPSET}, name=operators.CALL_PRICE
-    )
-    return ir.Function(operators.FUNCTION_DOMAIN, operators.CALL_PRICE, graph=graph, attributes=[])

@@ -1,4 +1,4 @@
-// tda::GatedActivation, act(gate) * up, and tda::CallPrice, the price of a call: 0 where it has no past.
+// tda::GatedActivation, act(gate) * up, and tda::CallStart, the price and the lengths of a call.
 #include "step_ops.h"
 
 #include <string>
@@ -45,48 +45,68 @@ class GatedActivationCuda : public Kernel {
   const GatedKernels kernels_;
 };
 
-// input_ids [1, S], attention_mask [1, T] and a price [1]; the result is a price [1].
-struct PriceCall {
-  explicit PriceCall(const KernelContext& context)
+// input_ids [1, S], attention_mask [1, T] and a price [1]; the results are a price [1] and, of CallStart, how many tokens
+// past and call have together [1], and the same less one [1].
+struct StartCall {
+  StartCall(const KernelContext& context, bool counts)
       : mask(context.Input(1)), given(context.Input(2)), tokens(context.Input(0).Count()) {
     if (given.Count() != 1) Fail("given: expected shape [1], got ", given.Shape());
     price = context.OutputLike(0, given);
+    if (!counts) return;
+    total = context.Output(1, {1}).As<int64_t>();
+    last_index = context.Output(2, {1}).As<int32_t>();
   }
 
   Tensor mask, given, price;
   int64_t tokens;
+  int64_t* total = nullptr;
+  int32_t* last_index = nullptr;
 };
 
-class CallPriceCpu : public Kernel {
+template <bool kCounts>
+class CallStartCpu : public Kernel {
  public:
-  explicit CallPriceCpu(const KernelInfo&) {}
+  explicit CallStartCpu(const KernelInfo&) {}
 
   void Compute(const KernelContext& context) override {
-    const PriceCall call(context);
+    const StartCall call(context, kCounts);
     const int64_t* mask = call.mask.As<const int64_t>();
     int64_t total = 0;
     for (int64_t i = 0; i < call.mask.Count(); ++i) total += mask[i];
     *call.price.As<float>() = total > call.tokens ? *call.given.As<const float>() : 0.0f;
+    if (!kCounts) return;
+    *call.total = total;
+    *call.last_index = static_cast<int32_t>(total - 1);
   }
 };
 
-struct CallPriceArguments {
+struct CallStartArguments {
   const void* mask;
   const void* given;
   void* price;
+  void* total;
+  void* last_index;
   int tokens, buffer;
 };
 
-class CallPriceCuda : public Kernel {
+constexpr unsigned kCallThreads = 1024;  // device/call_start.cu
+
+template <bool kCounts>
+class CallStartCuda : public Kernel {
  public:
-  explicit CallPriceCuda(const KernelInfo&)
-      : kernel_(CudaModule::Get("call_price", {"TDA_BF16=0"}).Kernel("CallPrice", kWarp)) {}
+  explicit CallStartCuda(const KernelInfo&)
+      : kernel_(CudaModule::Get("call_start", {"TDA_BF16=0"}).Kernel("CallStart", kCallThreads)) {}
 
   void Compute(const KernelContext& context) override {
-    const PriceCall call(context);
-    const CallPriceArguments arguments = {call.mask.data, call.given.data, call.price.data,
-                                          static_cast<int>(call.tokens), static_cast<int>(call.mask.Count())};
-    kernel_.Launch(context.CudaStream(), 1, 1, 1, kWarp, &arguments);
+    const StartCall call(context, kCounts);
+    const CallStartArguments arguments = {call.mask.data,
+                                          call.given.data,
+                                          call.price.data,
+                                          call.total,
+                                          call.last_index,
+                                          static_cast<int>(call.tokens),
+                                          static_cast<int>(call.mask.Count())};
+    kernel_.Launch(context.CudaStream(), 1, 1, 1, kCallThreads, &arguments);
   }
 
  private:
@@ -97,8 +117,12 @@ OpDefinition Gated(const char* provider, ElementType type, KernelFactory create)
   return OpDefinition("GatedActivation", provider, {{type}, {type, true}}, {{type}}, create);
 }
 
-OpDefinition Price(const char* provider, KernelFactory create) {
-  return OpDefinition("CallPrice", provider, {{kInt64}, {kInt64}, {kFloat}}, {{kFloat}}, create);
+// CallPrice, which counts nothing, is of earlier artifacts.
+template <bool kCounts>
+OpDefinition Start(const char* provider, KernelFactory create) {
+  const std::vector<IoType> inputs = {{kInt64}, {kInt64}, {kFloat}};
+  if (!kCounts) return OpDefinition("CallPrice", provider, inputs, {{kFloat}}, create);
+  return OpDefinition("CallStart", provider, inputs, {{kFloat}, {kInt64}, {kInt32}}, create);
 }
 
 }  // namespace
@@ -108,8 +132,10 @@ std::vector<OpDefinition> StepOps() {
       Gated(nullptr, kFloat, Create<GatedActivationCpu>),
       Gated(kCudaProvider, kHalf, Create<GatedActivationCuda<kHalf>>),
       Gated(kCudaProvider, kBfloat16, Create<GatedActivationCuda<kBfloat16>>),
-      Price(nullptr, Create<CallPriceCpu>),
-      Price(kCudaProvider, Create<CallPriceCuda>),
+      Start<false>(nullptr, Create<CallStartCpu<false>>),
+      Start<false>(kCudaProvider, Create<CallStartCuda<false>>),
+      Start<true>(nullptr, Create<CallStartCpu<true>>),
+      Start<true>(kCudaProvider, Create<CallStartCuda<true>>),
   };
 }
 

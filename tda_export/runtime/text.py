@@ -17,6 +17,7 @@ from tda_export.runtime.chat_template import SPECIAL_TOKENS, ChatTemplate, check
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 LONGEST_SPELLING = 100  # characters of a token in a message
 LONGEST_CHARACTER = 4  # bytes
+FEW_TOKENS = 16  # of a prompt's end
 REPLACEMENT_CHARACTER = "\ufffd"  # a decoder's output for bytes that are not a character
 
 
@@ -33,6 +34,8 @@ class Text:
             ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(number for number, token in added.items() if token.special)
         self._artifact = artifact
         self._template = ChatTemplate(artifact.file(contract.CHAT_TEMPLATE_FILE))
 
@@ -63,7 +66,7 @@ class Text:
 
     def stream(self, prompt: Sequence[int]) -> TextStream:
         """Begin to decode the tokens that follow a prompt of token ids."""
-        return TextStream(self._tokenizer, prompt)
+        return TextStream(self._tokenizer, self._special, prompt)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, without special tokens."""
@@ -129,18 +132,24 @@ class TextStream:
     Tokens are decoded together with those of the previous piece, whose text is then cut off, since some tokenizers drop
     the space before the first token that they decode. The stream begins with the prompt. Where the prompt ends inside a
     character, its last tokens are held back too, and the character is returned when it is complete.
+
+    The time of a token does not depend on the length of the prompt, of which only the end is decoded, nor on how many
+    tokens without text came before it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        whole = self._decode(list(prompt))
-        known, unfinished = self._split(list(prompt), whole)
-        self._before = known  # tokens whose text is known: the prompt's, then those of the last piece
+    def __init__(self, tokenizer: Tokenizer, special: frozenset[int], prompt: Sequence[int]) -> None:
+        self._tokenizer, self._special = tokenizer, special
+        end = self._end([token for token in prompt if self._has_text(token)])
+        whole = self._decode(end)
+        known, unfinished = self._split(end, whole)
+        self._before = known  # tokens whose text is known: the prompt's last, then those of the last piece
         self._pending = unfinished  # tokens whose text is held back
         self._read = whole[len(self._decode(known)) :] if unfinished else ""  # their text as the prompt shows it
 
     def add(self, token: int) -> str:
         """Return the text that `token` completes, which may be empty."""
+        if not self._has_text(token):
+            return ""
         self._pending.append(token)
         piece = self._new_text()
         if not piece or piece.endswith(REPLACEMENT_CHARACTER):
@@ -153,6 +162,22 @@ class TextStream:
         piece = self._new_text() if self._pending else ""
         self._before, self._pending, self._read = self._before + self._pending, [], ""
         return piece
+
+    def _has_text(self, token: int) -> bool:
+        """Whether a decoder sees the token: special ones and those beyond the vocabulary are skipped."""
+        return token not in self._special and self._tokenizer.id_to_token(token) is not None
+
+    def _end(self, prompt: list[int]) -> list[int]:
+        """Return the last tokens of a prompt, from the start of a character on: a few, or more where they have no
+        text."""
+        few = FEW_TOKENS
+        while few < len(prompt):
+            for count in range(few, few + LONGEST_CHARACTER):  # one of them begins a character
+                text = self._decode(prompt[-count:])
+                if text and not text.startswith(REPLACEMENT_CHARACTER):
+                    return prompt[-count:]
+            few *= 2
+        return prompt
 
     def _new_text(self) -> str:
         piece = self._decode(self._before + self._pending)[len(self._decode(self._before)) :]

@@ -63,7 +63,7 @@ class TokenStep(ABC):
 
     The likeliest token is chosen on the device that holds the logits and written to the next step's input, so that
     greedy decoding copies one number per token to the host. ONNX Runtime keeps captured graphs for each thread. To keep
-    them to two, captured calls of several tokens are padded to the number that `capture` was given.
+    them few, captured calls of several tokens are padded to the number that `capture` was given.
 
     `any_length`: whether the cache is the only state, so that `rewind` takes any length and needs no checkpoint.
     """

@@ -34,7 +34,7 @@ DEFINES = {
         for (bf16, heads), codes in itertools.product(((0, 4), (0, 1), (1, 2)), (1, 0))
     ],
     "gated_activation": [f"TDA_BF16={activation % 2} TDA_ACTIVATION={activation}" for activation in ACTIVATIONS],
-    "call_price": ["TDA_BF16=0"],
+    "call_start": ["TDA_BF16=0"],
 }
 CASES = [(name, defines, 90) for name, all_defines in DEFINES.items() for defines in all_defines]
 FOR_ALL_GPUS = {

@@ -1,4 +1,4 @@
-"""Bodies and kernels of GatedActivation and CallPrice against plain numpy."""
+"""Bodies and kernels of GatedActivation and CallStart against plain numpy."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tda_export.graph import contract, operators
+from tda_export.graph.call_start import call_start, call_start_function
 from tda_export.graph.gated_activation import gated_activation, gated_activation_functions
 from tda_export.graph.ops import DTYPES, IR_VERSION, MICROSOFT, OPSET, Ops
-from tda_export.graph.row_linear import call_price, call_price_function
 from tda_export.models.spec import Activation
 from tests.ffn_model import NUMPY_DTYPES, TOLERANCES, array_of, ort_value
 from tests.sessions import CPU, CUDA, small_session
@@ -29,10 +29,10 @@ WAYS = [
 
 
 def open_model(
-    ops: Ops, inputs: list[ir.Value], output: ir.Value, functions: list[ir.Function], provider: str, native: bool
+    ops: Ops, inputs: list[ir.Value], outputs: list[ir.Value], functions: list[ir.Function], provider: str, native: bool
 ) -> ort.InferenceSession:
     imports = {"": OPSET, MICROSOFT: 1, operators.FUNCTION_DOMAIN: 1}
-    graph = ir.Graph(inputs, [output], nodes=ops.tape.nodes, opset_imports=imports, name="one")
+    graph = ir.Graph(inputs, outputs, nodes=ops.tape.nodes, opset_imports=imports, name="one")
     model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, functions=functions))
     return small_session(model.SerializeToString(), provider, native=native)
 
@@ -46,7 +46,7 @@ def gated_session(
     ops = Ops()
     h = gated_activation(ops, activation, *inputs)
     h.name, h.type = "h", ir.TensorType(DTYPES[dtype])
-    return open_model(ops, inputs, h, gated_activation_functions(activation), provider, native)
+    return open_model(ops, inputs, [h], gated_activation_functions(activation), provider, native)
 
 
 def activated(activation: Activation, x: np.ndarray) -> np.ndarray:
@@ -92,29 +92,41 @@ def test_a_gated_activation_of_more_tokens_than_a_grid_has_blocks(neurons: int) 
 
 
 @functools.cache
-def price_session(provider: str, native: bool) -> ort.InferenceSession:
-    int64, float32 = ir.TensorType(ir.DataType.INT64), ir.TensorType(ir.DataType.FLOAT)
+def start_session(operator: str, provider: str, native: bool) -> ort.InferenceSession:
+    int64, int32, float32 = (
+        ir.TensorType(dtype) for dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.FLOAT)
+    )
     inputs = [ir.Value(name=contract.INPUT_IDS, type=int64), ir.Value(name=contract.ATTENTION_MASK, type=int64)]
     inputs.append(ir.Value(name=contract.PRICE, type=float32))
     ops = Ops()
-    price = call_price(ops, *inputs)
-    price.name, price.type = "chosen", float32
-    return open_model(ops, inputs, price, [call_price_function()], provider, native)
+    if operator == operators.CALL_START:
+        price, lengths = call_start(ops, *inputs)
+        outputs, functions = [price, lengths.total, lengths.last_index], [call_start_function()]
+    else:
+        outputs, functions = [ops.op(operator, *inputs, domain=operators.FUNCTION_DOMAIN)], []
+    for output, name, dtype in zip(outputs, operators.CALL_START_OUTPUTS, (float32, int64, int32), strict=False):
+        output.name, output.type = name, dtype
+    return open_model(ops, inputs, outputs, functions, provider, native)
 
 
 @pytest.mark.parametrize(
-    ("provider", "native"),
-    [(CPU, False), (CPU, True), pytest.param(CUDA, True, marks=pytest.mark.gpu)],
-    ids=["body", "cpu", "cuda"],
+    ("provider", "native", "operator"),
+    [
+        pytest.param(CPU, False, operators.CALL_START, id="body"),
+        pytest.param(CPU, True, operators.CALL_START, id="cpu"),
+        pytest.param(CUDA, True, operators.CALL_START, id="cuda", marks=pytest.mark.gpu),
+        pytest.param(CPU, True, "CallPrice", id="earlier-cpu"),
+        pytest.param(CUDA, True, "CallPrice", id="earlier-cuda", marks=pytest.mark.gpu),
+    ],
 )
 @given(
     tokens=st.integers(1, 70),
-    past=st.integers(0, 300),
+    past=st.one_of(st.integers(0, 300), st.integers(2000, 9000)),
     room=st.integers(0, 50),
     price=st.floats(-1, 2.0**100, width=32),
 )
 def test_a_call_without_a_past_is_dense(
-    provider: str, native: bool, tokens: int, past: int, room: int, price: float
+    provider: str, native: bool, operator: str, tokens: int, past: int, room: int, price: float
 ) -> None:
     mask = np.zeros((1, tokens + past + room), np.int64)
     mask[0, : tokens + past] = 1
@@ -123,9 +135,10 @@ def test_a_call_without_a_past_is_dense(
         contract.ATTENTION_MASK: mask,
         contract.PRICE: np.array([price], np.float32),
     }
-    session = price_session(provider, native)
-    (chosen,) = session.run_with_ort_values(["chosen"], {name: ort_value(value) for name, value in feeds.items()})
-    assert array_of(chosen).tolist() == [np.float32(price) if past else 0.0]
+    session = start_session(operator, provider, native)
+    expected = [np.float32(price) if past else 0.0, tokens + past, tokens + past - 1]
+    found = session.run_with_ort_values(None, {name: ort_value(value) for name, value in feeds.items()})
+    assert [array_of(value).tolist() for value in found] == [[value] for value in expected[: len(found)]]
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,25 @@ def test_special_tokens_have_no_text(model: Model) -> None:
     assert streamed(model.text, tokens) == ""
 
 
+@pytest.mark.parametrize("end", [[], [0, 1] * 100], ids=["text", "special"])
+@pytest.mark.parametrize("first", ["a", "世"])
+def test_a_token_takes_as_long_after_any_prompt(model: Model, first: str, end: list[int]) -> None:
+    """After a long prompt, and after many tokens without text (here special ones, and one beyond the vocabulary)."""
+    text = model.text
+    lengths: list[int] = []
+
+    class Counting:
+        def decode(self, tokens: list[int], **options: bool) -> str:
+            lengths.append(len(tokens))
+            return str(text._tokenizer.decode(tokens, **options))
+
+        id_to_token = text._tokenizer.id_to_token
+
+    stream = TextStream(Counting(), text._special, [*text.encode(first * 5000), *end])  # type: ignore[arg-type]
+    assert "".join(pieces_of(stream, [*[1, 300] * 200, *text.encode("the 世 sea")])) == "the 世 sea"
+    assert max(lengths) <= 64
+
+
 WORDS = ["<s>", "▁The", "▁sea", "▁is", "▁calm", "ly", ".", "▁"]
 
 

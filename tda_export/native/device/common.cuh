@@ -117,7 +117,8 @@ static __device__ __forceinline__ void Store(Element* address, const float* valu
   }
 }
 
-static __device__ __forceinline__ float WarpSum(float value) {
+template <class Number>
+static __device__ __forceinline__ Number WarpSum(Number value) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_xor_sync(0xffffffffu, value, offset);
   return value;
