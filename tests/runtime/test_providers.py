@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tda_export.errors import TdaError, UsageError
-from tda_export.runtime import providers
+from tda_export.runtime import cuda_stream, providers
 from tda_export.runtime.providers import choose_provider, cuda_problem, provider_arguments
 
 NO_GPU = "the NVIDIA driver finds no GPU here"
@@ -89,7 +88,7 @@ class Driver:
 
 
 def simulate(monkeypatch: pytest.MonkeyPatch, load: Any, available: list[str]) -> None:
-    monkeypatch.setattr(providers, "ctypes", SimpleNamespace(CDLL=load, c_int=ctypes.c_int, byref=ctypes.byref))
+    monkeypatch.setattr(cuda_stream, "ctypes", SimpleNamespace(CDLL=load))
     monkeypatch.setattr(providers.ort, "get_available_providers", lambda: available)
 
 
