@@ -19,6 +19,7 @@ DOCUMENT_SEPARATOR = "\n<|document|>\n"  # a line of its own in a text file
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 PIECE_CHARACTERS_PER_TOKEN = 8  # about twice the length of an English token
 SHUFFLE_BUFFER = 1_000  # pieces
+EMPTY = "{}: the dataset is empty. Give one that contains text."
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _documents(dataset: str, text_column: str | None, seed: int, characters: int
             empty = False
             yield piece["text"]
         if empty:
-            raise TdaError(f"{dataset}: the dataset is empty. Give one that contains text.")
+            raise TdaError(EMPTY.format(dataset))
     except TdaError:
         raise
     except Exception as error:  # readers of damaged files raise many kinds of errors
@@ -167,6 +168,8 @@ def _open(dataset: str, text_column: str | None) -> tuple[Any, str, bool]:
     if suffix in FORMATS:
         if not path.is_file():
             raise UsageError(f"{dataset}: no such file.")
+        if not path.stat().st_size:  # their readers raise errors of other kinds
+            raise TdaError(EMPTY.format(dataset))
         return load_dataset(FORMATS[suffix], data_files=str(path), split="train", streaming=True), column, False
     if path.exists():
         raise UsageError(f"{dataset}: not a .txt, .jsonl, .csv or .parquet file.")

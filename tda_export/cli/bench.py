@@ -74,8 +74,10 @@ def bench(
     from tda_export.runtime.providers import choose_provider, cuda_problem
     from tda_export.temporary import owned_folder
 
-    if (artifact is None) == (shape is None):
+    if artifact is None and shape is None:
         raise UsageError("Give an ARTIFACT, or a --shape to bench with random weights.")
+    if artifact is not None and shape is not None:
+        raise UsageError("Give either an ARTIFACT or a --shape, not both.")
     of_shape = {
         "--dtype": dtype,
         "--weights": weights if weights != "float" else None,

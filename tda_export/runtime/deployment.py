@@ -113,6 +113,8 @@ def price_deployment(price: float, table: PriceTable | None) -> PriceDeployment:
     """Return a price with the share that calibration expects to be read; none without a table, or beyond it."""
     if not math.isfinite(price):
         raise UsageError(f"A price of {price}: give a finite number, 0 for dense.")
+    if price < 0:
+        raise UsageError(f"A price of {price:g} is negative. Give 0 for dense, or more.")
     if table is None or price > table.most_price:
         return PriceDeployment(price)
     return PriceDeployment(price, table.predicted(price).share)

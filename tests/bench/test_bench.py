@@ -182,7 +182,7 @@ def test_wrong_logits_are_not_timed(artifact: Artifact, monkeypatch: pytest.Monk
     ("arguments", "message"),
     [
         ([], "Give an ARTIFACT, or a --shape to bench with random weights."),
-        (["ARTIFACT", "--shape", "llama-2-7b"], "Give an ARTIFACT, or a --shape"),
+        (["ARTIFACT", "--shape", "llama-2-7b"], "Give either an ARTIFACT or a --shape, not both."),
         (["ARTIFACT", "--dtype", "fp16"], "--dtype is for --shape only; an artifact has its own. Leave it out."),
         (["ARTIFACT", "--weights", "int4"], "--weights is for --shape only; an artifact has its own. Leave it out."),
         (["--shape", "llama-9"], "Unknown shape 'llama-9'. Give a config.json, or one of smollm2-135m,"),

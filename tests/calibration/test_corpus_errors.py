@@ -37,6 +37,8 @@ def test_missing_file(suffix: str, tmp_path: Path) -> None:
         ("empty.txt", ""),
         ("blank.txt", " \n\n"),
         ("markers.txt", f"{MARKER}\n \n{MARKER}\n"),
+        ("nothing.jsonl", ""),
+        ("nothing.csv", ""),
         ("newline.jsonl", "\n"),
         ("null.jsonl", '{"text": null}\n'),
         ("blank.jsonl", '{"text": " "}\n{"text": null}\n{"text": ""}\n'),

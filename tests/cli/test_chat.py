@@ -189,10 +189,10 @@ SLOW = """
 import time
 from tda_export.cli.main import main
 from tda_export.runtime.decode_step import DecodeStep
-def slowly(step, tokens, run=DecodeStep._run):
+def slowly(step, tokens, *uncommitted, run=DecodeStep._start):
     time.sleep(0.1)
-    return run(step, tokens)
-DecodeStep._run = slowly
+    return run(step, tokens, *uncommitted)
+DecodeStep._start = slowly
 main()
 """
 
@@ -280,15 +280,15 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(artifact_copy: Path) -> Non
 
 
 def test_an_error_has_a_line_of_its_own(tiny_artifact: Path, loaded: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, steps = DecodeStep._run, iter(range(100))
+    run, steps = DecodeStep._start, iter(range(100))
 
-    def failing(step: DecodeStep, tokens: Any) -> Any:
+    def failing(step: DecodeStep, tokens: Any, *uncommitted: int) -> Any:
         if next(steps) == 5:
             raise TdaError("Out of luck. Try again.")
-        return run(step, tokens)
+        return run(step, tokens, *uncommitted)
 
     said = answers(loaded, ["Hi"], new_tokens=6)[0]
-    monkeypatch.setattr(DecodeStep, "_run", failing)
+    monkeypatch.setattr(DecodeStep, "_start", failing)
     result = run_cli("chat", tiny_artifact, "--provider", "cpu", input="Hi")
     assert (result.exit_code, result.stderr) == (FAILURE, "Error: Out of luck. Try again.\n")
     assert result.stdout.endswith("\n")

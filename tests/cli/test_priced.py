@@ -249,7 +249,7 @@ def test_a_kl_that_short_prompts_alone_reach(priced_artifact: Path, table: Price
         assert_error(result, USAGE, "is more than was measured with prices")
 
 
-@pytest.mark.parametrize("options", [["--price", 0], ["--price", -3], ["--sparsity", 0]], ids=str)
+@pytest.mark.parametrize("options", [["--price", 0], ["--sparsity", 0]], ids=str)
 def test_dense(priced_artifact: Path, options: list[object]) -> None:
     dense = generated(priced_artifact, "--mask", "dense")
     assert (dense["metrics"]["mask"], dense["metrics"]["sparsity"]) == ("dense", 0.0)
@@ -264,6 +264,7 @@ REFUSED = [
     (["--cett", 0.2], "--cett needs an artifact with masks, and "),
     (["--sparsity", 0.5, "--allocation", "uniform"], "--allocation needs an artifact with masks, and "),
     (["--price", "nan"], "A price of nan: give a finite number, 0 for dense."),
+    (["--price", "-1"], "A price of -1 is negative. Give 0 for dense, or more."),
     (["--price", 1, "--max-kl", 0.1], "Give exactly one budget: --price, --sparsity or --max-kl."),
     (["--sparsity", 0.95], "Sparsity 0.95 is more than was measured with prices"),
 ]

@@ -355,16 +355,16 @@ def test_failures_of_the_model(
     code: str,
 ) -> None:
     """Before the first token, and in the middle of a stream. The next request is answered."""
-    run, steps = DecodeStep._run, iter(range(100))
+    run, steps = DecodeStep._start, iter(range(100))
 
-    def failing(step: DecodeStep, tokens: Any) -> Any:
+    def failing(step: DecodeStep, tokens: Any, *uncommitted: int) -> Any:
         if next(steps) == 3:
             raise error
-        return run(step, tokens)
+        return run(step, tokens, *uncommitted)
 
     with serving(model) as served, caplog.at_level(logging.ERROR):
         with monkeypatch.context() as patch:
-            patch.setattr(DecodeStep, "_run", failing)
+            patch.setattr(DecodeStep, "_start", failing)
             answer = post(served, COMPLETIONS, {"model": NAME, "prompt": "Hi", "temperature": 0})
             assert_error(answer, 500, text, code=code)
             steps = iter(range(100))
