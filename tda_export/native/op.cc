@@ -13,6 +13,7 @@ struct Instance {
   const OrtApi* api;
   const char* name;
   std::unique_ptr<Kernel> kernel;
+  std::vector<Tensor> constants;  // by input; to ask ONNX Runtime for each in every call takes a quarter of a microsecond
 };
 
 // Run `work`; a thrown error becomes a status that names the operator.
@@ -29,13 +30,16 @@ OrtStatus* Guard(const OrtApi* api, const char* name, const Work& work) {
 OrtStatus* CreateInstance(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
   const OpDefinition& definition = Definition(op);
   return Guard(api, definition.name, [&] {
-    *kernel = new Instance{api, definition.name, definition.create(KernelInfo(api, info))};
+    const KernelInfo node(api, info);
+    auto instance = std::make_unique<Instance>(Instance{api, definition.name, definition.create(node), {}});
+    for (size_t i = 0; i < definition.inputs.size(); ++i) instance->constants.push_back(node.Constant(i));
+    *kernel = instance.release();
   });
 }
 
 OrtStatus* ComputeInstance(void* kernel, OrtKernelContext* context) {
   const Instance& instance = *static_cast<Instance*>(kernel);
-  return Guard(instance.api, instance.name, [&] { instance.kernel->Compute(KernelContext(instance.api, context)); });
+  return Guard(instance.api, instance.name, [&] { instance.kernel->Compute(KernelContext(instance.api, context, instance.constants)); });
 }
 
 }  // namespace

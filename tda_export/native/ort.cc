@@ -88,6 +88,7 @@ Allocator::Allocator(const KernelInfo& info) : api_(info.api()) {
 Allocator::~Allocator() { api_->ReleaseAllocator(allocator_); }
 
 Tensor KernelContext::Input(size_t index) const {
+  if (index < constants_.size() && constants_[index].present) return constants_[index];
   size_t count = 0;
   Check(api_, api_->KernelContext_GetInputCount(context_, &count));
   if (index >= count) return Tensor();

@@ -6,6 +6,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "ort_abi.h"
 
@@ -80,7 +81,9 @@ class Allocator {
 
 class KernelContext {
  public:
-  KernelContext(const OrtApi* api, OrtKernelContext* context) : api_(api), context_(context) {}
+  // `constants`: the inputs that have the same values in every call; others are not present there.
+  KernelContext(const OrtApi* api, OrtKernelContext* context, const std::vector<Tensor>& constants)
+      : api_(api), context_(context), constants_(constants) {}
 
   // Return an input. It is not present where an optional input was left out.
   Tensor Input(size_t index) const;
@@ -105,6 +108,7 @@ class KernelContext {
 
   const OrtApi* api_;
   OrtKernelContext* context_;
+  const std::vector<Tensor>& constants_;
 };
 
 // Memory for one call, returned to the arena at the end of the call. On CUDA the arena hands it out again only to later
