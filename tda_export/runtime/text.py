@@ -139,7 +139,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, special: frozenset[int], prompt: Sequence[int]) -> None:
         self._tokenizer, self._special = tokenizer, special
-        end = self._end([token for token in prompt if self._has_text(token)])
+        end = self._end([token for token in prompt if token not in special])
         whole = self._decode(end)
         known, unfinished = self._split(end, whole)
         self._before = known  # tokens whose text is known: the prompt's last, then those of the last piece
