@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -48,20 +49,32 @@ def test_rows_below_the_price_are_dropped(script: ModuleType, tiny_model: Path) 
     torch.testing.assert_close(head(x)[0, 0], x[0, 0] @ head.weight.T)  # nothing is dropped afterwards
 
 
+@pytest.fixture
+def command(
+    script: ModuleType, priced_calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., int]:
+    """Runs the script for a model, with further options."""
+    text = tmp_path / "text.txt"
+    text.write_text("The sea is calm to-night. The tide is full, the moon lies fair upon the straits. " * 12)
+
+    def run(model: Path, *options: str) -> int:
+        given = [str(model), "--calibration", str(priced_calibration), "--text", str(text), *options]
+        monkeypatch.setattr("sys.argv", ["head_rows.py", *given])
+        status: int = script.main()
+        return status
+
+    return run
+
+
 def test_a_run(
     script: ModuleType,
+    command: Callable[..., int],
     tiny_model: Path,
-    priced_calibration: Path,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("The sea is calm to-night. The tide is full, the moon lies fair upon the straits. " * 12)
-    command = ["head_rows.py", str(tiny_model), "--calibration", str(priced_calibration), "--text", str(text)]
-    monkeypatch.setattr("sys.argv", [*command, "--prompts", "2", "--prompt-tokens", "64", "--points", "3"])
     monkeypatch.setattr(script, "SMALLEST_PRICE", 1e-6)
-    assert script.main() == 0
+    assert command(tiny_model, "--prompts", "2", "--prompt-tokens", "64", "--points", "3") == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     for kind in ("float", "int4"):
         of = [row for row in rows if row["weights"] == kind and "price" in row]
@@ -71,24 +84,11 @@ def test_a_run(
             assert whole["price"] == priced["price"]
             assert 0 <= priced["head"] <= 1
             assert priced["both"] <= whole["both"]
-    for row in rows:
-        if "ratio" in row:
-            assert row["ratio"][0] > 0
-            assert row["kl"] > 0
+    assert all(row["ratio"][0] > 0 and row["kl"] > 0 for row in rows if "ratio" in row)
 
 
 def test_a_calibration_of_another_model(
-    script: ModuleType,
-    tmp_path_factory: pytest.TempPathFactory,
-    priced_calibration: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("The sea is calm to-night. " * 40)
-    other = save_tiny_model("opt", tmp_path_factory.mktemp("other") / "opt")
-    command = ["head_rows.py", str(other), "--calibration", str(priced_calibration), "--text", str(text)]
-    monkeypatch.setattr("sys.argv", command)
-    assert script.main() == 2
+    assert command(save_tiny_model("opt", tmp_path / "opt")) == 2
     assert "is of another model than" in capsys.readouterr().err

@@ -260,7 +260,6 @@ def test_dense(priced_artifact: Path, options: list[object]) -> None:
 
 REFUSED = [
     (["--refresh", 8], "--refresh needs an artifact with masks, and "),
-    (["--refresh", 0], "--refresh needs an artifact with masks, and "),
     (["--cett", 0.2], "--cett needs an artifact with masks, and "),
     (["--sparsity", 0.5, "--allocation", "uniform"], "--allocation needs an artifact with masks, and "),
     (["--price", "nan"], "A price of nan: give a finite number, 0 for dense."),
