@@ -89,13 +89,13 @@ def test_files(tmp_path: Path) -> None:
 def test_densities_of_a_model(
     packing: Any,
     priced_folders: dict[str, Path],
-    priced_calibration: Path,
+    tables_calibration: Path,
     reference: Any,
     source: ModelSource,
     tmp_path: Path,
 ) -> None:
     """Every layer has its sparsity, densities differ, and an artifact reads as many rows as they say."""
-    priced = read_calibration(priced_calibration).priced
+    priced = read_calibration(tables_calibration).priced
     assert priced is not None
     tokens = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(0))
     done: list[int] = []
@@ -118,9 +118,9 @@ def test_densities_of_a_model(
         check_request(model.artifact, dataclasses.replace(request, parts="all"))
 
 
-def test_greedy_is_no_worse_than_uniform(reference: Any, source: ModelSource, priced_calibration: Path) -> None:
+def test_greedy_is_no_worse_than_uniform(reference: Any, source: ModelSource, tables_calibration: Path) -> None:
     """At a block's output, on the tokens of the search."""
-    priced = read_calibration(priced_calibration).priced
+    priced = read_calibration(tables_calibration).priced
     assert priced is not None
     tokens = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(0))
     found = greedy_densities(reference, source.spec, priced, tokens, 12, "separate", "all", "f")

@@ -214,14 +214,14 @@ def test_methods_of_rows_on_an_artifact_of_masks(model: Model) -> None:
 
 
 def test_thresholds_without_a_calibration(
-    priced_model: Model, tiny_calibration: Path, priced_calibration: Path, source: ModelSource
+    priced_model: Model, tiny_calibration: Path, tables_calibration: Path, source: ModelSource
 ) -> None:
     artifact, request = without_calibration(priced_model), Request("teal", sparsity=0.5)
     with pytest.raises(UsageError, match=r"contains no calibration, from which --method teal .* with --calibration"):
         check_request(artifact, request)
     with pytest.raises(UsageError, match=r"contains no sizes of inputs.*calibrate --method priced'.*--calibration"):
         check_request(artifact, dataclasses.replace(request, calibration=tiny_calibration))
-    check_request(artifact, dataclasses.replace(request, calibration=priced_calibration))
+    check_request(artifact, dataclasses.replace(request, calibration=tables_calibration))
 
 
 def test_densities_that_are_none(priced_model: Model, tmp_path: Path) -> None:
