@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+import weakref
 from typing import Any
 
 from tda_export.errors import TdaError
@@ -28,6 +29,8 @@ class Mark:
     def __init__(self, stream: StepStream) -> None:
         self._stream = stream
         self._event = stream.created("cuEventCreate", WITHOUT_TIME)
+        # At the end of the process the driver frees all by itself, and may be gone before.
+        weakref.finalize(self, stream.check, "cuEventDestroy_v2", self._event).atexit = False
 
     def set(self) -> None:
         """Set the mark after what is on the stream now."""

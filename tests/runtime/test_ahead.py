@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,4 +179,7 @@ def test_a_gpu_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(failed.value) == (
         "The GPU failed (error 700 in cuEventSynchronize). Start the program again, or use --provider cpu."
     )
+    del mark, failed
+    gc.collect()
+    assert driver.calls[-1] == "cuEventDestroy_v2"
     assert driver.calls[:4] == ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"]
