@@ -18,6 +18,7 @@ namespace tda {
 
 // A few chunks at least, where handing out work costs little beside it; more only where they stay long.
 constexpr int64_t kFewChunks = 4, kMostChunks = 16;
+constexpr int64_t kEnoughTasks = 32;  // chunks of all tiles of columns; more would only store more sums
 constexpr int64_t kShortChunk = 32 << 10, kLongChunk = 256 << 10;  // bytes of weights
 constexpr int64_t kListed = 512;           // rows at once
 constexpr int64_t kAheadBytes = 6 << 10;   // of what a thread reads are asked for early
@@ -30,11 +31,11 @@ template <class Format>
 struct RowChunks {
   RowChunks(const Format& weight, int64_t inputs) : inputs(inputs), outputs(weight.columns) {
     const int64_t bytes = inputs * weight.RowBytes();
-    while (count < kMostChunks && 2 * count <= inputs &&
+    tiles = (outputs + Format::kTileColumns - 1) / Format::kTileColumns;
+    while (count < kMostChunks && count * tiles < kEnoughTasks && 2 * count <= inputs &&
            2 * count * (count < kFewChunks ? kShortChunk : kLongChunk) <= bytes) {
       count *= 2;
     }
-    tiles = (outputs + Format::kTileColumns - 1) / Format::kTileColumns;
   }
 
   int64_t FirstRow(int64_t chunk) const { return chunk * inputs / count; }

@@ -106,6 +106,18 @@ def test_x_that_is_not_finite_reaches_the_result(dtype: str, native: bool, spoil
 
 
 @pytest.mark.parametrize("dtype", ["float32", *ON_GPU])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_as_many_columns_as_a_head(dtype: str, tokens: int) -> None:
+    """More slices of columns than blocks that run at once on a GPU, and more tiles than chunks on the CPU."""
+    rng = np.random.default_rng(7)
+    feeds = random_rows(rng, tokens=tokens, inputs=300, outputs=403 * 256, dtype=dtype)
+    call = session(early=True, dtype=dtype)
+    for density in (1.0, 0.4):
+        feeds["price"] = price_for(feeds, density)
+        assert_close(run(call, feeds), reference(feeds, bias=False), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", *ON_GPU])
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("tokens", [1, 6, 9])
 @pytest.mark.parametrize("outputs", [264, 65])
