@@ -3,6 +3,9 @@
 A part is one linear of a layer: q, k, v, o and the FFN's. A site is the parts that read the same input. `separate`
 stores every part by itself. `sites` stores the parts of a site side by side, so that a row (the weights of one input
 channel) is long enough in small models to be worth a separate read.
+
+The head is a linear outside the layers, always stored by itself. Where its rows have prices, it is the part `head` of
+one layer, 0, in all that goes by part or matrix: prices, densities, bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
 from tda_export.weights.formats import IntegerFormat
-from tda_export.weights.plan import FLOAT, FormatPlan, part_name
+from tda_export.weights.plan import FLOAT, HEAD, FormatPlan, part_name
 
 if TYPE_CHECKING:
     from tda_export.models.spec import DecoderSpec
@@ -24,7 +27,9 @@ PACKINGS: tuple[Packing, ...] = get_args(Packing)
 THRESHOLDS: dict[Packing, str] = {"separate": "one threshold a matrix", "sites": "one threshold a site"}  # for readers
 
 ATTENTION_PARTS = ("q", "k", "v", "o")
-Parts = Literal["all", "ffn", "attention"]  # the parts whose rows may be dropped
+Parts = Literal["all", "layers", "ffn", "attention"]  # the parts whose rows may be dropped; layers: all but the head
+HeadRows = Literal["priced", "whole"]  # whether a token reads the rows of the head that are worth it, or all
+SAFE_BITS = 8  # codes of so many bits may be rounded a second time
 
 
 def linear_parts(spec: DecoderSpec) -> tuple[str, ...]:
@@ -49,14 +54,26 @@ def packed_matrices(spec: DecoderSpec, packing: Packing) -> dict[str, tuple[str,
 
 
 def droppable_matrices(spec: DecoderSpec, packing: Packing, parts: Parts) -> dict[str, tuple[str, ...]]:
-    """Name the matrices of FFN, attention or both with their parts."""
-    attention = {"all": (True, False), "ffn": (False,), "attention": (True,)}[parts]
+    """Name the matrices of a layer's FFN, attention or both with their parts."""
+    attention = {"all": (True, False), "layers": (True, False), "ffn": (False,), "attention": (True,)}[parts]
     stored = packed_matrices(spec, packing)
     return {name: members for name, members in stored.items() if (members[0] in ATTENTION_PARTS) in attention}
 
 
+def drops_head_rows(stored: FormatPlan | None) -> bool:
+    """Return whether rows of the head may have prices, given the formats of a checkpoint of codes, None for floats.
+
+    The head's codes in a checkpoint lie by output, and rows with prices by input channel. They are rounded again, which
+    codes of four bits would not stand.
+    """
+    format = None if stored is None else stored.of(HEAD)
+    return not isinstance(format, IntegerFormat) or format.bits >= SAFE_BITS
+
+
 def linear_shape(spec: DecoderSpec, part: str) -> tuple[int, int]:
-    """Return the input channels and the outputs of a linear."""
+    """Return the input channels and the outputs of a linear of a layer, or of the head."""
+    if part == HEAD:
+        return spec.embedding_width, spec.vocab_size
     hidden, ffn = spec.hidden_size, spec.ffn_size
     heads, kv_heads = spec.num_heads * spec.head_size, spec.num_kv_heads * spec.head_size
     shapes = {"q": (hidden, heads), "k": (hidden, kv_heads), "v": (hidden, kv_heads), "o": (heads, hidden)}
@@ -70,10 +87,10 @@ def linear_elements(spec: DecoderSpec) -> int:
 
 @dataclass(frozen=True)
 class RowBytes:
-    """How many bytes the rows of the layers' linears take.
+    """How many bytes the rows of linears with prices take.
 
-    `element_bytes`: bytes of a float. `formats`: the format of every linear by `part_name`, None for floats; empty
-    where all are floats.
+    `element_bytes`: bytes of a float. `formats`: the format of every linear by `part_name`, and of the head where its
+    rows have prices, None for floats; empty where all are floats.
     """
 
     element_bytes: int
@@ -91,15 +108,19 @@ class RowBytes:
 
     @property
     def label(self) -> str:
-        """A name that identifies the formats: the name of the format where all linears share it (`float`, `int4_g32`),
-        otherwise one with a hash of all formats."""
-        named = sorted((name, format.name) for name, format in self.integers.items())
-        found = {format for _, format in named}
+        """A name that identifies the formats: the name of the format where the layers' linears share it (`float`,
+        `int4_g32`), otherwise one with a hash of all formats; then `+` and the format of a head that has another
+        one."""
+        linears = {name: format.name for name, format in self.integers.items() if name != HEAD}
+        found = set(linears.values())
         if not found:
-            return FLOAT
-        if len(found) == 1 and not self.has_floats:
-            return found.pop()
-        return f"mixed-{hashlib.sha256(repr(named).encode()).hexdigest()[:16]}"
+            label = FLOAT
+        elif len(found) == 1 and len(linears) == len(self.formats.keys() - {HEAD}):
+            label = found.pop()
+        else:
+            label = f"mixed-{hashlib.sha256(repr(sorted(linears.items())).encode()).hexdigest()[:16]}"
+        head = FLOAT if self.formats.get(HEAD) is None else self.integers[HEAD].name
+        return label if HEAD not in self.formats or head == label else f"{label}+{head}"
 
     def suits(self, spec: DecoderSpec, packing: Packing) -> bool:
         """Return whether all parts that this packing stores side by side have one format, and no group spans two
@@ -126,24 +147,35 @@ class RowBytes:
             outputs: The number of outputs of each part.
         """
         columns = sum(outputs[part] for part in parts)
-        format = self.formats.get(part_name(layer, parts[0]))
+        format = self.formats.get(HEAD if parts[0] == HEAD else part_name(layer, parts[0]))
         return columns * self.element_bytes if format is None else format.row_bytes(columns)
 
 
-def row_bytes_of(spec: DecoderSpec, element_bytes: int, plan: FormatPlan | None) -> RowBytes:
-    """Return the bytes of rows under a plan of formats; None means all floats."""
+def row_bytes_of(spec: DecoderSpec, element_bytes: int, plan: FormatPlan | None, *, head: bool = False) -> RowBytes:
+    """Return the bytes of rows under a plan of formats; None means all floats.
+
+    `head` says whether the head's rows have prices too.
+    """
     integers = {} if plan is None else plan.integers
-    return row_bytes_from(spec.num_layers, linear_parts(spec), element_bytes, integers)
+    format = None if plan is None else plan.of(HEAD)
+    if head and isinstance(format, IntegerFormat):
+        integers = {**integers, HEAD: format}  # a tied one has no name of its own in the plan
+    parts = (*linear_parts(spec), HEAD) if head else linear_parts(spec)
+    return row_bytes_from(spec.num_layers, parts, element_bytes, integers)
 
 
 def row_bytes_from(
     layers: int, parts: Sequence[str], element_bytes: int, integers: Mapping[str, IntegerFormat]
 ) -> RowBytes:
-    """Return the bytes of rows, given the integer linears by `part_name`; other names are ignored."""
-    names = [part_name(layer, part) for layer in range(layers) for part in parts]
+    """Return the bytes of rows of these parts, the head among them where its rows have prices.
+
+    `integers` are the integer linears by `part_name`, and the head; other names are ignored.
+    """
+    names = [part_name(layer, part) for layer in range(layers) for part in parts if part != HEAD]
+    names += [HEAD] if HEAD in parts else []
     return RowBytes(element_bytes, {name: integers.get(name) for name in names})
 
 
 def linear_outputs(spec: DecoderSpec) -> dict[str, int]:
-    """Return the outputs of each part."""
-    return {part: linear_shape(spec, part)[1] for part in linear_parts(spec)}
+    """Return the outputs of each part, and of the head."""
+    return {part: linear_shape(spec, part)[1] for part in (*linear_parts(spec), HEAD)}

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from tda_export.errors import UsageError
 from tda_export.packing import Packing, Parts
-from tda_export.weights.plan import FLOAT
+from tda_export.weights.plan import FLOAT, HEAD
 
 KL_POWER = 1.5  # near dense: KL grows as the cube of the dropped share, which grows as the root of the price
 SHARE_POWER = 0.5
@@ -25,9 +25,10 @@ ROUNDING = 1e-9  # tolerance of a requested share
 class PriceRow:
     """What a price costs and saves. A share is the part of the linears' bytes, over all layers, that is read.
 
-    `price`: λ. `share`: of all linears; `ffn_share` and `attention_share`: of the linears of FFN and attention;
-    `parts`: of each part, a mean over layers. `kl`: KL to dense in nats per token, with its standard error.
-    `agreement`: share of tokens where the likeliest next token is the same as dense's.
+    `price`: λ. `share`: of all linears of the layers; `ffn_share` and `attention_share`: of the linears of FFN and
+    attention; `parts`: of each part, a mean over layers, and of the head where its rows have prices. `kl`: KL to dense
+    in nats per token, with its standard error. `agreement`: share of tokens where the likeliest next token is the same
+    as dense's.
     """
 
     price: float
@@ -43,6 +44,11 @@ class PriceRow:
     def sparsity(self) -> float:
         """The share of the linears' bytes that is not read."""
         return 1.0 - self.share
+
+    @property
+    def head_share(self) -> float:
+        """The share of the head's bytes that is read."""
+        return self.parts.get(HEAD, 1.0)
 
     @property
     def kl_text(self) -> str:
@@ -211,6 +217,11 @@ class PriceTable:
             agreement=mean("agreement"),
         )
 
+    @property
+    def prices_head(self) -> bool:
+        """Whether the head's rows have prices too."""
+        return HEAD in self.rows[0].parts
+
     def rescaled(self, element_bytes: int) -> PriceTable:
         """Return the table for floats of another size: a price is per byte.
 
@@ -244,13 +255,13 @@ class PriceTable:
         return replace(self, rows=rows, short=None)
 
     def of_parts(self, parts: Parts) -> PriceTable:
-        """Return the table whose `share` counts the FFN's or attention's bytes only, for artifacts where only those may
-        drop rows.
+        """Return the table whose `share` counts the FFN's or attention's bytes only, for settings where only those may
+        drop rows. The head never counts.
 
         The shares were measured while all linears drop rows, and hardly depend on that. KL does depend on it; the table
         keeps the KL measured with all linears.
         """
-        if parts == "all":
+        if parts in ("all", "layers"):
             return self
         rows = tuple(replace(row, share=getattr(row, f"{parts}_share")) for row in self.rows)
         return replace(self, rows=rows)

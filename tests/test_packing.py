@@ -8,7 +8,7 @@ import pytest
 
 from tda_export.models.source import resolve_model
 from tda_export.models.spec import DecoderSpec
-from tda_export.packing import RowBytes, linear_parts, row_bytes_of
+from tda_export.packing import RowBytes, drops_head_rows, linear_outputs, linear_parts, row_bytes_of
 from tda_export.weights.plan import plan_formats, read_rules
 from tests.tiny import save_tiny_model
 
@@ -30,6 +30,41 @@ def test_a_plain_label_is_of_every_linear(spec: DecoderSpec) -> None:
     assert rows(spec, "head=float,embedding=int4").label == "int4_g32"
     assert rows(spec, weights="float").label == RowBytes(4).label == row_bytes_of(spec, 4, None).label == "float"
     assert rows(spec, "*=float,head=int4").label == "float"
+
+
+@pytest.mark.parametrize(
+    ("rules", "weights", "label"),
+    [
+        ("", "float", "float"),
+        ("", "int4", "int4_g32+int8_g32"),
+        ("head=int4", "int4", "int4_g32"),
+        ("head=float", "int4", "int4_g32+float"),
+        ("head=int8", "float", "float+int8_g32"),
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_label_tells_of_a_head_with_prices(
+    spec: DecoderSpec, rules: str, weights: str, label: str, tied: bool
+) -> None:
+    parts, given = linear_parts(spec), read_rules([rules] if rules else [])
+    plan = plan_formats(spec.num_layers, parts, tied_head=tied, weights=weights, rules=given)
+    found = row_bytes_of(spec, 4, plan, head=True)
+    assert found.label == label
+    format = plan.of("head")
+    of_row = 4 * spec.vocab_size if format is None else format.row_bytes(spec.vocab_size)
+    assert found.of(0, ("head",), linear_outputs(spec)) == of_row
+
+
+@pytest.mark.parametrize(
+    ("weights", "rules", "drops"),
+    [("float", "", True), ("int4", "", True), ("int4", "head=int4", False), ("int8", "embedding=int4", True)],
+)
+def test_which_heads_drop_rows(spec: DecoderSpec, weights: str, rules: str, drops: bool) -> None:
+    """Codes of a checkpoint lie by output, and are rounded again; four bits would lose too much."""
+    assert drops_head_rows(None)
+    given = read_rules([rules] if rules else [])
+    plan = plan_formats(spec.num_layers, linear_parts(spec), tied_head=False, weights=weights, rules=given)
+    assert drops_head_rows(plan) is drops
 
 
 @pytest.mark.parametrize(

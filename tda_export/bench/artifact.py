@@ -17,8 +17,10 @@ from tda_export.graph.priced import PricedDesign
 from tda_export.graph.requests import default_packing
 from tda_export.graph.storage import Storage
 from tda_export.models.source import ModelSource
-from tda_export.packing import Packing, linear_outputs, linear_shape, packed_matrices
+from tda_export.models.spec import DecoderSpec
+from tda_export.packing import HeadRows, Packing, linear_outputs, linear_shape, packed_matrices
 from tda_export.runtime.artifact import Artifact, open_artifact
+from tda_export.weights.plan import HEAD
 
 
 def build_random_artifact(source: ModelSource, folder: Path, dtype: str, sparsity: float, *, quiet: bool) -> Artifact:
@@ -44,6 +46,9 @@ def build_random_artifact(source: ModelSource, folder: Path, dtype: str, sparsit
 
 # Shares of rows read at half of the bytes, as measured on a real model of half a billion weights.
 DENSITIES = {"q": 0.42, "k": 0.63, "v": 0.76, "o": 0.64, "gate": 0.49, "up": 0.59, "down": 0.39}
+# The head's share there, as measured on SmolLM2-135M (benchmarks/head_rows.py): where its elements are as wide as those
+# of the layers' linears, and where they are twice as wide.
+HEAD_DENSITIES = {1: 0.61, 2: 0.49}
 WORTH = (1e15, 0.0)  # worth of a row: read at all prices except the highest, or at none
 PRICES = (1e-3, 1e30)  # prices of the lower and of the higher sparsity
 
@@ -63,6 +68,13 @@ def scaled(unread: Mapping[str, float], size: Mapping[str, int], sparsity: float
     return {name: 1 - (1 - share) * (1 - sparsity) / (1 - mean) for name, share in unread.items()}
 
 
+def _head_density(spec: DecoderSpec, storage: Storage) -> float:
+    """Return the share of the head's rows that is read at half of the linears' bytes."""
+    row_bytes, outputs = storage.row_bytes(spec, head=True), linear_outputs(spec)
+    head, down = (row_bytes.of(0, (part,), outputs) / outputs[part] for part in (HEAD, "down"))
+    return HEAD_DENSITIES[min(HEAD_DENSITIES, key=lambda times: abs(times - head / down))]
+
+
 def build_random_priced(
     source: ModelSource,
     folder: Path,
@@ -71,6 +83,7 @@ def build_random_priced(
     *,
     packing: Packing | None = None,
     kv: str = kv_formats.KV_FLOAT,
+    head: HeadRows = "priced",
     seed: int = 0,
     quiet: bool,
 ) -> tuple[Artifact, dict[float, float]]:
@@ -78,7 +91,7 @@ def build_random_priced(
     row.
 
     Rows are drawn independently of each other and of x, so a price reads the same rows for every token. A matrix's
-    share follows `DENSITIES`.
+    share follows `DENSITIES`, the head's `HEAD_DENSITIES`.
 
     Args:
         source: A model with random weights.
@@ -87,6 +100,7 @@ def build_random_priced(
         sparsities: One sparsity, or a lower and a higher one: shares of the linears' bytes that are not read.
         packing: The packing of the linears; None chooses by storage.
         kv: How keys and values are stored, one of `kv_formats.KV_FORMATS`.
+        head: Whether rows of the head have prices too. The head's bytes do not count in the sparsities.
         seed: The seed of the draw.
         quiet: Show no progress.
 
@@ -106,10 +120,14 @@ def build_random_priced(
         name: 1 - sum(DENSITIES[part] * outputs[part] for part in parts) / sum(outputs[part] for part in parts)
         for name, parts in matrices.items()
     }
+    layers = dict.fromkeys(matrices, spec.num_layers)
+    if head == "priced":
+        layers[HEAD], inputs[HEAD], size[HEAD] = 1, linear_shape(spec, HEAD)[0], 0
+        unread[HEAD] = 1 - _head_density(spec, storage)
     levels = WORTH[-len(sparsities) :]
     prices = {}
-    for name in matrices:
-        order = torch.rand(spec.num_layers, inputs[name], generator=generator).argsort(dim=1).argsort(dim=1)
+    for name, count in layers.items():
+        order = torch.rand(count, inputs[name], generator=generator).argsort(dim=1).argsort(dim=1)
         worth = torch.full(order.shape, math.inf)
         for sparsity, level in zip(sorted(sparsities, reverse=True), levels, strict=True):
             worth[order < scaled(unread, size, sparsity)[name] * inputs[name]] = level

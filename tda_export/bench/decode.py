@@ -48,7 +48,8 @@ GATE_SHARE = 1.4  # two levels keep 1.4 p of gate rows (the mask) and 0.8 p of u
 @dataclass(frozen=True)
 class BenchSettings:
     """What to compare. Lengths in tokens, sparsity as the share of bytes that is not read: of the FFN or, with prices,
-    of all linears. `prices`, by name, replace the price that a priced artifact's table gives for the sparsity."""
+    of the layers' linears. `prices`, by name, replace the price that a priced artifact's table gives for the
+    sparsity."""
 
     methods: tuple[str, ...] = DEFAULT_METHODS
     sparsity: float = 0.5

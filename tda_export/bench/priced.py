@@ -105,4 +105,4 @@ class PricedBench(Bench):
         )
         ffn = counted.ffn_share * self.artifact.dense_ffn_bytes
         attention = counted.attention_share * (self.artifact.linear_bytes - self.artifact.dense_ffn_bytes)
-        return round(ffn + attention), self.other_bytes
+        return round(ffn + attention), self.other_bytes - round((1 - counted.head_share) * self.artifact.head.bytes)

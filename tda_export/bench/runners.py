@@ -13,7 +13,6 @@ import onnxruntime as ort
 from tda_export.graph import contract
 from tda_export.graph.dense import transposed_weights
 from tda_export.graph.derive import (
-    artifact_spec,
     derived_dense,
     derived_probe,
     derived_truncation,
@@ -135,7 +134,7 @@ class DenseRunner:
     def _graph(artifact: Artifact, sessions: Sessions) -> tuple[bytes, dict[str, Any]]:
         """Return the graph and the weights that it may read."""
         weights = dict(sessions.shared_weights)
-        for name, original in transposed_weights(artifact_spec(artifact), artifact.matrices).items():
+        for name, original in transposed_weights(artifact.matrices).items():
             array = _transposed(map_weight(artifact, original))
             dtype = artifact.manifest["weights"][original]["dtype"]
             weights[name] = initializer(array, sessions.provider, dtype)

@@ -14,6 +14,7 @@ from tda_export.calibration.prices import PriceSums
 from tda_export.packing import ATTENTION_PARTS, PACKINGS, Packing, RowBytes, row_bytes_from, sites_of
 from tda_export.pricing import PriceTable
 from tda_export.weights.formats import INTEGER_FORMATS
+from tda_export.weights.plan import HEAD
 
 # Prefixes of tensor names.
 PRICES, INPUTS, WEIGHTED, NORMS, MEASURED = "prices.", "inputs.", "weighted.", "row_norms.", "measured."
@@ -25,10 +26,10 @@ SHORT = "short_kl"  # a tensor of the measurements, where prompts were shortened
 class Priced:
     """Prices and what they cost.
 
-    `linears`: input channels and outputs of each part. `norms`: ||W_i|| by matrix, float32 [L, in]. `measured`: the
-    measurements of each packing. `row_bytes`: the bytes of the rows that the measured prices are meant for.
-    `continuation_tokens`: tokens of a sequence's continuation. `prompts`: tokens of a short prompt and of the others;
-    None where no prompt is short, as in older files.
+    `linears`: input channels and outputs of each part, the head among them where its rows have prices. `norms`: ||W_i||
+    by matrix, float32 [L, in]. `measured`: the measurements of each packing. `row_bytes`: the bytes of the rows that
+    the measured prices are meant for. `continuation_tokens`: tokens of a sequence's continuation. `prompts`: tokens of
+    a short prompt and of the others; None where no prompt is short, as in older files.
     """
 
     linears: LinearShapes
@@ -91,16 +92,20 @@ def priced_from(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor])
     missing = {*ATTENTION_PARTS, "up", "down"} - set(linears)
     if missing:
         raise ValueError(f"no linear {', '.join(sorted(missing))}")
-    sites = sites_of(tuple(linears))
-    inputs = {name: linears[parts[0]][0] for name, parts in ({part: (part,) for part in linears} | sites).items()}
+    inside = tuple(part for part in linears if part != HEAD)
+    sites = sites_of(inside)
+    inputs = {name: linears[parts[0]][0] for name, parts in ({part: (part,) for part in inside} | sites).items()}
     layers = tensors[PRICES + "o"].shape[0]
 
     def read(prefix: str, names: Iterable[str], columns: int | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         return {name: _checked(tensors, prefix + name, dtype, (layers, columns or inputs[name])) for name in names}
 
+    def read_head() -> dict[str, torch.Tensor]:
+        return {HEAD: _checked(tensors, PRICES + HEAD, double, (1, linears[HEAD][0]))} if HEAD in linears else {}
+
     double = torch.float64
     sums = PriceSums(
-        read(PRICES, inputs, None, double),
+        read(PRICES, inputs, None, double) | read_head(),
         *(_checked(tensors, PRICES + name, double, (1,)) for name in (TOKENS, SEQUENCES)),
     )
     magnitudes = Magnitudes(
@@ -141,7 +146,10 @@ def _measured(packing: Packing, linears: LinearShapes, layers: int, tensors: Map
     count = len(tensors[prefix + "kl"])
     kl = _checked(tensors, prefix + "kl", torch.float64, (count, len(prices)), signed=True)
     agreement = _checked(tensors, prefix + "agreement", torch.float64, (count, len(prices)))
-    read = {part: _checked(tensors, f"{prefix}read.{part}", torch.float64, (len(prices), layers)) for part in linears}
+    read = {
+        part: _checked(tensors, f"{prefix}read.{part}", torch.float64, (len(prices), 1 if part == HEAD else layers))
+        for part in linears
+    }
     tokens = _checked(tensors, prefix + TOKENS, torch.int64, (1,))
     short = None
     if prefix + SHORT in tensors:

@@ -4,7 +4,7 @@ half."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +30,7 @@ from tda_export.models.spec import DecoderSpec
 from tda_export.packing import Packing, RowBytes, linear_parts, linear_shape
 from tda_export.progress import Advance
 from tda_export.ranks import ALONE, Ranks
+from tda_export.weights.plan import HEAD
 
 SAVE_SECONDS = 5.0  # least time between two saves of prices
 
@@ -41,7 +42,8 @@ class PriceSettings:
     """How prices are taken: the number of labels of each token, the seed that they are drawn with, and what is
     measured.
 
-    `prefix_tokens`: the number of tokens that the tokenizer puts before a text (BOS).
+    `prefix_tokens`: the number of tokens that the tokenizer puts before a text (BOS). `head`: whether the head's rows
+    get prices too.
     """
 
     prompt_tokens: int
@@ -49,6 +51,7 @@ class PriceSettings:
     seed: int
     packings: Sequence[Packing]
     prefix_tokens: int = 0
+    head: bool = False
 
     @property
     def prompts(self) -> tuple[int, int] | None:
@@ -65,8 +68,9 @@ def begin_priced(
     continuation_tokens: int,
 ) -> Priced:
     """Return empty prices of a model, before any work."""
-    linears = {part: linear_shape(spec, part) for part in linear_parts(spec)}
-    sums, magnitudes = no_prices(spec), no_magnitudes(spec)
+    parts = (*linear_parts(spec), HEAD) if settings.head else linear_parts(spec)
+    linears = {part: linear_shape(spec, part) for part in parts}
+    sums, magnitudes = no_prices(spec, head=settings.head), no_magnitudes(spec)
     return Priced(linears, sums, magnitudes, norms, row_bytes, continuation_tokens, prompts=settings.prompts)
 
 
@@ -124,7 +128,7 @@ def price_rows(
     with show("Measuring prices", len(scanned) + passes * (len(tokens[1::2]) + shorter)) as advance:
         if not priced.measured:
             chosen = choose_prices(model, spec, scanned, prompt, row_prices, priced.row_bytes, advance, ranks)
-            priced = replace(priced, measured={name: Measured.begin(spec, prices) for name, prices in chosen.items()})
+            priced = replace(priced, measured=_nothing_measured(spec, settings, chosen))
             save(priced)
         else:
             advance(len(scanned))
@@ -155,6 +159,12 @@ def price_rows(
     return priced
 
 
+def _nothing_measured(
+    spec: DecoderSpec, settings: PriceSettings, prices: Mapping[Packing, list[float]]
+) -> dict[Packing, Measured]:
+    return {packing: Measured.begin(spec, of, head=settings.head) for packing, of in prices.items()}
+
+
 def _take_prices(
     model: Any,
     spec: DecoderSpec,
@@ -177,7 +187,8 @@ def _take_prices(
         # The sequence's number in the corpus; these are the even ones.
         choose = sampled_labels(settings.labels, settings.seed, 2 * index)
         with watch_sites(model, spec, counter.observe):
-            found = price_continuation(model, spec, cache, sequence[settings.prompt_tokens :], choose)
+            rest = sequence[settings.prompt_tokens :]
+            found = price_continuation(model, spec, cache, rest, choose, head=settings.head)
         return found, counter.counts
 
     for sums, magnitudes in ranks.in_order(list(enumerate(tokens))[done:], take):

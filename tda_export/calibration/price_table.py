@@ -29,6 +29,7 @@ from tda_export.packing import (
 from tda_export.pricing import PriceRow, PriceTable, ShortPrompts
 from tda_export.progress import Advance
 from tda_export.ranks import ALONE, Ranks
+from tda_export.weights.plan import HEAD
 
 SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3)  # of what dense reads: targets of the prices
 SCAN_SEQUENCES = 4  # the number of sequences on whose inputs the prices are chosen
@@ -56,7 +57,7 @@ def choose_prices(
         spec: Its architecture.
         tokens: int64 [N, P + C].
         prompt_tokens: P.
-        row_prices: float32 [L, in] of each matrix, for each packing.
+        row_prices: float32 [L, in] of each matrix, for each packing; the head's do not count.
         row_bytes: The bytes of rows.
         advance: Called after every sequence.
         ranks: The ranks that share the sequences.
@@ -128,7 +129,8 @@ class Measured:
     """The measurements at the A prices of one packing, on the CPU. Row 0 is dense.
 
     `prices`: float64 [A], the first 0. `kl` and `agreement`: float64 [n, A], of the n sequences so far. `read`: the
-    number of rows that tokens read, by part, float64 [A, L], summed over `tokens` tokens. `short_kl`: the KL of the
+    number of rows that tokens read, by part, float64 [A, L], and of a head with prices, [A, 1], summed over `tokens`
+    tokens. `short_kl`: the KL of the
     first m sequences after a short prompt, float64 [m, A], m at most n.
     """
 
@@ -140,10 +142,11 @@ class Measured:
     short_kl: torch.Tensor | None = None
 
     @classmethod
-    def begin(cls, spec: DecoderSpec, prices: list[float]) -> Measured:
-        """Return an empty measurement; dense is put before the prices."""
+    def begin(cls, spec: DecoderSpec, prices: list[float], *, head: bool = False) -> Measured:
+        """Return an empty measurement; dense is put before the prices. `head`: whether the head's rows have prices."""
         rows = torch.tensor([0.0, *prices], dtype=torch.float64)
-        read = {part: torch.zeros(len(rows), spec.num_layers, dtype=torch.float64) for part in linear_parts(spec)}
+        layers = dict.fromkeys(linear_parts(spec), spec.num_layers) | ({HEAD: 1} if head else {})
+        read = {part: torch.zeros(len(rows), size, dtype=torch.float64) for part, size in layers.items()}
         return cls(rows, torch.zeros(0, len(rows), dtype=torch.float64), rows.new_zeros(0, len(rows)), read)
 
     def empty(self) -> Measured:
@@ -204,9 +207,9 @@ class Measured:
             )
             for part, density in densities.items()
         }  # [L]
-        ffn = _share(sizes, densities, [part for part in linears if part not in ATTENTION_PARTS])
+        ffn = _share(sizes, densities, [part for part in linears if part not in (*ATTENTION_PARTS, HEAD)])
         attention = _share(sizes, densities, ATTENTION_PARTS)
-        share = _share(sizes, densities, linears)
+        share = _share(sizes, densities, [part for part in linears if part != HEAD])
         rows = [
             PriceRow(
                 price=float(price),
@@ -261,7 +264,7 @@ def measure_sequence(
         spec: Its architecture.
         sequence: int64 [P + C].
         prompt_tokens: P.
-        row_prices: float32 [L, in] of each matrix, for each packing.
+        row_prices: float32 [L, in] of each matrix, and of a head with prices, [1, in], for each packing.
         measured: The measurements of each packing. They change only when all are measured, so that an interruption
             leaves no partial counts.
         advance: Called after every pass over the continuation.
@@ -277,7 +280,8 @@ def measure_sequence(
             logits = model(continuation, past_key_values=copy.deepcopy(cache), use_cache=True).logits[0]
             return logits.float().log_softmax(dim=-1), {part: rows.cpu() for part, rows in count.read.items()}
 
-    dense, dense_read = read({}, 0.0)
+    # The head's rows are counted where it has prices; all others always are.
+    dense, dense_read = read({n: v for n, v in next(iter(row_prices.values())).items() if n == HEAD}, 0.0)
     advance(1)
     found: dict[Packing, Measured] = {}
     for packing, table in measured.items():

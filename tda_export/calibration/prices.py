@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from tda_export.errors import TdaError
-from tda_export.models.linear_modules import layer_linears
+from tda_export.models.linear_modules import Linear, layer_linears
 from tda_export.models.placement import weights_fetched_again
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import Packing, RowBytes, linear_outputs, linear_shape, linear_sites, packed_matrices
+from tda_export.weights.plan import HEAD
 
 # The factor of float16 models' gradients; a smaller one is used where this overflows.
 HALF_SCALE, SMALLEST_SCALE, SCALE_STEP = 2.0**10, 2.0**-10, 2.0**5
@@ -27,7 +28,7 @@ ChooseLabels = Callable[[torch.Tensor], torch.Tensor]  # logits float32 [T, V] t
 
 
 def priced_matrices(spec: DecoderSpec) -> dict[str, tuple[str, ...]]:
-    """Name all matrices with prices, and their parts: each part, and each site of several parts."""
+    """Name all matrices of a layer with prices, and their parts: each part, and each site of several parts."""
     return packed_matrices(spec, "separate") | packed_matrices(spec, "sites")
 
 
@@ -36,8 +37,8 @@ class PriceSums:
     """Sums over calibration sequences. The sums of two halves add up to the sums of the whole. All are float64 on the
     CPU.
 
-    `square`: by matrix (a part, or a site of several), [L, in]: the sum of g_i² over `tokens` [1] tokens, each counted
-    once for every label, of `sequences` [1] sequences.
+    `square`: by matrix (a part, or a site of several), [L, in], and where the head has prices, of it, [1, in]: the sum
+    of g_i² over `tokens` [1] tokens, each counted once for every label, of `sequences` [1] sequences.
     """
 
     square: dict[str, torch.Tensor]
@@ -49,21 +50,26 @@ class PriceSums:
         return PriceSums(square, self.tokens + other.tokens, self.sequences + other.sequences)
 
     def row_prices(self, spec: DecoderSpec, packing: Packing, row_bytes: RowBytes) -> dict[str, torch.Tensor]:
-        """Return c_i² / bytes_i of each matrix of a packing, float32 [L, in]."""
-        outputs, layers = linear_outputs(spec), range(spec.num_layers)
+        """Return c_i² / bytes_i of each matrix of a packing, float32 [L, in], and of the head, [1, in], where it was
+        priced and `row_bytes` has it."""
+        outputs, matrices = linear_outputs(spec), packed_matrices(spec, packing)
         found = {}
-        for name, parts in packed_matrices(spec, packing).items():
+        head = {HEAD: (HEAD,)} if HEAD in self.square and HEAD in row_bytes.formats else {}
+        for name, parts in (matrices | head).items():
+            layers = range(len(self.square[name]))
             sizes = torch.tensor([row_bytes.of(layer, parts, outputs) for layer in layers], dtype=torch.float64)
             found[name] = (self.square[name] / self.tokens / sizes[:, None]).float()
         return found
 
 
-def no_prices(spec: DecoderSpec) -> PriceSums:
-    """Return empty sums."""
+def no_prices(spec: DecoderSpec, *, head: bool = False) -> PriceSums:
+    """Return empty sums; `head` says whether the head's rows get prices too."""
     square = {
         name: torch.zeros(spec.num_layers, linear_shape(spec, parts[0])[0], dtype=torch.float64)
         for name, parts in priced_matrices(spec).items()
     }
+    if head:
+        square[HEAD] = torch.zeros(1, linear_shape(spec, HEAD)[0], dtype=torch.float64)
     return PriceSums(square, torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
 
 
@@ -92,7 +98,13 @@ def read_prompt(model: Any, prompt: torch.Tensor) -> Any:
 
 
 def price_continuation(
-    model: Any, spec: DecoderSpec, cache: Any, continuation: torch.Tensor, choose: ChooseLabels
+    model: Any,
+    spec: DecoderSpec,
+    cache: Any,
+    continuation: torch.Tensor,
+    choose: ChooseLabels,
+    *,
+    head: bool = False,
 ) -> PriceSums:
     """Price the rows by one continuation of a prompt.
 
@@ -104,11 +116,12 @@ def price_continuation(
         cache: The prompt's keys and values, to which the continuation's are added.
         continuation: int64 [C], C at least 2.
         choose: Chooses the labels of the C - 1 tokens.
+        head: Whether to price the head's rows too.
 
     Raises:
         TdaError: Gradients are not finite.
     """
-    gradients = _Gradients(model, spec)
+    gradients = _Gradients(model, spec, head=head)
     embedding = model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: output.detach().requires_grad_()
     )
@@ -130,8 +143,8 @@ def price_continuation(
 class _Gradients:
     """Squares of the gradients with respect to the input of every matrix, summed over tokens, from backward passes."""
 
-    def __init__(self, model: Any, spec: DecoderSpec) -> None:
-        self._spec, self._device = spec, model.device
+    def __init__(self, model: Any, spec: DecoderSpec, *, head: bool) -> None:
+        self._spec, self._device, self._head = spec, model.device, head
         self._sites = {part: (site, parts) for site, parts in linear_sites(spec).items() for part in parts}
         self._found: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
         self._square: dict[str, list[torch.Tensor]] = {}
@@ -140,6 +153,9 @@ class _Gradients:
         for layer in range(spec.num_layers):
             for part, linear in layer_linears(model, spec, layer).items():
                 self._handles.append(linear.on_input_gradient(self._observer(layer, part)))
+        if head:
+            self._sites[HEAD] = (HEAD, (HEAD,))
+            self._handles.append(Linear(model, spec, 0, HEAD).on_input_gradient(self._observer(0, HEAD)))
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -150,6 +166,7 @@ class _Gradients:
         self._scale = HALF_SCALE if dtype == torch.float16 else 1.0
         while True:
             self._square = {name: [torch.empty(0)] * self._spec.num_layers for name in priced_matrices(self._spec)}
+            self._square |= {HEAD: [torch.empty(0)]} if self._head else {}
             (loss * self._scale).backward(retain_graph=True)
             square = {
                 name: torch.stack([each.to(self._device) for each in layers]).cpu()

@@ -27,7 +27,7 @@ from tda_export.models.placement import AUTO, own_memory
 from tda_export.models.quantised import kept_of
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
-from tda_export.packing import PACKINGS, Packing, row_bytes_of
+from tda_export.packing import PACKINGS, HeadRows, Packing, drops_head_rows, row_bytes_of
 from tda_export.progress import Advance
 from tda_export.ranks import ALONE, Ranks
 from tda_export.versions import installed_versions
@@ -44,8 +44,8 @@ SAVE_SECONDS = 5.0  # least time between two saves of curves; one takes millisec
 class CalibrationSettings:
     """How to calibrate. Lengths in tokens; a sequence is `prompt_tokens` and then `continuation_tokens`.
 
-    `labels` (per token) and `packings` are for priced rows; `estimator`, `curves_only` and `prior_tokens` for prompt
-    masks (tda).
+    `labels` (per token), `packings` and `head` are for priced rows; `estimator`, `curves_only` and `prior_tokens` for
+    prompt masks (tda).
     """
 
     estimator: Estimator = "prompt"
@@ -60,6 +60,7 @@ class CalibrationSettings:
     method: CalibrationMethod = "priced"
     labels: int = 2
     packings: tuple[Packing, ...] = PACKINGS
+    head: HeadRows = "priced"
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 2:
@@ -97,7 +98,7 @@ class CalibrationSettings:
 
     def describe(self) -> dict[str, Any]:
         """Return the settings that the method uses, as plain data."""
-        unused = set() if self.priced else {"labels", "packings"}
+        unused = set() if self.priced else {"labels", "packings", "head"}
         unused |= set() if self.masks else {"estimator", "curves_only", "prior_tokens"}
         content = {name: value for name, value in asdict(self).items() if name not in unused}
         return content | ({"packings": list(self.packings)} if self.priced else {})
@@ -262,14 +263,15 @@ def _price(
     ranks: Ranks,
 ) -> Priced:
     spec = source.spec
-    row_bytes = row_bytes_of(spec, ELEMENT_BYTES[settings.dtype], source.formats)
+    head = settings.head == "priced" and drops_head_rows(source.formats)
+    row_bytes = row_bytes_of(spec, ELEMENT_BYTES[settings.dtype], source.formats, head=head)
     packings = [packing for packing in settings.packings if row_bytes.suits(spec, packing)]
     if not packings:
         raise UsageError(
             f"{source.name}: linears that read the same input have different formats, or columns that are not "
             "whole groups, and cannot lie side by side. Calibrate with --packing separate."
         )
-    how = PriceSettings(settings.prompt_tokens, settings.labels, settings.seed, packings, corpus.prefix_tokens)
+    how = PriceSettings(settings.prompt_tokens, settings.labels, settings.seed, packings, corpus.prefix_tokens, head)
     begun = begin_priced(spec, how, row_norms(model, spec), row_bytes, settings.continuation_tokens)
     return price_rows(
         model,

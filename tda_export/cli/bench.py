@@ -6,18 +6,21 @@ import json
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tda_export.cli.help_groups import command, option
 from tda_export.cli.options import FRACTION, PATH, json_option, provider_option, weight_options
 
+if TYPE_CHECKING:
+    from tda_export.packing import HeadRows
+
 MILD_SPARSITY = 0.3  # a second sparsity that --shape always measures
 METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin", "tt", "priced")  # those of tda_export.bench.decode
 
 
-@command(rare=("group", "weights_for"))
+@command(rare=("group", "weights_for", "head"))
 @click.argument("artifact", type=PATH, required=False)
 @option("--shape", help="Use random weights of a real shape instead: a name such as llama-2-7b, or a config.json.")
 @option(
@@ -33,7 +36,7 @@ METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin", "tt", "price
     type=FRACTION,
     default=0.5,
     show_default=True,
-    help="Fraction of weight bytes to skip: of all linears with prices, of the FFN with masks.",
+    help="Fraction of weight bytes to skip: of the layers' linears with prices, of the FFN with masks.",
 )
 @option("--prompt-tokens", type=click.IntRange(2), default=1024, show_default=True, help="Length of the prompt.")
 @option("--new-tokens", type=click.IntRange(16), default=256, show_default=True, help="Tokens to decode.")
@@ -43,6 +46,11 @@ METHODS = ("dense", "dense_native", "tda", "two_levels", "griffin", "tt", "price
     help="With --shape.  [default: fp16 on CUDA, fp32 on the CPU]",
 )
 @weight_options("float", "int8", "int4")
+@option(
+    "--head",
+    type=click.Choice(["priced", "whole"]),
+    help="With --shape: rows of the head have prices too, or every token reads all of them.  [default: priced]",
+)
 @provider_option
 @json_option
 def bench(
@@ -56,6 +64,7 @@ def bench(
     weights: str,
     group: int | None,
     weights_for: tuple[str, ...],
+    head: HeadRows | None,
     provider: str,
     as_json: bool,
 ) -> None:
@@ -83,6 +92,7 @@ def bench(
         "--weights": weights if weights != "float" else None,
         "--group": group,
         "--weights-for": weights_for or None,
+        "--head": head,
     }
     if given := [option for option, value in of_shape.items() if value is not None and artifact]:
         raise UsageError(f"{given[0]} is for --shape only; an artifact has its own. Leave it out.")
@@ -114,7 +124,9 @@ def bench(
                 opened = build_random_artifact(source, place, chosen, sparsity, quiet=as_json)
             else:
                 sparsities = sorted({MILD_SPARSITY, sparsity})
-                opened, drawn = build_random_priced(source, place, storage, sparsities, quiet=as_json)
+                opened, drawn = build_random_priced(
+                    source, place, storage, sparsities, head=head or "priced", quiet=as_json
+                )
                 prices = {f"priced_{1 - share:.2f}": price for share, price in drawn.items()}
             chosen_methods = methods or default_methods(opened, new_tokens)
             result = _run(opened, resolved, settings(chosen_methods, prices=prices), as_json)

@@ -247,7 +247,7 @@ def _expectation(model: str, request: BuildRequest) -> str:
     from tda_export.float_kl import float_kl_text, integers_kl
 
     expected, budget = request.design.expected, ", ".join(f"{name} {value}" for name, value in request.budget.items())
-    what = "all linears" if request.design.layout == "priced" else "the FFN"
+    what = "the layers' linears" if request.design.layout == "priced" else "the FFN"
     kl = expected.get("kl")
     predicted = "" if kl is None else f", predicted KL {kl:.3f} nats a token"
     integers = integers_kl(request.source.quantisation)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tda_export.calibration.curves import Estimator
     from tda_export.calibration.file import Calibration
     from tda_export.calibration.run import CalibrationDtype, CalibrationMethod, CalibrationSettings
-    from tda_export.packing import Packing
+    from tda_export.packing import HeadRows, Packing
 
 PRICED_BUDGET = {"max_kl": 0.05}
 TDA_BUDGET = {"sparsity": 0.5, "allocation": "kl"}
@@ -37,6 +37,7 @@ CURVES_BUDGET = {"cett": 0.2}  # the paper's value
         "text_column",
         "labels",
         "packing",
+        "head",
         "estimator",
         "cett",
         "allocation",
@@ -71,6 +72,11 @@ CURVES_BUDGET = {"cett": 0.2}  # the paper's value
     type=click.Choice(["separate", "sites"]),
     help="With prices: measure one packing only. separate: one threshold per matrix. sites: one for the matrices "
     "of the same input.  [default: both]",
+)
+@option(
+    "--head",
+    type=click.Choice(["priced", "whole"]),
+    help="With prices: price the rows of the head too, or let every token read all of them.  [default: priced]",
 )
 @option(
     "--estimator",
@@ -128,6 +134,7 @@ def calibrate(
     method: CalibrationMethod,
     labels: int | None,
     packing: Packing | None,
+    head: HeadRows | None,
     estimator: Estimator | None,
     cett: float | None,
     sparsity: float | None,
@@ -167,7 +174,7 @@ def calibrate(
     from tda_export.ranks import join
 
     ranks = join(device)
-    _check_options(method, {"--labels": labels, "--packing": packing}, "tda")
+    _check_options(method, {"--labels": labels, "--packing": packing, "--head": head}, "tda")
     of_masks = {"--estimator": estimator, "--curves-only": curves_only or None, "--prior-tokens": prior_tokens}
     _check_options(method, of_masks | {"--cett": cett, "--allocation": allocation}, "priced")
     settings = CalibrationSettings(
@@ -183,6 +190,7 @@ def calibrate(
         method,
         2 if labels is None else labels,
         PACKINGS if packing is None else (packing,),
+        head or "priced",
     )
     default = PRICED_BUDGET if settings.priced else CURVES_BUDGET if curves_only else TDA_BUDGET
     budget = chosen_budget(cett, sparsity, allocation, max_kl, default)

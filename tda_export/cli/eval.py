@@ -60,8 +60,9 @@ TASK_OPTIONS = ("data", "limit", "protocol", "reference")
 @budget_options
 @option(
     "--parts",
-    type=click.Choice(["all", "ffn", "attention"]),
-    help="With priced, teal and wina: the linears that may skip rows; --sparsity is of their bytes.  [default: all]",
+    type=click.Choice(["all", "layers", "ffn", "attention"]),
+    help="With priced, teal and wina: what may skip rows; --sparsity is of the bytes of its layers' linears. layers: "
+    "all but the head, which teal and wina always read whole.  [default: all]",
 )
 @option(
     "--densities",
@@ -243,7 +244,7 @@ def _bytes_read(result: dict[str, Any]) -> str:
 
 
 def _linear_bytes(result: dict[str, Any]) -> str:
-    """Describe the bytes read of all linears, and the fraction read of those of attention."""
+    """Describe the bytes read of the layers' linears, and the fraction read of those of attention."""
     dense = result["dense_linear_bytes"] - result["dense_ffn_bytes"]
     attention = (result["linear_bytes"] - result["ffn_bytes"]) / dense
     return f"{_of_dense(result['linear_bytes'], result['dense_linear_bytes'])}, attention's {attention:.3f}"
@@ -262,7 +263,7 @@ def _summary(result: dict[str, Any]) -> str:
             f"dense perplexity    {result['dense_perplexity']:.3f} ± {result['dense_perplexity_stderr']:.3f}",
             f"top-1 agreement     {result['agreement']:.4f} ± {result['agreement_stderr']:.4f}",
             f"FFN bytes a token   {_bytes_read(result)}",
-            f"of all linears      {_linear_bytes(result)}",
+            f"of layers' linears  {_linear_bytes(result)}",
         ]
     )
 
@@ -280,6 +281,6 @@ def _free_summary(result: dict[str, Any]) -> str:
                 for start, (kl, error) in enumerate(zip(result["kl"], result["kl_stderr"], strict=True))
             ],
             f"FFN bytes a token   {_bytes_read(result)}",
-            f"of all linears      {_linear_bytes(result)}",
+            f"of layers' linears  {_linear_bytes(result)}",
         ]
     )

@@ -59,10 +59,12 @@ def _of_model(name: str, dtype: str, context: int | None) -> dict[str, Any]:
     from tda_export.graph.storage import storage_of
     from tda_export.models.skeleton import skeleton_shapes
     from tda_export.models.source import resolve_model
+    from tda_export.packing import drops_head_rows
 
     source = resolve_model(name, notify=lambda line: click.echo(line, err=True))
     spec, storage = source.spec, storage_of(source, dtype)
-    sizes = planned_sizes(spec, skeleton_shapes(source.config), storage, default_packing(spec, storage))
+    packing, head = default_packing(spec, storage), drops_head_rows(source.formats)
+    sizes = planned_sizes(spec, skeleton_shapes(source.config), storage, packing, head=head)
     quantised = {} if source.quantisation is None else {"quantization": source.quantisation}
     return _described(name, spec, sizes, dtype, context) | quantised
 
@@ -161,8 +163,9 @@ def _print(result: dict[str, Any]) -> None:
     )
     for sparsity, ceiling in result["ceiling"].items():
         click.echo(
-            f"  at {float(sparsity):.0%} sparsity of all linears at most {result['linear_ceiling'][sparsity]:.2f} "
-            f"times as fast as dense, of the FFN {ceiling:.2f}"
+            f"  at {float(sparsity):.0%} sparsity of the layers' linears at most "
+            f"{result['linear_ceiling'][sparsity]:.2f} times as fast as dense, of the FFN {ceiling:.2f} "
+            "(head read whole)"
         )
     click.echo(
         f"  artifact {result['artifact_bytes'] / MIB:,.0f} MiB, a session at least "
@@ -185,7 +188,7 @@ def _print_build(result: dict[str, Any]) -> None:
         result["expected_sparsity"],
         ", ".join(f"{key} {value}" for key, value in result["budget"].items()),
     )
-    what = "sparsity of all linears" if result["layout"] == "priced" else "FFN sparsity"
+    what = "sparsity of the layers' linears" if result["layout"] == "priced" else "FFN sparsity"
     suffix = "" if expected is None else f", expected {what} {expected:.3f}"
     price = f", price {result['price']:.4g}, packing {result['packing']}" if result["layout"] == "priced" else ""
     click.echo(f"  built with {result['method']}, {budget}{price}{suffix}")

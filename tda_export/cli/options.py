@@ -225,7 +225,7 @@ def budget_options(command: F) -> F:
                 "--sparsity",
                 type=FRACTION,
                 group=BUDGET,
-                help="Fraction of weight bytes to skip: of all linears with prices, of the FFN with masks.",
+                help="Fraction of weight bytes to skip: of the layers' linears with prices, of the FFN with masks.",
             ),
             option(
                 "--max-kl",

@@ -87,13 +87,15 @@ def print_prices(table: PriceTable, integers: float | None = None) -> None:
             f"{row.share:.3f}",
             f"{row.ffn_share:.3f}",
             f"{row.attention_share:.3f}",
+            *([f"{row.head_share:.3f}"] if table.prices_head else []),
             row.kl_text,
             *float_kl_cells(integers, row.kl),
             f"{row.agreement:.3f}",
         ]
         for row in table.rows
     ]
-    columns = ["price", "linears", "FFN", "attention", "KL to dense", *float_kl_columns(integers), "agreement"]
+    head = ["head"] if table.prices_head else []
+    columns = ["price", "linears", "FFN", "attention", *head, "KL to dense", *float_kl_columns(integers), "top-1"]
     print_table(
         f"Prices with {THRESHOLDS[table.packing]} ({table.packing}): shares of bytes read, nats a token", columns, rows
     )

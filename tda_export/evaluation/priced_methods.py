@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tda_export.calibration.price_file import Priced
 from tda_export.deployments import deployed, own_calibration, refuse_masks
 from tda_export.errors import UsageError
@@ -21,6 +23,7 @@ from tda_export.evaluation.row_methods import (
 )
 from tda_export.graph import contract
 from tda_export.graph.derive import artifact_spec
+from tda_export.packing import Parts
 from tda_export.runtime.artifact import Artifact
 from tda_export.runtime.deployment import PriceDeployment
 from tda_export.runtime.session import Sessions
@@ -49,7 +52,7 @@ def open_priced_rows(artifact: Artifact, sessions: Sessions, request: Request) -
     deployment, parts = _price(artifact, request), request.parts or "all"
     if parts == "all":
         return open_priced("priced", artifact, sessions, deployment, budget)
-    others = by_layer(always_read(artifact_spec(artifact), artifact.manifest["packing"], parts))
+    others = by_layer(_always_read(artifact, parts))
     return open_priced("priced", artifact, sessions, deployment, budget | {"parts": parts}, others)
 
 
@@ -62,14 +65,18 @@ def _price(artifact: Artifact, request: Request) -> PriceDeployment:
         return deployment if parts == "all" else PriceDeployment(deployment.price)
     if request.max_kl is not None or request.sparsity is None:
         raise UsageError(
-            f"--parts {parts}: KL was measured with all linears, so a budget by KL is not possible for a part. Give "
-            "--sparsity or --price."
+            f"--parts {parts}: KL was measured with all priced linears, so a budget by KL is not possible for some. "
+            "Give --sparsity or --price."
         )
     if table is None:
         raise UsageError(
             f"{artifact.folder} contains no table of prices. Give --price, or build it with --calibration."
         )
     return PriceDeployment(table.of_parts(parts).price_for(sparsity=request.sparsity))
+
+
+def _always_read(artifact: Artifact, parts: Parts) -> dict[str, torch.Tensor]:
+    return always_read(artifact_spec(artifact), artifact.manifest["packing"], parts, head=artifact.prices_head)
 
 
 def open_priced_dense(artifact: Artifact, sessions: Sessions, request: Request) -> PricedSetting:
@@ -108,7 +115,8 @@ def open_threshold(artifact: Artifact, sessions: Sessions, request: Request) -> 
     budget: dict[str, Any] = {"sparsity": request.sparsity} | ({} if parts == "all" else {"parts": parts})
     if method == "teal":
         budget["densities"] = "uniform" if request.densities is None else "greedy"
-    row_prices = by_layer(always_read(spec, packing, parts) | prices)
+    # The papers' methods read the head whole.
+    row_prices = by_layer(_always_read(artifact, "layers" if parts == "all" else parts) | prices)
     return open_priced(method, artifact, sessions, PriceDeployment(1.0), budget, row_prices)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,15 +94,16 @@ class PricedSetting:
         cache.commit()
         kept = outputs[contract.KEPT_ROWS].numpy().mean(axis=1)  # of int64 [matrices, S]
         matrices = [self.artifact.matrices[name] for name in counted_matrices(self.artifact)]
-        read = {True: 0.0, False: 0.0}
-        whole = {True: 0, False: 0}
-        for matrix, rows in zip(matrices, kept, strict=True):
-            of_ffn = ".ffn." in matrix.name
-            read[of_ffn] += float(rows) * matrix.row_bytes
-            whole[of_ffn] += matrix.bytes
-        density = float(kept.sum()) / sum(matrix.rows for matrix in matrices)
-        share, attention = read[True] / whole[True], read[False] / whole[False]
-        return Counted(outputs[contract.LOGITS].numpy()[0], density, share, share, attention)
+        read, whole = defaultdict[str, float](float), defaultdict[str, int](int)  # bytes by group
+        for matrix, rows in zip(matrices, kept.tolist(), strict=True):
+            group = "head" if matrix.name == contract.HEAD else "ffn" if ".ffn." in matrix.name else "attention"
+            read[group] += rows * matrix.row_bytes
+            whole[group] += matrix.bytes
+        layers = [(rows, m.rows) for m, rows in zip(matrices, kept.tolist(), strict=True) if m.name != contract.HEAD]
+        density = sum(rows for rows, _ in layers) / sum(every for _, every in layers)
+        ffn, attention, head = (read[group] / (whole[group] or 1) for group in ("ffn", "attention", "head"))
+        logits = outputs[contract.LOGITS].numpy()[0]
+        return Counted(logits, density, ffn, ffn, attention, head if whole["head"] else 1.0)
 
 
 def counted_matrices(artifact: Artifact) -> list[str]:

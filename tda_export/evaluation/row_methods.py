@@ -20,6 +20,7 @@ from tda_export.calibration.price_file import Priced
 from tda_export.graph import contract
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import Packing, Parts, droppable_matrices, linear_shape, linear_sites, packed_matrices
+from tda_export.weights.plan import HEAD
 
 ThresholdMethod = Literal["teal", "wina"]
 Densities = Mapping[str, torch.Tensor]  # share of rows that a token reads, [L], by matrix
@@ -66,10 +67,14 @@ def threshold_prices(
     return prices
 
 
-def always_read(spec: DecoderSpec, packing: Packing, parts: Parts) -> dict[str, torch.Tensor]:
-    """Return the (infinite) row prices of the matrices that may not skip rows, float32 [L, in]."""
+def always_read(spec: DecoderSpec, packing: Packing, parts: Parts, *, head: bool) -> dict[str, torch.Tensor]:
+    """Return the (infinite) row prices of the matrices that may not skip rows: float32 [L, in], [1, in] of the head.
+
+    `head` says whether the head's rows have prices in the artifact.
+    """
     dropped = droppable_matrices(spec, packing, parts)
-    return {
+    of_head = {HEAD: torch.full((1, linear_shape(spec, HEAD)[0]), ALWAYS)} if head and parts != "all" else {}
+    return of_head | {
         name: torch.full((spec.num_layers, linear_shape(spec, members[0])[0]), ALWAYS)
         for name, members in packed_matrices(spec, packing).items()
         if name not in dropped
@@ -79,7 +84,7 @@ def always_read(spec: DecoderSpec, packing: Packing, parts: Parts) -> dict[str, 
 def by_layer(prices: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """Return row prices [L, in] by stored matrix as float32 [in] by the matrix's name in the graphs."""
     return {
-        contract.linear_weight(layer, name): row.numpy()
+        matrix: row.numpy()
         for name, rows in prices.items()
-        for layer, row in enumerate(rows)
+        for matrix, row in zip(contract.weights_of(name, len(rows)), rows, strict=True)
     }

@@ -25,14 +25,15 @@ from tda_export.runtime.session import Sessions, device_tensor
 @dataclass(frozen=True)
 class Counted:
     """The result of decoding given tokens: logits float32 [S, V], the share of neurons in the prompt mask, the share of
-    FFN bytes that a token read without refreshes, the mean share with refreshes, and the share of attention's
-    linears."""
+    FFN bytes that a token read without refreshes, the mean share with refreshes, the share of attention's linears, and
+    the head's."""
 
     logits: np.ndarray
     density: float
     sparse_share: float
     ffn_share: float
     attention_share: float = 1.0
+    head_share: float = 1.0
 
     @property
     def refresh_share(self) -> float:

@@ -49,7 +49,8 @@ class TextQuality:
     KL is KL(dense || sparse) in nats per token. Perplexities are exp of the mean negative log-likelihood per token.
     Agreement is the share of equal top-1 tokens. Density is the share of kept neurons (by the prompt mask or by a
     token). `ffn_bytes` is the mean FFN bytes that a token reads, `refresh_ffn_bytes` the part of them due to refreshes,
-    and `linear_bytes` the mean bytes of the linears of all layers, FFN and attention.
+    and `linear_bytes` the mean bytes of the linears of all layers, FFN and attention. `head_share` is the mean share of
+    the head's bytes that a token reads.
     """
 
     prompts: int
@@ -67,12 +68,14 @@ class TextQuality:
     dense_ffn_bytes: int
     linear_bytes: float
     dense_linear_bytes: int
+    head_share: float = 1.0
 
 
 @dataclass(frozen=True)
 class WindowQuality:
     """One window's results: mean KL, mean negative log-likelihoods (nats per token), agreement, density, the mean share
-    of FFN bytes that a token read, the part of it due to refreshes, and the share of attention's bytes."""
+    of FFN bytes that a token read, the part of it due to refreshes, and the shares of attention's bytes and the
+    head's."""
 
     kl: float
     nll: float
@@ -82,6 +85,7 @@ class WindowQuality:
     ffn_share: float
     refresh_share: float = 0.0
     attention_share: float = 1.0
+    head_share: float = 1.0
 
 
 def cut_windows(tokens: Sequence[int], prefix: Sequence[int], settings: TextSettings) -> list[list[int]]:
@@ -175,7 +179,12 @@ def counted_quality(artifact: Artifact, dense: np.ndarray, counted: Counted, pre
     if not (np.isfinite(counted.logits).all() and np.isfinite(dense).all()):
         raise TdaError(f"{artifact.folder}: the logits are not finite. Build the artifact in another dtype.")
     quality = window_quality(dense, counted.logits, predicted, counted.density, counted.ffn_share)
-    return replace(quality, refresh_share=counted.refresh_share, attention_share=counted.attention_share)
+    return replace(
+        quality,
+        refresh_share=counted.refresh_share,
+        attention_share=counted.attention_share,
+        head_share=counted.head_share,
+    )
 
 
 def window_quality(
@@ -227,6 +236,7 @@ def summarise(measured: Sequence[WindowQuality], dense_ffn_bytes: int, dense_lin
         dense_ffn_bytes=dense_ffn_bytes,
         linear_bytes=linear_bytes(share, attention, dense_ffn_bytes, dense_linear_bytes),
         dense_linear_bytes=dense_linear_bytes,
+        head_share=_mean([window.head_share for window in measured])[0],
     )
 
 

@@ -102,6 +102,9 @@ from tda_export.graph.weight_names import (
 from tda_export.graph.weight_names import (
     transposed as transposed,
 )
+from tda_export.graph.weight_names import (
+    weights_of as weights_of,
+)
 
 FORMAT = "tda-export"
 # 2: greedy_tokens, token_thresholds, the spec in the manifest, linear weights [out, in].

@@ -177,7 +177,8 @@ class GraphBuilder:
         ops, spec = self.ops, self.spec
         if spec.embedding_width != spec.hidden_size:
             hidden = self.linear(hidden, contract.PROJECT_OUT)
-        logits = self.to_float32(self.linear(hidden, contract.EMBEDDING if spec.tied_head else contract.HEAD))
+        head = contract.HEAD if contract.HEAD in self.weights.matrices else contract.EMBEDDING  # a tied one
+        logits = self.to_float32(self.linear(hidden, head))
         if spec.logits_scale != 1.0:
             logits = ops.op("Mul", logits, ops.constant(spec.logits_scale, "float32"))
         if spec.logits_softcap is None:

@@ -18,22 +18,22 @@ from tda_export.models.spec import DecoderSpec
 from tda_export.weights.matrix import Matrix
 
 
-def transposed_weights(spec: DecoderSpec, matrices: Mapping[str, Matrix]) -> dict[str, str]:
+def transposed_weights(matrices: Mapping[str, Matrix]) -> dict[str, str]:
     """Map the names of tensors that the dense graph stores transposed ([in, out] instead of [out, in]) to the original
     names."""
-    looked_up = set() if spec.tied_head else {contract.EMBEDDING}
+    looked_up = {contract.EMBEDDING} if contract.HEAD in matrices else set()
     names = [name for name, matrix in matrices.items() if matrix.major == "output" and name not in looked_up]
     return {contract.transposed(name): name for name in names}
 
 
-def dense_weight_table(spec: DecoderSpec, weights: WeightTable) -> WeightTable:
+def dense_weight_table(weights: WeightTable) -> WeightTable:
     """Add the transposed tensors to those of weights.bin.
 
     Each refers to the bytes of the original tensor, which has the same size. The session must be given the transposed
     values as initializers.
     """
     table = WeightTable(weights, weights.matrices)
-    for name, original in transposed_weights(spec, weights.matrices).items():
+    for name, original in transposed_weights(weights.matrices).items():
         tensor = weights[original]
         table[name] = ir.ExternalTensor(
             tensor.location,

@@ -108,7 +108,7 @@ def derived_dense(artifact: Artifact) -> bytes:
     """Build the plain dense graph; its session must be given the transposed weights (`graph/dense.py`)."""
     spec = artifact_spec(artifact)
     with _of_manifest(artifact):
-        return _serialised(build_dense(spec, dense_weight_table(spec, weight_table(artifact)), artifact.shape.dtype))
+        return _serialised(build_dense(spec, dense_weight_table(weight_table(artifact)), artifact.shape.dtype))
 
 
 def derived_probe(artifact: Artifact) -> bytes:

@@ -203,15 +203,16 @@ def priced_matrices(spec: DecoderSpec, weights: WeightTable) -> list[str]:
     """Name the matrices whose rows have prices, in the order in which decode computes them."""
     order = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
     names = [contract.linear_weight(layer, stored) for layer in range(spec.num_layers) for stored in order]
-    return [name for name in names if contract.row_price(name) in weights]
+    return [name for name in (*names, contract.HEAD) if contract.row_price(name) in weights]
 
 
 @dataclass(frozen=True)
 class PricedDesign:
     """What the rows of a model's linears are worth, and decode's default price.
 
-    `prices` are float32 [L, in] by stored matrix. `table` is calibration's measured table (`PriceTable.to_dict`), None
-    where nothing was measured. `expected`: what calibration expects at `price`, as plain data.
+    `prices` are float32 [L, in] by stored matrix, [1, in] of a head with prices. `table` is calibration's measured
+    table (`PriceTable.to_dict`), None where nothing was measured. `expected`: what calibration expects at `price`, as
+    plain data.
     """
 
     packing: Packing

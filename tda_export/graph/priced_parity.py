@@ -94,20 +94,19 @@ class PricedComparison(Comparison):
         return np.concatenate([decode(self.sessions, cache, piece, None, inputs) for piece in pieces])
 
     def _row_prices(self) -> dict[str, torch.Tensor]:
-        """Read the worth of the artifact's rows, float32 [L, in] by matrix."""
-        stored = packed_matrices(self.spec, self.artifact.manifest["packing"])
-        layers = range(self.shape.num_layers)
-        return {
-            name: torch.from_numpy(
-                np.stack(
-                    [
-                        map_weight(self.artifact, contract.row_price(contract.linear_weight(layer, name)))
-                        for layer in layers
-                    ]
-                )
-            )
-            for name in stored
-        }
+        """Read the worth of the artifact's rows, float32 [L, in] by matrix, [1, in] of the head."""
+        found = {}
+        for name, matrices in self._matrices.items():
+            rows = [map_weight(self.artifact, contract.row_price(matrix)) for matrix in matrices]
+            found[name] = torch.from_numpy(np.stack(rows))
+        return found
+
+    @cached_property
+    def _matrices(self) -> dict[str, list[str]]:
+        """Name the matrices with prices by what they are called in a layer, and the head."""
+        stored = list(packed_matrices(self.spec, self.artifact.manifest["packing"]))
+        stored += [contract.HEAD] if contract.row_price(contract.HEAD) in self.artifact.manifest["weights"] else []
+        return {name: contract.weights_of(name, self.shape.num_layers) for name in stored}
 
     def _price_of_half(self, prices: Mapping[str, torch.Tensor], prompt: list[int], continuation: list[int]) -> float:
         """Find a price at which about half of the rows are read: the median of the rows' worth to the tokens."""
@@ -139,8 +138,7 @@ class PricedComparison(Comparison):
         names = priced_matrices(self.spec, weight_table(self.artifact))
         sizes = [self.artifact.matrices[name].rows for name in names]
         every = dict(zip(names, torch.cat(found).split(sizes, dim=1), strict=True))
-        layers, stored = range(self.shape.num_layers), packed_matrices(self.spec, self.artifact.manifest["packing"])
-        return {name: torch.stack([every[contract.linear_weight(layer, name)] for layer in layers]) for name in stored}
+        return {name: torch.stack([every[matrix] for matrix in matrices]) for name, matrices in self._matrices.items()}
 
     @cached_property
     def _listing(self) -> ort.InferenceSession:

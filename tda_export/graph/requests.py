@@ -17,10 +17,10 @@ from tda_export.graph.priced import PricedDesign
 from tda_export.graph.storage import Storage
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
-from tda_export.packing import Packing
+from tda_export.packing import Packing, RowBytes
 from tda_export.pricing import PriceTable
 from tda_export.runtime.deployment import NO_REFRESH
-from tda_export.weights.plan import FLOAT
+from tda_export.weights.plan import FLOAT, HEAD
 
 
 def calibration_of(path: Path, source: ModelSource) -> Calibration:
@@ -80,7 +80,9 @@ def priced_request(
             f"{path} has no table of prices for --packing {chosen}. Calibrate again without --packing, or build with "
             f"--packing {next(iter(tables))}."
         )
-    table = _table_of(tables[chosen], source, storage, path, asked)
+    # The calibration says whether rows of the head have prices.
+    row_bytes = storage.row_bytes(source.spec, head=HEAD in calibration.priced.sums.square)
+    table = _table_of(tables[chosen], row_bytes, source, storage, path, asked)
     if not asked.has_budget:
         own = Budget(**calibration.provenance["budget"])
         asked = replace(asked, sparsity=own.sparsity, max_kl=own.max_kl if own.cett is None else None)
@@ -100,7 +102,7 @@ def priced_request(
     budget = {"price": asked.price, "sparsity": asked.sparsity, "max_kl": asked.max_kl}
     design = PricedDesign(
         chosen,
-        calibration.priced.sums.row_prices(source.spec, chosen, storage.row_bytes(source.spec)),
+        calibration.priced.sums.row_prices(source.spec, chosen, row_bytes),
         price,
         None if table is None else table.to_dict(),
         expected,
@@ -109,10 +111,11 @@ def priced_request(
     return BuildRequest(source, storage, design, given, path, calibration.provenance)
 
 
-def _table_of(table: PriceTable, source: ModelSource, storage: Storage, path: Path, asked: Asked) -> PriceTable | None:
+def _table_of(
+    table: PriceTable, row_bytes: RowBytes, source: ModelSource, storage: Storage, path: Path, asked: Asked
+) -> PriceTable | None:
     """Return the table for the stored weights; None where it was measured with other weights and a given price needs
     none."""
-    row_bytes = storage.row_bytes(source.spec)
     if storage.rounds:
         problem = (
             f"{path} was measured with the weights of {source.name} as they are, and rounded ones have another KL. "

@@ -69,7 +69,7 @@ def weight_sizes(
         shape: The artifact's dtype, and how keys and values are stored.
     """
     looked_up = {*contract.ROPE_CACHES, *contract.LOCAL_ROPE_CACHES, contract.POSITIONS}  # one row of each is read
-    if not spec.tied_head:
+    if contract.HEAD in matrices:
         looked_up |= {tensor.name for tensor in matrices[contract.EMBEDDING].tensors}
     ffn = attention = 0
     formats: set[str] = set()
@@ -92,7 +92,7 @@ def weight_sizes(
 
 
 def planned_sizes(
-    spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]], storage: Storage, packing: Packing
+    spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]], storage: Storage, packing: Packing, *, head: bool
 ) -> Sizes:
     """Return the sizes of a model's priced artifact before it is built.
 
@@ -101,6 +101,7 @@ def planned_sizes(
         shapes: The shapes of the checkpoint's tensors, by name.
         storage: How the tensors are stored.
         packing: The packing of the linears.
+        head: Whether the head's rows have prices too.
 
     Raises:
         TdaError: The shapes do not fit the architecture.
@@ -109,6 +110,8 @@ def planned_sizes(
         stored: torch.empty(spec.num_layers, linear_shape(spec, parts[0])[0], device="meta")
         for stored, parts in packed_matrices(spec, packing).items()
     }
+    if head:
+        prices[contract.HEAD] = torch.empty(1, linear_shape(spec, contract.HEAD)[0], device="meta")
     plan = list(plan_weights(spec, _Shapes(shapes), storage, PricedRows(packing, prices)))
     sizes = {planned.name: planned.bytes for planned in plan}
     matrices = {planned.name: planned.matrix for planned in plan if planned.matrix}

@@ -47,7 +47,7 @@ class Storage:
 
     `dtype`: a value of `contract.DTYPES`, for activations and all floats. `formats`: the format of every matrix; None
     means all floats. `codes`: the checkpoint's own codes, [in, out] in layers, [out, in] outside, which are stored
-    unchanged; other matrices are rounded.
+    unchanged; other matrices are rounded, and again where they are to lie the other way.
     """
 
     dtype: str
@@ -65,9 +65,9 @@ class Storage:
         """Whether some matrix is rounded to integers that the checkpoint does not have, which changes the model."""
         return self.formats is not None and any(name not in self.codes for name in self.formats.integers)
 
-    def row_bytes(self, spec: DecoderSpec) -> RowBytes:
-        """Return the bytes of the rows of the layers' linears."""
-        return row_bytes_of(spec, contract.DTYPE_BYTES[self.dtype], self.formats)
+    def row_bytes(self, spec: DecoderSpec, *, head: bool = False) -> RowBytes:
+        """Return the bytes of the rows of the layers' linears, and with `head` of the head's by input channel."""
+        return row_bytes_of(spec, contract.DTYPE_BYTES[self.dtype], self.formats, head=head)
 
     def plan(self, target: str, tensor: LazyTensor, major: Major, members: Sequence[str]) -> Iterator[PlannedWeight]:
         """List the tensors of a matrix.
@@ -112,10 +112,10 @@ class Storage:
             TdaError: The codes have another shape, or elements cannot be rounded.
         """
         assert isinstance(matrix.format, IntegerFormat)
-        return [torch.from_numpy(array) for array in self._codes(tensor, members, matrix.format).pack()]
+        return [torch.from_numpy(array) for array in self._codes(tensor, members, matrix.format, matrix.major).pack()]
 
-    def _codes(self, tensor: LazyTensor, members: Sequence[str], format: IntegerFormat) -> Codes:
-        given = [self.codes[name] for name in members if name in self.codes]
+    def _codes(self, tensor: LazyTensor, members: Sequence[str], format: IntegerFormat, major: Major) -> Codes:
+        given = [self.codes[name] for name in members if name in self.codes and major == _major_of_codes(name)]
         if len(given) < len(members):
             rows = tensor.load().float().contiguous()
             return round_matrix(", ".join(members), rows, format, symmetric=False)
@@ -172,6 +172,11 @@ def read_plan(source: ModelSource, weights: str, group: int | None, rules: Seque
     if group is not None:
         raise UsageError("--group has no effect where all weights are floats. Leave it out, or give --weights int4.")
     return None
+
+
+def _major_of_codes(name: str) -> Major:
+    """Return how a checkpoint's codes of a matrix lie."""
+    return "output" if name in (contract.EMBEDDING, contract.HEAD) else "input"
 
 
 class _TensorsToCome:

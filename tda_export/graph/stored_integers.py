@@ -32,11 +32,20 @@ def with_stored_integers(model: Any, artifact: Artifact, source: ModelSource) ->
     Args:
         model: The artifact's float model, which is returned unchanged where nothing differs.
         artifact: The artifact, of the priced layout or without integers.
-        source: The source of the model; a quantised source has the integers already.
+        source: The source of the model; a quantised source has the integers already, apart from a head that lies by
+            input channel.
     """
-    if not artifact.has_integers or source.formats is not None:
+    of_head = artifact.matrices.get(contract.HEAD)
+    own_head = of_head is not None and of_head.major == "input" and not of_head.format.is_float
+    if not artifact.has_integers or (source.formats is not None and not own_head):
         return model
     spec, changed = source.spec, copy.deepcopy(model)  # a source may return the same model object again
+    head = changed.get_output_embeddings()
+    if own_head:  # a parameter of its own, since the head may be tied
+        weight = torch.from_numpy(stored_codes(artifact, contract.HEAD).decode()).T.contiguous().to(head.weight)
+        head.weight = torch.nn.Parameter(weight, requires_grad=False)
+    if source.formats is not None:
+        return changed
     stored_parts = packed_matrices(spec, artifact.manifest["packing"])
     with torch.no_grad():
         for layer in range(spec.num_layers):
@@ -49,7 +58,7 @@ def with_stored_integers(model: Any, artifact: Artifact, source: ModelSource) ->
                 sizes = [linears[part].outputs for part in parts]
                 for part, own in zip(parts, weight.split(sizes, dim=1), strict=True):
                     linears[part].set_weight(checkpoint_order(spec, part, own))
-        modules = {contract.EMBEDDING: changed.get_input_embeddings(), contract.HEAD: changed.get_output_embeddings()}
+        modules = {contract.EMBEDDING: changed.get_input_embeddings()} | ({} if own_head else {contract.HEAD: head})
         for name, module in modules.items():
             if name in artifact.matrices and not artifact.matrices[name].format.is_float:
                 module.weight.copy_(torch.from_numpy(stored_codes(artifact, name).decode()))

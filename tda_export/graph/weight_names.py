@@ -27,6 +27,11 @@ def in_a_layer(name: str, layer: int | None = None) -> bool:
     return name.startswith("layers." if layer is None else f"layers.{layer}.")
 
 
+def weights_of(stored: str, layers: int) -> list[str]:
+    """Name the matrices of all layers that `stored` names (`linear_weight`), or the one head."""
+    return [HEAD] if stored == HEAD else [linear_weight(layer, stored) for layer in range(layers)]
+
+
 def linear_bias(matrix: str) -> str:
     """Name the bias of a matrix."""
     return f"{matrix}.bias"

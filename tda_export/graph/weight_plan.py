@@ -34,7 +34,8 @@ class IndexedRows:
 class PricedRows:
     """Rows of all linears of the layers are input channels, and a token reads the rows that are worth their bytes.
 
-    `prices` are float32 [L, in] by stored matrix: those of `packed_matrices`.
+    `prices` are float32 [L, in] by stored matrix: those of `packed_matrices`, and [1, in] of the head where its rows
+    have prices too.
     """
 
     packing: Packing
@@ -49,7 +50,8 @@ def plan_weights(
 ) -> Iterator[PlannedWeight]:
     """List the tensors of weights.bin in file order, checking each shape against the spec.
 
-    A tied head is not stored a second time. Linears outside the layers are stored [out, in].
+    A tied head is not stored a second time, unless its rows have prices: then it is stored [in, out], as the layers'
+    linears are, and the embedding beside it. Other linears outside the layers are stored [out, in].
 
     Args:
         spec: The architecture.
@@ -103,8 +105,14 @@ class _Planner:
             yield from self._ffn_constants(i)
         if spec.final_norm:
             yield from self._norm(contract.FINAL_NORM, names.final_norm)
+        head = embedding
         if not spec.tied_head:
-            yield from self._outer(contract.HEAD, layout.plain(f"{names.head}.weight", spec.vocab_size, width))
+            head = layout.plain(f"{names.head}.weight", spec.vocab_size, width)
+        if isinstance(self._rows, PricedRows) and contract.HEAD in self._rows.prices:
+            yield from self._storage.plan(contract.HEAD, _side_by_side([head]), "input", [contract.HEAD])
+            yield self._row_price(contract.HEAD, self._rows.prices[contract.HEAD][0])
+        elif not spec.tied_head:
+            yield from self._outer(contract.HEAD, head)
 
     def _stored(self, target: str, tensor: LazyTensor, dtype: str | None = None) -> PlannedWeight:
         return PlannedWeight(target, tensor.shape, dtype or self._dtype, tensor.load)
@@ -174,10 +182,10 @@ class _Planner:
             yield from self._storage.plan(name, tensor, "input", [part_name(layer, part) for part in parts])
             if biased:
                 yield self._stored(contract.linear_bias(name), _joined([layout.part_bias(layer, p) for p in parts]))
-            price = self._rows.prices[stored][layer]
-            yield self._stored(
-                contract.row_price(name), LazyTensor(tuple(price.shape), partial(_same, price)), "float32"
-            )
+            yield self._row_price(name, self._rows.prices[stored][layer])
+
+    def _row_price(self, name: str, price: torch.Tensor) -> PlannedWeight:
+        return self._stored(contract.row_price(name), LazyTensor(tuple(price.shape), partial(_same, price)), "float32")
 
 
 def _squared_row_norms(down: LazyTensor) -> torch.Tensor:

@@ -12,31 +12,41 @@ from tda_export.models.layout import module_parts
 from tda_export.models.placement import present
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import ATTENTION_PARTS, linear_parts, linear_shape, linear_sites
+from tda_export.weights.plan import HEAD
 
 Observe = Callable[[torch.Tensor], None]
 Change = Callable[[torch.Tensor], torch.Tensor | None]
 
 
 class Linear:
-    """One part (q, k, v, o, gate, up or down) of one layer. Calls of the model are of batch 1, T tokens.
+    """One part (q, k, v, o, gate, up or down) of one layer, or the head. Calls of the model are of batch 1, T tokens.
 
     A part may share its module with others; then its outputs are a slice of the module's outputs.
     """
 
+    _heads: tuple[int, int, int] | None
+    _place: int | slice
+
     def __init__(self, model: Any, spec: DecoderSpec, layer: int, part: str) -> None:
+        if part == HEAD:
+            self._set(spec, part, model.get_output_embeddings())
+            return
         name, shared = next((name, parts) for name, parts in module_parts(spec).items() if part in parts)
-        self.part = part
-        self.inputs, self.outputs = linear_shape(spec, part)
-        self.module = model.get_submodule(name.format(i=layer))
+        self._set(spec, part, model.get_submodule(name.format(i=layer)))
         self._transposed = spec.transposed_linears
         self.shares_module = len(shared) > 1
-        interleaved = self.shares_module and part in ATTENTION_PARTS and spec.qkv_layout == "by_head"
-        self._heads = (spec.num_heads, len(shared), spec.head_size) if interleaved else None
-        if interleaved:
-            self._place: int | slice = shared.index(part)
+        if self.shares_module and part in ATTENTION_PARTS and spec.qkv_layout == "by_head":
+            self._heads = (spec.num_heads, len(shared), spec.head_size)
+            self._place = shared.index(part)
         else:
             first = sum(linear_shape(spec, other)[1] for other in shared[: shared.index(part)])
             self._place = slice(first, first + self.outputs)
+
+    def _set(self, spec: DecoderSpec, part: str, module: Any) -> None:
+        self.part, self.module = part, module
+        self.inputs, self.outputs = linear_shape(spec, part)
+        self._transposed = self.shares_module = False
+        self._heads, self._place = None, slice(0, self.outputs)
 
     @property
     def weight(self) -> torch.Tensor:

@@ -15,14 +15,15 @@ import torch
 from tda_export.models.linear_modules import Linear, by_module, layer_linears
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import linear_parts, linear_shape, linear_sites
+from tda_export.weights.plan import HEAD
 
 PriceOf = Callable[[int, str], torch.Tensor]  # layer and part to the price of a call's tokens, float32 [] or [T, 1]
 
 
 @dataclass
 class RowsRead:
-    """The number of rows that tokens read so far: `read` by part, float64 [L], summed over `tokens` tokens. Rows with x
-    = 0 never count."""
+    """The number of rows that tokens read so far: `read` by part, float64 [L], and of a head with prices, [1], summed
+    over `tokens` tokens. Rows with x = 0 never count."""
 
     read: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: int = 0
@@ -62,11 +63,12 @@ def dropping(
         model: A transformers model.
         spec: Its architecture.
         row_prices: float32 [L, in] of each matrix, by the name of its part or of its site, whose parts then drop the
-            same rows. Parts without row prices are read whole.
+            same rows, and of the head, [1, in]. Parts without row prices are read whole.
         price: The least worth of a row that is read, or float [T, 1], one for each token of a call, or a function that
             returns such prices for a layer and part (equal ones for the parts of a site); 0 is dense.
-        decisions: Given decisions, bool [L, T, in] by the names of `row_prices`, true where a row is read. They replace
-            the price's decisions, which are compared with them. The block may then have only one call.
+        decisions: Given decisions, bool [L, T, in], [1, T, in] of the head, by the names of `row_prices`, true where a
+            row is read. They replace the price's decisions, which are compared with them. The block may then have only
+            one call.
 
     Yields:
         The count of all parts, which grows with each call.
@@ -75,7 +77,8 @@ def dropping(
     device = model.device
     price_of = price if callable(price) else _constant(torch.as_tensor(price, dtype=torch.float32, device=device))
     on_device = {name: value.to(device, torch.float32) for name, value in row_prices.items()}
-    count = RowsRead({part: torch.zeros(spec.num_layers, dtype=torch.float64, device=device) for part in names})
+    layers = {part: 1 if part == HEAD else spec.num_layers for part in names}
+    count = RowsRead({part: torch.zeros(size, dtype=torch.float64, device=device) for part, size in layers.items()})
     handles: list[Any] = []
 
     def patch(layer: int, group: list[Linear]) -> None:
@@ -118,6 +121,8 @@ def dropping(
     for layer in range(spec.num_layers):
         for group in by_module(layer_linears(model, spec, layer).values()):
             patch(layer, group)
+    if HEAD in names:
+        patch(0, [Linear(model, spec, 0, HEAD)])
     try:
         yield count
     finally:

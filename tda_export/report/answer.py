@@ -90,7 +90,7 @@ def priced_answer(
         chosen: The prices of a budget, by packing.
         integers: The KL of the model's integers to the float model, in nats per token; None for floats, or if not
             measured.
-        linear_bytes: The bytes of all linears, if known.
+        linear_bytes: The bytes of the layers' linears, if known.
     """
     sentences, share = [], None
     for table in tables:
@@ -101,7 +101,8 @@ def priced_answer(
             continue
         row = table.predicted(price)
         share = row.share if share is None else share
-        sentences.append(_reads("all linears", row.share, linear_bytes, which) + _loses(row.kl, integers))
+        which += f" and {row.head_share:.0%} of the head's" if table.prices_head else ""
+        sentences.append(_reads("the layers' linears", row.share, linear_bytes, which) + _loses(row.kl, integers))
     figure = Figure(
         price_chart(tables, chosen),
         "Quality against bytes: KL to the same weights, all of them read, by the bytes that a token reads. Lower is "
@@ -113,7 +114,7 @@ def priced_answer(
 def unmeasured_prices(price: float, linear_bytes: int) -> Answer:
     """Describe a priced artifact without a table."""
     if price == 0:
-        return Answer(_reads("all linears", 1.0, linear_bytes) + " and leaves nothing out (price 0).", 1.0)
+        return Answer(_reads("the layers' linears", 1.0, linear_bytes) + " and leaves nothing out (price 0).", 1.0)
     return Answer(
         f"A token reads the rows that are worth price {price:.4g} a byte. What that saves and costs was not measured."
     )

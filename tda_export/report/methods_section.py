@@ -46,7 +46,7 @@ def methods_section(results: Sequence[Result]) -> Section:
         "budget",
         "FFN bytes, share of dense",
         "FFN MiB a token",
-        "bytes of all linears, share of dense",
+        "bytes of the layers' linears, share of dense",
         "density",
         "KL, nats a token",
         "perplexity",
@@ -57,7 +57,7 @@ def methods_section(results: Sequence[Result]) -> Section:
         "Quality against bytes",
         [
             "KL(dense || sparse) of the tokens decoded after a prompt, against the weight bytes that a token reads: of "
-            "all linears of the layers, where a result knows them, and of the FFN. A method that drops rows of "
+            "the layers' linears, where a result knows them, and of the FFN. A method that drops rows of "
             "attention as well pays for them in KL, and saves bytes that the second count does not show."
         ],
         figures,

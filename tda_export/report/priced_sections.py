@@ -18,6 +18,7 @@ from tda_export.report.charts import line_chart
 from tda_export.report.drawing import MARKS, Series
 from tda_export.report.page import Figure, Section, Table
 from tda_export.report.quality import KL, LINEAR_BYTES
+from tda_export.weights.plan import HEAD
 
 DENSITY = "rows read (share of a matrix)"
 
@@ -84,9 +85,8 @@ def layer_densities(priced: Priced, packing: Packing, price: float | None) -> La
     share = table.predicted(price).share if price is not None and within else 0.5 if price is None else 0.0
     nearest = min(range(len(table.rows)), key=lambda i: abs(table.rows[i].share - share))
     densities = measured.densities(priced.linears)
-    return LayerDensities(
-        packing, table.rows[nearest], {part: values[nearest].tolist() for part, values in densities.items()}
-    )
+    parts = {part: values[nearest].tolist() for part, values in densities.items() if part != HEAD}
+    return LayerDensities(packing, table.rows[nearest], parts)
 
 
 def prices_section(
@@ -166,12 +166,15 @@ def price_chart(tables: Sequence[PriceTable], chosen: Mapping[Packing, float | N
     rows = [row for row in (*(row for table in tables for row in table.rows), *points) if row.kl > 0]
     y = around(KL, [kl for row in rows for kl in (row.kl, row.kl - row.kl_stderr, row.kl + row.kl_stderr)], log=True)
     return line_chart(
-        "KL against bytes of all linears, by price", series, around(LINEAR_BYTES, [row.share for row in rows]), y
+        "KL against bytes of the layers' linears, by price",
+        series,
+        around(LINEAR_BYTES, [row.share for row in rows]),
+        y,
     )
 
 
 def parts_chart(table: PriceTable) -> Markup:
-    """Draw the share of rows read of each matrix against the share of all linears' bytes."""
+    """Draw the share of rows read of each matrix against the share of the layers' linears' bytes."""
     shares = [row.share for row in table.rows]
     parts = together({part: [row.parts[part] for row in table.rows] for part in table.rows[0].parts})
     series = [Series(name, shares, values, style=style) for style, (name, values) in enumerate(parts.items())]
@@ -245,5 +248,5 @@ def _price_table(table: PriceTable, integers: float | None) -> Table:
     ]
     after = [] if table.short is None else [f"after {table.short.prompt_tokens} tokens"]
     kls = ("KL, nats a token", *after, *float_kl_columns(integers))
-    columns = ("price", "all linears", "FFN", "attention", *parts, *kls, "top-1 agreement")
+    columns = ("price", "layers' linears", "FFN", "attention", *parts, *kls, "top-1 agreement")
     return Table(f"Prices, {THRESHOLDS[table.packing]}: shares of bytes read", columns, rows, texts=0)

@@ -23,7 +23,8 @@ KL = "KL to dense (nats a token, log scale)"
 SUM = "sum of single layers"
 HALVES = ("fitted sequences", "other sequences (predicted KL)")
 BYTES = "FFN bytes read (share of dense)"
-LINEAR_BYTES = "bytes of all linears read (share of dense)"
+LINEARS = "bytes of the layers' linears"
+LINEAR_BYTES = f"{LINEARS} read (share of dense)"
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def methods_chart(results: Sequence[Result], *, linears: bool = False) -> Markup
 
     Args:
         results: The results of one chart.
-        linears: Whether to count the bytes of all linears instead of the FFN's.
+        linears: Whether to count the bytes of the layers' linears instead of the FFN's.
     """
 
     def share(one: Result) -> float:
@@ -165,5 +166,5 @@ def methods_chart(results: Sequence[Result], *, linears: bool = False) -> Markup
     y = around(
         KL, [bound for one in drawn for bound in (one.kl, one.kl + one.kl_stderr, one.kl - one.kl_stderr)], log=True
     )
-    title = f"KL against {'bytes of all linears' if linears else 'FFN bytes'}, by method"
+    title = f"KL against {LINEARS if linears else 'FFN bytes'}, by method"
     return line_chart(title, series, x, y)

@@ -39,7 +39,7 @@ class Group(NamedTuple):
 @dataclass(frozen=True)
 class Result:
     """One evaluation. KL in nats per token, with its standard error; the bytes that a token reads, of the FFN and of
-    all linears. `model`, `continuation_tokens` and the bytes of linears may be unknown."""
+    the layers' linears. `model`, `continuation_tokens` and the bytes of linears may be unknown."""
 
     model: str | None
     method: str
@@ -74,7 +74,7 @@ class Result:
 
     @property
     def linear_share(self) -> float | None:
-        """The share of the dense model's bytes of all linears that a token reads, if known."""
+        """The share of the dense model's bytes of the layers' linears that a token reads, if known."""
         if self.linear_bytes is None or self.dense_linear_bytes is None:
             return None
         return self.linear_bytes / self.dense_linear_bytes

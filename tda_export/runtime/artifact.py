@@ -89,8 +89,18 @@ class Artifact:
         return sum(matrix.bytes for name, matrix in self.matrices.items() if contract.in_a_layer(name))
 
     @property
+    def head(self) -> Matrix:
+        """The head; a tied one whose rows have no prices is the embedding."""
+        return self.matrices[contract.HEAD if contract.HEAD in self.matrices else contract.EMBEDDING]
+
+    @property
+    def prices_head(self) -> bool:
+        """Whether the head's rows have prices."""
+        return self.layout == "priced" and self.head.major == "input"
+
+    @property
     def sparse_bytes(self) -> int:
-        """The bytes of those linears whose rows decode may skip."""
+        """The bytes of those linears of the layers whose rows decode may skip."""
         return self.linear_bytes if self.layout == "priced" else self.dense_ffn_bytes
 
     @property

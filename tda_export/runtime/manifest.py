@@ -77,7 +77,7 @@ def _check_priced(manifest: dict[str, Any], shape: ModelShape, matrices: dict[st
     if manifest["price_table"] is not None:
         _require(PriceTable.from_dict(manifest["price_table"]).packing == manifest["packing"], "price_table.packing")
     for name, matrix in matrices.items():
-        if contract.in_a_layer(name):
+        if contract.in_a_layer(name) or (name == contract.HEAD and matrix.major == "input"):
             entry = manifest["weights"][contract.row_price(name)]
             _require(matrix.major == "input", f"matrices.{name}.major")
             _require((entry["shape"], entry["dtype"]) == ([matrix.rows], "float32"), _of(contract.row_price(name)))
@@ -116,6 +116,8 @@ def _check_weights(manifest: dict[str, Any], shape: ModelShape, matrices: dict[s
     # Embeddings whose width is not M come with a projection.
     width = weights[contract.PROJECT_IN]["shape"][1] if contract.PROJECT_IN in weights else shape.hidden_size
     _require(matrices[contract.EMBEDDING].shape == (shape.vocab_size, width), "shape.vocab_size")
+    head = matrices.get(contract.HEAD)
+    _require(head is None or (head.outputs, head.inputs) == (shape.vocab_size, width), f"matrices.{contract.HEAD}")
     for name, matrix in matrices.items():
         for stored in matrix.tensors:
             entry = weights[stored.name]

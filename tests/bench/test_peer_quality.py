@@ -69,6 +69,7 @@ def test_bytes_of_rows_are_those_of_their_formats(load: Any) -> None:
 
     class Spec:
         num_layers, hidden_size, ffn_size, num_heads, num_kv_heads, head_size = 2, 64, 96, 2, 1, 32
+        embedding_width, vocab_size = 64, 32
         ffn_parts = ("gate", "up", "down")
 
     formats = {f"layers.{i}.{part}": integer_format(4) for i in range(2) for part in "qkvo"}

@@ -26,9 +26,9 @@ def script() -> ModuleType:
         return load("priced_table", patch)
 
 
-def row(name: str, parts: str, ffn: float, linears: float, kl: float) -> dict[str, Any]:
+def row(name: str, parts: str, ffn: float, linears: float, kl: float, head: float = 1.0) -> dict[str, Any]:
     method = name.partition("-")[0]
-    shares = {"ffn_share": ffn, "linear_share": linears, "attention_share": 0.5}
+    shares = {"ffn_share": ffn, "linear_share": linears, "attention_share": 0.5, "all_share": (linears + head) / 2}
     return {"name": name, "method": method, "parts": parts, "kl": kl, **shares} | {
         "text": "t",
         "prompt_tokens": 8,
@@ -37,24 +37,28 @@ def row(name: str, parts: str, ffn: float, linears: float, kl: float) -> dict[st
 
 
 def test_methods_are_compared_at_the_same_bytes(script: ModuleType) -> None:
-    """Methods of the FFN alone are compared with those of all linears at the same bytes of all linears."""
+    """Methods of the FFN alone are compared with those of all linears at the same bytes of all linears, and those that
+    read the head whole with the one that does not at the same bytes of linears and head."""
     rows = [
-        row("priced", "all", 0.5, 0.45, 0.4),
-        row("priced", "all", 0.5, 0.55, 0.1),
+        row("priced", "layers", 0.5, 0.45, 0.4),
+        row("priced", "layers", 0.5, 0.55, 0.1),
+        row("priced", "all", 0.5, 0.7, 0.2, head=0.8),
         row("priced", "ffn", 0.5, 0.6, 0.05),
-        row("teal-uniform", "all", 0.5, 0.5, 0.5),
-        row("teal-greedy", "all", 0.5, 0.5, 0.4),
+        row("teal-uniform", "layers", 0.5, 0.5, 0.5),
+        row("teal-greedy", "layers", 0.5, 0.5, 0.4),
         row("griffin", "ffn", 0.4, 0.5, 0.9),
         row("griffin", "ffn", 0.6, 0.6, 0.6),
     ]
     found = {one["bytes_of"]: one for one in script.comparisons(rows, [0.5])}
-    assert found["all linears"]["kl"] == {
+    assert found["the layers' linears"]["kl"] == {
         "priced": pytest.approx(0.2),
         "teal-uniform": 0.5,
         "teal-greedy": 0.4,
         "griffin": 0.9,
     }
-    assert found["all linears"]["priced_to_teal"] == pytest.approx(0.5)
+    assert found["the layers' linears"]["priced_to_teal"] == pytest.approx(0.5)
+    [whole] = [one for one in script.comparisons(rows, [0.75]) if one["bytes_of"] == "the linears and the head"]
+    assert whole["kl"] == {"priced": 0.2, "teal-uniform": 0.5, "teal-greedy": 0.4, "griffin": 0.9}
     assert found["ffn"]["kl"] == {"priced": 0.05, "griffin": pytest.approx((0.9 * 0.6) ** 0.5)}
     assert found["ffn"]["priced_to_teal"] is None
     assert found["attention"]["kl"] == {}
@@ -87,7 +91,7 @@ def test_small_run_in_two_processes(
     assert {one["name"] for one in settings} == {"priced", "teal-uniform", "teal-greedy", "wina", "griffin"}
     assert all(one["prompts"] == 3 for one in settings)
     for one in settings:
-        read = {"ffn": "ffn_share", "all": "linear_share", "attention": "attention_share"}[one["parts"]]
+        read = {"ffn": "ffn_share", "attention": "attention_share"}.get(one["parts"], "linear_share")
         assert one[read] == pytest.approx(1 - one["sparsity"], abs=0.12)
         assert ("predicted_kl" in one) == (one["method"] == "priced" and one["parts"] == "all")
     assert "priced / better TEAL" in first.stdout

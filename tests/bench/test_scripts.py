@@ -140,8 +140,12 @@ def test_int4_of_a_shape_is_built_and_timed(tmp_path: Path, monkeypatch: pytest.
 
     script = load("peers", monkeypatch)
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
-    options = Namespace(folder=tmp_path, shape=str(tmp_path / "config.json"), prompt_tokens=64, new_tokens=32)
+    sizes = {"prompt_tokens": 64, "new_tokens": 32}
+    options = Namespace(folder=tmp_path, shape=str(tmp_path / "config.json"), head="priced", **sizes)
+    script.STEPS["build_int4_head4"](options)
+    assert open_artifact(tmp_path / "int4_head4").head.format.name == "int4_g32"
     script.build_int4(options)
+    assert open_artifact(tmp_path / "int4").head.format.name == "int8_g32"
     assert open_artifact(tmp_path / "int4").matrices["layers.0.ffn.down"].format.name == "int4_g32"
     timed: list[Any] = []
 

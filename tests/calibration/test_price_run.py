@@ -83,6 +83,7 @@ def test_what_is_recorded(tiny: ModelSource, uninterrupted: Calibration) -> None
         "continuation_tokens": 4,
         "seed": 0,
         "dtype": "fp32",
+        "head": "priced",
         "device": "cpu",
         "method": "priced",
         "labels": 2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,8 @@ from tda_export.calibration.prices import (
 )
 from tda_export.errors import TdaError
 from tda_export.models.spec import DecoderSpec
-from tda_export.packing import RowBytes
+from tda_export.packing import RowBytes, row_bytes_of
+from tda_export.weights.plan import HEAD
 from tests.linears_by_hand import by_hand, patched, sites_of
 from tests.tiny import FAMILIES
 
@@ -39,13 +41,21 @@ def draw_labels(vocabulary: int) -> torch.Tensor:
 
 def price(model: Any, spec: DecoderSpec, tokens: torch.Tensor, choose: Any) -> PriceSums:
     cache = read_prompt(model, tokens[:PROMPT])
-    return price_continuation(model, spec, cache, tokens[PROMPT:], choose)
+    return price_continuation(model, spec, cache, tokens[PROMPT:], choose, head=True)
+
+
+class _Removed:
+    """Removes a hook when it is closed."""
+
+    def __init__(self, handle: Any) -> None:
+        self.close = handle.remove
 
 
 def squares_of_clones(
     model: Any, spec: DecoderSpec, tokens: torch.Tensor, labels: torch.Tensor
 ) -> dict[tuple[str, ...], torch.Tensor]:
-    """Return sums over tokens of the squared gradient by a clone of the input that only these parts read, [L, in].
+    """Return sums over tokens of the squared gradient by a clone of the input that only these parts read, [L, in], and
+    of the head's input, [1, in].
 
     The whole sequence is one call without cache. The label of the prompt's last token changes nothing.
     """
@@ -62,12 +72,18 @@ def squares_of_clones(
                     outputs = outputs + (clone - clone.detach()) @ weight
             return outputs
 
-        with torch.enable_grad(), patched(model, spec, own):
+        def of_head(module: Any, inputs: Any, outputs: torch.Tensor, clones: Any = clones) -> torch.Tensor:
+            clone = clones.setdefault(((HEAD,), 0), inputs[0][0].detach().clone().requires_grad_())
+            return outputs + (clone - clone.detach()) @ module.weight.T
+
+        handle = model.get_output_embeddings().register_forward_hook(of_head)
+        with torch.enable_grad(), patched(model, spec, own), contextlib.closing(_Removed(handle)):
             log_probs = model(tokens[None]).logits[0].log_softmax(dim=-1)
             total = sum(log_probs[PROMPT + t, label] for t, label in enumerate(row))
             keys = list(clones)
             for (group, layer), gradient in zip(keys, torch.autograd.grad(total, list(clones.values())), strict=True):
-                found = squares.setdefault(group, torch.zeros(spec.num_layers, gradient.shape[1]))
+                layers = 1 if group == (HEAD,) else spec.num_layers
+                found = squares.setdefault(group, torch.zeros(layers, gradient.shape[1]))
                 for token in range(PROMPT, PROMPT + CONTINUATION):
                     found[layer] += gradient[token] ** 2
     return squares
@@ -80,8 +96,10 @@ def test_gradients_of_cloned_inputs(family: Family, name: str) -> None:
     found = price(model, spec, tokens, lambda logits: labels)
     expected = squares_of_clones(model, spec, tokens, labels)
     assert float(found.tokens) == LABELS * CONTINUATION
-    assert {parts: name for name, parts in priced_matrices(spec).items()}.keys() == expected.keys()
-    for matrix, parts in priced_matrices(spec).items():
+    matrices = priced_matrices(spec) | {HEAD: (HEAD,)}
+    assert {parts: name for name, parts in matrices.items()}.keys() == expected.keys()
+    assert found.square.keys() == matrices.keys()
+    for matrix, parts in matrices.items():
         square = found.square[matrix]
         assert square.dtype == torch.float64
         scale = float(expected[parts].abs().max())
@@ -112,7 +130,7 @@ def test_order_does_not_matter(family: Family) -> None:
     sequences = [draw_tokens(spec.vocab_size, index) for index in range(3)]
 
     def add_up(order: list[int]) -> PriceSums:
-        total = no_prices(spec)
+        total = no_prices(spec, head=True)
         for index in order:
             total = total + price(model, spec, sequences[index], sampled_labels(2, 7, index))
         return total
@@ -172,11 +190,14 @@ def test_row_prices(family: Family) -> None:
     """A row price is c² divided by the bytes of a row in this packing."""
     model, spec = family("llama")
     sums = price(model, spec, draw_tokens(spec.vocab_size), sampled_labels(1, 0, 0))
-    separate, sites = (sums.row_prices(spec, packing, RowBytes(4)) for packing in ("separate", "sites"))
-    assert list(separate) == ["q", "k", "v", "o", "gate", "up", "down"]
-    assert list(sites) == ["qkv", "o", "gate_up", "down"]
+    row_bytes = row_bytes_of(spec, 4, None, head=True)
+    separate, sites = (sums.row_prices(spec, packing, row_bytes) for packing in ("separate", "sites"))
+    assert list(separate) == ["q", "k", "v", "o", "gate", "up", "down", "head"]
+    assert list(sites) == ["qkv", "o", "gate_up", "down", "head"]
+    torch.testing.assert_close(sites["head"], (sums.square["head"] / CONTINUATION / (spec.vocab_size * 4)).float())
     mean = {name: square / CONTINUATION for name, square in sums.square.items()}
     torch.testing.assert_close(separate["k"], (mean["k"] / (32 * 4)).float())
     torch.testing.assert_close(sites["qkv"], (mean["qkv"] / ((64 + 32 + 32) * 4)).float())
     torch.testing.assert_close(sites["gate_up"], (mean["gate_up"] / (2 * 96 * 4)).float())
     torch.testing.assert_close(sums.row_prices(spec, "separate", RowBytes(2))["down"], 2 * separate["down"])
+    assert "head" not in sums.row_prices(spec, "sites", RowBytes(4))

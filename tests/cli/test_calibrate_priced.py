@@ -32,12 +32,12 @@ def test_the_default(tiny_model: Path, priced: tuple[Path, str]) -> None:
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines()]
     for name, table in calibration.priced.tables().items():
         assert f"Prices with one threshold a {'matrix' if name == 'separate' else 'site'} ({name})" in printed
-        assert ["0 (dense)", "1.000", "1.000", "1.000", "0.0000", "1.000"] in cells
+        assert ["0 (dense)", "1.000", "1.000", "1.000", "1.000", "0.0000", "1.000"] in cells
         assert table.short is not None
         assert "After prompts of 4 tokens in place of 32" in printed
         for row, short in zip(table.rows[1:], table.after(4).rows[1:], strict=True):
             assert [f"{row.price:.3e}", short.kl_text] in cells
-            shares = [f"{share:.3f}" for share in (row.share, row.ffn_share, row.attention_share)]
+            shares = [f"{share:.3f}" for share in (row.share, row.ffn_share, row.attention_share, row.head_share)]
             kl = f"{row.kl:.4f} ± {row.kl_stderr:.4f}"
             assert [f"{row.price:.3e}", *shares, kl, f"{row.agreement:.3f}"] in cells
         price = table.price_for(max_kl=0.05)

@@ -217,4 +217,4 @@ def test_parts_of_an_artifact_of_masks(tiny_artifact: Path, text: Path) -> None:
 def test_bytes_of_all_linears_are_printed(tiny_artifact: Path, text: Path) -> None:
     """Methods with masks read all rows of attention."""
     printed = run_ok("eval", tiny_artifact, "--text", text, "--method", "griffin", "--sparsity", 0.5, *SMALL).stdout
-    assert "of all linears      0.700: 0.2 of 0.4 MiB, attention's 1.000" in printed
+    assert "of layers' linears  0.700: 0.2 of 0.4 MiB, attention's 1.000" in printed

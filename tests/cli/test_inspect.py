@@ -65,8 +65,8 @@ def test_ceiling_is_the_ratio_of_bytes(tiny_model: Path) -> None:
     assert result["dtype"] == "float16"
     hidden, ffn, vocabulary, kv = 64, 96, 259, 2 * 16
     layer = 3 * ffn * hidden + hidden * (hidden + 2 * kv) + hidden * hidden + 2 * hidden
-    read = 2 * (3 * layer + hidden + vocabulary * hidden)  # the embedding is looked up; the head is read whole
-    read += 4 * 3 * (3 * hidden + ffn)  # row prices of qkv, o, gate_up and down
+    read = 2 * (3 * layer + hidden + vocabulary * hidden)  # the embedding is looked up
+    read += 4 * (3 * (3 * hidden + ffn) + hidden)  # row prices of qkv, o, gate_up and down, and of the head
     dense = read + 3 * CONTEXT * 2 * kv * 2
     assert result["bytes_per_token"] == dense
     saved = 2 * 3 * 3 * ffn * hidden
@@ -113,7 +113,9 @@ def test_artifact_in_words(tiny_artifact: Path) -> None:
     assert "LlamaForCausalLM" in output
     assert "built with tda, sparsity 0.5, allocation kl, expected FFN sparsity 0." in output
     assert re.search(
-        r"at 70% sparsity of all linears at most \d\.\d+ times as fast as dense, of the FFN 1\.\d+", output
+        r"at 70% sparsity of the layers' linears at most \d\.\d+ times as fast as dense, of the FFN 1\.\d+ \(head "
+        r"read whole\)",
+        output,
     )
     assert "of them for the cache" in output
 
@@ -121,7 +123,7 @@ def test_artifact_in_words(tiny_artifact: Path) -> None:
 def test_artifact_of_prices_in_words(priced_artifact: Path) -> None:
     output = run_ok("inspect", priced_artifact, "--context", CONTEXT).stdout
     assert "built with priced, sparsity 0.5, price " in output
-    assert "packing separate, expected sparsity of all linears 0.500" in output
+    assert "packing separate, expected sparsity of the layers' linears 0.500" in output
     assert "Prices with one threshold a matrix (separate)" in output
     assert "After prompts of 4 tokens in place of 32" in output
     result = inspected(priced_artifact)

@@ -46,7 +46,8 @@ def artifact(quantised: Path, calibration: Path) -> Path:
 def test_a_quantised_model_is_built_with_its_table(artifact: Path) -> None:
     opened = open_artifact(artifact)
     assert opened.price_table is not None
-    assert opened.price_table.formats == "int4_g32"
+    assert opened.price_table.formats == "int4_g32+int8_g32"  # of the linears, and of the head
+    assert opened.prices_head
     assert opened.manifest["packing"] == "sites"
     formats = {matrix.format.name for name, matrix in opened.matrices.items() if contract.in_a_layer(name)}
     assert formats == {"int4_g32"}
@@ -151,7 +152,7 @@ def test_groups_that_do_not_end_with_a_part(group: int, tiny_model: Path, tmp_pa
     opened = open_artifact(tmp_path / "a")
     assert opened.manifest["packing"] == "separate"
     assert opened.price_table is not None
-    assert opened.price_table.formats == f"int4_g{group}"
+    assert opened.price_table.formats == f"int4_g{group}+int8_g{group}"
     sites = ("--packing", "sites", "-o", tmp_path / "b")
     result = run_cli("build", model, "--calibration", calibration, *sites)
     assert_error(result, USAGE, "has no table of prices for --packing sites.")

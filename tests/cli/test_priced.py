@@ -70,7 +70,7 @@ def test_build_says_what_to_expect(tiny_model: Path, priced_calibration: Path, t
     options = ("--calibration", priced_calibration, "--no-verify", "-o", tmp_path / "a", "--max-kl", 0.05)
     printed = run_ok("build", tiny_model, *options).stdout
     assert f"{tiny_model}, max_kl 0.05: expected sparsity 0." in printed
-    assert " of all linears, predicted KL 0.050 nats a token\n" in printed
+    assert " of the layers' linears, predicted KL 0.050 nats a token\n" in printed
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,21 @@ from tda_export.evaluation.text import TextSettings, evaluate_text
 from tda_export.graph import contract
 from tda_export.models.row_dropping import dropping
 from tda_export.models.source import ModelSource
-from tda_export.packing import PACKINGS, Packing, Parts, RowBytes, droppable_matrices, linear_shape, packed_matrices
+from tda_export.packing import (
+    PACKINGS,
+    Packing,
+    Parts,
+    RowBytes,
+    droppable_matrices,
+    linear_shape,
+    packed_matrices,
+    row_bytes_of,
+)
 from tda_export.runtime import Model, load
 from tda_export.runtime.kv_cache import KvCache
 
 PROMPT, READ = list(range(5, 29)), [40, 41, 42, 90, 17]
-PARTS: tuple[Parts, ...] = ("all", "ffn", "attention")
+PARTS: tuple[Parts, ...] = ("all", "layers", "ffn", "attention")
 SETTINGS = TextSettings(prompts=2, prompt_tokens=24, continuation_tokens=8)
 
 
@@ -50,8 +59,8 @@ def row_prices(model: Model, request: Request, source: ModelSource) -> tuple[dic
     assert table is not None
     assert request.sparsity is not None
     if request.method == "priced":
-        own = priced.sums.row_prices(spec, packing, RowBytes(4))
-        kept = {name: own[name] for name in droppable_matrices(spec, packing, parts)}
+        own = priced.sums.row_prices(spec, packing, row_bytes_of(spec, 4, None, head=True))
+        kept = {name: own[name] for name in [*droppable_matrices(spec, packing, parts), *["head"] * (parts == "all")]}
         return kept, table.of_parts(parts).price_for(sparsity=request.sparsity)
     densities = uniform_densities(spec, packing, parts, request.sparsity)
     method: Any = request.method
@@ -78,7 +87,11 @@ def test_logits_and_bytes_are_those_of_transformers(
             logits = reference(torch.tensor([READ]), past_key_values=past, use_cache=True).logits[0]
     np.testing.assert_allclose(counted.logits, logits.numpy(), atol=1e-3)
     read, whole = {True: 0.0, False: 0.0}, {True: 0, False: 0}
-    for part, densities in count.densities(source.spec).items():
+    densities_of = count.densities(source.spec)
+    head = densities_of.pop("head", torch.ones(1))
+    assert counted.head_share == pytest.approx(float(head), abs=2e-3)
+    assert (counted.head_share == 1.0) == (method != "priced" or parts != "all")
+    for part, densities in densities_of.items():
         of_ffn, size = part not in "qkvo", np.prod(linear_shape(source.spec, part))
         read[of_ffn] += float(densities.sum()) * size
         whole[of_ffn] += 3 * size
@@ -183,7 +196,7 @@ def without_calibration(model: Model) -> Any:
         (Request("dense", parts="ffn"), "^--parts has no effect with --method dense, but with priced, teal, wina"),
         (
             Request("priced", max_kl=0.1, parts="ffn"),
-            r"^--parts ffn: KL was measured with all linears.* Give --sparsity",
+            r"^--parts ffn: KL was measured with all priced linears.* Give --sparsity",
         ),
         (Request(parts="attention"), r"^--parts attention: KL was measured"),
         (

@@ -56,6 +56,8 @@ def test_bytes_are_those_that_transformers_would_read(
     kept = sum(float(rows.read[part].sum()) for part in OUTPUTS) / len(READ)
     assert found.density == pytest.approx(kept / (LAYERS * (6 * HIDDEN + FFN)))
     assert found.refresh_share == 0.0
+    assert found.head_share == pytest.approx(float(rows.read["head"]) / len(READ) / HIDDEN)
+    assert 0 < found.head_share < 1
 
 
 def test_counted_tokens_are_those_of_steps(priced_model: Model) -> None:
@@ -78,7 +80,7 @@ def test_counted_tokens_are_those_of_steps(priced_model: Model) -> None:
 def test_dense_reads_everything(priced_model: Model, request_: Request) -> None:
     setting = opened(priced_model, request_)
     found = counted(setting)
-    assert (found.density, found.ffn_share, found.attention_share) == (1.0, 1.0, 1.0)
+    assert (found.density, found.ffn_share, found.attention_share, found.head_share) == (1.0, 1.0, 1.0, 1.0)
     cache = KvCache(setting.shape, "cpu", len(PROMPT) + len(READ))
     setting.read(PROMPT, cache)
     np.testing.assert_allclose(setting.decode(cache, READ, None), found.logits, atol=1e-5)
@@ -98,14 +100,20 @@ def test_other_prices_of_rows(priced_model: Model) -> None:
     """A row with an infinite price is always read, one with price 0 never. Other matrices keep their prices."""
     artifact, price = priced_model.artifact, PriceDeployment(1e-6)
     names = counted_matrices(artifact)
-    assert len(names) == LAYERS * len(OUTPUTS)
+    assert len(names) == LAYERS * len(OUTPUTS) + 1
     sizes = {name: artifact.matrices[name].rows for name in names}
     never = {name: np.zeros(size, np.float32) for name, size in sizes.items()}
     always = {name: np.full(size, np.inf, np.float32) for name, size in sizes.items()}
     attention_alone = {name: (always if ".attention." in name else never)[name] for name in names}
-    for prices, ffn, attention in ((never, 0.0, 0.0), (always, 1.0, 1.0), (attention_alone, 0.0, 1.0)):
+    head_alone = never | {"head": always["head"]}
+    for prices, shares in (
+        (never, (0.0, 0.0, 0.0)),
+        (always, (1.0, 1.0, 1.0)),
+        (attention_alone, (0.0, 1.0, 0.0)),
+        (head_alone, (0.0, 0.0, 1.0)),
+    ):
         found = counted(open_priced("other", artifact, priced_model.sessions, price, {}, prices))
-        assert (found.ffn_share, found.attention_share) == (ffn, attention)
+        assert (found.ffn_share, found.attention_share, found.head_share) == shares
     own = counted(open_priced("own", artifact, priced_model.sessions, price, {}))
     same = {name: np.array(map_weight(artifact, contract.row_price(name))) for name in names[:3]}
     changed = counted(open_priced("same", artifact, priced_model.sessions, price, {}, same))

@@ -29,9 +29,11 @@ from tests.tiny import FAMILIES
 PROMPT = list(range(3, 23))
 
 
-def build(source: ModelSource, output: Path, packing: Packing, weights: str, price: float = 0.0) -> Path:
+def build(
+    source: ModelSource, output: Path, packing: Packing, weights: str, price: float = 0.0, *, head: bool = True
+) -> Path:
     storage = Storage("float16", read_plan(source, weights, None, ()))
-    design = PricedDesign(packing, random_prices(source, packing), price)
+    design = PricedDesign(packing, random_prices(source, packing, head=head), price)
     export_artifact(
         BuildRequest(source, storage, design, {"price": price}), output, quiet=True, check=lambda folder: None
     )
@@ -50,18 +52,26 @@ def test_a_layer_is_five_nodes(
     tmp_path: Path,
 ) -> None:
     """With packed sites: the norm goes into what reads it, and so does the gate; the residual into what makes it. The
-    first norm adds nothing."""
+    first norm adds nothing; the last one goes into the head, which has eight bits beside linears of four."""
     source = source_of("llama")
     layers, form = source.spec.num_layers, {"float": "", "int4": "4", "int8": "8"}[weights]
     found = nodes(build(source, tmp_path / "artifact", "sites", weights))
-    assert found[f"RmsRowLinear{form}"] == 2 * layers - 1
-    assert found[f"NormRowLinear{form}"] == 0
-    assert found[f"RowLinearAdd{form}"] == layers
-    assert found[f"GatedRowLinearAdd{form}"] == layers - 1
-    assert found[f"GatedRowLinear{form}"] == 1  # the last one
-    assert found["Attention"] == layers
+    of_head = {"float": "", "int4": "8", "int8": "8"}[weights]
+    expected = Counter({f"RmsRowLinear{form}": 2 * layers - 1}) + Counter({f"RmsRowLinear{of_head}": 1})
+    expected |= {f"RowLinearAdd{form}": layers, f"GatedRowLinearAdd{form}": layers, "Attention": layers}
+    expected |= {f"RowLinear{form}": 1}  # the first one, of a norm that adds nothing
+    assert found - Counter(CallStart=1, GreedyToken=1) == expected
+
+
+def test_a_head_that_is_read_whole_is_apart(
+    source_of: Callable[[str], ModelSource],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    source = source_of("llama")
+    found = nodes(build(source, tmp_path / "artifact", "sites", "int4", head=False))
     assert found["AddNorm"] == 1  # the last one, which the head reads
-    assert found["GatedActivation"] == 0
+    assert found["GatedRowLinear4"] == 1  # what is added to the residual before it
+    assert found["Linear8"] == 1
 
 
 def test_a_norm_that_several_products_read_stays(
@@ -71,8 +81,10 @@ def test_a_norm_that_several_products_read_stays(
     source = source_of("llama")
     found = nodes(build(source, tmp_path / "artifact", "separate", "int4"))
     assert found["NormRowLinear4"] == 0
-    assert found["AddNorm"] == 2 * source.spec.num_layers
-    assert found["GatedRowLinear4"] == source.spec.num_layers  # of two inputs
+    assert found["AddNorm"] == 2 * source.spec.num_layers - 1  # all but the head's
+    assert found["RmsRowLinear8"] == 1
+    assert found["GatedRowLinear4"] == source.spec.num_layers - 1  # of two inputs
+    assert found["GatedRowLinearAdd4"] == 1
 
 
 @pytest.mark.parametrize(("weights", "packing"), [("float", "separate"), ("int4", "sites")])

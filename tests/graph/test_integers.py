@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -143,6 +144,9 @@ def test_codes_of_a_quantised_model_are_stored_as_they_are(
     artifact = open_artifact(folder)
     for name, expected in codes.items():
         target = name
+        if name == "head":  # lies by input channel, so it is rounded again
+            rows = torch.from_numpy(expected.decode()).T.contiguous()
+            expected = round_matrix(name, rows, expected.format, symmetric=False)
         if name.startswith("layers."):
             _, layer, part = name.split(".")
             target = contract.linear_weight(int(layer), part)

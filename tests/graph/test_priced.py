@@ -17,22 +17,34 @@ from tda_export.graph.storage import Storage
 from tda_export.graph.verify import verify_artifact
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.packing import PACKINGS, Packing, linear_shape, packed_matrices
+from tda_export.runtime.artifact import open_artifact
+from tda_export.runtime.session import map_weight
+from tda_export.weights.plan import HEAD
 from tests.tiny import FAMILIES, save_tiny_model
 
 
-def random_prices(source: ModelSource, packing: Packing, seed: int = 0) -> dict[str, torch.Tensor]:
+def random_prices(
+    source: ModelSource, packing: Packing, seed: int = 0, *, head: bool = True
+) -> dict[str, torch.Tensor]:
     """Return row prices that differ a little, so that x also decides which rows are read."""
     generator, spec = torch.Generator().manual_seed(seed), source.spec
-    return {
+    prices = {
         name: torch.rand(spec.num_layers, linear_shape(spec, parts[0])[0], generator=generator) + 0.5
         for name, parts in packed_matrices(spec, packing).items()
     }
+    return prices | ({HEAD: torch.rand(1, linear_shape(spec, HEAD)[0], generator=generator) + 0.5} if head else {})
 
 
 def build_priced(
-    source: ModelSource, output: Path, packing: Packing, *, dtype: str = "float32", kv: str = kv_formats.KV_FLOAT
+    source: ModelSource,
+    output: Path,
+    packing: Packing,
+    *,
+    dtype: str = "float32",
+    kv: str = kv_formats.KV_FLOAT,
+    head: bool = True,
 ) -> Path:
-    design = PricedDesign(packing, random_prices(source, packing), 0.0)
+    design = PricedDesign(packing, random_prices(source, packing, head=head), 0.0)
     request = BuildRequest(source, Storage(dtype), design, {"price": 0.0}, kv=kv)
     export_artifact(request, output, quiet=True, check=lambda folder: None)
     return output
@@ -63,7 +75,31 @@ def test_family_matches_transformers(
     assert [check for check in checks if not check.passed] == []
 
 
-@pytest.mark.parametrize("matrix", ["q", "v", "o", "gate", "down"])
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma2", "opt-post-norm"])
+def test_a_head_that_is_read_whole(family: str, source_of: Callable[[str], ModelSource], tmp_path: Path) -> None:
+    """A tied one is stored once."""
+    source = source_of(family)
+    artifact = build_priced(source, tmp_path / "artifact", "sites", head=False)
+    opened = open_artifact(artifact)
+    assert not opened.prices_head
+    assert (HEAD in opened.matrices) == (not source.spec.tied_head)
+    checks = verify_artifact(artifact, lambda name: source, provider="cpu", quiet=True)
+    assert [check for check in checks if not check.passed] == []
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_a_head_with_prices_lies_by_input(family: str, source_of: Callable[[str], ModelSource], tmp_path: Path) -> None:
+    source = source_of(family)
+    artifact = open_artifact(build_priced(source, tmp_path / "artifact", "sites"))
+    spec = source.spec
+    assert artifact.prices_head
+    assert (artifact.head.major, artifact.head.shape) == ("input", (spec.hidden_size, spec.vocab_size))
+    head = torch.from_numpy(map_weight(artifact, HEAD))
+    weight = source.reference().get_output_embeddings().weight.detach()
+    assert torch.equal(head, weight.T)
+
+
+@pytest.mark.parametrize("matrix", ["q", "v", "o", "gate", "down", "head"])
 def test_a_matrix_of_other_prices_is_found(
     matrix: str, source_of: Callable[[str], ModelSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

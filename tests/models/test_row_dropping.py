@@ -72,6 +72,33 @@ def test_like_a_loop_over_tokens(family: Family, name: str, packing: str) -> Non
     assert float(densities["q"].min()) > 0
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_of_the_head(family: Family, name: str) -> None:
+    """The layers read all rows; the head's input is that of the dense model."""
+    model, spec = family(name)
+    inputs: list[torch.Tensor] = []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, given: inputs.append(given[0][0].clone()))
+    prices = 10 ** (4 * torch.rand(1, head.weight.shape[1], generator=torch.Generator().manual_seed(3)) - 2)
+    with torch.no_grad():
+        dense = model(TOKENS).logits[0]
+        handle.remove()
+        with dropping(model, spec, {"head": prices}, PRICE) as count:
+            found = model(TOKENS).logits[0]
+        kept = [[i for i in range(len(x)) if not x[i] ** 2 * prices[0, i] < PRICE] for x in inputs[0]]
+        rest = [x.clone() for x in inputs[0]]
+        for x, rows in zip(rest, kept, strict=True):
+            x[[i for i in range(len(x)) if i not in rows]] = 0
+        cut = head.register_forward_pre_hook(lambda module, given: (torch.stack(rest)[None],))
+        expected = model(TOKENS).logits[0]
+        cut.remove()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (found - dense).abs().max() > 1e-4
+    read = sum(bool(inputs[0][t][i]) for t, rows in enumerate(kept) for i in rows)
+    assert count.read["head"].tolist() == [read]
+    assert 0 < float(count.densities(spec)["head"]) < 1
+
+
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gpt-neox"])
 def test_parts_without_prices_are_whole(family: Family, name: str) -> None:
     """Also if other parts of the same module skip rows."""

@@ -40,10 +40,11 @@ def table(priced_artifact: Path) -> PriceTable:
 
 def test_prices(table: PriceTable) -> None:
     price = table.price_for(sparsity=0.4)
-    kl = table.predicted(price).kl
+    kl, head = table.predicted(price).kl, table.predicted(price).head_share
+    assert 0 < head < 1
     answer = priced_answer([table], {table.packing: price}, integers=None, linear_bytes=10 * MIB)
     assert answer.lead == (
-        "A token reads 60% of the bytes of all linears (6 of 10 MiB), and loses "
+        f"A token reads 60% of the bytes of the layers' linears (6 of 10 MiB) and {head:.0%} of the head's, and loses "
         f"{kl:.3f} nats a token (predicted KL to reading all of them)."
     )
     assert answer.share == pytest.approx(0.6)
@@ -57,13 +58,14 @@ def test_prices_of_two_packings_and_of_no_budget(table: PriceTable) -> None:
     other = replace(table, packing="sites")
     answer = priced_answer([table, other], {table.packing: None, "sites": 0.0}, integers=None)
     assert answer.lead == (
-        "No price of the table was chosen (one threshold a matrix). A token reads 100% of the bytes of all linears "
-        "(one threshold a site), and loses 0.000 nats a token (predicted KL to reading all of them)."
+        "No price of the table was chosen (one threshold a matrix). A token reads 100% of the bytes of the layers' "
+        "linears (one threshold a site) and 100% of the head's, and loses 0.000 nats a token (predicted KL to reading "
+        "all of them)."
     )
 
 
 def test_what_was_not_measured() -> None:
-    dense = "A token reads 100% of the bytes of all linears (10 of 10 MiB) and leaves nothing out (price 0)."
+    dense = "A token reads 100% of the bytes of the layers' linears (10 of 10 MiB) and leaves nothing out (price 0)."
     assert unmeasured_prices(0.0, 10 * MIB).lead == dense
     assert unmeasured_prices(2e-7, 10 * MIB).lead == (
         "A token reads the rows that are worth price 2e-07 a byte. What that saves and costs was not measured."

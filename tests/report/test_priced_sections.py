@@ -73,7 +73,8 @@ def test_lines_that_are_one() -> None:
 def test_densities_by_part_and_layer(priced: Priced, packing: str) -> None:
     table, measured = priced.tables()[packing], priced.measured[packing]  # type: ignore[index]
     parts = list(priced.linears)
-    lines = parts if packing == "separate" else ["q", "o", "gate", "down"]  # the parts of a site have one line
+    # The parts of a site have one line.
+    lines = parts if packing == "separate" else ["q", "o", "gate", "down", "head"]
     drawn = marks(parts_chart(table), log=False, legends=len(lines))
     assert drawn == pytest.approx(
         np.array([(row.share, row.parts[part]) for part in lines for row in table.rows]), abs=4e-3
@@ -82,14 +83,16 @@ def test_densities_by_part_and_layer(priced: Priced, packing: str) -> None:
         found = layer_densities(priced, packing, row.price)  # type: ignore[arg-type]
         assert found.row == row
         place = table.rows.index(row)
-        for part in parts:
+        assert "head" not in found.parts  # it is in no layer
+        for part in [part for part in parts if part != "head"]:
             read = measured.read[part][place] / (measured.tokens * priced.linears[part][0])
             assert found.parts[part] == pytest.approx(read.tolist())
             assert np.mean(found.parts[part]) == pytest.approx(row.parts[part])
-        if len(together(found.parts)) != len(lines):
+        inside = [part for part in lines if part != "head"]
+        if len(together(found.parts)) != len(inside):
             continue  # near dense, other lines coincide too
-        layers = marks(layers_chart(found), log=False, legends=len(lines))
-        expected = [(layer, value) for part in lines for layer, value in enumerate(found.parts[part])]
+        layers = marks(layers_chart(found), log=False, legends=len(inside))
+        expected = [(layer, value) for part in inside for layer, value in enumerate(found.parts[part])]
         assert layers == pytest.approx(np.array(expected), abs=8e-3)
     nearest = layer_densities(priced, packing, None).row  # type: ignore[arg-type]
     assert abs(nearest.share - 0.5) == min(abs(row.share - 0.5) for row in table.rows)

@@ -106,5 +106,5 @@ def test_bytes_of_linears_have_a_chart_and_a_column_where_they_are_known() -> No
     root = parse(section.figures[0].chart)
     (mark,) = by_class(root, "mark")[1:]  # the first one is the legend's
     assert reader(root, "x")(centre(mark)[0]) == pytest.approx(0.6, rel=2e-2)
-    column = section.tables[0].columns.index("bytes of all linears, share of dense")
+    column = section.tables[0].columns.index("bytes of the layers' linears, share of dense")
     assert [row[column] for row in section.tables[0].rows] == ["–", "0.600"]

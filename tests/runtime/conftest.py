@@ -122,12 +122,14 @@ def artifact_copy(tiny_artifact: Path, tmp_path: Path) -> Path:
 
 
 def row_prices(model: Model) -> dict[str, torch.Tensor]:
-    """Return the row prices of a priced artifact, float32 [L, in] by stored matrix."""
+    """Return the row prices of a priced artifact, float32 [L, in] by stored matrix, and [1, in] of the head."""
     artifact = model.artifact
-    spec, layers = artifact_spec(artifact), range(artifact.shape.num_layers)
-    names = packed_matrices(spec, artifact.manifest["packing"])
+    names = [*packed_matrices(artifact_spec(artifact), artifact.manifest["packing"]), contract.HEAD]
     stored = {
-        name: [map_weight(artifact, contract.row_price(contract.linear_weight(i, name))) for i in layers]
+        name: [
+            map_weight(artifact, contract.row_price(matrix))
+            for matrix in contract.weights_of(name, artifact.shape.num_layers)
+        ]
         for name in names
     }
     return {name: torch.from_numpy(np.stack(rows)) for name, rows in stored.items()}

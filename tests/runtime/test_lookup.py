@@ -163,8 +163,8 @@ def test_greedy_answers_under_masks(model: Model, prompt: list[int], lookup: int
 
 def test_tokens_are_accepted(priced_model: Model, model: Model) -> None:
     """Otherwise these tests would compare nothing."""
-    for each in (priced_model, model):
-        generation = each.generate(PHRASE * 4, lookup=5, max_new_tokens=160, ignore_eos=True)
+    for each, how in ((priced_model, PriceDeployment(0)), (model, None)):
+        generation = each.generate(PHRASE * 4, lookup=5, max_new_tokens=160, ignore_eos=True, deployment=how)
         assert len(list(generation)) == 160
         metrics = generation.metrics
         assert metrics.decode_steps + metrics.accepted == 159
@@ -263,9 +263,10 @@ def test_steps_of_one_size_as_captures_need(priced_artifact: Path, lookup: int) 
     model.sessions.captures = True
     for tokens in (30, 100, 440):
         prompt = (PHRASE * 40)[:tokens]
-        generation = model.generate(prompt, lookup=lookup, max_new_tokens=80)
+        how = {"max_new_tokens": 80, "deployment": PriceDeployment(0)}
+        generation = model.generate(prompt, lookup=lookup, **how)
         shown = whole(generation)
-        assert shown == whole(expected.generate(prompt, max_new_tokens=80))
+        assert shown == whole(expected.generate(prompt, **how))
         assert generation.metrics.accepted > 0
     with model.borrow_step(1) as step:
         assert sorted(step._widths) == [1, 1 + lookup]

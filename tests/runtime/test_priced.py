@@ -108,16 +108,12 @@ def test_prices_up_to_zero_are_dense_to_the_bit(priced_model: Model, price: floa
 
 
 def test_price_that_no_row_is_worth(priced_model: Model) -> None:
-    """No row is read, so logits depend only on the first value of the residual stream."""
+    """No row is read, those of the head neither: all logits are 0, whatever the tokens are."""
     step = opened(priced_model)
     step.begin(PROMPT, PriceDeployment(0.0))
     step.follow(PriceDeployment(MORE_THAN_ANY))
-    first = step.logits(READ[0])
-    other = opened(priced_model)
-    other.begin(PROMPT[:3], PriceDeployment(0.0))
-    other.follow(PriceDeployment(MORE_THAN_ANY))
-    assert np.array_equal(first, other.logits(READ[0]))
-    assert not np.array_equal(first, step.logits(READ[1]))
+    for token in READ[:2]:
+        assert not step.logits(token).any()
 
 
 @pytest.mark.parametrize("tokens", [PROMPT[:1], PROMPT], ids=["one token", "many"])

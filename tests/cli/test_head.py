@@ -1,0 +1,135 @@
+"""Prices of the head's rows on the command line: calibrate, build, and the commands that use or leave them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tda_export.calibration.file import read_calibration
+from tda_export.graph import contract
+from tda_export.runtime.artifact import open_artifact
+from tests.cli.conftest import FAILURE, USAGE, assert_error
+from tests.cli.results import result_of
+from tests.conftest import TINY_LENGTHS, run_cli, run_ok
+from tests.few_prices import few_prices  # noqa: F401 - a fixture
+
+TEXT = "The tide is full, the moon lies fair upon the straits. " * 20
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact of a calibration with --head whole."""
+    folder = tmp_path_factory.mktemp("whole")
+    printed = run_ok("calibrate", tiny_model, "-o", folder / "c", "--head", "whole", *TINY_LENGTHS).stdout
+    assert "head ┃" not in printed
+    run_ok("build", tiny_model, "--calibration", folder / "c", "--sparsity", "0.4", "-o", folder / "a")
+    return folder / "a"
+
+
+@pytest.fixture(scope="module")
+def priced(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("priced")
+    printed = run_ok("calibrate", tiny_model, "-o", folder / "c", *TINY_LENGTHS).stdout
+    assert " head ┃" in printed
+    run_ok("build", tiny_model, "--calibration", folder / "c", "--sparsity", "0.4", "-o", folder / "a")
+    return folder / "a"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def evaluated(artifact: Path, text: Path, *options: object) -> dict[str, float]:
+    sizes = ("--prompts", "2", "--prompt-tokens", "24", "--continuation-tokens", "8")
+    result: dict[str, float] = result_of("eval", artifact, "--text", text, *sizes, *options)
+    return result
+
+
+def test_the_same_prices_of_all_other_rows(whole: Path, priced: Path) -> None:
+    """The head adds its own, and nothing else changes but what all that is skipped costs together."""
+    found = {path: read_calibration(path.parent / "c").priced for path in (whole, priced)}
+    settings = {path: read_calibration(path.parent / "c").provenance["settings"]["head"] for path in (whole, priced)}
+    assert settings == {whole: "whole", priced: "priced"}
+    sums = {path: each.sums.square for path, each in found.items() if each is not None}
+    assert sums[priced].keys() - sums[whole].keys() == {"head"}
+    for name, square in sums[whole].items():
+        assert square.equal(sums[priced][name]), name
+    tables = {path: open_artifact(path).price_table for path in (whole, priced)}
+    rows = list(zip(*(table.rows for table in tables.values() if table is not None), strict=True))
+    assert all(one.price == other.price and one.head_share == 1.0 for one, other in rows)
+    assert all(one.kl < other.kl and other.head_share < 1.0 for one, other in rows[1:])
+
+
+def test_what_is_stored(whole: Path, priced: Path) -> None:
+    opened = {path: open_artifact(path) for path in (whole, priced)}
+    assert [each.prices_head for each in opened.values()] == [False, True]
+    assert contract.row_price("head") in opened[priced].manifest["weights"]
+    assert contract.row_price("head") not in opened[whole].manifest["weights"]
+    assert opened[whole].head.bytes == opened[priced].head.bytes
+
+
+def test_parts(whole: Path, priced: Path, text: Path) -> None:
+    """`layers` leaves the head whole, and so do TEAL and WINA; all else is as in the other artifact."""
+    all_of_it, layers = (evaluated(priced, text, "--sparsity", "0.4", "--parts", parts) for parts in ("all", "layers"))
+    assert all_of_it["head_share"] < 1.0
+    assert layers["head_share"] == 1.0
+    assert layers["linear_bytes"] == pytest.approx(all_of_it["linear_bytes"])
+    other = evaluated(whole, text, "--sparsity", "0.4")
+    assert other["head_share"] == 1.0
+    assert layers["kl"] == pytest.approx(other["kl"], rel=1e-3)
+    for method in ("teal", "wina"):
+        assert evaluated(priced, text, "--method", method, "--sparsity", "0.4")["head_share"] == 1.0
+
+
+def test_a_budget_by_kl_for_the_layers_alone(priced: Path, text: Path) -> None:
+    result = run_cli("eval", priced, "--text", text, "--parts", "layers", "--max-kl", "0.1")
+    assert_error(result, USAGE, "--parts layers: KL was measured with all priced linears, so a budget by KL is not")
+
+
+def test_an_option_without_prices(tiny_model: Path, tmp_path: Path) -> None:
+    result = run_cli("calibrate", tiny_model, "-o", tmp_path / "c", "--method", "tda", "--head", "whole")
+    assert_error(
+        result, USAGE, "--head has no effect with --method tda. Leave it out, or give --method priced, or all."
+    )
+
+
+def test_an_option_of_a_shape(priced: Path) -> None:
+    result = run_cli("bench", priced, "--head", "whole")
+    assert_error(result, USAGE, "--head is for --shape only; an artifact has its own. Leave it out.")
+
+
+def test_a_quantised_head(tiny_model: Path, tmp_path: Path) -> None:
+    """Codes of eight bits are rounded again by input channel; a head of four bits stays whole."""
+    lengths = ("--prompt-tokens", "24", "--continuation-tokens", "8")
+    for bits, prices_head in ((8, True), (4, False)):
+        model, calibration = tmp_path / f"model{bits}", tmp_path / f"c{bits}"
+        rules = ("--weights-for", f"head=int{bits}", "--sequences", "4", "--kl-sequences", "2")
+        run_ok("quantize", tiny_model, "-o", model, *rules, *lengths, "--quiet")
+        run_ok("calibrate", model, "-o", calibration, "--sequences", "4", *lengths)
+        run_ok("build", model, "--calibration", calibration, "-o", tmp_path / f"a{bits}")  # verifies
+        opened = open_artifact(tmp_path / f"a{bits}")
+        assert opened.prices_head == prices_head
+        assert opened.head.format.name == f"int{bits}_g32"
+        known = [
+            result_of("inspect", place, *dtype) for place, dtype in ((model, ("--dtype", "fp32")), (opened.folder, ()))
+        ]
+        assert known[0]["session_bytes"] == known[1]["session_bytes"]
+
+
+@pytest.mark.parametrize(("rows", "words"), [(58, "matrices.head"), (None, "head.row_price")])
+def test_a_head_that_does_not_fit(priced: Path, tmp_path: Path, rows: int | None, words: str) -> None:
+    copy = shutil.copytree(priced, tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    if rows is None:
+        del manifest["weights"]["head.row_price"]
+        manifest["graph_weights"] = dict.fromkeys(manifest["graph_weights"], [])
+    else:
+        manifest["matrices"]["head"]["rows"] = rows
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert_error(run_cli("inspect", copy), FAILURE, words)
