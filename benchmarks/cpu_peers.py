@@ -227,7 +227,7 @@ def our_artifacts(options: argparse.Namespace, model: Path) -> dict[str, tuple[P
         if not known.is_file():
             source = resolve_model(str(model))
             storage = storage_of(source, "float32", read_plan(source, "int4", None, [*rule, *options.weights_for]))
-            _, drawn = build_random_priced(source, folder, storage, SPARSITIES, kv=kv, quiet=True)
+            _, drawn = build_random_priced(source, folder, storage, SPARSITIES, kv=kv, head=options.head, quiet=True)
             known.write_text(json.dumps({f"{1 - share:.2f}": price for share, price in drawn.items()}))
         found[label] = folder, {"1.00": 0.0} | json.loads(known.read_text())
     return found
@@ -246,6 +246,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--llama", type=Path, required=True, help="folder of llama-bench and llama-quantize")
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--head", choices=["priced", "whole"], default="priced", help="rows of our heads")
     parser.add_argument("--shape", help="random weights of a name of tda_export.bench.shapes instead of --model")
     parser.add_argument("--artifact", type=Path, help="artifact of --model with four bits and a table of prices")
     parser.add_argument("--weights-for", action="append", default=[], help="as for build, for the artifacts made here")

@@ -108,7 +108,7 @@ def build(options: Any, folder: Path) -> list[Path]:
     formats = [kv for kv in kv_formats.KV_FORMATS if not (on_gpu and kv == kv_formats.KV_FLOAT16)]
     for kv in formats:
         sparsities = options.sparsity or (0.5,)
-        _, prices = build_random_priced(source, folder / kv, storage, sparsities, kv=kv, quiet=True)
+        _, prices = build_random_priced(source, folder / kv, storage, sparsities, kv=kv, head=options.head, quiet=True)
         options.prices = prices if options.sparsity else {}
     return [folder / kv for kv in formats]
 
@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("artifacts", nargs="*", metavar="FLOAT OTHER", help="built with --kv float, and others")
     parser.add_argument("--shape", help="instead of artifacts: random weights of this model's shape")
     parser.add_argument("--weights", choices=["float", "int8", "int4"], help="how --shape stores them (default: float)")
+    parser.add_argument("--head", choices=["priced", "whole"], default="priced", help="rows of our heads")
     parser.add_argument("--provider", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 4096])

@@ -114,7 +114,7 @@ def linear_bytes(row_bytes: RowBytes, spec: Any, densities: dict[str, torch.Tens
     return sum(
         float(densities[part][layer]) * linear_shape(spec, part)[0] * row_bytes.of(layer, (part,), outputs)
         for layer in range(spec.num_layers)
-        for part in outputs
+        for part in densities
     )
 
 

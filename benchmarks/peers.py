@@ -7,10 +7,12 @@ Makes a random model of a true shape in FOLDER, then measures each of these in a
 - Hugging Face transformers, eager, and with a static cache and torch.compile;
 - ONNX Runtime GenAI, built by its own builder, CUDA graph on;
 - ours: plain dense, dense by the native kernel, TDA and two levels at --sparsity;
-- ours with priced rows: dense by the row kernel, and 0.7 and 0.5 of the bytes of all linears. Random weights have no
-  prices, so rows are drawn at random; the fraction of each matrix is that of a real model (`bench/artifact.py`);
-- GenAI and ours in int4, in groups of 32: GenAI by its own builder, with and without its kernels `fpA_intB`, and ours
-  with priced rows and random codes (`bench/random_codes.py`).
+- ours with priced rows: dense by the row kernel, and 0.7 and 0.5 of the bytes of the layers' linears. Random weights
+  have no prices, so rows are drawn at random; the fraction of each matrix, and of the head, is that of a real model
+  (`bench/artifact.py`);
+- GenAI and ours in int4, in groups of 32: GenAI by its own builder, whose head has four bits, with and without its
+  kernels `fpA_intB`, and ours with priced rows and random codes (`bench/random_codes.py`), the head in eight bits and
+  in four.
 
 Before a stack of floats is timed, its logits after the prompt are compared with transformers'. Logits of int4, which
 has other weights, must be finite, and ours must be those of the function bodies. Prints one JSON object: median
@@ -39,6 +41,7 @@ LARGEST_ERROR = 5e-2  # of logits, relative to the largest logit
 FIRST_TOKENS = 5  # repetitions of the time to the first token
 PRICED_SPARSITIES = (0.3, 0.5)
 PEERS = {"ours": ("genai",), "priced": ("genai",), "int4": ("genai_int4", "genai_int4_fpa")}
+PEERS["int4_head4"] = PEERS["int4"]
 
 
 def prompt_of(options: argparse.Namespace) -> list[int]:
@@ -99,22 +102,24 @@ def build_priced(options: argparse.Namespace) -> dict[str, Any]:
     return build_rows(options, resolve_model(str(options.folder / "model")), Storage("float16"), "priced")
 
 
-def build_int4(options: argparse.Namespace) -> dict[str, Any]:
+def build_int4(options: argparse.Namespace, name: str = "int4", rules: tuple[str, ...] = ()) -> dict[str, Any]:
     from tda_export.bench.random_codes import random_storage
     from tda_export.bench.shapes import random_source
     from tda_export.graph.storage import read_plan
     from tda_export.weights.formats import DEFAULT_GROUP
 
     source = random_source(options.shape)
-    storage = random_storage("float16", read_plan(source, "int4", DEFAULT_GROUP, ()))
-    return build_rows(options, source, storage, "int4")
+    storage = random_storage("float16", read_plan(source, "int4", DEFAULT_GROUP, rules))
+    return build_rows(options, source, storage, name)
 
 
 def build_rows(options: argparse.Namespace, source: Any, storage: Any, name: str) -> dict[str, Any]:
     """Build an artifact with priced rows in the folder of this name, and write its prices beside it."""
     from tda_export.bench.artifact import build_random_priced
 
-    _, prices = build_random_priced(source, options.folder / name, storage, PRICED_SPARSITIES, quiet=True)
+    _, prices = build_random_priced(
+        source, options.folder / name, storage, PRICED_SPARSITIES, head=options.head, quiet=True
+    )
     named = {f"priced_{1 - sparsity:.2f}": price for sparsity, price in prices.items()}
     (options.folder / f"{name}-prices.json").write_text(json.dumps(named))
     return {}
@@ -273,6 +278,7 @@ STEPS = {
     "build": build,
     "build_priced": build_priced,
     "build_int4": build_int4,
+    "build_int4_head4": lambda options: build_int4(options, "int4_head4", ("head=int4",)),
     "transformers_eager": lambda options: transformers(options, compiled=False),
     "transformers_compiled": lambda options: transformers(options, compiled=True),
     "genai": lambda options: genai(options, "fp16"),
@@ -281,12 +287,14 @@ STEPS = {
     "ours": ours,
     "priced": priced,
     "int4": lambda options: bench_rows(options, "int4", ("dense_native", "priced")),
+    "int4_head4": lambda options: bench_rows(options, "int4_head4", ("dense_native", "priced")),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--head", choices=["priced", "whole"], default="priced", help="rows of our heads")
     parser.add_argument("--shape", default="llama-2-7b", help="a name of tda_export.bench.shapes, or a config.json")
     parser.add_argument("--architecture", help="class in transformers, if its name is not that of the model type")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
@@ -305,7 +313,7 @@ def main() -> None:
     for step in options.step or STEPS:
         started = time.perf_counter()
         command = [sys.executable, __file__, str(options.folder), "--only", step]
-        for name in ("shape", "architecture", "prompt_tokens", "new_tokens", "sparsity"):
+        for name in ("shape", "architecture", "prompt_tokens", "new_tokens", "sparsity", "head"):
             if (value := getattr(options, name)) is not None:
                 command += [f"--{name.replace('_', '-')}", str(value)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)

@@ -9,9 +9,10 @@ artifacts of both layouts, and searches TEAL's greedy densities. FOLDER keeps al
 of stories. Prompts of --prompt-tokens are read densely, and every token after them is sparse.
 
 Prices and thresholds come from the calibration alone, so bytes asked for are printed beside bytes read. For each
---sparsity, methods are compared at the same bytes, of the FFN, of attention, or of all linears: the KL is interpolated
-between two settings of a method, --around below and above the sparsity. With --around 0 each sparsity itself is
-measured, and methods are compared at --shares between them. Methods of the FFN alone read all rows of attention.
+--sparsity, methods are compared at the same bytes, of the FFN, of attention, of the layers' linears, or of these and
+the head: the KL is interpolated between two settings of a method, --around below and above the sparsity. With --around
+0 each sparsity itself is measured, and methods are compared at --shares between them. Methods of the FFN alone read all
+rows of attention, and only priced rows drop rows of the head, in the last of these comparisons.
 
 It prints a row for each setting (asked and read), then a row for each comparison; --json FILE has all of them.
 """
@@ -49,7 +50,13 @@ from tda_export.runtime.artifact import Artifact, open_artifact
 from tda_export.runtime.text import Text
 
 AROUND = 0.03  # below and above a sparsity: the settings between which KL is interpolated
-SCOPES: dict[Parts, str] = {"ffn": "ffn_share", "all": "linear_share", "attention": "attention_share"}
+SCOPES: dict[Parts, str] = {
+    "ffn": "ffn_share",
+    "layers": "linear_share",
+    "all": "all_share",
+    "attention": "attention_share",
+}
+BYTES_OF = {"layers": "the layers' linears", "all": "the linears and the head"}
 MASKS = ("tda", "griffin")
 METHODS = ("priced", "teal-uniform", "teal-greedy", "wina", *MASKS)
 KEYS = (
@@ -88,7 +95,9 @@ class Prepared:
         if cell.method == "griffin":
             return Request("griffin", sparsity=cell.sparsity)
         densities = self.densities[cell.parts] if cell.densities == "greedy" else None
-        return Request(cell.method, sparsity=cell.sparsity, parts=cell.parts, densities=densities)
+        # Others than priced rows never drop rows of the head.
+        parts = "all" if cell.method != "priced" and cell.parts == "layers" else cell.parts
+        return Request(cell.method, sparsity=cell.sparsity, parts=parts, densities=densities)
 
     def artifact(self, cell: Cell) -> Artifact:
         """Return the artifact that runs a cell."""
@@ -120,10 +129,11 @@ def prepare(options: argparse.Namespace) -> Prepared:
             _tda_export("build", options.model, *how, "--no-verify", "-o", str(folder / name))
         artifacts[layout] = open_artifact(folder / name)
     densities: dict[Parts, Path] = {}
-    for parts in options.parts if "teal-greedy" in options.methods else ():
-        densities[parts] = path = folder / f"densities-{parts}-{options.packing}.json"
+    for parts in set(options.parts) - {"all"} if "teal-greedy" in options.methods else ():
+        of = "all" if parts == "layers" else parts
+        densities[parts] = path = folder / f"densities-{of}-{options.packing}.json"
         if not path.exists():
-            write_densities(search(source, calibration, options.packing, parts), path)
+            write_densities(search(source, calibration, options.packing, of), path)
     return Prepared(artifacts, densities, masks)
 
 
@@ -141,6 +151,8 @@ def cells(options: argparse.Namespace, prepared: Prepared) -> list[Cell]:
     listed = []
     for parts in options.parts:
         listed += [Cell("priced", parts, sparsity) for sparsity in sorted({*around, *options.sparsity})]
+        if parts == "all":
+            continue
         listed += [Cell("teal", parts, sparsity, kind) for kind in ("uniform", "greedy") for sparsity in around]
         if parts != "attention":
             listed += [Cell("wina", parts, sparsity) for sparsity in around]
@@ -175,7 +187,7 @@ def measured(options: argparse.Namespace, prepared: Prepared, pool: Pool) -> Ite
         yield from _measured(rows, listed, prepared, pool, name, content, settings, free=False)
     if options.free:
         free = [cell for cell in listed if cell.sparsity in options.sparsity or cell.method in MASKS]
-        free = [cell for cell in free if cell.parts == "all" or cell.method in MASKS]
+        free = [cell for cell in free if cell.parts in ("layers", "all") or cell.method in MASKS]
         settings = TextSettings(options.free_prompts, options.prompt_tokens[0], options.free)
         name = next(iter(texts))
         yield from _measured(rows, free, prepared, pool, name, texts[name], settings, free=True)
@@ -245,6 +257,8 @@ def _quality(
     attention = (quality["linear_bytes"] - quality["ffn_bytes"]) / (sizes[1] - sizes[0])
     row = quality | {"model": artifact.name, "dtype": artifact.shape.dtype, "price": price}
     row |= {"ffn_share": ffn, "linear_share": linears, "attention_share": attention}
+    head = artifact.head.bytes
+    row["all_share"] = (quality["linear_bytes"] + quality.get("head_share", 1.0) * head) / (sizes[1] + head)
     row["budget"] = {"sparsity": cell.sparsity, "parts": cell.parts}
     table = artifact.price_table if artifact.layout == "priced" else None
     if cell.method == "priced" and cell.parts == "all" and table is not None:
@@ -258,7 +272,7 @@ def comparisons(rows: list[Row], shares: list[float]) -> Iterator[Row]:
     texts = list(dict.fromkeys((row["text"], row["prompt_tokens"]) for row in rows if row["new_tokens"] is None))
     for (text, prompt), (parts, read), share in product(texts, SCOPES.items(), shares):
         here = [row for row in rows if (row["text"], row["prompt_tokens"], row["new_tokens"]) == (text, prompt, None)]
-        here = [row for row in here if row["parts"] == parts or (row["method"] in MASKS and parts != "attention")]
+        here = [row for row in here if _compared(row, parts)]
         names = dict.fromkeys(row["name"] for row in here)
         kl = {name: kl_at([(row[read], row["kl"]) for row in here if row["name"] == name], share) for name in names}
         teal = min((value for name, value in kl.items() if value and name.startswith("teal")), default=None)
@@ -266,11 +280,18 @@ def comparisons(rows: list[Row], shares: list[float]) -> Iterator[Row]:
         yield {
             "text": text,
             "prompt_tokens": prompt,
-            "bytes_of": "all linears" if parts == "all" else parts,
+            "bytes_of": BYTES_OF.get(parts, parts),
             "share": round(share, 4),
             "kl": kl,
             "priced_to_teal": None if teal is None or ours is None else ours / teal,
         }
+
+
+def _compared(row: Row, parts: Parts) -> bool:
+    """Return whether a setting is compared at the bytes of these parts."""
+    if row["method"] in MASKS:
+        return parts != "attention"
+    return bool(row["parts"] == (parts if row["method"] == "priced" or parts != "all" else "layers"))
 
 
 def setting_line(row: Row) -> str:
@@ -279,16 +300,16 @@ def setting_line(row: Row) -> str:
         kl = " ".join(f"{value:.3f}" for value in row["kl"])
         return (
             f"{row['text']} {row['prompt_tokens']}+{row['new_tokens']} free {row['name']} {row['parts']} "
-            f"{row['sparsity']:g}: read {row['linear_share']:.3f} of all linears, {row['ffn_share']:.3f} of the FFN; "
-            f"same text {row['divergence']:.1f} ± {row['divergence_stderr']:.1f} tokens; KL {kl}"
+            f"{row['sparsity']:g}: read {row['linear_share']:.3f} of the layers' linears, {row['ffn_share']:.3f} of "
+            f"the FFN; same text {row['divergence']:.1f} ± {row['divergence_stderr']:.1f} tokens; KL {kl}"
         )
-    read = row[SCOPES[row["parts"]]]
+    read = row["linear_share" if row["parts"] == "all" else SCOPES[row["parts"]]]  # what was asked for
     predicted = ""
     if "predicted_kl" in row:
         predicted = f"; predicted {row['predicted_kl']:.4f}, measured {row['kl'] / row['predicted_kl'] - 1:+.1%}"
     return (
         f"{row['text']} {row['prompt_tokens']} {row['name']} {row['parts']}: asked {1 - row['sparsity']:.3f}, read "
-        f"{read:.3f} (all linears {row['linear_share']:.3f}), KL {row['kl']:.4f} ± {row['kl_stderr']:.4f}, "
+        f"{read:.3f} (the layers' linears {row['linear_share']:.3f}), KL {row['kl']:.4f} ± {row['kl_stderr']:.4f}, "
         f"agreement {row['agreement']:.3f}{predicted}"
     )
 

@@ -117,7 +117,8 @@ def request(cell: Cell, options: argparse.Namespace) -> Request:
     tokens = options.token_calibration
     match cell.method:
         case "priced" | "teal" | "wina":
-            return Request(cell.method, sparsity=cell.sparsity, parts=_parts(cell.share))
+            parts = _parts(cell.share)  # at the same bytes of the layers' linears, all methods read the head whole
+            return Request(cell.method, sparsity=cell.sparsity, parts="layers" if parts == "all" else parts)
         case "teal-greedy":
             densities = _densities(options, cell.share)
             return Request("teal", sparsity=cell.sparsity, parts=_parts(cell.share), densities=densities)

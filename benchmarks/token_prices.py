@@ -55,6 +55,7 @@ from tda_export.models.source import ModelSource, resolve_model
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import linear_parts, linear_shape
 from tda_export.progress import progress
+from tda_export.weights.plan import HEAD
 
 PACKING, PARTS = "separate", "all"
 PLAIN, TEAL = "priced", "TEAL, greedy densities"
@@ -282,6 +283,7 @@ def measured(options: argparse.Namespace) -> Iterator[Row]:
     probes = fitted(source, model, found, options)
     text = Text(source, model, options.text, TextSettings(options.prompts, options.prompt_tokens, 128))
     row_prices, table = priced.sums.row_prices(spec, PACKING, priced.row_bytes), priced.table(PACKING)
+    row_prices.pop(HEAD, None)  # its rows have no probe
 
     def by_price(rows: Mapping[str, torch.Tensor], strength: float, cell: Cell) -> Row:
         return text.measure(rows, table.price_for(sparsity=cell.sparsity), probes, strength)

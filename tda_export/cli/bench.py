@@ -117,6 +117,10 @@ def bench(
         with owned_folder(Path(tempfile.gettempdir()), "tda-export-bench") as folder:
             place, prices = folder / "artifact", None
             if masks := set(methods) & {"tda", "two_levels", "griffin", "tt"}:
+                if head is not None:
+                    raise UsageError(
+                        f"--head has no effect with {min(masks)}, which reads the head whole. Leave it out."
+                    )
                 if storage.has_integers:
                     raise UsageError(f"{min(masks)} needs float weights. Leave --weights and --weights-for out.")
                 if "priced" in methods:

@@ -59,8 +59,8 @@ if TYPE_CHECKING:
     type=click.Choice(["priced", "tda", "griffin"]),
     default="priced",
     show_default=True,
-    help="priced: each token skips the rows of all linears that affect the output least. tda: decode reads only the "
-    "FFN neurons that matter for the prompt, by CETT. griffin: by Griffin's score; needs --sparsity.",
+    help="priced: each token skips the rows of linears and head that affect the output least. tda: decode reads only "
+    "the FFN neurons that matter for the prompt, by CETT. griffin: by Griffin's score; needs --sparsity.",
 )
 @price_option
 @budget_options

@@ -60,7 +60,8 @@ CURVES_BUDGET = {"cett": 0.2}  # the paper's value
     type=click.Choice(["priced", "tda", "all"]),
     default="priced",
     show_default=True,
-    help="priced: prices of the rows of all linears. tda: masks of FFN neurons from the prompt. all: both.",
+    help="priced: prices of the rows of all linears and the head. tda: masks of FFN neurons from the prompt. all: "
+    "both.",
 )
 @option(
     "--labels",
@@ -169,7 +170,7 @@ def calibrate(
     from tda_export.errors import UsageError
     from tda_export.files import check_output
     from tda_export.models.source import resolve_model
-    from tda_export.packing import PACKINGS
+    from tda_export.packing import PACKINGS, drops_head_rows
     from tda_export.progress import progress
     from tda_export.ranks import join
 
@@ -210,6 +211,13 @@ def calibrate(
             f"--method {method}: masks need a float model, and {model} is quantised. Calibrate the float "
             "model, or with --method priced."
         )
+    if not drops_head_rows(source.formats):
+        if head == "priced":
+            raise UsageError(
+                f"--head priced: {model} has its head in four bits by output, and rows with prices lie by input. Leave "
+                "it out, or quantise with --weights-for head=int8."
+            )
+        settings = replace(settings, head="whole")
     if settings.length > source.spec.max_positions:
         raise UsageError(
             f"{settings.length} tokens (prompt and continuation) are more than the {source.spec.max_positions} "
@@ -313,7 +321,8 @@ def _print(calibration: Calibration, budget: Budget, settings: CalibrationSettin
             print_prices(table, integers_kl(calibration.provenance["model"].get("quantization")))
             price = table.price_for(sparsity=budget.sparsity, max_kl=budget.max_kl)
             row = table.predicted(price)
-            reads = f"price {price:.4g} reads {row.share:.3f} of the linears' bytes at KL {row.kl:.4f}"
+            head = f" and {row.head_share:.3f} of the head's" if table.prices_head else ""
+            reads = f"price {price:.4g} reads {row.share:.3f} of the linears' bytes{head} at KL {row.kl:.4f}"
             click.echo(f"{model}, {_text(budget)}, {name}: {reads}")
     if settings.masks and _of_masks(calibration, budget):
         chosen = calibration.allocate(budget)

@@ -250,6 +250,11 @@ def _linear_bytes(result: dict[str, Any]) -> str:
     return f"{_of_dense(result['linear_bytes'], result['dense_linear_bytes'])}, attention's {attention:.3f}"
 
 
+def _head_bytes(result: dict[str, Any]) -> list[str]:
+    """Describe the share of the head's bytes, where a token did not read all of them."""
+    return [] if result["head_share"] == 1.0 else [f"of the head         {result['head_share']:.3f}"]
+
+
 def _of_dense(read: float, dense: float) -> str:
     return f"{read / dense:.3f}: {read / 2**20:,.1f} of {dense / 2**20:,.1f} MiB"
 
@@ -264,6 +269,7 @@ def _summary(result: dict[str, Any]) -> str:
             f"top-1 agreement     {result['agreement']:.4f} ± {result['agreement_stderr']:.4f}",
             f"FFN bytes a token   {_bytes_read(result)}",
             f"of layers' linears  {_linear_bytes(result)}",
+            *_head_bytes(result),
         ]
     )
 
@@ -282,5 +288,6 @@ def _free_summary(result: dict[str, Any]) -> str:
             ],
             f"FFN bytes a token   {_bytes_read(result)}",
             f"of layers' linears  {_linear_bytes(result)}",
+            *_head_bytes(result),
         ]
     )

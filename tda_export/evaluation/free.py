@@ -37,7 +37,8 @@ class FreeQuality:
     `divergence`: tokens before the first that differs, `new_tokens` where none does; `identical`: the share of prompts
     where none does. `kl`: KL in nats per token of each block of `block_tokens` tokens of the dense model's text.
     `ffn_bytes`: the mean FFN bytes that a token of that text reads, and `refresh_ffn_bytes` the part of them for
-    refreshes; `linear_bytes`: the same for the linears of all layers, FFN and attention.
+    refreshes; `linear_bytes`: the same for the linears of all layers, FFN and attention; `head_share`: the share of the
+    head's bytes.
     """
 
     prompts: int
@@ -54,6 +55,7 @@ class FreeQuality:
     dense_ffn_bytes: int
     linear_bytes: float
     dense_linear_bytes: int
+    head_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class FreeText:
     ffn_share: float
     refresh_share: float
     attention_share: float
+    head_share: float = 1.0
 
 
 def evaluate_free(
@@ -158,7 +161,8 @@ def _drift(
     cache.truncate(len(prompt))
     kl = token_kl(decode(setting.sessions, cache, read, None), counted.logits)
     blocks = [kl[start : start + BLOCK_TOKENS].mean() for start in range(0, len(kl), BLOCK_TOKENS)]
-    return FreeText(divergence, np.array(blocks), counted.ffn_share, counted.refresh_share, counted.attention_share)
+    shares = (counted.ffn_share, counted.refresh_share, counted.attention_share, counted.head_share)
+    return FreeText(divergence, np.array(blocks), *shares)
 
 
 def summarise_free(
@@ -186,4 +190,5 @@ def summarise_free(
         dense_ffn_bytes=dense_ffn_bytes,
         linear_bytes=linear_bytes(ffn, attention, dense_ffn_bytes, dense_linear_bytes),
         dense_linear_bytes=dense_linear_bytes,
+        head_share=float(np.mean([text.head_share for text in measured])),
     )

@@ -46,10 +46,10 @@ def check_priced(artifact: Artifact, request: Request) -> None:
 
 
 def open_priced_rows(artifact: Artifact, sessions: Sessions, request: Request) -> PricedSetting:
-    """Prepare the artifact's own prices, for all linears or for some."""
+    """Prepare the artifact's own prices, for all that has them or for some parts."""
     given = {"price": request.price, "sparsity": request.sparsity, "max_kl": request.max_kl}
     budget = {name: value for name, value in given.items() if value is not None} or dict(artifact.manifest["budget"])
-    deployment, parts = _price(artifact, request), request.parts or "all"
+    deployment, parts = _price(artifact, request), _parts(artifact, request)
     if parts == "all":
         return open_priced("priced", artifact, sessions, deployment, budget)
     others = by_layer(_always_read(artifact, parts))
@@ -58,7 +58,7 @@ def open_priced_rows(artifact: Artifact, sessions: Sessions, request: Request) -
 
 def _price(artifact: Artifact, request: Request) -> PriceDeployment:
     """Return the requested price. A sparsity is a share of the bytes of the parts that may drop rows."""
-    parts, table = request.parts or "all", artifact.price_table
+    parts, table = _parts(artifact, request), artifact.price_table
     if parts == "all" or request.price is not None:
         deployment = deployed(artifact, request)
         assert isinstance(deployment, PriceDeployment)
@@ -77,6 +77,12 @@ def _price(artifact: Artifact, request: Request) -> PriceDeployment:
 
 def _always_read(artifact: Artifact, parts: Parts) -> dict[str, torch.Tensor]:
     return always_read(artifact_spec(artifact), artifact.manifest["packing"], parts, head=artifact.prices_head)
+
+
+def _parts(artifact: Artifact, request: Request) -> Parts:
+    """Return the parts that may drop rows: without prices for the head, the layers' linears are all of them."""
+    parts = request.parts or "all"
+    return "all" if parts == "layers" and not artifact.prices_head else parts
 
 
 def open_priced_dense(artifact: Artifact, sessions: Sessions, request: Request) -> PricedSetting:
@@ -109,19 +115,24 @@ def open_threshold(artifact: Artifact, sessions: Sessions, request: Request) -> 
     """Prepare TEAL or WINA."""
     assert request.sparsity is not None
     method: ThresholdMethod = "wina" if request.method == "wina" else "teal"
-    spec, packing, parts = artifact_spec(artifact), artifact.manifest["packing"], request.parts or "all"
+    spec, packing, parts = artifact_spec(artifact), artifact.manifest["packing"], _threshold_parts(request)
     densities = _densities(artifact, request, request.sparsity)
     prices = threshold_prices(method, _magnitudes(artifact, request), spec, packing, densities)
     budget: dict[str, Any] = {"sparsity": request.sparsity} | ({} if parts == "all" else {"parts": parts})
     if method == "teal":
         budget["densities"] = "uniform" if request.densities is None else "greedy"
-    # The papers' methods read the head whole.
     row_prices = by_layer(_always_read(artifact, "layers" if parts == "all" else parts) | prices)
     return open_priced(method, artifact, sessions, PriceDeployment(1.0), budget, row_prices)
 
 
+def _threshold_parts(request: Request) -> Parts:
+    """Return the parts that drop rows by thresholds: the papers' methods read the head whole."""
+    parts = request.parts or "all"
+    return "all" if parts == "layers" else parts
+
+
 def _densities(artifact: Artifact, request: Request, sparsity: float) -> Densities:
-    spec, packing, parts = artifact_spec(artifact), artifact.manifest["packing"], request.parts or "all"
+    spec, packing, parts = artifact_spec(artifact), artifact.manifest["packing"], _threshold_parts(request)
     if request.densities is None:
         return uniform_densities(spec, packing, parts, sparsity)
     found: GreedyDensities = read_densities(request.densities)

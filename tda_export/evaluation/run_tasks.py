@@ -37,13 +37,14 @@ class Metric:
 @dataclass(frozen=True)
 class TaskResult:
     """One task's results: number of questions, metrics by name, seconds, and (for artifacts) the mean shares of the
-    FFN's bytes and of all linears' bytes that a scored token read."""
+    FFN's bytes, of the layers' linears' and of the head's that a scored token read."""
 
     questions: int
     metrics: dict[str, Metric]
     seconds: float
     ffn_share: float | None
     linear_share: float | None
+    head_share: float | None = None
 
 
 def chosen_tasks(names: Sequence[str]) -> list[str]:
@@ -102,26 +103,28 @@ def run_tasks(
         began = time.monotonic()
         # Not simple_evaluate, which also describes the machine with a dozen other programs; that takes seconds.
         found = evaluate(lm, manager.load([task]), limit=limit, log_samples=False, bootstrap_iters=1)
-        ffn, linears = _shares(lm)
+        ffn, linears, head = _shares(lm)
         results[task] = TaskResult(
             questions=int(found["n-samples"][task]["effective"]),
             metrics=_metrics(found["results"][task]),
             seconds=time.monotonic() - began,
             ffn_share=ffn,
             linear_share=linears,
+            head_share=head,
         )
         means = ", ".join(f"{name} {metric.value:.4f}" for name, metric in results[task].metrics.items())
         notify(f"{task}: {means} ({results[task].seconds:.0f} s)")  # printed now, in case a long run is ended later
     return results
 
 
-def _shares(lm: LM) -> tuple[float | None, float | None]:
-    """Return the shares of FFN and of all linears that a scored token read; None for a model that does not count."""
+def _shares(lm: LM) -> tuple[float | None, float | None, float | None]:
+    """Return the shares of FFN, of the layers' linears and of the head that a scored token read; None for a model that
+    does not count."""
     shares = lm.scorer.take_shares() if isinstance(lm, TdaLM) else None
     if shares is None:
-        return None, None
+        return None, None, None
     dense = lm.artifact.linear_bytes
-    return shares[0], linear_bytes(*shares, lm.artifact.dense_ffn_bytes, dense) / dense
+    return shares[0], linear_bytes(*shares[:2], lm.artifact.dense_ffn_bytes, dense) / dense, shares[2]
 
 
 def reference_model(source: ModelSource, *, dtype: str, device: str) -> LM:

@@ -50,22 +50,22 @@ class Scorer:
         if protocol not in get_args(Protocol):
             raise UsageError(f"Protocol {protocol!r} is not known. Use {' or '.join(get_args(Protocol))}.")
         self.setting, self.protocol = setting.without_refresh(), protocol
-        self._shares: list[tuple[float, float]] = []
+        self._shares: list[tuple[float, float, float]] = []
         self._mask_share = 1.0  # share read under the last context's mask, where all tokens read the same
         self._cache = KvCache(setting.shape, setting.sessions.provider, 1)
         self._reader: Any = None
 
-    def take_shares(self) -> tuple[float, float] | None:
-        """Return the mean shares of FFN bytes and of attention's bytes that a token scored since the last call read;
-        None if there was none.
+    def take_shares(self) -> tuple[float, float, float] | None:
+        """Return the mean shares of FFN bytes, of attention's bytes and of the head's that a token scored since the
+        last call read; None if there was none.
 
         The shares are 1 for tokens that are scored densely, by the protocol or after a context of one token.
         """
         shares, self._shares = self._shares, []
         if not shares:
             return None
-        ffn, attention = np.mean(shares, axis=0)
-        return float(ffn), float(attention)
+        ffn, attention, head = np.mean(shares, axis=0)
+        return float(ffn), float(attention), float(head)
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens to read: n + m - 1."""
@@ -132,10 +132,10 @@ class Scorer:
             piece = tokens[start : start + DECODE_TOKENS]
             if mask is not None and self.setting.per_token:
                 counted = self.setting.decode_counted(self._cache, piece, mask)  # [C, V]
-                logits, share = counted.logits, (counted.sparse_share, counted.attention_share)
+                logits, share = counted.logits, (counted.sparse_share, counted.attention_share, counted.head_share)
             else:
                 logits = self.setting.decode(self._cache, piece, mask)
-                share = (1.0 if mask is None else self._mask_share, 1.0)
+                share = (1.0 if mask is None else self._mask_share, 1.0, 1.0)
             self._shares += [share] * len(piece)
             wanted = targets[:, start : start + len(piece)]  # [N, C]
             sums += token_log_probabilities(logits, wanted).sum(axis=1)

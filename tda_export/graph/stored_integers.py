@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import torch
@@ -39,7 +40,9 @@ def with_stored_integers(model: Any, artifact: Artifact, source: ModelSource) ->
     own_head = of_head is not None and of_head.major == "input" and not of_head.format.is_float
     if not artifact.has_integers or (source.formats is not None and not own_head):
         return model
-    spec, changed = source.spec, copy.deepcopy(model)  # a source may return the same model object again
+    # A source may return the same model object again. Only what changes is copied.
+    kept = () if source.formats is None else itertools.chain(model.parameters(), model.buffers())
+    spec, changed = source.spec, copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
     head = changed.get_output_embeddings()
     if own_head:  # a parameter of its own, since the head may be tied
         weight = torch.from_numpy(stored_codes(artifact, contract.HEAD).decode()).T.contiguous().to(head.weight)

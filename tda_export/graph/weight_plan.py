@@ -32,7 +32,8 @@ class IndexedRows:
 
 @dataclass(frozen=True)
 class PricedRows:
-    """Rows of all linears of the layers are input channels, and a token reads the rows that are worth their bytes.
+    """Rows of all linears of the layers, and mostly of the head, are input channels, and a token reads the rows that
+    are worth their bytes.
 
     `prices` are float32 [L, in] by stored matrix: those of `packed_matrices`, and [1, in] of the head where its rows
     have prices too.
@@ -202,6 +203,8 @@ def _side_by_side(parts: list[LazyTensor]) -> LazyTensor:
     """Put linears [out, in] of one input side by side, input-major: [in, out of all]."""
     inputs = parts[0].shape[1]
     outputs = sum(part.shape[0] for part in parts)
+    if len(parts) == 1:
+        return LazyTensor((inputs, outputs), lambda: parts[0].load().T)
     return LazyTensor((inputs, outputs), lambda: torch.cat([part.load() for part in parts]).T)
 
 

@@ -15,7 +15,7 @@ def methods_section(results: Sequence[Result]) -> Section:
     """Compare methods by their evaluation results, with one chart for each model, text and prompt length."""
     figures, rows, lossless = [], [], False
     for about, group in grouped(results).items():
-        for linears, what in ((True, "All linears' bytes"), (False, "FFN bytes")):
+        for linears, what in ((True, "Bytes of the layers' linears"), (False, "FFN bytes")):
             chart = methods_chart(group, linears=linears)
             if chart is not None:
                 figures.append(Figure(chart, f"{what}: {_about(about)}. Bars: one standard error."))
@@ -30,6 +30,7 @@ def methods_section(results: Sequence[Result]) -> Section:
                 f"{one.share:.3f}",
                 f"{one.ffn_bytes / MIB:,.1f}",
                 "–" if one.linear_share is None else f"{one.linear_share:.3f}",
+                f"{one.head_share:.3f}",
                 f"{one.density:.3f}",
                 f"{one.kl:.4f} ± {one.kl_stderr:.4f}",
                 f"{one.perplexity:.3f}",
@@ -47,6 +48,7 @@ def methods_section(results: Sequence[Result]) -> Section:
         "FFN bytes, share of dense",
         "FFN MiB a token",
         "bytes of the layers' linears, share of dense",
+        "bytes of the head, share of dense",
         "density",
         "KL, nats a token",
         "perplexity",
@@ -58,7 +60,8 @@ def methods_section(results: Sequence[Result]) -> Section:
         [
             "KL(dense || sparse) of the tokens decoded after a prompt, against the weight bytes that a token reads: of "
             "the layers' linears, where a result knows them, and of the FFN. A method that drops rows of "
-            "attention as well pays for them in KL, and saves bytes that the second count does not show."
+            "attention as well pays for them in KL, and saves bytes that the second count does not show. One that "
+            "drops rows of the head does so in both ('eval --parts layers' leaves the head whole)."
         ],
         figures,
         [Table("All results", columns, rows, texts=5)],

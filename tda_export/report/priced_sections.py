@@ -107,7 +107,8 @@ def prices_section(
             row = table.predicted(price)
             notes.append(
                 f"{THRESHOLDS[table.packing].capitalize()}: the budget asks for price {price:.4g}, which reads "
-                f"{row.share:.3f} of the linears' bytes (FFN {row.ffn_share:.3f}, attention {row.attention_share:.3f}) "
+                f"{row.share:.3f} of the linears' bytes (FFN {row.ffn_share:.3f}, attention {row.attention_share:.3f})"
+                f"{_of_head(table, row)} "
                 f"at a predicted KL of {row.kl:.4f} nats a token."
                 + ("" if integers is None else f" {float_kl_text(integers, row.kl)}.")
             )
@@ -210,6 +211,10 @@ def densities_section(tables: Sequence[PriceTable], found: Sequence[LayerDensiti
         figures,
         listed,
     )
+
+
+def _of_head(table: PriceTable, row: PriceRow) -> str:
+    return f" and {row.head_share:.3f} of the head's" if table.prices_head else ""
 
 
 def together(parts: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:

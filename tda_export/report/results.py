@@ -39,7 +39,8 @@ class Group(NamedTuple):
 @dataclass(frozen=True)
 class Result:
     """One evaluation. KL in nats per token, with its standard error; the bytes that a token reads, of the FFN and of
-    the layers' linears. `model`, `continuation_tokens` and the bytes of linears may be unknown."""
+    the layers' linears, and the share of the head's. `model`, `continuation_tokens` and the bytes of linears may be
+    unknown."""
 
     model: str | None
     method: str
@@ -57,6 +58,7 @@ class Result:
     dense_ffn_bytes: float
     linear_bytes: float | None = None
     dense_linear_bytes: float | None = None
+    head_share: float = 1.0
 
     @property
     def group(self) -> Group:

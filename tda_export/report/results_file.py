@@ -123,7 +123,7 @@ def _unreadable(error: Exception, path: Path, line: int) -> TdaError:
 
 
 def _result(content: Any, where: str) -> Result:
-    """Check one result. Labels (`model`, `continuation_tokens`, `budget`) and `LINEARS` are optional."""
+    """Check one result. Labels (`model`, `continuation_tokens`, `budget`), `LINEARS` and `head_share` are optional."""
 
     def refuse(reason: str) -> TdaError:
         return TdaError(f"{where}: not a result{reason}. {WAY_OUT}")
@@ -135,7 +135,7 @@ def _result(content: Any, where: str) -> Result:
         if not isinstance(given.get(name), str):
             raise refuse(f", {name!r} is missing or not text")
     linears = LINEARS if given.keys() & set(LINEARS) else ()
-    for name in (*NUMBERS, *linears, *({"continuation_tokens"} & given.keys())):
+    for name in (*NUMBERS, *linears, *({"continuation_tokens", "head_share"} & given.keys())):
         value = given.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise refuse(f", {name!r} is missing or not a number")
@@ -149,7 +149,7 @@ def _result(content: Any, where: str) -> Result:
         model=given.get("model"),
         budget={name: value for name, value in budget.items() if value is not None},
         continuation_tokens=given.get("continuation_tokens"),
-        **{name: given[name] for name in (*TEXTS, *NUMBERS, *linears)},
+        **{name: given[name] for name in (*TEXTS, *NUMBERS, *linears, *({"head_share"} & given.keys()))},
     )
 
 

@@ -66,6 +66,8 @@ def _check_indexed(manifest: dict[str, Any], shape: ModelShape, matrices: dict[s
     _require(_is_number(manifest["prior_tokens"], LARGEST_SIZE), "prior_tokens")
     refresh = Refresh(**manifest["refresh"])
     _require(_is_size(refresh.tokens) and _is_number(refresh.decay, 1), "refresh")
+    head = matrices.get(contract.HEAD)
+    _require(head is None or head.major == "output", f"matrices.{contract.HEAD}.major")
     last = contract.ffn_weight(shape.num_layers - 1, "up")
     _require(manifest["weights"][last]["shape"] == [shape.ffn_size, shape.hidden_size], "shape.ffn_size")
 
@@ -81,6 +83,8 @@ def _check_priced(manifest: dict[str, Any], shape: ModelShape, matrices: dict[st
             entry = manifest["weights"][contract.row_price(name)]
             _require(matrix.major == "input", f"matrices.{name}.major")
             _require((entry["shape"], entry["dtype"]) == ([matrix.rows], "float32"), _of(contract.row_price(name)))
+        elif contract.row_price(name) in manifest["weights"]:
+            _require(False, _of(contract.row_price(name)))
 
 
 def _check_budget(budget: dict[str, Any]) -> None:

@@ -52,8 +52,8 @@ class ServerMetrics:
         )
         self._read = Counter(
             "tda_export_skippable_read_bytes",
-            "Weights that decode steps read of the matrices whose rows they may skip: all linears with prices, the FFN "
-            "with masks; what tokens skip one by one, as calibrated",
+            "Weights that decode steps read of the matrices whose rows they may skip: the layers' linears with prices, "
+            "the FFN with masks; what tokens skip one by one, as calibrated",
             registry=registry,
         )
         self._dense = Counter(

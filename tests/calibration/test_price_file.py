@@ -40,15 +40,20 @@ GATED = {"q": (4, 6), "k": (4, 2), "v": (4, 2), "o": (6, 4), "gate": (4, 5), "up
 PLAIN = {part: shape for part, shape in GATED.items() if part != "gate"}
 
 
+HEADED = GATED | {"head": (64, 259)}
+
+
 def make_priced(linears: dict[str, tuple[int, int]]) -> Priced:
     generator = torch.Generator().manual_seed(0)
     sites = {"qkv": "q", "o": "o", "down": "down"} | ({"gate_up": "up"} if "gate" in linears else {"up": "up"})
-    matrices = {name: linears[part][0] for name, part in (sites | {part: part for part in linears}).items()}
+    inside = [part for part in linears if part != "head"]
+    matrices = {name: linears[part][0] for name, part in (sites | {part: part for part in inside}).items()}
 
     def random(*shape: int) -> torch.Tensor:
         return torch.rand(*shape, dtype=torch.float64, generator=generator)
 
     square = {name: random(LAYERS, inputs) for name, inputs in matrices.items()}
+    square |= {"head": random(1, linears["head"][0])} if "head" in linears else {}
     inputs = {name: (100 * random(LAYERS, BINS)).long() for name in sites}
     weighted = {name: (100 * random(LAYERS, BINS)).long() for name in matrices}
     norms = {name: random(LAYERS, size).float() for name, size in matrices.items()}
@@ -56,7 +61,7 @@ def make_priced(linears: dict[str, tuple[int, int]]) -> Priced:
         torch.tensor([0.0, 1e-9, 2e-9], dtype=torch.float64),
         random(SEQUENCES, PRICES).sort(dim=1).values - 1e-9,  # rounding may make a KL negative
         random(SEQUENCES, PRICES),
-        {part: random(PRICES, LAYERS) for part in linears},
+        {part: random(PRICES, 1 if part == "head" else LAYERS) for part in linears},
         tokens=7,
         short_kl=random(SEQUENCES - 1, PRICES),
     )
@@ -74,7 +79,7 @@ def make_priced(linears: dict[str, tuple[int, int]]) -> Priced:
 
 
 def write(path: Path, priced: Priced | None = None) -> None:
-    write_calibration(Calibration(threshold_grid(), None, PROVENANCE, None, priced or make_priced(GATED)), path)
+    write_calibration(Calibration(threshold_grid(), None, PROVENANCE, None, priced or make_priced(HEADED)), path)
 
 
 @pytest.fixture
@@ -82,7 +87,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "tiny.safetensors"
 
 
-@pytest.mark.parametrize("linears", [GATED, PLAIN], ids=["gated", "ungated"])
+@pytest.mark.parametrize("linears", [GATED, PLAIN, HEADED], ids=["gated", "ungated", "with a head"])
 def test_round_trip(path: Path, linears: dict[str, tuple[int, int]]) -> None:
     priced = make_priced(linears)
     write(path, priced)
@@ -124,7 +129,7 @@ def rewrite(path: Path, change: Any) -> None:
     save_file(tensors, path, metadata={METADATA_KEY: json.dumps(metadata)})
 
 
-EVERY_TENSOR = sorted(priced_tensors(make_priced(GATED)))
+EVERY_TENSOR = sorted(priced_tensors(make_priced(HEADED)))
 
 
 @pytest.mark.parametrize("name", EVERY_TENSOR)
@@ -154,7 +159,7 @@ def test_damaged_tensors(path: Path, name: str, damage: str) -> None:
 
 
 def make_tensor(name: str) -> torch.Tensor:
-    return priced_tensors(make_priced(GATED))[name]
+    return priced_tensors(make_priced(HEADED))[name]
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from tda_export.calibration.file import read_calibration
+from tda_export.evaluation.greedy_densities import GreedyDensities, write_densities
 from tda_export.graph import contract
+from tda_export.graph.derive import artifact_spec
+from tda_export.packing import packed_matrices
 from tda_export.runtime.artifact import open_artifact
 from tests.cli.conftest import FAILURE, USAGE, assert_error
 from tests.cli.results import result_of
@@ -104,6 +108,49 @@ def test_an_option_of_a_shape(priced: Path) -> None:
     assert_error(result, USAGE, "--head is for --shape only; an artifact has its own. Leave it out.")
 
 
+def test_a_shape_with_masks() -> None:
+    result = run_cli("bench", "--shape", "llama-2-7b", "--method", "tda", "--head", "whole")
+    assert_error(result, USAGE, "--head has no effect with tda, which reads the head whole. Leave it out.")
+
+
+def test_printed_shares(priced: Path, whole: Path, text: Path) -> None:
+    sizes = ("--prompts", "2", "--prompt-tokens", "24", "--text", text)
+    for kind in (("--continuation-tokens", "8"), ("--free", "8")):
+        printed = run_ok("eval", priced, *sizes, *kind, "--sparsity", "0.4").stdout
+        assert re.search(r"^of the head         0\.\d{3}$", printed, re.MULTILINE)
+        assert "of the head" not in run_ok("eval", whole, *sizes, *kind, "--sparsity", "0.4").stdout
+    free = result_of("eval", priced, *sizes, "--free", "8", "--sparsity", "0.4")
+    assert 0 < free["head_share"] < 1
+
+
+def test_densities_of_the_layers(priced: Path, text: Path, tmp_path: Path) -> None:
+    """For TEAL `layers` and `all` are the same, since it reads the head whole."""
+    manifest = open_artifact(priced).manifest
+    spec = artifact_spec(open_artifact(priced))
+    names = packed_matrices(spec, manifest["packing"])
+    paths = [[0.0, 0.5]] * spec.num_layers
+    density = {name: [[1.0, 0.5]] * spec.num_layers for name in names}
+    found = GreedyDensities(manifest["model"]["fingerprint"], manifest["packing"], "all", paths, density)
+    write_densities(found, tmp_path / "d.json")
+    given = ("--method", "teal", "--sparsity", "0.4", "--densities", tmp_path / "d.json")
+    assert evaluated(priced, text, *given) == evaluated(priced, text, *given, "--parts", "layers")
+
+
+def test_layers_are_all_of_an_artifact_whose_head_is_whole(whole: Path, text: Path) -> None:
+    budget = ("--max-kl", "0.001")
+    assert evaluated(whole, text, *budget) == evaluated(whole, text, *budget, "--parts", "layers")
+
+
+def test_a_head_of_four_bits_cannot_have_prices(tiny_model: Path, tmp_path: Path) -> None:
+    lengths = ("--prompt-tokens", "24", "--continuation-tokens", "8", "--sequences", "4")
+    model = tmp_path / "model"
+    run_ok("quantize", tiny_model, "-o", model, "--weights-for", "head=int4", "--kl-sequences", "2", *lengths)
+    result = run_cli("calibrate", model, "-o", tmp_path / "c", "--head", "priced", *lengths)
+    assert_error(result, USAGE, "has its head in four bits by output, and rows with prices lie by input. Leave it out,")
+    run_ok("calibrate", model, "-o", tmp_path / "c", *lengths)
+    assert read_calibration(tmp_path / "c").provenance["settings"]["head"] == "whole"
+
+
 def test_a_quantised_head(tiny_model: Path, tmp_path: Path) -> None:
     """Codes of eight bits are rounded again by input channel; a head of four bits stays whole."""
     lengths = ("--prompt-tokens", "24", "--continuation-tokens", "8")
@@ -122,14 +169,20 @@ def test_a_quantised_head(tiny_model: Path, tmp_path: Path) -> None:
         assert known[0]["session_bytes"] == known[1]["session_bytes"]
 
 
-@pytest.mark.parametrize(("rows", "words"), [(58, "matrices.head"), (None, "head.row_price")])
-def test_a_head_that_does_not_fit(priced: Path, tmp_path: Path, rows: int | None, words: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "words"), [("rows", "matrices.head"), ("no prices", "head.row_price"), ("major", "head.row_price")]
+)
+def test_a_head_that_does_not_fit(priced: Path, tmp_path: Path, change: str, words: str) -> None:
     copy = shutil.copytree(priced, tmp_path / "copy")
     manifest = json.loads((copy / "manifest.json").read_text())
-    if rows is None:
+    head = manifest["matrices"]["head"]
+    if change == "no prices":
         del manifest["weights"]["head.row_price"]
-        manifest["graph_weights"] = dict.fromkeys(manifest["graph_weights"], [])
+        manifest["graph_weights"] = {file: [] for file in manifest["graph_weights"]}
+    elif change == "rows":
+        head["rows"] = 58
     else:
-        manifest["matrices"]["head"]["rows"] = rows
+        head |= {"major": "output", "rows": head["columns"], "columns": head["rows"]}
+        manifest["weights"]["head"]["shape"].reverse()
     (copy / "manifest.json").write_text(json.dumps(manifest))
     assert_error(run_cli("inspect", copy), FAILURE, words)

@@ -145,8 +145,10 @@ def test_ffn_share_is_that_of_the_masks_and_of_what_tokens_keep(setting: Setting
     scorer, context = Scorer(setting), list(range(5, 45))
     assert scorer.take_shares() is None
     scorer.score(context, [[1], [2]])
-    share, attention = scorer.take_shares() or (0.0, 0.0)
-    assert attention == 1.0
+    shares = scorer.take_shares()
+    assert shares is not None
+    share, attention, head = shares
+    assert (attention, head) == (1.0, 1.0)
     assert share == pytest.approx(1.0 if setting.method == "dense" else 0.5, abs=0.2)
     cache = KvCache(setting.shape, "cpu", len(context))
     _, mask = setting.read(context[:-1], cache)
@@ -161,10 +163,10 @@ def test_ffn_share_is_a_mean_over_scored_tokens(tiny_artifact: Path) -> None:
     scorer = Scorer(setting)
     scorer.score(list(range(5, 45)), [[1, 2, 3]])
     scorer.score([5], [[6]])  # no mask, so every row is read
-    assert scorer.take_shares() == (pytest.approx((3 * 0.5 + 1.0) / 4), 1.0)
+    assert scorer.take_shares() == (pytest.approx((3 * 0.5 + 1.0) / 4), 1.0, 1.0)
     last_steps = Scorer(setting, "griffin")
     last_steps.score(list(range(5, 45)), [[1, 2, 3]])
-    assert last_steps.take_shares() == (pytest.approx((2 * 1.0 + 0.5) / 3), 1.0)
+    assert last_steps.take_shares() == (pytest.approx((2 * 1.0 + 0.5) / 3), 1.0, 1.0)
 
 
 def test_truncation_scores_and_counts_each_token(token_artifact: Path) -> None:
@@ -183,7 +185,7 @@ def test_truncation_scores_and_counts_each_token(token_artifact: Path) -> None:
             shares.append(counted.ffn_share)
     scorer = Scorer(setting)
     assert [score.loglikelihood for score in scorer.score(context, continuations)] == pytest.approx(sums, abs=FLOAT32)
-    assert scorer.take_shares() == (pytest.approx(np.mean(shares)), 1.0)
+    assert scorer.take_shares() == (pytest.approx(np.mean(shares)), 1.0, 1.0)
     assert scorer.take_shares() is None
     dense = Scorer(open_setting(loaded.artifact, loaded.sessions, Request("dense")))
     unread = scorer.score([5], [[6]])  # no context, so dense, as for other methods

@@ -28,7 +28,7 @@ from tda_export.graph.ops import IR_VERSION, MICROSOFT, OPSET, Ops
 from tda_export.graph.priced import PricedDesign
 from tda_export.graph.sizes import artifact_sizes
 from tda_export.graph.storage import Storage, read_plan, storage_of
-from tda_export.graph.stored_integers import stored_codes
+from tda_export.graph.stored_integers import stored_codes, with_stored_integers
 from tda_export.graph.verify import verify_artifact
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.packing import PACKINGS, Packing, linear_parts
@@ -156,6 +156,10 @@ def test_codes_of_a_quantised_model_are_stored_as_they_are(
             assert np.array_equal(getattr(found, field), getattr(expected, field)), name
     checks = verify_artifact(folder, lambda name: quantised, provider="cpu", quiet=True)
     assert [check for check in checks if not check.passed] == []
+    model = quantised.reference()
+    changed = dict(with_stored_integers(model, artifact, quantised).named_parameters())
+    others = {name for name, parameter in model.named_parameters() if changed.get(name) is not parameter}
+    assert others <= {f"{spec.names.head}.weight"}  # nothing else is in memory twice
 
 
 # One product

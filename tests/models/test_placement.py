@@ -27,7 +27,7 @@ from tda_export.models.layerwise import layer_module
 from tda_export.models.placement import is_offloaded, module_device, own_memory, present, spread, weights_fetched_again
 from tda_export.models.source import ModelSource, resolve_model
 from tda_export.models.spec import DecoderSpec
-from tda_export.packing import PACKINGS, RowBytes
+from tda_export.packing import PACKINGS, row_bytes_of
 from tda_export.quantization.run import quantize
 from tda_export.quantization.settings import QuantizeSettings
 from tests.calibration.shown import Shown
@@ -43,16 +43,18 @@ TOO_LARGE = (
 
 
 def offload(model: Any, spec: DecoderSpec) -> Any:
-    """Return a copy in which all layers but the first have weights only during their calls."""
+    """Return a copy in which the head and all layers but the first have weights only during their calls."""
     model = copy.deepcopy(model)
+    if not spec.tied_head:
+        attach_align_device_hook(model.get_output_embeddings(), execution_device="cpu", offload=True)
     for layer in range(1, spec.num_layers):
         attach_align_device_hook(layer_module(model, spec, layer), execution_device="cpu", offload=True)
     return model
 
 
 def priced(model: Any, spec: DecoderSpec) -> Priced:
-    settings = PriceSettings(PROMPT, 2, 0, PACKINGS)
-    begun = begin_priced(spec, settings, row_norms(model, spec), RowBytes(4), 4)
+    settings = PriceSettings(PROMPT, 2, 0, PACKINGS, head=True)
+    begun = begin_priced(spec, settings, row_norms(model, spec), row_bytes_of(spec, 4, None, head=True), 4)
     return price_rows(model, spec, TOKENS, settings, begun, show=Shown())
 
 

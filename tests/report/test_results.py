@@ -100,7 +100,10 @@ def test_bytes_of_linears_have_a_chart_and_a_column_where_they_are_known() -> No
     assert (known.share, known.linear_share) == (0.5, 0.6)
     assert result().linear_share is None
     section = methods_section([result(), known])
-    assert [figure.caption.partition(":")[0] for figure in section.figures] == ["All linears' bytes", "FFN bytes"]
+    assert [figure.caption.partition(":")[0] for figure in section.figures] == [
+        "Bytes of the layers' linears",
+        "FFN bytes",
+    ]
     legends = [[text.text for text in by_class(parse(figure.chart), "legend")] for figure in section.figures]
     assert legends == [["priced rows"], ["TDA (uniform)", "priced rows"]]
     root = parse(section.figures[0].chart)
