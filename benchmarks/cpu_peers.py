@@ -222,7 +222,7 @@ def our_artifacts(options: argparse.Namespace, model: Path) -> dict[str, tuple[P
         *((head, rule, "float") for head, rule in HEADS),
         *((f"KV {kv}, {head}", rule, kv) for kv in ("float16", "int8") for head, rule in HEADS),
     ):
-        folder = options.folder / f"artifact-{label.replace(', ', '-').replace(' ', '-')}"
+        folder = options.folder / f"artifact-head-{options.head}-{label.replace(', ', '-').replace(' ', '-')}"
         known = folder.with_suffix(".prices.json")
         if not known.is_file():
             source = resolve_model(str(model))

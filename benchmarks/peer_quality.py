@@ -11,7 +11,8 @@ floats here. On the CPU llama.cpp and GenAI round them to 8 bits, which adds to 
   some linears are int8; int4 with some parts from the int8 folder, as `--weights-for` would store them. Each is
   measured dense, and at prices after a dense prompt. For every format c² of rows comes from CALIBRATION, by default
   that of `tda-export calibrate FOLDER/int4 --packing sites`. λ comes from its table, scaled by the bytes of a row. In a
-  mixed folder the fraction of rows read differs a little from the one in the label.
+  mixed folder the fraction of rows read differs a little from the one in the label, which is of the layers' linears.
+  Rows of the head drop as well, if CALIBRATION has prices for them; names say so.
 - llama.cpp: `llama-quantize` with its default mixtures, without and with an importance matrix, which is made here from
   the text that GPTQ reads. `cpu_peers.py` says how to build it. LLAMA_CPP_BIN is the folder of the program.
 - GenAI: its builder, int4 in blocks of 32, with the default and with `k_quant` and an int8 head, alone and mixed.
@@ -43,6 +44,7 @@ from tda_export.report.axes import around
 from tda_export.report.charts import line_chart
 from tda_export.report.colours import css_variables
 from tda_export.report.drawing import Series
+from tda_export.weights.plan import HEAD
 
 PACKING: Packing = "sites"
 PROMPT, CONTINUATION = 384, 128
@@ -53,7 +55,10 @@ STYLE = """text{fill:var(--ink);font:12px system-ui,sans-serif}.tick,.note{fill:
 .axis{stroke:var(--quiet)}.line{fill:none;stroke-width:2}.error{stroke-width:1.4}.mark{stroke:var(--page)}"""
 
 # Our models in the chart. The table has all of them.
-CHARTED = ("ours float16", "ours int8", "ours int4", "ours 5.8 bits")
+CHARTED = (
+    *("ours float16", "ours int8", "ours int4", "ours 5.8 bits"),
+    *("ours int4, head priced", "ours 5.8 bits, head priced"),
+)
 
 Row = dict[str, Any]
 
@@ -86,12 +91,14 @@ def measure(
             stored.linear_bytes if stored.row_bytes is None else linear_bytes(stored.row_bytes, spec, each)
             for each in densities[share]
         ]
+        heads = [float(each.get(HEAD, torch.ones(1))) * stored.head_bytes for each in densities[share]]
+        head = sum(heads) / len(heads)
         each = [round(one.kl, 6) for one in compared[share]]
         yield {
             "share": round(share, 2),
             "price": prices[share],
-            "megabytes": round((sum(read) / len(read) + stored.head_bytes) / 1e6, 3),
-            "head_megabytes": round(stored.head_bytes / 1e6, 3),
+            "megabytes": round((sum(read) / len(read) + head) / 1e6, 3),
+            "head_megabytes": round(head / 1e6, 3),
             **summarise(compared[share]).describe(),
             "windows": each,
         }
@@ -115,6 +122,7 @@ def linear_bytes(row_bytes: RowBytes, spec: Any, densities: dict[str, torch.Tens
         float(densities[part][layer]) * linear_shape(spec, part)[0] * row_bytes.of(layer, (part,), outputs)
         for layer in range(spec.num_layers)
         for part in densities
+        if part != HEAD
     )
 
 
@@ -184,7 +192,7 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, required=True, help="folder of llama-quantize")
     parser.add_argument("--prices", type=Path, help="calibration file of a quantised folder of the copy")
     parser.add_argument("--windows", type=int, default=12)
-    parser.add_argument("--only", nargs="+", help="models by their names in the table; all by default")
+    parser.add_argument("--only", nargs="+", help="models by their names without ', head priced'; all by default")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "data" / "peer_quality.jsonl")
     parser.add_argument("--chart", type=Path, help="SVG file to write")
     options = parser.parse_args()
@@ -196,17 +204,19 @@ def main() -> None:
     known = options.results.read_text(encoding="utf-8").splitlines() if options.results.is_file() else []
     rows: list[Row] = [json.loads(line) for line in known]
     dense: list[torch.Tensor] = []
-    priced = None
-    makers = {f"ours {name}": make for name, make in stacks.ours().items()} | stacks.peers()
+    priced = read_calibration(options.prices).priced if options.prices else None
+    of_heads = "" if priced is not None and HEAD not in priced.sums.square else ", head priced"
+    makers = {f"ours {name}{of_heads}": make for name, make in stacks.ours().items()} | stacks.peers()
     for name, make in makers.items():
-        if (options.only and name not in options.only) or any(row["name"] == name for row in rows):
+        plain = name.removesuffix(of_heads)
+        if (options.only and plain not in options.only) or any(row["name"] == name for row in rows):
             continue
         stored, prices = make(), {1.0: 0.0}
         dense = dense or float_continuations(source, windows, options.folder / "float.pt")
         ours = stored.row_bytes is not None
         if ours:
             if priced is None:
-                path = options.prices or options.folder / "prices.safetensors"
+                path = options.folder / "prices.safetensors"
                 if not path.is_file():
                     words = ["--packing", PACKING, "-o", path]
                     run(sys.executable, "-m", "tda_export", "calibrate", stacks.quantised("int4").folder, *words)

@@ -95,9 +95,7 @@ class Prepared:
         if cell.method == "griffin":
             return Request("griffin", sparsity=cell.sparsity)
         densities = self.densities[cell.parts] if cell.densities == "greedy" else None
-        # Others than priced rows never drop rows of the head.
-        parts = "all" if cell.method != "priced" and cell.parts == "layers" else cell.parts
-        return Request(cell.method, sparsity=cell.sparsity, parts=parts, densities=densities)
+        return Request(cell.method, sparsity=cell.sparsity, parts=cell.parts, densities=densities)
 
     def artifact(self, cell: Cell) -> Artifact:
         """Return the artifact that runs a cell."""

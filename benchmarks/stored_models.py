@@ -16,8 +16,9 @@ from cpu_peers import gguf_names, write_gguf
 from tda_export.calibration.corpus import load_corpus
 from tda_export.models.linear_modules import layer_linears
 from tda_export.models.source import ModelSource, resolve_model
-from tda_export.packing import RowBytes, linear_shape, row_bytes_of
-from tda_export.weights.formats import FLOAT_FORMATS
+from tda_export.packing import RowBytes, drops_head_rows, linear_shape, row_bytes_of
+from tda_export.quantization.nearest import round_matrix
+from tda_export.weights.formats import FLOAT_FORMATS, IntegerFormat, WeightFormat
 from tda_export.weights.plan import HEAD, FormatPlan, part_name
 
 BITS = ("5.2", "5.8", "6.4")  # mean bits of a weight of the linears, of which some are int8 and the others int4
@@ -57,6 +58,15 @@ class Stored:
     row_bytes: RowBytes | None = None
 
 
+def _head_by_input(model: Any, format: WeightFormat) -> Any:
+    """Give a model a head of its own, rounded by input channel as an artifact stores it where rows have prices."""
+    if isinstance(format, IntegerFormat):
+        head = model.get_output_embeddings()
+        codes = round_matrix(HEAD, head.weight.detach().T.contiguous(), format, symmetric=False)
+        head.weight = torch.nn.Parameter(torch.from_numpy(codes.decode()).T.contiguous(), requires_grad=False)
+    return model
+
+
 def run(*words: Any) -> None:
     subprocess.run([str(word) for word in words], check=True, stdout=sys.stderr, stderr=sys.stderr)
 
@@ -91,8 +101,11 @@ class Stacks:
     def _own(self, source: ModelSource, plan: FormatPlan | None = None) -> Stored:
         plan, spec = plan or source.formats, source.spec
         head = (plan.of(HEAD) if plan else None) or FLOAT_FORMATS["float16"]
-        head_bytes = head.row_bytes(spec.hidden_size) * spec.vocab_size
-        return Stored(source.reference(), head_bytes, row_bytes=row_bytes_of(spec, 2, plan))
+        drops = drops_head_rows(plan)
+        sizes = (spec.hidden_size, spec.vocab_size) if drops else (spec.vocab_size, spec.hidden_size)
+        head_bytes = sizes[0] * head.row_bytes(sizes[1])
+        model = _head_by_input(source.reference(), head) if drops else source.reference()
+        return Stored(model, head_bytes, row_bytes=row_bytes_of(spec, 2, plan, head=drops))
 
     def _mixed(self, parts: tuple[str, ...]) -> Make:
         def make() -> Stored:
