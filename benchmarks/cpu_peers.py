@@ -146,16 +146,18 @@ def llama_bench(options: argparse.Namespace, model: Path) -> Callable[[], tuple[
     return measure
 
 
-def timed(read: Callable[[], object], step: Callable[[], object]) -> tuple[float, float]:
-    """Return the seconds of a token, and of a prompt to its last logits; llama-bench too has a warm-up before each."""
+def timed(read: Callable[[], object], steps: Callable[[int], object]) -> tuple[float, float]:
+    """Return the seconds of a token, and of a prompt to its last logits; llama-bench too has a warm-up before each.
+
+    `steps` decodes as many tokens as it is told.
+    """
     read()
     started = time.perf_counter()
     read()
     first = time.perf_counter() - started
-    step()
+    steps(1)
     started = time.perf_counter()
-    for _ in range(TOKENS):
-        step()
+    steps(TOKENS)
     return (time.perf_counter() - started) / TOKENS, first
 
 
@@ -171,7 +173,12 @@ def genai(options: argparse.Namespace, folder: Path, prompt: list[int]) -> Calla
     def measure() -> tuple[float, float]:
         generators = [og.Generator(model, parameters) for _ in range(2)]  # the first one warms up
         unread = iter(generators)
-        return timed(lambda: next(unread).append_tokens(prompt), lambda: generators[-1].generate_next_token())
+
+        def steps(count: int) -> None:
+            for _ in range(count):
+                generators[-1].generate_next_token()
+
+        return timed(lambda: next(unread).append_tokens(prompt), steps)
 
     return measure
 
@@ -192,7 +199,7 @@ def ours(
         runner = PricedRunner(opened, sessions, len(prompt) + TOKENS + 2, price)
 
         def measure() -> tuple[float, float]:
-            return timed(lambda: runner.prefill(prompt), runner.step)
+            return timed(lambda: runner.prefill(prompt), runner.steps)
 
         return measure
 
