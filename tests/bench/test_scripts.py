@@ -169,3 +169,21 @@ def test_logits_that_are_not_finite_are_not_timed(monkeypatch: pytest.MonkeyPatc
 def test_every_stamp_of_device_rows_has_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     code = load("device_rows", monkeypatch).device_code(stamps=True)
     assert all(code.count(f"STAMP({number});") == 1 for number in range(1, 5))
+
+
+def test_ours_beside_peers_on_the_cpu(priced_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every price is timed, by the bench's own runner. The peers need programs that tests do not have."""
+    script = load("cpu_peers", monkeypatch)
+    ways = script.ours("head int8", priced_artifact, {"1.00": 0.0, "0.50": 1e-7}, list(range(5, 21)))
+    assert list(ways) == ["ours 1.00, head int8", "ours 0.50, head int8"]
+    for measure in ways.values():
+        token, prompt = measure()
+        assert 0 < token < 60
+        assert 0 < prompt < 60
+
+
+def test_times_of_a_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt is read twice, and only the second time counts; one token warms up."""
+    script, called = load("cpu_peers", monkeypatch), list[object]()
+    script.timed(lambda: called.append("read"), called.append)
+    assert called == ["read", "read", 1, script.TOKENS]
