@@ -42,7 +42,7 @@ class PriceRow:
 
     @property
     def sparsity(self) -> float:
-        """The share of the linears' bytes that is not read."""
+        """The share of the bytes of the layers' linears that is not read."""
         return 1.0 - self.share
 
     @property
@@ -131,7 +131,7 @@ class PriceTable:
 
     @property
     def least_share(self) -> float:
-        """The smallest share of the linears' bytes that was measured."""
+        """The smallest share of the bytes of the layers' linears that was measured."""
         return self._shares[-1]
 
     @property
@@ -156,7 +156,7 @@ class PriceTable:
         """Choose the price for one of two budgets. The price is 0 where dense meets the budget, as ReLU's zeros allow.
 
         Args:
-            sparsity: Share of the linears' bytes not to read, in [0, 1).
+            sparsity: Share of the bytes of the layers' linears not to read, in [0, 1).
             max_kl: The largest predicted KL to dense, positive, in nats per token; the sparsest price within it is
                 chosen.
 
@@ -258,8 +258,8 @@ class PriceTable:
         """Return the table whose `share` counts the FFN's or attention's bytes only, for settings where only those may
         drop rows. The head never counts.
 
-        The shares were measured while all linears drop rows, and hardly depend on that. KL does depend on it; the table
-        keeps the KL measured with all linears.
+        The shares were measured while all linears, and mostly the head, drop rows, and hardly depend on that. KL does
+        depend on it; the table keeps the KL measured with all that has prices.
         """
         if parts in ("all", "layers"):
             return self

@@ -241,7 +241,7 @@ def summarise(measured: Sequence[WindowQuality], dense_ffn_bytes: int, dense_lin
 
 
 def linear_bytes(ffn_share: float, attention_share: float, dense_ffn_bytes: int, dense_linear_bytes: int) -> float:
-    """Return the bytes read of all linears, given the shares of the FFN's bytes and of attention's."""
+    """Return the bytes read of the layers' linears, given the shares of the FFN's bytes and of attention's."""
     return ffn_share * dense_ffn_bytes + attention_share * (dense_linear_bytes - dense_ffn_bytes)
 
 

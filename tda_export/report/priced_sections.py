@@ -198,7 +198,7 @@ def densities_section(tables: Sequence[PriceTable], found: Sequence[LayerDensiti
         rows = [[layer, *(f"{values[layer]:.3f}" for values in one.parts.values())] for layer in range(layers)]
         listed.append(Table(f"Rows read, layer by layer: {at}", ("layer", *one.parts), rows, folded=True))
     figures += [
-        Figure(parts_chart(table), f"Rows read of each matrix, {THRESHOLDS[table.packing]}; means over layers.")
+        Figure(parts_chart(table), f"Rows read of each matrix, {THRESHOLDS[table.packing]}; means over its layers.")
         for table in tables
     ]
     of_layers = " Layers are shown at the measured price whose bytes are nearest to those of the budget."

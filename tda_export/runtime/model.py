@@ -90,7 +90,7 @@ class Model:
 
         Args:
             price: The price of a byte of weights; 0 is dense.
-            sparsity: Share of the linears' bytes not to read, in [0, 1).
+            sparsity: Share of the bytes of the layers' linears not to read, in [0, 1).
             max_kl: The largest predicted KL to dense, in nats per token.
             prompt_tokens: The prompt length for which a KL is predicted, since short prompts lose more. None takes
                 calibration's.

@@ -20,7 +20,7 @@ def chosen_price(
     Args:
         artifact: The artifact on disk.
         price: The price of a byte, as in the table; 0 is dense.
-        sparsity: Share of the linears' bytes not to read, in [0, 1).
+        sparsity: Share of the bytes of the layers' linears not to read, in [0, 1).
         max_kl: The largest predicted KL to dense, in nats per token.
         prompt_tokens: The prompt length for which a KL is predicted; None takes calibration's.
 
