@@ -41,9 +41,9 @@ def test_the_default(tiny_model: Path, priced: tuple[Path, str]) -> None:
             kl = f"{row.kl:.4f} ± {row.kl_stderr:.4f}"
             assert [f"{row.price:.3e}", *shares, kl, f"{row.agreement:.3f}"] in cells
         price = table.price_for(max_kl=0.05)
-        share = table.predicted(price).share
-        line = f"{tiny_model}, KL 0.05, {name}: price {price:.4g} reads {share:.3f} of the linears' bytes at KL 0.0500"
-        assert line in printed
+        row = table.predicted(price)
+        line = f"{tiny_model}, KL 0.05, {name}: price {price:.4g} reads {row.share:.3f} of the linears' bytes and "
+        assert line + f"{row.head_share:.3f} of the head's at KL 0.0500" in printed
     assert f"Calibrated on 4 sequences; wrote {path}" in printed
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
