@@ -16,7 +16,7 @@ from cpu_peers import gguf_names, write_gguf
 from tda_export.calibration.corpus import load_corpus
 from tda_export.models.linear_modules import layer_linears
 from tda_export.models.source import ModelSource, resolve_model
-from tda_export.packing import RowBytes, drops_head_rows, linear_shape, row_bytes_of
+from tda_export.packing import RowBytes, can_read_head, linear_shape, row_bytes_of
 from tda_export.quantization.nearest import round_matrix
 from tda_export.weights.formats import FLOAT_FORMATS, IntegerFormat, WeightFormat
 from tda_export.weights.plan import HEAD, FormatPlan, part_name
@@ -25,7 +25,9 @@ BITS = ("5.2", "5.8", "6.4")  # mean bits of a weight of the linears, of which s
 QUANTISED = {
     "int8": ["--weights", "int8", "--quantizer", "rtn"],
     "int4": ["--weights", "int4"],
+    "int4, head int4": ["--weights", "int4", "--weights-for", "head=int4"],
     **{f"{bits} bits": ["--bits-per-weight", bits] for bits in BITS},
+    "5.8 bits, head int4": ["--bits-per-weight", "5.8", "--weights-for", "head=int4"],
 }
 MIXED = {  # the parts that are int8; the others are int4
     "int4, v int8": ("v",),
@@ -101,10 +103,11 @@ class Stacks:
     def _own(self, source: ModelSource, plan: FormatPlan | None = None) -> Stored:
         plan, spec = plan or source.formats, source.spec
         head = (plan.of(HEAD) if plan else None) or FLOAT_FORMATS["float16"]
-        drops = drops_head_rows(plan)
+        drops = can_read_head("priced", plan)
         sizes = (spec.hidden_size, spec.vocab_size) if drops else (spec.vocab_size, spec.hidden_size)
         head_bytes = sizes[0] * head.row_bytes(sizes[1])
-        model = _head_by_input(source.reference(), head) if drops else source.reference()
+        rounds = drops and (plan is None or plan.head_major == "output")
+        model = _head_by_input(source.reference(), head) if rounds else source.reference()
         return Stored(model, head_bytes, row_bytes=row_bytes_of(spec, 2, plan, head=drops))
 
     def _mixed(self, parts: tuple[str, ...]) -> Make:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
+from tda_export.errors import UsageError
 from tda_export.weights.formats import IntegerFormat
 from tda_export.weights.plan import FLOAT, HEAD, FormatPlan, part_name
 
@@ -60,14 +61,39 @@ def droppable_matrices(spec: DecoderSpec, packing: Packing, parts: Parts) -> dic
     return {name: members for name, members in stored.items() if (members[0] in ATTENTION_PARTS) in attention}
 
 
-def drops_head_rows(stored: FormatPlan | None) -> bool:
-    """Return whether rows of the head may have prices, given the formats of a checkpoint of codes, None for floats.
+def can_read_head(rows: HeadRows, stored: FormatPlan | None) -> bool:
+    """Return whether a token can read the head in this way, given the formats of a checkpoint of codes, None for
+    floats.
 
-    The head's codes in a checkpoint lie by output, and rows with prices by input channel. They are rounded again, which
-    codes of four bits would not stand.
+    Rows with prices lie by input channel, and a head that is read whole by output. Codes that lie the other way are
+    rounded again, which those of four bits would not stand.
     """
     format = None if stored is None else stored.of(HEAD)
-    return not isinstance(format, IntegerFormat) or format.bits >= SAFE_BITS
+    if stored is None or not isinstance(format, IntegerFormat) or format.bits >= SAFE_BITS:
+        return True
+    return stored.head_major == ("input" if rows == "priced" else "output")
+
+
+def chosen_head(wanted: HeadRows | None, stored: FormatPlan | None, name: str) -> HeadRows:
+    """Return how tokens read the head: as it is wanted, or by default with prices where that is possible.
+
+    Args:
+        wanted: The choice, None for the default.
+        stored: The formats of a checkpoint of codes, None for floats.
+        name: The model's name, for the message.
+
+    Raises:
+        UsageError: The checkpoint's codes cannot be read so.
+    """
+    if wanted is None:
+        return "priced" if can_read_head("priced", stored) else "whole"
+    if can_read_head(wanted, stored):
+        return wanted
+    lies, needed = ("output", "input") if wanted == "priced" else ("input", "output")
+    raise UsageError(
+        f"--head {wanted}: {name} has its head in four bits by {lies}, and it would have to lie by {needed}. Leave it "
+        f"out, or quantise with --head {wanted}."
+    )
 
 
 def linear_shape(spec: DecoderSpec, part: str) -> tuple[int, int]:

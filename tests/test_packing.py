@@ -6,9 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from tda_export.errors import UsageError
 from tda_export.models.source import resolve_model
 from tda_export.models.spec import DecoderSpec
-from tda_export.packing import RowBytes, drops_head_rows, linear_outputs, linear_parts, row_bytes_of
+from tda_export.packing import (
+    HeadRows,
+    RowBytes,
+    can_read_head,
+    chosen_head,
+    linear_outputs,
+    linear_parts,
+    row_bytes_of,
+)
+from tda_export.weights.matrix import Major
 from tda_export.weights.plan import plan_formats, read_rules
 from tests.tiny import save_tiny_model
 
@@ -56,15 +66,32 @@ def test_a_label_tells_of_a_head_with_prices(
 
 
 @pytest.mark.parametrize(
-    ("weights", "rules", "drops"),
+    ("weights", "rules", "safe"),
     [("float", "", True), ("int4", "", True), ("int4", "head=int4", False), ("int8", "embedding=int4", True)],
 )
-def test_which_heads_drop_rows(spec: DecoderSpec, weights: str, rules: str, drops: bool) -> None:
-    """Codes of a checkpoint lie by output, and are rounded again; four bits would lose too much."""
-    assert drops_head_rows(None)
-    given = read_rules([rules] if rules else [])
-    plan = plan_formats(spec.num_layers, linear_parts(spec), tied_head=False, weights=weights, rules=given)
-    assert drops_head_rows(plan) is drops
+@pytest.mark.parametrize("major", ["input", "output"])
+def test_how_a_head_can_be_read(spec: DecoderSpec, weights: str, rules: str, safe: bool, major: Major) -> None:
+    """Codes that lie the other way are rounded again; four bits would lose too much."""
+    given, parts = read_rules([rules] if rules else []), linear_parts(spec)
+    plan = plan_formats(spec.num_layers, parts, tied_head=False, weights=weights, rules=given, head_major=major)
+    own: HeadRows = "priced" if major == "input" else "whole"
+    other: HeadRows = "whole" if major == "input" else "priced"
+    assert can_read_head(own, plan)
+    assert can_read_head(other, plan) is safe
+    assert chosen_head(None, plan, "M") == ("priced" if safe else own)
+    assert chosen_head(own, plan, "M") == own
+    if safe:
+        assert chosen_head(other, plan, "M") == other
+        return
+    lies = "input" if major == "input" else "output"
+    message = rf"^--head {other}: M has its head in four bits by {lies}, .* or quantise with --head {other}\.$"
+    with pytest.raises(UsageError, match=message):
+        chosen_head(other, plan, "M")
+
+
+def test_heads_of_floats_can_be_read_either_way() -> None:
+    assert can_read_head("priced", None)
+    assert can_read_head("whole", None)
 
 
 @pytest.mark.parametrize(

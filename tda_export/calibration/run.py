@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from tda_export.models.placement import AUTO, own_memory
 from tda_export.models.quantised import kept_of
 from tda_export.models.source import ModelSource
 from tda_export.models.spec import DecoderSpec
-from tda_export.packing import PACKINGS, HeadRows, Packing, drops_head_rows, row_bytes_of
+from tda_export.packing import PACKINGS, HeadRows, Packing, chosen_head, row_bytes_of
 from tda_export.progress import Advance
 from tda_export.ranks import ALONE, Ranks
 from tda_export.versions import installed_versions
@@ -45,7 +45,7 @@ class CalibrationSettings:
     """How to calibrate. Lengths in tokens; a sequence is `prompt_tokens` and then `continuation_tokens`.
 
     `labels` (per token), `packings` and `head` are for priced rows; `estimator`, `curves_only` and `prior_tokens` for
-    prompt masks (tda).
+    prompt masks (tda). `head` None prices the head's rows wherever its format allows it.
     """
 
     estimator: Estimator = "prompt"
@@ -60,7 +60,7 @@ class CalibrationSettings:
     method: CalibrationMethod = "priced"
     labels: int = 2
     packings: tuple[Packing, ...] = PACKINGS
-    head: HeadRows = "priced"
+    head: HeadRows | None = None
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 2:
@@ -203,11 +203,13 @@ def calibrate(
         Prices, curves, KL path and provenance, ready to be written.
 
     Raises:
-        UsageError: The corpus has fewer than two sequences, but prices or a KL path are to be found.
+        UsageError: The corpus has fewer than two sequences, but prices or a KL path are to be found; or the model's
+            codes do not allow the wanted head.
     """
     plan = plan_for(source.spec, len(corpus.tokens)) if settings.masks and not settings.curves_only else None
     if settings.priced:
         check_sequences(len(corpus.tokens))
+        settings = replace(settings, head=chosen_head(settings.head, source.formats, source.name))
     about = {
         "model": {
             "name": source.name,
@@ -263,7 +265,7 @@ def _price(
     ranks: Ranks,
 ) -> Priced:
     spec = source.spec
-    head = settings.head == "priced" and drops_head_rows(source.formats)
+    head = settings.head == "priced"
     row_bytes = row_bytes_of(spec, ELEMENT_BYTES[settings.dtype], source.formats, head=head)
     packings = [packing for packing in settings.packings if row_bytes.suits(spec, packing)]
     if not packings:

@@ -77,7 +77,8 @@ CURVES_BUDGET = {"cett": 0.2}  # the paper's value
 @option(
     "--head",
     type=click.Choice(["priced", "whole"]),
-    help="With prices: price the rows of the head too, or let every token read all of them.  [default: priced]",
+    help="With prices: price the rows of the head too, or let every token read all of them.  [default: priced, if its "
+    "format allows]",
 )
 @option(
     "--estimator",
@@ -170,7 +171,7 @@ def calibrate(
     from tda_export.errors import UsageError
     from tda_export.files import check_output
     from tda_export.models.source import resolve_model
-    from tda_export.packing import PACKINGS, drops_head_rows
+    from tda_export.packing import PACKINGS, chosen_head
     from tda_export.progress import progress
     from tda_export.ranks import join
 
@@ -191,7 +192,7 @@ def calibrate(
         method,
         2 if labels is None else labels,
         PACKINGS if packing is None else (packing,),
-        head or "priced",
+        head,
     )
     default = PRICED_BUDGET if settings.priced else CURVES_BUDGET if curves_only else TDA_BUDGET
     budget = chosen_budget(cett, sparsity, allocation, max_kl, default)
@@ -211,13 +212,8 @@ def calibrate(
             f"--method {method}: masks need a float model, and {model} is quantised. Calibrate the float "
             "model, or with --method priced."
         )
-    if not drops_head_rows(source.formats):
-        if head == "priced":
-            raise UsageError(
-                f"--head priced: {model} has its head in four bits by output, and rows with prices lie by input. Leave "
-                "it out, or quantise with --weights-for head=int8."
-            )
-        settings = replace(settings, head="whole")
+    if settings.priced:
+        chosen_head(head, source.formats, model)  # refuses what cannot be, before any text is read
     if settings.length > source.spec.max_positions:
         raise UsageError(
             f"{settings.length} tokens (prompt and continuation) are more than the {source.spec.max_positions} "

@@ -59,11 +59,11 @@ def _of_model(name: str, dtype: str, context: int | None) -> dict[str, Any]:
     from tda_export.graph.storage import storage_of
     from tda_export.models.skeleton import skeleton_shapes
     from tda_export.models.source import resolve_model
-    from tda_export.packing import drops_head_rows
+    from tda_export.packing import can_read_head
 
     source = resolve_model(name, notify=lambda line: click.echo(line, err=True))
     spec, storage = source.spec, storage_of(source, dtype)
-    packing, head = default_packing(spec, storage), drops_head_rows(source.formats)
+    packing, head = default_packing(spec, storage), can_read_head("priced", source.formats)
     sizes = planned_sizes(spec, skeleton_shapes(source.config), storage, packing, head=head)
     quantised = {} if source.quantisation is None else {"quantization": source.quantisation}
     return _described(name, spec, sizes, dtype, context) | quantised

@@ -23,6 +23,7 @@ from tda_export.cli.options import (
 from tda_export.float_kl import integers_kl
 
 if TYPE_CHECKING:
+    from tda_export.packing import HeadRows
     from tda_export.quantization.settings import Quantizer
 
 
@@ -34,6 +35,7 @@ OF_TEXT = ("dataset", "text_column", "seed", "prompt_tokens", "continuation_toke
     rare=(
         "text_column",
         "seed",
+        "head",
         "symmetric",
         "kl_sequences",
         "prompt_tokens",
@@ -65,6 +67,14 @@ OF_TEXT = ("dataset", "text_column", "seed", "prompt_tokens", "continuation_toke
     show_default=True,
     help="gptq: each row corrects the errors of those before it, on calibration text. rtn: round to nearest; text "
     "only measures the loss.",
+)
+@option(
+    "--head",
+    type=click.Choice(["priced", "whole"]),
+    default="priced",
+    show_default=True,
+    help="priced: store the head by input channel, apart from an embedding that it is tied to, so that calibrate can "
+    "price its rows; gptq rounds it too. whole: store it by token, rounded to nearest; a tied one stays the embedding.",
 )
 @option("--symmetric", is_flag=True, help="Use the middle code as the zero point of every group.")
 @corpus_options
@@ -109,6 +119,7 @@ def quantize(
     weights_for: tuple[str, ...],
     bits_per_weight: float | None,
     quantizer: Quantizer,
+    head: HeadRows,
     symmetric: bool,
     dataset: str,
     text_column: str | None,
@@ -161,6 +172,7 @@ def quantize(
         seed,
         device,
         bits_per_weight,
+        head,
     )
     finished = PartialLayers(output.absolute(), {})
     if ranks.first:

@@ -46,8 +46,9 @@ class Storage:
     """How tensors are stored.
 
     `dtype`: a value of `contract.DTYPES`, for activations and all floats. `formats`: the format of every matrix; None
-    means all floats. `codes`: the checkpoint's own codes, [in, out] in layers, [out, in] outside, which are stored
-    unchanged; other matrices are rounded, and again where they are to lie the other way.
+    means all floats. `codes`: the checkpoint's own codes, [in, out] in layers, the embedding's [out, in], and the
+    head's as the formats say, which are stored unchanged; other matrices are rounded, and again where they are to lie
+    the other way.
     """
 
     dtype: str
@@ -115,7 +116,7 @@ class Storage:
         return [torch.from_numpy(array) for array in self._codes(tensor, members, matrix.format, matrix.major).pack()]
 
     def _codes(self, tensor: LazyTensor, members: Sequence[str], format: IntegerFormat, major: Major) -> Codes:
-        given = [self.codes[name] for name in members if name in self.codes and major == _major_of_codes(name)]
+        given = [self.codes[name] for name in members if name in self.codes and major == self._major_of_codes(name)]
         if len(given) < len(members):
             rows = tensor.load().float().contiguous()
             return round_matrix(", ".join(members), rows, format, symmetric=False)
@@ -131,6 +132,12 @@ class Storage:
                 f"{list(tensor.shape)}. Quantise the model again."
             )
         return codes
+
+    def _major_of_codes(self, name: str) -> Major:
+        """Return how the checkpoint's codes of a matrix lie."""
+        if name == contract.EMBEDDING:
+            return "output"
+        return self.formats.head_major if name == contract.HEAD and self.formats is not None else "input"
 
 
 def storage_of(source: ModelSource, dtype: str, plan: FormatPlan | None = None) -> Storage:
@@ -155,7 +162,7 @@ def read_plan(source: ModelSource, weights: str, group: int | None, rules: Seque
         if weights == FLOAT and group is None and not rules:
             return None
         raise UsageError(
-            f"{source.name} is quantised already, and is stored as it is. Leave --weights, --group and --weights-for "
+            f"{source.name} is quantised already, and keeps its formats. Leave --weights, --group and --weights-for "
             "out, or give the float model."
         )
     spec, chosen = source.spec, DEFAULT_GROUP if group is None else group
@@ -172,11 +179,6 @@ def read_plan(source: ModelSource, weights: str, group: int | None, rules: Seque
     if group is not None:
         raise UsageError("--group has no effect where all weights are floats. Leave it out, or give --weights int4.")
     return None
-
-
-def _major_of_codes(name: str) -> Major:
-    """Return how a checkpoint's codes of a matrix lie."""
-    return "output" if name in (contract.EMBEDDING, contract.HEAD) else "input"
 
 
 class _TensorsToCome:

@@ -33,19 +33,21 @@ def with_stored_integers(model: Any, artifact: Artifact, source: ModelSource) ->
     Args:
         model: The artifact's float model, which is returned unchanged where nothing differs.
         artifact: The artifact, of the priced layout or without integers.
-        source: The source of the model; a quantised source has the integers already, apart from a head that lies by
-            input channel.
+        source: The source of the model; a quantised source has the integers already, apart from a head that lies the
+            other way.
     """
     of_head = artifact.matrices.get(contract.HEAD)
-    own_head = of_head is not None and of_head.major == "input" and not of_head.format.is_float
+    stored_major = "output" if source.formats is None else source.formats.head_major
+    own_head = of_head is not None and of_head.major != stored_major and not of_head.format.is_float
     if not artifact.has_integers or (source.formats is not None and not own_head):
         return model
     # A source may return the same model object again. Only what changes is copied.
     kept = () if source.formats is None else itertools.chain(model.parameters(), model.buffers())
     spec, changed = source.spec, copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
     head = changed.get_output_embeddings()
-    if own_head:  # a parameter of its own, since the head may be tied
-        weight = torch.from_numpy(stored_codes(artifact, contract.HEAD).decode()).T.contiguous().to(head.weight)
+    if own_head and of_head is not None:  # a parameter of its own, since the head may be tied
+        weight = torch.from_numpy(stored_codes(artifact, contract.HEAD).decode()).to(head.weight)
+        weight = weight.T.contiguous() if of_head.major == "input" else weight
         head.weight = torch.nn.Parameter(weight, requires_grad=False)
     if source.formats is not None:
         return changed

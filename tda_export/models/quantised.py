@@ -1,8 +1,9 @@
 """Folders written by `tda-export quantize`: codes of integer formats, and the checkpoint that they represent.
 
 config.json has the format of every matrix under `quantization_config`. model.safetensors holds each integer matrix
-separately, as an artifact stores it: `layers.{i}.{part}` [in, out] with heads in the graphs' order, `embedding` and
-`head` [V, M], each with its `.scales` and `.zero_points`. All other tensors have the checkpoint's names.
+separately, as an artifact stores it: `layers.{i}.{part}` [in, out] with heads in the graphs' order, `embedding` [V, M],
+and `head` [M, V] or [V, M] (`head_major`), each with its `.scales` and `.zero_points`. All other tensors have the
+checkpoint's names.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -23,12 +24,16 @@ from tda_export.models.weights import SINGLE_FILE, SafetensorsWeights, open_safe
 from tda_export.packing import linear_parts, linear_shape
 from tda_export.weights.formats import IntegerFormat
 from tda_export.weights.integers import Codes, CodesByName
+from tda_export.weights.matrix import Major
 from tda_export.weights.plan import EMBEDDING, HEAD, FormatPlan, matrix_names, part_name
 
 CONFIG_FILE = "config.json"
 CONFIG_KEY = "quantization_config"
 METHOD = "tda_export"
-VERSION = 1
+VERSION = 2
+VERSIONS = (1, VERSION)  # the first has no `head_major`: heads lie by output, and tied ones are the embedding
+HEAD_MAJOR = "head_major"
+NOT_KEPT = ("quant_method", "version", "formats", HEAD_MAJOR)  # by manifests and calibrations
 AGAIN = "Make it again with 'tda-export quantize'."
 TORCH_DTYPES = {"U8": "uint8", "F16": "float16"}  # safetensors' names
 
@@ -46,10 +51,11 @@ def read_quantisation(folder: Path) -> dict[str, Any] | None:
         return None  # a missing or damaged file: transformers reports what is wrong
     if not isinstance(content, dict) or content.get("quant_method") != METHOD:
         return None
-    if content.get("version") != VERSION:
+    if content.get("version") not in VERSIONS:
         raise TdaError(
             f"{folder / CONFIG_FILE}: {CONFIG_KEY} has version {shown(content.get('version'))}, and this version of "
-            f"tda-export reads {VERSION}. Upgrade tda-export, or make the folder again with 'tda-export quantize'."
+            f"tda-export reads {' and '.join(map(str, VERSIONS))}. Upgrade tda-export, or make the folder again with "
+            "'tda-export quantize'."
         )
     return content
 
@@ -57,13 +63,13 @@ def read_quantisation(folder: Path) -> dict[str, Any] | None:
 def kept_of(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a folder's quantisation entry that manifests and calibrations keep: the settings and the
     loss."""
-    return {name: value for name, value in content.items() if name not in ("quant_method", "version", "formats")}
+    return {name: value for name, value in content.items() if name not in NOT_KEPT}
 
 
-def matrix_shape(spec: DecoderSpec, name: str) -> tuple[int, int]:
-    """Return rows and columns of a stored matrix. Matrices of layers are input-major, embedding and head
-    output-major."""
-    if name in (EMBEDDING, HEAD):
+def matrix_shape(spec: DecoderSpec, name: str, head_major: Major = "output") -> tuple[int, int]:
+    """Return rows and columns of a stored matrix. Matrices of layers are input-major, the embedding output-major, the
+    head as `head_major` says."""
+    if name == EMBEDDING or (name == HEAD and head_major == "output"):
         return spec.vocab_size, spec.embedding_width
     return linear_shape(spec, name.rpartition(".")[2])
 
@@ -112,7 +118,7 @@ class QuantisedWeights:
         inside = {
             tensor.name
             for name, format in self.plan.integers.items()
-            for tensor in format.tensors(name, *matrix_shape(self._spec, name))
+            for tensor in format.tensors(name, *self._matrix_shape(name))
         }
         return [*self._made, *(name for name in self._stored.names if name not in inside | self._inside)]
 
@@ -127,9 +133,9 @@ class QuantisedWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         if name not in self._made:
             return self._stored.shape(name)
-        shapes = [matrix_shape(self._spec, matrix) for matrix in self._made[name]]
-        if name in (f"{self._spec.names.embedding}.weight", f"{self._spec.names.head}.weight"):
-            return shapes[0]
+        if self._made[name][0] in (EMBEDDING, HEAD):
+            return self._spec.vocab_size, self._spec.embedding_width
+        shapes = [self._matrix_shape(matrix) for matrix in self._made[name]]
         inputs, outputs = shapes[0][0], sum(columns for _, columns in shapes)
         return (inputs, outputs) if self._spec.transposed_linears else (outputs, inputs)
 
@@ -138,7 +144,8 @@ class QuantisedWeights:
             return self._stored.load(name)
         matrices = self._made[name]
         if matrices[0] in (EMBEDDING, HEAD):
-            return self._matrix(matrices[0])
+            weight = self._matrix(matrices[0])
+            return weight.T.contiguous() if matrices[0] == HEAD and self.plan.head_major == "input" else weight
         parts = {matrix.rpartition(".")[2]: self._matrix(matrix) for matrix in matrices}
         return module_weight(self._spec, parts)
 
@@ -149,11 +156,14 @@ class QuantisedWeights:
             TdaError: A scale is not finite.
         """
         format = self.plan.integers[name]
-        tensors = format.tensors(name, *matrix_shape(self._spec, name))
+        tensors = format.tensors(name, *self._matrix_shape(name))
         packed, scales, zero_points = (self._stored.load(tensor.name).numpy() for tensor in tensors)
         if not np.isfinite(scales).all():
             raise TdaError(f"{self._file}: {tensors[1].name} has scales that are not numbers. {AGAIN}")
-        return Codes.unpack(format, matrix_shape(self._spec, name)[1], packed, scales, zero_points)
+        return Codes.unpack(format, self._matrix_shape(name)[1], packed, scales, zero_points)
+
+    def _matrix_shape(self, name: str) -> tuple[int, int]:
+        return matrix_shape(self._spec, name, self.plan.head_major)
 
     def _matrix(self, name: str) -> torch.Tensor:
         if self.plan.of(name) is None:  # floats that share a tensor of the checkpoint with integers
@@ -161,7 +171,7 @@ class QuantisedWeights:
         return torch.from_numpy(self.read_codes(name).decode())
 
     def _check(self, name: str) -> None:
-        format, shape = self.plan.of(name), matrix_shape(self._spec, name)
+        format, shape = self.plan.of(name), self._matrix_shape(name)
         if not isinstance(format, IntegerFormat):
             self._check_tensor(name, shape, None)
             return
@@ -184,8 +194,11 @@ class QuantisedWeights:
 
 
 def _read_plan(folder: Path, spec: DecoderSpec, content: dict[str, Any]) -> FormatPlan:
+    major = content.get(HEAD_MAJOR, "output")
+    if major not in get_args(Major):
+        raise TdaError(f"{folder / CONFIG_FILE}: {CONFIG_KEY}: {HEAD_MAJOR} is {shown(major)}. {AGAIN}")
     try:
-        plan = FormatPlan.from_dict(content["formats"])
+        plan = FormatPlan.from_dict(content["formats"], major)
     except (KeyError, ValueError) as error:
         reason = "formats are missing" if isinstance(error, KeyError) else first_line(error)
         raise TdaError(f"{folder / CONFIG_FILE}: {CONFIG_KEY}: {reason}. {AGAIN}") from error

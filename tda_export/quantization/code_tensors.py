@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from tda_export.weights.formats import IntegerFormat
-from tda_export.weights.integers import Codes, PackedCodes
+from tda_export.weights.integers import FIELDS, Codes, PackedCodes
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,12 @@ class CodeTensors:
         """Copy codes to a device."""
         fields = (torch.from_numpy(each).to(device) for each in (codes.codes, codes.scales, codes.zero_points))
         return CodeTensors(codes.format, *fields)
+
+    @staticmethod
+    def beside(parts: Sequence[CodeTensors]) -> CodeTensors:
+        """Put matrices of one format side by side; all but the last have whole groups."""
+        fields = (torch.cat([getattr(part, field) for part in parts], dim=1) for field in FIELDS)
+        return CodeTensors(parts[0].format, *fields)
 
     def pack(self) -> PackedCodes:
         """Do what `Codes.pack` does on the device, and copy the result to the CPU."""

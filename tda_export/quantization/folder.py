@@ -14,14 +14,23 @@ from safetensors.torch import save_file
 
 from tda_export.files import as_os_error, atomic_folder
 from tda_export.models.layout import Layout
-from tda_export.models.quantised import CONFIG_FILE, CONFIG_KEY, METHOD, VERSION, made_tensors, read_quantisation
+from tda_export.models.quantised import (
+    CONFIG_FILE,
+    CONFIG_KEY,
+    HEAD_MAJOR,
+    METHOD,
+    VERSION,
+    made_tensors,
+    read_quantisation,
+)
 from tda_export.models.skeleton import skeleton_shapes
 from tda_export.models.source import GENERATION_CONFIG_FILE, ModelSource
 from tda_export.models.weights import SINGLE_FILE
 from tda_export.weights.integers import Codes
-from tda_export.weights.plan import FormatPlan
+from tda_export.weights.plan import HEAD, FormatPlan
 
 COPIED = ("tokenizer*", "*.jinja", "*.json", "merges.txt", "vocab.txt", "spiece.model", "LICEN[CS]E*", "NOTICE*")
+TIED = "tie_word_embeddings"  # in config.json; a head with codes of its own is not tied any more
 NOT_COPIED = (CONFIG_FILE, "*.index.json")
 
 
@@ -48,8 +57,9 @@ def write_quantised(
     Raises:
         TdaError: The operating system refused to write.
     """
-    content = {"quant_method": METHOD, "version": VERSION, **about, "formats": plan.to_dict()}
-    config = _config(source) | {CONFIG_KEY: content}
+    content = {"quant_method": METHOD, "version": VERSION, **about, HEAD_MAJOR: plan.head_major}
+    content["formats"] = plan.to_dict()
+    config = _config(source) | ({TIED: False} if HEAD in plan.formats else {}) | {CONFIG_KEY: content}
     with atomic_folder(output) as folder:
         tensors = dict(_codes(codes, plan)) | dict(_floats(source, plan))
         try:

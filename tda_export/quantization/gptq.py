@@ -10,8 +10,9 @@ Source: GPTQ, arXiv 2210.17323, algorithm 1; the order is `act_order` in its cod
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -99,6 +100,15 @@ class LazyMatrix:
     def of(weight: torch.Tensor) -> LazyMatrix:
         """Take the columns of a tensor [in, out]."""
         return LazyMatrix(weight.shape[1], lambda columns: weight[:, columns])
+
+    def pieces(self, columns: int, format: IntegerFormat) -> Iterator[LazyMatrix]:
+        """Cut it into pieces of whole groups with at most so many columns, but at least a group."""
+        size = max(1, columns // format.group) * format.group
+        for start in range(0, self.outputs, size):
+            yield LazyMatrix(min(size, self.outputs - start), partial(self._read_from, start))
+
+    def _read_from(self, start: int, columns: slice) -> torch.Tensor:
+        return self.read(slice(start + columns.start, start + columns.stop))
 
 
 def quantise_together(

@@ -13,7 +13,8 @@ from tda_export.models.placement import module_device
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import linear_shape, linear_sites
 from tda_export.quantization.gptq import RowOrder, row_order
-from tda_export.quantization.layers import Call, pass_on, watch_site
+from tda_export.quantization.layers import Call, pass_on, watch_head, watch_site
+from tda_export.weights.plan import HEAD
 
 # The weight of a sequence's first token in q, k and v. All tokens attend to it, and its hidden state is unlike any
 # other, so its key and value must stay accurate.
@@ -56,16 +57,36 @@ def layer_hessians(
     return found
 
 
+def head_hessian(model: Any, spec: DecoderSpec, sequence: torch.Tensor, hidden: list[torch.Tensor]) -> torch.Tensor:
+    """Do the same for the head, float32 [in, in].
+
+    Args:
+        model: A transformers model. Its layers are not run, and need no weights.
+        spec: Its architecture.
+        sequence: int64 [T], any of the sequences.
+        hidden: The last layer's output for each sequence, [1, T, M].
+    """
+    size = linear_shape(spec, HEAD)[0]
+    hessian = torch.zeros(size, size, device=model.device)
+    watch_head(model, spec, sequence, hidden, lambda x: _add(hessian, HEAD, x))
+    return hessian
+
+
 def site_order(hessian: torch.Tensor, layer: int, site: str) -> RowOrder:
     """Order the rows of a site's matrices (`row_order`).
 
     Raises:
         TdaError: The Hessian is not finite, or has no factor; the message names the site.
     """
+    return named_order(hessian, f"Layer {layer}, {site}")
+
+
+def named_order(hessian: torch.Tensor, name: str) -> RowOrder:
+    """Do the same, and put this name before the message."""
     try:
         return row_order(hessian)
     except TdaError as error:
-        raise TdaError(f"Layer {layer}, {site}: {error}") from error
+        raise TdaError(f"{name}: {error}") from error
 
 
 def _empty(spec: DecoderSpec, site: str, device: torch.device) -> torch.Tensor:

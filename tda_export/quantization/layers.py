@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from tda_export.models.layerwise import layer_module, layers_skipped
-from tda_export.models.linear_modules import layer_linears
+from tda_export.models.linear_modules import Linear, layer_linears
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import linear_sites
+from tda_export.weights.plan import HEAD
 
 HIDDEN = "hidden_states"
 
@@ -130,6 +131,32 @@ def watch_site(
         for hidden in inputs:
             with _until_reached():
                 call(hidden.to(model.device))
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def watch_head(
+    model: Any,
+    spec: DecoderSpec,
+    sequence: torch.Tensor,
+    hidden: list[torch.Tensor],
+    observe: Callable[[torch.Tensor], None],
+) -> None:
+    """Call `observe` with the input of the head, [T, in], for each output of the last layer, [1, T, M].
+
+    Layers are not run, and need no weights. `sequence` int64 [T] is any of the sequences. Logits are not computed.
+    """
+
+    def take(x: torch.Tensor) -> None:
+        observe(x)
+        raise _Reached
+
+    handle = Linear(model, spec, 0, HEAD).on_input(take)
+    try:
+        for left in hidden:
+            with layers_skipped(model, spec, left.to(model.device)), _until_reached():
+                model(sequence[None].to(model.device), use_cache=False)
     finally:
         handle.remove()
 

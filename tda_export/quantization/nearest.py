@@ -15,6 +15,7 @@ from tda_export.models.weights import Weights
 from tda_export.quantization import nearest_on_device
 from tda_export.weights.formats import IntegerFormat
 from tda_export.weights.integers import FIELDS, Codes, round_to_nearest
+from tda_export.weights.matrix import Major
 from tda_export.weights.plan import EMBEDDING, HEAD
 
 ELEMENTS_AT_ONCE = 1 << 22  # elements of a matrix that one thread or a GPU rounds at a time
@@ -26,17 +27,21 @@ def read_matrix(
     name: str,
     device: torch.device | str = "cpu",
     columns: slice = slice(None),
+    *,
+    head_major: Major = "output",
 ) -> torch.Tensor:
-    """Read a matrix, or some columns of it, as it is stored, float32 [rows, columns]: layers' linears [in, out],
-    embedding and head [V, M].
+    """Read a matrix, or some columns of it, as it is stored, float32 [rows, columns]: layers' linears [in, out], the
+    embedding [V, M], the head [M, V] or [V, M], as `head_major` says.
 
     Raises:
         TdaError: A weight is not finite.
     """
     layout = Layout(spec, weights)
     if name in (EMBEDDING, HEAD):
-        module = spec.names.embedding if name == EMBEDDING else spec.names.head
-        weight = layout.plain(f"{module}.weight", spec.vocab_size, spec.embedding_width).load()[:, columns].to(device)
+        module = spec.names.embedding if name == EMBEDDING or spec.tied_head else spec.names.head
+        weight = layout.plain(f"{module}.weight", spec.vocab_size, spec.embedding_width).load()
+        by_input = name == HEAD and head_major == "input"
+        weight = to_device(weight[columns], device).T if by_input else weight[:, columns].to(device)
     else:
         _, layer, part = name.split(".")
         weight = to_device(layout.part(int(layer), part).load()[columns], device).T

@@ -1,4 +1,4 @@
-"""Quantise a model: embedding and head first, then layer after layer, each with the quantised layers before it."""
+"""Quantise a model: the embedding first, then layer after layer, then the head, each with all that is before it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tda_export.packing import linear_parts, linear_sites
 from tda_export.progress import Advance
 from tda_export.quantization.code_tensors import CodeTensors
 from tda_export.quantization.gptq import LazyMatrix, quantise_together, why_slow
-from tda_export.quantization.hessians import site_hessian, site_order
+from tda_export.quantization.hessians import head_hessian, named_order, site_hessian, site_order
 from tda_export.quantization.kl import Compared, Loss, compare, summarise
 from tda_export.quantization.layers import Call, first_inputs, last_log_probabilities, layer_calls, pass_on
 from tda_export.quantization.losses import linear_losses
@@ -37,6 +37,8 @@ from tda_export.weights.formats import IntegerFormat
 from tda_export.weights.integers import Codes, PackedCodes
 from tda_export.weights.mixture import Mixture
 from tda_export.weights.plan import EMBEDDING, HEAD, FormatPlan, part_name
+
+HEAD_ELEMENTS = 1 << 27  # of the head that are rounded at a time
 
 Show = Callable[[str, int], AbstractContextManager[Advance]]
 
@@ -87,14 +89,15 @@ def quantize(
     versions = {"tda-export": tda_export.__version__, **installed_versions(RECORDED_PACKAGES)}
 
     def kept(plan: FormatPlan) -> PartialLayers | None:
-        key = about | {"formats": plan.to_dict(), "device": settings.device, "versions": versions}
+        formats = {"formats": plan.to_dict(), "head_major": plan.head_major}
+        key = about | formats | {"device": settings.device, "versions": versions}
         return PartialLayers(output, key) if output and ranks.first else None
 
     device = _device(settings.device, ranks)
     model = LayerwiseModel(source, device) if len(tokens) or len(held_out) else None
     if model is not None and settings.quantizer == "gptq":
         possible = (plan,) if mixture is None else (mixture.fours, mixture.eights)
-        formats = frozenset().union(*(each.linear_formats for each in possible))  # embedding and head are not GPTQ's
+        formats = frozenset().union(*(each.gptq_formats for each in possible))
         reason = why_slow(torch.device(device), formats, settings.symmetric)
         if reason is not None:
             notify(
@@ -117,12 +120,14 @@ def quantize(
     layers = kept(plan)
     with LayerSaver(layers) if layers else nullcontext() as saver:
         run = _Run(source, plan, settings, device, model, tokens, own, saver, ranks)
-        with show("Quantising", spec.num_layers + 1) as advance:
-            run.outside()
+        with show("Quantising", spec.num_layers + 2) as advance:
+            run.begin()
             advance(1)
             for layer in range(spec.num_layers):
                 run.layer(layer)
                 advance(1)
+            run.head()
+            advance(1)
     measured = None
     if len(held_out):
         pairs = iter(zip(dense, run.log_probabilities(), strict=True))
@@ -227,19 +232,10 @@ class _Run:
         self._inputs: list[torch.Tensor] = []
         self._left: list[torch.Tensor] = []
 
-    def outside(self) -> None:
-        """Quantise embedding and head, and read the sequences up to the first layer."""
-        names = {EMBEDDING: self._spec.names.embedding, HEAD: self._spec.names.head}
-        integers = self._plan.integers
-
-        def rounded(name: str, together: int) -> Codes:
-            rows = read_matrix(self._spec, self._weights, name)  # in the CPU's memory; the device gets pieces
-            return round_matrix(name, rows, integers[name], symmetric=self._settings.symmetric, device=self._device)
-
-        wanted = [name for name in (EMBEDDING, HEAD) if name in integers]
-        for name, found in zip(wanted, self._ranks.in_order(wanted, rounded), strict=True):
-            self.codes.keep({name: PackedCodes.of(found)})
-            self._put(names[name], CodeTensors.of(found).decode())
+    def begin(self) -> None:
+        """Quantise the embedding, and a head that lies by output, and read the sequences up to the first layer."""
+        wanted = [EMBEDDING] if self._plan.head_major == "input" else [EMBEDDING, HEAD]
+        self._round_outside([name for name in wanted if name in self._plan.integers])
         if self._model is not None:
             model, own = self._model.model, self._tokens[self._ranks.number :: self._ranks.count]
             for sequence in (self._tokens if len(self._tokens) else self._held_out)[:1]:  # a rank may have no sequences
@@ -253,9 +249,55 @@ class _Run:
         with self._model.layer(layer, unread=linears) if self._model else nullcontext():
             self._quantise(layer)
             if self._model is not None and self._calls:
-                last = layer + 1 == self._spec.num_layers
-                for sequences in (self._left,) if last else (self._inputs, self._left):
+                unread = layer + 1 == self._spec.num_layers and self._plan.head_major == "output"
+                for sequences in (self._left,) if unread else (self._inputs, self._left):
                     pass_on(self._calls[layer], sequences, self._model.device)
+
+    def head(self) -> None:
+        """Quantise a head that lies by input, as the layers' linears do."""
+        if self._plan.head_major == "output":
+            return
+        if self._settings.quantizer == "rtn":
+            self._round_outside([HEAD])
+            return
+        assert self._model is not None
+        sequence = (self._tokens if len(self._tokens) else self._held_out)[0]
+        hessian = head_hessian(self._model.model, self._spec, sequence, self._inputs)
+        self._ranks.add_up(hessian)
+        order = named_order(hessian, HEAD)
+        inputs, outputs = matrix_shape(self._spec, HEAD, "input")
+        read = partial(read_matrix, self._spec, self._weights, HEAD, self._device, head_major="input")
+        format, symmetric = self._plan.integers[HEAD], self._settings.symmetric
+        pieces = []
+        for piece in LazyMatrix(outputs, read).pieces(HEAD_ELEMENTS // inputs, format):
+            pieces += quantise_together([piece], order, format, symmetric=symmetric, ranks=self._ranks)
+        found = CodeTensors.beside(pieces)
+        check_scales(HEAD, format, bool(found.scales.isfinite().all()))
+        self._keep_outside(HEAD, found.pack(), found.decode())
+
+    def _round_outside(self, names: list[str]) -> None:
+        """Round embedding, head or both to nearest."""
+        integers, major = self._plan.integers, self._plan.head_major
+
+        def rounded(name: str, together: int) -> Codes:
+            # In the CPU's memory; the device gets pieces.
+            rows = read_matrix(self._spec, self._weights, name, head_major=major)
+            return round_matrix(name, rows, integers[name], symmetric=self._settings.symmetric, device=self._device)
+
+        for name, found in zip(names, self._ranks.in_order(names, rounded), strict=True):
+            self._keep_outside(name, PackedCodes.of(found), CodeTensors.of(found).decode())
+
+    def _keep_outside(self, name: str, codes: PackedCodes, decoded: torch.Tensor) -> None:
+        """Keep the codes of embedding or head, and give the model their values."""
+        self.codes.keep({name: codes})
+        if self._model is None:
+            return
+        if name == HEAD and self._plan.head_major == "input":
+            self._model.put(self._spec.names.head, decoded.T.contiguous())  # even where it was the embedding so far
+        else:
+            module = self._spec.names.embedding if name == EMBEDDING else self._spec.names.head
+            parameter = self._model.model.get_submodule(module).weight  # that a tied head shares
+            parameter.data = decoded.to(parameter)
 
     def log_probabilities(self) -> Iterator[torch.Tensor]:
         """Yield the log-probabilities after each token of each held-out continuation, float32 [C, V] on the CPU."""
@@ -327,12 +369,6 @@ class _Run:
             if parts[0] in values:
                 weight = module_weight(self._spec, {part: values[part] for part in parts})
                 self._model.put(module.format(i=layer), weight)
-
-    def _put(self, module: str, weight: torch.Tensor) -> None:
-        """Set the weight of a module of the model. Modules that share it, such as a tied head, get it too."""
-        if self._model is not None:
-            parameter = self._model.model.get_submodule(module).weight
-            parameter.data = weight.to(parameter)
 
 
 def _about(

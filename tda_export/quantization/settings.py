@@ -12,7 +12,7 @@ from tda_export.calibration.run import check_device
 from tda_export.errors import UsageError
 from tda_export.models.quantised import matrix_shape
 from tda_export.models.spec import DecoderSpec
-from tda_export.packing import linear_parts
+from tda_export.packing import HeadRows, linear_parts
 from tda_export.quantization.gptq import DAMPING
 from tda_export.quantization.hessians import FIRST_TOKEN_WEIGHT
 from tda_export.weights.formats import DEFAULT_GROUP
@@ -31,6 +31,9 @@ class QuantizeSettings:
 
     `sequences`: how many GPTQ reads. `kl_sequences`: how many others the loss is measured on; 0 measures no loss.
     `bits_per_weight`: the mean bits of the layers' linears, some of which are then in eight bits instead of four.
+    `head`: `priced` stores a head of integers by input channel, apart from an embedding that it may be tied to, so that
+    its rows can have prices; GPTQ rounds it too. `whole` stores it by token, rounded to nearest; a tied one stays the
+    embedding.
     """
 
     weights: str = "int4"
@@ -45,6 +48,7 @@ class QuantizeSettings:
     seed: int = 0
     device: str = "cpu"
     bits_per_weight: float | None = None
+    head: HeadRows = "priced"
 
     def __post_init__(self) -> None:
         check_device(self.device)
@@ -108,6 +112,7 @@ class QuantizeSettings:
             weights=weights,
             group=self.group,
             rules=self.rules,
+            head_major="input" if self.head == "priced" else "output",
         )
 
     def describe(self) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Mixture:
             if taken + more[name] <= most:
                 formats[name] = self.eights.of(name)
                 taken += more[name]
-        return FormatPlan(formats)
+        return FormatPlan(formats, self.fours.head_major)
 
     def describe(self, plan: FormatPlan) -> dict[str, float]:
         """Return the bits a weight that were asked for, and those of the chosen plan, as plain data."""

@@ -15,6 +15,7 @@ from tda_export.weights.formats import (
     WeightFormat,
     integer_format,
 )
+from tda_export.weights.matrix import Major
 
 EMBEDDING, HEAD = "embedding", "head"
 FLOAT = "float"  # not a format's name: elements stay in the float dtype of the output
@@ -37,9 +38,13 @@ def matrix_names(layers: int, parts: tuple[str, ...], *, tied_head: bool) -> lis
 
 @dataclass(frozen=True)
 class FormatPlan:
-    """The format of every matrix by name, None for floats."""
+    """The format of every matrix by name, None for floats.
+
+    `head_major` says what a row of a head of integers is: an input, as in the layers' linears, or an output (a token).
+    """
 
     formats: Mapping[str, WeightFormat | None]
+    head_major: Major = "output"
 
     def of(self, name: str) -> WeightFormat | None:
         """Return the format of `layers.{i}.{part}`, `embedding` or `head`. A tied head has the embedding's format.
@@ -55,16 +60,18 @@ class FormatPlan:
         return {name: format for name, format in self.formats.items() if isinstance(format, IntegerFormat)}
 
     @property
-    def linear_formats(self) -> frozenset[IntegerFormat]:
-        """Return the formats of those linears of the layers that are stored as integers."""
-        return frozenset(format for name, format in self.integers.items() if name not in (EMBEDDING, HEAD))
+    def gptq_formats(self) -> frozenset[IntegerFormat]:
+        """Return the formats of the matrices of integers whose rows are inputs: all but the embedding, and a head that
+        lies by output."""
+        outside = (EMBEDDING,) if self.head_major == "input" else (EMBEDDING, HEAD)
+        return frozenset(format for name, format in self.integers.items() if name not in outside)
 
     def to_dict(self) -> dict[str, str]:
-        """Return it as plain data."""
+        """Return the formats as plain data."""
         return {name: FLOAT if format is None else format.name for name, format in self.formats.items()}
 
     @staticmethod
-    def from_dict(content: Mapping[str, str]) -> FormatPlan:
+    def from_dict(content: Mapping[str, str], head_major: Major = "output") -> FormatPlan:
         """Read a plan back from the result of `to_dict`.
 
         Raises:
@@ -77,7 +84,7 @@ class FormatPlan:
             if format != FLOAT and (not isinstance(format, str) or format not in INTEGER_FORMATS):
                 raise ValueError(f"the format of {shown(name)} is {shown(format)}, which is not known")
             formats[name] = None if format == FLOAT else INTEGER_FORMATS[format]
-        return FormatPlan(formats)
+        return FormatPlan(formats, head_major)
 
 
 def plan_formats(
@@ -88,6 +95,7 @@ def plan_formats(
     weights: str,
     group: int = DEFAULT_GROUP,
     rules: Iterable[Rule] = (),
+    head_major: Major = "output",
 ) -> FormatPlan:
     """Choose the format of every matrix.
 
@@ -99,10 +107,19 @@ def plan_formats(
             int8.
         group: The number of elements that share a scale, where a rule does not say otherwise.
         rules: Exceptions; the last that matches a name wins.
+        head_major: What a row of the head is. By input, a head of integers is a matrix with a format of its own, even
+            where it is tied; a tied one that stays float is still the embedding.
 
     Raises:
         UsageError: A rule matches nothing.
     """
+    rules = tuple(rules)
+    if head_major == "input" and tied_head:
+        apart = plan_formats(
+            layers, parts, tied_head=False, weights=weights, group=group, rules=rules, head_major=head_major
+        )
+        if apart.of(HEAD) is not None:
+            return apart
     inside = read_format(weights, group)
     outside = None if inside is None else integer_format(OUTSIDE_BITS, group)
     formats: dict[str, WeightFormat | None] = {}
@@ -119,7 +136,8 @@ def plan_formats(
                 f"({', '.join(parts)} in each layer), {EMBEDDING} and {HEAD}."
             )
         formats |= dict.fromkeys(matched, format)
-    return FormatPlan(formats)
+    by_input = head_major == "input" and not tied_head and formats[HEAD] is not None
+    return FormatPlan(formats, "input" if by_input else "output")
 
 
 def read_rules(texts: Iterable[str], group: int = DEFAULT_GROUP) -> tuple[Rule, ...]:

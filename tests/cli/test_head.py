@@ -7,18 +7,22 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tda_export.calibration.file import read_calibration
 from tda_export.evaluation.greedy_densities import GreedyDensities, write_densities
 from tda_export.graph import contract
 from tda_export.graph.derive import artifact_spec
+from tda_export.graph.stored_integers import stored_codes
+from tda_export.models.source import resolve_model
 from tda_export.packing import packed_matrices
 from tda_export.runtime.artifact import open_artifact
 from tests.cli.conftest import FAILURE, USAGE, assert_error
 from tests.cli.results import result_of
 from tests.conftest import TINY_LENGTHS, run_cli, run_ok
 from tests.few_prices import few_prices  # noqa: F401 - a fixture
+from tests.tiny import save_tiny_model
 
 TEXT = "The tide is full, the moon lies fair upon the straits. " * 20
 
@@ -144,28 +148,41 @@ def test_layers_are_all_of_an_artifact_whose_head_is_whole(whole: Path, text: Pa
 def test_a_head_of_four_bits_cannot_have_prices(tiny_model: Path, tmp_path: Path) -> None:
     lengths = ("--prompt-tokens", "24", "--continuation-tokens", "8", "--sequences", "4")
     model = tmp_path / "model"
-    run_ok("quantize", tiny_model, "-o", model, "--weights-for", "head=int4", "--kl-sequences", "2", *lengths)
-    result = run_cli("calibrate", model, "-o", tmp_path / "c", "--head", "priced", *lengths)
-    assert_error(result, USAGE, "has its head in four bits by output, and rows with prices lie by input. Leave it out,")
-    run_ok("calibrate", model, "-o", tmp_path / "c", *lengths)
-    assert read_calibration(tmp_path / "c").provenance["settings"]["head"] == "whole"
+    given = ("--weights-for", "head=int4", "--kl-sequences", "2")
+    for own, other in (("whole", "priced"), ("priced", "whole")):
+        run_ok("quantize", tiny_model, "-o", model, "--head", own, *given, *lengths, "--overwrite")
+        result = run_cli("calibrate", model, "-o", tmp_path / own, "--head", other, *lengths)
+        lies, needed = ("output", "input") if own == "whole" else ("input", "output")
+        words = f"has its head in four bits by {lies}, and it would have to lie by {needed}. Leave it out, or quantise"
+        assert_error(result, USAGE, words)
+        run_ok("calibrate", model, "-o", tmp_path / own, *lengths)
+        assert read_calibration(tmp_path / own).provenance["settings"]["head"] == own
 
 
-def test_a_quantised_head(tiny_model: Path, tmp_path: Path) -> None:
-    """Codes of eight bits are rounded again by input channel; a head of four bits stays whole."""
-    lengths = ("--prompt-tokens", "24", "--continuation-tokens", "8")
-    for bits, prices_head in ((8, True), (4, False)):
-        model, calibration = tmp_path / f"model{bits}", tmp_path / f"c{bits}"
-        rules = ("--weights-for", f"head=int{bits}", "--sequences", "4", "--kl-sequences", "2")
-        run_ok("quantize", tiny_model, "-o", model, *rules, *lengths, "--quiet")
-        run_ok("calibrate", model, "-o", calibration, "--sequences", "4", *lengths)
-        run_ok("build", model, "--calibration", calibration, "-o", tmp_path / f"a{bits}")  # verifies
-        opened = open_artifact(tmp_path / f"a{bits}")
-        assert opened.prices_head == prices_head
-        assert opened.head.format.name == f"int{bits}_g32"
-        known = [
-            result_of("inspect", place, *dtype) for place, dtype in ((model, ("--dtype", "fp32")), (opened.folder, ()))
-        ]
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+@pytest.mark.parametrize(
+    ("bits", "stored", "read"),
+    [(8, "whole", "priced"), (4, "whole", "whole"), (8, "priced", "whole"), (4, "priced", "")],
+)
+def test_a_quantised_head(name: str, bits: int, stored: str, read: str, tmp_path: Path) -> None:
+    """Codes that lie as they are read are the folder's. Others, of eight bits, are rounded again."""
+    lengths = ("--prompt-tokens", "24", "--continuation-tokens", "8", "--sequences", "4")
+    model = tmp_path / "model"
+    rules = ("--weights-for", f"head=int{bits}", "--kl-sequences", "2", "--head", stored)
+    run_ok("quantize", save_tiny_model(name, tmp_path / "float"), "-o", model, *rules, *lengths, "--quiet")
+    chosen = ("--head", read) if read and bits == 8 else ()
+    run_ok("calibrate", model, "-o", tmp_path / "c", *chosen, *lengths)
+    run_ok("build", model, "--calibration", tmp_path / "c", "-o", tmp_path / "a")  # verifies
+    opened = open_artifact(tmp_path / "a")
+    assert opened.prices_head == ((read or stored) == "priced")
+    assert opened.head.format.name == f"int{bits}_g32"
+    own = resolve_model(str(model)).codes
+    if (read or stored) == stored and "head" in own:
+        assert np.array_equal(stored_codes(opened, "head").decode(), own["head"].decode())
+    known = [
+        result_of("inspect", place, *dtype) for place, dtype in ((model, ("--dtype", "fp32")), (opened.folder, ()))
+    ]
+    if (read or "priced") == "priced" or bits == 4:  # `inspect` of a model expects what `calibrate` does by default
         assert known[0]["session_bytes"] == known[1]["session_bytes"]
 
 

@@ -217,7 +217,7 @@ def test_a_quantised_model_is_stored_as_it_is(
     option: tuple[str, str], quantised: Path, calibration: Path, tmp_path: Path
 ) -> None:
     result = run_cli("build", quantised, "--calibration", calibration, *option, "-o", tmp_path / "a")
-    words = "is quantised already, and is stored as it is. Leave --weights, --group and --weights-for out, or give the"
+    words = "is quantised already, and keeps its formats. Leave --weights, --group and --weights-for out, or give the"
     assert_error(result, USAGE, words)
 
 

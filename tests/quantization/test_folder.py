@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,19 @@ from tda_export.models.source import ModelSource, resolve_model
 from tda_export.packing import linear_parts
 from tda_export.quantization.folder import is_quantised_folder, write_quantised
 from tda_export.quantization.nearest import read_matrix, round_matrix
+from tda_export.weights.matrix import Major
 from tda_export.weights.plan import FormatPlan, part_name, plan_formats, read_rules
 from tests.tiny import FAMILIES, save_tiny_model
 
 
-def rounded(source: ModelSource, output: Path, weights: str = "int8", rules: str = "", group: int = 32) -> FormatPlan:
+def rounded(
+    source: ModelSource,
+    output: Path,
+    weights: str = "int8",
+    rules: str = "",
+    group: int = 32,
+    head_major: Major = "output",
+) -> FormatPlan:
     """Quantise a tiny model without data and return the plan."""
     spec = source.spec
     plan = plan_formats(
@@ -31,33 +40,44 @@ def rounded(source: ModelSource, output: Path, weights: str = "int8", rules: str
         weights=weights,
         group=group,
         rules=read_rules([rules]) if rules else [],
+        head_major=head_major,
     )
+    matrices = {name: read_matrix(spec, source.weights(), name, head_major=plan.head_major) for name in plan.integers}
     codes = {
-        name: round_matrix(name, read_matrix(spec, source.weights(), name), format, symmetric=False)
-        for name, format in plan.integers.items()
+        name: round_matrix(name, matrices[name], format, symmetric=False) for name, format in plan.integers.items()
     }
     write_quantised(source, output, codes, plan, {})
     return plan
 
 
-def made(name: str, folder: Path, rules: str = "", weights: str = "int8") -> tuple[ModelSource, ModelSource]:
+def made(
+    name: str, folder: Path, rules: str = "", weights: str = "int8", head_major: Major = "output"
+) -> tuple[ModelSource, ModelSource]:
     """A tiny model, and its quantised folder."""
     source = resolve_model(str(save_tiny_model(name, folder / "float")))
     (folder / "float" / "LICENSE.md").write_text("Do what you like.")
-    rounded(source, folder / "quantised", weights, rules)
+    rounded(source, folder / "quantised", weights, rules, head_major=head_major)
     return source, resolve_model(str(folder / "quantised"))
 
 
+@pytest.mark.parametrize("head_major", ["input", "output"])
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_every_family_comes_back_exactly(name: str, tmp_path: Path) -> None:
-    """Parts equal the codes, other tensors equal the checkpoint, and transformers computes with these weights."""
-    source, quantised = made(name, tmp_path)
+def test_every_family_comes_back_exactly(name: str, head_major: Major, tmp_path: Path) -> None:
+    """Parts equal the codes, other tensors equal the checkpoint, and transformers computes with these weights. A head
+    by input is one of its own."""
+    source, quantised = made(name, tmp_path, head_major=head_major)
     spec = quantised.spec
-    assert spec == source.spec
+    assert spec == replace(source.spec, tied_head=source.spec.tied_head and head_major == "output")
+    formats = quantised.formats
+    assert formats is not None
+    assert formats.head_major == head_major
     assert quantised.fingerprint != source.fingerprint
     layout, checkpoint = Layout(spec, quantised.weights()), Layout(spec, source.weights())
     codes = quantised.codes
     assert ("head" in codes) == (not spec.tied_head)
+    if not spec.tied_head:
+        head, exact = quantised.reference().get_output_embeddings().weight.detach().numpy(), codes["head"].decode()
+        assert np.array_equal(head.T if head_major == "input" else head, exact)
     for layer in range(spec.num_layers):
         for part in linear_parts(spec):
             exact = codes[part_name(layer, part)].decode()
@@ -69,7 +89,7 @@ def test_every_family_comes_back_exactly(name: str, tmp_path: Path) -> None:
         assert value.dtype == torch.float32
         assert torch.equal(value, weights.load(parameter).float())
         assert weights.shape(parameter) == tuple(value.shape)
-    original = dict(source.reference().named_parameters())
+    original = dict(source.reference().named_parameters(remove_duplicate=False))
     inside = [value for parameter, value in reference.named_parameters() if not torch.equal(value, original[parameter])]
     assert all(value.dim() == 2 for value in inside)
     tokens = torch.arange(5, 45)[None]
@@ -111,6 +131,46 @@ def test_head_of_its_own_where_the_configuration_ties_it(tmp_path: Path) -> None
         assert (reference.lm_head.weight - tensors["lm_head.weight"]).abs().max() < 0.03
 
 
+@pytest.mark.parametrize(
+    ("rules", "tied", "formats"),
+    [
+        ("head=int4", False, ("int8_g32", "int4_g32")),
+        ("embedding=int4", False, ("int4_g32", "int8_g32")),
+        ("embedding=float", False, ("float", "int8_g32")),
+        ("head=float", True, ("float", None)),
+        ("head=float,embedding=int4", True, ("int4_g32", None)),
+    ],
+)
+def test_formats_of_a_tied_head_by_input(
+    rules: str, tied: bool, formats: tuple[str, str | None], tmp_path: Path
+) -> None:
+    """It has a format of its own, unless it stays float: then it is the embedding, and rules for either hold."""
+    source, quantised = made("llama-tied", tmp_path, rules, "int4", "input")
+    plan = quantised.formats
+    assert plan is not None
+    assert (quantised.spec.tied_head, plan.head_major) == (tied, "output" if tied else "input")
+    assert tuple(plan.to_dict().get(name) for name in ("embedding", "head")) == formats
+    reference, dense = quantised.reference(), source.reference().lm_head.weight
+    assert (reference.lm_head.weight is reference.model.embed_tokens.weight) == tied
+    assert (reference.lm_head.weight - dense).abs().max() < 0.3
+    assert json.loads((quantised.folder / "config.json").read_text())["tie_word_embeddings"] == tied
+
+
+def test_a_folder_of_the_first_version(tmp_path: Path) -> None:
+    """It has no `head_major`, and its head lies by output."""
+    _, quantised = made("llama", tmp_path)
+    head = quantised.reference().lm_head.weight.clone()
+    path = quantised.folder / "config.json"
+    content = json.loads(path.read_text())
+    content["quantization_config"] |= {"version": 1}
+    del content["quantization_config"]["head_major"]
+    path.write_text(json.dumps(content))
+    again = resolve_model(str(quantised.folder))
+    assert again.formats is not None
+    assert again.formats.head_major == "output"
+    assert torch.equal(again.reference().lm_head.weight, head)
+
+
 def test_bfloat16_tensors_keep_their_dtype(tmp_path: Path) -> None:
     folder = save_tiny_model("llama", tmp_path / "float")
     halved = {name: value.bfloat16() for name, value in load_file(folder / "model.safetensors").items()}
@@ -145,8 +205,8 @@ def test_what_else_is_in_the_folder(good: Path) -> None:
     assert not is_quantised_folder(good.parent / "float")
     content = json.loads((good / "config.json").read_text())
     quantisation = content.pop("quantization_config")
-    assert content == json.loads((good.parent / "float" / "config.json").read_text())
-    assert (quantisation["quant_method"], quantisation["version"]) == ("tda_export", 1)
+    assert content == json.loads((good.parent / "float" / "config.json").read_text()) | {"tie_word_embeddings": False}
+    assert (quantisation["quant_method"], quantisation["version"]) == ("tda_export", 2)
     assert quantisation["formats"]["layers.2.down"] == "int8_g32"
 
 
@@ -189,7 +249,14 @@ def test_damaged_tensors_are_named(good: Path, tmp_path: Path, damage: str) -> N
 
 
 CONTENTS = {
-    "version": ({"version": 2}, r"quantization_config has version 2, and this version of tda-export reads 1\. Upgrade"),
+    "version": (
+        {"version": 3},
+        r"quantization_config has version 3, and this version of tda-export reads 1 and 2\. Upgrade",
+    ),
+    "head": (
+        {"head_major": "x"},
+        r"quantization_config: head_major is x\. Make it again with 'tda-export quantize'\.$",
+    ),
     "no formats": ({"formats": None}, r"quantization_config: formats are None, not names with formats\. Make it again"),
     "format": ({"formats": {"layers.0.q": "int3"}}, r"the format of layers\.0\.q is int3, which is not known\. Make"),
     "matrices": ({"formats": {"layers.9.q": "float"}}, r"quantization_config: embedding has no format\. Make it again"),

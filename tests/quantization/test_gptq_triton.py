@@ -110,17 +110,19 @@ def test_the_user_is_told(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({}, {"int4_g32"}),
+        ({}, {"int4_g32", "int8_g32"}),
+        ({"head": "whole"}, {"int4_g32"}),
         ({"weights": "int8"}, {"int8_g32"}),
-        ({"rules": read_rules(["layers.*.up=int8_g64,head=int4_g128"])}, {"int4_g32", "int8_g64"}),
-        ({"rules": read_rules(["layers.*=float"])}, set()),
+        ({"rules": read_rules(["layers.*.up=int8_g64,head=int4_g128"])}, {"int4_g32", "int8_g64", "int4_g128"}),
+        ({"rules": read_rules(["layers.*=float"])}, {"int8_g32"}),
+        ({"rules": read_rules(["layers.*=float,head=float"])}, set()),
         ({"bits_per_weight": 6.0}, {"int4_g32", "int8_g32"}),
     ],
 )
 def test_kernels_are_compiled_for_what_gptq_rounds(
     options: dict[str, Any], names: set[str], tiny: ModelSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Embedding and head, in int8, are rounded to nearest; a mixture may have linears in either format."""
+    """The embedding, and a head by token, are rounded to nearest; a mixture may have linears in either format."""
     asked: list[frozenset[IntegerFormat]] = []
     monkeypatch.setattr(run, "why_slow", lambda device, formats, symmetric: asked.append(formats))
     monkeypatch.setattr(run, "_read", stop)

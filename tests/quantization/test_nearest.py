@@ -148,5 +148,7 @@ def test_embedding_and_head_are_rounded_on_the_device(tiny: ModelSource, monkeyp
 
     monkeypatch.setattr(run, "round_matrix", rounded)
     settings, none = QuantizeSettings(quantizer="rtn", kl_sequences=0), torch.zeros(0, 24, dtype=torch.int64)
-    run._Run(tiny, settings.plan(tiny.spec), settings, "cuda:1", None, none, none, None, ALONE).outside()
+    alone = run._Run(tiny, settings.plan(tiny.spec), settings, "cuda:1", None, none, none, None, ALONE)
+    alone.begin()
+    alone.head()
     assert found == dict.fromkeys(("embedding", "head"), (torch.device("cpu"), "cuda:1"))

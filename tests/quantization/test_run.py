@@ -23,9 +23,11 @@ from tda_export.models.source import ModelSource, resolve_model
 from tda_export.packing import linear_sites
 from tda_export.quantization import hessians, resume, run
 from tda_export.quantization.folder import write_quantised
+from tda_export.quantization.gptq import quantise_rows, row_order
 from tda_export.quantization.hessians import site_hessian
 from tda_export.quantization.kl import continuations, loss
 from tda_export.quantization.layers import first_inputs, layer_calls, pass_on
+from tda_export.quantization.nearest import read_matrix, round_matrix
 from tda_export.quantization.resume import PartialLayers
 from tda_export.quantization.run import quantize
 from tda_export.quantization.settings import Quantizer, QuantizeSettings, split
@@ -91,6 +93,35 @@ def test_the_folder_is_the_model_whose_loss_was_measured(name: str, tmp_path: Pa
     assert 0 < measured.kl < 1
     for name, codes in quantised.codes.items():
         assert np.array_equal(again.codes[name].decode(), codes.decode())
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama", "llama-tied", "opt-post-norm", "gpt2"])
+def test_the_head_is_rounded_as_the_layers_are(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By GPTQ with what the quantised layers give it, also a piece at a time; a tied embedding keeps its own codes."""
+    source = resolve_model(str(save_tiny_model(name, tmp_path / "float")))
+    settings = QuantizeSettings(**{**vars(SETTINGS), "rules": read_rules(["head=int4"])})
+    found = quantize(source, CORPUS, settings, show=Shown())
+    write_quantised(source, tmp_path / "out", found.codes, found.plan, found.about)
+    model = resolve_model(str(tmp_path / "out")).reference()
+    inputs: list[torch.Tensor] = []
+    head = model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda module, given: inputs.append(given[0].flatten(0, -2)))
+    with torch.no_grad():
+        for sequence in TOKENS[2:]:
+            model(sequence[None])
+    x = torch.cat(inputs)
+    weight = source.reference().get_output_embeddings().weight.detach().T.contiguous()
+    expected = quantise_rows(weight, row_order(x.T @ x), found.plan.integers["head"]).decode()
+    got = found.codes["head"].decode()
+    assert np.mean(got == expected) > 0.9  # sums of x x^T round in another order, and one other code changes later ones
+    errors = [float((x @ (torch.from_numpy(each) - weight)).norm()) for each in (got, expected)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.03)
+    monkeypatch.setattr(run, "HEAD_ELEMENTS", 3 * 32 * weight.shape[0] + 1)
+    pieces = quantize(source, CORPUS, settings, show=Shown()).codes
+    assert np.array_equal(pieces["head"].decode(), found.codes["head"].decode())
+    rows = read_matrix(source.spec, source.weights(), "embedding")
+    nearest = round_matrix("embedding", rows, found.plan.integers["embedding"], symmetric=False)
+    assert np.array_equal(found.codes["embedding"].decode(), nearest.decode())
 
 
 def test_a_gguf_file_becomes_a_folder(tmp_path: Path) -> None:
@@ -174,7 +205,7 @@ def test_weights_that_no_scale_is_large_enough_for(quantizer: Quantizer, tiny_mo
 def test_progress_reaches_its_end(tiny: ModelSource) -> None:
     show = Shown()
     quantize(tiny, CORPUS, SETTINGS, show=show)
-    assert show.bars == [["Reading the float model", 3, 3], ["Quantising", 4, 4], ["Measuring", 2, 2]]
+    assert show.bars == [["Reading the float model", 3, 3], ["Quantising", 5, 5], ["Measuring", 2, 2]]
 
 
 def test_rounding_needs_no_data(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,9 +224,10 @@ def test_a_rank_without_sequences(tiny: ModelSource) -> None:
     settings, none = QuantizeSettings(quantizer="rtn", kl_sequences=2), TOKENS[:0]
     plan, model = settings.plan(tiny.spec), LayerwiseModel(tiny, "cpu")
     alone = run._Run(tiny, plan, settings, "cpu", model, none, none, None, ALONE)
-    alone.outside()
+    alone.begin()
     for layer in range(tiny.spec.num_layers):
         alone.layer(layer)
+    alone.head()
     assert list(alone.log_probabilities()) == []
     assert len(alone.codes) == 23
 
@@ -245,7 +277,7 @@ def test_an_interrupted_run_gives_the_same_folder(name: str, call: int, tmp_path
             run, "quantise_together", lambda *given, **options: calls.append(1) or original(*given, **options)
         )
         assert finished(source, tmp_path / "out") == expected
-    assert len(calls) == (3 - call // sites) * sites  # finished layers are not repeated
+    assert len(calls) == (3 - call // sites) * sites + 1  # the head is the last; finished layers are not repeated
 
 
 def test_layers_of_another_quantisation_are_not_used(tiny: ModelSource, tmp_path: Path) -> None:
