@@ -25,9 +25,14 @@ SEQUENCES = 8
 
 
 def search(
-    source: ModelSource, calibration: Path, packing: Packing, parts: Parts, sequences: int = SEQUENCES
+    source: ModelSource,
+    calibration: Path,
+    packing: Packing,
+    parts: Parts,
+    sequences: int = SEQUENCES,
+    device: str = "cpu",
 ) -> GreedyDensities:
-    """Search the densities of a model.
+    """Search the densities of a model on a PyTorch device.
 
     Raises:
         UsageError: The calibration is of another model, or has no prices.
@@ -49,7 +54,7 @@ def search(
         seed=0,
         vocab_size=source.spec.vocab_size,
     )
-    model = source.reference().requires_grad_(False)
+    model = source.reference(device=device).requires_grad_(False)
     with progress(f"Densities of {parts}", source.spec.num_layers, quiet=not sys.stderr.isatty()) as advance:
         return greedy_densities(
             model, source.spec, found.priced, corpus.tokens, TOKENS, packing, parts, source.fingerprint, advance
@@ -64,6 +69,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--packing", choices=PACKINGS, default="separate")
     parser.add_argument("--parts", choices=("all", "ffn", "attention"), default="all")
     parser.add_argument("--sequences", type=int, default=SEQUENCES)
+    parser.add_argument("--device", default="cpu", help="PyTorch's device.  [default: cpu]")
     return parser.parse_args()
 
 
@@ -71,7 +77,7 @@ def main() -> int:
     options = arguments()
     try:
         source = resolve_model(options.model, notify=lambda line: print(line, file=sys.stderr))
-        found = search(source, options.calibration, options.packing, options.parts, options.sequences)
+        found = search(source, options.calibration, options.packing, options.parts, options.sequences, options.device)
         write_densities(found, options.output)
     except TdaError as error:
         print(f"Error: {error}", file=sys.stderr)
