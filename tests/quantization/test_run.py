@@ -202,6 +202,23 @@ def test_weights_that_no_scale_is_large_enough_for(quantizer: Quantizer, tiny_mo
     quantize(source, CORPUS, QuantizeSettings(**{**vars(settings), "rules": rules}), show=Shown())
 
 
+@pytest.mark.parametrize("quantizer", ["gptq", "rtn"])
+def test_a_head_that_no_scale_is_large_enough_for(quantizer: Quantizer, tiny_model: Path, tmp_path: Path) -> None:
+    def enlarge(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"][5, 7] = 3e7
+
+    source = changed_weights(tiny_model, tmp_path / "model", enlarge)
+    message = r"^head: some weights are too large for scales of int8_g32, .* float: --weights-for head=float\.$"
+    settings = QuantizeSettings(**{**vars(SETTINGS), "quantizer": quantizer, "kl_sequences": 1})
+    with pytest.raises(TdaError, match=message):
+        quantize(source, CORPUS, settings, show=Shown())
+
+
+def test_a_hessian_of_the_head_that_is_not_finite() -> None:
+    with pytest.raises(TdaError, match=r"^head: its inputs are not finite\. Check the checkpoint\.$"):
+        hessians.named_order(torch.full((2, 2), float("nan")), "head")
+
+
 def test_progress_reaches_its_end(tiny: ModelSource) -> None:
     show = Shown()
     quantize(tiny, CORPUS, SETTINGS, show=show)
@@ -260,7 +277,7 @@ def interrupt(patch: pytest.MonkeyPatch, call: int) -> None:
     patch.setattr(run, "quantise_together", broken)
 
 
-@pytest.mark.parametrize(("name", "call"), [("llama", 3), ("llama", 9), ("gpt-neox", 5)])
+@pytest.mark.parametrize(("name", "call"), [("llama", 3), ("llama", 9), ("llama", 12), ("gpt-neox", 5)])
 def test_an_interrupted_run_gives_the_same_folder(name: str, call: int, tmp_path: Path) -> None:
     source = resolve_model(str(save_tiny_model(name, tmp_path / "float")))
     expected = finished(source, tmp_path / "whole")
