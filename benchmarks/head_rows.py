@@ -57,6 +57,7 @@ PACKING: Packing = "separate"
 CONTINUATION = 128  # tokens
 FLOAT_BYTES = 4
 SMALLEST_PRICE = 2.5e-10  # for floats; a byte of int4 holds eight times as much
+SMALLEST_KL = 1e-12  # of a window, so that its logarithm exists
 SHARES = (0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)  # of all bytes of linears and head
 SPARSITIES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)  # of every layer's linears, for TEAL
 HEAD_DENSITIES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
@@ -107,8 +108,8 @@ def head_thresholds(sizes: torch.Tensor, density: float, inputs: int) -> dict[st
     """Return the head's row prices, [1, M], with which a price of 1 reads this share of the sorted sizes; none at 1."""
     if density >= 1:
         return {}
-    threshold = float(sizes[int((1 - density) * len(sizes))])
-    return {HEAD: torch.full((1, inputs), threshold**-2)}
+    threshold = sizes[int((1 - density) * len(sizes))]
+    return {HEAD: threshold.square().reciprocal().expand(1, inputs)}  # infinite where all are to be read
 
 
 def bytes_read(spec: DecoderSpec, row_bytes: RowBytes, parts: Mapping[str, torch.Tensor]) -> Row:
@@ -136,7 +137,7 @@ def refined(rows: Sequence[Row]) -> list[Row]:
 
                 def kl(first: float, second: float, ends: tuple[Row, Row] = (one, other), at: float = both) -> float:
                     points = [(end["both"], value) for end, value in zip(ends, (first, second), strict=True)]
-                    return kl_at(points, at) or 0.0
+                    return max(kl_at(points, at) or 0.0, SMALLEST_KL)
 
                 windows = [kl(*each) for each in zip(one["windows"], other["windows"], strict=True)]
                 series = (1 - part) * one["series"] + part * other["series"]
@@ -159,7 +160,8 @@ def compared(kind: str, found: Mapping[str, Sequence[Row]], windows: int) -> Ite
                 kl = kl_at([(row["both"], row["kl"]) for row in own], share)
                 if kl is not None and kl < kls.get(way, float("inf")):
                     each = ([(row["both"], row["windows"][i]) for row in own] for i in range(windows))
-                    kls[way], by_window[way] = kl, [kl_at(points, share) or 0.0 for points in each]
+                    kls[way] = kl
+                    by_window[way] = [max(kl_at(points, share) or 0.0, SMALLEST_KL) for points in each]
         first = next(iter(found))
         if first in kls and len(kls) > 1:
             ratios = {way: ratio(by_window[way], by_window[first]) for way in kls if way != first}

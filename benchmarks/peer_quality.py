@@ -12,14 +12,15 @@ floats here. On the CPU llama.cpp and GenAI round them to 8 bits, which adds to 
   measured dense, and at prices after a dense prompt. For every format c² of rows comes from CALIBRATION, by default
   that of `tda-export calibrate FOLDER/int4 --packing sites`. λ comes from its table, scaled by the bytes of a row. In a
   mixed folder the fraction of rows read differs a little from the one in the label, which is of the layers' linears.
-  Rows of the head drop as well, if CALIBRATION has prices for them; names say so.
+  Rows of the head drop as well, if CALIBRATION has prices for them; names say so, and folders are made with
+  `quantize --head priced`, otherwise with `--head whole`.
 - llama.cpp: `llama-quantize` with its default mixtures, without and with an importance matrix, which is made here from
   the text that GPTQ reads. `cpu_peers.py` says how to build it. LLAMA_CPP_BIN is the folder of the program.
 - GenAI: its builder, int4 in blocks of 32, with the default and with `k_quant` and an int8 head, alone and mixed.
 
 Bytes are those that a token reads of the layers' linears and of the head, scales and zero points included, in each
 model's own format. Norms and the row of the embedding are left out. Rows in --results are not measured again. All rows
-are printed as a table and drawn as a chart. Most of the time goes to GPTQ, for four folders.
+are printed as a table and drawn as a chart. Most of the time goes to GPTQ, for six folders.
 """
 
 from __future__ import annotations
@@ -196,7 +197,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "data" / "peer_quality.jsonl")
     parser.add_argument("--chart", type=Path, help="SVG file to write")
     options = parser.parse_args()
-    stacks = Stacks(options.folder, options.llama)
+    priced = read_calibration(options.prices).priced if options.prices else None
+    whole = priced is not None and HEAD not in priced.sums.square
+    stacks = Stacks(options.folder, options.llama, "whole" if whole else "priced")
     source, spec, length = stacks.source, stacks.source.spec, PROMPT + CONTINUATION
     text = options.text.read_text(encoding="utf-8")[: 16 * length * options.windows]
     tokens = torch.tensor(source.tokenizer(text, add_special_tokens=False).input_ids)
@@ -204,8 +207,7 @@ def main() -> None:
     known = options.results.read_text(encoding="utf-8").splitlines() if options.results.is_file() else []
     rows: list[Row] = [json.loads(line) for line in known]
     dense: list[torch.Tensor] = []
-    priced = read_calibration(options.prices).priced if options.prices else None
-    of_heads = "" if priced is not None and HEAD not in priced.sums.square else ", head priced"
+    of_heads = "" if whole else ", head priced"
     makers = {f"ours {name}{of_heads}": make for name, make in stacks.ours().items()} | stacks.peers()
     for name, make in makers.items():
         plain = name.removesuffix(of_heads)

@@ -16,7 +16,7 @@ from cpu_peers import gguf_names, write_gguf
 from tda_export.calibration.corpus import load_corpus
 from tda_export.models.linear_modules import layer_linears
 from tda_export.models.source import ModelSource, resolve_model
-from tda_export.packing import RowBytes, can_read_head, linear_shape, row_bytes_of
+from tda_export.packing import HeadRows, RowBytes, linear_shape, row_bytes_of
 from tda_export.quantization.nearest import round_matrix
 from tda_export.weights.formats import FLOAT_FORMATS, IntegerFormat, WeightFormat
 from tda_export.weights.plan import HEAD, FormatPlan, part_name
@@ -76,8 +76,8 @@ def run(*words: Any) -> None:
 class Stacks:
     """The models to compare. Each is made when it is first used."""
 
-    def __init__(self, folder: Path, llama: Path) -> None:
-        self.folder, self.llama, self.copy = folder, llama, folder / "scaled"
+    def __init__(self, folder: Path, llama: Path, head: HeadRows) -> None:
+        self.folder, self.llama, self.copy, self.head = folder, llama, folder / "scaled", head
         if not (self.copy / "config.json").is_file():
             run(sys.executable, Path(__file__).with_name("copies.py"), "smollm2-135m", "scaled", self.copy)
         self.source = resolve_model(str(self.copy))
@@ -95,15 +95,16 @@ class Stacks:
         return found | {f"GenAI {name}": self._genai(name, words) for name, words in GENAI.items()}
 
     def quantised(self, name: str) -> ModelSource:
-        folder = self.folder / name
+        folder = self.folder / (name if self.head == "whole" else f"{name}, head priced")
         if not (folder / "config.json").is_file():
-            run(sys.executable, "-m", "tda_export", "quantize", self.copy, "-o", folder, *QUANTISED[name])
+            words = (*QUANTISED[name], "--head", self.head)
+            run(sys.executable, "-m", "tda_export", "quantize", self.copy, "-o", folder, *words)
         return resolve_model(str(folder))
 
     def _own(self, source: ModelSource, plan: FormatPlan | None = None) -> Stored:
         plan, spec = plan or source.formats, source.spec
         head = (plan.of(HEAD) if plan else None) or FLOAT_FORMATS["float16"]
-        drops = can_read_head("priced", plan)
+        drops = self.head == "priced"
         sizes = (spec.hidden_size, spec.vocab_size) if drops else (spec.vocab_size, spec.hidden_size)
         head_bytes = sizes[0] * head.row_bytes(sizes[1])
         rounds = drops and (plan is None or plan.head_major == "output")
@@ -116,7 +117,8 @@ class Stacks:
             assert fours.formats is not None
             assert eights.formats is not None
             names = {part_name(layer, part) for layer in range(fours.spec.num_layers) for part in parts}
-            plan = FormatPlan({**fours.formats.formats, **{name: eights.formats.of(name) for name in names}})
+            wide = {name: eights.formats.of(name) for name in names}
+            plan = FormatPlan({**fours.formats.formats, **wide}, fours.formats.head_major)
             stored, finer = self._own(fours, plan), eights.reference()
             for layer in range(fours.spec.num_layers):
                 theirs = layer_linears(finer, fours.spec, layer)

@@ -17,7 +17,7 @@ WIDTH, HEIGHT = 860, 340
 PANEL, LEFT, GAP = 350, 62, 50  # width of a panel, left margin, space between panels
 TOP, BOTTOM = 44, 262  # y of the largest and of no loss
 MOST_KL = 0.5
-MOST_FASTER = 2.25
+MOST_FASTER = 2.75
 STYLE = """
   text { font: 13px system-ui, sans-serif; fill: #24292f; } .small { font-size: 12px; fill: #57606a; }
   .title { font-weight: 600; } .axis { stroke: #8c959f; } .grid { stroke: #d0d7de; stroke-dasharray: 2 3; }
@@ -53,7 +53,7 @@ def panel(data: dict[str, Any], left: float) -> list[str]:
     for kl in (0, 0.1, 0.2, 0.3, 0.4, 0.5):
         parts.append(text(left - 8, height(kl) + 4, f"{kl:g}", style="small", anchor="end"))
         parts.append(line(left, height(kl), left + PANEL, height(kl), "grid"))
-    for faster in (0, 0.5, 1, 1.5, 2):
+    for faster in (0, 0.5, 1, 1.5, 2, 2.5):
         parts.append(text(left + faster * scale, BOTTOM + 18, f"{faster:g}", style="small", anchor="middle"))
     parts.append(text(left + PANEL / 2, BOTTOM + 36, data["axis"], style="small", anchor="middle"))
     points = [(left + float(point["faster"]) * scale, point) for point in data["points"]]

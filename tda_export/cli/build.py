@@ -124,8 +124,8 @@ def build(
     unless an option gives another; generate, chat and serve can still change it. The result is compared with
     transformers before it appears at OUTPUT.
 
-    A float model is rounded to nearest by --weights int4. A folder from 'tda-export quantize' loses less; its integers
-    are stored as they are.
+    A float model is rounded to nearest by --weights int4. A folder from 'tda-export quantize' loses less, and keeps its
+    formats.
     """
     from tda_export.cli.tables import print_checks
     from tda_export.deployments import Asked

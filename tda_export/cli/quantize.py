@@ -143,6 +143,7 @@ def quantize(
     from tda_export.calibration.corpus import load_corpus
     from tda_export.errors import UsageError
     from tda_export.files import check_output
+    from tda_export.models.quantised import HEAD_MAJOR
     from tda_export.models.source import resolve_model
     from tda_export.progress import progress
     from tda_export.quantization.folder import is_quantised_folder, write_quantised
@@ -211,11 +212,11 @@ def quantize(
         return
     write_quantised(source, output, quantised.codes, quantised.plan, quantised.about)
     finished.remove()
+    content = quantised.about | {HEAD_MAJOR: quantised.plan.head_major, "formats": quantised.plan.to_dict()}
     if as_json:
-        content = {"output": str(output), **quantised.about, "formats": quantised.plan.to_dict()}
-        click.echo(json.dumps(content, allow_nan=False))
+        click.echo(json.dumps({"output": str(output), **content}, allow_nan=False))
         return
-    click.echo(describe_quantisation(quantised.about | {"formats": quantised.plan.to_dict()}))
+    click.echo(describe_quantisation(content))
     if settings.bits_per_weight is not None:
         click.echo(_int8_linears(quantised.plan.to_dict()))
     click.echo(f"Wrote {output}")
@@ -240,7 +241,8 @@ def describe_quantisation(content: dict[str, Any]) -> str:
         how = quantizer["name"] + (", symmetric" if quantizer["symmetric"] else "")
         mixture = content.get("mixture")
         mean = f" ({mixture['bits_per_weight']:.2f} bits a weight of the linears)" if mixture else ""
-        text = f"quantised by {how}: {formats}{mean}"
+        head = ", the head by input channel" if content.get("head_major") == "input" else ""
+        text = f"quantised by {how}: {formats}{mean}{head}"
         loss = content.get("loss")
         if loss is None:
             return f"{text}; KL to the float model not measured"

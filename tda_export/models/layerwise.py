@@ -64,8 +64,14 @@ class LayerwiseModel:
             for parameter, _ in list(module.named_parameters()):
                 set_module_tensor_to_device(module, parameter, META)
 
+    def drop(self, module: str) -> None:
+        """Free the weight of a module outside the layers, which then has none until it is `put`. Another module that
+        shares it keeps it."""
+        place = self.model.get_submodule(module)
+        place.weight = torch.nn.Parameter(place.weight.to(META), requires_grad=False)
+
     def put(self, module: str, weight: torch.Tensor) -> None:
-        """Set the weight of a module in the present layer."""
+        """Set the weight of a module in the present layer or outside the layers; no other module shares it then."""
         value = weight.to(self.device, torch.float32)
         self.model.get_submodule(module).weight = torch.nn.Parameter(value, requires_grad=False)
 

@@ -33,7 +33,7 @@ METHOD = "tda_export"
 VERSION = 2
 VERSIONS = (1, VERSION)  # the first has no `head_major`: heads lie by output, and tied ones are the embedding
 HEAD_MAJOR = "head_major"
-NOT_KEPT = ("quant_method", "version", "formats", HEAD_MAJOR)  # by manifests and calibrations
+NOT_KEPT = ("quant_method", "version", "formats")  # by manifests and calibrations
 AGAIN = "Make it again with 'tda-export quantize'."
 TORCH_DTYPES = {"U8": "uint8", "F16": "float16"}  # safetensors' names
 

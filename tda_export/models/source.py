@@ -92,8 +92,9 @@ class ModelSource:
     def codes(self) -> Mapping[str, Codes]:
         """The matrices that the folder has as integers, exactly; none of a float model.
 
-        By name: `layers.{i}.{part}` [in, out] (`Layout.part` transposed), `embedding` and `head` [V, M]. A tied head is
-        the embedding and has no entry. Each is read from the file on access.
+        By name: `layers.{i}.{part}` [in, out] (`Layout.part` transposed), `embedding` [V, M], and `head` [M, V] or
+        [V, M] (`FormatPlan.head_major`). A tied head is the embedding and has no entry. Each is read from the file on
+        access.
         """
         return {} if self.quantisation is None else self._quantised.codes
 

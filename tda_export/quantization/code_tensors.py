@@ -35,6 +35,10 @@ class CodeTensors:
         fields = (torch.cat([getattr(part, field) for part in parts], dim=1) for field in FIELDS)
         return CodeTensors(parts[0].format, *fields)
 
+    def cpu(self) -> CodeTensors:
+        """Copy it to the CPU."""
+        return CodeTensors(self.format, *(getattr(self, field).cpu() for field in FIELDS))
+
     def pack(self) -> PackedCodes:
         """Do what `Codes.pack` does on the device, and copy the result to the CPU."""
         bits = self.format.bits

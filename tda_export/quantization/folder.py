@@ -96,6 +96,8 @@ def _floats(source: ModelSource, plan: FormatPlan) -> Iterator[tuple[str, torch.
             if plan.of(name) is None:
                 _, layer, part = name.split(".")
                 yield name, layout.part(int(layer), part).load().T.contiguous()
+    if spec.tied_head and HEAD in plan.formats and plan.of(HEAD) is None:  # it is no longer the embedding
+        yield f"{spec.names.head}.weight", weights.load(f"{spec.names.embedding}.weight").contiguous()
     names = dict.fromkeys(skeleton_shapes(source.config))
     if not spec.tied_head:  # a configuration with a tied head says nothing about it
         names[f"{spec.names.head}.weight"] = None

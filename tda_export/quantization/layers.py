@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
-from tda_export.models.layerwise import layer_module, layers_skipped
+from tda_export.errors import TdaError
+from tda_export.models.layerwise import LayerwiseModel, layer_module, layers_skipped
 from tda_export.models.linear_modules import Linear, layer_linears
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import linear_sites
+from tda_export.progress import Advance
 from tda_export.weights.plan import HEAD
 
 HIDDEN = "hidden_states"
@@ -106,6 +108,41 @@ def last_log_probabilities(
     with layers_skipped(model, spec, hidden.to(model.device)):
         logits = model(sequence[None].to(model.device), use_cache=False, logits_to_keep=kept).logits[0]
     return logits.float().log_softmax(dim=-1).cpu()
+
+
+def float_log_probabilities(
+    model: LayerwiseModel, tokens: torch.Tensor, kept: int, advance: Advance
+) -> list[torch.Tensor]:
+    """Return the log-probabilities after each token of each continuation, float32 [kept, V] on the CPU.
+
+    Args:
+        model: The float model.
+        tokens: This rank's sequences, int64 [N, P + C]; N may be 0.
+        kept: The number of tokens of a continuation, C.
+        advance: Called with the number of finished layers.
+
+    Raises:
+        TdaError: The log-probabilities are not finite.
+    """
+    calls = layer_calls(model.model, model.spec, tokens[0]) if len(tokens) else []
+    hidden = first_inputs(model.model, model.spec, tokens)
+    for layer in range(model.spec.num_layers):
+        if calls:
+            with model.layer(layer):
+                pass_on(calls[layer], hidden, model.device)
+        advance(1)
+    found = list(continuation_log_probabilities(model, tokens, hidden, kept))
+    if not all(bool(each.isfinite().all()) for each in found):
+        raise TdaError(f"{model.name}: the logits are not finite. Download the weights again.")
+    return found
+
+
+def continuation_log_probabilities(
+    model: LayerwiseModel, tokens: torch.Tensor, hidden: list[torch.Tensor], kept: int
+) -> Iterator[torch.Tensor]:
+    """Yield the same from the last layer's output for each sequence, [1, T, M]."""
+    for sequence, left in zip(tokens, hidden, strict=True):
+        yield last_log_probabilities(model.model, model.spec, sequence, left, kept)
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ import torch
 import tda_export
 from tda_export.calibration.corpus import Corpus
 from tda_export.calibration.run import RECORDED_PACKAGES
-from tda_export.errors import TdaError
 from tda_export.models.layerwise import LayerwiseModel
 from tda_export.models.layout import module_parts, module_weight
 from tda_export.models.placement import AUTO
@@ -26,7 +25,14 @@ from tda_export.quantization.code_tensors import CodeTensors
 from tda_export.quantization.gptq import LazyMatrix, quantise_together, why_slow
 from tda_export.quantization.hessians import head_hessian, named_order, site_hessian, site_order
 from tda_export.quantization.kl import Compared, Loss, compare, summarise
-from tda_export.quantization.layers import Call, first_inputs, last_log_probabilities, layer_calls, pass_on
+from tda_export.quantization.layers import (
+    Call,
+    continuation_log_probabilities,
+    first_inputs,
+    float_log_probabilities,
+    layer_calls,
+    pass_on,
+)
 from tda_export.quantization.losses import linear_losses
 from tda_export.quantization.nearest import check_scales, read_matrix, round_matrix
 from tda_export.quantization.resume import KeptCodes, LayerSaver, PartialLayers
@@ -89,8 +95,8 @@ def quantize(
     versions = {"tda-export": tda_export.__version__, **installed_versions(RECORDED_PACKAGES)}
 
     def kept(plan: FormatPlan) -> PartialLayers | None:
-        formats = {"formats": plan.to_dict(), "head_major": plan.head_major}
-        key = about | formats | {"device": settings.device, "versions": versions}
+        layers = {name: format for name, format in plan.to_dict().items() if name != HEAD}  # the head comes last
+        key = about | {"formats": layers, "device": settings.device, "versions": versions}
         return PartialLayers(output, key) if output and ranks.first else None
 
     device = _device(settings.device, ranks)
@@ -108,7 +114,7 @@ def quantize(
     dense: list[torch.Tensor] = []
     if model is not None and len(held_out):
         with show("Reading the float model", spec.num_layers) as advance:
-            dense = _read(model, own, settings, advance)
+            dense = float_log_probabilities(model, own, settings.continuation_tokens, advance)
     if mixture is not None:
         assert model is not None
         losses = _losses(source, model, mixture, tokens, settings, kept(plan), show, ranks)
@@ -171,40 +177,6 @@ def _losses(
     return found
 
 
-def _read(
-    model: LayerwiseModel, tokens: torch.Tensor, settings: QuantizeSettings, advance: Advance
-) -> list[torch.Tensor]:
-    """Return the log-probabilities after each token of each continuation, float32 [C, V] on the CPU.
-
-    Args:
-        model: The float model.
-        tokens: This rank's sequences, int64 [N, P + C]; N may be 0.
-        settings: The settings, of which the lengths are used here.
-        advance: Called with the number of finished layers.
-
-    Raises:
-        TdaError: The log-probabilities are not finite.
-    """
-    calls = layer_calls(model.model, model.spec, tokens[0]) if len(tokens) else []
-    hidden = first_inputs(model.model, model.spec, tokens)
-    for layer in range(model.spec.num_layers):
-        if calls:
-            with model.layer(layer):
-                pass_on(calls[layer], hidden, model.device)
-        advance(1)
-    found = list(_continuations(model, tokens, hidden, settings))
-    if not all(bool(each.isfinite().all()) for each in found):
-        raise TdaError(f"{model.name}: the logits are not finite. Download the weights again.")
-    return found
-
-
-def _continuations(
-    model: LayerwiseModel, tokens: torch.Tensor, hidden: list[torch.Tensor], settings: QuantizeSettings
-) -> Iterator[torch.Tensor]:
-    for sequence, left in zip(tokens, hidden, strict=True):
-        yield last_log_probabilities(model.model, model.spec, sequence, left, settings.continuation_tokens)
-
-
 class _Run:
     """One quantisation on its way through the model. Without a model, weights are only rounded and nothing is run.
 
@@ -234,7 +206,14 @@ class _Run:
 
     def begin(self) -> None:
         """Quantise the embedding, and a head that lies by output, and read the sequences up to the first layer."""
-        wanted = [EMBEDDING] if self._plan.head_major == "input" else [EMBEDDING, HEAD]
+        if self._plan.head_major == "input":
+            wanted = [EMBEDDING]
+            for piece in self._head_pieces() if self._settings.quantizer == "gptq" else ():
+                piece.read(slice(0, piece.outputs))  # refuses weights that are not finite, before long work
+        else:
+            wanted = [EMBEDDING, HEAD]
+            if self._model is not None and self._spec.tied_head and HEAD in self._plan.formats:  # and stays float
+                self._model.put(self._spec.names.head, read_matrix(self._spec, self._weights, HEAD))
         self._round_outside([name for name in wanted if name in self._plan.integers])
         if self._model is not None:
             model, own = self._model.model, self._tokens[self._ranks.number :: self._ranks.count]
@@ -265,15 +244,26 @@ class _Run:
         hessian = head_hessian(self._model.model, self._spec, sequence, self._inputs)
         self._ranks.add_up(hessian)
         order = named_order(hessian, HEAD)
+        format, symmetric = self._plan.integers[HEAD], self._settings.symmetric
+        self._model.drop(self._spec.names.head)  # memory holds one head of floats
+        inputs, outputs = matrix_shape(self._spec, HEAD, "input")
+        values, kept, start = torch.empty(outputs, inputs, device=self._device), [], 0
+        for piece in self._head_pieces():
+            (found,) = quantise_together([piece], order, format, symmetric=symmetric, ranks=self._ranks)
+            check_scales(HEAD, format, bool(found.scales.isfinite().all()))
+            values[start : start + piece.outputs] = found.decode().T
+            start += piece.outputs
+            if self._ranks.first:
+                kept.append(found.cpu())
+        self._model.put(self._spec.names.head, values)
+        if kept:
+            self.codes.keep({HEAD: CodeTensors.beside(kept).pack()})
+
+    def _head_pieces(self) -> Iterator[LazyMatrix]:
+        """Yield the head [in, out], some columns at a time."""
         inputs, outputs = matrix_shape(self._spec, HEAD, "input")
         read = partial(read_matrix, self._spec, self._weights, HEAD, self._device, head_major="input")
-        format, symmetric = self._plan.integers[HEAD], self._settings.symmetric
-        pieces = []
-        for piece in LazyMatrix(outputs, read).pieces(HEAD_ELEMENTS // inputs, format):
-            pieces += quantise_together([piece], order, format, symmetric=symmetric, ranks=self._ranks)
-        found = CodeTensors.beside(pieces)
-        check_scales(HEAD, format, bool(found.scales.isfinite().all()))
-        self._keep_outside(HEAD, found.pack(), found.decode())
+        return LazyMatrix(outputs, read).pieces(HEAD_ELEMENTS // inputs, self._plan.integers[HEAD])
 
     def _round_outside(self, names: list[str]) -> None:
         """Round embedding, head or both to nearest."""
@@ -293,7 +283,7 @@ class _Run:
         if self._model is None:
             return
         if name == HEAD and self._plan.head_major == "input":
-            self._model.put(self._spec.names.head, decoded.T.contiguous())  # even where it was the embedding so far
+            self._model.put(self._spec.names.head, decoded.T.contiguous())  # where it was the embedding so far, too
         else:
             module = self._spec.names.embedding if name == EMBEDDING else self._spec.names.head
             parameter = self._model.model.get_submodule(module).weight  # that a tied head shares
@@ -302,7 +292,8 @@ class _Run:
     def log_probabilities(self) -> Iterator[torch.Tensor]:
         """Yield the log-probabilities after each token of each held-out continuation, float32 [C, V] on the CPU."""
         assert self._model is not None
-        return _continuations(self._model, self._held_out, self._left, self._settings)
+        kept = self._settings.continuation_tokens
+        return continuation_log_probabilities(self._model, self._held_out, self._left, kept)
 
     def _quantise(self, layer: int) -> None:
         names = [part_name(layer, part) for part in linear_parts(self._spec)]

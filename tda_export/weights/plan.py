@@ -107,8 +107,8 @@ def plan_formats(
             int8.
         group: The number of elements that share a scale, where a rule does not say otherwise.
         rules: Exceptions; the last that matches a name wins.
-        head_major: What a row of the head is. By input, a head of integers is a matrix with a format of its own, even
-            where it is tied; a tied one that stays float is still the embedding.
+        head_major: What a row of the head is. By input, a tied head is a matrix with a format of its own, unless both
+            it and the embedding stay floats.
 
     Raises:
         UsageError: A rule matches nothing.
@@ -118,7 +118,7 @@ def plan_formats(
         apart = plan_formats(
             layers, parts, tied_head=False, weights=weights, group=group, rules=rules, head_major=head_major
         )
-        if apart.of(HEAD) is not None:
+        if apart.of(HEAD) is not None or apart.of(EMBEDDING) is not None:
             return apart
     inside = read_format(weights, group)
     outside = None if inside is None else integer_format(OUTSIDE_BITS, group)

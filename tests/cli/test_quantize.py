@@ -15,12 +15,16 @@ LENGTHS = ("--prompt-tokens", "32", "--continuation-tokens", "16")
 FEW = ("--sequences", "4", "--kl-sequences", "2", *LENGTHS)
 PARTS = ("q", "k", "v", "o", "gate", "up", "down")
 
+DESCRIBED = (
+    "quantised by gptq: 21 matrices int4_g32, 2 matrices int8_g32, the head by input channel; KL to the float model 0."
+)
+
 
 @pytest.fixture(scope="module")
 def quantised(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantised") / "int4"
     result = run_ok("quantize", tiny_model, "-o", folder, *FEW)
-    assert "quantised by gptq: 21 matrices int4_g32, 2 matrices int8_g32; KL to the float model 0." in result.stdout
+    assert DESCRIBED in result.stdout
     assert " nats a token over 32 tokens, " in result.stdout
     assert result.stdout.endswith(f"Wrote {folder}\n")
     assert not folder.with_name("int4.partial").exists()
@@ -41,7 +45,7 @@ def test_what_the_folder_says(quantised: Path, tiny_model: Path) -> None:
 
 def test_inspect_shows_formats_and_loss(quantised: Path) -> None:
     text = run_ok("inspect", quantised).stdout
-    assert "quantised by gptq: 21 matrices int4_g32, 2 matrices int8_g32; KL to the float model 0." in text
+    assert DESCRIBED in text
     shown = json.loads(run_ok("inspect", quantised, "--json").stdout)
     assert shown["quantization"]["formats"]["layers.0.q"] == "int4_g32"
     assert shown["quantization"]["loss"]["sequences"] == 2
@@ -96,7 +100,7 @@ def test_rounding_and_rules_as_json(tiny_model: Path, tmp_path: Path) -> None:
 def test_a_mean_of_bits(tiny_model: Path, tmp_path: Path) -> None:
     output, options = tmp_path / "out", ("--bits-per-weight", "6", "--weights-for", "layers.0.*=int4", *FEW)
     stdout = run_ok("quantize", tiny_model, "-o", output, *options).stdout
-    bits = re.search(r"int8_g32 \((\S+) bits a weight of the linears\); KL to the float model", stdout)
+    bits = re.search(r"int8_g32 \((\S+) bits a weight of the linears\), the head by input channel; KL to", stdout)
     assert bits is not None
     assert 5.7 < float(bits[1]) <= 6
     content = json.loads((output / "config.json").read_text())["quantization_config"]
@@ -216,7 +220,7 @@ def test_an_interrupted_run_goes_on(tiny_model: Path, tmp_path: Path, monkeypatc
     original, calls = run.pass_on, iter(range(10))
 
     def broken(*arguments: object) -> None:
-        if next(calls) == 5:  # after 3 of the float model and 2 of the first layer
+        if next(calls) == 2:  # after both of the first layer
             raise KeyboardInterrupt
         original(*arguments)
 

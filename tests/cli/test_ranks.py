@@ -130,8 +130,7 @@ def test_quantising(tiny_model: Path, tmp_path: Path) -> None:
     assert len({codes.format for name, codes in one.items() if name.startswith("layers.")}) == 2
     other = sum(int((codes.codes != two[name].codes).sum()) for name, codes in one.items())
     assert other <= 0.01 * sum(codes.codes.size for codes in one.values())
-    for name in ("embedding", "head"):  # which are rounded to nearest
-        assert np.array_equal(one[name].decode(), two[name].decode())
+    assert np.array_equal(one["embedding"].decode(), two["embedding"].decode())  # which is rounded to nearest
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 

@@ -137,22 +137,25 @@ def test_head_of_its_own_where_the_configuration_ties_it(tmp_path: Path) -> None
         ("head=int4", False, ("int8_g32", "int4_g32")),
         ("embedding=int4", False, ("int4_g32", "int8_g32")),
         ("embedding=float", False, ("float", "int8_g32")),
-        ("head=float", True, ("float", None)),
-        ("head=float,embedding=int4", True, ("int4_g32", None)),
+        ("head=float", False, ("int8_g32", "float")),
+        ("embedding=int4,head=float", False, ("int4_g32", "float")),
+        ("head=float,embedding=float", True, ("float", None)),
     ],
 )
 def test_formats_of_a_tied_head_by_input(
     rules: str, tied: bool, formats: tuple[str, str | None], tmp_path: Path
 ) -> None:
-    """It has a format of its own, unless it stays float: then it is the embedding, and rules for either hold."""
+    """It has a format of its own, unless both stay floats: then it is the embedding."""
     source, quantised = made("llama-tied", tmp_path, rules, "int4", "input")
     plan = quantised.formats
     assert plan is not None
-    assert (quantised.spec.tied_head, plan.head_major) == (tied, "output" if tied else "input")
+    by_input = formats[1] not in (None, "float")
+    assert (quantised.spec.tied_head, plan.head_major) == (tied, "input" if by_input else "output")
     assert tuple(plan.to_dict().get(name) for name in ("embedding", "head")) == formats
     reference, dense = quantised.reference(), source.reference().lm_head.weight
     assert (reference.lm_head.weight is reference.model.embed_tokens.weight) == tied
     assert (reference.lm_head.weight - dense).abs().max() < 0.3
+    assert torch.equal(reference.lm_head.weight, dense) != by_input
     assert json.loads((quantised.folder / "config.json").read_text())["tie_word_embeddings"] == tied
 
 

@@ -125,7 +125,7 @@ def test_kernels_are_compiled_for_what_gptq_rounds(
     """The embedding, and a head by token, are rounded to nearest; a mixture may have linears in either format."""
     asked: list[frozenset[IntegerFormat]] = []
     monkeypatch.setattr(run, "why_slow", lambda device, formats, symmetric: asked.append(formats))
-    monkeypatch.setattr(run, "_read", stop)
+    monkeypatch.setattr(run, "float_log_probabilities", stop)
     with pytest.raises(Stop):
         quantize(tiny, CORPUS, QuantizeSettings(**{**vars(SETTINGS), **options}), show=Shown())
     assert [{format.name for format in formats} for formats in asked] == [names]

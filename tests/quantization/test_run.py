@@ -297,6 +297,47 @@ def test_an_interrupted_run_gives_the_same_folder(name: str, call: int, tmp_path
     assert len(calls) == (3 - call // sites) * sites + 1  # the head is the last; finished layers are not repeated
 
 
+def test_the_head_may_change_after_an_interruption(tiny: ModelSource, tmp_path: Path) -> None:
+    """No layer depends on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, 12)
+        with pytest.raises(Interruption):
+            finished(tiny, tmp_path / "out")
+    for head in ({"head": "whole"}, {"rules": read_rules(["head=float"])}):
+        expected = finished(tiny, tmp_path / "expected", **head)
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt(patch, 0)
+            assert finished(tiny, tmp_path / "out", **head) == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_a_float_head_beside_an_embedding_of_integers(name: str, tmp_path: Path) -> None:
+    """A tied head is not rounded with the embedding, and its loss is measured so."""
+    source = resolve_model(str(save_tiny_model(name, tmp_path / "float")))
+    settings = QuantizeSettings(**{**vars(SETTINGS), "rules": read_rules(["head=float,embedding=int4"])})
+    found = quantize(source, CORPUS, settings, show=Shown())
+    write_quantised(source, tmp_path / "out", found.codes, found.plan, found.about)
+    again = resolve_model(str(tmp_path / "out"))
+    assert torch.equal(again.reference().lm_head.weight, source.reference().lm_head.weight)
+    dense = list(continuations(source.reference(), TOKENS[:2], 16))
+    assert loss(dense, continuations(again.reference(), TOKENS[:2], 16)) == found.loss
+
+
+def test_a_head_that_is_not_finite_is_refused_first(tiny_model: Path, tmp_path: Path) -> None:
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"][3, 5] = float("nan")
+
+    source = changed_weights(tiny_model, tmp_path / "model", damage)
+    settings, corpus = (
+        QuantizeSettings(**{**vars(SETTINGS), "kl_sequences": 0}),
+        Corpus(TOKENS[:3], "some.txt", "0" * 64),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, 0)
+        with pytest.raises(TdaError, match=r"^head: the checkpoint has weights that are not finite\."):
+            quantize(source, corpus, settings, show=Shown())
+
+
 def test_layers_of_another_quantisation_are_not_used(tiny: ModelSource, tmp_path: Path) -> None:
     expected = finished(tiny, tmp_path / "expected", symmetric=True)
     finished(tiny, tmp_path / "out")
