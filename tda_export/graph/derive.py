@@ -18,6 +18,7 @@ from tda_export.graph.method import Method
 from tda_export.graph.ops import DTYPES
 from tda_export.graph.prefill import build_prefill
 from tda_export.graph.priced import build_priced_decode
+from tda_export.graph.subgraph import operators_of
 from tda_export.graph.truncation import build_truncation
 from tda_export.graph.weights_file import WeightTable
 from tda_export.models.spec import DecoderSpec, spec_from_dict
@@ -134,7 +135,7 @@ def listed_rows(artifact: Artifact) -> bytes:
 
 def _priced_decode(artifact: Artifact, **outputs: bool) -> bytes:
     spec, shape = artifact_spec(artifact), artifact.shape
-    like = {node.op_type for node in ir.load(artifact.file(contract.DECODE_FILE)).graph}
+    like = operators_of(ir.load(artifact.file(contract.DECODE_FILE)).graph)
     with _of_manifest(artifact):
         return _serialised(
             build_priced_decode(spec, weight_table(artifact), shape.dtype, kv=shape.kv, like=like, **outputs)

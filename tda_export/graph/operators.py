@@ -27,6 +27,7 @@ GATED_ROW_LINEAR = "GatedRowLinear"
 GATED_ROW_LINEAR_ADD = "GatedRowLinearAdd"
 ROW_LINEAR_ADD = "RowLinearAdd"
 ATTENTION = "Attention"
+SUBGRAPH = "Subgraph"  # other nodes of this domain, one after another (`graph/subgraph.py`)
 
 # The price of a call, float32 [1], the tokens of past and call, int64 [1], and the index of the last, int32 [1].
 CALL_START_OUTPUTS = ("chosen", "total", "last_index")

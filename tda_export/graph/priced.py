@@ -29,6 +29,7 @@ from tda_export.graph.linear import (
     norm_functions,
 )
 from tda_export.graph.row_linear import dropped_rows, row_linear, row_linear_functions
+from tda_export.graph.subgraph import group
 from tda_export.graph.sums import add_residuals
 from tda_export.graph.weight_plan import PricedRows
 from tda_export.graph.weights_file import WeightTable
@@ -230,10 +231,15 @@ class PricedDesign:
 
     def graphs(self, spec: DecoderSpec, table: WeightTable, dtype: str, kv: str) -> dict[str, ir.Model]:
         """Build the graphs, by file name."""
+        decode = build_priced_decode(spec, table, dtype, self.price, kv=kv)
+        explicit = build_priced_decode(spec, table, dtype, kv=kv, explicit=True)
+        if dtype == "float32":  # the CPU's; on CUDA a step is captured, and nothing passes between nodes
+            group(decode)
+            group(explicit)
         return {
             contract.PREFILL_FILE: build_priced_prefill(spec, table, dtype, kv=kv),
-            contract.DECODE_FILE: build_priced_decode(spec, table, dtype, self.price, kv=kv),
-            contract.EXPLICIT_DECODE_FILE: build_priced_decode(spec, table, dtype, kv=kv, explicit=True),
+            contract.DECODE_FILE: decode,
+            contract.EXPLICIT_DECODE_FILE: explicit,
         }
 
     def describe(self) -> dict[str, Any]:

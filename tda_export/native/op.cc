@@ -8,6 +8,8 @@ namespace {
 
 const OpDefinition& Definition(const OrtCustomOp* op) { return *static_cast<const OpDefinition*>(op); }
 
+int Characteristic(const IoType& tensor) { return tensor.variadic ? kVariadic : int{tensor.optional}; }
+
 // A kernel with the data that its calls need.
 struct Instance {
   const OrtApi* api;
@@ -59,10 +61,10 @@ OpDefinition::OpDefinition(const char* name, const char* provider, std::vector<I
   GetExecutionProviderType = [](const OrtCustomOp* op) { return Definition(op).provider; };
   GetInputType = [](const OrtCustomOp* op, size_t i) { return int{Definition(op).inputs[i].type}; };
   GetInputTypeCount = [](const OrtCustomOp* op) { return Definition(op).inputs.size(); };
-  GetInputCharacteristic = [](const OrtCustomOp* op, size_t i) { return int{Definition(op).inputs[i].optional}; };
+  GetInputCharacteristic = [](const OrtCustomOp* op, size_t i) { return Characteristic(Definition(op).inputs[i]); };
   GetOutputType = [](const OrtCustomOp* op, size_t i) { return int{Definition(op).outputs[i].type}; };
   GetOutputTypeCount = [](const OrtCustomOp* op) { return Definition(op).outputs.size(); };
-  GetOutputCharacteristic = [](const OrtCustomOp* op, size_t i) { return int{Definition(op).outputs[i].optional}; };
+  GetOutputCharacteristic = [](const OrtCustomOp* op, size_t i) { return Characteristic(Definition(op).outputs[i]); };
   GetInputMemoryType = [](const OrtCustomOp* op, size_t i) { return Definition(op).inputs[i].on_host ? kHostMemory : 0; };
   GetVariadicInputMinArity = GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
   GetVariadicInputHomogeneity = GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 0; };

@@ -17,7 +17,8 @@ class Kernel {
 struct IoType {
   ElementType type;
   bool optional = false;
-  bool on_host = false;  // an input that kernels of any provider read on the CPU
+  bool on_host = false;   // an input that kernels of any provider read on the CPU
+  bool variadic = false;  // any number of tensors, at least one; the last of the inputs or outputs
 };
 
 using KernelFactory = std::unique_ptr<Kernel> (*)(const KernelInfo& info);

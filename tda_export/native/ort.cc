@@ -72,8 +72,6 @@ std::string KernelInfo::String(const char* attribute) const {
   return value;
 }
 
-bool KernelInfo::IsConstant(size_t input) const { return Constant(input).present; }
-
 Tensor KernelInfo::Constant(size_t input) const {
   int constant = 0;
   const OrtValue* value = nullptr;
@@ -122,6 +120,11 @@ Tensor KernelContext::Allocate(size_t index, const int64_t* sizes, size_t rank) 
   OrtValue* value = nullptr;
   Check(api_, api_->KernelContext_GetOutput(context_, index, sizes, rank, &value));
   return Describe(api_, value);
+}
+
+// Without a number of batches, each thread would get a fixed share beforehand.
+void KernelContext::Distribute(size_t tasks, TaskOf work, void* user) const {
+  Check(api_, api_->KernelContext_ParallelFor(context_, work, tasks, tasks, user));
 }
 
 Scratch::Scratch(const KernelContext& context, const Allocator& allocator, size_t bytes, bool cuda)

@@ -46,16 +46,21 @@ struct Tensor {
   }
 };
 
+// What a kernel is made from: a node of ONNX Runtime's graph, or one inside of such a node (subgraph_cpu.cc).
 class KernelInfo {
  public:
   KernelInfo(const OrtApi* api, const OrtKernelInfo* info) : api_(api), info_(info) {}
+  virtual ~KernelInfo() = default;
+  KernelInfo(const KernelInfo&) = delete;
+  KernelInfo& operator=(const KernelInfo&) = delete;
 
-  int64_t Int(const char* attribute) const;
-  bool Flag(const char* attribute) const;  // false where the node does not have it
-  float Float(const char* attribute) const;
-  std::string String(const char* attribute) const;
-  bool IsConstant(size_t input) const;  // whether an input has the same values in every call
-  Tensor Constant(size_t input) const;  // those values, in the provider's memory; not present where they may differ
+  virtual int64_t Int(const char* attribute) const;
+  virtual bool Flag(const char* attribute) const;  // false where the node does not have it
+  virtual float Float(const char* attribute) const;
+  virtual std::string String(const char* attribute) const;
+  // The values of an input that has the same in every call, in the provider's memory; not present where they may differ.
+  virtual Tensor Constant(size_t input) const;
+  bool IsConstant(size_t input) const { return Constant(input).present; }
   const OrtApi* api() const { return api_; }
   const OrtKernelInfo* get() const { return info_; }
 
@@ -79,32 +84,40 @@ class Allocator {
   OrtAllocator* allocator_ = nullptr;
 };
 
+// One call of a kernel.
 class KernelContext {
  public:
   // `constants`: the inputs that have the same values in every call; others are not present there.
   KernelContext(const OrtApi* api, OrtKernelContext* context, const std::vector<Tensor>& constants)
       : api_(api), context_(context), constants_(constants) {}
+  virtual ~KernelContext() = default;
+  KernelContext(const KernelContext&) = delete;
+  KernelContext& operator=(const KernelContext&) = delete;
 
   // Return an input. It is not present where an optional input was left out.
-  Tensor Input(size_t index) const;
+  virtual Tensor Input(size_t index) const;
   Tensor Output(size_t index, std::initializer_list<int64_t> sizes) const;
   Tensor OutputLike(size_t index, const Tensor& other) const;
   void* CudaStream() const;
   void* CublasHandle() const;  // of the provider, bound to the stream
 
-  // Call work(task) for every task in [0, tasks) on ONNX Runtime's own thread pool. Threads take one task after another:
-  // without a number of batches, each thread would get a fixed share beforehand.
+  // Call work(task) for every task in [0, tasks) on ONNX Runtime's own thread pool, whose threads take one task after
+  // another.
   template <class Work>
   void ParallelFor(size_t tasks, const Work& work) const {
-    auto call = [](void* user, size_t task) { (*static_cast<const Work*>(user))(task); };
-    Check(api_, api_->KernelContext_ParallelFor(context_, call, tasks, tasks, const_cast<Work*>(&work)));
+    Distribute(tasks, [](void* user, size_t task) { (*static_cast<const Work*>(user))(task); }, const_cast<Work*>(&work));
   }
 
   const OrtApi* api() const { return api_; }
   OrtKernelContext* get() const { return context_; }
 
+ protected:
+  using TaskOf = void (*)(void* user, size_t task);
+
+  virtual Tensor Allocate(size_t index, const int64_t* sizes, size_t rank) const;
+  virtual void Distribute(size_t tasks, TaskOf work, void* user) const;
+
  private:
-  Tensor Allocate(size_t index, const int64_t* sizes, size_t rank) const;
 
   const OrtApi* api_;
   OrtKernelContext* context_;

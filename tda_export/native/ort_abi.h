@@ -130,7 +130,7 @@ struct OrtCustomOp {
   size_t (*GetOutputTypeCount)(const OrtCustomOp*);
   void (*KernelCompute)(void* kernel, OrtKernelContext*);
   void (*KernelDestroy)(void* kernel);
-  int (*GetInputCharacteristic)(const OrtCustomOp*, size_t index);  // 0 required, 1 optional
+  int (*GetInputCharacteristic)(const OrtCustomOp*, size_t index);  // 0 required, 1 optional, 2 variadic
   int (*GetOutputCharacteristic)(const OrtCustomOp*, size_t index);
   int (*GetInputMemoryType)(const OrtCustomOp*, size_t index);  // 0 is the provider's own memory
   int (*GetVariadicInputMinArity)(const OrtCustomOp*);
@@ -153,9 +153,11 @@ constexpr const char* kCudaProvider = "CUDAExecutionProvider";
 constexpr int kOrtFail = 1;
 
 constexpr int kHostMemory = -2;  // OrtMemTypeCPUInput
+constexpr int kVariadic = 2;     // a characteristic of an input or output
 
 // ONNX element types.
 enum ElementType : int {
+  kAnyType = 0,
   kFloat = 1,
   kUint8 = 2,
   kInt8 = 3,

@@ -12,6 +12,7 @@
 #include "row_linear_fused_cuda.h"
 #include "statistics_cuda.h"
 #include "step_ops.h"
+#include "subgraph_cpu.h"
 
 namespace tda {
 namespace {
@@ -25,7 +26,7 @@ const std::vector<OpDefinition>& Definitions() {
       all.insert(all.end(), some.begin(), some.end());
     }
     for (const OpDefinition& definition : {IndexedFfnOnCpu(), IndexedFfnOnCuda(kHalf), IndexedFfnOnCuda(kBfloat16),
-                                           GreedyTokenOnCpu(), GreedyTokenOnCuda()}) {
+                                           GreedyTokenOnCpu(), GreedyTokenOnCuda(), SubgraphOnCpu()}) {
       all.push_back(definition);
     }
     return all;
@@ -48,6 +49,14 @@ OrtStatus* Register(OrtSessionOptions* options, const OrtApi* api) {
 }
 
 }  // namespace
+
+const OpDefinition* OperatorOnCpu(const std::string& name) {
+  for (const OpDefinition& definition : Definitions()) {
+    if (definition.provider == nullptr && name == definition.name) return &definition;
+  }
+  return nullptr;
+}
+
 }  // namespace tda
 
 #define TDA_EXPORT __attribute__((visibility("default")))
