@@ -113,12 +113,17 @@ def build_priced_prefill(
         The model with the inputs and outputs of `contract.priced_prefill_inputs` and `contract.dense_outputs`.
     """
     shape = model_shape(spec, dtype, kv)
-    graph = prompt_graph_builder(dtype)(spec, weights, dtype, contract.priced_prefill_inputs(shape), kv)
+    # In float32 products of integers have kernels for prompts, and so can norms and gated activations among them.
+    kernels = dtype == "float32" and any(
+        not matrix.format.is_float for name, matrix in weights.matrices.items() if contract.row_price(name) in weights
+    )
+    builder = NormGraphBuilder if kernels else prompt_graph_builder(dtype)
+    graph = builder(spec, weights, dtype, contract.priced_prefill_inputs(shape), kv)
     inputs = graph.inputs
     lengths = attention_lengths(graph.ops, inputs[contract.ATTENTION_MASK])
     tokens = call_tokens(graph.ops, inputs[contract.INPUT_IDS], lengths)
     # In half precision the node has a kernel, which reads gate and up once; stock operators copy them apart first.
-    node = spec.gated and dtype != "float32"
+    node = spec.gated and (kernels or dtype != "float32")
     gated = partial(gated_activation, graph.ops, spec.activation) if node else None
     hidden = graph.layers(lengths, plain_ffn(graph, gated))
     last = last_positions(graph.ops, hidden, inputs[contract.NUM_LOGITS], tokens.attended)
@@ -126,7 +131,12 @@ def build_priced_prefill(
     defaults = {contract.NUM_LOGITS: np.ones(1, np.int64)}
     functions = gated_activation_functions(spec.activation) if node else []
     functions += graph.attention_functions()
-    return graph.model("prefill", contract.dense_outputs(shape), defaults, functions)
+    if kernels:
+        functions += [*norm_functions(spec.norm), *row_linear_functions()]
+    model = graph.model("prefill", contract.dense_outputs(shape), defaults, functions)
+    if kernels:
+        fuse(model)
+    return model
 
 
 def build_priced_decode(
@@ -231,16 +241,15 @@ class PricedDesign:
 
     def graphs(self, spec: DecoderSpec, table: WeightTable, dtype: str, kv: str) -> dict[str, ir.Model]:
         """Build the graphs, by file name."""
-        decode = build_priced_decode(spec, table, dtype, self.price, kv=kv)
-        explicit = build_priced_decode(spec, table, dtype, kv=kv, explicit=True)
-        if dtype == "float32":  # the CPU's; on CUDA a step is captured, and nothing passes between nodes
-            group(decode)
-            group(explicit)
-        return {
+        graphs = {
             contract.PREFILL_FILE: build_priced_prefill(spec, table, dtype, kv=kv),
-            contract.DECODE_FILE: decode,
-            contract.EXPLICIT_DECODE_FILE: explicit,
+            contract.DECODE_FILE: build_priced_decode(spec, table, dtype, self.price, kv=kv),
+            contract.EXPLICIT_DECODE_FILE: build_priced_decode(spec, table, dtype, kv=kv, explicit=True),
         }
+        if dtype == "float32":  # the CPU's; on CUDA a step is captured, and nothing passes between nodes
+            for model in graphs.values():
+                group(model)
+        return graphs
 
     def describe(self) -> dict[str, Any]:
         """Return the manifest's entries that only this layout has."""

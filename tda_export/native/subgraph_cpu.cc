@@ -26,7 +26,6 @@ namespace {
 
 constexpr size_t kAlignment = 64;
 constexpr size_t kMostKept = 4 << 20;  // bytes of a tensor that are kept for the next call
-constexpr size_t kMostMembers = 32;    // loops have about as many tasks (row_sums_cpu.h)
 constexpr size_t kElementBytes[] = {0, 4, 1, 1, 2, 2, 4, 8, 0, 1, 2};  // by ONNX's element types, up to float16
 
 size_t BytesOf(const Tensor& tensor) {
@@ -222,7 +221,7 @@ class Subgraph : public Kernel {
         failure = std::current_exception();
       }
     };
-    static const size_t members = std::clamp<size_t>(std::thread::hardware_concurrency(), 2, kMostMembers);
+    static const size_t members = std::clamp<size_t>(std::thread::hardware_concurrency(), 2, Team::kMostMembers);
     context.ParallelFor(members, [&](size_t) { team.Join(lead); });
     if (failure) std::rethrow_exception(failure);
     for (Room& room : frame->rooms) room.Trim();

@@ -7,7 +7,12 @@
 namespace tda {
 namespace {
 
-constexpr int kPatience = 4096;  // looks, before the processor is offered to other threads
+constexpr int kWordBits = 32;
+constexpr uint64_t kWord = (uint64_t{1} << kWordBits) - 1;
+constexpr size_t kMostTasks = kWord / 2;  // members count beyond the last task of a share, once each
+constexpr size_t kTasksOfShare = 2;       // at least, where there is more than one
+constexpr int kShareBits = 8;             // of the number of shares
+constexpr int kPatience = 4096;           // looks, before the processor is offered to other threads
 
 // Wait a moment for another thread.
 void Pause(int& looks) {
@@ -21,52 +26,54 @@ void Pause(int& looks) {
 
 }  // namespace
 
-// Take a task of the present loop and do it. Returns whether there was one.
-bool Team::TakeTask() {
-  const auto left = [](uint64_t loop) { return (loop & kTasks) < (loop >> kTaskBits & kTasks); };
-  if (!left(loop_.load(std::memory_order_acquire))) return false;
-  const uint64_t taken = loop_.fetch_add(1, std::memory_order_acq_rel);
-  if (!left(taken)) return false;
-  work_(user_, taken & kTasks);
-  done_.fetch_add(1, std::memory_order_release);
-  return true;
+// Do tasks of the present loop until there are none left: those of a share, then those of the others.
+void Team::TakeTasks(size_t first_share, size_t shares) {
+  const auto left = [](uint64_t tasks) { return (tasks & kWord) < tasks >> kWordBits; };
+  for (size_t i = 0; i < shares; ++i) {
+    std::atomic<uint64_t>& tasks = shares_[(first_share + i) % shares].tasks;
+    while (left(tasks.load(std::memory_order_acquire))) {
+      const uint64_t taken = tasks.fetch_add(1, std::memory_order_acq_rel);
+      if (!left(taken)) break;
+      work_(user_, taken & kWord);
+      done_.fetch_add(1, std::memory_order_release);
+    }
+  }
 }
 
-void Team::Help() {
-  int looks = 0;
-  while (!finished_.load(std::memory_order_acquire)) {
-    if (TakeTask()) {
-      looks = 0;
-    } else {
+void Team::Help(size_t member) {
+  if (member >= kMostMembers) return;
+  uint64_t seen = 0;
+  for (int looks = 0; !finished_.load(std::memory_order_acquire);) {
+    const uint64_t loop = loop_.load(std::memory_order_acquire);
+    if (loop == seen) {
       Pause(looks);
+      continue;
     }
+    const size_t shares = loop & ((1 << kShareBits) - 1);
+    TakeTasks(member % shares, shares);
+    seen = loop;
+    looks = 0;
   }
 }
 
 void Team::ForEach(size_t tasks, TaskOf work, void* user) {
-  if (tasks <= 1 || members_.load(std::memory_order_relaxed) <= 1) {
+  const size_t members = std::min(members_.load(std::memory_order_relaxed), kMostMembers);
+  if (tasks <= 1 || members <= 1 || tasks > kMostTasks) {
     for (size_t task = 0; task < tasks; ++task) work(user, task);
     return;
   }
-  for (size_t first = 0; first < tasks; first += kMostTasks) {
-    struct Part {
-      TaskOf work;
-      void* user;
-      size_t first;
-    } part = {work, user, first};
-    const size_t count = std::min(tasks - first, kMostTasks);
-    work_ = [](void* of, size_t task) {
-      const Part& own = *static_cast<const Part*>(of);
-      own.work(own.user, own.first + task);
-    };
-    user_ = &part;
-    done_.store(0, std::memory_order_relaxed);
-    const uint64_t number = (loop_.load(std::memory_order_relaxed) >> 2 * kTaskBits) + 1;
-    loop_.store(number << 2 * kTaskBits | count << kTaskBits, std::memory_order_release);
-    while (TakeTask()) {
-    }
-    for (int looks = 0; done_.load(std::memory_order_acquire) < count;) Pause(looks);
+  const size_t shares = tasks >= kTasksOfShare * members ? members : 1;
+  work_ = work;
+  user_ = user;
+  done_.store(0, std::memory_order_relaxed);
+  for (size_t share = 0; share < shares; ++share) {
+    const uint64_t begin = share * tasks / shares, end = (share + 1) * tasks / shares;
+    shares_[share].tasks.store(end << kWordBits | begin, std::memory_order_release);
   }
+  const uint64_t number = (loop_.load(std::memory_order_relaxed) >> kShareBits) + 1;
+  loop_.store(number << kShareBits | shares, std::memory_order_release);
+  TakeTasks(0, shares);
+  for (int looks = 0; done_.load(std::memory_order_acquire) < tasks;) Pause(looks);
 }
 
 }  // namespace tda

@@ -14,36 +14,41 @@ namespace tda {
 
 class Team {
  public:
+  static constexpr size_t kMostMembers = 32;  // more leave at once
+
   using TaskOf = void (*)(void* user, size_t task);
 
   // A member's part: lead() for the first, which the others help until it returns. lead() does not throw.
   template <class Lead>
   void Join(const Lead& lead) {
-    if (members_.fetch_add(1, std::memory_order_relaxed) > 0) return Help();
+    const size_t member = members_.fetch_add(1, std::memory_order_relaxed);
+    if (member > 0) return Help(member);
     lead();
     finished_.store(true, std::memory_order_release);
   }
 
-  // Called by the leader alone: work(user, task) for every task in [0, tasks), in any order, by all members.
+  // Called by the leader alone: work(user, task) for every task in [0, tasks), by all members.
   void ForEach(size_t tasks, TaskOf work, void* user);
 
  private:
-  void Help();
-  bool TakeTask();
+  // Neighbouring tasks, which one member takes in order, as their memory often lies so; and others when they have none
+  // left. In one word, so that whoever takes a task knows whether there was one: the next task, and the end.
+  struct alignas(64) Share {
+    std::atomic<uint64_t> tasks{0};
+  };
 
-  // The present loop: its number, how many tasks it has, and the next one to take. In one word, so that whoever takes a
-  // task takes one of the loop that it has read.
-  static constexpr int kTaskBits = 20;
-  static constexpr uint64_t kTasks = (uint64_t{1} << kTaskBits) - 1;
-  static constexpr size_t kMostTasks = kTasks / 2;  // members count beyond the last task, once each
+  void Help(size_t member);
+  void TakeTasks(size_t first_share, size_t shares);
 
+  Share shares_[kMostMembers];
+  // The number of the present loop, and into how many shares it is cut.
   alignas(64) std::atomic<uint64_t> loop_{0};
-  // What it does. It is written before loop_, and not again before all of the loop's tasks are done.
+  // What it does. It is written before shares are, and not again before all tasks are done.
   TaskOf work_ = nullptr;
   void* user_ = nullptr;
   alignas(64) std::atomic<size_t> done_{0};  // tasks of the present loop
   alignas(64) std::atomic<bool> finished_{false};
-  std::atomic<int> members_{0};
+  std::atomic<size_t> members_{0};
 };
 
 }  // namespace tda
