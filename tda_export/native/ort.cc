@@ -1,5 +1,7 @@
 #include "ort.h"
 
+#include <algorithm>
+
 namespace tda {
 namespace {
 
@@ -119,7 +121,12 @@ void* KernelContext::CublasHandle() const {
 Tensor KernelContext::Allocate(size_t index, const int64_t* sizes, size_t rank) const {
   OrtValue* value = nullptr;
   Check(api_, api_->KernelContext_GetOutput(context_, index, sizes, rank, &value));
-  return Describe(api_, value);
+  Tensor tensor;
+  tensor.present = true;
+  tensor.rank = rank;
+  std::copy_n(sizes, rank, tensor.sizes);
+  Check(api_, api_->GetTensorMutableData(value, &tensor.data));
+  return tensor;
 }
 
 // Without a number of batches, each thread would get a fixed share beforehand.

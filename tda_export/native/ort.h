@@ -33,7 +33,7 @@ struct Tensor {
 
   bool present = false;  // false where an optional input was left out
   void* data = nullptr;  // an empty tensor may have none
-  int type = 0;
+  int type = 0;          // of an input
   size_t rank = 0;
   int64_t sizes[kMaxRank] = {};
 

@@ -246,7 +246,9 @@ class Subgraph : public Kernel {
     const InnerInfo own(info, text);
     for (size_t i = 0; i < text.inputs.size(); ++i) {
       node.constants.push_back(own.Constant(i));
-      if (text.inputs[i].kind == Place::kInput) inputs_ = std::max(inputs_, text.inputs[i].index + 1);
+      if (text.inputs[i].kind != Place::kInput) continue;
+      inputs_ = std::max(inputs_, text.inputs[i].index + 1);
+      if (!node.constants.back().present) varying_.push_back(text.inputs[i].index);
     }
     try {
       node.kernel = definition->create(own);
@@ -324,9 +326,10 @@ class Subgraph : public Kernel {
       frame = std::make_unique<Frame>();
       frame->inner.resize(rooms_.size());
       frame->outputs.resize(made_outputs_.size());
+      frame->inputs.resize(inputs_);
       frame->rooms = std::vector<Room>(room_count_);
     }
-    frame->inputs.assign(inputs_, Tensor());
+    for (const size_t input : varying_) frame->inputs[input].present = false;
     return frame;
   }
 
@@ -334,6 +337,7 @@ class Subgraph : public Kernel {
   std::vector<bool> made_outputs_, made_inner_;  // which of them a node gives
   std::vector<size_t> rooms_;                    // of each inner tensor
   size_t room_count_ = 0, inputs_ = 0;
+  std::vector<size_t> varying_;  // inputs that are no constants
   std::mutex mutex_;
   std::vector<std::unique_ptr<Frame>> free_frames_;
 };
