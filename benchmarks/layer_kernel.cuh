@@ -30,7 +30,7 @@ struct LayerWarp {
 template <int kBlockWarps, int kSlots, int kMostUnits>
 struct LayerKernel {
   using Format = CodeMatrixFormat<4, kSlots>;
-  using Reader = MatrixReader<Format>;
+  using Reader = MatrixSums<Format>;
   using Warp = LayerWarp<kSlots, kMostUnits>;
   using Cells = WarpSums<1, Format::kWidth, kBlockWarps>;
   using Sums = float[1][Format::kWidth];
@@ -106,7 +106,7 @@ struct LayerKernel {
     const int slice = next.share.slice + (matrix >= (listed ? cut_matrix : next.share.cut));
     const auto column = Format(a.products[next.product].weight).From(slice * kSliceColumns);
     Sums none;
-    const Reader reader = {column, own.rows, none};
+    const Reader reader = {column, none};
     const int first = next.share.Row(matrix);
     const unsigned short* rows = own.list.rows + matrix * kChunk;
     reader.Start(own.rows.room.slots[next.slot], [&](int r) { return listed ? static_cast<int>(rows[r]) : first + r; });
@@ -228,15 +228,14 @@ struct LayerKernel {
     for (int i = under_way; i < kSlots; ++i) StartNext();
   }
 
-  // The exponent of a power of two for the values, as MatrixReader::PowerOf.
+  // The exponent of a power of two for the values.
   __device__ __forceinline__ unsigned PowerOfList() const {
-    constexpr unsigned kMagnitude = 0x7fff, kMostExponent = 30, kOne = 15, kWanted = kOne + 8;
+    constexpr unsigned kMagnitude = 0x7fff;
     unsigned largest = 0;
     for (int i = lane; i < matrices * kChunk; i += kWarp) {
       largest = max(largest, static_cast<unsigned>(own.list.values[i]) & kMagnitude);
     }
-    const unsigned exponent = __reduce_max_sync(0xffffffffu, largest) >> Reader::kFraction;
-    return exponent > kMostExponent ? kOne : min(kWanted + kOne - exponent, kMostExponent);
+    return Reader::PowerOf(__reduce_max_sync(0xffffffffu, largest));
   }
 
   __device__ __forceinline__ void StoreSums(const Sums& sums, float* cells) const {
@@ -257,7 +256,7 @@ struct LayerKernel {
 #pragma unroll 1
     for (int part = 0, matrix = 0; part < 1 + in_both; ++part) {
       Sums sums = {};
-      const Reader reader = {column, own.rows, sums};
+      const Reader reader = {column, sums};
       float products[Reader::kRun][4] = {}, zero_products[4] = {};
       const int end = part == 0 ? cut_matrix : matrices;
 #pragma unroll 1

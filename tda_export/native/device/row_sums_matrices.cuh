@@ -90,35 +90,24 @@ struct HalfRowList {
   }
 };
 
-// By way of matrices: 16 rows of the list at a time, in shared memory, while the next ones are under way.
+// Sums of 16 rows at a time, which are a matrix in shared memory.
 template <class Format>
-struct MatrixReader {
+struct MatrixSums {
   using Column = typename Format::Column;
-  using List = HalfRowList;
-  static constexpr int kBits = Format::kBitsOfCode;
-  static constexpr int kRows = 16, kSlots = Format::kSlots;
-  static constexpr int kEarlySlots = kSlots < 2 ? kSlots : 2, kEarly = kRows * kEarlySlots;
-  static constexpr bool kEarlyListed = true;
+  static constexpr int kBits = Format::kBitsOfCode, kRows = 16;
   static constexpr int kRun = Format::Lanes::kRun;  // codes in 16 bits
   static constexpr int kFraction = 10;              // bits of a float16
   static constexpr int kParts = kBits;              // of 16 times 16 bits of a row
   static constexpr int kLoads = Format::kSliceBytes / 16, kLoadRows = kWarp / kLoads;
-  static_assert(kEarly <= kWarp && Format::kSliceBytes % 128 == 0, "early rows are first candidates of a lane");
+  static_assert(Format::kSliceBytes % 128 == 0, "parts change places within 128 bytes");
 
   struct Slot {
     alignas(Format::kSliceBytes) unsigned char codes[kRows][Format::kSliceBytes];
     alignas(16) unsigned short scales[kRows][Format::kGroups];
     alignas(16) unsigned char zero_points[kRows][Format::kZeroBytes];
   };
-  struct Room {
-    Slot slots[kSlots];
-  };
-
-  // What the host asks for (row_product_cuda.cc).
-  static_assert(sizeof(List) == 768 && sizeof(Slot) == (kBits == 4 ? 2432 : 4608), "the host knows these sizes");
 
   const Column& column;
-  WarpRows<1, Format>& shared;
   float (&sums)[1][Format::kWidth];
 
   static __device__ __forceinline__ unsigned Address(const void* place) {
@@ -152,59 +141,11 @@ struct MatrixReader {
     CommitCopies();
   }
 
-  __device__ __forceinline__ void Begin(int row) const {
-#pragma unroll
-    for (int s = 0; s < kEarlySlots; ++s) {
-      Start(shared.room.slots[s], [&](int r) { return max(__shfl_sync(0xffffffffu, row, s * kRows + r), 0); });
-    }
-  }
-
-  __device__ __forceinline__ void Add(bool begun, const float (&)[1], int listed_rows) const {
-    const int lane = threadIdx.x % kWarp;
-    List& list = shared.list;
-    const auto start = [&](int s, int at) {
-      if (at < listed_rows) {
-        Start(shared.room.slots[s], [&](int r) { return list.rows[at + r]; });
-      } else {
-        CommitCopies();
-      }
-    };
-    // The last row fills the last matrix up, times 0.
-    if (listed_rows + lane < (listed_rows + kRows - 1) / kRows * kRows) {
-      list.Put(listed_rows + lane, list.rows[listed_rows - 1], {0.0f});
-    }
-    __syncwarp();
-#pragma unroll
-    for (int s = 0; s < kSlots; ++s) {
-      if (!begun || s >= kEarlySlots) start(s, s * kRows);
-    }
-    const unsigned power = PowerOf(listed_rows);
-    float products[kRun][4] = {}, zero_products[4] = {};
-#pragma unroll 1
-    for (int at = 0; at < listed_rows; at += kSlots * kRows) {
-#pragma unroll
-      for (int s = 0; s < kSlots; ++s) {
-        const int first = at + s * kRows;
-        if (first >= listed_rows) break;
-        WaitForCopies<kSlots - 1>();
-        __syncwarp();
-        AddMatrix(shared.room.slots[s], list.values + first, power << kFraction, products, zero_products);
-        __syncwarp();
-        start(s, first + kSlots * kRows);
-      }
-    }
-    Finish(products, zero_products, FullCode(power));
-  }
-
   // Return the exponent, as float16 has it, of the power of two that values are multiplied with: 2^8 to 2^9 for the
-  // largest, if float16 has such a power, and 1 where it is not finite.
-  __device__ __forceinline__ unsigned PowerOf(int listed_rows) const {
-    constexpr unsigned kMagnitude = 0x7fff, kMostExponent = 30, kOne = 15, kWanted = kOne + 8;
-    unsigned largest = 0;
-    for (int i = threadIdx.x % kWarp; i < listed_rows; i += kWarp) {
-      largest = max(largest, static_cast<unsigned>(shared.list.values[i]) & kMagnitude);
-    }
-    const unsigned exponent = __reduce_max_sync(0xffffffffu, largest) >> kFraction;
+  // largest, of this magnitude, if float16 has such a power, and 1 where it is not finite.
+  static __device__ __forceinline__ unsigned PowerOf(unsigned largest) {
+    constexpr unsigned kMostExponent = 30, kOne = 15, kWanted = kOne + 8;
+    const unsigned exponent = largest >> kFraction;
     return exponent > kMostExponent ? kOne : min(kWanted + kOne - exponent, kMostExponent);
   }
 
@@ -266,6 +207,85 @@ struct MatrixReader {
       const int odd = kBits == 4 ? run : run / 2, at = kBits == 4 ? 3 * run : run / 2 + run % 2 * 2;
       sums[0][i] += products[k][at] * (k * kBits % 8 ? full / 16 : full) - zeros[odd];
     }
+  }
+};
+
+// By way of matrices: 16 rows of the list at a time, in shared memory, while the next ones are under way.
+template <class Format>
+struct MatrixReader {
+  using Sums = MatrixSums<Format>;
+  using Column = typename Format::Column;
+  using List = HalfRowList;
+  static constexpr int kRows = Sums::kRows, kSlots = Format::kSlots;
+  static constexpr int kEarlySlots = kSlots < 2 ? kSlots : 2, kEarly = kRows * kEarlySlots;
+  static constexpr bool kEarlyListed = true;
+  static_assert(kEarly <= kWarp, "early rows are first candidates of a lane");
+
+  struct Room {
+    typename Sums::Slot slots[kSlots];
+  };
+
+  // What the host asks for (row_product_cuda.cc).
+  static_assert(sizeof(List) == 768 && sizeof(Room) == kSlots * (Sums::kBits == 4 ? 2432 : 4608), "the host knows these");
+
+  const Column& column;
+  WarpRows<1, Format>& shared;
+  float (&sums)[1][Format::kWidth];
+
+  __device__ __forceinline__ void Begin(int row) const {
+    const Sums matrices = {column, sums};
+#pragma unroll
+    for (int s = 0; s < kEarlySlots; ++s) {
+      matrices.Start(shared.room.slots[s], [&](int r) { return max(__shfl_sync(0xffffffffu, row, s * kRows + r), 0); });
+    }
+  }
+
+  __device__ __forceinline__ void Add(bool begun, const float (&)[1], int listed_rows) const {
+    const int lane = threadIdx.x % kWarp;
+    const Sums matrices = {column, sums};
+    List& list = shared.list;
+    const auto start = [&](int s, int at) {
+      if (at < listed_rows) {
+        matrices.Start(shared.room.slots[s], [&](int r) { return list.rows[at + r]; });
+      } else {
+        CommitCopies();
+      }
+    };
+    // The last row fills the last matrix up, times 0.
+    if (listed_rows + lane < (listed_rows + kRows - 1) / kRows * kRows) {
+      list.Put(listed_rows + lane, list.rows[listed_rows - 1], {0.0f});
+    }
+    __syncwarp();
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+      if (!begun || s >= kEarlySlots) start(s, s * kRows);
+    }
+    const unsigned power = Sums::PowerOf(Largest(listed_rows));
+    float products[Sums::kRun][4] = {}, zero_products[4] = {};
+#pragma unroll 1
+    for (int at = 0; at < listed_rows; at += kSlots * kRows) {
+#pragma unroll
+      for (int s = 0; s < kSlots; ++s) {
+        const int first = at + s * kRows;
+        if (first >= listed_rows) break;
+        WaitForCopies<kSlots - 1>();
+        __syncwarp();
+        matrices.AddMatrix(shared.room.slots[s], list.values + first, power << Sums::kFraction, products, zero_products);
+        __syncwarp();
+        start(s, first + kSlots * kRows);
+      }
+    }
+    matrices.Finish(products, zero_products, Sums::FullCode(power));
+  }
+
+  // Return the largest magnitude of the list's values.
+  __device__ __forceinline__ unsigned Largest(int listed_rows) const {
+    constexpr unsigned kMagnitude = 0x7fff;
+    unsigned largest = 0;
+    for (int i = threadIdx.x % kWarp; i < listed_rows; i += kWarp) {
+      largest = max(largest, static_cast<unsigned>(shared.list.values[i]) & kMagnitude);
+    }
+    return __reduce_max_sync(0xffffffffu, largest);
   }
 };
 
