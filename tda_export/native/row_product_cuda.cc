@@ -3,8 +3,11 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <tuple>
 #include <utility>
+
+#include "whole_slices.h"
 
 namespace tda {
 namespace {
@@ -17,7 +20,7 @@ constexpr double kNearlyAsBusy = 0.95;
 constexpr int64_t kStaticBytes = 4096;  // at most, of a kernel's shared memory beside what is asked for
 
 // Dynamic shared memory of a warp that has so many matrices under way (device/row_sums_matrices.cuh).
-constexpr int64_t MatrixBytes(int bits, int matrices) { return matrices * (bits == 4 ? 2432 : 4608) + 768; }
+constexpr int64_t MatrixBytes(int bits, int matrices) { return matrices * MatrixRowsBytes(bits) + 768; }
 
 // A kernel for one token or a tile of them, and how many blocks can share the rows of a slice of columns. That decides in
 // which order rows are added, so it is the same number whatever x is: that of the kernel that finds x stored.
@@ -55,6 +58,12 @@ struct SharedKernel {
     while (busy(ranks) < kNearlyAsBusy * best) ++ranks;
     return ranks;
   }
+};
+
+// The kernel of blocks that stay, for one token.
+struct WholeKernel {
+  CudaKernel kernel;
+  WholeKernelLimits limits;
 };
 
 // Columns of a thread by matrices.
@@ -99,6 +108,15 @@ class RowLinearKernels {
     };
     const CudaModule* const stored = module_of(RowInputs::kStored, {});
     const CudaModule* const module = inputs == RowInputs::kStored ? stored : module_of(inputs, more_defines);
+    // Fill in the clusters that a kernel can have, as the kernel that finds x stored has them. One that has no cluster of a
+    // size cannot be launched so, however many the other one has.
+    const auto count_clusters = [&](const CudaKernel& kernel, const CudaKernel& counted, unsigned threads,
+                                    int(&resident_clusters)[kMostRanks + 1]) {
+      for (unsigned ranks = 1; clusters && ranks <= kMostRanks; ++ranks) {
+        const bool possible = module == stored || kernel.ResidentClusters(ranks, threads) > 0;
+        resident_clusters[ranks] = possible ? counted.ResidentClusters(ranks, threads) : 0;
+      }
+    };
     // `matrices`: how many of them a warp has under way; 0: it adds row after row.
     auto shared = [&](int tokens, int64_t width, int64_t warps, int blocks, int matrices = 0) {
       std::string name = "RowLinear_" + std::to_string(tokens) + "_";
@@ -109,11 +127,7 @@ class RowLinearKernels {
       const CudaKernel counted = stored->Kernel(name.c_str(), threads, bytes);
       const CudaKernel kernel = module == stored ? counted : module->Kernel(name.c_str(), threads, bytes);
       SharedKernel made = {kernel, width, warps, matrices > 0 ? kMatrixRows : kRowsTogether, counted.resident_blocks};
-      for (unsigned ranks = 1; clusters && ranks <= kMostRanks; ++ranks) {
-        // A kernel that has no cluster of a size cannot be launched so, however many the other one has.
-        const bool possible = module == stored || kernel.ResidentClusters(ranks, threads) > 0;
-        made.resident_clusters[ranks] = possible ? counted.ResidentClusters(ranks, threads) : 0;
-      }
+      count_clusters(kernel, counted, threads, made.resident_clusters);
       return made;
     };
     // The fewer slices there are, the more warps share the rows of one, and larger blocks take fewer steps to add up.
@@ -137,6 +151,14 @@ class RowLinearKernels {
       matrices.push_back(shared(1, kMatrixWidth, 8, 3, under_way));
       if (kLargeWarps * MatrixBytes(bits, under_way + 1) + kStaticBytes <= device.shared_bytes) {
         matrices.push_back(shared(1, kMatrixWidth, kLargeWarps, 1, under_way + 1));
+        if (clusters) {
+          const unsigned threads = static_cast<unsigned>(kWholeWarps * kWarp);
+          const unsigned bytes = static_cast<unsigned>(device.shared_bytes - kStaticBytes);
+          const CudaKernel counted = stored->Kernel("RowLinear_1_whole_16_1", threads, bytes);
+          whole = {module == stored ? counted : module->Kernel("RowLinear_1_whole_16_1", threads, bytes),
+                   {bits, under_way, multiprocessors, bytes}};
+          count_clusters(whole->kernel, counted, threads, whole->limits.resident_clusters);
+        }
       }
     }
     if (!clusters) clear_counters = module->Kernel("ClearCounters", kThreads);
@@ -153,14 +175,17 @@ class RowLinearKernels {
     return *kernels;
   }
 
-  // Choose among kernels by matrices. Large blocks, one on a multiprocessor, win where at least 70 % of the multiprocessors
-  // have one, on average over all rounds.
-  const SharedKernel& ByMatrices(const StoredMatrix& matrix, int64_t inputs) const {
+  // The part of the multiprocessors that have a large block, one each, on average over all rounds.
+  double LargeBusy(const StoredMatrix& matrix, int64_t inputs) const {
     const SharedKernel& large = matrices.back();
     const int64_t slices = CeilDivide(matrix.columns, large.Slice());
     const int64_t blocks = slices * large.Ranks(slices, inputs, clusters);
-    const int64_t rounds = CeilDivide(blocks, multiprocessors);
-    return 10 * blocks >= 7 * rounds * multiprocessors ? large : matrices.front();
+    return static_cast<double>(blocks) / (CeilDivide(blocks, multiprocessors) * multiprocessors);
+  }
+
+  // Choose among kernels by matrices of which every block has one slice. Large ones win where at least 70 % are busy.
+  const SharedKernel& ByMatrices(const StoredMatrix& matrix, int64_t inputs) const {
+    return LargeBusy(matrix, inputs) >= 0.7 ? matrices.back() : matrices.front();
   }
 
   const SharedKernel& Choose(int64_t tokens, const StoredMatrix& matrix, int64_t inputs) const {
@@ -174,11 +199,19 @@ class RowLinearKernels {
     return wide.back().first;
   }
 
+  // How blocks that stay share a product of one token, if that pays.
+  std::optional<WholeShares> WholeFor(int64_t tokens, const StoredMatrix& matrix, int64_t inputs) const {
+    if (!whole || tokens > 1 || !SuitsMatrices(matrix, bits)) return std::nullopt;
+    const WholeShares shares = ChooseWholeShares(matrix.columns / kWholeSlice, inputs, whole->limits);
+    return shares.Pays(bits, LargeBusy(matrix, inputs)) ? std::optional(shares) : std::nullopt;
+  }
+
   int64_t bits;  // of a column
   int64_t multiprocessors;
   bool clusters;
   std::vector<std::pair<SharedKernel, int64_t>> wide;  // of one token, each with the slices that it is worth it from
   std::vector<SharedKernel> matrices;                  // of one token, by matrices: one of small blocks first
+  std::optional<WholeKernel> whole;                    // of one token, where there are clusters
   SharedKernel tile;                                   // of a tile of tokens
   SharedKernel narrow, narrow_tile;
   CudaKernel clear_counters;
@@ -228,12 +261,6 @@ void RowProduct::MultiplyMade(const KernelContext& context, const RowLinearCall&
 void RowProduct::Launch(const KernelContext& context, const RowLinearCall& call, const RowLinearKernels& kernels,
                         RowLinearArguments arguments) const {
   const StoredMatrix matrix = Matrix(call);
-  const SharedKernel& shared = kernels.Choose(call.tokens, matrix, call.inputs);
-  const int64_t tile = call.tokens == 1 ? 1 : kTile;
-  const int64_t tiles = CeilDivide(call.tokens, tile);
-  const int64_t slices = CeilDivide(call.outputs, shared.Slice());
-  const int64_t ranks = shared.Ranks(slices * tiles, call.inputs, kernels.clusters);
-
   arguments.weight = matrix;
   arguments.row_price = call.row_price.As<const float>();
   arguments.price = call.price.As<const float>();
@@ -244,6 +271,17 @@ void RowProduct::Launch(const KernelContext& context, const RowLinearCall& call,
   arguments.outputs = static_cast<int>(call.outputs);
   arguments.early = early_;
   void* stream = context.CudaStream();
+  if (const std::optional<WholeShares> whole = kernels.WholeFor(call.tokens, matrix, call.inputs)) {
+    CudaKernel kernel = kernels.whole->kernel;
+    kernel.shared_bytes = static_cast<unsigned>(whole->shared_bytes);
+    kernel.Launch(stream, whole->ranks, whole->clusters, 1, kWholeWarps * kWarp, &arguments, whole->ranks);
+    return;
+  }
+  const SharedKernel& shared = kernels.Choose(call.tokens, matrix, call.inputs);
+  const int64_t tile = call.tokens == 1 ? 1 : kTile;
+  const int64_t tiles = CeilDivide(call.tokens, tile);
+  const int64_t slices = CeilDivide(call.outputs, shared.Slice());
+  const int64_t ranks = shared.Ranks(slices * tiles, call.inputs, kernels.clusters);
   const unsigned threads = static_cast<unsigned>(shared.warps * kWarp);
   if (kernels.clusters) {
     shared.kernel.Launch(stream, ranks, slices, tiles, threads, &arguments, static_cast<unsigned>(ranks));

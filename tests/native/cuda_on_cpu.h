@@ -238,6 +238,13 @@ inline unsigned __reduce_max_sync(unsigned, unsigned value) {
     return largest;
   });
 }
+inline unsigned __reduce_add_sync(unsigned, unsigned value) {
+  return emulator::Exchange({value}, [&](const auto& word) {
+    unsigned sum = 0;
+    for (unsigned lane = 0; lane < emulator::kWarp; ++lane) sum += word(lane, 0);
+    return sum;
+  });
+}
 inline unsigned atomicAdd(unsigned* place, unsigned value) {
   const unsigned before = *place;
   *place += value;

@@ -13,7 +13,7 @@ from tda_export.weights.formats import integer_format
 from tests.code_model import random_codes
 from tests.ffn_model import NUMPY_DTYPES
 from tests.native.cuda_on_cpu import Guarded, compile_for_cpu
-from tests.native.test_row_linear_on_cpu import BY_MATRICES, Arguments, columns_of
+from tests.native.test_row_linear_on_cpu import BY_MATRICES, Arguments, columns_of, grid_of
 
 COMMON = (
     *(
@@ -27,7 +27,7 @@ COMMON = (
     ),
     *("products.cuh", "rms_norm.cuh"),
 )
-ROWS = ("row_sums.cuh", "row_sums_matrices.cuh", "row_totals.cuh", "row_linear.cu")
+ROWS = ("row_sums.cuh", "row_sums_matrices.cuh", "row_totals.cuh", "row_whole_slices.cuh", "row_linear.cu")
 # By bits: kernels of one token by the columns of a thread, each with its warps.
 KERNELS = {
     0: {"1_8_8_3": 8, "1_8_8_2": 8, "1_8_16_1": 16, "1_1_8_3": 8},
@@ -180,8 +180,9 @@ class Product:
         if made == GATED:
             defines["TDA_ACTIVATION"] = ACTIVATIONS[self._bits]
         library = self._compiled("row_linear", **defines)
-        cluster = self._blocks if self._clusters else 1
-        library.Run(f"RowLinear_{self._kernel}".encode(), self._blocks, slices, 1, cluster, ctypes.byref(arguments))
+        grid = grid_of(self._kernel, self._blocks, slices)
+        cluster = grid[0] if self._clusters else 1
+        library.Run(f"RowLinear_{self._kernel}".encode(), *grid, 1, cluster, ctypes.byref(arguments))
         for guarded in (y, partial):
             guarded.check()
         return y.array.copy()

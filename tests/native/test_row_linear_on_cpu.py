@@ -25,11 +25,12 @@ pytestmark = pytest.mark.skipif(
 )
 SOURCES = (
     *("cluster.cuh", "common.cuh", "format.cuh", "format_codes.cuh", "half_products.cuh", "products.cuh"),
-    *("rms_norm.cuh", "row_sums.cuh", "row_sums_matrices.cuh", "row_totals.cuh"),
+    *("rms_norm.cuh", "row_sums.cuh", "row_sums_matrices.cuh", "row_totals.cuh", "row_whole_slices.cuh"),
     "row_linear.cu",
 )
 # By bits: kernels by tokens and the columns of a thread, with their warps. Those of four tokens are last.
-BY_MATRICES = {"1_small_8_3": 8, "1_large_16_1": 16}
+WHOLE = "1_whole_16_1"  # by blocks that stay
+BY_MATRICES = {"1_small_8_3": 8, "1_large_16_1": 16, WHOLE: 16}
 KERNELS = {
     4: {"1_32_8_2": 8, "1_16_8_2": 8, "1_8_16_1": 16, "1_1_8_3": 8, "4_8_8_1": 8, "4_1_8_1": 8},
     8: {"1_8_8_3": 8, "1_8_16_1": 16, "1_1_8_3": 8, "4_8_8_1": 8, "4_1_8_1": 8},
@@ -68,6 +69,11 @@ def columns_of(kernel: str) -> int:
 def load_of(kernel: str) -> int:
     """The columns that a row must have a whole number of: those of a thread's load, or by matrices of a slice."""
     return 256 if kernel in BY_MATRICES else columns_of(kernel)
+
+
+def grid_of(kernel: str, blocks: int, slices: int) -> tuple[int, int]:
+    """The grid where so many blocks share a slice. Blocks that stay are at least two, and here have two slices each."""
+    return (max(2, blocks), -(-slices // 2)) if kernel == WHOLE else (blocks, slices)
 
 
 @pytest.fixture(scope="module", params=WAYS)
@@ -124,8 +130,9 @@ def multiply_and_add(
         residual=feeds["residual"].ctypes.data if "residual" in feeds else None,
         squares=squares.array.ctypes.data if "residual" in feeds else None,
     )
-    cluster = blocks if has_clusters(library) else 1
-    library.Run(f"RowLinear_{kernel}".encode(), blocks, slices, tiles, cluster, ctypes.byref(arguments))
+    grid = grid_of(kernel, blocks, slices)
+    cluster = grid[0] if has_clusters(library) else 1
+    library.Run(f"RowLinear_{kernel}".encode(), *grid, tiles, cluster, ctypes.byref(arguments))
     for guarded in (y, partial, squares):
         guarded.check()
     return y.array.view(ml_dtypes.bfloat16 if x.dtype == ml_dtypes.bfloat16 else np.float16), squares.array.copy()

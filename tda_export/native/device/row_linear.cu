@@ -270,6 +270,46 @@ static __device__ __forceinline__ void RowLinear(const RowLinearArguments& a) {
 #endif
 }
 
+#if TDA_HALF_CODES && TDA_CLUSTERS
+// One token, by blocks that stay (device/row_whole_slices.cuh). Shared memory: rows under way, received sums, and each
+// share's list. A cluster has at least two blocks.
+template <class Format, int kBlockWarps>
+static __device__ __forceinline__ void RowLinearWhole(const RowLinearArguments& a) {
+  using Whole = WholeSlices<Format, kBlockWarps>;
+  using Sums = typename Whole::Sums;
+  using Slots = typename Sums::Slot[kBlockWarps][Format::kSlots];
+  constexpr unsigned kSlice = kWarp * Format::kWidth;
+  TDA_DYNAMIC_MEMORY(memory);
+  __shared__ typename Whole::Counts counts;
+  __shared__ ClusterInbox inbox;
+  const typename Whole::Shares own(a.outputs / kSlice, a.inputs);
+  const WholeTotals<Format, kBlockWarps> whole_totals(own, reinterpret_cast<float*>(memory + sizeof(Slots)), inbox);
+  int* const rows = reinterpret_cast<int*>(whole_totals.received + whole_totals.Room());
+  unsigned short* const values = reinterpret_cast<unsigned short*>(rows + own.parts * own.room);
+  const Whole whole = {own, counts, rows + own.part * own.room, values + own.part * own.room,
+                       reinterpret_cast<Slots&>(*memory)[threadIdx.x / kWarp]};
+  // As in RowLinear, but that no row is read before it is known which are needed: that gained nothing.
+  float price = a.early ? *a.price : 0.0f;
+  Inputs inputs(a, 0);
+  const PricedRows<1> source = {inputs, a.row_price, price, 1, false};
+  bool passed = false;
+  const auto ready = [&] {
+    if (passed) return;
+    passed = true;
+    WaitForEarlierKernels();
+    LetNextKernelStart();
+    if (!a.early) price = *a.price;
+    inputs.Make<kBlockWarps>();
+  };
+  const Format weight(a.weight);
+  const auto column = weight.From((own.first_slice + own.slice) * kSlice);
+  float sums[1][Format::kWidth] = {};
+  const int listed_rows = whole.List(source, ready);
+  if (own.Adds()) whole.Add(Sums{column, sums}, listed_rows);
+  whole_totals.Store(sums, {a.bias, a.residual, a.y, a.squares, static_cast<unsigned>(a.outputs), 0, 1});
+}
+#endif
+
 #if TDA_BITS
 #define TDA_ROW_FORMAT(width) CodeFormat<TDA_BITS, width * TDA_BITS / 32>
 #else
@@ -305,6 +345,11 @@ using LargeBlocks = CodeMatrixFormat<TDA_BITS, 2>;
 #endif
 TDA_ROW_LINEAR_OF(1, small, 8, 3, SmallBlocks)
 TDA_ROW_LINEAR_OF(1, large, 16, 1, LargeBlocks)
+#if TDA_CLUSTERS
+extern "C" __global__ void __launch_bounds__(16 * kWarp, 1) RowLinear_1_whole_16_1(RowLinearArguments arguments) {
+  RowLinearWhole<SmallBlocks, 16>(arguments);
+}
+#endif
 #endif
 #if !TDA_INPUTS
 TDA_ROW_LINEAR(4, 8, 8, 1)

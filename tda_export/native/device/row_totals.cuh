@@ -49,6 +49,16 @@ struct Totals {
     const bool wanted;
   };
 
+  // A column of one token, which is there.
+  struct Column {
+    static constexpr unsigned token = 0;
+    static constexpr bool wanted = true;
+
+    __device__ __forceinline__ size_t Place(unsigned) const { return column; }
+
+    const unsigned column;
+  };
+
   template <class Cell>
   __device__ __forceinline__ Ahead Read(const Cell& cell) const {
     Ahead ahead = {};
