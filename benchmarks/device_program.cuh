@@ -9,6 +9,8 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "../tda_export/native/whole_slices.h"
+
 #define CHECK(call)                                                                        \
   do {                                                                                     \
     const cudaError_t error = (call);                                                      \
@@ -24,6 +26,12 @@ struct KernelCase {
   const char* name;
   void (*kernel)(RowLinearArguments);
   int width, threads, dynamic_bytes, rows;  // rows that a warp adds at once
+  int whole_matrices = 0;  // of the kernel of blocks that stay: matrices that a warp has under way
+};
+
+// How a kernel is launched: the grid is (ranks, slices), or of blocks that stay (ranks, clusters).
+struct LaunchShape {
+  int ranks, slices, dynamic_bytes;
 };
 
 __global__ void FillWords(unsigned* words, size_t count, unsigned seed) {
@@ -49,21 +57,48 @@ inline cudaLaunchConfig_t ConfigOf(const KernelCase& made) {
   return config;
 }
 
-// The most blocks that share a slice of columns so that all run at once.
-inline int RanksOf(const KernelCase& made, int inputs, int slices) {
+// How many clusters of so many blocks the GPU holds at once.
+inline int ResidentClusters(const KernelCase& made, int ranks) {
   cudaLaunchConfig_t config = ConfigOf(made);
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
   config.attrs = &attribute;
   config.numAttrs = 1;
-  for (int ranks = std::min(kMostRanks, (inputs - 1) / (made.threads / 32 * made.rows) + 1); ranks > 1; --ranks) {
-    attribute.val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
-    config.gridDim = dim3(ranks, slices);
-    int clusters = 0;
-    if (cudaOccupancyMaxActiveClusters(&clusters, made.kernel, &config) == cudaSuccess && clusters >= slices) return ranks;
-    cudaGetLastError();
+  config.gridDim = dim3(ranks);
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, made.kernel, &config) == cudaSuccess) return clusters;
+  cudaGetLastError();
+  return 0;
+}
+
+// The most blocks that share a slice of columns so that all run at once.
+inline int RanksOf(const KernelCase& made, int inputs, int slices) {
+  int ranks = std::min(kMostRanks, (inputs - 1) / (made.threads / 32 * made.rows) + 1);
+  while (ranks > 1 && ResidentClusters(made, ranks) < slices) --ranks;
+  return ranks;
+}
+
+inline int Multiprocessors() {
+  int count;
+  CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0));
+  return count;
+}
+
+inline tda::WholeShares WholeSharesOf(const KernelCase& whole, int inputs, int outputs) {
+  tda::WholeKernelLimits limits = {TDA_BITS, whole.whole_matrices, Multiprocessors(), whole.dynamic_bytes};
+  for (int ranks = 2; ranks <= kMostRanks; ++ranks) limits.resident_clusters[ranks] = ResidentClusters(whole, ranks);
+  return tda::ChooseWholeShares(outputs / tda::kWholeSlice, inputs, limits);
+}
+
+// How the product launches a kernel, if it chooses that.
+inline LaunchShape ShapeOf(const KernelCase& made, int inputs, int outputs) {
+  if (made.whole_matrices > 0) {
+    const tda::WholeShares shares = WholeSharesOf(made, inputs, outputs);
+    return {static_cast<int>(shares.ranks), static_cast<int>(shares.clusters), static_cast<int>(shares.shared_bytes)};
   }
-  return 1;
+  const int slice = 32 * made.width, slices = (outputs + slice - 1) / slice;
+  return {RanksOf(made, inputs, slices), slices, made.dynamic_bytes};
 }
 
 // Let a kernel have the clusters and the shared memory that it is launched with.
@@ -74,16 +109,17 @@ inline void AllowLaunches(const KernelCase& made) {
   }
 }
 
-// Launch a product in clusters of `ranks` blocks. It may begin before the kernel before it in the stream has ended.
-inline void LaunchProduct(const KernelCase& made, int ranks, int slices, cudaStream_t stream,
+// Launch a product. It may begin before the kernel before it in the stream has ended.
+inline void LaunchProduct(const KernelCase& made, const LaunchShape& shape, cudaStream_t stream,
                           const RowLinearArguments& product) {
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
+  attributes[1].val.clusterDim = {static_cast<unsigned>(shape.ranks), 1, 1};
   cudaLaunchConfig_t config = ConfigOf(made);
-  config.gridDim = dim3(ranks, slices);
+  config.gridDim = dim3(shape.ranks, shape.slices);
+  config.dynamicSmemBytes = shape.dynamic_bytes;
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = 2;

@@ -2,7 +2,8 @@
 //
 //   DEVICE_SOURCE   the device code, with BEGIN_STAMPS(layer) and STAMP(i) where a block reaches a step
 //   TDA_BITS        4 or 8
-//   KERNELS         {"name", kernel, columns of a thread, threads, dynamic shared bytes, rows of a warp at once}, ...
+//   KERNELS         {"name", kernel, columns of a thread, threads, dynamic shared bytes, rows of a warp at once}, ..., and
+//                   for the kernel of blocks that stay also its matrices of a warp under way
 //
 //     device_rows [--stamps] INPUTSxOUTPUTS .. density ..
 #include <cuda_fp16.h>
@@ -88,13 +89,13 @@ void PrintStamps(int blocks, int layer) {
 void Measure(const KernelCase& made, const std::vector<RowLinearArguments>& layers, double bytes, double density,
              bool with_stamps, float* expected) {
   const RowLinearArguments& first = layers[0];
-  const int slice = 32 * made.width, slices = (first.outputs + slice - 1) / slice;
   AllowLaunches(made);
+  const LaunchShape shape = ShapeOf(made, first.inputs, first.outputs);
+  if (shape.ranks == 0) return;
   cudaStream_t stream;
   CHECK(cudaStreamCreate(&stream));
-  const int ranks = RanksOf(made, first.inputs, slices);
 
-  LaunchProduct(made, ranks, slices, stream, first);
+  LaunchProduct(made, shape, stream, first);
   Reference<<<(first.outputs + 255) / 256, 256, 0, stream>>>(first, expected);
   std::vector<float> wanted(first.outputs);
   std::vector<__half> found(first.outputs);
@@ -114,7 +115,7 @@ void Measure(const KernelCase& made, const std::vector<RowLinearArguments>& laye
   cudaGraph_t graph;
   cudaGraphExec_t replayed;
   CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-  for (const RowLinearArguments& layer : layers) LaunchProduct(made, ranks, slices, stream, layer);
+  for (const RowLinearArguments& layer : layers) LaunchProduct(made, shape, stream, layer);
   CHECK(cudaStreamEndCapture(stream, &graph));
   CHECK(cudaGraphInstantiate(&replayed, graph, 0));
   cudaEvent_t begin, end;
@@ -132,10 +133,10 @@ void Measure(const KernelCase& made, const std::vector<RowLinearArguments>& laye
   }
   std::sort(times.begin(), times.end());
   const float median = times[times.size() / 2];
-  std::printf("%6d -> %6d, density %.2f, %-12s %3d blocks  %7.2f us (%.2f to %.2f)  %5.0f GB/s\n", first.inputs,
-              first.outputs, density, made.name, ranks * slices, median, times.front(), times.back(),
+  std::printf("%6d -> %6d, density %.2f, %-12s %3d x %2d blocks  %7.2f us (%.2f to %.2f)  %5.0f GB/s\n", first.inputs,
+              first.outputs, density, made.name, shape.slices, shape.ranks, median, times.front(), times.back(),
               bytes * density / median / 1e3);
-  if (with_stamps) PrintStamps(ranks * slices, static_cast<int>(layers.size()) / 2);
+  if (with_stamps) PrintStamps(shape.ranks * shape.slices, static_cast<int>(layers.size()) / 2);
   CHECK(cudaGraphExecDestroy(replayed));
   CHECK(cudaGraphDestroy(graph));
   CHECK(cudaStreamDestroy(stream));

@@ -29,13 +29,21 @@ KERNELS = {
     8: {"1_small_8_3": (8, 256, 1), "1_large_16_1": (8, 512, 2), "1_8_8_3": (8, 256, 0), "1_8_8_2": (8, 256, 0)},
 }
 LAST = {"1_8_16_1": (8, 512, 0)}
+# The kernel of blocks that stay has as much shared memory as there is on a GPU of compute capability 9.0, but for a
+# little; a launch takes what its shape needs.
+WHOLE, WHOLE_BYTES = "1_whole_16_1", (227 << 10) - 4096
 # What stands where a block reaches a step, and what is put ahead of it.
 STAMPS = {
     "  constexpr int kSlice = kWarp * kWidth;\n  union Shared {": "BEGIN_STAMPS(a.counters);",
-    "    LetNextKernelStart();\n    if (!a.early)": "STAMP(1);",
+    "    LetNextKernelStart();\n    if (!a.early)": "STAMP(1);",  # blocks that stay have it too
     "    reader.Add(early, values[0], listed_rows);": "if (base == 0) STAMP(2);",
     "  const Totals totals = {a.bias,\n": "STAMP(3);",
     "#else\n  AddBlocksInMemory<typename Format::Lanes>(sums, shared.sums, a.partial": "STAMP(4);",
+    # Likewise of blocks that stay.
+    "  TDA_DYNAMIC_MEMORY(memory);\n  __shared__ typename Whole::Counts counts;": "BEGIN_STAMPS(a.counters);",
+    "  if (own.Adds()) whole.Add(": "STAMP(2);",
+    "  whole_totals.Store(sums, ": "STAMP(3);",
+    "}\n#endif\n\n#if TDA_BITS\n#define TDA_ROW_FORMAT": "STAMP(4);",
 }
 
 
@@ -43,7 +51,7 @@ def device_code(stamps: bool) -> str:
     """Return the device code, with a stamp at each step where wanted."""
     text = device_sources()["row_linear"]
     for place, stamp in STAMPS.items() if stamps else ():
-        if text.count(place) != 1:
+        if text.count(place) != (2 if stamp == "STAMP(1);" else 1):
             raise SystemExit(f"device/row_linear.cu has changed: {place.strip()!r} is there {text.count(place)} times.")
         text = text.replace(place, f"  {stamp}\n{place}")
     return text
@@ -57,6 +65,9 @@ def cases_of(bits: int, names: Collection[str] | None = None) -> str:
             continue
         memory = threads // 32 * (matrices * MATRIX_BYTES[bits] + LIST_BYTES) if matrices else 0
         rows.append(f'{{"{name}", RowLinear_{name}, {width}, {threads}, {memory}, {16 if matrices else 4}}}')
+    if names is None or WHOLE in names:
+        under_way = KERNELS[bits]["1_small_8_3"][2]
+        rows.append(f'{{"{WHOLE}", RowLinear_{WHOLE}, 8, 512, {WHOLE_BYTES}, 16, {under_way}}}')
     return ", ".join(rows)
 
 

@@ -190,9 +190,13 @@ class Launches {
     for (const Shape& shape : chain.shapes) {
       const int slices = shape.outputs / kSliceColumns;
       const int blocks = slices * RanksOf(made[1], shape.inputs, slices);
-      const bool large = 10 * blocks >= 7 * ((blocks - 1) / multiprocessors + 1) * multiprocessors;
-      const KernelCase& chosen = made[large];
-      chosen_.push_back({&chosen, RanksOf(chosen, shape.inputs, slices), slices});
+      const double busy = blocks / (((blocks - 1) / multiprocessors + 1.0) * multiprocessors);
+      const KernelCase* chosen = &made[busy >= 0.7];
+      if (std::size(made) > 2) {
+        const tda::WholeShares shares = WholeSharesOf(made[2], shape.inputs, shape.outputs);
+        if (shares.Pays(TDA_BITS, busy)) chosen = &made[2];
+      }
+      chosen_.push_back({chosen, ShapeOf(*chosen, shape.inputs, shape.outputs)});
     }
   }
 
@@ -200,15 +204,15 @@ class Launches {
     for (size_t p = 0; p < chosen_.size(); ++p) Run(p, stream);
   }
   void Run(size_t p, cudaStream_t stream) const {
-    const auto& [made, ranks, slices] = chosen_[p];
-    LaunchProduct(*made, ranks, slices, stream, chain_.products[p]);
+    LaunchProduct(*chosen_[p].made, chosen_[p].launch, stream, chain_.products[p]);
   }
 
   std::string Kernels(size_t count) const {
     std::string text;
     for (size_t p = 0; p < count; ++p) {
       const Choice& choice = chosen_[p];
-      text += (p == 0 ? "" : ", ") + std::string(choice.made->name) + " x " + std::to_string(choice.ranks * choice.slices);
+      text += (p == 0 ? "" : ", ") + std::string(choice.made->name) + " x " + std::to_string(choice.launch.slices) + " x " +
+              std::to_string(choice.launch.ranks);
     }
     return text;
   }
@@ -216,7 +220,7 @@ class Launches {
  private:
   struct Choice {
     const KernelCase* made;
-    int ranks, slices;
+    LaunchShape launch;
   };
 
   const Chain& chain_;
