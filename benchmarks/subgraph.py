@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import onnx_ir as ir
 
 from tda_export.bench.priced import PricedRunner
@@ -78,6 +79,11 @@ def measure(model: Model, prices: Mapping[str, float], context: int, rounds: int
     prompt = [3 + i * 7919 % 250 for i in range(context)]
     room = context + STEPS * (rounds + 2)
     sessions = {TOGETHER: model.sessions, APART: apart(model)}
+    dense = {way: PricedRunner(model.artifact, each, room, 0.0) for way, each in sessions.items()}
+    for runner in dense.values():
+        runner.prefill(prompt)
+    if not np.array_equal(*(runner.logits(prompt[0]) for runner in dense.values())):
+        raise SystemExit("Logits after the prompt differ, so nothing is timed.")
     for name, price in prices.items():
         runners = {way: PricedRunner(model.artifact, each, room, price) for way, each in sessions.items()}
         for runner in runners.values():
@@ -87,7 +93,7 @@ def measure(model: Model, prices: Mapping[str, float], context: int, rounds: int
             raise SystemExit(f"At {name} the tokens differ, so nothing is compared.")
         times = {way: [1e3 * seconds / STEPS for seconds in spent[1:]] for way, spent in turns.items()}
         yield {"rows": name, "context": context, **_shown(times)}
-    turns = take_turns({way: partial(each.prefill, prompt) for way, each in runners.items()}, rounds + 1)
+    turns = take_turns({way: partial(each.prefill, prompt) for way, each in dense.items()}, rounds + 1)
     yield {"prompt": context, **_shown({way: [1e3 * each for each in spent[1:]] for way, spent in turns.items()})}
 
 

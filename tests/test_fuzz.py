@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import traceback
 from collections.abc import Callable
@@ -269,11 +270,24 @@ def node_sizes(folder: Path, random: random.Random, where: Path) -> str:
     artifact = copied(folder, where, "artifact")
     name = random.choice([contract.PREFILL_FILE, contract.DECODE_FILE])
     model = onnx.load(artifact / name, load_external_data=False)
-    nodes = [node for node in model.graph.node if node.op_type.startswith(("RowLinear", "Linear", "GatherBlock"))]
-    if random.random() < 0.7:
-        attribute = random.choice([value for value in random.choice(nodes).attribute if value.type == value.INT])
-        value = attribute.i
-        attribute.i = random.choice([0, -1, value + 1, value - 1, 2 * value, value // 2, 2**31, 2**62])
+    kinds = ("RowLinear", "Linear", "GatherBlock", "Subgraph")
+    nodes = [node for node in model.graph.node if node.op_type.startswith(kinds)]
+    (together,) = [node for node in nodes if node.op_type == "Subgraph"]
+
+    def other(value: int) -> int:
+        return random.choice([0, -1, value + 1, value - 1, 2 * value, value // 2, 2**31, 2**62])
+
+    chance = random.random()
+    if chance < 0.5:
+        text = together.attribute[0].s.decode()
+        # A number of an attribute, or of the place of a tensor.
+        number = random.choice(list(re.finditer(r"(?<=[=iov])\d+\b", text)))
+        text = f"{text[: number.start()]}{other(int(number.group()))}{text[number.end() :]}"
+        together.attribute[0].s = text.encode()
+    elif chance < 0.7:
+        node = random.choice([node for node in nodes if node is not together])
+        attribute = random.choice([value for value in node.attribute if value.type == value.INT])
+        attribute.i = other(attribute.i)
     else:
         names = {weight for node in nodes for weight in node.input}
         tensor = random.choice([tensor for tensor in model.graph.initializer if tensor.name in names])

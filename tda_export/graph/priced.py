@@ -246,7 +246,9 @@ class PricedDesign:
             contract.DECODE_FILE: build_priced_decode(spec, table, dtype, self.price, kv=kv),
             contract.EXPLICIT_DECODE_FILE: build_priced_decode(spec, table, dtype, kv=kv, explicit=True),
         }
-        if dtype == "float32":  # the CPU's; on CUDA a step is captured, and nothing passes between nodes
+        # The CPU's; on CUDA a step is captured, and nothing passes between nodes. Graphs that are derived from an
+        # artifact's read values between the nodes, so they keep these.
+        if dtype == "float32":
             for model in graphs.values():
                 group(model)
         return graphs

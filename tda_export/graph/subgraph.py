@@ -1,15 +1,10 @@
-"""Nodes that follow one another as one node: `tda::Subgraph`, for decode in float32.
+"""Nodes that follow one another as one node: `tda::Subgraph`, for float32 artifacts of the priced layout.
 
 On the CPU a step of a small model is a hundred and more nodes of a few microseconds each, and as much time passes
 between them: ONNX Runtime hands every loop to its threads anew, and every node its tensors. The native library runs all
 of a Subgraph's nodes by one team of threads (`native/subgraph_cpu.cc`), with the kernels that it has for them. The
 function's body is the nodes themselves with the bodies of their functions, so without the library nothing changes.
-
-The attribute `nodes` says what there is, a line for each node, in their order:
-
-    operator input,.. output,.. name=value ..
-
-A tensor is the Subgraph's input i3 or output o0, or v7, which only nodes inside know; an input that is left out is -.
+docs/artifact-format.md describes the attribute `nodes`, which says what there is inside.
 """
 
 from __future__ import annotations
@@ -26,6 +21,7 @@ NODES = "nodes"
 LEFT_OUT = "-"
 _PRODUCTS = (operators.ROW_LINEAR, operators.NORM_ROW_LINEAR, operators.GATED_ROW_LINEAR)
 # What has a kernel for float32 on the CPU, with the dtypes of its outputs; the last stands for all that follow it.
+# ONNX Runtime cannot ask the library for them, since a Subgraph's outputs may have any.
 _FLOATS = (ir.DataType.FLOAT,)
 KERNELS: dict[str, tuple[ir.DataType, ...]] = {
     **{name + form: _FLOATS for name in _PRODUCTS for form in ("", "4", "8")},
@@ -45,13 +41,14 @@ def group(model: ir.Model) -> ir.Model:
     """Replace nodes that have kernels by as few Subgraphs as they allow, and define their functions.
 
     Args:
-        model: A graph in float32, which is changed.
+        model: A graph in float32, which is changed. No node of it has a graph of its own, such as If.
 
     Returns:
         The model.
     """
     for number, members in enumerate(_groups(list(model.graph))):
         _replace(model, members, "" if number == 0 else str(number))
+    model.graph.sort()
     return model
 
 
@@ -89,7 +86,7 @@ def _groups(nodes: Sequence[ir.Node]) -> list[list[ir.Node]]:
 
 
 def _replace(model: ir.Model, members: Sequence[ir.Node], overload: str) -> None:
-    """Put one node in the place of its members: behind what it needs, and ahead of what needs it."""
+    """Put one node in the place of its members; the graph is sorted afterwards."""
     inside = set(members)
     taken = list(
         dict.fromkeys(
@@ -120,7 +117,6 @@ def _replace(model: ir.Model, members: Sequence[ir.Node], overload: str) -> None
     for old, new in zip(given, together.outputs, strict=True):
         new.name, new.type, new.shape = old.name, old.type, old.shape
     ir.convenience.replace_nodes_and_values(model.graph, members[-1], members, [together], given, together.outputs)
-    model.graph.sort()
 
 
 def _text(members: Sequence[ir.Node], taken: Sequence[ir.Value], given: Sequence[ir.Value]) -> str:
@@ -142,7 +138,9 @@ def _text(members: Sequence[ir.Node], taken: Sequence[ir.Value], given: Sequence
 
 def _shown(attribute: ir.Attr) -> str:
     if attribute.type == ir.AttributeType.STRING:
-        return attribute.as_string()
+        text = attribute.as_string()
+        assert len(text.split()) == 1, "words of a line are apart by spaces"
+        return text
     return repr(attribute.as_float() if attribute.type == ir.AttributeType.FLOAT else attribute.as_int())
 
 

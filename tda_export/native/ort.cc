@@ -121,6 +121,7 @@ void* KernelContext::CublasHandle() const {
 Tensor KernelContext::Allocate(size_t index, const int64_t* sizes, size_t rank) const {
   OrtValue* value = nullptr;
   Check(api_, api_->KernelContext_GetOutput(context_, index, sizes, rank, &value));
+  if (value == nullptr) Fail("the node has no output ", index);
   Tensor tensor;
   tensor.present = true;
   tensor.rank = rank;

@@ -3,22 +3,17 @@
 // Between two nodes ONNX Runtime spends microseconds, and for the loops of each it wakes its threads anew. A step of a
 // small model has some hundred and fifty nodes and lasts a few milliseconds. Here the threads form a team for all nodes
 // (team.h), and nothing is asked of ONNX Runtime between them. Kernels are those of the nodes, so no bit changes.
-//
-// The attribute `nodes` says what there is, a line for each node, in an order in which they can run:
-//
-//   operator input,.. output,.. name=value ..
-//
-// A tensor is the subgraph's input i3 or output o0, or v7, which only nodes inside know; an input that is left out is -.
 #include "subgraph_cpu.h"
 
 #include <algorithm>
 #include <cstdlib>
 #include <exception>
-#include <map>
+#include <locale>
 #include <mutex>
 #include <sstream>
 #include <thread>
 
+#include "subgraph_text.h"
 #include "team.h"
 
 namespace tda {
@@ -26,61 +21,20 @@ namespace {
 
 constexpr size_t kAlignment = 64;
 constexpr size_t kMostKept = 4 << 20;  // bytes of a tensor that are kept for the next call
-constexpr size_t kElementBytes[] = {0, 4, 1, 1, 2, 2, 4, 8, 0, 1, 2};  // by ONNX's element types, up to float16
 
 size_t BytesOf(const Tensor& tensor) {
-  const size_t types = sizeof kElementBytes / sizeof *kElementBytes;
-  const size_t bytes = static_cast<size_t>(tensor.type) < types ? kElementBytes[tensor.type] : 0;
-  if (bytes == 0) Fail("an element type that is not expected inside, ", tensor.type);
-  return bytes * tensor.Count();
-}
-
-// Where a tensor of a node is.
-struct Place {
-  enum Kind { kAbsent, kInput, kOutput, kInner } kind = kAbsent;
-  size_t index = 0;
-};
-
-// One line of the attribute.
-struct NodeText {
-  explicit NodeText(const std::string& line);
-
-  std::string name;
-  std::vector<Place> inputs, outputs;
-  std::map<std::string, std::string> attributes;
-};
-
-Place ReadPlace(const std::string& text) {
-  if (text == "-") return {};
-  constexpr char kKinds[] = "-iov";
-  const char* kind = text.empty() ? nullptr : std::char_traits<char>::find(kKinds, sizeof kKinds - 1, text[0]);
-  char* end = nullptr;
-  const unsigned long index = text.size() > 1 ? std::strtoul(text.c_str() + 1, &end, 10) : 0;
-  constexpr unsigned long kMostTensors = 1 << 20;
-  if (kind == nullptr || end == nullptr || *end != '\0' || index > kMostTensors) {
-    Fail("nodes: there is no tensor '", text, "'");
-  }
-  return {static_cast<Place::Kind>(kind - kKinds), index};
-}
-
-std::vector<Place> ReadPlaces(const std::string& text) {
-  std::vector<Place> places;
-  std::istringstream parts(text);
-  for (std::string part; std::getline(parts, part, ',');) places.push_back(ReadPlace(part));
-  return places;
-}
-
-NodeText::NodeText(const std::string& line) {
-  std::istringstream words(line);
-  std::string input_places, output_places, word;
-  if (!(words >> name >> input_places >> output_places)) Fail("nodes: '", line, "' is no operator with inputs and outputs");
-  inputs = ReadPlaces(input_places);
-  outputs = ReadPlaces(output_places);
-  while (words >> word) {
-    const size_t equals = word.find('=');
-    if (equals == std::string::npos) Fail("nodes: '", word, "' is no attribute with a value");
-    attributes[word.substr(0, equals)] = word.substr(equals + 1);
-  }
+  const auto element = [](int type) -> size_t {
+    switch (type) {
+      case kFloat:
+      case kInt32: return 4;
+      case kInt64: return 8;
+      case kHalf: return 2;
+      case kInt8:
+      case kUint8: return 1;
+      default: Fail("nodes: no tensor between them has element type ", type);
+    }
+  };
+  return element(tensor.type) * tensor.Count();
 }
 
 // What a node's kernel is made from.
@@ -89,9 +43,9 @@ class InnerInfo : public KernelInfo {
   InnerInfo(const KernelInfo& outer, const NodeText& node)
       : KernelInfo(outer.api(), outer.get()), outer_(outer), node_(node) {}
 
-  int64_t Int(const char* attribute) const override { return std::strtoll(Text(attribute).c_str(), nullptr, 10); }
+  int64_t Int(const char* attribute) const override { return Number<int64_t>(attribute); }
   bool Flag(const char* attribute) const override { return node_.attributes.count(attribute) && Int(attribute) != 0; }
-  float Float(const char* attribute) const override { return std::strtof(Text(attribute).c_str(), nullptr); }
+  float Float(const char* attribute) const override { return Number<float>(attribute); }
   std::string String(const char* attribute) const override { return Text(attribute); }
   Tensor Constant(size_t input) const override {
     const bool given = input < node_.inputs.size() && node_.inputs[input].kind == Place::kInput;
@@ -105,21 +59,45 @@ class InnerInfo : public KernelInfo {
     return found->second;
   }
 
+  // Read a number in the same way in every locale.
+  template <class T>
+  T Number(const char* attribute) const {
+    const std::string& text = Text(attribute);
+    std::istringstream stream(text);
+    stream.imbue(std::locale::classic());
+    T number;
+    if (!(stream >> number) || stream.peek() != std::char_traits<char>::eof()) {
+      Fail("attribute '", attribute, "': '", text, "' is no number");
+    }
+    return number;
+  }
+
   const KernelInfo& outer_;
   const NodeText& node_;
 };
 
 struct Node {
-  std::string name;
+  // Throw unless an input is there, with the type that the kernel takes. ONNX Runtime does not know it.
+  void Check(size_t input, const Tensor& tensor) const {
+    const int expected = definition->inputs[input].type;
+    if (!tensor.present) Fail("input ", input, " is missing");
+    if (tensor.type != expected) {
+      Fail("input ", input, ": expected element type ", expected, ", got ", tensor.type);
+    }
+  }
+
+  const OpDefinition* definition;
   std::unique_ptr<Kernel> kernel;
   std::vector<Place> inputs, outputs;
-  std::vector<int> output_types;
   std::vector<Tensor> constants;  // by input
 };
 
 // Memory of a tensor that only nodes inside know; of several, one after another.
 class Room {
  public:
+  Room() = default;
+  Room(const Room&) = delete;
+  Room& operator=(const Room&) = delete;
   ~Room() { std::free(memory_); }
 
   void* For(size_t bytes) {
@@ -163,31 +141,25 @@ class InnerContext : public KernelContext {
         team_(team) {}
 
   Tensor Input(size_t index) const override {
-    if (index >= node_.inputs.size()) return {};
+    if (index >= node_.inputs.size() || node_.inputs[index].kind == Place::kAbsent) return {};
     if (node_.constants[index].present) return node_.constants[index];
-    const Place& place = node_.inputs[index];
-    switch (place.kind) {
-      case Place::kInput: {
-        Tensor& input = frame_.inputs[place.index];
-        if (!input.present) input = outer_.Input(place.index);
-        return input;
-      }
-      case Place::kOutput: return frame_.outputs[place.index];
-      case Place::kInner: return frame_.inner[place.index];
-      case Place::kAbsent: break;
-    }
-    return {};
+    const Tensor& tensor = Find(node_.inputs[index]);
+    node_.Check(index, tensor);
+    return tensor;
   }
 
  protected:
   Tensor Allocate(size_t index, const int64_t* sizes, size_t rank) const override {
     Tensor tensor;
     tensor.present = true;
-    tensor.type = node_.output_types[index];
+    tensor.type = node_.definition->outputs[index].type;
     tensor.rank = rank;
     std::copy(sizes, sizes + rank, tensor.sizes);
     const Place& place = node_.outputs[index];
-    if (place.kind == Place::kOutput) return frame_.outputs[place.index] = outer_.OutputLike(place.index, tensor);
+    if (place.kind == Place::kOutput) {
+      tensor.data = outer_.OutputLike(place.index, tensor).data;
+      return frame_.outputs[place.index] = tensor;
+    }
     tensor.data = frame_.rooms[rooms_[place.index]].For(BytesOf(tensor));
     return frame_.inner[place.index] = tensor;
   }
@@ -195,6 +167,14 @@ class InnerContext : public KernelContext {
   void Distribute(size_t tasks, TaskOf work, void* user) const override { team_.ForEach(tasks, work, user); }
 
  private:
+  const Tensor& Find(const Place& place) const {
+    if (place.kind == Place::kOutput) return frame_.outputs[place.index];
+    if (place.kind == Place::kInner) return frame_.inner[place.index];
+    Tensor& input = frame_.inputs[place.index];
+    if (!input.present) input = outer_.Input(place.index);
+    return input;
+  }
+
   const KernelContext& outer_;
   const Node& node_;
   const std::vector<size_t>& rooms_;
@@ -233,41 +213,55 @@ class Subgraph : public Kernel {
   void AddNode(const KernelInfo& info, NodeText text) {
     const OpDefinition* definition = OperatorOnCpu(text.name);
     if (definition == nullptr) Fail("nodes: there is no kernel ", text.name, " on the CPU");
-    if (text.outputs.size() != definition->outputs.size()) {
-      Fail("nodes: ", text.name, ": outputs: expected ", definition->outputs.size(), ", got ", text.outputs.size());
-    }
-    if (text.inputs.size() > definition->inputs.size()) {
-      Fail("nodes: ", text.name, ": inputs: expected at most ", definition->inputs.size(), ", got ", text.inputs.size());
-    }
-    for (const Place& place : text.inputs) {
-      if (place.kind == Place::kOutput || place.kind == Place::kInner) CheckMade(place, text.name);
-    }
-    Node node;
+    CheckPlaces(*definition, text);
+    Node node = {definition};
     const InnerInfo own(info, text);
-    for (size_t i = 0; i < text.inputs.size(); ++i) {
-      node.constants.push_back(own.Constant(i));
-      if (text.inputs[i].kind != Place::kInput) continue;
-      inputs_ = std::max(inputs_, text.inputs[i].index + 1);
-      if (!node.constants.back().present) varying_.push_back(text.inputs[i].index);
-    }
     try {
+      for (size_t i = 0; i < text.inputs.size(); ++i) {
+        node.constants.push_back(own.Constant(i));
+        if (text.inputs[i].kind != Place::kInput) continue;
+        inputs_ = std::max(inputs_, text.inputs[i].index + 1);
+        if (node.constants.back().present) {
+          node.Check(i, node.constants.back());
+        } else {
+          varying_.push_back(text.inputs[i].index);
+        }
+      }
       node.kernel = definition->create(own);
     } catch (const Error& error) {
       Fail(text.name, ": ", error.what());
     }
-    for (size_t i = 0; i < text.outputs.size(); ++i) {
-      node.output_types.push_back(definition->outputs[i].type);
-      std::vector<bool>& made = text.outputs[i].kind == Place::kOutput ? made_outputs_ : made_inner_;
-      if (text.outputs[i].kind == Place::kInput || text.outputs[i].kind == Place::kAbsent) {
-        Fail("nodes: ", text.name, " cannot give what is an input, or nothing");
-      }
-      if (made.size() <= text.outputs[i].index) made.resize(text.outputs[i].index + 1);
-      made[text.outputs[i].index] = true;
+    for (const Place& place : text.outputs) {
+      std::vector<bool>& made = place.kind == Place::kOutput ? made_outputs_ : made_inner_;
+      if (made.size() <= place.index) made.resize(place.index + 1);
+      if (made[place.index]) Fail("nodes: ", text.name, " gives what a node before it gives");
+      made[place.index] = true;
     }
-    node.name = std::move(text.name);
     node.inputs = std::move(text.inputs);
     node.outputs = std::move(text.outputs);
     nodes_.push_back(std::move(node));
+  }
+
+  // Throw unless a node has the inputs and outputs of its operator, and its inputs exist before it.
+  void CheckPlaces(const OpDefinition& definition, const NodeText& text) const {
+    if (text.outputs.size() != definition.outputs.size()) {
+      Fail("nodes: ", text.name, ": outputs: expected ", definition.outputs.size(), ", got ", text.outputs.size());
+    }
+    if (text.inputs.size() > definition.inputs.size()) {
+      Fail("nodes: ", text.name, ": inputs: expected at most ", definition.inputs.size(), ", got ", text.inputs.size());
+    }
+    for (size_t i = 0; i < definition.inputs.size(); ++i) {
+      const bool given = i < text.inputs.size() && text.inputs[i].kind != Place::kAbsent;
+      if (!given && !definition.inputs[i].optional) Fail("nodes: ", text.name, ": input ", i, " is missing");
+    }
+    for (const Place& place : text.inputs) {
+      if (place.kind == Place::kOutput || place.kind == Place::kInner) CheckMade(place, text.name);
+    }
+    for (const Place& place : text.outputs) {
+      if (place.kind == Place::kInput || place.kind == Place::kAbsent) {
+        Fail("nodes: ", text.name, " cannot give what is an input, or nothing");
+      }
+    }
   }
 
   void CheckMade(const Place& place, const std::string& reader) const {
@@ -308,8 +302,8 @@ class Subgraph : public Kernel {
   void Run(const KernelContext& context, const Node& node, Frame& frame, Team& team) const {
     try {
       node.kernel->Compute(InnerContext(context, node, rooms_, frame, team));
-    } catch (const Error& error) {
-      Fail(node.name, ": ", error.what());
+    } catch (const std::exception& error) {
+      Fail(node.definition->name, ": ", error.what());
     }
   }
 

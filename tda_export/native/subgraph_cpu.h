@@ -7,7 +7,7 @@ namespace tda {
 // Subgraph: nodes of this library that follow one another.
 OpDefinition SubgraphOnCpu();
 
-// Return this library's operator of a name on the CPU, or null where there is none. Defined in register.cc.
+// Return this library's operator of a name on the CPU, which has one of each, or null. Defined in register.cc.
 const OpDefinition* OperatorOnCpu(const std::string& name);
 
 }  // namespace tda

@@ -1,6 +1,7 @@
 #include "team.h"
 
 #include <algorithm>
+#include <utility>
 
 #include <sched.h>
 
@@ -13,6 +14,11 @@ constexpr size_t kMostTasks = kWord / 2;  // members count beyond the last task 
 constexpr size_t kTasksOfShare = 2;       // at least, where there is more than one
 constexpr int kShareBits = 8;             // of the number of shares
 constexpr int kPatience = 4096;           // looks, before the processor is offered to other threads
+static_assert(Team::kMostMembers < size_t{1} << kShareBits);
+// Members beyond so many look for a loop less often: the short loops of a step have no tasks for them, and whoever looks
+// keeps the leader from writing.
+constexpr size_t kEager = 32;
+constexpr int kRarely = 32;
 
 // Wait a moment for another thread.
 void Pause(int& looks) {
@@ -34,7 +40,11 @@ void Team::TakeTasks(size_t first_share, size_t shares) {
     while (left(tasks.load(std::memory_order_acquire))) {
       const uint64_t taken = tasks.fetch_add(1, std::memory_order_acq_rel);
       if (!left(taken)) break;
-      work_(user_, taken & kWord);
+      try {
+        work_(user_, taken & kWord);
+      } catch (...) {
+        if (!failed_.exchange(true, std::memory_order_relaxed)) failure_ = std::current_exception();
+      }
       done_.fetch_add(1, std::memory_order_release);
     }
   }
@@ -46,7 +56,7 @@ void Team::Help(size_t member) {
   for (int looks = 0; !finished_.load(std::memory_order_acquire);) {
     const uint64_t loop = loop_.load(std::memory_order_acquire);
     if (loop == seen) {
-      Pause(looks);
+      for (int i = 0; i < (member < kEager ? 1 : kRarely); ++i) Pause(looks);
       continue;
     }
     const size_t shares = loop & ((1 << kShareBits) - 1);
@@ -57,11 +67,11 @@ void Team::Help(size_t member) {
 }
 
 void Team::ForEach(size_t tasks, TaskOf work, void* user) {
-  const size_t members = std::min(members_.load(std::memory_order_relaxed), kMostMembers);
-  if (tasks <= 1 || members <= 1 || tasks > kMostTasks) {
+  if (tasks <= 1 || tasks > kMostTasks) {
     for (size_t task = 0; task < tasks; ++task) work(user, task);
     return;
   }
+  const size_t members = std::min(members_.load(std::memory_order_relaxed), kMostMembers);
   const size_t shares = tasks >= kTasksOfShare * members ? members : 1;
   work_ = work;
   user_ = user;
@@ -74,6 +84,10 @@ void Team::ForEach(size_t tasks, TaskOf work, void* user) {
   loop_.store(number << kShareBits | shares, std::memory_order_release);
   TakeTasks(0, shares);
   for (int looks = 0; done_.load(std::memory_order_acquire) < tasks;) Pause(looks);
+  if (failed_.load(std::memory_order_relaxed)) {
+    failed_.store(false, std::memory_order_relaxed);
+    std::rethrow_exception(std::exchange(failure_, nullptr));
+  }
 }
 
 }  // namespace tda

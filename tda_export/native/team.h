@@ -9,12 +9,13 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 
 namespace tda {
 
 class Team {
  public:
-  static constexpr size_t kMostMembers = 32;  // more leave at once
+  static constexpr size_t kMostMembers = 255;  // more leave at once
 
   using TaskOf = void (*)(void* user, size_t task);
 
@@ -27,7 +28,8 @@ class Team {
     finished_.store(true, std::memory_order_release);
   }
 
-  // Called by the leader alone: work(user, task) for every task in [0, tasks), by all members.
+  // Called by the leader alone: work(user, task) for every task in [0, tasks), by all members. Throws what a task has
+  // thrown, once all have ended.
   void ForEach(size_t tasks, TaskOf work, void* user);
 
  private:
@@ -47,6 +49,8 @@ class Team {
   TaskOf work_ = nullptr;
   void* user_ = nullptr;
   alignas(64) std::atomic<size_t> done_{0};  // tasks of the present loop
+  std::atomic<bool> failed_{false};          // one of them has thrown
+  std::exception_ptr failure_;               // the first to do so
   alignas(64) std::atomic<bool> finished_{false};
   std::atomic<size_t> members_{0};
 };

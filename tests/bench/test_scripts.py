@@ -167,8 +167,10 @@ def test_logits_that_are_not_finite_are_not_timed(monkeypatch: pytest.MonkeyPatc
 
 
 def test_every_stamp_of_device_rows_has_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both kinds of kernels."""
     code = load("device_rows", monkeypatch).device_code(stamps=True)
-    assert all(code.count(f"STAMP({number});") == 1 for number in range(1, 5))
+    assert all(code.count(f"STAMP({number});") == 2 for number in range(1, 5))
+    assert code.count("BEGIN_STAMPS(") == 2
 
 
 def test_ours_beside_peers_on_the_cpu(priced_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

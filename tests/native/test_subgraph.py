@@ -40,14 +40,46 @@ def session(
     return small_session(model, CPU, threads=threads)
 
 
+# The dtypes of inputs, by operator; those of products come from their forms.
+INPUTS = {
+    operators.CALL_START: ("int64", "int64", "float32"),
+    operators.GATED_ACTIVATION: ("float32",),
+    operators.ADD_NORM: ("float32",) * 3,
+    operators.ADD_BIAS_NORM: ("float32",) * 4,
+    operators.ATTENTION: (*("float32",) * 5, "int32", "int32"),
+    operators.ATTENTION_16: (*("float32",) * 3, "float16", "float16", "int32", "int32"),
+    operators.ATTENTION_8: (*("float32",) * 3, "int8", "int8", "float32", "float32", "int32", "int32"),
+    operators.GREEDY_TOKEN: ("float32",),
+}
+
+
+def inputs_of(name: str) -> tuple[str, ...]:
+    if name in INPUTS:
+        return INPUTS[name]
+    ahead = 3 if name.startswith(operators.NORM_ROW_LINEAR) else 1
+    weight = ("float32",) if name[-1] not in "48" else ("uint8", "float16", "uint8")
+    after = ("float32",) * 2 if operators.ROW_LINEAR in name else ()
+    left_out = ("",) if name.startswith(operators.GATED_ROW_LINEAR) else ()
+    return (*("float32",) * ahead, *left_out, *weight, *after)
+
+
+def outputs_of(name: str) -> tuple[str, ...]:
+    names = {dtype: text for text, dtype in DTYPES.items()}
+    count = {operators.CALL_START: 3, operators.ATTENTION_8: 5}
+    pair = name.startswith(operators.NORM_ROW_LINEAR) or name in (operators.ADD_NORM, operators.ADD_BIAS_NORM)
+    number = count.get(name, 3 if name in (operators.ATTENTION, operators.ATTENTION_16) else 1 + pair)
+    return tuple(names[KERNELS[name][min(place, len(KERNELS[name]) - 1)]] for place in range(number))
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_operator_has_a_kernel(name: str) -> None:
-    """Those that `group` takes are those that the library knows, with as many outputs."""
-    outputs = {operators.ADD_NORM: 2, operators.ADD_BIAS_NORM: 2, operators.ATTENTION: 3, operators.ATTENTION_16: 3}
-    outputs |= {operators.ATTENTION_8: 5, operators.CALL_START: 3}
-    count = outputs.get(name, 2 if name.startswith(operators.NORM_ROW_LINEAR) else 1)
-    places = ",".join(f"o{place}" for place in range(count))
-    session(f"{name} i0 {places} {ATTRIBUTES}", ["float32"], ["float32"] * count)
+    """Those that `group` takes are those that the library knows, with these inputs and as many outputs."""
+    inputs, outputs = inputs_of(name), outputs_of(name)
+    given = [dtype for dtype in inputs if dtype]
+    numbers = itertools.count()
+    taken = ",".join(f"i{next(numbers)}" if dtype else "-" for dtype in inputs)
+    places = ",".join(f"o{place}" for place in range(len(outputs)))
+    session(f"{name} {taken} {places} {ATTRIBUTES}", given, outputs)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +99,10 @@ def test_every_operator_has_a_kernel(name: str) -> None:
         ("GreedyToken i1x o0", "nodes: there is no tensor 'i1x'"),
         ("GreedyToken i9999999 o0", "nodes: there is no tensor 'i9999999'"),
         ("AddNorm i0,i0,i0 o0,v0", "AddNorm: AddNorm has no attribute 'epsilon'"),
+        ("AddNorm i0,i0,i0 o0,v0 epsilon=1e-05x", "AddNorm: attribute 'epsilon': '1e-05x' is no number"),
+        ("AddNorm i0,i0 o0,v0 epsilon=1", "nodes: AddNorm: input 2 is missing"),
+        ("AddNorm i0,-,i0 o0,v0 epsilon=1", "nodes: AddNorm: input 1 is missing"),
+        ("GreedyToken i0 v0\nGreedyToken i0 v0", "nodes: GreedyToken gives what a node before it gives"),
     ],
 )
 def test_what_cannot_be_read(text: str, message: str) -> None:
@@ -83,6 +119,22 @@ def test_an_error_names_the_node() -> None:
     # The threads of a call that failed have left, and the next call works.
     (found,) = made.run(None, feeds | {"i1": np.ones((1, 4), "f4")})
     assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "inputs", "message"),
+    [
+        ("GreedyToken i0 o0", ["int64"], "GreedyToken: input 0: expected element type 1, got 7"),
+        ("GreedyToken i3 o0", ["float32"], "GreedyToken: input 0 is missing"),
+        ("GreedyToken i0 v0\nGreedyToken v0 o0", ["float32"], "GreedyToken: input 0: expected element type 1, got 7"),
+        ("GreedyToken i0 o3", ["float32"], "GreedyToken: the node has no output 3"),
+    ],
+)
+def test_tensors_of_a_call(text: str, inputs: list[str], message: str) -> None:
+    """ONNX Runtime takes any tensors."""
+    made = session(text, inputs, ["int64"])
+    with pytest.raises(Exception, match=f"tda::Subgraph: {message}"):
+        made.run(None, {"i0": np.ones((1, 1, 4), inputs[0])})
 
 
 # Products of a square matrix, one after another: x @ w, n times.
