@@ -118,7 +118,6 @@ class KernelContext {
   virtual void Distribute(size_t tasks, TaskOf work, void* user) const;
 
  private:
-
   const OrtApi* api_;
   OrtKernelContext* context_;
   const std::vector<Tensor>& constants_;

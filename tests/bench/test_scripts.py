@@ -167,9 +167,9 @@ def test_logits_that_are_not_finite_are_not_timed(monkeypatch: pytest.MonkeyPatc
 
 
 def test_every_stamp_of_device_rows_has_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In both kinds of kernels."""
+    """In both kinds of kernels; the first one in what they share."""
     code = load("device_rows", monkeypatch).device_code(stamps=True)
-    assert all(code.count(f"STAMP({number});") == 2 for number in range(1, 5))
+    assert [code.count(f"STAMP({number});") for number in range(1, 5)] == [1, 2, 2, 2]
     assert code.count("BEGIN_STAMPS(") == 2
 
 

@@ -221,6 +221,24 @@ struct PricedRows {
   }
 };
 
+// What comes before values are read, once: the end of earlier kernels, and what could not be read before it.
+template <int kBlockWarps>
+struct InputsReady {
+  __device__ __forceinline__ void operator()() {
+    if (passed) return;
+    passed = true;
+    WaitForEarlierKernels();
+    LetNextKernelStart();
+    if (!a.early) price = *a.price;
+    inputs.Make<kBlockWarps>();
+  }
+
+  const RowLinearArguments& a;
+  float& price;
+  Inputs& inputs;
+  bool passed = false;
+};
+
 // A block of kBlockWarps warps sums kSlice columns (slice blockIdx.y) of its share of the rows for a tile of tokens
 // (blockIdx.z). With TDA_CLUSTERS the blocks of a slice are a cluster.
 template <int kTokens, class Format, int kBlockWarps>
@@ -242,15 +260,7 @@ static __device__ __forceinline__ void RowLinear(const RowLinearArguments& a) {
   float price = a.early ? *a.price : 0.0f;
   Inputs inputs(a, first_token);
   const PricedRows<kTokens> source = {inputs, a.row_price, price, tokens, a.early && !(price > 0.0f)};
-  bool passed = false;
-  const auto ready = [&] {
-    if (passed) return;
-    passed = true;
-    WaitForEarlierKernels();
-    LetNextKernelStart();
-    if (!a.early) price = *a.price;
-    inputs.Make<kBlockWarps>();
-  };
+  InputsReady<kBlockWarps> ready = {a, price, inputs};
   const Format weight(a.weight);
   float sums[kTokens][kWidth] = {};
   AddRows<kTokens>(source, weight, a.inputs, warp * gridDim.x + blockIdx.x, gridDim.x * kBlockWarps,
@@ -292,15 +302,7 @@ static __device__ __forceinline__ void RowLinearWhole(const RowLinearArguments& 
   float price = a.early ? *a.price : 0.0f;
   Inputs inputs(a, 0);
   const PricedRows<1> source = {inputs, a.row_price, price, 1, false};
-  bool passed = false;
-  const auto ready = [&] {
-    if (passed) return;
-    passed = true;
-    WaitForEarlierKernels();
-    LetNextKernelStart();
-    if (!a.early) price = *a.price;
-    inputs.Make<kBlockWarps>();
-  };
+  InputsReady<kBlockWarps> ready = {a, price, inputs};
   const Format weight(a.weight);
   const auto column = weight.From((own.first_slice + own.slice) * kSlice);
   float sums[1][Format::kWidth] = {};

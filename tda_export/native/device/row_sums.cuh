@@ -271,7 +271,7 @@ struct ReaderChoice<RowsBy::kRing, 1, Format> {
 template <int kTokens, class Format, class Source, class Ready>
 static __device__ __forceinline__ void AddRows(const Source& source, const Format& matrix, int count, int warp,
                                                int warps, int slice, WarpRows<kTokens, Format>& shared,
-                                               float (&sums)[kTokens][Format::kWidth], const Ready& ready) {
+                                               float (&sums)[kTokens][Format::kWidth], Ready&& ready) {
   using Reader = typename WarpRows<kTokens, Format>::Reader;
   const auto weights = matrix.From(slice);
   const int lane = threadIdx.x % kWarp;

@@ -68,7 +68,7 @@ struct WholeSlices {
 
   // List the needed rows of each part's share, with all of its warps, and return how many this part has. All warps call it.
   template <class Source, class Ready>
-  __device__ __forceinline__ int List(const Source& source, const Ready& ready) const {
+  __device__ __forceinline__ int List(const Source& source, Ready&& ready) const {
     constexpr unsigned kMagnitude = 0x7fff;
     const unsigned warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, lanes_before = (1u << lane) - 1;
     // A warp looks at neighbours, so a list is in order. The looks are no more than all warps together need.
