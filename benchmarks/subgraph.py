@@ -31,7 +31,7 @@ from tda_export.bench.timing import Spread, take_turns
 from tda_export.graph.derive import artifact_spec, weight_table
 from tda_export.graph.priced import build_priced_decode, build_priced_prefill
 from tda_export.runtime import Model, load
-from tda_export.runtime.session import THREADS, Sessions, open_session
+from tda_export.runtime.session import BETWEEN_STEPS_US, THREADS, Sessions, open_session
 from tda_export.temporary import owned_folder
 
 STEPS = 16  # of a turn
@@ -48,8 +48,8 @@ def apart(model: Model) -> Sessions:
     ):
         weights = sessions.weights_of(artifact, f"{name}.onnx")
         text = ir.to_proto(graph).SerializeToString()
-        prepack = name == "decode"
-        session = open_session(artifact, text, sessions.provider, weights, native=sessions.native, prepack=prepack)
+        options: dict[str, Any] = {"prepack": True, "wait_us": BETWEEN_STEPS_US} if name == "decode" else {}
+        session = open_session(artifact, text, sessions.provider, weights, native=sessions.native, **options)
         setattr(sessions, name, session)
     return sessions
 

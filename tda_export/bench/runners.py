@@ -26,6 +26,7 @@ from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.phases import EMPTY, PromptMask, bind_call, prefill
 from tda_export.runtime.providers import CUDA
 from tda_export.runtime.session import (
+    BETWEEN_STEPS_US,
     NO_GRAPH,
     Call,
     Sessions,
@@ -106,7 +107,14 @@ class DenseRunner:
         captures = provider == CUDA
         options: dict[str, Any] = {"native": sessions.native and self.functions}
         self._session = open_session(
-            artifact, model, provider, self._weights, capture=captures, prepack=True, **options
+            artifact,
+            model,
+            provider,
+            self._weights,
+            capture=captures,
+            prepack=True,
+            wait_us=BETWEEN_STEPS_US,
+            **options,
         )
         # A session that captures is slower at runs that it does not capture.
         prompts = open_session(artifact, model, provider, self._weights, **options) if captures else self._session

@@ -73,6 +73,24 @@ struct CodeBlock {
     return Vector{} + first[0];
   }
 
+#if TDA_SHUFFLES
+  // Write a block of sums in the order (lane, k): lanes of the first half of the vectors and those of the second half
+  // alternate, again and again.
+  static TDA_INLINE void WriteInOrder(const float* sums, float* y) {
+    const Words first = V::Counting() / 2 + V::Counting() % 2 * kLanes, second = first + kLanes / 2;
+    Vector of[kPerLane], zipped[kPerLane];
+    for (int k = 0; k < kPerLane; ++k) of[k] = V::Load(sums + k * kLanes);
+    for (int step = 1; step < kPerLane; step *= 2) {
+      for (int k = 0; k < kPerLane / 2; ++k) {
+        zipped[2 * k] = __builtin_shuffle(of[k], of[k + kPerLane / 2], first);
+        zipped[2 * k + 1] = __builtin_shuffle(of[k], of[k + kPerLane / 2], second);
+      }
+      for (int k = 0; k < kPerLane; ++k) of[k] = zipped[k];
+    }
+    for (int k = 0; k < kPerLane; ++k) V::Store(y + k * kLanes, of[k]);
+  }
+#endif
+
   // Return kLanes codes that follow one another, the first at `address`, as words or as floats.
   static TDA_INLINE Words WordsInOrder(const uint8_t* address) {
     if constexpr (kBits == 8) return V::LoadBytes(address);
@@ -117,6 +135,8 @@ struct CodeFormat {
         group_shift(__builtin_ctzll(layout.group)) {}
 
   int64_t RowBytes() const { return row_bytes + 2 * groups + zero_bytes; }
+  // Columns at multiples of which tiles may begin: with a block, and with a byte of zero points.
+  int64_t TileUnit() const { return std::max(kMostBlock, int64_t{8 / kBits} << group_shift); }
 
   static constexpr int64_t CodeBytes(int64_t count) { return (count * kBits + 7) / 8; }
 
@@ -186,6 +206,12 @@ struct CodeFormat {
   static TDA_INLINE void InOrder(const float* sums, int64_t columns, float* y) {
     using Block = CodeBlock<kLanes, kBits>;
     for (int64_t at = 0; at < columns; at += Block::kColumns) {
+#if TDA_SHUFFLES
+      if constexpr (kLanes > 4) {
+        Block::WriteInOrder(sums + at, y + at);
+        continue;
+      }
+#endif
       for (int lane = 0; lane < kLanes; ++lane) {
         for (int k = 0; k < Block::kPerLane; ++k) y[at + lane * Block::kPerLane + k] = sums[at + k * kLanes + lane];
       }

@@ -11,7 +11,7 @@
 namespace tda {
 
 constexpr int64_t kQuad = 4;
-constexpr int64_t kQuadsAtOnce = 8;  // their sums stay in registers
+constexpr int64_t kQuadsAtOnce = 4;  // their sums stay in registers
 constexpr int64_t kRowsOfQuads = kQuad * kQuadsAtOnce;
 constexpr int64_t kBlocksAhead = 4;  // lines of a row that are asked for early
 
@@ -50,7 +50,8 @@ class DigitSums {
   // or all products are very small. Their values are lost.
   TDA_INLINE unsigned AddRows(int32_t* rows, float* const* values, int64_t count, float* const* sums) {
     if (count == 0) return 0;
-    Prefetch(rows, count);
+    Find(rows, 0, count);
+    AskForFirst(std::min(count, kRowsOfQuads));
     unsigned failed = 0, used = 0;
     for (int t = 0; t < kTokens; ++t) {
       const float most = Most(values[t], count), largest_product = most * weight_.largest->most;
@@ -71,8 +72,9 @@ class DigitSums {
       std::fill_n(sums_[t], blocks_ * kVectors * kDigits, Integers{});
       std::fill_n(zero_sums_[t][0], kDigits * kGroups, 0);
     }
-    for (int64_t first = 0; first < count; first += kRowsOfQuads) {
-      AddQuads(rows, values, first, count);
+    for (int64_t start = 0; start < count; start += kRowsOfQuads) {
+      Find(rows, start + kRowsOfQuads, count);
+      AddQuads(values, start, std::min(count - start, kRowsOfQuads) / kQuad);
     }
     for (int t = 0; t < kTokens; ++t) {
       if (!(used >> t & 1)) continue;
@@ -82,6 +84,24 @@ class DigitSums {
   }
 
  private:
+  static constexpr int64_t kGroups = kMostColumns / kSmallestGroup + kLanes;
+
+  struct RowCopy {
+    uint8_t codes[Format::CodeBytes(kMostColumns)];
+    uint16_t scales[kGroups];
+    uint8_t zeros[kGroups];
+  };
+  // Where rows that are added together have what a tile needs of them.
+  struct RowsOfQuads {
+    const uint8_t* codes[kRowsOfQuads];
+    const uint16_t* scales[kRowsOfQuads];
+    const uint8_t* zeros[kRowsOfQuads];
+    RowCopy copies[kRowsOfQuads];
+  };
+
+  // The rows from `start` on of a list, or the ones before or after them.
+  RowsOfQuads& Found(int64_t start) { return found_[start / kRowsOfQuads % 2]; }
+
   // Return the size of the largest value; not finite where one value is not.
   TDA_INLINE float Most(const float* values, int64_t count) const {
     Words largest = {};  // floats' bits without the sign: they are ordered as floats are, and NaN is above infinity
@@ -110,45 +130,44 @@ class DigitSums {
     }
   }
 
-  // Ask for the first rows of a list.
-  TDA_INLINE void Prefetch(const int32_t* rows, int64_t count) const {
+  // Find the rows of a list from `start` on, the last one in place of those beyond it, and ask for their scales and zero
+  // points.
+  TDA_INLINE void Find(const int32_t* rows, int64_t start, int64_t count) {
+    RowsOfQuads& found = Found(start);
+    for (int64_t r = 0; r < kRowsOfQuads; ++r) {
+      const int64_t row = rows[std::min(start + r, count - 1)];
+      found.codes[r] = weight_.codes + row * weight_.row_bytes + Format::CodeBytes(begin_);
+      found.scales[r] = weight_.scales + row * weight_.groups + first_group_;
+      found.zeros[r] = weight_.zeros + row * weight_.zero_bytes + Format::CodeBytes(first_group_);
+      if (row >= whole_rows_) CopyRow(r, found);
+      for (int64_t g = 0; g < groups_; g += kLine / 2) __builtin_prefetch(found.scales[r] + g);
+      __builtin_prefetch(found.zeros[r]);
+    }
+  }
+
+  // Ask for the codes with which the first rows of a list begin.
+  TDA_INLINE void AskForFirst(int64_t count) {
     const int64_t piece_bytes = Format::CodeBytes(end_) - Format::CodeBytes(begin_);
-    for (int64_t i = 0; i < std::min(count, kRowsOfQuads); ++i) {
-      weight_.PrefetchGroups(rows[i], first_group_, groups_);
+    for (int64_t r = 0; r < count; ++r) {
       for (int64_t byte = 0; byte < std::min(piece_bytes, kBlocksAhead * kBlockBytes); byte += kLine) {
-        __builtin_prefetch(RowCodes(rows[i]) + byte);
+        __builtin_prefetch(Found(0).codes[r] + byte);
       }
     }
   }
 
-  TDA_INLINE void AddQuads(const int32_t* rows, float* const* values, int64_t start, int64_t count) {
-    const uint8_t* first[kRowsOfQuads];
-    const uint8_t* later[kRowsOfQuads];
-    const int64_t number = std::min(kRowsOfQuads, count - start), quads = number / kQuad;
-    for (int64_t r = 0; r < number; ++r) {
-      const int64_t row = rows[start + r], next = rows[std::min(start + r + kRowsOfQuads, count - 1)];
-      first[r] = RowCodes(row);
-      scales_[r] = weight_.scales + row * weight_.groups + first_group_;
-      zeros_[r] = weight_.zeros + row * weight_.zero_bytes + Format::CodeBytes(first_group_);
-      if (row >= whole_rows_) CopyRow(r, first[r]);
-      later[r] = RowCodes(next);
-      weight_.PrefetchGroups(next, first_group_, groups_);
-    }
-    for (int64_t q = 0; q < quads; ++q) Prepare(q, values, start + q * kQuad);
+  TDA_INLINE void AddQuads(float* const* values, int64_t start, int64_t quads) {
+    const RowsOfQuads &rows = Found(start), &later = Found(start + kRowsOfQuads);
+    for (int64_t q = 0; q < quads; ++q) Prepare(rows, q, values, start + q * kQuad);
     for (int64_t block = 0; block < blocks_; ++block) {
       const int64_t at = block * kBlockBytes, ahead = block + kBlocksAhead;
-      const uint8_t* const* asked = ahead < blocks_ ? first : later;
+      const uint8_t* const* asked = ahead < blocks_ ? rows.codes : later.codes;
       const int64_t asked_at = (ahead < blocks_ ? ahead : std::max<int64_t>(ahead - blocks_, 0)) * kBlockBytes;
       if constexpr (kTokens == 1) {
-        AddBlock(block, first, at, quads, asked, asked_at);
+        AddBlock(block, rows.codes, at, quads, asked, asked_at);
       } else {
-        AddBlockOfTokens(block, first, at, quads, asked, asked_at);
+        AddBlockOfTokens(block, rows.codes, at, quads, asked, asked_at);
       }
     }
-  }
-
-  TDA_INLINE const uint8_t* RowCodes(int64_t row) const {
-    return weight_.codes + row * weight_.row_bytes + Format::CodeBytes(begin_);
   }
 
   // Return how many rows can be read in whole vectors: what follows them is still of their tensors.
@@ -164,30 +183,31 @@ class DigitSums {
   }
 
   // Have one of the rows read from a copy.
-  TDA_INLINE void CopyRow(int64_t r, const uint8_t*& codes) {
-    RowCopy& copy = copies_[r];
-    codes = static_cast<uint8_t*>(
-        std::memcpy(copy.codes, codes, Format::CodeBytes(end_) - Format::CodeBytes(begin_)));
-    scales_[r] = static_cast<uint16_t*>(std::memcpy(copy.scales, scales_[r], groups_ * sizeof(uint16_t)));
-    zeros_[r] = static_cast<uint8_t*>(std::memcpy(copy.zeros, zeros_[r], Format::CodeBytes(groups_)));
+  TDA_INLINE void CopyRow(int64_t r, RowsOfQuads& rows) {
+    RowCopy& copy = rows.copies[r];
+    rows.codes[r] = static_cast<uint8_t*>(
+        std::memcpy(copy.codes, rows.codes[r], Format::CodeBytes(end_) - Format::CodeBytes(begin_)));
+    rows.scales[r] = static_cast<uint16_t*>(std::memcpy(copy.scales, rows.scales[r], groups_ * sizeof(uint16_t)));
+    rows.zeros[r] = static_cast<uint8_t*>(std::memcpy(copy.zeros, rows.zeros[r], Format::CodeBytes(groups_)));
   }
 
   // Compute the digits of four rows from `row` of the list on, by group, and add them times the zero points. Past the last
   // group it is of no use.
-  TDA_INLINE void Prepare(int64_t quad, float* const* values, int64_t row) {
-    const uint16_t* const* scales = scales_ + quad * kQuad;
-    const uint8_t* const* zeros = zeros_ + quad * kQuad;
+  TDA_INLINE void Prepare(const RowsOfQuads& rows, int64_t quad, float* const* values, int64_t row) {
+    const uint16_t* const* scales = rows.scales + quad * kQuad;
+    const uint8_t* const* zeros = rows.zeros + quad * kQuad;
     for (int64_t g = 0; g < groups_; g += kLanes) {
       Vector own_scales[kQuad];
-      Words zero_points = {};
+      const uint8_t* zeros_of[kQuad];
       for (int r = 0; r < kQuad; ++r) {
         own_scales[r] = V::LoadHalves(scales[r] + g);
-        zero_points |= Block::WordsInOrder(zeros[r] + Format::CodeBytes(g)) << 8 * r;
+        zeros_of[r] = zeros[r] + Format::CodeBytes(g);
       }
+      const Words zero_points = CodesInOrder(zeros_of);
       for (int t = 0; t < kTokens; ++t) {
         Words in_steps[kQuad];
         for (int r = 0; r < kQuad; ++r) {
-          in_steps[r] = B::InSteps(own_scales[r] * values[t][row + r] * V::Load(per_step_[t] + g));
+          in_steps[r] = B::InSteps(own_scales[r] * values[t][row + r], V::Load(per_step_[t] + g));
         }
         const Words digits[kDigits] = {B::template Digit<0>(in_steps), B::template Digit<1>(in_steps),
                                        B::template Digit<2>(in_steps)};
@@ -198,6 +218,14 @@ class DigitSums {
         }
       }
     }
+  }
+
+  // Return kLanes codes of four rows in order, a row's in each byte of a lane.
+  static TDA_INLINE Words CodesInOrder(const uint8_t* const (&rows)[kQuad]) {
+    if constexpr (kBits == 4) return B::CodesInOrder(rows);
+    Words codes = {};
+    for (int r = 0; r < kQuad; ++r) codes |= V::LoadBytes(rows[r]) << 8 * r;
+    return codes;
   }
 
   // Read a block of four rows. Of its vectors of bytes, lane e of the l-th 16 bytes has the codes of byte
@@ -217,11 +245,15 @@ class DigitSums {
     quarters[3] = B::HighPairs(high[0], high[1]);
   }
 
-  // Return the n-th codes of bytes.
+  // Return the n-th codes of bytes, times 1 << CodeShift(n).
   static TDA_INLINE Words Codes(Words bytes, int n) {
-    if constexpr (kBits == 4) return bytes >> 4 * n & 0x0f0f0f0fu;
-    return bytes;
+    if constexpr (kBits == 8) return bytes;
+    if (CodeShift(n) > 0) return bytes & 0xf0f0f0f0u;
+    return bytes >> 4 * n & 0x0f0f0f0fu;
   }
+
+  // Upper codes stay where they are in their bytes, where products of such bytes have room.
+  static constexpr int CodeShift(int n) { return kLanes == 16 && n > 0 ? 4 : 0; }
 
   TDA_INLINE void ReadDigits(int token, int64_t quad, int64_t group, Words (&digits)[kDigits]) const {
     for (int d = 0; d < kDigits; ++d) {
@@ -299,7 +331,9 @@ class DigitSums {
       Words quarters[4];
       for (int j = 0; j < 4; ++j) {
         const Integers* of = own + (j * kPerByte + n) * kDigits;
-        quarters[j] = V::Bits(B::Value({of[0] - zeros[0], of[1] - zeros[1], of[2] - zeros[2]}));
+        const int shift = CodeShift(n);
+        quarters[j] = V::Bits(
+            B::Value({(of[0] >> shift) - zeros[0], (of[1] >> shift) - zeros[1], (of[2] >> shift) - zeros[2]}));
       }
       // Lane e of the j-th is column 16 bytes' 4 j + e: make it lane j of the e-th.
       const Words low_01 = B::LowWords(quarters[0], quarters[1]), high_01 = B::HighWords(quarters[0], quarters[1]);
@@ -323,20 +357,12 @@ class DigitSums {
     std::memcpy(address, &words, sizeof(words));
   }
 
-  static constexpr int64_t kGroups = kMostColumns / kSmallestGroup + kLanes;
-
   const Format& weight_;
   const int64_t begin_, end_, blocks_, first_group_, groups_;
   const Words group_of_lane_;
   float steps_[kTokens][kGroups], per_step_[kTokens][kGroups];  // by group, from the tile's first on
   const int64_t whole_rows_;
-  const uint16_t* scales_[kRowsOfQuads];
-  const uint8_t* zeros_[kRowsOfQuads];
-  struct RowCopy {
-    uint8_t codes[Format::CodeBytes(kMostColumns)];
-    uint16_t scales[kGroups];
-    uint8_t zeros[kGroups];
-  } copies_[kRowsOfQuads];
+  RowsOfQuads found_[2];  // of the present rows and the next ones
   Integers sums_[kTokens][kMostColumns / Block::kColumns * kVectors * kDigits];
   int32_t zero_sums_[kTokens][kDigits][kGroups];
   int32_t digits_[kTokens][kQuadsAtOnce][kDigits][kGroups];

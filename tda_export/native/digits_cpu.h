@@ -89,25 +89,51 @@ struct Bytes {
     }
   }
 
-  static TDA_INLINE Integers Rounded(typename V::Vector x) {
-    Integers result;
-    asm("vcvtps2dq %1, %0" : "=v"(result) : "v"(x));
-    return result;
+  // Return codes of four bits of four rows, one row's in each byte of a lane, a column's in each lane.
+  static TDA_INLINE Words CodesInOrder(const uint8_t* const (&rows)[4]) {
+    typedef uint8_t Sixteen __attribute__((vector_size(16)));
+    typedef uint16_t Pairs __attribute__((vector_size(16)));
+    typedef uint64_t Both __attribute__((vector_size(4 * kLanes)));  // of two columns
+    Sixteen of[4];
+    for (int r = 0; r < 4; ++r) {
+      uint64_t codes = 0;
+      std::memcpy(&codes, rows[r], kLanes / 2);
+      of[r] = reinterpret_cast<Sixteen>(__extension__(__attribute__((vector_size(16))) uint64_t){codes, 0});
+    }
+    const auto interleaved = [](Sixteen a, Sixteen b) __attribute__((always_inline)) {
+      return reinterpret_cast<Pairs>(__builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+    };
+    const Pairs of_0_1 = interleaved(of[0], of[1]), of_2_3 = interleaved(of[2], of[3]);
+    const Pairs low = __builtin_shufflevector(of_0_1, of_2_3, 0, 8, 1, 9, 2, 10, 3, 11);
+    Both both;
+    if constexpr (kLanes == 16) {
+      const Pairs high = __builtin_shufflevector(of_0_1, of_2_3, 4, 12, 5, 13, 6, 14, 7, 15);
+      const auto all = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      asm("vpmovzxdq %1, %0" : "=v"(both) : "v"(all));
+    } else {
+      asm("vpmovzxdq %1, %0" : "=v"(both) : "v"(low));
+    }
+    return reinterpret_cast<Words>(both | both << 28) & 0x0f0f0f0fu;
   }
 
-  // Return x in steps, its digits plus 128 as the lower three bytes of a lane.
-  static TDA_INLINE Words InSteps(typename V::Vector x) {
-    return reinterpret_cast<Words>(Rounded(x)) + 0x00808080u;
+  // Return x in steps, its digits plus 128 as the lower three bytes of a lane. Floats from 2^23 to 2^24 are whole numbers,
+  // and their bits count them.
+  static TDA_INLINE Words InSteps(typename V::Vector x, typename V::Vector per_step) {
+    constexpr float kMiddle = 3 << kStepBits;
+    return V::Bits(x * per_step + kMiddle) + (0x00808080u - (1u << kStepBits));
   }
 
   // Of four vectors that InSteps made, collect a digit: byte i of a lane is that of vector i.
   template <int kDigit>
   static TDA_INLINE Words Digit(const Words (&of)[4]) {
-    Words moved[4];
-    for (int i = 0; i < 4; ++i) moved[i] = i >= kDigit ? of[i] << 8 * (i - kDigit) : of[i] >> 8 * (kDigit - i);
-    const Words low = (moved[0] & 0xffu) | (moved[1] & 0xff00u);
-    const Words high = (moved[2] & 0xff0000u) | (moved[3] & 0xff000000u);
-    return (low | high) ^ 0x80808080u;
+    constexpr uint32_t kEven = 0x00ff00ffu, kLow = 0xffffu;
+    Words pairs[2];  // of two vectors: the digit of both in the lower or the upper half of a lane
+    for (int i = 0; i < 2; ++i) {
+      const Words a = of[2 * i], b = of[2 * i + 1];
+      pairs[i] = kDigit == 1 ? (a >> 8 & kEven) | (b & ~kEven) : (a & kEven) | (b << 8 & ~kEven);
+    }
+    const Words all = kDigit == 2 ? (pairs[0] >> 16) | (pairs[1] & ~kLow) : (pairs[0] & kLow) | pairs[1] << 16;
+    return all ^ 0x80808080u;
   }
 
   // Return the sum of digits' sums, in steps.

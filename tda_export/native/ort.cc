@@ -1,6 +1,7 @@
 #include "ort.h"
 
 #include <algorithm>
+#include <thread>
 
 namespace tda {
 namespace {
@@ -130,13 +131,20 @@ Tensor KernelContext::Allocate(size_t index, const int64_t* sizes, size_t rank) 
   return tensor;
 }
 
+int64_t KernelContext::Threads() const {
+  static const int64_t processors = std::max(1u, std::thread::hardware_concurrency());
+  return processors;
+}
+
 // Without a number of batches, each thread would get a fixed share beforehand.
 void KernelContext::Distribute(size_t tasks, TaskOf work, void* user) const {
   Check(api_, api_->KernelContext_ParallelFor(context_, work, tasks, tasks, user));
 }
 
 Scratch::Scratch(const KernelContext& context, const Allocator& allocator, size_t bytes, bool cuda)
-    : allocator_(allocator.get()) {
+    : memory_(cuda ? nullptr : context.OwnMemory(bytes)) {
+  if (memory_ != nullptr) return;
+  allocator_ = allocator.get();
   if (cuda) {
     const OrtMemoryInfo* memory = allocator_->Info(allocator_);
     Check(context.api(), context.api()->KernelContext_GetScratchBuffer(context.get(), memory, bytes, &memory_));
@@ -146,6 +154,8 @@ Scratch::Scratch(const KernelContext& context, const Allocator& allocator, size_
   if (memory_ == nullptr) Fail("no memory for ", bytes, " bytes of scratch space");
 }
 
-Scratch::~Scratch() { allocator_->Free(allocator_, memory_); }
+Scratch::~Scratch() {
+  if (allocator_ != nullptr) allocator_->Free(allocator_, memory_);
+}
 
 }  // namespace tda

@@ -108,6 +108,12 @@ class KernelContext {
     Distribute(tasks, [](void* user, size_t task) { (*static_cast<const Work*>(user))(task); }, const_cast<Work*>(&work));
   }
 
+  // Return how many threads may take tasks, or more.
+  virtual int64_t Threads() const;
+
+  // Return memory that is the call's own, on the CPU, or null if the provider's allocator has to be asked for it.
+  virtual void* OwnMemory(size_t) const { return nullptr; }
+
   const OrtApi* api() const { return api_; }
   OrtKernelContext* get() const { return context_; }
 
@@ -138,8 +144,8 @@ class Scratch {
   }
 
  private:
-  OrtAllocator* allocator_;
-  void* memory_ = nullptr;
+  OrtAllocator* allocator_ = nullptr;  // null where the memory is the context's
+  void* memory_;
 };
 
 }  // namespace tda

@@ -112,7 +112,7 @@ RowPrices PricesOf(const RowLinearCall& call) {
 template <class Format, class Inputs>
 void MultiplyFew(const KernelContext& context, const Allocator& allocator, const RowLinearCall& call,
                  const Format& weight, const Inputs& inputs) {
-  const RowChunks<Format> chunks(weight, call.inputs);
+  const RowChunks<Format> chunks(weight, call.inputs, context.Threads());
   const RowPrices prices = PricesOf(call);
   const int64_t stride = WholeBlocks(call.outputs), tasks = chunks.count * chunks.tiles;
   const size_t sums_bytes = call.tokens * chunks.count * stride * sizeof(float);
@@ -169,7 +169,7 @@ void MultiplyMany(const KernelContext& context, const Allocator& allocator, cons
     tile.tokens = std::min(kTokenTile, call.tokens - first);
     tile.inputs = call.inputs;
     tile.prices = PricesOf(call);
-    tile.chunks = RowChunks<Format>(weight, call.inputs).count;
+    tile.chunks = RowChunks<Format>(weight, call.inputs, 1).count;
     tile.values = scratch.As<float>(at);
     tile.rows = scratch.As<int32_t>(at + call.inputs * tile_tokens * sizeof(float));
     tile.needed = scratch.As<uint8_t>(at + call.inputs * (tile_tokens * sizeof(float) + sizeof(int32_t)));

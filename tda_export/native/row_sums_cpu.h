@@ -3,11 +3,13 @@
 // Rows are cut into chunks, and a chunk's rows are added one after another in order; the sums of the chunks are added in
 // order as well. The places of chunks depend only on the shape of the matrix, so that neither the number of threads nor
 // the other tokens of a call change a bit of a token's result. Where products of bytes are used (digits_cpu.h), this
-// holds for calls of up to kTokensByDigits tokens.
+// holds for calls of up to kTokensByDigits tokens. Tiles of columns change no bit wherever they are, so that there are
+// as many as the threads need.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "codes_cpu.h"
 #include "digit_sums_cpu.h"
@@ -16,10 +18,12 @@
 
 namespace tda {
 
-// A few chunks at least, where handing out work costs little beside it; more only where they stay long.
-constexpr int64_t kFewChunks = 4, kMostChunks = 16;
+// Two chunks where rows are too short to be cut well, if that costs little beside the work; more only where they stay long.
+constexpr int64_t kWideRow = 1024;    // columns: pieces are still long
+constexpr int64_t kMostChunks = 16;
 constexpr int64_t kEnoughTasks = 32;  // chunks of all tiles of columns; more would only store more sums
-constexpr int64_t kShortChunk = 32 << 10, kLongChunk = 256 << 10;  // bytes of weights
+constexpr int64_t kShortChunk = 32 << 10, kLongChunk = 1 << 20;  // bytes of weights
+constexpr int64_t kShortTask = 16 << 10;
 constexpr int64_t kListed = 512;           // rows at once
 constexpr int64_t kAheadBytes = 6 << 10;   // of what a thread reads are asked for early
 constexpr int kTokensTogether = 8;         // that share codes, at most
@@ -29,21 +33,30 @@ constexpr int64_t WholeBlocks(int64_t columns) { return (columns + kMostBlock - 
 // A matrix [inputs, outputs] cut into chunks of rows and tiles of columns.
 template <class Format>
 struct RowChunks {
-  RowChunks(const Format& weight, int64_t inputs) : inputs(inputs), outputs(weight.columns) {
+  RowChunks(const Format& weight, int64_t inputs, int64_t threads) : inputs(inputs), outputs(weight.columns) {
     const int64_t bytes = inputs * weight.RowBytes();
-    tiles = (outputs + Format::kTileColumns - 1) / Format::kTileColumns;
-    while (count < kMostChunks && count * tiles < kEnoughTasks && 2 * count <= inputs &&
-           2 * count * (count < kFewChunks ? kShortChunk : kLongChunk) <= bytes) {
+    const int64_t fewest_tiles = (outputs + Format::kTileColumns - 1) / Format::kTileColumns;
+    const int64_t few = outputs < kWideRow ? 2 : 1;
+    while (count < kMostChunks && count * fewest_tiles < kEnoughTasks && 2 * count <= inputs &&
+           2 * count * (count < few ? kShortChunk : kLongChunk) <= bytes) {
       count *= 2;
     }
+    // With the chunks, a multiple of the threads, if there are not enough tasks for an uneven number to cost little.
+    tiles = threads / std::gcd(threads, count);
+    tiles *= (fewest_tiles + tiles - 1) / tiles;
+    if (count * fewest_tiles >= 4 * threads) tiles = fewest_tiles;
+    tiles = std::clamp(bytes / (count * kShortTask), fewest_tiles, tiles);
+    const int64_t unit = weight.TileUnit(), units = (outputs + unit - 1) / unit;
+    tile_columns = (units + tiles - 1) / tiles * unit;
+    tiles = (outputs + tile_columns - 1) / tile_columns;
   }
 
   int64_t FirstRow(int64_t chunk) const { return chunk * inputs / count; }
-  int64_t FirstColumn(int64_t tile) const { return std::min(tile * Format::kTileColumns, outputs); }
+  int64_t FirstColumn(int64_t tile) const { return std::min(tile * tile_columns, outputs); }
 
   int64_t inputs, outputs;
   int64_t count = 1;  // chunks
-  int64_t tiles;
+  int64_t tiles, tile_columns;
 };
 
 // A few tokens' work on a chunk of rows, in a tile of columns.

@@ -50,6 +50,7 @@ struct FloatFormat {
   struct Apart {};
 
   TDA_INLINE Row At(int64_t i) const { return {weights + i * columns}; }
+  int64_t TileUnit() const { return 8 * Row::kLineFloats; }  // columns at multiples of which tiles may begin
   int64_t RowBytes() const { return columns * int64_t{sizeof(float)}; }
 
   // Add the rows of a list, in the columns [begin, end), to sums of these columns.

@@ -7,11 +7,15 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <deque>
 #include <exception>
 #include <locale>
 #include <mutex>
 #include <sstream>
 #include <thread>
+
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "subgraph_text.h"
 #include "team.h"
@@ -20,6 +24,7 @@ namespace tda {
 namespace {
 
 constexpr size_t kAlignment = 64;
+constexpr size_t kMuch = 64 << 10;     // bytes
 constexpr size_t kMostKept = 4 << 20;  // bytes of a tensor that are kept for the next call
 
 size_t BytesOf(const Tensor& tensor) {
@@ -92,20 +97,24 @@ struct Node {
   std::vector<Tensor> constants;  // by input
 };
 
-// Memory of a tensor that only nodes inside know; of several, one after another.
+// Memory of a tensor that only nodes inside know; of several, one after another. Much memory is asked of the system: what
+// comes and goes with calls of many tokens would leave holes in the heap, of which a process grows for hours.
 class Room {
  public:
   Room() = default;
   Room(const Room&) = delete;
   Room& operator=(const Room&) = delete;
-  ~Room() { std::free(memory_); }
+  ~Room() { Release(); }
 
   void* For(size_t bytes) {
     if (bytes > size_) {
       Release();
-      const size_t whole = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-      memory_ = std::aligned_alloc(kAlignment, whole);
-      if (memory_ == nullptr) Fail("no memory for ", bytes, " bytes between nodes");
+      const bool much = bytes > kMuch;
+      const size_t unit = much ? sysconf(_SC_PAGESIZE) : kAlignment, whole = (bytes + unit - 1) / unit * unit;
+      void* memory = much ? mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+                          : std::aligned_alloc(kAlignment, whole);
+      if (memory == nullptr || memory == MAP_FAILED) Fail("no memory for ", bytes, " bytes between nodes");
+      memory_ = memory;
       size_ = whole;
     }
     return memory_;
@@ -118,7 +127,11 @@ class Room {
 
  private:
   void Release() {
-    std::free(memory_);
+    if (size_ > kMuch) {
+      munmap(memory_, size_);
+    } else {
+      std::free(memory_);
+    }
     memory_ = nullptr;
     size_ = 0;
   }
@@ -131,6 +144,7 @@ class Room {
 struct Frame {
   std::vector<Tensor> inputs, outputs, inner;
   std::vector<Room> rooms;
+  std::deque<Room> scratch;  // of the node that runs
 };
 
 // A call of a node inside.
@@ -146,6 +160,12 @@ class InnerContext : public KernelContext {
     const Tensor& tensor = Find(node_.inputs[index]);
     node_.Check(index, tensor);
     return tensor;
+  }
+
+  int64_t Threads() const override { return team_.Members(); }
+  void* OwnMemory(size_t bytes) const override {
+    if (scratch_ == frame_.scratch.size()) frame_.scratch.emplace_back();
+    return frame_.scratch[scratch_++].For(bytes);
   }
 
  protected:
@@ -180,6 +200,7 @@ class InnerContext : public KernelContext {
   const std::vector<size_t>& rooms_;
   Frame& frame_;
   Team& team_;
+  mutable size_t scratch_ = 0;  // rooms that the node has
 };
 
 class Subgraph : public Kernel {
@@ -205,6 +226,7 @@ class Subgraph : public Kernel {
     context.ParallelFor(members, [&](size_t) { team.Join(lead); });
     if (failure) std::rethrow_exception(failure);
     for (Room& room : frame->rooms) room.Trim();
+    for (Room& room : frame->scratch) room.Trim();
     const std::lock_guard<std::mutex> lock(mutex_);
     free_frames_.push_back(std::move(frame));
   }

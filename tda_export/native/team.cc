@@ -71,7 +71,7 @@ void Team::ForEach(size_t tasks, TaskOf work, void* user) {
     for (size_t task = 0; task < tasks; ++task) work(user, task);
     return;
   }
-  const size_t members = std::min(members_.load(std::memory_order_relaxed), kMostMembers);
+  const size_t members = Members();
   const size_t shares = tasks >= kTasksOfShare * members ? members : 1;
   work_ = work;
   user_ = user;

@@ -28,6 +28,12 @@ class Team {
     finished_.store(true, std::memory_order_release);
   }
 
+  // Return how many have come, as far as the caller can know.
+  size_t Members() const {
+    const size_t members = members_.load(std::memory_order_relaxed);
+    return members < kMostMembers ? members : kMostMembers;
+  }
+
   // Called by the leader alone: work(user, task) for every task in [0, tasks), by all members. Throws what a task has
   // thrown, once all have ended.
   void ForEach(size_t tasks, TaskOf work, void* user);

@@ -25,6 +25,7 @@ ONNX_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "floa
 STORAGE = {"bfloat16": "uint16"}  # numpy has no bfloat16; uint16 holds its bits
 THREADS = "TDA_EXPORT_THREADS"  # environment variable: threads of a session on the CPU; all cores unless it is set
 MOST_THREADS = 1024
+BETWEEN_STEPS_US = 500  # what a driver may take between two steps, in microseconds; to wake a thread takes up to 100
 GRAPH_ID = "gpu_graph_id"  # a run option: which captured graph to replay
 ASYNCHRONOUS = "disable_synchronize_execution_providers"  # a run option: do not wait for the GPU
 NO_GRAPH = "-1"
@@ -104,6 +105,7 @@ class Sessions:
             self.weights_of(artifact, decode),
             native=native,
             capture=self.captures,
+            wait_us=BETWEEN_STEPS_US,
             # Function bodies of a priced artifact multiply by whole matrices, which need no second copy.
             prepack=native or not self.priced,
         )
@@ -137,6 +139,7 @@ def open_session(
     native: bool = False,
     capture: bool = False,
     prepack: bool = False,
+    wait_us: int = 0,
 ) -> ort.InferenceSession:
     """Open one graph.
 
@@ -148,6 +151,7 @@ def open_session(
         native: Register the native kernels.
         capture: Capture runs as CUDA graphs, except runs with `NO_GRAPH`.
         prepack: Let ONNX Runtime copy constant weights of products into the layout that its kernels prefer.
+        wait_us: For how long the session's threads on the CPU wait busily for the next run, in microseconds.
 
     Raises:
         TdaError: ONNX Runtime cannot load the graph, or cannot start the provider.
@@ -157,9 +161,12 @@ def open_session(
     if threads := os.environ.get(THREADS):
         options.intra_op_num_threads = _thread_count(threads)
     if provider != CUDA:
-        # Each session has its own threads. Those of prefill would wait busily for tens of milliseconds after the prompt
-        # and take the cores from the first steps of decode.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        # Each session has its own threads. By default those of prefill would wait busily for tens of milliseconds after
+        # the prompt and take the cores from the first steps of decode.
+        if wait_us > 0:
+            options.add_session_config_entry("session.intra_op.spin_duration_us", str(wait_us))
+        else:
+            options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
     if isinstance(graph, bytes):
         folder = str(artifact.weights_file.parent)

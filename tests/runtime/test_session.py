@@ -18,7 +18,7 @@ from tda_export.runtime import Model, load
 from tda_export.runtime.artifact import open_artifact
 from tda_export.runtime.kv_cache import KvCache
 from tda_export.runtime.providers import CPU, CUDA
-from tda_export.runtime.session import THREADS, Call, alone_on, device_tensor, open_session
+from tda_export.runtime.session import BETWEEN_STEPS_US, THREADS, Call, alone_on, device_tensor, open_session
 from tests.runtime.conftest import edit_manifest
 
 
@@ -177,8 +177,10 @@ def test_switches(tiny_artifact: Path, name: str, monkeypatch: pytest.MonkeyPatc
 
 def test_threads_of_one_session_leave_the_cores_to_the_other(tiny_artifact: Path) -> None:
     sessions = load(tiny_artifact, provider="cpu").sessions
-    for session in (sessions.prefill, sessions.decode):
-        assert session.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"
+    entry = sessions.prefill.get_session_options().get_session_config_entry
+    assert entry("session.force_spinning_stop") == "1"
+    entry = sessions.decode.get_session_options().get_session_config_entry
+    assert entry("session.intra_op.spin_duration_us") == str(BETWEEN_STEPS_US)
 
 
 @pytest.mark.parametrize(("provider", "waits"), [(CUDA, True), (CPU, False)])

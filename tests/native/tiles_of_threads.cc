@@ -1,0 +1,129 @@
+// Sums over rows, cut for different numbers of threads: tiles keep their rules, and no bit changes.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#if defined(__AVX512BW__)
+#define TDA_ONE_TARGET 16
+#elif defined(__AVX2__)
+#define TDA_ONE_TARGET 8
+#else
+#define TDA_ONE_TARGET 4
+#endif
+
+#include "row_sums_cpu.h"
+
+namespace {
+
+constexpr int kLanes = TDA_ONE_TARGET;
+uint32_t state = 1;
+
+uint32_t Random() { return (state = state * 1664525u + 1013904223u) >> 8; }
+float RandomFloat() { return static_cast<float>(Random() % 2001) / 1000.0f - 1.0f; }
+
+// CodeFormat is made from tensors of ONNX Runtime; this has the same members, set by hand.
+template <class Format>
+struct Made {
+  alignas(Format) unsigned char memory[sizeof(Format)] = {};
+  Format& format = *reinterpret_cast<Format*>(memory);
+};
+
+int failures = 0;
+
+void Fail(const char* what, int64_t inputs, int64_t outputs, int64_t threads) {
+  std::printf("%s: %ld inputs, %ld outputs, %ld threads\n", what, static_cast<long>(inputs), static_cast<long>(outputs),
+              static_cast<long>(threads));
+  ++failures;
+}
+
+template <class Format>
+std::vector<float> Sum(const Format& weight, const std::vector<float>& x, const std::vector<float>& prices,
+                       int64_t threads) {
+  const int64_t inputs = x.size();
+  const tda::RowChunks<Format> chunks(weight, inputs, threads);
+  const int64_t stride = tda::WholeBlocks(weight.columns);
+  std::vector<float> sums(chunks.count * stride), y(weight.columns);
+  int64_t covered = 0;
+  for (int64_t tile = 0; tile < chunks.tiles; ++tile) {
+    const int64_t begin = chunks.FirstColumn(tile), end = chunks.FirstColumn(tile + 1);
+    if (begin != covered || end <= begin || end - begin > Format::kTileColumns || begin % weight.TileUnit() != 0) {
+      Fail("a tile is not where it may be", inputs, weight.columns, threads);
+    }
+    covered = end;
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+      tda::SumChunkOf<kLanes>(weight, {x.data(), 1, inputs, {prices.data(), 0.4f}, chunks.FirstRow(chunk),
+                                       chunks.FirstRow(chunk + 1), begin, end, sums.data() + chunk * stride + begin, 0});
+    }
+    tda::AddChunksOf<kLanes, Format>(sums.data() + begin, chunks.count, stride, end - begin, nullptr, y.data() + begin);
+  }
+  if (covered != weight.columns) Fail("columns are left", inputs, weight.columns, threads);
+  return y;
+}
+
+template <class Format>
+void Compare(const Format& weight, int64_t inputs) {
+  std::vector<float> x(inputs), prices(inputs);
+  for (float& value : x) value = RandomFloat();
+  for (float& value : prices) value = RandomFloat() + 1.0f;
+  const std::vector<float> alone = Sum(weight, x, prices, 1);
+  const int64_t chunks = tda::RowChunks<Format>(weight, inputs, 1).count;
+  for (const int64_t threads : {2, 3, 4, 6, 16, 96, 1000}) {
+    const tda::RowChunks<Format> own(weight, inputs, threads);
+    if (own.count != chunks) Fail("chunks depend on the threads", inputs, weight.columns, threads);
+    const std::vector<float> y = Sum(weight, x, prices, threads);
+    if (std::memcmp(y.data(), alone.data(), y.size() * sizeof(float)) != 0) {
+      Fail("bits depend on the threads", inputs, weight.columns, threads);
+    }
+  }
+}
+
+template <int kBits>
+void CompareCodes(int64_t inputs, int64_t outputs, int group_shift) {
+  const int64_t groups = ((outputs - 1) >> group_shift) + 1;
+  const int64_t row_bytes = (outputs * kBits + 7) / 8, zero_bytes = (groups * kBits + 7) / 8;
+  std::vector<uint8_t> codes(inputs * row_bytes), zeros(inputs * zero_bytes);
+  std::vector<uint16_t> scales(inputs * groups);
+  for (uint8_t& byte : codes) byte = Random();
+  for (uint8_t& byte : zeros) byte = Random();
+  for (uint16_t& scale : scales) scale = 0x2000 + Random() % 2048;  // 2^-7 to 2^-5
+  Made<tda::LargestScales> made_largest;
+  new (&made_largest.format.of_group) std::vector<float>(groups + 16, 1.0f / 32);
+  made_largest.format.most = 1.0f / 32;
+  Made<tda::CodeFormat<kBits>> made;
+  tda::CodeFormat<kBits>& weight = made.format;
+  weight.codes = codes.data();
+  weight.scales = scales.data();
+  weight.zeros = zeros.data();
+  weight.rows = inputs;
+  weight.columns = outputs;
+  weight.row_bytes = row_bytes;
+  weight.groups = groups;
+  weight.zero_bytes = zero_bytes;
+  weight.group_shift = group_shift;
+  for (const bool bytes : {false, true}) {
+    if (bytes && !tda::MultipliesBytesOf<kLanes, tda::CodeFormat<kBits>>()) continue;
+    weight.largest = bytes ? &made_largest.format : nullptr;
+    Compare(weight, inputs);
+  }
+  using Floats = std::vector<float>;
+  made_largest.format.of_group.~Floats();
+}
+
+}  // namespace
+
+int main() {
+  for (const auto& [inputs, outputs] : {std::pair<int64_t, int64_t>{576, 960}, {576, 576}, {1536, 576}, {576, 3072},
+                                        {109, 577}, {33, 1}, {700, 1037}, {96, 9000}, {3000, 2048}}) {
+    for (const int group_shift : {5, 6, 7}) {
+      CompareCodes<4>(inputs, outputs, group_shift);
+      CompareCodes<8>(inputs, outputs, group_shift);
+    }
+    std::vector<float> elements(inputs * outputs);
+    for (float& element : elements) element = RandomFloat();
+    Compare(tda::FloatFormat{elements.data(), outputs}, inputs);
+  }
+  return failures > 0;
+}
