@@ -18,11 +18,12 @@
 
 namespace tda {
 
-// Two chunks where rows are too short to be cut well, if that costs little beside the work; more only where they stay long.
-constexpr int64_t kWideRow = 1024;    // columns: pieces are still long
+// Where rows are too short to be cut well, two chunks at least, if that costs little beside the work. More only where they
+// stay long.
+constexpr int64_t kWideRow = 1024;    // columns, of which pieces are still long
 constexpr int64_t kMostChunks = 16;
 constexpr int64_t kEnoughTasks = 32;  // chunks of all tiles of columns; more would only store more sums
-constexpr int64_t kShortChunk = 32 << 10, kLongChunk = 1 << 20;  // bytes of weights
+constexpr int64_t kShortChunk = 32 << 10, kLongChunk = 256 << 10, kLongWideChunk = 512 << 10;  // bytes of weights
 constexpr int64_t kShortTask = 16 << 10;
 constexpr int64_t kListed = 512;           // rows at once
 constexpr int64_t kAheadBytes = 6 << 10;   // of what a thread reads are asked for early
@@ -36,9 +37,12 @@ struct RowChunks {
   RowChunks(const Format& weight, int64_t inputs, int64_t threads) : inputs(inputs), outputs(weight.columns) {
     const int64_t bytes = inputs * weight.RowBytes();
     const int64_t fewest_tiles = (outputs + Format::kTileColumns - 1) / Format::kTileColumns;
-    const int64_t few = outputs < kWideRow ? 2 : 1;
+    const auto least_bytes = [&] {  // of a chunk, if there are twice as many
+      if (outputs >= kWideRow) return kLongWideChunk;
+      return count == 1 ? kShortChunk : kLongChunk;
+    };
     while (count < kMostChunks && count * fewest_tiles < kEnoughTasks && 2 * count <= inputs &&
-           2 * count * (count < few ? kShortChunk : kLongChunk) <= bytes) {
+           2 * count * least_bytes() <= bytes) {
       count *= 2;
     }
     // With the chunks, a multiple of the threads, if there are not enough tasks for an uneven number to cost little.
