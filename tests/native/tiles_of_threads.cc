@@ -1,4 +1,4 @@
-// Sums over rows, cut for different numbers of threads: tiles keep their rules, and no bit changes.
+// Sums over rows, cut for different numbers of threads: they are right, tiles keep their rules, and no bit changes.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -19,6 +19,7 @@
 namespace {
 
 constexpr int kLanes = TDA_ONE_TARGET;
+constexpr float kPrice = 0.4f;
 uint32_t state = 1;
 
 uint32_t Random() { return (state = state * 1664525u + 1013904223u) >> 8; }
@@ -54,7 +55,7 @@ std::vector<float> Sum(const Format& weight, const std::vector<float>& x, const 
     }
     covered = end;
     for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-      tda::SumChunkOf<kLanes>(weight, {x.data(), 1, inputs, {prices.data(), 0.4f}, chunks.FirstRow(chunk),
+      tda::SumChunkOf<kLanes>(weight, {x.data(), 1, inputs, {prices.data(), kPrice}, chunks.FirstRow(chunk),
                                        chunks.FirstRow(chunk + 1), begin, end, sums.data() + chunk * stride + begin, 0});
     }
     tda::AddChunksOf<kLanes, Format>(sums.data() + begin, chunks.count, stride, end - begin, nullptr, y.data() + begin);
@@ -63,12 +64,22 @@ std::vector<float> Sum(const Format& weight, const std::vector<float>& x, const 
   return y;
 }
 
-template <class Format>
-void Compare(const Format& weight, int64_t inputs) {
+// element(row, column) is a number of the matrix.
+template <class Format, class Element>
+void Compare(const Format& weight, int64_t inputs, const Element& element) {
   std::vector<float> x(inputs), prices(inputs);
   for (float& value : x) value = RandomFloat();
   for (float& value : prices) value = RandomFloat() + 1.0f;
   const std::vector<float> alone = Sum(weight, x, prices, 1);
+  for (int64_t column = 0; column < weight.columns; ++column) {
+    double expected = 0, size = 0;
+    for (int64_t row = 0; row < inputs; ++row) {
+      if (x[row] * x[row] * prices[row] < kPrice) continue;
+      expected += x[row] * element(row, column);
+      size += std::fabs(x[row] * element(row, column));
+    }
+    if (!(std::fabs(alone[column] - expected) <= 1e-5 * size + 1e-6)) Fail("a sum is wrong", inputs, weight.columns, 1);
+  }
   const int64_t chunks = tda::RowChunks<Format>(weight, inputs, 1).count;
   for (const int64_t threads : {2, 3, 4, 6, 16, 96, 1000}) {
     const tda::RowChunks<Format> own(weight, inputs, threads);
@@ -106,7 +117,14 @@ void CompareCodes(int64_t inputs, int64_t outputs, int group_shift) {
   for (const bool bytes : {false, true}) {
     if (bytes && !tda::MultipliesBytesOf<kLanes, tda::CodeFormat<kBits>>()) continue;
     weight.largest = bytes ? &made_largest.format : nullptr;
-    Compare(weight, inputs);
+    Compare(weight, inputs, [&](int64_t row, int64_t column) {
+      const auto code_of = [](const uint8_t* bytes, int64_t at) {
+        return kBits == 8 ? bytes[at] : bytes[at / 2] >> 4 * (at % 2) & 15;
+      };
+      const int64_t group = column >> group_shift;
+      const double scale = tda::HalfToFloat(scales[row * groups + group]);
+      return scale * (code_of(codes.data() + row * row_bytes, column) - code_of(zeros.data() + row * zero_bytes, group));
+    });
   }
   using Floats = std::vector<float>;
   made_largest.format.of_group.~Floats();
@@ -123,7 +141,8 @@ int main() {
     }
     std::vector<float> elements(inputs * outputs);
     for (float& element : elements) element = RandomFloat();
-    Compare(tda::FloatFormat{elements.data(), outputs}, inputs);
+    Compare(tda::FloatFormat{elements.data(), outputs}, inputs,
+            [&](int64_t row, int64_t column) -> double { return elements[row * outputs + column]; });
   }
   return failures > 0;
 }
