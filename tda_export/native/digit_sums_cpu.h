@@ -11,7 +11,7 @@
 namespace tda {
 
 constexpr int64_t kQuad = 4;
-constexpr int64_t kQuadsAtOnce = 4;  // their sums stay in registers
+constexpr int64_t kQuadsAtOnce = 4;  // while a block's sums stay in registers; more ask for too many lines at once
 constexpr int64_t kRowsOfQuads = kQuad * kQuadsAtOnce;
 constexpr int64_t kBlocksAhead = 4;  // lines of a row that are asked for early
 
@@ -99,7 +99,7 @@ class DigitSums {
     RowCopy copies[kRowsOfQuads];
   };
 
-  // The rows from `start` on of a list, or the ones before or after them.
+  // Rows from `start` on of a list. Those that are added and the next ones are kept.
   RowsOfQuads& Found(int64_t start) { return found_[start / kRowsOfQuads % 2]; }
 
   // Return the size of the largest value; not finite where one value is not.

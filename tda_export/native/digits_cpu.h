@@ -28,8 +28,15 @@ TDA_INLINE typename Lanes<kLanes>::Vector StepsFor(typename Lanes<kLanes>::Vecto
 }
 
 // Whether there is code for products of bytes with codes of kBits in vectors of kLanes words. With eight lanes, sums of
-// two products with codes of 8 bits do not fit AVX2's 16 bits.
-#if TDA_SHUFFLES && defined(__x86_64__)
+// two products with codes of 8 bits do not fit AVX2's 16 bits. Clang, and GCC before 12, would read code for vectors that
+// they do not have even where it is not used.
+#if TDA_SHUFFLES && defined(__x86_64__) && __GNUC__ >= 12
+#define TDA_BYTE_PRODUCTS 1
+#else
+#define TDA_BYTE_PRODUCTS 0
+#endif
+
+#if TDA_BYTE_PRODUCTS
 template <int kLanes, int kBits>
 constexpr bool kByteProducts = kLanes == 16 || (kLanes == 8 && kBits == 4);
 #else
@@ -46,12 +53,12 @@ TDA_INLINE bool HasByteProducts() {
   return true;
 }
 
-// Four bytes a lane, in the processor's own instructions, which compilers do not make of vectors in C++. Other
-// processors only get a declaration: Clang checks instructions even in unused code.
+// Four bytes a lane, in the processor's own instructions, which compilers do not make of vectors in C++. Where there are no
+// products of bytes, there is only a declaration.
 template <int kLanes>
 struct Bytes;
 
-#if defined(__x86_64__)
+#if TDA_BYTE_PRODUCTS
 template <int kLanes>
 struct Bytes {
   using V = Lanes<kLanes>;

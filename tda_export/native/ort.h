@@ -108,10 +108,11 @@ class KernelContext {
     Distribute(tasks, [](void* user, size_t task) { (*static_cast<const Work*>(user))(task); }, const_cast<Work*>(&work));
   }
 
-  // Return how many threads may take tasks, or more.
+  // Return about how many threads take tasks; it may only decide how work is cut.
   virtual int64_t Threads() const;
 
-  // Return memory that is the call's own, on the CPU, or null if the provider's allocator has to be asked for it.
+  // Return memory that is the call's own, on the CPU, other memory each time, until the kernel returns; or null if the
+  // provider's allocator has to be asked for it. Only for the thread that runs the kernel.
   virtual void* OwnMemory(size_t) const { return nullptr; }
 
   const OrtApi* api() const { return api_; }
@@ -129,7 +130,7 @@ class KernelContext {
   const std::vector<Tensor>& constants_;
 };
 
-// Memory for one call, returned to the arena at the end of the call. On CUDA the arena hands it out again only to later
+// Memory for one call, the context's own or of the provider's arena, to which it is returned at the end of the call. On CUDA the arena hands it out again only to later
 // work of the same stream, so that concurrent calls share nothing.
 class Scratch {
  public:

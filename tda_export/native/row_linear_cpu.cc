@@ -1,8 +1,8 @@
 // tda::RowLinear and its forms for integers on the CPU, float32 activations; and NormRowLinear and GatedRowLinear with
-// theirs, whose x each chunk of rows makes for itself.
+// theirs, whose x each task makes for itself.
 //
 // A few tokens are computed one by one, or share the codes that they read: ONNX Runtime's thread pool gets chunks of rows
-// (row_sums_cpu.h), in tiles of columns where rows are long, and the thread that ends the last chunk of a tile adds the
+// (row_sums_cpu.h) in tiles of columns, and the thread that ends the last chunk of a tile adds the
 // chunks up. Many tokens are computed as a product of matrices (row_panels_cpu.h), whose panels of columns are distributed
 // over threads.
 #include "row_linear_cpu.h"
@@ -67,7 +67,7 @@ struct NormedInputs {
 
   const float* Stored() const { return nullptr; }
 
-  // Every chunk adds all squares by itself, so that none waits for another.
+  // Every task adds all squares by itself, so that none waits for another.
   void Make(int64_t token, int64_t first, int64_t end, bool once, float* made) const {
     const int64_t row = token * inputs, at = row + first;
     const float scale = NormScaleOf(x + row, residual + row, inputs, epsilon);

@@ -24,7 +24,7 @@ constexpr int64_t kWideRow = 1024;    // columns, of which pieces are still long
 constexpr int64_t kMostChunks = 16;
 constexpr int64_t kEnoughTasks = 32;  // chunks of all tiles of columns; more would only store more sums
 constexpr int64_t kShortChunk = 32 << 10, kLongChunk = 256 << 10, kLongWideChunk = 512 << 10;  // bytes of weights
-constexpr int64_t kShortTask = 16 << 10;
+constexpr int64_t kShortTask = 16 << 10;  // bytes of weights; fewer are not worth a task
 constexpr int64_t kListed = 512;           // rows at once
 constexpr int64_t kAheadBytes = 6 << 10;   // of what a thread reads are asked for early
 constexpr int kTokensTogether = 8;         // that share codes, at most

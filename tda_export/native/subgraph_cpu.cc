@@ -25,7 +25,7 @@ namespace {
 
 constexpr size_t kAlignment = 64;
 constexpr size_t kMuch = 64 << 10;     // bytes
-constexpr size_t kMostKept = 4 << 20;  // bytes of a tensor that are kept for the next call
+constexpr size_t kMostKept = 4 << 20;  // bytes of a room that are kept for the next call
 
 size_t BytesOf(const Tensor& tensor) {
   const auto element = [](int type) -> size_t {
@@ -97,7 +97,7 @@ struct Node {
   std::vector<Tensor> constants;  // by input
 };
 
-// Memory of a tensor that only nodes inside know; of several, one after another. Much memory is asked of the system: what
+// Memory of a tensor that only nodes inside know, or of a node's own; of several, one after another. Much memory is asked of the system: what
 // comes and goes with calls of many tokens would leave holes in the heap, of which a process grows for hours.
 class Room {
  public:
@@ -145,6 +145,11 @@ struct Frame {
   std::vector<Tensor> inputs, outputs, inner;
   std::vector<Room> rooms;
   std::deque<Room> scratch;  // of the node that runs
+
+  void Trim() {
+    for (Room& room : rooms) room.Trim();
+    for (Room& room : scratch) room.Trim();
+  }
 };
 
 // A call of a node inside.
@@ -225,8 +230,7 @@ class Subgraph : public Kernel {
     static const size_t members = std::clamp<size_t>(std::thread::hardware_concurrency(), 2, Team::kMostMembers);
     context.ParallelFor(members, [&](size_t) { team.Join(lead); });
     if (failure) std::rethrow_exception(failure);
-    for (Room& room : frame->rooms) room.Trim();
-    for (Room& room : frame->scratch) room.Trim();
+    frame->Trim();
     const std::lock_guard<std::mutex> lock(mutex_);
     free_frames_.push_back(std::move(frame));
   }

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <type_traits>
+#include <new>
 #include <vector>
 
 #if defined(__AVX512BW__)
@@ -40,13 +40,14 @@ void Fail(const char* what, int64_t inputs, int64_t outputs, int64_t threads) {
   ++failures;
 }
 
+// Return y [tokens, columns] of x [tokens, inputs].
 template <class Format>
-std::vector<float> Sum(const Format& weight, const std::vector<float>& x, const std::vector<float>& prices,
+std::vector<float> Sum(const Format& weight, const float* x, int64_t tokens, const std::vector<float>& prices,
                        int64_t threads) {
-  const int64_t inputs = x.size();
+  const int64_t inputs = prices.size();
   const tda::RowChunks<Format> chunks(weight, inputs, threads);
   const int64_t stride = tda::WholeBlocks(weight.columns);
-  std::vector<float> sums(chunks.count * stride), y(weight.columns);
+  std::vector<float> sums(tokens * chunks.count * stride), y(tokens * weight.columns);
   int64_t covered = 0;
   for (int64_t tile = 0; tile < chunks.tiles; ++tile) {
     const int64_t begin = chunks.FirstColumn(tile), end = chunks.FirstColumn(tile + 1);
@@ -55,10 +56,14 @@ std::vector<float> Sum(const Format& weight, const std::vector<float>& x, const 
     }
     covered = end;
     for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-      tda::SumChunkOf<kLanes>(weight, {x.data(), 1, inputs, {prices.data(), kPrice}, chunks.FirstRow(chunk),
-                                       chunks.FirstRow(chunk + 1), begin, end, sums.data() + chunk * stride + begin, 0});
+      tda::SumChunkOf<kLanes>(weight, {x, tokens, inputs, {prices.data(), kPrice}, chunks.FirstRow(chunk),
+                                       chunks.FirstRow(chunk + 1), begin, end, sums.data() + chunk * stride + begin,
+                                       chunks.count * stride});
     }
-    tda::AddChunksOf<kLanes, Format>(sums.data() + begin, chunks.count, stride, end - begin, nullptr, y.data() + begin);
+    for (int64_t t = 0; t < tokens; ++t) {
+      tda::AddChunksOf<kLanes, Format>(sums.data() + t * chunks.count * stride + begin, chunks.count, stride, end - begin,
+                                       nullptr, y.data() + t * weight.columns + begin);
+    }
   }
   if (covered != weight.columns) Fail("columns are left", inputs, weight.columns, threads);
   return y;
@@ -67,10 +72,11 @@ std::vector<float> Sum(const Format& weight, const std::vector<float>& x, const 
 // element(row, column) is a number of the matrix.
 template <class Format, class Element>
 void Compare(const Format& weight, int64_t inputs, const Element& element) {
-  std::vector<float> x(inputs), prices(inputs);
+  constexpr int64_t kTokens = 11;  // which share codes by eight, two and one
+  std::vector<float> x(kTokens * inputs), prices(inputs);
   for (float& value : x) value = RandomFloat();
   for (float& value : prices) value = RandomFloat() + 1.0f;
-  const std::vector<float> alone = Sum(weight, x, prices, 1);
+  const std::vector<float> alone = Sum(weight, x.data(), 1, prices, 1);
   for (int64_t column = 0; column < weight.columns; ++column) {
     double expected = 0, size = 0;
     for (int64_t row = 0; row < inputs; ++row) {
@@ -84,9 +90,16 @@ void Compare(const Format& weight, int64_t inputs, const Element& element) {
   for (const int64_t threads : {2, 3, 4, 6, 16, 96, 1000}) {
     const tda::RowChunks<Format> own(weight, inputs, threads);
     if (own.count != chunks) Fail("chunks depend on the threads", inputs, weight.columns, threads);
-    const std::vector<float> y = Sum(weight, x, prices, threads);
+    const std::vector<float> y = Sum(weight, x.data(), 1, prices, threads);
     if (std::memcmp(y.data(), alone.data(), y.size() * sizeof(float)) != 0) {
       Fail("bits depend on the threads", inputs, weight.columns, threads);
+    }
+  }
+  const std::vector<float> together = Sum(weight, x.data(), kTokens, prices, 3);
+  for (int64_t t = 0; t < kTokens; ++t) {
+    const std::vector<float> y = Sum(weight, x.data() + t * inputs, 1, prices, 1);
+    if (std::memcmp(y.data(), together.data() + t * weight.columns, y.size() * sizeof(float)) != 0) {
+      Fail("bits depend on other tokens", inputs, weight.columns, 3);
     }
   }
 }
@@ -133,8 +146,12 @@ void CompareCodes(int64_t inputs, int64_t outputs, int group_shift) {
 }  // namespace
 
 int main() {
-  for (const auto& [inputs, outputs] : {std::pair<int64_t, int64_t>{576, 960}, {576, 576}, {1536, 576}, {576, 3072},
-                                        {109, 577}, {33, 1}, {700, 1037}, {96, 9000}, {3000, 2048}}) {
+  struct Size {
+    int64_t inputs, outputs;
+  };
+  for (const Size size : {Size{576, 960}, {576, 576}, {1536, 576}, {576, 3072}, {109, 577}, {33, 1}, {700, 1037},
+                          {96, 9000}, {3000, 2048}}) {
+    const int64_t inputs = size.inputs, outputs = size.outputs;
     for (const int group_shift : {5, 6, 7}) {
       CompareCodes<4>(inputs, outputs, group_shift);
       CompareCodes<8>(inputs, outputs, group_shift);
