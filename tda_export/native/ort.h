@@ -130,8 +130,8 @@ class KernelContext {
   const std::vector<Tensor>& constants_;
 };
 
-// Memory for one call, the context's own or of the provider's arena, to which it is returned at the end of the call. On CUDA the arena hands it out again only to later
-// work of the same stream, so that concurrent calls share nothing.
+// Memory for one call, the context's own or of the provider's arena, to which it is returned at the end of the call. On
+// CUDA the arena hands it out again only to later work of the same stream, so that concurrent calls share nothing.
 class Scratch {
  public:
   Scratch(const KernelContext& context, const Allocator& allocator, size_t bytes, bool cuda);

@@ -2,9 +2,8 @@
 // theirs, whose x each task makes for itself.
 //
 // A few tokens are computed one by one, or share the codes that they read: ONNX Runtime's thread pool gets chunks of rows
-// (row_sums_cpu.h) in tiles of columns, and the thread that ends the last chunk of a tile adds the
-// chunks up. Many tokens are computed as a product of matrices (row_panels_cpu.h), whose panels of columns are distributed
-// over threads.
+// (row_sums_cpu.h) in tiles of columns, and the thread that ends the last chunk of a tile adds the chunks up. Many tokens
+// are computed as a product of matrices (row_panels_cpu.h), whose panels of columns are distributed over threads.
 #include "row_linear_cpu.h"
 
 #include <algorithm>

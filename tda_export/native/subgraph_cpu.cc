@@ -24,7 +24,7 @@ namespace tda {
 namespace {
 
 constexpr size_t kAlignment = 64;
-constexpr size_t kMuch = 64 << 10;     // bytes
+constexpr size_t kMuch = 64 << 10;     // bytes; more are asked of the system
 constexpr size_t kMostKept = 4 << 20;  // bytes of a room that are kept for the next call
 
 size_t BytesOf(const Tensor& tensor) {
@@ -97,8 +97,9 @@ struct Node {
   std::vector<Tensor> constants;  // by input
 };
 
-// Memory of a tensor that only nodes inside know, or of a node's own; of several, one after another. Much memory is asked of the system: what
-// comes and goes with calls of many tokens would leave holes in the heap, of which a process grows for hours.
+// Memory of a tensor that only nodes inside know, or of a node's own; of several, one after another. Much memory is asked
+// of the system: what comes and goes with calls of many tokens would leave holes in the heap, by which a process grows for
+// hours.
 class Room {
  public:
   Room() = default;
