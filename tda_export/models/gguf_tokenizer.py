@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenizers import decoders, pre_tokenizers
+import transformers
+from tokenizers import decoders, models, pre_tokenizers
 
 from tda_export.errors import TdaError
 from tda_export.models.gguf_file import GgufHeader
@@ -41,6 +42,12 @@ def correct_gguf_tokenizer(tokenizer: Any, header: GgufHeader, name: str) -> Non
     """
     value, backend = header.values.get, tokenizer.backend_tokenizer
     if value(MODEL) == SENTENCEPIECE:
+        if isinstance(backend.model, models.Unigram):  # its pieces are merged, as in BPE; their scores are ranks
+            raise TdaError(
+                f"{name}: transformers {transformers.__version__} splits the text of such a GGUF file wrongly (as "
+                "Unigram). Update transformers to 5.23, or give the Hugging Face folder of this model (safetensors "
+                "with tokenizer.json)."
+            )
         if value(ADD_SPACE_PREFIX) is False:
             _leave_out_prefix(backend)
         return

@@ -12,7 +12,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from tda_export.errors import TdaError
-from tda_export.models.gguf_tokenizer import AS_GPT2, SINGLE_DIGITS, WHOLE_PIECES
+from tda_export.models.gguf_file import read_gguf_header
+from tda_export.models.gguf_tokenizer import AS_GPT2, SINGLE_DIGITS, WHOLE_PIECES, correct_gguf_tokenizer
 from tda_export.models.source import resolve_model
 
 LINES = "Steps:\n\n1. Wash 23\n\n2. Dry  7"
@@ -139,6 +140,19 @@ def test_sentencepiece_without_the_space_before_a_text(tmp_path: Path) -> None:
     assert tokenizer("a").input_ids == [0, 3]
     assert tokenizer("a a").input_ids == [0, 3, 5]
     assert tokenizer.backend_tokenizer.decode([5, 3]) == " aa"
+
+
+def test_releases_that_make_a_unigram_model_of_merges_are_refused(tmp_path: Path) -> None:
+    """transformers 5.17 reads files of Gemma so: "Listen" became "List" and "en", and BOS was left out."""
+    tokenizer = write_tokenizer(tmp_path / "model.gguf", None, model="llama")
+    tokenizer.backend_tokenizer.model = models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0, byte_fallback=False)
+    header = read_gguf_header(tmp_path / "model.gguf")
+    message = (
+        r"^gemma\.gguf: transformers [\d.]+ splits the text of such a GGUF file wrongly \(as Unigram\)\. Update "
+        r"transformers to 5\.23, or give the Hugging Face folder of this model \(safetensors with tokenizer\.json\)\.$"
+    )
+    with pytest.raises(TdaError, match=message):
+        correct_gguf_tokenizer(tokenizer, header, "gemma.gguf")
 
 
 @pytest.mark.real_model
