@@ -49,8 +49,9 @@ def choose_prices(
     row_bytes: RowBytes,
     advance: Advance = lambda units: None,
     ranks: Ranks = ALONE,
+    shares: tuple[float, ...] | None = None,
 ) -> dict[Packing, list[float]]:
-    """Choose the prices to measure: those at which the dense model's inputs would read `SHARES` of what dense reads.
+    """Choose the prices to measure: those at which the dense model's inputs would read shares of what dense reads.
 
     Args:
         model: A transformers model in evaluation mode.
@@ -61,6 +62,7 @@ def choose_prices(
         row_bytes: The bytes of rows.
         advance: Called after every sequence.
         ranks: The ranks that share the sequences.
+        shares: Falling; None for `SHARES`. Prices are fewer where two shares need the same one.
 
     Raises:
         TdaError: No row is worth anything.
@@ -91,7 +93,7 @@ def choose_prices(
         for packing, worth in found.items():
             bytes_worth[packing] += worth
         advance(1)
-    prices = {packing: prices_at(found, SHARES) for packing, found in bytes_worth.items()}
+    prices = {packing: prices_at(found, shares or SHARES) for packing, found in bytes_worth.items()}
     if not all(prices.values()):
         raise TdaError(
             "All rows have the price 0: the model's output does not depend on its layers. Check the checkpoint."

@@ -6,7 +6,7 @@ Row i of a matrix holds the weights of input channel i. A token reads it unless 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ from tda_export.packing import linear_parts, linear_shape, linear_sites
 from tda_export.weights.plan import HEAD
 
 PriceOf = Callable[[int, str], torch.Tensor]  # layer and part to the price of a call's tokens, float32 [] or [T, 1]
+# Inputs [T, in], rows that are read [T, in], row prices [in], price, layer and parts to the inputs with 0 for others.
+Drop = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, Sequence[str]], torch.Tensor]
 
 
 @dataclass
@@ -46,6 +48,18 @@ def kept_rows(x: torch.Tensor, row_price: torch.Tensor, price: torch.Tensor) -> 
     return ~(x.float().square() * row_price < price)
 
 
+def zeroed(
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    row_price: torch.Tensor,
+    price: torch.Tensor,
+    layer: int,
+    parts: Sequence[str],
+) -> torch.Tensor:
+    """Drop rows: the inputs [T, in] of those that are not read become 0."""
+    return torch.where(rows, x, 0)
+
+
 @contextlib.contextmanager
 def dropping(
     model: Any,
@@ -53,6 +67,7 @@ def dropping(
     row_prices: Mapping[str, torch.Tensor],
     price: float | torch.Tensor | PriceOf,
     decisions: Mapping[str, torch.Tensor] | None = None,
+    drop: Drop = zeroed,
 ) -> Iterator[RowsRead]:
     """Drop rows of a model's linears while the block runs, and count those that are read.
 
@@ -69,6 +84,8 @@ def dropping(
         decisions: Given decisions, bool [L, T, in], [1, T, in] of the head, by the names of `row_prices`, true where a
             row is read. They replace the price's decisions, which are compared with them. The block may then have only
             one call.
+        drop: Sets the inputs of rows that are not read to 0; another one than `zeroed` may have a gradient by row
+            prices.
 
     Yields:
         The count of all parts, which grows with each call.
@@ -82,33 +99,38 @@ def dropping(
     handles: list[Any] = []
 
     def patch(layer: int, group: list[Linear]) -> None:
-        def kept(linear: Linear, x: torch.Tensor) -> torch.Tensor | None:
+        def kept(linear: Linear, x: torch.Tensor, parts: Sequence[str]) -> torch.Tensor | None:
+            """Count the rows that a linear reads; return the inputs without others, None where all are read."""
             name = names[linear.part]
-            own = None if name is None else on_device[name][layer].to(x.device)
-            rows = None if own is None else kept_rows(x.detach(), own, price_of(layer, linear.part).to(x.device))
-            if rows is not None and decisions is not None and name is not None:
+            if name is None:
+                count.read[linear.part][layer] += (x != 0).sum().to(device)
+                return None
+            own, at = on_device[name][layer].to(x.device), price_of(layer, linear.part).to(x.device)
+            rows = kept_rows(x.detach(), own.detach(), at)
+            if decisions is not None:
                 others = decisions[name][layer].to(x.device)
                 count.decided += rows.numel()
                 count.otherwise += int((rows != others).sum())
                 rows = others
-            read = x != 0 if rows is None else rows & (x != 0)
-            count.read[linear.part][layer] += read.sum().to(device)
-            return rows
+            count.read[linear.part][layer] += (rows & (x != 0)).sum().to(device)
+            return drop(x, rows, own, at, layer, parts) if parts else None
 
         def together(x: torch.Tensor) -> torch.Tensor | None:
             if layer == 0 and group[0].part == "q":
                 count.tokens += len(x)
-            rows = [kept(linear, x) for linear in group][-1]  # all give the same rows
-            return None if rows is None else torch.where(rows, x, 0)
+            parts = [linear.part for linear in group]
+            for linear in group[:-1]:
+                kept(linear, x, ())
+            return kept(group[-1], x, parts)  # all read the same rows
 
         def apart(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             x, output = inputs[0].flatten(0, -2), output.clone()
             if layer == 0 and group[0].part == "q":
                 count.tokens += len(x)
             for linear in group:
-                rows = kept(linear, x)
-                if rows is not None:
-                    own = torch.where(rows, x, 0) @ linear.weight
+                inputs_read = kept(linear, x, (linear.part,))
+                if inputs_read is not None:
+                    own = inputs_read @ linear.weight
                     own = own if linear.bias is None else own + linear.bias
                     linear.put_outputs(output, own.view(*output.shape[:-1], -1))
             return output
