@@ -191,7 +191,7 @@ def measured(options: argparse.Namespace) -> Iterator[Row]:
     for kind in ("float", "int4"):
         plan = None if kind == "float" else read_plan(source, kind, None, ())
         row_bytes = row_bytes_of(spec, FLOAT_BYTES, plan, head=True)
-        row_prices = priced.sums.row_prices(spec, PACKING, row_bytes)
+        row_prices = priced.row_prices(spec, PACKING, row_bytes)
         found: dict[str, list[Row]] = {}
         for way, exponent in itertools.product((PRICED, WHOLE), range(options.points)):
             price = SMALLEST_PRICE * 2.0**exponent * (1.0 if kind == "float" else 8.0)

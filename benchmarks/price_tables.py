@@ -65,7 +65,7 @@ def measured(options: argparse.Namespace) -> Iterator[Row]:
         raise UsageError(f"{options.calibration} has no table of prices with packing {packing}. Calibrate with it.")
     table = priced.table(packing)
     prices = [table.price_for(sparsity=sparsity) for sparsity in sorted(options.sparsity)]
-    row_prices = {packing: priced.sums.row_prices(spec, packing, priced.row_bytes)}
+    row_prices = {packing: priced.row_prices(spec, packing)}
     tokens, continuation = sequences(source, found, options), priced.continuation_tokens
     prefix = len(source.tokenizer("").input_ids)
     model = source.reference().requires_grad_(False)

@@ -57,7 +57,7 @@ def priced(
         raise SystemExit(f"{path} has no prices of {name}.")
     own = list(continuations(model, windows, options.prompt_tokens))
     integers = loss(dense, iter(own))
-    prices, table = found.sums.row_prices(source.spec, packing, found.row_bytes), found.table(packing)
+    prices, table = found.row_prices(source.spec, packing), found.table(packing)
     for sparsity in options.sparsity:
         price = table.price_for(sparsity=sparsity)
         sparse = list(at_price(model, source, windows, options.prompt_tokens, prices, price))

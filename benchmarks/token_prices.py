@@ -1,9 +1,11 @@
-"""Measure priced rows whose price differs by token, as the model's own state predicts how much a token's loss matters.
+"""Compare row prices as estimated, refined, and with a price that differs by token, with TEAL at the same bytes.
 
-    python benchmarks/token_prices.py MODEL --calibration FILE --text wikitext2_valid.txt --probes 2 8 14 20 26
-        [--strength 0.3 0.45] [--power 1 0.85] [--densities FILE] [--labels 2] [--ridge 0.75]
+    python benchmarks/token_prices.py MODEL --calibration FILE --text wikitext2_valid.txt [--densities FILE]
+        [--probes 2 8 14 20 26] [--strength 0.3 0.45] [--power 1 0.85] [--labels 2] [--ridge 0.75] [--device cpu]
 
-An experiment in PyTorch: no artifact has such prices. g_ti is the gradient of the log-likelihood by input channel i of
+In PyTorch, float32. FILE comes from `tda-export calibrate MODEL`; with its --refine, refined prices are measured too.
+With --probes, so are prices that differ by token, as the model's own state predicts how much a token's loss matters.
+That is an experiment: no artifact has such prices. g_ti is the gradient of the log-likelihood by input channel i of
 a matrix at token t. Prices of rows hold its mean square over tokens; but |g_t|² differs between tokens by orders of
 magnitude, and alike in neighbouring layers. At some layers, the probes, a linear function of the FFN's input is fitted
 to log |g_t|², averaged over the matrices from this probe to the next (ridge regression on the sequences that gave the
@@ -58,7 +60,7 @@ from tda_export.progress import progress
 from tda_export.weights.plan import HEAD
 
 PACKING, PARTS = "separate", "all"
-PLAIN, TEAL = "priced", "TEAL, greedy densities"
+PLAIN, REFINED, TEAL = "priced", "refined", "TEAL, greedy densities"
 WITHIN = 0.02  # a miss of the bytes up to which a setting counts
 MOST, LEAST = 4.0, 1e-3  # the largest prediction; the smallest |g_t|², relative to the mean
 GROUPS: dict[str, int] = {"k": 1, "v": 1}  # by part; all others are 0
@@ -138,7 +140,8 @@ def sample(
             handles.append(linear.on_input_gradient(watch(layer, part)))
     try:
         with torch.enable_grad():
-            logits = model(sequence[None, prompt:], past_key_values=cache, use_cache=True).logits[0, :-1]
+            tokens = sequence[None, prompt:].to(model.device)
+            logits = model(tokens, past_key_values=cache, use_cache=True).logits[0, :-1]
             log_probs = logits.float().log_softmax(dim=-1)
             for row in choose(logits.detach().float()):
                 log_probs.gather(1, row[:, None]).sum().backward(retain_graph=True)
@@ -192,7 +195,7 @@ class Text:
 
     def _read(self, window: int) -> torch.Tensor:
         cache = copy.deepcopy(self._caches[window])
-        tokens = self._windows[window, None, self._prompt :]
+        tokens = self._windows[window, None, self._prompt :].to(self._model.device)
         logits = self._model(tokens, past_key_values=cache, use_cache=True).logits[0]
         found: torch.Tensor = logits.float().log_softmax(dim=-1)
         return found
@@ -279,16 +282,18 @@ def measured(options: argparse.Namespace) -> Iterator[Row]:
     priced = found.priced
     if priced is None or PACKING not in priced.measured:
         raise UsageError(f"{options.calibration} has no table of prices with packing {PACKING}. Calibrate with it.")
-    model = source.reference().requires_grad_(False)
-    probes = fitted(source, model, found, options)
+    model = source.reference(device=options.device).requires_grad_(False)
+    probes = fitted(source, model, found, options) if options.probes else Probes({}, {})
     text = Text(source, model, options.text, TextSettings(options.prompts, options.prompt_tokens, 128))
     row_prices, table = priced.sums.row_prices(spec, PACKING, priced.row_bytes), priced.table(PACKING)
-    row_prices.pop(HEAD, None)  # its rows have no probe
+    row_prices.pop(HEAD, None)  # the head is read whole
 
     def by_price(rows: Mapping[str, torch.Tensor], strength: float, cell: Cell) -> Row:
         return text.measure(rows, table.price_for(sparsity=cell.sparsity), probes, strength)
 
     ways: dict[str, Callable[[Cell], Row]] = {PLAIN: functools.partial(by_price, row_prices, 0.0)}
+    if PACKING in priced.refined:
+        ways[REFINED] = functools.partial(by_price, priced.refined[PACKING].apply(row_prices), 0.0)
     if options.densities:
         densities = read_densities(options.densities)
         densities.require(options.densities, source.fingerprint, PACKING, PARTS)
@@ -298,7 +303,7 @@ def measured(options: argparse.Namespace) -> Iterator[Row]:
             return text.measure(threshold_prices("teal", priced, spec, PACKING, thresholds), 1.0, probes, 0.0)
 
         ways[TEAL] = by_threshold
-    for power, strength in itertools.product(options.power, options.strength):
+    for power, strength in itertools.product(options.power, options.strength if options.probes else ()):
         name = f"strength {strength:g}, power {power:g}"
         ways[name] = functools.partial(by_price, drawn_together(row_prices, power), strength)
     for sparsity in options.sparsity:
@@ -362,19 +367,20 @@ def drawn_together(row_prices: Mapping[str, torch.Tensor], power: float) -> dict
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure prices that differ by token.")
+    parser = argparse.ArgumentParser(description="Compare row prices with TEAL, and prices that differ by token.")
     parser.add_argument("model")
     parser.add_argument("--calibration", type=Path, required=True, metavar="FILE")
     parser.add_argument("--dataset", default=BUILTIN, help="The calibration's own.  [default: builtin]")
     parser.add_argument("--text", type=Path, required=True, help="Text to measure on.")
     parser.add_argument("--densities", type=Path, metavar="FILE", help="TEAL's greedy densities.")
-    parser.add_argument("--probes", nargs="+", type=int, required=True, metavar="LAYER")
+    parser.add_argument("--probes", nargs="+", type=int, default=[], metavar="LAYER")
     parser.add_argument("--strength", nargs="+", type=float, default=[0.3, 0.45])
     parser.add_argument("--power", nargs="+", type=float, default=[1.0])
     parser.add_argument("--ridge", type=float, default=0.75, help="[default: 0.75]")
     parser.add_argument("--labels", type=int, default=2, help="Labels of each token.  [default: 2]")
     parser.add_argument("--sequences", type=int, default=32, help="Most sequences to sample.  [default: 32]")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.3, 0.5])
+    parser.add_argument("--device", default="cpu", help="PyTorch's device.  [default: cpu]")
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--prompt-tokens", type=int, default=384)
     return parser.parse_args()

@@ -22,7 +22,7 @@ from tda_export.ffn_share import FFN_MATRICES
 from tda_export.files import as_os_error, atomic_file
 
 FORMAT = "tda-export calibration"
-FORMAT_VERSION = 4  # 4: prices of rows; 3: the KL path; 2: up_square
+FORMAT_VERSION = 5  # 5: factors of prices; 4: prices of rows; 3: the KL path; 2: up_square
 OLDEST_VERSION = 3  # the oldest version that is still read
 METADATA_KEY = "tda_export"
 PRICED = "priced"  # metadata key of the prices' plain data

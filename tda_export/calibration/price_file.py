@@ -11,6 +11,9 @@ import torch
 from tda_export.calibration.magnitudes import BINS, Magnitudes
 from tda_export.calibration.price_table import LinearShapes, Measured
 from tda_export.calibration.prices import PriceSums
+from tda_export.calibration.refine import LEVELS as LEVEL_SHARES
+from tda_export.calibration.refine import Refinement
+from tda_export.models.spec import DecoderSpec
 from tda_export.packing import ATTENTION_PARTS, PACKINGS, Packing, RowBytes, row_bytes_from, sites_of
 from tda_export.pricing import PriceTable
 from tda_export.weights.formats import INTEGER_FORMATS
@@ -18,6 +21,9 @@ from tda_export.weights.plan import HEAD
 
 # Prefixes of tensor names.
 PRICES, INPUTS, WEIGHTED, NORMS, MEASURED = "prices.", "inputs.", "weighted.", "row_norms.", "measured."
+REFINED = "refined."
+LEVELS, STEP = "levels", "step"  # tensors of a refinement, besides those by matrix:
+MOMENTS = ("factors", "first", "second")
 TOKENS, SEQUENCES = "tokens", "sequences"  # tensors of prices, besides the matrices
 SHORT = "short_kl"  # a tensor of the measurements, where prompts were shortened
 
@@ -29,7 +35,8 @@ class Priced:
     `linears`: input channels and outputs of each part, the head among them where its rows have prices. `norms`: ||W_i||
     by matrix, float32 [L, in]. `measured`: the measurements of each packing. `row_bytes`: the bytes of the rows that
     the measured prices are meant for. `continuation_tokens`: tokens of a sequence's continuation. `prompts`: tokens of
-    a short prompt and of the others; None where no prompt is short, as in older files.
+    a short prompt and of the others; None where no prompt is short, as in older files. `refined`: the factors of the
+    prices of each packing; none in older files and where prices were not refined.
     """
 
     linears: LinearShapes
@@ -40,6 +47,20 @@ class Priced:
     continuation_tokens: int
     measured: dict[Packing, Measured] = field(default_factory=dict)
     prompts: tuple[int, int] | None = None
+    refined: dict[Packing, Refinement] = field(default_factory=dict)
+
+    def row_prices(
+        self, spec: DecoderSpec, packing: Packing, row_bytes: RowBytes | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Return the prices of rows of each matrix of a packing, float32 [L, in], and of a head with prices, [1, in].
+
+        Args:
+            spec: The model's architecture.
+            packing: The packing.
+            row_bytes: The bytes of the rows; by default those that were measured.
+        """
+        prices = self.sums.row_prices(spec, packing, row_bytes or self.row_bytes)
+        return self.refined[packing].apply(prices) if packing in self.refined else prices
 
     def table(self, packing: Packing) -> PriceTable:
         """Return the table of a packing that was measured."""
@@ -69,6 +90,11 @@ def priced_tensors(priced: Priced) -> dict[str, torch.Tensor]:
     tensors |= {INPUTS + name: value for name, value in priced.magnitudes.inputs.items()}
     tensors |= {WEIGHTED + name: value for name, value in priced.magnitudes.weighted.items()}
     tensors |= {NORMS + name: value.cpu() for name, value in priced.norms.items()}
+    for packing, refinement in priced.refined.items():
+        prefix = f"{REFINED}{packing}."
+        for kind in MOMENTS:
+            tensors |= {f"{prefix}{kind}.{name}": value for name, value in getattr(refinement, kind).items()}
+        tensors |= {prefix + LEVELS: refinement.levels, prefix + STEP: torch.tensor([refinement.step])}
     for packing, measured in priced.measured.items():
         prefix = f"{MEASURED}{packing}."
         tensors |= {prefix + name: getattr(measured, name) for name in ("prices", "kl", "agreement")}
@@ -120,7 +146,17 @@ def priced_from(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor])
     continuation = int(content["continuation_tokens"])
     prompts = content.get("prompts")
     prompts = None if prompts is None else (int(prompts[0]), int(prompts[1]))
-    return Priced(linears, sums, magnitudes, norms, row_bytes, continuation, measured, prompts)
+    names = {name.split(".")[1] for name in tensors if name.startswith(REFINED)}
+    matrices: dict[Packing, Mapping[str, tuple[str, ...]]] = {
+        "separate": {part: (part,) for part in inside},
+        "sites": sites,
+    }
+    refined = {
+        packing: _refinement(f"{REFINED}{packing}.", {n: (layers, inputs[n]) for n in matrices[packing]}, tensors)
+        for packing in PACKINGS
+        if packing in names
+    }
+    return Priced(linears, sums, magnitudes, norms, row_bytes, continuation, measured, prompts, refined)
 
 
 def finished(priced: Priced) -> Priced:
@@ -137,6 +173,21 @@ def finished(priced: Priced) -> Priced:
         raise ValueError("no KL after short prompts")
     priced.tables()
     return priced
+
+
+def _refinement(prefix: str, shapes: Mapping[str, tuple[int, int]], tensors: Mapping[str, torch.Tensor]) -> Refinement:
+    def read(kind: str, *, signed: bool = True) -> dict[str, torch.Tensor]:
+        return {
+            name: _checked(tensors, f"{prefix}{kind}.{name}", torch.float64, shape, signed=signed)
+            for name, shape in shapes.items()
+        }
+
+    count = len(LEVEL_SHARES) if len(tensors[prefix + LEVELS]) else 0
+    levels = _checked(tensors, prefix + LEVELS, torch.float64, (count, 4), signed=True)
+    step = int(_checked(tensors, prefix + STEP, torch.int64, (1,)))
+    if any(name.startswith(f"{prefix}first.") for name in tensors):
+        return Refinement(read("factors"), read("first"), read("second", signed=False), levels, step)
+    return Refinement(read("factors"), levels=levels, step=step)
 
 
 def _measured(packing: Packing, linears: LinearShapes, layers: int, tensors: Mapping[str, torch.Tensor]) -> Measured:

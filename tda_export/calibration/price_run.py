@@ -24,6 +24,7 @@ from tda_export.calibration.price_table import (
     shortened,
 )
 from tda_export.calibration.prices import PriceSums, no_prices, price_continuation, read_prompt, sampled_labels
+from tda_export.calibration.refine import BATCH, Refinement, refine
 from tda_export.errors import UsageError
 from tda_export.models.linear_modules import watch_sites
 from tda_export.models.spec import DecoderSpec
@@ -43,7 +44,7 @@ class PriceSettings:
     measured.
 
     `prefix_tokens`: the number of tokens that the tokenizer puts before a text (BOS). `head`: whether the head's rows
-    get prices too.
+    get prices too. `refine_steps`: steps by the KL itself, 0 for prices as estimated.
     """
 
     prompt_tokens: int
@@ -52,6 +53,7 @@ class PriceSettings:
     packings: Sequence[Packing]
     prefix_tokens: int = 0
     head: bool = False
+    refine_steps: int = 0
 
     @property
     def prompts(self) -> tuple[int, int] | None:
@@ -120,7 +122,9 @@ def price_rows(
         with show("Pricing", half) as advance:
             priced = _take_prices(model, spec, tokens[::2], settings, priced, advance, save, ranks)
         save(priced)
-    row_prices = {packing: priced.sums.row_prices(spec, packing, priced.row_bytes) for packing in settings.packings}
+    if settings.refine_steps:
+        _refine(model, spec, tokens[::2], settings, priced, show, save, ranks)
+    row_prices = {packing: priced.row_prices(spec, packing) for packing in settings.packings}
     scanned = tokens[::2][:SCAN_SEQUENCES]
     passes = 1 + len(SHARES) * len(settings.packings)
     prompt, prefix = settings.prompt_tokens, settings.prefix_tokens
@@ -157,6 +161,47 @@ def price_rows(
                 priced.measured[packing].add(of_sequence)
             save(priced)
     return priced
+
+
+def _refine(
+    model: Any,
+    spec: DecoderSpec,
+    tokens: torch.Tensor,
+    settings: PriceSettings,
+    priced: Priced,
+    show: Show,
+    save: Callable[[Priced], None],
+    ranks: Ranks,
+) -> None:
+    """Refine the prices of every packing, in `priced`."""
+    with show("Refining prices", settings.refine_steps * BATCH * len(settings.packings)) as advance:
+        for packing in settings.packings:
+            earlier = priced.refined.get(packing)
+            if earlier is not None and not earlier.under_way:
+                advance(settings.refine_steps * BATCH)
+                continue
+
+            def keep(refinement: Refinement, packing: Packing = packing) -> None:
+                priced.refined[packing] = refinement
+                save(priced)
+
+            found = refine(
+                model,
+                spec,
+                tokens,
+                settings.prompt_tokens,
+                packing,
+                priced.sums.row_prices(spec, packing, priced.row_bytes),
+                priced.row_bytes,
+                settings.refine_steps,
+                seed=settings.seed,
+                prefix_tokens=settings.prefix_tokens,
+                resume=earlier,
+                save=keep,
+                advance=advance,
+                ranks=ranks,
+            )
+            keep(found)
 
 
 def _nothing_measured(

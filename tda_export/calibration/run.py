@@ -44,8 +44,8 @@ SAVE_SECONDS = 5.0  # least time between two saves of curves; one takes millisec
 class CalibrationSettings:
     """How to calibrate. Lengths in tokens; a sequence is `prompt_tokens` and then `continuation_tokens`.
 
-    `labels` (per token), `packings` and `head` are for priced rows; `estimator`, `curves_only` and `prior_tokens` for
-    prompt masks (tda). `head` None prices the head's rows wherever its format allows it.
+    `labels` (per token), `packings`, `head` and `refine_steps` are for priced rows; `estimator`, `curves_only` and
+    `prior_tokens` for prompt masks (tda). `head` None prices the head's rows wherever its format allows it.
     """
 
     estimator: Estimator = "prompt"
@@ -61,6 +61,7 @@ class CalibrationSettings:
     labels: int = 2
     packings: tuple[Packing, ...] = PACKINGS
     head: HeadRows | None = None
+    refine_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 2:
@@ -98,7 +99,7 @@ class CalibrationSettings:
 
     def describe(self) -> dict[str, Any]:
         """Return the settings that the method uses, as plain data."""
-        unused = set() if self.priced else {"labels", "packings", "head"}
+        unused = set() if self.priced else {"labels", "packings", "head", "refine_steps"}
         unused |= set() if self.masks else {"estimator", "curves_only", "prior_tokens"}
         content = {name: value for name, value in asdict(self).items() if name not in unused}
         return content | ({"packings": list(self.packings)} if self.priced else {})
@@ -273,7 +274,15 @@ def _price(
             f"{source.name}: linears that read the same input have different formats, or columns that are not "
             "whole groups, and cannot lie side by side. Calibrate with --packing separate."
         )
-    how = PriceSettings(settings.prompt_tokens, settings.labels, settings.seed, packings, corpus.prefix_tokens, head)
+    how = PriceSettings(
+        settings.prompt_tokens,
+        settings.labels,
+        settings.seed,
+        packings,
+        corpus.prefix_tokens,
+        head,
+        settings.refine_steps,
+    )
     begun = begin_priced(spec, how, row_norms(model, spec), row_bytes, settings.continuation_tokens)
     return price_rows(
         model,

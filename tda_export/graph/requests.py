@@ -102,7 +102,7 @@ def priced_request(
     budget = {"price": asked.price, "sparsity": asked.sparsity, "max_kl": asked.max_kl}
     design = PricedDesign(
         chosen,
-        calibration.priced.sums.row_prices(source.spec, chosen, row_bytes),
+        calibration.priced.row_prices(source.spec, chosen, row_bytes),
         price,
         None if table is None else table.to_dict(),
         expected,

@@ -88,6 +88,7 @@ def test_what_is_recorded(tiny: ModelSource, uninterrupted: Calibration) -> None
         "method": "priced",
         "labels": 2,
         "packings": ["separate", "sites"],
+        "refine_steps": 0,
     }
     assert uninterrupted.provenance["budget"] == BUDGET
     assert (float(priced.sums.sequences), float(priced.sums.tokens)) == (3, 3 * 4 * 2)

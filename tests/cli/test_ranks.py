@@ -24,7 +24,7 @@ if sys.platform == "win32":
 pytestmark = pytest.mark.long
 
 LENGTHS = ("--prompt-tokens", "32", "--continuation-tokens", "16")
-MANY = ("--sequences", "40", "--packing", "sites", *LENGTHS)
+MANY = ("--sequences", "40", "--packing", "sites", "--refine", "1", *LENGTHS)
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +36,8 @@ def single_thread() -> Iterator[None]:
 
 
 def test_calibration(tiny_model: Path, tmp_path: Path) -> None:
-    """Prices and their tables, curves and the KL path are equal to the bit. Three ranks share 7 sequences."""
-    options = ("--method", "all", "--sequences", "7", *LENGTHS)
+    """Prices, their factors and tables, curves and the KL path are equal to the bit. Three ranks share 7 sequences."""
+    options = ("--method", "all", "--sequences", "7", "--refine", "2", *LENGTHS)
     found = {}
     for ranks in (1, 3):
         stdout = succeed(ranks, *COMMAND, "calibrate", tiny_model, "-o", tmp_path / str(ranks), *options, "--json")
