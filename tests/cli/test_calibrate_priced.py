@@ -6,13 +6,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tda_export.calibration.file import read_calibration
+from tda_export.models.source import resolve_model
 from tda_export.pricing import PriceTable
+from tda_export.runtime import load
 from tests.cli.conftest import INTERRUPTED, USAGE, assert_error, build
 from tests.cli.results import result_of
 from tests.conftest import TINY_LENGTHS, run_cli, run_ok
 from tests.few_prices import SHARES, few_prices  # noqa: F401 -- a fixture
+from tests.runtime.conftest import row_prices
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +54,12 @@ def test_the_default(tiny_model: Path, priced: tuple[Path, str]) -> None:
 
 def test_json(tiny_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "c"
-    options = ("--sparsity", "0.3", "--labels", "3", "--packing", "sites", "--seed", "5")
+    options = ("--sparsity", "0.3", "--labels", "3", "--packing", "sites", "--seed", "5", "--refine", "2")
     result = result_of("calibrate", tiny_model, "-o", output, *TINY_LENGTHS, *options)
     assert result["output"] == str(output)
     assert result["budget"] == {"sparsity": 0.3}
     assert result["settings"]["labels"] == 3
+    assert result["settings"]["refine_steps"] == 2
     assert result["settings"]["packings"] == ["sites"]
     assert "estimator" not in result["settings"]
     assert "allocation" not in result
@@ -66,6 +71,21 @@ def test_json(tiny_model: Path, tmp_path: Path) -> None:
     assert result["prices"]["sites"]["share"] == pytest.approx(0.7)
     assert result["prices"]["sites"]["price"] == pytest.approx(table.price_for(sparsity=0.3))
     assert float(calibration.priced.sums.tokens) == 2 * 16 * 3
+    assert list(calibration.priced.refined) == ["sites"]
+
+
+def test_build_stores_refined_prices(tiny_model: Path, tmp_path: Path) -> None:
+    """So its rows are those of the table."""
+    options = ("--sparsity", "0.3", "--refine", "2", "--packing", "separate")
+    run_ok("calibrate", tiny_model, "-o", tmp_path / "c", *TINY_LENGTHS, *options)
+    run_ok("build", tiny_model, "--calibration", tmp_path / "c", "-o", tmp_path / "a")
+    priced, spec = read_calibration(tmp_path / "c").priced, resolve_model(str(tiny_model)).spec
+    assert priced is not None
+    estimated = priced.sums.row_prices(spec, "separate", priced.row_bytes)
+    stored = row_prices(load(tmp_path / "a", provider="cpu"))
+    for name, value in priced.row_prices(spec, "separate").items():
+        torch.testing.assert_close(stored[name], value)
+        assert name == "head" or not torch.equal(value, estimated[name])
 
 
 def test_it_is_repeatable(tiny_model: Path, tmp_path: Path, priced: tuple[Path, str]) -> None:
@@ -140,6 +160,8 @@ def test_a_budget_that_is_just_missed_becomes_the_nearest(
         (["--sequences", "1"], "and 1 is too few for that. Give --sequences 2 or more and text for them"),
         (["--continuation-tokens", "1"], "--continuation-tokens must be at least 2 for prices"),
         (["--labels", "0"], "--labels"),
+        (["--refine", "-1"], "--refine"),
+        (["--method", "tda", "--refine", "60"], "--refine has no effect with --method tda. Leave it out"),
         (["--packing", "pairs"], "'pairs' is not one of"),
         (["--method", "griffin"], "'griffin' is not one of"),
     ],
