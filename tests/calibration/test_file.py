@@ -176,7 +176,8 @@ def test_newer_format(path: Path) -> None:
 
 def test_older_format(path: Path) -> None:
     write_metadata(path, json.dumps({"format": FORMAT, "format_version": 1}))
-    with pytest.raises(TdaError, match=r"format 1 is older than .*\(4\)\. Run 'tda-export calibrate' again"):
+    message = rf"format 1 is older than .*\({FORMAT_VERSION}\)\. Run 'tda-export calibrate' again"
+    with pytest.raises(TdaError, match=message):
         read_calibration(path)
 
 

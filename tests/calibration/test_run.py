@@ -123,7 +123,7 @@ def test_calibration_records_where_it_came_from(tiny: ModelSource, dtype: Any, c
     provenance = calibration.provenance
     assert provenance["model"]["architecture"] == "LlamaForCausalLM"
     assert provenance["dataset"] == {"name": "some.txt", "sequences": 6, "tokens_sha256": "0" * 64}
-    of_prices = {"labels", "packings", "head"}
+    of_prices = {"labels", "packings", "head", "refine_steps"}
     assert provenance["settings"] == {k: v for k, v in asdict(settings).items() if k not in of_prices}
     assert provenance["budget"] == {"cett": 0.2}
     assert provenance["versions"]["tda-export"] == tda_export.__version__
