@@ -11,8 +11,8 @@ import torch
 from tda_export.calibration.magnitudes import BINS, Magnitudes
 from tda_export.calibration.price_table import LinearShapes, Measured
 from tda_export.calibration.prices import PriceSums
+from tda_export.calibration.refine import LEVEL_COLUMNS, Refinement
 from tda_export.calibration.refine import LEVELS as LEVEL_SHARES
-from tda_export.calibration.refine import Refinement
 from tda_export.models.spec import DecoderSpec
 from tda_export.packing import ATTENTION_PARTS, PACKINGS, Packing, RowBytes, row_bytes_from, sites_of
 from tda_export.pricing import PriceTable
@@ -183,7 +183,7 @@ def _refinement(prefix: str, shapes: Mapping[str, tuple[int, int]], tensors: Map
         }
 
     count = len(LEVEL_SHARES) if len(tensors[prefix + LEVELS]) else 0
-    levels = _checked(tensors, prefix + LEVELS, torch.float64, (count, 4), signed=True)
+    levels = _checked(tensors, prefix + LEVELS, torch.float64, (count, LEVEL_COLUMNS), signed=True)
     step = int(_checked(tensors, prefix + STEP, torch.int64, (1,)))
     if any(name.startswith(f"{prefix}first.") for name in tensors):
         return Refinement(read("factors"), read("first"), read("second", signed=False), levels, step)

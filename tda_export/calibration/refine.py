@@ -46,6 +46,7 @@ WARM_UP = 0.1  # the part of the steps in which it rises first
 DECAYS, EPSILON = (0.9, 0.99), 1e-8  # Adam's
 FOLLOW = 0.6  # change of ln(price) for each unit of bytes that a pass reads beyond its level's share
 SAVE_SECONDS = 30.0  # least time between two saves
+LEVEL_COLUMNS = 3
 
 
 @dataclass
@@ -53,14 +54,14 @@ class Refinement:
     """Factors of the prices of one packing, by matrix, and where the search for them stands. All float64 on the CPU.
 
     `factors`: natural logarithms, [L, in]. `first`, `second`: Adam's moments, alike; empty once `step` is the last.
-    `levels`: by level, [n, 4]: ln(price) now, the share of the bytes it reads, KL_0, and the slope. n is 0 where rows
-    have too few different worths to choose prices from; then factors stay 0.
+    `levels`: by level, [n, 3]: ln(price) now, KL_0, and the slope. n is 0 where rows have too few different worths to
+    choose prices from; then factors stay 0.
     """
 
     factors: dict[str, torch.Tensor]
     first: dict[str, torch.Tensor] = field(default_factory=dict)
     second: dict[str, torch.Tensor] = field(default_factory=dict)
-    levels: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 4, dtype=torch.float64))
+    levels: torch.Tensor = field(default_factory=lambda: torch.zeros(0, LEVEL_COLUMNS, dtype=torch.float64))
     step: int = 0
 
     @property
@@ -208,7 +209,7 @@ def _begin(passes: _Passes, tokens: torch.Tensor, prices: Sequence[float], ranks
         return Refinement(factors)
     slope = (kl[-1] / kl[0]).log() / (read[0] - read[-1])
     logs = torch.tensor(prices, dtype=torch.float64).log()
-    levels = torch.stack([logs, read, kl, slope.expand_as(kl)], dim=1)
+    levels = torch.stack([logs, kl, slope.expand_as(kl)], dim=1)
     return Refinement(
         factors,
         {name: torch.zeros_like(value) for name, value in factors.items()},
@@ -270,7 +271,7 @@ class _Passes:
         cache = read_prompt(self._model, sequence[: self._prompt])
         with torch.no_grad():
             dense = self._read(cache, sequence)
-        price, _, reference, slope = level.tolist()
+        price, reference, slope = level.tolist()
         scale = HALF_SCALE if self._model.dtype == torch.float16 else 1.0
         cost = slope / (len(sequence) - self._prompt) / self._total  # of a byte that one token reads
         while True:

@@ -85,7 +85,7 @@ CURVES_BUDGET = {"cett": 0.2}  # the paper's value
     "--refine",
     type=click.IntRange(0),
     metavar="STEPS",
-    help="With prices: steps that adjust the price of each row by the KL itself, on 4 sequences each; 60 are enough. "
+    help="With prices: steps that adjust the price of each row by the KL itself, on 4 sequences each (such as 60). "
     "Loses less where half of the bytes are skipped, and takes a few times as long.  [default: 0]",
 )
 @option(

@@ -7,9 +7,9 @@ which writes them.
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
-import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
 from tda_export.errors import TdaError
@@ -44,7 +44,7 @@ def correct_gguf_tokenizer(tokenizer: Any, header: GgufHeader, name: str) -> Non
     if value(MODEL) == SENTENCEPIECE:
         if isinstance(backend.model, models.Unigram):  # its pieces are merged, as in BPE; their scores are ranks
             raise TdaError(
-                f"{name}: transformers {transformers.__version__} splits the text of such a GGUF file wrongly (as "
+                f"{name}: transformers {version('transformers')} splits the text of such a GGUF file wrongly (as "
                 "Unigram). Update transformers to 5.23, or give the Hugging Face folder of this model (safetensors "
                 "with tokenizer.json)."
             )

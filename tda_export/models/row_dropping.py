@@ -99,38 +99,38 @@ def dropping(
     handles: list[Any] = []
 
     def patch(layer: int, group: list[Linear]) -> None:
-        def kept(linear: Linear, x: torch.Tensor, parts: Sequence[str]) -> torch.Tensor | None:
-            """Count the rows that a linear reads; return the inputs without others, None where all are read."""
-            name = names[linear.part]
-            if name is None:
-                count.read[linear.part][layer] += (x != 0).sum().to(device)
-                return None
-            own, at = on_device[name][layer].to(x.device), price_of(layer, linear.part).to(x.device)
-            rows = kept_rows(x.detach(), own.detach(), at)
-            if decisions is not None:
-                others = decisions[name][layer].to(x.device)
-                count.decided += rows.numel()
-                count.otherwise += int((rows != others).sum())
-                rows = others
-            count.read[linear.part][layer] += (rows & (x != 0)).sum().to(device)
-            return drop(x, rows, own, at, layer, parts) if parts else None
+        def kept(linears: list[Linear], x: torch.Tensor) -> torch.Tensor | None:
+            """Count the rows that linears of one name read; return their input without others, None where all are
+            read."""
+            name, parts = names[linears[0].part], [linear.part for linear in linears]
+            read, inputs = x != 0, None
+            if name is not None:
+                own, at = on_device[name][layer].to(x.device), price_of(layer, parts[0]).to(x.device)
+                rows = kept_rows(x.detach(), own.detach(), at)
+                if decisions is not None:
+                    others = decisions[name][layer].to(x.device)
+                    count.decided += len(parts) * rows.numel()
+                    count.otherwise += len(parts) * int((rows != others).sum())
+                    rows = others
+                read = rows & read
+                inputs = drop(x, rows, own, at, layer, parts)
+            for part in parts:
+                count.read[part][layer] += read.sum().to(device)
+            return inputs
 
         def together(x: torch.Tensor) -> torch.Tensor | None:
             if layer == 0 and group[0].part == "q":
                 count.tokens += len(x)
-            parts = [linear.part for linear in group]
-            for linear in group[:-1]:
-                kept(linear, x, ())
-            return kept(group[-1], x, parts)  # all read the same rows
+            return kept(group, x)
 
         def apart(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             x, output = inputs[0].flatten(0, -2), output.clone()
             if layer == 0 and group[0].part == "q":
                 count.tokens += len(x)
             for linear in group:
-                inputs_read = kept(linear, x, (linear.part,))
-                if inputs_read is not None:
-                    own = inputs_read @ linear.weight
+                own_inputs = kept([linear], x)
+                if own_inputs is not None:
+                    own = own_inputs @ linear.weight
                     own = own if linear.bias is None else own + linear.bias
                     linear.put_outputs(output, own.view(*output.shape[:-1], -1))
             return output

@@ -67,7 +67,7 @@ def make_priced(linears: dict[str, tuple[int, int]], *, refined: bool = True) ->
         short_kl=random(SEQUENCES - 1, PRICES),
     )
     moments = [{name: random(LAYERS, matrices[name]) for name in sites} for _ in range(3)]
-    under_way = Refinement(*moments, levels=random(4, 4), step=5)
+    under_way = Refinement(*moments, levels=random(4, 3), step=5)
     count = torch.ones(1, dtype=torch.float64)
     return Priced(
         linears,

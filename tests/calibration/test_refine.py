@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,8 +69,7 @@ def test_the_gradient_is_that_of_masks(family: Family, name: str, packing: Packi
         for name, value in row_prices.items()
     }
     price, reference, slope, short = median_price(row_prices), 0.3, 9.0, 2
-    level = torch.tensor([price, 0.5, reference, slope], dtype=torch.float64)
-    level[0] = level[0].log()
+    level = torch.tensor([math.log(price), reference, slope], dtype=torch.float64)
     passes = refine._Passes(model, spec, row_prices, ROW_BYTES, short)
     found, read = passes.gradients(sequence, factors, level)
 
@@ -106,6 +107,26 @@ def test_the_gradient_is_that_of_masks(family: Family, name: str, packing: Packi
         torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-5 * float(value.abs().max()) + 1e-7)
     assert read == pytest.approx(bytes_read / total, abs=0.01)
     assert 0.1 < read < 0.95
+
+
+@pytest.mark.parametrize("reference", [1e-5, 1.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(family: Family, dtype: torch.dtype, reference: float) -> None:
+    """With a small KL_0 scaled gradients overflow float16, so the scale falls; with a large one they would underflow
+    without it. Of the small KL of a random model rounding to bfloat16 loses more than of a gradient by labels."""
+    model, spec = family("llama")
+    sequence, prices = draw_tokens(spec, 1)[0], row_prices_of(model, spec, "separate", draw_tokens(spec, 2))
+    factors = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in prices.items()}
+    level = torch.tensor([math.log(30 * median_price(prices)), reference, 0.0], dtype=torch.float64)
+    exact, half = (
+        refine._Passes(each, spec, prices, ROW_BYTES, 2).gradients(sequence, factors, level)
+        for each in (model, copy.deepcopy(model).to(dtype))
+    )
+    assert half[1] == pytest.approx(exact[1], abs=0.02)
+    together = [torch.cat([each[0][name].flatten() for name in prices]) for each in (exact, half)]
+    alike = torch.nn.functional.cosine_similarity(*together, dim=0)
+    assert float(alike) > (0.95 if dtype == torch.float16 else 0.7)
+    assert float(together[1].norm() / together[0].norm()) == pytest.approx(1, abs=0.3)
 
 
 def loss_at(model: Any, spec: DecoderSpec, tokens: torch.Tensor, prices: dict[str, torch.Tensor]) -> float:
@@ -181,8 +202,7 @@ def test_gradients_that_are_not_finite(family: Family, monkeypatch: pytest.Monke
     monkeypatch.setattr(refine, "mean_kl", lambda p, q: (p.exp() * (p - q)).sum(dim=-1).mean() * 1e38 * 1e38)
     passes = refine._Passes(model, spec, prices, ROW_BYTES, 2)
     factors = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in prices.items()}
-    level = torch.tensor([median_price(prices), 0.5, 1.0, 1.0], dtype=torch.float64)
-    level[0] = level[0].log()
+    level = torch.tensor([math.log(median_price(prices)), 1.0, 1.0], dtype=torch.float64)
     with pytest.raises(TdaError, match=r"^Gradients are not finite\. Calibrate with --dtype bf16 or fp32\.$"):
         passes.gradients(tokens[0], factors, level)
 

@@ -53,14 +53,14 @@ def offload(model: Any, spec: DecoderSpec) -> Any:
 
 
 def priced(model: Any, spec: DecoderSpec) -> Priced:
-    settings = PriceSettings(PROMPT, 2, 0, PACKINGS, head=True)
+    settings = PriceSettings(PROMPT, 2, 0, PACKINGS, head=True, refine_steps=2)
     begun = begin_priced(spec, settings, row_norms(model, spec), row_bytes_of(spec, 4, None, head=True), 4)
     return price_rows(model, spec, TOKENS, settings, begun, show=Shown())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prices_of_offloaded_layers(family: Family, name: str) -> None:
-    """Norms, prices by backward passes, and tables by skipped rows, with packed matrices too."""
+    """Norms, prices and their factors by backward passes, and tables by skipped rows, with packed matrices too."""
     model, spec = family(name)
     expected, found = (priced_tensors(priced(each, spec)) for each in (model, offload(model, spec)))
     for tensor, value in expected.items():
@@ -113,7 +113,10 @@ def tiny(tiny_model: Path) -> ModelSource:
 
 def test_calibration_of_a_spread_model(tiny: ModelSource) -> None:
     """Without a GPU the whole model is in the CPU's memory."""
-    corpus, lengths = Corpus(TOKENS, "some.txt", "0" * 64), {"prompt_tokens": PROMPT, "continuation_tokens": 4}
+    corpus, lengths = (
+        Corpus(TOKENS, "some.txt", "0" * 64),
+        {"prompt_tokens": PROMPT, "continuation_tokens": 4, "refine_steps": 2},
+    )
     found = []
     for device in ("cpu", "auto"):
         calibration = calibrate(tiny, corpus, CalibrationSettings(device=device, **lengths), {}, show=Shown())  # type: ignore[arg-type]
